@@ -1,0 +1,28 @@
+# The commands of README.md. Each can be repeated, and does at once what is already done.
+.PHONY: serve setup setup-dev test test-all check format
+
+serve: setup
+	@.venv/bin/llumnix serve $(ARGS)
+
+setup:
+	@scripts/setup.sh
+
+setup-dev:
+	@scripts/setup.sh dev
+
+test: setup-dev
+	@.venv/bin/python -m pytest $(ARGS)
+
+test-all: setup-dev
+	@.venv/bin/python -m pytest -m "slow or not slow" $(ARGS)
+
+format: setup-dev
+	@.venv/bin/ruff format .
+	@.venv/bin/ruff check --fix .
+
+check: setup-dev
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+	.venv/bin/lint-imports
+	.venv/bin/python -m pytest $(ARGS)

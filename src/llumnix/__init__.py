@@ -1,0 +1,3 @@
+"""llumnix: schedules running LLM requests over several vLLM instances."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,3 @@
+from llumnix.cli import main
+
+raise SystemExit(main())

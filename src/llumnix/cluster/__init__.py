@@ -1,0 +1,1 @@
+"""Ray: where instances and the controller run, and who starts them again."""

@@ -1,0 +1,53 @@
+"""Where our processes meet: Unix sockets in a folder of our own, and TCP only for other hosts."""
+
+import os
+import shutil
+import socket
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Addresses:
+    """ZMQ addresses of one deployment. `folder` is readable by its owner only and goes with us."""
+
+    folder: Path
+    controller: str
+    frontend_input: str
+    frontend_output: str
+
+    @classmethod
+    def make(cls, host: str | None) -> "Addresses":
+        """On this machine alone (`host` None), or on TCP ports of `host`, this node's address in a
+        cluster of several."""
+        # Short, for a Unix socket's path may have 107 characters at most and Ray adds 60.
+        folder = Path(tempfile.mkdtemp(prefix="llumnix-"))
+        os.chmod(folder, 0o700)
+        names = ("controller", "input", "output")
+        if host is None:
+            controller, frontend_input, frontend_output = (f"ipc://{folder}/{n}" for n in names)
+        else:
+            ports = _free_ports(host, len(names))
+            controller, frontend_input, frontend_output = (f"tcp://{host}:{p}" for p in ports)
+        return cls(
+            folder=folder,
+            controller=controller,
+            frontend_input=frontend_input,
+            frontend_output=frontend_output,
+        )
+
+    def remove(self) -> None:
+        """Removes the folder and what is in it."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _free_ports(host: str, count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for s in sockets:
+            s.bind((host, 0))
+        return [int(s.getsockname()[1]) for s in sockets]
+    finally:
+        for s in sockets:
+            s.close()

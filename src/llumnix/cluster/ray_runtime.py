@@ -1,0 +1,121 @@
+"""Ray, started on this machine or joined.
+
+A Ray that we start is ours alone: it listens on loopback only, wants a token that nobody but our
+own processes knows, shows no dashboard, and is gone, with its files, when we are.
+"""
+
+import os
+import re
+import secrets
+import socket
+from pathlib import Path
+
+OBJECT_STORE_BYTES = 80 * 2**20
+"""Nothing of ours goes through Ray's object store but configuration; this is Ray's smallest."""
+CONNECT_TIMEOUT_S = 5.0
+
+
+def settle(*, local: bool) -> None:
+    """Sets what Ray reads as it is imported, so call it before anything imports Ray (vLLM does).
+    `local`: whether we will start Ray ourselves."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if not local:
+        return
+    os.environ["RAY_AUTH_MODE"] = "token"
+    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    # "No cluster over several machines" (the name is Ray's): listen on 127.0.0.1 alone.
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    # Ray starts its workers with a lower priority than everything else on the machine.
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    # No idle workers: each costs 80 MB and a second of a core, and none is ever used.
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
+    os.environ.setdefault("RAY_enable_worker_prestart", "0")
+
+
+def start_local(folder: Path, *, logs: bool) -> None:
+    """Starts Ray on this machine, its files in `folder`. `settle(local=True)` came before. `logs`:
+    print what the actors log."""
+    import ray
+
+    ray.init(
+        include_dashboard=False,
+        object_store_memory=OBJECT_STORE_BYTES,
+        _temp_dir=str(folder),
+        _node_ip_address="127.0.0.1",
+        configure_logging=False,
+        log_to_driver=logs,
+    )
+
+
+def join(address: str, *, logs: bool) -> None:
+    """Joins a running cluster; raises `OSError` or `ValueError` if it cannot be reached."""
+    if address != "auto":
+        host, _, port = address.rpartition(":")
+        with socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S):
+            pass
+    import ray
+
+    ray.init(address=address, configure_logging=False, log_to_driver=logs)
+
+
+def stop() -> None:
+    """Leaves the cluster; one that we started ends."""
+    import ray
+
+    ray.shutdown()
+
+
+def devices_total(kind: str) -> int:
+    """How many devices of a kind ("GPU") the cluster has."""
+    import ray
+
+    return int(ray.cluster_resources().get(kind, 0))
+
+
+def devices_free(kind: str) -> int:
+    """How many of them no actor holds."""
+    import ray
+
+    return int(ray.available_resources().get(kind, 0))
+
+
+def nodes() -> int:
+    """How many nodes the cluster has."""
+    import ray
+
+    return sum(1 for node in ray.nodes() if node["Alive"])
+
+
+def node_address() -> str:
+    """This node's address in the cluster."""
+    import ray
+
+    return str(ray.util.get_node_ip_address())
+
+
+_ROOT_CAUSE = re.compile(r"\b([A-Za-z_.]*(?:Error|Exception): .+)")
+_NOT_A_CAUSE = ("See stack trace", "See root cause", "ray.exceptions", "initialization failed")
+
+
+def last_error_logged(since_s: float) -> str | None:
+    """The last error that a Ray worker on this node wrote to its log since that (wall-clock) time.
+
+    A dead engine's exception often says only that a process behind it failed; the reason stands in
+    that process's log."""
+    import ray
+
+    node = ray._private.worker._global_node
+    if node is None:
+        return None
+    found: tuple[float, str] | None = None
+    for log in Path(node.get_logs_dir_path()).glob("worker-*.*"):
+        changed_s = log.stat().st_mtime
+        if changed_s < since_s:
+            continue
+        for line in log.read_text(errors="replace").splitlines():
+            match = _ROOT_CAUSE.search(line)
+            if match is None or any(word in line for word in _NOT_A_CAUSE):
+                continue
+            if found is None or changed_s >= found[0]:
+                found = (changed_s, match[1].strip())
+    return found and found[1]

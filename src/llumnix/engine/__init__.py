@@ -1,0 +1,1 @@
+"""One vLLM engine: everything of llumnix that runs in an instance's process."""

@@ -1,0 +1,151 @@
+"""One instance: vLLM's engine core in a Ray actor's process, and the llumlet beside it.
+
+vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
+- `EngineCoreActor`: an engine core that is given its frontends' ZMQ addresses instead of shaking
+  hands; `dp_rank` becomes the engine's index, whose two little-endian bytes are its ZMQ identity;
+  `run()` is its busy loop, which leaves through `SystemExit` after a shutdown request.
+- `EngineCoreProc._maybe_publish_request_counts()` is called on the busy loop's thread before and
+  after every step, and `_notify_idle_state_callbacks()` before it waits for work: the places to
+  read the scheduler's state with no lock.
+- `EngineCore.add_request(request, request_wave)` takes in every request on that same thread.
+- `scheduler.get_request_counts()`, `scheduler.kv_cache_manager.block_pool.get_num_free_blocks()`,
+  and the size of a block in tokens, `scheduler.block_size`.
+- `shutdown_state` and a WAKEUP in `input_queue` end the busy loop from another thread.
+
+Ray calls the constructor, then `run()` (which ends only with the engine) and, on the second of the
+actor's two threads, the short methods.
+"""
+
+import os
+import socket
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.platforms import current_platform
+from vllm.v1.engine import EngineCoreRequestType
+from vllm.v1.engine.core import EngineCoreActor, EngineShutdownState
+from vllm.v1.engine.utils import EngineZmqAddresses
+from vllm.v1.executor import Executor
+from vllm.v1.request import Request
+
+from llumnix.core.types import EngineIndex, InstanceId, RequestId
+from llumnix.engine.cores import share_of_cores
+from llumnix.engine.reporter import LoadReporter, Numbers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InstanceSeat:
+    """Which run of which instance this is. `slot` of `slots`: its place among the instances that
+    share a CPU host's cores. `controller`: ZMQ address."""
+
+    instance: InstanceId
+    engine_index: EngineIndex
+    slot: int
+    slots: int
+    controller: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InstanceFacts:
+    """Where an instance lives."""
+
+    node: str
+    pid: int
+    devices: list[str]
+
+
+class EngineInstance(EngineCoreActor):
+    """vLLM's engine core that reports its load."""
+
+    def __init__(
+        self,
+        seat: InstanceSeat,
+        vllm_config: VllmConfig,
+        addresses: EngineZmqAddresses,
+        executor_class: type[Executor],
+        log_stats: bool,
+    ) -> None:
+        self._seat = seat
+        self._devices = _take_devices(seat, vllm_config.parallel_config.world_size)
+        _tell_apart(vllm_config, seat.engine_index)
+        self._reporter = LoadReporter(
+            instance=seat.instance, engine_index=seat.engine_index, controller=seat.controller
+        )
+        super().__init__(
+            vllm_config, True, addresses, executor_class, log_stats, dp_rank=seat.engine_index
+        )
+
+    def describe(self) -> InstanceFacts:
+        """Where it lives; answers once the engine is ready."""
+        return InstanceFacts(node=socket.gethostname(), pid=os.getpid(), devices=self._devices)
+
+    def run(self) -> None:
+        """The engine's busy loop; returns once the engine was asked to stop."""
+        self._reporter.start()
+        self._offer()
+        try:
+            super().run()
+        except SystemExit:
+            return  # Asked to stop. Ray would count the exception as a crash.
+        finally:
+            self._reporter.close()
+
+    def accept(self, accepting: bool) -> None:
+        """Says in every report from now on whether new requests are welcome."""
+        self._reporter.accept(accepting)
+
+    def stop(self) -> None:
+        """Aborts what runs and ends the busy loop."""
+        self.vllm_config.shutdown_timeout = 0
+        self.shutdown_state = EngineShutdownState.REQUESTED
+        self.input_queue.put_nowait((EngineCoreRequestType.WAKEUP, None))
+
+    def add_request(self, request: Request, request_wave: int = 0) -> None:
+        self._reporter.admit(RequestId(request.request_id))
+        super().add_request(request, request_wave)
+
+    def _maybe_publish_request_counts(self) -> None:
+        self._offer()
+
+    def _notify_idle_state_callbacks(self) -> None:
+        self._offer()
+        super()._notify_idle_state_callbacks()
+
+    def _offer(self) -> None:
+        running, waiting = self.scheduler.get_request_counts()
+        pool = self.scheduler.kv_cache_manager.block_pool
+        block = self.scheduler.block_size
+        blocks_total = pool.num_gpu_blocks - 1  # One block is vLLM's placeholder, never handed out.
+        self._reporter.offer(
+            Numbers(
+                kv_tokens_used=(blocks_total - pool.get_num_free_blocks()) * block,
+                kv_tokens_total=blocks_total * block,
+                running=running,
+                waiting=waiting,
+            )
+        )
+
+
+def _take_devices(seat: InstanceSeat, world_size: int) -> list[str]:
+    """The devices that this process was given, after it took its share of a CPU host's cores."""
+    if not current_platform.is_cpu():
+        visible = os.environ.get(current_platform.device_control_env_var, "")
+        return [f"{current_platform.device_type}:{d}" for d in visible.split(",") if d]
+    from vllm.utils.cpu_resource_utils import get_allowed_cpu_list
+
+    cores = [cpu.id for cpu in sorted(get_allowed_cpu_list(), key=lambda c: (c.numa_node, c.id))]
+    if "VLLM_CPU_OMP_THREADS_BIND" not in os.environ:
+        share = share_of_cores(cores, seat.slot, seat.slots, world_size)
+        if share is not None:
+            os.environ["VLLM_CPU_OMP_THREADS_BIND"] = share
+    bound = os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "auto")
+    return [f"cpu:{share}" for share in bound.split("|")]
+
+
+def _tell_apart(vllm_config: Any, engine_index: EngineIndex) -> None:
+    """Names that vLLM expects to be unique over the engines of a deployment."""
+    vllm_config.instance_id = f"{vllm_config.instance_id}-{engine_index}"
+    if vllm_config.kv_transfer_config is not None:
+        engine_id = vllm_config.kv_transfer_config.engine_id
+        vllm_config.kv_transfer_config.engine_id = f"{engine_id}-{engine_index}"

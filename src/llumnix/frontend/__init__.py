@@ -1,0 +1,1 @@
+"""HTTP: vLLM's own OpenAI application over our engine client."""

@@ -1,0 +1,193 @@
+"""The command line of `llumnix serve`: vLLM's parser, plus the knobs of `DeploymentConfig`.
+
+vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
+`make_arg_parser`, `validate_parsed_serve_args`, `FlexibleArgumentParser`,
+`AsyncEngineArgs.from_cli_args(...).create_engine_config(...)`.
+"""
+
+import argparse
+import ipaddress
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llumnix.config import DeploymentConfig, knobs
+from llumnix.demo import DEMO_MODEL, prepare_demo_model
+from llumnix.errors import UsageError
+
+SHUTDOWN_TIMEOUT_S = 30
+CPU_KV_CACHE_BYTES = 2**30
+"""KV space of one instance on a CPU host unless the user says otherwise: vLLM's own default is a
+large part of the host's memory, which several instances cannot all have."""
+
+_REFUSED = {
+    "data_parallel_size": "llumnix runs the instances; use --instances N",
+    "data_parallel_rank": "llumnix numbers the instances; leave it out",
+    "data_parallel_start_rank": "llumnix numbers the instances; leave it out",
+    "data_parallel_size_local": "llumnix runs the instances; use --instances N",
+    "data_parallel_hybrid_lb": "llumnix balances the load; leave it out",
+    "data_parallel_external_lb": "llumnix balances the load; leave it out",
+    "data_parallel_multi_port_external_lb": "llumnix balances the load; leave it out",
+    "headless": "join further hosts to one Ray cluster and use --ray-address",
+    "grpc": "llumnix serves HTTP; leave it out",
+    "grpc_port": "llumnix serves HTTP; leave it out",
+    "enable_elastic_ep": "POST /llumnix/v1/instances scales; leave it out",
+    "enable_fault_tolerance": "llumnix restarts instances by itself; leave it out",
+    "kv_events_config": "every instance would publish on the same port; leave it out",
+    "device_ids": "Ray assigns the devices; set CUDA_VISIBLE_DEVICES instead",
+    "nnodes": "an instance must fit on one host; lower the parallel sizes",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeCommand:
+    """What the user asked for. `args`: vLLM's namespace, ready for its server; `vllm_config`: of
+    one instance; `deployment`: ours."""
+
+    args: argparse.Namespace
+    vllm_config: Any
+    deployment: DeploymentConfig
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of `llumnix serve`."""
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = FlexibleArgumentParser(prog="llumnix")
+    subparsers = parser.add_subparsers(dest="subparser")
+    serve = subparsers.add_parser(
+        "serve",
+        usage="llumnix serve [MODEL] [--instances N] [any flag of `vllm serve`]",
+        description="Serve vLLM's OpenAI API over several vLLM instances. Without MODEL, the demo "
+        f"model {DEMO_MODEL} is served.",
+    )
+    ours = serve.add_argument_group("llumnix")
+    for name, default, flag in knobs():
+        ours.add_argument("--" + name.replace("_", "-"), dest=name, default=default, **flag)
+    make_arg_parser(serve)
+    serve.set_defaults(shutdown_timeout=SHUTDOWN_TIMEOUT_S)
+    return parser
+
+
+def parse(argv: list[str], say: Any) -> ServeCommand:
+    """Reads `serve ...` (the words after the program's name); `UsageError` or argparse's own exit
+    on bad input. `say(text)` is told what takes long."""
+    from vllm.entrypoints.launchers.cli_args import validate_parsed_serve_args
+
+    parser = make_parser()
+    defaults = parser.parse_args(["serve"])
+    try:
+        args = parser.parse_args(argv)
+    except ValueError as error:
+        raise UsageError(_one_line(error)) from error
+    deployment = DeploymentConfig(**{name: getattr(args, name) for name, _, _ in knobs()})
+    _refuse_what_breaks(args, defaults)
+    _keep_it_local(args, deployment)
+    _choose_model(args, defaults, say)
+    try:
+        validate_parsed_serve_args(args)
+    except (TypeError, ValueError, KeyError) as error:
+        raise UsageError(_one_line(error)) from error
+    return ServeCommand(args=args, vllm_config=_engine_config(args, argv), deployment=deployment)
+
+
+def _refuse_what_breaks(args: argparse.Namespace, defaults: argparse.Namespace) -> None:
+    for name, fix in _REFUSED.items():
+        if getattr(args, name, None) != getattr(defaults, name, None):
+            raise UsageError(f"--{name.replace('_', '-')} does not go with llumnix: {fix}")
+    if (args.api_server_count or 1) != 1:
+        raise UsageError(
+            "--api-server-count: llumnix runs one frontend process so far; leave it out"
+        )
+
+
+def _keep_it_local(args: argparse.Namespace, deployment: DeploymentConfig) -> None:
+    """vLLM listens on every interface unless told otherwise; we do not."""
+    if args.host is None:
+        args.host = "127.0.0.1"
+    keyed = bool([key for key in (args.api_key or [os.environ.get("VLLM_API_KEY")]) if key])
+    if args.uds or keyed or deployment.insecure or is_loopback(args.host):
+        return
+    raise UsageError(
+        f"--host {args.host} is reachable from elsewhere: give --api-key KEY, or --insecure to "
+        "serve without one"
+    )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach the address."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _choose_model(args: argparse.Namespace, defaults: argparse.Namespace, say: Any) -> None:
+    if args.model_tag is not None:
+        args.model = args.model_tag
+    elif args.model == defaults.model:
+        args.model = str(prepare_demo_model(say))
+        args.served_model_name = args.served_model_name or [DEMO_MODEL]
+    model = args.model
+    if Path(model).expanduser().is_dir():
+        args.model = str(Path(model).expanduser())
+        if not (Path(args.model) / "config.json").is_file():
+            raise UsageError(
+                f"{model}: the folder holds no config.json; name a folder with a checkpoint"
+            )
+    elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) or model.startswith("."):
+        raise UsageError(f"{model}: no such folder; name a folder with a checkpoint or a model id")
+
+
+def _engine_config(args: argparse.Namespace, argv: list[str]) -> Any:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.entrypoints.launchers.cli_args import propagate_flash_late_interaction
+    from vllm.platforms import current_platform
+    from vllm.usage.usage_lib import UsageContext
+
+    if current_platform.is_cpu():
+        _suit_cpu(args, argv)
+    # The cache of processed images is shared by the frontend and *one* engine.
+    args.mm_processor_cache_gb = 0
+    try:
+        engine_args = AsyncEngineArgs.from_cli_args(args)
+        propagate_flash_late_interaction(args, engine_args)
+        return engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
+    except (ValueError, TypeError, OSError, KeyError, RuntimeError, NotImplementedError) as error:
+        raise UsageError(_why_refused(args.model, error)) from error
+
+
+def _suit_cpu(args: argparse.Namespace, argv: list[str]) -> None:
+    if not os.environ.get("VLLM_CPU_KVCACHE_SPACE") and args.kv_cache_memory_bytes is None:
+        args.kv_cache_memory_bytes = CPU_KV_CACHE_BYTES
+    chosen = re.compile(
+        r"-O|--(no-)?enforce[-_]eager|--compilation[-_]config|--optimization[-_]level"
+    )
+    if not any(chosen.match(word) for word in argv):
+        # Compiling the model takes minutes on a few cores and gains little there.
+        args.enforce_eager = True
+
+
+def _why_refused(model: str, error: BaseException) -> str:
+    text = _one_line(error)
+    if "is not a local folder and is not a valid model identifier" in text or re.search(
+        r"couldn't connect|offline|not found|404|cached|Repo|repository", text, re.IGNORECASE
+    ):
+        return (
+            f"unknown model {model}: it is neither a folder here nor a model that can be fetched; "
+            f"check the name, or name a folder with a checkpoint ({text})"
+        )
+    return f"vLLM refuses these settings for {model}: {text}"
+
+
+def _one_line(error: BaseException) -> str:
+    """The message without line breaks and pydantic's trailer."""
+    text = str(error) or type(error).__name__
+    text = re.sub(r"\s*\[type=.*", "", text, flags=re.DOTALL)
+    text = re.sub(r"^\d+ validation errors? for \w+\s*", "", text)
+    return re.sub(r"\s+", " ", text).strip()[:600]

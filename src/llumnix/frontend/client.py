@@ -1,0 +1,372 @@
+"""One engine client over a changing set of engines.
+
+vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
+- `AsyncMPClient` binds one ROUTER socket, over which it sends to any engine by ZMQ identity
+  (`_send_input(..., engine)`, `_call_utility_async(..., engine)`), and one PULL socket, on which
+  outputs arrive with their `engine_index`. Its output task, encoder, decoder and queue are used as
+  they are; only its constructor, which waits for a fixed set of engines, is replaced.
+- An engine announces itself on the ROUTER socket with its READY payload, at any time.
+- `process_engine_outputs`, a class attribute, sees every `EngineCoreOutputs` before it is queued.
+- `OutputProcessor` keys on the request id alone, drops outputs of requests that it does not know,
+  and turns `FinishReason.ERROR` into an error in OpenAI's format.
+"""
+
+import asyncio
+import logging
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any
+
+import zmq
+import zmq.asyncio
+from vllm.config import VllmConfig
+from vllm.exceptions import GracefulHTTPError
+from vllm.lora.request import LoRARequest
+from vllm.utils.network_utils import make_zmq_socket
+from vllm.v1.engine import (
+    EngineCoreOutput,
+    EngineCoreOutputs,
+    EngineCoreRequest,
+    EngineCoreRequestType,
+    FinishReason,
+)
+from vllm.v1.engine.core_client import AsyncMPClient, BackgroundResources
+from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.pool.late_interaction import get_late_interaction_engine_index
+from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
+
+from llumnix.core.events import Dispatch, InstanceLost, RequestArrived
+from llumnix.core.types import EngineIndex, InstanceId, RequestId
+from llumnix.frontend.context import current_http_request
+from llumnix.frontend.controller_link import ControllerLink
+from llumnix.frontend.streams import Stream, Streams
+
+logger = logging.getLogger("llumnix.frontend")
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Engine:
+    """One run of one instance's engine, as this frontend knows it. `slot` labels its metrics:
+    small, and the same for all runs of an instance."""
+
+    instance: InstanceId
+    engine_index: EngineIndex
+    slot: int
+    ready: asyncio.Future[None]
+    accepting: bool = True
+
+    @property
+    def identity(self) -> bytes:
+        """Its ZMQ identity."""
+        return self.engine_index.to_bytes(2, "little")
+
+
+class FleetClient(AsyncMPClient):
+    """vLLM's engine client whose engines come and go."""
+
+    def __init__(
+        self, vllm_config: VllmConfig, addresses: dict[str, str], link: ControllerLink, slots: int
+    ) -> None:
+        # Stands in for the constructors of MPClient and AsyncMPClient: the same attributes, with
+        # the engines left out. The contract test compares the two sets of attributes.
+        self.vllm_config = vllm_config
+        self._renderer = None
+        self._effective_attention_block_sizes: set[int | None] = set()
+        self._kv_event_sources = {}
+        sync_context = zmq.Context(io_threads=2)
+        self.ctx = zmq.asyncio.Context(sync_context)
+        self.resources = BackgroundResources(ctx=sync_context)
+        self._finalizer = weakref.finalize(self, self.resources)
+        self.engines_running = False
+        self.stats_update_address = None
+        self.input_socket = self.resources.input_socket = make_zmq_socket(
+            self.ctx, addresses["input_address"], zmq.ROUTER, bind=True
+        )
+        self.resources.output_socket = make_zmq_socket(
+            self.ctx, addresses["output_address"], zmq.PULL
+        )
+        self.encoder = MsgpackEncoder()
+        self.decoder = MsgpackDecoder(EngineCoreOutputs)
+        self.engine_ranks_managed = list(range(slots))
+        self.core_engines: list[bytes] = []
+        self.core_engine = b""
+        self.utility_results: dict[int, asyncio.Future[Any]] = {}
+        self.client_count = 1
+        self.client_index = 0
+        self.outputs_queue: asyncio.Queue[EngineCoreOutputs | Exception] = asyncio.Queue()
+        self._engine_status: dict[int, dict] = {}
+
+        self.streams = Streams()
+        self._engines: dict[EngineIndex, Engine] = {}
+        self._link = link
+        self._calls: dict[EngineIndex, set[asyncio.Task[Any]]] = {}
+        self._rotation = 0
+        self._greeter: asyncio.Task[None] | None = None
+
+    # -- membership ------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begins to listen for engines and their outputs; call it with the event loop running."""
+        self._link.start()
+        self._ensure_output_queue_task()
+        self._greeter = asyncio.create_task(self._greet(), name="llumnix-engine-greeter")
+
+    def close(self) -> None:
+        """Closes the sockets."""
+        if self._greeter is not None:
+            self._greeter.cancel()
+            self._link.close()
+        self.shutdown()
+
+    def expect(self, instance: InstanceId, engine_index: EngineIndex, slot: int) -> None:
+        """Makes an engine known that will announce itself."""
+        ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._engines[engine_index] = Engine(
+            instance=instance, engine_index=engine_index, slot=slot, ready=ready
+        )
+
+    async def connected(self, engine_index: EngineIndex) -> None:
+        """Returns once the engine has announced itself."""
+        await asyncio.shield(self._engines[engine_index].ready)
+
+    def accept(self, engine_index: EngineIndex, accepting: bool) -> None:
+        """Says whether the engine gets new requests from here."""
+        if (engine := self._engines.get(engine_index)) is not None:
+            engine.accepting = accepting
+            self._refresh()
+
+    async def lose(self, engine_index: EngineIndex) -> int:
+        """Takes the engine out: its streams end with an error, calls to it fail. Returns how many
+        streams that were."""
+        engine = self._engines.pop(engine_index, None)
+        if engine is None:
+            return 0
+        self._refresh()
+        for call in self._calls.pop(engine_index, set()):
+            call.cancel()
+        lost = self.streams.on(engine_index)
+        for stream in lost:
+            self.streams.close(stream.request)
+        if lost:
+            self.outputs_queue.put_nowait(
+                EngineCoreOutputs(
+                    engine_index=engine.slot,
+                    outputs=[
+                        EngineCoreOutput(s.request, [], finish_reason=FinishReason.ERROR)
+                        for s in lost
+                    ],
+                )
+            )
+        await self._link.tell(InstanceLost(instance=engine.instance, engine_index=engine_index))
+        return len(lost)
+
+    def in_flight(self, engine_index: EngineIndex) -> int:
+        """How many of this frontend's requests the engine holds."""
+        return self.streams.count(engine_index)
+
+    @property
+    def serving(self) -> bool:
+        """Whether any engine can take a request."""
+        return bool(self.core_engines)
+
+    @property
+    def link(self) -> ControllerLink:
+        """The line to the controller."""
+        return self._link
+
+    async def _greet(self) -> None:
+        while True:
+            identity, payload = await self.input_socket.recv_multipart()
+            engine = self._engines.get(EngineIndex(int.from_bytes(identity, "little")))
+            if engine is None:
+                logger.warning("An engine that nobody started announced itself: %s", identity.hex())
+                continue
+            # vLLM adds up the blocks of data-parallel engines; ours come and go, so the
+            # configuration that the frontend shows is that of one of them.
+            self.vllm_config.cache_config.num_gpu_blocks = None
+            self._apply_ready_response(payload)
+            if not engine.ready.done():
+                engine.ready.set_result(None)
+            self._refresh()
+
+    def _refresh(self) -> None:
+        """`core_engines`, which vLLM's calls to all engines go by: those that are up."""
+        up = [e for e in self._engines.values() if e.ready.done()]
+        self.core_engines = [e.identity for e in up]
+        self.core_engine = self.core_engines[0] if up else b""
+
+    # -- requests --------------------------------------------------------------------------------
+
+    async def add_request_async(self, request: EngineCoreRequest) -> None:
+        known = self.streams.get(request.request_id)
+        if known is not None:  # A further chunk of a streaming input goes where the first went.
+            await self._send_to(self._engines[known.engine_index], request)
+            return
+        tokens = len(request.prompt_token_ids or ())
+        engine = await self._place(request, tokens)
+        http = current_http_request.get()
+        self.streams.open(
+            Stream(
+                request=RequestId(request.request_id),
+                client_id=(http and http.client_id)
+                or request.external_req_id
+                or request.request_id,
+                instance=engine.instance,
+                engine_index=engine.engine_index,
+                prompt_tokens=tokens,
+                priority=request.priority,
+                started_s=time.monotonic(),
+            )
+        )
+        if http is not None:
+            http.dispatched(engine.instance)
+        await self._send_to(engine, request)
+
+    async def _send_to(self, engine: Engine, request: EngineCoreRequest) -> None:
+        request.client_index = self.client_index
+        await self._send_input(EngineCoreRequestType.ADD, request, engine.identity)
+
+    async def _place(self, request: EngineCoreRequest, tokens: int) -> Engine:
+        """The engine that the request goes to: the controller's choice if it can be had."""
+        if (pinned := self._pinned(request)) is not None:
+            return pinned
+        decision = await self._link.place(
+            RequestArrived(
+                request=RequestId(request.request_id),
+                prompt_tokens=tokens,
+                priority=request.priority,
+            )
+        )
+        if isinstance(decision, Dispatch):
+            engine = self._engines.get(decision.engine_index)
+            if engine is not None and engine.ready.done() and engine.accepting:
+                return engine
+        return self._place_alone()
+
+    def _pinned(self, request: EngineCoreRequest) -> Engine | None:
+        """Late-interaction scoring keeps query embeddings in one engine's memory, and a client may
+        name an engine by vLLM's data-parallel rank: both leave no choice."""
+        engines = self._takers()
+        index = request.data_parallel_rank
+        if index is None:
+            index = get_late_interaction_engine_index(request.pooling_params, len(engines) or 1)
+        if index is None:
+            return None
+        if not 0 <= index < len(engines):
+            raise GracefulHTTPError(
+                f"data_parallel_rank {index}: {len(engines)} instances serve, so use 0 to "
+                f"{len(engines) - 1}, or leave it out to have the request placed",
+                HTTPStatus.BAD_REQUEST,
+            )
+        return engines[index]
+
+    def _takers(self) -> list[Engine]:
+        engines = [e for e in self._engines.values() if e.ready.done() and e.accepting]
+        return sorted(engines, key=lambda e: e.slot)
+
+    def _place_alone(self) -> Engine:
+        """Without the controller: fewest of this frontend's own requests, then in turn."""
+        engines = self._takers()
+        if not engines:
+            raise GracefulHTTPError(
+                "No instance serves at the moment; try again shortly "
+                "(GET /llumnix/v1/instances tells why).",
+                HTTPStatus.SERVICE_UNAVAILABLE,
+            )
+        self._rotation += 1
+        turn = self._rotation % len(engines)
+        return min(
+            engines[turn:] + engines[:turn], key=lambda e: self.streams.count(e.engine_index)
+        )
+
+    async def abort_requests_async(self, request_ids: list[str]) -> None:
+        by_engine: dict[EngineIndex, list[str]] = {}
+        for request_id in request_ids:
+            if (stream := self.streams.close(request_id)) is not None:
+                by_engine.setdefault(stream.engine_index, []).append(request_id)
+        for engine_index, mine in by_engine.items():
+            if (engine := self._engines.get(engine_index)) is not None:
+                await self._send_input(EngineCoreRequestType.ABORT, mine, engine.identity)
+
+    @staticmethod
+    async def process_engine_outputs(self: "FleetClient", outputs: EngineCoreOutputs) -> None:
+        """Counts what arrives, and labels it with the instance's slot for the metrics."""
+        engine = self._engines.get(EngineIndex(outputs.engine_index))
+        if engine is None:  # Said by an engine that is gone: its streams have ended.
+            outputs.outputs = []
+            outputs.scheduler_stats = None
+            return
+        outputs.engine_index = engine.slot
+        streams = self.streams
+        for output in outputs.outputs:
+            if (stream := streams.get(output.request_id)) is not None:
+                stream.output_tokens += len(output.new_token_ids)
+                if output.finish_reason is not None:
+                    streams.close(output.request_id)
+
+    # -- calls to engines --------------------------------------------------------------------------
+
+    async def _call_utility_async(self, method: str, *args: Any, engine: bytes) -> Any:
+        if not engine:
+            raise EngineDeadError()
+        engine_index = EngineIndex(int.from_bytes(engine, "little"))
+        call = asyncio.ensure_future(super()._call_utility_async(method, *args, engine=engine))
+        calls = self._calls.setdefault(engine_index, set())
+        calls.add(call)
+        call.add_done_callback(calls.discard)
+        try:
+            return await call
+        except asyncio.CancelledError:
+            if engine_index not in self._engines:  # Cancelled by `lose`, not by our caller.
+                raise EngineDeadError() from None
+            call.cancel()
+            raise
+
+    async def call_utility_async(self, method: str, *args: Any) -> Any:
+        """Calls all engines; what they answer must agree, and that is returned."""
+        return await self.call_utility_consensus_async(method, *args)
+
+    async def call_utility_all_async(self, method: str, *args: Any) -> list[Any]:
+        if not self.core_engines:
+            raise EngineDeadError()
+        return await super().call_utility_all_async(method, *args)
+
+    async def get_supported_tasks_async(self) -> Any:
+        return await self._call_utility_async("get_supported_tasks", engine=self.core_engine)
+
+    async def save_sharded_state_async(
+        self, path: str, pattern: str | None = None, max_size: int | None = None
+    ) -> None:
+        # All engines hold the same weights; two writing one folder would only get in their way.
+        await self._call_utility_async(
+            "save_sharded_state", path, pattern, max_size, engine=self.core_engine
+        )
+
+    async def list_loras_async(self) -> set[int]:
+        return set.intersection(*map(set, await self.call_utility_all_async("list_loras")))
+
+    async def add_lora_async(self, lora_request: LoRARequest) -> bool:
+        return all(await self.call_utility_all_async("add_lora", lora_request))
+
+    async def remove_lora_async(self, lora_id: int) -> bool:
+        # An engine that never served the adapter has nothing to remove.
+        return any(await self.call_utility_all_async("remove_lora", lora_id))
+
+    async def pin_lora_async(self, lora_id: int) -> bool:
+        return all(await self.call_utility_all_async("pin_lora", lora_id))
+
+    async def collective_rpc_async(
+        self,
+        method: str | Callable[..., Any],
+        timeout: float | None = None,
+        args: tuple = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> list[Any]:
+        """The answers of all workers of all engines, one after the other."""
+        per_engine = await self.call_utility_all_async(
+            "collective_rpc", method, timeout, args, kwargs
+        )
+        return [answer for answers in per_engine for answer in answers]

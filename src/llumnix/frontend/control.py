@@ -1,0 +1,109 @@
+"""Our own routes, under /llumnix/v1."""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+from fastapi import FastAPI
+from fastapi.responses import JSONResponse
+
+from llumnix.core.types import EngineIndex, InstanceId
+from llumnix.errors import CapacityError, LastInstanceError, UnknownInstanceError, UsageError
+from llumnix.frontend.client import FleetClient
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InstanceStatus:
+    """One instance as its supervisor knows it. `state`: starting, serving, draining, restarting,
+    failed. `why`: the last thing that went wrong with it, if anything did."""
+
+    id: InstanceId
+    state: str
+    engine_index: EngineIndex | None
+    node: str | None
+    pid: int | None
+    devices: list[str]
+    restarts: int
+    why: str | None
+
+
+class InstanceControl(Protocol):
+    """Who starts and stops instances."""
+
+    def status(self) -> list[InstanceStatus]:
+        """All instances, in order of id."""
+        ...
+
+    async def add(self) -> InstanceStatus:
+        """Begins to start one more. `CapacityError` if nothing can hold it."""
+        ...
+
+    async def remove(self, instance: InstanceId) -> InstanceStatus:
+        """Stops its intake, and stops it once its requests have ended."""
+        ...
+
+
+def control_app(client: FleetClient, control: InstanceControl) -> FastAPI:
+    """The application behind /llumnix."""
+    app = FastAPI(title="llumnix", docs_url="/llumnix/docs", openapi_url="/llumnix/openapi.json")
+
+    @app.get("/llumnix/v1/instances")
+    async def instances() -> dict[str, Any]:
+        """Every instance with its load. `kv_tokens_used`, `kv_tokens_total`, `running` and
+        `waiting` come from its last report and are null while the controller is away."""
+        loads = await client.link.loads()
+        reports = {(r.instance, r.engine_index): r for r in loads or ()}
+        rows = []
+        for status in control.status():
+            row = asdict(status)
+            report = None
+            if status.engine_index is not None:
+                row["in_flight"] = client.in_flight(status.engine_index)
+                report = reports.get((status.id, status.engine_index))
+            for name in ("kv_tokens_used", "kv_tokens_total", "running", "waiting"):
+                row[name] = getattr(report, name, None)
+            rows.append(row)
+        return {"controller": "up" if loads is not None else "away", "instances": rows}
+
+    @app.post("/llumnix/v1/instances", status_code=202)
+    async def add_instance() -> dict[str, Any]:
+        """Starts one more instance; it serves once GET says so."""
+        return asdict(await control.add())
+
+    @app.delete("/llumnix/v1/instances/{instance}", status_code=202)
+    async def remove_instance(instance: str) -> dict[str, Any]:
+        """Stops the instance's intake, waits for its requests, stops it."""
+        return asdict(await control.remove(InstanceId(instance)))
+
+    @app.get("/llumnix/v1/requests")
+    async def requests() -> dict[str, Any]:
+        """Every request that is running or waiting. `id` is the client's X-Request-Id if it sent
+        one, else the id in vLLM's answer; `n` > 1 gives as many rows."""
+        return {
+            "requests": [
+                {
+                    "id": stream.client_id,
+                    "request": stream.request,
+                    "instance": stream.instance,
+                    "prompt_tokens": stream.prompt_tokens,
+                    "output_tokens": stream.output_tokens,
+                    "priority": stream.priority,
+                    "age_s": round(client.streams.age_s(stream), 3),
+                }
+                for stream in client.streams
+            ]
+        }
+
+    @app.exception_handler(UsageError)
+    async def usage_error(_: Any, error: UsageError) -> JSONResponse:
+        status = {UnknownInstanceError: 404, LastInstanceError: 409, CapacityError: 409}
+        return openai_error(str(error), status.get(type(error), 400), "invalid_request_error")
+
+    return app
+
+
+def openai_error(message: str, status: int, kind: str) -> JSONResponse:
+    """An error in the form that OpenAI's clients read."""
+    return JSONResponse(
+        {"error": {"message": message, "type": kind, "param": None, "code": status}},
+        status_code=status,
+    )

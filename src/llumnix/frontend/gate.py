@@ -1,0 +1,102 @@
+"""The outermost layer of the HTTP application: who may come in, and what each answer carries.
+
+vLLM's own key check covers /v1 and a few more prefixes; this one covers every path but /health,
+with vLLM's comparison of the key. vLLM adds it as the last of its middlewares, by import path, so
+it takes no arguments and finds the rest in the application's state.
+"""
+
+import asyncio
+from typing import Any
+
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from vllm import envs
+from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
+
+from llumnix.frontend.context import HttpRequest, current_http_request
+from llumnix.frontend.control import openai_error
+
+OPEN_PATHS = ("/health",)
+RETRY_AFTER_S = 1
+
+
+class Gate:
+    """Checks the key, serves /llumnix, turns requests away while stopping, and names the instance
+    in `x-llumnix-instance`."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+        self._check: AuthenticationMiddleware | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] not in ("http", "websocket"):
+            await self.app(scope, receive, send)
+            return
+        state = scope["app"].state
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        headers = Headers(scope=scope)
+        if not self._may_enter(scope, path, headers, state.args):
+            refusal = JSONResponse(content={"error": "Unauthorized"}, status_code=401)
+            await refusal(scope, receive, send)
+        elif path == "/llumnix" or path.startswith("/llumnix/"):
+            await state.engine_client.control_app(scope, receive, send)
+        elif state.engine_client.stopping and scope.get("method") == "POST":
+            answer = openai_error("The server is stopping.", 503, "service_unavailable")
+            answer.headers["retry-after"] = str(RETRY_AFTER_S)
+            await answer(scope, receive, send)
+        else:
+            http = HttpRequest(client_id=headers.get("x-request-id"))
+            token = current_http_request.set(http)
+            try:
+                await self.app(scope, receive, _Answer(http, send))
+            finally:
+                current_http_request.reset(token)
+
+    def _may_enter(self, scope: Scope, path: str, headers: Headers, args: Any) -> bool:
+        if path in OPEN_PATHS or scope.get("method") == "OPTIONS":
+            return True
+        if self._check is None:
+            keys = [key for key in (args.api_key or [envs.VLLM_API_KEY]) if key]
+            self._check = AuthenticationMiddleware(self.app, keys)
+        return not self._check.api_tokens or self._check.verify_token(headers)
+
+
+class _Answer:
+    """A response whose head waits until the instance is known, or the first byte of the body.
+
+    A streaming response sends its head before vLLM has placed the request; holding it back until
+    then costs the client nothing, since no token can come earlier.
+    """
+
+    def __init__(self, http: HttpRequest, send: Send) -> None:
+        self._http = http
+        self._send = send
+        self._head: Message | None = None
+        self._sending: asyncio.Task[None] | None = None
+        http.on_dispatch = self._dispatched
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self._head = message
+            if self._http.instance is not None:
+                await self._send_head()
+            return
+        if self._sending is not None:
+            await self._sending
+        elif self._head is not None:
+            await self._send_head()
+        await self._send(message)
+
+    def _dispatched(self) -> None:
+        if self._head is not None:
+            self._sending = asyncio.create_task(self._send_head())
+
+    async def _send_head(self) -> None:
+        head, self._head = self._head, None
+        if head is None:
+            return
+        if self._http.instance is not None:
+            instance = self._http.instance.encode()
+            head["headers"] = [*head.get("headers", ()), (b"x-llumnix-instance", instance)]
+        await self._send(head)

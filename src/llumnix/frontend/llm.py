@@ -1,0 +1,156 @@
+"""vLLM's AsyncLLM over many engines.
+
+vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
+- `AsyncLLM.__init__` gets its engine client from `EngineCoreClient.make_async_mp_client`, looked up
+  in its own module; there is no argument to pass one in.
+- `AsyncLLM._add_request` is the one place where a request is registered and sent.
+- `logger_manager` is built for a fixed list of engine indexes; `_logger_ref` lets the running
+  output handler see a new one (vLLM's elastic scaling uses it so).
+- `shutdown(timeout)` is called on a thread of its own after the first SIGINT or SIGTERM, before the
+  HTTP server is told to stop.
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterator
+from http import HTTPStatus
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.exceptions import GracefulHTTPError
+from vllm.usage.usage_lib import UsageContext
+from vllm.v1.engine import EngineCoreRequest
+from vllm.v1.engine import async_llm as vllm_async_llm
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.executor import Executor
+from vllm.v1.metrics.loggers import StatLoggerManager
+
+from llumnix.frontend.client import FleetClient
+
+logger = logging.getLogger("llumnix.frontend")
+
+DRAIN_POLL_S = 0.05
+
+
+class FleetLLM(AsyncLLM):
+    """The engine client that vLLM's HTTP application talks to."""
+
+    engine_core: FleetClient
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        client: FleetClient,
+        *,
+        log_stats: bool,
+        log_requests: bool,
+        aggregate_engine_logging: bool,
+    ) -> None:
+        self.stopping = False
+        self.on_stopping: Callable[[], None] | None = None
+        self._hurry = False
+        with _given(client):
+            super().__init__(
+                vllm_config=vllm_config,
+                executor_class=Executor.get_class(vllm_config),
+                log_stats=log_stats,
+                usage_context=UsageContext.OPENAI_API_SERVER,
+                log_requests=log_requests,
+                aggregate_engine_logging=aggregate_engine_logging,
+            )
+
+    async def _add_request(self, request: EngineCoreRequest, *args: Any, **kwargs: Any) -> None:
+        # Placing a request takes a moment in which the client can hang up. The caller does not
+        # know the request yet, so what was registered is taken back here.
+        try:
+            await super()._add_request(request, *args, **kwargs)
+        except BaseException:
+            await self.abort(request.request_id, internal=True)
+            raise
+
+    async def check_health(self) -> None:
+        await super().check_health()
+        if self.stopping or not self.engine_core.serving:
+            raise EngineDeadError()
+
+    def grow_metrics(self, slots: int) -> None:
+        """Makes room for the metrics of that many instances. As with vLLM's own elastic scaling the
+        counters start anew; Prometheus takes that for a restart."""
+        if self.logger_manager is None or slots <= len(self.engine_core.engine_ranks_managed):
+            return
+        self.engine_core.engine_ranks_managed = list(range(slots))
+        self.logger_manager = StatLoggerManager(
+            vllm_config=self.vllm_config, engine_idxs=list(range(slots)), custom_stat_loggers=None
+        )
+        if hasattr(self, "_logger_ref"):
+            self._logger_ref[0] = self.logger_manager
+        self.logger_manager.log_engine_initialized()
+
+    def shutdown(self, timeout: float | None = None) -> None:
+        """Lets the open streams end, at most `timeout` seconds, then closes.
+
+        vLLM calls it on a thread, with the event loop running on. `on_stopping` is told at once.
+        """
+        if not self.stopping:
+            self.stopping = True
+            if self.on_stopping is not None:
+                self.on_stopping()
+            deadline = time.monotonic() + (timeout or 0)
+            while not self._loop_is_here() and not self._hurry and time.monotonic() < deadline:
+                if not len(self.engine_core.streams):
+                    break
+                time.sleep(DRAIN_POLL_S)
+        super().shutdown(timeout=0)
+
+    def hurry(self) -> None:
+        """Ends the wait in `shutdown`."""
+        self._hurry = True
+
+    @staticmethod
+    def _loop_is_here() -> bool:
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            return False
+        return True
+
+    # -- what has no meaning over several instances ------------------------------------------------
+
+    async def scale_elastic_ep(self, new_data_parallel_size: int, drain_timeout: int = 300) -> None:
+        raise _refused("POST /llumnix/v1/instances and DELETE /llumnix/v1/instances/{id} scale")
+
+    async def init_weight_transfer_engine(self, request: Any) -> None:
+        if len(self.engine_core.core_engines) > 1:
+            raise _refused(
+                "a trainer's weight transfer numbers the workers of one engine; use --instances 1"
+            )
+        await super().init_weight_transfer_engine(request)
+
+    async def handle_fault(self, fault_tolerance_request: Any) -> Any:
+        raise _refused("llumnix restarts instances by itself; see GET /llumnix/v1/instances")
+
+
+def _refused(why: str) -> GracefulHTTPError:
+    return GracefulHTTPError(
+        f"Not available over several instances: {why}.", HTTPStatus.NOT_IMPLEMENTED
+    )
+
+
+@contextlib.contextmanager
+def _given(client: FleetClient) -> Iterator[None]:
+    """While it lasts, AsyncLLM's constructor gets this client instead of making its own."""
+
+    class Given:
+        @staticmethod
+        def make_async_mp_client(**_: Any) -> FleetClient:
+            return client
+
+    stock = vllm_async_llm.EngineCoreClient
+    vllm_async_llm.EngineCoreClient = Given  # type: ignore[misc,assignment]
+    try:
+        yield
+    finally:
+        vllm_async_llm.EngineCoreClient = stock  # type: ignore[misc]

@@ -1,0 +1,80 @@
+"""Runs vLLM's HTTP server over the fleet.
+
+vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
+`setup_server(args)` checks the arguments and binds the port, `build_and_serve(engine_client, ...)`
+builds the whole application and serves until a signal, and returns what remains to be awaited;
+`args.middleware` are import paths of ASGI middlewares, the last the outermost.
+"""
+
+import asyncio
+import logging
+import signal
+import socket
+from argparse import Namespace
+from collections.abc import Callable
+
+from vllm.entrypoints.launchers.api_server.entry import build_and_serve
+from vllm.entrypoints.launchers.launcher import setup_server
+
+from llumnix.errors import UsageError
+from llumnix.frontend.control import InstanceControl, control_app
+from llumnix.frontend.llm import FleetLLM
+
+logger = logging.getLogger("llumnix.frontend")
+
+GATE = "llumnix.frontend.gate.Gate"
+
+
+def bind(args: Namespace) -> tuple[str, socket.socket]:
+    """Binds the port before anything expensive starts. Returns the URL and the socket."""
+    try:
+        return setup_server(args, reuse_port=False)
+    except KeyError as error:
+        raise UsageError(str(error.args[0])) from error
+    except OSError as error:
+        where = args.uds or f"{args.host}:{args.port}"
+        raise UsageError(
+            f"cannot listen on {where} ({error.strerror}): free it, or choose another --port"
+        ) from error
+
+
+async def serve(
+    llm: FleetLLM,
+    control: InstanceControl,
+    listen_address: str,
+    sock: socket.socket,
+    args: Namespace,
+) -> None:
+    """Serves until the first SIGINT or SIGTERM, then lets running requests end."""
+    llm.control_app = control_app(llm.engine_core, control)
+    args.middleware = [*args.middleware, GATE]
+    llm.on_stopping = _arm_second_signal(asyncio.get_running_loop(), llm)
+    rest = await build_and_serve(llm, listen_address, sock, args)
+    try:
+        await rest
+    finally:
+        sock.close()
+
+
+def _arm_second_signal(loop: asyncio.AbstractEventLoop, llm: FleetLLM) -> Callable[[], None]:
+    """From the first signal on, a second one stops at once."""
+
+    def second() -> None:
+        print("llumnix: stopping at once", flush=True)
+        llm.hurry()
+
+    def arm() -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, second)
+
+    def stopping() -> None:
+        running = len(llm.engine_core.streams)
+        timeout = llm.vllm_config.shutdown_timeout
+        print(
+            f"llumnix: stopping; {running} running requests have {timeout} s to end "
+            "(a second signal stops at once)",
+            flush=True,
+        )
+        loop.call_soon_threadsafe(arm)
+
+    return stopping

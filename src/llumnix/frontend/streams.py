@@ -1,0 +1,66 @@
+"""The requests of one frontend, and the engine that each runs on."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from llumnix.core.types import EngineIndex, InstanceId, RequestId
+
+
+@dataclass(slots=True, kw_only=True)
+class Stream:
+    """One sequence on its way to a client. Token counts in tokens, `started_s` monotonic."""
+
+    request: RequestId
+    client_id: str
+    instance: InstanceId
+    engine_index: EngineIndex
+    prompt_tokens: int
+    priority: int
+    started_s: float
+    output_tokens: int = 0
+
+
+class Streams:
+    """The open streams, by request and counted by engine."""
+
+    def __init__(self) -> None:
+        self._by_request: dict[RequestId, Stream] = {}
+        self._by_engine: dict[EngineIndex, dict[RequestId, Stream]] = {}
+
+    def __len__(self) -> int:
+        return len(self._by_request)
+
+    def __iter__(self) -> Iterator[Stream]:
+        return iter(list(self._by_request.values()))
+
+    def get(self, request: str) -> Stream | None:
+        """The open stream of that request."""
+        return self._by_request.get(RequestId(request))
+
+    def open(self, stream: Stream) -> None:
+        """Takes in a stream."""
+        self._by_request[stream.request] = stream
+        self._by_engine.setdefault(stream.engine_index, {})[stream.request] = stream
+
+    def close(self, request: str) -> Stream | None:
+        """Forgets the request's stream and returns it, if it was open."""
+        stream = self._by_request.pop(RequestId(request), None)
+        if stream is not None:
+            mine = self._by_engine[stream.engine_index]
+            del mine[stream.request]
+            if not mine:
+                del self._by_engine[stream.engine_index]
+        return stream
+
+    def on(self, engine_index: EngineIndex) -> list[Stream]:
+        """The open streams of one engine."""
+        return list(self._by_engine.get(engine_index, {}).values())
+
+    def count(self, engine_index: EngineIndex) -> int:
+        """How many streams are open on one engine."""
+        return len(self._by_engine.get(engine_index, ()))
+
+    def age_s(self, stream: Stream) -> float:
+        """Seconds since the stream was opened."""
+        return time.monotonic() - stream.started_s

@@ -1,0 +1,89 @@
+"""Facts and decisions as bytes: msgpack, typed, nothing unpickled.
+
+A message is the pair [name of its class, its fields]. Both sides know the same closed set of
+classes; anything else is an error with the story.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from llumnix.core.events import Dispatch, InstanceLost, LoadReported, NoInstance, RequestArrived
+from llumnix.core.load import LoadReport
+from llumnix.errors import ProtocolError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ping:
+    """Are you there? Answered with `Pong` of the same number."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pong:
+    """I am."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadsAsked:
+    """A frontend asks for the last report of every instance."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loads:
+    """The last report of every instance that the controller knows."""
+
+    number: int
+    reports: list[LoadReport] = field(default_factory=list)
+
+
+Message = (
+    RequestArrived
+    | LoadReported
+    | InstanceLost
+    | Dispatch
+    | NoInstance
+    | Ping
+    | Pong
+    | LoadsAsked
+    | Loads
+)
+_CLASSES: dict[str, type] = {
+    c.__name__: c
+    for c in (
+        RequestArrived,
+        LoadReported,
+        InstanceLost,
+        Dispatch,
+        NoInstance,
+        Ping,
+        Pong,
+        LoadsAsked,
+        Loads,
+    )
+}
+_encoder = msgspec.msgpack.Encoder()
+_envelope = msgspec.msgpack.Decoder(tuple[str, msgspec.Raw])
+_decoders: dict[str, msgspec.msgpack.Decoder[Any]] = {
+    name: msgspec.msgpack.Decoder(c) for name, c in _CLASSES.items()
+}
+
+
+def encode(message: Message) -> bytes:
+    """The message as bytes."""
+    return _encoder.encode((type(message).__name__, message))
+
+
+def decode(payload: bytes) -> Message:
+    """The message that `encode` made; `ProtocolError` on anything else."""
+    try:
+        name, body = _envelope.decode(payload)
+        return _decoders[name].decode(body)  # type: ignore[no-any-return]
+    except (msgspec.DecodeError, KeyError) as error:
+        raise ProtocolError(f"not a message of ours ({error}): {payload[:80]!r}") from error
