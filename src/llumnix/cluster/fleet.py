@@ -181,6 +181,8 @@ class Fleet:
                 member.task.cancel()
         await asyncio.gather(*(self._end(m) for m in members))
         if self._controller is not None:
+            self._controller.stop.remote()
+            await asyncio.wait({asyncio.wrap_future(self._controller_run.future())}, timeout=1.0)
             ray.kill(self._controller)
 
     # -- one instance ------------------------------------------------------------------------------
@@ -251,7 +253,7 @@ class Fleet:
             self._client.accept(run.engine_index, False)
             await run.actor.accept.remote(False)
             while self._client.in_flight(run.engine_index) and not run.ended.done():
-                await asyncio.sleep(DRAIN_POLL_S)  # noqa: ASYNC110, a dead engine ends it too
+                await asyncio.sleep(DRAIN_POLL_S)
         if run is not None:
             await self._client.lose(run.engine_index)
         await self._end(member)

@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import logging
 import os
 import signal
 import sys
@@ -27,6 +28,7 @@ def serve(argv: list[str]) -> int:
     """Runs until it is told to stop; returns the exit status. `UsageError` on bad input."""
     began = time.monotonic()
     signal.signal(signal.SIGTERM, _interrupt)
+    log_to_stderr()
     # vLLM's start-up chatter would hide our own lines; whoever sets the level gets all of it.
     logs = "VLLM_LOGGING_LEVEL" in os.environ
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
@@ -45,6 +47,16 @@ def serve(argv: list[str]) -> int:
         sock.close()
         if command.args.uds and os.path.exists(command.args.uds):
             os.unlink(command.args.uds)
+
+
+def log_to_stderr() -> None:
+    """Our own lines, whatever the libraries do to the root logger."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("llumnix: %(message)s"))
+    ours = logging.getLogger("llumnix")
+    ours.addHandler(handler)
+    ours.setLevel(logging.INFO)
+    ours.propagate = False
 
 
 def _interrupt(*_: Any) -> None:

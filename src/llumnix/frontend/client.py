@@ -110,6 +110,7 @@ class FleetClient(AsyncMPClient):
 
     def start(self) -> None:
         """Begins to listen for engines and their outputs; call it with the event loop running."""
+        self.loop = asyncio.get_running_loop()
         self._link.start()
         self._ensure_output_queue_task()
         self._greeter = asyncio.create_task(self._greet(), name="llumnix-engine-greeter")
@@ -148,20 +149,22 @@ class FleetClient(AsyncMPClient):
         for call in self._calls.pop(engine_index, set()):
             call.cancel()
         lost = self.streams.on(engine_index)
-        for stream in lost:
-            self.streams.close(stream.request)
-        if lost:
-            self.outputs_queue.put_nowait(
-                EngineCoreOutputs(
-                    engine_index=engine.slot,
-                    outputs=[
-                        EngineCoreOutput(s.request, [], finish_reason=FinishReason.ERROR)
-                        for s in lost
-                    ],
-                )
-            )
+        self._finish(lost, engine.slot, FinishReason.ERROR)
         await self._link.tell(InstanceLost(instance=engine.instance, engine_index=engine_index))
         return len(lost)
+
+    async def abort_all(self) -> None:
+        """Ends every open stream, as vLLM does when it stops at once."""
+        for engine in list(self._engines.values()):
+            mine = self.streams.on(engine.engine_index)
+            self._finish(mine, engine.slot, FinishReason.ABORT)
+
+    def _finish(self, streams: list[Stream], slot: int, reason: FinishReason) -> None:
+        for stream in streams:
+            self.streams.close(stream.request)
+        if streams:
+            last = [EngineCoreOutput(s.request, [], finish_reason=reason) for s in streams]
+            self.outputs_queue.put_nowait(EngineCoreOutputs(engine_index=slot, outputs=last))
 
     def in_flight(self, engine_index: EngineIndex) -> int:
         """How many of this frontend's requests the engine holds."""

@@ -33,6 +33,7 @@ from llumnix.frontend.client import FleetClient
 logger = logging.getLogger("llumnix.frontend")
 
 DRAIN_POLL_S = 0.05
+ABORT_TIMEOUT_S = 2.0
 
 
 class FleetLLM(AsyncLLM):
@@ -98,12 +99,19 @@ class FleetLLM(AsyncLLM):
             self.stopping = True
             if self.on_stopping is not None:
                 self.on_stopping()
-            deadline = time.monotonic() + (timeout or 0)
-            while not self._loop_is_here() and not self._hurry and time.monotonic() < deadline:
-                if not len(self.engine_core.streams):
-                    break
-                time.sleep(DRAIN_POLL_S)
+            if not self._loop_is_here():
+                self._let_streams_end(timeout or 0)
         super().shutdown(timeout=0)
+
+    def _let_streams_end(self, timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        while len(self.engine_core.streams) and not self._hurry and time.monotonic() < deadline:
+            time.sleep(DRAIN_POLL_S)
+        asyncio.run_coroutine_threadsafe(self.engine_core.abort_all(), self.engine_core.loop)
+        # The output handler dies with the engine client: what is queued must be told before.
+        deadline = time.monotonic() + ABORT_TIMEOUT_S
+        while self.get_num_unfinished_requests() and time.monotonic() < deadline:
+            time.sleep(DRAIN_POLL_S)
 
     def hurry(self) -> None:
         """Ends the wait in `shutdown`."""

@@ -1,0 +1,212 @@
+"""Instances die, come and go under load; the whole stops as told. Each test has its own server."""
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from support.server import Server, alive, eventually
+
+from .conftest import FLAGS
+
+pytestmark = pytest.mark.live
+
+
+class Load:
+    """Streams requests from threads until told to stop, and keeps what each one saw."""
+
+    def __init__(self, server: Server, streams: int, max_tokens: int) -> None:
+        self.server, self.max_tokens = server, max_tokens
+        self.done: list[dict] = []
+        self._stop = threading.Event()
+        self._threads = [threading.Thread(target=self._run, args=(i,)) for i in range(streams)]
+
+    def __enter__(self) -> "Load":
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _run(self, index: int) -> None:
+        number = 0
+        while not self._stop.is_set():
+            self.done.append(stream(self.server, f"{index}-{number}", self.max_tokens))
+            number += 1
+
+
+def stream(server: Server, name: str, max_tokens: int) -> dict:
+    """One streamed completion: its text, instance, error, and when each piece came."""
+    body = {"prompt": f"p {name}", "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
+    seen: dict = {"name": name, "text": "", "error": None, "instance": None, "pieces": 0}
+    try:
+        with httpx.stream(
+            "POST",
+            server.url + "/v1/completions",
+            json={**body, "stream": True},
+            headers={"X-Request-Id": name},
+            timeout=120,
+        ) as response:
+            seen["status"] = response.status_code
+            seen["instance"] = response.headers.get("x-llumnix-instance")
+            for line in response.iter_lines():
+                if not line.startswith("data: ") or line == "data: [DONE]":
+                    continue
+                piece = json.loads(line[6:])
+                if "error" in piece:
+                    seen["error"] = piece["error"]
+                else:
+                    seen["text"] += piece["choices"][0]["text"]
+                    seen["pieces"] += 1
+    except httpx.TransportError as error:
+        seen["error"] = repr(error)
+    return seen
+
+
+def start(tiny_model: Path, log: Path, *flags: str) -> Server:
+    return Server(
+        str(tiny_model), "--served-model-name", "tiny", *FLAGS, *flags, log=log
+    ).wait_until_serving()
+
+
+@pytest.fixture(scope="module")
+def pair(tiny_model: Path, logs: Path) -> Iterator[Server]:
+    """Two instances, which the tests hurt one after the other."""
+    server = start(tiny_model, logs / "pair.log")
+    yield server
+    server.stop()
+    print(server.log[-3000:])
+
+
+@pytest.fixture
+def single(tiny_model: Path, logs: Path, request: pytest.FixtureRequest) -> Iterator[Server]:
+    server = start(tiny_model, logs / f"{request.node.name}.log", "--instances", "1")
+    yield server
+    server.stop()
+    print(server.log[-3000:])
+
+
+def test_a_killed_instance_takes_only_its_own_streams_and_comes_back(pair: Server) -> None:
+    server = pair
+    with Load(server, streams=6, max_tokens=300) as load:
+        eventually(lambda: {r["instance"] for r in server.requests()} == {"i0", "i1"}, what="load")
+        victim = server.instances()["i1"]
+        here = {r["id"] for r in server.requests() if r["instance"] == "i1"}
+        killed = time.monotonic()
+        os.kill(victim["pid"], signal.SIGKILL)
+        eventually(lambda: server.instances()["i1"]["state"] != "serving", 2.0, "noticed in 2 s")
+        eventually(lambda: len([s for s in load.done if s["name"] in here]) == len(here), 10)
+        assert time.monotonic() - killed < 10
+        before = len(load.done)
+        eventually(lambda: len(load.done) > before + 3, what="the others go on")
+        eventually(lambda: server.instances()["i1"]["state"] == "serving", 120, "comes back")
+        back = server.instances()["i1"]
+        eventually(lambda: server.instances()["i1"]["running"], 30, "gets requests again")
+    failed = [s for s in load.done if s["error"]]
+    assert {s["name"] for s in failed} <= here | {s["name"] for s in failed if s["pieces"] == 0}
+    assert all(s["instance"] == "i1" for s in failed)
+    assert all(s["error"]["code"] == 500 for s in failed if s["pieces"])
+    assert back["pid"] != victim["pid"]
+    assert back["restarts"] == 1
+    assert back["engine_index"] == 2
+    assert all(len(s["text"]) > 0 for s in load.done if s["instance"] == "i0")
+
+
+def test_with_the_controller_killed_no_request_fails_and_it_comes_back(pair: Server) -> None:
+    server = pair
+    pids = [p for p in server.descendants() if _title(p).startswith("ray::Controller")]
+    assert len(pids) == 1
+    with Load(server, streams=4, max_tokens=20) as load:
+        eventually(lambda: len(load.done) > 8)
+        os.kill(pids[0], signal.SIGKILL)
+        before = len(load.done)
+        eventually(lambda: "The controller does not answer" in server.log, what="says so")
+        eventually(lambda: len(load.done) > before + 8, what="requests go on")
+        eventually(lambda: "The controller is back" in server.log, 60, "Ray starts it again")
+        before = len(load.done)
+        eventually(lambda: len(load.done) > before + 8)
+        answer = server.http.get("/llumnix/v1/instances").json()
+    assert [s for s in load.done if s["error"] or s["status"] != 200] == []
+    assert answer["controller"] == "up"
+    assert all(i["kv_tokens_total"] for i in answer["instances"])
+    assert server.log.count("The controller does not answer") == 1
+    assert {s["instance"] for s in load.done} == {"i0", "i1"}
+
+
+def test_instances_are_added_and_removed_while_streams_go_on(pair: Server) -> None:
+    server = pair
+    with Load(server, streams=4, max_tokens=200) as load:
+        added = server.http.post("/llumnix/v1/instances")
+        assert (added.status_code, added.json()["id"]) == (202, "i2")
+        eventually(lambda: server.instances()["i2"]["state"] == "serving", 120)
+        eventually(lambda: server.instances()["i2"]["running"], 30, "the new one gets requests")
+        pid = server.instances()["i0"]["pid"]
+        removed = server.http.delete("/llumnix/v1/instances/i0")
+        assert (removed.status_code, removed.json()["state"]) == (202, "draining")
+        eventually(lambda: "i0" not in server.instances(), 60)
+        eventually(lambda: not alive(pid), 10)
+    assert [s for s in load.done if s["error"]] == []
+    assert "i2" in {s["instance"] for s in load.done}
+    assert {f'engine="{n}"' in server.http.get("/metrics").text for n in (1, 2)} == {True}
+
+    missing = server.http.delete("/llumnix/v1/instances/i7")
+    assert missing.status_code == 404
+    assert "no instance i7; there are: i1, i2" in missing.json()["error"]["message"]
+    assert server.http.delete("/llumnix/v1/instances/i1").status_code == 202
+    eventually(lambda: set(server.instances()) == {"i2"})
+    last = server.http.delete("/llumnix/v1/instances/i2")
+    assert last.status_code == 409
+    assert "POST /llumnix/v1/instances first" in last.json()["error"]["message"]
+    assert server.complete().status_code == 200
+
+
+def test_ctrl_c_lets_running_requests_end_and_leaves_nothing(single: Server) -> None:
+    server = single
+    shared_memory = set(os.listdir("/dev/shm"))
+    pids = server.descendants()
+    assert len(pids) > 3
+    results: list[dict] = []
+    thread = threading.Thread(target=lambda: results.append(stream(server, "long", 600)))
+    thread.start()
+    eventually(lambda: any(r["output_tokens"] > 3 for r in server.requests()), what="it runs")
+    server.signal(signal.SIGINT, group=True)
+    eventually(lambda: "have 30 s to end" in server.log, 10)
+    turned_away = server.complete()
+    assert turned_away.status_code == 503
+    assert turned_away.json()["error"]["message"] == "The server is stopping."
+    assert server.http.get("/health").status_code == 503
+    assert server.wait() == 0
+    thread.join()
+    assert results[0]["error"] is None
+    assert results[0]["pieces"] > 100
+    eventually(lambda: not any(map(alive, pids)), 10, "no process is left")
+    assert set(os.listdir("/dev/shm")) <= shared_memory
+    assert "Traceback" not in server.log
+
+
+def test_a_second_signal_stops_at_once(single: Server) -> None:
+    server = single
+    thread = threading.Thread(target=stream, args=(server, "long", 1900))
+    thread.start()
+    eventually(lambda: any(r["output_tokens"] > 3 for r in server.requests()))
+    server.signal(signal.SIGTERM)
+    eventually(lambda: "have 30 s to end" in server.log, 10)
+    began = time.monotonic()
+    server.signal(signal.SIGTERM)
+    assert server.wait() == 0
+    assert time.monotonic() - began < 15
+    thread.join()
+    assert "stopping at once" in server.log
+
+
+def _title(pid: int) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
