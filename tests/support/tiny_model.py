@@ -1,4 +1,4 @@
-"""A tiny Llama with random float32 weights and a byte-level tokenizer: exact and fast, says nothing."""
+"""A tiny Llama with random float32 weights and a byte-level tokenizer: fast, exact, senseless."""
 
 import json
 import os

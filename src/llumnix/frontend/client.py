@@ -250,21 +250,11 @@ class FleetClient(AsyncMPClient):
         return self._place_alone()
 
     def _pinned(self, request: EngineCoreRequest) -> Engine | None:
-        """Late-interaction scoring keeps query embeddings in one engine's memory, and a client may
-        name an engine by vLLM's data-parallel rank: both leave no choice."""
+        """Late-interaction scoring keeps a query's embedding in one engine's memory: all requests
+        of the query go there."""
         engines = self._takers()
-        index = request.data_parallel_rank
-        if index is None:
-            index = get_late_interaction_engine_index(request.pooling_params, len(engines) or 1)
-        if index is None:
-            return None
-        if not 0 <= index < len(engines):
-            raise GracefulHTTPError(
-                f"data_parallel_rank {index}: {len(engines)} instances serve, so use 0 to "
-                f"{len(engines) - 1}, or leave it out to have the request placed",
-                HTTPStatus.BAD_REQUEST,
-            )
-        return engines[index]
+        index = get_late_interaction_engine_index(request.pooling_params, len(engines) or 1)
+        return None if index is None or not engines else engines[index]
 
     def _takers(self) -> list[Engine]:
         engines = [e for e in self._engines.values() if e.ready.done() and e.accepting]

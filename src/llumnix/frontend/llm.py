@@ -15,11 +15,10 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator
-from http import HTTPStatus
 from typing import Any
 
 from vllm.config import VllmConfig
-from vllm.exceptions import GracefulHTTPError
+from vllm.exceptions import VLLMValidationError
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine import async_llm as vllm_async_llm
@@ -141,10 +140,8 @@ class FleetLLM(AsyncLLM):
         raise _refused("llumnix restarts instances by itself; see GET /llumnix/v1/instances")
 
 
-def _refused(why: str) -> GracefulHTTPError:
-    return GracefulHTTPError(
-        f"Not available over several instances: {why}.", HTTPStatus.NOT_IMPLEMENTED
-    )
+def _refused(why: str) -> VLLMValidationError:
+    return VLLMValidationError(f"Not available over several instances: {why}.")
 
 
 @contextlib.contextmanager

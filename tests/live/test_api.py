@@ -1,0 +1,247 @@
+"""vLLM's API through two instances, with the clients that people use."""
+
+import json
+import time
+
+import httpx
+import openai
+import pytest
+from support.server import Server, eventually
+
+pytestmark = pytest.mark.live
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string", "maxLength": 8}},
+            "required": ["city"],
+            "additionalProperties": False,
+        },
+    },
+}
+ASK = [{"role": "user", "content": "What is the capital of France?"}]
+
+
+@pytest.fixture
+def client(server: Server) -> openai.OpenAI:
+    return openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0)
+
+
+def test_models_names_what_is_served(client: openai.OpenAI) -> None:
+    assert [m.id for m in client.models.list()] == ["tiny"]
+
+
+def test_chat_and_its_stream_say_the_same(client: openai.OpenAI) -> None:
+    settings = {"model": "tiny", "messages": ASK, "max_tokens": 24, "temperature": 0}
+    whole = client.chat.completions.create(**settings)
+    pieces = list(
+        client.chat.completions.create(
+            **settings, stream=True, stream_options={"include_usage": True}
+        )
+    )
+    text = "".join(p.choices[0].delta.content or "" for p in pieces if p.choices)
+    assert text == whole.choices[0].message.content
+    assert pieces[-1].usage == whole.usage
+    assert whole.usage.completion_tokens == 24
+
+
+def test_both_instances_answer_alike(server: Server) -> None:
+    answers = {}
+    for _ in range(6):
+        answer = server.complete("the same on each", 16)
+        answers[answer.headers["x-llumnix-instance"]] = answer.json()["choices"][0]["text"]
+    assert set(answers) == {"i0", "i1"}
+    assert answers["i0"] == answers["i1"]
+
+
+def test_a_named_tool_is_called(client: openai.OpenAI) -> None:
+    chosen = {"type": "function", "function": {"name": "weather"}}
+    answer = client.chat.completions.create(
+        model="tiny", messages=ASK, tools=[WEATHER], tool_choice=chosen, max_tokens=200, seed=3
+    )
+    call = answer.choices[0].message.tool_calls[0]
+    assert call.function.name == "weather"
+    json.loads(call.function.arguments)
+
+
+def test_a_json_schema_is_kept(client: openai.OpenAI) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"n": {"enum": [1, 2, 3]}},
+        "required": ["n"],
+        "additionalProperties": False,
+    }
+    answer = client.chat.completions.create(
+        model="tiny",
+        messages=ASK,
+        max_tokens=100,
+        response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema}},
+    )
+    assert json.loads(answer.choices[0].message.content)["n"] in (1, 2, 3)
+
+
+def test_logprobs_come_for_every_token(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model="tiny", messages=ASK, max_tokens=5, logprobs=True, top_logprobs=3, temperature=0
+    )
+    content = answer.choices[0].logprobs.content
+    assert len(content) == 5
+    assert all(len(t.top_logprobs) == 3 and t.logprob <= 0 for t in content)
+
+
+def test_n_gives_that_many_choices_and_rows(server: Server, client: openai.OpenAI) -> None:
+    stream = client.completions.create(
+        model="tiny",
+        prompt="x",
+        n=2,
+        max_tokens=400,
+        seed=5,
+        stream=True,
+        extra_headers={"X-Request-Id": "pair-of-them"},
+        extra_body={"ignore_eos": True},
+    )
+    rows = eventually(
+        lambda: (
+            [r for r in server.requests() if r["id"] == "pair-of-them"][1:2]
+            and [r for r in server.requests() if r["id"] == "pair-of-them"]
+        ),
+        10,
+    )
+    assert [r["prompt_tokens"] for r in rows] == [1, 1]
+    assert {c.index for piece in stream for c in piece.choices} == {0, 1}
+
+
+def test_responses_and_messages_answer(client: openai.OpenAI, server: Server) -> None:
+    answer = client.responses.create(model="tiny", input="hello", max_output_tokens=12)
+    assert answer.status in ("completed", "incomplete")
+    body = {"model": "tiny", "max_tokens": 8, "messages": ASK}
+    assert server.http.post("/v1/messages", json=body).json()["type"] == "message"
+
+
+def test_the_small_routes_answer(server: Server) -> None:
+    http = server.http
+    tokens = http.post("/tokenize", json={"model": "tiny", "prompt": "abc"}).json()
+    assert tokens["count"] == 3
+    back = http.post("/detokenize", json={"model": "tiny", "tokens": tokens["tokens"]})
+    assert back.json()["prompt"] == "abc"
+    assert http.get("/health").status_code == 200
+    assert "0.32.0" in http.get("/version").json()["version"]
+    assert http.post("/reset_prefix_cache").status_code == 200
+    assert http.get("/is_sleeping").json() == {"is_sleeping": False}
+
+
+def test_metrics_tell_the_instances_apart(server: Server) -> None:
+    for _ in range(4):
+        server.complete()
+    text = server.http.get("/metrics").text
+    for engine in ("0", "1"):
+        lines = [
+            line
+            for line in text.splitlines()
+            if line.startswith("vllm:generation_tokens_total") and f'engine="{engine}"' in line
+        ]
+        assert len(lines) == 1
+        assert float(lines[0].split()[-1]) > 0
+
+
+def test_a_lora_adapter_is_loaded_into_and_removed_from_all(server: Server, lora) -> None:
+    http = server.http
+    load = {"lora_name": "adapter", "lora_path": str(lora)}
+    assert http.post("/v1/load_lora_adapter", json=load).status_code == 200
+    base = server.complete("adapted?", 12).json()["choices"][0]["text"]
+    seen = {}
+    for _ in range(6):
+        answer = server.complete("adapted?", 12, model="adapter")
+        seen[answer.headers["x-llumnix-instance"]] = answer.json()["choices"][0]["text"]
+    assert set(seen) == {"i0", "i1"}
+    assert len(set(seen.values())) == 1
+    assert base not in seen.values()
+    unload = {"lora_name": "adapter"}
+    assert http.post("/v1/unload_lora_adapter", json=unload).status_code == 200
+    assert server.complete("adapted?", 12, model="adapter").status_code == 404
+
+
+def test_a_stream_names_its_instance_and_is_listed_under_the_clients_id(server: Server) -> None:
+    body = {"prompt": "list me", "max_tokens": 300, "stream": True, "ignore_eos": True}
+    headers = {"X-Request-Id": "my-own-id"}
+    with httpx.stream(
+        "POST", server.url + "/v1/completions", json=body, headers=headers, timeout=60
+    ) as response:
+        instance = response.headers["x-llumnix-instance"]
+        lines = response.iter_lines()
+        for _ in range(8):
+            next(lines)
+        row = next(r for r in server.requests() if r["id"] == "my-own-id")
+        load = server.instances()[instance]
+        for _ in lines:
+            pass
+    assert row["instance"] == instance
+    assert row["prompt_tokens"] == len("list me")
+    assert 0 < row["output_tokens"] < 300
+    assert row["priority"] == 0
+    assert row["age_s"] > 0
+    assert load["running"] == 1
+    assert load["in_flight"] == 1
+    eventually(lambda: server.instances()[instance]["running"] == 0, 5)
+    assert server.requests() == []
+
+
+def test_a_client_that_hangs_up_frees_its_request(server: Server) -> None:
+    body = {"prompt": "bye", "max_tokens": 1500, "stream": True, "ignore_eos": True}
+    with httpx.stream("POST", server.url + "/v1/completions", json=body, timeout=60) as response:
+        lines = response.iter_lines()
+        assert "error" not in next(lines)
+        assert len(server.requests()) == 1
+    eventually(lambda: server.requests() == [], 5)
+    eventually(
+        lambda: all(
+            (i["running"], i["waiting"], i["kv_tokens_used"]) == (0, 0, 0)
+            for i in server.instances().values()
+        ),
+        5,
+        "its blocks are free again",
+    )
+
+
+def test_a_burst_is_spread_by_bookings(server: Server) -> None:
+    """All arrive before any load report can name them."""
+    bodies = [{"prompt": f"burst {i}", "max_tokens": 40, "ignore_eos": True} for i in range(12)]
+
+    async def burst() -> list[str]:
+        import asyncio
+
+        async with httpx.AsyncClient(base_url=server.url, timeout=60) as http:
+            answers = await asyncio.gather(*(http.post("/v1/completions", json=b) for b in bodies))
+        return [a.headers["x-llumnix-instance"] for a in answers]
+
+    import asyncio
+
+    placed = asyncio.run(burst())
+    assert sorted(placed.count(i) for i in ("i0", "i1")) == [6, 6]
+
+
+def test_bad_requests_get_vllms_errors(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError, match="does not exist"):
+        client.chat.completions.create(model="nothing", messages=ASK)
+    with pytest.raises(openai.BadRequestError):
+        client.completions.create(model="tiny", prompt="x" * 5000, max_tokens=10)
+
+
+def test_what_has_no_meaning_over_several_instances_says_so(server: Server) -> None:
+    answer = server.http.post("/scale_elastic_ep", json={"new_data_parallel_size": 2})
+    assert answer.status_code >= 400
+    assert "POST /llumnix/v1/instances" in answer.text
+
+
+def test_the_first_token_is_not_held_back_by_the_header(server: Server) -> None:
+    """The head of a stream comes at the dispatch, before the first token."""
+    body = {"prompt": "y" * 1500, "max_tokens": 2, "stream": True}
+    began = time.monotonic()
+    with httpx.stream("POST", server.url + "/v1/completions", json=body, timeout=60) as response:
+        head_s = time.monotonic() - began
+        next(response.iter_lines())
+        token_s = time.monotonic() - began
+    assert head_s < token_s
