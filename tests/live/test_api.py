@@ -6,6 +6,7 @@ import time
 import httpx
 import openai
 import pytest
+
 from support.server import Server, eventually
 
 pytestmark = pytest.mark.live

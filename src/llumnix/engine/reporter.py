@@ -1,11 +1,14 @@
 """The llumlet's mouth: pushes the engine's load to the controller.
 
-The engine's busy loop leaves its latest numbers here after each step (no lock, no I/O on that
-thread); a thread of its own sends them, at most once a step and at least every
+The engine's busy loop hands its numbers over after each step, and what changed is sent there and
+then: some 30 microseconds on that thread. (A thread of its own would have to wait for the
+interpreter's lock, which the busy loop holds while it polls for its workers' answer, and make the
+loop wait in turn.) A second thread only repeats the last report when nothing was sent for
 `HEARTBEAT_S`. With the controller gone, reports are dropped, not queued: the next one says it all.
 """
 
 import threading
+import time
 from dataclasses import dataclass
 
 import zmq
@@ -32,7 +35,7 @@ class Numbers:
 
 
 class LoadReporter:
-    """Reports of one run of one instance's engine. `offer` is for the busy loop's thread only."""
+    """Reports of one run of one instance's engine."""
 
     def __init__(self, *, instance: InstanceId, engine_index: EngineIndex, controller: str) -> None:
         self._instance = instance
@@ -41,66 +44,74 @@ class LoadReporter:
         self._numbers: Numbers | None = None
         self._admitted: list[RequestId] = []
         self._accepting = True
-        self._changed = threading.Event()
-        self._closing = False
-        self._thread = threading.Thread(target=self._run, name="llumnix-reporter", daemon=True)
+        self._sequence = 0
+        self._sent_s = 0.0
+        self._closing = threading.Event()
+        # A ZMQ socket may be used by one thread at a time only.
+        self._sending = threading.Lock()
+        self._thread = threading.Thread(target=self._beat, name="llumnix-heartbeat", daemon=True)
 
     def start(self) -> None:
-        """Begins to report."""
+        """Connects and begins to report."""
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.DEALER)
+        # IMMEDIATE: with no controller connected, sending fails at once instead of queueing.
+        self._socket.setsockopt(zmq.IMMEDIATE, 1)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.connect(self._controller)
         self._thread.start()
 
     def close(self) -> None:
         """Ends the reporting."""
-        self._closing = True
-        self._changed.set()
+        self._closing.set()
         self._thread.join(CLOSE_TIMEOUT_S)
+        self._socket.close()
+        self._context.term()
 
     def admit(self, request: RequestId) -> None:
-        """Notes that a request reached the engine."""
+        """Notes that a request reached the engine. The busy loop's thread only."""
         if len(self._admitted) < ADMITTED_MAX:
             self._admitted.append(request)
 
     def offer(self, numbers: Numbers) -> None:
-        """Leaves the numbers of now, to be sent if anything changed."""
+        """Reports the numbers of now if anything changed. The busy loop's thread only."""
         if numbers != self._numbers or self._admitted:
-            self._numbers = numbers
-            self._changed.set()
+            with self._sending:
+                self._numbers = numbers
+                self._send()
 
     def accept(self, accepting: bool) -> None:
         """Says whether the instance takes new requests. Any thread."""
-        self._accepting = accepting
-        self._changed.set()
+        with self._sending:
+            self._accepting = accepting
+            self._send()
 
-    def _run(self) -> None:
-        with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
-            # IMMEDIATE: with no controller connected, sending fails at once instead of queueing.
-            socket.setsockopt(zmq.IMMEDIATE, 1)
-            socket.setsockopt(zmq.LINGER, 0)
-            socket.connect(self._controller)
-            sequence = 0
-            unsent: list[RequestId] = []
-            while not self._closing:
-                self._changed.wait(HEARTBEAT_S)
-                self._changed.clear()
-                numbers = self._numbers
-                if numbers is None:
-                    continue
-                admitted, self._admitted = self._admitted, []
-                unsent += admitted
-                sequence += 1
-                report = LoadReport(
-                    instance=self._instance,
-                    engine_index=self._engine_index,
-                    sequence=sequence,
-                    kv_tokens_used=numbers.kv_tokens_used,
-                    kv_tokens_total=numbers.kv_tokens_total,
-                    running=numbers.running,
-                    waiting=numbers.waiting,
-                    admitted=tuple(unsent),
-                    accepting=self._accepting,
-                )
-                try:
-                    socket.send(encode(LoadReported(report=report)), zmq.NOBLOCK)
-                    unsent.clear()
-                except zmq.Again:
-                    del unsent[:-ADMITTED_MAX]
+    def _beat(self) -> None:
+        while not self._closing.wait(HEARTBEAT_S):
+            with self._sending:
+                if time.monotonic() - self._sent_s >= HEARTBEAT_S:
+                    self._send()
+
+    def _send(self) -> None:
+        if self._numbers is None:
+            return
+        self._sequence += 1
+        admitted = self._admitted
+        report = LoadReport(
+            instance=self._instance,
+            engine_index=self._engine_index,
+            sequence=self._sequence,
+            kv_tokens_used=self._numbers.kv_tokens_used,
+            kv_tokens_total=self._numbers.kv_tokens_total,
+            running=self._numbers.running,
+            waiting=self._numbers.waiting,
+            admitted=tuple(admitted),
+            accepting=self._accepting,
+        )
+        try:
+            self._socket.send(encode(LoadReported(report=report)), zmq.NOBLOCK)
+        except zmq.Again:
+            return
+        self._sent_s = time.monotonic()
+        # Named once. The busy loop may add to the list in the meantime; what it added stays.
+        del admitted[: len(report.admitted)]
