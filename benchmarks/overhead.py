@@ -1,0 +1,163 @@
+"""What llumnix adds over bare `vllm serve`: one instance each, same flags, measured in turns.
+
+Both servers run side by side on this machine; in every round first the one, then the other gets the
+same requests, and the order alternates. Each turn begins with requests that do not count, since the
+server was idle during the other's turn. The columns `added` are medians over the rounds of the
+difference between the two, the throughput ratio is a median over the rounds too.
+
+Latency is measured with one stream, and with Poisson arrivals; throughput with eight streams in a
+closed loop (whose latencies say little: whether eight requests arrive within one engine step or two
+decides whether a prefill falls between somebody's tokens).
+
+    python benchmarks/overhead.py [--model FOLDER] [--rounds 8] [--out FILE]
+"""
+
+import argparse
+import asyncio
+import random
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from common import ROOT, Served, Streamed, median, percentile, stream, write_result
+
+LOADS: tuple[dict[str, Any], ...] = (
+    {"load": "one stream", "streams": 1, "rate": None, "requests": 20},
+    {"load": "2 req/s, Poisson", "streams": None, "rate": 2.0, "requests": 30},
+    {"load": "eight streams", "streams": 8, "rate": None, "requests": 48},
+)
+WARM_UP = {"load": "warm-up", "streams": 2, "rate": None, "requests": 4}
+
+
+async def one_round(
+    url: str, name: str, load: dict[str, Any], tokens: int, seed: int
+) -> tuple[list[Streamed], float]:
+    """`requests` requests, `streams` at a time or `rate` a second; the results and the seconds
+    that it all took."""
+    dice = random.Random(seed)
+    prompts = [[dice.randrange(10, 400) for _ in range(64)] for _ in range(load["requests"])]
+    queue = iter(prompts)
+    results: list[Streamed] = []
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(connector=connector) as http:
+
+        async def one(prompt: list[int]) -> None:
+            body = {"model": name, "prompt": prompt, "max_tokens": tokens}
+            body |= {"temperature": 0, "ignore_eos": True}
+            results.append(await stream(http, url, body))
+
+        async def work() -> None:
+            for prompt in queue:
+                await one(prompt)
+
+        began = time.perf_counter()
+        if load["rate"] is None:
+            await asyncio.gather(*(work() for _ in range(load["streams"])))
+        else:
+            async with asyncio.TaskGroup() as group:
+                for prompt in prompts:
+                    group.create_task(one(prompt))
+                    await asyncio.sleep(dice.expovariate(load["rate"]))
+        return results, time.perf_counter() - began
+
+
+def summary(results: list[Streamed], wall_s: float, tokens: int) -> dict[str, float]:
+    ttft = [r.ttft_s * 1e3 for r in results]
+    gaps = [g * 1e3 for r in results for g in r.gaps_s]
+    return {
+        "ttft_ms_p50": percentile(ttft, 0.5),
+        "ttft_ms_p99": percentile(ttft, 0.99),
+        "itl_ms_p50": percentile(gaps, 0.5),
+        "itl_ms_p99": percentile(gaps, 0.99),
+        "tokens_per_s": len(results) * tokens / wall_s,
+    }
+
+
+async def measure(args: argparse.Namespace, servers: list[Served]) -> list[dict[str, Any]]:
+    await asyncio.gather(*(s.wait_until_up() for s in servers))
+    rows = []
+    for load in LOADS:
+        rounds: list[dict[str, dict[str, float]]] = []
+        for number in range(args.rounds):
+            order = servers if number % 2 == 0 else servers[::-1]
+            took = {}
+            for server in order:
+                await one_round(server.url, "m", WARM_UP, args.tokens, seed=-1)
+                results, wall_s = await one_round(server.url, "m", load, args.tokens, seed=number)
+                took[server.kind] = summary(results, wall_s, args.tokens)
+            rounds.append(took)
+        row: dict[str, Any] = {**load, "output_tokens": args.tokens, "rounds": rounds}
+        for kind in ("bare", "llumnix"):
+            row[kind] = {k: median([r[kind][k] for r in rounds]) for k in rounds[0][kind]}
+        row["added_ms"] = {
+            k: median([r["llumnix"][k] - r["bare"][k] for r in rounds])
+            for k in row["bare"]
+            if k.endswith(("p50", "p99"))
+        }
+        row["throughput_ratio"] = median(
+            [r["llumnix"]["tokens_per_s"] / r["bare"]["tokens_per_s"] for r in rounds]
+        )
+        rows.append(row)
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "| load | figure | bare vLLM | llumnix | added |",
+        "|---|---|---|---|---|",
+    ]
+    names = {
+        "ttft_ms_p50": "TTFT P50, ms",
+        "ttft_ms_p99": "TTFT P99, ms",
+        "itl_ms_p50": "inter-token P50, ms",
+        "itl_ms_p99": "inter-token P99, ms",
+    }
+    for row in rows:
+        closed = row["load"] == "eight streams"
+        for key, name in () if closed else names.items():
+            lines.append(
+                f"| {row['load']} | {name} | {row['bare'][key]:.2f} | "
+                f"{row['llumnix'][key]:.2f} | {row['added_ms'][key]:+.2f} |"
+            )
+        if row["rate"] is None:
+            lines.append(
+                f"| {row['load']} | throughput, tokens/s | {row['bare']['tokens_per_s']:.0f} | "
+                f"{row['llumnix']['tokens_per_s']:.0f} | ratio {row['throughput_ratio']:.3f} |"
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", help="a folder (default: the demo model)")
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=32, help="output tokens of a request")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/overhead.json")
+    parser.add_argument("flags", nargs="*", help="further vLLM flags, after --")
+    args = parser.parse_args()
+    if args.model is None:
+        from llumnix.demo import prepare_demo_model
+
+        args.model = str(prepare_demo_model(print))
+    flags = ["--enforce-eager", "--max-model-len", "2048", "--kv-cache-memory-bytes", "536870912"]
+    flags += args.flags
+    with tempfile.TemporaryDirectory() as logs:
+        servers = []
+        try:
+            for kind in ("bare", "llumnix"):
+                more = ["--instances", "1"] if kind == "llumnix" else []
+                log = Path(logs) / f"{kind}.log"
+                servers.append(Served(kind, args.model, "m", flags + more, log))
+            rows = asyncio.run(measure(args, servers))
+        finally:
+            for server in servers:
+                server.stop()
+    write_result(args.out, rows, model=Path(args.model).name, flags=flags)
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

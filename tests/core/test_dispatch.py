@@ -1,0 +1,227 @@
+"""Where requests go: the scheduler's rules as claims."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llumnix.core.events import Dispatch, InstanceLost, LoadReported, NoInstance, RequestArrived
+from llumnix.core.load import LoadReport
+from llumnix.core.policies.dispatch import DISPATCH_POLICIES
+from llumnix.core.scheduler import Scheduler
+from llumnix.core.types import EngineIndex, InstanceId, RequestId
+from llumnix.core.view import BOOKING_LIFETIME_S, STALE_AFTER_S
+
+
+def scheduler(policy: str = "least-loaded") -> Scheduler:
+    return Scheduler(DISPATCH_POLICIES[policy]())
+
+
+def report(
+    instance: str = "i0",
+    engine: int = 0,
+    sequence: int = 1,
+    used: int = 0,
+    running: int = 0,
+    waiting: int = 0,
+    admitted: tuple[str, ...] = (),
+    accepting: bool = True,
+) -> LoadReported:
+    return LoadReported(
+        report=LoadReport(
+            instance=InstanceId(instance),
+            engine_index=EngineIndex(engine),
+            sequence=sequence,
+            kv_tokens_used=used,
+            kv_tokens_total=1000,
+            running=running,
+            waiting=waiting,
+            admitted=tuple(RequestId(r) for r in admitted),
+            accepting=accepting,
+        )
+    )
+
+
+def place(s: Scheduler, request: str, now: float = 0.0, tokens: int = 10) -> str:
+    """Where the request goes; "" if nowhere."""
+    (decision,) = s.handle(RequestArrived(request=RequestId(request), prompt_tokens=tokens), now)
+    assert decision.why
+    return decision.instance if isinstance(decision, Dispatch) else ""
+
+
+def test_with_no_instance_known_it_says_so() -> None:
+    (decision,) = scheduler().handle(RequestArrived(request=RequestId("r"), prompt_tokens=1), 0.0)
+    assert decision == NoInstance(
+        request=RequestId("r"), why="no instance that takes requests is known"
+    )
+
+
+def test_the_decision_names_the_run_and_the_reason() -> None:
+    s = scheduler()
+    s.handle(report("i0", engine=4, running=3, used=96), 0.0)
+    (decision,) = s.handle(RequestArrived(request=RequestId("r"), prompt_tokens=1), 0.0)
+    assert decision == Dispatch(
+        request=RequestId("r"),
+        instance=InstanceId("i0"),
+        engine_index=EngineIndex(4),
+        why="least-loaded: 3 requests, 96 KV tokens",
+    )
+
+
+def test_round_robin_takes_turns_whatever_the_load() -> None:
+    s = scheduler("round-robin")
+    s.handle(report("i0", running=50), 0.0)
+    s.handle(report("i1", engine=1), 0.0)
+    s.handle(report("i2", engine=2), 0.0)
+    assert [place(s, f"r{n}") for n in range(5)] == ["i0", "i1", "i2", "i0", "i1"]
+
+
+def test_round_robin_goes_on_when_the_next_one_is_gone() -> None:
+    s = scheduler("round-robin")
+    for n in range(3):
+        s.handle(report(f"i{n}", engine=n), 0.0)
+    assert place(s, "a") == "i0"
+    s.handle(InstanceLost(instance=InstanceId("i1"), engine_index=EngineIndex(1)), 0.0)
+    assert [place(s, r) for r in "bc"] == ["i2", "i0"]
+
+
+def test_least_loaded_counts_running_and_waiting_then_tokens() -> None:
+    s = scheduler()
+    s.handle(report("i0", running=2, waiting=0, used=10), 0.0)
+    s.handle(report("i1", engine=1, running=0, waiting=2, used=5), 0.0)
+    s.handle(report("i2", engine=2, running=1, waiting=2, used=0), 0.0)
+    assert place(s, "r") == "i1"
+
+
+def test_a_burst_spreads_before_any_report_covers_it() -> None:
+    s = scheduler()
+    for n in range(4):
+        s.handle(report(f"i{n}", engine=n), 0.0)
+    placed = [place(s, f"r{n}") for n in range(40)]
+    assert {i: placed.count(i) for i in placed} == {"i0": 10, "i1": 10, "i2": 10, "i3": 10}
+
+
+def test_a_booking_ends_when_a_report_names_the_request() -> None:
+    s = scheduler()
+    s.handle(report("i0"), 0.0)
+    place(s, "r")
+    assert s.view[InstanceId("i0")].requests == 1
+    s.handle(report("i0", sequence=2, running=1, admitted=("r",)), 0.1)
+    assert s.view[InstanceId("i0")].requests == 1
+    s.handle(report("i0", sequence=3), 0.2)
+    assert s.view[InstanceId("i0")].requests == 0
+
+
+def test_a_booking_that_no_report_covers_lapses() -> None:
+    s = scheduler()
+    s.handle(report("i0"), 0.0)
+    place(s, "hung-up")
+    s.handle(report("i0", sequence=2), BOOKING_LIFETIME_S - 0.1)
+    assert s.view[InstanceId("i0")].requests == 1
+    s.handle(report("i0", sequence=3), BOOKING_LIFETIME_S)
+    assert s.view[InstanceId("i0")].requests == 0
+
+
+def test_an_overtaken_report_changes_nothing() -> None:
+    s = scheduler()
+    s.handle(report("i0", sequence=5, running=5), 0.0)
+    s.handle(report("i0", sequence=4, running=9), 0.0)
+    assert s.view[InstanceId("i0")].report.running == 5
+
+
+def test_a_dead_run_has_no_voice_and_its_successor_has() -> None:
+    s = scheduler()
+    s.handle(report("i0", engine=3), 0.0)
+    s.handle(InstanceLost(instance=InstanceId("i0"), engine_index=EngineIndex(3)), 0.0)
+    s.handle(report("i0", engine=3, sequence=9), 0.0)
+    assert InstanceId("i0") not in s.view
+    s.handle(report("i0", engine=7), 0.0)
+    assert place(s, "r") == "i0"
+
+
+def test_news_of_an_old_death_does_not_touch_the_successor() -> None:
+    s = scheduler()
+    s.handle(report("i0", engine=7), 0.0)
+    s.handle(InstanceLost(instance=InstanceId("i0"), engine_index=EngineIndex(3)), 0.0)
+    assert place(s, "r") == "i0"
+
+
+def test_a_new_run_starts_without_the_old_ones_bookings() -> None:
+    s = scheduler()
+    s.handle(report("i0", engine=1), 0.0)
+    place(s, "r")
+    s.handle(report("i0", engine=2), 0.0)
+    assert s.view[InstanceId("i0")].requests == 0
+
+
+def test_who_takes_no_requests_gets_none() -> None:
+    s = scheduler()
+    s.handle(report("i0", accepting=False), 0.0)
+    s.handle(report("i1", engine=1, running=99), 0.0)
+    assert place(s, "r") == "i1"
+    s.handle(report("i1", engine=1, sequence=2, accepting=False), 0.0)
+    assert place(s, "s") == ""
+
+
+def test_the_silent_get_requests_only_when_all_are_silent() -> None:
+    s = scheduler()
+    s.handle(report("i0"), 0.0)
+    s.handle(report("i1", engine=1, running=9), STALE_AFTER_S + 1)
+    assert place(s, "r", now=STALE_AFTER_S + 1) == "i1"
+    assert place(s, "s", now=99.0) == "i0"
+
+
+@given(loads=st.lists(st.integers(0, 30), min_size=1, max_size=8), arrivals=st.integers(1, 60))
+def test_least_loaded_never_leaves_a_gap_that_it_could_have_filled(
+    loads: list[int], arrivals: int
+) -> None:
+    """Whoever got a request ends with no more than one above any other's final count."""
+    s = scheduler()
+    for n, running in enumerate(loads):
+        s.handle(report(f"i{n}", engine=n, running=running), 0.0)
+    placed = [place(s, f"r{n}") for n in range(arrivals)]
+    totals = {f"i{n}": running + placed.count(f"i{n}") for n, running in enumerate(loads)}
+    assert all(totals[i] <= min(totals.values()) + 1 for i in set(placed))
+    assert sum(totals.values()) == sum(loads) + arrivals
+
+
+@given(
+    facts=st.lists(
+        st.one_of(
+            st.builds(
+                report,
+                instance=st.sampled_from(["i0", "i1"]),
+                engine=st.integers(0, 3),
+                sequence=st.integers(1, 5),
+                accepting=st.booleans(),
+            ),
+            st.builds(
+                lambda i, e: InstanceLost(instance=InstanceId(i), engine_index=EngineIndex(e)),
+                st.sampled_from(["i0", "i1"]),
+                st.integers(0, 3),
+            ),
+            st.builds(
+                lambda r: RequestArrived(request=RequestId(r), prompt_tokens=1),
+                st.text("ab", min_size=1, max_size=4),
+            ),
+        ),
+        max_size=40,
+    )
+)
+def test_no_request_goes_to_a_run_that_was_lost(facts: list) -> None:
+    s, lost = scheduler(), set()
+    for fact in facts:
+        for decision in s.handle(fact, 0.0):
+            if isinstance(decision, Dispatch):
+                assert (decision.instance, decision.engine_index) not in lost
+        if isinstance(fact, InstanceLost):
+            lost.add((fact.instance, fact.engine_index))
+
+
+@given(st.lists(st.sampled_from("abcd"), max_size=30))
+def test_the_same_facts_give_the_same_decisions(names: list[str]) -> None:
+    def run() -> list:
+        s = scheduler()
+        s.handle(report("i0"), 0.0)
+        s.handle(report("i1", engine=1), 0.0)
+        return [place(s, f"{n}{k}") for k, n in enumerate(names)]
+
+    assert run() == run()
