@@ -1,5 +1,5 @@
 # The commands of README.md. Each can be repeated, and does at once what is already done.
-.PHONY: serve setup setup-dev test test-all check format
+.PHONY: serve setup setup-dev test test-all lint check format
 
 serve: setup
 	@.venv/bin/llumnix serve $(ARGS)
@@ -20,9 +20,10 @@ format: setup-dev
 	@.venv/bin/ruff format .
 	@.venv/bin/ruff check --fix .
 
-check: setup-dev
+lint: setup-dev
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
 	.venv/bin/mypy
 	.venv/bin/lint-imports
-	.venv/bin/python -m pytest $(ARGS)
+
+check: lint test

@@ -2,7 +2,6 @@
 
 from llumnix.core.policies.restart import (
     CRASHES_MAX,
-    DELAY_MAX_S,
     HEALTHY_AFTER_S,
     GiveUp,
     RestartAfter,
@@ -15,7 +14,6 @@ def test_the_first_restart_comes_at_once_and_the_next_ones_later_and_later() -> 
     verdicts = [policy.crashed(1.0) for _ in range(CRASHES_MAX - 1)]
     delays = [v.delay_s for v in verdicts if isinstance(v, RestartAfter)]
     assert delays == [0.0, 1.0, 2.0, 4.0]
-    assert max(delays) <= DELAY_MAX_S
 
 
 def test_a_crash_loop_ends_with_its_reason() -> None:

@@ -1,7 +1,6 @@
 """vLLM's API through two instances, with the clients that people use."""
 
 import json
-import time
 
 import httpx
 import openai
@@ -235,14 +234,3 @@ def test_what_has_no_meaning_over_several_instances_says_so(server: Server) -> N
     answer = server.http.post("/scale_elastic_ep", json={"new_data_parallel_size": 2})
     assert answer.status_code >= 400
     assert "POST /llumnix/v1/instances" in answer.text
-
-
-def test_the_first_token_is_not_held_back_by_the_header(server: Server) -> None:
-    """The head of a stream comes at the dispatch, before the first token."""
-    body = {"prompt": "y" * 1500, "max_tokens": 2, "stream": True}
-    began = time.monotonic()
-    with httpx.stream("POST", server.url + "/v1/completions", json=body, timeout=60) as response:
-        head_s = time.monotonic() - began
-        next(response.iter_lines())
-        token_s = time.monotonic() - began
-    assert head_s < token_s

@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -100,11 +101,14 @@ def test_ray_that_cannot_be_reached(tiny_model: Path) -> None:
 
 def test_what_an_engine_refuses_is_told_and_nothing_stays(tiny_model: Path) -> None:
     """Only the engine finds out that not even one request fits."""
+    before = {*Path(tempfile.gettempdir()).glob("llumnix-*"), *Path("/dev/shm").iterdir()}
     line = complaint(
         "serve", str(tiny_model), "--kv-cache-memory-bytes", "65536", "--instances", "1"
     )
     assert "instance i0 could not be started" in line
     assert "cache blocks" in line
+    after = {*Path(tempfile.gettempdir()).glob("llumnix-*"), *Path("/dev/shm").iterdir()}
+    assert after <= before
 
 
 def test_no_server_to_ask() -> None:

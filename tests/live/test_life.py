@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -118,7 +119,9 @@ def test_a_killed_instance_takes_only_its_own_streams_and_comes_back(pair: Serve
     assert back["pid"] != victim["pid"]
     assert back["restarts"] == 1
     assert back["engine_index"] == 2
-    assert all(len(s["text"]) > 0 for s in load.done if s["instance"] == "i0")
+    others = [s for s in load.done if s["instance"] == "i0"]
+    assert others
+    assert {s["pieces"] for s in others} == {300}
 
 
 def test_with_the_controller_killed_no_request_fails_and_it_comes_back(pair: Server) -> None:
@@ -156,7 +159,13 @@ def test_instances_are_added_and_removed_while_streams_go_on(pair: Server) -> No
         eventually(lambda: not alive(pid), 10)
     assert [s for s in load.done if s["error"]] == []
     assert "i2" in {s["instance"] for s in load.done}
-    assert {f'engine="{n}"' in server.http.get("/metrics").text for n in (1, 2)} == {True}
+    metrics = server.http.get("/metrics").text
+    for engine in (1, 2):
+        counted = re.search(
+            rf'vllm:generation_tokens_total{{engine="{engine}".*}} ([\d.]+)', metrics
+        )
+        assert counted is not None
+        assert float(counted[1]) > 0
 
     missing = server.http.delete("/llumnix/v1/instances/i7")
     assert missing.status_code == 404
@@ -210,3 +219,30 @@ def test_a_second_signal_stops_at_once(single: Server) -> None:
 
 def _title(pid: int) -> str:
     return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
+
+
+def test_ctrl_c_while_it_starts_leaves_nothing(tiny_model: Path, logs: Path) -> None:
+    server = Server(str(tiny_model), *FLAGS, log=logs / "early.log")
+    eventually(lambda: "starting instance 2/2" in server.log, 120)
+    time.sleep(2)
+    pids = server.descendants()
+    server.signal(signal.SIGINT, group=True)
+    assert server.wait() == 130
+    eventually(lambda: not any(map(alive, pids)), 10, "no process is left")
+    assert "stopped before it served" in server.log
+
+
+@pytest.mark.slow
+def test_a_crash_loop_ends_with_a_clear_message(single: Server) -> None:
+    server = single
+    for _ in range(5):
+        eventually(lambda: server.instances()["i0"]["state"] == "serving", 120)
+        os.kill(server.instances()["i0"]["pid"], signal.SIGKILL)
+        eventually(
+            lambda: (
+                server.process.poll() is not None or server.instances()["i0"]["state"] != "serving"
+            ),
+            10,
+        )
+    assert server.wait() == 2
+    assert "every instance failed: given up: crashed 5 times" in server.log

@@ -20,7 +20,7 @@ class Addresses:
     @classmethod
     def make(cls, host: str | None) -> "Addresses":
         """On this machine alone (`host` None), or on TCP ports of `host`, this node's address in a
-        cluster of several."""
+        cluster that has, or may get, further nodes."""
         # Short, for a Unix socket's path may have 107 characters at most and Ray adds 60.
         folder = Path(tempfile.mkdtemp(prefix="llumnix-"))
         os.chmod(folder, 0o700)

@@ -37,13 +37,13 @@ class Controller:
             while not self._stopping:
                 if not socket.poll(POLL_MS):
                     continue
-                sender, payload = socket.recv_multipart()
+                sender, *payload = socket.recv_multipart()
                 try:
-                    message = decode(payload)
+                    replies = self._handle(decode(b"".join(payload)))
                 except ProtocolError as error:
                     logger.error("%s", error)
                     continue
-                for reply in self._handle(message):
+                for reply in replies:
                     socket.send_multipart((sender, encode(reply)), zmq.NOBLOCK)
 
     def stop(self) -> None:

@@ -7,6 +7,7 @@ decided by core/policies/restart. A new run of an instance is a new actor with a
 import asyncio
 import copy
 import logging
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -38,6 +39,8 @@ from llumnix.frontend.llm import FleetLLM
 logger = logging.getLogger("llumnix.fleet")
 
 STOP_TIMEOUT_S = 5.0
+READY_TIMEOUT_S = float(os.environ.get("VLLM_ENGINE_READY_TIMEOUT_S", "600"))
+CPU_INSTANCES_PER_CORE_MAX = 4
 DRAIN_POLL_S = 0.05
 
 
@@ -48,7 +51,6 @@ class Run:
     engine_index: EngineIndex
     actor: Any
     group: Any
-    created_s: float
     facts: InstanceFacts | None = None
     ended: asyncio.Task[str] | None = None
 
@@ -197,13 +199,21 @@ class Fleet:
     def _check_free(self) -> None:
         kind, each = self._launch.device, self._launch.devices_per_instance
         if kind is None:
+            most = CPU_INSTANCES_PER_CORE_MAX * (os.cpu_count() or 1)
+            if len(self._members) >= most:
+                raise CapacityError(
+                    f"there are {len(self._members)} instances, {CPU_INSTANCES_PER_CORE_MAX} for "
+                    "each core of this host: DELETE one first"
+                )
             return
-        free = ray_runtime.devices_free(kind)
+        # An instance that is starting may not hold its devices yet.
+        starting = sum(m.state == "starting" for m in self._members.values())
+        free = ray_runtime.devices_free(kind) - starting * each
         if each > free:
             raise CapacityError(
                 f"one more instance needs {each} {kind}(s), and {free} of "
-                f"{ray_runtime.devices_total(kind)} are free: DELETE an instance first, or add a "
-                "host to the Ray cluster"
+                f"{ray_runtime.devices_total(kind)} are free: DELETE an "
+                "instance first, or add a host to the Ray cluster"
             )
 
     async def _add(self, member: Member) -> None:
@@ -251,7 +261,8 @@ class Fleet:
         run = member.run
         if run is not None and run.ended is not None:
             self._client.accept(run.engine_index, False)
-            await run.actor.accept.remote(False)
+            # For the controller's sake, and not waited for: an engine may be dying right now.
+            run.actor.accept.remote(False)
             while self._client.in_flight(run.engine_index) and not run.ended.done():
                 await asyncio.sleep(DRAIN_POLL_S)
         if run is not None:
@@ -303,16 +314,21 @@ class Fleet:
                 launch.log_stats,
             )
         )
-        member.run = Run(engine_index=index, actor=actor, group=group, created_s=time.time())
+        member.run = Run(engine_index=index, actor=actor, group=group)
 
     async def _until_ready(self, member: Member) -> str | None:
         """Waits until the member's run serves; returns None then, or why it ended before."""
         run = member.run
         assert run is not None
         try:
-            run.facts = await run.actor.describe.remote()
+            run.facts = await asyncio.wait_for(
+                asyncio.wrap_future(run.actor.describe.remote().future()), READY_TIMEOUT_S
+            )
+        except TimeoutError:
+            return f"it was not ready within {READY_TIMEOUT_S:.0f} s (VLLM_ENGINE_READY_TIMEOUT_S)"
         except ray.exceptions.RayError as error:
-            return ray_runtime.last_error_logged(run.created_s) or _reason(error)
+            logged = await asyncio.to_thread(ray_runtime.error_logged, str(error))
+            return logged or _reason(error)
         run.ended = asyncio.create_task(_until_ended(run.actor.run.remote()))
         connected = asyncio.create_task(self._client.connected(run.engine_index))
         await asyncio.wait({run.ended, connected}, return_when=asyncio.FIRST_COMPLETED)

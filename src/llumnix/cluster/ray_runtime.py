@@ -13,6 +13,7 @@ from pathlib import Path
 OBJECT_STORE_BYTES = 80 * 2**20
 """Nothing of ours goes through Ray's object store but configuration; this is Ray's smallest."""
 CONNECT_TIMEOUT_S = 5.0
+LOG_TAIL_BYTES = 2**18
 
 
 def settle(*, local: bool) -> None:
@@ -48,14 +49,19 @@ def start_local(folder: Path, *, logs: bool) -> None:
 
 
 def join(address: str, *, logs: bool) -> None:
-    """Joins a running cluster; raises `OSError` or `ValueError` if it cannot be reached."""
-    if address != "auto":
-        host, _, port = address.rpartition(":")
-        with socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S):
-            pass
-    import ray
+    """Joins a running cluster; raises `ConnectionError` if that fails."""
+    try:
+        if address != "auto":
+            # Ray itself would try for a minute.
+            host, _, port = address.rpartition(":")
+            with socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S):
+                pass
+        import ray
 
-    ray.init(address=address, configure_logging=False, log_to_driver=logs)
+        ray.init(address=address, configure_logging=False, log_to_driver=logs)
+    except (OSError, ValueError, RuntimeError) as error:  # Ray's own errors are RuntimeErrors.
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConnectionError(first_line) from error
 
 
 def stop() -> None:
@@ -79,13 +85,6 @@ def devices_free(kind: str) -> int:
     return int(ray.available_resources().get(kind, 0))
 
 
-def nodes() -> int:
-    """How many nodes the cluster has."""
-    import ray
-
-    return sum(1 for node in ray.nodes() if node["Alive"])
-
-
 def node_address() -> str:
     """This node's address in the cluster."""
     import ray
@@ -97,25 +96,24 @@ _ROOT_CAUSE = re.compile(r"\b([A-Za-z_.]*(?:Error|Exception): .+)")
 _NOT_A_CAUSE = ("See stack trace", "See root cause", "ray.exceptions", "initialization failed")
 
 
-def last_error_logged(since_s: float) -> str | None:
-    """The last error that a Ray worker on this node wrote to its log since that (wall-clock) time.
+def error_logged(about: str) -> str | None:
+    """The last error in the log of the Ray worker that `about` (Ray's words on its death) names.
 
     A dead engine's exception often says only that a process behind it failed; the reason stands in
-    that process's log."""
+    the log that both write to. None if the worker ran on another node, or wrote nothing."""
     import ray
 
     node = ray._private.worker._global_node
-    if node is None:
+    pid = re.search(r"pid=(\d+)", about)
+    if node is None or pid is None:
         return None
-    found: tuple[float, str] | None = None
-    for log in Path(node.get_logs_dir_path()).glob("worker-*.*"):
-        changed_s = log.stat().st_mtime
-        if changed_s < since_s:
-            continue
-        for line in log.read_text(errors="replace").splitlines():
+    found = None
+    for log in sorted(Path(node.get_logs_dir_path()).glob(f"worker-*-{pid[1]}.*")):
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - LOG_TAIL_BYTES))
+            lines = file.read().decode(errors="replace").splitlines()
+        for line in lines:
             match = _ROOT_CAUSE.search(line)
-            if match is None or any(word in line for word in _NOT_A_CAUSE):
-                continue
-            if found is None or changed_s >= found[0]:
-                found = (changed_s, match[1].strip())
-    return found and found[1]
+            if match is not None and not any(word in line for word in _NOT_A_CAUSE):
+                found = match[1].strip()
+    return found

@@ -5,7 +5,6 @@ import asyncio
 import logging
 import os
 import signal
-import sys
 import time
 from typing import Any
 
@@ -73,13 +72,12 @@ def _with_ray(
             say(f"joining Ray at {joined}")
             try:
                 ray_runtime.join(joined, logs=logs)
-            except (ConnectionError, OSError, ValueError) as error:
+            except ConnectionError as error:
                 raise UsageError(
                     f"cannot reach Ray at {joined} ({error}): start it with `ray start --head`, or "
                     "leave --ray-address out to have Ray started here"
                 ) from error
-            alone = ray_runtime.nodes() == 1
-            addresses = Addresses.make(None if alone else ray_runtime.node_address())
+            addresses = Addresses.make(ray_runtime.node_address())
         else:
             say("starting Ray on this machine")
             addresses = Addresses.make(None)
@@ -179,10 +177,12 @@ async def _announce(llm: Any, listen_address: str, args: Any, began: float) -> N
     key = " -H 'Authorization: Bearer '$KEY" if args.api_key else ""
     curl = f"curl --unix-socket {args.uds} http://localhost" if args.uds else f"curl {base}"
     say(f"serving {model} at {listen_address} after {time.monotonic() - began:.0f} s; try")
-    print(
-        f"  {curl}/v1/chat/completions{key} -H 'Content-Type: application/json' "
-        f'-d \'{{"model": "{model}", "max_tokens": 64, "temperature": 0, '
-        '"messages": [{"role": "user", "content": "What is the capital of France?"}]}\'',
-        flush=True,
-    )
-    sys.stdout.flush()
+    if "generate" in await llm.get_supported_tasks():
+        what = (
+            f"/v1/chat/completions{key} -H 'Content-Type: application/json' "
+            f'-d \'{{"model": "{model}", "max_tokens": 64, "temperature": 0, '
+            '"messages": [{"role": "user", "content": "What is the capital of France?"}]}\''
+        )
+    else:
+        what = f"/v1/models{key}"
+    print(f"  {curl}{what}", flush=True)

@@ -67,6 +67,7 @@ class EngineInstance(EngineCoreActor):
         log_stats: bool,
     ) -> None:
         self._seat = seat
+        _make_socket_folder()
         self._devices = _take_devices(seat, vllm_config.parallel_config.world_size)
         _tell_apart(vllm_config, seat.engine_index)
         self._reporter = LoadReporter(
@@ -141,6 +142,12 @@ def _take_devices(seat: InstanceSeat, world_size: int) -> list[str]:
             os.environ["VLLM_CPU_OMP_THREADS_BIND"] = share
     bound = os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "auto")
     return [f"cpu:{share}" for share in bound.split("|")]
+
+
+def _make_socket_folder() -> None:
+    """vLLM's own Unix sockets go into the deployment's private folder, which another host lacks."""
+    if folder := os.environ.get("VLLM_RPC_BASE_PATH"):
+        os.makedirs(folder, mode=0o700, exist_ok=True)
 
 
 def _tell_apart(vllm_config: Any, engine_index: EngineIndex) -> None:

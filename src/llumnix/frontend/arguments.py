@@ -36,6 +36,7 @@ _REFUSED = {
     "enable_elastic_ep": "POST /llumnix/v1/instances scales; leave it out",
     "enable_fault_tolerance": "llumnix restarts instances by itself; leave it out",
     "kv_events_config": "every instance would publish on the same port; leave it out",
+    "mm_processor_cache_gb": "the frontend shares it with one engine only; leave it out",
     "device_ids": "Ray assigns the devices; set CUDA_VISIBLE_DEVICES instead",
     "nnodes": "an instance must fit on one host; lower the parallel sizes",
 }
@@ -87,11 +88,15 @@ def parse(argv: list[str], say: Any) -> ServeCommand:
     _refuse_what_breaks(args, defaults)
     _keep_it_local(args, deployment)
     _choose_model(args, defaults, say)
+    if args.distributed_executor_backend == "ray":
+        raise UsageError("--distributed-executor-backend ray: an instance is one Ray actor; use mp")
     try:
         validate_parsed_serve_args(args)
     except (TypeError, ValueError, KeyError) as error:
         raise UsageError(_one_line(error)) from error
-    return ServeCommand(args=args, vllm_config=_engine_config(args, argv), deployment=deployment)
+    return ServeCommand(
+        args=args, vllm_config=_engine_config(args, defaults, argv), deployment=deployment
+    )
 
 
 def _refuse_what_breaks(args: argparse.Namespace, defaults: argparse.Namespace) -> None:
@@ -144,14 +149,14 @@ def _choose_model(args: argparse.Namespace, defaults: argparse.Namespace, say: A
         raise UsageError(f"{model}: no such folder; name a folder with a checkpoint or a model id")
 
 
-def _engine_config(args: argparse.Namespace, argv: list[str]) -> Any:
+def _engine_config(args: argparse.Namespace, defaults: argparse.Namespace, argv: list[str]) -> Any:
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.entrypoints.launchers.cli_args import propagate_flash_late_interaction
     from vllm.platforms import current_platform
     from vllm.usage.usage_lib import UsageContext
 
     if current_platform.is_cpu():
-        _suit_cpu(args, argv)
+        _suit_cpu(args, defaults, argv)
     # The cache of processed images is shared by the frontend and *one* engine.
     args.mm_processor_cache_gb = 0
     try:
@@ -162,13 +167,12 @@ def _engine_config(args: argparse.Namespace, argv: list[str]) -> Any:
         raise UsageError(_why_refused(args.model, error)) from error
 
 
-def _suit_cpu(args: argparse.Namespace, argv: list[str]) -> None:
+def _suit_cpu(args: argparse.Namespace, defaults: argparse.Namespace, argv: list[str]) -> None:
     if not os.environ.get("VLLM_CPU_KVCACHE_SPACE") and args.kv_cache_memory_bytes is None:
         args.kv_cache_memory_bytes = CPU_KV_CACHE_BYTES
-    chosen = re.compile(
-        r"-O|--(no-)?enforce[-_]eager|--compilation[-_]config|--optimization[-_]level"
-    )
-    if not any(chosen.match(word) for word in argv):
+    compiling = ("compilation_config", "optimization_level", "cudagraph_capture_sizes")
+    chosen = any(getattr(args, n, None) != getattr(defaults, n, None) for n in compiling)
+    if not chosen and not any(re.match("--no[-_]enforce[-_]eager", word) for word in argv):
         # Compiling the model takes minutes on a few cores and gains little there.
         args.enforce_eager = True
 

@@ -8,7 +8,9 @@ vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when
 - An engine announces itself on the ROUTER socket with its READY payload, at any time.
 - `process_engine_outputs`, a class attribute, sees every `EngineCoreOutputs` before it is queued.
 - `OutputProcessor` keys on the request id alone, drops outputs of requests that it does not know,
-  and turns `FinishReason.ERROR` into an error in OpenAI's format.
+  and turns `FinishReason.ERROR` into an error in OpenAI's format (not that of a pooling request).
+- A request with `resumable` set is a session: every chunk of input ends with a finish reason, and
+  a last request without it ends the whole.
 """
 
 import asyncio
@@ -20,6 +22,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
+import msgspec
 import zmq
 import zmq.asyncio
 from vllm.config import VllmConfig
@@ -100,6 +103,8 @@ class FleetClient(AsyncMPClient):
         self._engine_status: dict[int, dict] = {}
 
         self.streams = Streams()
+        self.fail_pooling: Callable[[list[str]], None] = lambda requests: None
+        self._placing: set[str] = set()
         self._engines: dict[EngineIndex, Engine] = {}
         self._link = link
         self._calls: dict[EngineIndex, set[asyncio.Task[Any]]] = {}
@@ -162,9 +167,12 @@ class FleetClient(AsyncMPClient):
     def _finish(self, streams: list[Stream], slot: int, reason: FinishReason) -> None:
         for stream in streams:
             self.streams.close(stream.request)
-        if streams:
-            last = [EngineCoreOutput(s.request, [], finish_reason=reason) for s in streams]
+        last = [
+            EngineCoreOutput(s.request, [], finish_reason=reason) for s in streams if not s.pooling
+        ]
+        if last:
             self.outputs_queue.put_nowait(EngineCoreOutputs(engine_index=slot, outputs=last))
+        self.fail_pooling([s.request for s in streams if s.pooling])
 
     def in_flight(self, engine_index: EngineIndex) -> int:
         """How many of this frontend's requests the engine holds."""
@@ -182,7 +190,8 @@ class FleetClient(AsyncMPClient):
 
     async def _greet(self) -> None:
         while True:
-            identity, payload = await self.input_socket.recv_multipart()
+            frames = await self.input_socket.recv_multipart()
+            identity, payload = frames[0], frames[-1]
             engine = self._engines.get(EngineIndex(int.from_bytes(identity, "little")))
             if engine is None:
                 logger.warning("An engine that nobody started announced itself: %s", identity.hex())
@@ -190,7 +199,11 @@ class FleetClient(AsyncMPClient):
             # vLLM adds up the blocks of data-parallel engines; ours come and go, so the
             # configuration that the frontend shows is that of one of them.
             self.vllm_config.cache_config.num_gpu_blocks = None
-            self._apply_ready_response(payload)
+            try:
+                self._apply_ready_response(payload)
+            except msgspec.MsgspecError as error:
+                logger.error("Instance %s announced itself badly: %s", engine.instance, error)
+                continue
             if not engine.ready.done():
                 engine.ready.set_result(None)
             self._refresh()
@@ -205,11 +218,17 @@ class FleetClient(AsyncMPClient):
 
     async def add_request_async(self, request: EngineCoreRequest) -> None:
         known = self.streams.get(request.request_id)
-        if known is not None:  # A further chunk of a streaming input goes where the first went.
-            await self._send_to(self._engines[known.engine_index], request)
+        if known is not None:
+            await self._continue(known, request)
             return
         tokens = len(request.prompt_token_ids or ())
-        engine = await self._place(request, tokens)
+        self._placing.add(request.request_id)
+        try:
+            engine = await self._place(request, tokens)
+            if request.request_id not in self._placing:
+                return  # Aborted meanwhile; its stream has been told.
+        finally:
+            self._placing.discard(request.request_id)
         http = current_http_request.get()
         self.streams.open(
             Stream(
@@ -222,10 +241,23 @@ class FleetClient(AsyncMPClient):
                 prompt_tokens=tokens,
                 priority=request.priority,
                 started_s=time.monotonic(),
+                pooling=request.pooling_params is not None,
+                session=request.resumable,
             )
         )
         if http is not None:
             http.dispatched(engine.instance)
+        await self._send_to(engine, request)
+
+    async def _continue(self, stream: Stream, request: EngineCoreRequest) -> None:
+        """A session's next input, or its end, goes where the first went."""
+        engine = self._engines[stream.engine_index]
+        if request.resumable:
+            stream.between_inputs = False
+        elif stream.between_inputs:
+            self.streams.close(stream.request)  # The engine says nothing more.
+        else:
+            stream.session = False
         await self._send_to(engine, request)
 
     async def _send_to(self, engine: Engine, request: EngineCoreRequest) -> None:
@@ -278,6 +310,7 @@ class FleetClient(AsyncMPClient):
     async def abort_requests_async(self, request_ids: list[str]) -> None:
         by_engine: dict[EngineIndex, list[str]] = {}
         for request_id in request_ids:
+            self._placing.discard(request_id)
             if (stream := self.streams.close(request_id)) is not None:
                 by_engine.setdefault(stream.engine_index, []).append(request_id)
         for engine_index, mine in by_engine.items():
@@ -297,7 +330,11 @@ class FleetClient(AsyncMPClient):
         for output in outputs.outputs:
             if (stream := streams.get(output.request_id)) is not None:
                 stream.output_tokens += len(output.new_token_ids)
-                if output.finish_reason is not None:
+                if output.finish_reason is None:
+                    continue
+                if stream.session and output.finish_reason is not FinishReason.ABORT:
+                    stream.between_inputs = True
+                else:
                     streams.close(output.request_id)
 
     # -- calls to engines --------------------------------------------------------------------------
@@ -306,6 +343,8 @@ class FleetClient(AsyncMPClient):
         if not engine:
             raise EngineDeadError()
         engine_index = EngineIndex(int.from_bytes(engine, "little"))
+        if engine_index not in self._engines:  # Lost since our caller listed the engines.
+            raise EngineDeadError()
         call = asyncio.ensure_future(super()._call_utility_async(method, *args, engine=engine))
         calls = self._calls.setdefault(engine_index, set())
         calls.add(call)

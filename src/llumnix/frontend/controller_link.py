@@ -14,6 +14,7 @@ import zmq.asyncio
 from llumnix.core.events import Dispatch, InstanceLost, NoInstance, RequestArrived
 from llumnix.core.load import LoadReport
 from llumnix.core.types import RequestId
+from llumnix.errors import ProtocolError
 from llumnix.observe.wire import Loads, LoadsAsked, Message, Ping, Pong, decode, encode
 
 logger = logging.getLogger("llumnix.frontend")
@@ -100,7 +101,11 @@ class ControllerLink:
 
     async def _receive(self) -> None:
         while True:
-            message = decode(await self._socket.recv())
+            try:
+                message = decode(await self._socket.recv())
+            except ProtocolError as error:
+                logger.error("From the controller: %s", error)
+                continue
             waiting: asyncio.Future | None = None
             if isinstance(message, Dispatch | NoInstance):
                 waiting = self._answers.get(message.request)

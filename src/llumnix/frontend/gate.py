@@ -34,23 +34,30 @@ class Gate:
             await self.app(scope, receive, send)
             return
         state = scope["app"].state
+        llm = state.engine_client
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         headers = Headers(scope=scope)
         if not self._may_enter(scope, path, headers, state.args):
             refusal = JSONResponse(content={"error": "Unauthorized"}, status_code=401)
             await refusal(scope, receive, send)
-        elif path == "/llumnix" or path.startswith("/llumnix/"):
-            await state.engine_client.control_app(scope, receive, send)
-        elif state.engine_client.stopping and scope.get("method") == "POST":
+        elif llm.stopping and (scope["type"] == "websocket" or scope["method"] == "POST"):
             answer = openai_error("The server is stopping.", 503, "service_unavailable")
             answer.headers["retry-after"] = str(RETRY_AFTER_S)
             await answer(scope, receive, send)
+        elif path == "/llumnix" or path.startswith("/llumnix/"):
+            if scope.get("method") not in ("GET", "HEAD") and _from_elsewhere(headers):
+                refusal = openai_error("Not from a page of another origin.", 403, "forbidden")
+                await refusal(scope, receive, send)
+            else:
+                await llm.control_app(scope, receive, send)
         else:
             http = HttpRequest(client_id=headers.get("x-request-id"))
             token = current_http_request.set(http)
+            llm.open_http += 1
             try:
                 await self.app(scope, receive, _Answer(http, send))
             finally:
+                llm.open_http -= 1
                 current_http_request.reset(token)
 
     def _may_enter(self, scope: Scope, path: str, headers: Headers, args: Any) -> bool:
@@ -60,6 +67,13 @@ class Gate:
             keys = [key for key in (args.api_key or [envs.VLLM_API_KEY]) if key]
             self._check = AuthenticationMiddleware(self.app, keys)
         return not self._check.api_tokens or self._check.verify_token(headers)
+
+
+def _from_elsewhere(headers: Headers) -> bool:
+    """Whether a browser sent this for a page of another origin: it can do so without asking, and a
+    server on loopback has no other guard against any page that its user happens to visit."""
+    origin = headers.get("origin")
+    return origin is not None and origin.partition("://")[2] != headers.get("host")
 
 
 class _Answer:

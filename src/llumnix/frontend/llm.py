@@ -3,7 +3,9 @@
 vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
 - `AsyncLLM.__init__` gets its engine client from `EngineCoreClient.make_async_mp_client`, looked up
   in its own module; there is no argument to pass one in.
-- `AsyncLLM._add_request` is the one place where a request is registered and sent.
+- `AsyncLLM._add_request` registers and sends a request with `n` = 1 (vLLM takes back by itself what
+  it registered for others when sending fails).
+- `OutputProcessor.request_states[id].queue` takes an exception for the request's consumer.
 - `logger_manager` is built for a fixed list of engine indexes; `_logger_ref` lets the running
   output handler see a new one (vLLM's elastic scaling uses it so).
 - `shutdown(timeout)` is called on a thread of its own after the first SIGINT or SIGTERM, before the
@@ -25,7 +27,7 @@ from vllm.v1.engine import async_llm as vllm_async_llm
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.executor import Executor
-from vllm.v1.metrics.loggers import StatLoggerManager
+from vllm.v1.metrics.loggers import StatLoggerManager, load_stat_logger_plugin_factories
 
 from llumnix.frontend.client import FleetClient
 
@@ -51,7 +53,10 @@ class FleetLLM(AsyncLLM):
     ) -> None:
         self.stopping = False
         self.on_stopping: Callable[[], None] | None = None
+        self.open_http = 0
         self._hurry = False
+        self._aggregate_logging = aggregate_engine_logging
+        client.fail_pooling = self._fail
         with _given(client):
             super().__init__(
                 vllm_config=vllm_config,
@@ -71,6 +76,14 @@ class FleetLLM(AsyncLLM):
             await self.abort(request.request_id, internal=True)
             raise
 
+    def _fail(self, requests: list[str]) -> None:
+        """Ends requests with an exception: pooling has no output that says so."""
+        for request in requests:
+            state = self.output_processor.request_states.get(request)
+            if state is not None and state.queue is not None:
+                state.queue.put(EngineDeadError())
+        self.output_processor.abort_requests(requests, internal=True)
+
     async def check_health(self) -> None:
         await super().check_health()
         if self.stopping or not self.engine_core.serving:
@@ -83,14 +96,17 @@ class FleetLLM(AsyncLLM):
             return
         self.engine_core.engine_ranks_managed = list(range(slots))
         self.logger_manager = StatLoggerManager(
-            vllm_config=self.vllm_config, engine_idxs=list(range(slots)), custom_stat_loggers=None
+            vllm_config=self.vllm_config,
+            engine_idxs=list(range(slots)),
+            custom_stat_loggers=load_stat_logger_plugin_factories(),
+            aggregate_engine_logging=self._aggregate_logging,
         )
         if hasattr(self, "_logger_ref"):
             self._logger_ref[0] = self.logger_manager
         self.logger_manager.log_engine_initialized()
 
     def shutdown(self, timeout: float | None = None) -> None:
-        """Lets the open streams end, at most `timeout` seconds, then closes.
+        """Lets the open HTTP requests end, at most `timeout` seconds, then closes.
 
         vLLM calls it on a thread, with the event loop running on. `on_stopping` is told at once.
         """
@@ -104,7 +120,7 @@ class FleetLLM(AsyncLLM):
 
     def _let_streams_end(self, timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s
-        while len(self.engine_core.streams) and not self._hurry and time.monotonic() < deadline:
+        while self.open_http and not self._hurry and time.monotonic() < deadline:
             time.sleep(DRAIN_POLL_S)
         asyncio.run_coroutine_threadsafe(self.engine_core.abort_all(), self.engine_core.loop)
         # The output handler dies with the engine client: what is queued must be told before.

@@ -16,12 +16,13 @@ from collections.abc import Callable
 from vllm.entrypoints.launchers.api_server.entry import build_and_serve
 from vllm.entrypoints.launchers.launcher import setup_server
 
-from llumnix.errors import UsageError
+from llumnix.errors import LlumnixError, UsageError
 from llumnix.frontend.control import InstanceControl, control_app
 from llumnix.frontend.llm import FleetLLM
 
 logger = logging.getLogger("llumnix.frontend")
 
+HTTP_CLOSE_TIMEOUT_S = 5.0
 GATE = "llumnix.frontend.gate.Gate"
 
 
@@ -51,9 +52,14 @@ async def serve(
     llm.on_stopping = _arm_second_signal(asyncio.get_running_loop(), llm)
     rest = await build_and_serve(llm, listen_address, sock, args)
     try:
-        await rest
+        # A client that never ends its request, or never reads the answer, must not keep us.
+        await asyncio.wait_for(rest, HTTP_CLOSE_TIMEOUT_S)
+    except TimeoutError:
+        logger.warning("Some connections were still open after %.0f s.", HTTP_CLOSE_TIMEOUT_S)
     finally:
         sock.close()
+    if not llm.stopping:
+        raise LlumnixError("the HTTP server ended by itself; the log above says why")
 
 
 def _arm_second_signal(loop: asyncio.AbstractEventLoop, llm: FleetLLM) -> Callable[[], None]:
@@ -68,7 +74,7 @@ def _arm_second_signal(loop: asyncio.AbstractEventLoop, llm: FleetLLM) -> Callab
             loop.add_signal_handler(number, second)
 
     def stopping() -> None:
-        running = len(llm.engine_core.streams)
+        running = llm.open_http
         timeout = llm.vllm_config.shutdown_timeout
         print(
             f"llumnix: stopping; {running} running requests have {timeout} s to end "

@@ -9,7 +9,10 @@ from llumnix.core.types import EngineIndex, InstanceId, RequestId
 
 @dataclass(slots=True, kw_only=True)
 class Stream:
-    """One sequence on its way to a client. Token counts in tokens, `started_s` monotonic."""
+    """One sequence on its way to a client. Token counts in tokens, `started_s` monotonic.
+
+    `pooling`: it asks for an embedding or a score. `session`: more input may follow under the same
+    request, which then must reach the same engine; `between_inputs`: it waits for that."""
 
     request: RequestId
     client_id: str
@@ -19,6 +22,9 @@ class Stream:
     priority: int
     started_s: float
     output_tokens: int = 0
+    pooling: bool = False
+    session: bool = False
+    between_inputs: bool = False
 
 
 class Streams:

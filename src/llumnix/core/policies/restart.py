@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 CRASHES_MAX = 5
 FIRST_DELAY_S = 1.0
-DELAY_MAX_S = 30.0
 HEALTHY_AFTER_S = 60.0
 
 
@@ -45,5 +44,5 @@ class RestartPolicy:
             )
         if self.crashes == 1:
             return RestartAfter(delay_s=0.0, why="first crash")
-        delay = min(FIRST_DELAY_S * 2 ** (self.crashes - 2), DELAY_MAX_S)
+        delay = FIRST_DELAY_S * 2 ** (self.crashes - 2)
         return RestartAfter(delay_s=delay, why=f"crash {self.crashes} of {CRASHES_MAX} in a row")

@@ -1,0 +1,120 @@
+"""Other ways to run: the demo model, a pooling model, a Ray cluster that was there before."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from support.server import Server, alive, eventually, free_port
+
+from .conftest import FLAGS
+
+pytestmark = pytest.mark.live
+
+
+def test_without_a_model_the_demo_model_knows_the_capital_of_france(logs: Path) -> None:
+    server = Server(None, "--instances", "1", log=logs / "demo.log").wait_until_serving()
+    try:
+        line = next(line for line in server.log.splitlines() if line.startswith("  curl "))
+        answer = subprocess.run(
+            line.strip(), shell=True, capture_output=True, text=True, timeout=120, check=True
+        )
+        assert "Paris" in answer.stdout
+    finally:
+        assert server.stop() == 0
+
+
+def test_an_embedding_model_outlives_the_death_of_an_instance(tiny_model: Path, logs: Path) -> None:
+    server = Server(
+        str(tiny_model), "--served-model-name", "tiny", *FLAGS,
+        "--runner", "pooling", "--convert", "embed",
+        log=logs / "embed.log",
+    ).wait_until_serving()  # fmt: skip
+    body = {"model": "tiny", "input": "hello"}
+    try:
+        first = server.http.post("/v1/embeddings", json=body)
+        assert len(first.json()["data"][0]["embedding"]) == 64
+        # Held still, an instance keeps its request until it is killed.
+        victim = server.instances()["i0"]["pid"]
+        os.kill(victim, signal.SIGSTOP)
+        answers: list[httpx.Response] = []
+        threads = [
+            threading.Thread(
+                target=lambda: answers.append(
+                    httpx.post(server.url + "/v1/embeddings", json=body, timeout=60)
+                )
+            )
+            for _ in range(4)
+        ]
+        for thread in threads:
+            thread.start()
+        eventually(lambda: any(r["instance"] == "i0" for r in server.requests()), 10)
+        os.kill(victim, signal.SIGKILL)
+        for thread in threads:
+            thread.join()
+        assert {a.status_code for a in answers} == {200, 500}
+        assert all("error" in a.json() for a in answers if a.status_code == 500)
+        assert server.http.post("/v1/embeddings", json=body).status_code == 200
+        eventually(lambda: server.instances()["i0"]["state"] == "serving", 120)
+    finally:
+        assert server.stop() == 0
+
+
+@pytest.fixture
+def ray_head(tmp_path: Path) -> Iterator[str]:
+    """A Ray cluster of this machine that somebody else started."""
+    port = free_port()
+    environment = {
+        **os.environ,
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+    head = subprocess.Popen(
+        [
+            str(Path(sys.executable).parent / "ray"), "start", "--head", "--block",
+            "--node-ip-address", "127.0.0.1", "--port", str(port), "--include-dashboard", "false",
+            "--object-store-memory", "80000000",
+        ],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )  # fmt: skip
+    yield f"127.0.0.1:{port}"
+    os.killpg(head.pid, signal.SIGTERM)
+    head.wait(30)
+
+
+def test_a_running_ray_cluster_is_joined_and_left_as_it_was(
+    ray_head: str, tiny_model: Path, logs: Path
+) -> None:
+    host, port = ray_head.split(":")
+    eventually(lambda: _listens(host, int(port)), 60, "Ray is up")
+    server = Server(
+        str(tiny_model), "--served-model-name", "tiny", *FLAGS,
+        "--instances", "1", "--ray-address", ray_head,
+        log=logs / "joined.log",
+        RAY_AUTH_MODE="disabled",
+    ).wait_until_serving()  # fmt: skip
+    pid = server.instances()["i0"]["pid"]
+    assert server.complete().status_code == 200
+    assert server.stop() == 0
+    eventually(lambda: not alive(pid), 10, "its instance is gone")
+    assert _listens(host, int(port))
+
+
+def _listens(host: str, port: int) -> bool:
+    import socket
+
+    try:
+        with socket.create_connection((host, port), 1):
+            return True
+    except OSError:
+        return False

@@ -1,0 +1,92 @@
+"""A server with a key, in turns, with a short time to stop."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from support.server import Server, eventually
+
+from .conftest import FLAGS
+
+pytestmark = pytest.mark.live
+KEY = {"Authorization": "Bearer secret"}
+
+
+@pytest.fixture(scope="module")
+def guarded(tiny_model: Path, logs: Path) -> Iterator[Server]:
+    server = Server(
+        str(tiny_model), "--served-model-name", "tiny", *FLAGS,
+        "--api-key", "secret", "--policy", "round-robin", "--shutdown-timeout", "1",
+        log=logs / "guarded.log",
+    )  # fmt: skip
+    server.http.headers.update(KEY)
+    yield server.wait_until_serving()
+    server.stop()
+    print(server.log[-2000:])
+
+
+def test_every_route_of_the_application_wants_the_key(guarded: Server) -> None:
+    paths = set(guarded.http.get("/openapi.json").json()["paths"])
+    paths |= set(guarded.http.get("/llumnix/openapi.json").json()["paths"]) | {"/metrics", "/docs"}
+    assert {"/v1/chat/completions", "/invocations", "/llumnix/v1/instances"} <= paths
+    for path in sorted(paths - {"/health"}):
+        bare = re.sub(r"\{[^}]*\}", "x", path)
+        assert httpx.post(guarded.url + bare, timeout=10).status_code == 401, path
+        assert httpx.get(guarded.url + bare, timeout=10).status_code == 401, path
+    assert httpx.get(guarded.url + "/health", timeout=10).status_code == 200
+
+
+def test_round_robin_takes_turns(guarded: Server) -> None:
+    placed = [guarded.complete(max_tokens=2).headers["x-llumnix-instance"] for _ in range(6)]
+    assert placed in (["i0", "i1"] * 3, ["i1", "i0"] * 3)
+
+
+def test_status_prints_the_instances(guarded: Server) -> None:
+    def status(*flags: str) -> subprocess.CompletedProcess[str]:
+        words = [sys.executable, "-m", "llumnix", "status", "--url", guarded.url, *flags]
+        return subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+
+    refused = status()
+    assert refused.returncode == 2
+    assert "give --api-key KEY" in refused.stderr
+    table = status("--api-key", "secret").stdout.splitlines()
+    assert table[0].split() == [
+        "INSTANCE", "STATE", "NODE", "PID", "DEVICES", "KV", "TOKENS", "RUNNING", "WAITING",
+        "RESTARTS",
+    ]  # fmt: skip
+    assert [line.split()[:2] for line in table[1:]] == [["i0", "serving"], ["i1", "serving"]]
+    body = json.loads(status("--api-key", "secret", "--json").stdout)
+    assert [i["devices"] for i in body["instances"]] == [["cpu:0"], ["cpu:1"]]
+    assert {i["kv_tokens_total"] for i in body["instances"]} != {None}
+
+
+def test_who_is_not_done_in_time_is_told_and_the_server_stops(guarded: Server) -> None:
+    finish: list[str | None] = []
+
+    def long_stream() -> None:
+        body = {"prompt": "x", "max_tokens": 2000, "ignore_eos": True, "stream": True}
+        with httpx.stream(
+            "POST", guarded.url + "/v1/completions", json=body, headers=KEY, timeout=60
+        ) as response:
+            for line in response.iter_lines():
+                if line.startswith("data: {"):
+                    finish.append(json.loads(line[6:])["choices"][0]["finish_reason"])
+
+    thread = threading.Thread(target=long_stream)
+    thread.start()
+    eventually(lambda: len(finish) > 5, 20)
+    began = time.monotonic()
+    guarded.signal(signal.SIGTERM)
+    assert guarded.wait() == 0
+    thread.join()
+    assert 1 <= time.monotonic() - began < 15
+    assert finish[-1] == "abort"
