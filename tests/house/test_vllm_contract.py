@@ -18,6 +18,11 @@ def source(of: object) -> str:
     return inspect.getsource(of)  # type: ignore[arg-type]
 
 
+def busy_loop() -> str:
+    """The engine's loop; its decorator hides it from `inspect`."""
+    return source(EngineCoreProc).split("def run_busy_loop")[1].split("    def ")[0]
+
+
 def test_the_version_is_the_one_that_was_read() -> None:
     try:
         found = version("vllm")
@@ -92,12 +97,12 @@ def test_the_engine_actor_is_told_addresses_and_runs_until_asked() -> None:
     assert 'identity = self.engine_index.to_bytes(length=2, byteorder="little")' in source(
         EngineCoreProc.__init__
     )
-    assert "raise SystemExit" in source(EngineCoreProc.run_busy_loop)
+    assert "raise SystemExit" in busy_loop()
 
 
 def test_the_busy_loop_calls_where_we_listen() -> None:
     """engine/instance.py reads the load in both."""
-    assert source(EngineCoreProc.run_busy_loop).count("_maybe_publish_request_counts()") == 2
+    assert busy_loop().count("_maybe_publish_request_counts()") == 2
     assert "self._notify_idle_state_callbacks()" in source(EngineCoreProc._process_input_queue)
     assert "self.add_request(req, request_wave)" in source(EngineCoreProc._handle_client_request)
     assert "self.shutdown_state == EngineShutdownState.REQUESTED" in source(

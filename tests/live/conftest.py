@@ -20,9 +20,9 @@ def lora(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     return make_lora(tmp_path_factory.mktemp("lora") / "adapter", tiny_model)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def server(tiny_model: Path, logs: Path, lora: Path) -> Iterator[Server]:
-    """Two instances of the tiny model, shared by the tests that leave them as they were."""
+    """Two instances of the tiny model, shared by a file's tests, which leave them as they were."""
     one = Server(
         str(tiny_model),
         "--served-model-name", "tiny",

@@ -97,19 +97,13 @@ def test_n_gives_that_many_choices_and_rows(server: Server, client: openai.OpenA
         model="tiny",
         prompt="x",
         n=2,
-        max_tokens=400,
+        max_tokens=1500,
         seed=5,
         stream=True,
         extra_headers={"X-Request-Id": "pair-of-them"},
         extra_body={"ignore_eos": True},
     )
-    rows = eventually(
-        lambda: (
-            [r for r in server.requests() if r["id"] == "pair-of-them"][1:2]
-            and [r for r in server.requests() if r["id"] == "pair-of-them"]
-        ),
-        10,
-    )
+    rows = [r for r in server.requests() if r["id"] == "pair-of-them"]
     assert [r["prompt_tokens"] for r in rows] == [1, 1]
     assert {c.index for piece in stream for c in piece.choices} == {0, 1}
 
@@ -232,5 +226,5 @@ def test_bad_requests_get_vllms_errors(client: openai.OpenAI) -> None:
 
 def test_what_has_no_meaning_over_several_instances_says_so(server: Server) -> None:
     answer = server.http.post("/scale_elastic_ep", json={"new_data_parallel_size": 2})
-    assert answer.status_code >= 400
+    assert answer.status_code == 400, answer.text
     assert "POST /llumnix/v1/instances" in answer.text

@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from support.server import eventually
 
 pytestmark = pytest.mark.live
 
@@ -23,6 +24,10 @@ def llumnix(*words: str, **env: str) -> tuple[int, str]:
         check=False,
     )
     return done.returncode, done.stderr
+
+
+def left_behind() -> set[Path]:
+    return {*Path(tempfile.gettempdir()).glob("llumnix-*"), *Path("/dev/shm").iterdir()}
 
 
 def complaint(*words: str, **env: str) -> str:
@@ -101,14 +106,13 @@ def test_ray_that_cannot_be_reached(tiny_model: Path) -> None:
 
 def test_what_an_engine_refuses_is_told_and_nothing_stays(tiny_model: Path) -> None:
     """Only the engine finds out that not even one request fits."""
-    before = {*Path(tempfile.gettempdir()).glob("llumnix-*"), *Path("/dev/shm").iterdir()}
+    before = left_behind()
     line = complaint(
         "serve", str(tiny_model), "--kv-cache-memory-bytes", "65536", "--instances", "1"
     )
     assert "instance i0 could not be started" in line
     assert "cache blocks" in line
-    after = {*Path(tempfile.gettempdir()).glob("llumnix-*"), *Path("/dev/shm").iterdir()}
-    assert after <= before
+    eventually(lambda: left_behind() <= before, 10, "what it made is gone")
 
 
 def test_no_server_to_ask() -> None:

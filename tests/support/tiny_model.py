@@ -6,6 +6,7 @@ from pathlib import Path
 
 VOCABULARY = 512
 CONTEXT = 2048
+WIDTH = 256
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -35,9 +36,9 @@ def make_tiny_model(folder: Path) -> Path:
     torch.manual_seed(7)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        num_hidden_layers=8,  # Some milliseconds a token: slow enough to look at a running one.
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=32,

@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from vllm.config import VllmConfig
-from vllm.exceptions import VLLMValidationError
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine import async_llm as vllm_async_llm
@@ -156,8 +155,8 @@ class FleetLLM(AsyncLLM):
         raise _refused("llumnix restarts instances by itself; see GET /llumnix/v1/instances")
 
 
-def _refused(why: str) -> VLLMValidationError:
-    return VLLMValidationError(f"Not available over several instances: {why}.")
+def _refused(why: str) -> ValueError:
+    return ValueError(f"Not available over several instances: {why}.")
 
 
 @contextlib.contextmanager
