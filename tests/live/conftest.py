@@ -3,11 +3,16 @@ from pathlib import Path
 
 import pytest
 
-from support.server import Server
+from support.server import Server, real_time
 from support.tiny_model import make_lora
 
 # Small enough for tests, and the same numbers on every run.
 FLAGS = ("--dtype", "float32", "--kv-cache-memory-bytes", "33554432", "--max-num-seqs", "16")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def first_in_line() -> None:
+    real_time()
 
 
 @pytest.fixture(scope="session")

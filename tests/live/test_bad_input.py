@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+
 from support.server import eventually
 
 pytestmark = pytest.mark.live

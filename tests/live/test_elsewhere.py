@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from support.server import Server, alive, eventually, free_port
+from support.server import Server, alive, descendants, eventually, free_port
 from support.tiny_model import WIDTH
 
 from .conftest import FLAGS
@@ -89,7 +89,8 @@ def ray_head(tmp_path: Path) -> Iterator[str]:
         start_new_session=True,
     )  # fmt: skip
     yield f"127.0.0.1:{port}"
-    os.killpg(head.pid, signal.SIGTERM)
+    for pid in [*descendants(head.pid), head.pid]:
+        os.kill(pid, signal.SIGKILL)
     head.wait(30)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from support.server import Server, eventually
+from support.server import Server, eventually, real_time
 
 from .conftest import FLAGS
 
@@ -73,6 +73,7 @@ def test_who_is_not_done_in_time_is_told_and_the_server_stops(guarded: Server) -
     finish: list[str | None] = []
 
     def long_stream() -> None:
+        real_time()
         body = {"prompt": "x", "max_tokens": 2000, "ignore_eos": True, "stream": True}
         with httpx.stream(
             "POST", guarded.url + "/v1/completions", json=body, headers=KEY, timeout=60

@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from support.server import Server, alive, eventually
+from support.server import Server, alive, eventually, real_time
 
 from .conftest import FLAGS
 
@@ -46,7 +46,8 @@ class Load:
 
 
 def stream(server: Server, name: str, max_tokens: int) -> dict:
-    """One streamed completion: its text, instance, error, and when each piece came."""
+    """One streamed completion: its instance, error, tokens and pieces."""
+    real_time()
     body = {"prompt": f"p {name}", "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
     body |= {"stream": True, "stream_options": {"include_usage": True}}
     seen: dict = {"name": name, "tokens": 0, "error": None, "instance": None, "pieces": 0}

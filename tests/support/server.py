@@ -1,5 +1,6 @@
 """`llumnix serve` as a process of its own, driven as a user would: HTTP, signals, exit status."""
 
+import contextlib
 import os
 import re
 import signal
@@ -15,6 +16,15 @@ import httpx
 
 START_TIMEOUT_S = 240
 STOP_TIMEOUT_S = 60
+
+
+def real_time() -> None:
+    """Lets the calling thread go before the servers where it may. Two engines that poll for their
+    workers keep two cores busy, and the kernel leaves an ordinary observer waiting for up to a
+    second, in which a whole stream comes and goes."""
+    with contextlib.suppress(PermissionError):
+        # Without RESET_ON_FORK the servers would inherit it.
+        os.sched_setscheduler(0, os.SCHED_RR | os.SCHED_RESET_ON_FORK, os.sched_param(1))
 
 
 def free_port() -> int:
@@ -89,10 +99,10 @@ class Server:
 
     def descendants(self) -> set[int]:
         """All processes below this one, by id."""
-        return _descendants(self.process.pid)
+        return descendants(self.process.pid)
 
 
-def _descendants(root: int) -> set[int]:
+def descendants(root: int) -> set[int]:
     parents = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():

@@ -28,10 +28,9 @@ def settle(*, local: bool) -> None:
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     # Ray starts its workers with a lower priority than everything else on the machine.
     os.environ.setdefault("RAY_worker_niceness", "0")
-    # Ray would kill a dying actor's children, the one that removes its shared memory among them.
-    # vLLM's workers end by themselves when their parent does.
+    # A dying actor would kill its children, the one that removes its shared memory among them. Its
+    # process group, with vLLM's workers, is ended by Ray all the same.
     os.environ.setdefault("RAY_kill_child_processes_on_worker_exit", "0")
-    os.environ.setdefault("RAY_process_group_cleanup_enabled", "0")
     # No idle workers: each costs 80 MB and a second of a core, and none is ever used.
     os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     os.environ.setdefault("RAY_enable_worker_prestart", "0")

@@ -19,6 +19,7 @@ actor's two threads, the short methods.
 import os
 import socket
 from dataclasses import dataclass
+from multiprocessing import resource_tracker, util
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -68,6 +69,7 @@ class EngineInstance(EngineCoreActor):
     ) -> None:
         self._seat = seat
         _make_socket_folder()
+        _start_resource_tracker()
         self._devices = _take_devices(seat, vllm_config.parallel_config.world_size)
         _tell_apart(vllm_config, seat.engine_index)
         self._reporter = LoadReporter(
@@ -148,6 +150,23 @@ def _make_socket_folder() -> None:
     """vLLM's own Unix sockets go into the deployment's private folder, which another host lacks."""
     if folder := os.environ.get("VLLM_RPC_BASE_PATH"):
         os.makedirs(folder, mode=0o700, exist_ok=True)
+
+
+def _start_resource_tracker() -> None:
+    """Starts Python's resource tracker, which removes shared memory when all who use it are dead,
+    in a session of its own: when an actor dies, Ray kills its process group, and the tracker with
+    it would leave everything behind. vLLM's workers inherit it."""
+    spawn = util.spawnv_passfds
+
+    def apart(path: bytes, args: list[str], fds: list[int]) -> int:
+        *first, program = args
+        return spawn(path, [*first, f"import os; os.setsid(); {program}"], fds)
+
+    util.spawnv_passfds = apart
+    try:
+        resource_tracker.ensure_running()
+    finally:
+        util.spawnv_passfds = spawn
 
 
 def _tell_apart(vllm_config: Any, engine_index: EngineIndex) -> None:
