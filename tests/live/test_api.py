@@ -103,8 +103,11 @@ def test_n_gives_that_many_choices_and_rows(server: Server, client: openai.OpenA
         extra_headers={"X-Request-Id": "pair-of-them"},
         extra_body={"ignore_eos": True},
     )
-    rows = [r for r in server.requests() if r["id"] == "pair-of-them"]
-    assert [r["prompt_tokens"] for r in rows] == [1, 1]
+
+    def rows() -> list[int]:
+        return [r["prompt_tokens"] for r in server.requests() if r["id"] == "pair-of-them"]
+
+    eventually(lambda: rows() == [1, 1], 5, "a row for each of the two")
     assert {c.index for piece in stream for c in piece.choices} == {0, 1}
 
 
