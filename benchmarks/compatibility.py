@@ -207,6 +207,11 @@ def page(table: list[tuple[str, str, str, str, str]]) -> str:
         "page. Answers are compared whole, but for ids, times and the fingerprint; what fails on "
         "both fails for the small demo model's or vLLM's reasons.",
         "",
+        "Two kinds of rows may differ without a fault: llm-comply's cases sample at the model's "
+        "default temperature with no limit of length, so one can pass on one run and exceed its time "
+        "on the next; and `n` = 2 runs as one batch on bare vLLM and on two engines here, and "
+        "bfloat16 results depend on the batch.",
+        "",
         f"Made at commit {commit()} with {known}.",
         "",
         "| client | case | bare vLLM | llumnix | same |",
