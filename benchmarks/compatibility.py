@@ -208,8 +208,8 @@ def page(table: list[tuple[str, str, str, str, str]]) -> str:
         "both fails for the small demo model's or vLLM's reasons.",
         "",
         "Two kinds of rows may differ without a fault: llm-comply's cases sample at the model's "
-        "default temperature with no limit of length, so one can pass on one run and exceed its time "
-        "on the next; and `n` = 2 runs as one batch on bare vLLM and on two engines here, and "
+        "default temperature with no limit of length, so one can pass on one run and exceed its "
+        "time on the next; and `n` = 2 runs as one batch on bare vLLM and on two engines here, and "
         "bfloat16 results depend on the batch.",
         "",
         f"Made at commit {commit()} with {known}.",
