@@ -1,6 +1,5 @@
 """Where our processes meet: Unix sockets in a folder of our own, and TCP only for other hosts."""
 
-import os
 import shutil
 import socket
 import tempfile
@@ -21,9 +20,9 @@ class Addresses:
     def make(cls, host: str | None) -> "Addresses":
         """On this machine alone (`host` None), or on TCP ports of `host`, this node's address in a
         cluster that has, or may get, further nodes."""
-        # Short, for a Unix socket's path may have 107 characters at most and Ray adds 60.
+        # For its owner only: mkdtemp's doing. Short, for a Unix socket's path may have 107
+        # characters at most and Ray adds 60.
         folder = Path(tempfile.mkdtemp(prefix="llumnix-"))
-        os.chmod(folder, 0o700)
         names = ("controller", "input", "output")
         if host is None:
             controller, frontend_input, frontend_output = (f"ipc://{folder}/{n}" for n in names)

@@ -1,7 +1,7 @@
 """The llumlet's mouth: pushes the engine's load to the controller.
 
 The engine's busy loop hands its numbers over after each step, and what changed is sent there and
-then: some 30 microseconds on that thread. (A thread of its own would have to wait for the
+then, on that thread. (A thread of its own would have to wait for the
 interpreter's lock, which the busy loop holds while it polls for its workers' answer, and make the
 loop wait in turn.) A second thread only repeats the last report when nothing was sent for
 `HEARTBEAT_S`. With the controller gone, reports are dropped, not queued: the next one says it all.

@@ -113,13 +113,17 @@ def _keep_it_local(args: argparse.Namespace, deployment: DeploymentConfig) -> No
     """vLLM listens on every interface unless told otherwise; we do not."""
     if args.host is None:
         args.host = "127.0.0.1"
-    keyed = bool([key for key in (args.api_key or [os.environ.get("VLLM_API_KEY")]) if key])
-    if args.uds or keyed or deployment.insecure or is_loopback(args.host):
+    if args.uds or api_keys(args) or deployment.insecure or is_loopback(args.host):
         return
     raise UsageError(
         f"--host {args.host} is reachable from elsewhere: give --api-key KEY, or --insecure to "
         "serve without one"
     )
+
+
+def api_keys(args: argparse.Namespace) -> list[str]:
+    """The keys that open the server, by vLLM's rule: the flag's, else the variable's."""
+    return [key for key in (args.api_key or [os.environ.get("VLLM_API_KEY")]) if key]
 
 
 def is_loopback(host: str) -> bool:

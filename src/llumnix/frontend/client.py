@@ -62,6 +62,11 @@ class Engine:
     accepting: bool = True
 
     @property
+    def takes_requests(self) -> bool:
+        """Whether a new request may go there."""
+        return self.ready.done() and self.accepting
+
+    @property
     def identity(self) -> bytes:
         """Its ZMQ identity."""
         return self.engine_index.to_bytes(2, "little")
@@ -142,7 +147,6 @@ class FleetClient(AsyncMPClient):
         """Says whether the engine gets new requests from here."""
         if (engine := self._engines.get(engine_index)) is not None:
             engine.accepting = accepting
-            self._refresh()
 
     async def lose(self, engine_index: EngineIndex) -> int:
         """Takes the engine out: its streams end with an error, calls to it fail. Returns how many
@@ -277,7 +281,7 @@ class FleetClient(AsyncMPClient):
         )
         if isinstance(decision, Dispatch):
             engine = self._engines.get(decision.engine_index)
-            if engine is not None and engine.ready.done() and engine.accepting:
+            if engine is not None and engine.takes_requests:
                 return engine
         return self._place_alone()
 
@@ -289,8 +293,7 @@ class FleetClient(AsyncMPClient):
         return None if index is None or not engines else engines[index]
 
     def _takers(self) -> list[Engine]:
-        engines = [e for e in self._engines.values() if e.ready.done() and e.accepting]
-        return sorted(engines, key=lambda e: e.slot)
+        return sorted((e for e in self._engines.values() if e.takes_requests), key=lambda e: e.slot)
 
     def _place_alone(self) -> Engine:
         """Without the controller: fewest of this frontend's own requests, then in turn."""

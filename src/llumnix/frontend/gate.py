@@ -11,9 +11,9 @@ from typing import Any
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from vllm import envs
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 
+from llumnix.frontend.arguments import api_keys
 from llumnix.frontend.context import HttpRequest, current_http_request
 from llumnix.frontend.control import openai_error
 
@@ -64,8 +64,7 @@ class Gate:
         if path in OPEN_PATHS or scope.get("method") == "OPTIONS":
             return True
         if self._check is None:
-            keys = [key for key in (args.api_key or [envs.VLLM_API_KEY]) if key]
-            self._check = AuthenticationMiddleware(self.app, keys)
+            self._check = AuthenticationMiddleware(self.app, api_keys(args))
         return not self._check.api_tokens or self._check.verify_token(headers)
 
 
