@@ -12,4 +12,10 @@ be told from one of its successor. 16 bits: it is also the engine's ZMQ identity
 RequestId = NewType("RequestId", str)
 """vLLM's internal id of one sequence: unique over all frontends (it ends in random hex digits)."""
 
+MigrationId = NewType("MigrationId", str)
+"""Names one attempt to move one request: `m0`, `m1`, ... by the frontend that grants its epoch."""
+
+Epoch = NewType("Epoch", int)
+"""Counts the owners that a request has had or may get. Granted by its frontend alone."""
+
 ENGINE_INDEX_MAX = 2**16 - 1

@@ -1,0 +1,335 @@
+"""Migrations to one engine: walks the destination's machine of core/migration.py.
+
+Rules
+- `incoming_max` of them for the engine; one request once.
+- What was decided is remembered and never changed: a handover that comes again gets the same
+  verdict, a migration that was declined before it was heard of stays declined.
+- Blocks that are being written are not given away: an aborted migration whose pull is under way
+  keeps its room until that has ended.
+"""
+
+from dataclasses import dataclass, field
+
+from llumnix.core.limits import REMEMBERED_MAX, TAIL_MAX, MigrationLimits
+from llumnix.core.messages import (
+    CallOff,
+    Handover,
+    Out,
+    PeerMessage,
+    Reserve,
+    Reserved,
+    Stage,
+    Staged,
+    ToFrontend,
+    TookOver,
+    ToPeer,
+    Verdict,
+)
+from llumnix.core.migration import (
+    DestinationAction,
+    DestinationEvent,
+    DestinationMachine,
+    DestinationState,
+    destination_machine,
+)
+from llumnix.core.outgoing import OnStep
+from llumnix.core.port import EnginePort, Refusal
+from llumnix.core.types import EngineIndex, MigrationId
+from llumnix.errors import ProtocolError
+
+
+@dataclass(slots=True, kw_only=True)
+class Incoming:
+    """One migration to here. `ticket`: of the pull that is under way."""
+
+    order: Reserve
+    machine: DestinationMachine
+    deadline_s: float
+    hit: int = 0
+    stage: int = 0
+    outputs: int = 0
+    tail: list[int] = field(default_factory=list)
+    ticket: int | None = None
+    last: Stage | Handover | None = None
+    bytes: int = 0
+    seconds: float = 0.0
+    why: str = ""
+
+
+@dataclass(slots=True, kw_only=True)
+class Decided:
+    """What became of one. No machine: it was declined before anything was heard of it."""
+
+    verdict: Verdict
+    machine: DestinationMachine | None = None
+    source: EngineIndex | None = None
+    address: str = ""
+
+
+class IncomingMigrations:
+    """All of one engine's."""
+
+    def __init__(
+        self, port: EnginePort, limits: MigrationLimits, out: list[Out], on_step: OnStep
+    ) -> None:
+        self._port = port
+        self._limits = limits
+        self._out = out
+        self._on_step = on_step
+        self._open: dict[MigrationId, Incoming] = {}
+        self._decided: dict[MigrationId, Decided] = {}
+        self._tickets: dict[int, MigrationId] = {}
+        self._ticket = 0
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def deadlines(self) -> list[float]:
+        """When each of them wants to be looked at."""
+        return [c.deadline_s for c in self._open.values() if not c.machine.over]
+
+    def reserve(self, order: Reserve, now: float) -> None:
+        """Has room for a request, or declines it."""
+        if order.migration in self._open:
+            return  # It came twice.
+        if (decided := self._decided.get(order.migration)) is not None:
+            self._say(order.source, order.address, decided.verdict)
+            return
+        coming = Incoming(
+            order=order,
+            machine=destination_machine(order.migration),
+            deadline_s=now + self._limits.silence_timeout_s,
+            outputs=len(order.outputs),
+            tail=order.outputs[-TAIL_MAX:],
+        )
+        hit = self._make_room(order)
+        if isinstance(hit, Refusal):
+            coming.why = hit.why
+            self._walk(coming, DestinationEvent.FAILED)
+            self._decide(coming, taken=False)
+            return
+        coming.hit = hit
+        self._open[order.migration] = coming
+        self._look(coming, now)
+
+    def receive(self, message: Stage | Handover | CallOff, now: float) -> None:
+        """Takes in what a source said."""
+        coming = self._open.get(message.migration)
+        if coming is None or coming.machine.over:
+            self._after_the_verdict(message)
+        elif isinstance(message, CallOff):
+            self._may_end(coming, DestinationEvent.CALLED_OFF, message.why)
+        elif coming.machine.state is DestinationState.COMMITTING:
+            if isinstance(message, Handover):
+                self._walk(coming, DestinationEvent.HANDOVER)
+        elif isinstance(message, Handover) or message.stage > coming.stage:
+            self._go_on(coming, message, now)
+
+    def pulled(self, ticket: int, error: str | None, size: int, seconds: float, now: float) -> None:
+        """A pull that the port began is over. `size` in bytes."""
+        coming = self._open.get(self._tickets.pop(ticket, MigrationId("")))
+        if coming is None or coming.ticket != ticket:
+            raise ProtocolError(f"nobody waits for the end of pull {ticket}")
+        coming.ticket, coming.bytes, coming.seconds = None, size, seconds
+        if coming.machine.over:
+            self._free(coming)
+        elif error is not None:
+            self._may_end(coming, DestinationEvent.FAILED, error)
+        else:
+            self._have_it(coming, now)
+
+    def client_gone(self, requests: list[str]) -> None:
+        """The frontend aborted these requests here."""
+        for coming in self._still_open():
+            if coming.order.request in requests:
+                self._may_end(coming, DestinationEvent.CLIENT_GONE, "its client hung up")
+
+    def engine_lost(self, engine: EngineIndex) -> None:
+        """A source died."""
+        for coming in self._still_open():
+            if coming.order.source == engine:
+                self._may_end(coming, DestinationEvent.SOURCE_LOST, "the source died")
+
+    def fate(self, migration: MigrationId) -> str:
+        """`taken`, `declined` or `undecided`. One never heard of is declined from now on."""
+        coming = self._open.get(migration)
+        if coming is not None and not coming.machine.over:
+            return "undecided"
+        if migration not in self._decided:
+            verdict = Verdict(migration=migration, taken=False, why="its source died")
+            self._remember(Decided(verdict=verdict))
+        return "taken" if self._decided[migration].verdict.taken else "declined"
+
+    def poll(self, now: float) -> None:
+        """Looks at every one of them."""
+        for coming in self._still_open():
+            self._look(coming, now)
+
+    # -- one of them -------------------------------------------------------------------------------
+
+    def _still_open(self) -> list[Incoming]:
+        return [c for c in self._open.values() if not c.machine.over]
+
+    def _make_room(self, order: Reserve) -> int | Refusal:
+        if len(self._open) >= self._limits.incoming_max:
+            return Refusal(why=f"{len(self._open)} requests are on their way there already")
+        if any(c.order.request == order.request for c in self._open.values()):
+            return Refusal(why="it is on its way there already")
+        return self._port.reserve(order.request, order.body, order.outputs, order.tokens)
+
+    def _look(self, coming: Incoming, now: float) -> None:
+        if coming.machine.state is DestinationState.PREPARING:
+            ready = self._port.ready(coming.order.request)
+            if isinstance(ready, Refusal):
+                self._may_end(coming, DestinationEvent.FAILED, ready.why)
+                return
+            if ready:
+                self._walk(coming, DestinationEvent.PREPARED)
+                self._answer(coming, Reserved(migration=coming.order.migration, hit=coming.hit))
+                return
+        if now >= coming.deadline_s:
+            why = f"the source was silent while {coming.machine.state.value}"
+            self._may_end(coming, DestinationEvent.LATE, why)
+
+    def _go_on(self, coming: Incoming, message: Stage | Handover, now: float) -> None:
+        new = message.outputs[max(0, coming.outputs - message.first_output) :]
+        coming.outputs += len(new)
+        coming.tail = [*coming.tail, *new][-TAIL_MAX:]
+        coming.last = message
+        coming.deadline_s = now + self._limits.silence_timeout_s
+        if isinstance(message, Stage):
+            coming.stage = message.stage
+            self._walk(coming, DestinationEvent.STAGE)
+            slots = message.tokens
+        else:
+            self._walk(coming, DestinationEvent.HANDOVER)
+            slots = message.end
+        refusal = self._port.reach(coming.order.request, slots, new)
+        if refusal is not None:
+            self._may_end(coming, DestinationEvent.FAILED, refusal.why)
+        elif message.end > message.start:
+            self._pull(coming, message)
+        else:
+            coming.bytes, coming.seconds = 0, 0.0
+            self._have_it(coming, now)
+
+    def _pull(self, coming: Incoming, message: Stage | Handover) -> None:
+        order = coming.order
+        self._ticket += 1
+        coming.ticket = self._ticket
+        self._tickets[self._ticket] = order.migration
+        self._port.pull(
+            order.request,
+            self._ticket,
+            order.source,
+            order.agents,
+            message.start,
+            message.end,
+            message.blocks,
+        )
+
+    def _have_it(self, coming: Incoming, now: float) -> None:
+        """What the source's last word named is here."""
+        migration = coming.order.migration
+        coming.deadline_s = now + self._limits.silence_timeout_s
+        if self._walk(coming, DestinationEvent.PULLED) is DestinationAction.INSTALL:
+            self._install(coming)
+        else:
+            self._answer(
+                coming,
+                Staged(
+                    migration=migration,
+                    stage=coming.stage,
+                    bytes=coming.bytes,
+                    seconds=coming.seconds,
+                ),
+            )
+
+    def _install(self, coming: Incoming) -> None:
+        order, handover = coming.order, coming.last
+        assert isinstance(handover, Handover)
+        refusal = self._port.commit(order.request, handover.end, handover.state)
+        if refusal is not None:
+            self._may_end(coming, DestinationEvent.FAILED, refusal.why)
+            return
+        self._walk(coming, DestinationEvent.INSTALLED)
+        del self._open[order.migration]
+        took = TookOver(
+            migration=order.migration,
+            request=order.request,
+            epoch=order.epoch,
+            outputs=coming.outputs,
+            tail=coming.tail,
+        )
+        self._out.append(ToFrontend(message=took))
+        self._decide(coming, taken=True)
+
+    def _may_end(self, coming: Incoming, event: DestinationEvent, why: str) -> None:
+        """Feeds an event that may end it; if it does, frees what it held and says so."""
+        if self._walk(coming, event) is not DestinationAction.DROP:
+            return
+        coming.why = why
+        self._decide(coming, taken=False)
+        if coming.ticket is None:
+            self._free(coming)
+
+    def _free(self, coming: Incoming) -> None:
+        self._port.drop(coming.order.request)
+        del self._open[coming.order.migration]
+
+    def _decide(self, coming: Incoming, *, taken: bool) -> None:
+        order = coming.order
+        verdict = Verdict(
+            migration=order.migration,
+            taken=taken,
+            why=coming.why,
+            bytes=coming.bytes,
+            seconds=coming.seconds,
+        )
+        self._remember(
+            Decided(
+                verdict=verdict,
+                machine=coming.machine,
+                source=order.source,
+                address=order.address,
+            )
+        )
+        self._answer(coming, verdict)
+
+    def _remember(self, decided: Decided) -> None:
+        self._decided[decided.verdict.migration] = decided
+        if len(self._decided) > REMEMBERED_MAX:
+            del self._decided[next(iter(self._decided))]
+
+    def _after_the_verdict(self, message: Stage | Handover | CallOff) -> None:
+        decided = self._decided.get(message.migration)
+        if decided is None:
+            # Its reservation was lost or comes later; it will not be made.
+            verdict = Verdict(migration=message.migration, taken=False, why="never reserved")
+            self._remember(Decided(verdict=verdict))
+            return
+        machine = decided.machine
+        if machine is None or (
+            machine.state is DestinationState.COMMITTED and isinstance(message, Stage)
+        ):
+            return  # Declined unheard; or an old stage that came twice.
+        event = {
+            Stage: DestinationEvent.STAGE,
+            Handover: DestinationEvent.HANDOVER,
+            CallOff: DestinationEvent.CALLED_OFF,
+        }[type(message)]
+        if machine.feed(event) is DestinationAction.SAY_VERDICT and decided.source is not None:
+            self._say(decided.source, decided.address, decided.verdict)
+
+    def _walk(self, coming: Incoming, event: DestinationEvent) -> DestinationAction:
+        action = coming.machine.feed(event)
+        state = coming.machine.state.value
+        name = coming.order.migration
+        self._on_step("destination", name, event.value, state, action.value)
+        return action
+
+    def _answer(self, coming: Incoming, message: PeerMessage) -> None:
+        self._say(coming.order.source, coming.order.address, message)
+
+    def _say(self, engine: EngineIndex, address: str, message: PeerMessage) -> None:
+        self._out.append(ToPeer(engine=engine, address=address, message=message))

@@ -1,0 +1,31 @@
+"""Bounds of migrations, each declared once."""
+
+from dataclasses import dataclass
+
+REMEMBERED_MAX = 4096
+"""Ended migrations that a llumlet remembers on each side, since their messages may come again."""
+TAIL_MAX = 512
+"""Last generated tokens that a take-over repeats, for a frontend whose source died before it had
+sent them all."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MigrationLimits:
+    """Of every migration: times in seconds, counts in migrations, stages and blocks.
+
+    `copy`: `staged`, or `blocking`, which stops the request first and then copies all of it (what
+    benchmarks compare with)."""
+
+    reserve_timeout_s: float = 5.0
+    stage_timeout_s: float = 30.0
+    verdict_again_s: float = 0.25
+    silence_timeout_s: float = 60.0
+    outgoing_max: int = 4
+    incoming_max: int = 4
+    stages_max: int = 8
+    rest_blocks_max: int = 2
+    copy: str = "staged"
+
+    def ahead_tokens(self, block_tokens: int) -> int:
+        """Slots that a destination has in reserve, so that the handover needs no new ones."""
+        return (self.rest_blocks_max + 1) * block_tokens

@@ -1,0 +1,101 @@
+"""The llumlet's part in migrations: all of them from and to one engine.
+
+It is hosted on the engine's own thread: messages and facts go in between steps, `poll` is called
+after every step, and what comes out is to be sent. It does no I/O and reads no clock.
+"""
+
+from llumnix.core.incoming import IncomingMigrations
+from llumnix.core.limits import MigrationLimits
+from llumnix.core.messages import (
+    CallOff,
+    Handover,
+    Migrate,
+    Out,
+    PeerMessage,
+    Reserve,
+    Reserved,
+    Stage,
+    Staged,
+    Verdict,
+)
+from llumnix.core.outgoing import OnStep, OutgoingMigrations
+from llumnix.core.port import EnginePort
+from llumnix.core.types import EngineIndex, MigrationId
+
+
+class Llumlet:
+    """One engine's. `address`: where other llumlets send to it. `on_step` is told of every
+    transition of every machine."""
+
+    def __init__(
+        self,
+        engine: EngineIndex,
+        address: str,
+        port: EnginePort,
+        limits: MigrationLimits | None = None,
+        on_step: OnStep = lambda *_: None,
+    ) -> None:
+        limits = limits or MigrationLimits()
+        self._out: list[Out] = []
+        self._outgoing = OutgoingMigrations(engine, address, port, limits, self._out, on_step)
+        self._incoming = IncomingMigrations(port, limits, self._out, on_step)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a migration is under way, or a pull whose end is still to come."""
+        return bool(len(self._outgoing) or len(self._incoming))
+
+    def deadline_s(self) -> float | None:
+        """When `poll` must be called at the latest, even if the engine stands still."""
+        return min(self._outgoing.deadlines() + self._incoming.deadlines(), default=None)
+
+    def migrate(self, order: Migrate, now: float) -> list[Out]:
+        """Begins to move a request away; `MigrationEnded` tells the end, whatever it is."""
+        self._outgoing.begin(order, now)
+        return self._take_out()
+
+    def receive(self, message: PeerMessage, now: float) -> list[Out]:
+        """Takes in what another llumlet sent."""
+        match message:
+            case Reserve():
+                self._incoming.reserve(message, now)
+            case Stage() | Handover() | CallOff():
+                self._incoming.receive(message, now)
+            case Reserved() | Staged() | Verdict():
+                self._outgoing.receive(message, now)
+        return self._take_out()
+
+    def pulled(
+        self, ticket: int, error: str | None, size: int, seconds: float, now: float
+    ) -> list[Out]:
+        """A pull that the port began is over (`error` None: all is here). `size` in bytes."""
+        self._incoming.pulled(ticket, error, size, seconds, now)
+        return self._take_out()
+
+    def client_gone(self, requests: list[str]) -> list[Out]:
+        """The frontend aborted these requests here."""
+        self._incoming.client_gone(requests)
+        return self._take_out()
+
+    def engine_lost(self, engine: EngineIndex, granted: set[MigrationId], now: float) -> list[Out]:
+        """Another engine died. `granted`: the migrations to it that never took over, for which the
+        frontend gave this engine a fresh epoch."""
+        self._outgoing.engine_lost(engine, granted, now)
+        self._incoming.engine_lost(engine)
+        return self._take_out()
+
+    def fate(self, migration: MigrationId) -> str:
+        """What this destination has decided: `taken`, `declined` or `undecided`. One that it never
+        heard of is declined from now on."""
+        return self._incoming.fate(migration)
+
+    def poll(self, now: float) -> list[Out]:
+        """Looks at requests and deadlines; called between any two steps."""
+        self._outgoing.poll(now)
+        self._incoming.poll(now)
+        return self._take_out()
+
+    def _take_out(self) -> list[Out]:
+        out = self._out[:]
+        self._out.clear()
+        return out

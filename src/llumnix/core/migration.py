@@ -1,0 +1,297 @@
+"""The protocol of one migration, as two tables of transitions.
+
+Rules
+- The request has one owner at any time. Until the handover that is the source; after it, whom the
+  destination's verdict names. The destination decides once, and remembers.
+- The source stops a request only for its last tokens, and resumes it only when it knows that the
+  destination will not run it: by the destination's own verdict, or, if that engine is dead, by a
+  fresh epoch from the frontend, which grants all epochs. Silence is never an answer: a handover
+  without a verdict is sent again.
+- Before the handover either side may give up on its own, whatever the other believes.
+- Every event in every state is in the table. What is not there is a bug, and raises with the story.
+
+No I/O, no clock: who hosts a machine feeds it events and carries out the actions it names
+(core/llumlet.py). docs/migration.md is drawn from these tables (scripts/draw_protocol.py).
+"""
+
+import enum
+from typing import Generic, TypeVar
+
+from llumnix.errors import ProtocolError
+
+
+class SourceState(enum.Enum):
+    """Where the engine that gives a request away stands."""
+
+    RESERVING = "reserving"
+    """The destination was asked for room; the request goes on here."""
+    COPYING = "copying"
+    """The destination pulls settled blocks; the request goes on here."""
+    IDLE = "idle"
+    """Between two stages: is there more, and does it pay? The request goes on here."""
+    STOPPING = "stopping"
+    """Out of the batch; steps that were in flight come home."""
+    DECIDING = "deciding"
+    """Handed over; the destination's verdict is awaited. Nobody resumes it meanwhile."""
+    COMMITTED = "committed"
+    """The destination owns it; nothing is left here."""
+    ABORTED = "aborted"
+    """It goes on here, or has ended here."""
+
+
+class SourceEvent(enum.Enum):
+    """What can happen to a source."""
+
+    RESERVED = "reserved"
+    STAGED = "staged"
+    """The stage's blocks are at the destination."""
+    MORE = "more"
+    """Another stage pays."""
+    LAST = "last"
+    """What is left is small enough to stop for it."""
+    DRAINED = "drained"
+    TAKEN = "taken"
+    """Verdict: the destination owns it."""
+    DECLINED = "declined"
+    """Verdict: the destination will never run it (no room, for one)."""
+    GRANTED = "granted"
+    """The destination is dead and never took over; the frontend gave this engine a fresh epoch."""
+    FORFEITED = "forfeited"
+    """The destination is dead, but had taken over before."""
+    GONE = "gone"
+    """The request finished, was aborted or was preempted here."""
+    LATE = "late"
+
+
+class SourceAction(enum.Enum):
+    """What a source does on a transition."""
+
+    NOTHING = "-"
+    REST = "see what is left"
+    STAGE = "pin settled blocks, have them pulled"
+    STOP = "take it out of the batch"
+    HAND_OVER = "send the rest, ask for the verdict"
+    ASK_AGAIN = "send the handover again"
+    RELEASE = "free it here"
+    RESUME = "put it back into the batch"
+    STAY = "let it go on"
+    CALL_OFF = "let it go on, tell the destination"
+
+
+class DestinationState(enum.Enum):
+    """Where the engine that takes a request in stands."""
+
+    PREPARING = "preparing"
+    """Room is reserved; something else (a grammar) is not ready."""
+    READY = "ready"
+    """Waits for the source's next word."""
+    PULLING = "pulling"
+    """Pulls the blocks of a stage."""
+    COMMITTING = "committing"
+    """Pulls the rest; will decide when that is done."""
+    COMMITTED = "committed"
+    """Owns the request. Final, and remembered."""
+    ABORTED = "aborted"
+    """Will never run it. Final, and remembered."""
+
+
+class DestinationEvent(enum.Enum):
+    """What can happen to a destination."""
+
+    PREPARED = "prepared"
+    STAGE = "stage"
+    PULLED = "pulled"
+    FAILED = "failed"
+    """No room, or the blocks could not be pulled."""
+    HANDOVER = "handover"
+    INSTALLED = "installed"
+    """The request with all its state is in this engine's queue."""
+    CALLED_OFF = "called off"
+    CLIENT_GONE = "client gone"
+    SOURCE_LOST = "source lost"
+    LATE = "late"
+
+
+class DestinationAction(enum.Enum):
+    """What a destination does on a transition."""
+
+    NOTHING = "-"
+    SAY_RESERVED = "tell the source"
+    PULL = "pull the stage's blocks"
+    SAY_STAGED = "tell the source"
+    PULL_REST = "pull the rest"
+    INSTALL = "install it here"
+    TAKE_OVER = "tell the frontend, then the source"
+    DROP = "free the room, tell the source"
+    SAY_VERDICT = "repeat the verdict"
+
+
+S, SE, SA = SourceState, SourceEvent, SourceAction
+D, DE, DA = DestinationState, DestinationEvent, DestinationAction
+
+_TARDY = {
+    # What may still arrive when all is over: answers that crossed, or came twice.
+    event: SA.NOTHING
+    for event in (SE.RESERVED, SE.TAKEN, SE.DECLINED, SE.GRANTED, SE.FORFEITED)
+}
+
+SOURCE: dict[SourceState, dict[SourceEvent, tuple[SourceState, SourceAction]]] = {
+    S.RESERVING: {
+        SE.RESERVED: (S.IDLE, SA.REST),
+        SE.DECLINED: (S.ABORTED, SA.STAY),
+        SE.GRANTED: (S.ABORTED, SA.STAY),
+        SE.FORFEITED: (S.ABORTED, SA.STAY),
+        SE.GONE: (S.ABORTED, SA.CALL_OFF),
+        SE.LATE: (S.ABORTED, SA.CALL_OFF),
+    },
+    S.COPYING: {
+        SE.RESERVED: (S.COPYING, SA.NOTHING),
+        SE.STAGED: (S.IDLE, SA.REST),
+        SE.DECLINED: (S.ABORTED, SA.STAY),
+        SE.GRANTED: (S.ABORTED, SA.STAY),
+        SE.FORFEITED: (S.ABORTED, SA.STAY),
+        SE.GONE: (S.ABORTED, SA.CALL_OFF),
+        SE.LATE: (S.ABORTED, SA.CALL_OFF),
+    },
+    S.IDLE: {
+        SE.RESERVED: (S.IDLE, SA.NOTHING),
+        SE.MORE: (S.COPYING, SA.STAGE),
+        SE.LAST: (S.STOPPING, SA.STOP),
+        SE.DECLINED: (S.ABORTED, SA.STAY),
+        SE.GRANTED: (S.ABORTED, SA.STAY),
+        SE.FORFEITED: (S.ABORTED, SA.STAY),
+        SE.GONE: (S.ABORTED, SA.CALL_OFF),
+        SE.LATE: (S.ABORTED, SA.CALL_OFF),
+    },
+    S.STOPPING: {
+        SE.RESERVED: (S.STOPPING, SA.NOTHING),
+        SE.DRAINED: (S.DECIDING, SA.HAND_OVER),
+        SE.DECLINED: (S.ABORTED, SA.RESUME),
+        SE.GRANTED: (S.ABORTED, SA.RESUME),
+        SE.FORFEITED: (S.ABORTED, SA.RESUME),  # It cannot have taken over what it never got.
+        SE.GONE: (S.ABORTED, SA.CALL_OFF),
+        SE.LATE: (S.STOPPING, SA.REST),  # The engine's own steps always come home.
+    },
+    S.DECIDING: {
+        SE.RESERVED: (S.DECIDING, SA.NOTHING),
+        SE.TAKEN: (S.COMMITTED, SA.RELEASE),
+        SE.DECLINED: (S.ABORTED, SA.RESUME),
+        SE.GRANTED: (S.ABORTED, SA.RESUME),
+        SE.FORFEITED: (S.COMMITTED, SA.RELEASE),
+        SE.GONE: (S.ABORTED, SA.CALL_OFF),  # Its client left: nobody needs the verdict.
+        SE.LATE: (S.DECIDING, SA.ASK_AGAIN),
+    },
+    S.COMMITTED: {event: (S.COMMITTED, action) for event, action in _TARDY.items()},
+    S.ABORTED: {event: (S.ABORTED, action) for event, action in _TARDY.items()},
+}
+
+DESTINATION: dict[
+    DestinationState, dict[DestinationEvent, tuple[DestinationState, DestinationAction]]
+] = {
+    D.PREPARING: {
+        DE.PREPARED: (D.READY, DA.SAY_RESERVED),
+        DE.FAILED: (D.ABORTED, DA.DROP),
+        DE.CALLED_OFF: (D.ABORTED, DA.DROP),
+        DE.CLIENT_GONE: (D.ABORTED, DA.DROP),
+        DE.SOURCE_LOST: (D.ABORTED, DA.DROP),
+        DE.LATE: (D.ABORTED, DA.DROP),
+    },
+    D.READY: {
+        DE.STAGE: (D.PULLING, DA.PULL),
+        DE.HANDOVER: (D.COMMITTING, DA.PULL_REST),
+        DE.FAILED: (D.ABORTED, DA.DROP),
+        DE.CALLED_OFF: (D.ABORTED, DA.DROP),
+        DE.CLIENT_GONE: (D.ABORTED, DA.DROP),
+        DE.SOURCE_LOST: (D.ABORTED, DA.DROP),
+        DE.LATE: (D.ABORTED, DA.DROP),
+    },
+    D.PULLING: {
+        DE.PULLED: (D.READY, DA.SAY_STAGED),
+        DE.FAILED: (D.ABORTED, DA.DROP),
+        DE.CALLED_OFF: (D.ABORTED, DA.DROP),
+        DE.CLIENT_GONE: (D.ABORTED, DA.DROP),
+        DE.SOURCE_LOST: (D.ABORTED, DA.DROP),
+        DE.LATE: (D.ABORTED, DA.DROP),
+    },
+    D.COMMITTING: {
+        DE.HANDOVER: (D.COMMITTING, DA.NOTHING),  # Asked again; the verdict is on its way.
+        DE.PULLED: (D.COMMITTING, DA.INSTALL),
+        DE.INSTALLED: (D.COMMITTED, DA.TAKE_OVER),
+        DE.FAILED: (D.ABORTED, DA.DROP),
+        DE.CALLED_OFF: (D.ABORTED, DA.DROP),
+        DE.CLIENT_GONE: (D.ABORTED, DA.DROP),
+        DE.SOURCE_LOST: (D.COMMITTING, DA.NOTHING),  # What was asked for may still arrive.
+        DE.LATE: (D.ABORTED, DA.DROP),
+    },
+    D.COMMITTED: {
+        DE.HANDOVER: (D.COMMITTED, DA.SAY_VERDICT),
+        DE.CALLED_OFF: (D.COMMITTED, DA.NOTHING),  # Only its client can have gone.
+        DE.CLIENT_GONE: (D.COMMITTED, DA.NOTHING),  # The engine's own abort sees to it.
+        DE.SOURCE_LOST: (D.COMMITTED, DA.NOTHING),
+    },
+    D.ABORTED: {
+        DE.STAGE: (D.ABORTED, DA.SAY_VERDICT),
+        DE.PULLED: (D.ABORTED, DA.NOTHING),
+        DE.FAILED: (D.ABORTED, DA.NOTHING),
+        DE.HANDOVER: (D.ABORTED, DA.SAY_VERDICT),
+        DE.CALLED_OFF: (D.ABORTED, DA.NOTHING),
+        DE.CLIENT_GONE: (D.ABORTED, DA.NOTHING),
+        DE.SOURCE_LOST: (D.ABORTED, DA.NOTHING),
+    },
+}
+
+StateT = TypeVar("StateT", bound=enum.Enum)
+EventT = TypeVar("EventT", bound=enum.Enum)
+ActionT = TypeVar("ActionT", bound=enum.Enum)
+HISTORY_MAX = 64
+
+
+class Machine(Generic[StateT, EventT, ActionT]):
+    """One table being walked through."""
+
+    def __init__(
+        self,
+        name: str,
+        table: dict[StateT, dict[EventT, tuple[StateT, ActionT]]],
+        start: StateT,
+        ends: tuple[StateT, ...],
+    ) -> None:
+        self.name = name
+        self.state = start
+        self.history: list[tuple[EventT, StateT]] = []
+        self._table = table
+        self._start = start
+        self._ends = ends
+
+    @property
+    def over(self) -> bool:
+        """Whether a final state was reached."""
+        return self.state in self._ends
+
+    def feed(self, event: EventT) -> ActionT:
+        """Takes in an event and returns what to do; `ProtocolError` if it cannot happen here."""
+        known = self._table[self.state].get(event)
+        if known is None:
+            story = " ".join(f"-[{e.value}]-> {s.value}" for e, s in self.history)
+            raise ProtocolError(
+                f"migration {self.name}: '{event.value}' cannot happen in state "
+                f"'{self.state.value}' (story: {self._start.value} {story})"
+            )
+        self.state, action = known
+        self.history.append((event, self.state))
+        del self.history[:-HISTORY_MAX]
+        return action
+
+
+SourceMachine = Machine[SourceState, SourceEvent, SourceAction]
+DestinationMachine = Machine[DestinationState, DestinationEvent, DestinationAction]
+
+
+def source_machine(name: str) -> SourceMachine:
+    """A source that has just asked for room."""
+    return Machine(f"{name} (source)", SOURCE, S.RESERVING, (S.COMMITTED, S.ABORTED))
+
+
+def destination_machine(name: str) -> DestinationMachine:
+    """A destination that has just reserved room."""
+    return Machine(f"{name} (destination)", DESTINATION, D.PREPARING, (D.COMMITTED, D.ABORTED))

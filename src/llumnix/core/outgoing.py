@@ -1,0 +1,321 @@
+"""Migrations away from one engine: walks the source's machine of core/migration.py.
+
+Rules
+- One migration of a request at a time, `outgoing_max` of them for the engine.
+- Stages go on while one pays: until what is left fits `rest_blocks_max` blocks, at most
+  `stages_max` times. In the middle of a prompt the chunk under way is waited for first.
+- A request that finished, was aborted or was preempted meanwhile is not moved.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from llumnix.core.limits import REMEMBERED_MAX, MigrationLimits
+from llumnix.core.messages import (
+    CallOff,
+    Handover,
+    Migrate,
+    MigrationEnded,
+    Out,
+    PeerMessage,
+    Reserve,
+    Reserved,
+    Stage,
+    Staged,
+    StageDone,
+    ToFrontend,
+    ToPeer,
+    Verdict,
+)
+from llumnix.core.migration import (
+    SourceAction,
+    SourceEvent,
+    SourceMachine,
+    SourceState,
+    source_machine,
+)
+from llumnix.core.port import EnginePort, Phase, Progress, Refusal
+from llumnix.core.types import EngineIndex, MigrationId, RequestId
+
+OnStep = Callable[[str, MigrationId, str, str, str], None]
+"""Told of every transition: role, migration, event, new state, action."""
+
+_GOING_ON = (SourceState.RESERVING, SourceState.COPYING, SourceState.IDLE)
+
+
+@dataclass(slots=True, kw_only=True)
+class Outgoing:
+    """One migration away from here. Tokens below `done` are at the destination."""
+
+    order: Migrate
+    machine: SourceMachine
+    began_s: float
+    deadline_s: float
+    preemptions: int
+    outputs_sent: int
+    done: int = 0
+    stage: int = 0
+    stage_end: int = 0
+    stage_began_s: float = 0.0
+    stopped_s: float | None = None
+    handover: Handover | None = None
+    stages: list[StageDone] = field(default_factory=list)
+    why: str = ""
+
+
+class OutgoingMigrations:
+    """All of one engine's."""
+
+    def __init__(
+        self,
+        engine: EngineIndex,
+        address: str,
+        port: EnginePort,
+        limits: MigrationLimits,
+        out: list[Out],
+        on_step: OnStep,
+    ) -> None:
+        self._engine = engine
+        self._address = address
+        self._port = port
+        self._limits = limits
+        self._out = out
+        self._on_step = on_step
+        self._open: dict[RequestId, Outgoing] = {}
+        self._ended: dict[MigrationId, SourceMachine] = {}
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def deadlines(self) -> list[float]:
+        """When each of them wants to be looked at."""
+        return [g.deadline_s for g in self._open.values()]
+
+    def begin(self, order: Migrate, now: float) -> None:
+        """Asks the destination for room, or says at once why the request cannot be moved."""
+        described = self._describe(order)
+        if isinstance(described, Refusal):
+            ended = MigrationEnded(
+                migration=order.migration, request=order.request, taken=False, why=described.why
+            )
+            self._out.append(ToFrontend(message=ended))
+            return
+        progress = self._port.progress(order.request)
+        outputs = self._port.outputs(order.request, 0)
+        waits = progress.phase is Phase.WAITING
+        ahead = self._limits.ahead_tokens(self._port.block_tokens)
+        going = Outgoing(
+            order=order,
+            machine=source_machine(order.migration),
+            began_s=now,
+            deadline_s=now + self._limits.reserve_timeout_s,
+            preemptions=progress.preemptions,
+            outputs_sent=len(outputs),
+        )
+        self._open[order.request] = going
+        self._send(
+            going,
+            Reserve(
+                migration=order.migration,
+                request=order.request,
+                source=self._engine,
+                address=self._address,
+                epoch=order.epoch,
+                body=described,
+                outputs=outputs,
+                tokens=0 if waits else progress.tokens + ahead,
+                agents=self._port.agents(),
+            ),
+        )
+
+    def receive(self, message: Reserved | Staged | Verdict, now: float) -> None:
+        """Takes in what a destination said."""
+        going = next(
+            (g for g in self._open.values() if g.order.migration == message.migration), None
+        )
+        if going is None:
+            self._after_the_end(message)
+        elif isinstance(message, Reserved):
+            if going.machine.state is SourceState.RESERVING:
+                going.done = message.hit
+            self._walk(going, SourceEvent.RESERVED, now)
+            self.look(going, now)
+        elif isinstance(message, Verdict):
+            if message.taken and going.handover is not None:
+                self._note_stage(going, going.handover.end, message.bytes, now)
+            going.why = message.why
+            self._walk(going, SourceEvent.TAKEN if message.taken else SourceEvent.DECLINED, now)
+        elif message.stage == going.stage and going.machine.state is SourceState.COPYING:
+            self._port.unpin(going.order.request)
+            self._note_stage(going, going.stage_end, message.bytes, now)
+            going.done = going.stage_end
+            self._walk(going, SourceEvent.STAGED, now)
+            self.look(going, now)
+
+    def engine_lost(self, engine: EngineIndex, granted: set[MigrationId], now: float) -> None:
+        """A destination died; for `granted` the frontend gave this engine a fresh epoch."""
+        for going in [g for g in self._open.values() if g.order.destination == engine]:
+            going.why = "the destination died"
+            mine = going.order.migration in granted
+            self._walk(going, SourceEvent.GRANTED if mine else SourceEvent.FORFEITED, now)
+
+    def poll(self, now: float) -> None:
+        """Looks at every one of them."""
+        for going in list(self._open.values()):
+            self.look(going, now)
+
+    def look(self, going: Outgoing, now: float) -> None:
+        """What has become of the request, and what follows from it."""
+        if going.machine.over:
+            return
+        state = going.machine.state
+        progress = self._port.progress(going.order.request)
+        if progress.phase is Phase.GONE:
+            going.why = "it ended meanwhile"
+            self._walk(going, SourceEvent.GONE, now)
+        elif state in _GOING_ON and progress.preemptions != going.preemptions:
+            going.why = "it was preempted meanwhile"
+            self._walk(going, SourceEvent.GONE, now)
+        elif state is SourceState.STOPPING and not progress.in_flight:
+            self._walk(going, SourceEvent.DRAINED, now)
+        elif now >= going.deadline_s:
+            going.why = f"the destination was silent while {state.value}"
+            self._walk(going, SourceEvent.LATE, now)
+        elif state is SourceState.IDLE and (event := self._next(going, progress)) is not None:
+            self._walk(going, event, now)
+
+    def _describe(self, order: Migrate) -> bytes | Refusal:
+        if order.request in self._open:
+            return Refusal(why="it is being moved already")
+        if len(self._open) >= self._limits.outgoing_max:
+            return Refusal(why=f"{len(self._open)} requests are being moved away already")
+        if self._port.progress(order.request).phase is Phase.GONE:
+            return Refusal(why="it has ended")
+        return self._port.describe(order.request)
+
+    def _next(self, going: Outgoing, progress: Progress) -> SourceEvent | None:
+        """Another stage, the last one, or neither yet?"""
+        if progress.phase is Phase.WAITING or self._limits.copy == "blocking":
+            return SourceEvent.LAST
+        block = self._port.block_tokens
+        pending = progress.settled // block * block - going.done
+        if pending <= self._limits.rest_blocks_max * block:
+            prefilling = progress.settled + 1 < progress.tokens
+            return None if prefilling and progress.in_flight else SourceEvent.LAST
+        return SourceEvent.LAST if going.stage >= self._limits.stages_max else SourceEvent.MORE
+
+    def _after_the_end(self, message: Reserved | Staged | Verdict) -> None:
+        machine = self._ended.get(message.migration)
+        if machine is None or isinstance(message, Staged):
+            return
+        event = SourceEvent.RESERVED
+        if isinstance(message, Verdict):
+            event = SourceEvent.TAKEN if message.taken else SourceEvent.DECLINED
+        machine.feed(event)
+
+    def _note_stage(self, going: Outgoing, end: int, size: int, now: float) -> None:
+        ms = round((now - going.stage_began_s) * 1e3, 3)
+        going.stages.append(StageDone(tokens=max(0, end - going.done), bytes=size, ms=ms))
+
+    def _walk(self, going: Outgoing, event: SourceEvent, now: float) -> None:
+        action = going.machine.feed(event)
+        order = going.order
+        state = going.machine.state.value
+        self._on_step("source", order.migration, event.value, state, action.value)
+        match action:
+            case SourceAction.NOTHING:
+                pass
+            case SourceAction.REST:
+                going.deadline_s = now + self._limits.stage_timeout_s
+            case SourceAction.STAGE:
+                self._stage(going, now)
+            case SourceAction.STOP:
+                self._port.stop(order.request)
+                going.stopped_s = now
+                going.deadline_s = now + self._limits.stage_timeout_s
+                self.look(going, now)
+            case SourceAction.HAND_OVER:
+                self._hand_over(going, now)
+            case SourceAction.ASK_AGAIN:
+                assert going.handover is not None
+                going.deadline_s = now + self._limits.verdict_again_s
+                self._send(going, going.handover)
+            case SourceAction.RELEASE:
+                self._port.release(order.request)
+                self._end(going, taken=True, now=now)
+            case SourceAction.RESUME:
+                self._port.resume(order.request)
+                self._end(going, taken=False, now=now)
+            case SourceAction.STAY:
+                self._end(going, taken=False, now=now)
+            case SourceAction.CALL_OFF:
+                self._send(going, CallOff(migration=order.migration, why=going.why))
+                self._end(going, taken=False, now=now)
+
+    def _stage(self, going: Outgoing, now: float) -> None:
+        progress = self._port.progress(going.order.request)
+        block = self._port.block_tokens
+        going.stage += 1
+        going.stage_end = progress.settled // block * block
+        going.stage_began_s = now
+        going.deadline_s = now + self._limits.stage_timeout_s
+        blocks = self._port.pin(going.order.request, going.done, going.stage_end)
+        first, outputs = self._new_outputs(going)
+        self._send(
+            going,
+            Stage(
+                migration=going.order.migration,
+                stage=going.stage,
+                start=going.done,
+                end=going.stage_end,
+                blocks=blocks,
+                first_output=first,
+                outputs=outputs,
+                tokens=progress.tokens + self._limits.ahead_tokens(block),
+            ),
+        )
+
+    def _hand_over(self, going: Outgoing, now: float) -> None:
+        end, blocks, state = self._port.rest(going.order.request, going.done)
+        first, outputs = self._new_outputs(going)
+        going.stage_began_s = now
+        going.deadline_s = now + self._limits.verdict_again_s
+        going.handover = Handover(
+            migration=going.order.migration,
+            start=min(going.done, end),
+            end=end,
+            blocks=blocks,
+            first_output=first,
+            outputs=outputs,
+            state=state,
+        )
+        self._send(going, going.handover)
+
+    def _new_outputs(self, going: Outgoing) -> tuple[int, list[int]]:
+        first = going.outputs_sent
+        outputs = self._port.outputs(going.order.request, first)
+        going.outputs_sent += len(outputs)
+        return first, outputs
+
+    def _end(self, going: Outgoing, *, taken: bool, now: float) -> None:
+        order = going.order
+        self._port.unpin(order.request)
+        del self._open[order.request]
+        self._ended[order.migration] = going.machine
+        if len(self._ended) > REMEMBERED_MAX:
+            del self._ended[next(iter(self._ended))]
+        down = None if going.stopped_s is None else round((now - going.stopped_s) * 1e3, 3)
+        ended = MigrationEnded(
+            migration=order.migration,
+            request=order.request,
+            taken=taken,
+            why=going.why,
+            stages=going.stages,
+            downtime_ms=down,
+            total_ms=round((now - going.began_s) * 1e3, 3),
+        )
+        self._out.append(ToFrontend(message=ended))
+
+    def _send(self, going: Outgoing, message: PeerMessage) -> None:
+        to, address = going.order.destination, going.order.address
+        self._out.append(ToPeer(engine=to, address=address, message=message))

@@ -1,0 +1,136 @@
+"""The seam between migrations and an engine: what core/llumlet.py asks of it.
+
+All calls come on the engine's own thread, between two of its steps, and return at once. The real
+engine implements it in engine/vllm_port.py, a fake one in tests/support/fake_engine.py, and one
+suite of scenarios holds both to the same behaviour (tests/conformance).
+"""
+
+import enum
+from dataclasses import dataclass
+from typing import Protocol
+
+from llumnix.core.messages import Blocks
+from llumnix.core.types import EngineIndex, RequestId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refusal:
+    """It cannot be done, and why."""
+
+    why: str
+
+
+class Phase(enum.Enum):
+    """What a request does on its engine."""
+
+    WAITING = "waiting"
+    """Queued; holds no KV blocks."""
+    RUNNING = "running"
+    STOPPED = "stopped"
+    """Taken out for a migration."""
+    GONE = "gone"
+    """Finished, aborted or never seen."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """How far a request is, in tokens. `settled`: computed by steps that are over; `in_flight`:
+    whether a step with it is under way; `tokens`: prompt and output; `outputs`: generated;
+    `preemptions`: how often it lost its KV."""
+
+    phase: Phase
+    settled: int = 0
+    in_flight: bool = False
+    tokens: int = 0
+    outputs: int = 0
+    preemptions: int = 0
+
+
+class EnginePort(Protocol):
+    """One engine, seen from its migrations. `block_tokens`: size of a block, of the largest group
+    of layers if they differ."""
+
+    block_tokens: int
+
+    # -- source
+
+    def describe(self, request: RequestId) -> bytes | Refusal:
+        """The request as its destination needs it, or why it cannot be moved."""
+        ...
+
+    def agents(self) -> list[str]:
+        """Where this engine's workers let their blocks be read, one for each rank."""
+        ...
+
+    def progress(self, request: RequestId) -> Progress:
+        """How far it is."""
+        ...
+
+    def outputs(self, request: RequestId, first: int) -> list[int]:
+        """The tokens it has generated, from number `first` on."""
+        ...
+
+    def pin(self, request: RequestId, start: int, end: int) -> Blocks:
+        """Keeps the blocks of tokens [start, end) as they are until `unpin`, whatever becomes of
+        the request."""
+        ...
+
+    def unpin(self, request: RequestId) -> None:
+        """Undoes all `pin`s of the request."""
+        ...
+
+    def stop(self, request: RequestId) -> None:
+        """Takes it out of the batch or the queue; it keeps its blocks."""
+        ...
+
+    def rest(self, request: RequestId, start: int) -> tuple[int, Blocks, bytes]:
+        """Of a stopped request with nothing in flight: the tokens computed, the blocks from token
+        `start` on, and what else the destination needs."""
+        ...
+
+    def resume(self, request: RequestId) -> None:
+        """Puts a stopped request back, KV and all."""
+        ...
+
+    def release(self, request: RequestId) -> None:
+        """Frees a stopped request without a word to its client."""
+        ...
+
+    # -- destination
+
+    def reserve(
+        self, request: RequestId, body: bytes, outputs: list[int], tokens: int
+    ) -> int | Refusal:
+        """Takes in the request and has slots for `tokens` (none for a request that waits: 0).
+        Returns how many of its tokens are here already."""
+        ...
+
+    def ready(self, request: RequestId) -> bool | Refusal:
+        """Whether everything but KV is there to run it."""
+        ...
+
+    def reach(self, request: RequestId, tokens: int, outputs: list[int]) -> Refusal | None:
+        """Has slots for `tokens`, and appends newly generated tokens."""
+        ...
+
+    def pull(
+        self,
+        request: RequestId,
+        ticket: int,
+        source: EngineIndex,
+        agents: list[str],
+        start: int,
+        end: int,
+        blocks: Blocks,
+    ) -> None:
+        """Begins to copy the blocks of tokens [start, end) here. The host reports the end of it to
+        `Llumlet.pulled`, once for each ticket."""
+        ...
+
+    def commit(self, request: RequestId, computed: int, state: bytes) -> Refusal | None:
+        """Queues it, first in line, with `computed` tokens of KV."""
+        ...
+
+    def drop(self, request: RequestId) -> None:
+        """Frees all that `reserve` and what followed took. Not called while a pull is under way."""
+        ...

@@ -1,0 +1,49 @@
+"""The two machines, the llumlet and the arbiter in a rough world, many seeds long."""
+
+import os
+
+import pytest
+
+from support.fake_cluster import Cluster, World
+
+SEEDS = int(os.environ.get("LLUMNIX_SEEDS", "2000"))
+FIRST = int(os.environ.get("LLUMNIX_FIRST_SEED", "0"))
+
+WORLDS = {
+    "calm": World(loss=0, repeat=0, abort=0, preempt=0, failed_pull=0),
+    "lossy": World(loss=0.15, repeat=0.15),
+    "crashes": World(crash=0.004),
+    "everything": World(
+        loss=0.1, repeat=0.1, crash=0.004, abort=0.01, preempt=0.02, failed_pull=0.05
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_no_seed_loses_a_token_an_owner_or_a_block(name: str) -> None:
+    for seed in range(FIRST, FIRST + SEEDS // len(WORLDS)):
+        try:
+            Cluster(seed, WORLDS[name]).run()
+        except Exception as error:
+            raise AssertionError(f"seed {seed} in the world {name!r}: {error}") from error
+
+
+def test_in_a_calm_world_most_migrations_end_well() -> None:
+    ended = []
+    for seed in range(40):
+        cluster = Cluster(seed, WORLDS["calm"])
+        cluster.run()
+        ended += cluster.ended
+    taken = [e for e in ended if e.taken]
+    assert len(taken) > 200
+    assert len(taken) > len(ended) / 2, {e.why for e in ended}
+    assert any(len(e.stages) > 2 for e in taken)
+
+
+def test_a_take_over_that_died_unheard_ends_the_stream_after_the_source_said_so() -> None:
+    """The destination took over, told the source and died; its word to the frontend was lost."""
+    Cluster(5, WORLDS["crashes"]).run()
+
+
+def test_a_take_over_that_died_unheard_ends_the_stream_before_the_source_said_so() -> None:
+    Cluster(395, WORLDS["everything"]).run()

@@ -1,0 +1,311 @@
+"""Engines, their llumlets and one frontend over links that lose, delay, repeat and reorder.
+
+Everything that happens is drawn from one seed. The production code under test is the llumlet
+(with both machines) and the arbiter; this file is only the world around them, and the checkers:
+one live owner, no block leaked, no token lost, repeated or out of order.
+"""
+
+import random
+from collections import deque
+from dataclasses import dataclass, field
+
+from llumnix.core.arbiter import AbortAt, Arbiter, AskFate, Effect, Moved, StreamLost, TellLost
+from llumnix.core.limits import MigrationLimits
+from llumnix.core.llumlet import Llumlet
+from llumnix.core.messages import MigrationEnded, Out, PeerMessage, TookOver, ToPeer
+from llumnix.core.types import EngineIndex, RequestId
+from support.fake_engine import FakeEngine, Said, undisturbed
+
+TICK_S = 0.01
+QUIET_TICKS_MAX = 60_000
+
+
+@dataclass(slots=True, kw_only=True)
+class World:
+    """How rough it is. Each is a chance in a tick or of a message."""
+
+    loss: float = 0.05
+    repeat: float = 0.05
+    crash: float = 0.0
+    abort: float = 0.002
+    preempt: float = 0.003
+    failed_pull: float = 0.02
+    migrate: float = 0.15
+    fault_ticks: int = 250
+
+
+@dataclass(slots=True, kw_only=True)
+class Client:
+    """One stream as its client sees it."""
+
+    prompt: list[int]
+    max_tokens: int
+    expected: list[int]
+    got: list[int] = field(default_factory=list)
+    state: str = "open"
+
+
+class Cluster:
+    """The world of one seed."""
+
+    def __init__(self, seed: int, world: World, *, engines: int = 3, requests: int = 6) -> None:
+        self.random = random.Random(seed)
+        self.world = world
+        self.now = 0.0
+        self.arbiter: Arbiter[Said] = Arbiter()
+        self.engines: dict[EngineIndex, FakeEngine] = {}
+        self.llumlets: dict[EngineIndex, Llumlet] = {}
+        self.wire: list[tuple[EngineIndex, PeerMessage]] = []
+        self.pulls: list[tuple[EngineIndex, int, EngineIndex, list[tuple[int, int]]]] = []
+        self.to_engine: dict[EngineIndex, deque] = {}
+        self.to_frontend: dict[EngineIndex, deque] = {}
+        self.asking: list[AskFate] = []
+        self.clients: dict[RequestId, Client] = {}
+        self.ended: list[MigrationEnded] = []
+        self.crashed = False
+        for number in range(engines):
+            self._start(EngineIndex(number))
+        self.next_engine = engines
+        for number in range(requests):
+            self._arrive(RequestId(f"r{number}"))
+        self.next_request = requests
+
+    # -- the world
+
+    def _start(self, index: EngineIndex) -> None:
+        engine = FakeEngine(
+            index,
+            blocks=self.random.choice((20, 40, 80)),
+            depth=self.random.randrange(2),
+            on_pull=lambda ticket, source, pairs: self.pulls.append((index, ticket, source, pairs)),
+        )
+        self.engines[index] = engine
+        self.llumlets[index] = Llumlet(
+            index, f"engine {index}", engine, MigrationLimits(incoming_max=3, outgoing_max=3)
+        )
+        self.to_engine[index] = deque()
+        self.to_frontend[index] = deque()
+
+    def _arrive(self, request: RequestId) -> None:
+        prompt = [self.random.randrange(900) for _ in range(self.random.randrange(1, 40))]
+        count = self.random.randrange(1, 40)
+        client = Client(prompt=prompt, max_tokens=count, expected=undisturbed(prompt, count))
+        self.clients[request] = client
+        index = self.random.choice(list(self.engines))
+        self.arbiter.open(request, index)
+        self.to_engine[index].append(("add", request, prompt, client.max_tokens))
+
+    def run(self) -> None:
+        """Lives through the rough time, then lets everything come to rest, and checks."""
+        for _ in range(self.world.fault_ticks):
+            self._mischief()
+            self._tick()
+        calm = self.world
+        self.world = World(loss=0, repeat=0, crash=0, abort=0, preempt=0, failed_pull=0, migrate=0)
+        for _ in range(QUIET_TICKS_MAX):
+            if self._at_rest():
+                break
+            self._tick()
+        self.world = calm
+        self._check_rest()
+
+    def _mischief(self) -> None:
+        draw, world = self.random.random, self.world
+        if draw() < world.migrate:
+            self._order_migration()
+        if draw() < world.abort:
+            open_ = [r for r, c in self.clients.items() if c.state == "open"]
+            if open_:
+                self._hang_up(self.random.choice(open_))
+        if draw() < world.preempt:
+            self.random.choice(list(self.engines.values())).preempt_somebody()
+        if draw() < world.crash and len(self.engines) > 1:
+            self._crash(self.random.choice(list(self.engines)))
+        if draw() < 0.02:
+            self._arrive(RequestId(f"r{self.next_request}"))
+            self.next_request += 1
+
+    def _order_migration(self) -> None:
+        open_ = [r for r, c in self.clients.items() if c.state == "open"]
+        if not open_:
+            return
+        request = self.random.choice(open_)
+        ledger = self.arbiter.get(request)
+        to = self.random.choice(list(self.engines))
+        if ledger is None or ledger.owner not in self.engines:
+            return
+        order = self.arbiter.begin(request, to, f"engine {to}")
+        if order is not None:
+            self.to_engine[ledger.owner].append(("migrate", order))
+
+    def _hang_up(self, request: RequestId) -> None:
+        self.clients[request].state = "hung up"
+        for engine in self.arbiter.close(request):
+            self.to_engine[engine].append(("abort", request))
+
+    def _crash(self, index: EngineIndex) -> None:
+        self.crashed = True
+        del self.engines[index], self.llumlets[index]
+        del self.to_engine[index], self.to_frontend[index]
+        for pull in [p for p in self.pulls if p[0] == index]:
+            self.pulls.remove(pull)
+        self._perform(self.arbiter.engine_lost(index, list(self.engines)))
+        self.asking = [a for a in self.asking if a.engine != index]
+        self._start(EngineIndex(self.next_engine))
+        self.next_engine += 1
+
+    # -- one tick
+
+    def _tick(self) -> None:
+        self.now += TICK_S
+        for index in list(self.engines):
+            if self.random.random() < 0.7:
+                self._engine_turn(index)
+            if self.to_frontend[index] and self.random.random() < 0.6:
+                for _ in range(self.random.randrange(1, 4)):
+                    if self.to_frontend[index]:
+                        self._frontend_hears(index, self.to_frontend[index].popleft())
+        for _ in range(3):
+            if self.wire and self.random.random() < 0.6:
+                self._deliver()
+            if self.pulls and self.random.random() < 0.4:
+                self._end_pull()
+        for ask in list(self.asking):
+            if ask.engine in self.engines and self.random.random() < 0.3:
+                fate = self.llumlets[ask.engine].fate(ask.migration)
+                if fate != "undecided":
+                    self.asking.remove(ask)
+                    self.to_frontend[ask.engine].append(("fate", ask.migration, fate))
+        self.check_owners()
+
+    def _engine_turn(self, index: EngineIndex) -> None:
+        engine, llumlet, inbox = self.engines[index], self.llumlets[index], self.to_engine[index]
+        for _ in range(self.random.randrange(3)):
+            if inbox:
+                self._engine_hears(index, inbox.popleft())
+        if not engine.idle():
+            for said in engine.step():
+                self.to_frontend[index].append(("said", said))
+        self._send(index, llumlet.poll(self.now))
+
+    def _engine_hears(self, index: EngineIndex, message: tuple) -> None:
+        engine, llumlet = self.engines[index], self.llumlets[index]
+        match message:
+            case ("add", request, prompt, max_tokens):
+                engine.add(request, prompt, max_tokens)
+            case ("abort", request):
+                self._send(index, llumlet.client_gone([request]))
+                engine.abort(request)
+            case ("migrate", order):
+                self._send(index, llumlet.migrate(order, self.now))
+            case ("lost", lost, granted):
+                self._send(index, llumlet.engine_lost(lost, set(granted), self.now))
+
+    def _send(self, index: EngineIndex, out: list[Out]) -> None:
+        for item in out:
+            if isinstance(item, ToPeer):
+                if self.random.random() >= self.world.loss:
+                    self.wire.append((item.engine, item.message))
+                if self.random.random() < self.world.repeat:
+                    self.wire.append((item.engine, item.message))
+            else:
+                self.to_frontend[index].append(("llumlet", item.message))
+
+    def _deliver(self) -> None:
+        to, message = self.wire.pop(self.random.randrange(len(self.wire)))
+        if to in self.llumlets:
+            self._send(to, self.llumlets[to].receive(message, self.now))
+
+    def _end_pull(self) -> None:
+        pull = self.pulls.pop(self.random.randrange(len(self.pulls)))
+        index, ticket, source, pairs = pull
+        error = None
+        if source not in self.engines or self.random.random() < self.world.failed_pull:
+            error = "the copy failed"
+        else:
+            self.engines[index].copy(self.engines[source], pairs)
+        self._send(index, self.llumlets[index].pulled(ticket, error, len(pairs), 0.0, self.now))
+
+    # -- the frontend
+
+    def _frontend_hears(self, index: EngineIndex, message: tuple) -> None:
+        match message:
+            case ("said", (request, tokens, _) as said):
+                outputs, effects = self.arbiter.offer(index, request, len(tokens), said)
+                for output in outputs:
+                    self._client_gets(output)
+                self._perform(effects)
+            case ("llumlet", TookOver() as took):
+                self._perform(self.arbiter.took_over(index, took))
+            case ("llumlet", MigrationEnded() as ended):
+                self.ended.append(ended)
+                self._perform(self.arbiter.ended(ended))
+            case ("fate", migration, fate):
+                self._perform(self.arbiter.fate(migration, fate))
+
+    def _client_gets(self, said: Said) -> None:
+        request, tokens, finished = said
+        client = self.clients[request]
+        assert client.state == "open", f"{request} heard after its end"
+        client.got += tokens
+        assert client.got == client.expected[: len(client.got)], f"{request}: a gap or a repeat"
+        if finished:
+            client.state = "finished"
+            for engine in self.arbiter.close(request):
+                self.to_engine[engine].append(("abort", request))
+
+    def _perform(self, effects: list[Effect]) -> None:
+        for effect in effects:
+            match effect:
+                case AbortAt(engine=engine, request=request):
+                    if engine in self.to_engine:
+                        self.to_engine[engine].append(("abort", request))
+                case TellLost(engine=engine, lost=lost, granted=granted):
+                    self.to_engine[engine].append(("lost", lost, granted))
+                case AskFate():
+                    self.asking.append(effect)
+                case StreamLost(request=request):
+                    self.clients[request].state = "lost"
+                    self.arbiter.close(request)
+                case Moved(request=request, missing=missing, held=held):
+                    if missing:
+                        self._client_gets((request, list(missing), False))
+                    for said in held:
+                        self._client_gets(said)  # type: ignore[arg-type]
+
+    # -- checkers
+
+    def check_owners(self) -> None:
+        """No request may run on two live engines."""
+        seen: dict[RequestId, EngineIndex] = {}
+        for index, engine in self.engines.items():
+            for request in (*engine.running, *engine.waiting):
+                assert request.id not in seen, (
+                    f"{request.id} runs on engines {seen[request.id]} and {index}"
+                )
+                seen[request.id] = index
+
+    def _at_rest(self) -> bool:
+        return (
+            not self.wire
+            and not self.pulls
+            and not self.asking
+            and not any(self.to_engine.values())
+            and not any(self.to_frontend.values())
+            and all(e.idle() for e in self.engines.values())
+            and not any(x.busy for x in self.llumlets.values())
+        )
+
+    def _check_rest(self) -> None:
+        assert self._at_rest(), "something never came to rest"
+        for request, client in self.clients.items():
+            assert client.state != "open", f"{request} was forgotten"
+            if client.state == "finished":
+                assert client.got == client.expected
+            assert client.state != "lost" or self.crashed, f"{request} was lost with no crash"
+        for index, engine in self.engines.items():
+            assert not engine.requests, f"engine {index} still holds {list(engine.requests)}"
+            assert not engine.arriving
+            assert not engine.pinned
+            leaked = len(engine.memory) - len(engine.free)
+            assert leaked == 0, f"engine {index} leaked {leaked} blocks"
