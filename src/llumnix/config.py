@@ -5,6 +5,7 @@ these fields. vLLM's own flags are vLLM's to declare.
 """
 
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from llumnix.core.policies.dispatch import DISPATCH_POLICIES
@@ -32,6 +33,18 @@ class DeploymentConfig:
         "Ray on this machine.",
         metavar="ADDRESS",
     )
+    event_log: str | None = knob(
+        None,
+        "Append every fact, decision and migration step to this file (JSON lines; "
+        "`llumnix replay` reads it).",
+        metavar="PATH",
+    )
+    migration_bandwidth: float | None = knob(
+        None,
+        "Limit on what one worker pulls for migrations, in MB/s.",
+        type=float,
+        metavar="MB_PER_S",
+    )
     insecure: bool = knob(
         False,
         "Serve beyond loopback without an --api-key.",
@@ -41,6 +54,15 @@ class DeploymentConfig:
     def __post_init__(self) -> None:
         if self.instances < 1:
             raise UsageError(f"--instances {self.instances}: must be 1 or more")
+        if self.migration_bandwidth is not None and not self.migration_bandwidth > 0:
+            raise UsageError(
+                f"--migration-bandwidth {self.migration_bandwidth}: must be above 0; leave it out "
+                "for no limit"
+            )
+        if self.event_log is not None and not Path(self.event_log).absolute().parent.is_dir():
+            raise UsageError(
+                f"--event-log {self.event_log}: its folder does not exist; make it first"
+            )
 
 
 def knobs() -> list[tuple[str, Any, dict[str, Any]]]:

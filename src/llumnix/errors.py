@@ -21,6 +21,18 @@ class UnknownInstanceError(UsageError):
     """No instance has that id."""
 
 
+class UnknownRequestError(UsageError):
+    """No request that is running or waiting has that id."""
+
+
+class UnknownMigrationError(UsageError):
+    """No migration has that id."""
+
+
+class ConflictError(UsageError):
+    """The state of things does not allow the action."""
+
+
 class LastInstanceError(UsageError):
     """The action would leave no instance that serves."""
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from llumnix.core.arbiter import AbortAt, Arbiter, AskFate, Effect, Moved, StreamLost, TellLost
 from llumnix.core.limits import MigrationLimits
 from llumnix.core.llumlet import Llumlet
-from llumnix.core.messages import MigrationEnded, Out, PeerMessage, TookOver, ToPeer
+from llumnix.core.messages import COPIES, MigrationEnded, Out, PeerMessage, TookOver, ToPeer
 from llumnix.core.types import EngineIndex, RequestId
 from support.fake_engine import FakeEngine, Said, undisturbed
 
@@ -134,7 +134,8 @@ class Cluster:
         to = self.random.choice(list(self.engines))
         if ledger is None or ledger.owner not in self.engines:
             return
-        order = self.arbiter.begin(request, to, f"engine {to}")
+        how = "staged" if self.random.random() < 0.8 else self.random.choice(COPIES)
+        order = self.arbiter.begin(request, to, f"engine {to}", how)
         if order is not None:
             self.to_engine[ledger.owner].append(("migrate", order))
 

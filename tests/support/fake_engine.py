@@ -117,13 +117,14 @@ class FakeEngine:
                 continue
             flight.append(self._put(request, count, known))
         while self.waiting and len(self.running) < self.batch:
-            request = self.waiting[0]
+            # As vLLM does: who holds blocks goes before those who need all of theirs.
+            request = next((r for r in self.waiting if r.blocks), self.waiting[0])
             if request.in_flight:
                 break
             count = min(self.chunk, len(request.tokens) - request.computed)
             if not self._grow(request, request.computed + count):
                 break
-            self.waiting.pop(0)
+            self.waiting.remove(request)
             self.running.append(request)
             flight.append(self._put(request, count, len(request.tokens)))
         return flight

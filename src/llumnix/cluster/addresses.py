@@ -9,12 +9,16 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Addresses:
-    """ZMQ addresses of one deployment. `folder` is readable by its owner only and goes with us."""
+    """ZMQ addresses of one deployment. `folder` is readable by its owner only and goes with us.
+    `peers` and `agents` are where llumlets and workers listen, with `{engine}`, `{rank}` and
+    `{host}` for each to fill in; `agents` is in the form of engine/transfer.py."""
 
     folder: Path
     controller: str
     frontend_input: str
     frontend_output: str
+    peers: str
+    agents: str
 
     @classmethod
     def make(cls, host: str | None) -> "Addresses":
@@ -26,14 +30,21 @@ class Addresses:
         names = ("controller", "input", "output")
         if host is None:
             controller, frontend_input, frontend_output = (f"ipc://{folder}/{n}" for n in names)
+            peers, agents = (
+                f"ipc://{folder}/peer-{{engine}}",
+                f"unix:{folder}/kv-{{engine}}-{{rank}}",
+            )
         else:
             ports = _free_ports(host, len(names))
             controller, frontend_input, frontend_output = (f"tcp://{host}:{p}" for p in ports)
+            peers, agents = "tcp://{host}:0", "tcp:{host}:0"
         return cls(
             folder=folder,
             controller=controller,
             frontend_input=frontend_input,
             frontend_output=frontend_output,
+            peers=peers,
+            agents=agents,
         )
 
     def remove(self) -> None:

@@ -5,14 +5,16 @@ time. Frontends and llumlets connect to an address that outlives it.
 """
 
 import logging
+import os
 import time
 
 import zmq
 
-from llumnix.core.events import InstanceLost, LoadReported, RequestArrived
+from llumnix.core.events import Decision, Fact, InstanceLost, LoadReported, RequestArrived
 from llumnix.core.policies.dispatch import DISPATCH_POLICIES
 from llumnix.core.scheduler import Scheduler
 from llumnix.errors import ProtocolError
+from llumnix.observe.event_log import EventLog
 from llumnix.observe.wire import Loads, LoadsAsked, Message, Ping, Pong, decode, encode
 
 logger = logging.getLogger("llumnix.controller")
@@ -23,8 +25,10 @@ POLL_MS = 200
 class Controller:
     """Answers frontends and listens to llumlets at the given ZMQ addresses."""
 
-    def __init__(self, addresses: list[str], policy: str) -> None:
+    def __init__(self, addresses: list[str], policy: str, event_log: str | None = None) -> None:
         self._addresses = addresses
+        self._log = EventLog(event_log, who=f"controller {os.getpid()}")
+        self._log.started(policy)
         self._scheduler = Scheduler(DISPATCH_POLICIES[policy]())
         self._stopping = False
 
@@ -50,10 +54,18 @@ class Controller:
         """Ends `run` within POLL_MS."""
         self._stopping = True
 
+    def _decide(self, fact: Fact) -> list[Decision]:
+        now = time.monotonic()
+        decisions = self._scheduler.handle(fact, now)
+        self._log.fact(fact, now)
+        for decision in decisions:
+            self._log.decision(decision, now)
+        return decisions
+
     def _handle(self, message: Message) -> list[Message]:
         match message:
             case RequestArrived() | LoadReported() | InstanceLost():
-                return list(self._scheduler.handle(message, time.monotonic()))
+                return list(self._decide(message))
             case Ping(number=number):
                 return [Pong(number=number)]
             case LoadsAsked(number=number):

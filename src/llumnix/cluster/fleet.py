@@ -8,9 +8,11 @@ import asyncio
 import copy
 import logging
 import os
+import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -21,11 +23,16 @@ from ray.util.scheduling_strategies import (
 )
 
 from llumnix.cluster import ray_runtime
+from llumnix.cluster.addresses import Addresses
 from llumnix.cluster.controller import Controller
+from llumnix.config import DeploymentConfig
+from llumnix.core.limits import MigrationLimits
 from llumnix.core.policies.restart import GiveUp, RestartPolicy
 from llumnix.core.types import ENGINE_INDEX_MAX, EngineIndex, InstanceId
+from llumnix.engine.host import HostSeat
 from llumnix.engine.instance import EngineInstance, InstanceFacts, InstanceSeat
 from llumnix.engine.launch import EngineLaunch
+from llumnix.engine.transfer import TransferOptions
 from llumnix.errors import (
     CapacityError,
     InstanceFailedError,
@@ -84,17 +91,25 @@ class Member:
 
 
 class Fleet:
-    """All instances of one deployment. Lives on the frontend's event loop.
+    """All instances of one deployment. Lives on the frontend's event loop."""
 
-    `slots`: how many instances share a CPU host's cores.
-    """
-
-    def __init__(self, llm: FleetLLM, launch: EngineLaunch, controller: str, slots: int) -> None:
+    def __init__(
+        self, llm: FleetLLM, launch: EngineLaunch, addresses: Addresses, config: DeploymentConfig
+    ) -> None:
         self._llm = llm
         self._client = llm.engine_core
         self._launch = launch
-        self._controller_address = controller
-        self._slots = slots
+        self._controller_address = addresses.controller
+        self._slots = config.instances
+        self._event_log = config.event_log and str(Path(config.event_log).absolute())
+        limit = config.migration_bandwidth
+        self._seat = HostSeat(
+            peers=addresses.peers,
+            agents=addresses.agents,
+            key=secrets.token_bytes(32),
+            limits=MigrationLimits(),
+            transfer=TransferOptions(bandwidth_bytes_per_s=limit and limit * 1e6),
+        )
         self._members: dict[InstanceId, Member] = {}
         self._engines_started = 0
         self._controller: Any = None
@@ -112,7 +127,7 @@ class Fleet:
                 max_task_retries=-1,
                 scheduling_strategy=here,
             )
-            .remote([self._controller_address], policy)
+            .remote([self._controller_address], policy, self._event_log)
         )
         # With `max_task_retries`, Ray calls run() again on every new process of the actor.
         self._controller_run = self._controller.run.remote()
@@ -286,6 +301,8 @@ class Fleet:
             slot=member.slot,
             slots=max(self._slots, member.slot + 1),
             controller=self._controller_address,
+            llumlet=self._seat,
+            event_log=self._event_log,
         )
         launch, group = self._launch, None
         options: dict[str, Any] = {"scheduling_strategy": "SPREAD"}
@@ -329,6 +346,7 @@ class Fleet:
         except ray.exceptions.RayError as error:
             logged = await asyncio.to_thread(ray_runtime.error_logged, str(error))
             return logged or _reason(error)
+        self._client.locate(run.engine_index, run.facts.address)
         run.ended = asyncio.create_task(_until_ended(run.actor.run.remote()))
         connected = asyncio.create_task(self._client.connected(run.engine_index))
         await asyncio.wait({run.ended, connected}, return_when=asyncio.FIRST_COMPLETED)

@@ -130,7 +130,7 @@ async def _run(
         log_requests=args.enable_log_requests,
         aggregate_engine_logging=args.aggregate_engine_logging,
     )
-    fleet = Fleet(llm, launch, addresses.controller, deployment.instances)
+    fleet = Fleet(llm, launch, addresses, deployment)
     failed = None
     try:
         fleet.check_capacity(deployment.instances)

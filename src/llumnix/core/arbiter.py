@@ -24,8 +24,8 @@ FIRST_EPOCH = Epoch(0)
 @dataclass(slots=True, kw_only=True)
 class Ledger(Generic[Output]):
     """One stream. `outputs`: generated tokens that were accepted. `held`: what the next owner said
-    before its time. `source_dead`: the owner died and the destination is being asked. `released`: the
-    owner has let go of it."""
+    before its time. `source_dead`: the owner died and the destination is being asked. `released`:
+    the owner has let go of it."""
 
     owner: EngineIndex
     epoch: Epoch = FIRST_EPOCH
@@ -124,7 +124,9 @@ class Arbiter(Generic[Output]):
             holders.append(ledger.grant.destination)
         return [e for e in holders if e not in self._dead]
 
-    def begin(self, request: RequestId, destination: EngineIndex, address: str) -> Migrate | None:
+    def begin(
+        self, request: RequestId, destination: EngineIndex, address: str, copy: str = "staged"
+    ) -> Migrate | None:
         """Grants the next epoch to a destination; None if the stream is not there, is on its way
         already, or is there already."""
         ledger = self._streams.get(request)
@@ -138,6 +140,7 @@ class Arbiter(Generic[Output]):
             destination=destination,
             address=address,
             epoch=ledger.next_epoch(),
+            copy=copy,
         )
         self._migrating[migration] = request
         return ledger.grant

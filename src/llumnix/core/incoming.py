@@ -203,7 +203,8 @@ class IncomingMigrations:
             slots = message.tokens
         else:
             self._walk(coming, DestinationEvent.HANDOVER)
-            slots = message.end
+            # And for the next steps: it holds blocks, so nobody could take any from it to go on.
+            slots = message.end and message.end + self._port.block_tokens
         refusal = self._port.reach(coming.order.request, slots, new)
         if refusal is not None:
             self._may_end(coming, DestinationEvent.FAILED, refusal.why)

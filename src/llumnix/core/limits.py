@@ -11,10 +11,7 @@ sent them all."""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MigrationLimits:
-    """Of every migration: times in seconds, counts in migrations, stages and blocks.
-
-    `copy`: `staged`, or `blocking`, which stops the request first and then copies all of it (what
-    benchmarks compare with)."""
+    """Of every migration: times in seconds, counts in migrations, stages and blocks."""
 
     reserve_timeout_s: float = 5.0
     stage_timeout_s: float = 30.0
@@ -24,7 +21,6 @@ class MigrationLimits:
     incoming_max: int = 4
     stages_max: int = 8
     rest_blocks_max: int = 2
-    copy: str = "staged"
 
     def ahead_tokens(self, block_tokens: int) -> int:
         """Slots that a destination has in reserve, so that the handover needs no new ones."""

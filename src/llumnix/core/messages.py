@@ -13,19 +13,26 @@ Blocks = list[list[int]]
 """Ids of KV blocks for a range of tokens, one list for each group of layers; -1 where the group
 keeps none any more (outside a sliding window)."""
 
+COPIES = ("staged", "blocking", "recompute")
+"""How a request's KV gets to its destination: copied while the request goes on; copied after it was
+stopped; not at all, but computed again from its tokens. The latter two are what others do, and what
+benchmarks compare with."""
+
 
 # -- frontend to the source's llumlet
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Migrate:
-    """Move this request to that engine, under this epoch. `address`: where its llumlet listens."""
+    """Move this request to that engine, under this epoch. `address`: where its llumlet listens.
+    `copy`: one of `COPIES`."""
 
     migration: MigrationId
     request: RequestId
     destination: EngineIndex
     address: str
     epoch: Epoch
+    copy: str = "staged"
 
 
 # -- source to destination

@@ -102,7 +102,7 @@ class OutgoingMigrations:
             return
         progress = self._port.progress(order.request)
         outputs = self._port.outputs(order.request, 0)
-        waits = progress.phase is Phase.WAITING
+        without_kv = progress.phase is Phase.WAITING or order.copy == "recompute"
         ahead = self._limits.ahead_tokens(self._port.block_tokens)
         going = Outgoing(
             order=order,
@@ -123,7 +123,7 @@ class OutgoingMigrations:
                 epoch=order.epoch,
                 body=described,
                 outputs=outputs,
-                tokens=0 if waits else progress.tokens + ahead,
+                tokens=0 if without_kv else progress.tokens + ahead,
                 agents=self._port.agents(),
             ),
         )
@@ -195,7 +195,7 @@ class OutgoingMigrations:
 
     def _next(self, going: Outgoing, progress: Progress) -> SourceEvent | None:
         """Another stage, the last one, or neither yet?"""
-        if progress.phase is Phase.WAITING or self._limits.copy == "blocking":
+        if progress.phase is Phase.WAITING or going.order.copy != "staged":
             return SourceEvent.LAST
         block = self._port.block_tokens
         pending = progress.settled // block * block - going.done
@@ -277,6 +277,8 @@ class OutgoingMigrations:
 
     def _hand_over(self, going: Outgoing, now: float) -> None:
         end, blocks, state = self._port.rest(going.order.request, going.done)
+        if going.order.copy == "recompute":
+            going.done, end, blocks = 0, 0, [[] for _ in blocks]
         first, outputs = self._new_outputs(going)
         going.stage_began_s = now
         going.deadline_s = now + self._limits.verdict_again_s

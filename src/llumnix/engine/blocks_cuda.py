@@ -6,7 +6,8 @@ pull is a gather and a scatter on one stream of one device: nothing crosses stre
 GPU need not be visible here, and no context of ours takes memory on it. Where the GPUs cannot
 reach each other, mapping fails and the bytes go through host memory.
 
-Every call runs on a stream of its owner's, and returns when its work is done.
+Every call runs on a stream of its owner's, and returns when its work is done. The thread that
+makes one of these objects must be the one that uses it, and is bound to its GPU from then on.
 """
 
 from collections.abc import Sequence
@@ -31,10 +32,20 @@ def word(planes: Sequence[Plane]) -> torch.dtype:
     return next(dtype for size, dtype in _WORDS if not any(n % size for n in numbers))
 
 
+def _bind(layout: Layout) -> None:
+    """Makes the layout's GPU the calling thread's.
+
+    A new thread's GPU is number 0 whichever the worker's is, and leaving a stream's context there
+    would make a CUDA context on it: half a GiB of a GPU that is another rank's.
+    """
+    torch.cuda.set_device(layout.device)
+
+
 class CudaMemory:
     """KV blocks on a GPU, staged through pinned host memory."""
 
     def __init__(self, layout: Layout) -> None:
+        _bind(layout)
         self._layout = layout
         self._stream = torch.cuda.Stream(layout.device)
         self._pinned = torch.empty(0, dtype=torch.uint8)
@@ -90,6 +101,7 @@ def export(layout: Layout) -> list[Exported]:
     than once for a tensor, and as plain values instead of a pickle. torch counts the mappings in
     a small file in /dev/shm, which stays behind if this process is killed.
     """
+    _bind(layout)
     exported = []
     for storage in layout.storages:
         _, handle, size, offset, counter, counter_offset, event, event_wanted = (
@@ -121,6 +133,7 @@ class MappedPeer:
         blocks: int,
     ) -> None:
         """Maps the peer's memory. RuntimeError if the GPUs cannot reach each other."""
+        _bind(layout)
         self._layout = layout
         self._stream = torch.cuda.Stream(layout.device)
         with torch.cuda.stream(self._stream):
@@ -155,8 +168,9 @@ class MappedPeer:
             both = torch.tensor(
                 [source, destination], dtype=torch.int64, device=self._layout.device
             )
+            theirs, ours = both.unbind(0)
             for far, near in self._pairs:
-                near.index_copy_(1, both[1], far.index_select(1, both[0]))
+                near.index_copy_(1, ours, far.index_select(1, theirs))
         # CUDA reports a fault of the copies here, as a RuntimeError.
         self._stream.synchronize()
 

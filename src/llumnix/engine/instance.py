@@ -10,6 +10,9 @@ vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when
 - `EngineCore.add_request(request, request_wave)` takes in every request on that same thread.
 - `scheduler.get_request_counts()`, `scheduler.kv_cache_manager.block_pool.get_num_free_blocks()`,
   and the size of a block in tokens, `scheduler.block_size`.
+- `EngineCoreProc._handle_client_request(kind, content)` gets whatever lies in the input queue, and
+  `abort_requests(ids)` every abort, on that same thread. A utility call finds any method of ours by
+  name. `worker_extension_cls` names a class for the workers.
 - `shutdown_state` and a WAKEUP in `input_queue` end the busy loop from another thread.
 
 Ray calls the constructor, then `run()` (which ends only with the engine) and, on the second of the
@@ -18,6 +21,7 @@ actor's two threads, the short methods.
 
 import os
 import socket
+import sys
 from dataclasses import dataclass
 from multiprocessing import resource_tracker, util
 from typing import Any
@@ -30,30 +34,38 @@ from vllm.v1.engine.utils import EngineZmqAddresses
 from vllm.v1.executor import Executor
 from vllm.v1.request import Request
 
-from llumnix.core.types import EngineIndex, InstanceId, RequestId
+from llumnix.core.types import EngineIndex, InstanceId, MigrationId, RequestId
 from llumnix.engine.cores import share_of_cores
+from llumnix.engine.host import FromOutside, HostSeat, LlumletHost
+from llumnix.engine.immovable import WORKER_EXTENSION
 from llumnix.engine.reporter import LoadReporter, Numbers
+from llumnix.observe.event_log import EventLog
+
+SWITCH_INTERVAL_S = 0.0005
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InstanceSeat:
     """Which run of which instance this is. `slot` of `slots`: its place among the instances that
-    share a CPU host's cores. `controller`: ZMQ address."""
+    share a CPU host's cores. `controller`: ZMQ address. `event_log`: the file to append to."""
 
     instance: InstanceId
     engine_index: EngineIndex
     slot: int
     slots: int
     controller: str
+    llumlet: HostSeat
+    event_log: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InstanceFacts:
-    """Where an instance lives."""
+    """Where an instance lives. `address`: where its llumlet listens to others."""
 
     node: str
     pid: int
     devices: list[str]
+    address: str
 
 
 class EngineInstance(EngineCoreActor):
@@ -75,13 +87,25 @@ class EngineInstance(EngineCoreActor):
         self._reporter = LoadReporter(
             instance=seat.instance, engine_index=seat.engine_index, controller=seat.controller
         )
+        if not vllm_config.parallel_config.worker_extension_cls:
+            vllm_config.parallel_config.worker_extension_cls = WORKER_EXTENSION
         super().__init__(
             vllm_config, True, addresses, executor_class, log_stats, dp_rank=seat.engine_index
         )
+        # While a thread of ours waits for the interpreter's lock, a migration waits.
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
+        self._log = EventLog(seat.event_log, who=f"engine {seat.engine_index}")
+        self._host = LlumletHost(self, seat.engine_index, seat.llumlet, self._log.step)
+        self._host.start()
 
     def describe(self) -> InstanceFacts:
         """Where it lives; answers once the engine is ready."""
-        return InstanceFacts(node=socket.gethostname(), pid=os.getpid(), devices=self._devices)
+        return InstanceFacts(
+            node=socket.gethostname(),
+            pid=os.getpid(),
+            devices=self._devices,
+            address=self._host.address,
+        )
 
     def run(self) -> None:
         """The engine's busy loop; returns once the engine was asked to stop."""
@@ -93,6 +117,7 @@ class EngineInstance(EngineCoreActor):
             return  # Asked to stop. Ray would count the exception as a crash.
         finally:
             self._reporter.close()
+            self._host.close()
 
     def accept(self, accepting: bool) -> None:
         """Says in every report from now on whether new requests are welcome."""
@@ -106,9 +131,33 @@ class EngineInstance(EngineCoreActor):
 
     def add_request(self, request: Request, request_wave: int = 0) -> None:
         self._reporter.admit(RequestId(request.request_id))
+        self._host.port.arrived(request)
         super().add_request(request, request_wave)
 
+    def abort_requests(self, request_ids: list[str]) -> None:
+        self._host.client_gone(request_ids)
+        super().abort_requests(request_ids)
+
+    def llumnix_migrate(self, order: bytes) -> None:
+        """Utility call: moves a request away (`Migrate`, encoded)."""
+        self._host.migrate(order)
+
+    def llumnix_engine_lost(self, engine: int, address: str, granted: list[str]) -> None:
+        """Utility call: another engine died."""
+        self._host.engine_lost(engine, address, granted)
+
+    def llumnix_fate(self, migration: str) -> str:
+        """Utility call: what this engine decided about a migration to it."""
+        return self._host.llumlet.fate(MigrationId(migration))
+
+    def _handle_client_request(self, request_type: Any, request: Any) -> None:
+        if request_type is FromOutside:
+            self._host.handle(request)
+        else:
+            super()._handle_client_request(request_type, request)
+
     def _maybe_publish_request_counts(self) -> None:
+        self._host.poll()
         self._offer()
 
     def _notify_idle_state_callbacks(self) -> None:

@@ -12,6 +12,7 @@ either side shuts the link down.
 import contextlib
 import select
 import socket
+import threading
 import time
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import answer_challenge, deliver_challenge
@@ -136,7 +137,7 @@ class Done(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Link:
-    """One socket. One thread reads; a second may only call `send` under a lock, or `stop`."""
+    """One socket. One thread reads and closes it; any may `send` and `stop`."""
 
     def __init__(self, sock: socket.socket) -> None:
         sock.settimeout(CHUNK_TIMEOUT_S)
@@ -145,6 +146,7 @@ class Link:
             # A host that vanished sends no end of file; without this an idle link outlives it.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         self._socket = sock
+        self._sending = threading.Lock()
         self.local = sock.family == socket.AF_UNIX
         self.stopped = False
 
@@ -167,7 +169,8 @@ class Link:
     def close(self) -> None:
         """Gives the socket back. The reading thread only: its number may be reused at once."""
         self.stop()
-        self._socket.close()
+        with self._sending:
+            self._socket.close()
 
     def wait(self) -> None:
         """Waits without a bound for something to read, be it the end of the link."""
@@ -182,7 +185,7 @@ class Link:
         return self.stopped or bool(poll.poll(0))
 
     def send(self, message: msgspec.Struct) -> None:
-        """Sends one message."""
+        """Sends one message. OSError if the link has ended."""
         self.send_bytes(msgspec.msgpack.encode(message))
 
     def receive(self, decoder: "msgspec.msgpack.Decoder[M]") -> M:
@@ -192,7 +195,8 @@ class Link:
     # `multiprocessing.connection`'s challenges need these two names.
     def send_bytes(self, payload: bytes) -> None:
         """Sends one frame: its length in 4 bytes, then itself."""
-        self._socket.sendall(len(payload).to_bytes(4, "big") + payload)
+        with self._sending:
+            self._socket.sendall(len(payload).to_bytes(4, "big") + payload)
 
     def recv_bytes(self, maxlength: int = MESSAGE_BYTES_MAX) -> bytes:
         """The next frame. ProtocolError if it is longer than `maxlength` bytes."""

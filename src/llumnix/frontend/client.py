@@ -27,7 +27,6 @@ import zmq
 import zmq.asyncio
 from vllm.config import VllmConfig
 from vllm.exceptions import GracefulHTTPError
-from vllm.lora.request import LoRARequest
 from vllm.utils.network_utils import make_zmq_socket
 from vllm.v1.engine import (
     EngineCoreOutput,
@@ -36,8 +35,7 @@ from vllm.v1.engine import (
     EngineCoreRequestType,
     FinishReason,
 )
-from vllm.v1.engine.core_client import AsyncMPClient, BackgroundResources
-from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.engine.core_client import BackgroundResources
 from vllm.v1.pool.late_interaction import get_late_interaction_engine_index
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
@@ -45,6 +43,8 @@ from llumnix.core.events import Dispatch, InstanceLost, RequestArrived
 from llumnix.core.types import EngineIndex, InstanceId, RequestId
 from llumnix.frontend.context import current_http_request
 from llumnix.frontend.controller_link import ControllerLink
+from llumnix.frontend.engine_calls import EngineCalls
+from llumnix.frontend.migrations import Migrations, Place
 from llumnix.frontend.streams import Stream, Streams
 
 logger = logging.getLogger("llumnix.frontend")
@@ -53,12 +53,13 @@ logger = logging.getLogger("llumnix.frontend")
 @dataclass(slots=True, kw_only=True, eq=False)
 class Engine:
     """One run of one instance's engine, as this frontend knows it. `slot` labels its metrics:
-    small, and the same for all runs of an instance."""
+    small, and the same for all runs of an instance. `address`: where its llumlet listens."""
 
     instance: InstanceId
     engine_index: EngineIndex
     slot: int
     ready: asyncio.Future[None]
+    address: str = ""
     accepting: bool = True
 
     @property
@@ -72,7 +73,7 @@ class Engine:
         return self.engine_index.to_bytes(2, "little")
 
 
-class FleetClient(AsyncMPClient):
+class FleetClient(EngineCalls):
     """vLLM's engine client whose engines come and go."""
 
     def __init__(
@@ -108,6 +109,7 @@ class FleetClient(AsyncMPClient):
         self._engine_status: dict[int, dict] = {}
 
         self.streams = Streams()
+        self.migrations = Migrations(self.streams, self)
         self.fail_pooling: Callable[[list[str]], None] = lambda requests: None
         self._placing: set[str] = set()
         self._engines: dict[EngineIndex, Engine] = {}
@@ -138,6 +140,22 @@ class FleetClient(AsyncMPClient):
         self._engines[engine_index] = Engine(
             instance=instance, engine_index=engine_index, slot=slot, ready=ready
         )
+        self.streams.instances[engine_index] = instance
+
+    def locate(self, engine_index: EngineIndex, address: str) -> None:
+        """Says where the engine's llumlet listens."""
+        if (engine := self._engines.get(engine_index)) is not None:
+            engine.address = address
+
+    def places(self) -> list[Place]:
+        """The engines that take requests, in order of their instances' ids."""
+        return [
+            Place(instance=e.instance, engine_index=e.engine_index, address=e.address)
+            for e in self._takers()
+        ]
+
+    def knows(self, engine_index: EngineIndex) -> bool:
+        return engine_index in self._engines
 
     async def connected(self, engine_index: EngineIndex) -> None:
         """Returns once the engine has announced itself."""
@@ -157,10 +175,23 @@ class FleetClient(AsyncMPClient):
         self._refresh()
         for call in self._calls.pop(engine_index, set()):
             call.cancel()
-        lost = self.streams.on(engine_index)
-        self._finish(lost, engine.slot, FinishReason.ERROR)
+        others = [EngineIndex(e.engine_index) for e in self._engines.values() if e.ready.done()]
+        lost = self.migrations.engine_lost(engine_index, others, engine.address)
         await self._link.tell(InstanceLost(instance=engine.instance, engine_index=engine_index))
-        return len(lost)
+        return lost
+
+    async def abort_at(self, engine_index: EngineIndex, requests: list[str]) -> None:
+        if (engine := self._engines.get(engine_index)) is not None:
+            await self._send_input(EngineCoreRequestType.ABORT, requests, engine.identity)
+
+    def deliver(self, engine_index: EngineIndex, outputs: list[EngineCoreOutput]) -> None:
+        slot = self._engines[engine_index].slot
+        self._note_finished(engine_index, outputs)
+        self.outputs_queue.put_nowait(EngineCoreOutputs(engine_index=slot, outputs=outputs))
+
+    def end(self, requests: list[RequestId]) -> None:
+        known = [s for r in requests if (s := self.streams.get(r)) is not None]
+        self._finish(known, 0, FinishReason.ERROR)
 
     async def abort_all(self) -> None:
         """Ends every open stream, as vLLM does when it stops at once."""
@@ -170,7 +201,7 @@ class FleetClient(AsyncMPClient):
 
     def _finish(self, streams: list[Stream], slot: int, reason: FinishReason) -> None:
         for stream in streams:
-            self.streams.close(stream.request)
+            self._close(stream.request)
         last = [
             EngineCoreOutput(s.request, [], finish_reason=reason) for s in streams if not s.pooling
         ]
@@ -247,6 +278,7 @@ class FleetClient(AsyncMPClient):
                 started_s=time.monotonic(),
                 pooling=request.pooling_params is not None,
                 session=request.resumable,
+                ledger=self.migrations.open(RequestId(request.request_id), engine.engine_index),
             )
         )
         if http is not None:
@@ -259,7 +291,7 @@ class FleetClient(AsyncMPClient):
         if request.resumable:
             stream.between_inputs = False
         elif stream.between_inputs:
-            self.streams.close(stream.request)  # The engine says nothing more.
+            self._close(stream.request)  # The engine says nothing more.
         else:
             stream.session = False
         await self._send_to(engine, request)
@@ -314,94 +346,43 @@ class FleetClient(AsyncMPClient):
         by_engine: dict[EngineIndex, list[str]] = {}
         for request_id in request_ids:
             self._placing.discard(request_id)
-            if (stream := self.streams.close(request_id)) is not None:
-                by_engine.setdefault(stream.engine_index, []).append(request_id)
+            for engine_index in self._close(request_id):
+                by_engine.setdefault(engine_index, []).append(request_id)
         for engine_index, mine in by_engine.items():
-            if (engine := self._engines.get(engine_index)) is not None:
-                await self._send_input(EngineCoreRequestType.ABORT, mine, engine.identity)
+            await self.abort_at(engine_index, mine)
+
+    def _close(self, request_id: str) -> list[EngineIndex]:
+        """Forgets a stream; returns the engines that may still hold its request."""
+        if self.streams.close(request_id) is None:
+            return []
+        return self.migrations.close(RequestId(request_id))
 
     @staticmethod
     async def process_engine_outputs(self: "FleetClient", outputs: EngineCoreOutputs) -> None:
-        """Counts what arrives, and labels it with the instance's slot for the metrics."""
-        engine = self._engines.get(EngineIndex(outputs.engine_index))
+        """Passes on what each stream's owner says, and labels it with the instance's slot for the
+        metrics."""
+        index = EngineIndex(outputs.engine_index)
+        engine = self._engines.get(index)
         if engine is None:  # Said by an engine that is gone: its streams have ended.
             outputs.outputs = []
             outputs.scheduler_stats = None
             return
         outputs.engine_index = engine.slot
-        streams = self.streams
-        for output in outputs.outputs:
-            if (stream := streams.get(output.request_id)) is not None:
-                stream.output_tokens += len(output.new_token_ids)
-                if output.finish_reason is None:
-                    continue
-                if stream.session and output.finish_reason is not FinishReason.ABORT:
-                    stream.between_inputs = True
-                else:
-                    streams.close(output.request_id)
+        if outputs.outputs:
+            outputs.outputs = self.migrations.hear(index, outputs.outputs)
+            self._note_finished(index, outputs.outputs)
 
-    # -- calls to engines --------------------------------------------------------------------------
-
-    async def _call_utility_async(self, method: str, *args: Any, engine: bytes) -> Any:
-        if not engine:
-            raise EngineDeadError()
-        engine_index = EngineIndex(int.from_bytes(engine, "little"))
-        if engine_index not in self._engines:  # Lost since our caller listed the engines.
-            raise EngineDeadError()
-        call = asyncio.ensure_future(super()._call_utility_async(method, *args, engine=engine))
-        calls = self._calls.setdefault(engine_index, set())
-        calls.add(call)
-        call.add_done_callback(calls.discard)
-        try:
-            return await call
-        except asyncio.CancelledError:
-            if engine_index not in self._engines:  # Cancelled by `lose`, not by our caller.
-                raise EngineDeadError() from None
-            call.cancel()
-            raise
-
-    async def call_utility_async(self, method: str, *args: Any) -> Any:
-        """Calls all engines; what they answer must agree, and that is returned."""
-        return await self.call_utility_consensus_async(method, *args)
-
-    async def call_utility_all_async(self, method: str, *args: Any) -> list[Any]:
-        if not self.core_engines:
-            raise EngineDeadError()
-        return await super().call_utility_all_async(method, *args)
-
-    async def get_supported_tasks_async(self) -> Any:
-        return await self._call_utility_async("get_supported_tasks", engine=self.core_engine)
-
-    async def save_sharded_state_async(
-        self, path: str, pattern: str | None = None, max_size: int | None = None
-    ) -> None:
-        # All engines hold the same weights; two writing one folder would only get in their way.
-        await self._call_utility_async(
-            "save_sharded_state", path, pattern, max_size, engine=self.core_engine
-        )
-
-    async def list_loras_async(self) -> set[int]:
-        return set.intersection(*map(set, await self.call_utility_all_async("list_loras")))
-
-    async def add_lora_async(self, lora_request: LoRARequest) -> bool:
-        return all(await self.call_utility_all_async("add_lora", lora_request))
-
-    async def remove_lora_async(self, lora_id: int) -> bool:
-        # An engine that never served the adapter has nothing to remove.
-        return any(await self.call_utility_all_async("remove_lora", lora_id))
-
-    async def pin_lora_async(self, lora_id: int) -> bool:
-        return all(await self.call_utility_all_async("pin_lora", lora_id))
-
-    async def collective_rpc_async(
-        self,
-        method: str | Callable[..., Any],
-        timeout: float | None = None,
-        args: tuple = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> list[Any]:
-        """The answers of all workers of all engines, one after the other."""
-        per_engine = await self.call_utility_all_async(
-            "collective_rpc", method, timeout, args, kwargs
-        )
-        return [answer for answers in per_engine for answer in answers]
+    def _note_finished(self, index: EngineIndex, outputs: list[EngineCoreOutput]) -> None:
+        """Closes the streams that these outputs end."""
+        for output in outputs:
+            if output.finish_reason is None:
+                continue
+            stream = self.streams.get(output.request_id)
+            if stream is None:
+                continue
+            if stream.session and output.finish_reason is not FinishReason.ABORT:
+                stream.between_inputs = True
+                continue
+            for other in self._close(output.request_id):
+                if other != index:  # It was on its way there.
+                    self.migrations.later(self.abort_at(other, [output.request_id]))

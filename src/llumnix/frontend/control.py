@@ -1,14 +1,26 @@
 """Our own routes, under /llumnix/v1."""
 
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Field
 
 from llumnix.core.types import EngineIndex, InstanceId
-from llumnix.errors import CapacityError, LastInstanceError, UnknownInstanceError, UsageError
+from llumnix.errors import (
+    CapacityError,
+    ConflictError,
+    LastInstanceError,
+    UnknownInstanceError,
+    UnknownMigrationError,
+    UnknownRequestError,
+    UsageError,
+)
 from llumnix.frontend.client import FleetClient
+from llumnix.frontend.migrations import Place
+from llumnix.frontend.streams import Stream
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +52,39 @@ class InstanceControl(Protocol):
     async def remove(self, instance: InstanceId) -> InstanceStatus:
         """Stops its intake, and stops it once its requests have ended."""
         ...
+
+
+class MigrationOrder(BaseModel):
+    """What to move, and where to. `copy`: how its KV gets there."""
+
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+    request_id: str
+    destination: str | None = None
+    copy_kv: Literal["staged", "blocking", "recompute"] = Field("staged", alias="copy")
+
+
+async def _destination(client: FleetClient, stream: Stream, wanted: str | None) -> Place:
+    """The engine of the named instance, or of the one with the most free KV memory."""
+    places = client.places()
+    if wanted is not None:
+        for place in places:
+            if place.instance == wanted:
+                return place
+        names = ", ".join(p.instance for p in places) or "none"
+        raise UnknownInstanceError(f"no instance {wanted} takes requests; there are: {names}")
+    others = [p for p in places if p.engine_index != stream.engine_index]
+    if not others:
+        raise ConflictError(
+            "there is no other instance to move it to; POST /llumnix/v1/instances first"
+        )
+    reports = {r.engine_index: r for r in await client.link.loads() or ()}
+
+    def free(place: Place) -> tuple[int, int]:
+        report = reports.get(place.engine_index)
+        tokens = report.kv_tokens_total - report.kv_tokens_used if report else 0
+        return tokens, -client.in_flight(place.engine_index)
+
+    return max(others, key=free)
 
 
 def control_app(client: FleetClient, control: InstanceControl) -> FastAPI:
@@ -93,9 +138,41 @@ def control_app(client: FleetClient, control: InstanceControl) -> FastAPI:
             ]
         }
 
+    @app.post("/llumnix/v1/migrations")
+    async def migrate(order: MigrationOrder) -> dict[str, Any]:
+        """Moves a request to another instance (the one with the most free KV memory if none is
+        named); answers when that has ended. `outcome`: migrated, aborted (it goes on where it
+        was, or has ended; `reason` says why) or lost."""
+        stream = client.migrations.find(order.request_id)
+        place = await _destination(client, stream, order.destination)
+        return (await client.migrations.migrate(stream, place, order.copy_kv)).shown()
+
+    @app.get("/llumnix/v1/migrations")
+    async def migrations() -> dict[str, Any]:
+        """The last thousand migrations, the oldest first."""
+        return {"migrations": client.migrations.recent()}
+
+    @app.get("/llumnix/v1/migrations/{migration}")
+    async def migration(migration: str) -> dict[str, Any]:
+        """One migration."""
+        return client.migrations.get(migration)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Any, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"] if part != "body") or "the body"
+        return openai_error(f"{where}: {first['msg']}", 400, "invalid_request_error")
+
     @app.exception_handler(UsageError)
     async def usage_error(_: Any, error: UsageError) -> JSONResponse:
-        status = {UnknownInstanceError: 404, LastInstanceError: 409, CapacityError: 409}
+        status = {
+            UnknownInstanceError: 404,
+            UnknownRequestError: 404,
+            UnknownMigrationError: 404,
+            LastInstanceError: 409,
+            CapacityError: 409,
+            ConflictError: 409,
+        }
         return openai_error(str(error), status.get(type(error), 400), "invalid_request_error")
 
     return app

@@ -3,13 +3,15 @@
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from llumnix.core.types import EngineIndex, InstanceId, RequestId
 
 
 @dataclass(slots=True, kw_only=True)
 class Stream:
-    """One sequence on its way to a client. Token counts in tokens, `started_s` monotonic.
+    """One sequence on its way to a client. Token counts in tokens, `started_s` monotonic. `ledger`:
+    of core/arbiter.py; `instance` and `engine_index` follow its owner.
 
     `pooling`: it asks for an embedding or a score. `session`: more input may follow under the same
     request, which then must reach the same engine; `between_inputs`: it waits for that."""
@@ -21,10 +23,15 @@ class Stream:
     prompt_tokens: int
     priority: int
     started_s: float
-    output_tokens: int = 0
+    ledger: Any
     pooling: bool = False
     session: bool = False
     between_inputs: bool = False
+
+    @property
+    def output_tokens(self) -> int:
+        """Tokens that have arrived here."""
+        return int(self.ledger.outputs)
 
 
 class Streams:
@@ -33,6 +40,7 @@ class Streams:
     def __init__(self) -> None:
         self._by_request: dict[RequestId, Stream] = {}
         self._by_engine: dict[EngineIndex, dict[RequestId, Stream]] = {}
+        self.instances: dict[EngineIndex, InstanceId] = {}
 
     def __len__(self) -> int:
         return len(self._by_request)
@@ -49,15 +57,30 @@ class Streams:
         self._by_request[stream.request] = stream
         self._by_engine.setdefault(stream.engine_index, {})[stream.request] = stream
 
+    def move(self, request: str, engine_index: EngineIndex) -> None:
+        """The request runs on another engine now."""
+        stream = self._by_request[RequestId(request)]
+        self._leave(stream)
+        stream.engine_index = engine_index
+        stream.instance = self.instances[engine_index]
+        self._by_engine.setdefault(engine_index, {})[stream.request] = stream
+
     def close(self, request: str) -> Stream | None:
         """Forgets the request's stream and returns it, if it was open."""
         stream = self._by_request.pop(RequestId(request), None)
         if stream is not None:
-            mine = self._by_engine[stream.engine_index]
-            del mine[stream.request]
-            if not mine:
-                del self._by_engine[stream.engine_index]
+            self._leave(stream)
         return stream
+
+    def _leave(self, stream: Stream) -> None:
+        mine = self._by_engine[stream.engine_index]
+        del mine[stream.request]
+        if not mine:
+            del self._by_engine[stream.engine_index]
+
+    def owner(self, request: str) -> EngineIndex:
+        """The engine of an open stream."""
+        return self._by_request[RequestId(request)].engine_index
 
     def on(self, engine_index: EngineIndex) -> list[Stream]:
         """The open streams of one engine."""

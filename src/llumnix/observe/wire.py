@@ -5,12 +5,24 @@ classes; anything else is an error with the story.
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 
 from llumnix.core.events import Dispatch, InstanceLost, LoadReported, NoInstance, RequestArrived
 from llumnix.core.load import LoadReport
+from llumnix.core.messages import (
+    CallOff,
+    Handover,
+    Migrate,
+    MigrationEnded,
+    Reserve,
+    Reserved,
+    Stage,
+    Staged,
+    TookOver,
+    Verdict,
+)
 from llumnix.errors import ProtocolError
 
 
@@ -53,21 +65,18 @@ Message = (
     | Pong
     | LoadsAsked
     | Loads
+    | Migrate
+    | Reserve
+    | Stage
+    | Handover
+    | CallOff
+    | Reserved
+    | Staged
+    | Verdict
+    | TookOver
+    | MigrationEnded
 )
-_CLASSES: dict[str, type] = {
-    c.__name__: c
-    for c in (
-        RequestArrived,
-        LoadReported,
-        InstanceLost,
-        Dispatch,
-        NoInstance,
-        Ping,
-        Pong,
-        LoadsAsked,
-        Loads,
-    )
-}
+_CLASSES: dict[str, type] = {c.__name__: c for c in get_args(Message)}
 _encoder = msgspec.msgpack.Encoder()
 _envelope = msgspec.msgpack.Decoder(tuple[str, msgspec.Raw])
 _decoders: dict[str, msgspec.msgpack.Decoder[Any]] = {

@@ -1,0 +1,160 @@
+"""Hosts the llumlet beside its engine: carries messages in and out, on the engine's own thread.
+
+What comes from other threads (peers, finished pulls, the beat) goes through the engine's input
+queue, so it is dealt with in order with requests and aborts, between two steps, and wakes an engine
+that stands still.
+
+vLLM 0.32 internals relied on here (tests/house/test_vllm_migration_contract.py fails when one
+changes): `EngineCoreProc.input_queue`, a queue of (kind, content) pairs that the busy loop empties
+into `_handle_client_request`; `output_queue`, of (client index, `EngineCoreOutputs`), sent in
+order; `EngineCoreOutput.kv_transfer_params`, which may hold anything that msgpack can.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.utils.network_utils import get_ip
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
+from vllm.v1.engine.core import EngineCoreProc
+
+from llumnix.core.limits import MigrationLimits
+from llumnix.core.llumlet import Llumlet
+from llumnix.core.messages import FrontendMessage, Migrate, Out, PeerMessage, ToPeer
+from llumnix.core.types import EngineIndex, MigrationId
+from llumnix.engine.immovable import why_engine_cannot
+from llumnix.engine.peers import Peers
+from llumnix.engine.transfer import TransferOptions
+from llumnix.engine.transfer_client import AgentClient, Pulled
+from llumnix.engine.vllm_port import VllmPort
+from llumnix.errors import ProtocolError
+from llumnix.observe.wire import decode, encode
+
+IN_BAND = "llumnix"
+"""Key under which an output carries a message of ours in its `kv_transfer_params`."""
+BEAT_EVERY_S = 0.05
+STEP_LINE = Callable[[str, MigrationId, str, str, str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostSeat:
+    """Where a llumlet and its workers listen: `peers` a ZMQ address, `agents` in the form of
+    engine/transfer.py, both with `{engine}` and `{host}` to be filled in here, the latter with
+    `{rank}` too. `key` opens the workers to each other."""
+
+    peers: str
+    agents: str
+    key: bytes
+    limits: MigrationLimits
+    transfer: TransferOptions
+
+
+class FromOutside:
+    """Kind of what we put into the engine's input queue."""
+
+
+class LlumletHost:
+    """One engine's."""
+
+    def __init__(
+        self, engine: EngineCoreProc, index: EngineIndex, seat: HostSeat, on_step: STEP_LINE
+    ) -> None:
+        self._engine = engine
+        self._index = index
+        self._seat = seat
+        self._on_step = on_step
+        self._polled_s = 0.0
+        self._host = get_ip() if "{host}" in seat.peers else ""
+        peers = seat.peers.format(engine=index, host=self._host)
+        self._peers = Peers(peers, self._from_outside, self._beat)
+
+    def start(self) -> None:
+        """Opens the workers and the line to the peers. Before the busy loop runs."""
+        self._peers.start()
+        agents: list[str] = []
+        if why_engine_cannot(self._engine.vllm_config, self._engine.scheduler) is None:
+            listen = self._seat.agents.format(engine=self._index, host=self._host, rank="{rank}")
+            agents = self._engine.model_executor.collective_rpc(
+                "llumnix_open", args=(listen, self._seat.key, self._seat.transfer)
+            )
+        self._client = AgentClient(agents=agents, key=self._seat.key, on_pulled=self._from_outside)
+        self._client.start()
+        self.port = VllmPort(self._engine, agents, self._client)
+        self.llumlet = Llumlet(
+            self._index, self._peers.address, self.port, self._seat.limits, self._on_step
+        )
+
+    def close(self) -> None:
+        """Ends all of it."""
+        self._client.close()
+        self._peers.close()
+
+    @property
+    def address(self) -> str:
+        """Where other llumlets send to this one."""
+        return self._peers.address
+
+    # -- on the engine's thread
+
+    def handle(self, item: "PeerMessage | Pulled | None") -> None:
+        """What came through the input queue."""
+        now = time.monotonic()
+        if isinstance(item, Pulled):
+            out = self.llumlet.pulled(item.ticket, item.error, item.bytes, item.seconds, now)
+        elif item is not None:
+            out = self.llumlet.receive(item, now)
+        else:
+            out = []
+        self._send(out)
+        self.poll()
+
+    def poll(self) -> None:
+        """Between any two steps."""
+        self._polled_s = time.monotonic()
+        self.port.stepped()
+        if self.llumlet.busy:
+            self._send(self.llumlet.poll(self._polled_s))
+
+    def migrate(self, order: bytes) -> None:
+        """A frontend's order (`Migrate`)."""
+        message = decode(order)
+        if not isinstance(message, Migrate):
+            raise ProtocolError(f"not an order to migrate: {message}")
+        self._send(self.llumlet.migrate(message, time.monotonic()))
+
+    def engine_lost(self, engine: int, address: str, granted: list[str]) -> None:
+        """A frontend says that another engine died."""
+        lost = self.llumlet.engine_lost(
+            EngineIndex(engine), {MigrationId(m) for m in granted}, time.monotonic()
+        )
+        self._send(lost)
+        self._peers.forget(address)
+
+    def client_gone(self, requests: list[str]) -> None:
+        """A frontend aborts these requests."""
+        if self.llumlet.busy:
+            self._send(self.llumlet.client_gone(requests))
+
+    def _send(self, out: list[Out]) -> None:
+        for item in out:
+            if isinstance(item, ToPeer):
+                self._peers.say(item.address, item.message)
+            else:
+                self._tell_frontend(item.message)
+
+    def _tell_frontend(self, message: FrontendMessage) -> None:
+        # In band, so that it stands in one order with the tokens of the same engine.
+        output = EngineCoreOutput(
+            message.request, [], kv_transfer_params={IN_BAND: encode(message)}
+        )
+        self._engine.output_queue.put_nowait((0, EngineCoreOutputs(outputs=[output])))
+
+    # -- on other threads
+
+    def _from_outside(self, item: Any) -> None:
+        self._engine.input_queue.put_nowait((FromOutside, item))  # type: ignore[arg-type]
+
+    def _beat(self) -> None:
+        if self.llumlet.busy and time.monotonic() - self._polled_s > BEAT_EVERY_S:
+            self._from_outside(None)

@@ -1,0 +1,60 @@
+"""What cannot be moved, and why: asked before a migration begins, so that it stays where it is.
+
+vLLM 0.32 internals relied on here (tests/house/test_vllm_migration_contract.py fails when one
+changes): the names of the configuration's fields, of the scheduler's and of `Request`'s.
+"""
+
+from typing import Any
+
+from vllm.v1.request import Request
+
+WORKER_EXTENSION = "llumnix.engine.worker.LlumnixWorker"
+
+
+def why_engine_cannot(config: Any, scheduler: Any) -> str | None:
+    """Why no request of such an engine can be moved; None if they can."""
+    parallel, model = config.parallel_config, config.model_config
+    reasons = (
+        (
+            parallel.worker_extension_cls != WORKER_EXTENSION,
+            "a --worker-extension-cls of your own, for llumnix needs that place",
+        ),
+        (parallel.pipeline_parallel_size > 1, "pipeline parallelism"),
+        (
+            parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
+            "context parallelism",
+        ),
+        (config.speculative_config is not None, "speculative decoding"),
+        (scheduler.connector is not None, "a KV connector"),
+        (scheduler.ec_connector is not None, "an encoder-cache connector"),
+        (scheduler.aux_output_connector is not None, "auxiliary outputs"),
+        (scheduler.has_mamba_layers, "Mamba layers, whose state is not kept in blocks of tokens"),
+        (scheduler.needs_kv_cache_zeroing, "a KV cache of mixed precision"),
+        (scheduler.prefix_replay_tokens > 0, "replayed sliding windows"),
+        (scheduler.is_encoder_decoder, "an encoder-decoder model"),
+        (model.runner_type != "generate", "a pooling model"),
+        (model.is_diffusion, "a diffusion model"),
+    )
+    for applies, what in reasons:
+        if applies:
+            return f"requests are not moved with {what}"
+    return None
+
+
+def why_request_cannot(request: Request) -> str | None:
+    """Why this request cannot be moved; None if it can."""
+    params = request.sampling_params
+    if request.pooling_params is not None or params is None:
+        return "it asks for an embedding or a score"
+    if request.mm_features:
+        return "it has multimodal inputs"
+    if request.prompt_embeds is not None or request.prompt_token_ids is None:
+        return "its prompt is embeddings"
+    if request.resumable:
+        return "it is a session of streamed inputs"
+    if request.kv_transfer_params or request.ec_transfer_params:
+        return "it carries parameters of a KV transfer"
+    wanted = params.prompt_logprobs is not None or params.prompt_logprob_token_ids is not None
+    if wanted and not request.num_output_tokens:
+        return "its prompt's log-probabilities are being collected; try again after its first token"
+    return None

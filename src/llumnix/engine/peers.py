@@ -1,0 +1,101 @@
+"""Llumlets talk to each other directly: one socket to hear on, one to each peer to speak on.
+
+What is said may be lost (a peer that is gone, a full queue); core/llumlet.py stands that. Messages
+are handed over on a thread, which also gives the clock a beat while the engine stands still.
+"""
+
+import logging
+import threading
+from collections.abc import Callable
+
+import zmq
+
+from llumnix.core.messages import (
+    CallOff,
+    Handover,
+    PeerMessage,
+    Reserve,
+    Reserved,
+    Stage,
+    Staged,
+    Verdict,
+)
+from llumnix.errors import ProtocolError
+from llumnix.observe.wire import decode, encode
+
+logger = logging.getLogger("llumnix.engine")
+
+BEAT_MS = 50
+QUEUED_MAX = 1000
+CLOSE_TIMEOUT_S = 2.0
+_KINDS = (CallOff, Handover, Reserve, Reserved, Stage, Staged, Verdict)
+
+
+class Peers:
+    """One llumlet's line to all others. `listen`: a ZMQ address; `tcp://HOST:0` picks a port.
+    `on_message` and `on_beat` are called on a thread of its own."""
+
+    def __init__(
+        self,
+        listen: str,
+        on_message: Callable[[PeerMessage], None],
+        on_beat: Callable[[], None],
+    ) -> None:
+        self._listen = listen
+        self._on_message = on_message
+        self._on_beat = on_beat
+        self._speaking: dict[str, zmq.Socket] = {}
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._hear, name="llumnix-peers", daemon=True)
+        self.address = ""
+
+    def start(self) -> None:
+        """Binds, and begins to hear."""
+        self._context = zmq.Context()
+        self._hearing = self._context.socket(zmq.PULL)
+        self._hearing.setsockopt(zmq.RCVHWM, QUEUED_MAX)
+        self._hearing.bind(self._listen)
+        self.address = self._hearing.getsockopt_string(zmq.LAST_ENDPOINT)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Ends both."""
+        self._closing.set()
+        self._thread.join(CLOSE_TIMEOUT_S)
+        self._hearing.close(0)
+        for socket in self._speaking.values():
+            socket.close(0)
+        self._context.term()
+
+    def say(self, address: str, message: PeerMessage) -> None:
+        """Sends, or loses it. The engine's thread only."""
+        socket = self._speaking.get(address)
+        if socket is None:
+            socket = self._context.socket(zmq.PUSH)
+            socket.setsockopt(zmq.SNDHWM, QUEUED_MAX)
+            socket.setsockopt(zmq.LINGER, 0)
+            socket.connect(address)
+            self._speaking[address] = socket
+        try:
+            socket.send(encode(message), zmq.NOBLOCK)
+        except zmq.Again:
+            logger.warning("%s lost on its way to %s", type(message).__name__, address)
+
+    def forget(self, address: str) -> None:
+        """A peer is gone for good. The engine's thread only."""
+        socket = self._speaking.pop(address, None)
+        if socket is not None:
+            socket.close(0)
+
+    def _hear(self) -> None:
+        while not self._closing.is_set():
+            if not self._hearing.poll(BEAT_MS):
+                self._on_beat()
+                continue
+            try:
+                message = decode(self._hearing.recv())
+            except ProtocolError as error:
+                logger.error("From another llumlet: %s", error)
+                continue
+            if isinstance(message, _KINDS):
+                self._on_message(message)

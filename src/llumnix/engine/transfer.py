@@ -1,0 +1,321 @@
+"""KV blocks from worker to worker: the agent in each worker, and the engine's client of them.
+
+The destination drives. An engine's `AgentClient` tells the agents of its own workers, one for each
+tensor-parallel rank, which blocks to pull from which peers; each agent pulls on threads of its
+own, beside the model's. The source's engine takes no part, its workers' agents only answer.
+
+A pull that has ended, well or not, writes no more: its destination blocks are the caller's again.
+It is the caller who sees to it that no step in flight writes to the source's blocks, or touches
+the destination's. What is written before a pull fails is unspecified.
+"""
+
+import logging
+import queue
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import msgspec
+import torch
+
+from llumnix.engine.blocks import lay_out
+from llumnix.engine.links import (
+    LINK_ERRORS,
+    WIRE_VERSION,
+    Command,
+    Done,
+    Forget,
+    Hello,
+    Link,
+    Pull,
+    TransferError,
+    listen,
+    unlisten,
+)
+from llumnix.engine.transfer_client import AgentClient, Pulled
+from llumnix.engine.transports import PeerReader, TransferOptions, open_peer, serve_peer
+from llumnix.errors import ProtocolError
+
+__all__ = ["AgentClient", "Pulled", "TransferOptions", "WorkerAgent"]
+
+CLOSE_TIMEOUT_S = 2.0
+LINKS_MAX = 256
+"""Connections that an agent serves at a time; one more is closed at once."""
+PULLS_QUEUED_MAX = 1024
+"""Pulls that wait for one peer; one more fails."""
+ACCEPT_PAUSE_S = 0.1
+"""Wait after a failure to accept: it is the process that is out of files, say."""
+
+_log = logging.getLogger(__name__)
+_first = msgspec.msgpack.Decoder(Hello | Command)
+_orders = msgspec.msgpack.Decoder(Pull | Forget)
+
+
+class WorkerAgent:
+    """Lives in a worker process: serves this worker's KV blocks to peers and pulls theirs."""
+
+    def __init__(
+        self,
+        *,
+        tensors: list[torch.Tensor],
+        blocks: int,
+        listen: str,
+        key: bytes,
+        options: TransferOptions,
+    ) -> None:
+        """`tensors`: the KV cache, each memory once; rows of each: a multiple of `blocks`.
+
+        `listen`: "unix:/path" in a folder that exists, or "tcp:HOST:0". `key`: a secret that all
+        agents and clients share. UsageError if the tensors do not hold `blocks` blocks.
+        """
+        self._layout = lay_out(tensors, blocks)
+        self._listen = listen
+        self._key = key
+        self._options = options
+        self._meter = _Meter(options.bandwidth_bytes_per_s)
+        self._listener: socket.socket | None = None
+        self._closing = threading.Event()
+        # Guards the three below.
+        self._lock = threading.Lock()
+        self._links: set[Link] = set()
+        self._pullers: dict[str, _Puller] = {}
+        self._threads: set[threading.Thread] = set()
+
+    def start(self) -> str:
+        """Listens. Returns the address as others must use it. OSError or UsageError if not."""
+        self._listener, address = listen(self._listen)
+        with self._lock:
+            self._run("accept", self._accept, self._listener)
+        return address
+
+    def close(self) -> None:
+        """Ends serving and pulling; pulls that run fail."""
+        if self._listener is None or self._closing.is_set():
+            return
+        self._closing.set()
+        # Closing a socket does not wake the thread that accepts on it; this does.
+        self._listener.shutdown(socket.SHUT_RDWR)
+        unlisten(self._listen)
+        with self._lock:
+            threads = list(self._threads)
+            for link in self._links:
+                link.stop()
+            for puller in self._pullers.values():
+                puller.forget()
+            self._pullers.clear()
+        end_s = time.monotonic() + CLOSE_TIMEOUT_S
+        for thread in threads:
+            thread.join(max(0.0, end_s - time.monotonic()))
+        self._listener.close()
+
+    def _run(self, name: str, target: Callable[..., None], *args: object) -> None:
+        """Starts a thread that `close` will wait for. Under the lock."""
+
+        def run() -> None:
+            try:
+                target(*args)
+            finally:
+                with self._lock:
+                    self._threads.discard(thread)
+
+        thread = threading.Thread(target=run, name=f"llumnix-kv-{name}", daemon=True)
+        self._threads.add(thread)
+        thread.start()
+
+    def _accept(self, listener: socket.socket) -> None:
+        while not self._closing.is_set():
+            try:
+                sock, _ = listener.accept()
+            except OSError as error:
+                if not self._closing.wait(ACCEPT_PAUSE_S):
+                    _log.warning("KV transfer: cannot accept a connection: %s", error)
+                continue
+            link = Link(sock)
+            with self._lock:
+                if self._closing.is_set() or len(self._links) >= LINKS_MAX:
+                    link.close()
+                    continue
+                self._links.add(link)
+                self._run("serve", self._serve, link)
+
+    def _serve(self, link: Link) -> None:
+        """One connection, from its challenge to its end."""
+        try:
+            link.authenticate(self._key, connecting=False)
+            hello = link.receive(_first)
+            if isinstance(hello, Hello):
+                serve_peer(link, hello, self._layout, self._options)
+            elif hello.version == WIRE_VERSION:
+                self._obey(link)
+            else:
+                raise ProtocolError(f"a client of wire version {hello.version}")
+        except EOFError:
+            pass  # The usual end.
+        except (*LINK_ERRORS, RuntimeError) as error:
+            # RuntimeError is what CUDA raises; the peer sees the link end.
+            if not self._closing.is_set():
+                _log.warning("KV transfer: a connection failed: %r", error)
+        finally:
+            with self._lock:
+                self._links.discard(link)
+            link.close()
+
+    def _obey(self, link: Link) -> None:
+        """Carries out a client's orders."""
+        while True:
+            link.wait()
+            order = link.receive(_orders)
+            if isinstance(order, Pull):
+                self._enqueue(_Job(order=order, link=link))
+                continue
+            with self._lock:
+                for peer in order.peers:
+                    if (puller := self._pullers.pop(peer, None)) is not None:
+                        puller.forget()
+
+    def _enqueue(self, job: "_Job") -> None:
+        peer = job.order.peer
+        with self._lock:
+            if self._closing.is_set():
+                return
+            puller = self._pullers.get(peer)
+            if puller is None:
+                puller = _Puller(
+                    peer, lambda: open_peer(peer, self._key, self._layout, self._options)
+                )
+                self._pullers[peer] = puller
+                self._run("pull", self._pull_from, puller)
+            accepted = puller.offer(job)
+        if not accepted:
+            job.report(0, 0.0, f"{PULLS_QUEUED_MAX} pulls wait for {peer} already")
+
+    def _pull_from(self, puller: "_Puller") -> None:
+        try:
+            puller.run(self._meter)
+        finally:
+            # Also if the thread dies of an error that nobody foresaw: the next pull starts anew.
+            with self._lock:
+                if self._pullers.get(puller.peer) is puller:
+                    del self._pullers[puller.peer]
+            puller.drain()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Job:
+    """A pull, and the client's link that wants its end."""
+
+    order: Pull
+    link: Link
+
+    def report(self, size: int, seconds: float, error: str | None) -> None:
+        """Tells the client. A client that is gone needs no answer."""
+        done = Done(ticket=self.order.ticket, bytes=size, seconds=seconds, error=error)
+        try:
+            self.link.send(done)
+        except OSError:
+            # Part of the message may be out, and the link is of no more use.
+            self.link.stop()
+
+
+class _Puller:
+    """Pulls from one peer, one pull after the other. It outlives the peer's restarts."""
+
+    def __init__(self, peer: str, connect: Callable[[], PeerReader]) -> None:
+        self.peer = peer
+        self._connect = connect
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._forgotten = threading.Event()
+        self._reader: PeerReader | None = None
+
+    def offer(self, job: _Job) -> bool:
+        """Queues the pull unless too many wait already."""
+        if self._jobs.qsize() >= PULLS_QUEUED_MAX:
+            return False
+        self._jobs.put(job)
+        return True
+
+    def forget(self) -> None:
+        """Fails what runs and what waits, and ends `run`. The last call to this object."""
+        self._forgotten.set()
+        if (reader := self._reader) is not None:
+            reader.stop()
+        self._jobs.put(None)
+
+    def run(self, meter: "_Meter") -> None:
+        """Pulls until forgotten."""
+        try:
+            while (job := self._jobs.get()) is not None:
+                self._one(job, meter)
+        finally:
+            self._drop()
+
+    def drain(self) -> None:
+        """Fails what still waits, after `run`."""
+        while True:
+            try:
+                job = self._jobs.get_nowait()
+            except queue.Empty:
+                return
+            if job is not None:
+                job.report(0, 0.0, f"{self.peer}: pulling from it broke off")
+
+    def _one(self, job: _Job, meter: "_Meter") -> None:
+        started_s = time.monotonic()
+        moved = 0
+        error: str | None = "an error that nobody foresaw; the worker's log has it"
+        try:
+            moved = self._pull(job, meter)
+            error = None
+        except (*LINK_ERRORS, IndexError, RuntimeError) as failure:
+            # RuntimeError is what CUDA raises.
+            error = f"{type(failure).__name__}: {failure}"
+            self._drop()
+        finally:
+            told = None if error is None else f"{self.peer}: {error}"
+            job.report(moved, time.monotonic() - started_s, told)
+
+    def _pull(self, job: _Job, meter: "_Meter") -> int:
+        def pace(size: int) -> None:
+            meter.take(size, self._forgotten)
+            self._check_wanted(job)
+
+        self._check_wanted(job)
+        if self._reader is not None and self._reader.ended():
+            # The peer was restarted, or its link broke while idle.
+            self._drop()
+        if self._reader is None:
+            self._reader = self._connect()
+        return self._reader.pull(job.order.source, job.order.destination, pace)
+
+    def _check_wanted(self, job: _Job) -> None:
+        if self._forgotten.is_set():
+            raise TransferError("forgotten before its pull ended")
+        if job.link.stopped:
+            raise TransferError("nobody waits for this pull any more")
+
+    def _drop(self) -> None:
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
+
+
+class _Meter:
+    """A token bucket of one chunk: each starts when those before it are paid for."""
+
+    def __init__(self, bytes_per_s: float | None) -> None:
+        self._bytes_per_s = bytes_per_s
+        self._lock = threading.Lock()
+        self._paid_s = 0.0
+
+    def take(self, size: int, interrupted: threading.Event) -> None:
+        """Waits for the turn of `size` bytes, or for the event. Any thread."""
+        if self._bytes_per_s is None:
+            return
+        with self._lock:
+            now_s = time.monotonic()
+            start_s = max(now_s, self._paid_s)
+            self._paid_s = start_s + size / self._bytes_per_s
+        if start_s > now_s:
+            interrupted.wait(start_s - now_s)

@@ -1,0 +1,271 @@
+"""The engine's side of KV transfer: orders to its workers' agents, and one answer for each pull."""
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import msgspec
+
+from llumnix.engine.links import (
+    LINK_ERRORS,
+    WIRE_VERSION,
+    Command,
+    Done,
+    Forget,
+    Link,
+    Pull,
+    connect,
+)
+from llumnix.errors import ProtocolError
+
+CLOSE_TIMEOUT_S = 2.0
+
+_dones = msgspec.msgpack.Decoder(Done)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pulled:
+    """How a pull ended, over all ranks. Only without an `error` are all blocks there."""
+
+    ticket: int
+    bytes: int
+    """Over all ranks; of those that failed, none."""
+    seconds: float
+    """Of the slowest rank, from the pull's turn to its end."""
+    error: str | None
+
+
+@dataclass(slots=True, kw_only=True)
+class _Joining:
+    """A pull, as far as its ranks have answered."""
+
+    ranks: set[int]
+    bytes: int = 0
+    seconds: float = 0.0
+    errors: list[str] = field(default_factory=list)
+
+
+class AgentClient:
+    """Lives in the engine's process: tells the engine's own workers' agents what to pull.
+
+    `agents[r]` is the address of tensor-parallel rank r's agent. The agents may start later, or
+    anew: a link that broke is made again with the next pull.
+    """
+
+    def __init__(
+        self, *, agents: list[str], key: bytes, on_pulled: Callable[[Pulled], None]
+    ) -> None:
+        """`on_pulled` is called on one thread of the client's, and must neither block nor raise."""
+        self._on_pulled = on_pulled
+        # Guards the two below.
+        self._lock = threading.Lock()
+        self._joining: dict[int, _Joining] = {}
+        self._closed = False
+        self._reports: queue.SimpleQueue[Pulled | None] = queue.SimpleQueue()
+        self._reporter = threading.Thread(
+            target=self._report, name="llumnix-kv-report", daemon=True
+        )
+        self._lines = [
+            _Line(rank=rank, agent=agent, key=key, on_done=self._done)
+            for rank, agent in enumerate(agents)
+        ]
+
+    def start(self) -> None:
+        """Begins to take orders."""
+        self._reporter.start()
+        for line in self._lines:
+            line.start()
+
+    def pull(
+        self, ticket: int, peers: list[str], source: list[int], destination: list[int]
+    ) -> None:
+        """Rank r pulls the blocks `source` of `peers[r]` into its own blocks `destination`.
+
+        Returns at once. `on_pulled` is called exactly once for each ticket. ValueError if the
+        lists do not match or the ticket is in use; RuntimeError after `close`.
+        """
+        if len(peers) != len(self._lines):
+            raise ValueError(f"{len(peers)} peers for {len(self._lines)} ranks")
+        if len(source) != len(destination):
+            raise ValueError(f"{len(source)} blocks into {len(destination)}")
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("the client is closed")
+            if ticket in self._joining:
+                raise ValueError(f"a pull with ticket {ticket} runs already")
+            if not source:
+                self._reports.put(Pulled(ticket=ticket, bytes=0, seconds=0.0, error=None))
+                return
+            self._joining[ticket] = _Joining(ranks=set(range(len(peers))))
+        for line, peer in zip(self._lines, peers, strict=True):
+            line.tell(Pull(ticket=ticket, peer=peer, source=source, destination=destination))
+
+    def forget(self, peers: list[str]) -> None:
+        """Drops what the agents hold of peers that are gone; pulls from them fail."""
+        for line in self._lines:
+            line.tell(Forget(peers=peers))
+
+    def close(self) -> None:
+        """Ends all threads; a pull that runs is reported as failed. Not from `on_pulled`."""
+        with self._lock:
+            self._closed = True
+        end_s = time.monotonic() + CLOSE_TIMEOUT_S
+        for line in self._lines:
+            line.stop()
+        for line in self._lines:
+            line.join(end_s)
+        with self._lock:
+            left = list(self._joining)
+            self._joining.clear()
+            for ticket in left:
+                # Where a thread of ours still waits for a connection that nobody answers.
+                self._reports.put(
+                    Pulled(ticket=ticket, bytes=0, seconds=0.0, error="the client was closed")
+                )
+        self._reports.put(None)
+        self._reporter.join(CLOSE_TIMEOUT_S)
+
+    def _done(self, rank: int, done: Done) -> None:
+        """One rank's answer. Any thread."""
+        with self._lock:
+            joining = self._joining.get(done.ticket)
+            if joining is None or rank not in joining.ranks:
+                return
+            joining.ranks.discard(rank)
+            joining.bytes += done.bytes
+            joining.seconds = max(joining.seconds, done.seconds)
+            if done.error is not None:
+                joining.errors.append(f"rank {rank}: {done.error}")
+            if joining.ranks:
+                return
+            del self._joining[done.ticket]
+            self._reports.put(
+                Pulled(
+                    ticket=done.ticket,
+                    bytes=joining.bytes,
+                    seconds=joining.seconds,
+                    error="; ".join(joining.errors) or None,
+                )
+            )
+
+    def _report(self) -> None:
+        while (pulled := self._reports.get()) is not None:
+            self._on_pulled(pulled)
+
+
+class _Line:
+    """The line to one agent: a thread that tells, and one that listens while there is a link."""
+
+    def __init__(
+        self, *, rank: int, agent: str, key: bytes, on_done: Callable[[int, Done], None]
+    ) -> None:
+        self._rank = rank
+        self._agent = agent
+        self._key = key
+        self._on_done = on_done
+        self._orders: queue.SimpleQueue[Pull | Forget | None] = queue.SimpleQueue()
+        # Guards the four below.
+        self._lock = threading.Lock()
+        self._link: Link | None = None
+        self._listener: threading.Thread | None = None
+        self._running: set[int] = set()
+        self._stopped = False
+        self._teller = threading.Thread(
+            target=self._tell, name=f"llumnix-kv-tell-{rank}", daemon=True
+        )
+
+    def start(self) -> None:
+        """Begins to tell."""
+        self._teller.start()
+
+    def tell(self, order: Pull | Forget) -> None:
+        """Passes an order on. Returns at once."""
+        self._orders.put(order)
+
+    def stop(self) -> None:
+        """Fails what runs and what waits, and ends both threads."""
+        with self._lock:
+            self._stopped = True
+            if self._link is not None:
+                self._link.stop()
+        self._orders.put(None)
+
+    def join(self, end_s: float) -> None:
+        """Waits for the threads until `end_s` on the monotonic clock."""
+        self._teller.join(max(0.0, end_s - time.monotonic()))
+        if (listener := self._listener) is not None:
+            listener.join(max(0.0, end_s - time.monotonic()))
+
+    def _tell(self) -> None:
+        while (order := self._orders.get()) is not None:
+            try:
+                self._send(order)
+            except LINK_ERRORS as error:
+                if isinstance(order, Pull):
+                    self._fail(order.ticket, f"{type(error).__name__}: {error}")
+
+    def _send(self, order: Pull | Forget) -> None:
+        with self._lock:
+            link = self._link
+        if link is None:
+            link = self._connect()
+        with self._lock:
+            # Checked and noted in one step: from here on the listener answers for the ticket.
+            if self._link is not link:
+                raise EOFError("the agent closed the link")
+            if isinstance(order, Pull):
+                self._running.add(order.ticket)
+        try:
+            link.send(order)
+        except OSError:
+            # The listener wakes, and fails all that ran on this link.
+            link.stop()
+
+    def _connect(self) -> Link:
+        if self._stopped:
+            raise EOFError("the client was closed")
+        link = connect(self._agent, self._key)
+        try:
+            link.send(Command(version=WIRE_VERSION))
+        except OSError:
+            link.close()
+            raise
+        with self._lock:
+            if self._stopped:
+                link.close()
+                raise EOFError("the client was closed")
+            self._link = link
+            self._listener = threading.Thread(
+                target=self._listen, args=(link,), name=f"llumnix-kv-hear-{self._rank}", daemon=True
+            )
+            self._listener.start()
+        return link
+
+    def _listen(self, link: Link) -> None:
+        why = "the agent's link broke"
+        try:
+            while True:
+                link.wait()
+                done = link.receive(_dones)
+                with self._lock:
+                    if done.ticket not in self._running:
+                        raise ProtocolError(f"an answer to ticket {done.ticket}, which is not out")
+                    self._running.discard(done.ticket)
+                self._on_done(self._rank, done)
+        except LINK_ERRORS as error:
+            why = f"{why}: {type(error).__name__}: {error}"
+        finally:
+            with self._lock:
+                self._link = None
+                lost = list(self._running)
+                self._running.clear()
+            link.close()
+            for ticket in lost:
+                self._fail(ticket, why)
+
+    def _fail(self, ticket: int, why: str) -> None:
+        self._on_done(
+            self._rank, Done(ticket=ticket, bytes=0, seconds=0.0, error=f"{self._agent}: {why}")
+        )

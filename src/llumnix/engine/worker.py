@@ -1,0 +1,106 @@
+"""What migration needs inside vLLM's worker processes: an extension class for its worker.
+
+vLLM 0.32 internals relied on here (tests/house/test_vllm_migration_contract.py fails when one
+changes):
+- `worker_extension_cls`: a class whose methods `collective_rpc` can call by name; they run on the
+  worker's own thread, between two of its steps.
+- `model_runner.kv_caches`: the KV tensors of all layers, possibly nested, possibly several of one
+  storage; dimension 0 counts blocks (times a factor), and all groups share the blocks' numbers.
+- Model runner V1 alone: `model_runner.requests[id]` is a `CachedRequestState`, which a resumed
+  request must find there, with its output tokens and its seeded generator. Runner V2 gets all that
+  from the scheduler.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+import torch
+
+from llumnix.engine.transfer import TransferOptions, WorkerAgent
+
+
+class RunnerState(msgspec.Struct, frozen=True, kw_only=True):
+    """What runner V1 keeps of a request beside its KV. `generator`: the state of its seeded
+    generator, empty without one."""
+
+    request: str
+    prompt: list[int]
+    outputs: list[int]
+    computed: int
+    blocks: list[list[int]]
+    generator: bytes
+
+
+class LlumnixWorker:
+    """Mixed into vLLM's worker."""
+
+    model_runner: Any
+    cache_config: Any
+    rank: int
+
+    def llumnix_open(self, listen: str, key: bytes, options: TransferOptions) -> str:
+        """Begins to serve this worker's KV blocks; returns the address. `listen` has a `{rank}`."""
+        self._llumnix_agent = WorkerAgent(
+            tensors=list(_distinct(self.model_runner.kv_caches)),
+            blocks=self.cache_config.num_gpu_blocks,
+            listen=listen.format(rank=self.rank),
+            key=key,
+            options=options,
+        )
+        return self._llumnix_agent.start()
+
+    def llumnix_generator(self, request: str) -> bytes:
+        """The state of the request's seeded generator (runner V1), empty without one."""
+        state = self.model_runner.requests.get(request)
+        generator = getattr(state, "generator", None)
+        return b"" if generator is None else generator.get_state().numpy().tobytes()
+
+    def llumnix_install(self, state: bytes, sampling_params: Any, lora_request: Any) -> None:
+        """Gives runner V1 a request that it will be asked to resume (`state`: `RunnerState`)."""
+        from vllm.sampling_params import SamplingType
+        from vllm.v1.worker.gpu_input_batch import CachedRequestState
+
+        arrived = msgspec.msgpack.decode(state, type=RunnerState)
+        generator = None
+        if sampling_params.sampling_type == SamplingType.RANDOM_SEED:
+            generator = torch.Generator(device=self.model_runner.device)
+            generator.manual_seed(sampling_params.seed)
+            if arrived.generator:
+                generator.set_state(
+                    torch.frombuffer(bytearray(arrived.generator), dtype=torch.uint8)
+                )
+        self.model_runner.requests[arrived.request] = CachedRequestState(
+            req_id=arrived.request,
+            prompt_token_ids=arrived.prompt,
+            mm_features=[],
+            sampling_params=sampling_params,
+            pooling_params=None,
+            generator=generator,
+            block_ids=tuple(arrived.blocks),
+            num_computed_tokens=arrived.computed,
+            output_token_ids=arrived.outputs,
+            lora_request=lora_request,
+        )
+
+    def llumnix_read(self, blocks: list[int]) -> list[bytes]:
+        """The bytes of these blocks, one string for each tensor: for tests that compare caches."""
+        count = self.cache_config.num_gpu_blocks
+        found = []
+        for tensor in _distinct(self.model_runner.kv_caches):
+            rows = tensor.reshape(count, -1, *tensor.shape[1:])[torch.tensor(blocks)]
+            found.append(rows.contiguous().cpu().view(torch.uint8).numpy().tobytes())
+        return found
+
+
+def _distinct(tensors: Any) -> Iterator[torch.Tensor]:
+    """All tensors in nested lists, each memory once."""
+    seen: set[int] = set()
+    todo = [tensors]
+    while todo:
+        item = todo.pop(0)
+        if isinstance(item, list | tuple):
+            todo = [*item, *todo]
+        elif item.numel() and item.data_ptr() not in seen:
+            seen.add(item.data_ptr())
+            yield item

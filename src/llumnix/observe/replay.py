@@ -1,0 +1,114 @@
+"""Runs the pure core again on an event log, and compares what it decides with what was decided.
+
+Each scheduler is fed its facts at their times, each machine of a migration its events. Facts of a
+scheduler whose start is not in the log are counted, not replayed.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from llumnix.core.events import Dispatch, InstanceLost, LoadReported, NoInstance, RequestArrived
+from llumnix.core.migration import (
+    DestinationEvent,
+    SourceEvent,
+    destination_machine,
+    source_machine,
+)
+from llumnix.core.policies.dispatch import DISPATCH_POLICIES
+from llumnix.core.scheduler import Scheduler
+from llumnix.errors import ProtocolError, UsageError
+
+DIFFERENCES_MAX = 20
+_FACTS: dict[str, type] = {c.__name__: c for c in (RequestArrived, LoadReported, InstanceLost)}
+_DECISIONS: dict[str, type] = {c.__name__: c for c in (Dispatch, NoInstance)}
+_SIDES = {
+    "source": (source_machine, SourceEvent),
+    "destination": (destination_machine, DestinationEvent),
+}
+
+
+@dataclass(slots=True, kw_only=True)
+class Replayed:
+    """How a replay went: counts of what was run again, and where it differed (the first few)."""
+
+    facts: int = 0
+    decisions: int = 0
+    steps: int = 0
+    skipped: int = 0
+    differences: list[str] = field(default_factory=list)
+
+
+class _Replay:
+    def __init__(self) -> None:
+        self.result = Replayed()
+        self._schedulers: dict[str, Scheduler] = {}
+        self._expected: dict[str, list[Any]] = {}
+        self._machines: dict[tuple[str, str, str], Any] = {}
+
+    def line(self, number: int, line: dict[str, Any]) -> None:
+        who, kind = line["who"], line["kind"]
+        if kind == "started":
+            self.no_more(who, number)
+            self._schedulers[who] = Scheduler(DISPATCH_POLICIES[line["policy"]]())
+        elif kind == "fact":
+            self.no_more(who, number)
+            scheduler = self._schedulers.get(who)
+            if scheduler is None:
+                self.result.skipped += 1
+                return
+            fact = msgspec.convert(line["body"], _FACTS[line["name"]])
+            self.result.facts += 1
+            self._expected[who] = scheduler.handle(fact, line["at"])
+        elif kind == "decision" and who in self._schedulers:
+            self.result.decisions += 1
+            was = msgspec.convert(line["body"], _DECISIONS[line["name"]])
+            now = self._expected.get(who)
+            again = now.pop(0) if now else None
+            if again != was:
+                self.differ(number, f"was {was}, is {again}")
+        elif kind == "step":
+            self.step(number, line)
+
+    def step(self, number: int, line: dict[str, Any]) -> None:
+        key = (line["who"], line["role"], line["migration"])
+        make, events = _SIDES[line["role"]]
+        machine = self._machines.setdefault(key, make(line["migration"]))
+        self.result.steps += 1
+        try:
+            action = machine.feed(events(line["event"]))
+        except ProtocolError as error:
+            self.differ(number, str(error))
+            return
+        was, again = (line["state"], line["action"]), (machine.state.value, action.value)
+        if was != again:
+            self.differ(number, f"was {was}, is {again}")
+
+    def no_more(self, who: str, number: int) -> None:
+        """All that was decided again must have been decided then."""
+        for decision in self._expected.pop(who, []):
+            self.differ(number, f"before this line: was nothing, is {decision}")
+
+    def differ(self, number: int, text: str) -> None:
+        if len(self.result.differences) < DIFFERENCES_MAX:
+            self.result.differences.append(f"line {number}: {text}")
+
+
+def replay(path: Path) -> Replayed:
+    """Replays the log; `UsageError` if the file is not one."""
+    run = _Replay()
+    try:
+        with path.open("rb") as file:
+            for number, raw in enumerate(file, 1):
+                try:
+                    run.line(number, msgspec.json.decode(raw))
+                except (msgspec.MsgspecError, KeyError, TypeError, AttributeError) as error:
+                    raise UsageError(
+                        f"{path}, line {number}: not a line of an event log ({error}); give a file "
+                        "that `llumnix serve --event-log` wrote"
+                    ) from error
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read ({error.strerror})") from error
+    return run.result
