@@ -212,6 +212,18 @@ class FakeEngine:
             if self.references[block] == 0:
                 self.free.append(block)
 
+    # -- what a duo needs (tests/support/duo.py)
+
+    def blocks_used(self) -> int:
+        return len(self.memory) - len(self.free)
+
+    def requests_held(self) -> int:
+        return len(self.requests) + len(self.arriving) + len(self.pinned)
+
+    def runs(self, request: RequestId) -> bool:
+        known = self.requests.get(request)
+        return known is not None and not known.stopped
+
     # -- EnginePort
 
     def describe(self, request: RequestId) -> bytes | Refusal:
@@ -264,7 +276,9 @@ class FakeEngine:
         return known.computed, [self._ids(known, start, known.computed)], b""
 
     def resume(self, request: RequestId) -> None:
-        known = self.requests[request]
+        known = self.requests.get(request)
+        if known is None:
+            return
         known.stopped = False
         if known.in_flight:
             self.running.append(known)
@@ -276,7 +290,7 @@ class FakeEngine:
             self._finish(known)
 
     def reserve(
-        self, request: RequestId, body: bytes, outputs: list[int], tokens: int
+        self, request: RequestId, body: bytes, outputs: list[int], tokens: int, agents: list[str]
     ) -> int | Refusal:
         if request in self.requests or request in self.arriving:
             return Refusal(why="still leaving")

@@ -175,7 +175,9 @@ class IncomingMigrations:
             return Refusal(why=f"{len(self._open)} requests are on their way there already")
         if any(c.order.request == order.request for c in self._open.values()):
             return Refusal(why="it is on its way there already")
-        return self._port.reserve(order.request, order.body, order.outputs, order.tokens)
+        return self._port.reserve(
+            order.request, order.body, order.outputs, order.tokens, order.agents
+        )
 
     def _look(self, coming: Incoming, now: float) -> None:
         if coming.machine.state is DestinationState.PREPARING:

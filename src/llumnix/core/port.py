@@ -89,24 +89,24 @@ class EnginePort(Protocol):
         ...
 
     def resume(self, request: RequestId) -> None:
-        """Puts a stopped request back, KV and all."""
+        """Puts a stopped request back, KV and all; nothing if it has ended."""
         ...
 
     def release(self, request: RequestId) -> None:
-        """Frees a stopped request without a word to its client."""
+        """Frees a stopped request without a word to its client; nothing if it has ended."""
         ...
 
     # -- destination
 
     def reserve(
-        self, request: RequestId, body: bytes, outputs: list[int], tokens: int
+        self, request: RequestId, body: bytes, outputs: list[int], tokens: int, agents: list[str]
     ) -> int | Refusal:
         """Takes in the request and has slots for `tokens` (none for a request that waits: 0).
-        Returns how many of its tokens are here already."""
+        `agents`: where its blocks will be read. Returns how many of its tokens are here already."""
         ...
 
     def ready(self, request: RequestId) -> bool | Refusal:
-        """Whether everything but KV is there to run it."""
+        """Whether everything but KV is there to run it, and the way to its blocks is open."""
         ...
 
     def reach(self, request: RequestId, tokens: int, outputs: list[int]) -> Refusal | None:

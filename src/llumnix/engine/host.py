@@ -21,7 +21,7 @@ from vllm.v1.engine.core import EngineCoreProc
 
 from llumnix.core.limits import MigrationLimits
 from llumnix.core.llumlet import Llumlet
-from llumnix.core.messages import FrontendMessage, Migrate, Out, PeerMessage, ToPeer
+from llumnix.core.messages import FrontendMessage, Migrate, Out, PeerMessage, Reserve, ToPeer
 from llumnix.core.types import EngineIndex, MigrationId
 from llumnix.engine.immovable import why_engine_cannot
 from llumnix.engine.peers import Peers
@@ -65,6 +65,7 @@ class LlumletHost:
         self._seat = seat
         self._on_step = on_step
         self._polled_s = 0.0
+        self._agents_of: dict[EngineIndex, list[str]] = {}
         self._host = get_ip() if "{host}" in seat.peers else ""
         peers = seat.peers.format(engine=index, host=self._host)
         self._peers = Peers(peers, self._from_outside, self._beat)
@@ -100,9 +101,14 @@ class LlumletHost:
     def handle(self, item: "PeerMessage | Pulled | None") -> None:
         """What came through the input queue."""
         now = time.monotonic()
-        if isinstance(item, Pulled):
+        if isinstance(item, Pulled) and item.ticket < 0:
+            self.port.met(item.ticket, item.error)
+            out = []
+        elif isinstance(item, Pulled):
             out = self.llumlet.pulled(item.ticket, item.error, item.bytes, item.seconds, now)
         elif item is not None:
+            if isinstance(item, Reserve):
+                self._agents_of[item.source] = item.agents
             out = self.llumlet.receive(item, now)
         else:
             out = []
@@ -130,6 +136,8 @@ class LlumletHost:
         )
         self._send(lost)
         self._peers.forget(address)
+        if (agents := self._agents_of.pop(EngineIndex(engine), None)) is not None:
+            self.port.forget(agents)
 
     def client_gone(self, requests: list[str]) -> None:
         """A frontend aborts these requests."""

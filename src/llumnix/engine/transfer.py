@@ -287,6 +287,8 @@ class _Puller:
             self._drop()
         if self._reader is None:
             self._reader = self._connect()
+        if not job.order.source:
+            return 0  # Only the connection was wanted.
         return self._reader.pull(job.order.source, job.order.destination, pace)
 
     def _check_wanted(self, job: _Job) -> None:

@@ -90,14 +90,24 @@ class AgentClient:
             raise ValueError(f"{len(peers)} peers for {len(self._lines)} ranks")
         if len(source) != len(destination):
             raise ValueError(f"{len(source)} blocks into {len(destination)}")
+        if source:
+            self._order(ticket, peers, source, destination)
+        else:
+            self._reports.put(Pulled(ticket=ticket, bytes=0, seconds=0.0, error=None))
+
+    def meet(self, ticket: int, peers: list[str]) -> None:
+        """Opens the connections that pulls from these peers will use, which takes long the first
+        time (0.1 s where GPU memory is mapped). Reported like a pull of nothing."""
+        self._order(ticket, peers, [], [])
+
+    def _order(
+        self, ticket: int, peers: list[str], source: list[int], destination: list[int]
+    ) -> None:
         with self._lock:
             if self._closed:
                 raise RuntimeError("the client is closed")
             if ticket in self._joining:
                 raise ValueError(f"a pull with ticket {ticket} runs already")
-            if not source:
-                self._reports.put(Pulled(ticket=ticket, bytes=0, seconds=0.0, error=None))
-                return
             self._joining[ticket] = _Joining(ranks=set(range(len(peers))))
         for line, peer in zip(self._lines, peers, strict=True):
             line.tell(Pull(ticket=ticket, peer=peer, source=source, destination=destination))

@@ -59,6 +59,7 @@ class Arriving:
     the steps that were in flight when it last got blocks."""
 
     request: Request
+    agents: tuple[str, ...]
     here: int = 0
     pulling: int = 0
     unfed: list[int] = field(default_factory=list)
@@ -93,6 +94,10 @@ class VllmPort:
         self._pins: dict[RequestId, list[Any]] = {}
         self._arriving: dict[RequestId, Arriving] = {}
         self._waiting: list[Waiting] = []
+        self._meeting: dict[int, tuple[str, ...]] = {}
+        self._met: set[tuple[str, ...]] = set()
+        self._unmet: dict[tuple[str, ...], str] = {}
+        self._tickets = 0
         self._stuck_steps = 0
         self._encoder = MsgpackEncoder()
         self._decoder = MsgpackDecoder(EngineCoreRequest)
@@ -116,6 +121,19 @@ class VllmPort:
             if not self._in_flight(pull.steps):
                 self._waiting.remove(pull)
                 self._client.pull(pull.ticket, pull.agents, pull.source, pull.destination)
+
+    def met(self, ticket: int, error: str | None) -> None:
+        """A meeting (a negative ticket) with a source's workers has ended."""
+        agents = self._meeting.pop(ticket)
+        if error is not None:
+            self._unmet[agents] = error
+        else:
+            self._met.add(agents)
+
+    def forget(self, agents: list[str]) -> None:
+        """These workers are gone."""
+        self._met.discard(tuple(agents))
+        self._client.forget(agents)
 
     def _relieve(self) -> None:
         """Requests that wait with blocks in their hands cannot be preempted by each other: if
@@ -254,7 +272,7 @@ class VllmPort:
     # -- destination
 
     def reserve(
-        self, request: RequestId, body: bytes, outputs: list[int], tokens: int
+        self, request: RequestId, body: bytes, outputs: list[int], tokens: int, agents: list[str]
     ) -> int | Refusal:
         scheduler = self._scheduler
         taken = len(scheduler.running) + len(scheduler.kv_holding_waiting) + len(self._arriving)
@@ -268,7 +286,11 @@ class VllmPort:
             self._decoder.decode(body), self._core.request_block_hasher
         )
         self.arrived(new)
-        coming = Arriving(request=new)
+        coming = Arriving(request=new, agents=tuple(agents))
+        if coming.agents not in self._met and coming.agents not in self._meeting.values():
+            self._tickets += 1
+            self._meeting[-self._tickets] = coming.agents
+            self._client.meet(-self._tickets, agents)
         if new.use_structured_output:
             coming.unfed = list(outputs)
             scheduler.structured_output_manager.grammar_init(new)
@@ -294,6 +316,9 @@ class VllmPort:
 
     def ready(self, request: RequestId) -> bool | Refusal:
         coming = self._arriving[request]
+        if coming.agents not in self._met:
+            why = self._unmet.pop(coming.agents, None)
+            return Refusal(why=f"its blocks cannot be read: {why}") if why else False
         structured = coming.request.structured_output_request
         if structured is None:
             return True

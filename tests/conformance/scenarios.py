@@ -1,0 +1,113 @@
+"""What a migration must stand: one list, for every kind of engine.
+
+A fault strikes ahead of the first delivery of one kind of message, so that together they strike in
+every state of both machines.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from llumnix.core.messages import Handover, Reserve, Reserved, Stage, Staged, Verdict
+from support.duo import Duo
+
+MOMENTS = (Reserve, Reserved, Stage, Staged, Handover, Verdict)
+
+
+def hang_up(duo: Duo, request: Any) -> None:
+    duo.hang_up(request)
+
+
+def finish_there(duo: Duo, request: Any) -> None:
+    """The source runs on to the request's end before anything else happens."""
+    source = duo.arbiter.get(request).owner
+    while duo.state[request] == "open" and duo.engines[source].runs(request):
+        duo.step(source)
+
+
+def preempt(duo: Duo, request: Any) -> None:
+    for engine in duo.engines.values():
+        if engine.runs(request):
+            engine.preempt_somebody()
+
+
+def destination_dies(duo: Duo, request: Any) -> None:
+    grant = duo.arbiter.get(request).grant
+    duo.kill(grant.destination if grant else duo.arbiter.get(request).owner)
+
+
+def source_dies(duo: Duo, request: Any) -> None:
+    duo.kill(0)
+
+
+def copies_fail(duo: Duo, request: Any) -> None:
+    duo.fail_pulls = True
+
+
+def silence(duo: Duo, request: Any) -> None:
+    duo.now += 100
+
+
+def lose(duo: Duo, request: Any) -> bool:
+    return False
+
+
+def double(duo: Duo, request: Any) -> None:
+    # The message under way is put on the wire once more, behind all others.
+    duo.wire.append(duo.doubling)  # type: ignore[attr-defined]
+
+
+FAULTS: dict[str, Callable[[Duo, Any], Any]] = {
+    "the client hangs up": hang_up,
+    "the request finishes": finish_there,
+    "the request is preempted": preempt,
+    "the destination dies": destination_dies,
+    "the source dies": source_dies,
+    "copies fail": copies_fail,
+    "the other side is silent": silence,
+    "the message is lost": lose,
+    "the message comes twice": double,
+}
+
+
+def strike(kind: Any, fault: str, moment: type) -> None:
+    """Runs one scenario, and checks what must hold after it."""
+    prompt = [7 * i % 200 + 3 for i in range(kind.long_prompt)]
+    expected = kind.expected(prompt, kind.tokens)
+    duo = kind.duo()
+    request = duo.add("struck", prompt, kind.options(kind.tokens))
+    neighbour = duo.add("neighbour", prompt[:20], kind.options(kind.tokens), on=1)
+    duo.turn_until(lambda: len(duo.got[request]) >= 2, "the first tokens")
+    struck = []
+
+    def before(message: Any) -> Any:
+        if isinstance(message, moment) and not struck:
+            struck.append(message)
+            to = 1 if isinstance(message, Reserve | Stage | Handover) else 0
+            duo.doubling = (to, message)  # type: ignore[attr-defined]
+            return FAULTS[fault](duo, request)
+        return None
+
+    duo.before = before
+    duo.migrate(request, 1)
+    duo.finish()
+    assert struck, f"no {moment.__name__} was ever sent"
+    duo.check_nothing_left()
+    _check(duo, request, expected, fault, moment)
+    if duo.state[neighbour] == "finished":
+        assert duo.got[neighbour] == kind.expected(prompt[:20], kind.tokens)
+
+
+def _check(duo: Duo, request: Any, expected: list[int], fault: str, moment: type) -> None:
+    got, state = duo.got[request], duo.state[request]
+    assert got == expected[: len(got)], "a token is wrong, lost or repeated"
+    if state == "finished":
+        assert got == expected
+    if fault == "the client hangs up":
+        assert state == "hung up"
+    elif fault == "the source dies":
+        # Before the handover its KV dies with it; after the verdict it has none any more.
+        assert state == ("finished" if moment is Verdict else "lost") or moment is Handover
+    elif fault == "the destination dies":
+        assert state == ("lost" if moment is Verdict else "finished")
+    else:
+        assert state == "finished"

@@ -1,0 +1,234 @@
+"""Two engines (fake or real), their llumlets, a frontend, and every message in the test's hand.
+
+Nothing happens by itself: the test steps engines and delivers messages, and may do anything in
+between. The same scenarios thus run on an engine without a model and on vLLM's.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from llumnix.core.arbiter import AbortAt, Arbiter, AskFate, Effect, Moved, StreamLost, TellLost
+from llumnix.core.llumlet import Llumlet
+from llumnix.core.messages import MigrationEnded, Out, PeerMessage, TookOver, ToPeer
+from llumnix.core.types import EngineIndex, RequestId
+
+Said = tuple[RequestId, list[int], bool, Any]
+"""Of one request: new tokens, whether it is finished, and what else came with them."""
+TURNS_MAX = 5000
+Prompt = list[int]
+
+
+class TestEngine(Protocol):
+    """What a duo needs of an engine, beside its port."""
+
+    port: Any
+
+    def add(self, request: RequestId, prompt: Prompt, options: Any) -> None: ...
+    def abort(self, request: RequestId) -> None: ...
+    def step(self) -> list[Said]: ...
+    def idle(self) -> bool: ...
+    def preempt_somebody(self) -> None: ...
+    def pulls(self) -> list[tuple[int, str | None, int, float]]: ...
+    def blocks_used(self) -> int: ...
+    def requests_held(self) -> int: ...
+    def runs(self, request: RequestId) -> bool: ...
+    def die(self) -> None: ...
+
+
+class Duo:
+    """The two of them. `before(message)` is called ahead of every delivery; it may return False to
+    lose the message."""
+
+    def __init__(self, make: Callable[[int, "Duo"], TestEngine]) -> None:
+        self.now = 0.0
+        self.arbiter: Arbiter[Said] = Arbiter()
+        self.engines: dict[EngineIndex, TestEngine] = {}
+        self.llumlets: dict[EngineIndex, Llumlet] = {}
+        self.addresses: dict[str, EngineIndex] = {}
+        self.wire: deque[tuple[EngineIndex, PeerMessage]] = deque()
+        self.before: Callable[[PeerMessage], bool | None] = lambda message: None
+        self.hold_pulls = False
+        self.fail_pulls = False
+        self.got: dict[RequestId, list[int]] = {}
+        self.extras: dict[RequestId, list[Any]] = {}
+        self.state: dict[RequestId, str] = {}
+        self.ended: list[MigrationEnded] = []
+        self.delivered: list[PeerMessage] = []
+        self.orders: list[tuple[EngineIndex, tuple]] = []
+        for number in range(2):
+            self._join(EngineIndex(number), make(number, self))
+
+    def _join(self, index: EngineIndex, engine: TestEngine) -> None:
+        self.engines[index] = engine
+        self.llumlets[index] = Llumlet(index, f"engine {index}", engine.port)
+
+    # -- what a test does
+
+    def add(self, request: str, prompt: Prompt, options: Any, on: int = 0) -> RequestId:
+        name = RequestId(request)
+        self.got[name], self.extras[name], self.state[name] = [], [], "open"
+        self.arbiter.open(name, EngineIndex(on))
+        self.engines[EngineIndex(on)].add(name, prompt, options)
+        return name
+
+    def migrate(self, request: RequestId, to: int | None = None, copy: str = "staged") -> bool:
+        ledger = self.arbiter.get(request)
+        if ledger is None:
+            return False
+        if to is None:
+            to = next(i for i in self.engines if i != ledger.owner)
+        order = self.arbiter.begin(request, EngineIndex(to), f"engine {to}", copy)
+        if order is None:
+            return False
+        self._send(ledger.owner, self.llumlets[ledger.owner].migrate(order, self.now))
+        return True
+
+    def hang_up(self, request: RequestId) -> None:
+        if self.state[request] == "open":
+            self.state[request] = "hung up"
+            self._abort(self.arbiter.close(request), request)
+
+    def kill(self, index: int, successor: bool = True) -> None:
+        """The engine dies; an empty one takes its hardware under a new index."""
+        lost = EngineIndex(index)
+        engine = self.engines.pop(lost)
+        del self.llumlets[lost]
+        engine.die()
+        self.wire = deque((to, m) for to, m in self.wire if to != lost)
+        self._perform(self.arbiter.engine_lost(lost, list(self.engines)))
+        if successor:
+            self._join(EngineIndex(max([*self.engines, lost]) + 1), engine)
+
+    def turn(self) -> None:
+        """One step of each engine, and all that is to be delivered and done."""
+        self.now += 0.005
+        for index in list(self.engines):
+            if index in self.engines:
+                self.step(index)
+        for index, order in self.orders[:]:
+            self.orders.remove((index, order))
+            self._obey(index, order)
+        for _ in range(len(self.wire)):
+            if self.wire:
+                self.deliver()
+        for index in list(self.engines):
+            if index in self.engines and not self.hold_pulls:
+                for ticket, error, size, seconds in self.engines[index].pulls():
+                    error = "the copy failed" if self.fail_pulls else error
+                    out = self.llumlets[index].pulled(ticket, error, size, seconds, self.now)
+                    self._send(index, out)
+        self.check()
+
+    def step(self, index: EngineIndex) -> None:
+        engine = self.engines[index]
+        if not engine.idle():
+            for said in engine.step():
+                self._hear(index, said)
+        self._send(index, self.llumlets[index].poll(self.now))
+
+    def deliver(self) -> None:
+        to, message = self.wire.popleft()
+        if self.before(message) is False or to not in self.llumlets:
+            return
+        self.delivered.append(message)
+        self._send(to, self.llumlets[to].receive(message, self.now))
+
+    def turn_until(self, true: Callable[[], Any], what: str = "") -> None:
+        for _ in range(TURNS_MAX):
+            if true():
+                return
+            self.turn()
+        raise AssertionError(f"never: {what}")
+
+    def finish(self) -> None:
+        """Until nothing is left to do."""
+        self.turn_until(self.at_rest, "everything at rest")
+
+    def at_rest(self) -> bool:
+        return (
+            not self.wire
+            and not self.orders
+            and all(e.idle() for e in self.engines.values())
+            and not any(x.busy for x in self.llumlets.values())
+            and all(s != "open" for s in self.state.values())
+        )
+
+    # -- checkers
+
+    def check(self) -> None:
+        for request in self.got:
+            owners = [i for i, e in self.engines.items() if e.runs(request)]
+            assert len(owners) <= 1, f"{request} runs on {owners}"
+
+    def check_nothing_left(self) -> None:
+        for index, engine in self.engines.items():
+            assert engine.blocks_used() == 0, f"engine {index} leaks {engine.blocks_used()} blocks"
+            assert engine.requests_held() == 0, f"engine {index} holds requests"
+
+    # -- the frontend
+
+    def _hear(self, index: EngineIndex, said: Said) -> None:
+        request, tokens = said[0], said[1]
+        outputs, effects = self.arbiter.offer(index, request, len(tokens), said)
+        for output in outputs:
+            self._client_gets(output)
+        self._perform(effects)
+
+    def _client_gets(self, said: Said) -> None:
+        request, tokens, finished, extra = said
+        assert self.state[request] == "open"
+        self.got[request] += tokens
+        self.extras[request].append(extra)
+        if finished:
+            self.state[request] = "finished"
+            self._abort(self.arbiter.close(request), request)
+
+    def _abort(self, engines: list[EngineIndex], request: RequestId) -> None:
+        for index in engines:
+            self.orders.append((index, ("abort", request)))
+
+    def _obey(self, index: EngineIndex, order: tuple) -> None:
+        if index not in self.engines:
+            return
+        llumlet = self.llumlets[index]
+        match order:
+            case ("abort", request):
+                self._send(index, llumlet.client_gone([request]))
+                self.engines[index].abort(request)
+            case ("lost", lost, granted):
+                self._send(index, llumlet.engine_lost(lost, set(granted), self.now))
+            case ("fate", migration):
+                fate = llumlet.fate(migration)
+                if fate == "undecided":
+                    self.orders.append((index, order))
+                else:
+                    self._perform(self.arbiter.fate(migration, fate))
+
+    def _send(self, index: EngineIndex, out: list[Out]) -> None:
+        for item in out:
+            if isinstance(item, ToPeer):
+                self.wire.append((item.engine, item.message))
+            elif isinstance(item.message, TookOver):
+                self._perform(self.arbiter.took_over(index, item.message))
+            else:
+                self.ended.append(item.message)
+                self._perform(self.arbiter.ended(item.message))
+
+    def _perform(self, effects: list[Effect]) -> None:
+        for effect in effects:
+            match effect:
+                case AbortAt(engine=engine, request=request):
+                    self._abort([engine], request)
+                case TellLost(engine=engine, lost=lost, granted=granted):
+                    self.orders.append((engine, ("lost", lost, granted)))
+                case AskFate(engine=engine, migration=migration):
+                    self.orders.append((engine, ("fate", migration)))
+                case StreamLost(request=request):
+                    self.state[request] = "lost"
+                    self.arbiter.close(request)
+                case Moved(request=request, missing=missing, held=held):
+                    if missing:
+                        self._client_gets((request, list(missing), False, None))
+                    for said in held:
+                        self._client_gets(said)  # type: ignore[arg-type]

@@ -1,0 +1,169 @@
+"""vLLM's own engine core, stepped by hand, with our port on it."""
+
+import contextlib
+import os
+import queue
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+
+from vllm import SamplingParams
+from vllm.engine.arg_utils import EngineArgs
+from vllm.lora.request import LoRARequest
+from vllm.usage.usage_lib import UsageContext
+from vllm.v1.core.sched.output import SchedulerOutput  # noqa: F401
+from vllm.v1.engine import EngineCoreRequest
+from vllm.v1.engine.core import EngineCore
+from vllm.v1.engine.input_processor import InputProcessor
+from vllm.v1.executor import Executor
+
+from llumnix.core.types import RequestId
+from llumnix.engine.immovable import WORKER_EXTENSION
+from llumnix.engine.transfer import TransferOptions
+from llumnix.engine.transfer_client import AgentClient, Pulled
+from llumnix.engine.vllm_port import VllmPort
+from support.duo import Said
+
+KEY = b"conformance"
+
+
+class RealEngine:
+    """One vLLM engine core with its workers; `options` of a request are vLLM's SamplingParams."""
+
+    def __init__(
+        self,
+        number: int,
+        folder: Path,
+        model: Path,
+        *,
+        transfer: TransferOptions | None = None,
+        async_scheduling: bool = False,
+        worker_cls: str | None = None,
+        **args: Any,
+    ) -> None:
+        settings: dict[str, Any] = {
+            "model": str(model),
+            "dtype": "float32",
+            "enforce_eager": True,
+            "max_num_seqs": 8,
+            "kv_cache_memory_bytes": 32 * 2**20,
+            **args,
+        }
+        config = EngineArgs(**settings).create_engine_config(UsageContext.ENGINE_CONTEXT)
+        config.parallel_config.worker_extension_cls = WORKER_EXTENSION
+        config.instance_id = f"conformance-{number}"
+        if worker_cls is not None:
+            config.parallel_config.worker_cls = worker_cls
+        if async_scheduling:
+            config.scheduler_config.async_scheduling = True
+        self.config = config
+        self.core = EngineCore(config, Executor.get_class(config), log_stats=False)
+        self.processor = InputProcessor(config)
+        self.finished: queue.Queue[Pulled] = queue.Queue()
+        self.agents = self.rpc(
+            "llumnix_open",
+            f"unix:{folder}/kv-{number}-{{rank}}",
+            KEY,
+            transfer or TransferOptions(checksums=True),
+        )
+        self.client = AgentClient(agents=self.agents, key=KEY, on_pulled=self.finished.put)
+        self.client.start()
+        self.renew()
+
+    def rpc(self, method: str, *args: Any) -> list[Any]:
+        return self.core.model_executor.collective_rpc(method, args=args)
+
+    def renew(self) -> None:
+        self.port = VllmPort(self.core, self.agents, self.client)
+
+    def close(self) -> None:
+        self.client.close()
+        self.core.shutdown()
+
+    # -- TestEngine
+
+    def add(
+        self,
+        request: RequestId,
+        prompt: list[int],
+        options: SamplingParams,
+        lora: LoRARequest | None = None,
+    ) -> None:
+        self.add_core_request(self.make(request, prompt, options, lora))
+
+    def make(
+        self, request: RequestId, prompt: Any, options: SamplingParams, lora: Any = None
+    ) -> EngineCoreRequest:
+        made = self.processor.process_inputs(
+            request, {"prompt_token_ids": prompt}, options.clone(), ("generate",), lora_request=lora
+        )
+        made.request_id = request
+        return made
+
+    def add_core_request(self, made: EngineCoreRequest) -> None:
+        new, wave = self.core.preprocess_add_request(made)
+        self.port.arrived(new)
+        self.core.add_request(new, wave)
+
+    def abort(self, request: RequestId) -> None:
+        self.core.abort_requests([request])
+
+    def step(self) -> list[Said]:
+        outputs, _ = self.core.step_fn()
+        self.core.post_step(True)
+        self.port.stepped()
+        said: list[Said] = []
+        for batch in (outputs or {}).values():
+            for output in batch.outputs:
+                done = output.finish_reason is not None
+                said.append(
+                    (RequestId(output.request_id), list(output.new_token_ids), done, output)
+                )
+        return said
+
+    def idle(self) -> bool:
+        return not self.core.scheduler.has_requests() and not self.core.batch_queue
+
+    def preempt_somebody(self) -> None:
+        running = self.core.scheduler.running
+        if running:
+            self.core.scheduler._preempt_request(running.pop(), 0.0)
+
+    def pulls(self) -> list[tuple[int, str | None, int, float]]:
+        found = []
+        with contextlib.suppress(queue.Empty):
+            while True:
+                # A moment's patience: a test's clock must not run away from a real copy.
+                done = self.finished.get(timeout=0.002)
+                if done.ticket < 0:
+                    self.port.met(done.ticket, done.error)
+                    continue
+                found.append((done.ticket, done.error, done.bytes, done.seconds))
+        return found
+
+    def blocks_used(self) -> int:
+        pool = self.core.scheduler.kv_cache_manager.block_pool
+        return pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
+
+    def requests_held(self) -> int:
+        return len(self.core.scheduler.requests) + len(self.port._arriving) + len(self.port._pins)
+
+    def runs(self, request: RequestId) -> bool:
+        scheduler = self.core.scheduler
+        known = scheduler.requests.get(request)
+        return known is not None and not known.is_finished() and request not in self.port._stopped
+
+    def die(self) -> None:
+        """Forgets everything, as a new process in its place would have."""
+        self.core.abort_requests(list(self.core.scheduler.requests))
+        for name in list(self.port._pins):
+            self.port.unpin(name)
+        while not self.idle():
+            self.step()
+        while self.port._arriving:
+            self.port.drop(next(iter(self.port._arriving)))
+        self.pulls()
+        self.renew()
