@@ -4,9 +4,12 @@ import argparse
 import json
 import os
 import sys
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from llumnix import __version__
+from llumnix.core.messages import COPIES
 from llumnix.errors import LlumnixError, UsageError
 
 USAGE = """usage: llumnix COMMAND ...
@@ -15,10 +18,17 @@ USAGE = """usage: llumnix COMMAND ...
           serve vLLM's OpenAI API over several vLLM instances
   status [--url URL] [--api-key KEY] [--json]
           show the instances of a running `llumnix serve`
+  migrate REQUEST [--to INSTANCE] [--copy staged|blocking|recompute]
+          [--url URL] [--api-key KEY] [--json]
+          move a running request to another instance
+  replay LOG [--json]
+          run the decisions of an event log again, and compare
 
-`llumnix serve --help` and `llumnix status --help` say more.
+`llumnix COMMAND --help` says more.
 """
 STATUS_TIMEOUT_S = 5.0
+MIGRATE_TIMEOUT_S = 300.0
+_OUR_ERRORS = ("invalid_request_error", "forbidden", "service_unavailable")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,6 +42,10 @@ def main(argv: list[str] | None = None) -> int:
                 return serve(argv)
             case ["status"]:
                 return status(argv[1:])
+            case ["migrate"]:
+                return migrate(argv[1:])
+            case ["replay"]:
+                return replay(argv[1:])
             case ["--version"] | ["-V"]:
                 print(__version__)
                 return 0
@@ -39,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
                 print(USAGE, end="")
                 return 0 if argv else 2
             case [unknown, *_]:
-                raise UsageError(f"no command {unknown!r}; use serve or status")
+                raise UsageError(f"no command {unknown!r}; use serve, status, migrate or replay")
     except UsageError as error:
         print(f"llumnix: error: {error}", file=sys.stderr)
         return 2
@@ -53,31 +67,140 @@ def main(argv: list[str] | None = None) -> int:
 
 def status(argv: list[str]) -> int:
     """`llumnix status`: the instances of a running server, as a table or as JSON."""
-    import httpx
+    args = _server_parser("status").parse_args(argv)
+    path = "/llumnix/v1/instances"
+    body = _ask(args, "GET", path, wanted="instances", timeout_s=STATUS_TIMEOUT_S)
+    print(json.dumps(body, indent=2) if args.json else _table(body))
+    return 0
 
-    parser = argparse.ArgumentParser(prog="llumnix status")
+
+def migrate(argv: list[str]) -> int:
+    """`llumnix migrate`: moves a request; 0 if it has moved, 1 if it has not."""
+    parser = _server_parser("migrate")
+    parser.add_argument("request", metavar="REQUEST", help="its id, as /llumnix/v1/requests has it")
+    parser.add_argument("--to", metavar="INSTANCE", help="default: the most free KV memory")
+    parser.add_argument("--copy", choices=COPIES, default=COPIES[0], help="how its KV gets there")
+    args = parser.parse_args(argv)
+    order = {"request_id": args.request, "destination": args.to, "copy": args.copy}
+    body = _ask(
+        args,
+        "POST",
+        "/llumnix/v1/migrations",
+        order,
+        wanted="outcome",
+        timeout_s=MIGRATE_TIMEOUT_S,
+        silence="whether it was moved is unknown; GET /llumnix/v1/migrations tells",
+    )
+    print(json.dumps(body, indent=2) if args.json else _migration_line(body))
+    return 0 if body["outcome"] == "migrated" else 1
+
+
+def replay(argv: list[str]) -> int:
+    """`llumnix replay`: 0 if the log's decisions and steps come out the same again, else 1."""
+    from llumnix.observe.replay import DIFFERENCES_MAX
+    from llumnix.observe.replay import replay as run_again
+
+    parser = argparse.ArgumentParser(prog="llumnix replay")
+    parser.add_argument("log", metavar="LOG", type=Path, help="what --event-log wrote")
+    parser.add_argument("--json", action="store_true", help="counts and differences as JSON")
+    args = parser.parse_args(argv)
+    result = run_again(args.log)
+    found = result.differences
+    if args.json:
+        print(json.dumps(asdict(result), indent=2))
+        return 1 if found else 0
+    print(
+        f"{_count(result.facts, 'fact')}, {_count(result.decisions, 'decision')} and "
+        f"{_count(result.steps, 'migration step')} run again: "
+        + (_count(len(found), "difference") if found else "no difference")
+        + (" or more" if len(found) >= DIFFERENCES_MAX else "")
+    )
+    if result.skipped:
+        print(f"{_count(result.skipped, 'fact')} left out: the log lacks their scheduler's start")
+    for difference in found:
+        print(difference)
+    return 1 if found else 0
+
+
+# -- a running server
+
+
+def _server_parser(command: str) -> argparse.ArgumentParser:
+    """What every command that asks a running server takes."""
+    parser = argparse.ArgumentParser(prog=f"llumnix {command}")
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="of the server")
     parser.add_argument("--api-key", default=os.environ.get("VLLM_API_KEY"), help="if it wants one")
     parser.add_argument("--json", action="store_true", help="the server's answer as it is")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def _ask(
+    args: argparse.Namespace,
+    method: str,
+    path: str,
+    content: dict[str, Any] | None = None,
+    *,
+    wanted: str,
+    timeout_s: float,
+    silence: str | None = None,
+) -> dict[str, Any]:
+    """The server's answer, which has the key `wanted`; `UsageError` with what to mend, or with the
+    server's own message. `silence`: what it means if the question was sent and no answer came."""
+    import httpx
+
+    unanswered = (httpx.ReadTimeout, httpx.ReadError, httpx.RemoteProtocolError)
+
     headers = {"Authorization": f"Bearer {args.api_key}"} if args.api_key else {}
     try:
-        answer = httpx.get(
-            f"{args.url.rstrip('/')}/llumnix/v1/instances",
+        answer = httpx.request(
+            method,
+            args.url.rstrip("/") + path,
             headers=headers,
-            timeout=STATUS_TIMEOUT_S,
+            json=content,
+            timeout=httpx.Timeout(timeout_s, connect=STATUS_TIMEOUT_S),
         )
     except (httpx.TransportError, httpx.InvalidURL) as error:
+        if silence is not None and isinstance(error, unanswered):
+            raise LlumnixError(f"no answer from {args.url} ({error}): {silence}") from error
         raise UsageError(
             f"no llumnix answers at {args.url} ({error}): start `llumnix serve`, or give --url"
         ) from error
     if answer.status_code == 401:
         raise UsageError("the server wants a key: give --api-key KEY")
-    if answer.status_code != 200:
-        raise UsageError(f"{args.url} is no llumnix server (status {answer.status_code})")
-    body = answer.json()
-    print(json.dumps(body, indent=2) if args.json else _table(body))
-    return 0
+    try:
+        body = answer.json()
+    except ValueError:
+        body = None
+    if answer.status_code == 200 and isinstance(body, dict) and wanted in body:
+        return body
+    error = body.get("error") if isinstance(body, dict) else None
+    if isinstance(error, dict) and error.get("type") in _OUR_ERRORS:
+        kind = UsageError if answer.status_code < 500 else LlumnixError
+        raise kind(str(error.get("message")))
+    if answer.status_code >= 500:
+        raise LlumnixError(f"{args.url} failed (status {answer.status_code}); its log says why")
+    raise UsageError(f"{args.url} is no llumnix server (status {answer.status_code})")
+
+
+# -- what is printed
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def _migration_line(m: dict[str, Any]) -> str:
+    line = f"{m['id']}: {m['request_id']} {m['source']} -> {m['destination']} {m['outcome']}"
+    if m["outcome"] != "migrated":
+        return f"{line}: {m['reason']}"
+    stages = m["stages"]
+    down = "unknown" if m["downtime_ms"] is None else f"{m['downtime_ms']:.1f} ms"
+    line += (
+        f": {_count(sum(s['tokens'] for s in stages), 'token')}, "
+        f"{sum(s['bytes'] for s in stages) / 1e6:.1f} MB, {_count(len(stages), 'stage')}, "
+        f"downtime {down}, total {m['total_ms']:.1f} ms"
+    )
+    return f"{line} ({m['reason']})" if m["reason"] else line
 
 
 def _table(body: dict[str, Any]) -> str:

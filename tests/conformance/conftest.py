@@ -13,7 +13,7 @@ def real(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
     folder = tmp_path_factory.mktemp("kv")
     engines = [
-        RealEngine(number, folder, tiny_model, block_size=16, max_num_batched_tokens=64)
+        RealEngine(number, folder, tiny_model, block_size=32, max_num_batched_tokens=512)
         for number in range(2)
     ]
     yield RealKind(engines, lambda n: list(range(n)))

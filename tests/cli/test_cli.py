@@ -1,0 +1,338 @@
+"""The commands that ask a running server, and the one that reads an event log."""
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llumnix import cli
+from llumnix.cli import main
+from llumnix.core.events import LoadReported, RequestArrived
+from llumnix.core.load import LoadReport
+from llumnix.core.policies.dispatch import DISPATCH_POLICIES
+from llumnix.core.scheduler import Scheduler
+from llumnix.core.types import EngineIndex, InstanceId, MigrationId, RequestId
+from llumnix.observe.event_log import EventLog
+
+INSTANCES = {
+    "controller": "up",
+    "instances": [
+        {
+            "id": "i0",
+            "state": "serving",
+            "node": "host",
+            "pid": 8125,
+            "devices": ["cpu:0"],
+            "kv_tokens_used": 1536,
+            "kv_tokens_total": 46464,
+            "running": 3,
+            "waiting": 0,
+            "restarts": 0,
+            "why": None,
+        }
+    ],
+}
+MIGRATED = {
+    "id": "m3",
+    "request_id": "r1",
+    "request": "r1-0a1b2c3d",
+    "outcome": "migrated",
+    "source": "i0",
+    "destination": "i1",
+    "stages": [
+        {"tokens": 80, "bytes": 400_000, "ms": 4.0},
+        {"tokens": 17, "bytes": 85_000, "ms": 1.5},
+    ],
+    "downtime_ms": 2.16,
+    "total_ms": 9.97,
+    "reason": "",
+}
+
+
+class Server:
+    """Answers everything with one status and one body; notes what it was asked."""
+
+    def __init__(self) -> None:
+        self.status = 200
+        self.body: Any = None
+        self.asked: list[tuple[str, str, str | None, Any]] = []
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def answer(self) -> None:
+                size = int(self.headers.get("content-length", 0))
+                content = json.loads(self.rfile.read(size)) if size else None
+                key = self.headers.get("authorization")
+                outer.asked.append((self.command, self.path, key, content))
+                if outer.status == 0:
+                    self.close_connection = True  # Dies without a word.
+                    return
+                body = outer.body if isinstance(outer.body, bytes) else json.dumps(outer.body)
+                body = body if isinstance(body, bytes) else body.encode()
+                self.send_response(outer.status)
+                self.send_header("content-length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            do_GET = do_POST = answer
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}"
+        self._thread = threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self.http.shutdown()
+        self.http.server_close()
+        self._thread.join()
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    running = Server()
+    yield running
+    running.close()
+
+
+def refusal(message: str, kind: str = "invalid_request_error") -> dict[str, Any]:
+    """An error as frontend/control.py writes it."""
+    return {"error": {"message": message, "type": kind, "param": None, "code": 400}}
+
+
+# -- status
+
+
+def test_status_is_a_table(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    server.body = INSTANCES
+    assert main(["status", "--url", server.url + "/"]) == 0
+    assert capsys.readouterr().out == (
+        "INSTANCE  STATE    NODE  PID   DEVICES  KV TOKENS   RUNNING  WAITING  RESTARTS\n"
+        "i0        serving  host  8125  cpu:0    1536/46464  3        0        0\n"
+    )
+    assert server.asked == [("GET", "/llumnix/v1/instances", None, None)]
+
+
+def test_status_as_json_is_the_servers_answer(
+    server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.body = INSTANCES
+    assert main(["status", "--json", "--url", server.url, "--api-key", "k"]) == 0
+    assert json.loads(capsys.readouterr().out) == INSTANCES
+    assert server.asked[0][2] == "Bearer k"
+
+
+@pytest.mark.parametrize("command", [["status"], ["migrate", "r1"]])
+def test_every_command_says_what_to_mend(
+    server: Server, capsys: pytest.CaptureFixture[str], command: list[str]
+) -> None:
+    asked = [*command, "--url", server.url]
+    for status, body, said in [
+        (401, {"error": "Unauthorized"}, "the server wants a key: give --api-key KEY"),
+        (404, {"detail": "Not Found"}, f"{server.url} is no llumnix server (status 404)"),
+        (404, refusal("Not Found", "NotFoundError"), f"{server.url} is no llumnix server"),
+        (200, b"<html>", f"{server.url} is no llumnix server (status 200)"),
+        (200, [], f"{server.url} is no llumnix server (status 200)"),
+        (200, {"hello": 1}, f"{server.url} is no llumnix server (status 200)"),
+    ]:
+        server.status, server.body = status, body
+        assert main(asked) == 2
+        assert capsys.readouterr().err.startswith(f"llumnix: error: {said}")
+    server.close()
+    assert main(asked) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"llumnix: error: no llumnix answers at {server.url} (")
+    assert error.endswith("): start `llumnix serve`, or give --url\n")
+    assert main([*command, "--url", "http://[::1"]) == 2
+
+
+@pytest.mark.parametrize("command", [["status"], ["migrate", "r1"]])
+def test_a_server_that_fails_is_not_the_users_fault(
+    server: Server, capsys: pytest.CaptureFixture[str], command: list[str]
+) -> None:
+    asked = [*command, "--url", server.url]
+    server.status, server.body = 500, b"Internal Server Error"
+    assert main(asked) == 1
+    assert capsys.readouterr().err == (
+        f"llumnix: {server.url} failed (status 500); its log says why\n"
+    )
+    server.status = 503
+    server.body = refusal("The server is stopping.", "service_unavailable")
+    assert main(asked) == 1
+    assert capsys.readouterr().err == "llumnix: The server is stopping.\n"
+
+
+# -- migrate
+
+
+def test_migrate_sends_the_order_and_prints_one_line(
+    server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.body = MIGRATED
+    assert main(["migrate", "r1", "--to", "i1", "--copy", "blocking", "--url", server.url]) == 0
+    assert capsys.readouterr().out == (
+        "m3: r1 i0 -> i1 migrated: 97 tokens, 0.5 MB, 2 stages, downtime 2.2 ms, total 10.0 ms\n"
+    )
+    order = {"request_id": "r1", "destination": "i1", "copy": "blocking"}
+    assert server.asked == [("POST", "/llumnix/v1/migrations", None, order)]
+
+
+def test_migrate_leaves_the_choice_to_the_server(
+    server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.body = MIGRATED
+    assert main(["migrate", "r1", "--json", "--url", server.url]) == 0
+    assert json.loads(capsys.readouterr().out) == MIGRATED
+    order = {"request_id": "r1", "destination": None, "copy": "staged"}
+    assert server.asked == [("POST", "/llumnix/v1/migrations", None, order)]
+
+
+def test_a_migration_whose_source_died_has_no_figures_of_the_source(
+    server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    why = "the source died after the handover"
+    server.body = MIGRATED | {"stages": [], "downtime_ms": None, "reason": why}
+    assert main(["migrate", "r1", "--url", server.url]) == 0
+    assert capsys.readouterr().out == (
+        "m3: r1 i0 -> i1 migrated: 0 tokens, 0.0 MB, 0 stages, downtime unknown, total 10.0 ms "
+        "(the source died after the handover)\n"
+    )
+
+
+@pytest.mark.parametrize("outcome", ["aborted", "lost"])
+def test_what_was_not_moved_is_status_1_with_the_reason(
+    server: Server, capsys: pytest.CaptureFixture[str], outcome: str
+) -> None:
+    server.body = MIGRATED | {"outcome": outcome, "reason": "it ended meanwhile"}
+    assert main(["migrate", "r1", "--url", server.url]) == 1
+    assert capsys.readouterr().out == f"m3: r1 i0 -> i1 {outcome}: it ended meanwhile\n"
+    assert main(["migrate", "r1", "--url", server.url, "--json"]) == 1
+
+
+@pytest.mark.parametrize("status", [400, 404, 409])
+def test_a_bad_order_is_status_2_with_the_servers_message(
+    server: Server, capsys: pytest.CaptureFixture[str], status: int
+) -> None:
+    server.status, server.body = status, refusal("request r1 is on i1 already")
+    assert main(["migrate", "r1", "--to", "i1", "--url", server.url]) == 2
+    assert capsys.readouterr().err == "llumnix: error: request r1 is on i1 already\n"
+
+
+def test_silence_after_an_order_is_unknown_and_says_where_to_look(
+    server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.status = 0
+    assert main(["migrate", "r1", "--url", server.url]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"llumnix: no answer from {server.url} (")
+    assert error.endswith("): whether it was moved is unknown; GET /llumnix/v1/migrations tells\n")
+
+
+@pytest.mark.parametrize("words", [["migrate"], ["migrate", "r1", "--copy", "gently"], ["replay"]])
+def test_words_that_no_command_knows_are_status_2(words: list[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(words)
+    assert stopped.value.code == 2
+
+
+# -- replay
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Path:
+    """Two facts, one decision and two steps."""
+    path = tmp_path / "log.jsonl"
+    writer = EventLog(str(path), who="test")
+    scheduler = Scheduler(DISPATCH_POLICIES["least-loaded"]())
+    report = LoadReport(
+        instance=InstanceId("i0"),
+        engine_index=EngineIndex(0),
+        sequence=1,
+        kv_tokens_used=0,
+        kv_tokens_total=100,
+        running=0,
+        waiting=0,
+    )
+    writer.started("least-loaded")
+    for fact in (
+        LoadReported(report=report),
+        RequestArrived(request=RequestId("r"), prompt_tokens=3),
+    ):
+        decisions = scheduler.handle(fact, 1.0)
+        writer.fact(fact, 1.0)
+        for decision in decisions:
+            writer.decision(decision, 1.0)
+    writer.step("source", MigrationId("m0"), "reserved", "idle", "see what is left")
+    writer.step(
+        "source", MigrationId("m0"), "gone", "aborted", "let it go on, tell the destination"
+    )
+    writer.close()
+    return path
+
+
+def test_a_log_that_comes_out_the_same_is_status_0(
+    log: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["replay", str(log)]) == 0
+    assert capsys.readouterr().out == (
+        "2 facts, 1 decision and 2 migration steps run again: no difference\n"
+    )
+    assert main(["replay", str(log), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "facts": 2,
+        "decisions": 1,
+        "steps": 2,
+        "skipped": 0,
+        "differences": [],
+    }
+
+
+def test_a_log_that_comes_out_otherwise_is_status_1_with_the_differences(
+    log: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log.write_text(log.read_text().replace('"idle"', '"stopping"'))
+    assert main(["replay", str(log)]) == 1
+    assert capsys.readouterr().out == (
+        "2 facts, 1 decision and 2 migration steps run again: 1 difference\n"
+        "line 5: was ('stopping', 'see what is left'), is ('idle', 'see what is left')\n"
+    )
+    assert main(["replay", str(log), "--json"]) == 1
+
+
+def test_facts_without_their_schedulers_start_are_left_out(
+    log: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[1:3]))
+    assert main(["replay", str(log)]) == 0
+    assert capsys.readouterr().out == (
+        "0 facts, 0 decisions and 0 migration steps run again: no difference\n"
+        "2 facts left out: the log lacks their scheduler's start\n"
+    )
+
+
+def test_what_is_no_log_is_status_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = tmp_path / "other"
+    other.write_text("hello\n")
+    assert main(["replay", str(other)]) == 2
+    assert f"{other}, line 1: not a line of an event log" in capsys.readouterr().err
+    assert main(["replay", str(tmp_path / "none")]) == 2
+    assert "cannot be read" in capsys.readouterr().err
+
+
+# -- the command itself
+
+
+def test_every_command_is_in_the_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    said = capsys.readouterr().out
+    assert said == cli.USAGE
+    assert all(f"\n  {c} " in said for c in ("serve", "status", "migrate", "replay"))
+    assert main(["mgirate"]) == 2
+    assert "use serve, status, migrate or replay" in capsys.readouterr().err
