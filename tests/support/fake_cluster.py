@@ -13,6 +13,7 @@ from llumnix.core.arbiter import AbortAt, Arbiter, AskFate, Effect, Moved, Strea
 from llumnix.core.limits import MigrationLimits
 from llumnix.core.llumlet import Llumlet
 from llumnix.core.messages import COPIES, MigrationEnded, Out, PeerMessage, TookOver, ToPeer
+from llumnix.core.outgoing import OnStep
 from llumnix.core.types import EngineIndex, RequestId
 from support.fake_engine import FakeEngine, Said, undisturbed
 
@@ -48,9 +49,18 @@ class Client:
 class Cluster:
     """The world of one seed."""
 
-    def __init__(self, seed: int, world: World, *, engines: int = 3, requests: int = 6) -> None:
+    def __init__(
+        self,
+        seed: int,
+        world: World,
+        *,
+        engines: int = 3,
+        requests: int = 6,
+        on_step: OnStep = lambda *_: None,
+    ) -> None:
         self.random = random.Random(seed)
         self.world = world
+        self.on_step = on_step
         self.now = 0.0
         self.arbiter: Arbiter[Said] = Arbiter()
         self.engines: dict[EngineIndex, FakeEngine] = {}
@@ -81,7 +91,11 @@ class Cluster:
         )
         self.engines[index] = engine
         self.llumlets[index] = Llumlet(
-            index, f"engine {index}", engine, MigrationLimits(incoming_max=3, outgoing_max=3)
+            index,
+            f"engine {index}",
+            engine,
+            MigrationLimits(incoming_max=3, outgoing_max=3),
+            self.on_step,
         )
         self.to_engine[index] = deque()
         self.to_frontend[index] = deque()
