@@ -16,6 +16,8 @@ def test_our_flags_are_these() -> None:
         "instances": 2,
         "policy": "least-loaded",
         "ray_address": None,
+        "event_log": None,
+        "migration_bandwidth": None,
         "insecure": False,
     }
 

@@ -1,12 +1,26 @@
 """Messages between processes."""
 
 import pickle
+from typing import get_args
 
 import pytest
 
 from llumnix.core.events import Dispatch, InstanceLost, LoadReported, NoInstance, RequestArrived
 from llumnix.core.load import LoadReport
-from llumnix.core.types import EngineIndex, InstanceId, RequestId
+from llumnix.core.messages import (
+    CallOff,
+    Handover,
+    Migrate,
+    MigrationEnded,
+    Reserve,
+    Reserved,
+    Stage,
+    Staged,
+    StageDone,
+    TookOver,
+    Verdict,
+)
+from llumnix.core.types import EngineIndex, Epoch, InstanceId, MigrationId, RequestId
 from llumnix.errors import ProtocolError
 from llumnix.observe.wire import Loads, LoadsAsked, Message, Ping, Pong, decode, encode
 
@@ -23,26 +37,82 @@ REPORT = LoadReport(
 )
 
 
-@pytest.mark.parametrize(
-    "message",
-    [
-        RequestArrived(request=RequestId("r"), prompt_tokens=5, priority=-3),
-        LoadReported(report=REPORT),
-        InstanceLost(instance=InstanceId("i0"), engine_index=EngineIndex(1)),
-        Dispatch(
-            request=RequestId("r"),
-            instance=InstanceId("i0"),
-            engine_index=EngineIndex(0),
-            why="because",
-        ),
-        NoInstance(request=RequestId("r"), why="none"),
-        Ping(number=1),
-        Pong(number=1),
-        LoadsAsked(number=2),
-        Loads(number=2, reports=[REPORT]),
-    ],
-    ids=lambda m: type(m).__name__,
-)
+MIGRATION = MigrationId("m7")
+SAMPLES: list[Message] = [
+    RequestArrived(request=RequestId("r"), prompt_tokens=5, priority=-3),
+    LoadReported(report=REPORT),
+    InstanceLost(instance=InstanceId("i0"), engine_index=EngineIndex(1)),
+    Dispatch(
+        request=RequestId("r"),
+        instance=InstanceId("i0"),
+        engine_index=EngineIndex(0),
+        why="because",
+    ),
+    NoInstance(request=RequestId("r"), why="none"),
+    Ping(number=1),
+    Pong(number=1),
+    LoadsAsked(number=2),
+    Loads(number=2, reports=[REPORT]),
+    Migrate(
+        migration=MIGRATION,
+        request=RequestId("r"),
+        destination=EngineIndex(65535),
+        address="ipc:///there",
+        epoch=Epoch(3),
+        copy="blocking",
+    ),
+    Reserve(
+        migration=MIGRATION,
+        request=RequestId("r"),
+        source=EngineIndex(0),
+        address="tcp://10.0.0.1:5",
+        epoch=Epoch(3),
+        body=b"\x00\xff",
+        outputs=[0, 151_935],
+        tokens=80,
+        agents=["unix:/a-0", "unix:/a-1"],
+    ),
+    Stage(
+        migration=MIGRATION,
+        stage=2,
+        start=16,
+        end=48,
+        blocks=[[4, 5], [-1, 9]],
+        first_output=2,
+        outputs=[7],
+        tokens=96,
+    ),
+    Handover(
+        migration=MIGRATION,
+        start=48,
+        end=50,
+        blocks=[[6], []],
+        first_output=3,
+        outputs=[],
+        state=b"\x80",
+    ),
+    CallOff(migration=MIGRATION, why="it ended meanwhile"),
+    Reserved(migration=MIGRATION, hit=16),
+    Staged(migration=MIGRATION, stage=2, bytes=2**33, seconds=0.25),
+    Verdict(migration=MIGRATION, taken=True, why="", bytes=4096, seconds=0.001),
+    TookOver(migration=MIGRATION, request=RequestId("r"), epoch=Epoch(3), outputs=513, tail=[1, 2]),
+    MigrationEnded(
+        migration=MIGRATION,
+        request=RequestId("r"),
+        taken=True,
+        why="",
+        stages=[StageDone(tokens=32, bytes=4096, ms=1.5)],
+        downtime_ms=None,
+        total_ms=9.5,
+    ),
+]
+
+
+def test_there_is_a_sample_of_every_message() -> None:
+    assert {type(m) for m in SAMPLES} == set(get_args(Message))
+
+
+@pytest.mark.parametrize("message", SAMPLES, ids=lambda m: type(m).__name__)
 def test_what_is_sent_arrives(message: Message) -> None:
     assert decode(encode(message)) == message
 

@@ -10,6 +10,7 @@ into `_handle_client_request`; `output_queue`, of (client index, `EngineCoreOutp
 order; `EngineCoreOutput.kv_transfer_params`, which may hold anything that msgpack can.
 """
 
+import queue
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +22,15 @@ from vllm.v1.engine.core import EngineCoreProc
 
 from llumnix.core.limits import MigrationLimits
 from llumnix.core.llumlet import Llumlet
-from llumnix.core.messages import FrontendMessage, Migrate, Out, PeerMessage, Reserve, ToPeer
+from llumnix.core.messages import (
+    FrontendMessage,
+    Handover,
+    Migrate,
+    Out,
+    PeerMessage,
+    Reserve,
+    ToPeer,
+)
 from llumnix.core.types import EngineIndex, MigrationId
 from llumnix.engine.immovable import why_engine_cannot
 from llumnix.engine.peers import Peers
@@ -34,6 +43,9 @@ from llumnix.observe.wire import decode, encode
 IN_BAND = "llumnix"
 """Key under which an output carries a message of ours in its `kv_transfer_params`."""
 BEAT_EVERY_S = 0.05
+REST_WAIT_S = 0.003
+"""How long the engine waits on the spot for the last blocks of a request that stands still: they
+are few and come in less than a millisecond, and going on without them would cost it a step."""
 STEP_LINE = Callable[[str, MigrationId, str, str, str], None]
 
 
@@ -66,6 +78,8 @@ class LlumletHost:
         self._on_step = on_step
         self._polled_s = 0.0
         self._agents_of: dict[EngineIndex, list[str]] = {}
+        self._waiting_here = False
+        self._here: queue.SimpleQueue[Pulled] = queue.SimpleQueue()
         self._host = get_ip() if "{host}" in seat.peers else ""
         peers = seat.peers.format(engine=index, host=self._host)
         self._peers = Peers(peers, self._from_outside, self._beat)
@@ -79,7 +93,7 @@ class LlumletHost:
             agents = self._engine.model_executor.collective_rpc(
                 "llumnix_open", args=(listen, self._seat.key, self._seat.transfer)
             )
-        self._client = AgentClient(agents=agents, key=self._seat.key, on_pulled=self._from_outside)
+        self._client = AgentClient(agents=agents, key=self._seat.key, on_pulled=self._pulled)
         self._client.start()
         self.port = VllmPort(self._engine, agents, self._client)
         self.llumlet = Llumlet(
@@ -100,24 +114,47 @@ class LlumletHost:
 
     def handle(self, item: "PeerMessage | Pulled | None") -> None:
         """What came through the input queue."""
-        now = time.monotonic()
-        if isinstance(item, Pulled) and item.ticket < 0:
-            self.port.met(item.ticket, item.error)
-            out = []
-        elif isinstance(item, Pulled):
-            out = self.llumlet.pulled(item.ticket, item.error, item.bytes, item.seconds, now)
-        elif item is not None:
-            if isinstance(item, Reserve):
-                self._agents_of[item.source] = item.agents
-            out = self.llumlet.receive(item, now)
+        if isinstance(item, Handover):
+            self._take_rest(item)
         else:
-            out = []
-        self._send(out)
+            self._send(self._take_in(item))
         self.poll()
+
+    def _take_in(self, item: "PeerMessage | Pulled | None") -> list[Out]:
+        now = time.monotonic()
+        if isinstance(item, Pulled):
+            if item.ticket >= 0:
+                return self.llumlet.pulled(item.ticket, item.error, item.bytes, item.seconds, now)
+            self.port.met(item.ticket, item.error)
+            return []
+        if item is None:
+            return []
+        if isinstance(item, Reserve):
+            self._agents_of[item.source] = item.agents
+        return self.llumlet.receive(item, now)
+
+    def _take_rest(self, handover: Handover) -> None:
+        """Takes a handover in, and gives its pull a moment to end."""
+        before = self.port.last_ticket
+        self._waiting_here = True
+        self._send(self._take_in(handover))
+        deadline_s = time.monotonic() + REST_WAIT_S
+        wanted = self.port.last_ticket
+        while wanted != before and not self.port.pulls_wait:
+            try:
+                pulled = self._here.get(timeout=max(0.0, deadline_s - time.monotonic()))
+            except queue.Empty:
+                break
+            self._send(self._take_in(pulled))
+            if pulled.ticket == wanted:
+                break
+        self._waiting_here = False
 
     def poll(self) -> None:
         """Between any two steps."""
         self._polled_s = time.monotonic()
+        while not self._here.empty():  # It came as `_take_rest` gave up waiting.
+            self._send(self._take_in(self._here.get()))
         self.port.stepped()
         if self.llumlet.busy:
             self._send(self.llumlet.poll(self._polled_s))
@@ -162,6 +199,12 @@ class LlumletHost:
 
     def _from_outside(self, item: Any) -> None:
         self._engine.input_queue.put_nowait((FromOutside, item))  # type: ignore[arg-type]
+
+    def _pulled(self, pulled: Pulled) -> None:
+        if self._waiting_here:
+            self._here.put(pulled)
+        else:
+            self._from_outside(pulled)
 
     def _beat(self) -> None:
         if self.llumlet.busy and time.monotonic() - self._polled_s > BEAT_EVERY_S:

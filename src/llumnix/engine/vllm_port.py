@@ -101,6 +101,7 @@ class VllmPort:
         self._stuck_steps = 0
         self._encoder = MsgpackEncoder()
         self._decoder = MsgpackDecoder(EngineCoreRequest)
+        self.last_ticket = 0
         self.block_tokens: int = self._scheduler.block_size
 
     # -- what the host tells it
@@ -360,6 +361,7 @@ class VllmPort:
     ) -> None:
         coming = self._arriving[request]
         coming.pulling = end
+        self.last_ticket = ticket
         mine, _ = self._blocks(request, start, end)
         pairs = [
             (theirs, ours)

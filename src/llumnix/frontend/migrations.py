@@ -56,7 +56,8 @@ class Engines(Protocol):
 
 @dataclass(slots=True, kw_only=True)
 class Migration:
-    """One, as a user gets to see it. `outcome`: running, migrated, aborted or lost."""
+    """One, as a user gets to see it. `outcome`: running, migrated, aborted or lost.
+    `tokens_before`: generated at the source; the next is the destination's."""
 
     id: MigrationId
     request: RequestId
@@ -70,6 +71,7 @@ class Migration:
     stages: list[StageDone] = field(default_factory=list)
     downtime_ms: float | None = None
     total_ms: float | None = None
+    tokens_before: int | None = None
     done: asyncio.Event = field(default_factory=asyncio.Event)
 
     def shown(self) -> dict[str, Any]:
@@ -84,6 +86,7 @@ class Migration:
             "stages": [{"tokens": s.tokens, "bytes": s.bytes, "ms": s.ms} for s in self.stages],
             "downtime_ms": self.downtime_ms,
             "total_ms": self.total_ms,
+            "tokens_before": self.tokens_before,
             "reason": self.reason,
         }
 
@@ -228,6 +231,8 @@ class Migrations:
     ) -> None:
         message = decode(payload)
         if isinstance(message, TookOver):
+            if (known := self._open.get(message.migration)) is not None:
+                known.tokens_before = message.outputs
             self._perform(self._arbiter.took_over(engine_index, message), due)
         elif isinstance(message, MigrationEnded):
             self._perform(self._arbiter.ended(message), due)

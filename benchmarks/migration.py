@@ -1,0 +1,256 @@
+"""What a migration costs: the gap in the moved stream, and the other streams' pace.
+
+One `llumnix serve` with two instances. A request of each prompt length is streamed and moved back
+and forth; the extra gap is the time between the source's last token and the destination's first,
+as the HTTP client got them, less the median time between tokens. In turns: copied while it goes on
+(`staged`), copied after it was stopped (`blocking`), computed again (`recompute`); alone, and with
+`--background` other streams on each instance. Then the other streams' time between tokens with
+and without one request that is moved all the time, in windows that alternate.
+
+Prefix caching is off: it would leave nothing to copy on the way back.
+
+    python benchmarks/migration.py [--shape tiny|llama-7b] [--lengths 256,1024] [--hops 8]
+                                   [--background 4] [--window-s 5] [--out FILE] [-- FLAGS]
+"""
+
+import argparse
+import asyncio
+import json
+import random
+import statistics
+import tempfile
+import time
+import uuid
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from common import ROOT, Served, percentile, write_result
+from shapes import SHAPES, write_shape
+
+EVERY_TOKENS = 24
+FIRST_MOVE = 16
+WINDOWS = 8
+KEPT = ("extra_gap_ms", "downtime_ms", "total_ms", "stages")
+
+
+@dataclass(slots=True)
+class Watched:
+    """One stream: when each token came, by its number."""
+
+    at_s: list[float] = field(default_factory=list)
+    changed: asyncio.Condition = field(default_factory=asyncio.Condition)
+    over: bool = False
+
+    async def until(self, tokens: int) -> bool:
+        async with self.changed:
+            await self.changed.wait_for(lambda: self.over or len(self.at_s) >= tokens)
+        return len(self.at_s) >= tokens
+
+
+async def watch(
+    http: aiohttp.ClientSession, url: str, name: str, prompt: list[int], tokens: int, seen: Watched
+) -> None:
+    body = {
+        "model": "m", "prompt": prompt, "max_tokens": tokens, "temperature": 0, "stream": True,
+        "ignore_eos": True, "return_token_ids": True,
+    }  # fmt: skip
+    try:
+        async with http.post(
+            url + "/v1/completions", json=body, headers={"X-Request-Id": name}
+        ) as answer:
+            answer.raise_for_status()
+            async for line in answer.content:
+                if line.startswith(b"data: {"):
+                    now = time.perf_counter()
+                    count = len(json.loads(line[6:])["choices"][0].get("token_ids") or ())
+                    async with seen.changed:
+                        seen.at_s += [now] * count
+                        seen.changed.notify_all()
+    finally:
+        async with seen.changed:
+            seen.over = True
+            seen.changed.notify_all()
+
+
+async def move(http: aiohttp.ClientSession, url: str, name: str, mode: str) -> dict[str, Any]:
+    order = {"request_id": name, "copy": mode}
+    async with http.post(url + "/llumnix/v1/migrations", json=order) as answer:
+        return await answer.json()
+
+
+async def one_request(
+    http: aiohttp.ClientSession, url: str, length: int, mode: str, hops: int, dice: random.Random
+) -> tuple[list[dict[str, Any]], list[float]]:
+    """Streams one request and moves it `hops` times; returns its moves and times between tokens."""
+    name, seen = uuid.uuid4().hex, Watched()
+    prompt = [dice.randrange(300, 4000) for _ in range(length)]
+    tokens = FIRST_MOVE + EVERY_TOKENS * (hops + 1)
+    task = asyncio.create_task(watch(http, url, name, prompt, tokens, seen))
+    moves = []
+    for hop in range(hops):
+        if await seen.until(FIRST_MOVE + EVERY_TOKENS * hop):
+            moves.append(await move(http, url, name, mode))
+    await task
+    gaps = [(b - a) * 1e3 for a, b in zip(seen.at_s, seen.at_s[1:], strict=False)]
+    step = statistics.median(gaps)
+    rows = []
+    for one in moves:
+        number = one.get("tokens_before")
+        if one.get("outcome") != "migrated" or not number or number >= len(seen.at_s):
+            print("  not counted:", one.get("outcome"), one.get("reason") or one)
+            continue
+        gap = gaps[number - 1]
+        rows.append({**one, "extra_gap_ms": gap - step, "step_ms": step})
+    return rows, gaps
+
+
+class Background:
+    """Streams that come one after the other, `count` at a time."""
+
+    def __init__(self, http: aiohttp.ClientSession, url: str, count: int) -> None:
+        self.http, self.url, self.count = http, url, count
+        self.gaps: list[tuple[float, float]] = []
+        self.stopping = False
+
+    async def __aenter__(self) -> "Background":
+        self.tasks = [asyncio.create_task(self.keep(i)) for i in range(self.count)]
+        if self.count:
+            await asyncio.sleep(3)
+        return self
+
+    async def __aexit__(self, *_: Any) -> None:
+        self.stopping = True
+        await asyncio.gather(*self.tasks)
+
+    async def keep(self, number: int) -> None:
+        dice = random.Random(number)
+        while not self.stopping:
+            seen = Watched()
+            prompt = [dice.randrange(300, 4000) for _ in range(256)]
+            await watch(
+                self.http, self.url, uuid.uuid4().hex, prompt, dice.randrange(200, 400), seen
+            )
+            pairs = zip(seen.at_s, seen.at_s[1:], strict=False)
+            self.gaps += [(b, (b - a) * 1e3) for a, b in pairs]
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    gaps = [r["extra_gap_ms"] for r in rows]
+    return {
+        "extra_gap_ms": {
+            "p50": percentile(gaps, 0.5), "p99": percentile(gaps, 0.99), "max": max(gaps)
+        },
+        "step_ms": statistics.median(r["step_ms"] for r in rows),
+        "downtime_ms": statistics.median(r["downtime_ms"] for r in rows),
+        "total_ms": statistics.median(r["total_ms"] for r in rows),
+        "moves": len(rows),
+        "stages": rows[-1]["stages"],
+        "all": [{k: r[k] for k in KEPT} for r in rows],
+    }  # fmt: skip
+
+
+async def gaps(http: aiohttp.ClientSession, url: str, args: argparse.Namespace) -> list[Any]:
+    rows = []
+    dice = random.Random(7)
+    print(f"{'prompt':>7} {'mode':>10} {'others':>6} {'step':>7} {'extra p50':>9} {'p99':>8} "
+          f"{'total':>8} stages (tokens, MB, ms)")  # fmt: skip
+    for others in dict.fromkeys((0, args.background)):
+        async with Background(http, url, 2 * others):
+            for length in args.lengths:
+                modes = ("staged", "blocking", "recompute") if not others else ("staged",)
+                for mode in modes:
+                    hops = args.hops if mode == "staged" else max(3, args.hops // 2)
+                    moved, _ = await one_request(http, url, length, mode, hops, dice)
+                    if not moved:
+                        continue
+                    row = {"prompt_tokens": length, "mode": mode, "background": others}
+                    row |= summary(moved)
+                    rows.append(row)
+                    gap = row["extra_gap_ms"]
+                    shown = [
+                        (s["tokens"], round(s["bytes"] / 1e6, 1), round(s["ms"], 1))
+                        for s in row["stages"]
+                    ]
+                    print(f"{length:7} {mode:>10} {others:6} {row['step_ms']:7.2f} "
+                          f"{gap['p50']:9.2f} {gap['p99']:8.2f} {row['total_ms']:8.1f} {shown}",
+                          flush=True)  # fmt: skip
+    return rows
+
+
+async def cost(http: aiohttp.ClientSession, url: str, args: argparse.Namespace) -> dict[str, Any]:
+    """The other streams' time between tokens, with a request moved all the time and without."""
+    length = args.lengths[len(args.lengths) // 2]
+    windows: list[tuple[str, float, float]] = []
+    moves = 0
+    async with Background(http, url, 2 * max(1, args.background)) as others:
+        name, seen = uuid.uuid4().hex, Watched()
+        dice = random.Random(9)
+        prompt = [dice.randrange(300, 4000) for _ in range(length)]
+        task = asyncio.create_task(watch(http, url, name, prompt, args.cost_tokens, seen))
+        await seen.until(5)
+        for number in range(WINDOWS):
+            kind = ("still", "moving")[number % 2]
+            began = time.perf_counter()
+            while time.perf_counter() - began < args.window_s and not seen.over:
+                if kind == "moving":
+                    result = await move(http, url, name, "staged")
+                    moves += result.get("outcome") == "migrated"
+                await asyncio.sleep(0.02)
+            windows.append((kind, began, time.perf_counter()))
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+    by_kind: dict[str, list[float]] = {"still": [], "moving": []}
+    for kind, began, ended in windows:
+        by_kind[kind] += [gap for at, gap in others.gaps if began <= at <= ended]
+    mean = {kind: statistics.fmean(found) for kind, found in by_kind.items()}
+    p99 = {kind: percentile(found, 0.99) for kind, found in by_kind.items()}
+    row = {
+        "prompt_tokens": length, "background": args.background, "moves": moves,
+        "moves_per_s": moves / (args.window_s * WINDOWS / 2),
+        "itl_mean_ms": mean, "itl_p99_ms": p99, "ratio_mean": mean["moving"] / mean["still"],
+    }  # fmt: skip
+    print(
+        f"others' time between tokens: {mean['still']:.3f} ms still, {mean['moving']:.3f} ms with "
+        f"{row['moves_per_s']:.1f} moves/s of {length} tokens (ratio {row['ratio_mean']:.3f})"
+    )
+    return row
+
+
+async def main(args: argparse.Namespace) -> None:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = write_shape(args.shape, Path(temporary) / args.shape)
+        flags = ["--instances", "2", "--load-format", "dummy", "--no-enable-prefix-caching"]
+        flags += ["--max-num-seqs", "64", *args.flags]
+        server = Served("llumnix", str(folder), "m", flags, Path(temporary) / "server.log")
+        try:
+            await server.wait_until_up()
+            timeout = aiohttp.ClientTimeout(total=None)
+            connector = aiohttp.TCPConnector(limit=0)
+            async with aiohttp.ClientSession(timeout=timeout, connector=connector) as http:
+                await one_request(http, server.url, 64, "staged", 2, random.Random(1))
+                rows = await gaps(http, server.url, args)
+                row = await cost(http, server.url, args)
+            write_result(args.out, rows, shape=args.shape, flags=args.flags, others=row)
+        except BaseException:
+            print(server.log.read_text()[-6000:])
+            raise
+        finally:
+            server.stop()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="tiny")
+    parser.add_argument(
+        "--lengths", type=lambda s: [int(n) for n in s.split(",")], default=[256, 512, 1024, 2048]
+    )
+    parser.add_argument("--hops", type=int, default=8)
+    parser.add_argument("--background", type=int, default=2)
+    parser.add_argument("--window-s", type=float, default=4)
+    parser.add_argument("--cost-tokens", type=int, default=8000)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/migration_cpu.json")
+    parser.add_argument("flags", nargs="*", help="for `llumnix serve`, after --")
+    asyncio.run(main(parser.parse_args()))

@@ -1,0 +1,338 @@
+"""The event log, and what replays it."""
+
+import json
+import multiprocessing
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llumnix.core.events import (
+    Dispatch,
+    Fact,
+    InstanceLost,
+    LoadReported,
+    NoInstance,
+    RequestArrived,
+)
+from llumnix.core.load import LoadReport
+from llumnix.core.policies.dispatch import DISPATCH_POLICIES
+from llumnix.core.scheduler import Scheduler
+from llumnix.core.types import EngineIndex, InstanceId, MigrationId, RequestId
+from llumnix.errors import UsageError
+from llumnix.observe.event_log import EventLog
+from llumnix.observe.replay import DIFFERENCES_MAX, Replayed, replay
+from support.fake_cluster import Cluster, World
+
+WRITERS, LINES_EACH = 3, 300
+
+
+def report(
+    number: int, sequence: int, running: int = 0, admitted: tuple[RequestId, ...] = ()
+) -> LoadReported:
+    return LoadReported(
+        report=LoadReport(
+            instance=InstanceId(f"i{number}"),
+            engine_index=EngineIndex(number),
+            sequence=sequence,
+            kv_tokens_used=running * 16,
+            kv_tokens_total=1000,
+            running=running,
+            waiting=0,
+            admitted=admitted,
+        )
+    )
+
+
+def arrived(number: int) -> RequestArrived:
+    return RequestArrived(request=RequestId(f"r{number}"), prompt_tokens=number)
+
+
+FACTS: list[Fact] = [
+    arrived(0),  # Nobody is there yet.
+    report(0, 1),
+    report(1, 1, running=2),
+    *(arrived(n) for n in range(1, 7)),
+    report(0, 2, running=1, admitted=(RequestId("r1"),)),
+    arrived(7),
+    InstanceLost(instance=InstanceId("i0"), engine_index=EngineIndex(0)),
+    report(0, 3),  # A dead one has no voice.
+    arrived(8),
+    report(1, 2, running=3, admitted=(RequestId("r4"), RequestId("r8"))),
+]
+ARRIVALS = 9
+
+
+def record(path: Path, policy: str, who: str = "controller 1") -> None:
+    """Does as cluster/controller.py does, at times that replay must take from the log."""
+    log = EventLog(str(path), who=who)
+    scheduler = Scheduler(DISPATCH_POLICIES[policy]())
+    log.started(policy)
+    for number, fact in enumerate(FACTS):
+        now = 5000.0 + number * 0.75  # Bookings lapse and reports grow stale on the way.
+        decisions = scheduler.handle(fact, now)
+        log.fact(fact, now)
+        for decision in decisions:
+            log.decision(decision, now)
+    log.close()
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def write(path: Path, changed: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(line) + "\n" for line in changed))
+
+
+def number_of(found: list[dict[str, Any]], **wanted: Any) -> int:
+    """The first line that has these values, counted from 0."""
+    return next(n for n, line in enumerate(found) if wanted.items() <= line.items())
+
+
+# -- the scheduler's decisions
+
+
+@pytest.mark.parametrize("policy", DISPATCH_POLICIES)
+def test_what_a_scheduler_decided_it_decides_again(tmp_path: Path, policy: str) -> None:
+    path = tmp_path / "log"
+    record(path, policy)
+    assert replay(path) == Replayed(facts=len(FACTS), decisions=ARRIVALS)
+    names = [line["name"] for line in lines(path) if line["kind"] == "decision"]
+    assert set(names) == {Dispatch.__name__, NoInstance.__name__}
+
+
+def test_each_line_tells_who_and_when(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    record(path, "least-loaded")
+    found = lines(path)
+    assert {line["who"] for line in found} == {"controller 1"}
+    assert [line["at"] for line in found if line["kind"] == "fact"][:2] == [5000.0, 5000.75]
+    assert all(line["time"] > 1e9 for line in found)
+    assert oct(path.stat().st_mode & 0o777) == "0o600"
+
+
+def test_a_scheduler_that_starts_again_knows_nothing(tmp_path: Path) -> None:
+    """As when Ray restarts the controller, or a second deployment appends to the same file."""
+    path = tmp_path / "log"
+    record(path, "least-loaded")
+    record(path, "round-robin")
+    record(path, "round-robin", who="controller 2")
+    assert replay(path) == Replayed(facts=3 * len(FACTS), decisions=3 * ARRIVALS)
+
+
+def test_schedulers_that_write_in_turns_are_kept_apart(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    record(path, "least-loaded", who="a")
+    ours = lines(path)
+    mixed = [line for one in ours for line in (one, {**one, "who": "b"})]
+    write(path, mixed)
+    assert replay(path) == Replayed(facts=2 * len(FACTS), decisions=2 * ARRIVALS)
+
+
+@pytest.mark.parametrize("policy", DISPATCH_POLICIES)
+def test_an_altered_decision_is_found_at_its_line(tmp_path: Path, policy: str) -> None:
+    path = tmp_path / "log"
+    record(path, policy)
+    found = lines(path)
+    at = number_of(found, kind="decision", name="Dispatch")
+    was = found[at]["body"]["instance"]
+    found[at]["body"]["instance"] = "i9"
+    write(path, found)
+    (difference,) = replay(path).differences
+    assert difference.startswith(f"line {at + 1}: was Dispatch(")
+    assert "instance='i9'" in difference
+    assert f"instance='{was}'" in difference.split(", is Dispatch(")[1]
+
+
+def test_a_dropped_decision_is_found_at_the_next_line(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    record(path, "least-loaded")
+    found = lines(path)
+    at = number_of(found, kind="decision", name="NoInstance")
+    del found[at]
+    write(path, found)
+    result = replay(path)
+    (difference,) = result.differences
+    assert difference.startswith(f"line {at + 1}: before this line: was nothing, is NoInstance(")
+    assert result.decisions == ARRIVALS - 1
+
+
+def test_a_decision_that_nothing_called_for_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    record(path, "least-loaded")
+    found = lines(path)
+    at = number_of(found, kind="decision")
+    found.insert(at + 1, found[at])
+    write(path, found)
+    (difference,) = replay(path).differences
+    assert difference.startswith(f"line {at + 2}: was NoInstance(")
+    assert difference.endswith(", is None")
+
+
+def test_another_policy_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    record(path, "least-loaded")
+    found = lines(path)
+    found[0]["policy"] = "round-robin"
+    write(path, found)
+    assert len(replay(path).differences) == ARRIVALS - 1  # That nobody is there is the same.
+
+
+def test_only_the_first_differences_are_kept(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    for _ in range(4):
+        record(path, "least-loaded")
+    path.write_text(path.read_text().replace('"policy":"least-loaded"', '"policy":"round-robin"'))
+    assert len(replay(path).differences) == DIFFERENCES_MAX
+
+
+# -- the steps of migrations
+
+
+def record_steps(path: Path, seed: int) -> None:
+    log = EventLog(str(path), who="engines")
+    world = World(loss=0.1, repeat=0.1, crash=0.004, abort=0.01, preempt=0.02, failed_pull=0.05)
+    Cluster(seed, world, on_step=log.step).run()
+    log.close()
+
+
+def test_the_steps_of_rough_worlds_come_out_the_same(tmp_path: Path) -> None:
+    for seed in range(5):
+        path = tmp_path / f"log-{seed}"
+        record_steps(path, seed)
+        found = lines(path)
+        assert {(line["kind"], line["role"]) for line in found} == {
+            ("step", "source"),
+            ("step", "destination"),
+        }
+        assert replay(path) == Replayed(steps=len(found))
+
+
+def test_a_changed_step_is_found_at_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    record_steps(path, 1)
+    found = lines(path)
+    at = number_of(found, role="source", state="stopping")
+    found[at]["state"] = "copying"
+    write(path, found)
+    assert replay(path).differences == [
+        f"line {at + 1}: was ('copying', 'take it out of the batch'), "
+        "is ('stopping', 'take it out of the batch')"
+    ]
+
+
+def test_a_dropped_step_is_found_with_the_story(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    log = EventLog(str(path), who="engine 0")
+    for event, state, action in [
+        ("reserved", "idle", "see what is left"),
+        ("drained", "deciding", "send the rest, ask for the verdict"),
+    ]:
+        log.step("source", MigrationId("m0"), event, state, action)
+    log.close()
+    assert replay(path).differences == [
+        "line 2: migration m0 (source): 'drained' cannot happen in state 'idle' "
+        "(story: reserving -[reserved]-> idle)"
+    ]
+
+
+# -- the file
+
+
+def append_much(path: str, who: str, together: Barrier) -> None:
+    """One writer, in a process of its own."""
+    log = EventLog(path, who=who)
+    together.wait(60)
+    for number in range(LINES_EACH):
+        requests = tuple(RequestId(f"{who}-{number}-{n}") for n in range(number % 40))
+        log.fact(report(0, number, admitted=requests), float(number))
+    log.close()
+
+
+def test_lines_of_several_processes_never_mix(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    spawn = multiprocessing.get_context("spawn")
+    together = spawn.Barrier(WRITERS)
+    names = [f"writer {n}" for n in range(WRITERS)]
+    writers = [
+        spawn.Process(target=append_much, args=(str(path), name, together)) for name in names
+    ]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(120)
+    assert [w.exitcode for w in writers] == [0] * WRITERS
+    found = lines(path)
+    assert len(found) == WRITERS * LINES_EACH
+    for name in names:
+        mine = [line["body"]["report"] for line in found if line["who"] == name]
+        assert [r["sequence"] for r in mine] == list(range(LINES_EACH))
+        assert all(len(r["admitted"]) == r["sequence"] % 40 for r in mine)
+    assert replay(path) == Replayed(skipped=WRITERS * LINES_EACH)
+
+
+def test_a_writer_without_a_path_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    log = EventLog(None, who="nobody")
+    log.started("least-loaded")
+    log.fact(FACTS[1], 0.0)
+    log.decision(NoInstance(request=RequestId("r"), why="none"), 0.0)
+    log.step("source", MigrationId("m0"), "reserved", "idle", "see what is left")
+    log.migration({"id": "m0"})
+    log.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_closed_writer_writes_nothing_more(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    log = EventLog(str(path), who="somebody")
+    log.migration({"id": "m0"})
+    log.close()
+    log.migration({"id": "m1"})
+    log.close()
+    assert [line["body"] for line in lines(path)] == [{"id": "m0"}]
+    assert replay(path) == Replayed()
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        "hello",
+        "",
+        "[]",
+        "7",
+        "{}",
+        '{"who": "c", "kind": "started", "policy": "by hand"}',
+        '{"who": "c", "kind": "step", "role": "bystander", "migration": "m0"}',
+    ],
+)
+def test_a_line_of_something_else_is_named(tmp_path: Path, bad: str) -> None:
+    path = tmp_path / "log"
+    record(path, "least-loaded")
+    count = len(lines(path))
+    with path.open("a") as file:
+        file.write(bad + "\n")
+    with pytest.raises(UsageError) as error:
+        replay(path)
+    assert str(error.value).startswith(f"{path}, line {count + 1}: not a line of an event log (")
+    assert str(error.value).endswith("give a file that `llumnix serve --event-log` wrote")
+
+
+def test_a_fact_of_another_shape_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    record(path, "least-loaded")
+    found = lines(path)
+    found[1]["body"] = {"request": 5}
+    write(path, found)
+    with pytest.raises(UsageError, match="line 2: not a line of an event log"):
+        replay(path)
+
+
+def test_what_cannot_be_read_is_said(tmp_path: Path) -> None:
+    for path in (tmp_path / "none", tmp_path):
+        with pytest.raises(UsageError, match=r"cannot be read \("):
+            replay(path)
