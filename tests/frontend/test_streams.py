@@ -1,5 +1,6 @@
 """The table of open streams."""
 
+from llumnix.core.arbiter import Ledger
 from llumnix.core.types import EngineIndex, InstanceId, RequestId
 from llumnix.frontend.streams import Stream, Streams
 
@@ -13,6 +14,7 @@ def stream(name: str, engine: int) -> Stream:
         prompt_tokens=1,
         priority=0,
         started_s=0.0,
+        ledger=Ledger(owner=EngineIndex(engine)),
     )
 
 
@@ -32,3 +34,15 @@ def test_streams_are_found_by_request_and_counted_by_engine() -> None:
     assert streams.count(EngineIndex(1)) == 0
     assert streams.get("a") is not None
     assert streams.get("c") is None
+
+
+def test_a_stream_that_moves_is_counted_where_it_is() -> None:
+    streams = Streams()
+    streams.instances = {EngineIndex(0): InstanceId("i0"), EngineIndex(1): InstanceId("i1")}
+    streams.open(stream("a", 0))
+    streams.move("a", EngineIndex(1))
+    assert (streams.count(EngineIndex(0)), streams.count(EngineIndex(1))) == (0, 1)
+    assert streams.owner("a") == 1
+    moved = streams.get("a")
+    assert moved is not None
+    assert moved.instance == "i1"

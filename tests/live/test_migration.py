@@ -4,6 +4,7 @@ one's, byte for byte but for ids, times and where vLLM cuts it into chunks."""
 import json
 import random
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ SCHEMA = {
     "required": ["numbers", "text"],
     "additionalProperties": False,
 }  # fmt: skip
-TOOL = {"type": "function", "function": {"name": "weather", "parameters": SCHEMA}}
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": SCHEMA, "strict": True}}
 _salts = iter(range(10**6))
 
 
@@ -101,10 +102,10 @@ def fleet(one_server: OneServer, tiny_model: Path, logs: Path, lora: Path) -> It
 
 @pytest.fixture
 def narrow(one_server: OneServer, tiny_model: Path, logs: Path) -> Iterator[Server]:
-    """Two instances that take four requests at once and prefill 64 tokens a step."""
+    """Two instances that take four requests at once and prefill 32 tokens a step."""
     server = one_server.of(
         "narrow", tiny_model, logs / "narrow.log", *FLAGS, "--max-num-seqs", "4",
-        "--max-num-batched-tokens", "64", "--block-size", "32",
+        "--max-num-batched-tokens", "32", "--block-size", "32",
     )  # fmt: skip
     yield server
     left_clean(server)
@@ -120,7 +121,7 @@ def hybrid(one_server: OneServer, tiny_gemma: Path, logs: Path) -> Iterator[Serv
     """Two instances of a tiny Gemma 3: layers with sliding windows beside layers without."""
     server = one_server.of(
         "hybrid", tiny_gemma, logs / "hybrid.log", *FLAGS,
-        "--max-num-batched-tokens", "64", "--block-size", "32",
+        "--max-num-batched-tokens", "32", "--block-size", "32",
     )  # fmt: skip
     yield server
     left_clean(server)
@@ -188,7 +189,7 @@ def test_greedy(fleet: Server) -> None:
 
 def test_greedy_without_a_loop_and_with_eos_ignored(fleet: Server) -> None:
     calm, _ = check(fleet, COMPLETIONS, {**RESTLESS, "logprobs": 1})
-    assert len(set(calm.tokens())) > 40
+    assert len(set(calm.tokens())) > 25
 
 
 def test_the_comparison_sees_one_letter_changed_in_the_first_block(fleet: Server) -> None:
@@ -203,7 +204,7 @@ def test_the_comparison_sees_one_letter_changed_in_the_first_block(fleet: Server
 
 def test_seeded_with_logprobs(fleet: Server) -> None:
     calm, _ = check(fleet, COMPLETIONS, {**SEEDED, "logprobs": 3})
-    assert len(set(calm.tokens())) > 40
+    assert len(set(calm.tokens())) > 25
 
 
 def test_seeded_with_every_sampling_parameter(fleet: Server) -> None:
@@ -324,15 +325,15 @@ def test_structured_outputs(fleet: Server, wanted: dict[str, Any]) -> None:
 
 def test_a_json_schema(fleet: Server) -> None:
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}
-    calm, _ = check(fleet, CHAT, {**CHATTING, "max_tokens": 900, "response_format": form})
-    assert len(json.loads(calm.text())["numbers"]) >= 30
+    calm, _ = check(fleet, CHAT, {**CHATTING, "max_tokens": 1500, "response_format": form})
+    assert len(json.loads(calm.text(), strict=False)["numbers"]) >= 30
 
 
 @pytest.mark.parametrize(
     "choice", ["required", {"type": "function", "function": {"name": "weather"}}], ids=str
 )
 def test_a_tool_call(fleet: Server, choice: Any) -> None:
-    body = {**CHATTING, "max_tokens": 900, "tools": [TOOL], "tool_choice": choice}
+    body = {**CHATTING, "max_tokens": 1500, "tools": [TOOL], "tool_choice": choice}
     calm, _ = check(fleet, CHAT, body)
     calls = [
         call
@@ -340,7 +341,8 @@ def test_a_tool_call(fleet: Server, choice: Any) -> None:
         for one in piece["choices"]
         for call in one["delta"].get("tool_calls") or []
     ]
-    said = json.loads("".join(c["function"].get("arguments") or "" for c in calls))
+    arguments = "".join(c["function"].get("arguments") or "" for c in calls)
+    said = json.loads(arguments, strict=False)
     said = said[0]["parameters"] if isinstance(said, list) else said
     assert len(said["numbers"]) >= 30
 
@@ -454,32 +456,40 @@ def test_orders_that_make_no_sense_say_so(fleet: Server) -> None:
 # -- before the first token
 
 
+def wait_for_row(server: Server, name: str) -> None:
+    """Returns as soon as the request is listed: a prefill is over in a moment."""
+    deadline = time.monotonic() + 10
+    while not rows(server, name):
+        assert time.monotonic() < deadline, f"{name} is not listed"
+
+
 def test_in_the_middle_of_a_chunked_prefill(narrow: Server) -> None:
     body = {**RESTLESS, "prompt": LONG * 27, "max_tokens": 60}
     calm = stream(narrow, COMPLETIONS, salted(body))
+    assert calm.error is None
     for how in ("staged", "blocking", "recompute"):
         name, early = f"prefilling-{how}", []
 
         def move(name: str = name, how: str = how, early: list = early) -> None:
-            for _ in range(3):
-                eventually(lambda: rows(narrow, name), 10)
+            wait_for_row(narrow, name)
+            for _ in range(2):
                 answer = migrate(narrow, name, copy=how).json()
-                if rows(narrow, name)[0]["output_tokens"] == 0:
-                    early.append(answer)
+                if [r["output_tokens"] for r in rows(narrow, name)] == [0]:
+                    early.append((answer["outcome"], answer["reason"]))
 
         moved, _ = all_at_once(
             [lambda name=name: stream(narrow, COMPLETIONS, salted(body), name=name), move]
         )
         assert moved.error is None
         assert first_difference(calm, moved) is None
-        assert "migrated" in [h["outcome"] for h in early], early
+        assert ("migrated", "") in early
 
 
 def test_prompt_logprobs_stay_until_the_first_token(narrow: Server) -> None:
     body = {**RESTLESS, "prompt": LONG * 27, "max_tokens": 60, "echo": True, "logprobs": 1}
 
     def move() -> dict[str, Any]:
-        eventually(lambda: rows(narrow, "collecting"), 10)
+        wait_for_row(narrow, "collecting")
         return migrate(narrow, "collecting").json()
 
     calm = stream(narrow, COMPLETIONS, salted(body))
@@ -543,7 +553,7 @@ def test_sliding_windows_beside_full_attention(hybrid: Server) -> None:
     """The prompt is six windows long, what follows three more."""
     check(hybrid, COMPLETIONS, {**RESTLESS, "prompt": LONG * 7, "logprobs": 1})
     check(hybrid, COMPLETIONS, {**RESTLESS, "prompt": LONG * 7}, copy="blocking")
-    check(hybrid, COMPLETIONS, {**SEEDED, "prompt": LONG[:50], "logprobs": 1})
+    check(hybrid, COMPLETIONS, {**SEEDED, "prompt": LONG[:24], "logprobs": 1})
 
 
 def test_sliding_windows_in_the_middle_of_a_prefill(hybrid: Server) -> None:

@@ -1,4 +1,4 @@
-"""Streams of vLLM's OpenAI API as a client sees them, undisturbed or while their request is moved."""
+"""Streams of vLLM's OpenAI API as a client sees them, undisturbed or while they are moved."""
 
 import copy
 import itertools
@@ -195,16 +195,17 @@ def stream_moved(
 
     def move() -> None:
         real_time()
-        due = every_chunks
+        had = 0
         for _ in range(hops):
             with more:
-                more.wait_for(lambda: count >= due or ended.is_set(), TIMEOUT_S)
+                while count < had + every_chunks and not ended.is_set():
+                    more.wait(TIMEOUT_S)
             if ended.is_set():
                 return
             for row in rows(server, name):
                 answer = migrate(server, row["request"], **order)
                 answers.append({"status": answer.status_code, **answer.json()})
-            due = count + every_chunks
+            had = count
 
     mover = threading.Thread(target=move)
     mover.start()

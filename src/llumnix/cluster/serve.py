@@ -12,6 +12,7 @@ from llumnix.cluster import ray_runtime
 from llumnix.cluster.addresses import Addresses
 from llumnix.errors import InstanceFailedError, UsageError
 from llumnix.frontend.arguments import ServeCommand, parse
+from llumnix.observe.event_log import EventLog
 
 # Ray must know before it is imported whether it will be started here, and vLLM imports it.
 _first_look = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -121,6 +122,7 @@ async def _run(
         },
         ControllerLink(addresses.controller),
         deployment.instances,
+        EventLog(deployment.event_log, who=f"frontend {os.getpid()}"),
     )
     client.start()
     llm = FleetLLM(

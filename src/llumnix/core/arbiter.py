@@ -128,9 +128,11 @@ class Arbiter(Generic[Output]):
         self, request: RequestId, destination: EngineIndex, address: str, copy: str = "staged"
     ) -> Migrate | None:
         """Grants the next epoch to a destination; None if the stream is not there, is on its way
-        already, or is there already."""
+        already, or is there already, or if either engine is dead."""
         ledger = self._streams.get(request)
         if ledger is None or ledger.grant is not None or ledger.owner == destination:
+            return None
+        if {ledger.owner, destination} & self._dead:
             return None
         migration = MigrationId(f"{self._name}{self._count}")
         self._count += 1
@@ -183,7 +185,7 @@ class Arbiter(Generic[Output]):
         ledger = self._streams.get(request) if request is not None else None
         if ledger is not None and message.taken:
             ledger.released = True
-        elif ledger is not None:
+        elif ledger is not None and not ledger.source_dead:
             del self._migrating[message.migration]
             ledger.grant = None
         return []
@@ -222,14 +224,17 @@ class Arbiter(Generic[Output]):
     def _flip_if_due(self, request: RequestId, ledger: Ledger[Output]) -> list[Effect]:
         assert ledger.takeover is not None
         if ledger.outputs > ledger.takeover.outputs:
-            raise ProtocolError(
-                f"{request}: engine {ledger.owner} sent {ledger.outputs} tokens, but engine "
-                f"{ledger.grant and ledger.grant.destination} goes on after "
-                f"{ledger.takeover.outputs}"
-            )
+            raise self._too_many(request, ledger)
         if ledger.outputs < ledger.takeover.outputs:
             return []
         return [self._flip(request, ledger, ())]
+
+    def _too_many(self, request: RequestId, ledger: Ledger[Output]) -> ProtocolError:
+        return ProtocolError(
+            f"{request}: engine {ledger.owner} sent {ledger.outputs} tokens, but engine "
+            f"{ledger.grant and ledger.grant.destination} goes on after "
+            f"{ledger.takeover and ledger.takeover.outputs}"
+        )
 
     def _flip_without_source(self, request: RequestId, ledger: Ledger[Output]) -> list[Effect]:
         """The old owner is dead: what it did not send comes from the take-over's own list."""
@@ -237,6 +242,8 @@ class Arbiter(Generic[Output]):
         assert takeover is not None
         assert grant is not None
         count = takeover.outputs - ledger.outputs
+        if count < 0:
+            raise self._too_many(request, ledger)
         if count > len(takeover.tail) or grant.destination in self._dead:
             return [
                 AbortAt(engine=grant.destination, request=request),

@@ -206,7 +206,7 @@ class IncomingMigrations:
         else:
             self._walk(coming, DestinationEvent.HANDOVER)
             # And for the next steps: it holds blocks, so nobody could take any from it to go on.
-            slots = message.end and message.end + self._port.block_tokens
+            slots = self._computed(coming) and self._computed(coming) + self._port.block_tokens
         refusal = self._port.reach(coming.order.request, slots, new)
         if refusal is not None:
             self._may_end(coming, DestinationEvent.FAILED, refusal.why)
@@ -251,7 +251,7 @@ class IncomingMigrations:
     def _install(self, coming: Incoming) -> None:
         order, handover = coming.order, coming.last
         assert isinstance(handover, Handover)
-        refusal = self._port.commit(order.request, handover.end, handover.state)
+        refusal = self._port.commit(order.request, self._computed(coming), handover.state)
         if refusal is not None:
             self._may_end(coming, DestinationEvent.FAILED, refusal.why)
             return
@@ -266,6 +266,12 @@ class IncomingMigrations:
         )
         self._out.append(ToFrontend(message=took))
         self._decide(coming, taken=True)
+
+    def _computed(self, coming: Incoming) -> int:
+        """The tokens whose KV is here after the handover: what the source had computed, or what was
+        here before if that is more."""
+        assert isinstance(coming.last, Handover)
+        return max(coming.last.end, coming.hit)
 
     def _may_end(self, coming: Incoming, event: DestinationEvent, why: str) -> None:
         """Feeds an event that may end it; if it does, frees what it held and says so."""

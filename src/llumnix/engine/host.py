@@ -86,7 +86,7 @@ class LlumletHost:
 
     def start(self) -> None:
         """Opens the workers and the line to the peers. Before the busy loop runs."""
-        self._peers.start()
+        self._peers.bind()
         agents: list[str] = []
         if why_engine_cannot(self._engine.vllm_config, self._engine.scheduler) is None:
             listen = self._seat.agents.format(engine=self._index, host=self._host, rank="{rank}")
@@ -99,6 +99,7 @@ class LlumletHost:
         self.llumlet = Llumlet(
             self._index, self._peers.address, self.port, self._seat.limits, self._on_step
         )
+        self._peers.start()
 
     def close(self) -> None:
         """Ends all of it."""
@@ -153,7 +154,7 @@ class LlumletHost:
     def poll(self) -> None:
         """Between any two steps."""
         self._polled_s = time.monotonic()
-        while not self._here.empty():  # It came as `_take_rest` gave up waiting.
+        while not self._here.empty():
             self._send(self._take_in(self._here.get()))
         self.port.stepped()
         if self.llumlet.busy:
@@ -201,10 +202,10 @@ class LlumletHost:
         self._engine.input_queue.put_nowait((FromOutside, item))  # type: ignore[arg-type]
 
     def _pulled(self, pulled: Pulled) -> None:
-        if self._waiting_here:
-            self._here.put(pulled)
-        else:
-            self._from_outside(pulled)
+        # In this order: who stops waiting looks once more after that.
+        self._here.put(pulled)
+        if not self._waiting_here:
+            self._from_outside(None)
 
     def _beat(self) -> None:
         if self.llumlet.busy and time.monotonic() - self._polled_s > BEAT_EVERY_S:

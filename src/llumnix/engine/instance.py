@@ -94,7 +94,7 @@ class EngineInstance(EngineCoreActor):
         )
         # While a thread of ours waits for the interpreter's lock, a migration waits.
         sys.setswitchinterval(SWITCH_INTERVAL_S)
-        self._log = EventLog(seat.event_log, who=f"engine {seat.engine_index}")
+        self._log = EventLog(seat.event_log, who=f"engine {seat.engine_index} {os.getpid()}")
         self._host = LlumletHost(self, seat.engine_index, seat.llumlet, self._log.step)
         self._host.start()
 

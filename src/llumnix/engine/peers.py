@@ -49,13 +49,16 @@ class Peers:
         self._thread = threading.Thread(target=self._hear, name="llumnix-peers", daemon=True)
         self.address = ""
 
-    def start(self) -> None:
-        """Binds, and begins to hear."""
+    def bind(self) -> None:
+        """Takes its address; what is said to it from now on waits."""
         self._context = zmq.Context()
         self._hearing = self._context.socket(zmq.PULL)
         self._hearing.setsockopt(zmq.RCVHWM, QUEUED_MAX)
         self._hearing.bind(self._listen)
         self.address = self._hearing.getsockopt_string(zmq.LAST_ENDPOINT)
+
+    def start(self) -> None:
+        """Begins to hear."""
         self._thread.start()
 
     def close(self) -> None:

@@ -46,6 +46,7 @@ from llumnix.frontend.controller_link import ControllerLink
 from llumnix.frontend.engine_calls import EngineCalls
 from llumnix.frontend.migrations import Migrations, Place
 from llumnix.frontend.streams import Stream, Streams
+from llumnix.observe.event_log import EventLog
 
 logger = logging.getLogger("llumnix.frontend")
 
@@ -77,7 +78,12 @@ class FleetClient(EngineCalls):
     """vLLM's engine client whose engines come and go."""
 
     def __init__(
-        self, vllm_config: VllmConfig, addresses: dict[str, str], link: ControllerLink, slots: int
+        self,
+        vllm_config: VllmConfig,
+        addresses: dict[str, str],
+        link: ControllerLink,
+        slots: int,
+        log: EventLog,
     ) -> None:
         # Stands in for the constructors of MPClient and AsyncMPClient: the same attributes, with
         # the engines left out. The contract test compares the two sets of attributes.
@@ -109,7 +115,7 @@ class FleetClient(EngineCalls):
         self._engine_status: dict[int, dict] = {}
 
         self.streams = Streams()
-        self.migrations = Migrations(self.streams, self)
+        self.migrations = Migrations(self.streams, self, log)
         self.fail_pooling: Callable[[list[str]], None] = lambda requests: None
         self._placing: set[str] = set()
         self._engines: dict[EngineIndex, Engine] = {}
@@ -278,6 +284,7 @@ class FleetClient(EngineCalls):
                 started_s=time.monotonic(),
                 pooling=request.pooling_params is not None,
                 session=request.resumable,
+                logprobs=getattr(request.sampling_params, "num_logprobs", None) is not None,
                 ledger=self.migrations.open(RequestId(request.request_id), engine.engine_index),
             )
         )

@@ -20,7 +20,6 @@ from llumnix.errors import (
 )
 from llumnix.frontend.client import FleetClient
 from llumnix.frontend.migrations import Place
-from llumnix.frontend.streams import Stream
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,8 +62,9 @@ class MigrationOrder(BaseModel):
     copy_kv: Literal["staged", "blocking", "recompute"] = Field("staged", alias="copy")
 
 
-async def _destination(client: FleetClient, stream: Stream, wanted: str | None) -> Place:
+async def _destination(client: FleetClient, order: MigrationOrder) -> Place:
     """The engine of the named instance, or of the one with the most free KV memory."""
+    stream, wanted = client.migrations.find(order.request_id), order.destination
     places = client.places()
     if wanted is not None:
         for place in places:
@@ -143,8 +143,8 @@ def control_app(client: FleetClient, control: InstanceControl) -> FastAPI:
         """Moves a request to another instance (the one with the most free KV memory if none is
         named); answers when that has ended. `outcome`: migrated, aborted (it goes on where it
         was, or has ended; `reason` says why) or lost."""
-        stream = client.migrations.find(order.request_id)
-        place = await _destination(client, stream, order.destination)
+        place = await _destination(client, order)
+        stream = client.migrations.find(order.request_id)  # It may have ended meanwhile.
         return (await client.migrations.migrate(stream, place, order.copy_kv)).shown()
 
     @app.get("/llumnix/v1/migrations")

@@ -25,6 +25,7 @@ from llumnix.errors import (
     UnknownRequestError,
 )
 from llumnix.frontend.streams import Stream, Streams
+from llumnix.observe.event_log import EventLog
 from llumnix.observe.wire import decode, encode
 
 logger = logging.getLogger("llumnix.frontend")
@@ -103,7 +104,8 @@ class Place:
 class Migrations:
     """All migrations of one frontend's streams, and with them who owns each."""
 
-    def __init__(self, streams: Streams, engines: Engines) -> None:
+    def __init__(self, streams: Streams, engines: Engines, log: EventLog) -> None:
+        self._log = log
         self._streams = streams
         self._engines = engines
         self._arbiter: Arbiter[EngineCoreOutput] = Arbiter()
@@ -160,6 +162,7 @@ class Migrations:
         )
         self._listed.append(migration)
         self._open[migration.id] = migration
+        self._log.migration(migration.shown())
         try:
             await self._engines.call_engine(stream.engine_index, "llumnix_migrate", encode(order))
         except EngineDeadError:
@@ -248,6 +251,7 @@ class Migrations:
             migration.outcome, migration.reason = outcome, reason
             migration.total_ms = round((time.monotonic() - migration.began_s) * 1e3, 3)
             migration.done.set()
+            self._log.migration(migration.shown())
 
     def _perform(
         self, effects: list[Effect], due: list[EngineCoreOutput], lost_address: str = ""
@@ -268,6 +272,13 @@ class Migrations:
 
     def _move(self, moved: Moved, due: list[EngineCoreOutput]) -> None:
         self._streams.move(moved.request, moved.owner)
+        stream = self._streams.get(moved.request)
+        if moved.missing and stream is not None and stream.logprobs:
+            # The tokens are known, their log-probabilities died with the source.
+            self.later(self._engines.abort_at(moved.owner, [moved.request]))
+            self._end_all_of(moved.request, "lost", "the engine that ran it died")
+            self._engines.end([moved.request])
+            return
         if moved.missing:
             due.append(EngineCoreOutput(moved.request, list(moved.missing)))
         due += moved.held  # type: ignore[arg-type]

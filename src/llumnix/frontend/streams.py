@@ -13,8 +13,9 @@ class Stream:
     """One sequence on its way to a client. Token counts in tokens, `started_s` monotonic. `ledger`:
     of core/arbiter.py; `instance` and `engine_index` follow its owner.
 
-    `pooling`: it asks for an embedding or a score. `session`: more input may follow under the same
-    request, which then must reach the same engine; `between_inputs`: it waits for that."""
+    `logprobs`: its client wants log-probabilities. `pooling`: it asks for an embedding or a score.
+    `session`: more input may follow under the same request, which then must reach the same engine;
+    `between_inputs`: it waits for that."""
 
     request: RequestId
     client_id: str
@@ -25,6 +26,7 @@ class Stream:
     started_s: float
     ledger: Any
     pooling: bool = False
+    logprobs: bool = False
     session: bool = False
     between_inputs: bool = False
 

@@ -6,6 +6,7 @@ clock; lines of one writer (`who`) are in the order in which things happened. ob
 runs the pure core on it again.
 """
 
+import logging
 import os
 import time
 from typing import Any
@@ -15,6 +16,7 @@ import msgspec
 from llumnix.core.events import Decision, Fact
 from llumnix.core.types import MigrationId
 
+logger = logging.getLogger("llumnix")
 _encoder = msgspec.json.Encoder()
 
 
@@ -60,4 +62,9 @@ class EventLog:
     def _write(self, kind: str, at: float, rest: dict[str, Any]) -> None:
         if self._file is not None:
             line = {"at": at, "time": time.time(), "who": self._who, "kind": kind, **rest}
-            os.write(self._file, _encoder.encode(line) + b"\n")
+            try:
+                os.write(self._file, _encoder.encode(line) + b"\n")
+            except OSError as error:
+                # A full disk must not stop an engine.
+                logger.error("The event log ends here (%s): %s", self._who, error.strerror)
+                self.close()

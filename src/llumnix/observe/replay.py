@@ -44,11 +44,13 @@ class Replayed:
 class _Replay:
     def __init__(self) -> None:
         self.result = Replayed()
+        self._lines = 0
         self._schedulers: dict[str, Scheduler] = {}
         self._expected: dict[str, list[Any]] = {}
         self._machines: dict[tuple[str, str, str], Any] = {}
 
     def line(self, number: int, line: dict[str, Any]) -> None:
+        self._lines = number
         who, kind = line["who"], line["kind"]
         if kind == "started":
             self.no_more(who, number)
@@ -86,6 +88,10 @@ class _Replay:
         if was != again:
             self.differ(number, f"was {was}, is {again}")
 
+    def end(self) -> None:
+        for who in list(self._expected):
+            self.no_more(who, self._lines + 1)
+
     def no_more(self, who: str, number: int) -> None:
         """All that was decided again must have been decided then."""
         for decision in self._expected.pop(who, []):
@@ -104,11 +110,19 @@ def replay(path: Path) -> Replayed:
             for number, raw in enumerate(file, 1):
                 try:
                     run.line(number, msgspec.json.decode(raw))
-                except (msgspec.MsgspecError, KeyError, TypeError, AttributeError) as error:
+                except (
+                    msgspec.MsgspecError,
+                    AttributeError,
+                    KeyError,
+                    RecursionError,
+                    TypeError,
+                    ValueError,
+                ) as error:
                     raise UsageError(
                         f"{path}, line {number}: not a line of an event log ({error}); give a file "
                         "that `llumnix serve --event-log` wrote"
                     ) from error
     except OSError as error:
         raise UsageError(f"{path} cannot be read ({error.strerror})") from error
+    run.end()
     return run.result

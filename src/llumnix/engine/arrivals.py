@@ -1,0 +1,313 @@
+"""The seam of core/port.py on vLLM's engine, one half: requests that come in.
+
+What it relies on inside vLLM stands in engine/vllm_port.py, the other half, beside that:
+`EngineCore.batch_queue` holds the steps in flight, `request_block_hasher` hashes blocks,
+`StructuredOutputManager.grammar_init` compiles a grammar on a thread and `accept_tokens` advances
+it (tests/house/test_vllm_migration_contract.py).
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+from vllm.v1.engine import EngineCoreRequest
+from vllm.v1.engine.core import EngineCore
+from vllm.v1.request import Request, RequestStatus
+from vllm.v1.serial_utils import MsgpackDecoder
+
+from llumnix.core.messages import Blocks
+from llumnix.core.port import Refusal
+from llumnix.core.types import EngineIndex, RequestId
+from llumnix.engine.immovable import why_engine_cannot
+from llumnix.engine.transfer_client import AgentClient
+from llumnix.engine.worker import RunnerState
+
+ABSENT = -1
+
+
+class Rest(msgspec.Struct, frozen=True, kw_only=True):
+    """What a handover carries beside tokens and blocks. `told`: the statistics of its prefill were
+    sent to the client."""
+
+    told: bool
+    preemptions: int
+    generator: bytes
+
+
+@dataclass(slots=True, kw_only=True)
+class Arriving:
+    """A request on its way in. `here`: tokens whose KV is in this engine; `pulling`: those it will
+    be when the pull under way has ended; `unfed`: tokens that its grammar was not fed yet; `fence`:
+    the steps that were in flight when it last got blocks."""
+
+    request: Request
+    agents: tuple[str, ...]
+    here: int = 0
+    pulling: int = 0
+    unfed: list[int] = field(default_factory=list)
+    fence: list[Any] = field(default_factory=list)
+
+
+@dataclass(slots=True, kw_only=True)
+class Waiting:
+    """A pull that must not begin before the steps in flight have ended: one of them may still
+    write into a block that was freed under it and is now ours."""
+
+    steps: list[Any]
+    ticket: int
+    agents: list[str]
+    source: list[int]
+    destination: list[int]
+
+
+class Arrivals:
+    """The destination's half of `EnginePort`, for one engine core."""
+
+    def __init__(self, core: EngineCore, client: AgentClient) -> None:
+        self._core = core
+        self._scheduler: Any = core.scheduler
+        self._kv = self._scheduler.kv_cache_manager
+        self._pool = self._kv.block_pool
+        self._client = client
+        self._never = why_engine_cannot(core.vllm_config, self._scheduler)
+        self._v1 = not core.vllm_config.use_v2_model_runner
+        self._arriving: dict[RequestId, Arriving] = {}
+        self._waiting: list[Waiting] = []
+        self._decoder = MsgpackDecoder(EngineCoreRequest)
+        self._meeting: dict[int, tuple[str, ...]] = {}
+        self._met: set[tuple[str, ...]] = set()
+        self._unmet: dict[tuple[str, ...], str] = {}
+        self._tickets = 0
+        self.last_ticket = 0
+        self.block_tokens: int = self._scheduler.block_size
+
+    # -- what the host tells it
+
+    def arrived(self, request: Request) -> None:
+        """A new request came in. Notes whether its reasoning had ended before its first token: the
+        engine overwrites that, and a destination must start from it."""
+        structured = request.structured_output_request
+        if structured is not None:
+            structured.llumnix_reasoning_ended = structured.reasoning_ended
+
+    def begin_pulls(self) -> None:
+        """A step ended: pulls that waited for it may begin."""
+        for pull in list(self._waiting):
+            if not self._in_flight(pull.steps):
+                self._waiting.remove(pull)
+                self._client.pull(pull.ticket, pull.agents, pull.source, pull.destination)
+
+    def met(self, ticket: int, error: str | None) -> None:
+        """A meeting (a negative ticket) with a source's workers has ended."""
+        agents = self._meeting.pop(ticket)
+        if error is not None:
+            self._unmet[agents] = error
+        else:
+            self._met.add(agents)
+
+    def forget(self, agents: list[str]) -> None:
+        """These workers are gone."""
+        self._met.discard(tuple(agents))
+        self._client.forget(agents)
+
+    @property
+    def pulls_wait(self) -> bool:
+        """Whether a pull waits for a step."""
+        return bool(self._waiting)
+
+    # -- arrivals
+
+    def reserve(
+        self, request: RequestId, body: bytes, outputs: list[int], tokens: int, agents: list[str]
+    ) -> int | Refusal:
+        scheduler = self._scheduler
+        taken = len(scheduler.running) + len(scheduler.kv_holding_waiting) + len(self._arriving)
+        if self._never is not None:
+            return Refusal(why=self._never)
+        if request in scheduler.requests or request in scheduler.finished_req_ids:
+            return Refusal(why="what it left there on an earlier visit is not cleared away yet")
+        if taken >= scheduler.max_num_active_reqs:
+            return Refusal(why=f"the destination runs {taken} requests already (--max-num-seqs)")
+        new = Request.from_engine_core_request(
+            self._decoder.decode(body), self._core.request_block_hasher
+        )
+        self.arrived(new)
+        coming = Arriving(request=new, agents=tuple(agents))
+        if coming.agents not in self._met and coming.agents not in self._meeting.values():
+            self._unmet.pop(coming.agents, None)
+            self._tickets += 1
+            self._meeting[-self._tickets] = coming.agents
+            self._client.meet(-self._tickets, agents)
+        if new.use_structured_output:
+            coming.unfed = list(outputs)
+            scheduler.structured_output_manager.grammar_init(new)
+        else:
+            new.append_output_token_ids(outputs)
+        if tokens:
+            found, hit = None, 0
+            if self._kv.enable_caching:
+                found, hit, _ = self._kv.get_computed_blocks(new)
+            slots = self._kv.allocate_slots(
+                new,
+                max(tokens - hit, 1),
+                num_new_computed_tokens=hit,
+                new_computed_blocks=found,
+                delay_cache_blocks=True,
+            )
+            if slots is None:
+                return self._no_room(tokens)
+            new.num_computed_tokens = coming.here = hit
+            coming.fence = list(self._core.batch_queue or ())
+        self._arriving[request] = coming
+        return coming.here
+
+    def ready(self, request: RequestId) -> bool | Refusal:
+        coming = self._arriving[request]
+        if coming.agents not in self._met:
+            why = self._unmet.get(coming.agents)
+            return Refusal(why=f"its blocks cannot be read: {why}") if why else False
+        structured = coming.request.structured_output_request
+        if structured is None:
+            return True
+        if not structured.is_grammar_ready:
+            return False
+        if isinstance(structured.grammar, Exception):
+            return Refusal(why=f"its grammar does not compile there ({structured.grammar})")
+        return self._feed(coming)
+
+    def reach(self, request: RequestId, tokens: int, outputs: list[int]) -> Refusal | None:
+        coming = self._arriving[request]
+        new = coming.request
+        coming.here = max(coming.here, coming.pulling)
+        new.num_computed_tokens = coming.here
+        if new.use_structured_output:
+            coming.unfed += outputs
+            fed = self._feed(coming)
+            if isinstance(fed, Refusal):
+                return fed
+        else:
+            new.append_output_token_ids(outputs)
+        need = tokens - new.num_computed_tokens
+        free = self._pool.get_num_free_blocks()
+        if need > 0 and self._kv.allocate_slots(new, need, delay_cache_blocks=True) is None:
+            return self._no_room(tokens)
+        if self._pool.get_num_free_blocks() != free:
+            coming.fence = list(self._core.batch_queue or ())
+        return None
+
+    def pull(
+        self,
+        request: RequestId,
+        ticket: int,
+        source: EngineIndex,
+        agents: list[str],
+        start: int,
+        end: int,
+        blocks: Blocks,
+    ) -> None:
+        coming = self._arriving[request]
+        coming.pulling = end
+        self.last_ticket = ticket
+        mine, _ = self._blocks(request, start, end)
+        pairs = [
+            (theirs, ours)
+            for group, own in zip(blocks, mine, strict=True)
+            for theirs, ours in zip(group, own, strict=True)
+            if theirs != ABSENT and ours != ABSENT
+        ]
+        froms, tos = [p[0] for p in pairs], [p[1] for p in pairs]
+        pull = Waiting(
+            steps=coming.fence, ticket=ticket, agents=agents, source=froms, destination=tos
+        )
+        if self._in_flight(pull.steps):
+            self._waiting.append(pull)
+        else:
+            self._client.pull(ticket, agents, froms, tos)
+
+    def commit(self, request: RequestId, computed: int, state: bytes) -> Refusal | None:
+        coming = self._arriving[request]
+        new = coming.request
+        rest = msgspec.msgpack.decode(state, type=Rest)
+        if coming.unfed:
+            return Refusal(why="its grammar was not ready there")
+        new.num_computed_tokens = computed
+        new.num_preemptions = rest.preemptions
+        if rest.told:
+            new.prefill_stats = None
+        if computed:
+            self._kv.cache_blocks(new, computed)
+        else:
+            self._kv.free(new)
+        started = bool(computed or new.num_output_tokens)
+        new.status = RequestStatus.PREEMPTED if started else RequestStatus.WAITING
+        if started and self._v1:
+            blocks = [list(group) for group in self._kv.get_blocks(request).get_block_ids()]
+            runner = RunnerState(
+                request=request,
+                prompt=new.prompt_token_ids,
+                outputs=list(new.output_token_ids),
+                computed=computed,
+                blocks=blocks,
+                generator=rest.generator,
+            )
+            self._rpc(
+                "llumnix_install",
+                msgspec.msgpack.encode(runner),
+                new.sampling_params,
+                new.lora_request,
+            )
+        del self._arriving[request]
+        self._scheduler.requests[request] = new
+        self._queue(new)
+        return None
+
+    def drop(self, request: RequestId) -> None:
+        self._kv.free(self._arriving.pop(request).request)
+
+    # -- both halves
+
+    def _blocks(self, request: RequestId, start: int, end: int) -> tuple[Blocks, list[Any]]:
+        """The blocks of tokens [start, end) in each group: their ids, and those that are real."""
+        ids: Blocks = []
+        real: list[Any] = []
+        groups = self._scheduler.kv_cache_config.kv_cache_groups
+        for group, blocks in zip(groups, self._kv.get_blocks(request).blocks, strict=False):
+            size = group.kv_cache_spec.block_size
+            chosen = blocks[start // size : -(-end // size)]
+            ids.append([ABSENT if b.is_null else b.block_id for b in chosen])
+            real += [b for b in chosen if not b.is_null]
+        return ids, real
+
+    def _queue(self, request: Request) -> None:
+        """Puts a request first in line, with the KV that it has."""
+        self._scheduler.prev_step_scheduled_req_ids.discard(request.request_id)
+        queue = self._scheduler.waiting
+        if request.num_computed_tokens:
+            queue = self._scheduler.kv_holding_waiting
+        queue.prepend_request(request)
+
+    def _feed(self, coming: Arriving) -> bool | Refusal:
+        """Tells its grammar what it has generated, token by token, as the source's was told."""
+        new, manager = coming.request, self._scheduler.structured_output_manager
+        structured = new.structured_output_request
+        if not structured.is_grammar_ready:
+            return False
+        while coming.unfed:
+            token = coming.unfed.pop(0)
+            new.append_output_token_ids([token])
+            if not manager.accept_tokens(new, [token]):
+                return Refusal(why="its grammar there does not accept what it has generated")
+        return True
+
+    def _in_flight(self, steps: list[Any]) -> bool:
+        """Whether any of these steps has not come home yet."""
+        flying = [id(entry) for entry in self._core.batch_queue or ()]
+        return any(id(step) in flying for step in steps)
+
+    def _no_room(self, tokens: int) -> Refusal:
+        free = self._pool.get_num_free_blocks() * self.block_tokens
+        return Refusal(why=f"no room: {tokens} tokens are needed there, {free} are free")
+
+    def _rpc(self, method: str, *args: Any) -> list[Any]:
+        answers: list[Any] = self._core.model_executor.collective_rpc(method, args=args)
+        return answers
