@@ -27,7 +27,7 @@ from typing import Any
 
 import aiohttp
 
-from common import ROOT, Served, percentile, write_result
+from common import ROOT, Served, percentile, real_time, write_result
 from shapes import SHAPES, write_shape
 
 EVERY_TOKENS = 24
@@ -220,6 +220,7 @@ async def cost(http: aiohttp.ClientSession, url: str, args: argparse.Namespace) 
 
 
 async def main(args: argparse.Namespace) -> None:
+    priority = real_time()
     with tempfile.TemporaryDirectory() as temporary:
         folder = write_shape(args.shape, Path(temporary) / args.shape)
         flags = ["--instances", "2", "--load-format", "dummy", "--no-enable-prefix-caching"]
@@ -233,7 +234,9 @@ async def main(args: argparse.Namespace) -> None:
                 await one_request(http, server.url, 64, "staged", 2, random.Random(1))
                 rows = await gaps(http, server.url, args)
                 row = await cost(http, server.url, args)
-            write_result(args.out, rows, shape=args.shape, flags=args.flags, others=row)
+            write_result(
+                args.out, rows, client=priority, shape=args.shape, flags=args.flags, others=row
+            )
         except BaseException:
             print(server.log.read_text()[-6000:])
             raise

@@ -65,9 +65,9 @@ class OneServer:
         """The running server of that kind; what ran before it is stopped."""
         if self._kind != kind:
             self.stop()
-            self._server = Server(str(model), "--served-model-name", "tiny", *flags, log=log)
+            server = Server(str(model), "--served-model-name", "tiny", *flags, log=log)
+            self._server = server.wait_until_serving()
             self._kind = kind
-            self._server.wait_until_serving()
         assert self._server is not None
         return self._server
 

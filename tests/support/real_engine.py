@@ -40,7 +40,7 @@ class RealEngine:
         model: Path,
         *,
         transfer: TransferOptions | None = None,
-        async_scheduling: bool = False,
+        force_async: bool = False,
         worker_cls: str | None = None,
         **args: Any,
     ) -> None:
@@ -57,7 +57,7 @@ class RealEngine:
         config.instance_id = f"conformance-{number}"
         if worker_cls is not None:
             config.parallel_config.worker_cls = worker_cls
-        if async_scheduling:
+        if force_async:
             config.scheduler_config.async_scheduling = True
         self.config = config
         self.core = EngineCore(config, Executor.get_class(config), log_stats=False)
