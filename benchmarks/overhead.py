@@ -17,7 +17,6 @@ decides whether a prefill falls between somebody's tokens).
 
 import argparse
 import asyncio
-import os
 import random
 import tempfile
 import time
@@ -26,7 +25,7 @@ from typing import Any
 
 import aiohttp
 
-from common import ROOT, Served, Streamed, median, percentile, stream, write_result
+from common import ROOT, Served, Streamed, median, percentile, real_time, stream, write_result
 
 LOADS: tuple[dict[str, Any], ...] = (
     {"load": "one stream", "streams": 1, "rate": None, "requests": 20},
@@ -148,12 +147,7 @@ def main() -> None:
         args.model = str(prepare_demo_model(print))
     flags = ["--enforce-eager", "--max-model-len", "2048", "--kv-cache-memory-bytes", "536870912"]
     flags += args.flags
-    priority = "real-time"
-    try:
-        # Without RESET_ON_FORK the servers would inherit it.
-        os.sched_setscheduler(0, os.SCHED_RR | os.SCHED_RESET_ON_FORK, os.sched_param(1))
-    except PermissionError:
-        priority = "ordinary"
+    priority = real_time()
     with tempfile.TemporaryDirectory() as logs:
         servers = []
         try:

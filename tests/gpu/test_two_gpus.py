@@ -1,4 +1,4 @@
-"""On two GPUs of one host, bf16: moved requests are exact, and both caches the same, block by block.
+"""On two GPUs of one host, bf16: moved requests are exact, both caches the same by block.
 
 Run it once for each runner, since vLLM reads the variable once:
 
