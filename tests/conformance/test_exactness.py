@@ -121,6 +121,7 @@ def run(
     duo.finish()
     duo.check_nothing_left()
     assert duo.state[request] == "finished"
+    print("not moved:", [e.why for e in duo.ended if not e.taken])
     return story(duo, request), sum(e.taken for e in duo.ended)
 
 

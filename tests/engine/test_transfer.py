@@ -615,3 +615,28 @@ def test_gpu_blocks_arrive_bit_by_bit(
     worker.kill()
     client.pull(99, [worker.address], [0], [1])
     assert rig.answer().error is not None
+
+
+def test_copies_of_blocks_that_follow_each_other_on_both_sides_are_one() -> None:
+    from llumnix.engine.blocks_cuda import addresses
+
+    far = torch.zeros(3, 16, 4, dtype=torch.int64)
+    near = torch.zeros(3, 32, 4, dtype=torch.int64)
+    froms, tos, sizes = addresses([(far, near)], [2, 3, 4, 9, 1], [7, 8, 9, 20, 21])
+    block = 4 * 8
+    assert sizes.tolist() == [3 * block, block, block] * 3
+    layer, start = 16 * block, far.data_ptr()
+    assert (froms - start).tolist() == [n * layer + b * block for n in range(3) for b in (2, 9, 1)]
+    layer, start = 32 * block, near.data_ptr()
+    assert (tos - start).tolist() == [n * layer + b * block for n in range(3) for b in (7, 20, 21)]
+
+
+def test_blocks_that_do_not_lie_end_to_end_are_copied_one_by_one() -> None:
+    from llumnix.engine.blocks_cuda import addresses
+
+    far = torch.zeros(2, 16, 8, dtype=torch.int32)[:, :, :4]
+    near = torch.zeros(2, 16, 4, dtype=torch.int32)
+    froms, tos, sizes = addresses([(far, near)], [2, 3], [5, 6])
+    assert sizes.tolist() == [16] * 4
+    assert (froms - far.data_ptr()).tolist() == [64, 96, 576, 608]
+    assert (tos - near.data_ptr()).tolist() == [80, 96, 336, 352]

@@ -96,7 +96,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealKind]:
 
 
 def params(**more: Any) -> SamplingParams:
-    return SamplingParams(**{"max_tokens": 80, "ignore_eos": True, "detokenize": False, **more})
+    return SamplingParams(**{"max_tokens": 300, "ignore_eos": True, "detokenize": False, **more})
 
 
 def compared(kind: RealKind, monkeypatch: pytest.MonkeyPatch) -> list[int]:

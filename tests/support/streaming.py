@@ -255,16 +255,22 @@ class Background:
 
 
 def all_at_once(works: list[Callable[[], Any]]) -> list[Any]:
-    """Does each in a thread of its own; their results in order."""
+    """Does each in a thread of its own; their results in order. Raises what one of them raised."""
     results: list[Any] = [None] * len(works)
+    raised: list[Exception] = []
 
     def run(index: int) -> None:
         real_time()
-        results[index] = works[index]()
+        try:
+            results[index] = works[index]()
+        except Exception as error:
+            raised.append(error)
 
     threads = [threading.Thread(target=run, args=(i,)) for i in range(len(works))]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    if raised:
+        raise raised[0]
     return results

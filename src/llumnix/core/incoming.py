@@ -20,6 +20,7 @@ from llumnix.core.messages import (
     Reserved,
     Stage,
     Staged,
+    Stopping,
     ToFrontend,
     TookOver,
     ToPeer,
@@ -51,6 +52,7 @@ class Incoming:
     tail: list[int] = field(default_factory=list)
     ticket: int | None = None
     last: Stage | Handover | None = None
+    near_until_s: float = 0.0
     bytes: int = 0
     seconds: float = 0.0
     why: str = ""
@@ -112,13 +114,25 @@ class IncomingMigrations:
         self._open[order.migration] = coming
         self._look(coming, now)
 
-    def receive(self, message: Stage | Handover | CallOff, now: float) -> None:
+    def handover_is_near(self, now: float) -> bool:
+        """Whether a source has said that its handover is coming, and it has not come yet."""
+        return any(
+            now < c.near_until_s
+            for c in self._open.values()
+            if c.machine.state is DestinationState.READY
+        )
+
+    def receive(self, message: Stage | Stopping | Handover | CallOff, now: float) -> None:
         """Takes in what a source said."""
         coming = self._open.get(message.migration)
         if coming is None or coming.machine.over:
             self._after_the_verdict(message)
         elif isinstance(message, CallOff):
             self._may_end(coming, DestinationEvent.CALLED_OFF, message.why)
+        elif isinstance(message, Stopping):
+            if coming.machine.state is DestinationState.READY:
+                self._walk(coming, DestinationEvent.STOPPING)
+                coming.near_until_s = now + self._limits.near_s
         elif coming.machine.state is DestinationState.COMMITTING:
             if isinstance(message, Handover):
                 self._walk(coming, DestinationEvent.HANDOVER)
@@ -310,7 +324,9 @@ class IncomingMigrations:
         if len(self._decided) > REMEMBERED_MAX:
             del self._decided[next(iter(self._decided))]
 
-    def _after_the_verdict(self, message: Stage | Handover | CallOff) -> None:
+    def _after_the_verdict(self, message: Stage | Stopping | Handover | CallOff) -> None:
+        if isinstance(message, Stopping):
+            return
         decided = self._decided.get(message.migration)
         if decided is None:
             # Its reservation was lost or comes later; it will not be made.

@@ -11,12 +11,15 @@ sent them all."""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MigrationLimits:
-    """Of every migration: times in seconds, counts in migrations, stages and blocks."""
+    """Of every migration: times in seconds, counts in migrations, stages and blocks.
+
+    `near_s`: how long a destination holds steps back for a handover that was announced."""
 
     reserve_timeout_s: float = 5.0
     stage_timeout_s: float = 30.0
     verdict_again_s: float = 0.25
     silence_timeout_s: float = 60.0
+    near_s: float = 0.05
     outgoing_max: int = 4
     incoming_max: int = 4
     stages_max: int = 8

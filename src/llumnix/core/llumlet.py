@@ -16,6 +16,7 @@ from llumnix.core.messages import (
     Reserved,
     Stage,
     Staged,
+    Stopping,
     Verdict,
 )
 from llumnix.core.outgoing import OnStep, OutgoingMigrations
@@ -59,11 +60,16 @@ class Llumlet:
         match message:
             case Reserve():
                 self._incoming.reserve(message, now)
-            case Stage() | Handover() | CallOff():
+            case Stage() | Stopping() | Handover() | CallOff():
                 self._incoming.receive(message, now)
             case Reserved() | Staged() | Verdict():
                 self._outgoing.receive(message, now)
         return self._take_out()
+
+    def handover_is_near(self, now: float) -> bool:
+        """Whether to begin no step ahead of time: a request is about to come that would have to
+        wait for it."""
+        return self._incoming.handover_is_near(now)
 
     def pulled(
         self, ticket: int, error: str | None, size: int, seconds: float, now: float

@@ -71,6 +71,13 @@ class Stage:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Stopping:
+    """The handover follows within about a step: the request's last step here is under way."""
+
+    migration: MigrationId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Handover:
     """The rest: tokens [start, end), where `end` is all that was computed. `state`: what else the
     binding needs. Answered with a verdict, and sent again until it is."""
@@ -125,7 +132,7 @@ class Verdict:
     seconds: float = 0.0
 
 
-PeerMessage = Reserve | Stage | Handover | CallOff | Reserved | Staged | Verdict
+PeerMessage = Reserve | Stage | Stopping | Handover | CallOff | Reserved | Staged | Verdict
 
 
 # -- llumlets to the frontend

@@ -103,6 +103,8 @@ class DestinationEvent(enum.Enum):
     PULLED = "pulled"
     FAILED = "failed"
     """No room, or the blocks could not be pulled."""
+    STOPPING = "stopping"
+    """The handover is near."""
     HANDOVER = "handover"
     INSTALLED = "installed"
     """The request with all its state is in this engine's queue."""
@@ -119,6 +121,7 @@ class DestinationAction(enum.Enum):
     SAY_RESERVED = "tell the source"
     PULL = "pull the stage's blocks"
     SAY_STAGED = "tell the source"
+    MAKE_WAY = "begin no step before it"
     PULL_REST = "pull the rest"
     INSTALL = "install it here"
     TAKE_OVER = "tell the frontend, then the source"
@@ -198,6 +201,7 @@ DESTINATION: dict[
     },
     D.READY: {
         DE.STAGE: (D.PULLING, DA.PULL),
+        DE.STOPPING: (D.READY, DA.MAKE_WAY),
         DE.HANDOVER: (D.COMMITTING, DA.PULL_REST),
         DE.FAILED: (D.ABORTED, DA.DROP),
         DE.CALLED_OFF: (D.ABORTED, DA.DROP),

@@ -23,6 +23,7 @@ from llumnix.core.messages import (
     Stage,
     Staged,
     StageDone,
+    Stopping,
     ToFrontend,
     ToPeer,
     Verdict,
@@ -233,6 +234,8 @@ class OutgoingMigrations:
                 self._port.stop(order.request)
                 going.stopped_s = now
                 going.deadline_s = now + self._limits.stage_timeout_s
+                if self._port.progress(order.request).in_flight:
+                    self._send(going, Stopping(migration=order.migration))
                 self.look(going, now)
             case SourceAction.HAND_OVER:
                 self._hand_over(going, now)

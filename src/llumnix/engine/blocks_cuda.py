@@ -1,16 +1,19 @@
 """KV blocks on GPUs: through pinned host memory, or straight out of a peer's mapped memory.
 
 A peer on the same host exports its storages once (CUDA IPC); the puller maps them *on its own
-device* and its own kernels read them over NVLink or PCIe, as vLLM's custom all-reduce does. So a
-pull is a gather and a scatter on one stream of one device: nothing crosses streams, the peer's
+device*, whose copy engines (or, without vLLM's operator for that, its kernels) read them over
+NVLink or PCIe. So a pull is work on one stream of one device: nothing crosses streams, the peer's
 GPU need not be visible here, and no context of ours takes memory on it. Where the GPUs cannot
 reach each other, mapping fails and the bytes go through host memory.
+
+vLLM 0.32 internals relied on here (tests/house/test_vllm_migration_contract.py fails when one
+changes): the operator `_C_cache_ops.swap_blocks_batch`.
 
 Every call runs on a stream of its owner's, and returns when its work is done. The thread that
 makes one of these objects must be the one that uses it, and is bound to its GPU from then on.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -162,8 +165,25 @@ class MappedPeer:
             for far, near, dtype in pair_up(theirs, layout.pieces)
         ]
 
+        self._dma = copy_engines()
+
+    @property
+    def by_dma(self) -> bool:
+        """Whether the GPU's copy engines do the work: no kernels, and no memory in between."""
+        return self._dma is not None
+
     def pull(self, source: Sequence[int], destination: Sequence[int]) -> None:
         """Copies the peer's blocks `source` into ours, `destination`."""
+        if self._dma is not None:
+            froms, tos, sizes = addresses(self._pairs, source, destination)
+            with torch.cuda.stream(self._stream):
+                self._dma(froms, tos, sizes, True)
+        else:
+            self._pull_by_kernels(source, destination)
+        # CUDA reports a fault of the copies here, as a RuntimeError.
+        self._stream.synchronize()
+
+    def _pull_by_kernels(self, source: Sequence[int], destination: Sequence[int]) -> None:
         with torch.cuda.stream(self._stream):
             both = torch.tensor(
                 [source, destination], dtype=torch.int64, device=self._layout.device
@@ -171,8 +191,59 @@ class MappedPeer:
             theirs, ours = both.unbind(0)
             for far, near in self._pairs:
                 near.index_copy_(1, ours, far.index_select(1, theirs))
-        # CUDA reports a fault of the copies here, as a RuntimeError.
-        self._stream.synchronize()
+
+
+def copy_engines() -> Callable[..., None] | None:
+    """vLLM's batched copy (sources, destinations, sizes, any order), or None if this vLLM has none.
+
+    It hands all copies to the driver in one call, and the copy engines do them: kernels that read
+    over NVLink would take multiprocessors from the model for as long as they wait.
+    """
+    try:
+        import vllm._custom_ops  # noqa: F401 - registers the operators
+    except ImportError:
+        return None
+    try:
+        copy: Callable[..., None] = torch.ops._C_cache_ops.swap_blocks_batch
+    except AttributeError:
+        return None
+    return copy
+
+
+def addresses(
+    pairs: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    source: Sequence[int],
+    destination: Sequence[int],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What to copy where: addresses and sizes in bytes, as int64 tensors on the host.
+
+    `pairs` are views (pieces, blocks, words) of the peer's planes and of ours. Blocks that follow
+    each other on both sides, in planes where blocks lie end to end, are one copy.
+    """
+    froms, tos, sizes = [], [], []
+    places = np.array([source, destination], dtype=np.int64)
+    for far, near in pairs:
+        item, words = far.element_size(), far.shape[2]
+        dense = far.stride(1) == words == near.stride(1)
+        first, length = _joint_runs(places) if dense else _singly(places)
+        layers = np.arange(far.shape[0], dtype=np.int64)[:, None]
+        for tensor, blocks, into in ((far, places[0, first], froms), (near, places[1, first], tos)):
+            at = layers * (tensor.stride(0) * item) + blocks * (tensor.stride(1) * item)
+            into.append((tensor.data_ptr() + at).ravel())
+        sizes.append(np.tile(length * (words * item), far.shape[0]))
+    return tuple(torch.from_numpy(np.concatenate(parts)) for parts in (froms, tos, sizes))  # type: ignore[return-value]
+
+
+def _joint_runs(places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where runs begin that are consecutive in both rows, and how long they are."""
+    breaks = np.flatnonzero((np.diff(places, axis=1) != 1).any(axis=0)) + 1
+    first = np.concatenate([[0], breaks])
+    return first, np.diff(np.concatenate([first, [places.shape[1]]]))
+
+
+def _singly(places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    count = places.shape[1]
+    return np.arange(count), np.ones(count, dtype=np.int64)
 
 
 def pair_up(

@@ -160,6 +160,10 @@ class LlumletHost:
         if self.llumlet.busy:
             self._send(self.llumlet.poll(self._polled_s))
 
+    def handover_is_near(self) -> bool:
+        """Whether the engine should let its step in flight come home before it begins another."""
+        return self.llumlet.busy and self.llumlet.handover_is_near(time.monotonic())
+
     def migrate(self, order: bytes) -> None:
         """A frontend's order (`Migrate`)."""
         message = decode(order)

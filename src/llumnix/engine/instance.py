@@ -13,15 +13,19 @@ vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when
 - `EngineCoreProc._handle_client_request(kind, content)` gets whatever lies in the input queue, and
   `abort_requests(ids)` every abort, on that same thread. A utility call finds any method of ours by
   name. `worker_extension_cls` names a class for the workers.
+- `EngineCore.step_with_batch_queue()` schedules only if `scheduler.has_requests()`, and otherwise
+  waits for the oldest batch in `batch_queue` and takes its outputs in.
 - `shutdown_state` and a WAKEUP in `input_queue` end the busy loop from another thread.
 
 Ray calls the constructor, then `run()` (which ends only with the engine) and, on the second of the
 actor's two threads, the short methods.
 """
 
+import contextlib
 import os
 import socket
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing import resource_tracker, util
 from typing import Any
@@ -156,6 +160,12 @@ class EngineInstance(EngineCoreActor):
         else:
             super()._handle_client_request(request_type, request)
 
+    def _process_engine_step(self) -> bool:
+        if self.batch_queue and self._host.handover_is_near():
+            with _landing_only(self.scheduler):
+                return bool(super()._process_engine_step())
+        return bool(super()._process_engine_step())
+
     def _maybe_publish_request_counts(self) -> None:
         self._host.poll()
         self._offer()
@@ -177,6 +187,19 @@ class EngineInstance(EngineCoreActor):
                 waiting=waiting,
             )
         )
+
+
+@contextlib.contextmanager
+def _landing_only(scheduler: Any) -> Iterator[None]:
+    """While it lasts, a step brings home the oldest batch in flight and schedules no new one.
+
+    With asynchronous scheduling the next step is in the queue before this one has ended, and a
+    request that arrives now would wait for both."""
+    scheduler.has_requests = lambda: False
+    try:
+        yield
+    finally:
+        del scheduler.has_requests
 
 
 def _take_devices(seat: InstanceSeat, world_size: int) -> list[str]:

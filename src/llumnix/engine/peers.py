@@ -18,6 +18,7 @@ from llumnix.core.messages import (
     Reserved,
     Stage,
     Staged,
+    Stopping,
     Verdict,
 )
 from llumnix.errors import ProtocolError
@@ -28,7 +29,7 @@ logger = logging.getLogger("llumnix.engine")
 BEAT_MS = 50
 QUEUED_MAX = 1000
 CLOSE_TIMEOUT_S = 2.0
-_KINDS = (CallOff, Handover, Reserve, Reserved, Stage, Staged, Verdict)
+_KINDS = (CallOff, Handover, Reserve, Reserved, Stage, Staged, Stopping, Verdict)
 
 
 class Peers:

@@ -46,6 +46,8 @@ CHUNK_BLOCKS_MAX = 4096
 asks while the source still sends, and neither may wait for the other."""
 GPU_CHUNK_FACTOR = 8
 """A chunk of a mapped GPU is this many staging chunks: it costs GPU memory for a moment only."""
+DMA_CHUNK_FACTOR = 32
+"""The same where the copy engines do it, which costs none."""
 SAME_HOST = ("auto", "tcp")
 
 Pace = Callable[[int], None]
@@ -353,7 +355,8 @@ class MappedReader(_LinkedReader):
             pieces=welcome.pieces,
             blocks=welcome.blocks,
         )
-        self._gpu_chunk = max(1, GPU_CHUNK_FACTOR * options.staging_bytes // layout.block_bytes)
+        factor = DMA_CHUNK_FACTOR if self._mapped.by_dma else GPU_CHUNK_FACTOR
+        self._gpu_chunk = max(1, factor * options.staging_bytes // layout.block_bytes)
         self._memory = open_memory(layout) if options.checksums else None
 
     def pull(self, source: Sequence[int], destination: Sequence[int], pace: Pace) -> int:

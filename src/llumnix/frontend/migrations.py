@@ -9,7 +9,6 @@ changes): an engine's outputs are sent in order, so a message that an output car
 import asyncio
 import logging
 import time
-from collections import deque
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -73,6 +72,7 @@ class Migration:
     downtime_ms: float | None = None
     total_ms: float | None = None
     tokens_before: int | None = None
+    released: bool = False
     done: asyncio.Event = field(default_factory=asyncio.Event)
 
     def shown(self) -> dict[str, Any]:
@@ -109,7 +109,7 @@ class Migrations:
         self._streams = streams
         self._engines = engines
         self._arbiter: Arbiter[EngineCoreOutput] = Arbiter()
-        self._listed: deque[Migration] = deque(maxlen=LISTED_MAX)
+        self._listed: dict[MigrationId, Migration] = {}
         self._open: dict[MigrationId, Migration] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -117,13 +117,12 @@ class Migrations:
 
     def recent(self) -> list[dict[str, Any]]:
         """The last of them, the oldest first."""
-        return [m.shown() for m in self._listed]
+        return [m.shown() for m in self._listed.values()]
 
     def get(self, migration: str) -> dict[str, Any]:
         """One of them; `UnknownMigrationError`."""
-        for known in self._listed:
-            if known.id == migration:
-                return known.shown()
+        if (known := self._listed.get(MigrationId(migration))) is not None:
+            return known.shown()
         raise UnknownMigrationError(
             f"no migration {migration} among the last {LISTED_MAX}; GET /llumnix/v1/migrations"
         )
@@ -160,7 +159,9 @@ class Migrations:
             destination=place.instance,
             began_s=time.monotonic(),
         )
-        self._listed.append(migration)
+        self._listed[migration.id] = migration
+        if len(self._listed) > LISTED_MAX:
+            del self._listed[next(iter(self._listed))]
         self._open[migration.id] = migration
         self._log.migration(migration.shown())
         try:
@@ -185,6 +186,7 @@ class Migrations:
 
     def close(self, request: RequestId) -> list[EngineIndex]:
         """A stream ended. Returns the engines that may still hold the request."""
+        self._settle(request)
         return self._arbiter.close(request)
 
     def hear(
@@ -234,7 +236,7 @@ class Migrations:
     ) -> None:
         message = decode(payload)
         if isinstance(message, TookOver):
-            if (known := self._open.get(message.migration)) is not None:
+            if (known := self._listed.get(message.migration)) is not None:
                 known.tokens_before = message.outputs
             self._perform(self._arbiter.took_over(engine_index, message), due)
         elif isinstance(message, MigrationEnded):
@@ -243,8 +245,12 @@ class Migrations:
             if migration is not None:
                 migration.stages = message.stages
                 migration.downtime_ms = message.downtime_ms
-                outcome = "migrated" if message.taken else "aborted"
-                self._end(migration, outcome, message.why)
+                migration.released = message.taken
+                stream = self._streams.get(message.request)
+                if not message.taken:
+                    self._end(migration, "aborted", message.why)
+                elif stream is None or stream.engine_index != migration.source_engine:
+                    self._end(migration, "migrated", "")
 
     def _end(self, migration: Migration, outcome: str, reason: str) -> None:
         if self._open.pop(migration.id, None) is not None:
@@ -272,6 +278,7 @@ class Migrations:
 
     def _move(self, moved: Moved, due: list[EngineCoreOutput]) -> None:
         self._streams.move(moved.request, moved.owner)
+        self._settle(moved.request)
         stream = self._streams.get(moved.request)
         if moved.missing and stream is not None and stream.logprobs:
             # The tokens are known, their log-probabilities died with the source.
@@ -282,6 +289,12 @@ class Migrations:
         if moved.missing:
             due.append(EngineCoreOutput(moved.request, list(moved.missing)))
         due += moved.held  # type: ignore[arg-type]
+
+    def _settle(self, request: RequestId) -> None:
+        """The stream moved or ended: a migration whose source has let go is over."""
+        for migration in [m for m in self._open.values() if m.request == request]:
+            if migration.released:
+                self._end(migration, "migrated", "")
 
     def _end_all_of(self, request: RequestId, outcome: str, reason: str) -> None:
         for migration in [m for m in self._open.values() if m.request == request]:

@@ -20,6 +20,7 @@ from llumnix.core.messages import (
     Reserved,
     Stage,
     Staged,
+    Stopping,
     TookOver,
     Verdict,
 )
@@ -68,6 +69,7 @@ Message = (
     | Migrate
     | Reserve
     | Stage
+    | Stopping
     | Handover
     | CallOff
     | Reserved
