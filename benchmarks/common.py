@@ -130,7 +130,18 @@ def machine() -> dict[str, Any]:
         ),
         platform.processor(),
     )
-    return {"cpu": cpu, "cores": os.cpu_count(), "python": platform.python_version()}
+    gpus = subprocess.run(
+        ["sh", "-c", "nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return {
+        "gpus": gpus.stdout.split("\n")[:-1],
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+    }
 
 
 def versions() -> dict[str, str]:
@@ -144,6 +155,9 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
+    """Of this checkout; LLUMNIX_COMMIT says it where a copy without its history is measured."""
+    if given := os.environ.get("LLUMNIX_COMMIT"):
+        return given
     done = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"],
         cwd=ROOT,

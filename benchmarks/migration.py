@@ -32,7 +32,8 @@ from shapes import SHAPES, write_shape
 
 EVERY_TOKENS = 24
 FIRST_MOVE = 16
-WINDOWS = 8
+WINDOWS = 12
+PACES: dict[str, float | None] = {"not": None, "once a second": 1.0, "back to back": 0.02}
 KEPT = ("extra_gap_ms", "downtime_ms", "total_ms", "stages")
 
 
@@ -94,6 +95,12 @@ async def one_request(
         if await seen.until(FIRST_MOVE + EVERY_TOKENS * hop):
             moves.append(await move(http, url, name, mode))
     await task
+    # The frontend may have learnt the number of tokens only after it had answered.
+    moves = [
+        await (await http.get(f"{url}/llumnix/v1/migrations/{m['id']}")).json()
+        for m in moves
+        if "id" in m
+    ]
     gaps = [(b - a) * 1e3 for a, b in zip(seen.at_s, seen.at_s[1:], strict=False)]
     step = statistics.median(gaps)
     rows = []
@@ -110,10 +117,19 @@ async def one_request(
 class Background:
     """Streams that come one after the other, `count` at a time."""
 
-    def __init__(self, http: aiohttp.ClientSession, url: str, count: int) -> None:
-        self.http, self.url, self.count = http, url, count
-        self.gaps: list[tuple[float, float]] = []
+    def __init__(self, http: aiohttp.ClientSession, url: str, count: int, tokens: int) -> None:
+        self.http, self.url, self.count, self.tokens = http, url, count, tokens
+        self.watched: list[Watched] = []
         self.stopping = False
+
+    @property
+    def gaps(self) -> list[tuple[float, float]]:
+        """Of all streams so far: when a token came, and ms since the one before it."""
+        return [
+            (b, (b - a) * 1e3)
+            for seen in self.watched
+            for a, b in zip(seen.at_s, seen.at_s[1:], strict=False)
+        ]
 
     async def __aenter__(self) -> "Background":
         self.tasks = [asyncio.create_task(self.keep(i)) for i in range(self.count)]
@@ -123,18 +139,24 @@ class Background:
 
     async def __aexit__(self, *_: Any) -> None:
         self.stopping = True
-        await asyncio.gather(*self.tasks)
+        for task in self.tasks:
+            task.cancel()
+        await asyncio.gather(*self.tasks, return_exceptions=True)
 
     async def keep(self, number: int) -> None:
         dice = random.Random(number)
         while not self.stopping:
             seen = Watched()
+            self.watched.append(seen)
             prompt = [dice.randrange(300, 4000) for _ in range(256)]
             await watch(
-                self.http, self.url, uuid.uuid4().hex, prompt, dice.randrange(200, 400), seen
+                self.http,
+                self.url,
+                uuid.uuid4().hex,
+                prompt,
+                dice.randrange(self.tokens // 2, self.tokens),
+                seen,
             )
-            pairs = zip(seen.at_s, seen.at_s[1:], strict=False)
-            self.gaps += [(b, (b - a) * 1e3) for a, b in pairs]
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -158,7 +180,7 @@ async def gaps(http: aiohttp.ClientSession, url: str, args: argparse.Namespace) 
     print(f"{'prompt':>7} {'mode':>10} {'others':>6} {'step':>7} {'extra p50':>9} {'p99':>8} "
           f"{'total':>8} stages (tokens, MB, ms)")  # fmt: skip
     for others in dict.fromkeys((0, args.background)):
-        async with Background(http, url, 2 * others):
+        async with Background(http, url, 2 * others, args.background_tokens):
             for length in args.lengths:
                 modes = ("staged", "blocking", "recompute") if not others else ("staged",)
                 for mode in modes:
@@ -181,41 +203,49 @@ async def gaps(http: aiohttp.ClientSession, url: str, args: argparse.Namespace) 
 
 
 async def cost(http: aiohttp.ClientSession, url: str, args: argparse.Namespace) -> dict[str, Any]:
-    """The other streams' time between tokens, with a request moved all the time and without."""
-    length = args.lengths[len(args.lengths) // 2]
+    """The other streams' time between tokens, while one request is moved and while it is not."""
+    length = min(args.lengths, key=lambda n: abs(n - 4096))
     windows: list[tuple[str, float, float]] = []
-    moves = 0
-    async with Background(http, url, 2 * max(1, args.background)) as others:
+    moves = dict.fromkeys(PACES, 0)
+    count = 2 * max(1, args.background)
+    async with Background(http, url, count, args.background_tokens) as others:
         name, seen = uuid.uuid4().hex, Watched()
         dice = random.Random(9)
         prompt = [dice.randrange(300, 4000) for _ in range(length)]
         task = asyncio.create_task(watch(http, url, name, prompt, args.cost_tokens, seen))
         await seen.until(5)
         for number in range(WINDOWS):
-            kind = ("still", "moving")[number % 2]
+            kind = list(PACES)[number % len(PACES)]
             began = time.perf_counter()
             while time.perf_counter() - began < args.window_s and not seen.over:
-                if kind == "moving":
-                    result = await move(http, url, name, "staged")
-                    moves += result.get("outcome") == "migrated"
-                await asyncio.sleep(0.02)
+                if PACES[kind] is None:
+                    await asyncio.sleep(0.1)
+                    continue
+                result = await move(http, url, name, "staged")
+                moves[kind] += result.get("outcome") == "migrated"
+                await asyncio.sleep(PACES[kind] or 0)
             windows.append((kind, began, time.perf_counter()))
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-    by_kind: dict[str, list[float]] = {"still": [], "moving": []}
-    for kind, began, ended in windows:
-        by_kind[kind] += [gap for at, gap in others.gaps if began <= at <= ended]
-    mean = {kind: statistics.fmean(found) for kind, found in by_kind.items()}
-    p99 = {kind: percentile(found, 0.99) for kind, found in by_kind.items()}
-    row = {
-        "prompt_tokens": length, "background": args.background, "moves": moves,
-        "moves_per_s": moves / (args.window_s * WINDOWS / 2),
-        "itl_mean_ms": mean, "itl_p99_ms": p99, "ratio_mean": mean["moving"] / mean["still"],
-    }  # fmt: skip
-    print(
-        f"others' time between tokens: {mean['still']:.3f} ms still, {mean['moving']:.3f} ms with "
-        f"{row['moves_per_s']:.1f} moves/s of {length} tokens (ratio {row['ratio_mean']:.3f})"
-    )
+        gaps_ms = others.gaps
+    row: dict[str, Any] = {"prompt_tokens": length, "background": args.background}
+    still = 0.0
+    print(f"others' time between tokens, a request of {length} tokens being moved:")
+    for kind in PACES:
+        mine = [(began, ended) for k, began, ended in windows if k == kind]
+        found = [g for at, g in gaps_ms if any(a <= at <= b for a, b in mine)]
+        mean, seconds = statistics.fmean(found), sum(b - a for a, b in mine)
+        still = still or mean
+        row[kind] = {
+            "moves_per_s": moves[kind] / seconds, "itl_mean_ms": mean,
+            "itl_p50_ms": percentile(found, 0.5), "itl_p99_ms": percentile(found, 0.99),
+            "ratio_mean": mean / still, "tokens": len(found),
+        }  # fmt: skip
+        print(
+            f"  {kind:>14}: {moves[kind] / seconds:5.1f} moves/s, mean {mean:.3f} ms "
+            f"(ratio {mean / still:.3f}), p99 {row[kind]['itl_p99_ms']:.2f} ms",
+            flush=True,
+        )
     return row
 
 
@@ -252,6 +282,7 @@ if __name__ == "__main__":
     )
     parser.add_argument("--hops", type=int, default=8)
     parser.add_argument("--background", type=int, default=2)
+    parser.add_argument("--background-tokens", type=int, default=600)
     parser.add_argument("--window-s", type=float, default=4)
     parser.add_argument("--cost-tokens", type=int, default=8000)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/migration_cpu.json")

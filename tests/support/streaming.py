@@ -6,6 +6,7 @@ import json
 import re
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -256,21 +257,13 @@ class Background:
 
 def all_at_once(works: list[Callable[[], Any]]) -> list[Any]:
     """Does each in a thread of its own; their results in order. Raises what one of them raised."""
-    results: list[Any] = [None] * len(works)
-    raised: list[Exception] = []
+    # A thread can wait for its first moment as long as a stream takes: all begin when all are up.
+    ready = threading.Barrier(len(works))
 
-    def run(index: int) -> None:
+    def run(work: Callable[[], Any]) -> Any:
         real_time()
-        try:
-            results[index] = works[index]()
-        except Exception as error:
-            raised.append(error)
+        ready.wait()
+        return work()
 
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(works))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if raised:
-        raise raised[0]
-    return results
+    with ThreadPoolExecutor(len(works)) as pool:
+        return [future.result() for future in [pool.submit(run, work) for work in works]]

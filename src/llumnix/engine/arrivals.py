@@ -124,8 +124,8 @@ class Arrivals:
         taken = len(scheduler.running) + len(scheduler.kv_holding_waiting) + len(self._arriving)
         if self._never is not None:
             return Refusal(why=self._never)
-        if request in scheduler.requests or request in scheduler.finished_req_ids:
-            return Refusal(why="what it left there on an earlier visit is not cleared away yet")
+        if request in scheduler.requests:
+            return Refusal(why="it has not quite left there since its last visit")
         if taken >= scheduler.max_num_active_reqs:
             return Refusal(why=f"the destination runs {taken} requests already (--max-num-seqs)")
         new = Request.from_engine_core_request(
@@ -163,6 +163,8 @@ class Arrivals:
 
     def ready(self, request: RequestId) -> bool | Refusal:
         coming = self._arriving[request]
+        if request in self._scheduler.finished_req_ids:
+            return False  # The workers still have to hear that it left the last time.
         if coming.agents not in self._met:
             why = self._unmet.get(coming.agents)
             return Refusal(why=f"its blocks cannot be read: {why}") if why else False
