@@ -215,7 +215,8 @@ async def cost(http: aiohttp.ClientSession, url: str, args: argparse.Namespace) 
         task = asyncio.create_task(watch(http, url, name, prompt, args.cost_tokens, seen))
         await seen.until(5)
         for number in range(WINDOWS):
-            kind = list(PACES)[number % len(PACES)]
+            # To and fro, so that what grows with time (the others' contexts) weighs alike on all.
+            kind = (list(PACES) + list(PACES)[::-1])[number % (2 * len(PACES))]
             began = time.perf_counter()
             while time.perf_counter() - began < args.window_s and not seen.over:
                 if PACES[kind] is None:

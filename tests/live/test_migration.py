@@ -32,9 +32,9 @@ pytestmark = pytest.mark.live
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 LONG = "Every block of this prompt matters to what comes after it. "
 WHOLE = {"ignore_eos": True, "return_token_ids": True}
-GREEDY = {"prompt": LONG * 4, "max_tokens": 240, "temperature": 0, **WHOLE}
+GREEDY = {"prompt": LONG * 4, "max_tokens": 180, "temperature": 0, **WHOLE}
 # The coldest that still leaves a choice: a token then hangs on all of the KV before it.
-SEEDED = {"prompt": LONG * 4, "max_tokens": 240, "temperature": 0.1, "seed": 7, **WHOLE}
+SEEDED = {"prompt": LONG * 4, "max_tokens": 180, "temperature": 0.1, "seed": 7, **WHOLE}
 # Greedy runs of random weights end in a loop; this keeps them going.
 RESTLESS = {**GREEDY, "frequency_penalty": 1.5, "logit_bias": {"0": -100, "1": -100}}
 ASK = [{"role": "user", "content": "What is the capital of France? " + LONG}]
@@ -43,9 +43,9 @@ SCHEMA = {
     "type": "object",
     "properties": {
         "numbers": {
-            "type": "array", "items": {"type": "integer"}, "minItems": 30, "maxItems": 40
+            "type": "array", "items": {"type": "integer"}, "minItems": 20, "maxItems": 25
         },
-        "text": {"type": "string", "minLength": 100, "maxLength": 140},
+        "text": {"type": "string", "minLength": 60, "maxLength": 80},
     },
     "required": ["numbers", "text"],
     "additionalProperties": False,
@@ -213,13 +213,13 @@ def test_seeded_with_every_sampling_parameter(fleet: Server) -> None:
         **SEEDED,
         "temperature": 0.4, "top_p": 0.95, "top_k": 100, "min_p": 0.001,
         "presence_penalty": 0.2, "frequency_penalty": 0.1, "repetition_penalty": 1.05,
-        "min_tokens": 180, "stop_token_ids": first[5:25], "ignore_eos": False,
+        "min_tokens": 150, "stop_token_ids": first[5:25], "ignore_eos": False,
         "logit_bias": {"40": 1.5, "41": -2.0}, "bad_words": ["word20", "ab"],
         "allowed_token_ids": list(range(2, 500)), "logprobs": 2, "skip_special_tokens": False,
-        "spaces_between_special_tokens": False, "max_tokens": 320,
+        "spaces_between_special_tokens": False, "max_tokens": 240,
     }  # fmt: skip
     calm, _ = check(fleet, COMPLETIONS, body)
-    assert len(calm.tokens()) >= 180
+    assert len(calm.tokens()) >= 150
     assert set(calm.tokens()) <= set(range(2, 500))
 
 
@@ -297,7 +297,7 @@ def test_a_stop_string_that_comes_late(fleet: Server) -> None:
 
 def test_a_stop_token_that_comes_late(fleet: Server) -> None:
     tokens = stream(fleet, COMPLETIONS, SEEDED).tokens()
-    token = next(t for i, t in enumerate(tokens) if i > 180 and t not in tokens[:i])
+    token = next(t for i, t in enumerate(tokens) if i > 130 and t not in tokens[:i])
     calm, _ = check(fleet, COMPLETIONS, {**SEEDED, "stop_token_ids": [token]})
     assert calm.pieces[-2]["choices"][0]["stop_reason"] == token
     assert calm.tokens() == tokens[: tokens.index(token) + 1]
@@ -326,7 +326,7 @@ def test_structured_outputs(fleet: Server, wanted: dict[str, Any]) -> None:
 def test_a_json_schema(fleet: Server) -> None:
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}
     calm, _ = check(fleet, CHAT, {**CHATTING, "max_tokens": 1500, "response_format": form})
-    assert len(json.loads(calm.text(), strict=False)["numbers"]) >= 30
+    assert len(json.loads(calm.text(), strict=False)["numbers"]) >= 20
 
 
 @pytest.mark.parametrize(
@@ -344,7 +344,7 @@ def test_a_tool_call(fleet: Server, choice: Any) -> None:
     arguments = "".join(c["function"].get("arguments") or "" for c in calls)
     said, _ = json.JSONDecoder(strict=False).raw_decode(arguments)
     said = said[0]["parameters"] if isinstance(said, list) else said
-    assert len(said["numbers"]) >= 30
+    assert len(said["numbers"]) >= 20
 
 
 # -- many at once
