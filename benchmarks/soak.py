@@ -1,8 +1,8 @@
 """Migrations without end, under traffic: are all streams exact, is memory flat, is anything left?
 
 Two instances on a CPU. Streams with known answers run all the time and are moved at random,
-`--per-minute` moves a minute; others come and go beside them, some hang up. Every answer is compared
-with the undisturbed one; memory of all processes is looked at every ten seconds.
+`--per-minute` moves a minute; others come and go beside them, some hang up. Every answer is
+compared with the undisturbed one; memory of all processes is looked at every ten seconds.
 
     python benchmarks/soak.py [--minutes 10] [--per-minute 200] [--out FILE]
 """

@@ -1,0 +1,78 @@
+"""Exactness and the scenarios on engines that are set up otherwise. Each starts two of its own."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+from conformance.engines import RealKind
+from conformance.scenarios import FAULTS, strike
+from conformance.test_exactness import CASES, options, run
+from llumnix.core.messages import Handover, Stage, Verdict
+from llumnix.engine.transfer import TransferOptions
+from support.gemma import make_tiny_gemma
+from support.real_engine import RealEngine
+
+pytestmark = [pytest.mark.live, pytest.mark.slow]
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "asynchronous scheduling": {
+        "force_async": True,
+        "worker_cls": "support.async_cpu_worker.AsyncCpuWorker",
+    },
+    "no prefix caching": {"enable_prefix_caching": False},
+    "tensor parallel 2": {"tensor_parallel_size": 2},
+    "priority scheduling": {"scheduling_policy": "priority"},
+    "over tcp": {"transfer": TransferOptions(same_host="tcp", checksums=True)},
+    "sliding windows": {"model": "gemma"},
+}
+TESTED = ("greedy", "seeded with every option", "json")
+FAULTY = [f for f in FAULTS if f not in ("the message comes twice", "the other side is silent")]
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def variant(
+    request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RealKind]:
+    settings = dict(VARIANTS[request.param])
+    folder = tmp_path_factory.mktemp("kv")
+    model = tiny_model
+    if settings.pop("model", None) == "gemma":
+        model = make_tiny_gemma(tmp_path_factory.mktemp("gemma") / "gemma", tiny_model)
+    tests = str(Path(__file__).resolve().parents[1])
+    os.environ["PYTHONPATH"] = os.pathsep.join([tests, os.environ.get("PYTHONPATH", "")])
+    engines = [
+        RealEngine(
+            number, folder, model, **{"block_size": 32, "max_num_batched_tokens": 4096, **settings}
+        )
+        for number in range(2)
+    ]
+    kind = RealKind(engines, lambda n: list(range(n)))
+    groups = engines[0].core.scheduler.kv_cache_config.kv_cache_groups
+    kind.groups = len(groups)  # type: ignore[attr-defined]
+    kind.name = request.param  # type: ignore[attr-defined]
+    if request.param == "asynchronous scheduling":
+        assert engines[0].core.batch_queue is not None
+    yield kind
+    for engine in engines:
+        engine.close()
+
+
+@pytest.mark.parametrize("case", TESTED)
+def test_hops_change_nothing(variant: RealKind, case: str) -> None:
+    prompt = [(13 * i) % 400 + 60 for i in range(300)]
+    expected, _ = run(variant, options(**CASES[case]), 0, prompt)
+    found, moved = run(variant, options(**CASES[case]), 5, prompt)
+    assert found == expected
+    assert moved >= 4
+    if variant.name == "sliding windows":  # type: ignore[attr-defined]
+        assert variant.groups > 1  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("moment", [Stage, Handover, Verdict])
+@pytest.mark.parametrize("fault", FAULTY)
+def test_a_migration_stands(variant: RealKind, fault: str, moment: type) -> None:
+    strike(variant, fault, moment)

@@ -1,0 +1,549 @@
+"""What migration relies on inside vLLM: a test that fails names what changed and who relies on it.
+
+Small objects of vLLM's are made and asked where that is quick; for the rest, its source is read.
+"""
+
+import dataclasses
+import inspect
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+vllm = pytest.importorskip("vllm")
+
+import torch  # noqa: E402
+from vllm.config import CacheConfig, ModelConfig, ParallelConfig, VllmConfig  # noqa: E402
+from vllm.sampling_params import (  # noqa: E402
+    SamplingParams,
+    SamplingType,
+    StructuredOutputsParams,
+)
+from vllm.utils.hashing import sha256  # noqa: E402
+from vllm.v1.core import kv_cache_utils  # noqa: E402
+from vllm.v1.core.kv_cache_manager import KVCacheManager  # noqa: E402
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler  # noqa: E402
+from vllm.v1.core.sched.request_queue import SchedulingPolicy, create_request_queue  # noqa: E402
+from vllm.v1.core.sched.scheduler import Scheduler  # noqa: E402
+from vllm.v1.engine import (  # noqa: E402
+    EngineCoreOutput,
+    EngineCoreOutputs,
+    EngineCoreRequest,
+    EngineCoreRequestType,
+)
+from vllm.v1.engine.core import EngineCore, EngineCoreProc  # noqa: E402
+from vllm.v1.engine.core_client import AsyncMPClient  # noqa: E402
+from vllm.v1.kv_cache_interface import (  # noqa: E402
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+)
+from vllm.v1.request import Request, RequestStatus  # noqa: E402
+from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder  # noqa: E402
+from vllm.v1.structured_output import StructuredOutputManager  # noqa: E402
+from vllm.v1.worker.gpu_input_batch import CachedRequestState  # noqa: E402
+from vllm.v1.worker.worker_base import WorkerWrapperBase  # noqa: E402
+
+from llumnix.engine import immovable  # noqa: E402
+
+BLOCK = 4
+ROOT = Path(vllm.__file__).parent
+RUNNER_V1 = "v1/worker/gpu_model_runner.py"
+RUNNER_V2 = "v1/worker/gpu/model_runner.py"
+
+
+def flat(text: str) -> str:
+    """Without comments and line breaks, so that only a change of the code counts."""
+    return re.sub(r"([(\[]) | (?=[)\]])", r"\1", " ".join(re.sub(r"#.*", "", text).split()))
+
+
+def source(of: object) -> str:
+    return flat(inspect.getsource(of))  # type: ignore[arg-type]
+
+
+def in_file(path: str, method: str) -> str:
+    """A method out of a file that takes long to import."""
+    found = re.search(
+        rf"^    def {method}\(.*?(?=^    def |^    @|\Z)", (ROOT / path).read_text(), re.M | re.S
+    )
+    assert found, f"{path} has no {method} any more"
+    return flat(found[0])
+
+
+def says(of: object, *needles: str, who: str) -> None:
+    """Its source has all of these, in this order."""
+    text = of if isinstance(of, str) else source(of)
+    name = text[:60] if isinstance(of, str) else getattr(of, "__qualname__", of)
+    at = 0
+    for needle in needles:
+        found = text.find(flat(needle), at)
+        assert found >= 0, f"{name}: {needle!r} is gone or moved; {who} relies on it"
+        at = found
+
+
+def has(of: object, names: Iterable[str], who: str) -> None:
+    """Its class or its constructor makes all of these attributes."""
+    made = set(dir(of)) | set(re.findall(r"self\.(\w+)(?:: [^=]+)? = ", source(of.__init__)))
+    made |= set(getattr(of, "__dataclass_fields__", ()))
+    missing = set(names) - made
+    assert not missing, f"{of} has no {sorted(missing)} any more; {who} reads them"
+
+
+def takes(of: Any, *names: str, who: str) -> None:
+    missing = set(names) - set(inspect.signature(of).parameters)
+    assert not missing, f"{of.__qualname__} takes no {sorted(missing)} any more; {who} gives them"
+
+
+def same(found: Iterable[str], ours: Iterable[str], what: str) -> None:
+    new, gone = set(found) - set(ours), set(ours) - set(found)
+    assert not new, f"new {what} {sorted(new)}: must a migration carry them?"
+    assert not gone, f"{what} {sorted(gone)} are gone"
+
+
+def request(name: str = "r", prompt: Sequence[int] = (1, 2, 3), **params: Any) -> Request:
+    sampling = SamplingParams(max_tokens=50, **params)
+    kv_cache_utils.init_none_hash(sha256)
+    hasher = kv_cache_utils.get_request_block_hasher(BLOCK, sha256)
+    return Request(name, list(prompt), sampling, None, block_hasher=hasher)
+
+
+def manager(blocks: int = 10) -> KVCacheManager:
+    spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=1, dtype=torch.float32)
+    config = KVCacheConfig(
+        num_blocks=blocks, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["l"], spec)]
+    )
+    return KVCacheManager(config, 64, scheduler_block_size=BLOCK, hash_block_size=BLOCK)
+
+
+# -- the scheduler: engine/vllm_port.py, engine/arrivals.py
+
+
+def test_the_scheduler_has_what_the_port_reads() -> None:
+    names = (
+        "requests running waiting kv_holding_waiting deferred_waiting finished_req_ids"
+        " reset_preempted_req_ids prev_step_scheduled_req_ids _inflight_prefills kv_cache_manager"
+        " kv_cache_config structured_output_manager max_num_active_reqs block_size finish_requests"
+        " connector ec_connector aux_output_connector has_mamba_layers needs_kv_cache_zeroing"
+        " prefix_replay_tokens is_encoder_decoder"
+    ).split()
+    has(Scheduler, names, "engine/vllm_port.py, arrivals.py, immovable.py")
+    assert "__slots__" not in vars(Scheduler), "engine/instance.py shadows its has_requests()"
+
+
+def test_requests_that_hold_kv_go_first_and_are_not_prefilled_again() -> None:
+    says(
+        Scheduler.schedule,
+        "request_queue = self.kv_holding_waiting if not request_queue",
+        "request_queue = self.waiting",
+        "if request.num_computed_tokens == 0: did_prefix_cache_lookup = True",
+        "else: new_computed_blocks = self.kv_cache_manager.empty_kv_cache_blocks"
+        " num_new_local_computed_tokens = 0 num_computed_tokens = request.num_computed_tokens",
+        "num_new_tokens = request.num_tokens - num_computed_tokens",
+        "elif request.status == RequestStatus.PREEMPTED: scheduled_resumed_reqs.append(request)",
+        "req_to_new_blocks[request_id] = self.kv_cache_manager.get_blocks(request_id)",
+        who="engine/vllm_port.py",
+    )
+    known = request()
+    known.status, known.num_computed_tokens = RequestStatus.PREEMPTED, 3
+    assert Scheduler._holds_kv_blocks(known)
+    assert not Scheduler._is_blocked_waiting_status(known.status)
+
+
+def test_the_number_of_running_requests_is_limited_where_we_count() -> None:
+    limit = "num_running >= self.max_num_active_reqs"
+    says(Scheduler.schedule, limit, who="arrivals.reserve")
+
+
+def test_workers_are_told_of_requests_that_were_taken_out() -> None:
+    says(
+        Scheduler.schedule,
+        "if self.use_v2_model_runner: scheduled_new_reqs.extend(scheduled_resumed_reqs)",
+        "req._all_token_ids",
+        "self.prev_step_scheduled_req_ids.update(num_scheduled_tokens.keys())",
+        "preempted_req_ids=self.reset_preempted_req_ids",
+        "finished_req_ids=self.finished_req_ids",
+        who="vllm_port.rest",
+    )
+    says(
+        Scheduler._make_cached_request_data,
+        "if req_id not in self.prev_step_scheduled_req_ids:"
+        " all_token_ids[req_id] = req.all_token_ids.copy()",
+        who="arrivals._queue",
+    )
+    after = "self.finished_req_ids = set() self.reset_preempted_req_ids = set()"
+    says(Scheduler._update_after_schedule, after, who="arrivals.ready")
+    says(
+        in_file(RUNNER_V2, "finish_requests"),
+        "finished_req_ids = finished_req_ids.union(preempted_req_ids)",
+        "self._remove_request(req_id)",
+        who="vllm_port.rest",
+    )
+
+
+def test_preemption_sets_what_ours_sets() -> None:
+    """vllm_port._relieve makes a request give up its blocks as this does."""
+    says(
+        Scheduler._preempt_request,
+        "self._free_request_blocks(request)",
+        "request.status = RequestStatus.PREEMPTED request.num_computed_tokens = 0",
+        "request.num_preemptions += 1",
+        "self.waiting.prepend_request(request)",
+        "self.reset_preempted_req_ids.add(request.request_id)",
+        who="vllm_port._relieve",
+    )
+
+
+def test_counters_of_what_is_in_flight_return_to_zero() -> None:
+    says(
+        Scheduler._update_after_schedule,
+        "request.num_computed_tokens += num_scheduled_token"
+        " request.num_in_flight_tokens += num_scheduled_token",
+        who="vllm_port.progress",
+    )
+    says(
+        Scheduler.update_from_output,
+        "request = self.requests.get(req_id)",
+        "request.num_in_flight_tokens -= num_tokens_scheduled",
+        "if request is None or request.is_finished():",
+        "if status_before_stop == RequestStatus.RUNNING: stopped_running_reqs.add(request)",
+        "self.running = remove_all(self.running, stopped_running_reqs)",
+        who="vllm_port.stop",
+    )
+    up, down = "request.num_output_placeholders += ", "request.num_output_placeholders -= "
+    says(AsyncScheduler._update_after_schedule, up, who="vllm_port.progress")
+    says(AsyncScheduler._update_request_with_output, down, who="vllm_port.progress")
+
+
+@pytest.mark.parametrize("status", [RequestStatus.RUNNING, RequestStatus.PREEMPTED])
+def test_a_request_in_no_queue_can_be_finished(status: RequestStatus) -> None:
+    """vllm_port.release, and an abort while a request is stopped."""
+    known, freed = request(), []
+    known.status = status
+    scheduler = SimpleNamespace(
+        requests={"r": known},
+        running=[],
+        waiting=create_request_queue(SchedulingPolicy.FCFS),
+        kv_holding_waiting=create_request_queue(SchedulingPolicy.FCFS),
+        deferred_waiting=set(),
+        _free_request=lambda r, delay_free_blocks: freed.append(r),
+    )
+    Scheduler.finish_requests(scheduler, "r", RequestStatus.FINISHED_ABORTED)  # type: ignore[arg-type]
+    assert freed == [known]
+    assert known.is_finished()
+    assert "output" not in source(Scheduler.finish_requests).lower(), "it would tell the client"
+    says(Scheduler._free_request, "self.finished_req_ids.add(request_id)", who="arrivals.ready")
+    says(Scheduler._free_blocks, "del self.requests[request.request_id]", who="arrivals.reserve")
+
+
+@pytest.mark.parametrize("policy", list(SchedulingPolicy))
+def test_queues_do_what_the_port_asks(policy: SchedulingPolicy) -> None:
+    queue, first, second = create_request_queue(policy), request("a"), request("b")
+    queue.prepend_request(second)
+    queue.prepend_request(first)
+    queue.remove_requests([request("stranger")])
+    assert list(queue) == [first, second]
+    queue.remove_requests([second])
+    assert list(queue) == [first]
+
+
+# -- KV blocks
+
+
+def test_blocks_are_reserved_read_and_returned() -> None:
+    kv, new = manager(), request(prompt=range(10))
+    pool = kv.block_pool
+    assert kv.enable_caching
+    assert len(kv.get_computed_blocks(new)) == 3, "arrivals.reserve unpacks three"
+    takes(
+        kv.allocate_slots, "num_new_computed_tokens", "new_computed_blocks", "delay_cache_blocks",
+        who="arrivals.reserve",
+    )  # fmt: skip
+    free = pool.get_num_free_blocks()
+    assert kv.allocate_slots(new, 10, delay_cache_blocks=True) is not None
+    assert new.num_computed_tokens == 0
+    (blocks,) = kv.get_blocks("r").blocks
+    assert [list(group) for group in kv.get_blocks("r").get_block_ids()] == [
+        [b.block_id for b in blocks]
+    ]
+    assert free - pool.get_num_free_blocks() == len(blocks) == 3
+    assert all(not b.is_null and b.block_hash is None for b in blocks), "they were cached too early"
+    kv.cache_blocks(new, 10)
+    assert [b.block_hash is not None for b in blocks] == [True, True, False]
+    pool.touch(blocks)
+    kv.free(new)
+    assert free - pool.get_num_free_blocks() == 3, "a touched block outlives its request"
+    pool.free_blocks(reversed(blocks))
+    assert pool.get_num_free_blocks() == free
+    found, hit, _ = kv.get_computed_blocks(again := request("s", range(10)))
+    assert hit == 2 * BLOCK
+    slots = kv.allocate_slots(
+        again, 2, num_new_computed_tokens=hit, new_computed_blocks=found, delay_cache_blocks=True
+    )
+    assert slots is not None
+    assert list(kv.get_blocks("s").blocks[0][:2]) == list(blocks[:2])
+    assert kv.allocate_slots(request("t"), 1000, delay_cache_blocks=True) is None
+    kv.free(request("never seen"))  # arrivals.drop, without blocks
+
+
+def test_blocks_are_freed_behind_a_sliding_window_by_computed_tokens() -> None:
+    """So slots ahead are got by num_new_tokens."""
+    says(
+        KVCacheManager.allocate_slots,
+        "request.num_computed_tokens + num_new_computed_tokens",
+        "self.coordinator.remove_skipped_blocks(request.request_id,"
+        " max(0, total_computed_tokens - request.num_in_flight_tokens)",
+        who="arrivals.reserve",
+    )
+
+
+# -- requests
+
+
+def test_every_field_of_a_request_on_the_wire_was_considered() -> None:
+    from llumnix.engine.vllm_port import VllmPort
+
+    call = source(VllmPort.describe).split("EngineCoreRequest(")[1]
+    filled = set(re.findall(r"(\w+)=", call))
+    # Refused when set (engine/immovable.py): prompt_embeds, prompt_is_token_ids, resumable. Read
+    # by data-parallel waves: current_wave; by the frontend: external_req_id; on entry:
+    # abort_immediately.
+    left_out = {
+        "abort_immediately", "current_wave", "external_req_id", "prompt_embeds",
+        "prompt_is_token_ids", "resumable",
+    }  # fmt: skip
+    same(EngineCoreRequest.__struct_fields__, filled | left_out, "fields of EngineCoreRequest")
+    assert EngineCoreRequest.__struct_config__.array_like
+
+
+def test_everything_a_request_knows_was_considered() -> None:
+    """What is not on the wire, the handover carries, follows from the rest, or is at its start."""
+    wire = {
+        "arrival_time", "cache_salt", "client_index", "kv_hints", "lora_request", "pooling_params",
+        "priority", "prompt_token_ids", "request_id", "sampling_params", "session_id",
+        "structured_output_request", "trace_headers",
+    }  # fmt: skip
+    handover = {
+        "_all_token_ids", "_output_token_ids", "all_token_ids", "num_computed_tokens",
+        "num_preemptions", "output_token_ids", "prefill_stats", "status",
+    }  # fmt: skip
+    follows = {
+        "_block_hasher", "block_hashes", "kv_cache_report_mode", "max_tokens", "num_prompt_tokens",
+        "skip_reading_prefix_cache",
+    }  # fmt: skip
+    refused = {
+        "_prompt_embeds_per_block_hashes", "ec_transfer_params", "kv_transfer_params",
+        "mm_features", "prompt_embeds", "prompt_is_token_ids", "replay_start", "resumable",
+        "shared_prefix_boundary", "spec_decode_metrics", "spec_token_ids", "streaming_queue",
+    }  # fmt: skip
+    # Nothing is in flight at a handover; the rest is rewritten by each step, or ends a request.
+    fresh = {
+        "abort_immediately", "drop_stale_output", "events", "is_prefill_chunk", "last_sched_seq",
+        "next_decode_eligible_step", "num_in_flight_tokens", "num_nans_in_logits",
+        "num_output_placeholders", "num_stale_output_tokens", "stop_reason",
+    }  # fmt: skip
+    same(vars(request()), wire | handover | follows | refused | fresh, "attributes of Request")
+
+
+def test_a_request_is_made_and_fed_like_the_engines_own() -> None:
+    takes(Request.from_engine_core_request, "request", "block_hasher", who="arrivals.reserve")
+    own = "Request.from_engine_core_request(request, self.request_block_hasher)"
+    says(EngineCore.preprocess_add_request, own, "grammar_init(req)", who="arrivals.reserve")
+    new = request()
+    assert new.prefill_stats is not None
+    assert not new.use_structured_output
+    new.append_output_token_ids([4, 5])
+    assert (list(new.output_token_ids), new.num_tokens, new.num_output_tokens) == ([4, 5], 5, 2)
+    assert len(new.block_hashes) == 1, "block hashes follow the tokens"
+    assert new.take_prefill_stats() is not None
+    assert new.prefill_stats is None, "Rest.told: None once the client was told"
+    assert Request.__eq__ is object.__eq__, "vllm_port.stop finds it by identity"
+
+
+def test_a_description_is_one_message_that_decodes_to_the_same() -> None:
+    values: list[Any] = ["r", [1, 2], None, SamplingParams(seed=7), None, 1.5, None, "salt", None]
+    parts = MsgpackEncoder().encode(EngineCoreRequest(*values, priority=3))
+    assert len(parts) == 1
+    back = MsgpackDecoder(EngineCoreRequest).decode(bytes(parts[0]))
+    assert (back.request_id, back.prompt_token_ids, back.priority) == ("r", [1, 2], 3)
+    assert back.sampling_params.sampling_type == SamplingType.RANDOM_SEED
+
+
+def test_grammars_are_compiled_aside_and_fed_token_by_token() -> None:
+    new = request(structured_outputs=StructuredOutputsParams(json_object=True))
+    structured: Any = new.structured_output_request
+    assert new.use_structured_output
+    assert structured.reasoning_ended is None
+    assert structured.reasoning_parser_kwargs is None
+    structured.llumnix_reasoning_ended = True  # arrivals.arrived writes that
+    structured._grammar = ValueError("no")
+    assert structured.is_grammar_ready
+    assert isinstance(structured.grammar, ValueError), "arrivals.ready reads why"
+    submit = "self.executor.submit(self._create_grammar, request)"
+    put = "request.structured_output_request.grammar = grammar"
+    says(StructuredOutputManager.grammar_init, submit, put, who="arrivals.reserve")
+    assert list(inspect.signature(StructuredOutputManager.accept_tokens).parameters) == [
+        "self", "request", "new_token_ids",
+    ]  # fmt: skip
+    says(
+        StructuredOutputManager.accept_tokens,
+        "structured_req.reasoning_ended = True",
+        "return grammar.accept_tokens(request.request_id,",
+        who="arrivals._feed",
+    )
+    says(
+        Scheduler.update_from_output,
+        "self._update_request_with_output(request",
+        "self.structured_output_manager.accept_tokens(request, new_token_ids",
+        who="arrivals._feed",
+    )
+
+
+def test_what_cannot_be_moved_is_still_known_by_its_names() -> None:
+    text = source(immovable)
+
+    def read(prefix: str) -> list[str]:
+        return re.findall(rf"\b{prefix}\.(\w+)", text)
+
+    has(VllmConfig, {*read("config"), "use_v2_model_runner"}, "engine/immovable.py, arrivals.py")
+    has(ParallelConfig, read("parallel"), "engine/immovable.py")
+    has(Scheduler, read("scheduler"), "engine/immovable.py")
+    has(request(), read("request"), "engine/immovable.py")
+    has(SamplingParams(), read("params"), "engine/immovable.py")
+    assert hasattr(ModelConfig, "is_diffusion")
+    assert '"generate"' in inspect.getsource(inspect.getmodule(ModelConfig)), "a runner's name"  # type: ignore[arg-type]
+    assert "self.runner_type = " in inspect.getsource(ModelConfig)
+
+
+# -- workers: engine/worker.py
+
+
+def test_the_worker_extension_is_mixed_in() -> None:
+    says(
+        WorkerWrapperBase.init_worker,
+        "worker_extension_cls not in worker_class.__bases__",
+        "assert not hasattr(worker_class, attr)",
+        "worker_class.__bases__ = worker_class.__bases__ + (worker_extension_cls,",
+        who="engine/worker.py",
+    )
+    has(CacheConfig, ["num_gpu_blocks"], "engine/worker.py")
+    for path in (RUNNER_V1, RUNNER_V2):
+        assert re.search(r"self\.kv_caches\b.* = \[", (ROOT / path).read_text()), path
+        assert "self.device = device" in (ROOT / path).read_text(), path
+    assert "self.rank = rank" in (ROOT / "v1/worker/worker_base.py").read_text()
+
+
+def test_every_field_of_runner_v1s_request_was_considered() -> None:
+    from llumnix.engine.worker import LlumnixWorker
+
+    text = source(LlumnixWorker.llumnix_install).split("CachedRequestState(")[1]
+    filled = set(re.findall(r"(\w+)=", text))
+    left_out = {  # Of multimodal, embedded, speculative and pooling requests, which do not move.
+        "in_progress_prompt_logprobs_cpu", "mrope_position_delta", "mrope_positions",
+        "pooling_states", "prev_num_draft_len", "prompt_embeds", "prompt_is_token_ids",
+    }  # fmt: skip
+    fields = {f.name: f for f in dataclasses.fields(CachedRequestState)}
+    same(fields, filled | left_out, "fields of CachedRequestState")
+    assert all(fields[n].default is not dataclasses.MISSING for n in left_out)
+
+
+def test_runner_v1_resumes_a_request_from_what_we_put_there() -> None:
+    says(
+        in_file(RUNNER_V1, "_update_states"),
+        "for req_id in scheduler_output.finished_req_ids: req_state = self.requests.pop(req_id",
+        "unscheduled_req_ids = cached_req_ids - (scheduled_req_ids - resumed_req_ids)",
+        "sampling_params.sampling_type == SamplingType.RANDOM_SEED",
+        "generator = torch.Generator(device=self.device)"
+        " generator.manual_seed(sampling_params.seed)",
+        "req_state = self.requests[req_id]",
+        "num_output_tokens < len(req_state.output_token_ids)",
+        "assert req_index is None assert new_block_ids is not None",
+        "req_state.block_ids = new_block_ids",
+        "resumed_token_ids = req_data.all_token_ids[req_id]"
+        " req_state.output_token_ids = resumed_token_ids[-num_output_tokens:]",
+        "reqs_to_add.append(req_state)",
+        "self.input_batch.add_request(request)",
+        who="worker.llumnix_install",
+    )
+
+
+def test_the_batched_copy_takes_what_we_give() -> None:
+    """engine/blocks_cuda.py; the operator itself is in vLLM's CUDA builds only."""
+    from vllm import _custom_ops
+
+    call = "torch.ops._C_cache_ops.swap_blocks_batch(src_ptrs, dst_ptrs, sizes,"
+    says(_custom_ops.swap_blocks_batch, f"{call} is_src_access_order_any)", who="blocks_cuda.py")
+
+
+# -- the engine core: engine/instance.py, engine/host.py
+
+
+def test_the_engine_core_has_what_we_read() -> None:
+    names = "vllm_config scheduler model_executor batch_queue request_block_hasher abort_requests"
+    has(EngineCore, names.split(), "engine/arrivals.py, instance.py")
+    ours = "input_queue output_queue shutdown_state _process_engine_step _handle_client_request"
+    has(EngineCoreProc, ours.split(), "engine/host.py, instance.py")
+
+
+def test_our_pairs_reach_the_engines_own_thread() -> None:
+    says(
+        EngineCoreProc._process_input_queue,
+        "self.input_queue.get(block=block) self._handle_client_request(*req)",
+        "self.input_queue.get_nowait() self._handle_client_request(*req)",
+        who="host._from_outside",
+    )
+    takes(EngineCoreProc._handle_client_request, "request_type", "request", who="instance.py")
+    says(
+        EngineCoreProc._handle_client_request,
+        "request_type == EngineCoreRequestType.WAKEUP: return",
+        "self.abort_requests(request)",
+        "method := getattr(self, method_name)",
+        who="instance.py",
+    )
+    says(EngineCore._process_aborts_queue, "self.abort_requests(request_ids)", who="instance.py")
+    assert EngineCoreRequestType.WAKEUP.value
+
+
+def test_a_step_brings_the_oldest_batch_home_when_nothing_is_scheduled() -> None:
+    """instance._landing_only, and the fences of engine/arrivals.py."""
+    says(
+        EngineCore.step_with_batch_queue,
+        "if self.scheduler.has_requests(): scheduler_output = self.scheduler.schedule(",
+        "batch_queue.appendleft((future, scheduler_output, exec_future))",
+        "elif not batch_queue:",
+        "future, scheduler_output, exec_model_fut = batch_queue.pop()",
+        "self.scheduler.update_from_output(scheduler_output, model_output)",
+        who="instance._landing_only",
+    )
+    says(EngineCoreProc._process_engine_step, "= self.step_fn()", who="instance.py")
+    assert inspect.signature(EngineCoreProc._process_engine_step).return_annotation is bool
+
+
+def test_outputs_leave_in_order_with_our_messages_among_them() -> None:
+    put = "for output in outputs.items() if outputs else (): self.output_queue.put_nowait(output)"
+    says(EngineCoreProc._process_engine_step, put, who="host._tell_frontend")
+    says(
+        EngineCoreProc.process_output_sockets,
+        "output = self.output_queue.get()",
+        "client_index, outputs = output outputs.engine_index = engine_index",
+        who="frontend/migrations.py",
+    )
+    message = {"llumnix": b"\x00\xff"}
+    told = EngineCoreOutputs(outputs=[EngineCoreOutput("r", [], kv_transfer_params=message)])
+    (part,) = MsgpackEncoder().encode(told)
+    (output,) = MsgpackDecoder(EngineCoreOutputs).decode(bytes(part)).outputs
+    assert (output.request_id, output.new_token_ids) == ("r", [])
+    assert output.kv_transfer_params == message
+    assert not output.finished
+
+
+def test_one_engine_or_all_can_be_called() -> None:
+    """frontend/engine_calls.py."""
+    parameter = inspect.signature(AsyncMPClient._call_utility_async).parameters["engine"]
+    assert parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    every = "self._call_utility_async(method, *args, engine=engine) for engine in self.core_engines"
+    says(AsyncMPClient.call_utility_all_async, every, who="engine_calls.py")
+    consensus = "await self.call_utility_all_async(method, *args)"
+    says(AsyncMPClient.call_utility_consensus_async, consensus, who="engine_calls.py")
