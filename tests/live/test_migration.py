@@ -580,7 +580,7 @@ def test_gemma_3_270m(one_server: OneServer, logs: Path) -> None:
     )  # fmt: skip
     facts = "The river Loire flows through France for more than a thousand kilometres. "
     ids = server.http.post(
-        "/tokenize", json={"model": "tiny", "prompt": facts * 45, "add_special_tokens": False}
+        "/tokenize", json={"model": "tiny", "prompt": facts * 50, "add_special_tokens": False}
     ).json()["tokens"]
     assert len(ids) > 600
     body = {"prompt": [BOS, *ids], "max_tokens": 100, "temperature": 0, **WHOLE, "logprobs": 1}
