@@ -10,8 +10,8 @@ import pytest
 pytest.importorskip("vllm")
 from conformance.engines import RealKind
 from conformance.scenarios import FAULTS, strike
-from conformance.test_exactness import CASES, options, run
-from llumnix.core.messages import Handover, Stage, Verdict
+from conformance.test_exactness import CASES, options, run, story
+from llumnix.core.messages import Handover, Stage, Stopping, Verdict
 from llumnix.engine.transfer import TransferOptions
 from support.gemma import make_tiny_gemma
 from support.real_engine import RealEngine
@@ -76,3 +76,28 @@ def test_hops_change_nothing(variant: RealKind, case: str) -> None:
 @pytest.mark.parametrize("fault", FAULTY)
 def test_a_migration_stands(variant: RealKind, fault: str, moment: type) -> None:
     strike(variant, fault, moment)
+
+
+@pytest.mark.parametrize("moment", [Stopping, Handover])
+def test_a_full_batch_takes_back_what_was_not_taken(variant: RealKind, moment: type) -> None:
+    """Eight run, four wait, and the one that was taken out comes back."""
+    prompt = [(11 * i) % 400 + 60 for i in range(200)]
+    params = options(temperature=0, max_tokens=40)
+    expected, _ = run(variant, params, 0, prompt)
+    duo = variant.duo()
+    names = [duo.add(f"one of many {number}", prompt, params) for number in range(12)]
+    duo.turn_until(lambda: len(duo.got[names[0]]) >= 3)
+
+    def before(message: Any) -> None:
+        if isinstance(message, moment):
+            duo.fail_pulls = True
+            duo.now += 100 if moment is Stopping else 0
+
+    duo.before = before
+    assert duo.migrate(names[0])
+    duo.turn_until(lambda: duo.ended)
+    assert not duo.ended[0].taken or moment is Stopping
+    duo.finish()
+    told = [[t for t in story(duo, name) if isinstance(t, tuple)] for name in names]
+    assert told == [[t for t in expected if isinstance(t, tuple)]] * 12
+    duo.check_nothing_left()

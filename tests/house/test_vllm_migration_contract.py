@@ -358,7 +358,7 @@ def test_a_request_is_made_and_fed_like_the_engines_own() -> None:
     assert (list(new.output_token_ids), new.num_tokens, new.num_output_tokens) == ([4, 5], 5, 2)
     assert len(new.block_hashes) == 1, "block hashes follow the tokens"
     assert new.take_prefill_stats() is not None
-    assert new.prefill_stats is None, "Rest.told: None once the client was told"
+    assert new.prefill_stats is None, "Rest.cached: None once the client was told"
     assert Request.__eq__ is object.__eq__, "vllm_port.stop finds it by identity"
 
 

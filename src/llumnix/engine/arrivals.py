@@ -26,10 +26,10 @@ ABSENT = -1
 
 
 class Rest(msgspec.Struct, frozen=True, kw_only=True):
-    """What a handover carries beside tokens and blocks. `told`: the statistics of its prefill were
-    sent to the client."""
+    """What a handover carries beside tokens and blocks. `cached`: prompt tokens that the source
+    found in its prefix cache, None if the client was told already."""
 
-    told: bool
+    cached: int | None
     preemptions: int
     generator: bytes
 
@@ -234,8 +234,10 @@ class Arrivals:
             return Refusal(why="its grammar was not ready there")
         new.num_computed_tokens = computed
         new.num_preemptions = rest.preemptions
-        if rest.told:
+        if rest.cached is None:
             new.prefill_stats = None
+        elif computed:
+            new.prefill_stats.set(new.num_prompt_tokens, rest.cached, 0)
         if computed:
             self._kv.cache_blocks(new, computed)
         else:

@@ -33,6 +33,7 @@ def why_engine_cannot(config: Any, scheduler: Any) -> str | None:
         (scheduler.prefix_replay_tokens > 0, "replayed sliding windows"),
         (scheduler.is_encoder_decoder, "an encoder-decoder model"),
         (model.runner_type != "generate", "a pooling model"),
+        (model.uses_mrope, "M-RoPE, whose positions only a new request gets"),
         (model.is_diffusion, "a diffusion model"),
     )
     for applies, what in reasons:

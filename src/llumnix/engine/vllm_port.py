@@ -6,6 +6,7 @@ scheduler from outside; no class of vLLM's is replaced.
 vLLM 0.32 internals relied on here (tests/house/test_vllm_migration_contract.py fails when one
 changes):
 - `Scheduler`: `requests`, `running`, `waiting`, `kv_holding_waiting`, `deferred_waiting`,
+  `max_num_active_reqs` (the limit of `running`, asked at every admission),
   `finished_req_ids`, `reset_preempted_req_ids` (frees runner V2's slot of a request that was
   taken out), `prev_step_scheduled_req_ids` (runner V1 wants all tokens of a resumed request that
   is not in it), `_inflight_prefills`, `finish_requests` (emits nothing).
@@ -49,6 +50,7 @@ class VllmPort(Arrivals):
         self._agents = agents
         self._stopped: set[RequestId] = set()
         self._pins: dict[RequestId, list[Any]] = {}
+        self._places: set[RequestId] = set()
         self._stuck_steps = 0
         self._encoder = MsgpackEncoder()
 
@@ -95,7 +97,7 @@ class VllmPort(Arrivals):
     def progress(self, request: RequestId) -> Progress:
         known = self._scheduler.requests.get(request)
         if known is None or known.is_finished():
-            self._stopped.discard(request)
+            self._forget(request)
             return Progress(phase=Phase.GONE)
         phase = Phase.RUNNING
         if request in self._stopped:
@@ -129,6 +131,7 @@ class VllmPort(Arrivals):
         known = self._scheduler.requests[request]
         if known in self._scheduler.running:
             self._scheduler.running.remove(known)
+            self._keep_place(request)
         else:
             self._scheduler.waiting.remove_requests([known])
             self._scheduler.kv_holding_waiting.remove_requests([known])
@@ -142,19 +145,20 @@ class VllmPort(Arrivals):
         if known.status == RequestStatus.RUNNING:
             known.status = RequestStatus.PREEMPTED
             self._scheduler.reset_preempted_req_ids.add(request)
+            self._give_up_place(request)
         if self._v1 and known.num_output_tokens and _is_seeded(known):
             generator = self._rpc("llumnix_generator", request)[0]
         computed = known.num_computed_tokens
         ids, _ = self._blocks(request, min(start, computed), computed)
         rest = Rest(
-            told=known.prefill_stats is None,
+            cached=known.prefill_stats and known.prefill_stats.num_cached_tokens,
             preemptions=known.num_preemptions,
             generator=generator,
         )
         return computed, ids, msgspec.msgpack.encode(rest)
 
     def resume(self, request: RequestId) -> None:
-        self._stopped.discard(request)
+        self._forget(request)
         known = self._scheduler.requests.get(request)
         if known is None or known.is_finished():
             return
@@ -164,8 +168,24 @@ class VllmPort(Arrivals):
             self._queue(known)
 
     def release(self, request: RequestId) -> None:
-        self._stopped.discard(request)
+        self._forget(request)
         self._scheduler.finish_requests(request, RequestStatus.FINISHED_ABORTED)
+
+    def _forget(self, request: RequestId) -> None:
+        """It is not stopped any more."""
+        self._stopped.discard(request)
+        self._give_up_place(request)
+
+    def _keep_place(self, request: RequestId) -> None:
+        """Until its last step is home the request may have to go back into the batch, and its
+        worker's slot is taken: nobody may be admitted in its stead."""
+        self._places.add(request)
+        self._scheduler.max_num_active_reqs -= 1
+
+    def _give_up_place(self, request: RequestId) -> None:
+        if request in self._places:
+            self._places.remove(request)
+            self._scheduler.max_num_active_reqs += 1
 
     def _relieve(self) -> None:
         """Requests that wait with blocks in their hands cannot be preempted by each other: if
