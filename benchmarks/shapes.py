@@ -20,6 +20,17 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+def write_weights(folder: Path) -> None:
+    """Adds random weights to a shape's folder, for `--load-format auto`. vLLM's dummy weights are so
+    small that a token hangs on the one before it alone; with these it hangs on all of them."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(7)
+    model = LlamaForCausalLM(LlamaConfig.from_pretrained(str(folder)))
+    model.to(torch.float32).save_pretrained(str(folder))
+
+
 def write_shape(name: str, folder: Path) -> Path:
     """Writes the shape's files into `folder` and returns it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers

@@ -20,7 +20,7 @@ from typing import Any
 import aiohttp
 
 from common import ROOT, Served, real_time, write_result
-from shapes import write_shape
+from shapes import write_shape, write_weights
 
 STREAMS = 4
 TOKENS = 160
@@ -147,7 +147,8 @@ async def main(args: argparse.Namespace) -> None:
     real_time()
     with tempfile.TemporaryDirectory() as temporary:
         folder = write_shape("tiny", Path(temporary) / "tiny")
-        flags = ["--instances", "2", "--load-format", "dummy", "--dtype", "float32"]
+        write_weights(folder)
+        flags = ["--instances", "2", "--dtype", "float32"]
         flags += ["--max-model-len", "4096", "--kv-cache-memory-bytes", "100000000"]
         server = Served("llumnix", str(folder), "m", flags, Path(temporary) / "server.log")
         try:
