@@ -21,8 +21,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def write_weights(folder: Path) -> None:
-    """Adds random weights to a shape's folder, for `--load-format auto`. vLLM's dummy weights are so
-    small that a token hangs on the one before it alone; with these it hangs on all of them."""
+    """Adds random weights to a shape's folder, for `--load-format auto`. vLLM's dummy weights are
+    so small that a token hangs on the one before it alone; with these it hangs on all of them."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 

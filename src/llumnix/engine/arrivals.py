@@ -128,9 +128,11 @@ class Arrivals:
             return Refusal(why="it has not quite left there since its last visit")
         if taken >= scheduler.max_num_active_reqs:
             return Refusal(why=f"the destination runs {taken} requests already (--max-num-seqs)")
-        new = Request.from_engine_core_request(
-            self._decoder.decode(body), self._core.request_block_hasher
-        )
+        try:
+            described = self._decoder.decode(body)
+        except msgspec.MsgspecError as error:
+            return Refusal(why=f"it cannot be read there: {error}")
+        new = Request.from_engine_core_request(described, self._core.request_block_hasher)
         self.arrived(new)
         coming = Arriving(request=new, agents=tuple(agents))
         if coming.agents not in self._met and coming.agents not in self._meeting.values():
@@ -229,7 +231,10 @@ class Arrivals:
     def commit(self, request: RequestId, computed: int, state: bytes) -> Refusal | None:
         coming = self._arriving[request]
         new = coming.request
-        rest = msgspec.msgpack.decode(state, type=Rest)
+        try:
+            rest = msgspec.msgpack.decode(state, type=Rest)
+        except msgspec.MsgspecError as error:
+            return Refusal(why=f"its state cannot be read there: {error}")
         if coming.unfed:
             return Refusal(why="its grammar was not ready there")
         new.num_computed_tokens = computed

@@ -39,13 +39,11 @@ from vllm.v1.executor import Executor
 from vllm.v1.request import Request
 
 from llumnix.core.types import EngineIndex, InstanceId, MigrationId, RequestId
-from llumnix.engine.cores import share_of_cores
+from llumnix.engine.cores import SWITCH_INTERVAL_S, share_of_cores
 from llumnix.engine.host import FromOutside, HostSeat, LlumletHost
 from llumnix.engine.immovable import WORKER_EXTENSION
 from llumnix.engine.reporter import LoadReporter, Numbers
 from llumnix.observe.event_log import EventLog
-
-SWITCH_INTERVAL_S = 0.0005
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,12 +11,14 @@ changes):
   from the scheduler.
 """
 
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import msgspec
 import torch
 
+from llumnix.engine.cores import SWITCH_INTERVAL_S
 from llumnix.engine.transfer import TransferOptions, WorkerAgent
 
 
@@ -41,6 +43,8 @@ class LlumnixWorker:
 
     def llumnix_open(self, listen: str, key: bytes, options: TransferOptions) -> str:
         """Begins to serve this worker's KV blocks; returns the address. `listen` has a `{rank}`."""
+        # Else a thread of the agent waits up to 5 ms for the interpreter whenever it wakes.
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
         self._llumnix_agent = WorkerAgent(
             tensors=list(_distinct(self.model_runner.kv_caches)),
             blocks=self.cache_config.num_gpu_blocks,
