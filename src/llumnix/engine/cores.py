@@ -7,8 +7,8 @@ Several engines on one host would then all sit on the same cores, so each gets a
 from collections.abc import Sequence
 
 SWITCH_INTERVAL_S = 0.0005
-"""For Python's interpreter lock in engines and workers. Their main threads spin while they wait, and
-a migration's thread that wakes would have to wait for the lock ten times as long by default."""
+"""For Python's interpreter lock in engines and workers. Their main threads spin while they wait,
+and a migration's thread that wakes would wait for the lock ten times as long by default."""
 
 
 def share_of_cores(cores: Sequence[int], slot: int, slots: int, ranks: int) -> str | None:
