@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 pytest.importorskip("vllm")
+from vllm import envs
+
 from conformance.engines import RealKind
 from conformance.scenarios import FAULTS, strike
 from conformance.test_exactness import CASES, options, run, story
@@ -44,6 +46,12 @@ def variant(
         model = make_tiny_gemma(tmp_path_factory.mktemp("gemma") / "gemma", tiny_model)
     tests = str(Path(__file__).resolve().parents[1])
     os.environ["PYTHONPATH"] = os.pathsep.join([tests, os.environ.get("PYTHONPATH", "")])
+    if settings.get("tensor_parallel_size"):
+        # vLLM wants a NUMA node for each rank unless it is told where to go.
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"
+    else:
+        os.environ.pop("VLLM_CPU_OMP_THREADS_BIND", None)
+    envs.disable_envs_cache()
     engines = [
         RealEngine(
             number, folder, model, **{"block_size": 32, "max_num_batched_tokens": 4096, **settings}

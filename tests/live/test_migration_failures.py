@@ -25,7 +25,7 @@ from support.streaming import (
 
 from .conftest import FLAGS
 
-pytestmark = pytest.mark.live
+pytestmark = [pytest.mark.live, pytest.mark.slow]
 
 COMPLETIONS = "/v1/completions"
 TEXT = "All of this has to be there. "
