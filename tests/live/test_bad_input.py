@@ -122,4 +122,4 @@ def test_no_server_to_ask() -> None:
 
 
 def test_an_unknown_command() -> None:
-    assert "use serve or status" in complaint("sevre")
+    assert "use serve, status, migrate or replay" in complaint("sevre")
