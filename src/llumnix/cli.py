@@ -4,9 +4,11 @@ import argparse
 import json
 import os
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from llumnix import __version__
 from llumnix.core.messages import COPIES
@@ -21,6 +23,8 @@ USAGE = """usage: llumnix COMMAND ...
   migrate REQUEST [--to INSTANCE] [--copy staged|blocking|recompute]
           [--url URL] [--api-key KEY] [--json]
           move a running request to another instance
+  drain INSTANCE | undrain INSTANCE [--url URL] [--api-key KEY] [--json]
+          move everything away from an instance and stop it; or let it serve on
   replay LOG [--json]
           run the decisions of an event log again, and compare
 
@@ -28,6 +32,7 @@ USAGE = """usage: llumnix COMMAND ...
 """
 STATUS_TIMEOUT_S = 5.0
 MIGRATE_TIMEOUT_S = 300.0
+DRAIN_POLL_S = 0.1
 _OUR_ERRORS = ("invalid_request_error", "forbidden", "service_unavailable")
 
 
@@ -44,6 +49,10 @@ def main(argv: list[str] | None = None) -> int:
                 return status(argv[1:])
             case ["migrate"]:
                 return migrate(argv[1:])
+            case ["drain"]:
+                return drain(argv[1:])
+            case ["undrain"]:
+                return undrain(argv[1:])
             case ["replay"]:
                 return replay(argv[1:])
             case ["--version"] | ["-V"]:
@@ -53,7 +62,9 @@ def main(argv: list[str] | None = None) -> int:
                 print(USAGE, end="")
                 return 0 if argv else 2
             case [unknown, *_]:
-                raise UsageError(f"no command {unknown!r}; use serve, status, migrate or replay")
+                raise UsageError(
+                    f"no command {unknown!r}; use serve, status, migrate, drain, undrain or replay"
+                )
     except UsageError as error:
         print(f"llumnix: error: {error}", file=sys.stderr)
         return 2
@@ -93,6 +104,43 @@ def migrate(argv: list[str]) -> int:
     )
     print(json.dumps(body, indent=2) if args.json else _migration_line(body))
     return 0 if body["outcome"] == "migrated" else 1
+
+
+def drain(argv: list[str]) -> int:
+    """`llumnix drain`: empties an instance and stops it; returns once it is gone."""
+    args = _instance_args("drain", argv)
+    began = time.monotonic()
+    path = f"/llumnix/v1/instances/{quote(args.instance, safe='')}/drain"
+    body = _ask(args, "POST", path, wanted="state", timeout_s=STATUS_TIMEOUT_S)
+    while body is not None:
+        time.sleep(DRAIN_POLL_S)
+        listed = _ask(
+            args, "GET", "/llumnix/v1/instances", wanted="instances", timeout_s=STATUS_TIMEOUT_S
+        )
+        last, body = body, next((i for i in listed["instances"] if i["id"] == args.instance), None)
+        if body is not None and body["state"] not in ("draining", "stopping"):
+            print(f"{args.instance} is {body['state']}: its drain was taken back")
+            return 1
+    if args.json:
+        print(json.dumps({**last, "state": "gone"}, indent=2))
+    else:
+        print(f"{args.instance} is empty and stopped after {time.monotonic() - began:.1f} s")
+    return 0
+
+
+def undrain(argv: list[str]) -> int:
+    """`llumnix undrain`: lets an instance that is being drained serve on."""
+    args = _instance_args("undrain", argv)
+    path = f"/llumnix/v1/instances/{quote(args.instance, safe='')}/undrain"
+    body = _ask(args, "POST", path, wanted="state", timeout_s=STATUS_TIMEOUT_S)
+    print(json.dumps(body, indent=2) if args.json else f"{body['id']} is {body['state']}")
+    return 0
+
+
+def _instance_args(command: str, argv: list[str]) -> argparse.Namespace:
+    parser = _server_parser(command)
+    parser.add_argument("instance", metavar="INSTANCE", help="its id, as `llumnix status` shows it")
+    return parser.parse_args(argv)
 
 
 def replay(argv: list[str]) -> int:
@@ -171,7 +219,7 @@ def _ask(
         body = answer.json()
     except ValueError:
         body = None
-    if answer.status_code == 200 and isinstance(body, dict) and wanted in body:
+    if answer.status_code in (200, 202) and isinstance(body, dict) and wanted in body:
         return body
     error = body.get("error") if isinstance(body, dict) else None
     if isinstance(error, dict) and error.get("type") in _OUR_ERRORS:

@@ -1,14 +1,20 @@
 """What a deployment is told once, at its start.
 
 Each knob is declared here, with unit, default and check; the command line makes its flags from
-these fields. vLLM's own flags are vLLM's to declare.
+these fields. vLLM's own flags are vLLM's to declare, the scheduler's finer knobs
+core/settings.py's: `read_settings` reads them from a YAML file and puts the flags on top.
 """
 
-from dataclasses import dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
-from llumnix.core.policies.dispatch import DISPATCH_POLICIES
+import msgspec
+import yaml
+
+from llumnix.core.policies.presets import POLICIES
+from llumnix.core.settings import PriorityClass, SchedulerSettings
 from llumnix.errors import UsageError
 
 
@@ -19,13 +25,31 @@ def knob(default: Any, help: str, **flag: Any) -> Any:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeploymentConfig:
-    """How many instances, placed by what, reachable for whom."""
+    """How many instances, scheduled how, reachable for whom. `scheduler`: what `policy`,
+    `min_instances`, `max_instances`, `priority_class` and `scheduler_config` come to."""
 
     instances: int = knob(2, "How many vLLM instances to start.", type=int, metavar="N")
-    policy: str = knob(
-        "least-loaded",
-        "How a new request is placed.",
-        choices=sorted(DISPATCH_POLICIES),
+    policy: str | None = knob(
+        None,
+        "How requests are scheduled; llumnix if neither this nor --scheduler-config says.",
+        choices=list(POLICIES),
+    )
+    min_instances: int | None = knob(
+        None, "Let the load decide the number of instances: never fewer.", type=int, metavar="N"
+    )
+    max_instances: int | None = knob(
+        None, "Let the load decide the number of instances: never more.", type=int, metavar="N"
+    )
+    priority_class: Sequence[str] | None = knob(
+        None,
+        "A class of requests: vLLM's priority number (lower is served earlier), and the share of "
+        "KV memory kept free where one of them runs. Again for each class; replaces the defaults, "
+        "high=-100:0.88 and normal=0.",
+        action="append",
+        metavar="NAME=NUMBER[:HEADROOM]",
+    )
+    scheduler_config: str | None = knob(
+        None, "The scheduler's finer knobs, a YAML file (docs/scheduler.md).", metavar="FILE"
     )
     ray_address: str | None = knob(
         None,
@@ -50,6 +74,7 @@ class DeploymentConfig:
         "Serve beyond loopback without an --api-key.",
         action="store_true",
     )
+    scheduler: SchedulerSettings = field(default_factory=SchedulerSettings)
 
     def __post_init__(self) -> None:
         if self.instances < 1:
@@ -63,6 +88,33 @@ class DeploymentConfig:
             raise UsageError(
                 f"--event-log {self.event_log}: its folder does not exist; make it first"
             )
+        # A frozen dataclass has no other way to set a field that follows from others.
+        object.__setattr__(self, "scheduler", self._scheduler())
+        scaling = self.scheduler.scaling
+        most, least = scaling.instances_max, scaling.instances_min or 1
+        if most is not None and not least <= self.instances <= most:
+            raise UsageError(
+                f"--instances {self.instances} is what it starts with, so it must lie between "
+                f"--min-instances {least} and --max-instances {most}"
+            )
+
+    @property
+    def slots(self) -> int:
+        """The most instances that are foreseen."""
+        return max(self.instances, self.scheduler.scaling.instances_max or 0)
+
+    def _scheduler(self) -> SchedulerSettings:
+        settings = read_settings(self.scheduler_config)
+        if self.policy is not None:
+            settings = replace(settings, policy=self.policy)
+        flags = {"instances_min": self.min_instances, "instances_max": self.max_instances}
+        given = {name: value for name, value in flags.items() if value is not None}
+        if given:
+            settings = replace(settings, scaling=replace(settings.scaling, **given))
+        if self.priority_class:
+            classes = tuple(_priority_class(text) for text in self.priority_class)
+            settings = replace(settings, priorities=replace(settings.priorities, classes=classes))
+        return settings
 
 
 def knobs() -> list[tuple[str, Any, dict[str, Any]]]:
@@ -70,4 +122,60 @@ def knobs() -> list[tuple[str, Any, dict[str, Any]]]:
     return [
         (f.name, f.default, {"help": f.metadata["help"], **f.metadata["flag"]})
         for f in fields(DeploymentConfig)
+        if "flag" in f.metadata
     ]
+
+
+def read_settings(path: str | None) -> SchedulerSettings:
+    """The scheduler's settings in a YAML file; the defaults without one. `UsageError` names the
+    file and the knob."""
+    if path is None:
+        return SchedulerSettings()
+    try:
+        tree = yaml.safe_load(Path(path).read_text()) or {}
+    except OSError as error:
+        raise UsageError(f"--scheduler-config {path} cannot be read ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        line = " ".join(str(error).split())
+        raise UsageError(f"--scheduler-config {path} is not YAML: {line}") from error
+    try:
+        _check_names(tree, SchedulerSettings, "")
+        settings = msgspec.convert(tree, SchedulerSettings)
+    except msgspec.ValidationError as error:
+        raise UsageError(f"--scheduler-config {path}: {error}") from error
+    except UsageError as error:
+        raise UsageError(f"--scheduler-config {path}: {error}") from error
+    if settings.policy not in POLICIES:
+        raise UsageError(
+            f"--scheduler-config {path}: no policy {settings.policy!r}; there are: "
+            + ", ".join(POLICIES)
+        )
+    return settings
+
+
+def _check_names(tree: Any, kind: Any, where: str) -> None:
+    """Raises `UsageError` on a key that is no knob: a typo must not pass for a setting."""
+    if not isinstance(tree, dict):
+        raise UsageError(f"{where or 'the file'}: expected `knob: value` lines, not {tree!r}")
+    known = get_type_hints(kind)
+    for name, value in tree.items():
+        path = f"{where}.{name}" if where else str(name)
+        if name not in known:
+            raise UsageError(f"no knob {path}; there are: {', '.join(known)}")
+        if is_dataclass(known[name]):
+            _check_names(value, known[name], path)
+        elif name == "classes" and isinstance(value, list):
+            for number, each in enumerate(value):
+                _check_names(each, PriorityClass, f"{path}[{number}]")
+
+
+def _priority_class(text: str) -> PriorityClass:
+    name, _, rest = text.partition("=")
+    number, _, headroom = rest.partition(":")
+    try:
+        return PriorityClass(name=name, priority=int(number), headroom=float(headroom or 0))
+    except ValueError as error:
+        raise UsageError(
+            f"--priority-class {text}: expected NAME=NUMBER or NAME=NUMBER:HEADROOM, like "
+            "high=-100:0.88"
+        ) from error

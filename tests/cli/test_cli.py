@@ -13,8 +13,8 @@ from llumnix import cli
 from llumnix.cli import main
 from llumnix.core.events import LoadReported, RequestArrived
 from llumnix.core.load import LoadReport
-from llumnix.core.policies.dispatch import DISPATCH_POLICIES
 from llumnix.core.scheduler import Scheduler
+from llumnix.core.settings import SchedulerSettings
 from llumnix.core.types import EngineIndex, InstanceId, MigrationId, RequestId
 from llumnix.observe.event_log import EventLog
 
@@ -250,17 +250,16 @@ def log(tmp_path: Path) -> Path:
     """Two facts, one decision and two steps."""
     path = tmp_path / "log.jsonl"
     writer = EventLog(str(path), who="test")
-    scheduler = Scheduler(DISPATCH_POLICIES["least-loaded"]())
+    settings = SchedulerSettings(policy="least-loaded")
+    scheduler = Scheduler(settings)
     report = LoadReport(
         instance=InstanceId("i0"),
         engine_index=EngineIndex(0),
         sequence=1,
         kv_tokens_used=0,
         kv_tokens_total=100,
-        running=0,
-        waiting=0,
     )
-    writer.started("least-loaded")
+    writer.started(settings)
     for fact in (
         LoadReported(report=report),
         RequestArrived(request=RequestId("r"), prompt_tokens=3),
@@ -333,6 +332,6 @@ def test_every_command_is_in_the_usage(capsys: pytest.CaptureFixture[str]) -> No
     assert main(["--help"]) == 0
     said = capsys.readouterr().out
     assert said == cli.USAGE
-    assert all(f"\n  {c} " in said for c in ("serve", "status", "migrate", "replay"))
+    assert all(f"\n  {c} " in said for c in ("serve", "status", "migrate", "drain", "replay"))
     assert main(["mgirate"]) == 2
-    assert "use serve, status, migrate or replay" in capsys.readouterr().err
+    assert "use serve, status, migrate, drain, undrain or replay" in capsys.readouterr().err

@@ -4,15 +4,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llumnix.core.events import Dispatch, InstanceLost, LoadReported, NoInstance, RequestArrived
-from llumnix.core.load import LoadReport
-from llumnix.core.policies.dispatch import DISPATCH_POLICIES
+from llumnix.core.load import ClassLoad, LoadReport
 from llumnix.core.scheduler import Scheduler
+from llumnix.core.settings import SchedulerSettings
 from llumnix.core.types import EngineIndex, InstanceId, RequestId
 from llumnix.core.view import BOOKING_LIFETIME_S, STALE_AFTER_S
 
 
 def scheduler(policy: str = "least-loaded") -> Scheduler:
-    return Scheduler(DISPATCH_POLICIES[policy]())
+    return Scheduler(SchedulerSettings(policy=policy))
 
 
 def report(
@@ -32,8 +32,7 @@ def report(
             sequence=sequence,
             kv_tokens_used=used,
             kv_tokens_total=1000,
-            running=running,
-            waiting=waiting,
+            classes=(ClassLoad(), ClassLoad(running=running, waiting=waiting)),
             admitted=tuple(RequestId(r) for r in admitted),
             accepting=accepting,
         )

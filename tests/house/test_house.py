@@ -14,7 +14,11 @@ def test_our_flags_are_these() -> None:
     """A flag is a promise: add one here on purpose. vLLM's own are vLLM's to declare."""
     assert {name: default for name, default, _ in knobs()} == {
         "instances": 2,
-        "policy": "least-loaded",
+        "policy": None,
+        "min_instances": None,
+        "max_instances": None,
+        "priority_class": None,
+        "scheduler_config": None,
         "ray_address": None,
         "event_log": None,
         "migration_bandwidth": None,

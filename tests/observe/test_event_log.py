@@ -16,9 +16,10 @@ from llumnix.core.events import (
     NoInstance,
     RequestArrived,
 )
-from llumnix.core.load import LoadReport
-from llumnix.core.policies.dispatch import DISPATCH_POLICIES
+from llumnix.core.load import ClassLoad, LoadReport
+from llumnix.core.policies.presets import POLICIES
 from llumnix.core.scheduler import Scheduler
+from llumnix.core.settings import SchedulerSettings
 from llumnix.core.types import EngineIndex, InstanceId, MigrationId, RequestId
 from llumnix.errors import UsageError
 from llumnix.observe.event_log import EventLog
@@ -38,8 +39,7 @@ def report(
             sequence=sequence,
             kv_tokens_used=running * 16,
             kv_tokens_total=1000,
-            running=running,
-            waiting=0,
+            classes=(ClassLoad(), ClassLoad(running=running)),
             admitted=admitted,
         )
     )
@@ -67,8 +67,9 @@ ARRIVALS = 9
 def record(path: Path, policy: str, who: str = "controller 1") -> None:
     """Does as cluster/controller.py does, at times that replay must take from the log."""
     log = EventLog(str(path), who=who)
-    scheduler = Scheduler(DISPATCH_POLICIES[policy]())
-    log.started(policy)
+    settings = SchedulerSettings(policy=policy)
+    scheduler = Scheduler(settings)
+    log.started(settings)
     for number, fact in enumerate(FACTS):
         now = 5000.0 + number * 0.75  # Bookings lapse and reports grow stale on the way.
         decisions = scheduler.handle(fact, now)
@@ -94,7 +95,7 @@ def number_of(found: list[dict[str, Any]], **wanted: Any) -> int:
 # -- the scheduler's decisions
 
 
-@pytest.mark.parametrize("policy", DISPATCH_POLICIES)
+@pytest.mark.parametrize("policy", POLICIES)
 def test_what_a_scheduler_decided_it_decides_again(tmp_path: Path, policy: str) -> None:
     path = tmp_path / "log"
     record(path, policy)
@@ -131,7 +132,7 @@ def test_schedulers_that_write_in_turns_are_kept_apart(tmp_path: Path) -> None:
     assert replay(path) == Replayed(facts=2 * len(FACTS), decisions=2 * ARRIVALS)
 
 
-@pytest.mark.parametrize("policy", DISPATCH_POLICIES)
+@pytest.mark.parametrize("policy", POLICIES)
 def test_an_altered_decision_is_found_at_its_line(tmp_path: Path, policy: str) -> None:
     path = tmp_path / "log"
     record(path, policy)
@@ -175,7 +176,7 @@ def test_another_policy_is_found(tmp_path: Path) -> None:
     path = tmp_path / "log"
     record(path, "least-loaded")
     found = lines(path)
-    found[0]["policy"] = "round-robin"
+    found[0]["settings"]["policy"] = "round-robin"
     write(path, found)
     assert len(replay(path).differences) == ARRIVALS - 1  # That nobody is there is the same.
 
@@ -278,7 +279,7 @@ def test_a_writer_without_a_path_writes_nothing(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     log = EventLog(None, who="nobody")
-    log.started("least-loaded")
+    log.started(SchedulerSettings())
     log.fact(FACTS[1], 0.0)
     log.decision(NoInstance(request=RequestId("r"), why="none"), 0.0)
     log.step("source", MigrationId("m0"), "reserved", "idle", "see what is left")
@@ -306,7 +307,7 @@ def test_a_closed_writer_writes_nothing_more(tmp_path: Path) -> None:
         "[]",
         "7",
         "{}",
-        '{"who": "c", "kind": "started", "policy": "by hand"}',
+        '{"who": "c", "kind": "started", "settings": {"policy": "by hand"}}',
         '{"who": "c", "kind": "step", "role": "bystander", "migration": "m0"}',
     ],
 )

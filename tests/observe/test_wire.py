@@ -5,13 +5,28 @@ from typing import get_args
 
 import pytest
 
-from llumnix.core.events import Dispatch, InstanceLost, LoadReported, NoInstance, RequestArrived
-from llumnix.core.load import LoadReport
+from llumnix.core.events import (
+    AddInstances,
+    Dispatch,
+    DrainInstance,
+    FleetReported,
+    InstanceLost,
+    LoadReported,
+    MoveLimit,
+    MoveLoad,
+    NoInstance,
+    PrefixesChanged,
+    RequestArrived,
+    UndrainInstance,
+)
+from llumnix.core.load import ClassLoad, LoadReport
 from llumnix.core.messages import (
     CallOff,
     Handover,
+    LeaveWanted,
     Migrate,
     MigrationEnded,
+    MigrationWanted,
     Reserve,
     Reserved,
     Stage,
@@ -21,7 +36,7 @@ from llumnix.core.messages import (
     TookOver,
     Verdict,
 )
-from llumnix.core.types import EngineIndex, Epoch, InstanceId, MigrationId, RequestId
+from llumnix.core.types import EngineIndex, Epoch, InstanceId, MigrationId, OrderId, RequestId
 from llumnix.errors import ProtocolError
 from llumnix.observe.wire import Loads, LoadsAsked, Message, Ping, Pong, decode, encode
 
@@ -31,8 +46,9 @@ REPORT = LoadReport(
     sequence=7,
     kv_tokens_used=32,
     kv_tokens_total=4096,
-    running=2,
-    waiting=1,
+    classes=(ClassLoad(), ClassLoad(running=2, waiting=1, waiting_tokens=48)),
+    head_tokens=48,
+    orders=(OrderId(4),),
     admitted=(RequestId("a"), RequestId("ü")),
     accepting=False,
 )
@@ -50,6 +66,24 @@ SAMPLES: list[Message] = [
         why="because",
     ),
     NoInstance(request=RequestId("r"), why="none"),
+    PrefixesChanged(
+        instance=InstanceId("i0"), engine_index=EngineIndex(1), stored=(2**62,), removed=(5,)
+    ),
+    FleetReported(starting=1, serving=(InstanceId("i0"),), draining=()),
+    MoveLoad(
+        order=OrderId(3),
+        source=InstanceId("i0"),
+        source_engine=EngineIndex(0),
+        destination=InstanceId("i1"),
+        destination_engine=EngineIndex(1),
+        limits=(MoveLimit(rank=1, tokens_min=1, tokens_wanted=2, tokens_max=3, waiting_max=4),),
+        why="because",
+    ),
+    AddInstances(count=2, why="because"),
+    DrainInstance(instance=InstanceId("i0"), why="because"),
+    UndrainInstance(instance=InstanceId("i0"), why="because"),
+    MigrationWanted(request=RequestId("r"), destination=EngineIndex(1), why="because"),
+    LeaveWanted(request=RequestId(""), why="because"),
     Ping(number=1),
     Pong(number=1),
     LoadsAsked(number=2),

@@ -5,61 +5,49 @@ decided by core/policies/restart. A new run of an instance is a new actor with a
 """
 
 import asyncio
-import copy
 import logging
 import os
-import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import ray
-from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import (
     NodeAffinitySchedulingStrategy,
-    PlacementGroupSchedulingStrategy,
 )
 
 from llumnix.cluster import ray_runtime
 from llumnix.cluster.addresses import Addresses
 from llumnix.cluster.controller import Controller
+from llumnix.cluster.runs import Run, Runs
 from llumnix.config import DeploymentConfig
-from llumnix.core.limits import MigrationLimits
+from llumnix.core.events import (
+    AddInstances,
+    DrainInstance,
+    FleetReported,
+    ScalingDecision,
+    UndrainInstance,
+)
 from llumnix.core.policies.restart import GiveUp, RestartPolicy
-from llumnix.core.types import ENGINE_INDEX_MAX, EngineIndex, InstanceId
-from llumnix.engine.host import HostSeat
-from llumnix.engine.instance import EngineInstance, InstanceFacts, InstanceSeat
+from llumnix.core.types import InstanceId
 from llumnix.engine.launch import EngineLaunch
-from llumnix.engine.transfer import TransferOptions
 from llumnix.errors import (
     CapacityError,
+    ConflictError,
     InstanceFailedError,
     LastInstanceError,
-    LlumnixError,
     UnknownInstanceError,
+    UsageError,
 )
 from llumnix.frontend.control import InstanceStatus
 from llumnix.frontend.llm import FleetLLM
 
 logger = logging.getLogger("llumnix.fleet")
 
-STOP_TIMEOUT_S = 5.0
-READY_TIMEOUT_S = float(os.environ.get("VLLM_ENGINE_READY_TIMEOUT_S", "600"))
 CPU_INSTANCES_PER_CORE_MAX = 4
 DRAIN_POLL_S = 0.05
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class Run:
-    """One run of an instance's engine. `ended` resolves (with why) once the engine is no more."""
-
-    engine_index: EngineIndex
-    actor: Any
-    group: Any
-    facts: InstanceFacts | None = None
-    ended: asyncio.Task[str] | None = None
+REPORT_EVERY_S = 0.5
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -99,23 +87,17 @@ class Fleet:
         self._llm = llm
         self._client = llm.engine_core
         self._launch = launch
+        self._runs = Runs(self._client, launch, addresses, config)
         self._controller_address = addresses.controller
-        self._slots = config.instances
-        self._event_log = config.event_log and str(Path(config.event_log).absolute())
-        limit = config.migration_bandwidth
-        self._seat = HostSeat(
-            peers=addresses.peers,
-            agents=addresses.agents,
-            key=secrets.token_bytes(32),
-            limits=MigrationLimits(),
-            transfer=TransferOptions(bandwidth_bytes_per_s=limit and limit * 1e6),
-        )
+        self._settings = config.scheduler
+        self._reporting: asyncio.Task[None] | None = None
+        self._refused = ""
         self._members: dict[InstanceId, Member] = {}
-        self._engines_started = 0
         self._controller: Any = None
+        self._tasks: set[asyncio.Task[None]] = set()
         self.all_failed = asyncio.Event()
 
-    def start_controller(self, policy: str) -> None:
+    def start_controller(self) -> None:
         """Starts the controller on this node, for Ray to start again whenever it dies."""
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self._controller = (
@@ -127,7 +109,7 @@ class Fleet:
                 max_task_retries=-1,
                 scheduling_strategy=here,
             )
-            .remote([self._controller_address], policy, self._event_log)
+            .remote([self._controller_address], self._settings, self._runs.event_log)
         )
         # With `max_task_retries`, Ray calls run() again on every new process of the actor.
         self._controller_run = self._controller.run.remote()
@@ -140,7 +122,7 @@ class Fleet:
         members = [self._enlist() for _ in range(count)]
         for number, member in enumerate(members, 1):
             say(f"starting instance {number}/{count} ({member.id})")
-            self._create(member)
+            member.run = self._runs.create(member.id, member.slot)
         for number, member in enumerate(members, 1):
             why_not = await self._until_ready(member)
             if why_not is not None:
@@ -148,6 +130,9 @@ class Fleet:
             say(f"instance {number}/{count} ({member.id}) is up")
         for member in members:
             member.task = asyncio.create_task(self._supervise(member), name=f"watch-{member.id}")
+        self._client.on_leave = self._leave
+        self._client.link.on_scaling = self._perform
+        self._reporting = asyncio.create_task(self._report(), name="report-fleet")
 
     def status(self) -> list[InstanceStatus]:
         return [m.status() for m in sorted(self._members.values(), key=lambda m: m.slot)]
@@ -159,12 +144,9 @@ class Fleet:
         member.task = asyncio.create_task(self._add(member), name=f"add-{member.id}")
         return member.status()
 
-    async def remove(self, instance: InstanceId) -> InstanceStatus:
-        member = self._members.get(instance)
-        if member is None:
-            known = ", ".join(self._members) or "none"
-            raise UnknownInstanceError(f"no instance {instance}; there are: {known}")
-        if member.state == "draining":
+    async def drain(self, instance: InstanceId, why: str) -> InstanceStatus:
+        member = self._member(instance)
+        if member.state in ("draining", "stopping"):
             return member.status()
         others = [m for m in self._members.values() if m.state == "serving" and m is not member]
         if member.state == "serving" and not others:
@@ -173,9 +155,73 @@ class Fleet:
             )
         if member.task is not None:
             member.task.cancel()
-        member.state = "draining"
+        member.state, member.why = "draining", f"draining: {why}"
+        logger.info("Instance %s is drained: %s.", member.id, why)
         member.task = asyncio.create_task(self._drain(member), name=f"drain-{member.id}")
         return member.status()
+
+    async def undrain(self, instance: InstanceId) -> InstanceStatus:
+        member = self._member(instance)
+        run = member.run
+        if member.state != "draining" or run is None or run.ended is None or run.ended.done():
+            raise ConflictError(
+                f"{instance} is {member.state}: only an instance that is draining can be undrained"
+            )
+        assert member.task is not None
+        member.task.cancel()
+        member.state, member.why = "serving", None
+        self._client.accept(run.engine_index, True)
+        run.actor.accept.remote(True)
+        member.task = asyncio.create_task(self._supervise(member), name=f"watch-{member.id}")
+        logger.info("Instance %s serves on.", member.id)
+        return member.status()
+
+    def _member(self, instance: InstanceId) -> Member:
+        member = self._members.get(instance)
+        if member is None:
+            known = ", ".join(self._members) or "none"
+            raise UnknownInstanceError(f"no instance {instance}; there are: {known}")
+        return member
+
+    # -- what the scheduler and the instances ask for ----------------------------------------------
+
+    async def _report(self) -> None:
+        """Tells the controller what there is; its decisions come back to `_perform`."""
+        while True:
+            states = [(m.id, m.state) for m in self._members.values()]
+            await self._client.link.tell(
+                FleetReported(
+                    starting=sum(s in ("starting", "restarting") for _, s in states),
+                    serving=tuple(i for i, s in states if s == "serving"),
+                    draining=tuple(i for i, s in states if s == "draining"),
+                )
+            )
+            await asyncio.sleep(REPORT_EVERY_S)
+
+    def _perform(self, decision: ScalingDecision) -> None:
+        task = asyncio.ensure_future(self._carry_out(decision))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _leave(self, instance: InstanceId, why: str) -> None:
+        self._perform(DrainInstance(instance=instance, why=why))
+
+    async def _carry_out(self, decision: ScalingDecision) -> None:
+        try:
+            match decision:
+                case AddInstances(count=count, why=why):
+                    for _ in range(count):
+                        added = await self.add()
+                        logger.info("Instance %s is added: %s.", added.id, why)
+                case DrainInstance(instance=instance, why=why):
+                    await self.drain(instance, why)
+                case UndrainInstance(instance=instance):
+                    await self.undrain(instance)
+            self._refused = ""
+        except UsageError as error:
+            if str(error) != self._refused:  # Said once, though it is decided again and again.
+                self._refused = str(error)
+                logger.warning("Not done (%s): %s", decision.why, error)
 
     def check_capacity(self, count: int) -> None:
         """Raises `CapacityError` unless the cluster has devices for `count` instances in all."""
@@ -192,6 +238,8 @@ class Fleet:
 
     async def close(self) -> None:
         """Stops all instances and the controller."""
+        if self._reporting is not None:
+            self._reporting.cancel()
         members = list(self._members.values())
         for member in members:
             if member.task is not None:
@@ -232,8 +280,7 @@ class Fleet:
             )
 
     async def _add(self, member: Member) -> None:
-        self._create(member)
-        why_not = await self._until_ready(member)
+        why_not = await self._create_and_wait(member)
         if why_not is None:
             await self._supervise(member)
         else:
@@ -262,8 +309,7 @@ class Fleet:
                 )
                 await asyncio.sleep(verdict.delay_s)
                 member.restarts += 1
-                self._create(member)
-                why, served_s = await self._until_ready(member), 0.0
+                why, served_s = await self._create_and_wait(member), 0.0
             logger.warning("Instance %s serves again.", member.id)
 
     def _give_up(self, member: Member, why: str) -> None:
@@ -280,81 +326,24 @@ class Fleet:
             run.actor.accept.remote(False)
             while self._client.in_flight(run.engine_index) and not run.ended.done():
                 await asyncio.sleep(DRAIN_POLL_S)
+        member.state = "stopping"
         if run is not None:
             await self._client.lose(run.engine_index)
         await self._end(member)
         del self._members[member.id]
         logger.info("Instance %s is stopped.", member.id)
 
-    # -- one run of it -----------------------------------------------------------------------------
-
-    def _create(self, member: Member) -> None:
-        """Starts a new run: a new actor, known to the frontend before it can announce itself."""
-        if self._engines_started > ENGINE_INDEX_MAX:
-            raise LlumnixError("65,536 engines were started; restart llumnix to start more")
-        index = EngineIndex(self._engines_started)
-        self._engines_started += 1
-        self._client.expect(member.id, index, member.slot)
-        seat = InstanceSeat(
-            instance=member.id,
-            engine_index=index,
-            slot=member.slot,
-            slots=max(self._slots, member.slot + 1),
-            controller=self._controller_address,
-            llumlet=self._seat,
-            event_log=self._event_log,
-        )
-        launch, group = self._launch, None
-        options: dict[str, Any] = {"scheduling_strategy": "SPREAD"}
-        if launch.device is not None:
-            group = placement_group([{launch.device: launch.devices_per_instance}])
-            options = {
-                "num_gpus": launch.devices_per_instance,
-                "scheduling_strategy": PlacementGroupSchedulingStrategy(
-                    placement_group=group, placement_group_bundle_index=0
-                ),
-            }
-        actor = (
-            ray.remote(EngineInstance)
-            .options(
-                num_cpus=0,
-                max_concurrency=2,
-                max_restarts=0,
-                runtime_env={"env_vars": launch.env},
-                **options,
-            )
-            .remote(
-                seat,
-                copy.deepcopy(launch.vllm_config),
-                launch.addresses,
-                launch.executor_class,
-                launch.log_stats,
-            )
-        )
-        member.run = Run(engine_index=index, actor=actor, group=group)
+    async def _create_and_wait(self, member: Member) -> str | None:
+        """A new run of the member; returns None once it serves, or why it ended before."""
+        member.run = self._runs.create(member.id, member.slot)
+        return await self._until_ready(member)
 
     async def _until_ready(self, member: Member) -> str | None:
-        """Waits until the member's run serves; returns None then, or why it ended before."""
-        run = member.run
-        assert run is not None
-        try:
-            run.facts = await asyncio.wait_for(
-                asyncio.wrap_future(run.actor.describe.remote().future()), READY_TIMEOUT_S
-            )
-        except TimeoutError:
-            return f"it was not ready within {READY_TIMEOUT_S:.0f} s (VLLM_ENGINE_READY_TIMEOUT_S)"
-        except ray.exceptions.RayError as error:
-            logged = await asyncio.to_thread(ray_runtime.error_logged, str(error))
-            return logged or _reason(error)
-        self._client.locate(run.engine_index, run.facts.address)
-        run.ended = asyncio.create_task(_until_ended(run.actor.run.remote()))
-        connected = asyncio.create_task(self._client.connected(run.engine_index))
-        await asyncio.wait({run.ended, connected}, return_when=asyncio.FIRST_COMPLETED)
-        if not connected.done():
-            connected.cancel()
-            return run.ended.result()
-        member.state = "serving"
-        return None
+        assert member.run is not None
+        why_not = await self._runs.until_ready(member.run)
+        if why_not is None:
+            member.state = "serving"
+        return why_not
 
     async def _bury(self, member: Member, why: str) -> None:
         """Ends the streams of a dead run and clears it away."""
@@ -365,34 +354,6 @@ class Fleet:
         await self._end(member)
 
     async def _end(self, member: Member) -> None:
-        """Ends the member's actor, politely if it can still listen."""
         run, member.run = member.run, None
-        if run is None:
-            return
-        if run.ended is not None and not run.ended.done():
-            try:
-                run.actor.stop.remote()
-                await asyncio.wait_for(asyncio.shield(run.ended), STOP_TIMEOUT_S)
-            except TimeoutError:
-                logger.debug("instance %s did not stop by itself", member.id)
-        ray.kill(run.actor)
-        if run.group is not None:
-            remove_placement_group(run.group)
-
-
-async def _until_ended(run: Any) -> str:
-    try:
-        await run
-    except ray.exceptions.RayError as error:
-        return _reason(error)
-    return "its engine stopped"
-
-
-def _reason(error: BaseException) -> str:
-    """Of what Ray says about a dead actor: the cause, without the stack."""
-    cause = getattr(error, "cause", None) or error
-    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-    for line in reversed(lines):
-        if "Error" in line or "Exception" in line:
-            return line
-    return lines[0] if lines else type(error).__name__
+        if run is not None:
+            await self._runs.end(run)

@@ -10,6 +10,7 @@ from typing import Any
 
 from llumnix.cluster import ray_runtime
 from llumnix.cluster.addresses import Addresses
+from llumnix.core.priorities import Priorities
 from llumnix.errors import InstanceFailedError, UsageError
 from llumnix.frontend.arguments import ServeCommand, parse
 from llumnix.observe.event_log import EventLog
@@ -121,8 +122,9 @@ async def _run(
             "output_address": addresses.frontend_output,
         },
         ControllerLink(addresses.controller),
-        deployment.instances,
+        deployment.slots,
         EventLog(deployment.event_log, who=f"frontend {os.getpid()}"),
+        Priorities(deployment.scheduler.priorities),
     )
     client.start()
     llm = FleetLLM(
@@ -136,7 +138,7 @@ async def _run(
     failed = None
     try:
         fleet.check_capacity(deployment.instances)
-        fleet.start_controller(deployment.policy)
+        fleet.start_controller()
         await fleet.start(deployment.instances, say)
         ready = asyncio.create_task(_announce(llm, listen_address, args, began))
         failed = asyncio.create_task(_stop_when_all_failed(fleet))

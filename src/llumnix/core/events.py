@@ -7,17 +7,19 @@ carries its reason (`why`).
 from dataclasses import dataclass
 
 from llumnix.core.load import LoadReport
-from llumnix.core.types import EngineIndex, InstanceId, RequestId
+from llumnix.core.types import EngineIndex, InstanceId, OrderId, RequestId
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestArrived:
     """A frontend asks where to put a request. `prompt_tokens`: tokens. `priority`: vLLM's, lower
-    is served earlier."""
+    is served earlier. `prefix`: hashes of the prompt's leading blocks (core/prefixes.py), left out
+    where nobody wants them."""
 
     request: RequestId
     prompt_tokens: int
     priority: int = 0
+    prefix: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +30,18 @@ class LoadReported:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PrefixesChanged:
+    """Blocks that this run of an instance's engine began or ceased to keep in its prefix cache.
+    `cleared`: it dropped all that it had, before those `stored`."""
+
+    instance: InstanceId
+    engine_index: EngineIndex
+    stored: tuple[int, ...] = ()
+    removed: tuple[int, ...] = ()
+    cleared: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class InstanceLost:
     """This run of the instance's engine is over; nothing that it says later counts."""
 
@@ -35,7 +49,22 @@ class InstanceLost:
     engine_index: EngineIndex
 
 
-Fact = RequestArrived | LoadReported | InstanceLost
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tick:
+    """Time has passed: it may be right to move load."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FleetReported:
+    """What the supervisor of the instances has: how many it is starting (or starting again), which
+    serve and which are being emptied."""
+
+    starting: int
+    serving: tuple[InstanceId, ...]
+    draining: tuple[InstanceId, ...]
+
+
+Fact = RequestArrived | LoadReported | PrefixesChanged | InstanceLost | Tick | FleetReported
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,4 +85,56 @@ class NoInstance:
     why: str
 
 
-Decision = Dispatch | NoInstance
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoveLimit:
+    """Which requests of one class (`rank`) may be moved: running ones of `tokens_min` to
+    `tokens_max` KV tokens, preferably at least `tokens_wanted`; waiting ones that need at most
+    `waiting_max`."""
+
+    rank: int
+    tokens_min: int
+    tokens_wanted: int
+    tokens_max: int
+    waiting_max: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoveLoad:
+    """The source's llumlet is to move one request to the destination. It picks which, since only it
+    knows them (core/policies/victim.py). `limits`: of each class that may be moved."""
+
+    order: OrderId
+    source: InstanceId
+    source_engine: EngineIndex
+    destination: InstanceId
+    destination_engine: EngineIndex
+    limits: tuple[MoveLimit, ...]
+    why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AddInstances:
+    """Start that many more."""
+
+    count: int
+    why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DrainInstance:
+    """Empty this instance, then stop it."""
+
+    instance: InstanceId
+    why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UndrainInstance:
+    """Let this instance, which is being emptied, serve on."""
+
+    instance: InstanceId
+    why: str
+
+
+ScalingDecision = AddInstances | DrainInstance | UndrainInstance
+Decision = Dispatch | NoInstance | MoveLoad | ScalingDecision

@@ -35,7 +35,7 @@ from llumnix.core.migration import (
 )
 from llumnix.core.outgoing import OnStep
 from llumnix.core.port import EnginePort, Refusal
-from llumnix.core.types import EngineIndex, MigrationId
+from llumnix.core.types import EngineIndex, MigrationId, RequestId
 from llumnix.errors import ProtocolError
 
 
@@ -45,6 +45,7 @@ class Incoming:
 
     order: Reserve
     machine: DestinationMachine
+    began_s: float
     deadline_s: float
     hit: int = 0
     stage: int = 0
@@ -56,6 +57,14 @@ class Incoming:
     bytes: int = 0
     seconds: float = 0.0
     why: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Came:
+    """A request that was taken over: when, and how long its move took, in seconds."""
+
+    at_s: float
+    took_s: float
 
 
 @dataclass(slots=True, kw_only=True)
@@ -82,6 +91,7 @@ class IncomingMigrations:
         self._decided: dict[MigrationId, Decided] = {}
         self._tickets: dict[int, MigrationId] = {}
         self._ticket = 0
+        self.came: dict[RequestId, Came] = {}
 
     def __len__(self) -> int:
         return len(self._open)
@@ -100,6 +110,7 @@ class IncomingMigrations:
         coming = Incoming(
             order=order,
             machine=destination_machine(order.migration),
+            began_s=now,
             deadline_s=now + self._limits.silence_timeout_s,
             outputs=len(order.outputs),
             tail=order.outputs[-TAIL_MAX:],
@@ -250,7 +261,7 @@ class IncomingMigrations:
         migration = coming.order.migration
         coming.deadline_s = now + self._limits.silence_timeout_s
         if self._walk(coming, DestinationEvent.PULLED) is DestinationAction.INSTALL:
-            self._install(coming)
+            self._install(coming, now)
         else:
             self._answer(
                 coming,
@@ -262,7 +273,7 @@ class IncomingMigrations:
                 ),
             )
 
-    def _install(self, coming: Incoming) -> None:
+    def _install(self, coming: Incoming, now: float) -> None:
         order, handover = coming.order, coming.last
         assert isinstance(handover, Handover)
         refusal = self._port.commit(order.request, self._computed(coming), handover.state)
@@ -271,6 +282,9 @@ class IncomingMigrations:
             return
         self._walk(coming, DestinationEvent.INSTALLED)
         del self._open[order.migration]
+        self.came[order.request] = Came(at_s=now, took_s=now - coming.began_s)
+        if len(self.came) > REMEMBERED_MAX:
+            del self.came[next(iter(self.came))]
         took = TookOver(
             migration=order.migration,
             request=order.request,

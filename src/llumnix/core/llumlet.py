@@ -1,15 +1,19 @@
-"""The llumlet's part in migrations: all of them from and to one engine.
+"""The llumlet: migrations from and to one engine, and the scheduler's orders to move load.
 
 It is hosted on the engine's own thread: messages and facts go in between steps, `poll` is called
 after every step, and what comes out is to be sent. It does no I/O and reads no clock.
 """
 
+from dataclasses import dataclass
+
+from llumnix.core.events import MoveLoad
 from llumnix.core.incoming import IncomingMigrations
 from llumnix.core.limits import MigrationLimits
 from llumnix.core.messages import (
     CallOff,
     Handover,
     Migrate,
+    MigrationEnded,
     Out,
     PeerMessage,
     Reserve,
@@ -17,16 +21,32 @@ from llumnix.core.messages import (
     Stage,
     Staged,
     Stopping,
+    ToFrontend,
     Verdict,
 )
+from llumnix.core.orders import Orders
 from llumnix.core.outgoing import OnStep, OutgoingMigrations
 from llumnix.core.port import EnginePort
-from llumnix.core.types import EngineIndex, MigrationId
+from llumnix.core.priorities import Priorities
+from llumnix.core.settings import SchedulerSettings
+from llumnix.core.types import EngineIndex, MigrationId, OrderId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Moving:
+    """What a report says of moves: requests on their way out, the KV tokens that they hold here,
+    requests on their way in, and the running totals of bytes moved away and the seconds it took."""
+
+    out: int = 0
+    out_tokens: int = 0
+    coming: int = 0
+    moved_bytes: int = 0
+    moved_s: float = 0.0
 
 
 class Llumlet:
     """One engine's. `address`: where other llumlets send to it. `on_step` is told of every
-    transition of every machine."""
+    transition of every machine. `settings`: the deployment's."""
 
     def __init__(
         self,
@@ -35,11 +55,21 @@ class Llumlet:
         port: EnginePort,
         limits: MigrationLimits | None = None,
         on_step: OnStep = lambda *_: None,
+        settings: SchedulerSettings | None = None,
     ) -> None:
         limits = limits or MigrationLimits()
         self._out: list[Out] = []
         self._outgoing = OutgoingMigrations(engine, address, port, limits, self._out, on_step)
         self._incoming = IncomingMigrations(port, limits, self._out, on_step)
+        settings = settings or SchedulerSettings()
+        self._orders = Orders(
+            port,
+            Priorities(settings.priorities),
+            settings.migration.payback,
+            self._outgoing,
+            self._incoming,
+            self._out,
+        )
 
     @property
     def busy(self) -> bool:
@@ -50,9 +80,36 @@ class Llumlet:
         """When `poll` must be called at the latest, even if the engine stands still."""
         return min(self._outgoing.deadlines() + self._incoming.deadlines(), default=None)
 
+    def moving(self, now: float) -> Moving:
+        """What the next load report says of moves."""
+        out, tokens = self._orders.moving(now)
+        return Moving(
+            out=out,
+            out_tokens=tokens,
+            coming=len(self._incoming),
+            moved_bytes=self._outgoing.moved_bytes,
+            moved_s=self._outgoing.moved_s,
+        )
+
+    def answered(self) -> tuple[OrderId, ...]:
+        """The scheduler's orders that the next load report names."""
+        return self._orders.take_answered()
+
+    def order(self, order: MoveLoad, now: float) -> list[Out]:
+        """The scheduler wants load moved away from here."""
+        self._orders.take(order, now)
+        return self._take_out()
+
     def migrate(self, order: Migrate, now: float) -> list[Out]:
         """Begins to move a request away; `MigrationEnded` tells the end, whatever it is."""
-        self._outgoing.begin(order, now)
+        refusal = self._orders.start(order)
+        if refusal is None:
+            self._outgoing.begin(order, now)
+        else:
+            ended = MigrationEnded(
+                migration=order.migration, request=order.request, taken=False, why=refusal.why
+            )
+            self._out.append(ToFrontend(message=ended))
         return self._take_out()
 
     def receive(self, message: PeerMessage, now: float) -> list[Out]:

@@ -1,12 +1,31 @@
-"""What an instance reports of itself: raw facts, derived from nowhere else.
+"""What an instance reports of itself, and the one place where load is derived from it.
 
-Rule: a report holds what its engine counted, in tokens and requests. Whatever is derived from it
-is derived in the scheduler's process, in one place.
+Rules
+- A report holds what its engine counted: tokens, requests, seconds, running totals.
+- Virtual usage, in tokens: what is in use, what the head of the queue needs to start, and the
+  headroom of each class that runs there. Requests behind the head count as nothing, except for
+  dispatch, where all of them will be served before the newcomer.
+- Freeness F = (total - virtual usage) / batch size, in tokens a request, which is in decode steps:
+  how many more the batch can take before memory runs out. Below zero it is not divided, so that one
+  more request or token never raises it.
+- An instance that is being emptied has a request of infinite size: its freeness is -inf.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llumnix.core.types import EngineIndex, InstanceId, RequestId
+from llumnix.core.priorities import Priorities
+from llumnix.core.types import EngineIndex, InstanceId, OrderId, RequestId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClassLoad:
+    """The requests of one priority class: how many run, how many wait, and the KV tokens that those
+    need to start."""
+
+    running: int = 0
+    waiting: int = 0
+    waiting_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -15,17 +34,143 @@ class LoadReport:
 
     `sequence` grows by one a report within one run of the engine (`engine_index`).
     `kv_tokens_used` and `kv_tokens_total` are whole blocks' worth of tokens; blocks that only the
-    prefix cache holds count as free. `admitted` are the requests that reached the engine since
-    the report before: they are in `running` or `waiting` now, or already finished.
-    `accepting` is false while the instance takes no new requests.
-    """
+    prefix cache holds count as free. `block_tokens`: size of a block. `slots`: requests that can
+    run at a time, 0 for no limit. `classes`: most urgent first. `head_tokens`: what the request
+    that is next in the queue needs to start, 0 if none waits. `admitted` are the requests that
+    reached the engine since the report before: they are running or waiting now, or already over.
+    `accepting` is false while the instance is being emptied. `moving_out` requests are on their way
+    to other instances, with `moving_out_tokens` here that will be free; `moving_in` are on their
+    way here, their room in use already. `orders`: those of the scheduler that were carried out, or
+    found impossible, since the report before.
+
+    Running totals of this run: `preemptions`; `steps` and the seconds they took; requests
+    `finished` and the tokens they had generated; bytes moved away and the seconds that took."""
 
     instance: InstanceId
     engine_index: EngineIndex
     sequence: int
     kv_tokens_used: int
     kv_tokens_total: int
-    running: int
-    waiting: int
+    block_tokens: int = 1
+    slots: int = 0
+    classes: tuple[ClassLoad, ...] = ()
+    head_tokens: int = 0
     admitted: tuple[RequestId, ...] = ()
     accepting: bool = True
+    moving_out: int = 0
+    moving_out_tokens: int = 0
+    moving_in: int = 0
+    orders: tuple[OrderId, ...] = ()
+    kv_token_bytes: int = 0
+    preemptions: int = 0
+    steps: int = 0
+    steps_s: float = 0.0
+    finished: int = 0
+    finished_tokens: int = 0
+    moved_bytes: int = 0
+    moved_s: float = 0.0
+
+    @property
+    def kv_tokens_free(self) -> int:
+        """KV tokens that no request holds."""
+        return self.kv_tokens_total - self.kv_tokens_used
+
+    @property
+    def running(self) -> int:
+        """Requests in the batch."""
+        return sum(c.running for c in self.classes)
+
+    @property
+    def waiting(self) -> int:
+        """Requests in the queue."""
+        return sum(c.waiting for c in self.classes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """What follows from a report and the decisions that it does not cover yet. `used`: KV tokens,
+    without those about to be free and with those of dispatches on their way; `head`, `queued`:
+    tokens that the head of the queue needs, and that all who wait need; `batch` runs or will,
+    `waiting` waits; `slots`: see the report; `running`: the batch by class, most urgent first."""
+
+    total: int
+    used: int
+    head: int
+    queued: int
+    batch: int
+    waiting: int
+    slots: int
+    running: tuple[int, ...]
+
+    def spare(self, priorities: Priorities) -> float:
+        """Tokens that nobody uses, virtually or not; below zero if more are wanted than there
+        are."""
+        return self.total - self.used - self.head - priorities.headroom(self.total, self.running)
+
+    def freeness(self, priorities: Priorities) -> float:
+        """F, for migration and scaling."""
+        return ratio(self.spare(priorities), self.batch)
+
+    def freeness_for(self, rank: int, priorities: Priorities) -> float:
+        """F as a newcomer of a class meets it: all who wait are served before it, and only the
+        headroom of more urgent classes is none of its."""
+        reserved = priorities.headroom(self.total, self.running, above=rank)
+        spare = self.total - self.used - self.queued - reserved
+        others = self.batch + self.waiting
+        freeness = ratio(spare, others)
+        if self.slots and others >= self.slots:
+            # It would wait for a slot, however much memory is free.
+            return min(freeness, (self.slots - 1 - others) * self.total / self.slots)
+        return freeness
+
+    def without(self, rank: int, tokens: int) -> "Load":
+        """After a running request of that class and size has left."""
+        return self._changed(rank, -1, -tokens)
+
+    def with_one(self, rank: int, tokens: int) -> "Load":
+        """After one has come."""
+        return self._changed(rank, 1, tokens)
+
+    def _changed(self, rank: int, requests: int, tokens: int) -> "Load":
+        running = tuple(n + requests * (r == rank) for r, n in enumerate(self.running))
+        return Load(
+            total=self.total,
+            used=self.used + tokens,
+            head=self.head,
+            queued=self.queued,
+            batch=max(0, self.batch + requests),
+            waiting=self.waiting,
+            slots=self.slots,
+            running=running,
+        )
+
+
+def ratio(spare: float, requests: int) -> float:
+    """Tokens a request; a shortage is not shared out."""
+    return spare / max(1, requests) if spare > 0 else spare
+
+
+def derive(report: LoadReport, booked: Sequence[int], booked_tokens: int) -> Load:
+    """The load of an instance with dispatches on their way that its report does not cover yet:
+    `booked` of each class, with `booked_tokens` tokens in their prompts."""
+    waiting, queued, by_class = 0, 0, []
+    for rank, known in enumerate(report.classes):
+        waiting += known.waiting
+        queued += known.waiting_tokens
+        by_class.append(known.running + (booked[rank] if booked else 0))
+    used = report.kv_tokens_used - report.moving_out_tokens + booked_tokens
+    batch = max(0, sum(by_class) - report.moving_out) + report.moving_in
+    head = report.head_tokens
+    if head and report.slots and batch >= report.slots:
+        # It waits for a slot, so whatever memory is free is of no use to it.
+        head += max(0, report.kv_tokens_total - used)
+    return Load(
+        total=report.kv_tokens_total,
+        used=used,
+        head=head,
+        queued=max(queued, report.head_tokens),
+        batch=batch,
+        waiting=waiting,
+        slots=report.slots,
+        running=tuple(by_class),
+    )

@@ -173,7 +173,26 @@ class MigrationEnded:
     total_ms: float = 0.0
 
 
-FrontendMessage = TookOver | MigrationEnded
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MigrationWanted:
+    """From the source: the scheduler ordered it to give load away, and this request should go
+    there. The frontend decides whether it does, and orders that."""
+
+    request: RequestId
+    destination: EngineIndex
+    why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeaveWanted:
+    """From an engine whose process was told to end: it should be emptied and stopped. `request`:
+    empty; every message in band has one."""
+
+    request: RequestId
+    why: str
+
+
+FrontendMessage = TookOver | MigrationEnded | MigrationWanted | LeaveWanted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -84,9 +84,15 @@ class OutgoingMigrations:
         self._on_step = on_step
         self._open: dict[RequestId, Outgoing] = {}
         self._ended: dict[MigrationId, SourceMachine] = {}
+        self.moved_bytes = 0
+        self.moved_s = 0.0
 
     def __len__(self) -> int:
         return len(self._open)
+
+    def requests(self) -> list[RequestId]:
+        """Those on their way."""
+        return list(self._open)
 
     def deadlines(self) -> list[float]:
         """When each of them wants to be looked at."""
@@ -143,12 +149,12 @@ class OutgoingMigrations:
             self.look(going, now)
         elif isinstance(message, Verdict):
             if message.taken and going.handover is not None:
-                self._note_stage(going, going.handover.end, message.bytes, now)
+                self._note_stage(going, going.handover.end, message, now)
             going.why = message.why
             self._walk(going, SourceEvent.TAKEN if message.taken else SourceEvent.DECLINED, now)
         elif message.stage == going.stage and going.machine.state is SourceState.COPYING:
             self._port.unpin(going.order.request)
-            self._note_stage(going, going.stage_end, message.bytes, now)
+            self._note_stage(going, going.stage_end, message, now)
             going.done = going.stage_end
             self._walk(going, SourceEvent.STAGED, now)
             self.look(going, now)
@@ -214,9 +220,12 @@ class OutgoingMigrations:
             event = SourceEvent.TAKEN if message.taken else SourceEvent.DECLINED
         machine.feed(event)
 
-    def _note_stage(self, going: Outgoing, end: int, size: int, now: float) -> None:
+    def _note_stage(self, going: Outgoing, end: int, pulled: Staged | Verdict, now: float) -> None:
         ms = round((now - going.stage_began_s) * 1e3, 3)
-        going.stages.append(StageDone(tokens=max(0, end - going.done), bytes=size, ms=ms))
+        tokens = max(0, end - going.done)
+        going.stages.append(StageDone(tokens=tokens, bytes=pulled.bytes, ms=ms))
+        self.moved_bytes += pulled.bytes
+        self.moved_s += pulled.seconds
 
     def _walk(self, going: Outgoing, event: SourceEvent, now: float) -> None:
         action = going.machine.feed(event)

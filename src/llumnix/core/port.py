@@ -46,6 +46,19 @@ class Progress:
     preemptions: int = 0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Movable:
+    """A request that could leave its engine. `priority`: vLLM's number, as its client has it;
+    `tokens`: of KV, in whole blocks, that it holds or, if it is `waiting`, needs to start. `busy`:
+    it cannot be moved well just now (in the middle of its prompt, for one)."""
+
+    request: RequestId
+    priority: int
+    tokens: int
+    waiting: bool
+    busy: bool = False
+
+
 class EnginePort(Protocol):
     """One engine, seen from its migrations. `block_tokens`: size of a block, of the largest group
     of layers if they differ."""
@@ -53,6 +66,11 @@ class EnginePort(Protocol):
     block_tokens: int
 
     # -- source
+
+    def movable(self) -> list[Movable]:
+        """The requests that could be moved: a few of those that wait, in the order in which they
+        will be served, and all that run."""
+        ...
 
     def describe(self, request: RequestId) -> bytes | Refusal:
         """The request as its destination needs it, or why it cannot be moved."""

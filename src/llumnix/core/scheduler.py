@@ -1,51 +1,95 @@
 """The scheduler: one mutator that takes facts and returns decisions.
 
-It sees instances, not engines: whoever hosts it (the controller's process, a simulator, a test)
-passes the time in and carries the decisions out.
+It sees instances, not requests or engines: whoever hosts it (the controller's process, a simulator,
+a test) passes the time in and carries the decisions out.
 """
+
+from dataclasses import replace
 
 from llumnix.core.events import (
     Decision,
     Dispatch,
     Fact,
+    FleetReported,
     InstanceLost,
     LoadReported,
     NoInstance,
+    PrefixesChanged,
     RequestArrived,
+    Tick,
 )
-from llumnix.core.policies.dispatch import DispatchPolicy
+from llumnix.core.policies.dispatch import DISPATCH_POLICIES, CacheAware
+from llumnix.core.policies.pairing import Pairing
+from llumnix.core.policies.presets import POLICIES
+from llumnix.core.policies.scaling import Scaling
+from llumnix.core.priorities import Priorities
+from llumnix.core.settings import SchedulerSettings
 from llumnix.core.view import ClusterView
 
 
 class Scheduler:
-    """Places requests on instances by a policy."""
+    """Places requests on instances, moves load between them, and scales."""
 
-    def __init__(self, dispatch: DispatchPolicy) -> None:
-        self.view = ClusterView()
-        self._dispatch = dispatch
+    def __init__(self, settings: SchedulerSettings) -> None:
+        preset = POLICIES[settings.policy]
+        classes = settings.priorities.classes
+        if not preset.headroom:
+            classes = tuple(replace(c, headroom=0.0) for c in classes)
+        balance = settings.migration.balance
+        self.view = ClusterView(Priorities(replace(settings.priorities, classes=classes)))
+        self._dispatch = DISPATCH_POLICIES[preset.dispatch]()
+        self._pairing = Pairing(
+            settings.migration, balance=preset.balance if balance is None else balance
+        )
+        self._scaling = Scaling(settings.scaling)
 
     def handle(self, fact: Fact, now: float) -> list[Decision]:
         """Takes in one fact at time `now` (seconds, monotonic) and returns what to do."""
         match fact:
             case LoadReported(report=report):
                 self.view.apply(report, now)
-                return []
-            case InstanceLost(instance=instance, engine_index=engine_index):
-                self.view.lose(instance, engine_index)
-                return []
             case RequestArrived():
                 return [self._place(fact, now)]
+            case Tick():
+                return list(self._pairing.round(self.view, now))
+            case InstanceLost(instance=instance, engine_index=engine_index):
+                self.view.lose(instance, engine_index)
+                if isinstance(self._dispatch, CacheAware):
+                    self._dispatch.index.clear(instance)
+            case PrefixesChanged():
+                self._learn(fact)
+            case FleetReported():
+                return list(self._scaling.decide(self.view, fact, now))
+        return []
 
     def _place(self, fact: RequestArrived, now: float) -> Decision:
-        candidates = self.view.candidates(now)
-        if not candidates:
+        found = self._dispatch.choose(self.view, fact, now)
+        if found is None:
             return NoInstance(request=fact.request, why="no instance that takes requests is known")
-        chosen, why = self._dispatch.choose(candidates)
+        chosen, why = found
         report = chosen.report
-        self.view.book(report.instance, fact.request, fact.prompt_tokens, now)
+        self.view.book(report.instance, fact.request, fact.prompt_tokens, now, fact.priority)
         return Dispatch(
             request=fact.request,
             instance=report.instance,
             engine_index=report.engine_index,
             why=why,
         )
+
+    def _learn(self, fact: PrefixesChanged) -> None:
+        known = self.view.get(fact.instance)
+        if not isinstance(self._dispatch, CacheAware):
+            return
+        if known is not None and known.report.engine_index > fact.engine_index:
+            return
+        index = self._dispatch.index
+        if fact.cleared:
+            index.clear(fact.instance)
+        index.remove(fact.instance, fact.removed)
+        index.store(fact.instance, fact.stored)
+
+
+def urgency(fact: object) -> tuple[int, int]:
+    """Sorts what came in at the same time: what is known of the instances first, then the requests,
+    the more urgent first (and, as sorting is stable, first come first within a class)."""
+    return (1, fact.priority) if isinstance(fact, RequestArrived) else (0, 0)

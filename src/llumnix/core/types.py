@@ -18,4 +18,7 @@ MigrationId = NewType("MigrationId", str)
 Epoch = NewType("Epoch", int)
 """Counts the owners that a request has had or may get. Granted by its frontend alone."""
 
+OrderId = NewType("OrderId", int)
+"""Numbers the orders of one run of the scheduler to move load."""
+
 ENGINE_INDEX_MAX = 2**16 - 1

@@ -20,18 +20,21 @@ from vllm.utils.network_utils import get_ip
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.engine.core import EngineCoreProc
 
+from llumnix.core.events import MoveLoad
 from llumnix.core.limits import MigrationLimits
-from llumnix.core.llumlet import Llumlet
+from llumnix.core.llumlet import Llumlet, Moving
 from llumnix.core.messages import (
     FrontendMessage,
     Handover,
+    LeaveWanted,
     Migrate,
     Out,
     PeerMessage,
     Reserve,
     ToPeer,
 )
-from llumnix.core.types import EngineIndex, MigrationId
+from llumnix.core.settings import SchedulerSettings
+from llumnix.core.types import EngineIndex, MigrationId, OrderId, RequestId
 from llumnix.engine.immovable import why_engine_cannot
 from llumnix.engine.peers import Peers
 from llumnix.engine.transfer import TransferOptions
@@ -53,12 +56,13 @@ STEP_LINE = Callable[[str, MigrationId, str, str, str], None]
 class HostSeat:
     """Where a llumlet and its workers listen: `peers` a ZMQ address, `agents` in the form of
     engine/transfer.py, both with `{engine}` and `{host}` to be filled in here, the latter with
-    `{rank}` too. `key` opens the workers to each other."""
+    `{rank}` too. `key` opens the workers to each other. `settings`: the scheduler's."""
 
     peers: str
     agents: str
     key: bytes
     limits: MigrationLimits
+    settings: SchedulerSettings
     transfer: TransferOptions
 
 
@@ -97,7 +101,12 @@ class LlumletHost:
         self._client.start()
         self.port = VllmPort(self._engine, agents, self._client)
         self.llumlet = Llumlet(
-            self._index, self._peers.address, self.port, self._seat.limits, self._on_step
+            self._index,
+            self._peers.address,
+            self.port,
+            self._seat.limits,
+            self._on_step,
+            self._seat.settings,
         )
         self._peers.start()
 
@@ -113,7 +122,7 @@ class LlumletHost:
 
     # -- on the engine's thread
 
-    def handle(self, item: "PeerMessage | Pulled | None") -> None:
+    def handle(self, item: "PeerMessage | Pulled | MoveLoad | None") -> None:
         """What came through the input queue."""
         if isinstance(item, Handover):
             self._take_rest(item)
@@ -121,7 +130,7 @@ class LlumletHost:
             self._send(self._take_in(item))
         self.poll()
 
-    def _take_in(self, item: "PeerMessage | Pulled | None") -> list[Out]:
+    def _take_in(self, item: "PeerMessage | Pulled | MoveLoad | None") -> list[Out]:
         now = time.monotonic()
         if isinstance(item, Pulled):
             if item.ticket >= 0:
@@ -130,6 +139,8 @@ class LlumletHost:
             return []
         if item is None:
             return []
+        if isinstance(item, MoveLoad):
+            return self.llumlet.order(item, now)
         if isinstance(item, Reserve):
             self._agents_of[item.source] = item.agents
         return self.llumlet.receive(item, now)
@@ -163,6 +174,14 @@ class LlumletHost:
     def handover_is_near(self) -> bool:
         """Whether the engine should let its step in flight come home before it begins another."""
         return self.llumlet.busy and self.llumlet.handover_is_near(time.monotonic())
+
+    def moving(self) -> tuple[Moving, tuple[OrderId, ...]]:
+        """What the next load report says of moves, and the orders it answers."""
+        return self.llumlet.moving(time.monotonic()), self.llumlet.answered()
+
+    def leave(self, why: str) -> None:
+        """Asks the frontend to have this engine emptied and stopped."""
+        self._tell_frontend(LeaveWanted(request=RequestId(""), why=why))
 
     def migrate(self, order: bytes) -> None:
         """A frontend's order (`Migrate`)."""
@@ -201,6 +220,10 @@ class LlumletHost:
         self._engine.output_queue.put_nowait((0, EngineCoreOutputs(outputs=[output])))
 
     # -- on other threads
+
+    def order(self, order: MoveLoad) -> None:
+        """The scheduler wants load moved away."""
+        self._from_outside(order)
 
     def _from_outside(self, item: Any) -> None:
         self._engine.input_queue.put_nowait((FromOutside, item))  # type: ignore[arg-type]

@@ -8,13 +8,12 @@ vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when
   after every step, and `_notify_idle_state_callbacks()` before it waits for work: the places to
   read the scheduler's state with no lock.
 - `EngineCore.add_request(request, request_wave)` takes in every request on that same thread.
-- `scheduler.get_request_counts()`, `scheduler.kv_cache_manager.block_pool.get_num_free_blocks()`,
-  and the size of a block in tokens, `scheduler.block_size`.
 - `EngineCoreProc._handle_client_request(kind, content)` gets whatever lies in the input queue, and
   `abort_requests(ids)` every abort, on that same thread. A utility call finds any method of ours by
   name. `worker_extension_cls` names a class for the workers.
 - `EngineCore.step_with_batch_queue()` schedules only if `scheduler.has_requests()`, and otherwise
   waits for the oldest batch in `batch_queue` and takes its outputs in.
+- `_process_engine_step()` makes one step and says whether a model ran in it.
 - `shutdown_state` and a WAKEUP in `input_queue` end the busy loop from another thread.
 
 Ray calls the constructor, then `run()` (which ends only with the engine) and, on the second of the
@@ -23,8 +22,11 @@ actor's two threads, the short methods.
 
 import contextlib
 import os
+import signal
 import socket
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing import resource_tracker, util
@@ -38,11 +40,14 @@ from vllm.v1.engine.utils import EngineZmqAddresses
 from vllm.v1.executor import Executor
 from vllm.v1.request import Request
 
+from llumnix.core.priorities import Priorities
 from llumnix.core.types import EngineIndex, InstanceId, MigrationId, RequestId
+from llumnix.engine.aging import Aging
 from llumnix.engine.cores import SWITCH_INTERVAL_S, share_of_cores
 from llumnix.engine.host import FromOutside, HostSeat, LlumletHost
 from llumnix.engine.immovable import WORKER_EXTENSION
-from llumnix.engine.reporter import LoadReporter, Numbers
+from llumnix.engine.load_reader import LoadReader
+from llumnix.engine.reporter import LoadReporter
 from llumnix.observe.event_log import EventLog
 
 
@@ -86,9 +91,6 @@ class EngineInstance(EngineCoreActor):
         _start_resource_tracker()
         self._devices = _take_devices(seat, vllm_config.parallel_config.world_size)
         _tell_apart(vllm_config, seat.engine_index)
-        self._reporter = LoadReporter(
-            instance=seat.instance, engine_index=seat.engine_index, controller=seat.controller
-        )
         if not vllm_config.parallel_config.worker_extension_cls:
             vllm_config.parallel_config.worker_extension_cls = WORKER_EXTENSION
         super().__init__(
@@ -99,6 +101,17 @@ class EngineInstance(EngineCoreActor):
         self._log = EventLog(seat.event_log, who=f"engine {seat.engine_index} {os.getpid()}")
         self._host = LlumletHost(self, seat.engine_index, seat.llumlet, self._log.step)
         self._host.start()
+        self._reporter = LoadReporter(
+            instance=seat.instance,
+            engine_index=seat.engine_index,
+            controller=seat.controller,
+            on_order=self._host.order,
+        )
+        priorities = Priorities(seat.llumlet.settings.priorities)
+        slots = vllm_config.scheduler_config.max_num_seqs
+        self._reader = LoadReader(self.scheduler, slots, priorities)
+        self._aging = Aging(self.scheduler, priorities)
+        self._leave_on_sigterm()
 
     def describe(self) -> InstanceFacts:
         """Where it lives; answers once the engine is ready."""
@@ -125,6 +138,19 @@ class EngineInstance(EngineCoreActor):
         """Says in every report from now on whether new requests are welcome."""
         self._reporter.accept(accepting)
 
+    def _leave_on_sigterm(self) -> None:
+        """A SIGTERM means: move everything away, then stop. A second one is Ray's, and ends the
+        process at once."""
+        if threading.current_thread() is not threading.main_thread():
+            return  # Not in a Ray actor.
+        ray_handler = signal.getsignal(signal.SIGTERM)
+
+        def leave(*_: Any) -> None:
+            signal.signal(signal.SIGTERM, ray_handler)
+            self._host.leave("its process got a SIGTERM")
+
+        signal.signal(signal.SIGTERM, leave)
+
     def stop(self) -> None:
         """Aborts what runs and ends the busy loop."""
         self.vllm_config.shutdown_timeout = 0
@@ -133,6 +159,7 @@ class EngineInstance(EngineCoreActor):
 
     def add_request(self, request: Request, request_wave: int = 0) -> None:
         self._reporter.admit(RequestId(request.request_id))
+        self._reader.came()
         self._host.port.arrived(request)
         super().add_request(request, request_wave)
 
@@ -159,13 +186,20 @@ class EngineInstance(EngineCoreActor):
             super()._handle_client_request(request_type, request)
 
     def _process_engine_step(self) -> bool:
+        began = time.monotonic()
         if self.batch_queue and self._host.handover_is_near():
             with _landing_only(self.scheduler):
-                return bool(super()._process_engine_step())
-        return bool(super()._process_engine_step())
+                ran = bool(super()._process_engine_step())
+        else:
+            ran = bool(super()._process_engine_step())
+        if ran:
+            self._reporter.stepped(time.monotonic() - began)
+        return ran
 
     def _maybe_publish_request_counts(self) -> None:
         self._host.poll()
+        if self._aging.look():
+            self._reader.came()
         self._offer()
 
     def _notify_idle_state_callbacks(self) -> None:
@@ -173,18 +207,8 @@ class EngineInstance(EngineCoreActor):
         super()._notify_idle_state_callbacks()
 
     def _offer(self) -> None:
-        running, waiting = self.scheduler.get_request_counts()
-        pool = self.scheduler.kv_cache_manager.block_pool
-        block = self.scheduler.block_size
-        blocks_total = pool.num_gpu_blocks - 1  # One block is vLLM's placeholder, never handed out.
-        self._reporter.offer(
-            Numbers(
-                kv_tokens_used=(blocks_total - pool.get_num_free_blocks()) * block,
-                kv_tokens_total=blocks_total * block,
-                running=running,
-                waiting=waiting,
-            )
-        )
+        moving, orders = self._host.moving()
+        self._reporter.offer(self._reader.read(), moving, orders)
 
 
 @contextlib.contextmanager

@@ -1,22 +1,30 @@
-"""The llumlet's mouth: pushes the engine's load to the controller.
+"""The llumlet's line to the controller: pushes the engine's load, takes orders to move it.
 
 The engine's busy loop hands its numbers over after each step, and what changed is sent there and
 then, on that thread. (A thread of its own would have to wait for the
 interpreter's lock, which the busy loop holds while it polls for its workers' answer, and make the
 loop wait in turn.) A second thread only repeats the last report when nothing was sent for
 `HEARTBEAT_S`. With the controller gone, reports are dropped, not queued: the next one says it all.
+What the controller has sent is taken in whenever a report goes out.
 """
 
+import logging
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import zmq
 
-from llumnix.core.events import LoadReported
+from llumnix.core.events import LoadReported, MoveLoad, PrefixesChanged
+from llumnix.core.llumlet import Moving
 from llumnix.core.load import LoadReport
-from llumnix.core.types import EngineIndex, InstanceId, RequestId
-from llumnix.observe.wire import encode
+from llumnix.core.types import EngineIndex, InstanceId, OrderId, RequestId
+from llumnix.engine.load_reader import Numbers
+from llumnix.errors import ProtocolError
+from llumnix.observe.wire import Message, decode, encode
+
+logger = logging.getLogger("llumnix.engine")
 
 HEARTBEAT_S = 0.1
 CLOSE_TIMEOUT_S = 2.0
@@ -24,24 +32,34 @@ ADMITTED_MAX = 10_000
 """Requests named in one report at the most; the bookings of the rest lapse by themselves."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Numbers:
-    """What the busy loop counts: tokens in whole blocks, requests."""
+@dataclass(slots=True, kw_only=True)
+class _Steps:
+    """Running totals of an engine's steps, and the seconds that they took."""
 
-    kv_tokens_used: int
-    kv_tokens_total: int
-    running: int
-    waiting: int
+    count: int = 0
+    seconds: float = 0.0
 
 
 class LoadReporter:
-    """Reports of one run of one instance's engine."""
+    """Reports of one run of one instance's engine. `on_order` is given what the controller orders,
+    on any thread."""
 
-    def __init__(self, *, instance: InstanceId, engine_index: EngineIndex, controller: str) -> None:
+    def __init__(
+        self,
+        *,
+        instance: InstanceId,
+        engine_index: EngineIndex,
+        controller: str,
+        on_order: Callable[[MoveLoad], None],
+    ) -> None:
+        self._on_order = on_order
         self._instance = instance
         self._engine_index = engine_index
         self._controller = controller
         self._numbers: Numbers | None = None
+        self._moving = Moving()
+        self._orders: list[OrderId] = []
+        self._steps = _Steps()
         self._admitted: list[RequestId] = []
         self._accepting = True
         self._sequence = 0
@@ -73,12 +91,23 @@ class LoadReporter:
         if len(self._admitted) < ADMITTED_MAX:
             self._admitted.append(request)
 
-    def offer(self, numbers: Numbers) -> None:
+    def stepped(self, seconds: float) -> None:
+        """Notes that a step has ended. The busy loop's thread only."""
+        self._steps.count += 1
+        self._steps.seconds += seconds
+
+    def offer(self, numbers: Numbers, moving: Moving, orders: tuple[OrderId, ...]) -> None:
         """Reports the numbers of now if anything changed. The busy loop's thread only."""
-        if numbers != self._numbers or self._admitted:
+        if numbers != self._numbers or moving != self._moving or self._admitted or orders:
             with self._sending:
-                self._numbers = numbers
+                self._numbers, self._moving = numbers, moving
+                self._orders += orders
                 self._send()
+
+    def tell(self, fact: PrefixesChanged) -> None:
+        """Passes on what changed in the prefix cache. The busy loop's thread only."""
+        with self._sending:
+            self._push(fact)
 
     def accept(self, accepting: bool) -> None:
         """Says whether the instance takes new requests. Any thread."""
@@ -96,22 +125,46 @@ class LoadReporter:
         if self._numbers is None:
             return
         self._sequence += 1
-        admitted = self._admitted
+        admitted, orders, moving = self._admitted, self._orders, self._moving
         report = LoadReport(
             instance=self._instance,
             engine_index=self._engine_index,
             sequence=self._sequence,
-            kv_tokens_used=self._numbers.kv_tokens_used,
-            kv_tokens_total=self._numbers.kv_tokens_total,
-            running=self._numbers.running,
-            waiting=self._numbers.waiting,
+            **{name: getattr(self._numbers, name) for name in Numbers.__slots__},
             admitted=tuple(admitted),
             accepting=self._accepting,
+            moving_out=moving.out,
+            moving_out_tokens=moving.out_tokens,
+            moving_in=moving.coming,
+            moved_bytes=moving.moved_bytes,
+            moved_s=moving.moved_s,
+            orders=tuple(orders),
+            steps=self._steps.count,
+            steps_s=self._steps.seconds,
         )
-        try:
-            self._socket.send(encode(LoadReported(report=report)), zmq.NOBLOCK)
-        except zmq.Again:
+        self._take_orders()
+        if not self._push(LoadReported(report=report)):
             return
         self._sent_s = time.monotonic()
         # Named once. The busy loop may add to the list in the meantime; what it added stays.
         del admitted[: len(report.admitted)]
+        del orders[: len(report.orders)]
+
+    def _push(self, message: Message) -> bool:
+        try:
+            self._socket.send(encode(message), zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        return True
+
+    def _take_orders(self) -> None:
+        while True:
+            try:
+                message = decode(self._socket.recv(zmq.NOBLOCK))
+            except zmq.Again:
+                return
+            except ProtocolError as error:
+                logger.error("From the controller: %s", error)
+                continue
+            if isinstance(message, MoveLoad):
+                self._on_order(message)

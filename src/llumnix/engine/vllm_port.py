@@ -21,6 +21,7 @@ changes):
   here: sliding-window groups free blocks by it.
 """
 
+from itertools import islice
 from typing import Any
 
 import msgspec
@@ -31,13 +32,16 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.serial_utils import MsgpackEncoder
 
 from llumnix.core.messages import Blocks
-from llumnix.core.port import Phase, Progress, Refusal
+from llumnix.core.port import Movable, Phase, Progress, Refusal
 from llumnix.core.types import RequestId
 from llumnix.engine.arrivals import Arrivals, Rest
 from llumnix.engine.immovable import why_request_cannot
+from llumnix.engine.load_reader import client_priority
 from llumnix.engine.transfer_client import AgentClient
 
 ABSENT = -1
+WAITING_SHOWN_MAX = 8
+"""Waiting requests that may be chosen to move; finding more of them costs sorting the queue."""
 STUCK_STEPS = 3
 """Steps without anything running after which a request that waits with blocks gives them up."""
 
@@ -61,6 +65,26 @@ class VllmPort(Arrivals):
 
     # -- source
 
+    def movable(self) -> list[Movable]:
+        if self._never is not None:
+            return []
+        waiting = [
+            self._movable(r, waiting=True)
+            for r in islice(iter(self._scheduler.waiting), WAITING_SHOWN_MAX)
+        ]
+        return waiting + [self._movable(r, waiting=False) for r in self._scheduler.running]
+
+    def _movable(self, known: Request, *, waiting: bool) -> Movable:
+        settled = known.num_computed_tokens - known.num_in_flight_tokens
+        prefilling = not waiting and settled + 1 < known.num_tokens
+        return Movable(
+            request=RequestId(known.request_id),
+            priority=client_priority(known),
+            tokens=-(-known.num_tokens // self.block_tokens) * self.block_tokens,
+            waiting=waiting,
+            busy=prefilling or why_request_cannot(known) is not None,
+        )
+
     def describe(self, request: RequestId) -> bytes | Refusal:
         known = self._scheduler.requests[request]
         why = self._never or why_request_cannot(known)
@@ -79,7 +103,7 @@ class VllmPort(Arrivals):
                 cache_salt=known.cache_salt,
                 data_parallel_rank=None,
                 client_index=known.client_index,
-                priority=known.priority,
+                priority=client_priority(known),
                 trace_headers=known.trace_headers,
                 reasoning_ended=structured and structured.llumnix_reasoning_ended,
                 reasoning_parser_kwargs=structured and structured.reasoning_parser_kwargs,

@@ -88,8 +88,10 @@ def parse(argv: list[str], say: Any) -> ServeCommand:
     _refuse_what_breaks(args, defaults)
     _keep_it_local(args, deployment)
     _choose_model(args, defaults, say)
-    if args.distributed_executor_backend == "ray":
-        raise UsageError("--distributed-executor-backend ray: an instance is one Ray actor; use mp")
+    # Else vLLM would not look at priorities; only a user's own word makes it first come first
+    # served. if not any(re.match("--scheduling[-_]policy", word) for word in argv):
+    # args.scheduling_policy = "priority" if args.distributed_executor_backend == "ray": raise
+    # UsageError("--distributed-executor-backend ray: an instance is one Ray actor; use mp")
     try:
         validate_parsed_serve_args(args)
     except (TypeError, ValueError, KeyError) as error:

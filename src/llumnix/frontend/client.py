@@ -40,8 +40,9 @@ from vllm.v1.pool.late_interaction import get_late_interaction_engine_index
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from llumnix.core.events import Dispatch, InstanceLost, RequestArrived
+from llumnix.core.priorities import Priorities
 from llumnix.core.types import EngineIndex, InstanceId, RequestId
-from llumnix.frontend.context import current_http_request
+from llumnix.frontend.context import HttpRequest, current_http_request
 from llumnix.frontend.controller_link import ControllerLink
 from llumnix.frontend.engine_calls import EngineCalls
 from llumnix.frontend.migrations import Migrations, Place
@@ -84,6 +85,7 @@ class FleetClient(EngineCalls):
         link: ControllerLink,
         slots: int,
         log: EventLog,
+        priorities: Priorities,
     ) -> None:
         # Stands in for the constructors of MPClient and AsyncMPClient: the same attributes, with
         # the engines left out. The contract test compares the two sets of attributes.
@@ -114,9 +116,11 @@ class FleetClient(EngineCalls):
         self.outputs_queue: asyncio.Queue[EngineCoreOutputs | Exception] = asyncio.Queue()
         self._engine_status: dict[int, dict] = {}
 
+        self.priorities = priorities
         self.streams = Streams()
         self.migrations = Migrations(self.streams, self, log)
         self.fail_pooling: Callable[[list[str]], None] = lambda requests: None
+        self.on_leave: Callable[[InstanceId, str], None] = lambda instance, why: None
         self._placing: set[str] = set()
         self._engines: dict[EngineIndex, Engine] = {}
         self._link = link
@@ -159,6 +163,13 @@ class FleetClient(EngineCalls):
             Place(instance=e.instance, engine_index=e.engine_index, address=e.address)
             for e in self._takers()
         ]
+
+    def place(self, engine_index: EngineIndex) -> Place | None:
+        return next((p for p in self.places() if p.engine_index == engine_index), None)
+
+    def leave_wanted(self, engine_index: EngineIndex, why: str) -> None:
+        if (engine := self._engines.get(engine_index)) is not None:
+            self.on_leave(engine.instance, why)
 
     def knows(self, engine_index: EngineIndex) -> bool:
         return engine_index in self._engines
@@ -262,6 +273,8 @@ class FleetClient(EngineCalls):
         if known is not None:
             await self._continue(known, request)
             return
+        http = current_http_request.get()
+        request.priority = self._priority(request.priority, http)
         tokens = len(request.prompt_token_ids or ())
         self._placing.add(request.request_id)
         try:
@@ -270,7 +283,6 @@ class FleetClient(EngineCalls):
                 return  # Aborted meanwhile; its stream has been told.
         finally:
             self._placing.discard(request.request_id)
-        http = current_http_request.get()
         self.streams.open(
             Stream(
                 request=RequestId(request.request_id),
@@ -291,6 +303,12 @@ class FleetClient(EngineCalls):
         if http is not None:
             http.dispatched(engine.instance)
         await self._send_to(engine, request)
+
+    def _priority(self, number: int, http: HttpRequest | None) -> int:
+        """The number that the request runs under; `number`: vLLM's own field."""
+        if http is None:
+            return self.priorities.asked(number)
+        return self.priorities.asked(number, http.priority_class, http.service_tier, http.key)
 
     async def _continue(self, stream: Stream, request: EngineCoreRequest) -> None:
         """A session's next input, or its end, goes where the first went."""

@@ -13,10 +13,14 @@ from llumnix.core.types import InstanceId
 
 @dataclass(slots=True, kw_only=True)
 class HttpRequest:
-    """`client_id`: the client's X-Request-Id, if it sent one. `instance`: of the first dispatch;
-    `on_dispatch` is called once, when that is known."""
+    """`client_id`: the client's X-Request-Id, if it sent one. `priority_class`, `service_tier`,
+    `key`: what it said of its urgency, and the API key it came with. `instance`: of the first
+    dispatch; `on_dispatch` is called once, when that is known."""
 
     client_id: str | None
+    priority_class: str | None = None
+    service_tier: str | None = None
+    key: str | None = None
     instance: InstanceId | None = None
     on_dispatch: Callable[[], None] | None = None
 

@@ -8,6 +8,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
+from llumnix.core.load import derive
 from llumnix.core.types import EngineIndex, InstanceId
 from llumnix.errors import (
     CapacityError,
@@ -24,8 +25,9 @@ from llumnix.frontend.migrations import Place
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InstanceStatus:
-    """One instance as its supervisor knows it. `state`: starting, serving, draining, restarting,
-    failed. `why`: the last thing that went wrong with it, if anything did."""
+    """One instance as its supervisor knows it. `state`: starting, serving, draining, stopping,
+    restarting, failed. `why`: the last thing that went wrong with it, if anything did, or why it is
+    being drained."""
 
     id: InstanceId
     state: str
@@ -48,9 +50,23 @@ class InstanceControl(Protocol):
         """Begins to start one more. `CapacityError` if nothing can hold it."""
         ...
 
-    async def remove(self, instance: InstanceId) -> InstanceStatus:
-        """Stops its intake, and stops it once its requests have ended."""
+    async def drain(self, instance: InstanceId, why: str) -> InstanceStatus:
+        """Stops its intake, has its requests moved away, and stops it once it has none."""
         ...
+
+    async def undrain(self, instance: InstanceId) -> InstanceStatus:
+        """Lets an instance that is being drained serve on."""
+        ...
+
+
+LOAD_SHOWN = (
+    "kv_tokens_used",
+    "kv_tokens_total",
+    "running",
+    "waiting",
+    "head_tokens",
+    "preemptions",
+)
 
 
 class MigrationOrder(BaseModel):
@@ -93,8 +109,9 @@ def control_app(client: FleetClient, control: InstanceControl) -> FastAPI:
 
     @app.get("/llumnix/v1/instances")
     async def instances() -> dict[str, Any]:
-        """Every instance with its load. `kv_tokens_used`, `kv_tokens_total`, `running` and
-        `waiting` come from its last report and are null while the controller is away."""
+        """Every instance with its load. The fields of `LOAD_SHOWN` come from its last report and
+        are null while the controller is away; `freeness` is in tokens a request, null too while the
+        instance is being emptied."""
         loads = await client.link.loads()
         reports = {(r.instance, r.engine_index): r for r in loads or ()}
         rows = []
@@ -104,8 +121,12 @@ def control_app(client: FleetClient, control: InstanceControl) -> FastAPI:
             if status.engine_index is not None:
                 row["in_flight"] = client.in_flight(status.engine_index)
                 report = reports.get((status.id, status.engine_index))
-            for name in ("kv_tokens_used", "kv_tokens_total", "running", "waiting"):
+            for name in LOAD_SHOWN:
                 row[name] = getattr(report, name, None)
+            row["freeness"] = None
+            if report is not None and report.accepting:
+                load = derive(report, (), 0)
+                row["freeness"] = round(load.freeness(client.priorities), 1)
             rows.append(row)
         return {"controller": "up" if loads is not None else "away", "instances": rows}
 
@@ -116,8 +137,19 @@ def control_app(client: FleetClient, control: InstanceControl) -> FastAPI:
 
     @app.delete("/llumnix/v1/instances/{instance}", status_code=202)
     async def remove_instance(instance: str) -> dict[str, Any]:
-        """Stops the instance's intake, waits for its requests, stops it."""
-        return asdict(await control.remove(InstanceId(instance)))
+        """The same as POST .../drain."""
+        return asdict(await control.drain(InstanceId(instance), "a user's order"))
+
+    @app.post("/llumnix/v1/instances/{instance}/drain", status_code=202)
+    async def drain(instance: str) -> dict[str, Any]:
+        """Stops the instance's intake, moves its requests to other instances and stops it once it
+        has none. What finds no room elsewhere ends where it is."""
+        return asdict(await control.drain(InstanceId(instance), "a user's order"))
+
+    @app.post("/llumnix/v1/instances/{instance}/undrain")
+    async def undrain(instance: str) -> dict[str, Any]:
+        """Lets an instance that is being drained serve on."""
+        return asdict(await control.undrain(InstanceId(instance)))
 
     @app.get("/llumnix/v1/requests")
     async def requests() -> dict[str, Any]:

@@ -7,11 +7,19 @@ again the frontend dispatches by itself.
 
 import asyncio
 import logging
+from collections.abc import Callable
 
 import zmq
 import zmq.asyncio
 
-from llumnix.core.events import Dispatch, InstanceLost, NoInstance, RequestArrived
+from llumnix.core.events import (
+    Dispatch,
+    FleetReported,
+    InstanceLost,
+    NoInstance,
+    RequestArrived,
+    ScalingDecision,
+)
 from llumnix.core.load import LoadReport
 from llumnix.core.types import RequestId
 from llumnix.errors import ProtocolError
@@ -33,6 +41,7 @@ class ControllerLink:
         self._answers: dict[RequestId, asyncio.Future[Dispatch | NoInstance]] = {}
         self._replies: dict[int, asyncio.Future[Message]] = {}
         self._tasks: list[asyncio.Task[None]] = []
+        self.on_scaling: Callable[[ScalingDecision], None] = lambda _: None
 
     @property
     def up(self) -> bool:
@@ -79,8 +88,9 @@ class ControllerLink:
         reply = await self._ask(LoadsAsked(number=self._number), self._number)
         return reply.reports if isinstance(reply, Loads) else None
 
-    async def tell(self, fact: InstanceLost) -> None:
-        """Passes on a fact. Lost with the controller: a new one never heard of that instance."""
+    async def tell(self, fact: InstanceLost | FleetReported) -> None:
+        """Passes on a fact. Lost with the controller: a new one never heard of that instance, and
+        is soon told of the fleet again. Decisions that follow go to `on_scaling`."""
         try:
             await self._send(fact)
         except zmq.Again:
@@ -105,6 +115,9 @@ class ControllerLink:
                 message = decode(await self._socket.recv())
             except ProtocolError as error:
                 logger.error("From the controller: %s", error)
+                continue
+            if isinstance(message, ScalingDecision):
+                self.on_scaling(message)
                 continue
             waiting: asyncio.Future | None = None
             if isinstance(message, Dispatch | NoInstance):

@@ -8,17 +8,20 @@ it takes no arguments and finds the rest in the application's state.
 import asyncio
 from typing import Any
 
+import msgspec
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 
+from llumnix.errors import UsageError
 from llumnix.frontend.arguments import api_keys
 from llumnix.frontend.context import HttpRequest, current_http_request
 from llumnix.frontend.control import openai_error
 
 OPEN_PATHS = ("/health",)
 RETRY_AFTER_S = 1
+PRIORITY_HEADER = "x-llumnix-priority"
 
 
 class Gate:
@@ -51,11 +54,23 @@ class Gate:
             else:
                 await llm.control_app(scope, receive, send)
         else:
-            http = HttpRequest(client_id=headers.get("x-request-id"))
+            name = headers.get(PRIORITY_HEADER)
+            try:
+                if name is not None:
+                    llm.engine_core.priorities.rank_named(name)
+            except UsageError as error:
+                refusal = openai_error(f"{PRIORITY_HEADER}: {error}", 400, "invalid_request_error")
+                await refusal(scope, receive, send)
+                return
+            http = HttpRequest(
+                client_id=headers.get("x-request-id"),
+                priority_class=name,
+                key=headers.get("authorization", "").partition(" ")[2] or None,
+            )
             token = current_http_request.set(http)
             llm.open_http += 1
             try:
-                await self.app(scope, receive, _Answer(http, send))
+                await self.app(scope, _Question(http, receive), _Answer(http, send))
             finally:
                 llm.open_http -= 1
                 current_http_request.reset(token)
@@ -73,6 +88,39 @@ def _from_elsewhere(headers: Headers) -> bool:
     server on loopback has no other guard against any page that its user happens to visit."""
     origin = headers.get("origin")
     return origin is not None and origin.partition("://")[2] != headers.get("host")
+
+
+class _Tier(msgspec.Struct):
+    """The one field of a request's body that vLLM reads and does nothing with."""
+
+    service_tier: str | None = None
+
+
+class _Question:
+    """A request's body on its way to vLLM; notes OpenAI's `service_tier` in passing. A body without
+    the word is not parsed."""
+
+    def __init__(self, http: HttpRequest, receive: Receive) -> None:
+        self._http = http
+        self._receive = receive
+        self._parts: list[bytes] = []
+
+    async def __call__(self) -> Message:
+        message = await self._receive()
+        if message["type"] == "http.request":
+            self._parts.append(message.get("body", b""))
+            if not message.get("more_body"):
+                body = b"".join(self._parts)
+                self._parts.clear()
+                if b'"service_tier"' in body:
+                    self._note(body)
+        return message
+
+    def _note(self, body: bytes) -> None:
+        try:
+            self._http.service_tier = msgspec.json.decode(body, type=_Tier).service_tier
+        except msgspec.MsgspecError:
+            return  # vLLM says what is wrong with it.
 
 
 class _Answer:

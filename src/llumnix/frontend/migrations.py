@@ -16,7 +16,13 @@ from vllm.v1.engine import EngineCoreOutput
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from llumnix.core.arbiter import AbortAt, Arbiter, AskFate, Effect, Moved, StreamLost, TellLost
-from llumnix.core.messages import MigrationEnded, StageDone, TookOver
+from llumnix.core.messages import (
+    LeaveWanted,
+    MigrationEnded,
+    MigrationWanted,
+    StageDone,
+    TookOver,
+)
 from llumnix.core.types import EngineIndex, InstanceId, MigrationId, RequestId
 from llumnix.errors import (
     ConflictError,
@@ -45,6 +51,14 @@ class Engines(Protocol):
         """Has one engine abort requests."""
         ...
 
+    def place(self, engine_index: EngineIndex) -> "Place | None":
+        """One engine that takes requests."""
+        ...
+
+    def leave_wanted(self, engine_index: EngineIndex, why: str) -> None:
+        """One engine should be emptied and stopped."""
+        ...
+
     def deliver(self, engine_index: EngineIndex, outputs: list[EngineCoreOutput]) -> None:
         """Passes outputs on as if the engine had just sent them."""
         ...
@@ -57,7 +71,8 @@ class Engines(Protocol):
 @dataclass(slots=True, kw_only=True)
 class Migration:
     """One, as a user gets to see it. `outcome`: running, migrated, aborted or lost.
-    `tokens_before`: generated at the source; the next is the destination's."""
+    `tokens_before`: generated at the source; the next is the destination's. `why`: it was
+    ordered."""
 
     id: MigrationId
     request: RequestId
@@ -66,6 +81,7 @@ class Migration:
     source_engine: EngineIndex
     destination: InstanceId
     began_s: float
+    why: str
     outcome: str = "running"
     reason: str = ""
     stages: list[StageDone] = field(default_factory=list)
@@ -88,6 +104,7 @@ class Migration:
             "downtime_ms": self.downtime_ms,
             "total_ms": self.total_ms,
             "tokens_before": self.tokens_before,
+            "why": self.why,
             "reason": self.reason,
         }
 
@@ -142,7 +159,9 @@ class Migrations:
             )
         return found[0]
 
-    async def migrate(self, stream: Stream, place: Place, copy: str = "staged") -> Migration:
+    async def migrate(
+        self, stream: Stream, place: Place, copy: str = "staged", why: str = "a user's order"
+    ) -> Migration:
         """Moves a stream's request there; returns when that has ended, one way or another.
         `copy`: one of core/messages.py's `COPIES`."""
         if stream.engine_index == place.engine_index:
@@ -158,6 +177,7 @@ class Migrations:
             source_engine=stream.engine_index,
             destination=place.instance,
             began_s=time.monotonic(),
+            why=why,
         )
         self._listed[migration.id] = migration
         if len(self._listed) > LISTED_MAX:
@@ -239,6 +259,10 @@ class Migrations:
             if (known := self._listed.get(message.migration)) is not None:
                 known.tokens_before = message.outputs
             self._perform(self._arbiter.took_over(engine_index, message), due)
+        elif isinstance(message, MigrationWanted):
+            self._wanted(engine_index, message)
+        elif isinstance(message, LeaveWanted):
+            self._engines.leave_wanted(engine_index, message.why)
         elif isinstance(message, MigrationEnded):
             self._perform(self._arbiter.ended(message), due)
             migration = self._open.get(message.migration)
@@ -251,6 +275,16 @@ class Migrations:
                     self._end(migration, "aborted", message.why)
                 elif stream is None or stream.engine_index != migration.source_engine:
                     self._end(migration, "migrated", "")
+
+    def _wanted(self, engine_index: EngineIndex, message: MigrationWanted) -> None:
+        """A source chose a request to give away: orders it, if it is still there to be moved. If
+        not, the source's wish lapses."""
+        stream = self._streams.get(message.request)
+        place = self._engines.place(message.destination)
+        if stream is None or place is None or stream.engine_index != engine_index:
+            return
+        if stream.ledger.grant is None:
+            self.later(self.migrate(stream, place, why=message.why))
 
     def _end(self, migration: Migration, outcome: str, reason: str) -> None:
         if self._open.pop(migration.id, None) is not None:

@@ -9,11 +9,13 @@ runs the pure core on it again.
 import logging
 import os
 import time
+from dataclasses import replace
 from typing import Any
 
 import msgspec
 
 from llumnix.core.events import Decision, Fact
+from llumnix.core.settings import SchedulerSettings
 from llumnix.core.types import MigrationId
 
 logger = logging.getLogger("llumnix")
@@ -35,9 +37,10 @@ class EventLog:
             os.close(self._file)
             self._file = None
 
-    def started(self, policy: str) -> None:
-        """A scheduler begins, knowing nothing."""
-        self._write("started", time.monotonic(), {"policy": policy})
+    def started(self, settings: SchedulerSettings) -> None:
+        """A scheduler begins, knowing nothing but its settings. Keys are not written."""
+        known = replace(settings, priorities=replace(settings.priorities, key_caps={}))
+        self._write("started", time.monotonic(), {"settings": known})
 
     def fact(self, fact: Fact, at: float) -> None:
         """A fact that went into the scheduler at that time."""

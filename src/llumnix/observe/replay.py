@@ -6,24 +6,24 @@ scheduler whose start is not in the log are counted, not replayed.
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 
-from llumnix.core.events import Dispatch, InstanceLost, LoadReported, NoInstance, RequestArrived
+from llumnix.core.events import Decision, Fact
 from llumnix.core.migration import (
     DestinationEvent,
     SourceEvent,
     destination_machine,
     source_machine,
 )
-from llumnix.core.policies.dispatch import DISPATCH_POLICIES
 from llumnix.core.scheduler import Scheduler
+from llumnix.core.settings import SchedulerSettings
 from llumnix.errors import ProtocolError, UsageError
 
 DIFFERENCES_MAX = 20
-_FACTS: dict[str, type] = {c.__name__: c for c in (RequestArrived, LoadReported, InstanceLost)}
-_DECISIONS: dict[str, type] = {c.__name__: c for c in (Dispatch, NoInstance)}
+_FACTS: dict[str, type] = {c.__name__: c for c in get_args(Fact)}
+_DECISIONS: dict[str, type] = {c.__name__: c for c in get_args(Decision)}
 _SIDES = {
     "source": (source_machine, SourceEvent),
     "destination": (destination_machine, DestinationEvent),
@@ -54,7 +54,8 @@ class _Replay:
         who, kind = line["who"], line["kind"]
         if kind == "started":
             self.no_more(who, number)
-            self._schedulers[who] = Scheduler(DISPATCH_POLICIES[line["policy"]]())
+            settings = msgspec.convert(line["settings"], SchedulerSettings)
+            self._schedulers[who] = Scheduler(settings)
         elif kind == "fact":
             self.no_more(who, number)
             scheduler = self._schedulers.get(who)

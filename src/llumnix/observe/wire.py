@@ -9,13 +9,27 @@ from typing import Any, get_args
 
 import msgspec
 
-from llumnix.core.events import Dispatch, InstanceLost, LoadReported, NoInstance, RequestArrived
+from llumnix.core.events import (
+    AddInstances,
+    Dispatch,
+    DrainInstance,
+    FleetReported,
+    InstanceLost,
+    LoadReported,
+    MoveLoad,
+    NoInstance,
+    PrefixesChanged,
+    RequestArrived,
+    UndrainInstance,
+)
 from llumnix.core.load import LoadReport
 from llumnix.core.messages import (
     CallOff,
     Handover,
+    LeaveWanted,
     Migrate,
     MigrationEnded,
+    MigrationWanted,
     Reserve,
     Reserved,
     Stage,
@@ -59,9 +73,15 @@ class Loads:
 Message = (
     RequestArrived
     | LoadReported
+    | PrefixesChanged
     | InstanceLost
+    | FleetReported
     | Dispatch
     | NoInstance
+    | MoveLoad
+    | AddInstances
+    | DrainInstance
+    | UndrainInstance
     | Ping
     | Pong
     | LoadsAsked
@@ -77,6 +97,8 @@ Message = (
     | Verdict
     | TookOver
     | MigrationEnded
+    | MigrationWanted
+    | LeaveWanted
 )
 _CLASSES: dict[str, type] = {c.__name__: c for c in get_args(Message)}
 _encoder = msgspec.msgpack.Encoder()

@@ -1,21 +1,26 @@
 """Where a new request goes.
 
-A policy is asked with the candidates in order of id (never empty) and answers one of them with
-the reason. It may keep state of its own, but it sees no clock and no dice.
+A policy is asked with the view and answers one instance with the reason, or None if no instance
+takes requests. It may keep state of its own, but it sees no clock and no dice.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Protocol
 
+from llumnix.core.events import RequestArrived
+from llumnix.core.prefixes import BLOCK_TOKENS, PrefixIndex
+from llumnix.core.settings import MigrationSettings
 from llumnix.core.types import InstanceId
-from llumnix.core.view import InstanceView
+from llumnix.core.view import ClusterView, InstanceView
 
 
 class DispatchPolicy(Protocol):
     """One rule of placing requests."""
 
-    def choose(self, candidates: Sequence[InstanceView]) -> tuple[InstanceView, str]:
-        """Returns one of `candidates` and why it."""
+    def choose(
+        self, view: ClusterView, request: RequestArrived, now: float
+    ) -> tuple[InstanceView, str] | None:
+        """Returns an instance and why it."""
         ...
 
 
@@ -25,8 +30,12 @@ class RoundRobin:
     def __init__(self) -> None:
         self._last = InstanceId("")
 
-    def choose(self, candidates: Sequence[InstanceView]) -> tuple[InstanceView, str]:
-        chosen = _next_after(self._last, candidates)
+    def choose(
+        self, view: ClusterView, request: RequestArrived, now: float
+    ) -> tuple[InstanceView, str] | None:
+        chosen = view.next_after(self._last, now)
+        if chosen is None:
+            return None
         self._last = chosen.report.instance
         return chosen, "round-robin: its turn"
 
@@ -37,20 +46,69 @@ class LeastLoaded:
     def __init__(self) -> None:
         self._last = InstanceId("")
 
-    def choose(self, candidates: Sequence[InstanceView]) -> tuple[InstanceView, str]:
+    def choose(
+        self, view: ClusterView, request: RequestArrived, now: float
+    ) -> tuple[InstanceView, str] | None:
+        candidates = view.candidates(now)
+        if not candidates:
+            return None
         lowest = min((v.requests, v.tokens) for v in candidates)
         tied = [v for v in candidates if (v.requests, v.tokens) == lowest]
-        chosen = _next_after(self._last, tied)
+        chosen = next((v for v in tied if v.report.instance > self._last), tied[0])
         self._last = chosen.report.instance
         return chosen, f"least-loaded: {lowest[0]} requests, {lowest[1]} KV tokens"
 
 
-def _next_after(last: InstanceId, candidates: Sequence[InstanceView]) -> InstanceView:
-    """The first in order of id behind `last`, else the first of all."""
-    return next((v for v in candidates if v.report.instance > last), candidates[0])
+class Freest:
+    """The highest freeness as a newcomer of the request's class meets it."""
+
+    def choose(
+        self, view: ClusterView, request: RequestArrived, now: float
+    ) -> tuple[InstanceView, str] | None:
+        rank = view.priorities.rank(request.priority)
+        chosen = view.freest(rank, now)
+        if chosen is None:
+            return None
+        freeness = chosen.load.freeness_for(rank, view.priorities)
+        return chosen, f"freest: {freeness:.0f} tokens a request"
+
+
+class CacheAware:
+    """The fewest tokens to compute until the request's first: those of its prompt that the
+    instance does not have, and those that wait there. An instance that is short of memory is not
+    worth a hit, so a popular prefix does not make a hot spot."""
+
+    def __init__(self) -> None:
+        self.index = PrefixIndex()
+        self._freest = Freest()
+
+    def choose(
+        self, view: ClusterView, request: RequestArrived, now: float
+    ) -> tuple[InstanceView, str] | None:
+        fallback = self._freest.choose(view, request, now)
+        if fallback is None or not request.prefix:
+            return fallback
+        rank = view.priorities.rank(request.priority)
+        source_below, _ = view.observed.migration_thresholds(MigrationSettings())
+        best, why = fallback
+        best_cost = best.load.queued + best.booked_tokens + request.prompt_tokens
+        for instance, blocks in self.index.hits(request.prefix).items():
+            known = view.get(instance)
+            if known is None or not known.report.accepting or not known.fresh(now):
+                continue
+            hit = min(blocks * BLOCK_TOKENS, request.prompt_tokens - 1)
+            new = request.prompt_tokens - hit
+            cost = known.load.queued + known.booked_tokens + new
+            after = known.load.with_one(rank, new)
+            if cost < best_cost and after.freeness_for(rank, view.priorities) >= source_below:
+                best, best_cost = known, cost
+                why = f"cache-aware: {hit} of {request.prompt_tokens} tokens there"
+        return best, why
 
 
 DISPATCH_POLICIES: dict[str, Callable[[], DispatchPolicy]] = {
+    "freest": Freest,
     "round-robin": RoundRobin,
     "least-loaded": LeastLoaded,
+    "cache-aware": CacheAware,
 }

@@ -1,0 +1,110 @@
+"""What the scheduler learns of its requests and instances, and the thresholds that follow.
+
+Rules
+- Everything is a mean that forgets: old observations lose half their weight every so many new ones.
+- Before enough was observed the paper's fixed thresholds hold.
+- Freeness is in decode steps, so a threshold is a number of steps. An instance is in trouble if its
+  memory ends before enough of its requests do; that horizon is a share of the mean answer's length.
+"""
+
+from dataclasses import dataclass
+
+from llumnix.core.load import LoadReport
+from llumnix.core.settings import PAPER_BLOCK_TOKENS, MigrationSettings, ScalingSettings
+
+HALF_LIFE_REQUESTS = 2000
+HALF_LIFE_STEPS = 500
+HALF_LIFE_BYTES = 2**30
+ENOUGH_REQUESTS = 20
+PAPER_THRESHOLD = 3.0 * PAPER_BLOCK_TOKENS
+PAPER_SCALE_LOW, PAPER_SCALE_HIGH = 10.0 * PAPER_BLOCK_TOKENS, 60.0 * PAPER_BLOCK_TOKENS
+SOURCE_SHARE, DESTINATION_SHARE = 0.25, 0.5
+"""Of the mean answer's length: below the first an instance gives away, above the second it
+takes."""
+SOURCE_MIN = 16.0
+LOW_SHARE, HIGH_SHARE = 0.5, 2.0
+"""Likewise, for scaling."""
+
+
+@dataclass(slots=True)
+class Mean:
+    """A sum over a count, both forgetting: halved whenever the count has reached `half_life`."""
+
+    half_life: float
+    total: float = 0.0
+    count: float = 0.0
+
+    def add(self, total: float, count: float) -> None:
+        """Takes in `count` more observations."""
+        if count <= 0:
+            return
+        self.total += total
+        self.count += count
+        if self.count >= self.half_life:
+            self.total /= 2
+            self.count /= 2
+
+    def value(self, default: float) -> float:
+        """The mean, or `default` of nothing."""
+        return self.total / self.count if self.count else default
+
+
+class Observed:
+    """Means over all instances; fed with each report and the one before it."""
+
+    def __init__(self) -> None:
+        self._answers = Mean(HALF_LIFE_REQUESTS)
+        self._steps = Mean(HALF_LIFE_STEPS)
+        self._moves = Mean(HALF_LIFE_BYTES)
+        self._token_bytes = 0
+
+    def take(self, report: LoadReport, before: LoadReport | None) -> None:
+        """One instance's next report. `before`: of the same run of its engine."""
+        if before is None:
+            return
+        finished = report.finished - before.finished
+        if finished:
+            self._answers.add(report.finished_tokens - before.finished_tokens, finished)
+        if report.steps != before.steps:
+            self._steps.add(report.steps_s - before.steps_s, report.steps - before.steps)
+        if report.moved_bytes != before.moved_bytes:
+            self._moves.add(
+                report.moved_s - before.moved_s, report.moved_bytes - before.moved_bytes
+            )
+        self._token_bytes = report.kv_token_bytes
+
+    @property
+    def answer_tokens(self) -> float | None:
+        """Mean length of an answer, in tokens; None before enough of them have ended."""
+        return self._answers.value(0) if self._answers.count >= ENOUGH_REQUESTS else None
+
+    @property
+    def step_s(self) -> float:
+        """Mean duration of an engine's step, in seconds; 0 if none was seen."""
+        return self._steps.value(0.0)
+
+    def move_steps_per_token(self) -> float:
+        """What it costs to move one token of KV, in decode steps; 0 before the first move."""
+        step_s = self.step_s
+        return self._moves.value(0.0) * self._token_bytes / step_s if step_s else 0.0
+
+    def migration_thresholds(self, settings: MigrationSettings) -> tuple[float, float]:
+        """Below the first an instance is a source, above the second a destination; in tokens a
+        request."""
+        if settings.source_below is not None and settings.destination_above is not None:
+            return settings.source_below, settings.destination_above
+        answer = self.answer_tokens
+        if answer is None:
+            return PAPER_THRESHOLD, PAPER_THRESHOLD
+        source = max(SOURCE_MIN, SOURCE_SHARE * answer)
+        return source, source * DESTINATION_SHARE / SOURCE_SHARE
+
+    def scaling_thresholds(self, settings: ScalingSettings) -> tuple[float, float]:
+        """The mean freeness is kept between these; in tokens a request."""
+        if settings.low is not None and settings.high is not None:
+            return settings.low, settings.high
+        answer = self.answer_tokens
+        if answer is None:
+            return PAPER_SCALE_LOW, PAPER_SCALE_HIGH
+        low = max(SOURCE_MIN, LOW_SHARE * answer)
+        return low, low * HIGH_SHARE / LOW_SHARE

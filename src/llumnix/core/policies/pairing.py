@@ -1,0 +1,228 @@
+"""Which instance gives load to which: the periodic round of pairing.
+
+Rules
+- Sources are the instances of a freeness below one threshold, the lowest first; destinations those
+  above another, the highest first; the first is paired with the first, and so on. Between the two
+  thresholds an instance is left alone.
+- A move is ordered only if it helps after its own cost: projected to its end, the lower freeness of
+  the two is higher than now by what the copy and the stop take, in decode steps, and by `gain_min`.
+  So no move raises the highest load. Nor may the two change places: the destination stays the
+  freer.
+- A blocked queue is a virtual usage, so its instance gives requests away until the head fits. If
+  the destination has room for the request that waits, that goes: it has no KV to copy.
+- An instance that is being emptied gives all it has, to whoever has room, several at a time.
+- Whoever has moves under way, decided here and not reported yet included, is left alone up to its
+  limit.
+"""
+
+from collections.abc import Iterator
+
+from llumnix.core.events import MoveLimit, MoveLoad
+from llumnix.core.limits import MigrationLimits
+from llumnix.core.load import Load, ratio
+from llumnix.core.priorities import Priorities
+from llumnix.core.settings import MigrationSettings
+from llumnix.core.types import OrderId
+from llumnix.core.view import ClusterView, InstanceView
+
+STOP_STEPS = 1.0
+"""What a move costs the request beyond the copy: about one step in which nobody computes it."""
+DRAIN_MOVES_MAX = 4
+"""Moves away from an instance that is being emptied at a time; an engine's own limit, too."""
+ORDERS_MAX = 128
+"""Orders of one round; the next round comes soon."""
+
+
+class Pairing:
+    """Decides moves. `balance`: also between instances that stay."""
+
+    def __init__(self, settings: MigrationSettings, *, balance: bool) -> None:
+        self._settings = settings
+        self._balance = balance
+        self._orders = 0
+
+    def round(self, view: ClusterView, now: float) -> list[MoveLoad]:
+        """The moves that help now; books them in the view."""
+        takers = [v for v in view if v.report.accepting and v.fresh(now)]
+        decided = list(self._drains(view, takers, now))
+        if self._balance:
+            decided += self._balances(view, takers, now)
+        return decided
+
+    def _drains(
+        self, view: ClusterView, takers: list[InstanceView], now: float
+    ) -> Iterator[MoveLoad]:
+        leaving = [v for v in view if not v.report.accepting and v.fresh(now)]
+        for source in leaving:
+            report = source.report
+            left = report.running + report.waiting - report.moving_out - len(source.orders)
+            slots = DRAIN_MOVES_MAX - _leaving(source)
+            for destination in sorted(takers, key=lambda v: (-v.freeness, v.report.instance)):
+                while (
+                    left > 0
+                    and slots > 0
+                    and _coming(destination) < DRAIN_MOVES_MAX
+                    and _has_slot(destination)
+                ):
+                    limits = _anything(_room(destination), len(view.priorities))
+                    if not limits:
+                        break
+                    why = f"{report.instance} is being emptied"
+                    yield self._order(view, source, destination, limits, why, now)
+                    left, slots = left - 1, slots - 1
+
+    def _balances(
+        self, view: ClusterView, takers: list[InstanceView], now: float
+    ) -> Iterator[MoveLoad]:
+        below, above = view.observed.migration_thresholds(self._settings)
+        most = self._settings.moves_max
+        sources = [
+            v
+            for v in takers
+            if v.freeness < below and _leaving(v) < most and v.load.batch + v.load.waiting > 0
+        ]
+        if not sources:
+            return
+        destinations = [
+            v
+            for v in takers
+            if v.freeness > above and not v.load.waiting and _coming(v) < most and _has_slot(v)
+        ]
+        sources.sort(key=lambda v: (v.freeness, v.report.instance))
+        destinations.sort(key=lambda v: (-v.freeness, v.report.instance))
+        cost = view.observed.move_steps_per_token()
+        pairs = list(zip(sources, destinations, strict=False))
+        for source, destination in pairs[:ORDERS_MAX]:
+            limits = tuple(
+                limit
+                for rank in range(len(view.priorities))
+                if (limit := self._limit(source, destination, rank, view.priorities, below, cost))
+            )
+            if limits:
+                why = (
+                    f"freeness {source.freeness:.0f} on {source.report.instance} is below "
+                    f"{below:.0f}, {destination.freeness:.0f} on {destination.report.instance}"
+                )
+                if source.load.head:
+                    why += f"; its queue waits for {source.load.head} tokens"
+                yield self._order(view, source, destination, limits, why, now)
+
+    def _limit(
+        self,
+        source: InstanceView,
+        destination: InstanceView,
+        rank: int,
+        priorities: Priorities,
+        below: float,
+        cost: float,
+    ) -> MoveLimit | None:
+        """Which requests of that class the pair gains from moving, if any."""
+        least = source.freeness + self._settings.gain_min + STOP_STEPS
+        taker = destination.load.with_one(rank, 0)
+        room = _room(destination)
+        waiting_max = 0
+        if source.load.waiting:
+            batch = max(1, taker.batch)
+            waiting_max = min(room, int(taker.spare(priorities) - max(least, 0.0) * batch))
+        if not _movable(source.load, rank):
+            if waiting_max <= 0:
+                return None
+            return MoveLimit(
+                rank=rank, tokens_min=0, tokens_wanted=0, tokens_max=0, waiting_max=waiting_max
+            )
+        giver = source.load.without(rank, 0)
+        low = _at_least(giver, least, cost, priorities)
+        high = min(room, _at_most(giver, taker, least, cost, priorities))
+        if high < max(low, 1) and waiting_max <= 0:
+            return None
+        if source.load.head:
+            wanted = -giver.spare(priorities)
+        else:
+            wanted = below * max(1, giver.batch) - giver.spare(priorities)
+        return MoveLimit(
+            rank=rank,
+            tokens_min=max(low, 1),
+            tokens_wanted=max(0, int(wanted)),
+            tokens_max=max(0, high),
+            waiting_max=max(0, waiting_max),
+        )
+
+    def _order(
+        self,
+        view: ClusterView,
+        source: InstanceView,
+        destination: InstanceView,
+        limits: tuple[MoveLimit, ...],
+        why: str,
+        now: float,
+    ) -> MoveLoad:
+        order = OrderId(self._orders)
+        self._orders += 1
+        view.ordered(order, source.report.instance, destination.report.instance, now)
+        return MoveLoad(
+            order=order,
+            source=source.report.instance,
+            source_engine=source.report.engine_index,
+            destination=destination.report.instance,
+            destination_engine=destination.report.engine_index,
+            limits=limits,
+            why=why,
+        )
+
+
+def _leaving(known: InstanceView) -> int:
+    return known.report.moving_out + len(known.orders)
+
+
+def _coming(known: InstanceView) -> int:
+    return known.report.moving_in + len(known.incoming)
+
+
+def _has_slot(known: InstanceView) -> bool:
+    return not known.load.slots or known.load.batch < known.load.slots
+
+
+def _movable(load: Load, rank: int) -> bool:
+    return rank < len(load.running) and load.running[rank] > 0
+
+
+def _room(destination: InstanceView) -> int:
+    """The largest request, in KV tokens, that finds room there now, with the blocks that a
+    migration wants in reserve."""
+    free = destination.load.total - destination.load.used
+    return free - MigrationLimits().ahead_tokens(destination.report.block_tokens)
+
+
+def _anything(room: int, classes: int) -> tuple[MoveLimit, ...]:
+    """For an instance that is being emptied: whatever there is memory for. Neither headroom nor the
+    length of a queue may keep it from being emptied."""
+    if room <= 0:
+        return ()
+    return tuple(
+        MoveLimit(rank=r, tokens_min=0, tokens_wanted=0, tokens_max=room, waiting_max=room)
+        for r in range(classes)
+    )
+
+
+def _at_least(giver: Load, least: float, cost: float, priorities: Priorities) -> int:
+    """The smallest request without which the giver's freeness is at least `least`, and `cost` more
+    for each of its tokens. `giver`: without the request, but with its tokens."""
+    spare, batch = giver.spare(priorities), max(1, giver.batch)
+    if least <= 0:
+        return int((least - spare) / max(1e-9, 1 - cost)) + 1 if spare < least else 0
+    rise = 1 - cost * batch
+    short = least * batch - spare
+    if short <= 0:
+        return 0
+    return int(short / rise) + 1 if rise > 0 else giver.total + 1
+
+
+def _at_most(giver: Load, taker: Load, least: float, cost: float, priorities: Priorities) -> int:
+    """The largest request with which the taker's freeness is still that high, and not below the
+    giver's. `taker`: with the request, but without its tokens."""
+    spare, batch = taker.spare(priorities), max(1, taker.batch)
+    floor = max(least, 0.0)
+    most = (spare - floor * batch) / (1 + cost * batch)
+    left, left_batch = giver.spare(priorities), max(1, giver.batch)
+    even = (ratio(spare, batch) - left / left_batch) / (1 / batch + 1 / left_batch)
+    return int(min(most, even))

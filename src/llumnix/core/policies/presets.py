@@ -1,0 +1,49 @@
+"""The policies by name: what each does of dispatching, balancing and making room."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preset:
+    """`dispatch`: one of `DISPATCH_POLICIES`. `balance`: moves running requests to balance the
+    load. `headroom`: classes get the headroom that they are set to; without it they only go
+    first."""
+
+    dispatch: str
+    balance: bool
+    headroom: bool
+    text: str
+
+
+POLICIES: dict[str, Preset] = {
+    "llumnix": Preset(
+        dispatch="freest",
+        balance=True,
+        headroom=True,
+        text="the highest freeness, and requests move while they run",
+    ),
+    "infaas++": Preset(
+        dispatch="freest",
+        balance=False,
+        headroom=False,
+        text="the highest freeness, and requests stay (the paper's baseline)",
+    ),
+    "cache-aware": Preset(
+        dispatch="cache-aware",
+        balance=False,
+        headroom=False,
+        text="prefix-cache hits weighed against load, and requests stay",
+    ),
+    "least-loaded": Preset(
+        dispatch="least-loaded",
+        balance=False,
+        headroom=False,
+        text="the fewest requests, and requests stay",
+    ),
+    "round-robin": Preset(
+        dispatch="round-robin",
+        balance=False,
+        headroom=False,
+        text="the instances in turn, and requests stay",
+    ),
+}

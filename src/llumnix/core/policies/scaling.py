@@ -1,0 +1,96 @@
+"""How many instances there are: the mean freeness of normal requests kept within a range.
+
+Rules
+- The mean is pooled: spare tokens of all instances that stay over all their requests. Instances
+  that are starting count as empty ones, so one shortage is not answered twice.
+- Below the range for `up_after_s`: first a drain is taken back, then as many are started as bring
+  the mean back into the range.
+- Above it for `down_after_s`, with nothing starting, draining or settling: the one with the fewest
+  requests is emptied, but only if the mean of the others stays within the range.
+- Fewer than the minimum (an instance was given up) are made up for at once.
+"""
+
+import math
+
+from llumnix.core.events import (
+    AddInstances,
+    DrainInstance,
+    FleetReported,
+    ScalingDecision,
+    UndrainInstance,
+)
+from llumnix.core.settings import ScalingSettings
+from llumnix.core.view import ClusterView
+
+TARGET = 1.25
+"""A change must leave the mean freeness this many times the lower bound."""
+
+
+class Scaling:
+    """Decides on the number of instances, each time the fleet reports itself."""
+
+    def __init__(self, settings: ScalingSettings) -> None:
+        self._settings = settings
+        self._below_since_s: float | None = None
+        self._above_since_s: float | None = None
+        self._changed_s = -math.inf
+
+    def decide(self, view: ClusterView, fleet: FleetReported, now: float) -> list[ScalingDecision]:
+        """What to change now, if anything."""
+        most = self._settings.instances_max
+        if most is None:
+            return []
+        least = self._settings.instances_min or 1
+        there = len(fleet.serving) + fleet.starting
+        if fleet.starting:
+            self._changed_s = now
+        if there < least:
+            return self._grow(least - there, fleet, now, f"{there} of at least {least} are there")
+        serving = [v for i in fleet.serving if (v := view.get(i)) is not None]
+        if len(serving) < len(fleet.serving) or not serving:
+            return []  # Some have not reported yet: what is known is not the whole.
+        size = max(v.load.total for v in serving)
+        spare = sum(v.load.spare(view.priorities) for v in serving) + size * fleet.starting
+        requests = sum(v.load.batch + v.load.waiting for v in serving)
+        low, high = view.observed.scaling_thresholds(self._settings)
+        mean = spare / max(1, requests)
+        self._below_since_s = _since(self._below_since_s, mean < low, now)
+        self._above_since_s = _since(self._above_since_s, mean > high, now)
+        seen = f"mean freeness {mean:.0f}"
+        if self._below_since_s is not None and there < most:
+            if now - self._below_since_s >= self._settings.up_after_s:
+                short = math.ceil((TARGET * low * requests - spare) / size)
+                count = max(1, min(short, most - there))
+                return self._grow(count, fleet, now, f"{seen} is below {low:.0f}")
+        elif (
+            self._above_since_s is not None
+            and now - self._above_since_s >= self._settings.down_after_s
+            and now - self._changed_s >= self._settings.settle_s
+            and there > least
+            and not fleet.draining
+            and (spare - size) / max(1, requests) > TARGET * low
+        ):
+            self._above_since_s = None
+            self._changed_s = now
+            # Of several alike the youngest: it has the least in its prefix cache.
+            idlest = min(reversed(serving), key=lambda v: v.requests)
+            why = f"{seen} is above {high:.0f}; it has the fewest requests ({idlest.requests})"
+            return [DrainInstance(instance=idlest.report.instance, why=why)]
+        return []
+
+    def _grow(
+        self, count: int, fleet: FleetReported, now: float, why: str
+    ) -> list[ScalingDecision]:
+        self._below_since_s = None
+        self._changed_s = now
+        back = fleet.draining[:count]
+        decisions: list[ScalingDecision] = [UndrainInstance(instance=i, why=why) for i in back]
+        if len(back) < count:
+            decisions.append(AddInstances(count=count - len(back), why=why))
+        return decisions
+
+
+def _since(since_s: float | None, holds: bool, now: float) -> float | None:
+    if not holds:
+        return None
+    return now if since_s is None else since_s

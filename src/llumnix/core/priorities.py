@@ -1,0 +1,72 @@
+"""Classes of requests: whose turn it is, and who gets room to run fast.
+
+A request carries one number, vLLM's priority (lower is served earlier). Its class follows from that
+number, so nothing else has to travel: the first class, most urgent first, whose number is not below
+it; the last class takes the rest.
+"""
+
+from bisect import bisect_left
+from collections.abc import Sequence
+
+from llumnix.core.settings import PrioritySettings
+from llumnix.errors import UsageError
+
+_TIERS = {"priority": 0, "flex": -1}
+"""OpenAI's service tiers that ask for more or less than usual: the most and the least urgent
+class."""
+
+
+class Priorities:
+    """The classes of one deployment, most urgent first. A class is named by its place, `rank`."""
+
+    def __init__(self, settings: PrioritySettings) -> None:
+        self.classes = tuple(sorted(settings.classes, key=lambda c: c.priority))
+        self._numbers = [c.priority for c in self.classes]
+        self._aging_s = settings.aging_s
+        self._caps = {key: self.rank_named(name) for key, name in settings.key_caps.items()}
+        self.has_headroom = any(c.headroom for c in self.classes)
+
+    def __len__(self) -> int:
+        return len(self.classes)
+
+    def rank(self, priority: int) -> int:
+        """The class of a request with that number."""
+        return min(bisect_left(self._numbers, priority), len(self._numbers) - 1)
+
+    def rank_named(self, name: str) -> int:
+        """The class of that name; `UsageError` if there is none."""
+        for rank, known in enumerate(self.classes):
+            if known.name == name:
+                return rank
+        names = ", ".join(c.name for c in self.classes)
+        raise UsageError(f"no priority class {name!r}; there are: {names}")
+
+    def asked(
+        self, number: int, name: str | None = None, tier: str | None = None, key: str | None = None
+    ) -> int:
+        """The number that a request runs under. `number`: vLLM's own field, which wins if it is
+        not 0; `name`: of a class; `tier`: OpenAI's `service_tier`; `key`: the API key, which may
+        have a cap."""
+        if number == 0 and name is not None:
+            number = self.classes[self.rank_named(name)].priority
+        elif number == 0 and tier in _TIERS:
+            # "flex" asks for less than the usual class only where there is such a class.
+            number = self.classes[_TIERS[tier]].priority
+            if tier == "flex":
+                number = max(0, number)
+        if key is not None and (cap := self._caps.get(key)) is not None:
+            number = max(number, self.classes[cap].priority)
+        return number
+
+    def aged(self, priority: int, waited_s: float) -> int:
+        """The number that a request is queued under after it has waited so long."""
+        return min(priority, self._numbers[0]) if waited_s >= self._aging_s else priority
+
+    def headroom(self, total: int, running: Sequence[int], above: int | None = None) -> float:
+        """Tokens kept free on an instance of `total` KV tokens with that many requests of each
+        class running. With `above`, only for classes more urgent than that rank."""
+        return total * sum(
+            known.headroom
+            for known, count in zip(self.classes[:above], running, strict=False)
+            if count
+        )

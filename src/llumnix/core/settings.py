@@ -1,0 +1,190 @@
+"""What the scheduler can be told: every knob once, with unit, default and check.
+
+`--scheduler-config FILE` is this tree as YAML, and docs/scheduler.md lists it from here. A knob
+that is null follows from what is observed (`core/observed.py`), from the policy, or from another
+knob, as its text says.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from llumnix.errors import UsageError
+
+PAPER_BLOCK_TOKENS = 16
+"""The paper's thresholds are in blocks of this many tokens a request."""
+
+
+def knob(default: Any, unit: str, help: str) -> Any:
+    """A field with what its user needs to know."""
+    return field(default=default, metadata={"unit": unit, "help": help})
+
+
+def _check(path: str, value: float | None, low: float, high: float | None = None) -> None:
+    if value is None:
+        return
+    if not (value >= low and (high is None or value <= high)):
+        bound = f"{low:g} or more" if high is None else f"between {low:g} and {high:g}"
+        raise UsageError(f"{path}: {value:g} must be {bound}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PriorityClass:
+    """One class of requests. `priority`: vLLM's number, lower is served earlier. `headroom`: share
+    of an instance's KV memory (0 to 1) that is kept free while a request of the class runs there,
+    so that it decodes as fast as on an instance of its own."""
+
+    name: str
+    priority: int
+    headroom: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.name or not self.name.replace("-", "").replace("_", "").isalnum():
+            raise UsageError(f"priority class {self.name!r}: use letters, digits, - and _")
+        if isinstance(self.headroom, bool) or not 0 <= self.headroom <= 1:
+            raise UsageError(
+                f"priority class {self.name}: headroom {self.headroom} must be a share between 0 "
+                "and 1"
+            )
+
+
+HIGH = PriorityClass(name="high", priority=-100, headroom=0.88)
+"""The paper keeps 1,600 of 13,616 tokens in use where a high request runs."""
+NORMAL = PriorityClass(name="normal", priority=0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrioritySettings:
+    """Who goes first."""
+
+    classes: tuple[PriorityClass, ...] = knob(
+        (HIGH, NORMAL),
+        "name, vLLM's priority number, share of KV memory",
+        "The classes. A request belongs to the first whose number is not below its own.",
+    )
+    aging_s: float = knob(
+        30.0, "s", "A request that has waited this long is queued as the most urgent class."
+    )
+    key_caps: dict[str, str] = field(
+        default_factory=dict,
+        metadata={
+            "unit": "API key: class",
+            "help": "The most urgent class that requests with this key get.",
+        },
+    )
+
+    def __post_init__(self) -> None:
+        _check("priorities.aging_s", self.aging_s, 0.1)
+        names = [c.name for c in self.classes]
+        numbers = [c.priority for c in self.classes]
+        if not names:
+            raise UsageError("priorities.classes: name at least one class")
+        for what, values in (("name", names), ("number", numbers)):
+            if len(set(values)) != len(values):
+                raise UsageError(f"priorities.classes: two classes have the same {what}")
+        if min(c.headroom for c in self.classes) > 0:
+            raise UsageError(
+                "priorities.classes: every class has headroom, so no request could go anywhere; "
+                "leave it out for one"
+            )
+        for name in self.key_caps.values():
+            if name not in names:
+                raise UsageError(
+                    f"priorities.key_caps: no class {name!r}; there are: {', '.join(names)}"
+                )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MigrationSettings:
+    """When load is moved from one instance to another."""
+
+    balance: bool | None = knob(
+        None, "true or false", "Move requests to balance the load. null: as the policy has it."
+    )
+    tick_s: float = knob(0.05, "s", "Time between two rounds of pairing instances.")
+    source_below: float | None = knob(
+        None,
+        "tokens a request",
+        "An instance of lower freeness gives requests away. null: observed.",
+    )
+    destination_above: float | None = knob(
+        None, "tokens a request", "One of higher freeness takes them. null: observed."
+    )
+    gain_min: float = knob(
+        8.0,
+        "decode steps",
+        "The lower freeness of the pair must rise by this much beyond the move's own cost.",
+    )
+    payback: float = knob(
+        10.0,
+        "times a move's duration",
+        "A request that was moved stays for this long at least.",
+    )
+    moves_max: int = knob(
+        1, "migrations", "Moves away from one instance at a time. A drain takes its engine's limit."
+    )
+
+    def __post_init__(self) -> None:
+        _check("migration.tick_s", self.tick_s, 0.001, 10)
+        _check("migration.gain_min", self.gain_min, 0)
+        _check("migration.payback", self.payback, 0)
+        _check("migration.moves_max", self.moves_max, 1, 4)
+        low, high = self.source_below, self.destination_above
+        if (low is None) != (high is None):
+            raise UsageError(
+                "migration: give both source_below and destination_above, or neither of them"
+            )
+        if low is not None and high is not None and high < low:
+            raise UsageError(
+                f"migration: destination_above ({high:g}) must not be below source_below ({low:g})"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScalingSettings:
+    """When instances are added and drained. Off while `instances_max` is null."""
+
+    instances_min: int | None = knob(None, "instances", "Never fewer (--min-instances).")
+    instances_max: int | None = knob(None, "instances", "Never more (--max-instances).")
+    low: float | None = knob(
+        None,
+        "tokens a request",
+        "Below this mean freeness of normal requests one more is started. null: observed.",
+    )
+    high: float | None = knob(None, "tokens a request", "Above it one is drained. null: observed.")
+    up_after_s: float = knob(2.0, "s", "How long it must be below `low`.")
+    down_after_s: float = knob(30.0, "s", "How long it must be above `high`.")
+    settle_s: float = knob(
+        10.0, "s", "After a change nothing is drained for this long once all that start are up."
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("up_after_s", "down_after_s", "settle_s"):
+            _check(f"scaling.{name}", getattr(self, name), 0)
+        _check("scaling.instances_min", self.instances_min, 1)
+        _check("scaling.instances_max", self.instances_max, 1)
+        if self.instances_min is not None and self.instances_max is None:
+            raise UsageError("--min-instances needs --max-instances: how far may it grow?")
+        if self.instances_max is not None and self.instances_max < (self.instances_min or 1):
+            raise UsageError(
+                f"--max-instances {self.instances_max} is below --min-instances "
+                f"{self.instances_min}"
+            )
+        if (self.low is None) != (self.high is None):
+            raise UsageError("scaling: give both low and high, or neither of them")
+        if self.low is not None and self.high is not None and self.high <= self.low:
+            raise UsageError(f"scaling: high ({self.high:g}) must be above low ({self.low:g})")
+
+    @property
+    def on(self) -> bool:
+        """Whether the number of instances follows the load."""
+        return self.instances_max is not None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerSettings:
+    """All of it. `policy`: one of core/policies/presets.py's."""
+
+    policy: str = "llumnix"
+    priorities: PrioritySettings = field(default_factory=PrioritySettings)
+    migration: MigrationSettings = field(default_factory=MigrationSettings)
+    scaling: ScalingSettings = field(default_factory=ScalingSettings)

@@ -1,0 +1,129 @@
+"""Reads an engine's load off vLLM's scheduler, on the engine's own thread, between two steps.
+
+Counting requests takes a look at each of them, so it is done only when one came, went, began to run
+or was preempted; in between nothing but KV memory and time changes.
+
+vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
+- `scheduler.requests` holds all that are not finished; `running`, `waiting` and
+  `kv_holding_waiting` those that run and wait; `waiting.peek_request()` is the next to start, and
+  starts only if blocks for all its tokens are free (`scheduler_reserve_full_isl`).
+- `Request`: `priority`, `num_tokens`, `num_output_tokens`, `num_preemptions`, `status`; a finished
+  one keeps them.
+- `kv_cache_manager.block_pool.get_num_free_blocks()`, `scheduler.block_size` in tokens,
+  `scheduler.kv_cache_config` with the bytes of each tensor.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.v1.request import Request, RequestStatus
+
+from llumnix.core.load import ClassLoad
+from llumnix.core.priorities import Priorities
+
+_ANSWERED = (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Numbers:
+    """What an engine counts: the fields of `LoadReport` with the same names."""
+
+    kv_tokens_used: int
+    kv_tokens_total: int
+    block_tokens: int
+    slots: int
+    classes: tuple[ClassLoad, ...]
+    head_tokens: int
+    kv_token_bytes: int
+    preemptions: int
+    finished: int
+    finished_tokens: int
+
+
+class LoadReader:
+    """Of one engine core."""
+
+    def __init__(self, scheduler: Any, slots: int, priorities: Priorities) -> None:
+        self._scheduler = scheduler
+        self._slots = slots
+        self._priorities = priorities
+        self._block = int(scheduler.block_size)
+        config = scheduler.kv_cache_config
+        size = sum(tensor.size for tensor in config.kv_cache_tensors)
+        self._token_bytes = size // max(1, config.num_blocks * self._block)
+        self._seen: tuple[int, ...] = ()
+        self._known: dict[str, tuple[Request, int]] = {}
+        self._classes: tuple[ClassLoad, ...] = ()
+        self._head = 0
+        self._came = 0
+        self._preemptions = 0
+        self._finished = 0
+        self._finished_tokens = 0
+
+    def came(self) -> None:
+        """A request arrived, moved in, or changed its class."""
+        self._came += 1
+
+    def read(self) -> Numbers:
+        """The load of now."""
+        scheduler = self._scheduler
+        seen = (
+            self._came,
+            len(scheduler.requests),
+            len(scheduler.running),
+            len(scheduler.waiting),
+            len(scheduler.kv_holding_waiting),
+        )
+        if seen != self._seen:
+            self._seen = seen
+            self._count()
+        pool = scheduler.kv_cache_manager.block_pool
+        total = pool.num_gpu_blocks - 1  # One block is vLLM's placeholder, never handed out.
+        return Numbers(
+            kv_tokens_used=(total - pool.get_num_free_blocks()) * self._block,
+            kv_tokens_total=total * self._block,
+            block_tokens=self._block,
+            slots=self._slots,
+            classes=self._classes,
+            head_tokens=self._head,
+            kv_token_bytes=self._token_bytes,
+            preemptions=self._preemptions,
+            finished=self._finished,
+            finished_tokens=self._finished_tokens,
+        )
+
+    def needed(self, request: Request) -> int:
+        """The KV tokens, in whole blocks, that a request needs to start or holds while it runs."""
+        return -(-int(request.num_tokens) // self._block) * self._block
+
+    def _count(self) -> None:
+        scheduler, rank = self._scheduler, self._priorities.rank
+        counts = [[0, 0, 0] for _ in range(len(self._priorities))]
+        running = set(map(id, scheduler.running))
+        known: dict[str, tuple[Request, int]] = {}
+        for name, request in scheduler.requests.items():
+            before = self._known.pop(name, None)
+            preemptions = request.num_preemptions
+            if before is not None:
+                self._preemptions += preemptions - before[1]
+            known[name] = (request, preemptions)
+            mine = counts[rank(client_priority(request))]
+            if id(request) in running:
+                mine[0] += 1
+            else:
+                mine[1] += 1
+                mine[2] += self.needed(request)
+        for request, _ in self._known.values():
+            if request.status in _ANSWERED:
+                self._finished += 1
+                self._finished_tokens += request.num_output_tokens
+        self._known = known
+        self._classes = tuple(
+            ClassLoad(running=r, waiting=w, waiting_tokens=t) for r, w, t in counts
+        )
+        self._head = self.needed(scheduler.waiting.peek_request()) if scheduler.waiting else 0
+
+
+def client_priority(request: Request) -> int:
+    """The number that its client gave it; vLLM's is lower once it has waited for long."""
+    return int(getattr(request, "llumnix_priority", request.priority))
