@@ -11,6 +11,7 @@ FIRST = int(os.environ.get("LLUMNIX_FIRST_SEED", "0"))
 
 WORLDS = {
     "calm": World(loss=0, repeat=0, abort=0, preempt=0, failed_pull=0),
+    "ordered": World(migrate=0, order=0.4),
     "lossy": World(loss=0.15, repeat=0.15),
     "crashes": World(crash=0.004),
     "everything": World(
@@ -26,6 +27,17 @@ def test_no_seed_loses_a_token_an_owner_or_a_block(name: str) -> None:
             Cluster(seed, WORLDS[name]).run()
         except Exception as error:
             raise AssertionError(f"seed {seed} in the world {name!r}: {error}") from error
+
+
+def test_the_schedulers_orders_move_requests() -> None:
+    ended, wanted = [], 0
+    for seed in range(40):
+        cluster = Cluster(seed, WORLDS["ordered"])
+        cluster.run()
+        ended += cluster.ended
+        wanted += cluster.wanted
+    assert wanted > 200
+    assert len([e for e in ended if e.taken]) > wanted / 3, {e.why for e in ended}
 
 
 def test_in_a_calm_world_most_migrations_end_well() -> None:

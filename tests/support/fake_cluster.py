@@ -10,11 +10,20 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from llumnix.core.arbiter import AbortAt, Arbiter, AskFate, Effect, Moved, StreamLost, TellLost
+from llumnix.core.events import MoveLimit, MoveLoad
 from llumnix.core.limits import MigrationLimits
 from llumnix.core.llumlet import Llumlet
-from llumnix.core.messages import COPIES, MigrationEnded, Out, PeerMessage, TookOver, ToPeer
+from llumnix.core.messages import (
+    COPIES,
+    MigrationEnded,
+    MigrationWanted,
+    Out,
+    PeerMessage,
+    TookOver,
+    ToPeer,
+)
 from llumnix.core.outgoing import OnStep
-from llumnix.core.types import EngineIndex, RequestId
+from llumnix.core.types import EngineIndex, InstanceId, OrderId, RequestId
 from support.fake_engine import FakeEngine, Said, undisturbed
 
 TICK_S = 0.01
@@ -32,6 +41,7 @@ class World:
     preempt: float = 0.003
     failed_pull: float = 0.02
     migrate: float = 0.15
+    order: float = 0.1
     fault_ticks: int = 250
 
 
@@ -72,6 +82,8 @@ class Cluster:
         self.asking: list[AskFate] = []
         self.clients: dict[RequestId, Client] = {}
         self.ended: list[MigrationEnded] = []
+        self.orders: dict[EngineIndex, set[OrderId]] = {}
+        self.wanted = 0
         self.crashed = False
         for number in range(engines):
             self._start(EngineIndex(number))
@@ -79,6 +91,7 @@ class Cluster:
         for number in range(requests):
             self._arrive(RequestId(f"r{number}"))
         self.next_request = requests
+        self.next_order = 0
 
     # -- the world
 
@@ -115,7 +128,9 @@ class Cluster:
             self._mischief()
             self._tick()
         calm = self.world
-        self.world = World(loss=0, repeat=0, crash=0, abort=0, preempt=0, failed_pull=0, migrate=0)
+        self.world = World(
+            loss=0, repeat=0, crash=0, abort=0, preempt=0, failed_pull=0, migrate=0, order=0
+        )
         for _ in range(QUIET_TICKS_MAX):
             if self._at_rest():
                 break
@@ -127,6 +142,8 @@ class Cluster:
         draw, world = self.random.random, self.world
         if draw() < world.migrate:
             self._order_migration()
+        if draw() < world.order:
+            self._order_load()
         if draw() < world.abort:
             open_ = [r for r, c in self.clients.items() if c.state == "open"]
             if open_:
@@ -152,6 +169,32 @@ class Cluster:
         order = self.arbiter.begin(request, to, f"engine {to}", how)
         if order is not None:
             self.to_engine[ledger.owner].append(("migrate", order))
+
+    def _order_load(self) -> None:
+        """As the scheduler would, but with limits that are drawn."""
+        source, to = (self.random.choice(list(self.engines)) for _ in range(2))
+        if source == to:
+            return
+        limit = MoveLimit(
+            rank=1,
+            tokens_min=self.random.randrange(30),
+            tokens_wanted=self.random.randrange(60),
+            tokens_max=self.random.randrange(120),
+            waiting_max=self.random.randrange(60),
+        )
+        order = OrderId(self.next_order)
+        self.next_order += 1
+        self.orders.setdefault(source, set()).add(order)
+        load = MoveLoad(
+            order=order,
+            source=InstanceId(f"i{source}"),
+            source_engine=source,
+            destination=InstanceId(f"i{to}"),
+            destination_engine=to,
+            limits=(limit,),
+            why="drawn",
+        )
+        self.to_engine[source].append(("order", load))
 
     def _hang_up(self, request: RequestId) -> None:
         self.clients[request].state = "hung up"
@@ -213,6 +256,10 @@ class Cluster:
                 engine.abort(request)
             case ("migrate", order):
                 self._send(index, llumlet.migrate(order, self.now))
+            case ("order", order):
+                self._send(index, llumlet.order(order, self.now))
+                self.orders[index] -= set(llumlet.answered())
+                assert llumlet.moving(self.now).out >= 0
             case ("lost", lost, granted):
                 self._send(index, llumlet.engine_lost(lost, set(granted), self.now))
 
@@ -255,6 +302,13 @@ class Cluster:
             case ("llumlet", MigrationEnded() as ended):
                 self.ended.append(ended)
                 self._perform(self.arbiter.ended(ended))
+            case ("llumlet", MigrationWanted(request=request, destination=to)):
+                self.wanted += 1
+                ledger = self.arbiter.get(request)
+                if ledger is not None and ledger.owner == index and to in self.engines:
+                    order = self.arbiter.begin(request, to, f"engine {to}")
+                    if order is not None:
+                        self.to_engine[index].append(("migrate", order))
             case ("fate", migration, fate):
                 self._perform(self.arbiter.fate(migration, fate))
 
@@ -319,6 +373,7 @@ class Cluster:
                 assert client.got == client.expected
             assert client.state != "lost" or self.crashed, f"{request} was lost with no crash"
         for index, engine in self.engines.items():
+            assert not self.orders.get(index), f"engine {index} never answered an order"
             assert not engine.requests, f"engine {index} still holds {list(engine.requests)}"
             assert not engine.arriving
             assert not engine.pinned

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from llumnix.core.messages import Blocks
-from llumnix.core.port import Phase, Progress, Refusal
+from llumnix.core.port import Movable, Phase, Progress, Refusal
 from llumnix.core.types import EngineIndex, RequestId
 
 NOTHING = -1
@@ -225,6 +225,18 @@ class FakeEngine:
         return known is not None and not known.stopped
 
     # -- EnginePort
+
+    def movable(self) -> list[Movable]:
+        return [
+            Movable(
+                request=r.id,
+                priority=0,
+                tokens=-(-len(r.tokens) // self.block_tokens) * self.block_tokens,
+                waiting=r in self.waiting,
+                busy=bool(r.blocks) and r.computed + 1 < len(r.tokens),
+            )
+            for r in self.waiting + self.running
+        ]
 
     def describe(self, request: RequestId) -> bytes | Refusal:
         known = self.requests[request]

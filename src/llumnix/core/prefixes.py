@@ -13,10 +13,10 @@ from collections.abc import Iterable, Sequence
 from llumnix.core.types import InstanceId
 
 BLOCK_TOKENS = 64
-"""Tokens in one of our blocks: coarser than an engine's, since a short hit is worth little and
-every block costs an entry. A multiple of the engines' block size."""
+"""Tokens in one of our blocks: coarser than most engines', since a short hit is worth little and
+every block costs an entry. An engine's block size must divide it or be a multiple of it."""
 PREFIX_BLOCKS_MAX = 512
-"""Blocks of a prompt that are looked up; what lies beyond counts as a hit with the last of them."""
+"""Blocks of a prompt that are looked up; what lies beyond them counts as new."""
 
 
 def root(*keys: str | None) -> int:
@@ -75,14 +75,11 @@ class PrefixIndex:
         self._kept.pop(instance, None)
 
     def hits(self, prefix: Sequence[int]) -> dict[InstanceId, int]:
-        """How many leading blocks of the prefix each instance keeps; those with none left out."""
+        """How many leading blocks of the prefix each instance keeps, in order of their ids; those
+        with none left out."""
         found: dict[InstanceId, int] = {}
-        holding: set[InstanceId] | None = None
-        for blocks, h in enumerate(prefix, 1):
-            holders = self._holders.get(h)
-            holding = set(holders or ()) if holding is None else holding & (holders or set())
-            if not holding:
-                break
-            for instance in holding:
-                found[instance] = blocks
+        for instance in sorted(self._holders.get(prefix[0], ())) if prefix else ():
+            kept = self._kept[instance]
+            missing = (blocks for blocks, h in enumerate(prefix) if h not in kept)
+            found[instance] = next(missing, len(prefix))
         return found

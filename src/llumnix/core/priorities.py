@@ -22,9 +22,9 @@ class Priorities:
     def __init__(self, settings: PrioritySettings) -> None:
         self.classes = tuple(sorted(settings.classes, key=lambda c: c.priority))
         self._numbers = [c.priority for c in self.classes]
+        self._headrooms = [c.headroom for c in self.classes]
         self._aging_s = settings.aging_s
         self._caps = {key: self.rank_named(name) for key, name in settings.key_caps.items()}
-        self.has_headroom = any(c.headroom for c in self.classes)
 
     def __len__(self) -> int:
         return len(self.classes)
@@ -65,8 +65,8 @@ class Priorities:
     def headroom(self, total: int, running: Sequence[int], above: int | None = None) -> float:
         """Tokens kept free on an instance of `total` KV tokens with that many requests of each
         class running. With `above`, only for classes more urgent than that rank."""
-        return total * sum(
-            known.headroom
-            for known, count in zip(self.classes[:above], running, strict=False)
-            if count
-        )
+        share = 0.0
+        for headroom, count in zip(self._headrooms[:above], running, strict=False):
+            if count:
+                share += headroom
+        return total * share

@@ -75,8 +75,9 @@ class Freest:
 
 class CacheAware:
     """The fewest tokens to compute until the request's first: those of its prompt that the
-    instance does not have, and those that wait there. An instance that is short of memory is not
-    worth a hit, so a popular prefix does not make a hot spot."""
+    instance does not have, and those that wait there; of several alike the freest, then the one
+    that has waited longest. An instance that is short of memory is not worth a hit, so a popular
+    prefix does not make a hot spot."""
 
     def __init__(self) -> None:
         self.index = PrefixIndex()
@@ -90,18 +91,21 @@ class CacheAware:
             return fallback
         rank = view.priorities.rank(request.priority)
         source_below, _ = view.observed.migration_thresholds(MigrationSettings())
+
+        def cost(known: InstanceView, new: int) -> tuple[float, float, int]:
+            freeness = known.load.with_one(rank, new).freeness_for(rank, view.priorities)
+            return known.load.queued + known.booked_tokens + new, -freeness, known.turn
+
         best, why = fallback
-        best_cost = best.load.queued + best.booked_tokens + request.prompt_tokens
+        lowest = cost(best, request.prompt_tokens)
         for instance, blocks in self.index.hits(request.prefix).items():
             known = view.get(instance)
             if known is None or not known.report.accepting or not known.fresh(now):
                 continue
             hit = min(blocks * BLOCK_TOKENS, request.prompt_tokens - 1)
-            new = request.prompt_tokens - hit
-            cost = known.load.queued + known.booked_tokens + new
-            after = known.load.with_one(rank, new)
-            if cost < best_cost and after.freeness_for(rank, view.priorities) >= source_below:
-                best, best_cost = known, cost
+            mine = cost(known, request.prompt_tokens - hit)
+            if mine < lowest and -mine[1] >= source_below:
+                best, lowest = known, mine
                 why = f"cache-aware: {hit} of {request.prompt_tokens} tokens there"
         return best, why
 

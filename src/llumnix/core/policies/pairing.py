@@ -19,7 +19,7 @@ from collections.abc import Iterator
 
 from llumnix.core.events import MoveLimit, MoveLoad
 from llumnix.core.limits import MigrationLimits
-from llumnix.core.load import Load, ratio
+from llumnix.core.load import ratio
 from llumnix.core.priorities import Priorities
 from llumnix.core.settings import MigrationSettings
 from llumnix.core.types import OrderId
@@ -29,7 +29,7 @@ STOP_STEPS = 1.0
 """What a move costs the request beyond the copy: about one step in which nobody computes it."""
 DRAIN_MOVES_MAX = 4
 """Moves away from an instance that is being emptied at a time; an engine's own limit, too."""
-ORDERS_MAX = 128
+ORDERS_MAX = 64
 """Orders of one round; the next round comes soon."""
 
 
@@ -117,34 +117,37 @@ class Pairing:
         cost: float,
     ) -> MoveLimit | None:
         """Which requests of that class the pair gains from moving, if any."""
-        least = source.freeness + self._settings.gain_min + STOP_STEPS
-        taker = destination.load.with_one(rank, 0)
-        room = _room(destination)
-        waiting_max = 0
-        if source.load.waiting:
-            batch = max(1, taker.batch)
-            waiting_max = min(room, int(taker.spare(priorities) - max(least, 0.0) * batch))
-        if not _movable(source.load, rank):
-            if waiting_max <= 0:
-                return None
-            return MoveLimit(
-                rank=rank, tokens_min=0, tokens_wanted=0, tokens_max=0, waiting_max=waiting_max
-            )
-        giver = source.load.without(rank, 0)
-        low = _at_least(giver, least, cost, priorities)
-        high = min(room, _at_most(giver, taker, least, cost, priorities))
-        if high < max(low, 1) and waiting_max <= 0:
+        classes = source.report.classes
+        movable = rank < len(classes) and classes[rank].running > 0
+        waits = rank < len(classes) and classes[rank].waiting > 0
+        if not movable and not waits:
             return None
-        if source.load.head:
-            wanted = -giver.spare(priorities)
-        else:
-            wanted = below * max(1, giver.batch) - giver.spare(priorities)
+        least = source.freeness + self._settings.gain_min + STOP_STEPS
+        giver, taker = source.load.without(rank, 0), destination.load.with_one(rank, 0)
+        given, given_batch = giver.spare(priorities), max(1, giver.batch)
+        taken, taken_batch = taker.spare(priorities), max(1, taker.batch)
+        room = _room(destination)
+        waiting_max = low = high = wanted = 0
+        if waits:
+            waiting_max = max(0, min(room, int(taken - max(least, 0.0) * taken_batch)))
+        if movable:
+            low = max(1, _at_least(given, given_batch, giver.total, least, cost))
+            even = (ratio(taken, taken_batch) - given / given_batch) / (
+                1 / taken_batch + 1 / given_batch
+            )
+            most = (taken - max(least, 0.0) * taken_batch) / (1 + cost * taken_batch)
+            high = max(0, min(room, int(min(most, even))))
+            # What lets the head of the queue in, or lifts the source out of its trouble.
+            relieved = 0.0 if source.load.head else below * given_batch
+            wanted = max(0, int(relieved - given))
+        if (not movable or high < low) and not waiting_max:
+            return None
         return MoveLimit(
             rank=rank,
-            tokens_min=max(low, 1),
-            tokens_wanted=max(0, int(wanted)),
-            tokens_max=max(0, high),
-            waiting_max=max(0, waiting_max),
+            tokens_min=low,
+            tokens_wanted=wanted,
+            tokens_max=high,
+            waiting_max=waiting_max,
         )
 
     def _order(
@@ -182,10 +185,6 @@ def _has_slot(known: InstanceView) -> bool:
     return not known.load.slots or known.load.batch < known.load.slots
 
 
-def _movable(load: Load, rank: int) -> bool:
-    return rank < len(load.running) and load.running[rank] > 0
-
-
 def _room(destination: InstanceView) -> int:
     """The largest request, in KV tokens, that finds room there now, with the blocks that a
     migration wants in reserve."""
@@ -204,25 +203,13 @@ def _anything(room: int, classes: int) -> tuple[MoveLimit, ...]:
     )
 
 
-def _at_least(giver: Load, least: float, cost: float, priorities: Priorities) -> int:
-    """The smallest request without which the giver's freeness is at least `least`, and `cost` more
-    for each of its tokens. `giver`: without the request, but with its tokens."""
-    spare, batch = giver.spare(priorities), max(1, giver.batch)
+def _at_least(spare: float, batch: int, total: int, least: float, cost: float) -> int:
+    """The smallest request, in tokens, without which the giver's freeness is at least `least`, and
+    `cost` more for each of its tokens. `spare`, `batch`: the giver's without the request, but with
+    its tokens."""
     if least <= 0:
         return int((least - spare) / max(1e-9, 1 - cost)) + 1 if spare < least else 0
-    rise = 1 - cost * batch
-    short = least * batch - spare
+    short, rise = least * batch - spare, 1 - cost * batch
     if short <= 0:
         return 0
-    return int(short / rise) + 1 if rise > 0 else giver.total + 1
-
-
-def _at_most(giver: Load, taker: Load, least: float, cost: float, priorities: Priorities) -> int:
-    """The largest request with which the taker's freeness is still that high, and not below the
-    giver's. `taker`: with the request, but without its tokens."""
-    spare, batch = taker.spare(priorities), max(1, taker.batch)
-    floor = max(least, 0.0)
-    most = (spare - floor * batch) / (1 + cost * batch)
-    left, left_batch = giver.spare(priorities), max(1, giver.batch)
-    even = (ratio(spare, batch) - left / left_batch) / (1 / batch + 1 / left_batch)
-    return int(min(most, even))
+    return int(short / rise) + 1 if rise > 0 else total + 1

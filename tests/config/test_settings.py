@@ -1,0 +1,120 @@
+"""What a user writes into --scheduler-config and the flags beside it."""
+
+from pathlib import Path
+
+import pytest
+
+from llumnix.config import DeploymentConfig, read_settings
+from llumnix.core.settings import PriorityClass, SchedulerSettings
+from llumnix.errors import UsageError
+
+
+def written(tmp_path: Path, text: str) -> str:
+    path = tmp_path / "scheduler.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_without_a_file_and_flags_the_defaults_hold() -> None:
+    assert DeploymentConfig().scheduler == SchedulerSettings()
+
+
+def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
+    assert read_settings(written(tmp_path, "# nothing\n")) == SchedulerSettings()
+
+
+def test_a_file_sets_what_it_names_and_leaves_the_rest(tmp_path: Path) -> None:
+    path = written(
+        tmp_path,
+        "policy: cache-aware\n"
+        "migration: {tick_s: 0.1, balance: true}\n"
+        "priorities:\n"
+        "  classes:\n"
+        "    - {name: gold, priority: -5, headroom: 0.5}\n"
+        "    - {name: rest, priority: 0}\n"
+        "  key_caps: {abc: rest}\n",
+    )
+    found = read_settings(path)
+    assert (found.policy, found.migration.tick_s, found.migration.balance) == (
+        "cache-aware", 0.1, True,
+    )  # fmt: skip
+    assert found.priorities.classes == (
+        PriorityClass(name="gold", priority=-5, headroom=0.5),
+        PriorityClass(name="rest", priority=0),
+    )
+    assert found.scaling == SchedulerSettings().scaling
+
+
+def test_flags_win_over_the_file(tmp_path: Path) -> None:
+    path = written(tmp_path, "policy: round-robin\nscaling: {instances_max: 3, up_after_s: 9}\n")
+    found = DeploymentConfig(
+        policy="infaas++",
+        max_instances=5,
+        scheduler_config=path,
+        priority_class=["gold=-7:0.5", "rest=3"],
+    ).scheduler
+    assert (found.policy, found.scaling.instances_max, found.scaling.up_after_s) == (
+        "infaas++", 5, 9,
+    )  # fmt: skip
+    assert found.priorities.classes == (
+        PriorityClass(name="gold", priority=-7, headroom=0.5),
+        PriorityClass(name="rest", priority=3),
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("migrations: {}", "no knob migrations; there are: policy, priorities, migration, scaling"),
+        ("migration: {tick: 1}", "no knob migration.tick; there are: balance, tick_s"),
+        ("migration: {tick_s: fast}", "`$.migration.tick_s`"),
+        ("migration: {tick_s: 99}", "migration.tick_s: 99 must be between 0.001 and 10"),
+        ("migration: 5", "migration: expected `knob: value` lines"),
+        ("- a", "the file: expected `knob: value` lines"),
+        ("a: [", "is not YAML"),
+        ("policy: fastest", "no policy 'fastest'; there are: llumnix, infaas++"),
+        ("migration: {source_below: 5}", "give both source_below and destination_above"),
+        (
+            "migration: {source_below: 5, destination_above: 4}",
+            "destination_above (4) must not be below source_below (5)",
+        ),
+        ("scaling: {low: 5, high: 5}", "high (5) must be above low (5)"),
+        ("scaling: {instances_min: 2}", "--min-instances needs --max-instances"),
+        ("priorities: {classes: []}", "name at least one class"),
+        ("priorities: {classes: [{name: a, priority: 0, room: 1}]}", "no knob priorities.classes"),
+        (
+            "priorities: {classes: [{name: a, priority: 0}, {name: a, priority: 1}]}",
+            "two classes have the same name",
+        ),
+        ("priorities: {classes: [{name: a, priority: 0, headroom: 0.5}]}", "leave it out for one"),
+        ("priorities: {key_caps: {k: golden}}", "no class 'golden'; there are: high, normal"),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path: Path, text: str, named: str) -> None:
+    path = written(tmp_path, text)
+    with pytest.raises(UsageError) as raised:
+        DeploymentConfig(scheduler_config=path)
+    assert named in str(raised.value)
+    assert f"--scheduler-config {path}" in str(raised.value)
+
+
+def test_a_file_that_is_not_there_is_named() -> None:
+    with pytest.raises(UsageError, match=r"nowhere\.yaml cannot be read"):
+        DeploymentConfig(scheduler_config="nowhere.yaml")
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"min_instances": 2}, "--min-instances needs --max-instances"),
+        ({"min_instances": 3, "max_instances": 2}, "is below --min-instances"),
+        ({"instances": 5, "max_instances": 4}, "must lie between --min-instances 1"),
+        ({"max_instances": 0}, "must be 1 or more"),
+        ({"priority_class": ["gold"]}, "--priority-class gold: expected NAME=NUMBER"),
+        ({"priority_class": ["gold=-5:2"]}, "headroom 2.0 must be a share between 0 and 1"),
+    ],
+)
+def test_flags_that_do_not_go_together_are_named(given: dict, named: str) -> None:
+    with pytest.raises(UsageError) as raised:
+        DeploymentConfig(**given)
+    assert named in str(raised.value)

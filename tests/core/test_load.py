@@ -1,0 +1,187 @@
+"""Virtual usage and freeness: what a load report comes to."""
+
+import math
+from dataclasses import replace
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llumnix.core.load import ClassLoad, Load, LoadReport, derive
+from llumnix.core.priorities import Priorities
+from llumnix.core.settings import HIGH, NORMAL, PriorityClass, PrioritySettings
+from llumnix.core.types import EngineIndex, InstanceId
+
+PRIORITIES = Priorities(PrioritySettings())
+TOTAL = 10_000
+
+
+def report(
+    used: int = 0,
+    running: int = 0,
+    waiting: int = 0,
+    waiting_tokens: int = 0,
+    head: int = 0,
+    high: int = 0,
+    **more: int,
+) -> LoadReport:
+    return LoadReport(
+        instance=InstanceId("i0"),
+        engine_index=EngineIndex(0),
+        sequence=1,
+        kv_tokens_used=used,
+        kv_tokens_total=TOTAL,
+        classes=(
+            ClassLoad(running=high),
+            ClassLoad(running=running, waiting=waiting, waiting_tokens=waiting_tokens),
+        ),
+        head_tokens=head,
+        **more,  # type: ignore[arg-type]
+    )
+
+
+def freeness(r: LoadReport, booked: tuple[int, ...] = (), tokens: int = 0) -> float:
+    return derive(r, booked, tokens).freeness(PRIORITIES)
+
+
+def test_freeness_is_the_steps_that_the_batch_can_still_take() -> None:
+    assert freeness(report(used=4000, running=10)) == 600
+
+
+def test_an_empty_instance_has_all_of_its_memory_to_give() -> None:
+    assert freeness(report()) == TOTAL
+
+
+def test_only_the_head_of_the_queue_counts() -> None:
+    waiting = report(used=4000, running=10, waiting=3, waiting_tokens=6000, head=1000)
+    assert freeness(waiting) == 500
+
+
+def test_a_head_that_does_not_fit_makes_freeness_negative_and_is_not_shared_out() -> None:
+    assert freeness(report(used=9000, running=10, waiting=1, waiting_tokens=3000, head=3000)) == (
+        -2000
+    )
+
+
+def test_a_head_that_waits_for_a_slot_makes_the_instance_full() -> None:
+    """However much memory is free."""
+    r = report(used=1000, running=8, waiting=1, waiting_tokens=100, head=100, slots=8)
+    assert freeness(r) == -100
+
+
+def test_an_urgent_request_keeps_its_headroom_free_once_however_many_there_are() -> None:
+    base = report(used=1000, running=9)
+    one = replace(base, classes=(ClassLoad(running=1), ClassLoad(running=9)))
+    two = replace(base, classes=(ClassLoad(running=2), ClassLoad(running=8)))
+    assert derive(one, (), 0).spare(PRIORITIES) == 9000 - 0.88 * TOTAL
+    assert derive(two, (), 0).spare(PRIORITIES) == derive(one, (), 0).spare(PRIORITIES)
+
+
+def test_headroom_is_no_obstacle_to_a_newcomer_of_the_same_class() -> None:
+    load = derive(report(used=2000, high=1), (), 0)
+    high, normal = (PRIORITIES.rank_named(n) for n in ("high", "normal"))
+    assert load.freeness_for(high, PRIORITIES) == 8000
+    assert load.freeness_for(normal, PRIORITIES) == 8000 - 8800
+
+
+def test_a_newcomer_is_served_after_all_who_wait() -> None:
+    load = derive(report(used=4000, running=8, waiting=2, waiting_tokens=3000, head=500), (), 0)
+    assert load.freeness_for(1, PRIORITIES) == 300
+
+
+def test_a_newcomer_does_not_fit_where_no_slot_is_free() -> None:
+    full = derive(report(used=1000, running=8, slots=8), (), 0)
+    busy = derive(report(used=8000, running=7, slots=8), (), 0)
+    assert full.freeness_for(1, PRIORITIES) < 0 < busy.freeness_for(1, PRIORITIES)
+
+
+def test_a_dispatch_on_its_way_counts_as_if_it_ran() -> None:
+    r = report(used=4000, running=9)
+    assert freeness(r, booked=(0, 1), tokens=1000) == 500
+
+
+def test_requests_on_their_way_out_are_as_good_as_gone() -> None:
+    r = replace(report(used=4000, running=11), moving_out=1, moving_out_tokens=1000)
+    assert freeness(r) == 700
+
+
+def test_requests_on_their_way_in_have_their_room_already() -> None:
+    r = replace(report(used=4000, running=9), moving_in=1)
+    assert freeness(r) == 600
+
+
+loads = st.builds(
+    Load,
+    total=st.just(TOTAL),
+    used=st.integers(0, TOTAL),
+    head=st.integers(0, 4000),
+    queued=st.integers(4000, 20_000),
+    batch=st.integers(0, 60),
+    waiting=st.integers(0, 20),
+    slots=st.sampled_from([0, 32]),
+    running=st.tuples(st.integers(0, 3), st.integers(0, 40)),
+)
+
+
+@given(loads, st.integers(0, 3000), st.sampled_from([0, 1]))
+def test_a_request_more_never_raises_freeness(load: Load, tokens: int, rank: int) -> None:
+    more = load.with_one(rank, tokens)
+    assert more.freeness(PRIORITIES) <= load.freeness(PRIORITIES)
+    for newcomer in (0, 1):
+        before = load.freeness_for(newcomer, PRIORITIES)
+        assert more.freeness_for(newcomer, PRIORITIES) <= before
+
+
+@given(loads, st.integers(1, 500), st.sampled_from([0, 1]))
+def test_a_token_more_never_raises_freeness(load: Load, tokens: int, rank: int) -> None:
+    more = replace(load, used=load.used + tokens)
+    assert more.freeness(PRIORITIES) < load.freeness(PRIORITIES)
+    assert more.freeness_for(rank, PRIORITIES) <= load.freeness_for(rank, PRIORITIES)
+
+
+@given(loads, st.integers(0, 3000), st.sampled_from([0, 1]))
+def test_what_came_and_left_changed_nothing(load: Load, tokens: int, rank: int) -> None:
+    again = load.with_one(rank, tokens).without(rank, tokens)
+    assert again == load
+
+
+# -- classes
+
+
+def test_a_requests_class_follows_from_its_number() -> None:
+    names = {n: PRIORITIES.classes[PRIORITIES.rank(n)].name for n in (-500, -100, -99, 0, 7)}
+    assert names == {-500: "high", -100: "high", -99: "normal", 0: "normal", 7: "normal"}
+
+
+def test_vllms_number_wins_then_the_class_by_name_then_the_tier() -> None:
+    assert PRIORITIES.asked(-7, "high", "priority") == -7
+    assert PRIORITIES.asked(0, "normal", "priority") == 0
+    assert PRIORITIES.asked(0, "high") == -100
+    assert PRIORITIES.asked(0, None, "priority") == -100
+    assert [PRIORITIES.asked(0, None, t) for t in ("auto", "default", "flex", "scale")] == [0] * 4
+
+
+def test_flex_is_the_least_urgent_class_where_there_is_one_below_the_usual() -> None:
+    batch = PriorityClass(name="batch", priority=50)
+    with_batch = Priorities(PrioritySettings(classes=(HIGH, NORMAL, batch)))
+    assert with_batch.asked(0, None, "flex") == 50
+
+
+def test_a_key_gets_no_more_than_its_cap_whatever_it_asks_for() -> None:
+    capped = Priorities(PrioritySettings(key_caps={"k": "normal"}))
+    assert [capped.asked(*a, key="k") for a in ((-500,), (0, "high"), (0, None, "priority"))] == (
+        [0, 0, 0]
+    )
+    assert capped.asked(9, key="k") == 9
+    assert capped.asked(-500, key="other") == -500
+
+
+def test_who_has_waited_is_queued_as_the_most_urgent() -> None:
+    assert PRIORITIES.aged(0, 29.9) == 0
+    assert PRIORITIES.aged(0, 30.0) == -100
+    assert PRIORITIES.aged(-500, 30.0) == -500
+
+
+@given(st.integers(-1000, 1000), st.floats(0, 100))
+def test_age_makes_nobody_less_urgent(number: int, waited_s: float) -> None:
+    assert PRIORITIES.aged(number, waited_s) <= number
+    assert not math.isinf(PRIORITIES.aged(number, waited_s))

@@ -1,0 +1,264 @@
+"""Who gives load to whom, and which request goes: rules as claims."""
+
+from dataclasses import replace
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llumnix.core.events import LoadReported, MoveLimit, MoveLoad, Tick
+from llumnix.core.load import ClassLoad, LoadReport
+from llumnix.core.policies.victim import Candidate, choose_victim
+from llumnix.core.scheduler import Scheduler
+from llumnix.core.settings import MigrationSettings, SchedulerSettings
+from llumnix.core.types import EngineIndex, InstanceId, OrderId, RequestId
+from llumnix.core.view import ORDER_LIFETIME_S
+
+TOTAL = 10_000
+FIXED = MigrationSettings(source_below=48.0, destination_above=100.0, gain_min=8.0)
+
+
+def scheduler(policy: str = "llumnix", migration: MigrationSettings = FIXED) -> Scheduler:
+    return Scheduler(SchedulerSettings(policy=policy, migration=migration))
+
+
+def load(
+    number: int,
+    used: int,
+    running: int = 10,
+    head: int = 0,
+    high: int = 0,
+    sequence: int = 1,
+    **more: object,
+) -> LoadReport:
+    return LoadReport(
+        instance=InstanceId(f"i{number}"),
+        engine_index=EngineIndex(number),
+        sequence=sequence,
+        kv_tokens_used=used,
+        kv_tokens_total=TOTAL,
+        block_tokens=16,
+        classes=(
+            ClassLoad(running=high),
+            ClassLoad(running=running, waiting=int(head > 0), waiting_tokens=head),
+        ),
+        head_tokens=head,
+        **more,  # type: ignore[arg-type]
+    )
+
+
+def tell(s: Scheduler, *reports: LoadReport, now: float = 0.0) -> None:
+    for r in reports:
+        s.handle(LoadReported(report=r), now)
+
+
+def moves(s: Scheduler, now: float = 0.0) -> list[MoveLoad]:
+    decided = s.handle(Tick(), now)
+    assert all(isinstance(d, MoveLoad) and d.why for d in decided)
+    return decided  # type: ignore[return-value]
+
+
+def pairs(decided: list[MoveLoad]) -> list[tuple[str, str]]:
+    return [(d.source, d.destination) for d in decided]
+
+
+def test_the_lowest_is_paired_with_the_highest_and_so_on() -> None:
+    s = scheduler()
+    tell(s, load(0, 9900), load(1, 9800), load(2, 1000), load(3, 2000), load(4, 9000))
+    assert pairs(moves(s)) == [("i0", "i2"), ("i1", "i3")]
+
+
+def test_between_the_thresholds_an_instance_is_left_alone() -> None:
+    s = scheduler()
+    tell(s, load(0, 9300), load(1, 9100))  # Freeness 70 and 90.
+    assert moves(s) == []
+
+
+def test_who_has_moves_under_way_gets_no_further_order() -> None:
+    s = scheduler()
+    tell(s, load(0, 9900), load(1, 1000))
+    assert len(moves(s)) == 1
+    assert moves(s, now=0.05) == [], "the order is not answered yet"
+    tell(s, load(0, 9900, sequence=2, moving_out=1, orders=(OrderId(0),)), now=0.1)
+    assert moves(s, now=0.1) == [], "its move is under way"
+    tell(s, load(0, 9900, sequence=3), now=1.0)
+    assert len(moves(s, now=1.0)) == 1
+
+
+def test_an_order_that_nobody_answers_lapses() -> None:
+    s = scheduler()
+    tell(s, load(0, 9900), load(1, 1000))
+    assert len(moves(s)) == 1
+    late = ORDER_LIFETIME_S + 0.1
+    tell(s, load(0, 9900, sequence=2), load(1, 1000, sequence=2), now=late)
+    assert len(moves(s, now=late)) == 1
+
+
+def test_the_silent_take_no_part() -> None:
+    s = scheduler()
+    tell(s, load(0, 9900), now=0.0)
+    tell(s, load(1, 1000), now=5.0)
+    assert moves(s, now=5.0) == []
+
+
+def test_no_policy_but_llumnix_balances() -> None:
+    for policy in ("infaas++", "least-loaded", "round-robin", "cache-aware"):
+        s = scheduler(policy)
+        tell(s, load(0, 9900), load(1, 1000))
+        assert moves(s) == []
+
+
+def test_any_policy_balances_if_it_is_told_to() -> None:
+    s = scheduler("cache-aware", replace(FIXED, balance=True))
+    tell(s, load(0, 9900), load(1, 1000))
+    assert len(moves(s)) == 1
+
+
+def test_every_policy_empties_an_instance() -> None:
+    for policy in ("llumnix", "infaas++", "round-robin"):
+        s = scheduler(policy)
+        tell(s, load(0, 3000, accepting=False), load(1, 1000), load(2, 2000))
+        decided = moves(s)
+        assert {d.source for d in decided} == {"i0"}
+        assert len(decided) == 4, "several at a time"
+
+
+def test_an_instance_that_is_being_emptied_takes_nothing() -> None:
+    s = scheduler()
+    tell(s, load(0, 9900), load(1, 1000, accepting=False))
+    assert all(d.source == "i1" for d in moves(s))
+
+
+def test_a_blocked_head_sends_others_away_until_it_fits() -> None:
+    """De-fragmentation: 1,200 tokens are free in all, 700 are wanted in one place."""
+    s = scheduler()
+    tell(s, load(0, 9700, head=700), load(1, 8500, running=5))
+    (order,) = moves(s)
+    assert (order.source, order.destination) == ("i0", "i1")
+    (limit,) = order.limits
+    assert limit.tokens_wanted == 400
+    assert "its queue waits for 700 tokens" in order.why
+
+
+def test_a_request_that_waits_goes_where_there_is_room_for_it() -> None:
+    s = scheduler()
+    tell(s, load(0, 9900, head=700), load(1, 1000))
+    (order,) = moves(s)
+    assert order.limits[0].waiting_max >= 700
+
+
+def test_normal_requests_leave_where_an_urgent_one_runs() -> None:
+    s = scheduler()
+    tell(s, load(0, 5000, running=9, high=1), load(1, 1000, running=3))
+    (order,) = moves(s)
+    assert (order.source, order.destination) == ("i0", "i1")
+    assert 1 in {limit.rank for limit in order.limits}
+
+
+def test_a_move_that_costs_more_than_it_gains_is_not_made() -> None:
+    """At a second a token the copy takes longer than the memory lasts."""
+    fast, slow = scheduler(), scheduler()
+    for s, seconds in ((fast, 0.001), (slow, 1000.0)):
+        tell(s, load(0, 9500), load(1, 8000))
+        tell(
+            s,
+            load(
+                0, 9600, sequence=2, kv_token_bytes=1000, steps=10, steps_s=0.1,
+                moved_bytes=10**6, moved_s=seconds,
+            ),
+            now=0.01,
+        )  # fmt: skip
+    assert len(moves(fast, now=0.02)) == 1
+    assert moves(slow, now=0.02) == []
+
+
+instances = st.lists(
+    st.tuples(st.integers(0, TOTAL), st.integers(0, 40), st.integers(0, 3000), st.integers(0, 2)),
+    min_size=2,
+    max_size=8,
+)
+
+
+@given(instances, st.data())
+def test_no_move_raises_the_highest_load(
+    drawn: list[tuple[int, int, int, int]], data: st.DataObject
+) -> None:
+    """Whatever request within its limits is moved, the lower freeness of the pair rises, by the
+    least gain that is asked for, and the destination stays the freer of the two."""
+    s = scheduler()
+    for number, (used, running, head, high) in enumerate(drawn):
+        tell(s, load(number, used, running, head, high))
+    priorities = s.view.priorities
+    for order in moves(s):
+        source, destination = s.view[order.source], s.view[order.destination]
+        low = min(source.freeness, destination.freeness)
+        for limit in order.limits:
+            if limit.tokens_max < max(1, limit.tokens_min):
+                continue
+            tokens = data.draw(st.integers(limit.tokens_min, limit.tokens_max))
+            giver = source.load.without(limit.rank, tokens).freeness(priorities)
+            taker = destination.load.with_one(limit.rank, tokens).freeness(priorities)
+            assert min(giver, taker) >= low + FIXED.gain_min - 1e-6
+            assert taker >= giver - 1e-6
+            assert destination.load.used + tokens <= TOTAL
+
+
+@given(instances)
+def test_an_instance_is_on_one_side_of_one_move(drawn: list[tuple[int, int, int, int]]) -> None:
+    s = scheduler()
+    for number, (used, running, head, high) in enumerate(drawn):
+        tell(s, load(number, used, running, head, high))
+    decided = moves(s)
+    sides = [d.source for d in decided] + [d.destination for d in decided]
+    assert len(sides) == len(set(sides))
+
+
+# -- the victim
+
+
+def candidate(name: str, tokens: int, rank: int = 1, **more: bool) -> Candidate:
+    return Candidate(request=RequestId(name), rank=rank, tokens=tokens, **more)
+
+
+def limit(rank: int = 1, low: int = 1, wanted: int = 0, high: int = 1000, waiting: int = 0):
+    return MoveLimit(
+        rank=rank, tokens_min=low, tokens_wanted=wanted, tokens_max=high, waiting_max=waiting
+    )
+
+
+def victim(candidates: list[Candidate], *limits: MoveLimit) -> str | None:
+    chosen = choose_victim(candidates, limits)
+    return chosen.request if chosen else None
+
+
+def test_the_least_urgent_goes_first_then_the_shorter() -> None:
+    some = [candidate("a", 50, rank=0), candidate("b", 300), candidate("c", 200)]
+    assert victim(some, limit(), limit(rank=0)) == "c"
+    assert victim(some, limit(rank=0)) == "a"
+
+
+def test_the_shortest_that_brings_the_relief_else_the_longest() -> None:
+    some = [candidate("a", 100), candidate("b", 200), candidate("c", 300)]
+    assert victim(some, limit(wanted=150)) == "b"
+    assert victim(some, limit(wanted=500)) == "c"
+    assert victim(some, limit(wanted=500, high=250)) == "b"
+
+
+def test_what_is_out_of_bounds_stays() -> None:
+    assert victim([candidate("a", 100)], limit(low=101)) is None
+    assert victim([candidate("a", 100)], limit(high=99)) is None
+    assert victim([candidate("a", 100)], limit(rank=0)) is None
+
+
+def test_what_rests_stays() -> None:
+    assert victim([candidate("a", 100, resting=True)], limit()) is None
+
+
+def test_a_request_that_waits_and_fits_goes_before_any_that_runs() -> None:
+    some = [
+        candidate("w1", 900, waiting=True),
+        candidate("w2", 300, waiting=True),
+        candidate("r", 100),
+    ]
+    assert victim(some, limit(waiting=1000)) == "w1"
+    assert victim(some, limit(waiting=500)) == "w2"
+    assert victim(some, limit(waiting=100)) == "r"

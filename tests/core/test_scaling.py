@@ -1,0 +1,195 @@
+"""How many instances there are: rules as claims."""
+
+from llumnix.core.events import (
+    AddInstances,
+    Decision,
+    DrainInstance,
+    FleetReported,
+    LoadReported,
+    UndrainInstance,
+)
+from llumnix.core.load import ClassLoad, LoadReport
+from llumnix.core.scheduler import Scheduler
+from llumnix.core.settings import ScalingSettings, SchedulerSettings
+from llumnix.core.types import EngineIndex, InstanceId
+
+TOTAL = 10_000
+
+
+class Fleet:
+    """A scheduler and the fleet that it is told of, second by second."""
+
+    def __init__(self, least: int = 1, most: int = 4, **more: float) -> None:
+        given = {"low": 100.0, "high": 1000.0, "up_after_s": 2.0, "down_after_s": 10.0}
+        self.scheduler = Scheduler(
+            SchedulerSettings(
+                scaling=ScalingSettings(
+                    instances_min=least, instances_max=most, **{**given, **more}
+                )
+            )
+        )
+        self.now = 0.0
+        self.sequence = 0
+        self.starting = 0
+        self.serving: list[str] = []
+        self.draining: list[str] = []
+
+    def second(self, **loads: tuple[int, int]) -> list[Decision]:
+        """One second with these loads: used tokens and running requests."""
+        self.now += 1.0
+        self.sequence += 1
+        for name, (used, running) in loads.items():
+            report = LoadReport(
+                instance=InstanceId(name),
+                engine_index=EngineIndex(int(name[1:])),
+                sequence=self.sequence,
+                kv_tokens_used=used,
+                kv_tokens_total=TOTAL,
+                classes=(ClassLoad(), ClassLoad(running=running)),
+                accepting=name not in self.draining,
+            )
+            self.scheduler.handle(LoadReported(report=report), self.now)
+        fact = FleetReported(
+            starting=self.starting,
+            serving=tuple(InstanceId(i) for i in self.serving),
+            draining=tuple(InstanceId(i) for i in self.draining),
+        )
+        decided = self.scheduler.handle(fact, self.now)
+        assert all(d.why for d in decided)
+        return decided
+
+    def until(self, seconds: int, **loads: tuple[int, int]) -> list[Decision]:
+        """The first decisions within so many seconds."""
+        for _ in range(seconds):
+            if decided := self.second(**loads):
+                return decided
+        return []
+
+
+FULL, IDLE = (9900, 20), (100, 1)
+
+
+def test_without_bounds_nothing_scales() -> None:
+    s = Scheduler(SchedulerSettings())
+    assert s.handle(FleetReported(starting=0, serving=(), draining=()), 0.0) == []
+
+
+def test_a_shortage_that_lasts_starts_one_more() -> None:
+    f = Fleet()
+    f.serving = ["i0"]
+    assert f.second(i0=FULL) == []
+    assert f.second(i0=FULL) == []
+    (decided,) = f.second(i0=FULL)
+    assert isinstance(decided, AddInstances)
+    assert decided.count == 1
+
+
+def test_a_shortage_that_passes_starts_none() -> None:
+    f = Fleet()
+    f.serving = ["i0"]
+    for _ in range(5):
+        assert f.second(i0=FULL) == []
+        assert f.second(i0=FULL) == []
+        assert f.second(i0=(5000, 10)) == []
+
+
+def test_a_large_shortage_starts_as_many_as_it_takes() -> None:
+    f = Fleet(most=8)
+    f.serving = ["i0", "i1"]
+    (decided,) = f.until(5, i0=(10_000, 160), i1=(10_000, 160))
+    assert isinstance(decided, AddInstances)
+    assert decided.count == 4, "1.25 x 100 tokens for each of 320 requests are four instances"
+
+
+def test_what_is_starting_counts_so_that_one_shortage_is_answered_once() -> None:
+    f = Fleet(most=8)
+    f.serving = ["i0"]
+    assert f.until(5, i0=FULL)
+    f.starting = 1
+    assert f.until(20, i0=FULL) == []
+
+
+def test_never_more_than_the_maximum() -> None:
+    f = Fleet(most=2)
+    f.serving = ["i0", "i1"]
+    assert f.until(20, i0=FULL, i1=FULL) == []
+
+
+def test_a_shortage_first_takes_a_drain_back() -> None:
+    f = Fleet()
+    f.serving, f.draining = ["i0"], ["i1"]
+    (decided,) = f.until(5, i0=FULL, i1=IDLE)
+    assert isinstance(decided, UndrainInstance)
+    assert decided.instance == "i1"
+
+
+def test_plenty_that_lasts_empties_the_one_with_the_fewest_requests() -> None:
+    f = Fleet()
+    f.serving = ["i0", "i1", "i2"]
+    (decided,) = f.until(30, i0=(500, 2), i1=IDLE, i2=(900, 3))
+    assert isinstance(decided, DrainInstance)
+    assert decided.instance == "i1"
+    assert f.now >= 10
+
+
+def test_of_several_alike_the_youngest_is_emptied() -> None:
+    f = Fleet()
+    f.serving = ["i0", "i1"]
+    (decided,) = f.until(30, i0=IDLE, i1=IDLE)
+    assert isinstance(decided, DrainInstance)
+    assert decided.instance == "i1"
+
+
+def test_never_fewer_than_the_minimum() -> None:
+    f = Fleet(least=2)
+    f.serving = ["i0", "i1"]
+    assert f.until(60, i0=IDLE, i1=IDLE) == []
+
+
+def test_one_drain_at_a_time_and_none_while_one_starts() -> None:
+    f = Fleet()
+    f.serving, f.draining = ["i0", "i1"], ["i2"]
+    assert f.until(60, i0=IDLE, i1=IDLE, i2=IDLE) == []
+    f.draining, f.starting = [], 1
+    assert f.until(60, i0=IDLE, i1=IDLE) == []
+
+
+def test_nothing_is_emptied_that_would_be_missed() -> None:
+    """Above `high` now, but below `low` without it."""
+    f = Fleet(low=100.0, high=110.0)
+    f.serving = ["i0", "i1"]
+    assert f.until(60, i0=(4000, 50), i1=(4000, 50)) == []
+
+
+def test_an_instance_that_was_given_up_is_made_up_for() -> None:
+    f = Fleet(least=2)
+    f.serving = ["i0"]
+    (decided,) = f.second(i0=IDLE)
+    assert isinstance(decided, AddInstances)
+    assert decided.count == 1
+
+
+def test_it_waits_for_everybodys_report() -> None:
+    f = Fleet()
+    f.serving = ["i0", "i1"]
+    assert f.until(20, i0=FULL) == []
+
+
+def test_the_thresholds_follow_the_answers_length() -> None:
+    s = SchedulerSettings(scaling=ScalingSettings(instances_max=2))
+    scheduler = Scheduler(s)
+    for sequence, finished in enumerate((0, 1000), 1):
+        report = LoadReport(
+            instance=InstanceId("i0"),
+            engine_index=EngineIndex(0),
+            sequence=sequence,
+            kv_tokens_used=0,
+            kv_tokens_total=TOTAL,
+            finished=finished,
+            finished_tokens=finished * 400,
+        )
+        scheduler.handle(LoadReported(report=report), float(sequence))
+    observed = scheduler.view.observed
+    assert observed.answer_tokens == 400
+    assert observed.scaling_thresholds(s.scaling) == (200, 800)
+    assert observed.migration_thresholds(s.migration) == (100, 200)
