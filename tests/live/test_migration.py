@@ -65,7 +65,9 @@ class OneServer:
         """The running server of that kind; what ran before it is stopped."""
         if self._kind != kind:
             self.stop()
-            server = Server(str(model), "--served-model-name", "tiny", *flags, log=log)
+            # A policy that moves nothing: here only the tests do.
+            flags = ("--served-model-name", "tiny", "--policy", "least-loaded", *flags)
+            server = Server(str(model), *flags, log=log)
             self._server = server.wait_until_serving()
             self._kind = kind
         assert self._server is not None

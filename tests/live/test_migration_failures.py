@@ -39,7 +39,7 @@ BACK_TIMEOUT_S = 120
 def shared_pair(tiny_model: Path, logs: Path) -> Iterator[Server]:
     server = Server(
         str(tiny_model), "--served-model-name", "tiny", *FLAGS,
-        "--kv-cache-memory-bytes", "16777216", "--block-size", "32",
+        "--kv-cache-memory-bytes", "16777216", "--block-size", "32", "--policy", "least-loaded",
         log=logs / "hurt.log",
     )  # fmt: skip
     yield server.wait_until_serving()

@@ -319,7 +319,7 @@ class Fleet:
             self.all_failed.set()
 
     async def _drain(self, member: Member) -> None:
-        run = member.run
+        run, began_s = member.run, time.monotonic()
         if run is not None and run.ended is not None:
             self._client.accept(run.engine_index, False)
             # For the controller's sake, and not waited for: an engine may be dying right now.
@@ -327,6 +327,7 @@ class Fleet:
             while self._client.in_flight(run.engine_index) and not run.ended.done():
                 await asyncio.sleep(DRAIN_POLL_S)
         member.state = "stopping"
+        logger.info("Instance %s is empty after %.1f s.", member.id, time.monotonic() - began_s)
         if run is not None:
             await self._client.lose(run.engine_index)
         await self._end(member)

@@ -10,6 +10,7 @@ from typing import Any
 
 from llumnix.cluster import ray_runtime
 from llumnix.cluster.addresses import Addresses
+from llumnix.core.policies.presets import POLICIES
 from llumnix.core.priorities import Priorities
 from llumnix.errors import InstanceFailedError, UsageError
 from llumnix.frontend.arguments import ServeCommand, parse
@@ -125,6 +126,7 @@ async def _run(
         deployment.slots,
         EventLog(deployment.event_log, who=f"frontend {os.getpid()}"),
         Priorities(deployment.scheduler.priorities),
+        hash_prefixes=POLICIES[deployment.scheduler.policy].dispatch == "cache-aware",
     )
     client.start()
     llm = FleetLLM(

@@ -182,9 +182,9 @@ class ScalingSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerSettings:
-    """All of it. `policy`: one of core/policies/presets.py's."""
+    """All of it."""
 
-    policy: str = "llumnix"
+    policy: str = knob("llumnix", "a policy's name", "How requests are scheduled (--policy).")
     priorities: PrioritySettings = field(default_factory=PrioritySettings)
     migration: MigrationSettings = field(default_factory=MigrationSettings)
     scaling: ScalingSettings = field(default_factory=ScalingSettings)

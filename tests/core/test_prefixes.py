@@ -1,0 +1,279 @@
+"""Which prefixes are where, and what cache-aware dispatch makes of it."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llumnix.core.events import (
+    Dispatch,
+    InstanceLost,
+    LoadReported,
+    PrefixesChanged,
+    RequestArrived,
+)
+from llumnix.core.load import ClassLoad, LoadReport
+from llumnix.core.prefixes import (
+    BLOCK_TOKENS,
+    PREFIX_BLOCKS_MAX,
+    PrefixIndex,
+    chain,
+    extend,
+    root,
+)
+from llumnix.core.scheduler import Scheduler
+from llumnix.core.settings import SchedulerSettings
+from llumnix.core.types import EngineIndex, InstanceId, RequestId
+
+INSTANCES = [InstanceId(f"i{n}") for n in range(3)]
+PROMPT = list(range(1000))
+KV_TOKENS = 10_000
+
+# -- names ------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(0, 2**31), max_size=400), st.data())
+def test_the_chain_of_a_prefix_is_a_prefix_of_the_chain(tokens: list[int], data: Any) -> None:
+    cut = data.draw(st.integers(0, len(tokens)))
+    whole, part = chain(root(), tokens), chain(root(), tokens[:cut])
+    assert len(whole) == len(tokens) // BLOCK_TOKENS
+    assert part == whole[: cut // BLOCK_TOKENS]
+    assert (
+        chain(part[-1] if part else root(), tokens[len(part) * BLOCK_TOKENS :])
+        == (whole[len(part) :])
+    )
+
+
+@given(st.data())
+def test_prompts_that_differ_share_the_blocks_before_the_difference(data: Any) -> None:
+    at = data.draw(st.integers(0, 299))
+    other = [*PROMPT[:300]]
+    other[at] += 1
+    same = [a == b for a, b in zip(chain(root(), PROMPT[:300]), chain(root(), other), strict=True)]
+    assert same == [n < at // BLOCK_TOKENS for n in range(len(same))]
+
+
+def test_an_adapter_and_a_salt_tell_equal_prompts_apart() -> None:
+    keys = [(None, None), ("a", None), (None, "a"), ("a", "b"), ("ab", None), (None, "ab")]
+    roots = [root(*k) for k in keys]
+    assert len(set(roots)) == len(keys)
+    assert len({chain(r, PROMPT)[0] for r in roots}) == len(keys)
+
+
+def test_hashes_fit_into_64_bits_and_are_the_same_in_every_process() -> None:
+    assert chain(root(None, None), range(128)) == (32404033819427061, 5239371026481082449)
+    assert all(0 <= h < 2**63 for h in chain(root(), PROMPT))
+    assert extend(root(), PROMPT[:BLOCK_TOKENS]) == chain(root(), PROMPT)[0]
+
+
+def test_only_so_many_blocks_are_looked_up() -> None:
+    assert len(chain(root(), [7] * (BLOCK_TOKENS * (PREFIX_BLOCKS_MAX + 5)))) == PREFIX_BLOCKS_MAX
+
+
+# -- the index --------------------------------------------------------------------------------
+
+HASHES = st.lists(st.integers(0, 8), max_size=6)
+CHANGES = st.tuples(
+    st.sampled_from(["store", "remove", "clear"]), st.sampled_from(INSTANCES), HASHES
+)
+
+
+@given(st.lists(CHANGES, max_size=30), st.lists(st.integers(0, 8), unique=True, max_size=8))
+def test_the_index_agrees_with_a_set_for_each_instance(changes: list, prefix: list[int]) -> None:
+    index, model = PrefixIndex(), {i: set[int]() for i in INSTANCES}
+    for what, instance, hashes in changes:
+        if what == "store":
+            index.store(instance, hashes)
+            model[instance] |= set(hashes)
+        elif what == "remove":
+            index.remove(instance, hashes)
+            model[instance] -= set(hashes)
+        else:
+            index.clear(instance)
+            model[instance] = set()
+    leading = {
+        i: max(n for n in range(len(prefix) + 1) if set(prefix[:n]) <= model[i]) for i in INSTANCES
+    }
+    found = index.hits(prefix)
+    assert found == {i: n for i, n in leading.items() if n}
+    assert list(found) == sorted(found), "in an order that does not depend on the process"
+
+
+@given(st.lists(CHANGES, max_size=30))
+def test_an_index_that_was_cleared_holds_nothing(changes: list) -> None:
+    index = PrefixIndex()
+    for _, instance, hashes in changes:
+        index.store(instance, hashes)
+    for instance in INSTANCES:
+        index.clear(instance)
+    assert (index._holders, index._kept) == ({}, {})
+
+
+# -- the policy -------------------------------------------------------------------------------
+
+
+def report(n: int, sequence: int = 1, **fields: Any) -> LoadReported:
+    known: dict[str, Any] = {"engine_index": EngineIndex(n), "kv_tokens_used": 0, **fields}
+    running, waiting = known.pop("running", 0), known.pop("waiting_tokens", 0)
+    load = ClassLoad(running=running, waiting=int(waiting > 0), waiting_tokens=waiting)
+    return LoadReported(
+        report=LoadReport(
+            instance=INSTANCES[n],
+            sequence=sequence,
+            classes=(ClassLoad(), load),
+            head_tokens=waiting,
+            kv_tokens_total=KV_TOKENS,
+            **known,
+        )
+    )
+
+
+def kept(n: int, tokens: int, **fields: Any) -> PrefixesChanged:
+    """Instance n keeps that many tokens of the prompt."""
+    return PrefixesChanged(
+        instance=INSTANCES[n],
+        engine_index=EngineIndex(fields.pop("engine", n)),
+        stored=chain(root(), PROMPT[:tokens]),
+        **fields,
+    )
+
+
+def cluster(*reports: LoadReported, policy: str = "cache-aware") -> Scheduler:
+    s = Scheduler(SchedulerSettings(policy=policy))
+    for known in reports:
+        s.handle(known, 0.0)
+    return s
+
+
+def place(s: Scheduler, tokens: int = 1000, name: str = "r", prefix: bool = True) -> Dispatch:
+    hashes = chain(root(), PROMPT[:tokens]) if prefix else ()
+    fact = RequestArrived(request=RequestId(name), prompt_tokens=tokens, prefix=hashes)
+    (decision,) = s.handle(fact, 0.0)
+    assert isinstance(decision, Dispatch)
+    return decision
+
+
+def where(s: Scheduler, *args: Any, **kwargs: Any) -> str:
+    return place(s, *args, **kwargs).instance
+
+
+def test_a_hit_decides_between_instances_of_equal_load() -> None:
+    s = cluster(report(0), report(1), report(2))
+    s.handle(kept(1, 640), 0.0)
+    decision = place(s)
+    assert (decision.instance, decision.why) == ("i1", "cache-aware: 640 of 1000 tokens there")
+
+
+def test_a_hit_decides_against_a_somewhat_freer_instance() -> None:
+    s = cluster(report(0), report(1, running=5, kv_tokens_used=3000))
+    s.handle(kept(1, 640), 0.0)
+    assert where(s) == "i1"
+
+
+def test_the_longest_hit_decides_between_hits() -> None:
+    s = cluster(report(0), report(1), report(2))
+    s.handle(kept(1, 640), 0.0)
+    s.handle(kept(2, 704), 0.0)
+    assert where(s) == "i2"
+
+
+@pytest.mark.parametrize(("queued", "instance"), [(600, "i1"), (680, "i0")])
+def test_a_hit_is_not_worth_a_queue_that_takes_longer_than_it_saves(
+    queued: int, instance: str
+) -> None:
+    s = cluster(report(0, running=1), report(1, waiting_tokens=queued))
+    s.handle(kept(1, 640), 0.0)
+    assert where(s) == instance
+
+
+def test_dispatches_on_their_way_count_as_a_queue() -> None:
+    s = cluster(report(0), report(1))
+    s.handle(kept(1, 640), 0.0)
+    assert [where(s, name=f"r{n}") for n in range(4)] == ["i1", "i0", "i1", "i0"]
+
+
+@pytest.mark.parametrize(("used", "instance"), [(9200, "i1"), (9700, "i0")])
+def test_a_hit_is_not_worth_an_instance_that_is_short_of_memory(used: int, instance: str) -> None:
+    s = cluster(report(0, running=1), report(1, running=2, kv_tokens_used=used))
+    s.handle(kept(1, 640), 0.0)
+    assert where(s) == instance
+
+
+def test_a_hit_is_not_worth_an_instance_without_a_free_slot() -> None:
+    s = cluster(report(0, running=1), report(1, running=4, slots=4))
+    s.handle(kept(1, 640), 0.0)
+    assert where(s) == "i0"
+
+
+def test_with_no_hit_it_is_the_freest() -> None:
+    s = cluster(report(0, running=9, kv_tokens_used=900), report(1, running=1, kv_tokens_used=90))
+    assert place(s).why.startswith("freest: ")
+    s.handle(kept(0, 640), 0.0)
+    assert where(s, prefix=False) == "i1"
+    assert where(s, tokens=63) == "i1", "not one whole block"
+
+
+def test_a_prefix_that_all_keep_goes_to_the_freest_of_them() -> None:
+    s = cluster(
+        report(0, running=3, kv_tokens_used=3000),
+        report(1, running=1, kv_tokens_used=900),
+        report(2, running=2, kv_tokens_used=2000),
+    )
+    for n in range(3):
+        s.handle(kept(n, 640), 0.0)
+    assert where(s) == "i1"
+
+
+def test_a_prefix_that_all_keep_is_spread() -> None:
+    s = cluster(report(0), report(1), report(2))
+    for n in range(3):
+        s.handle(kept(n, 640), 0.0)
+    placed = [where(s, name=f"r{n}") for n in range(30)]
+    assert {i: placed.count(i) for i in INSTANCES} == dict.fromkeys(INSTANCES, 10)
+
+
+def test_who_takes_no_requests_or_is_silent_gets_none_for_a_hit() -> None:
+    s = cluster(report(0), report(1, accepting=False))
+    s.handle(kept(1, 640), 0.0)
+    assert where(s) == "i0"
+    s = cluster(report(1))
+    s.handle(kept(1, 640), 0.0)
+    s.handle(report(0), 9.0)
+    fact = RequestArrived(request=RequestId("r"), prompt_tokens=1000, prefix=chain(root(), PROMPT))
+    (decision,) = s.handle(fact, 9.0)
+    assert isinstance(decision, Dispatch)
+    assert decision.instance == "i0"
+
+
+def test_what_was_removed_or_cleared_is_no_hit() -> None:
+    s = cluster(report(0, kv_tokens_used=64), report(1, kv_tokens_used=64), report(2))
+    s.handle(kept(1, 640), 0.0)
+    gone = chain(root(), PROMPT[:64])
+    s.handle(PrefixesChanged(instance=INSTANCES[1], engine_index=EngineIndex(1), removed=gone), 0.0)
+    assert where(s) == "i2"
+    s = cluster(report(0, kv_tokens_used=64), report(1, kv_tokens_used=64), report(2))
+    s.handle(kept(1, 640), 0.0)
+    s.handle(kept(1, 0, cleared=True), 0.0)
+    assert where(s) == "i2"
+
+
+def test_what_a_run_kept_ends_with_it() -> None:
+    s = cluster(report(0, kv_tokens_used=64), report(1))
+    s.handle(kept(0, 640), 0.0)
+    s.handle(InstanceLost(instance=INSTANCES[0], engine_index=EngineIndex(0)), 0.0)
+    s.handle(report(0, engine_index=EngineIndex(7), kv_tokens_used=64), 0.0)
+    assert where(s, name="a") == "i1"
+    s.handle(report(1, sequence=2, admitted=(RequestId("a"),), running=1), 0.0)
+    s.handle(kept(1, 0, cleared=True), 0.0)
+    s.handle(kept(1, 640), 0.0)
+    s.handle(kept(0, 704, engine=3), 0.0)
+    assert where(s, name="b") == "i1", "the run before is not listened to"
+    s.handle(kept(0, 704, engine=7), 0.0)
+    assert where(s, name="c") == "i0"
+
+
+def test_other_policies_do_not_look_at_prefixes() -> None:
+    s = cluster(report(0), report(1, running=1), policy="llumnix")
+    s.handle(kept(1, 640), 0.0)
+    assert where(s) == "i0"
