@@ -1,13 +1,18 @@
 """What we rely on inside vLLM: a test that fails names what changed and who relies on it."""
 
+import dataclasses
 import inspect
 import re
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 vllm = pytest.importorskip("vllm")
 
+import torch  # noqa: E402
 from vllm.v1.engine import async_llm, core, core_client  # noqa: E402
 from vllm.v1.engine.async_llm import AsyncLLM  # noqa: E402
 from vllm.v1.engine.core import EngineCoreActor, EngineCoreProc  # noqa: E402
@@ -18,9 +23,44 @@ def source(of: object) -> str:
     return inspect.getsource(of)  # type: ignore[arg-type]
 
 
+def says(of: object, *needles: str, who: str) -> None:
+    """Its source has all of these, in this order, however the lines are broken."""
+    text, at = " ".join(source(of).split()), 0
+    for needle in needles:
+        found = text.find(needle, at)
+        name = getattr(of, "__qualname__", of)
+        assert found >= 0, f"{name}: {needle!r} is gone or moved; {who} relies on it"
+        at = found
+
+
 def busy_loop() -> str:
     """The engine's loop; its decorator hides it from `inspect`."""
     return source(EngineCoreProc).split("def run_busy_loop")[1].split("    def ")[0]
+
+
+def request(name: str, prompt: Iterable[int] = (1, 2, 3), **fields: Any) -> Any:
+    """One of vLLM's, with the hashes of its blocks of 16."""
+    from vllm.sampling_params import SamplingParams
+    from vllm.utils.hashing import sha256
+    from vllm.v1.core import kv_cache_utils
+    from vllm.v1.request import Request
+
+    kv_cache_utils.init_none_hash(sha256)
+    hasher = kv_cache_utils.get_request_block_hasher(16, sha256)
+    options = SamplingParams(max_tokens=50)
+    return Request(name, list(prompt), options, None, block_hasher=hasher, **fields)
+
+
+def manager(blocks: int = 10) -> Any:
+    """vLLM's KV cache, of that many blocks of 16, one of them its placeholder."""
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+
+    spec = FullAttentionSpec(block_size=16, num_kv_heads=1, head_size=1, dtype=torch.float32)
+    config = KVCacheConfig(
+        num_blocks=blocks, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["l"], spec)]
+    )
+    return KVCacheManager(config, 256, scheduler_block_size=16, hash_block_size=16)
 
 
 def test_the_version_is_the_one_that_was_read() -> None:
@@ -118,6 +158,279 @@ def test_the_scheduler_counts_what_we_report() -> None:
     assert "null_block" in source(BlockPool.__init__), "one block less is usable than there are"
     assert hasattr(BlockPool, "get_num_free_blocks")
     assert "self.block_size = block_size" in source(Scheduler.__init__)
+
+
+# -- what is read off the scheduler: engine/load_reader.py
+
+
+def test_the_scheduler_knows_every_request_that_is_not_finished() -> None:
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    who = "engine/load_reader.py"
+    says(Scheduler.add_request, "self.requests[request.request_id] = request", who=who)
+    says(Scheduler._free_blocks, "del self.requests[request.request_id]", who=who)
+    says(
+        Scheduler.__init__,
+        "self.parallel_config = vllm_config.parallel_config",
+        "self.requests: dict[str, Request] = {}",
+        "self.waiting = create_request_queue(self.policy)",
+        "self.kv_holding_waiting = create_request_queue(self.policy)",
+        "self.running: list[Request] = []",
+        who=who,
+    )
+    # Who is preempted waits again, and is counted there.
+    says(
+        Scheduler._preempt_request,
+        "request.num_preemptions += 1",
+        "self.waiting.prepend_request(request)",
+        who=who,
+    )
+
+
+def test_in_a_step_with_a_preemption_nobody_starts() -> None:
+    """So every change of who runs and who waits shows in how many do."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    says(
+        Scheduler.schedule,
+        "preempted_reqs.append(preempted_req)",
+        "if not preempted_reqs and self._pause_state",
+        "request_queue = self.waiting",
+        who="engine/load_reader.py's read()",
+    )
+
+
+def test_the_next_in_the_queue_starts_once_all_its_tokens_fit() -> None:
+    from vllm.config import SchedulerConfig
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    who = "engine/load_reader.py's head_tokens"
+    says(
+        Scheduler.schedule,
+        "request = request_queue.peek_request()",
+        "full_sequence_must_fit=self.scheduler_reserve_full_isl",
+        who=who,
+    )
+    parameters = inspect.signature(KVCacheManager.allocate_slots).parameters
+    assert "full_sequence_must_fit" in parameters, who
+    defaults = {f.name: f.default for f in dataclasses.fields(SchedulerConfig)}
+    assert defaults["scheduler_reserve_full_isl"] is True, who
+
+
+def test_a_request_that_has_ended_keeps_what_we_count() -> None:
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.request import RequestStatus
+
+    ours = {"num_tokens", "num_output_tokens", "num_preemptions", "priority", "status"}
+    known = request("a")
+    known.append_output_token_ids([5, 6])
+    known.status = RequestStatus.FINISHED_STOPPED
+    assert {n for n in ours if not hasattr(known, n)} == set(), "engine/load_reader.py"
+    assert (known.num_tokens, known.num_output_tokens, known.num_preemptions) == (5, 2, 0)
+    for method in (Scheduler._free_request, Scheduler._free_blocks, Scheduler._free_request_blocks):
+        assert not re.search(r"request\.(_output|num_|status =)", source(method)), method
+    finished = {s.name for s in RequestStatus if RequestStatus.is_finished(s)}
+    answered = {"FINISHED_STOPPED", "FINISHED_LENGTH_CAPPED", "FINISHED_REPETITION"}
+    others = {"FINISHED_ABORTED", "FINISHED_IGNORED", "FINISHED_ERROR"}
+    assert finished == answered | others, "is the new end an answer? (engine/load_reader.py)"
+
+
+def test_blocks_that_only_the_cache_holds_are_free() -> None:
+    kv = manager()
+    one = request("a", range(64))
+    assert kv.allocate_slots(one, 64) is not None
+    assert kv.block_pool.get_num_free_blocks() == 10 - 1 - 4, "engine/load_reader.py"
+    kv.free(one)
+    assert kv.block_pool.get_num_free_blocks() == 10 - 1, "engine/load_reader.py"
+    assert kv.get_computed_blocks(request("b", range(65)))[1] == 64
+
+
+def test_all_kv_tensors_are_views_of_one_allocation() -> None:
+    """engine/load_reader.py takes one of their sizes for all."""
+    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, KVCacheTensor
+
+    path = Path(vllm.__file__).parent / "v1/worker/utils.py"
+    text = " ".join(path.read_text().split())
+    assert "sizes = {tensor.size for tensor in kv_cache_config.kv_cache_tensors}" in text
+    assert "assert len(sizes) == 1" in text
+    assert "size" in KVCacheTensor.__dataclass_fields__
+    assert {"num_blocks", "kv_cache_tensors", "kv_cache_groups"} <= set(
+        KVCacheConfig.__dataclass_fields__
+    )
+    assert "kv_cache_spec" in KVCacheGroupSpec.__dataclass_fields__
+
+
+# -- the queue: engine/aging.py
+
+
+def test_waiting_requests_go_by_priority_then_arrival() -> None:
+    from vllm.v1.core.sched.request_queue import SchedulingPolicy, create_request_queue
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    who = "engine/aging.py"
+    queue = create_request_queue(SchedulingPolicy.PRIORITY)
+    made = {n: request(n) for n in "abcd"}
+    for at, (known, number) in enumerate(zip(made.values(), (5, 0, 5, 0), strict=True)):
+        known.arrival_time, known.priority = float(at), number
+        queue.add_request(known)
+    assert [r.request_id for r in queue] == ["b", "d", "a", "c"], who
+    assert queue.peek_request() is made["b"]
+    queue.remove_requests([made["c"]])
+    made["c"].llumnix_priority, made["c"].priority = 5, 0  # No __slots__ forbid it.
+    queue.add_request(made["c"])
+    assert [r.request_id for r in queue] == ["b", "c", "d", "a"], who
+    says(
+        Scheduler.__init__,
+        "self.policy = SchedulingPolicy(self.scheduler_config.policy)",
+        who=who,
+    )
+    victim = "max( self.running, key=lambda r: (r.priority, r.arrival_time), )"
+    says(Scheduler.schedule, "self.policy == SchedulingPolicy.PRIORITY", victim, who=who)
+
+
+# -- events of the prefix cache: engine/prefix_events.py
+
+
+def test_block_events_can_be_switched_on_later_and_wait_in_one_list() -> None:
+    from vllm.distributed.kv_events import AllBlocksCleared, BlockRemoved, BlockStored
+
+    kv = manager()
+    pool = kv.block_pool
+    pool.enable_kv_cache_events = True
+    one = request("a", range(40), cache_salt="salt")
+    assert kv.allocate_slots(one, 40) is not None
+    (first,) = pool.kv_event_queue
+    assert isinstance(first, BlockStored)
+    assert (first.parent_block_hash, first.block_size, first.group_idx) == (None, 16, 0)
+    assert (first.token_ids, first.lora_name) == (list(range(32)), None)
+    assert first.extra_keys == [("salt",), None]
+    one.append_output_token_ids(list(range(40, 48)))
+    one.num_computed_tokens = 40
+    assert kv.allocate_slots(one, 8) is not None
+    _, second = pool.kv_event_queue
+    assert second.parent_block_hash == first.block_hashes[-1]
+    assert second.token_ids == list(range(32, 48))
+    kv.free(one)
+    other = request("b", range(500, 644))
+    assert kv.allocate_slots(other, 144) is not None
+    removed = [e for e in pool.kv_event_queue if isinstance(e, BlockRemoved)]
+    names = {h for e in removed for h in e.block_hashes}
+    assert names == {*first.block_hashes, *second.block_hashes}
+    assert {e.group_idx for e in removed} == {0}
+    kv.free(other)
+    assert kv.reset_prefix_cache()
+    assert isinstance(pool.kv_event_queue[-1], AllBlocksCleared)
+
+
+def test_a_block_that_is_cached_twice_is_stored_and_removed_twice() -> None:
+    from vllm.distributed.kv_events import BlockRemoved, BlockStored
+
+    kv = manager()
+    pool = kv.block_pool
+    pool.enable_kv_cache_events = True
+    twins = [request(n, range(32)) for n in "ab"]
+    for twin in twins:
+        assert kv.allocate_slots(twin, 32) is not None
+    a, b = pool.kv_event_queue
+    assert isinstance(a, BlockStored)
+    assert a.block_hashes == b.block_hashes
+    for twin in twins:
+        kv.free(twin)
+    assert kv.allocate_slots(request("c", range(500, 644)), 144) is not None
+    removed = [
+        h for e in pool.kv_event_queue if isinstance(e, BlockRemoved) for h in e.block_hashes
+    ]
+    assert sorted(removed) == sorted([*a.block_hashes, *b.block_hashes])
+
+
+def test_what_tells_blocks_apart_is_what_we_name_them_by() -> None:
+    """engine/prefix_events.py and frontend/client.py: the tokens, adapter and salt, or nothing."""
+    from vllm.lora.request import LoRARequest
+    from vllm.pooling_params import PoolingParams
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.core import kv_cache_utils
+    from vllm.v1.core.block_pool import BlockPool
+    from vllm.v1.engine import EngineCoreRequest
+
+    who = "engine/prefix_events.py"
+    says(
+        kv_cache_utils.generate_block_hash_extra_keys,
+        "start_token_idx == 0 and request.cache_salt",
+        "lora_extra_keys + mm_extra_keys + cache_salt_keys + prompt_embeds_keys",
+        who=who,
+    )
+    says(kv_cache_utils.to_event_extra_keys, 'key[1:] if key[0] == "mm" else key[1]', who=who)
+    tags = [("lora", "l", "path"), ("mm", "image", 3), ("cache_salt", "s"), ("prompt_embeds", b"")]
+    assert kv_cache_utils.to_event_extra_keys([tuple(tags), None]) == [
+        ("l", ("image", 3), "s", b""),
+        None,
+    ]
+    says(BlockPool._build_block_stored_event, "lora_name=request.lora_request.name", who=who)
+    adapter = LoRARequest("adapter", 1, "/nowhere")
+    assert adapter.name == adapter.lora_name == "adapter"
+    read = {
+        "prompt_token_ids", "lora_request", "cache_salt", "mm_features", "prompt_embeds",
+    }  # fmt: skip
+    assert read <= set(EngineCoreRequest.__struct_fields__), "frontend/client.py"
+    assert isinstance(EngineCoreRequest.params, property), "frontend/client.py"
+    assert SamplingParams(prompt_logprobs=1).skip_reading_prefix_cache is True
+    assert hasattr(PoolingParams(), "skip_reading_prefix_cache")
+
+
+def test_the_scheduler_takes_the_events_from_the_pool_for_nobody() -> None:
+    from vllm.distributed.kv_events import EventPublisherFactory, NullEventPublisher
+    from vllm.v1.core.block_pool import BlockPool
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    who = "engine/prefix_events.py"
+    says(Scheduler.update_from_output, "events = self.kv_cache_manager.take_events()", who=who)
+    says(KVCacheManager.take_events, "events = self.block_pool.take_events()", who=who)
+    says(BlockPool.take_events, "self.kv_event_queue = []", who=who)
+    assert isinstance(EventPublisherFactory.create(None), NullEventPublisher)
+    says(
+        KVCacheManager.get_computed_blocks,
+        'and self.enable_kv_cache_events and getattr(request, "kv_cache_report_mode"',
+        who=who,
+    )
+    says(
+        KVCacheManager.__init__,
+        "self.enable_kv_cache_events = enable_kv_cache_events",
+        "self.block_pool = self.coordinator.block_pool",
+        who=who,
+    )
+
+
+def test_the_groups_of_layers_are_named_by_kind() -> None:
+    from vllm.v1.kv_cache_interface import KVCacheSpecKind
+
+    kv = manager()
+    assert kv.kv_cache_event_metadata == (("full_attention", None),)
+    (group,) = kv.coordinator.single_type_managers
+    assert (group.block_size, group.block_pool) == (16, kv.block_pool)
+    assert kv.enable_caching is True
+    assert {kind.value for kind in KVCacheSpecKind} == {
+        "full_attention", "mla_attention", "sink_full_attention",  # These look at all of a prompt.
+        "sliding_window", "sliding_window_mla", "mamba", "chunked_local_attention",
+        "encoder_only_attention", "cross_attention", "unknown",
+    }, "does the new kind look at the whole prompt? (engine/prefix_events.py)"  # fmt: skip
+
+
+def test_an_idle_engine_that_is_woken_looks_around() -> None:
+    """engine/instance.py wakes it to have the prefix cache's snapshot told."""
+    says(
+        EngineCoreProc._process_input_queue,
+        "while not self.has_work() and self.is_running():",
+        "self._notify_idle_state_callbacks()",
+        "req = self.input_queue.get(block=block)",
+        who="engine/prefix_events.py",
+    )
+    says(
+        EngineCoreProc._handle_client_request,
+        "if request_type == EngineCoreRequestType.WAKEUP: return",
+        who="engine/prefix_events.py",
+    )
 
 
 def test_an_engine_that_failed_a_request_ends_its_stream_with_an_error() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from llumnix.cluster import ray_runtime
 from llumnix.cluster.addresses import Addresses
 from llumnix.core.policies.presets import POLICIES
-from llumnix.core.priorities import Priorities
+from llumnix.core.scheduler import priorities_of
 from llumnix.errors import InstanceFailedError, UsageError
 from llumnix.frontend.arguments import ServeCommand, parse
 from llumnix.observe.event_log import EventLog
@@ -125,7 +125,7 @@ async def _run(
         ControllerLink(addresses.controller),
         deployment.slots,
         EventLog(deployment.event_log, who=f"frontend {os.getpid()}"),
-        Priorities(deployment.scheduler.priorities),
+        priorities_of(deployment.scheduler),
         hash_prefixes=POLICIES[deployment.scheduler.policy].dispatch == "cache-aware",
     )
     client.start()

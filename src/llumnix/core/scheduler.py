@@ -32,11 +32,8 @@ class Scheduler:
 
     def __init__(self, settings: SchedulerSettings) -> None:
         preset = POLICIES[settings.policy]
-        classes = settings.priorities.classes
-        if not preset.headroom:
-            classes = tuple(replace(c, headroom=0.0) for c in classes)
         balance = settings.migration.balance
-        self.view = ClusterView(Priorities(replace(settings.priorities, classes=classes)))
+        self.view = ClusterView(priorities_of(settings))
         self._dispatch = DISPATCH_POLICIES[preset.dispatch]()
         self._pairing = Pairing(
             settings.migration, balance=preset.balance if balance is None else balance
@@ -87,6 +84,15 @@ class Scheduler:
             index.clear(fact.instance)
         index.remove(fact.instance, fact.removed)
         index.store(fact.instance, fact.stored)
+
+
+def priorities_of(settings: SchedulerSettings) -> Priorities:
+    """The classes as the policy treats them: without headroom unless it makes room."""
+    given = settings.priorities
+    if POLICIES[settings.policy].headroom:
+        return Priorities(given)
+    bare = tuple(replace(c, headroom=0.0) for c in given.classes)
+    return Priorities(replace(given, classes=bare))
 
 
 def urgency(fact: object) -> tuple[int, int]:

@@ -1,0 +1,36 @@
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BLOCK = 32
+BLOCKS = 24
+
+
+@pytest.fixture(scope="package")
+def shared_engine(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """One of vLLM's engine cores with room for little: it queues, preempts and evicts."""
+    from support.real_engine import RealEngine
+
+    one = RealEngine(
+        0,
+        tmp_path_factory.mktemp("engine"),
+        tiny_model,
+        block_size=BLOCK,
+        max_model_len=512,
+        max_num_batched_tokens=512,
+        max_num_seqs=4,
+        num_gpu_blocks_override=BLOCKS + 1,  # One is vLLM's placeholder.
+        scheduling_policy="priority",
+    )
+    yield one
+    one.close()
+
+
+@pytest.fixture
+def engine(shared_engine: Any) -> Iterator[Any]:
+    """It, with nothing in it."""
+    yield shared_engine
+    shared_engine.die()
+    assert shared_engine.core.scheduler.reset_prefix_cache()
