@@ -1,0 +1,450 @@
+"""Policies of `llumnix serve` compared on real engines, whose KV memory is made so small that it is
+the bottleneck.
+
+For every seed each policy in turn serves the same arrivals, in an order that changes from seed to
+seed, each time on a server of its own: nothing is left of the turn before, and a slow drift of the
+machine meets all alike. Arrivals are open-loop: a request is sent at its time whatever the state.
+Prompts are random tokens, so that no two share a prefix, and outputs have exact lengths. The client
+runs with real-time priority where it may (benchmarks/overhead.py says why).
+
+Figures of a run (`--json` prints them in the form that the simulator has):
+
+- ttft_s, e2e_s: from the time at which the request was to be sent to its first and its last token;
+  tpot_s: between the two, a token. Of requests that ended; `requests_failed` counts the others.
+- preemptions: growth of `vllm:num_preemptions_total`, all engines.
+- preemption_loss_s: an estimate, since HTTP says of no request that it was preempted. Per request
+  the sum of what its gaps between tokens exceed the run's median gap by, over gaps longer than
+  max(5 medians, median + 0.25 s); 0 in a run without preemptions. A step that others' prompts or
+  the machine stretch so much counts too, and so does a migration's downtime: the small
+  `--max-num-batched-tokens` keeps steps short. A preempted request that is back sooner is missed.
+- fragmentation: the share of all KV memory that is free and would satisfy queues' heads if it were
+  in one place (heads in ascending order while they fit), sampled every 0.25 s from the first
+  arrival to the last, mean over time. null where the server does not tell the heads' needs.
+  Heads that just wait for the step to end are in it; fragmentation_blocked has only those that do
+  not fit into what is free on their own instance.
+- kv_used: share of all KV memory in use; waiting: requests in queues; instances_mean: instances
+  that serve. All three of the same samples, the first 20 s, in which memory fills, included.
+- migrations, migrations_aborted: those listed under /llumnix/v1/migrations, counted by id.
+- client_late_s_max: how late a request was sent. sample_gap_s_max: the longest time between two
+  samples; well above 0.25 s, the machine stood still and the run says little.
+
+The table (benchmarks/plot_live.py makes it) gives means over the seeds and ratios between policies.
+
+    python benchmarks/live.py [--policies round-robin,infaas++,llumnix] [--trace L-L] [--seeds 3]
+        [--rate 3] [--high 0.1] [--json] [--out FILE] [-- further flags of llumnix serve]
+"""
+
+import argparse
+import asyncio
+import itertools
+import json
+import math
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from common import ROOT, Served, real_time, write_result
+from plot_live import Run, packed, table
+from workload import PAIRS, Answer, Arrival, Workload, encode, mean, of_requests, send, stalls
+
+PAPER_KV_TOKENS = 13616
+"""KV memory of an instance in the paper, whose lengths the pairs are (Llama-7B on an A10)."""
+TOKENS_SHARE_MAX = 0.9
+"""A request takes no more of an instance's KV memory; in the paper's it was 0.9 too."""
+DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+SAMPLED = {
+    "used": "kv_tokens_used",
+    "total": "kv_tokens_total",
+    "running": "running",
+    "waiting": "waiting",
+    "head_tokens": "head_tokens",
+}
+SAMPLE_EVERY_S = 0.25
+MIGRATIONS_EVERY_S = 10.0
+IDLE_TIMEOUT_S = 60.0
+LOOK_TIMEOUT_S = 30.0
+CONNECT_TIMEOUT_S = 30.0
+LEAD_S = 0.5
+STATS_LAG_S = 1.0
+TOKENS_END = 30000
+WARM_UP_TOKENS = 16
+WARM_UP_PROMPTS = (8, 64)
+
+Turn = tuple[Run, dict[str, Any]]
+"""A run in the simulator's form, and its raw figures."""
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setup:
+    """What all turns share. `kv_tokens`: of an instance. `tokens_end`: prompts' ids lie below."""
+
+    model: str
+    instances: int
+    kv_tokens: int
+    tokens_max: int
+    tokens_end: int
+    drain_limit_s: float
+    flags: list[str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One instance at one moment. `head_tokens`: None if it is not told."""
+
+    t_s: float
+    instance: str
+    used: int
+    total: int
+    running: int
+    waiting: int
+    head_tokens: int | None
+
+
+class Watch:
+    """Looks at the server from beside: its instances over time, its migrations, its counters."""
+
+    def __init__(self, http: aiohttp.ClientSession) -> None:
+        self._http = http
+        self.samples: list[Sample] = []
+        self.outcomes: dict[str, str] = {}
+
+    async def _get(self, path: str) -> str:
+        timeout = aiohttp.ClientTimeout(total=LOOK_TIMEOUT_S)
+        async with self._http.get(path, timeout=timeout) as response:
+            response.raise_for_status()
+            return await response.text()
+
+    async def instances(self, began: float = 0.0) -> list[Sample]:
+        """The instances that serve, now."""
+        rows = json.loads(await self._get("/llumnix/v1/instances"))["instances"]
+        t_s = time.perf_counter() - began
+        return [
+            Sample(t_s=t_s, instance=row["id"], **{k: row.get(v) for k, v in SAMPLED.items()})
+            for row in rows
+            if row["state"] in ("serving", "draining") and row["kv_tokens_total"] is not None
+        ]
+
+    async def migrations(self) -> None:
+        """Notes how migrations ended; the server lists the last thousand only."""
+        for row in json.loads(await self._get("/llumnix/v1/migrations"))["migrations"]:
+            self.outcomes[row["id"]] = row["outcome"]
+
+    async def preemptions(self) -> int:
+        lines = (await self._get("/metrics")).splitlines()
+        counts = [x for x in lines if x.startswith("vllm:num_preemptions_total")]
+        return round(sum(float(x.rsplit(" ", 1)[1]) for x in counts))
+
+    async def keep_sampling(self, began: float) -> None:
+        due = began
+        while True:
+            await asyncio.sleep(max(0.0, due - time.perf_counter()))
+            self.samples += await self.instances(began)
+            due = max(due + SAMPLE_EVERY_S, time.perf_counter())
+
+    async def keep_counting(self) -> None:
+        while True:
+            await asyncio.sleep(MIGRATIONS_EVERY_S)
+            await self.migrations()
+
+    async def until(self, what: str, holds: Callable[[list[Sample]], bool]) -> None:
+        deadline = time.monotonic() + IDLE_TIMEOUT_S
+        while not holds(await self.instances()):
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"waited {IDLE_TIMEOUT_S:.0f} s in vain: {what}")
+            await asyncio.sleep(0.2)
+
+
+async def one_run(
+    server: Served, arrivals: list[Arrival], setup: Setup, seed: int
+) -> tuple[list[Answer], Watch, int]:
+    """One turn on a server that is up: answers, what was seen beside them, preemptions."""
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S)
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(server.url, timeout=timeout, connector=connector) as http:
+        watch = Watch(http)
+        dice = random.Random(f"{seed} prompts")
+        await warm_up(http, watch, setup, dice)
+        before = await watch.preemptions()
+        await watch.migrations()
+        known = set(watch.outcomes)
+        bodies = encode(arrivals, dice, setup.tokens_end)
+        begin = time.perf_counter() + LEAD_S
+        tasks = [
+            asyncio.create_task(work)
+            for work in (watch.keep_sampling(begin), watch.keep_counting())
+        ]
+        limit_s = LEAD_S + arrivals[-1].at_s + setup.drain_limit_s
+        answers = await send(http, arrivals, bodies, begin, limit_s)
+        for task in tasks:
+            task.cancel()
+        ended = await asyncio.gather(*tasks, return_exceptions=True)
+        if broken := [e for e in ended if isinstance(e, Exception)]:
+            raise RuntimeError("the samples broke off") from broken[0]
+        await asyncio.sleep(STATS_LAG_S)
+        await watch.migrations()
+        watch.outcomes = {k: v for k, v in watch.outcomes.items() if k not in known}
+        return answers, watch, await watch.preemptions() - before
+
+
+async def warm_up(
+    http: aiohttp.ClientSession, watch: Watch, setup: Setup, dice: random.Random
+) -> None:
+    """A few requests that do not count, once all instances are there with the memory wanted."""
+    count = setup.instances
+    await watch.until(f"{count} instances", lambda s: len(s) == count)
+    for sample in await watch.instances():
+        if sample.total != setup.kv_tokens:
+            raise RuntimeError(
+                f"{sample.instance} has {sample.total} KV tokens, not {setup.kv_tokens}: the "
+                "model's config.json and --dtype do not tell what a token takes"
+            )
+    requests = [
+        Arrival(at_s=0.0, prompt_tokens=n, output_tokens=WARM_UP_TOKENS, high=False, clipped=False)
+        for n in WARM_UP_PROMPTS * count
+    ]
+    bodies = encode(requests, dice, setup.tokens_end)
+    answers = await send(http, requests, bodies, time.perf_counter(), IDLE_TIMEOUT_S)
+    if failed := [a.error for a in answers if a.error]:
+        raise RuntimeError(f"the warm-up failed: {failed[0]}")
+    await watch.until("idle", lambda now: all(s.running == s.waiting == 0 for s in now))
+    await asyncio.sleep(STATS_LAG_S)
+
+
+def fragmentation(moment: list[Sample], blocked: bool = False) -> float | None:
+    """The share of all memory that is free and would satisfy heads if it were in one place.
+    `blocked`: only heads that do not fit where they are."""
+    waiting = [s for s in moment if s.waiting]
+    if any(s.head_tokens is None for s in waiting):
+        return None
+    heads = [s.head_tokens for s in waiting if not blocked or s.head_tokens > s.total - s.used]
+    total, free, served = sum(s.total for s in moment), sum(s.total - s.used for s in moment), 0
+    for head in sorted(heads):
+        if served + head > free:
+            break
+        served += head
+    return served / total
+
+
+def moments(samples: list[Sample], until_s: float = math.inf) -> list[list[Sample]]:
+    """The samples by time."""
+    found: dict[float, list[Sample]] = {}
+    for sample in samples:
+        if 0 <= sample.t_s <= until_s:
+            found.setdefault(sample.t_s, []).append(sample)
+    return list(found.values())
+
+
+def metrics(
+    arrivals: list[Arrival], answers: list[Answer], watch: Watch, preemptions: int
+) -> dict[str, Any]:
+    losses = stalls(answers) if preemptions else [0.0] * len(answers)
+    seen = moments(watch.samples, arrivals[-1].at_s)
+    every, blocked = ([fragmentation(m, only) for m in seen] for only in (False, True))
+    used = [sum(s.used for s in m) / sum(s.total for s in m) for m in seen]
+    outcomes = list(watch.outcomes.values())
+    times = [m[0].t_s for m in moments(watch.samples)]
+    found = {
+        **of_requests(answers, losses),
+        "fragmentation": {"mean": mean(every)},
+        "fragmentation_blocked": {"mean": mean(blocked)},
+        "kv_used": {"mean": mean(used)},
+        "waiting": {"mean": mean([sum(s.waiting for s in m) for m in seen])},
+        "instances_mean": mean([len(m) for m in seen]),
+        "preemptions": preemptions,
+        "migrations": outcomes.count("migrated"),
+        "migrations_aborted": outcomes.count("aborted"),
+        "client_late_s_max": max(a.late_s for a in answers),
+        "sample_gap_s_max": max((b - a for a, b in itertools.pairwise(times)), default=None),
+    }
+    if any(a.high for a in arrivals):
+        found["classes"] = {}
+        for name, high in (("high", True), ("normal", False)):
+            mine = [i for i, r in enumerate(arrivals) if r.high is high]
+            figures = of_requests([answers[i] for i in mine], [losses[i] for i in mine])
+            found["classes"][name] = figures
+    return found
+
+
+def raw(arrivals: list[Arrival], answers: list[Answer], watch: Watch) -> dict[str, Any]:
+    """A line for each column: requests in order of arrival, samples of each instance."""
+    requests = {
+        "at_s": [r.at_s for r in arrivals],
+        "high": [int(r.high) for r in arrivals],
+        "prompt_tokens": [r.prompt_tokens for r in arrivals],
+        "output_tokens": [r.output_tokens for r in arrivals],
+        "instance": [a.instance for a in answers],
+        "ttft_s": [a.ttft_s for a in answers],
+        "tpot_s": [a.tpot_s for a in answers],
+        "e2e_s": [a.e2e_s if a.done else None for a in answers],
+        "stalled_s": stalls(answers),
+    }
+    samples = {}
+    for name in sorted({s.instance for s in watch.samples}):
+        mine = [s for s in watch.samples if s.instance == name]
+        samples[name] = {c: packed([getattr(s, c) for s in mine]) for c in ("t_s", *SAMPLED)}
+    share = [(m[0].t_s, fragmentation(m)) for m in moments(watch.samples)]
+    return {
+        "requests": {name: packed(column) for name, column in requests.items()},
+        "samples": samples,
+        "fragmentation": {
+            "t_s": packed([t for t, _ in share]),
+            "share": packed([f for _, f in share]),
+        },
+        "errors": sorted({a.error for a in answers if a.error}),
+    }
+
+
+async def one_turn(
+    policy: str, seed: int, arrivals: list[Arrival], args: argparse.Namespace, setup: Setup
+) -> Turn:
+    """Starts a server, serves the arrivals, stops it. The run, and its raw figures."""
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "server.log"
+        server = Served("llumnix", setup.model, "m", [*setup.flags, "--policy", policy], log)
+        try:
+            await server.wait_until_up()
+            up_s = time.monotonic() - began
+            answers, watch, preemptions = await one_run(server, arrivals, setup, seed)
+        except BaseException:
+            say(log.read_text()[-3000:])
+            raise
+        finally:
+            server.stop()
+    run = {
+        "policy": policy,
+        "trace": args.trace if args.trace in PAIRS else Path(args.trace).name,
+        "rate": args.rate,
+        "seed": seed,
+        "instances": setup.instances,
+        "metrics": metrics(arrivals, answers, watch, preemptions),
+    }
+    figures = run["metrics"]
+    say(
+        f"seed {seed} {policy}: up in {up_s:.0f} s, all in {time.monotonic() - began:.0f} s; "
+        f"{figures['requests_done']} of {len(answers)} done, {preemptions} preemptions, "
+        f"KV used {figures['kv_used']['mean']:.0%}, waiting {figures['waiting']['mean']:.1f}, "
+        f"longest gap between samples {figures['sample_gap_s_max']:.2f} s"
+    )
+    return run, raw(arrivals, answers, watch)
+
+
+def save(turns: list[Turn], args: argparse.Namespace, setup: Setup, **more: Any) -> None:
+    rows = [{**run, **figures} for run, figures in turns]
+    more |= {"flags": setup.flags}
+    told = {"model": Path(args.model).name, "scale": args.scale, "cv": args.cv, "high": args.high}
+    write_result(args.out, rows, **told, **more)
+
+
+async def measure(args: argparse.Namespace, setup: Setup, client: str) -> list[Turn]:
+    """All turns; what there is of them is saved after each."""
+    workload = Workload(
+        trace=args.trace,
+        requests=args.requests,
+        rate_per_s=args.rate,
+        cv=args.cv,
+        scale=args.scale,
+        tokens_max=setup.tokens_max,
+        high_share=args.high,
+    )
+    turns: list[Turn] = []
+    for seed in range(args.seeds):
+        arrivals = workload.draw(seed)
+        clipped = sum(a.clipped for a in arrivals)
+        say(f"seed {seed}: {arrivals[-1].at_s:.0f} s of arrivals, {clipped} requests clipped")
+        first = seed % len(args.policies)
+        for policy in args.policies[first:] + args.policies[:first]:
+            turns.append(await one_turn(policy, seed, arrivals, args, setup))
+            save(turns, args, setup, client=client)
+    return turns
+
+
+def prepare(args: argparse.Namespace) -> Setup:
+    """What follows from the arguments and the model's config.json."""
+    config = json.loads((Path(args.model) / "config.json").read_text())
+    heads = config.get("num_key_value_heads") or config["num_attention_heads"]
+    size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    token_bytes = config["num_hidden_layers"] * heads * size * 2 * DTYPE_BYTES[args.dtype]
+    kv_tokens = math.ceil(args.kv_tokens / args.block_size) * args.block_size
+    tokens_max = min(config["max_position_embeddings"], int(kv_tokens * TOKENS_SHARE_MAX))
+    flags = {
+        "instances": args.instances,
+        "dtype": args.dtype,
+        "block-size": args.block_size,
+        # vLLM keeps one block for itself.
+        "kv-cache-memory-bytes": (kv_tokens + args.block_size) * token_bytes,
+        "max-model-len": tokens_max,
+        "max-num-seqs": args.max_num_seqs,
+        "max-num-batched-tokens": args.max_num_batched_tokens,
+    }
+    return Setup(
+        model=args.model,
+        instances=args.instances,
+        kv_tokens=kv_tokens,
+        tokens_max=tokens_max,
+        tokens_end=min(TOKENS_END, config["vocab_size"]),
+        drain_limit_s=args.drain_limit_s,
+        flags=[x for name, value in flags.items() for x in (f"--{name}", str(value))] + args.flags,
+    )
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    add = parser.add_argument
+    add("--policies", default="round-robin,infaas++,llumnix", help="names for --policy, by comma")
+    add("--instances", type=int, default=2)
+    add("--seeds", type=int, default=3, help="so many draws of the arrivals")
+    add("--requests", type=int, default=160, help="of a run")
+    add("--rate", type=float, default=3.0, help="requests a second")
+    add("--trace", default="L-L", help=f"a file, or one of {', '.join(PAIRS)}")
+    add("--scale", type=float, help="of lengths (default: KV tokens / 13,616, the paper's memory)")
+    add("--cv", type=float, help="of gaps, Gamma (default: the trace's gaps, or 1: Poisson)")
+    add("--high", type=float, default=0.0, metavar="SHARE", help="of requests that are urgent")
+    add("--model", help="a folder (default: the demo model)")
+    add("--dtype", default="bfloat16", choices=DTYPE_BYTES)
+    add("--kv-tokens", type=int, default=2048, help="KV memory of an instance, in tokens")
+    add("--block-size", type=int, default=32, help="tokens; the CPU's attention wants 32 n")
+    add("--max-num-seqs", type=int, default=64)
+    add("--max-num-batched-tokens", type=int, default=96, help="bounds how long a step takes")
+    add("--drain-limit-s", type=float, default=180.0, help="after the last arrival, then give up")
+    add("--json", action="store_true", help="print nothing but JSON")
+    add("--out", type=Path, default=ROOT / "benchmarks/results/live.json", help="raw figures")
+    add("flags", nargs="*", help="further flags of llumnix serve, after --")
+    args = parser.parse_args()
+    args.policies = args.policies.split(",")
+    if args.scale is None:
+        args.scale = args.kv_tokens / PAPER_KV_TOKENS
+    if args.model is None:
+        from llumnix.demo import prepare_demo_model
+
+        args.model = str(prepare_demo_model(say))
+    return args
+
+
+def main() -> None:
+    began = time.monotonic()
+    args = arguments()
+    setup = prepare(args)
+    client = real_time()
+    # So that the server is stopped too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    turns = asyncio.run(measure(args, setup, client))
+    runs, wall_s = [run for run, _ in turns], round(time.monotonic() - began, 1)
+    save(turns, args, setup, client=client, wall_s=wall_s)
+    print(json.dumps({"runs": runs, "wall_s": wall_s}) if args.json else table(runs, args.policies))
+
+
+if __name__ == "__main__":
+    main()
