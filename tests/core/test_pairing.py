@@ -146,6 +146,37 @@ def test_a_request_that_waits_goes_where_there_is_room_for_it() -> None:
     assert order.limits[0].waiting_max >= 700
 
 
+def queue(number: int, used: int, waiting: int, each: int, head: int) -> LoadReport:
+    """An instance with a queue of requests of `each` tokens behind a large one."""
+    classes = (
+        ClassLoad(),
+        ClassLoad(running=5, waiting=waiting, waiting_tokens=head + each * (waiting - 1)),
+    )
+    return replace(load(number, used, head=head), classes=classes)
+
+
+def test_a_longer_queue_gives_to_a_shorter_one() -> None:
+    """Nobody has room, but 19 of 100 tokens wait behind one of 3,000 here, and one there."""
+    s = scheduler()
+    tell(s, queue(0, 9500, 20, 100, 3000), queue(1, 9500, 2, 100, 600))
+    (order,) = moves(s)
+    assert (order.source, order.destination) == ("i0", "i1")
+    assert [(m.rank, m.tokens_max, m.waiting_max) for m in order.limits] == [(1, 0, 2100)]
+    assert order.why == "20 wait for 4900 tokens on i0, 2 for 700 on i1"
+
+
+def test_queues_that_are_about_even_stay() -> None:
+    s = scheduler()
+    tell(s, queue(0, 9500, 20, 100, 3000), queue(1, 9500, 18, 100, 3000))
+    assert moves(s) == []
+
+
+def test_a_head_alone_waits_for_its_own_instance() -> None:
+    s = scheduler()
+    tell(s, queue(0, 9500, 1, 0, 3000), queue(1, 9500, 1, 0, 600))
+    assert moves(s) == []
+
+
 def test_normal_requests_leave_where_an_urgent_one_runs() -> None:
     s = scheduler()
     tell(s, load(0, 5000, running=9, high=1), load(1, 1000, running=3))

@@ -114,14 +114,18 @@ class Load:
     def freeness_for(self, rank: int, priorities: Priorities) -> float:
         """F as a newcomer of a class meets it: all who wait are served before it, and only the
         headroom of more urgent classes is none of its."""
-        reserved = priorities.headroom(self.total, self.running, above=rank)
-        spare = self.total - self.used - self.queued - reserved
+        spare = self.spare_for(rank, priorities)
         others = self.batch + self.waiting
         freeness = ratio(spare, others)
         if self.slots and others >= self.slots:
             # It would wait for a slot, however much memory is free.
             return min(freeness, (self.slots - 1 - others) * self.total / self.slots)
         return freeness
+
+    def spare_for(self, rank: int, priorities: Priorities) -> float:
+        """Tokens that would be left for a newcomer of a class."""
+        reserved = priorities.headroom(self.total, self.running, above=rank)
+        return self.total - self.used - self.queued - reserved
 
     def without(self, rank: int, tokens: int) -> "Load":
         """After a running request of that class and size has left."""

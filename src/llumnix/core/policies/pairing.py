@@ -10,6 +10,8 @@ Rules
   freer.
 - A blocked queue is a virtual usage, so its instance gives requests away until the head fits. If
   the destination has room for the request that waits, that goes: it has no KV to copy.
+- Queues are evened out where nobody has room: a blocked one gives to the shortest, no more than
+  makes the two alike.
 - An instance that is being emptied gives all it has, to whoever has room, several at a time.
 - Whoever has moves under way, decided here and not reported yet included, is left alone up to its
   limit.
@@ -47,6 +49,7 @@ class Pairing:
         decided = list(self._drains(view, takers, now))
         if self._balance:
             decided += self._balances(view, takers, now)
+            decided += self._queues(view, takers, now)
         return decided
 
     def _drains(
@@ -107,6 +110,40 @@ class Pairing:
                     why += f"; its queue waits for {source.load.head} tokens"
                 yield self._order(view, source, destination, limits, why, now)
 
+    def _queues(
+        self, view: ClusterView, takers: list[InstanceView], now: float
+    ) -> Iterator[MoveLoad]:
+        """Evens out queues: who waits longest for memory gives those behind its head away."""
+        most, last = self._settings.moves_max, len(view.priorities) - 1
+        sources = [v for v in takers if v.freeness < 0 and v.load.waiting > 1]
+        sources = [v for v in sources if _leaving(v) < most]
+        if not sources:
+            return
+        spare = {v.report.instance: v.load.spare_for(last, view.priorities) for v in takers}
+        sources.sort(key=lambda v: (spare[v.report.instance], v.report.instance))
+        destinations = sorted(
+            (v for v in takers if _coming(v) < most and _leaving(v) == 0),
+            key=lambda v: (-spare[v.report.instance], v.report.instance),
+        )
+        for source, destination in list(zip(sources, destinations, strict=False))[:ORDERS_MAX]:
+            here, there = spare[source.report.instance], spare[destination.report.instance]
+            waiting_max = int((there - here) / 2)
+            if waiting_max < source.load.queued / source.load.waiting:
+                continue
+            limits = tuple(
+                MoveLimit(
+                    rank=r, tokens_min=0, tokens_wanted=0, tokens_max=0, waiting_max=waiting_max
+                )
+                for r, known in enumerate(source.report.classes)
+                if known.waiting
+            )
+            why = (
+                f"{source.load.waiting} wait for {source.load.queued} tokens on "
+                f"{source.report.instance}, {destination.load.waiting} for "
+                f"{destination.load.queued} on {destination.report.instance}"
+            )
+            yield self._order(view, source, destination, limits, why, now)
+
     def _limit(
         self,
         source: InstanceView,
@@ -123,19 +160,20 @@ class Pairing:
         if not movable and not waits:
             return None
         least = source.freeness + self._settings.gain_min + STOP_STEPS
+        floor = max(least, 0.0)
         giver, taker = source.load.without(rank, 0), destination.load.with_one(rank, 0)
         given, given_batch = giver.spare(priorities), max(1, giver.batch)
         taken, taken_batch = taker.spare(priorities), max(1, taker.batch)
         room = _room(destination)
         waiting_max = low = high = wanted = 0
         if waits:
-            waiting_max = max(0, min(room, int(taken - max(least, 0.0) * taken_batch)))
+            waiting_max = max(0, min(room, int(taken - floor * taken_batch)))
         if movable:
             low = max(1, _at_least(given, given_batch, giver.total, least, cost))
             even = (ratio(taken, taken_batch) - given / given_batch) / (
                 1 / taken_batch + 1 / given_batch
             )
-            most = (taken - max(least, 0.0) * taken_batch) / (1 + cost * taken_batch)
+            most = (taken - floor * taken_batch) / (1 + cost * taken_batch)
             high = max(0, min(room, int(min(most, even))))
             # What lets the head of the queue in, or lifts the source out of its trouble.
             relieved = 0.0 if source.load.head else below * given_batch
