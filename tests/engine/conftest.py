@@ -6,10 +6,19 @@ import pytest
 
 BLOCK = 32
 BLOCKS = 24
+ASYNC = {"force_async": True, "worker_cls": "support.async_cpu_worker.AsyncCpuWorker"}
 
 
-@pytest.fixture(scope="package")
-def shared_engine(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+@pytest.fixture(
+    scope="package",
+    params=[
+        pytest.param({}, id="one-step-at-a-time", marks=pytest.mark.live),
+        pytest.param(ASYNC, id="a-step-ahead", marks=[pytest.mark.live, pytest.mark.slow]),
+    ],
+)
+def shared_engine(
+    request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Any]:
     """One of vLLM's engine cores with room for little: it queues, preempts and evicts."""
     from support.real_engine import RealEngine
 
@@ -23,6 +32,7 @@ def shared_engine(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) ->
         max_num_seqs=4,
         num_gpu_blocks_override=BLOCKS + 1,  # One is vLLM's placeholder.
         scheduling_policy="priority",
+        **request.param,
     )
     yield one
     one.close()

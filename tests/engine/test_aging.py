@@ -1,6 +1,5 @@
 """Who has waited for long goes before the urgent ones that came later."""
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest

@@ -3,7 +3,7 @@
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,11 +15,6 @@ vllm = pytest.importorskip("vllm")
 
 import torch  # noqa: E402
 from vllm import SamplingParams  # noqa: E402
-from vllm.distributed.kv_events import (  # noqa: E402
-    AllBlocksCleared,
-    BlockRemoved,
-    BlockStored,
-)
 from vllm.lora.request import LoRARequest  # noqa: E402
 from vllm.utils.hashing import sha256  # noqa: E402
 from vllm.v1.core import kv_cache_utils  # noqa: E402
@@ -38,24 +33,23 @@ from llumnix.core.prefixes import BLOCK_TOKENS, PrefixIndex, chain, root  # noqa
 from llumnix.core.settings import SchedulerSettings  # noqa: E402
 from llumnix.core.types import EngineIndex, InstanceId, RequestId  # noqa: E402
 from llumnix.engine import prefix_events  # noqa: E402
-from llumnix.engine.prefix_events import PrefixBlocks, PrefixReader, prefix_reader  # noqa: E402
+from llumnix.engine.prefix_events import PrefixReader, prefix_reader  # noqa: E402
 from llumnix.frontend.client import FleetClient  # noqa: E402
 
-from .conftest import BLOCK  # noqa: E402
-
 I0, ENGINE = InstanceId("i0"), EngineIndex(3)
+TOKENS = list(range(1000, 1384))
 CACHE_AWARE = SchedulerSettings(policy="cache-aware")
 
 
 class Heard:
     """What a controller makes of the facts."""
 
-    def __init__(self, read: Callable[[], PrefixesChanged | None]) -> None:
-        self._read, self.index = read, PrefixIndex()
+    def __init__(self, reader: PrefixReader) -> None:
+        self.reader, self.index = reader, PrefixIndex()
         self.facts: list[PrefixesChanged] = []
 
     def listen(self) -> PrefixesChanged | None:
-        fact = self._read()
+        fact = self.reader.read()
         if fact is not None:
             assert (fact.instance, fact.engine_index) == (I0, ENGINE)
             assert not set(fact.stored) & set(fact.removed)
@@ -81,7 +75,7 @@ def heard(engine: Any) -> Iterator[Heard]:
     reader = prefix_reader(CACHE_AWARE, scheduler, I0, ENGINE, lambda: None)
     assert reader is not None
     reader.start()
-    one = Heard(reader.read)
+    one = Heard(reader)
     yield one
     reader.close()
     pool = scheduler.kv_cache_manager.block_pool
@@ -186,16 +180,14 @@ def test_a_cache_that_was_reset_is_said_to_be_empty_at_once(engine: Any, heard: 
 
 
 def test_the_reader_follows_no_more_blocks_than_there_are(engine: Any, heard: Heard) -> None:
-    reader = prefix_reader(CACHE_AWARE, engine.core.scheduler, I0, ENGINE, lambda: None)
-    assert reader is not None
-    run(engine, Heard(reader.read), "warm", prompt_of(20, 0))
     for n in range(12):
-        run(engine, Heard(reader.read), f"r{n}", prompt_of(100 + 30 * n, n), tokens=9)
+        run(engine, heard, f"r{n}", prompt_of(100 + 30 * n, n), tokens=9)
     pool = engine.core.scheduler.kv_cache_manager.block_pool
-    assert 0 < len(reader.blocks) <= pool.num_gpu_blocks - 1
+    blocks = heard.reader.blocks
+    assert 0 < len(blocks) <= pool.num_gpu_blocks - 1
     assert engine.core.scheduler.reset_prefix_cache()
-    reader.read()
-    assert (len(reader.blocks), reader.blocks.kept) == (0, {})
+    heard.listen()
+    assert (len(blocks), blocks.kept, blocks._completers) == (0, {}, {})
 
 
 # -- vLLM's cache alone, in other sizes ---------------------------------------------------------
@@ -258,7 +250,7 @@ def test_in_every_block_size_the_hits_are_vllms_own(
     """Requests come, share, double each other's blocks (without `reuse` they do not look for
     any), go, and push others out."""
     kv = manager(size, room // size + 1)
-    heard = Heard(reader_of(kv).read)
+    heard = Heard(reader_of(kv))
     made, there = [], []
     for n, (beginning, length, following, (salt, lora)) in enumerate(prompts):
         tokens = [beginning * 7 + t % 50 for t in range(length)] + [500 + following] * 90
@@ -282,160 +274,6 @@ def test_in_every_block_size_the_hits_are_vllms_own(
         found = kv.coordinator.find_longest_cache_hit(one.block_hashes, one.num_tokens)[1]
         hits = heard.blocks(names)
         assert found // BLOCK_TOKENS <= hits <= found // BLOCK_TOKENS + (size - 1) // BLOCK_TOKENS
-
-
-def test_images_and_embeddings_and_what_follows_them_are_left_out() -> None:
-    image = ("image", 3)
-    for second in ((image,), (b"digest",), (image, b"digest")):
-        blocks = PrefixBlocks(64)
-        blocks.take(stored([1, 2, 3], extra_keys=[None, second, None]))
-        assert list(blocks.kept) == list(chain(root(None, None), TOKENS[:64]))
-    blocks = PrefixBlocks(64)
-    blocks.take(stored([1, 2, 3], extra_keys=[("salt", image), None, None]))
-    assert blocks.kept == {}
-
-
-# -- events made by hand ------------------------------------------------------------------------
-
-TOKENS = list(range(1000, 1384))
-
-
-def stored(
-    names: list[int], first: int = 0, parent: int | None = None, size: int = 64, **fields: Any
-) -> BlockStored:
-    """Of `TOKENS`, from block `first` on."""
-    return BlockStored(
-        block_hashes=names,
-        parent_block_hash=parent,
-        token_ids=TOKENS[first * size : (first + len(names)) * size],
-        block_size=size,
-        lora_id=None,
-        medium="GPU",
-        lora_name=fields.pop("lora_name", None),
-        group_idx=0,
-        **fields,
-    )
-
-
-def gone(*names: int) -> BlockRemoved:
-    return BlockRemoved(block_hashes=list(names), medium="GPU", group_idx=0)
-
-
-def changes(blocks: PrefixBlocks, *events: Any) -> tuple[list[int], list[int], bool]:
-    """Which of our blocks of `TOKENS`, by number, were stored and removed; whether all went."""
-    for event in events:
-        blocks.take(event)
-    ours = chain(root(None, None), TOKENS)
-    new, old, cleared = blocks.changes() or ((), (), False)
-    return [ours.index(h) for h in new], [ours.index(h) for h in old], cleared
-
-
-def fresh(size: int) -> PrefixBlocks:
-    blocks = PrefixBlocks(size)
-    assert blocks.changes() == ((), (), True)
-    assert blocks.changes() is None
-    return blocks
-
-
-def test_four_blocks_of_16_make_one_of_ours() -> None:
-    blocks = fresh(16)
-    assert changes(blocks, stored([1, 2, 3], size=16)) == ([], [], False)
-    assert changes(blocks, stored([4, 5], 3, parent=3, size=16)) == ([0], [], False)
-    assert changes(blocks, stored([6, 7, 8], 5, parent=5, size=16)) == ([1], [], False)
-    assert changes(blocks, gone(8)) == ([], [1], False)
-    assert changes(blocks, gone(2)) == ([], [0], False)
-    assert changes(blocks, stored([8], 7, parent=7, size=16)) == ([1], [], False)
-    # One that was missing is back: a request that needed no more of it stored it.
-    assert changes(blocks, stored([2], 1, parent=1, size=16)) == ([0], [], False)
-    assert changes(blocks, gone(2), stored([2], 1, parent=1, size=16)) == ([], [], False)
-    assert changes(blocks, gone(4, 3, 1, 2, 8, 7, 6, 5)) == ([], [0, 1], False)
-    assert (len(blocks), blocks.kept, blocks._completers) == (0, {}, {})
-
-
-def test_branches_within_a_block_of_ours_share_its_parts() -> None:
-    blocks = fresh(16)
-    branch = stored([9], 3, parent=3, size=16)
-    branch.token_ids = [7] * 16
-    ours = [chain(root(None, None), [*TOKENS[:48], *end])[0] for end in (TOKENS[48:64], [7] * 16)]
-    blocks.take(stored([1, 2, 3, 4], size=16))
-    blocks.take(branch)
-    assert blocks.changes() == (tuple(ours), (), False)
-    blocks.take(gone(4))
-    assert blocks.changes() == ((), (ours[0],), False)
-    blocks.take(gone(1))
-    assert blocks.changes() == ((), (ours[1],), False)
-    blocks.take(stored([1], size=16))
-    assert blocks.changes() == ((ours[1],), (), False)
-
-
-def test_a_block_of_64_is_one_of_ours() -> None:
-    blocks = fresh(64)
-    assert changes(blocks, stored([1, 2])) == ([0, 1], [], False)
-    assert changes(blocks, stored([3], 2, parent=2), gone(1)) == ([2], [0], False)
-
-
-def test_a_block_of_128_is_two_of_ours() -> None:
-    blocks = fresh(128)
-    assert changes(blocks, stored([1, 2], size=128)) == ([0, 1, 2, 3], [], False)
-    assert changes(blocks, stored([3], 2, parent=2, size=128)) == ([4, 5], [], False)
-    assert changes(blocks, gone(2)) == ([], [2, 3], False)
-
-
-def test_a_block_that_is_kept_twice_is_gone_when_both_are() -> None:
-    blocks = fresh(64)
-    assert changes(blocks, stored([1]), stored([1])) == ([0], [], False)
-    assert changes(blocks, gone(1)) == ([], [], False)
-    assert changes(blocks, gone(1)) == ([], [0], False)
-    assert changes(blocks, gone(1)) == ([], [], False)
-
-
-def test_an_adapter_that_was_loaded_anew_under_its_name_keeps_the_block_alive() -> None:
-    """vLLM's hashes differ then, ours do not."""
-    blocks = fresh(64)
-    assert changes(blocks, stored([1]), stored([2]), gone(1)) == ([0], [], False)
-    assert changes(blocks, gone(2)) == ([], [0], False)
-
-
-def test_after_a_clear_only_what_came_later_is_kept() -> None:
-    blocks = fresh(64)
-    changes(blocks, stored([1, 2]))
-    assert changes(blocks, AllBlocksCleared(), stored([1])) == ([0], [], True)
-    assert changes(blocks, gone(1), AllBlocksCleared()) == ([], [], True)
-    assert changes(blocks, AllBlocksCleared()) == ([], [], False)
-
-
-def test_names_follow_from_the_adapter_and_the_salt() -> None:
-    blocks = fresh(64)
-    lora, both = [("adapter",)] * 2, [("adapter", "salt"), ("adapter",)]
-    blocks.take(stored([1, 2], lora_name="adapter", extra_keys=lora))
-    blocks.take(stored([3, 4], lora_name="adapter", extra_keys=both))
-    blocks.take(stored([5, 6], extra_keys=[("salt",), None]))
-    new, _, _ = blocks.changes() or ((), (), False)
-    roots = [root("adapter", None), root("adapter", "salt"), root(None, "salt")]
-    assert new == tuple(h for r in roots for h in chain(r, TOKENS[:128]))
-
-
-def test_what_cannot_be_followed_is_left_out() -> None:
-    blocks = fresh(64)
-    gaps = stored([1, 2, 3])
-    gaps.block_hashes = [1, 3]  # As groups with sliding windows report.
-    assert changes(blocks, gaps) == ([], [], False)
-    assert changes(blocks, stored([4], 3, parent=99)) == ([], [], False)
-    assert changes(blocks, stored([5, 6], size=32)) == ([], [], False)
-    assert changes(blocks, gone(1, 2, 3, 4, 5)) == ([], [], False)
-    assert len(blocks) == 0
-
-
-def test_much_is_told_in_parts_from_the_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prefix_events, "HASHES_MAX", 2)
-    blocks = fresh(64)
-    assert changes(blocks, stored([1, 2, 3, 4, 5])) == ([0, 1], [], False)
-    assert changes(blocks, gone(5), gone(2)) == ([2, 3], [1], False)
-    assert changes(blocks) == ([], [], False)
-    blocks.start_anew()
-    assert changes(blocks) == ([0, 2], [], True)
-    assert changes(blocks, gone(1)) == ([3], [0], False)
-    assert blocks.changes() is None
 
 
 # -- whether, and when --------------------------------------------------------------------------
@@ -488,7 +326,7 @@ def test_only_one_group_of_layers_counts() -> None:
     config = KVCacheConfig(num_blocks=40, kv_cache_tensors=[], kv_cache_groups=groups)
     kv = KVCacheManager(config, 4096, scheduler_block_size=64, hash_block_size=64)
     reader = reader_of(kv)
-    heard = Heard(reader.read)
+    heard = Heard(reader)
     one = request("a", TOKENS, 64, None, None)
     assert kv.allocate_slots(one, len(TOKENS)) is not None
     heard.listen()

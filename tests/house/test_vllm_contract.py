@@ -13,10 +13,35 @@ import pytest
 vllm = pytest.importorskip("vllm")
 
 import torch  # noqa: E402
-from vllm.v1.engine import async_llm, core, core_client  # noqa: E402
+from vllm.config import SchedulerConfig  # noqa: E402
+from vllm.distributed.kv_events import (  # noqa: E402
+    AllBlocksCleared,
+    BlockRemoved,
+    BlockStored,
+    EventPublisherFactory,
+    NullEventPublisher,
+)
+from vllm.lora.request import LoRARequest  # noqa: E402
+from vllm.pooling_params import PoolingParams  # noqa: E402
+from vllm.sampling_params import SamplingParams  # noqa: E402
+from vllm.utils.hashing import sha256  # noqa: E402
+from vllm.v1.core import kv_cache_utils  # noqa: E402
+from vllm.v1.core.block_pool import BlockPool  # noqa: E402
+from vllm.v1.core.kv_cache_manager import KVCacheManager  # noqa: E402
+from vllm.v1.core.sched.request_queue import SchedulingPolicy, create_request_queue  # noqa: E402
+from vllm.v1.core.sched.scheduler import Scheduler  # noqa: E402
+from vllm.v1.engine import EngineCoreRequest, async_llm, core, core_client  # noqa: E402
 from vllm.v1.engine.async_llm import AsyncLLM  # noqa: E402
 from vllm.v1.engine.core import EngineCoreActor, EngineCoreProc  # noqa: E402
 from vllm.v1.engine.core_client import AsyncMPClient, MPClient  # noqa: E402
+from vllm.v1.kv_cache_interface import (  # noqa: E402
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    KVCacheSpecKind,
+    KVCacheTensor,
+)
+from vllm.v1.request import Request, RequestStatus  # noqa: E402
 
 
 def source(of: object) -> str:
@@ -40,11 +65,6 @@ def busy_loop() -> str:
 
 def request(name: str, prompt: Iterable[int] = (1, 2, 3), **fields: Any) -> Any:
     """One of vLLM's, with the hashes of its blocks of 16."""
-    from vllm.sampling_params import SamplingParams
-    from vllm.utils.hashing import sha256
-    from vllm.v1.core import kv_cache_utils
-    from vllm.v1.request import Request
-
     kv_cache_utils.init_none_hash(sha256)
     hasher = kv_cache_utils.get_request_block_hasher(16, sha256)
     options = SamplingParams(max_tokens=50)
@@ -53,9 +73,6 @@ def request(name: str, prompt: Iterable[int] = (1, 2, 3), **fields: Any) -> Any:
 
 def manager(blocks: int = 10) -> Any:
     """vLLM's KV cache, of that many blocks of 16, one of them its placeholder."""
-    from vllm.v1.core.kv_cache_manager import KVCacheManager
-    from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
-
     spec = FullAttentionSpec(block_size=16, num_kv_heads=1, head_size=1, dtype=torch.float32)
     config = KVCacheConfig(
         num_blocks=blocks, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["l"], spec)]
@@ -151,9 +168,6 @@ def test_the_busy_loop_calls_where_we_listen() -> None:
 
 
 def test_the_scheduler_counts_what_we_report() -> None:
-    from vllm.v1.core.block_pool import BlockPool
-    from vllm.v1.core.sched.scheduler import Scheduler
-
     assert "len(self.running)" in source(Scheduler.get_request_counts)
     assert "null_block" in source(BlockPool.__init__), "one block less is usable than there are"
     assert hasattr(BlockPool, "get_num_free_blocks")
@@ -164,8 +178,6 @@ def test_the_scheduler_counts_what_we_report() -> None:
 
 
 def test_the_scheduler_knows_every_request_that_is_not_finished() -> None:
-    from vllm.v1.core.sched.scheduler import Scheduler
-
     who = "engine/load_reader.py"
     says(Scheduler.add_request, "self.requests[request.request_id] = request", who=who)
     says(Scheduler._free_blocks, "del self.requests[request.request_id]", who=who)
@@ -189,8 +201,6 @@ def test_the_scheduler_knows_every_request_that_is_not_finished() -> None:
 
 def test_in_a_step_with_a_preemption_nobody_starts() -> None:
     """So every change of who runs and who waits shows in how many do."""
-    from vllm.v1.core.sched.scheduler import Scheduler
-
     says(
         Scheduler.schedule,
         "preempted_reqs.append(preempted_req)",
@@ -201,17 +211,9 @@ def test_in_a_step_with_a_preemption_nobody_starts() -> None:
 
 
 def test_the_next_in_the_queue_starts_once_all_its_tokens_fit() -> None:
-    from vllm.config import SchedulerConfig
-    from vllm.v1.core.kv_cache_manager import KVCacheManager
-    from vllm.v1.core.sched.scheduler import Scheduler
-
     who = "engine/load_reader.py's head_tokens"
-    says(
-        Scheduler.schedule,
-        "request = request_queue.peek_request()",
-        "full_sequence_must_fit=self.scheduler_reserve_full_isl",
-        who=who,
-    )
+    fits = "full_sequence_must_fit=self.scheduler_reserve_full_isl"
+    says(Scheduler.schedule, "request = request_queue.peek_request()", fits, who=who)
     parameters = inspect.signature(KVCacheManager.allocate_slots).parameters
     assert "full_sequence_must_fit" in parameters, who
     defaults = {f.name: f.default for f in dataclasses.fields(SchedulerConfig)}
@@ -219,9 +221,6 @@ def test_the_next_in_the_queue_starts_once_all_its_tokens_fit() -> None:
 
 
 def test_a_request_that_has_ended_keeps_what_we_count() -> None:
-    from vllm.v1.core.sched.scheduler import Scheduler
-    from vllm.v1.request import RequestStatus
-
     ours = {"num_tokens", "num_output_tokens", "num_preemptions", "priority", "status"}
     known = request("a")
     known.append_output_token_ids([5, 6])
@@ -248,26 +247,19 @@ def test_blocks_that_only_the_cache_holds_are_free() -> None:
 
 def test_all_kv_tensors_are_views_of_one_allocation() -> None:
     """engine/load_reader.py takes one of their sizes for all."""
-    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, KVCacheTensor
-
     path = Path(vllm.__file__).parent / "v1/worker/utils.py"
     text = " ".join(path.read_text().split())
     assert "sizes = {tensor.size for tensor in kv_cache_config.kv_cache_tensors}" in text
     assert "assert len(sizes) == 1" in text
     assert "size" in KVCacheTensor.__dataclass_fields__
-    assert {"num_blocks", "kv_cache_tensors", "kv_cache_groups"} <= set(
-        KVCacheConfig.__dataclass_fields__
-    )
-    assert "kv_cache_spec" in KVCacheGroupSpec.__dataclass_fields__
+    fields = {*KVCacheConfig.__dataclass_fields__, *KVCacheGroupSpec.__dataclass_fields__}
+    assert {"num_blocks", "kv_cache_tensors", "kv_cache_groups", "kv_cache_spec"} <= fields
 
 
 # -- the queue: engine/aging.py
 
 
 def test_waiting_requests_go_by_priority_then_arrival() -> None:
-    from vllm.v1.core.sched.request_queue import SchedulingPolicy, create_request_queue
-    from vllm.v1.core.sched.scheduler import Scheduler
-
     who = "engine/aging.py"
     queue = create_request_queue(SchedulingPolicy.PRIORITY)
     made = {n: request(n) for n in "abcd"}
@@ -280,11 +272,8 @@ def test_waiting_requests_go_by_priority_then_arrival() -> None:
     made["c"].llumnix_priority, made["c"].priority = 5, 0  # No __slots__ forbid it.
     queue.add_request(made["c"])
     assert [r.request_id for r in queue] == ["b", "c", "d", "a"], who
-    says(
-        Scheduler.__init__,
-        "self.policy = SchedulingPolicy(self.scheduler_config.policy)",
-        who=who,
-    )
+    policy = "self.policy = SchedulingPolicy(self.scheduler_config.policy)"
+    says(Scheduler.__init__, policy, who=who)
     victim = "max( self.running, key=lambda r: (r.priority, r.arrival_time), )"
     says(Scheduler.schedule, "self.policy == SchedulingPolicy.PRIORITY", victim, who=who)
 
@@ -293,8 +282,6 @@ def test_waiting_requests_go_by_priority_then_arrival() -> None:
 
 
 def test_block_events_can_be_switched_on_later_and_wait_in_one_list() -> None:
-    from vllm.distributed.kv_events import AllBlocksCleared, BlockRemoved, BlockStored
-
     kv = manager()
     pool = kv.block_pool
     pool.enable_kv_cache_events = True
@@ -324,8 +311,6 @@ def test_block_events_can_be_switched_on_later_and_wait_in_one_list() -> None:
 
 
 def test_a_block_that_is_cached_twice_is_stored_and_removed_twice() -> None:
-    from vllm.distributed.kv_events import BlockRemoved, BlockStored
-
     kv = manager()
     pool = kv.block_pool
     pool.enable_kv_cache_events = True
@@ -338,21 +323,13 @@ def test_a_block_that_is_cached_twice_is_stored_and_removed_twice() -> None:
     for twin in twins:
         kv.free(twin)
     assert kv.allocate_slots(request("c", range(500, 644)), 144) is not None
-    removed = [
-        h for e in pool.kv_event_queue if isinstance(e, BlockRemoved) for h in e.block_hashes
-    ]
+    events = [e for e in pool.kv_event_queue if isinstance(e, BlockRemoved)]
+    removed = [h for e in events for h in e.block_hashes]
     assert sorted(removed) == sorted([*a.block_hashes, *b.block_hashes])
 
 
 def test_what_tells_blocks_apart_is_what_we_name_them_by() -> None:
     """engine/prefix_events.py and frontend/client.py: the tokens, adapter and salt, or nothing."""
-    from vllm.lora.request import LoRARequest
-    from vllm.pooling_params import PoolingParams
-    from vllm.sampling_params import SamplingParams
-    from vllm.v1.core import kv_cache_utils
-    from vllm.v1.core.block_pool import BlockPool
-    from vllm.v1.engine import EngineCoreRequest
-
     who = "engine/prefix_events.py"
     says(
         kv_cache_utils.generate_block_hash_extra_keys,
@@ -362,16 +339,12 @@ def test_what_tells_blocks_apart_is_what_we_name_them_by() -> None:
     )
     says(kv_cache_utils.to_event_extra_keys, 'key[1:] if key[0] == "mm" else key[1]', who=who)
     tags = [("lora", "l", "path"), ("mm", "image", 3), ("cache_salt", "s"), ("prompt_embeds", b"")]
-    assert kv_cache_utils.to_event_extra_keys([tuple(tags), None]) == [
-        ("l", ("image", 3), "s", b""),
-        None,
-    ]
+    untagged = ("l", ("image", 3), "s", b"")
+    assert kv_cache_utils.to_event_extra_keys([tuple(tags), None]) == [untagged, None]
     says(BlockPool._build_block_stored_event, "lora_name=request.lora_request.name", who=who)
     adapter = LoRARequest("adapter", 1, "/nowhere")
     assert adapter.name == adapter.lora_name == "adapter"
-    read = {
-        "prompt_token_ids", "lora_request", "cache_salt", "mm_features", "prompt_embeds",
-    }  # fmt: skip
+    read = {"prompt_token_ids", "lora_request", "cache_salt", "mm_features", "prompt_embeds"}
     assert read <= set(EngineCoreRequest.__struct_fields__), "frontend/client.py"
     assert isinstance(EngineCoreRequest.params, property), "frontend/client.py"
     assert SamplingParams(prompt_logprobs=1).skip_reading_prefix_cache is True
@@ -379,11 +352,6 @@ def test_what_tells_blocks_apart_is_what_we_name_them_by() -> None:
 
 
 def test_the_scheduler_takes_the_events_from_the_pool_for_nobody() -> None:
-    from vllm.distributed.kv_events import EventPublisherFactory, NullEventPublisher
-    from vllm.v1.core.block_pool import BlockPool
-    from vllm.v1.core.kv_cache_manager import KVCacheManager
-    from vllm.v1.core.sched.scheduler import Scheduler
-
     who = "engine/prefix_events.py"
     says(Scheduler.update_from_output, "events = self.kv_cache_manager.take_events()", who=who)
     says(KVCacheManager.take_events, "events = self.block_pool.take_events()", who=who)
@@ -403,8 +371,6 @@ def test_the_scheduler_takes_the_events_from_the_pool_for_nobody() -> None:
 
 
 def test_the_groups_of_layers_are_named_by_kind() -> None:
-    from vllm.v1.kv_cache_interface import KVCacheSpecKind
-
     kv = manager()
     assert kv.kv_cache_event_metadata == (("full_attention", None),)
     (group,) = kv.coordinator.single_type_managers

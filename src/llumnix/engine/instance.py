@@ -13,8 +13,10 @@ vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when
   name. `worker_extension_cls` names a class for the workers.
 - `EngineCore.step_with_batch_queue()` schedules only if `scheduler.has_requests()`, and otherwise
   waits for the oldest batch in `batch_queue` and takes its outputs in.
+- `scheduler.max_num_active_reqs`: how many requests may run at a time.
 - `_process_engine_step()` makes one step and says whether a model ran in it.
-- `shutdown_state` and a WAKEUP in `input_queue` end the busy loop from another thread.
+- `shutdown_state` and a WAKEUP in `input_queue` end the busy loop from another thread; a WAKEUP
+  alone makes an idle one call `_notify_idle_state_callbacks()` once more.
 
 Ray calls the constructor, then `run()` (which ends only with the engine) and, on the second of the
 actor's two threads, the short methods.
@@ -47,6 +49,7 @@ from llumnix.engine.cores import SWITCH_INTERVAL_S, share_of_cores
 from llumnix.engine.host import FromOutside, HostSeat, LlumletHost
 from llumnix.engine.immovable import WORKER_EXTENSION
 from llumnix.engine.load_reader import LoadReader
+from llumnix.engine.prefix_events import prefix_reader
 from llumnix.engine.reporter import LoadReporter
 from llumnix.observe.event_log import EventLog
 
@@ -108,9 +111,12 @@ class EngineInstance(EngineCoreActor):
             on_order=self._host.order,
         )
         priorities = Priorities(seat.llumlet.settings.priorities)
-        slots = vllm_config.scheduler_config.max_num_seqs
+        slots = self.scheduler.max_num_active_reqs
         self._reader = LoadReader(self.scheduler, slots, priorities)
         self._aging = Aging(self.scheduler, priorities)
+        self._prefixes = prefix_reader(
+            seat.llumlet.settings, self.scheduler, seat.instance, seat.engine_index, self._rouse
+        )
         self._leave_on_sigterm()
 
     def describe(self) -> InstanceFacts:
@@ -125,12 +131,16 @@ class EngineInstance(EngineCoreActor):
     def run(self) -> None:
         """The engine's busy loop; returns once the engine was asked to stop."""
         self._reporter.start()
+        if self._prefixes is not None:
+            self._prefixes.start()
         self._offer()
         try:
             super().run()
         except SystemExit:
             return  # Asked to stop. Ray would count the exception as a crash.
         finally:
+            if self._prefixes is not None:
+                self._prefixes.close()
             self._reporter.close()
             self._host.close()
 
@@ -155,6 +165,10 @@ class EngineInstance(EngineCoreActor):
         """Aborts what runs and ends the busy loop."""
         self.vllm_config.shutdown_timeout = 0
         self.shutdown_state = EngineShutdownState.REQUESTED
+        self._rouse()
+
+    def _rouse(self) -> None:
+        """Makes a busy loop that waits for work look around. Any thread."""
         self.input_queue.put_nowait((EngineCoreRequestType.WAKEUP, None))
 
     def add_request(self, request: Request, request_wave: int = 0) -> None:
@@ -204,11 +218,21 @@ class EngineInstance(EngineCoreActor):
 
     def _notify_idle_state_callbacks(self) -> None:
         self._offer()
+        while self._tell_prefixes():
+            pass
         super()._notify_idle_state_callbacks()
 
     def _offer(self) -> None:
         moving, orders = self._host.moving()
         self._reporter.offer(self._reader.read(), moving, orders)
+        self._tell_prefixes()
+
+    def _tell_prefixes(self) -> bool:
+        """Passes on what changed in the prefix cache, up to a bound; whether anything had."""
+        fact = None if self._prefixes is None else self._prefixes.read()
+        if fact is not None:
+            self._reporter.tell(fact)
+        return fact is not None
 
 
 @contextlib.contextmanager

@@ -9,8 +9,9 @@ vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when
   starts only if blocks for all its tokens are free (`scheduler_reserve_full_isl`).
 - `Request`: `priority`, `num_tokens`, `num_output_tokens`, `num_preemptions`, `status`; a finished
   one keeps them.
-- `kv_cache_manager.block_pool.get_num_free_blocks()`, `scheduler.block_size` in tokens,
-  `scheduler.kv_cache_config` with the bytes of each tensor.
+- `kv_cache_manager.block_pool.get_num_free_blocks()`, `scheduler.block_size` in tokens.
+- `scheduler.kv_cache_config` is one worker's: every tensor of it has the `size` in bytes of the
+  whole allocation, which `num_blocks` share; `kv_cache_groups[i].kv_cache_spec.block_size`.
 """
 
 from dataclasses import dataclass
@@ -21,7 +22,11 @@ from vllm.v1.request import Request, RequestStatus
 from llumnix.core.load import ClassLoad
 from llumnix.core.priorities import Priorities
 
-_ANSWERED = (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
+_ANSWERED = (
+    RequestStatus.FINISHED_STOPPED,
+    RequestStatus.FINISHED_LENGTH_CAPPED,
+    RequestStatus.FINISHED_REPETITION,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,9 +53,7 @@ class LoadReader:
         self._slots = slots
         self._priorities = priorities
         self._block = int(scheduler.block_size)
-        config = scheduler.kv_cache_config
-        size = sum(tensor.size for tensor in config.kv_cache_tensors)
-        self._token_bytes = size // max(1, config.num_blocks * self._block)
+        self._token_bytes = _token_bytes(scheduler)
         self._seen: tuple[int, ...] = ()
         self._known: dict[str, tuple[Request, int]] = {}
         self._classes: tuple[ClassLoad, ...] = ()
@@ -113,7 +116,8 @@ class LoadReader:
             else:
                 mine[1] += 1
                 mine[2] += self.needed(request)
-        for request, _ in self._known.values():
+        for request, preemptions in self._known.values():
+            self._preemptions += request.num_preemptions - preemptions
             if request.status in _ANSWERED:
                 self._finished += 1
                 self._finished_tokens += request.num_output_tokens
@@ -122,6 +126,17 @@ class LoadReader:
             ClassLoad(running=r, waiting=w, waiting_tokens=t) for r, w, t in counts
         )
         self._head = self.needed(scheduler.waiting.peek_request()) if scheduler.waiting else 0
+
+
+def _token_bytes(scheduler: Any) -> int:
+    """The bytes of one token's KV, over all layers and all of the instance's workers."""
+    config = scheduler.kv_cache_config
+    # Every tensor is a view of one allocation, and a token has its place in a block of each group.
+    allocated = max((tensor.size for tensor in config.kv_cache_tensors), default=0)
+    block_bytes = allocated // max(1, config.num_blocks)
+    groups = (group.kv_cache_spec.block_size for group in config.kv_cache_groups)
+    one = sum(block_bytes // tokens for tokens in groups)
+    return int(one * scheduler.parallel_config.tensor_parallel_size)
 
 
 def client_priority(request: Request) -> int:

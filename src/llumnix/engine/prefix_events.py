@@ -4,12 +4,13 @@ vLLM's block pool notes what it stores and removes. Its hashes mean nothing to a
 every block is followed from the start of its prompt and named by our chain (core/prefixes.py).
 
 Rules
-- A block of ours is kept while all of vLLM's that make it up are.
+- A block of ours is kept while all of vLLM's that make it up are. Of a larger block of vLLM's all
+  of ours are, though a prompt that shares only the first of them will not find them.
 - vLLM may keep a block several times; it is gone when the last of them is.
 - What covers more than tokens (images, embeddings) is left out, and so is all that follows it.
-- The first fact, and one every `SNAPSHOT_EVERY_S` while anything is kept, says everything anew
-  (`cleared`): a controller that Ray has just started learns it, and what was lost on the way is made
-  good. An engine that stands still is woken for it.
+- The first fact, and one every `SNAPSHOT_EVERY_S`, says everything anew (`cleared`): a controller
+  that Ray has just started learns it, and what was lost on the way is made good. An engine that
+  stands still is woken for it.
 - A fact names `HASHES_MAX` hashes at the most, and a step sends one; the rest follow. Before an
   engine stands still all is sent.
 - Of a model with several groups of layers the first whose layers look at the whole prompt counts.
@@ -22,8 +23,8 @@ vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when
   `parent_block_hash`, `token_ids`, `block_size`, `lora_name`, `group_idx`; `extra_keys` of each
   block: the LoRA adapter's name, a tuple for an image, the cache salt (first block only), bytes for
   embeddings. `BlockRemoved`: once for each time that one leaves it. `AllBlocksCleared`.
-- `BlockPool.emit_cached_block_events` repeats `BlockStored` for blocks that are in the cache
-  already, if a request asks for it (`kv_cache_report_mode`).
+- `KVCacheManager.enable_kv_cache_events`, which stays false: requests could ask it for events of
+  blocks that are in the cache already (`kv_cache_report_mode`).
 - `kv_cache_manager.kv_cache_event_metadata` names each group's kind of layers,
   `coordinator.single_type_managers` has each group's pool and `block_size`, in tokens.
 """
@@ -57,8 +58,8 @@ TheirHash = int | bytes
 @dataclass(slots=True, kw_only=True, eq=False)
 class _Block:
     """A block of vLLM's. `after`: our hash of all that is before `rest`, the last tokens up to its
-    end, which fill no block of ours yet; `parts`: the blocks that they are in. `ends`: the blocks of
-    ours that it completes, and `needs` those of vLLM's that make them up; `whole`: all are here.
+    end, which fill no block of ours yet; `parts`: the blocks that they are in. `ends`: the blocks
+    of ours that it completes, and `needs` those of vLLM's that make them up; `whole`: all are here.
     `copies`: how often vLLM keeps it."""
 
     after: int
@@ -124,23 +125,21 @@ class PrefixBlocks:
         size, names = self._size, event.block_hashes
         if event.block_size != size or len(event.token_ids) != len(names) * size:
             return  # A part of a block, or with gaps.
-        keys = event.extra_keys or [None] * len(names)
-        parent: _Block | None = None
+        others = [
+            list(keys or ())[1 if event.lora_name else 0 :]
+            for keys in event.extra_keys or [()] * len(names)
+        ]
         if event.parent_block_hash is not None:
             parent = self._blocks.get(event.parent_block_hash)
-            if parent is None:
-                return
+        else:
+            salted = others and others[0] and isinstance(others[0][0], str)
+            salt = others[0].pop(0) if salted else None
+            parent = _Block(after=root(event.lora_name, salt))
         for n, name in enumerate(names):
-            others = list(keys[n] or ())[1 if event.lora_name else 0 :]
-            if parent is None:
-                salt = others.pop(0) if others and isinstance(others[0], str) else None
-                parent = _Block(after=root(event.lora_name, salt))
-            if others:
-                return  # Not only tokens.
             known = self._blocks.get(name)
             if known is not None:
                 known.copies += 1
-            else:
+            elif parent is not None and not others[n]:
                 known = self._add(name, parent, event.token_ids[n * size : (n + 1) * size])
             parent = known
 
@@ -223,8 +222,7 @@ class PrefixReader:
     def start(self) -> None:
         """Makes vLLM note its events, for us alone. Before the first request."""
         self._pool.enable_kv_cache_events = True
-        self._pool.take_events = list
-        self._pool.emit_cached_block_events = lambda *_, **__: None
+        self._pool.take_events = list  # To the scheduler nothing ever happened.
         self._thread.start()
 
     def close(self) -> None:
@@ -241,8 +239,7 @@ class PrefixReader:
                     self.blocks.take(event)
         if self._snapshot_due:
             self._snapshot_due = False
-            if self.blocks.kept:
-                self.blocks.start_anew()
+            self.blocks.start_anew()
         changes = self.blocks.changes()
         if changes is None:
             return None

@@ -11,6 +11,9 @@ vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when
   and turns `FinishReason.ERROR` into an error in OpenAI's format (not that of a pooling request).
 - A request with `resumable` set is a session: every chunk of input ends with a finish reason, and
   a last request without it ends the whole.
+- `EngineCoreRequest`: what tells its blocks in the prefix cache from others' are
+  `prompt_token_ids`, `lora_request.lora_name` and `cache_salt`, unless there are `mm_features` or
+  `prompt_embeds`; with `params.skip_reading_prefix_cache` it looks for none.
 """
 
 import asyncio
@@ -40,6 +43,7 @@ from vllm.v1.pool.late_interaction import get_late_interaction_engine_index
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from llumnix.core.events import Dispatch, InstanceLost, RequestArrived
+from llumnix.core.prefixes import chain, root
 from llumnix.core.priorities import Priorities
 from llumnix.core.types import EngineIndex, InstanceId, RequestId
 from llumnix.frontend.context import HttpRequest, current_http_request
@@ -86,6 +90,8 @@ class FleetClient(EngineCalls):
         slots: int,
         log: EventLog,
         priorities: Priorities,
+        *,
+        hash_prefixes: bool = False,
     ) -> None:
         # Stands in for the constructors of MPClient and AsyncMPClient: the same attributes, with
         # the engines left out. The contract test compares the two sets of attributes.
@@ -117,6 +123,7 @@ class FleetClient(EngineCalls):
         self._engine_status: dict[int, dict] = {}
 
         self.priorities = priorities
+        self._hash_prefixes = hash_prefixes
         self.streams = Streams()
         self.migrations = Migrations(self.streams, self, log)
         self.fail_pooling: Callable[[list[str]], None] = lambda requests: None
@@ -334,6 +341,7 @@ class FleetClient(EngineCalls):
                 request=RequestId(request.request_id),
                 prompt_tokens=tokens,
                 priority=request.priority,
+                prefix=self._prefix(request),
             )
         )
         if isinstance(decision, Dispatch):
@@ -341,6 +349,17 @@ class FleetClient(EngineCalls):
             if engine is not None and engine.takes_requests:
                 return engine
         return self._place_alone()
+
+    def _prefix(self, request: EngineCoreRequest) -> tuple[int, ...]:
+        """The prompt's blocks as engine/prefix_events.py names them, if the policy asks for them
+        and the request would look for them."""
+        tokens, lora = request.prompt_token_ids, request.lora_request
+        embedded = request.mm_features or request.prompt_embeds is not None
+        if not self._hash_prefixes or not tokens or embedded:
+            return ()
+        if request.params.skip_reading_prefix_cache:
+            return ()
+        return chain(root(lora.lora_name if lora else None, request.cache_salt), tokens)
 
     def _pinned(self, request: EngineCoreRequest) -> Engine | None:
         """Late-interaction scoring keeps a query's embedding in one engine's memory: all requests

@@ -18,6 +18,7 @@ Rules
 """
 
 from collections.abc import Iterator
+from itertools import islice
 
 from llumnix.core.events import MoveLimit, MoveLoad
 from llumnix.core.limits import MigrationLimits
@@ -79,23 +80,22 @@ class Pairing:
     ) -> Iterator[MoveLoad]:
         below, above = view.observed.migration_thresholds(self._settings)
         most = self._settings.moves_max
-        sources = [
-            v
-            for v in takers
-            if v.freeness < below and _leaving(v) < most and v.load.batch + v.load.waiting > 0
-        ]
-        if not sources:
-            return
-        destinations = [
-            v
-            for v in takers
-            if v.freeness > above and not v.load.waiting and _coming(v) < most and _has_slot(v)
-        ]
-        sources.sort(key=lambda v: (v.freeness, v.report.instance))
-        destinations.sort(key=lambda v: (-v.freeness, v.report.instance))
+        low = sorted(
+            (v for v in takers if v.freeness < below),
+            key=lambda v: (v.freeness, v.report.instance),
+        )
+        high = sorted(
+            (v for v in takers if v.freeness > above),
+            key=lambda v: (-v.freeness, v.report.instance),
+        )
+        # Whether one takes part is asked in this order, and only until there are pairs enough.
+        sources = (v for v in low if _leaving(v) < most and v.load.batch + v.load.waiting)
+        destinations = (
+            v for v in high if not v.load.waiting and _coming(v) < most and _has_slot(v)
+        )
         cost = view.observed.move_steps_per_token()
-        pairs = list(zip(sources, destinations, strict=False))
-        for source, destination in pairs[:ORDERS_MAX]:
+        pairs = zip(sources, destinations, strict=False)
+        for source, destination in list(islice(pairs, ORDERS_MAX)):
             limits = tuple(
                 limit
                 for rank in range(len(view.priorities))
@@ -115,8 +115,9 @@ class Pairing:
     ) -> Iterator[MoveLoad]:
         """Evens out queues: who waits longest for memory gives those behind its head away."""
         most, last = self._settings.moves_max, len(view.priorities) - 1
-        sources = [v for v in takers if v.freeness < 0 and v.load.waiting > 1]
-        sources = [v for v in sources if _leaving(v) < most]
+        sources = [
+            v for v in takers if v.freeness < 0 and v.load.waiting > 1 and _leaving(v) < most
+        ]
         if not sources:
             return
         spare = {v.report.instance: v.load.spare_for(last, view.priorities) for v in takers}
