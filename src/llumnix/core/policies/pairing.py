@@ -10,8 +10,8 @@ Rules
   freer.
 - A blocked queue is a virtual usage, so its instance gives requests away until the head fits. If
   the destination has room for the request that waits, that goes: it has no KV to copy.
-- Queues are evened out where nobody has room: a blocked one gives to the shortest, no more than
-  makes the two alike.
+- Queues are evened out among those that are blocked: the longest gives to the shortest, no more
+  than makes the two alike.
 - An instance that is being emptied gives all it has, to whoever has room, several at a time.
 - Whoever has moves under way, decided here and not reported yet included, is left alone up to its
   limit.
@@ -123,7 +123,7 @@ class Pairing:
         spare = {v.report.instance: v.load.spare_for(last, view.priorities) for v in takers}
         sources.sort(key=lambda v: (spare[v.report.instance], v.report.instance))
         destinations = sorted(
-            (v for v in takers if _coming(v) < most and _leaving(v) == 0),
+            (v for v in takers if v.freeness < 0 and _coming(v) < most and _leaving(v) == 0),
             key=lambda v: (-spare[v.report.instance], v.report.instance),
         )
         for source, destination in list(zip(sources, destinations, strict=False))[:ORDERS_MAX]:
@@ -168,7 +168,8 @@ class Pairing:
         room = _room(destination)
         waiting_max = low = high = wanted = 0
         if waits:
-            waiting_max = max(0, min(room, int(taken - floor * taken_batch)))
+            # It must leave the destination out of trouble, or one that runs there pays for it.
+            waiting_max = max(0, min(room, int(taken - max(floor, below) * taken_batch)))
         if movable:
             low = max(1, _at_least(given, given_batch, giver.total, least, cost))
             even = (ratio(taken, taken_batch) - given / given_batch) / (
