@@ -41,7 +41,8 @@ class LoadReport:
     `accepting` is false while the instance is being emptied. `moving_out` requests are on their way
     to other instances, with `moving_out_tokens` here that will be free; `moving_in` are on their
     way here, their room in use already. `orders`: those of the scheduler that were carried out, or
-    found impossible, since the report before.
+    found impossible, since the report before. `kv_token_bytes`: what a token of KV takes, on all
+    workers of the engine.
 
     Running totals of this run: `preemptions`; `steps` and the seconds they took; requests
     `finished` and the tokens they had generated; bytes moved away and the seconds that took."""

@@ -33,7 +33,7 @@ class Scheduler:
     def __init__(self, settings: SchedulerSettings) -> None:
         preset = POLICIES[settings.policy]
         balance = settings.migration.balance
-        self.view = ClusterView(priorities_of(settings))
+        self.view = ClusterView(priorities_of(settings), settings.migration)
         self._dispatch = DISPATCH_POLICIES[preset.dispatch]()
         self._pairing = Pairing(
             settings.migration, balance=preset.balance if balance is None else balance
@@ -74,10 +74,9 @@ class Scheduler:
         )
 
     def _learn(self, fact: PrefixesChanged) -> None:
-        known = self.view.get(fact.instance)
         if not isinstance(self._dispatch, CacheAware):
             return
-        if known is not None and known.report.engine_index > fact.engine_index:
+        if self.view.is_over(fact.instance, fact.engine_index):
             return
         index = self._dispatch.index
         if fact.cleared:

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from llumnix.core.load import Load, LoadReport, derive
 from llumnix.core.observed import Observed
 from llumnix.core.priorities import Priorities
+from llumnix.core.settings import MigrationSettings
 from llumnix.core.types import EngineIndex, InstanceId, OrderId, RequestId
 
 BOOKING_LIFETIME_S = 5.0
@@ -73,8 +74,9 @@ class InstanceView:
 class ClusterView:
     """All instances, by id. Mutated by the scheduler alone."""
 
-    def __init__(self, priorities: Priorities) -> None:
+    def __init__(self, priorities: Priorities, migration: MigrationSettings) -> None:
         self.priorities = priorities
+        self._migration = migration
         self.observed = Observed()
         self._instances: dict[InstanceId, InstanceView] = {}
         self._ended: dict[InstanceId, EngineIndex] = {}
@@ -99,11 +101,24 @@ class ClusterView:
         """The instance, if a report has made it known."""
         return self._instances.get(instance)
 
+    @property
+    def thresholds(self) -> tuple[float, float]:
+        """Freeness below which an instance gives load away, and above which it takes some."""
+        return self.observed.migration_thresholds(self._migration)
+
+    def is_over(self, instance: InstanceId, engine_index: EngineIndex) -> bool:
+        """Whether that run of the instance has ended: what it says counts no more."""
+        known = self._instances.get(instance)
+        newest = self._ended.get(instance, -1)
+        return engine_index <= newest or (
+            known is not None and engine_index < known.report.engine_index
+        )
+
     # -- what changes it
 
     def apply(self, report: LoadReport, now: float) -> None:
         """Takes in a report, unless it is from an ended run or was overtaken by a newer one."""
-        if report.engine_index <= self._ended.get(report.instance, -1):
+        if self.is_over(report.instance, report.engine_index):
             return
         known = self._instances.get(report.instance)
         if known is None or known.report.engine_index < report.engine_index:
@@ -113,10 +128,7 @@ class ClusterView:
             known.booked = [0] * len(self.priorities)
             self._instances[report.instance] = known
             insort(self._ids, report.instance)
-        elif (known.report.engine_index, known.report.sequence) >= (
-            report.engine_index,
-            report.sequence,
-        ):
+        elif known.report.sequence >= report.sequence:
             return
         else:
             self.observed.take(report, known.report)

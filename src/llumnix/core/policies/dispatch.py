@@ -9,7 +9,6 @@ from typing import Protocol
 
 from llumnix.core.events import RequestArrived
 from llumnix.core.prefixes import BLOCK_TOKENS, PrefixIndex
-from llumnix.core.settings import MigrationSettings
 from llumnix.core.types import InstanceId
 from llumnix.core.view import ClusterView, InstanceView
 
@@ -90,7 +89,7 @@ class CacheAware:
         if fallback is None or not request.prefix:
             return fallback
         rank = view.priorities.rank(request.priority)
-        source_below, _ = view.observed.migration_thresholds(MigrationSettings())
+        source_below, _ = view.thresholds
 
         def cost(known: InstanceView, new: int) -> tuple[float, float, int]:
             freeness = known.load.with_one(rank, new).freeness_for(rank, view.priorities)

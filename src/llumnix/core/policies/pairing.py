@@ -78,7 +78,7 @@ class Pairing:
     def _balances(
         self, view: ClusterView, takers: list[InstanceView], now: float
     ) -> Iterator[MoveLoad]:
-        below, above = view.observed.migration_thresholds(self._settings)
+        below, above = view.thresholds
         most = self._settings.moves_max
         low = sorted(
             (v for v in takers if v.freeness < below),
