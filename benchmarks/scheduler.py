@@ -1,6 +1,6 @@
 """What the scheduler's decisions cost, by the number of instances: pure core, one core, no I/O.
 
-    python benchmarks/scheduler.py [--instances 16,64,256,1024] [--json]
+    python benchmarks/scheduler.py [--instances 16,64,256,1024] [--json] [--out FILE]
 
 Instances have random loads, half of them short of memory. A dispatch is timed amid the facts of a
 busy cluster: for each of 10,000 requests a second there comes one report of some instance, so that
@@ -16,8 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, percentile, write_result
-
+from common import percentile, write_result
 from llumnix.core.events import Dispatch, LoadReported, MoveLoad, RequestArrived, Tick
 from llumnix.core.load import ClassLoad, LoadReport
 from llumnix.core.scheduler import Scheduler
@@ -146,11 +145,12 @@ def main() -> None:
     parser.add_argument("--policy", default="llumnix")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", action="store_true", help="print nothing but JSON")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/scheduler.json")
+    parser.add_argument("--out", type=Path, help="write the raw figures there too")
     args = parser.parse_args()
     gc.freeze()
     rows = [measure(int(n), args.policy, args.seed) for n in args.instances.split(",")]
-    write_result(args.out, rows)
+    if args.out is not None:
+        write_result(args.out, rows)
     if args.json:
         print(json.dumps({"rows": rows}))
         return

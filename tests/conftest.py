@@ -1,8 +1,14 @@
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from support.tiny_model import make_tiny_model
+
+
+# A busy machine is no failure of the code.
+hypothesis.settings.register_profile("house", deadline=None)
+hypothesis.settings.load_profile("house")
 
 
 @pytest.fixture(scope="session")

@@ -29,7 +29,7 @@ def cluster(instances: int, policy: str = "llumnix", **more: float) -> ToyCluste
 seeds = st.integers(0, 10_000)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=seeds, instances=st.integers(2, 6), rate=st.floats(1, 5), high=st.floats(0, 0.3))
 def test_every_request_ends_and_is_never_moved_twice_at_once(
     seed: int, instances: int, rate: float, high: float
@@ -41,7 +41,7 @@ def test_every_request_ends_and_is_never_moved_twice_at_once(
     assert [j.id for j in c.jobs if j.ended_s is None] == []
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=seeds, at_s=st.floats(0, 20), policy=st.sampled_from(["llumnix", "round-robin"]))
 def test_a_drain_always_ends_and_loses_nothing(seed: int, at_s: float, policy: str) -> None:
     c = cluster(3, policy)
@@ -63,7 +63,7 @@ def test_a_drain_with_room_elsewhere_takes_a_moment() -> None:
     assert len([j for j in jobs if j.moves]) == 3
 
 
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=4)
 @given(seed=seeds)
 def test_nobody_starves_behind_urgent_requests(seed: int) -> None:
     """Urgent requests alone fill both instances for as long as they come; a normal one still starts

@@ -93,6 +93,15 @@ def test_an_order_that_nobody_answers_lapses() -> None:
     assert len(moves(s, now=late)) == 1
 
 
+def test_a_destination_whose_source_fell_silent_is_free_again() -> None:
+    s = scheduler()
+    tell(s, load(0, 9900), load(1, 1000))
+    assert len(moves(s)) == 1
+    late = ORDER_LIFETIME_S + 0.1
+    tell(s, load(1, 1000, sequence=2), load(2, 9900), now=late)
+    assert pairs(moves(s, now=late)) == [("i2", "i1")]
+
+
 def test_the_silent_take_no_part() -> None:
     s = scheduler()
     tell(s, load(0, 9900), now=0.0)

@@ -163,7 +163,7 @@ def derive(report: LoadReport, booked: Sequence[int], booked_tokens: int) -> Loa
         waiting += known.waiting
         queued += known.waiting_tokens
         by_class.append(known.running + (booked[rank] if booked else 0))
-    used = report.kv_tokens_used - report.moving_out_tokens + booked_tokens
+    used = max(0, report.kv_tokens_used - report.moving_out_tokens) + booked_tokens
     batch = max(0, sum(by_class) - report.moving_out) + report.moving_in
     head = report.head_tokens
     if head and report.slots and batch >= report.slots:

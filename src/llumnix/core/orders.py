@@ -94,8 +94,9 @@ class Orders:
         self._wishes = {r: w for r, w in self._wishes.items() if w.until_s > now}
         tokens = sum(w.tokens for w in self._wishes.values() if not w.waiting)
         for request in self._outgoing.requests():
-            if request not in self._wishes:
-                tokens += self._port.progress(request).tokens
+            progress = self._port.progress(request)
+            if progress.phase is not Phase.WAITING:
+                tokens += progress.tokens
         return len(self._wishes) + len(self._outgoing), tokens
 
     def take_answered(self) -> tuple[OrderId, ...]:

@@ -143,8 +143,10 @@ class ClusterView:
             self._unbook(known, oldest)
         for order in report.orders:
             self._settle(known, order)
-        for order in [o for o, made_s in known.orders.items() if now - made_s > ORDER_LIFETIME_S]:
+        for order in _lapsed(known.orders, now):
             self._settle(known, order)
+        for order in _lapsed(known.incoming, now):
+            del known.incoming[order]  # Its source is silent.
         self._changed(known)
 
     def book(
@@ -250,3 +252,7 @@ class ClusterView:
     ) -> None:
         freeness = known.load.freeness_for(rank, self.priorities)
         heapq.heappush(heap, (-freeness, known.turn, known.report.instance, known.version))
+
+
+def _lapsed(orders: dict[OrderId, float], now: float) -> list[OrderId]:
+    return [order for order, made_s in orders.items() if now - made_s > ORDER_LIFETIME_S]
