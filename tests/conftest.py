@@ -5,7 +5,6 @@ import pytest
 
 from support.tiny_model import make_tiny_model
 
-
 # A busy machine is no failure of the code.
 hypothesis.settings.register_profile("house", deadline=None)
 hypothesis.settings.load_profile("house")

@@ -94,9 +94,9 @@ def test_it_is_better_than_its_dispatch_alone() -> None:
     for policy in ("infaas++", "llumnix"):
         first_s: list[float] = []
         lost_s = fragmented = 0.0
-        for seed in range(4):
-            c = cluster(4, policy)
-            c.submit(poisson(17, 400, lengths, seed))
+        for seed in range(6):
+            c = cluster(8, policy)
+            c.submit(poisson(40, 400, lengths, seed))
             c.run(until_s=3000)
             first_s += [j.first_s - j.arrived_s for j in c.jobs if j.first_s is not None]
             lost_s += sum(j.lost_s for j in c.jobs)

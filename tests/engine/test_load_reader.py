@@ -150,7 +150,7 @@ def test_blocks_that_only_the_prefix_cache_holds_count_as_free(engine: Any) -> N
 
 
 def test_a_clients_number_counts_and_not_the_one_it_is_queued_under(engine: Any) -> None:
-    """engine/aging.py changes the latter."""
+    """engine/queueing.py changes the latter."""
     reader = LoadReader(engine.core.scheduler, 4, PRIORITIES)
     made = engine.make(RequestId("a"), [3, 4, 5], SamplingParams(max_tokens=1))
     engine.add_core_request(made)

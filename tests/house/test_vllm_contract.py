@@ -256,11 +256,11 @@ def test_all_kv_tensors_are_views_of_one_allocation() -> None:
     assert {"num_blocks", "kv_cache_tensors", "kv_cache_groups", "kv_cache_spec"} <= fields
 
 
-# -- the queue: engine/aging.py
+# -- the queue: engine/queueing.py
 
 
 def test_waiting_requests_go_by_priority_then_arrival() -> None:
-    who = "engine/aging.py"
+    who = "engine/queueing.py"
     queue = create_request_queue(SchedulingPolicy.PRIORITY)
     made = {n: request(n) for n in "abcd"}
     for at, (known, number) in enumerate(zip(made.values(), (5, 0, 5, 0), strict=True)):
@@ -276,6 +276,7 @@ def test_waiting_requests_go_by_priority_then_arrival() -> None:
     says(Scheduler.__init__, policy, who=who)
     victim = "max( self.running, key=lambda r: (r.priority, r.arrival_time), )"
     says(Scheduler.schedule, "self.policy == SchedulingPolicy.PRIORITY", victim, who=who)
+    says(Scheduler.schedule, "if not preempted_reqs and self._pause_state", who=who)
 
 
 # -- events of the prefix cache: engine/prefix_events.py

@@ -48,6 +48,11 @@ class Job:
     rests_until_s: float = 0.0
 
     @property
+    def turn(self) -> tuple[int, bool, float]:
+        """Who is served first and preempted last."""
+        return self.queued_as, not self.preemptions, self.arrived_s
+
+    @property
     def tokens(self) -> int:
         """KV that it holds or needs, in whole blocks."""
         return -(-(self.prompt + self.done + 1) // BLOCK) * BLOCK
@@ -169,7 +174,7 @@ class ToyCluster:
     def _enqueue(self, engine: Engine, job: Job) -> None:
         job.where = engine.index
         engine.queue.append(job)
-        engine.queue.sort(key=lambda j: (j.queued_as, j.arrived_s))
+        engine.queue.sort(key=lambda j: j.turn)
         self._report(engine)
         self._wake(engine)
 
@@ -212,7 +217,7 @@ class ToyCluster:
         priorities = self.scheduler.view.priorities
         for job in engine.queue:
             job.queued_as = priorities.aged(job.priority, self.now - job.arrived_s)
-        engine.queue.sort(key=lambda j: (j.queued_as, j.arrived_s))
+        engine.queue.sort(key=lambda j: j.turn)
 
     def _make_room(self, engine: Engine) -> None:
         """Room for one more token of each, by preempting the least urgent, the youngest first."""
@@ -220,7 +225,7 @@ class ToyCluster:
             need = sum(BLOCK for j in engine.running if (j.prompt + j.done + 1) % BLOCK == 0)
             if need <= engine.free or not engine.running:
                 return
-            victim = max(engine.running, key=lambda j: (j.queued_as, j.arrived_s))
+            victim = max(engine.running, key=lambda j: j.turn)
             engine.running.remove(victim)
             engine.leaving.pop(victim.id, None)
             victim.moving = victim.computed = False
@@ -228,7 +233,7 @@ class ToyCluster:
             victim.preemptions += 1
             engine.preemptions += 1
             engine.queue.append(victim)
-            engine.queue.sort(key=lambda j: (j.queued_as, j.arrived_s))
+            engine.queue.sort(key=lambda j: j.turn)
 
     def _stepped(self, what: tuple[Engine, list[Job], float]) -> None:
         engine, batch, seconds = what

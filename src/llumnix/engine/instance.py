@@ -44,12 +44,12 @@ from vllm.v1.request import Request
 
 from llumnix.core.priorities import Priorities
 from llumnix.core.types import EngineIndex, InstanceId, MigrationId, RequestId
-from llumnix.engine.aging import Aging
 from llumnix.engine.cores import SWITCH_INTERVAL_S, share_of_cores
 from llumnix.engine.host import FromOutside, HostSeat, LlumletHost
 from llumnix.engine.immovable import WORKER_EXTENSION
 from llumnix.engine.load_reader import LoadReader
 from llumnix.engine.prefix_events import prefix_reader
+from llumnix.engine.queueing import Queueing
 from llumnix.engine.reporter import LoadReporter
 from llumnix.observe.event_log import EventLog
 
@@ -113,7 +113,7 @@ class EngineInstance(EngineCoreActor):
         priorities = Priorities(seat.llumlet.settings.priorities)
         slots = self.scheduler.max_num_active_reqs
         self._reader = LoadReader(self.scheduler, slots, priorities)
-        self._aging = Aging(self.scheduler, priorities)
+        self._queueing = Queueing(self.scheduler, priorities)
         self._prefixes = prefix_reader(
             seat.llumlet.settings, self.scheduler, seat.instance, seat.engine_index, self._rouse
         )
@@ -212,8 +212,6 @@ class EngineInstance(EngineCoreActor):
 
     def _maybe_publish_request_counts(self) -> None:
         self._host.poll()
-        if self._aging.look():
-            self._reader.came()
         self._offer()
 
     def _notify_idle_state_callbacks(self) -> None:
@@ -223,8 +221,12 @@ class EngineInstance(EngineCoreActor):
         super()._notify_idle_state_callbacks()
 
     def _offer(self) -> None:
+        numbers = self._reader.read()
+        if self._queueing.look(numbers.preemptions):
+            self._reader.came()
+            numbers = self._reader.read()
         moving, orders = self._host.moving()
-        self._reporter.offer(self._reader.read(), moving, orders)
+        self._reporter.offer(numbers, moving, orders)
         self._tell_prefixes()
 
     def _tell_prefixes(self) -> bool:

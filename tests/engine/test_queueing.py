@@ -1,4 +1,4 @@
-"""Who has waited for long goes before the urgent ones that came later."""
+"""Whose turn it is: who has waited for long, and who was preempted."""
 
 from typing import Any
 
@@ -17,9 +17,9 @@ from llumnix.core.load import ClassLoad  # noqa: E402
 from llumnix.core.priorities import Priorities  # noqa: E402
 from llumnix.core.settings import PriorityClass, PrioritySettings  # noqa: E402
 from llumnix.core.types import RequestId  # noqa: E402
-from llumnix.engine import aging  # noqa: E402
-from llumnix.engine.aging import LOOK_EVERY_S, Aging  # noqa: E402
+from llumnix.engine import queueing  # noqa: E402
 from llumnix.engine.load_reader import LoadReader, client_priority  # noqa: E402
+from llumnix.engine.queueing import LOOK_EVERY_S, Queueing  # noqa: E402
 
 AGING_S = 0.1
 CLASSES = Priorities(PrioritySettings(aging_s=AGING_S))
@@ -27,7 +27,7 @@ HIGH, NORMAL = -100, 0
 
 
 class Clock:
-    """Stands in for the module `time` in engine/aging.py."""
+    """Stands in for the module `time` in engine/queueing.py."""
 
     def __init__(self) -> None:
         self.now_s = 1000.0
@@ -43,7 +43,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     one = Clock()
-    monkeypatch.setattr(aging, "time", one)
+    monkeypatch.setattr(queueing, "time", one)
     return one
 
 
@@ -69,53 +69,53 @@ def test_one_that_has_waited_overtakes_later_urgent_ones_but_not_earlier_ones(
     clock: Clock,
 ) -> None:
     line = Line()
-    aging = Aging(line, CLASSES)
+    queueing = Queueing(line, CLASSES)
     line.add("urgent-1", HIGH)
     low = line.add("low", NORMAL)
-    assert not aging.look()
+    assert not queueing.look(0)
     line.add("urgent-2", HIGH)
     assert line.order() == ["urgent-1", "urgent-2", "low"]
     clock.later()
-    assert aging.look()
+    assert queueing.look(0)
     assert line.order() == ["urgent-1", "low", "urgent-2"]
     assert (low.priority, client_priority(low)) == (HIGH, NORMAL)
     clock.later()
-    assert not aging.look(), "once is enough"
+    assert not queueing.look(0), "once is enough"
 
 
 def test_time_counts_from_when_it_was_first_seen_to_wait(clock: Clock) -> None:
     line = Line()
-    aging = Aging(line, CLASSES)
+    queueing = Queueing(line, CLASSES)
     low = line.add("low", NORMAL)
-    assert not aging.look()
+    assert not queueing.look(0)
     line.waiting.remove_request(low)  # It runs,
     clock.later()
-    assert not aging.look()
+    assert not queueing.look(0)
     line.waiting.prepend_request(low)  # and was preempted.
     clock.later()
-    assert not aging.look()
+    assert not queueing.look(0)
     clock.later()
-    assert aging.look()
+    assert queueing.look(0)
 
 
 def test_it_looks_only_so_often(clock: Clock) -> None:
     line = Line()
-    aging = Aging(line, CLASSES)
-    aging.look()
+    queueing = Queueing(line, CLASSES)
+    queueing.look(0)
     line.add("low", NORMAL)
     for _ in range(4):
         clock.now_s += LOOK_EVERY_S / 5
-        assert not aging.look()
-    assert aging._since_s == {}
+        assert not queueing.look(0)
+    assert queueing._since_s == {}
 
 
 def test_a_request_more_urgent_than_every_class_stays_so(clock: Clock) -> None:
     line = Line()
-    aging = Aging(line, CLASSES)
+    queueing = Queueing(line, CLASSES)
     first = line.add("first", HIGH - 1)
-    assert not aging.look()
+    assert not queueing.look(0)
     clock.later()
-    assert not aging.look()
+    assert not queueing.look(0)
     assert (first.priority, client_priority(first)) == (HIGH - 1, HIGH - 1)
 
 
@@ -123,23 +123,42 @@ def test_all_classes_age_into_the_first(clock: Clock) -> None:
     names = {"a": -5, "b": 3, "c": 8}
     classes = tuple(PriorityClass(name=n, priority=p) for n, p in names.items())
     line = Line()
-    aging = Aging(line, Priorities(PrioritySettings(classes=classes, aging_s=AGING_S)))
+    queueing = Queueing(line, Priorities(PrioritySettings(classes=classes, aging_s=AGING_S)))
     made = [line.add(n, p) for n, p in reversed(names.items())]
     assert line.order() == ["a", "b", "c"]
-    assert not aging.look()
+    assert not queueing.look(0)
     clock.later()
-    assert aging.look()
+    assert queueing.look(0)
     assert line.order() == ["c", "b", "a"]
     assert [(r.priority, client_priority(r)) for r in made] == [(-5, 8), (-5, 3), (-5, -5)]
 
 
+def test_one_that_was_preempted_goes_before_its_class_and_not_before_urgent_ones(
+    clock: Clock,
+) -> None:
+    line = Line()
+    queueing = Queueing(line, CLASSES)
+    for name in "ab":
+        line.add(name, NORMAL)
+    line.add("urgent", HIGH)
+    back = [line.add(name, NORMAL) for name in ("young", "younger")]
+    for known in back:
+        known.num_preemptions = 1
+    assert line.order() == ["urgent", "a", "b", "young", "younger"]
+    assert queueing.look(2), "at once, for somebody was preempted"
+    assert line.order() == ["urgent", "young", "younger", "a", "b"]
+    assert [client_priority(known) for known in back] == [NORMAL, NORMAL]
+    assert not queueing.look(3), "once is enough"
+    assert line.order() == ["urgent", "young", "younger", "a", "b"]
+
+
 def test_first_come_first_served_is_left_alone(clock: Clock) -> None:
     line = Line(SchedulingPolicy.FCFS)
-    aging = Aging(line, CLASSES)
+    queueing = Queueing(line, CLASSES)
     low = line.add("low", NORMAL)
     line.add("urgent", HIGH)
     for _ in range(3):
-        assert not aging.look()
+        assert not queueing.look(0)
         clock.later()
     assert line.order() == ["low", "urgent"]
     assert low.priority == NORMAL
@@ -150,7 +169,7 @@ def test_first_come_first_served_is_left_alone(clock: Clock) -> None:
 def test_in_an_engine_it_runs_before_the_urgent_ones(engine: Any, clock: Clock, ages: bool) -> None:
     """And goes on as a request of the class that its client gave it."""
     scheduler = engine.core.scheduler
-    reader, ager = LoadReader(scheduler, 4, CLASSES), Aging(scheduler, CLASSES)
+    reader, ager = LoadReader(scheduler, 4, CLASSES), Queueing(scheduler, CLASSES)
     finished: list[str] = []
 
     def add(name: str, priority: int, tokens: int) -> None:
@@ -161,7 +180,7 @@ def test_in_an_engine_it_runs_before_the_urgent_ones(engine: Any, clock: Clock, 
         reader.came()
 
     def step() -> None:
-        if ages and ager.look():
+        if ages and ager.look(reader.read().preemptions):
             reader.came()
         reader.read()
         finished.extend(name for name, _, done, _ in engine.step() if done)
