@@ -12,7 +12,7 @@ from support.server import Server, eventually
 
 from .conftest import FLAGS
 
-pytestmark = pytest.mark.live
+pytestmark = [pytest.mark.live, pytest.mark.slow]
 CATS = "The cat sat on the mat and looked at the moon. " * 14  # One token a character.
 DOGS = "A dog ran over the hill and barked at the wind. " * 14
 TOLD_WITHIN_S = 0.5

@@ -570,6 +570,7 @@ def test_sliding_windows_in_the_middle_of_a_prefill(hybrid: Server) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_gemma_3_270m(one_server: OneServer, logs: Path) -> None:
     """Real weights; the prompt is longer than their window of 512."""
     try:
