@@ -58,6 +58,16 @@ def test_fewer_than_one_instance() -> None:
     assert "--instances 0: must be 1 or more" in complaint("serve", "--instances", "0")
 
 
+def test_bounds_that_do_not_hold_what_it_starts_with() -> None:
+    line = complaint("serve", "--instances", "3", "--max-instances", "2")
+    assert "--instances 3 is what it starts with" in line
+
+
+def test_a_scheduler_config_that_is_not_there() -> None:
+    line = complaint("serve", "--scheduler-config", "nowhere.yaml")
+    assert "--scheduler-config nowhere.yaml cannot be read" in line
+
+
 def test_a_port_in_use(tiny_model: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -122,4 +132,4 @@ def test_no_server_to_ask() -> None:
 
 
 def test_an_unknown_command() -> None:
-    assert "use serve, status, migrate or replay" in complaint("sevre")
+    assert "use serve, status, migrate, drain, undrain or replay" in complaint("sevre")
