@@ -108,8 +108,9 @@ def on(server: Server, instance: str) -> list[str]:
 
 
 def both_serve(server: Server) -> bool:
-    states = [i["state"] for i in server.instances().values()]
-    return states == ["serving", "serving"]
+    """And the controller has heard of both, so that both get requests."""
+    found = server.instances().values()
+    return [(i["state"], i["running"] is None) for i in found] == [("serving", False)] * 2
 
 
 def test_a_class_is_asked_for_by_header_tier_or_number(fleet: Server) -> None:
