@@ -13,7 +13,6 @@ from llumnix.core.messages import (
     CallOff,
     Handover,
     Migrate,
-    MigrationEnded,
     Out,
     PeerMessage,
     Reserve,
@@ -21,7 +20,6 @@ from llumnix.core.messages import (
     Stage,
     Staged,
     Stopping,
-    ToFrontend,
     Verdict,
 )
 from llumnix.core.orders import Orders
@@ -106,10 +104,7 @@ class Llumlet:
         if refusal is None:
             self._outgoing.begin(order, now)
         else:
-            ended = MigrationEnded(
-                migration=order.migration, request=order.request, taken=False, why=refusal.why
-            )
-            self._out.append(ToFrontend(message=ended))
+            self._outgoing.refuse(order, refusal)
         return self._take_out()
 
     def receive(self, message: PeerMessage, now: float) -> list[Out]:

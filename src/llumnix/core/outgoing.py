@@ -102,10 +102,7 @@ class OutgoingMigrations:
         """Asks the destination for room, or says at once why the request cannot be moved."""
         described = self._describe(order)
         if isinstance(described, Refusal):
-            ended = MigrationEnded(
-                migration=order.migration, request=order.request, taken=False, why=described.why
-            )
-            self._out.append(ToFrontend(message=ended))
+            self.refuse(order, described)
             return
         progress = self._port.progress(order.request)
         outputs = self._port.outputs(order.request, 0)
@@ -134,6 +131,13 @@ class OutgoingMigrations:
                 agents=self._port.agents(),
             ),
         )
+
+    def refuse(self, order: Migrate, refusal: Refusal) -> None:
+        """Tells the frontend that the migration does not begin."""
+        ended = MigrationEnded(
+            migration=order.migration, request=order.request, taken=False, why=refusal.why
+        )
+        self._out.append(ToFrontend(message=ended))
 
     def receive(self, message: Reserved | Staged | Verdict, now: float) -> None:
         """Takes in what a destination said."""

@@ -8,6 +8,7 @@ knob, as its text says.
 from dataclasses import dataclass, field
 from typing import Any
 
+from llumnix.core.limits import MigrationLimits
 from llumnix.errors import UsageError
 
 PAPER_BLOCK_TOKENS = 16
@@ -127,7 +128,7 @@ class MigrationSettings:
         _check("migration.tick_s", self.tick_s, 0.001, 10)
         _check("migration.gain_min", self.gain_min, 0)
         _check("migration.payback", self.payback, 0)
-        _check("migration.moves_max", self.moves_max, 1, 4)
+        _check("migration.moves_max", self.moves_max, 1, MigrationLimits().outgoing_max)
         low, high = self.source_below, self.destination_above
         if (low is None) != (high is None):
             raise UsageError(

@@ -30,8 +30,8 @@ from llumnix.core.view import ClusterView, InstanceView
 
 STOP_STEPS = 1.0
 """What a move costs the request beyond the copy: about one step in which nobody computes it."""
-DRAIN_MOVES_MAX = 4
-"""Moves away from an instance that is being emptied at a time; an engine's own limit, too."""
+DRAIN_MOVES_MAX = MigrationLimits().outgoing_max
+"""Moves away from an instance that is being emptied at a time: as many as its engine takes."""
 ORDERS_MAX = 64
 """Orders of one round; the next round comes soon."""
 
