@@ -3,7 +3,9 @@ the bottleneck.
 
 For every seed each policy in turn serves the same arrivals, in an order that changes from seed to
 seed, each time on a server of its own: nothing is left of the turn before, and a slow drift of the
-machine meets all alike. Arrivals are open-loop: a request is sent at its time whatever the state.
+machine meets all alike. (`--share-servers` saves the starts: a policy's seeds one after another on
+one server, for machines that do not drift.) `--pace` lets each step take as long as a GPU's, so that
+engines that share cores do not slow one another. Arrivals are open-loop: a request is sent at its time whatever the state.
 Prompts are random tokens, so that no two share a prefix, and outputs have exact lengths. The client
 runs with real-time priority where it may (benchmarks/overhead.py says why).
 
@@ -36,15 +38,17 @@ The table (benchmarks/plot_live.py makes it) gives means over the seeds and rati
 
 import argparse
 import asyncio
+import contextlib
 import itertools
 import json
 import math
+import os
 import random
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +57,8 @@ import aiohttp
 
 from common import ROOT, Served, real_time, write_result
 from plot_live import Run, packed, table
+from shapes import SHAPES, write_shape
+from watch import IDLE_TIMEOUT_S, SAMPLED, Watch, fragmentation, moments
 from workload import PAIRS, Answer, Arrival, Workload, encode, mean, of_requests, send, stalls
 
 PAPER_KV_TOKENS = 13616
@@ -60,17 +66,6 @@ PAPER_KV_TOKENS = 13616
 TOKENS_SHARE_MAX = 0.9
 """A request takes no more of an instance's KV memory; in the paper's it was 0.9 too."""
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
-SAMPLED = {
-    "used": "kv_tokens_used",
-    "total": "kv_tokens_total",
-    "running": "running",
-    "waiting": "waiting",
-    "head_tokens": "head_tokens",
-}
-SAMPLE_EVERY_S = 0.25
-MIGRATIONS_EVERY_S = 10.0
-IDLE_TIMEOUT_S = 60.0
-LOOK_TIMEOUT_S = 30.0
 CONNECT_TIMEOUT_S = 30.0
 LEAD_S = 0.5
 STATS_LAG_S = 1.0
@@ -97,73 +92,6 @@ class Setup:
     tokens_end: int
     drain_limit_s: float
     flags: list[str]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sample:
-    """One instance at one moment. `head_tokens`: None if it is not told."""
-
-    t_s: float
-    instance: str
-    used: int
-    total: int
-    running: int
-    waiting: int
-    head_tokens: int | None
-
-
-class Watch:
-    """Looks at the server from beside: its instances over time, its migrations, its counters."""
-
-    def __init__(self, http: aiohttp.ClientSession) -> None:
-        self._http = http
-        self.samples: list[Sample] = []
-        self.outcomes: dict[str, str] = {}
-
-    async def _get(self, path: str) -> str:
-        timeout = aiohttp.ClientTimeout(total=LOOK_TIMEOUT_S)
-        async with self._http.get(path, timeout=timeout) as response:
-            response.raise_for_status()
-            return await response.text()
-
-    async def instances(self, began: float = 0.0) -> list[Sample]:
-        """The instances that serve, now."""
-        rows = json.loads(await self._get("/llumnix/v1/instances"))["instances"]
-        t_s = time.perf_counter() - began
-        return [
-            Sample(t_s=t_s, instance=row["id"], **{k: row.get(v) for k, v in SAMPLED.items()})
-            for row in rows
-            if row["state"] in ("serving", "draining") and row["kv_tokens_total"] is not None
-        ]
-
-    async def migrations(self) -> None:
-        """Notes how migrations ended; the server lists the last thousand only."""
-        for row in json.loads(await self._get("/llumnix/v1/migrations"))["migrations"]:
-            self.outcomes[row["id"]] = row["outcome"]
-
-    async def preemptions(self) -> int:
-        lines = (await self._get("/metrics")).splitlines()
-        counts = [x for x in lines if x.startswith("vllm:num_preemptions_total")]
-        return round(sum(float(x.rsplit(" ", 1)[1]) for x in counts))
-
-    async def keep_sampling(self, began: float) -> None:
-        due = began
-        while True:
-            await asyncio.sleep(max(0.0, due - time.perf_counter()))
-            self.samples += await self.instances(began)
-            due = max(due + SAMPLE_EVERY_S, time.perf_counter())
-
-    async def keep_counting(self) -> None:
-        while True:
-            await asyncio.sleep(MIGRATIONS_EVERY_S)
-            await self.migrations()
-
-    async def until(self, what: str, holds: Callable[[list[Sample]], bool]) -> None:
-        deadline = time.monotonic() + IDLE_TIMEOUT_S
-        while not holds(await self.instances()):
-            if time.monotonic() > deadline:
-                raise RuntimeError(f"waited {IDLE_TIMEOUT_S:.0f} s in vain: {what}")
-            await asyncio.sleep(0.2)
 
 
 async def one_run(
@@ -220,30 +148,6 @@ async def warm_up(
         raise RuntimeError(f"the warm-up failed: {failed[0]}")
     await watch.until("idle", lambda now: all(s.running == s.waiting == 0 for s in now))
     await asyncio.sleep(STATS_LAG_S)
-
-
-def fragmentation(moment: list[Sample], blocked: bool = False) -> float | None:
-    """The share of all memory that is free and would satisfy heads if it were in one place.
-    `blocked`: only heads that do not fit where they are."""
-    waiting = [s for s in moment if s.waiting]
-    if any(s.head_tokens is None for s in waiting):
-        return None
-    heads = [s.head_tokens for s in waiting if not blocked or s.head_tokens > s.total - s.used]
-    total, free, served = sum(s.total for s in moment), sum(s.total - s.used for s in moment), 0
-    for head in sorted(heads):
-        if served + head > free:
-            break
-        served += head
-    return served / total
-
-
-def moments(samples: list[Sample], until_s: float = math.inf) -> list[list[Sample]]:
-    """The samples by time."""
-    found: dict[float, list[Sample]] = {}
-    for sample in samples:
-        if 0 <= sample.t_s <= until_s:
-            found.setdefault(sample.t_s, []).append(sample)
-    return list(found.values())
 
 
 def metrics(
@@ -306,35 +210,45 @@ def raw(arrivals: list[Arrival], answers: list[Answer], watch: Watch) -> dict[st
     }
 
 
-async def one_turn(
-    policy: str, seed: int, arrivals: list[Arrival], args: argparse.Namespace, setup: Setup
-) -> Turn:
-    """Starts a server, serves the arrivals, stops it. The run, and its raw figures."""
+@contextlib.asynccontextmanager
+async def serving(policy: str, setup: Setup) -> AsyncIterator[Served]:
+    """A server with that policy."""
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "server.log"
         server = Served("llumnix", setup.model, "m", [*setup.flags, "--policy", policy], log)
         try:
             await server.wait_until_up()
-            up_s = time.monotonic() - began
-            answers, watch, preemptions = await one_run(server, arrivals, setup, seed)
+            say(f"{policy}: up in {time.monotonic() - began:.0f} s")
+            yield server
         except BaseException:
             say(log.read_text()[-3000:])
             raise
         finally:
             server.stop()
+
+
+async def one_turn(
+    server: Served, policy: str, seed: int, workload: Workload, setup: Setup
+) -> Turn:
+    """Serves one seed's arrivals. The run, and its raw figures."""
+    began = time.monotonic()
+    arrivals = workload.draw(seed)
+    answers, watch, preemptions = await one_run(server, arrivals, setup, seed)
     run = {
         "policy": policy,
-        "trace": args.trace if args.trace in PAIRS else Path(args.trace).name,
-        "rate": args.rate,
+        "trace": workload.trace if workload.trace in PAIRS else Path(workload.trace).name,
+        "rate": workload.rate_per_s,
         "seed": seed,
         "instances": setup.instances,
         "metrics": metrics(arrivals, answers, watch, preemptions),
     }
     figures = run["metrics"]
     say(
-        f"seed {seed} {policy}: up in {up_s:.0f} s, all in {time.monotonic() - began:.0f} s; "
+        f"seed {seed} {policy}: {time.monotonic() - began:.0f} s, "
+        f"{sum(a.clipped for a in arrivals)} requests clipped; "
         f"{figures['requests_done']} of {len(answers)} done, {preemptions} preemptions, "
+        f"TTFT P99 {figures['ttft_s']['p99']:.2f} s, "
         f"KV used {figures['kv_used']['mean']:.0%}, waiting {figures['waiting']['mean']:.1f}, "
         f"longest gap between samples {figures['sample_gap_s_max']:.2f} s"
     )
@@ -360,14 +274,16 @@ async def measure(args: argparse.Namespace, setup: Setup, client: str) -> list[T
         high_share=args.high,
     )
     turns: list[Turn] = []
-    for seed in range(args.seeds):
-        arrivals = workload.draw(seed)
-        clipped = sum(a.clipped for a in arrivals)
-        say(f"seed {seed}: {arrivals[-1].at_s:.0f} s of arrivals, {clipped} requests clipped")
-        first = seed % len(args.policies)
+    seeds = range(args.seeds)
+    # A server for each seed and policy, or one for all seeds of a policy.
+    rounds = [seeds] if args.share_servers else [[seed] for seed in seeds]
+    for number, those in enumerate(rounds):
+        first = number % len(args.policies)
         for policy in args.policies[first:] + args.policies[:first]:
-            turns.append(await one_turn(policy, seed, arrivals, args, setup))
-            save(turns, args, setup, client=client)
+            async with serving(policy, setup) as server:
+                for seed in those:
+                    turns.append(await one_turn(server, policy, seed, workload, setup))
+                    save(turns, args, setup, client=client)
     return turns
 
 
@@ -406,13 +322,20 @@ def arguments() -> argparse.Namespace:
     add("--policies", default="round-robin,infaas++,llumnix", help="names for --policy, by comma")
     add("--instances", type=int, default=2)
     add("--seeds", type=int, default=3, help="so many draws of the arrivals")
+    add("--share-servers", action="store_true", help="one server serves all seeds of a policy")
     add("--requests", type=int, default=160, help="of a run")
     add("--rate", type=float, default=3.0, help="requests a second")
     add("--trace", default="L-L", help=f"a file, or one of {', '.join(PAIRS)}")
     add("--scale", type=float, help="of lengths (default: KV tokens / 13,616, the paper's memory)")
     add("--cv", type=float, help="of gaps, Gamma (default: the trace's gaps, or 1: Poisson)")
     add("--high", type=float, default=0.0, metavar="SHARE", help="of requests that are urgent")
-    add("--model", help="a folder (default: the demo model)")
+    add("--model", help="a folder, or a shape of benchmarks/shapes.py (default: the demo model)")
+    add(
+        "--pace",
+        metavar="MS,MS,MS",
+        help="each step takes at least so long: of a step, more for "
+        "each token computed, more for each token of context (benchmarks/paced_worker.py)",
+    )
     add("--dtype", default="bfloat16", choices=DTYPE_BYTES)
     add("--kv-tokens", type=int, default=2048, help="KV memory of an instance, in tokens")
     add("--block-size", type=int, default=32, help="tokens; the CPU's attention wants 32 n")
@@ -430,12 +353,25 @@ def arguments() -> argparse.Namespace:
         from llumnix.demo import prepare_demo_model
 
         args.model = str(prepare_demo_model(say))
+    if args.pace:
+        os.environ["LLUMNIX_PACE"] = args.pace
+        beside = [str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")]
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, beside))
+        args.flags += ["--worker-cls", "paced_worker.PacedWorker"]
     return args
 
 
 def main() -> None:
     began = time.monotonic()
     args = arguments()
+    with tempfile.TemporaryDirectory() as folder:
+        if args.model in SHAPES:
+            args.model = str(write_shape(args.model, Path(folder) / args.model))
+            args.flags += ["--load-format", "dummy"]
+        compare(args, began)
+
+
+def compare(args: argparse.Namespace, began: float) -> None:
     setup = prepare(args)
     client = real_time()
     # So that the server is stopped too.

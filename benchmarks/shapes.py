@@ -8,6 +8,9 @@ from typing import Any
 
 CONTEXT = 36864
 SHAPES: dict[str, dict[str, Any]] = {
+    "mini": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+             "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32,
+             "vocab_size": 4096, "torch_dtype": "float32"},
     "tiny": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 8,
              "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64,
              "vocab_size": 4096, "torch_dtype": "float32"},
