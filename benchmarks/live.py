@@ -4,10 +4,11 @@ the bottleneck.
 For every seed each policy in turn serves the same arrivals, in an order that changes from seed to
 seed, each time on a server of its own: nothing is left of the turn before, and a slow drift of the
 machine meets all alike. (`--share-servers` saves the starts: a policy's seeds one after another on
-one server, for machines that do not drift.) `--pace` lets each step take as long as a GPU's, so that
-engines that share cores do not slow one another. Arrivals are open-loop: a request is sent at its time whatever the state.
-Prompts are random tokens, so that no two share a prefix, and outputs have exact lengths. The client
-runs with real-time priority where it may (benchmarks/overhead.py says why).
+one server, for machines that do not drift.) `--pace` lets each step take as long as a GPU's, so
+that engines that share cores do not slow one another. Arrivals are open-loop: a request is sent at
+its time whatever the state. Prompts are random tokens, so that no two share a prefix, and outputs
+have exact lengths. The client runs with real-time priority where it may (benchmarks/overhead.py
+says why).
 
 Figures of a run (`--json` prints them in the form that the simulator has):
 
@@ -332,9 +333,9 @@ def arguments() -> argparse.Namespace:
     add("--model", help="a folder, or a shape of benchmarks/shapes.py (default: the demo model)")
     add(
         "--pace",
-        metavar="MS,MS,MS",
-        help="each step takes at least so long: of a step, more for "
-        "each token computed, more for each token of context (benchmarks/paced_worker.py)",
+        metavar="MS,MS,MS,MS",
+        help="a step takes at least so long: of itself, and more for each request, each token of "
+        "a prompt and each token of context in it (benchmarks/paced_worker.py)",
     )
     add("--dtype", default="bfloat16", choices=DTYPE_BYTES)
     add("--kv-tokens", type=int, default=2048, help="KV memory of an instance, in tokens")
