@@ -1,175 +1,23 @@
-"""Requests for benchmarks: drawn (when each comes, how long its parts are), and sent.
-
-Lengths are drawn from a synthetic pair (input-output) or taken from a trace file.
-
-Pairs: S, M and L are Table 1 of Llumnix (OSDI 2024): K on {1, ..., 2m-1} with P(K = k) proportional
-to k^-alpha, length = min(6144, ceil(s K)); s gives the table's mean in expectation. sharegpt and
-burstgpt go through the quantiles of that table; between two of them lengths are bent so that the
-mean is the table's too, and the ends are assumed. All of them are synthetic: no real traffic, no
-correlation of input and output, no sessions.
-
-Trace files: csv or jsonl, gzip or not, with the columns input_tokens, output_tokens and, if the
-source has arrival times, arrival_s. A file with arrival times gives consecutive requests from a
-place that the seed picks, with their own gaps stretched to the wanted rate; without, random rows.
-"""
+"""Requests for benchmarks, sent to a server. llumnix/sim/workload.py draws them, for the simulator
+too."""
 
 import asyncio
-import csv
-import gzip
-import io
-import itertools
 import json
-import math
 import random
 import statistics
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import aiohttp
 
 from common import median, percentile
+from llumnix.sim.workload import PAIRS, Arrival, Workload
 
-LENGTH_MAX = 6144
+__all__ = ["PAIRS", "Arrival", "Workload"]
+
 FIRST_TOKEN = 300
 """Those below are special in some vocabularies."""
-ZIPF = {
-    "S": (128, 2.0, 34.3195),
-    "M": (256, 1.5, 14.7611),
-    "L": (512, 1.15, 5.8988),
-}
-QUANTILES = (0.0, 0.5, 0.8, 0.95, 0.99, 1.0)
-KNOTS = {
-    "sharegpt": (
-        ((4, 74, 348, 1484, 3388, 6144), -0.35103),
-        ((4, 487, 781, 988, 1234, 2048), 0.89773),
-    ),
-    "burstgpt": (
-        ((4, 582, 1427, 2345, 3549, 6144), 0.39612),
-        ((4, 243, 434, 669, 964, 2048), 0.37829),
-    ),
-}
-PAIRS = ("S-S", "M-M", "L-L", "S-L", "L-S", *KNOTS)
-
-Lengths = list[tuple[int, int]]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Arrival:
-    """One request to come. `at_s`: seconds since the run's beginning. `clipped`: it was longer."""
-
-    at_s: float
-    prompt_tokens: int
-    output_tokens: int
-    high: bool
-    clipped: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Workload:
-    """What to draw. `trace`: a pair's name, or a file. `cv`: of the gaps, Gamma (1 is Poisson);
-    None: the trace's own gaps where it has any, else Poisson. Lengths are multiplied by `scale`,
-    and a request of more than `tokens_max` (prompt and output) is shrunk to that, both parts
-    alike."""
-
-    trace: str
-    requests: int
-    rate_per_s: float
-    cv: float | None
-    scale: float
-    tokens_max: int
-    high_share: float
-
-    def draw(self, seed: int) -> list[Arrival]:
-        """The requests of one seed, in order of arrival. Each thing drawn has dice of its own, so
-        that another rate or share changes nothing else."""
-        times = None
-        if self.trace in PAIRS:
-            lengths = _synthetic(self.trace, self.requests, random.Random(f"{seed} lengths"))
-        else:
-            times, lengths = self._from_file(random.Random(f"{seed} lengths"))
-        if times is None or self.cv is not None:
-            times = self._gamma(random.Random(f"{seed} gaps"))
-        classes = random.Random(f"{seed} classes")
-        return [
-            self._arrival(at_s, *pair, classes.random() < self.high_share)
-            for at_s, pair in zip(times, lengths, strict=True)
-        ]
-
-    def _arrival(self, at_s: float, prompt: int, output: int, high: bool) -> Arrival:
-        prompt, output = (max(1, round(n * self.scale)) for n in (prompt, output))
-        shrink = min(1.0, self.tokens_max / (prompt + output))
-        return Arrival(
-            at_s=at_s,
-            prompt_tokens=max(1, math.floor(prompt * shrink)),
-            output_tokens=max(1, math.floor(output * shrink)),
-            high=high,
-            clipped=shrink < 1.0,
-        )
-
-    def _gamma(self, dice: random.Random) -> list[float]:
-        variance = (self.cv or 1.0) ** 2
-        gaps = [
-            dice.gammavariate(1 / variance, variance / self.rate_per_s)
-            for _ in range(self.requests)
-        ]
-        return list(itertools.accumulate(gaps))
-
-    def _from_file(self, dice: random.Random) -> tuple[list[float] | None, Lengths]:
-        rows = read_trace(Path(self.trace))
-        if len(rows) < self.requests:
-            raise ValueError(f"{self.trace} has {len(rows)} requests; ask for no more (--requests)")
-        if "arrival_s" not in rows[0]:
-            return None, _lengths(dice.sample(rows, self.requests))
-        first = dice.randrange(len(rows) - self.requests + 1)
-        rows = rows[first : first + self.requests]
-        began, ended = rows[0]["arrival_s"], rows[-1]["arrival_s"]
-        if ended <= began:
-            raise ValueError(f"{self.trace}: these {len(rows)} requests all come at once")
-        stretch = (self.requests - 1) / self.rate_per_s / (ended - began)
-        return [(row["arrival_s"] - began) * stretch for row in rows], _lengths(rows)
-
-
-def read_trace(path: Path) -> list[dict[str, float]]:
-    """The rows of a trace file, with the columns that are used here."""
-    data = path.read_bytes()
-    text = io.StringIO((gzip.decompress(data) if path.suffix == ".gz" else data).decode())
-    jsonl = path.name.removesuffix(".gz").endswith(".jsonl")
-    rows = map(json.loads, text) if jsonl else csv.DictReader(text)
-    wanted = ("arrival_s", "input_tokens", "output_tokens")
-    found = [{key: float(row[key]) for key in wanted if key in row} for row in rows]
-    if not found or not {"input_tokens", "output_tokens"} <= found[0].keys():
-        raise ValueError(f"{path} has no requests with input_tokens and output_tokens")
-    return found
-
-
-def _lengths(rows: list[dict[str, float]]) -> Lengths:
-    return [(int(row["input_tokens"]), int(row["output_tokens"])) for row in rows]
-
-
-def _synthetic(pair: str, count: int, dice: random.Random) -> Lengths:
-    if pair in KNOTS:
-        sides = [[_bent(*knots, dice.random()) for _ in range(count)] for knots in KNOTS[pair]]
-    else:
-        sides = [_zipf(*ZIPF[name], count, dice) for name in pair.split("-")]
-    return list(zip(*sides, strict=True))
-
-
-def _zipf(mean: int, alpha: float, scale: float, count: int, dice: random.Random) -> list[int]:
-    values = range(1, 2 * mean)
-    weights = list(itertools.accumulate(k**-alpha for k in values))
-    drawn = dice.choices(values, cum_weights=weights, k=count)
-    return [min(LENGTH_MAX, math.ceil(scale * k)) for k in drawn]
-
-
-def _bent(lengths: tuple[int, ...], power: float, at: float) -> int:
-    """The length at quantile `at`."""
-    part = next(i for i, q in enumerate(QUANTILES[1:]) if at <= q)
-    low, high = QUANTILES[part], QUANTILES[part + 1]
-    share = (at - low) / (high - low)
-    bent = (1 - share) * lengths[part] ** power + share * lengths[part + 1] ** power
-    return round(bent ** (1 / power))
 
 
 @dataclass(slots=True)

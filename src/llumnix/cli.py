@@ -25,6 +25,8 @@ USAGE = """usage: llumnix COMMAND ...
           move a running request to another instance
   drain INSTANCE | undrain INSTANCE [--url URL] [--api-key KEY] [--json]
           move everything away from an instance and stop it; or let it serve on
+  simulate [--policy P,P] [--trace NAME|FILE] [--rate R] [--instances N] [--report FILE] ...
+          the same scheduler and migrations in virtual time: which policy, how many instances
   replay LOG [--json]
           run the decisions of an event log again, and compare
 
@@ -53,6 +55,10 @@ def main(argv: list[str] | None = None) -> int:
                 return drain(argv[1:])
             case ["undrain"]:
                 return undrain(argv[1:])
+            case ["simulate"]:
+                from llumnix.sim.command import simulate
+
+                return simulate(argv[1:])
             case ["replay"]:
                 return replay(argv[1:])
             case ["--version"] | ["-V"]:
@@ -63,7 +69,8 @@ def main(argv: list[str] | None = None) -> int:
                 return 0 if argv else 2
             case [unknown, *_]:
                 raise UsageError(
-                    f"no command {unknown!r}; use serve, status, migrate, drain, undrain or replay"
+                    f"no command {unknown!r}; use serve, status, migrate, drain, undrain, simulate "
+                    "or replay"
                 )
     except UsageError as error:
         print(f"llumnix: error: {error}", file=sys.stderr)

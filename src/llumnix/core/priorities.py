@@ -17,9 +17,11 @@ class."""
 
 
 class Priorities:
-    """The classes of one deployment, most urgent first. A class is named by its place, `rank`."""
+    """The classes of one deployment, most urgent first. A class is named by its place, `rank`.
+    `alike`: whatever is asked for, all requests are treated alike."""
 
-    def __init__(self, settings: PrioritySettings) -> None:
+    def __init__(self, settings: PrioritySettings, *, alike: bool = False) -> None:
+        self._alike = alike
         self.classes = tuple(sorted(settings.classes, key=lambda c: c.priority))
         self._numbers = [c.priority for c in self.classes]
         self._headrooms = [c.headroom for c in self.classes]
@@ -47,6 +49,8 @@ class Priorities:
         """The number that a request runs under. `number`: vLLM's own field, which wins if it is
         not 0; `name`: of a class; `tier`: OpenAI's `service_tier`; `key`: the API key, which may
         have a cap."""
+        if self._alike:
+            return 0
         if number == 0 and name is not None:
             number = self.classes[self.rank_named(name)].priority
         elif number == 0 and tier in _TIERS:

@@ -87,11 +87,11 @@ class Scheduler:
 
 def priorities_of(settings: SchedulerSettings) -> Priorities:
     """The classes as the policy treats them: without headroom unless it makes room."""
-    given = settings.priorities
-    if POLICIES[settings.policy].headroom:
+    given, preset = settings.priorities, POLICIES[settings.policy]
+    if preset.headroom:
         return Priorities(given)
     bare = tuple(replace(c, headroom=0.0) for c in given.classes)
-    return Priorities(replace(given, classes=bare))
+    return Priorities(replace(given, classes=bare), alike=not preset.priorities)
 
 
 def urgency(fact: object) -> tuple[int, int]:

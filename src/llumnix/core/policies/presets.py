@@ -7,12 +7,13 @@ from dataclasses import dataclass
 class Preset:
     """`dispatch`: one of `DISPATCH_POLICIES`. `balance`: moves running requests to balance the
     load. `headroom`: classes get the headroom that they are set to; without it they only go
-    first."""
+    first. `priorities`: there are urgent requests at all."""
 
     dispatch: str
     balance: bool
     headroom: bool
     text: str
+    priorities: bool = True
 
 
 POLICIES: dict[str, Preset] = {
@@ -21,6 +22,13 @@ POLICIES: dict[str, Preset] = {
         balance=True,
         headroom=True,
         text="the highest freeness, and requests move while they run",
+    ),
+    "llumnix-base": Preset(
+        dispatch="freest",
+        balance=True,
+        headroom=False,
+        priorities=False,
+        text="the same with all requests alike, whatever priority they ask for",
     ),
     "infaas++": Preset(
         dispatch="freest",

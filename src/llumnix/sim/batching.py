@@ -1,0 +1,379 @@
+"""Continuous batching in virtual time: queue, batch, KV memory, preemption, steps.
+
+Rules, as vLLM 0.32 has them with priority scheduling
+- A step has `budget` tokens. First the running requests get theirs, in the order in which they
+  began; who finds no block free has the least urgent of them preempted, the youngest first.
+- A preempted request gives up its KV and is queued again. A step that preempts admits nobody.
+- Then, while there are slots: requests that came with their KV, then the queue by priority and
+  arrival. The head starts only if blocks for all its tokens are free, and if it has to wait, all
+  wait. It takes blocks for what it computes in the step.
+- `chunked`: prompts share steps with others and are cut to the budget. Without, a step computes
+  waiting prompts alone, whole, as older versions do.
+- llumnix's own queueing (engine/queueing.py): who waited for long is queued as the most urgent, who
+  was preempted goes before those of its class that have not started.
+"""
+
+from bisect import insort
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from llumnix.core.load import ClassLoad
+from llumnix.core.priorities import Priorities
+from llumnix.core.types import RequestId
+from llumnix.sim.memory import Memory
+from llumnix.sim.profile import Profile
+
+STARTED_S = 1e11
+LOOK_EVERY_S = 0.5
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Job:
+    """One request and what became of it. Lengths in tokens, times in virtual seconds. `prefix`: ids
+    of leading blocks that others may share, `prefix_blocks` of the engine's blocks each. `lost_s`:
+    what preemptions cost it."""
+
+    id: RequestId
+    arrived_s: float
+    prompt: int
+    answer: int
+    priority: int = 0
+    high: bool = False
+    prefix: tuple[int, ...] = ()
+    prefix_blocks: int = 0
+    first_s: float | None = None
+    ended_s: float | None = None
+    lost_s: float = 0.0
+    preempted_s: float | None = None
+    preemptions: int = 0
+    moves: int = 0
+    got: int = 0
+    error: str = ""
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Sequence:
+    """A request on one engine. `outputs` generated; `computed` of its tokens have KV, in `blocks`
+    blocks, of which `held` prefix ids are shared."""
+
+    job: Job
+    turn: tuple[int, float]
+    queued_s: float
+    outputs: int = 0
+    computed: int = 0
+    blocks: int = 0
+    held: list[int] = field(default_factory=list)
+    left: tuple[int, int, int] | None = None
+    running: bool = False
+    stopped: bool = False
+    preemptions: int = 0
+    pinned: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Prompt and output."""
+        return self.job.prompt + self.outputs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOptions:
+    """vLLM's flags. `kv_tokens`: 0 for the profile's."""
+
+    kv_tokens: int = 0
+    budget: int = 2048
+    slots: int = 256
+    chunked: bool = True
+    prefix_caching: bool = True
+
+
+@dataclass(slots=True, kw_only=True)
+class Batch:
+    """One step: what it computes of whom, and how long it takes."""
+
+    parts: list[tuple[Sequence, int]]
+    seconds: float
+
+
+class Batching:
+    """One engine's requests, and the steps that serve them."""
+
+    def __init__(self, profile: Profile, options: EngineOptions, priorities: Priorities) -> None:
+        self.block_tokens = profile.block_tokens
+        self.profile = profile
+        self.options = options
+        total = (options.kv_tokens or profile.kv_tokens) // profile.block_tokens
+        self.memory = Memory(total, caching=options.prefix_caching)
+        self.requests: dict[RequestId, Sequence] = {}
+        self.running: list[Sequence] = []
+        self.holding: list[Sequence] = []
+        self.preemptions = 0
+        self.finished = 0
+        self.finished_tokens = 0
+        self.steps = 0
+        self.steps_s = 0.0
+        self._priorities = priorities
+        self._queue: list[tuple[tuple[int, float], int, Sequence]] = []
+        self._count = 0
+        self._next_look_s = 0.0
+        self._classes: tuple[ClassLoad, ...] | None = None
+        self._orphans: dict[RequestId, int] = {}
+
+    # -- what a frontend does
+
+    def add(self, job: Job, now: float) -> None:
+        """A new request."""
+        seq = Sequence(job=job, turn=(job.priority, job.arrived_s), queued_s=now)
+        self.requests[job.id] = seq
+        self._enqueue(seq)
+
+    def abort(self, request: RequestId) -> None:
+        """Its client hung up, or somebody else has it."""
+        seq = self.requests.get(request)
+        if seq is not None:
+            self._finish(seq)
+
+    # -- steps
+
+    def schedule(self, now: float) -> Batch | None:
+        """The next step, or None if there is nothing to do."""
+        if self._queue and now >= self._next_look_s:
+            self._look(now)
+        parts: list[tuple[Sequence, int]] = []
+        if not self.options.chunked and (self._queue or self.holding):
+            self._admit(parts, self.options.budget, now)
+            if any(new > 1 for _, new in parts):
+                return self._batch(parts)
+            parts.clear()  # They came with their KV, and run with the others.
+        before = self.preemptions
+        budget = self._run(parts, now)
+        if self.preemptions == before and (self._queue or self.holding):
+            self._admit(parts, budget, now)
+        return self._batch(parts) if parts else None
+
+    def land(self, batch: Batch, now: float) -> list[tuple[RequestId, bool]]:
+        """The step is over: who has one more token, and whether it was the last."""
+        self.steps += 1
+        self.steps_s += batch.seconds
+        said = []
+        for seq, new in batch.parts:
+            seq.computed += new
+            if seq.computed < seq.job.prompt + seq.outputs:
+                continue
+            if not seq.outputs and seq.job.prefix:
+                self._publish(seq)
+            seq.outputs += 1
+            job = seq.job
+            if job.preempted_s is not None:
+                job.lost_s += now - job.preempted_s
+                job.preempted_s = None
+            over = seq.outputs >= job.answer
+            said.append((job.id, over))
+            if over:
+                self.finished += 1
+                self.finished_tokens += seq.outputs
+                self._finish(seq)
+        return said
+
+    def _run(self, parts: list[tuple[Sequence, int]], now: float) -> int:
+        """Tokens for those that run; returns what is left of the budget."""
+        budget, block, memory = self.options.budget, self.block_tokens, self.memory
+        place = 0
+        running = self.running
+        while place < len(running) and budget > 0:
+            seq = running[place]
+            new = seq.job.prompt + seq.outputs - seq.computed
+            if new > budget:
+                new = budget
+            need = -(-(seq.computed + new) // block) - seq.blocks
+            if need > 0:
+                while need > memory.free:
+                    victim = max(running, key=lambda s: s.turn)
+                    gone = running.index(victim)
+                    for number, (other, count) in enumerate(parts):
+                        if other is victim:
+                            budget += count
+                            del parts[number]
+                            break
+                    self._preempt(victim, now)
+                    if gone <= place:
+                        place -= 1
+                    if victim is seq:
+                        break
+                else:
+                    memory.take(need)
+                    seq.blocks += need
+                if not seq.running:
+                    place += 1
+                    continue
+            parts.append((seq, new))
+            budget -= new
+            place += 1
+        return budget
+
+    def _admit(self, parts: list[tuple[Sequence, int]], budget: int, now: float) -> int:
+        """Starts those that wait; returns what is left of the budget."""
+        block, memory = self.block_tokens, self.memory
+        while budget > 0 and len(self.running) < self.options.slots:
+            if self.holding:
+                seq = self.holding[0]
+                shared = own = 0
+            elif self._queue:
+                seq = self._queue[0][2]
+                shared, own = self._hits(seq)
+            else:
+                break
+            found = seq.computed + (shared * seq.job.prefix_blocks + own) * block
+            new = seq.tokens - found
+            if new > budget:
+                if not self.options.chunked:
+                    # Older versions want a budget of the longest prompt; nobody is stuck for it.
+                    if parts:
+                        break
+                    budget = new
+                new = min(new, budget)
+            ids = seq.job.prefix[:shared]
+            idle = memory.idle(ids) * seq.job.prefix_blocks + own
+            there = seq.blocks + shared * seq.job.prefix_blocks + own
+            if -(-seq.tokens // block) - there + idle > memory.free:
+                break
+            if self.holding:
+                self.holding.pop(0)
+            else:
+                self._queue.pop(0)
+                memory.hold(ids, seq.job.prefix_blocks)
+                memory.take_back(own)
+                seq.held = list(ids)
+                seq.blocks, seq.computed, seq.left = there, found, None
+            need = -(-(seq.computed + new) // block) - seq.blocks
+            if need > 0:
+                memory.take(need)
+                seq.blocks += need
+            seq.running = True
+            self.running.append(seq)
+            self._classes = None
+            parts.append((seq, new))
+            budget -= new
+        return budget
+
+    def _hits(self, seq: Sequence) -> tuple[int, int]:
+        """What the prefix cache has of a request: shared ids, and blocks of its own after them. At
+        least one token is left to compute."""
+        job, most = seq.job, (seq.tokens - 1) // self.block_tokens
+        shared = self.memory.hits(job.prefix) if job.prefix else 0
+        while shared and shared * job.prefix_blocks > most:
+            shared -= 1
+        own = self.memory.kept(seq.left) if seq.left is not None else 0
+        if shared < len(job.prefix):
+            return shared, 0
+        return shared, max(0, min(own, most - shared * job.prefix_blocks))
+
+    def _batch(self, parts: list[tuple[Sequence, int]]) -> Batch:
+        decodes = context = 0
+        prompts = []
+        for seq, new in parts:
+            if new == 1 and seq.outputs:
+                decodes += 1
+                context += seq.computed + 1
+            else:
+                prompts.append((new, seq.computed))
+        return Batch(parts=parts, seconds=self.profile.step(decodes, context, prompts))
+
+    def _publish(self, seq: Sequence) -> None:
+        """Its prompt is computed: whole prefix blocks of it can be shared."""
+        rest = seq.job.prefix[len(seq.held) :]
+        seq.held += self.memory.publish(rest)
+
+    def _preempt(self, seq: Sequence, now: float) -> None:
+        self.running.remove(seq)
+        seq.running = False
+        full = seq.computed // self.block_tokens
+        self._free(seq, kept=full)
+        seq.preemptions += 1
+        seq.job.preemptions += 1
+        if seq.job.preempted_s is None:
+            seq.job.preempted_s = now
+        self.preemptions += 1
+        self._enqueue(seq)
+
+    def _finish(self, seq: Sequence) -> None:
+        del self.requests[seq.job.id]
+        self._take_out(seq)
+        self._free(seq)
+        self._classes = None
+
+    def _take_out(self, seq: Sequence) -> None:
+        if seq.running:
+            self.running.remove(seq)
+            seq.running = False
+        elif seq in self.holding:
+            self.holding.remove(seq)
+        elif not seq.stopped:
+            self._queue = [entry for entry in self._queue if entry[2] is not seq]
+
+    def _free(self, seq: Sequence, kept: int = 0) -> None:
+        """Frees its blocks, but those that are being copied only when that is over."""
+        job = seq.job
+        own = seq.blocks - len(seq.held) * job.prefix_blocks
+        self.memory.unhold(seq.held, job.prefix_blocks)
+        if seq.pinned:
+            pinned = min(seq.pinned, own)
+            self._orphans[job.id] = self._orphans.get(job.id, 0) + pinned
+            own, kept, seq.pinned = own - pinned, 0, 0
+        mine = max(0, min(own, kept - len(seq.held) * job.prefix_blocks))
+        self.memory.give(own - mine)
+        seq.left = self.memory.leave(mine) if mine else None
+        seq.held, seq.blocks, seq.computed = [], 0, 0
+
+    def _enqueue(self, seq: Sequence) -> None:
+        priority, arrived_s = seq.turn
+        if seq.preemptions and arrived_s > -STARTED_S / 2:
+            seq.turn = (priority, arrived_s - STARTED_S)
+        self._count += 1
+        insort(self._queue, (seq.turn, self._count, seq))
+        self._classes = None
+
+    def _look(self, now: float) -> None:
+        """Queues anew who has waited for long."""
+        self._next_look_s = now + LOOK_EVERY_S
+        changed = False
+        for _, _, seq in self._queue:
+            priority = self._priorities.aged(seq.job.priority, now - seq.queued_s)
+            if priority != seq.turn[0]:
+                seq.turn, changed = (priority, seq.turn[1]), True
+        if changed:
+            self._queue = sorted((seq.turn, count, seq) for _, count, seq in self._queue)
+
+    # -- what it counts
+
+    def classes(self) -> tuple[ClassLoad, ...]:
+        """Requests by priority class, most urgent first."""
+        if self._classes is None:
+            rank = self._priorities.rank
+            counts = [[0, 0, 0] for _ in range(len(self._priorities))]
+            for seq in self.running:
+                counts[rank(seq.job.priority)][0] += 1
+            for seq in self._waiting():
+                mine = counts[rank(seq.job.priority)]
+                mine[1] += 1
+                mine[2] += self.needed(seq)
+            self._classes = tuple(
+                ClassLoad(running=r, waiting=w, waiting_tokens=t) for r, w, t in counts
+            )
+        return self._classes
+
+    def head_tokens(self) -> int:
+        """What the head of the queue needs to start."""
+        return self.needed(self._queue[0][2]) if self._queue else 0
+
+    def waiting(self) -> int:
+        """Requests in the queue."""
+        return len(self._queue) + len(self.holding)
+
+    def needed(self, seq: Sequence) -> int:
+        """KV tokens of a request, in whole blocks."""
+        return -(-seq.tokens // self.block_tokens) * self.block_tokens
+
+    def _waiting(self) -> Iterable[Sequence]:
+        yield from self.holding
+        for _, _, seq in self._queue:
+            yield seq

@@ -1,0 +1,292 @@
+"""`llumnix simulate`: reads its arguments, runs, and shows what came out."""
+
+import argparse
+import json
+import math
+import os
+import shlex
+import statistics
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from llumnix.config import read_settings
+from llumnix.core.policies.presets import POLICIES
+from llumnix.core.settings import SchedulerSettings
+from llumnix.errors import UsageError
+from llumnix.sim.batching import EngineOptions
+from llumnix.sim.faults import Faults
+from llumnix.sim.profile import load_profile, profile_names
+from llumnix.sim.simulate import Run, Spec, fewest, parse_bound, runs
+from llumnix.sim.traces import FOLDER_VARIABLE
+from llumnix.sim.workload import TRACES
+
+POINTS_MAX = 200
+INSTANCES_MAX = 1024
+"""Where `--capacity-for` gives up."""
+COLUMNS = (
+    ("TTFT mean, s", ("ttft_s", "mean"), 1),
+    ("TTFT P99, s", ("ttft_s", "p99"), 1),
+    ("TPOT mean, ms", ("tpot_s", "mean"), 1e3),
+    ("TPOT P99, ms", ("tpot_s", "p99"), 1e3),
+    ("e2e mean, s", ("e2e_s", "mean"), 1),
+    ("preemption loss, s", ("preemption_loss_s", "mean"), 1),
+    ("fragmentation, %", ("fragmentation", "mean"), 100),
+    ("KV used, %", ("kv_used", "mean"), 100),
+    ("instances", ("instances_mean",), 1),
+    ("migrations", ("migrations",), 1),
+    ("preemptions", ("preemptions",), 1),
+    ("failed", ("requests_failed",), 1),
+)
+
+
+def simulate(argv: list[str]) -> int:
+    """Runs the command; 0 when all runs have ended."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    began = time.monotonic()
+    specs = _specs(args)
+    if args.capacity_for:
+        return _capacity(specs, args, began)
+    shown = Console(stderr=True)
+    found: list[Run] = []
+    with Progress(console=shown, disable=args.json or not shown.is_terminal) as progress:
+        task = progress.add_task("simulating", total=len(specs))
+        for run in runs(specs, args.processes):
+            found.append(run)
+            progress.advance(task)
+    order = {_key(s.scheduler.policy, s.rate_per_s, s.seed): n for n, s in enumerate(specs)}
+    found.sort(key=lambda r: order[_key(r["policy"], r["rate"], r["seed"])])
+    result = {"runs": found, "wall_s": round(time.monotonic() - began, 2)}
+    _show(result, args)
+    return 0
+
+
+def _key(policy: str, rate: float | None, seed: int) -> tuple[Any, ...]:
+    return policy, rate, seed
+
+
+def _show(result: dict[str, Any], args: argparse.Namespace) -> None:
+    if args.report:
+        from llumnix.sim.report import write_report
+
+        told = {"profile": args.profile, "command": "llumnix simulate " + shlex.join(sys.argv[2:])}
+        write_report({**result, "told": told}, args.report)
+    if args.json:
+        bare = [{k: v for k, v in r.items() if k != "details"} for r in result["runs"]]
+        print(json.dumps({**result, "runs": bare}))
+        return
+    Console(width=None if sys.stdout.isatty() else 200).print(_table(result["runs"]))
+    print(f"{len(result['runs'])} runs in {result['wall_s']:.1f} s")
+    if args.report:
+        print(f"report: {args.report}")
+
+
+def _table(found: list[Run]) -> Table:
+    """Means over the seeds, with 95 % intervals where there are several."""
+    table = Table()
+    rates = len({r["rate"] for r in found}) > 1
+    table.add_column("policy")
+    if rates:
+        table.add_column("rate", justify="right")
+    for name, _, _ in COLUMNS:
+        table.add_column(name, justify="right")
+    groups: dict[tuple[Any, ...], list[Run]] = {}
+    for run in found:
+        groups.setdefault((run["rate"], run["policy"]), []).append(run)
+    for (rate, policy), rows in groups.items():
+        cells = [_cell([_pick(r["metrics"], path) for r in rows], f) for _, path, f in COLUMNS]
+        table.add_row(policy, *([f"{rate:g}"] if rates else []), *cells)
+    return table
+
+
+def _pick(metrics: Any, path: tuple[str, ...]) -> Any:
+    for key in path:
+        metrics = metrics[key]
+    return metrics
+
+
+def _cell(values: list[float | None], factor: float) -> str:
+    known = [v * factor for v in values if v is not None]
+    if not known:
+        return "-"
+    mean = statistics.fmean(known)
+    if len(known) < 2:
+        return f"{mean:.3g}"
+    return f"{mean:.3g} ± {interval(known):.2g}"
+
+
+# 97.5 % quantiles of Student's t for 1 to 20 degrees of freedom.
+_T = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
+    2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
+)  # fmt: skip
+
+
+def interval(values: list[float]) -> float:
+    """Half of the 95 % t-interval of their mean; of two values or more."""
+    t = _T[min(len(values) - 1, len(_T)) - 1]
+    return t * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def _capacity(specs: list[Spec], args: argparse.Namespace, began: float) -> int:
+    """The fewest instances for each policy and rate, all seeds keeping the bound."""
+    rows = []
+    for policy in args.policy:
+        for rate in dict.fromkeys(s.rate_per_s for s in specs):
+            mine = [s for s in specs if s.scheduler.policy == policy and s.rate_per_s == rate]
+            found = [fewest(spec, args.capacity_for, INSTANCES_MAX) for spec in mine]
+            counts = [count for count, _ in found]
+            rows.append(
+                {
+                    "policy": policy,
+                    "trace": args.trace,
+                    "rate": rate,
+                    "bound": args.capacity_for,
+                    "instances": max(counts),
+                    "instances_by_seed": counts,
+                    "runs": [run for _, run in found],
+                }
+            )
+    wall_s = round(time.monotonic() - began, 2)
+    if args.json:
+        print(json.dumps({"capacity": rows, "wall_s": wall_s}))
+        return 0
+    table = Table("policy", "rate", f"fewest instances for {args.capacity_for}", "by seed")
+    for row in rows:
+        rate = "the trace's" if row["rate"] is None else f"{row['rate']:g}"
+        by_seed = ", ".join(map(str, row["instances_by_seed"]))
+        table.add_row(row["policy"], rate, str(row["instances"]), by_seed)
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    print(f"{wall_s:.1f} s")
+    return 0
+
+
+def _specs(args: argparse.Namespace) -> list[Spec]:
+    settings = _settings(args)
+    profile = load_profile(args.profile)
+    engine = EngineOptions(
+        kv_tokens=args.kv_tokens or 0,
+        budget=args.max_num_batched_tokens,
+        slots=args.max_num_seqs,
+        chunked=args.chunked_prefill,
+        prefix_caching=args.prefix_caching,
+    )
+    faults = Faults.parse(args.faults) if args.faults is not None else None
+    rates = _sweep(args.sweep) if args.sweep else [args.rate]
+    if args.capacity_for:
+        parse_bound(args.capacity_for)
+    return [
+        Spec(
+            scheduler=replace(settings, policy=policy),
+            profile=profile,
+            engine=engine,
+            instances=args.instances,
+            start_s=args.start_s,
+            trace=args.trace,
+            rate_per_s=rate,
+            requests=args.requests,
+            seed=seed,
+            cv=args.cv,
+            scale=args.scale,
+            high_share=args.high,
+            folder=args.traces,
+            faults=faults,
+            details=bool(args.report) and seed == args.seed,
+        )
+        for rate in rates
+        for seed in range(args.seed, args.seed + args.seeds)
+        for policy in args.policy
+    ]
+
+
+def _settings(args: argparse.Namespace) -> SchedulerSettings:
+    settings = read_settings(args.scheduler_config)
+    if args.autoscale:
+        low, _, high = args.autoscale.partition(",")
+        if not (low.isdigit() and high.isdigit()):
+            raise UsageError(f"--autoscale {args.autoscale!r}: write MIN,MAX, such as 1,16")
+        scaling = replace(settings.scaling, instances_min=int(low), instances_max=int(high))
+        settings = replace(settings, scaling=scaling)
+    return settings
+
+
+def _sweep(text: str) -> list[float | None]:
+    """`rate=2.6:3.2:0.2` as its points, both ends included."""
+    name, _, span = text.partition("=")
+    try:
+        first, last, step = (float(x) for x in span.split(":"))
+    except ValueError:
+        first, last, step = 1.0, 0.0, 0.0
+    if name != "rate" or step <= 0 or last < first or (last - first) / step > POINTS_MAX:
+        raise UsageError(
+            f"--sweep {text!r}: write rate=FIRST:LAST:STEP, such as rate=2.6:3.2:0.2 (at most "
+            f"{POINTS_MAX} points)"
+        )
+    return [round(first + n * step, 9) for n in range(math.floor((last - first) / step + 1e-9) + 1)]
+
+
+def _policies(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in POLICIES:
+            raise argparse.ArgumentTypeError(f"no policy {name!r}; there are {', '.join(POLICIES)}")
+    return names
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number above 0")
+    return int(text)
+
+
+def _parser() -> argparse.ArgumentParser:
+    traces = "\n".join(f"  {name:22} {text}" for name, text in TRACES.items())
+    parser = argparse.ArgumentParser(
+        prog="llumnix simulate",
+        description="The scheduler and the migrations of `llumnix serve`, with engines, network "
+        "and clients in virtual time.",
+        epilog=f"traces:\n{traces}\n  or a csv or jsonl file with input_tokens, output_tokens and, "
+        "if it has them, arrival_s and hash_ids",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--policy", type=_policies, default=["llumnix"], help="names, by comma")
+    add("--trace", default="M-M", help="what the requests are like: see below")
+    add("--traces", metavar="DIR", help=f"folder of trace files (default: ${FOLDER_VARIABLE})")
+    add("--rate", type=float, help="requests a second (default: the trace's own)")
+    add("--sweep", metavar="rate=FIRST:LAST:STEP", help="several rates")
+    add("--cv", type=float, help="of the gaps, Gamma; 1 is Poisson (default: the trace's gaps)")
+    add("--scale", type=float, default=1.0, help="of all lengths")
+    add("--high", type=float, default=0.0, metavar="SHARE", help="of requests that are urgent")
+    add("--requests", type=_count, default=1000, help="in a run")
+    add("--seed", type=int, default=0, help="the first seed")
+    add("--seeds", type=_count, default=1, help="how many")
+    add("--instances", type=_count, default=4, help="at the beginning")
+    add("--autoscale", metavar="MIN,MAX", help="let the load decide the number of instances")
+    add("--start-s", type=float, help="how long an instance takes to start")
+    add("--capacity-for", metavar="BOUND", help="find the fewest instances: ttft_p99<2s")
+    add("--profile", default="a10-llama-7b", help=f"{', '.join(profile_names())}, or a file")
+    add("--kv-tokens", type=_count, help="KV memory of an instance (default: the profile's)")
+    add("--max-num-batched-tokens", type=_count, default=2048, help="of a step")
+    add("--max-num-seqs", type=_count, default=256, help="requests that run at a time")
+    flag = argparse.BooleanOptionalAction
+    add("--chunked-prefill", action=flag, default=True, help="prompts share steps with others")
+    add("--prefix-caching", action=flag, default=True, help="as vLLM's")
+    add("--scheduler-config", metavar="FILE", help="knobs of the scheduler (docs/scheduler.md)")
+    add(
+        "--faults",
+        metavar="FAULTS",
+        help="instance=S,controller=S,client=S,link=SHARE: crashes and clients that hang up, each "
+        "so many seconds apart, and messages lost, repeated and late; everything is checked",
+    )
+    add("--processes", type=_count, default=os.cpu_count() or 1, help="runs at a time")
+    add("--json", action="store_true", help="print nothing but JSON")
+    add("--report", type=Path, metavar="FILE", help="write a page with plots")
+    return parser

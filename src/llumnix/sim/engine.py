@@ -1,0 +1,176 @@
+"""One engine in virtual time: continuous batching, and the seam that migrations ask for.
+
+Messages are dealt with between two steps, when nothing is in flight, as with vLLM's synchronous
+scheduling. Tokens have no values: their number is what is moved and checked.
+"""
+
+from collections.abc import Callable
+
+from llumnix.core.messages import Blocks
+from llumnix.core.port import Movable, Phase, Progress, Refusal
+from llumnix.core.priorities import Priorities
+from llumnix.core.types import EngineIndex, RequestId
+from llumnix.sim.batching import Batching, EngineOptions, Job, Sequence
+from llumnix.sim.profile import Profile
+
+WAITING_SHOWN = 8
+"""Of those that wait, so many are offered for a move."""
+_TOKEN = [0]
+
+
+class SimEngine(Batching):
+    """Implements `EnginePort`. `job_of` tells of a request that arrives by a migration; `on_pull`
+    (destination, ticket, source, bytes) begins a copy whose end the host reports."""
+
+    def __init__(
+        self,
+        index: EngineIndex,
+        profile: Profile,
+        options: EngineOptions,
+        priorities: Priorities,
+        job_of: Callable[[RequestId], Job],
+        on_pull: Callable[[EngineIndex, int, EngineIndex, int], None],
+    ) -> None:
+        super().__init__(profile, options, priorities)
+        self.index = index
+        self.arriving: dict[RequestId, Sequence] = {}
+        self._job_of = job_of
+        self._on_pull = on_pull
+
+    def idle(self) -> bool:
+        """Whether it has nothing to do and holds nothing."""
+        return not self.requests and not self.arriving and not self._orphans
+
+    # -- source
+
+    def movable(self) -> list[Movable]:
+        shown = [seq for _, _, seq in self._queue[:WAITING_SHOWN]]
+        return [
+            Movable(
+                request=seq.job.id,
+                priority=seq.job.priority,
+                tokens=self.needed(seq),
+                waiting=not seq.running,
+                busy=seq.running and seq.computed + 1 < seq.tokens,
+            )
+            for seq in shown + self.running
+        ]
+
+    def describe(self, request: RequestId) -> bytes | Refusal:
+        return b""
+
+    def agents(self) -> list[str]:
+        return []
+
+    def progress(self, request: RequestId) -> Progress:
+        seq = self.requests.get(request)
+        if seq is None:
+            return Progress(phase=Phase.GONE)
+        phase = Phase.RUNNING
+        if seq.stopped:
+            phase = Phase.STOPPED
+        elif not seq.running and not seq.computed:
+            phase = Phase.WAITING
+        return Progress(
+            phase=phase,
+            settled=seq.computed,
+            tokens=seq.tokens,
+            outputs=seq.outputs,
+            preemptions=seq.preemptions,
+        )
+
+    def outputs(self, request: RequestId, first: int) -> list[int]:
+        return _TOKEN * (self.requests[request].outputs - first)
+
+    def pin(self, request: RequestId, start: int, end: int) -> Blocks:
+        seq = self.requests[request]
+        seq.pinned = max(seq.pinned, -(-end // self.block_tokens))
+        return [[]]
+
+    def unpin(self, request: RequestId) -> None:
+        seq = self.requests.get(request)
+        if seq is not None:
+            seq.pinned = 0
+        self.memory.give(self._orphans.pop(request, 0))
+
+    def stop(self, request: RequestId) -> None:
+        seq = self.requests[request]
+        self._take_out(seq)
+        seq.stopped = True
+        self._classes = None
+
+    def rest(self, request: RequestId, start: int) -> tuple[int, Blocks, bytes]:
+        return self.requests[request].computed, [[]], b""
+
+    def resume(self, request: RequestId) -> None:
+        seq = self.requests.get(request)
+        if seq is None:
+            return
+        seq.stopped = False
+        if seq.computed:
+            self.holding.append(seq)
+            self._classes = None
+        else:
+            self._enqueue(seq)
+
+    def release(self, request: RequestId) -> None:
+        self.abort(request)
+
+    # -- destination
+
+    def reserve(
+        self, request: RequestId, body: bytes, outputs: list[int], tokens: int, agents: list[str]
+    ) -> int | Refusal:
+        if request in self.requests or request in self.arriving:
+            return Refusal(why="it has not quite left here yet")
+        job = self._job_of(request)
+        seq = Sequence(job=job, turn=(job.priority, job.arrived_s), queued_s=job.arrived_s)
+        seq.outputs = len(outputs)
+        if not self._grow(seq, tokens):
+            return Refusal(why=f"no room for {tokens} tokens")
+        self.arriving[request] = seq
+        return 0
+
+    def ready(self, request: RequestId) -> bool | Refusal:
+        return True
+
+    def reach(self, request: RequestId, tokens: int, outputs: list[int]) -> Refusal | None:
+        seq = self.arriving[request]
+        seq.outputs += len(outputs)
+        return None if self._grow(seq, tokens) else Refusal(why=f"no room for {tokens} tokens")
+
+    def pull(
+        self,
+        request: RequestId,
+        ticket: int,
+        source: EngineIndex,
+        agents: list[str],
+        start: int,
+        end: int,
+        blocks: Blocks,
+    ) -> None:
+        self._on_pull(self.index, ticket, source, (end - start) * self.profile.kv_token_bytes)
+
+    def commit(self, request: RequestId, computed: int, state: bytes) -> Refusal | None:
+        seq = self.arriving.pop(request)
+        self.requests[request] = seq
+        seq.preemptions = seq.job.preemptions
+        if computed:
+            seq.computed = computed
+            self.holding.append(seq)
+            self._classes = None
+        else:
+            self._free(seq)
+            self._enqueue(seq)
+        return None
+
+    def drop(self, request: RequestId) -> None:
+        self._free(self.arriving.pop(request))
+
+    def _grow(self, seq: Sequence, tokens: int) -> bool:
+        need = max(0, -(-tokens // self.block_tokens) - seq.blocks)
+        if need > self.memory.free:
+            return False
+        self.memory.take(need)
+        seq.blocks += need
+        return True

@@ -1,0 +1,240 @@
+"""The report's plots that compare policies, as plotly figures in plain dicts.
+
+Colours are names of the page's CSS variables (`var(--p0)`), so that a figure fits the light and the
+dark page; page.js puts the colours, fonts and grids in. Names and reasons from outside are escaped:
+plotly takes text for a small HTML. A figure's title is drawn by the page, as text.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from typing import Any
+
+from llumnix.core.policies.presets import POLICIES
+from llumnix.errors import UsageError
+from llumnix.sim.report_data import (
+    Details,
+    Setting,
+    bucket,
+    changes,
+    distribution,
+    estimate,
+    last_of,
+    number,
+    short,
+    thin,
+)
+
+COLOURS = 8
+"""Policies that have a colour of their own (--p0, --p1, ...); further ones are dashed."""
+LOG_SPREAD = 20.0
+"""An axis whose values spread wider is logarithmic."""
+
+Figure = dict[str, Any]
+_RATE_FIGURES = (
+    ("TTFT, P99", ("ttft_s", "p99"), "TTFT P99, s", 1.0),
+    ("TTFT, mean", ("ttft_s", "mean"), "mean TTFT, s", 1.0),
+    ("TPOT, P99", ("tpot_s", "p99"), "TPOT P99, ms", 1e3),
+    ("End to end, mean", ("e2e_s", "mean"), "mean end to end, s", 1.0),
+    ("Preemption loss, mean", ("preemption_loss_s", "mean"), "mean preemption loss, s", 1.0),
+    ("Fragmentation, mean", ("fragmentation", "mean"), "fragmented KV memory, %", 100.0),
+    ("Serving instances, mean", ("instances_mean",), "serving instances", 1.0),
+)
+
+
+def plotly() -> Any:
+    """The package, imported when a report is written and not before."""
+    try:
+        import plotly
+        import plotly.graph_objects
+        import plotly.offline
+    except ImportError as error:
+        raise UsageError("a report needs plotly: pip install 'llumnix[report]'") from error
+    return plotly
+
+
+def figure(title: str, data: Sequence[Figure], layout: Figure) -> Figure:
+    """The figure, checked by plotly."""
+    checked = plotly().graph_objects.Figure(data=data, layout=layout | {"template": "none"})
+    made = checked.to_plotly_json()
+    del made["layout"]["template"]
+    return {"title": title, "data": made["data"], "layout": made["layout"]}
+
+
+def colours(policies: Iterable[str]) -> dict[str, int]:
+    """Each policy's colour: the same for a policy of ours in every report."""
+    others = [p for p in dict.fromkeys(policies) if p not in POLICIES]
+    return {name: i for i, name in enumerate([*POLICIES, *others])}
+
+
+def against_rate(settings: Sequence[Setting], colour: Mapping[str, int]) -> list[Figure]:
+    """A plot a figure: a line a policy, its 95 % interval as a band. None for a single rate."""
+    rates = [s.rate for s in settings if s.rate is not None]
+    if len(rates) < 2:
+        return []
+    figures = []
+    for title, path, axis, scale in _RATE_FIGURES:
+        lines: dict[str, list[tuple[float, float, float]]] = {}
+        for setting in settings:
+            for policy, runs in setting.runs.items():
+                found = estimate(runs, *path)
+                if found and setting.rate is not None:
+                    point = (setting.rate, found.mean * scale, (found.half or 0.0) * scale)
+                    lines.setdefault(policy, []).append(point)
+        means = [mean for points in lines.values() for _, mean, _ in points]
+        if not any(means) or (path == ("instances_mean",) and not changes(means)):
+            continue
+        # A band may reach below zero, which no figure does, and which a log axis cannot show. One
+        # that is very wide is cut off, so that the lines can be told apart.
+        log = spread(means) > LOG_SPREAD
+        floor, most = (min(means) / 2 if log else 0.0), max(means) * (2 if log else 1.5)
+        highest = max(mean + half for points in lines.values() for _, mean, half in points)
+        top = min(highest * 1.05, most)
+        data = []
+        for policy, points in lines.items():
+            data += _band(policy, colour[policy], points, floor)
+        layout = {
+            "xaxis": {"title": "rate, requests/s"},
+            "yaxis": value_axis(axis, means)
+            | {"range": [math.log10(floor), math.log10(top)] if log else [0, top]},
+        }
+        if len(rates) <= 8:
+            layout["xaxis"] |= {"tickvals": rates}
+        figures.append(figure(title, data, layout))
+    return figures
+
+
+def distributions(setting: Setting, colour: Mapping[str, int]) -> list[Figure]:
+    """The distributions of TTFT and TPOT over the requests of each policy's detailed run."""
+    figures = []
+    for name, key, unit, scale in (("TTFT", "ttft_s", "s", 1.0), ("TPOT", "tpot_s", "ms", 1e3)):
+        data, seen = [], []
+        for policy in setting.runs:
+            details: Mapping[str, Any] = setting.details(policy) or {}
+            xs, shares = distribution(details.get(key) or ())
+            if not xs:
+                continue
+            seen += xs[len(xs) // 50 :]  # A few lowest ones decide nothing about the axis.
+            hover = f"%{{y:.1f}} % within %{{x}} {unit}"
+            points = [short(x, scale) for x in xs], [short(s) for s in shares]
+            data.append(line(policy, colour[policy], *points, hover, "hv"))
+        if data:
+            layout = {
+                "xaxis": value_axis(f"{name}, {unit}", seen),
+                "yaxis": {"title": "share of requests, %", "range": [0, 101]},
+            }
+            figures.append(figure(name, data, layout))
+    return figures
+
+
+def over_time(setting: Setting, colour: Mapping[str, int]) -> list[Figure]:
+    """The policies' detailed runs in one plot each: fragmentation, waiting requests, instances."""
+    fragmentation, waiting, serving = [], [], []
+    scaled = False
+    for policy in setting.runs:
+        details = setting.details(policy)
+        if not details or not details.get("t_s"):
+            continue
+        of, size = colour[policy], bucket(len(details["t_s"]))
+        times = times_of(details, size)
+        shares = [short(v, 100) for v in thin(details.get("fragmentation") or (), size)]
+        fragmentation.append(line(policy, of, times, shares, "%{y:.1f} % at %{x:.1f} s"))
+        total = [short(v) for v in thin(queues(details)[0], size)]
+        waiting.append(line(policy, of, times, total, "%{y:.1f} wait at %{x:.1f} s"))
+        counts = thin(details.get("serving") or (), size, last_of)
+        scaled = scaled or changes(counts)
+        serving.append(line(policy, of, times, counts, "%{y} serve at %{x:.1f} s", "hv"))
+    figures = []
+    for title, data, axis in (
+        ("Fragmentation", fragmentation, "fragmented KV memory, %"),
+        ("Waiting requests", waiting, "waiting requests"),
+        ("Serving instances", serving if scaled else [], "serving instances"),
+    ):
+        if any(v is not None for one in data for v in one["y"]):
+            layout = {"xaxis": {"title": "time, s"}, "yaxis": count_axis(axis)}
+            figures.append(figure(title, data, layout))
+    return figures
+
+
+def queues(details: Details) -> tuple[list[float], list[float]]:
+    """At each sample: the requests that wait on all instances, and those on the one with most."""
+    samples = range(len(details.get("t_s") or ()))
+    series = [i.get("waiting") or [] for i in (details.get("instances") or {}).values()]
+    at = [[number(s[k]) or 0.0 for s in series if k < len(s)] for k in samples]
+    return [sum(counts) for counts in at], [max(counts, default=0.0) for counts in at]
+
+
+def times_of(details: Details, size: int) -> list[float]:
+    """The time of each point: the first of its samples'."""
+    return [round(t, 3) for t in details["t_s"][::size]]
+
+
+def spread(values: Sequence[float]) -> float:
+    """How many times the smallest value the largest is; 1 if some are not above zero."""
+    return max(values) / min(values) if values and min(values) > 0 else 1.0
+
+
+def value_axis(title: str, values: Sequence[float]) -> Figure:
+    """Logarithmic where the values spread so wide, with ticks at 1, 2, 5 as long as they fit."""
+    if (wide := spread(values)) > LOG_SPREAD:
+        dtick = "D2" if wide < 3e3 else 1
+        return {"title": title, "type": "log", "tickformat": "~g", "dtick": dtick}
+    return count_axis(title)
+
+
+def count_axis(title: str) -> Figure:
+    return {"title": title, "rangemode": "tozero"}
+
+
+def line(
+    policy: str,
+    colour: int,
+    xs: Sequence[Any],
+    ys: Sequence[Any],
+    hover: str,
+    shape: str = "linear",
+) -> Figure:
+    """A policy's line; `hover` says what a point of it is."""
+    return {
+        "type": "scatter",
+        "mode": "lines",
+        "name": escape(policy),
+        "meta": policy,
+        "x": xs,
+        "y": ys,
+        "line": {
+            "color": f"var(--p{colour % COLOURS})",
+            "width": 2,
+            "shape": shape,
+            "dash": "solid" if colour < COLOURS else "dash",
+        },
+        "hovertemplate": f"%{{fullData.name}}<br>{hover}<extra></extra>",
+    }
+
+
+def _band(
+    policy: str, colour: int, points: Sequence[tuple[float, float, float]], floor: float
+) -> list[Figure]:
+    """A line over the rates, and the area of its intervals if it has any."""
+    rates = [rate for rate, _, _ in points]
+    means = [short(mean) for _, mean, _ in points]
+    made = line(policy, colour, rates, means, "%{y} at %{x} requests/s")
+    made |= {"mode": "lines+markers", "marker": {"size": 6}}
+    if not any(half for _, _, half in points):
+        return [made]
+    made["customdata"] = [short(half) for _, _, half in points]
+    made["hovertemplate"] = made["hovertemplate"].replace("%{y}", "%{y} ± %{customdata}")
+    upper = [short(mean + half) for _, mean, half in points]
+    lower = [short(max(mean - half, floor)) for _, mean, half in points]
+    area = {
+        "type": "scatter",
+        "mode": "lines",
+        "meta": policy,
+        "x": rates + rates[::-1],
+        "y": upper + lower[::-1],
+        "fill": "toself",
+        "fillcolor": f"var(--p{colour % COLOURS}-band)",
+        "line": {"width": 0},
+        "hoverinfo": "skip",
+    }
+    return [area, made]

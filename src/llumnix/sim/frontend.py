@@ -1,0 +1,250 @@
+"""The frontend and its clients in virtual time: it places requests, follows their streams, grants
+migrations their epochs. The production arbiter decides who owns a stream."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from llumnix.core.arbiter import (
+    AbortAt,
+    Arbiter,
+    AskFate,
+    Effect,
+    Ledger,
+    Moved,
+    StreamLost,
+    TellLost,
+)
+from llumnix.core.events import Dispatch, RequestArrived
+from llumnix.core.messages import Migrate, MigrationEnded, MigrationWanted, TookOver
+from llumnix.core.types import EngineIndex, InstanceId, MigrationId, RequestId
+from llumnix.sim.batching import Job
+
+if TYPE_CHECKING:
+    from llumnix.sim.cluster import Cluster
+
+RETRY_S = 0.05
+"""How soon a request that no instance takes is placed again."""
+
+Token = tuple[RequestId, bool]
+"""One more token of a request, and whether it is the last."""
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Stream:
+    """One client's stream."""
+
+    job: Job
+    ledger: Ledger[Token]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Move:
+    """One migration that ended. `outcome`: `migrated` or `aborted`."""
+
+    t_s: float
+    ended_s: float
+    request: RequestId
+    source: InstanceId
+    destination: InstanceId
+    tokens: int
+    waiting: bool
+    outcome: str
+    why: str
+
+
+class Frontend:
+    """All clients' one frontend."""
+
+    def __init__(self, cluster: "Cluster") -> None:
+        self.arbiter: Arbiter[Token] = Arbiter()
+        self.jobs: dict[RequestId, Job] = {}
+        self.streams: dict[RequestId, Stream] = {}
+        self.moves: list[Move] = []
+        self.ended = 0
+        self._cluster = cluster
+        self._began: dict[MigrationId, Move] = {}
+        self._arrivals: Iterable[Job] = iter(())
+        self._more = False
+
+    @property
+    def over(self) -> bool:
+        """Whether every request has come and ended."""
+        return not self._more and self.ended == len(self.jobs)
+
+    # -- requests
+
+    def serve(self, jobs: Iterable[Job]) -> None:
+        """These requests will come, given in order of arrival."""
+        self._arrivals, self._more = iter(jobs), True
+        self._next_arrival()
+
+    def _next_arrival(self) -> None:
+        job = next(iter(self._arrivals), None)
+        if job is None:
+            self._more = False
+        else:
+            self._cluster.at(job.arrived_s, self._arrive, job)
+
+    def _arrive(self, job: Job) -> None:
+        self.jobs[job.id] = job
+        self._place(job)
+        self._next_arrival()
+
+    def _place(self, job: Job) -> None:
+        cluster = self._cluster
+        index = self._ask(job) if cluster.scheduler is not None else self._by_itself()
+        if index is None:
+            cluster.at(cluster.now + RETRY_S, self._place, job)
+            return
+        ledger = self.arbiter.open(job.id, index)
+        self.streams[job.id] = Stream(job=job, ledger=ledger)
+        cluster.tell_engine(index, self._add, job)
+
+    def _ask(self, job: Job) -> EngineIndex | None:
+        fact = RequestArrived(
+            request=job.id, prompt_tokens=job.prompt, priority=job.priority, prefix=job.prefix
+        )
+        (decision,) = self._cluster.decide(fact)
+        return decision.engine_index if isinstance(decision, Dispatch) else None
+
+    def _by_itself(self) -> EngineIndex | None:
+        """Without a controller it places by itself: fewest of its own first."""
+        counts = dict.fromkeys(self._cluster.serving(), 0)
+        for stream in self.streams.values():
+            if stream.ledger.owner in counts:
+                counts[stream.ledger.owner] += 1
+        return min(counts, key=lambda i: (counts[i], i), default=None)
+
+    def _add(self, index: EngineIndex, job: Job) -> None:
+        if job.id in self.streams:
+            self._cluster.admit(index, job)
+
+    def hang_up(self, request: RequestId) -> None:
+        """The client goes away."""
+        if request in self.streams:
+            self._close(self.streams[request].job, "hung up")
+
+    def _close(self, job: Job, error: str, done_at: EngineIndex | None = None) -> None:
+        """The stream is over. `done_at` has said its last token, and keeps nothing of it."""
+        del self.streams[job.id]
+        self.ended += 1
+        job.error = error
+        for engine in self.arbiter.close(job.id):
+            if engine != done_at:
+                self._cluster.tell_engine(engine, self._cluster.abort, job.id)
+
+    # -- what engines say
+
+    def hear(self, index: EngineIndex, said: list[Token]) -> None:
+        """Tokens of one step, one for each of these requests."""
+        streams = self.streams
+        for token in said:
+            stream = streams.get(token[0])
+            if stream is None:
+                continue
+            ledger = stream.ledger
+            if ledger.owner == index and ledger.takeover is None:
+                ledger.outputs += 1
+                self._client_gets(stream.job, token[1], index)
+            else:
+                due, effects = self.arbiter.offer(index, token[0], 1, token)
+                for _, over in due:
+                    self._client_gets(stream.job, over, index)
+                self._perform(effects)
+
+    def _client_gets(self, job: Job, over: bool, index: EngineIndex | None) -> None:
+        assert job.id in self.streams, f"{job.id} got a token after its end"
+        job.got += 1
+        if job.first_s is None:
+            job.first_s = self._cluster.now
+        if over:
+            job.ended_s = self._cluster.now
+            self._close(job, "", done_at=index)
+
+    # -- migrations
+
+    def hear_llumlet(self, index: EngineIndex, message: Any) -> None:
+        """What an engine's llumlet says."""
+        if isinstance(message, TookOver):
+            self._perform(self.arbiter.took_over(index, message))
+        elif isinstance(message, MigrationWanted):
+            self._wanted(index, message)
+        elif isinstance(message, MigrationEnded):
+            self._perform(self.arbiter.ended(message))
+            self._note(message)
+
+    def engine_lost(self, index: EngineIndex, others: list[EngineIndex]) -> None:
+        """An engine is gone."""
+        self._perform(self.arbiter.engine_lost(index, others))
+
+    def _wanted(self, index: EngineIndex, message: MigrationWanted) -> None:
+        stream = self.streams.get(message.request)
+        names = [self._cluster.name_of(i) for i in (index, message.destination)]
+        if stream is None or None in names or stream.ledger.owner != index:
+            return
+        order = self.arbiter.begin(message.request, message.destination, "")
+        if order is not None:
+            self._began[order.migration] = Move(
+                t_s=self._cluster.now,
+                ended_s=self._cluster.now,
+                request=message.request,
+                source=InstanceId(str(names[0])),
+                destination=InstanceId(str(names[1])),
+                tokens=stream.job.prompt + stream.job.got,
+                waiting=stream.job.first_s is None,
+                outcome="under way",
+                why=message.why,
+            )
+            self._cluster.tell_engine(index, self._migrate, order)
+
+    def _migrate(self, index: EngineIndex, order: Migrate) -> None:
+        self._cluster.llumlet(index, lambda llumlet, now: llumlet.migrate(order, now))
+
+    def _note(self, message: MigrationEnded) -> None:
+        began = self._began.pop(message.migration, None)
+        if began is None:
+            return
+        self.moves.append(
+            Move(
+                t_s=began.t_s,
+                ended_s=self._cluster.now,
+                request=began.request,
+                source=began.source,
+                destination=began.destination,
+                tokens=began.tokens,
+                waiting=began.waiting,
+                outcome="migrated" if message.taken else "aborted",
+                why=began.why if message.taken else message.why,
+            )
+        )
+        self.jobs[message.request].moves += message.taken
+
+    def _perform(self, effects: list[Effect]) -> None:
+        cluster = self._cluster
+        for effect in effects:
+            match effect:
+                case AbortAt(engine=engine, request=request):
+                    cluster.tell_engine(engine, cluster.abort, request)
+                case TellLost(engine=engine, lost=lost, granted=granted):
+                    cluster.tell_engine(engine, self._tell_lost, lost, set(granted))
+                case AskFate(engine=engine, migration=migration):
+                    cluster.tell_engine(engine, cluster.fate, migration, self._hear_fate)
+                case StreamLost(request=request):
+                    if (stream := self.streams.get(request)) is not None:
+                        self._close(stream.job, "its engine died")
+                case Moved(request=request, missing=missing, held=held):
+                    self._moved(request, len(missing), held)
+
+    def _moved(self, request: RequestId, missing: int, held: tuple[Any, ...]) -> None:
+        job, owner = self.jobs[request], self.streams[request].ledger.owner
+        for _ in range(missing):
+            self._client_gets(job, False, None)
+        for _, over in held:
+            self._client_gets(job, over, owner)
+
+    def _tell_lost(self, index: EngineIndex, lost: EngineIndex, granted: set[MigrationId]) -> None:
+        self._cluster.llumlet(index, lambda it, now: it.engine_lost(lost, granted, now))
+
+    def _hear_fate(self, migration: MigrationId, fate: str) -> None:
+        self._perform(self.arbiter.fate(migration, fate))

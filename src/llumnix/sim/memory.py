@@ -1,0 +1,123 @@
+"""The KV blocks of one simulated engine: who holds how many, and what the prefix cache still has.
+
+vLLM gives freed blocks away again in the order in which they were freed. So a block that was freed
+when `free` blocks were free is overwritten by the allocation number `taken + free` from then on:
+one number tells of a cached block whether it is still there, and nothing is kept in a queue.
+(A hit takes a block out of the middle of that queue, which brings those behind it forward; that is
+left out.)
+"""
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(slots=True)
+class Shared:
+    """Blocks of one prefix id: how many requests hold them, and, if none does, the allocation that
+    overwrites them."""
+
+    holders: int
+    until: int = 0
+
+
+class Memory:
+    """`total`, `free`: blocks. `taken`: blocks allocated so far. `caching`: whether there is a
+    prefix cache. `news`: prefix ids that it began to have (True) or lost, for who wants to know;
+    whoever reads it clears it."""
+
+    def __init__(self, total: int, *, caching: bool) -> None:
+        self.total = total
+        self.free = total
+        self.taken = 0
+        self.caching = caching
+        self.news: list[tuple[int, bool]] = []
+        self._shared: dict[int, Shared] = {}
+        self._fading: list[tuple[int, int]] = []
+
+    def take(self, blocks: int) -> None:
+        """Allocates; the caller has looked whether there are so many."""
+        assert blocks <= self.free
+        self.free -= blocks
+        self.taken += blocks
+        while self._fading and self._fading[0][0] <= self.taken:
+            until, name = heapq.heappop(self._fading)
+            shared = self._shared.get(name)
+            if shared is not None and not shared.holders and shared.until == until:
+                del self._shared[name]
+                self.news.append((name, False))
+
+    def give(self, blocks: int) -> None:
+        """Frees what nobody will ask for again."""
+        self.free += blocks
+        assert self.free <= self.total
+
+    @property
+    def shares(self) -> bool:
+        """Whether requests may hold the same blocks."""
+        return bool(self._shared)
+
+    # -- blocks of one request, which it may come back for
+
+    def leave(self, blocks: int) -> tuple[int, int, int]:
+        """Frees the blocks of a request that will come back. Returns what `kept` wants to know."""
+        ticket = (blocks, self.taken, self.free)
+        self.give(blocks)
+        return ticket
+
+    def kept(self, ticket: tuple[int, int, int] | None) -> int:
+        """How many of its leading blocks are still there: the last of them go first."""
+        if ticket is None or not self.caching:
+            return 0
+        blocks, taken, free = ticket
+        return max(0, blocks - max(0, self.taken - taken - free))
+
+    def take_back(self, blocks: int) -> None:
+        """Takes blocks that are still there: nothing is overwritten for them."""
+        assert blocks <= self.free
+        self.free -= blocks
+
+    # -- blocks that requests share
+
+    def hits(self, ids: Sequence[int]) -> int:
+        """How many leading ids are there."""
+        if not self.caching:
+            return 0
+        for count, name in enumerate(ids):
+            if name not in self._shared:
+                return count
+        return len(ids)
+
+    def idle(self, ids: Sequence[int]) -> int:
+        """How many of these, which are there, nobody holds: to hold them takes free blocks."""
+        return sum(not self._shared[i].holders for i in ids)
+
+    def hold(self, ids: Sequence[int], blocks: int) -> None:
+        """One more holder of ids that are there, of `blocks` blocks each."""
+        for name in ids:
+            shared = self._shared[name]
+            if not shared.holders:
+                self.take_back(blocks)
+            shared.holders += 1
+
+    def publish(self, ids: Sequence[int]) -> list[int]:
+        """Who has computed the blocks of these ids lets others share them from now on, and holds
+        them. Returns which: those that another holds already stay its own."""
+        mine = []
+        for name in ids:
+            shared = self._shared.get(name)
+            if self.caching and (shared is None or not shared.holders):
+                self._shared[name] = Shared(holders=1)
+                self.news.append((name, True))
+                mine.append(name)
+        return mine
+
+    def unhold(self, ids: Sequence[int], blocks: int) -> None:
+        """One holder less. The last ones are freed first."""
+        for name in reversed(ids):
+            shared = self._shared[name]
+            shared.holders -= 1
+            if not shared.holders:
+                self.free += blocks
+                shared.until = self.taken + self.free
+                heapq.heappush(self._fading, (shared.until, name))

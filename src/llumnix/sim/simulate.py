@@ -1,0 +1,366 @@
+"""Runs of the simulator and their figures: what `llumnix simulate` does.
+
+Figures of a run, as benchmarks/live.py has them for real engines (times in seconds):
+- ttft_s, e2e_s: from a request's arrival to its first and its last token at the client; tpot_s:
+  between the two, a token. Of requests that ended.
+- preemption_loss_s: of all requests, the time from a preemption to the next token.
+- fragmentation: the share of all KV memory that is free and would satisfy heads of queues that do
+  not fit where they are, if it were in one place (heads in ascending order while they fit).
+- kv_used, waiting: share of KV memory in use, requests in queues; like fragmentation sampled over
+  the time of arrivals. instances_mean: over the whole run, those that start included.
+"""
+
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from llumnix.core.events import Decision, Dispatch, Fact, MoveLoad, NoInstance
+from llumnix.core.prefixes import BLOCK_TOKENS
+from llumnix.core.scheduler import priorities_of
+from llumnix.core.settings import SchedulerSettings
+from llumnix.core.types import InstanceId, RequestId
+from llumnix.errors import UsageError
+from llumnix.sim.batching import EngineOptions, Job
+from llumnix.sim.cluster import Cluster, Setup
+from llumnix.sim.faults import Faults, Trouble, come_to_rest
+from llumnix.sim.profile import Profile
+from llumnix.sim.workload import Workload
+
+SAMPLES = 400
+"""Looks at the instances during the time of arrivals, evenly."""
+DECISIONS_MAX = 1000
+"""Decisions that a run's details keep: the last ones but for dispatches."""
+
+Run = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spec:
+    """One run. `scheduler.policy` is its policy; `rate_per_s` None for the trace's own."""
+
+    scheduler: SchedulerSettings
+    profile: Profile
+    engine: EngineOptions
+    instances: int
+    start_s: float | None
+    trace: str
+    rate_per_s: float | None
+    requests: int
+    seed: int
+    cv: float | None = None
+    scale: float = 1.0
+    high_share: float = 0.0
+    folder: str | Path | None = None
+    faults: Faults | None = None
+    details: bool = False
+
+    def setup(self) -> Setup:
+        """What the cluster is."""
+        return Setup(
+            scheduler=self.scheduler,
+            profile=self.profile,
+            engine=self.engine,
+            instances=self.instances,
+            start_s=self.start_s,
+        )
+
+    def jobs(self) -> list[Job]:
+        """The requests, in order of arrival."""
+        block = self.profile.block_tokens
+        tokens = (self.engine.kv_tokens or self.profile.kv_tokens) // block * block
+        workload = Workload(
+            trace=self.trace,
+            requests=self.requests,
+            rate_per_s=self.rate_per_s,
+            cv=self.cv,
+            scale=self.scale,
+            # Some room for what grows beside it, and for a migration's reserve.
+            tokens_max=int(tokens * 0.95),
+            high_share=self.high_share,
+            folder=self.folder,
+        )
+        classes = priorities_of(self.scheduler)
+        urgent = classes.asked(0, classes.classes[0].name)
+        shared = max(BLOCK_TOKENS, block)
+        return [
+            Job(
+                id=RequestId(f"r{number}"),
+                arrived_s=a.at_s,
+                prompt=a.prompt_tokens,
+                answer=a.output_tokens,
+                high=a.high,
+                priority=urgent if a.high else 0,
+                prefix=a.blocks(shared) if a.prefix else (),
+                prefix_blocks=shared // block if a.prefix else 0,
+            )
+            for number, a in enumerate(workload.draw(self.seed))
+        ]
+
+
+@dataclass(slots=True)
+class Watch:
+    """What is seen of a cluster over time."""
+
+    cluster: Cluster
+    every_s: float
+    until_s: float
+    t_s: list[float] = field(default_factory=list)
+    instances: dict[InstanceId, dict[str, list[Any]]] = field(default_factory=dict)
+    fragmentation: list[float] = field(default_factory=list)
+    used: list[float] = field(default_factory=list)
+    waiting: list[int] = field(default_factory=list)
+    serving: list[int] = field(default_factory=list)
+
+    def look(self) -> None:
+        """Takes a sample, and comes back."""
+        there = list(self.cluster.instances.values())
+        total = free = waiting = 0
+        heads: list[int] = []
+        for instance in there:
+            engine = instance.engine
+            block, memory = engine.block_tokens, engine.memory
+            total += memory.total * block
+            free += memory.free * block
+            waiting += engine.waiting()
+            head = engine.head_tokens()
+            if head > memory.free * block:
+                heads.append(head)
+            seen = self.instances.setdefault(
+                instance.id, {"kv_used": [], "running": [], "waiting": []}
+            )
+            for column in seen.values():
+                column += [None] * (len(self.t_s) - len(column))
+            seen["kv_used"].append(round(1 - memory.free / memory.total, 4))
+            seen["running"].append(len(engine.running))
+            seen["waiting"].append(engine.waiting())
+        served = 0
+        for head in sorted(heads):
+            if served + head > free:
+                break
+            served += head
+        self.t_s.append(round(self.cluster.now, 3))
+        self.fragmentation.append(served / max(1, total))
+        self.used.append(1 - free / max(1, total))
+        self.waiting.append(waiting)
+        self.serving.append(len(there))
+        if self.cluster.now + self.every_s <= self.until_s:
+            self.cluster.at(self.cluster.now + self.every_s, self.look)
+
+    def columns(self) -> dict[str, dict[str, list[Any]]]:
+        """By instance; None where there was none."""
+        for seen in self.instances.values():
+            for column in seen.values():
+                column += [None] * (len(self.t_s) - len(column))
+        return {str(name): seen for name, seen in self.instances.items()}
+
+
+class Decisions:
+    """Keeps the decisions for the report: all moves and changes, and the first dispatches."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self._dispatches = 0
+
+    def record(self, now: float, what: Fact | Decision) -> None:
+        """Called with every fact and decision."""
+        why = getattr(what, "why", None)
+        if why is None or isinstance(what, NoInstance) or len(self.rows) >= DECISIONS_MAX:
+            return
+        if isinstance(what, Dispatch):
+            self._dispatches += 1
+            if self._dispatches > DECISIONS_MAX // 4:
+                return
+            kind, text = "dispatch", f"{what.request} to {what.instance}"
+        elif isinstance(what, MoveLoad):
+            kind, text = "move", f"{what.source} to {what.destination}"
+        else:
+            kind = type(what).__name__.removesuffix("Instances").removesuffix("Instance").lower()
+            text = str(getattr(what, "instance", None) or f"{getattr(what, 'count', '')} more")
+        self.rows.append({"t_s": round(now, 3), "kind": kind, "what": text, "why": why})
+
+
+def run_one(spec: Spec) -> Run:
+    """Simulates one run."""
+    jobs = spec.jobs()
+    decisions = Decisions()
+    trouble = Trouble(spec.faults, spec.seed) if spec.faults is not None else None
+    cluster = Cluster(
+        spec.setup(),
+        record=decisions.record if spec.details else None,
+        wire=trouble.wire if trouble is not None else None,
+    )
+    last_s = jobs[-1].arrived_s
+    if trouble is not None:
+        trouble.begin(cluster, last_s)
+    watch = Watch(cluster, max(0.05, last_s / SAMPLES), last_s)
+    cluster.at(0.0, watch.look)
+    cluster.run(jobs)
+    run_s = cluster.now
+    figures = _figures(jobs)
+    moves = cluster.frontend.moves
+    figures |= {
+        "fragmentation": {"mean": _mean(watch.fragmentation)},
+        "kv_used": {"mean": _mean(watch.used)},
+        "waiting": {"mean": _mean(watch.waiting)},
+        "instances_mean": cluster.instance_s / run_s if run_s else spec.instances,
+        "preemptions": cluster.preemptions,
+        "migrations": sum(m.outcome == "migrated" for m in moves),
+        "migrations_aborted": sum(m.outcome != "migrated" for m in moves),
+        "virtual_s": run_s,
+    }
+    if trouble is not None:
+        come_to_rest(cluster)
+        figures["faults"] = {
+            "instances_crashed": trouble.crashes,
+            "controllers_crashed": trouble.controller_crashes,
+            "clients_hung_up": trouble.hung_up,
+        }
+    if spec.high_share:
+        figures["classes"] = {
+            name: _figures([j for j in jobs if j.high is high])
+            for name, high in (("high", True), ("normal", False))
+        }
+    run: Run = {
+        "policy": spec.scheduler.policy,
+        "trace": spec.trace if not Path(spec.trace).is_file() else Path(spec.trace).name,
+        "rate": spec.rate_per_s,
+        "cv": spec.cv,
+        "seed": spec.seed,
+        "instances": spec.instances,
+        "metrics": figures,
+    }
+    if spec.details:
+        run["details"] = _details(watch, cluster, decisions, jobs)
+    return run
+
+
+def runs(specs: Sequence[Spec], processes: int) -> Iterator[Run]:
+    """All of them, in the order in which they end, on so many processes."""
+    if processes <= 1 or len(specs) == 1:
+        yield from map(run_one, specs)
+        return
+    from concurrent.futures import ProcessPoolExecutor, as_completed
+    from multiprocessing import get_context
+
+    with ProcessPoolExecutor(min(processes, len(specs)), get_context("spawn")) as pool:
+        for future in as_completed([pool.submit(run_one, spec) for spec in specs]):
+            yield future.result()
+
+
+def fewest(spec: Spec, bound: str, most: int) -> tuple[int, Run]:
+    """The fewest instances with which a run keeps a bound such as `ttft_p99<2s`, and that run.
+    Doubles until it holds, then halves the gap; that more instances make it worse is chance."""
+    figure, limit = parse_bound(bound)
+
+    def holds(count: int) -> tuple[bool, Run]:
+        run = run_one(replace(spec, instances=count))
+        value = run["metrics"][figure[0]][figure[1]]
+        done = run["metrics"]["requests_failed"] == 0
+        return done and value is not None and value < limit, run
+
+    low, high = 0, 1
+    kept, found = holds(high)
+    while not kept:
+        if high >= most:
+            raise UsageError(
+                f"{bound} does not hold with {most} instances either: "
+                f"{figure[0]} {figure[1]} is {found['metrics'][figure[0]][figure[1]]:.3g}"
+            )
+        low, high = high, min(most, high * 2)
+        kept, found = holds(high)
+    while high - low > 1:
+        middle = (low + high) // 2
+        kept, run = holds(middle)
+        if kept:
+            high, found = middle, run
+        else:
+            low = middle
+    return high, found
+
+
+def parse_bound(text: str) -> tuple[tuple[str, str], float]:
+    """`ttft_p99<2s` or `tpot_mean<80ms` as a figure's place and seconds."""
+    name, sign, value = text.replace(" ", "").partition("<")
+    figure, _, part = name.rpartition("_")
+    number, unit = value.removesuffix("s"), 1.0
+    if number.endswith("m"):
+        number, unit = number[:-1], 1e-3
+    try:
+        limit = float(number) * unit
+    except ValueError:
+        limit = 0.0
+    if not sign or figure not in ("ttft", "tpot", "e2e") or part not in ("mean", "p50", "p99"):
+        limit = 0.0
+    if limit <= 0:
+        raise UsageError(
+            f"--capacity-for {text!r}: write a bound like ttft_p99<2s or tpot_mean<80ms (ttft, "
+            "tpot or e2e; mean, p50 or p99)"
+        )
+    return (f"{figure}_s", part), limit
+
+
+def _figures(jobs: Sequence[Job]) -> dict[str, Any]:
+    done = [j for j in jobs if j.ended_s is not None]
+    first = [j.first_s - j.arrived_s for j in done if j.first_s is not None]
+    return {
+        "ttft_s": _spread(first),
+        "tpot_s": _spread([t for j in done if (t := _tpot(j)) is not None]),
+        "e2e_s": _spread([j.ended_s - j.arrived_s for j in done if j.ended_s is not None]),
+        "preemption_loss_s": {"mean": _mean([j.lost_s for j in done])},
+        "requests_done": len(done),
+        "requests_failed": len(jobs) - len(done),
+    }
+
+
+def _tpot(job: Job) -> float | None:
+    if job.ended_s is None or job.first_s is None or job.answer < 2:
+        return None
+    return (job.ended_s - job.first_s) / (job.answer - 1)
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return statistics.fmean(values) if values else None
+
+
+def _spread(values: list[float]) -> dict[str, float | None]:
+    if not values:
+        return {"mean": None, "p50": None, "p99": None}
+    ordered = sorted(values)
+    return {"mean": _mean(values), "p50": _quantile(ordered, 0.5), "p99": _quantile(ordered, 0.99)}
+
+
+def _quantile(ordered: list[float], q: float) -> float:
+    place = q * (len(ordered) - 1)
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+
+
+def _details(
+    watch: Watch, cluster: Cluster, decisions: Decisions, jobs: Sequence[Job]
+) -> dict[str, Any]:
+    return {
+        "t_s": watch.t_s,
+        "instances": watch.columns(),
+        "fragmentation": watch.fragmentation,
+        "serving": watch.serving,
+        "migrations": [
+            {
+                "t_s": round(m.t_s, 4),
+                "ended_s": round(m.ended_s, 4),
+                "request": m.request,
+                "source": m.source,
+                "destination": m.destination,
+                "tokens": m.tokens,
+                "waiting": m.waiting,
+                "outcome": m.outcome,
+                "why": m.why,
+            }
+            for m in cluster.frontend.moves
+        ],
+        "decisions": decisions.rows,
+        "ttft_s": [round(j.first_s - j.arrived_s, 4) for j in jobs if j.first_s is not None],
+        "tpot_s": [round(t, 5) for j in jobs if (t := _tpot(j)) is not None],
+    }

@@ -1,0 +1,224 @@
+"""The requests of a run, drawn before it begins: when each comes, how long its parts are.
+
+Lengths are drawn from a synthetic pair (input-output) or taken from a trace (sim/traces.py).
+
+Pairs: S, M and L are Table 1 of Llumnix (OSDI 2024): K on {1, ..., 2m-1} with P(K = k) proportional
+to k^-alpha, length = min(6144, ceil(s K)); s gives the table's mean in expectation. sharegpt and
+burstgpt go through the quantiles of that table; between two of them lengths are bent so that the
+mean is the table's too, and the ends are assumed. All of them are synthetic: no real traffic, no
+correlation of input and output, no sessions.
+
+Arrival times come from a Gamma distribution of gaps (Poisson is one of them), or from the trace,
+with its own gaps stretched to the wanted rate. Mooncake's timestamps fall on a grid of 3 s, and
+RAGPulse's are whole seconds: by those names, requests of one instant are spread evenly over the 3 s
+or the second. Mooncake's then come more evenly (CV 0.4) than those of users would. A file named by
+its path is taken as it is.
+"""
+
+import itertools
+import math
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+from llumnix.errors import UsageError
+from llumnix.sim.traces import (
+    CLIENTS,
+    FILES,
+    ClientFile,
+    Drawn,
+    Lengths,
+    Prefix,
+    RequestFile,
+    named_file,
+    read_clients,
+    read_requests,
+)
+
+LENGTH_MAX = 6144
+ZIPF = {
+    "S": (128, 2.0, 34.3195),
+    "M": (256, 1.5, 14.7611),
+    "L": (512, 1.15, 5.8988),
+}
+QUANTILES = (0.0, 0.5, 0.8, 0.95, 0.99, 1.0)
+KNOTS = {
+    "sharegpt": (
+        ((4, 74, 348, 1484, 3388, 6144), -0.35103),
+        ((4, 487, 781, 988, 1234, 2048), 0.89773),
+    ),
+    "burstgpt": (
+        ((4, 582, 1427, 2345, 3549, 6144), 0.39612),
+        ((4, 243, 434, 669, 964, 2048), 0.37829),
+    ),
+}
+PAIRS = ("S-S", "M-M", "L-L", "S-L", "L-S", *KNOTS)
+NO_PREFIX = Prefix(ids=())
+
+TRACES = {
+    "S-S": "the paper's synthetic lengths: short and short, 128 and 128 tokens",
+    "M-M": "the paper's synthetic lengths: medium and medium, 256 and 256 tokens",
+    "L-L": "the paper's synthetic lengths: long and long, 512 and 512 tokens",
+    "S-L": "the paper's synthetic lengths: short and long, 128 and 512 tokens",
+    "L-S": "the paper's synthetic lengths: long and short, 512 and 128 tokens",
+    "sharegpt": "synthetic, with the quantiles of ShareGPT (GPT4): 306 and 500 tokens",
+    "burstgpt": "synthetic, with the quantiles of BurstGPT's conversations: 830 and 271 tokens",
+    **{name: file.about for name, file in {**FILES, **CLIENTS}.items()},
+}
+"""All names that a trace can have, each with a line on it; tokens are means of input and output."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arrival:
+    """One request to come. `at_s`: seconds since the run's beginning. `clipped`: it was longer.
+
+    `prefix` has an id for each full leading block of `prefix_block_tokens` of the prompt whose
+    content is known; () if the trace does not tell. Two prompts of one trace agree up to a block's
+    end if both have its id: an id stands for its block and all before it."""
+
+    at_s: float
+    prompt_tokens: int
+    output_tokens: int
+    high: bool = False
+    clipped: bool = False
+    prefix: tuple[int, ...] = ()
+    prefix_block_tokens: int = 0
+
+    def blocks(self, block_tokens: int) -> tuple[int, ...]:
+        """The prefix in blocks of another size: for an engine's cache. A block is shared if the
+        block of `prefix` that it ends in is, so ids of 512 tokens give 32 of 16 each, and what two
+        prompts share beyond their last common id stays unknown."""
+        size = self.prefix_block_tokens
+        ends = range(block_tokens - 1, len(self.prefix) * size, block_tokens)
+        return tuple(self.prefix[last // size] * size + last % size for last in ends)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """What to draw.
+
+    `trace`: one of `TRACES`, or the path of a file of requests. `folder` has the files of traces
+    with a name; None for the one that LLUMNIX_TRACES names. `rate_per_s`: None for the trace's own.
+    `cv`: of the gaps, Gamma (1 is Poisson); None: the trace's own gaps where it has any, else
+    Poisson. Lengths are multiplied by `scale`, and a request of more than `tokens_max` (prompt and
+    output) is shrunk to that, both parts alike. `high_share` of the requests are urgent."""
+
+    trace: str
+    requests: int
+    rate_per_s: float | None
+    cv: float | None = None
+    scale: float = 1.0
+    tokens_max: int | None = None
+    high_share: float = 0.0
+    folder: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        above_zero = {
+            "requests": self.requests,
+            "rate": self.rate_per_s,
+            "cv": self.cv,
+            "scale": self.scale,
+        }
+        for name, value in above_zero.items():
+            if value is not None and not 0 < value < math.inf:
+                raise UsageError(f"{name} is {value}: give a number above 0")
+        if self.tokens_max is not None and self.tokens_max < 2:
+            raise UsageError(f"a request has 2 tokens or more, not {self.tokens_max}: allow more")
+        if not 0 <= self.high_share <= 1:
+            raise UsageError(f"the share of urgent requests is {self.high_share}: give 0 to 1")
+
+    def draw(self, seed: int) -> list[Arrival]:
+        """The requests of one seed, in order of arrival. Each thing drawn has dice of its own, so
+        that another rate or share changes nothing else. (A run on ServeGen's clients that lasts
+        longer than a window of theirs, 600 s, gets its later requests from other windows, so there
+        a rate decides where they come from.)"""
+        if self.trace in PAIRS:
+            lengths = _synthetic(self.trace, self.requests, random.Random(f"{seed} lengths"))
+            drawn = Drawn(at_s=None, lengths=lengths)
+        else:
+            drawn = source(self.trace, self.folder).draw(seed, self.requests, self.rate_per_s)
+        times = drawn.at_s
+        if times is None or self.cv is not None:
+            times = self._gamma(random.Random(f"{seed} gaps"), self._rate(times))
+        classes = random.Random(f"{seed} classes")
+        prefixes = drawn.prefixes or [NO_PREFIX] * self.requests
+        return [
+            self._arrival(at_s, *pair, classes.random() < self.high_share, prefix)
+            for at_s, pair, prefix in zip(times, drawn.lengths, prefixes, strict=True)
+        ]
+
+    def _arrival(
+        self, at_s: float, prompt: int, output: int, high: bool, prefix: Prefix
+    ) -> Arrival:
+        prompt, output = (max(1, round(n * self.scale)) for n in (prompt, output))
+        tokens_max = math.inf if self.tokens_max is None else self.tokens_max
+        shrink = min(1.0, tokens_max / (prompt + output))
+        prompt_tokens = max(1, math.floor(prompt * shrink))
+        ids, block_tokens = prefix.blocks(prompt_tokens, self.scale) if prefix.ids else ((), 0)
+        return Arrival(
+            at_s=at_s,
+            prompt_tokens=prompt_tokens,
+            output_tokens=max(1, math.floor(output * shrink)),
+            high=high,
+            clipped=shrink < 1.0,
+            prefix=ids,
+            prefix_block_tokens=block_tokens,
+        )
+
+    def _rate(self, times: list[float] | None) -> float:
+        """The wanted one, or that of the trace's own times."""
+        if self.rate_per_s is not None:
+            return self.rate_per_s
+        if times is None:
+            raise UsageError(f"the trace {self.trace} has no rate of its own: give one (--rate)")
+        if times[-1] <= times[0]:
+            raise UsageError(
+                f"these {self.requests} requests of {self.trace} have no rate of their own: give "
+                "one (--rate), or ask for more requests (--requests)"
+            )
+        return (len(times) - 1) / (times[-1] - times[0])
+
+    def _gamma(self, dice: random.Random, rate_per_s: float) -> list[float]:
+        variance = (self.cv or 1.0) ** 2
+        gaps = [
+            dice.gammavariate(1 / variance, variance / rate_per_s) for _ in range(self.requests)
+        ]
+        return list(itertools.accumulate(gaps))
+
+
+def source(trace: str, folder: str | Path | None) -> RequestFile | ClientFile:
+    """The file that `trace` names, read."""
+    if trace in CLIENTS:
+        return read_clients(named_file(trace, folder))
+    if trace in FILES:
+        return read_requests(named_file(trace, folder), FILES[trace].grid_s)
+    if Path(trace).is_file():
+        return read_requests(Path(trace))
+    raise UsageError(
+        f"no trace is called {trace!r}, and no file: give the path of a csv or jsonl file, or one "
+        f"of {', '.join(TRACES)}"
+    )
+
+
+def _synthetic(pair: str, count: int, dice: random.Random) -> Lengths:
+    if pair in KNOTS:
+        sides = [[_bent(*knots, dice.random()) for _ in range(count)] for knots in KNOTS[pair]]
+    else:
+        sides = [_zipf(*ZIPF[name], count, dice) for name in pair.split("-")]
+    return list(zip(*sides, strict=True))
+
+
+def _zipf(mean: int, alpha: float, scale: float, count: int, dice: random.Random) -> list[int]:
+    values = range(1, 2 * mean)
+    weights = list(itertools.accumulate(k**-alpha for k in values))
+    drawn = dice.choices(values, cum_weights=weights, k=count)
+    return [min(LENGTH_MAX, math.ceil(scale * k)) for k in drawn]
+
+
+def _bent(lengths: tuple[int, ...], power: float, at: float) -> int:
+    """The length at quantile `at`."""
+    part = next(i for i, q in enumerate(QUANTILES[1:]) if at <= q)
+    low, high = QUANTILES[part], QUANTILES[part + 1]
+    share = (at - low) / (high - low)
+    bent = (1 - share) * lengths[part] ** power + share * lengths[part + 1] ** power
+    return round(bent ** (1 / power))
