@@ -45,6 +45,7 @@ from llumnix.sim.profile import Profile
 REPORT_AT_LEAST_S = 0.1
 FLEET_EVERY_S = 0.5
 FATE_POLL_S = 0.05
+EMPTY_POLL_S = 0.05
 
 Wire = Callable[["Cluster", EngineIndex, PeerMessage], None]
 Recorder = Callable[[float, Fact | Decision], None]
@@ -215,7 +216,7 @@ class Cluster:
             return
         instance.stepping = False
         if instance.state == "draining" and instance.engine.idle() and not llumlet.busy:
-            self._stop(instance)
+            self._stop_if_empty(instance)
         elif (deadline_s := llumlet.deadline_s()) is not None:
             self.at(max(self.now + 0.001, deadline_s), self._wake, instance)
 
@@ -390,9 +391,12 @@ class Cluster:
             self.now + (self.setup.profile.start_s if start_s is None else start_s), self._up, name
         )
 
-    def _stop(self, instance: Instance) -> None:
-        """An instance that was emptied ends."""
-        self._lose(instance)
+    def _stop_if_empty(self, instance: Instance) -> None:
+        """An instance that was emptied ends, once its last words have been heard."""
+        if any(True for _ in self.frontend.arbiter.on(instance.index)):
+            self._later(EMPTY_POLL_S, lambda: self._wake(instance))
+        else:
+            self._lose(instance)
 
     def kill(self, instance: Instance) -> None:
         """It crashes, and is started again."""

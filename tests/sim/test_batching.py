@@ -1,0 +1,172 @@
+"""What a simulated engine does, step by step, against vLLM's rules."""
+
+import pytest
+
+from llumnix.core.priorities import Priorities
+from llumnix.core.settings import PrioritySettings
+from llumnix.core.types import RequestId
+from llumnix.sim.batching import Batch, Batching, EngineOptions, Job
+from llumnix.sim.memory import Memory
+from llumnix.sim.profile import Profile
+
+PROFILE = Profile(
+    name="round",
+    text="",
+    step_s=0.01,
+    request_s=0.001,
+    context_s=0.00001,
+    prompt_s=0.0001,
+    kv_tokens=160,
+    kv_token_bytes=1,
+)
+
+
+def engine(**options: int) -> Batching:
+    return Batching(PROFILE, EngineOptions(**options), Priorities(PrioritySettings()))
+
+
+def job(name: str, prompt: int, answer: int, arrived_s: float = 0.0, priority: int = 0) -> Job:
+    return Job(
+        id=RequestId(name), arrived_s=arrived_s, prompt=prompt, answer=answer, priority=priority
+    )
+
+
+def parts(batch: Batch | None) -> list[tuple[str, int]]:
+    assert batch is not None
+    return [(str(seq.job.id), new) for seq, new in batch.parts]
+
+
+def live(it: Batching, steps: int, now: float = 0.0) -> list[list[tuple[str, int]]]:
+    """Makes steps; what each computed of whom."""
+    made = []
+    for _ in range(steps):
+        batch = it.schedule(now)
+        if batch is None:
+            break
+        made.append(parts(batch))
+        now += batch.seconds
+        it.land(batch, now)
+    return made
+
+
+def test_a_prompt_is_computed_then_a_token_a_step() -> None:
+    it = engine()
+    it.add(job("a", 20, 3), 0.0)
+    assert live(it, 9) == [[("a", 20)], [("a", 1)], [("a", 1)]]
+    assert it.memory.free == it.memory.total
+    assert (it.finished, it.finished_tokens) == (1, 3)
+
+
+def test_a_long_prompt_is_cut_to_the_budget_and_those_that_run_go_first() -> None:
+    it = engine(budget=16)
+    it.add(job("a", 10, 9), 0.0)
+    it.add(job("b", 40, 2), 0.0)
+    assert live(it, 4) == [
+        [("a", 10), ("b", 6)],
+        [("a", 1), ("b", 15)],
+        [("a", 1), ("b", 15)],
+        [("a", 1), ("b", 4)],
+    ]
+
+
+def test_without_chunks_prompts_are_computed_alone_and_whole() -> None:
+    it = engine(budget=64, chunked=False)
+    it.add(job("a", 20, 3), 0.0)
+    assert live(it, 2) == [[("a", 20)], [("a", 1)]]
+    it.add(job("b", 30, 2), 0.1)
+    it.add(job("c", 30, 2), 0.1)
+    it.add(job("d", 30, 2), 0.2)
+    assert live(it, 3) == [
+        [("b", 30), ("c", 30)],
+        [("d", 30)],
+        [("a", 1), ("b", 1), ("c", 1), ("d", 1)],
+    ]
+
+
+def test_a_head_that_does_not_fit_holds_up_all_behind_it() -> None:
+    it = engine()
+    it.add(job("a", 100, 5), 0.0)
+    it.add(job("b", 70, 5), 0.1)
+    it.add(job("c", 5, 5), 0.2)
+    assert live(it, 2) == [[("a", 100)], [("a", 1)]]
+    assert it.head_tokens() == 80
+    assert it.waiting() == 2
+
+
+def test_urgent_requests_start_first() -> None:
+    it = engine(slots=1)
+    it.add(job("a", 5, 1), 0.0)
+    it.add(job("b", 5, 1, arrived_s=1.0, priority=-100), 0.0)
+    assert live(it, 2) == [[("b", 5)], [("a", 5)]]
+
+
+def test_who_has_waited_for_long_is_as_urgent_as_any() -> None:
+    it = engine(slots=1)
+    it.add(job("a", 5, 1), 0.0)
+    it.add(job("b", 5, 1, arrived_s=1.0, priority=-100), 31.0)
+    assert live(it, 2, now=32.0) == [[("a", 5)], [("b", 5)]]
+
+
+def test_memory_that_runs_out_preempts_the_youngest_which_comes_back_first() -> None:
+    it = engine(prefix_caching=False)
+    it.add(job("a", 78, 60), 0.0)
+    it.add(job("b", 78, 60, arrived_s=1.0), 0.0)
+    it.add(job("c", 30, 2, arrived_s=2.0), 0.0)
+    made = live(it, 4)
+    # Two of 78 and one token fill all ten blocks; the next block of either is one too many.
+    assert made[:3] == [[("a", 78), ("b", 78)], [("a", 1), ("b", 1)], [("a", 1), ("b", 1)]]
+    assert made[3] == [("a", 1)]
+    assert it.preemptions == 1
+    assert [str(s.job.id) for _, _, s in it._queue] == ["b", "c"]
+    assert it.memory.free == 10 - 6
+
+
+def test_a_preempted_request_finds_what_nobody_has_overwritten() -> None:
+    it = engine()
+    first, second = job("a", 78, 6), job("b", 78, 60, arrived_s=1.0)
+    it.add(first, 0.0)
+    it.add(second, 0.0)
+    live(it, 6)
+    assert second.preemptions == 1
+    # Of its 80 tokens 79 were computed, in four full blocks; the other took one of them.
+    batch = it.schedule(1.0)
+    assert parts(batch) == [("b", 81 - 64)] or parts(batch) == [("b", 81 - 48)]
+
+
+def test_a_step_costs_what_the_profile_says() -> None:
+    it = engine()
+    it.add(job("a", 20, 5), 0.0)
+    first = it.schedule(0.0)
+    assert first is not None
+    assert first.seconds == pytest.approx(0.01 + 20 * 0.0001)
+    it.land(first, 0.0)
+    second = it.schedule(0.0)
+    assert second is not None
+    assert second.seconds == pytest.approx(0.01 + 0.001 + 21 * 0.00001)
+
+
+def test_prompts_share_blocks_that_are_there() -> None:
+    it = engine()
+    shared = {"prefix": (7, 8), "prefix_blocks": 2}
+    for name in ("a", "b"):
+        it.add(Job(id=RequestId(name), arrived_s=0.0, prompt=70, answer=4, **shared), 0.0)  # type: ignore[arg-type]
+    made = live(it, 1)
+    assert made == [[("a", 70), ("b", 70)]]  # At once, so neither knew of the other.
+    live(it, 9)
+    assert it.memory.free == it.memory.total
+    it.add(Job(id=RequestId("c"), arrived_s=1.0, prompt=70, answer=2, **shared), 1.0)  # type: ignore[arg-type]
+    assert live(it, 1) == [[("c", 6)]]
+
+
+def test_cached_blocks_go_in_the_order_in_which_they_were_freed() -> None:
+    memory = Memory(10, caching=True)
+    memory.take(4)
+    assert memory.publish([1, 2]) == [1, 2]
+    memory.unhold([1, 2], 2)
+    assert memory.hits([1, 2, 3]) == 2
+    memory.take(6)  # All that lay before them.
+    assert memory.hits([1, 2]) == 2
+    memory.take(2)
+    assert memory.hits([1, 2]) == 1  # The last of a prefix is the first to go.
+    memory.take(2)
+    assert memory.hits([1, 2]) == 0

@@ -1,0 +1,219 @@
+"""A simulated deployment: the production core over modelled engines."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from llumnix.core.settings import ScalingSettings, SchedulerSettings
+from llumnix.core.types import RequestId
+from llumnix.errors import UsageError
+from llumnix.sim.batching import EngineOptions, Job
+from llumnix.sim.cluster import Cluster, Setup
+from llumnix.sim.faults import BrokenPromiseError, Faults, check_owners, check_rest, come_to_rest
+from llumnix.sim.profile import Profile, load_profile, profile_names, save_profile
+from llumnix.sim.simulate import Spec, fewest, parse_bound, run_one, runs
+
+SMALL = replace(load_profile("a10-llama-7b"), kv_tokens=4096, start_s=5.0)
+SPEC = Spec(
+    scheduler=SchedulerSettings(),
+    profile=SMALL,
+    engine=EngineOptions(),
+    instances=4,
+    start_s=None,
+    trace="M-M",
+    rate_per_s=7.0,
+    requests=150,
+    seed=0,
+    cv=2.0,
+    scale=0.5,
+)
+
+
+def policy(name: str) -> SchedulerSettings:
+    return SchedulerSettings(policy=name)
+
+
+def test_a_run_is_the_same_for_the_same_seed_and_another_for_another() -> None:
+    first, again, other = run_one(SPEC), run_one(SPEC), run_one(replace(SPEC, seed=1))
+    assert first == again
+    assert first["metrics"]["ttft_s"] != other["metrics"]["ttft_s"]
+    assert first["metrics"]["requests_done"] == 150
+
+
+def test_it_is_the_same_on_several_processes() -> None:
+    specs = [SPEC, replace(SPEC, scheduler=policy("round-robin"))]
+    found = {r["policy"]: r for r in runs(specs, 2)}
+    assert found == {r["policy"]: r for r in map(run_one, specs)}
+
+
+@pytest.mark.parametrize("chunked", [True, False])
+@pytest.mark.parametrize(
+    "name", ["llumnix", "llumnix-base", "infaas++", "cache-aware", "least-loaded", "round-robin"]
+)
+def test_every_policy_serves_everything_and_leaves_nothing_behind(name: str, chunked: bool) -> None:
+    spec = replace(SPEC, scheduler=policy(name), engine=EngineOptions(chunked=chunked))
+    cluster = Cluster(spec.setup())
+    cluster.run(spec.jobs())
+    come_to_rest(cluster)
+    jobs = cluster.frontend.jobs.values()
+    assert [j.got for j in jobs] == [j.answer for j in jobs]
+    assert bool(cluster.frontend.moves) == (name in ("llumnix", "llumnix-base"))
+
+
+def test_llumnix_waits_less_and_loses_less_than_its_dispatch_alone() -> None:
+    """Near the memory's limit, over a few seeds: sums, not each of them."""
+    spec = replace(SPEC, rate_per_s=9.0, requests=400, cv=None, instances=8)
+    found = {}
+    for name in ("infaas++", "llumnix"):
+        metrics = [
+            run_one(replace(spec, scheduler=policy(name), seed=seed))["metrics"]
+            for seed in range(4)
+        ]
+        found[name] = (
+            sum(m["ttft_s"]["p99"] for m in metrics),
+            sum(m["preemption_loss_s"]["mean"] for m in metrics),
+        )
+    assert all(a < b for a, b in zip(found["llumnix"], found["infaas++"], strict=True)), found
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_faults_lose_nothing_but_what_died_or_hung_up(seed: int) -> None:
+    """`come_to_rest` and the checks on the way raise if they do."""
+    faults = Faults(instance_s=10, controller_s=15, client_s=2, link=0.08)
+    engine = EngineOptions(chunked=seed % 2 == 0, prefix_caching=seed % 3 != 0)
+    run = run_one(replace(SPEC, seed=seed, faults=faults, engine=engine, high_share=0.1))
+    seen = run["metrics"]["faults"]
+    assert seen["clients_hung_up"] > 0
+    assert run["metrics"]["requests_failed"] >= seen["clients_hung_up"]
+    assert run["metrics"]["requests_done"] > 40
+
+
+def test_the_checks_see_a_request_on_two_engines_and_one_that_was_forgotten() -> None:
+    cluster = Cluster(replace(SPEC, instances=2).setup())
+    job = Job(id=RequestId("r"), arrived_s=0.0, prompt=10, answer=5)
+    cluster.frontend.jobs[job.id] = job
+    for instance in cluster.instances.values():
+        instance.engine.add(job, 0.0)
+    with pytest.raises(BrokenPromiseError, match="runs on engines 0 and 1"):
+        check_owners(cluster)
+    with pytest.raises(BrokenPromiseError, match=r"r was forgotten.*i0 still has"):
+        check_rest(cluster)
+
+
+def test_the_load_decides_the_number_of_instances() -> None:
+    scaling = ScalingSettings(instances_min=1, instances_max=6, down_after_s=5.0, settle_s=2.0)
+    spec = replace(
+        SPEC,
+        scheduler=SchedulerSettings(scaling=scaling),
+        instances=1,
+        requests=500,
+        rate_per_s=8.0,
+    )
+    cluster = Cluster(spec.setup())
+    jobs = spec.jobs()
+    lull_s = jobs[-1].arrived_s + 120
+    late = [replace_time(job, lull_s + job.arrived_s, f"late {job.id}") for job in jobs[:20]]
+    cluster.run([*jobs, *late])
+    come_to_rest(cluster)
+    assert all(j.got == j.answer for j in cluster.frontend.jobs.values())
+    started = cluster._names
+    assert started > 2
+    assert len(cluster.instances) < started  # Some were emptied and stopped.
+    assert 1 < cluster.instance_s / cluster.now < 6
+
+
+def replace_time(job: Job, arrived_s: float, name: str) -> Job:
+    return Job(id=RequestId(name), arrived_s=arrived_s, prompt=job.prompt, answer=job.answer)
+
+
+def test_cache_aware_dispatch_finds_prefixes() -> None:
+    """Ten conversations with a long prefix each: who keeps to the cache computes less."""
+    found = {}
+    for name in ("cache-aware", "round-robin"):
+        setup = Setup(scheduler=policy(name), profile=SMALL, instances=3)
+        cluster = Cluster(setup)
+        jobs = [
+            Job(
+                id=RequestId(f"r{n}"),
+                arrived_s=n * 0.5,
+                prompt=700,
+                answer=8,
+                prefix=tuple(range(100 * (n % 10), 100 * (n % 10) + 10)),
+                prefix_blocks=4,
+            )
+            for n in range(120)
+        ]
+        cluster.run(jobs)
+        come_to_rest(cluster)
+        found[name] = sum(j.first_s - j.arrived_s for j in jobs if j.first_s is not None)
+    assert found["cache-aware"] < 0.8 * found["round-robin"], found
+
+
+def test_the_fewest_instances_for_a_bound() -> None:
+    spec = replace(SPEC, requests=120, cv=None)
+    count, run = fewest(spec, "ttft_p99<1.5s", 64)
+    assert run["metrics"]["ttft_s"]["p99"] < 1.5
+    assert count > 1
+    fewer = run_one(replace(spec, instances=count - 1))
+    assert fewer["metrics"]["ttft_s"]["p99"] >= 1.5
+    with pytest.raises(UsageError, match="does not hold with 4 instances"):
+        fewest(spec, "ttft_p99<1ms", 4)
+
+
+@pytest.mark.parametrize("text", ["ttft_p99", "ttft_p98<2s", "p99<2", "ttft_p99<fast", "ttft<1s"])
+def test_a_bound_that_says_nothing_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="write a bound like ttft_p99<2s"):
+        parse_bound(text)
+
+
+def test_bounds() -> None:
+    assert parse_bound("tpot_mean < 80ms") == (("tpot_s", "mean"), 0.08)
+    assert parse_bound("e2e_p50<3") == (("e2e_s", "p50"), 3.0)
+
+
+def test_profiles_are_read_and_written(tmp_path: Path) -> None:
+    for name in profile_names():
+        known = load_profile(name)
+        assert known.name == name
+        assert len(known.text) > 40
+        save_profile(known, tmp_path / "p.json")
+        assert load_profile(str(tmp_path / "p.json")) == known
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("{", "is no JSON"),
+        ("[]", "wants context_s"),
+        (json.dumps({"step_s": 1}), "wants context_s"),
+        (json.dumps({"step_ms": 1}), "does not know step_ms"),
+    ],
+)
+def test_a_bad_profile_is_refused(tmp_path: Path, text: str, why: str) -> None:
+    path = tmp_path / "bad.json"
+    path.write_text(text)
+    with pytest.raises(UsageError, match=why):
+        load_profile(str(path))
+    with pytest.raises(UsageError, match="no profile 'nothing'"):
+        load_profile("nothing")
+
+
+def test_what_a_step_costs() -> None:
+    profile = Profile(
+        name="p",
+        text="",
+        step_s=0.02,
+        request_s=0.001,
+        context_s=1e-6,
+        prompt_s=0.0002,
+        prompt_context_s=1e-7,
+        overlap_s=0.01,
+        kv_tokens=1,
+        kv_token_bytes=1,
+    )
+    assert profile.decode(10, 5000) == pytest.approx(0.02 + 0.01 + 0.005)
+    assert profile.prefill(20) == pytest.approx(0.02)  # Hidden behind the step.
+    assert profile.prefill(1000) == pytest.approx(0.02 + 0.2 + 0.05 - 0.01)
+    assert profile.prefill(1000, 2000) == pytest.approx(0.02 + 0.2 + 0.25 - 0.01)
