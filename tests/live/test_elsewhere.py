@@ -31,6 +31,7 @@ def test_without_a_model_the_demo_model_knows_the_capital_of_france(logs: Path) 
         assert server.stop() == 0
 
 
+@pytest.mark.slow
 def test_an_embedding_model_outlives_the_death_of_an_instance(tiny_model: Path, logs: Path) -> None:
     server = Server(
         str(tiny_model), "--served-model-name", "tiny", *FLAGS,
@@ -94,6 +95,7 @@ def ray_head(tmp_path: Path) -> Iterator[str]:
     head.wait(30)
 
 
+@pytest.mark.slow
 def test_a_running_ray_cluster_is_joined_and_left_as_it_was(
     ray_head: str, tiny_model: Path, logs: Path
 ) -> None:

@@ -207,6 +207,7 @@ def test_ctrl_c_lets_running_requests_end_and_leaves_nothing(single: Server) -> 
     assert "Traceback" not in server.log
 
 
+@pytest.mark.slow
 def test_a_second_signal_stops_at_once(single: Server) -> None:
     server = single
     thread = threading.Thread(target=stream, args=(server, "long", 1900))
@@ -226,6 +227,7 @@ def _title(pid: int) -> str:
     return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_it_starts_leaves_nothing(tiny_model: Path, logs: Path) -> None:
     server = Server(str(tiny_model), *FLAGS, log=logs / "early.log")
     eventually(lambda: "starting instance 2/2" in server.log, 120)

@@ -558,6 +558,7 @@ def test_a_waiting_request_runs_at_once_elsewhere(narrow: Server) -> None:
 # -- several kinds of layers
 
 
+@pytest.mark.slow
 def test_sliding_windows_beside_full_attention(hybrid: Server) -> None:
     """The prompt is six windows long, what follows three more."""
     check(hybrid, COMPLETIONS, {**RESTLESS, "prompt": LONG * 7, "logprobs": 1})
@@ -565,11 +566,11 @@ def test_sliding_windows_beside_full_attention(hybrid: Server) -> None:
     check(hybrid, COMPLETIONS, {**SEEDED, "prompt": LONG[:24], "logprobs": 1})
 
 
+@pytest.mark.slow
 def test_sliding_windows_in_the_middle_of_a_prefill(hybrid: Server) -> None:
     test_in_the_middle_of_a_chunked_prefill(hybrid)
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 def test_gemma_3_270m(one_server: OneServer, logs: Path) -> None:
     """Real weights; the prompt is longer than their window of 512."""

@@ -80,18 +80,13 @@ class Pairing:
     ) -> Iterator[MoveLoad]:
         below, above = view.thresholds
         most = self._settings.moves_max
-        low = sorted(
-            (v for v in takers if v.freeness < below),
-            key=lambda v: (v.freeness, v.report.instance),
-        )
-        high = sorted(
-            (v for v in takers if v.freeness > above),
-            key=lambda v: (-v.freeness, v.report.instance),
-        )
+        # Pairs sort faster than keys are called for; ids differ, so views are never compared.
+        low = sorted((v.freeness, v.report.instance, v) for v in takers if v.freeness < below)
+        high = sorted((-v.freeness, v.report.instance, v) for v in takers if v.freeness > above)
         # Whether one takes part is asked in this order, and only until there are pairs enough.
-        sources = (v for v in low if _leaving(v) < most and v.load.batch + v.load.waiting)
+        sources = (v for _, _, v in low if _leaving(v) < most and v.load.batch + v.load.waiting)
         destinations = (
-            v for v in high if not v.load.waiting and _coming(v) < most and _has_slot(v)
+            v for _, _, v in high if not v.load.waiting and _coming(v) < most and _has_slot(v)
         )
         cost = view.observed.move_steps_per_token()
         pairs = zip(sources, destinations, strict=False)
@@ -115,15 +110,14 @@ class Pairing:
     ) -> Iterator[MoveLoad]:
         """Evens out queues: who waits longest for memory gives those behind its head away."""
         most, last = self._settings.moves_max, len(view.priorities) - 1
-        sources = [
-            v for v in takers if v.freeness < 0 and v.load.waiting > 1 and _leaving(v) < most
-        ]
+        blocked = [v for v in takers if v.freeness < 0]
+        sources = [v for v in blocked if v.load.waiting > 1 and _leaving(v) < most]
         if not sources:
             return
-        spare = {v.report.instance: v.load.spare_for(last, view.priorities) for v in takers}
+        spare = {v.report.instance: v.load.spare_for(last, view.priorities) for v in blocked}
         sources.sort(key=lambda v: (spare[v.report.instance], v.report.instance))
         destinations = sorted(
-            (v for v in takers if v.freeness < 0 and _coming(v) < most and _leaving(v) == 0),
+            (v for v in blocked if _coming(v) < most and _leaving(v) == 0),
             key=lambda v: (-spare[v.report.instance], v.report.instance),
         )
         for source, destination in list(zip(sources, destinations, strict=False))[:ORDERS_MAX]:

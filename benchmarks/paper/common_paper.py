@@ -1,0 +1,134 @@
+"""What the commands beside this file share: the paper's set-up in the simulator, and its figures.
+
+The set-up is that of Llumnix (OSDI 2024): 16 instances of LLaMA-7B on an A10 each, prompts computed
+alone and whole, no prefix cache, 10,000 requests a run. The `pooled` bound is one instance with the
+memory and the speed of all: nothing is ever in the wrong place there, so no placement and no
+migration can wait less, as long as nobody knows how long answers will be.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from common import ROOT, write_result
+from llumnix.core.settings import SchedulerSettings
+from llumnix.sim.batching import EngineOptions
+from llumnix.sim.command import interval
+from llumnix.sim.profile import load_profile
+from llumnix.sim.simulate import Run, Spec, runs
+
+PROFILE = load_profile("a10-llama-7b")
+ENGINE = EngineOptions(chunked=False, prefix_caching=False, budget=8192)
+INSTANCES = 16
+POOLED = "pooled"
+
+
+def spec(policy: str, trace: str, rate: float, requests: int, seed: int, **more: Any) -> Spec:
+    """One run in the paper's set-up."""
+    scheduler = more.pop("scheduler", SchedulerSettings())
+    instances = more.pop("instances", INSTANCES)
+    found = Spec(
+        scheduler=replace(scheduler, policy="infaas++" if policy == POOLED else policy),
+        profile=PROFILE,
+        engine=ENGINE,
+        instances=instances,
+        start_s=None,
+        trace=trace,
+        rate_per_s=rate,
+        requests=requests,
+        seed=seed,
+        **more,
+    )
+    return _pooled(found) if policy == POOLED else found
+
+
+def _pooled(one: Spec) -> Spec:
+    n, p = one.instances, one.profile
+    profile = replace(
+        p,
+        name=POOLED,
+        request_s=p.request_s / n,
+        context_s=p.context_s / n,
+        prompt_s=p.prompt_s / n,
+        prompt_context_s=p.prompt_context_s / n,
+        kv_tokens=p.kv_tokens * n,
+    )
+    engine = replace(one.engine, budget=one.engine.budget * n, slots=one.engine.slots * n)
+    # Lengths are clipped as for one instance's memory.
+    return replace(one, profile=profile, engine=engine, instances=1)
+
+
+def arguments(text: str, name: str, seeds: int = 3, requests: int = 10_000) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=text.split("\n\n")[0])
+    parser.add_argument("--seeds", type=int, default=seeds)
+    parser.add_argument("--requests", type=int, default=requests, help="of a run")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--out", type=Path, default=ROOT / f"benchmarks/results/paper/{name}.json")
+    return parser.parse_args()
+
+
+def simulate(
+    specs: Sequence[Spec], labels: Sequence[str], args: argparse.Namespace
+) -> list[tuple[str, Run]]:
+    """Runs them, and says so as they end. Each with its label, in no order."""
+    began, found = time.monotonic(), []
+    by_key = {_key(s): label for s, label in zip(specs, labels, strict=True)}
+    assert len(by_key) == len(specs), "two runs are alike"
+    for number, run in enumerate(runs(specs, args.processes)):
+        label = by_key[_run_key(run)]
+        found.append((label, run))
+        print(
+            f"{number + 1}/{len(specs)} {label} seed {run['seed']}: "
+            f"TTFT P99 {run['metrics']['ttft_s']['p99']:.2f} s "
+            f"[{time.monotonic() - began:.0f} s]",
+            file=sys.stderr,
+            flush=True,
+        )
+    return found
+
+
+def _key(s: Spec) -> tuple[Any, ...]:
+    return s.scheduler.policy, s.trace, s.rate_per_s, s.cv, s.seed, s.instances
+
+
+def _run_key(run: Run) -> tuple[Any, ...]:
+    return tuple(run[k] for k in ("policy", "trace", "rate", "cv", "seed", "instances"))
+
+
+def shown(values: list[float | None], factor: float = 1.0) -> str:
+    """Mean over the seeds, with its 95 % t-interval."""
+    known = [v * factor for v in values if v is not None]
+    if not known:
+        return "–"
+    mean = statistics.fmean(known)
+    return f"{mean:.3g}" if len(known) < 2 else f"{mean:.3g} ± {interval(known):.2g}"
+
+
+def column(found: list[tuple[str, Run]], label: str, pick: Callable[[Any], Any]) -> list[Any]:
+    """A figure of all runs with that label."""
+    return [pick(run["metrics"]) for name, run in found if name == label]
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(row) + " |" for row in lines)
+
+
+def save(
+    args: argparse.Namespace, found: list[tuple[str, Run]], text: str, began: float, **more: Any
+) -> None:
+    """Raw figures and the table."""
+    rows = [{"label": label, **run} for label, run in found]
+    rows.sort(key=lambda r: json.dumps([r["label"], r["seed"]]))
+    wall_s = round(time.monotonic() - began, 1)
+    write_result(args.out, rows, table=text.split("\n"), wall_s=wall_s, **more)
+    print(text)

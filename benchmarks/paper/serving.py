@@ -1,0 +1,57 @@
+"""Figures 11 and 12 of Llumnix (OSDI 2024): serving on seven traces, and fragmentation.
+
+python benchmarks/paper/serving.py [--seeds 3] [--requests 10000] [--processes N]
+"""
+
+import time
+
+from common_paper import POOLED, arguments, column, save, shown, simulate, spec, table
+
+POLICIES = ("round-robin", "infaas++", "llumnix", POOLED)
+# Trace, rate; published INFaaS++ -> Llumnix: TTFT P99 and mean, TPOT P99, preemption loss, in s.
+PUBLISHED = {
+    ("sharegpt", 7.5): ((14.1, 2.55), (0.526, 0.276), (0.089, 0.075), (0.219, 0.011)),
+    ("burstgpt", 8.5): ((27.6, 17.9), (4.39, 2.63), (0.116, 0.108), (0.296, 0.246)),
+    ("S-S", 36.0): ((71.7, 74.5), (4.65, 4.33), (0.162, 0.143), (0.509, 0.272)),
+    ("M-M", 7.8): ((240, 18.1), (5.9, 0.76), (0.152, 0.117), (1.41, 0.33)),
+    ("L-L", 3.0): ((41.2, 2.78), (1.44, 0.34), (0.155, 0.121), (1.90, 0.056)),
+    ("S-L", 4.3): ((134, 52), (3.54, 1.78), (0.456, 0.297), (8.44, 4.99)),
+    ("L-S", 18.0): ((206, 74), (14.9, 7.4), (0.140, 0.140), (0.18, 0.146)),
+}
+FIGURES = (
+    ("TTFT P99, s", lambda m: m["ttft_s"]["p99"]),
+    ("TTFT mean, s", lambda m: m["ttft_s"]["mean"]),
+    ("TPOT P99, s", lambda m: m["tpot_s"]["p99"]),
+    ("preemption loss, s", lambda m: m["preemption_loss_s"]["mean"]),
+)
+PLACES = {"infaas++": 0, "llumnix": 1}
+
+
+def main() -> None:
+    began = time.monotonic()
+    args = arguments(__doc__ or "", "serving")
+    runs = [(p, t, r, s) for t, r in PUBLISHED for s in range(args.seeds) for p in POLICIES]
+    specs = [spec(p, t, r, args.requests, s) for p, t, r, s in runs]
+    found = simulate(specs, [f"{t} {p}" for p, t, _, _ in runs], args)
+    rows = []
+    for (trace, rate), published in PUBLISHED.items():
+        for policy in POLICIES:
+            cells = [f"{trace} {rate:g}", policy]
+            for (_, pick), pair in zip(FIGURES, published, strict=True):
+                text = shown(column(found, f"{trace} {policy}", pick))
+                place = PLACES.get(policy)
+                cells.append(text if place is None else f"{text} ({pair[place]:g})")
+            for pick in (
+                lambda m: m["fragmentation"]["mean"],
+                lambda m: m["kv_used"]["mean"],
+            ):
+                cells.append(shown(column(found, f"{trace} {policy}", pick), 100))
+            moves = column(found, f"{trace} {policy}", lambda m: m["migrations"])
+            rows.append([*cells, shown(moves)])
+    head = ["trace, req/s", "policy", *(f"{n} (published)" for n, _ in FIGURES)]
+    head += ["fragmentation, %", "KV used, %", "migrations"]
+    save(args, found, table(head, rows), began)
+
+
+if __name__ == "__main__":
+    main()
