@@ -100,7 +100,8 @@ async def one_run(
 ) -> tuple[list[Answer], Watch, int]:
     """One turn on a server that is up: answers, what was seen beside them, preemptions."""
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S)
-    connector = aiohttp.TCPConnector(limit=0)
+    # The server closes what stands idle for 5 s; it must not be used at that moment.
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2.0)
     async with aiohttp.ClientSession(server.url, timeout=timeout, connector=connector) as http:
         watch = Watch(http)
         dice = random.Random(f"{seed} prompts")

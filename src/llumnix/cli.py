@@ -27,6 +27,8 @@ USAGE = """usage: llumnix COMMAND ...
           move everything away from an instance and stop it; or let it serve on
   simulate [--policy P,P] [--trace NAME|FILE] [--rate R] [--instances N] [--report FILE] ...
           the same scheduler and migrations in virtual time: which policy, how many instances
+  profile [MODEL] [any engine flag of vLLM] --out FILE
+          time one engine's steps, for `simulate --profile FILE`
   replay LOG [--json]
           run the decisions of an event log again, and compare
 
@@ -59,6 +61,10 @@ def main(argv: list[str] | None = None) -> int:
                 from llumnix.sim.command import simulate
 
                 return simulate(argv[1:])
+            case ["profile"]:
+                from llumnix.sim.profiling import profile
+
+                return profile(argv[1:])
             case ["replay"]:
                 return replay(argv[1:])
             case ["--version"] | ["-V"]:
@@ -69,8 +75,8 @@ def main(argv: list[str] | None = None) -> int:
                 return 0 if argv else 2
             case [unknown, *_]:
                 raise UsageError(
-                    f"no command {unknown!r}; use serve, status, migrate, drain, undrain, simulate "
-                    "or replay"
+                    f"no command {unknown!r}; use serve, status, migrate, drain, undrain, "
+                    "simulate, profile or replay"
                 )
     except UsageError as error:
         print(f"llumnix: error: {error}", file=sys.stderr)

@@ -53,7 +53,7 @@ class LoadReader:
         self._slots = slots
         self._priorities = priorities
         self._block = int(scheduler.block_size)
-        self._token_bytes = _token_bytes(scheduler)
+        self._token_bytes = token_bytes(scheduler)
         self._seen: tuple[int, ...] = ()
         self._known: dict[str, tuple[Request, int]] = {}
         self._classes: tuple[ClassLoad, ...] = ()
@@ -128,7 +128,7 @@ class LoadReader:
         self._head = self.needed(scheduler.waiting.peek_request()) if scheduler.waiting else 0
 
 
-def _token_bytes(scheduler: Any) -> int:
+def token_bytes(scheduler: Any) -> int:
     """The bytes of one token's KV, over all layers and all of the instance's workers."""
     config = scheduler.kv_cache_config
     # Every tensor is a view of one allocation, and a token has its place in a block of each group.

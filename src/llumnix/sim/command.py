@@ -52,6 +52,8 @@ def simulate(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     began = time.monotonic()
     specs = _specs(args)
+    if args.report:
+        _check_report(args.report)
     if args.capacity_for:
         return _capacity(specs, args, began)
     shown = Console(stderr=True)
@@ -66,6 +68,15 @@ def simulate(argv: list[str]) -> int:
     result = {"runs": found, "wall_s": round(time.monotonic() - began, 2)}
     _show(result, args)
     return 0
+
+
+def _check_report(path: Path) -> None:
+    """Before the runs, not after them."""
+    from llumnix.sim.figures import plotly
+
+    plotly()
+    if not path.absolute().parent.is_dir() or path.is_dir():
+        raise UsageError(f"--report {path}: name a file in a folder that exists")
 
 
 def _key(policy: str, rate: float | None, seed: int) -> tuple[Any, ...]:

@@ -1,0 +1,143 @@
+"""`llumnix profile`: times a real engine's steps and fits a profile to them."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from llumnix.errors import UsageError
+from llumnix.sim.profile import Profile, save_profile
+
+
+def profile(argv: list[str]) -> int:
+    """Runs the command; 0 once the profile is written."""
+    parser = argparse.ArgumentParser(
+        prog="llumnix profile",
+        usage="llumnix profile [MODEL] [any engine flag of vLLM] --out FILE [--repeats N] "
+        "[--link-bytes-s BYTES]",
+        description="Times the steps of one real engine over batch sizes and lengths, and fits a "
+        "profile for `llumnix simulate --profile FILE`.",
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the profile")
+    parser.add_argument("--repeats", type=int, default=5, help="of each measurement")
+    parser.add_argument(
+        "--link-bytes-s",
+        type=float,
+        default=3e9,
+        help="of an instance's link for migrations: not measured here (default: %(default)g)",
+    )
+    args, rest = parser.parse_known_args(argv)
+    if not args.out.absolute().parent.is_dir() or args.repeats < 1:
+        raise UsageError("--out wants a file in a folder that exists, --repeats 1 or more")
+    from llumnix.engine.profiler import engine_config, measure
+
+    config, model = engine_config(rest, "llumnix profile")
+    measured = measure(config, model, args.repeats, lambda line: print(line, file=sys.stderr))
+    fitted, lines = fit(measured.samples)
+    name = Path(model).name
+    text = (
+        f"{name} on {measured.device}: {len(measured.samples)} measurements of `llumnix profile`, "
+        "each the median of its repeats. The link is not measured."
+    )
+    made = Profile(
+        name=args.out.stem,
+        text=text,
+        kv_tokens=measured.kv_tokens,
+        block_tokens=measured.block_tokens,
+        kv_token_bytes=measured.kv_token_bytes,
+        start_s=round(measured.start_s, 1),
+        link_bytes_s=args.link_bytes_s,
+        **fitted,
+    )
+    save_profile(made, args.out)
+    print("\n".join(lines))
+    print(f"{args.out}: a profile of {text}")
+    return 0
+
+
+def fit(samples: Sequence[Any]) -> tuple[dict[str, Any], list[str]]:
+    """The costs (fields of `Profile`, `error` included) that come nearest to the samples
+    (engine/profiler.py), by relative error, and a line on each sample. First of decoding, then,
+    with its time of a step, of prompts."""
+    import numpy as np
+
+    decodes = [s for s in samples if not s.steps[0].prompts and s.seconds > 0]
+    prompts = [s for s in samples if s.steps[0].prompts]
+    if len(decodes) < 3 or len(prompts) < 3:
+        raise UsageError(
+            "too few measurements: give the engine more KV memory (--kv-cache-memory-bytes) or a "
+            "longer --max-model-len"
+        )
+    rows = np.array([[1.0, s.steps[0].decodes, s.steps[0].context] for s in decodes])
+    step_s, request_s, context_s = _least(rows, np.array([s.seconds for s in decodes]))
+    counts = np.array([len(s.steps) for s in prompts], dtype=float)
+    pairs = np.array(
+        [
+            [
+                sum(n for step in s.steps for n, _ in step.prompts),
+                sum(n * (b + n / 2) for step in s.steps for n, b in step.prompts),
+            ]
+            for s in prompts
+        ]
+    )
+    seconds = np.array([s.seconds for s in prompts])
+    best: tuple[float, Any, float] | None = None
+    for share in np.linspace(0.0, 1.0, 21):
+        # What of a step's own time a prompt hides behind.
+        hidden = share * step_s
+        prompt_s, prompt_context_s = _least(pairs, seconds - counts * (step_s - hidden), seconds)
+        costs = pairs @ np.array([prompt_s, prompt_context_s])
+        expected = counts * step_s + np.maximum(0.0, costs - counts * hidden)
+        error = float(np.mean(np.abs(expected / seconds - 1)))
+        if best is None or error < best[0]:
+            best = (error, (prompt_s, prompt_context_s), hidden)
+    assert best is not None
+    found = {
+        "step_s": step_s,
+        "request_s": request_s,
+        "context_s": context_s,
+        "prompt_s": best[1][0],
+        "prompt_context_s": best[1][1],
+        "overlap_s": best[2],
+    }
+    made = Profile(name="", text="", kv_tokens=1, kv_token_bytes=1, **found)
+    errors: dict[str, list[float]] = {"decode": [], "prefill": []}
+    lines = []
+    for sample in (*decodes, *prompts):
+        expected = sum(made.step(s.decodes, s.context, s.prompts) for s in sample.steps)
+        off = expected / sample.seconds - 1
+        what = "prefill" if sample.steps[0].prompts else "decode"
+        errors[what].append(abs(off))
+        lines.append(
+            f"{what:8} {_told(sample):34} {sample.seconds * 1e3:9.2f} ms, "
+            f"fitted {expected * 1e3:9.2f} ms ({off:+.1%})"
+        )
+    rounded = {name: float(f"{value:.6g}") for name, value in found.items()}
+    told = {f"{k}_mean": round(float(np.mean(v)), 4) for k, v in errors.items()}
+    told |= {f"{k}_max": round(max(v), 4) for k, v in errors.items()}
+    return {**rounded, "error": told}, lines
+
+
+def _told(sample: Any) -> str:
+    step = sample.steps[0]
+    if step.prompts:
+        total = sum(n for s in sample.steps for n, _ in s.prompts)
+        return f"{total} tokens in {len(sample.steps)} steps"
+    return f"{step.decodes} requests, {step.context} of context"
+
+
+def _least(rows: Any, values: Any, scale: Any = None) -> list[float]:
+    """Least squares of relative errors, with no coefficient below 0."""
+    import numpy as np
+
+    weights = 1.0 / (values if scale is None else scale)
+    free = list(range(rows.shape[1]))
+    found = np.zeros(rows.shape[1])
+    while free:
+        part, *_ = np.linalg.lstsq(rows[:, free] * weights[:, None], values * weights, rcond=None)
+        if (part >= 0).all():
+            found[free] = part
+            break
+        free.pop(int(np.argmin(part)))
+    return [float(x) for x in found]
