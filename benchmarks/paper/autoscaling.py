@@ -4,9 +4,8 @@ python benchmarks/paper/autoscaling.py [--seeds 2] [--requests 10000] [--process
 """
 
 import time
-from dataclasses import replace
 
-from common_paper import PROFILE, arguments, column, save, shown, simulate, spec, table
+from common_paper import arguments, column, save, shown, simulate, spec, table
 
 from llumnix.core.settings import PAPER_BLOCK_TOKENS, ScalingSettings, SchedulerSettings
 
@@ -36,11 +35,7 @@ def main() -> None:
     args = arguments(__doc__ or "", "autoscaling", seeds=2)
     runs = [(p, r, s) for r in PUBLISHED for s in range(args.seeds) for p in POLICIES]
     specs = [
-        replace(
-            spec(p, "L-L", r, args.requests, s, instances=8, scheduler=SETTINGS),
-            profile=PROFILE,
-        )
-        for p, r, s in runs
+        spec(p, "L-L", r, args.requests, s, instances=8, scheduler=SETTINGS) for p, r, s in runs
     ]
     found = simulate(specs, [f"{r:g} {p}" for p, r, _ in runs], args)
     rows = []

@@ -1,9 +1,7 @@
 """What the commands beside this file share: the paper's set-up in the simulator, and its figures.
 
 The set-up is that of Llumnix (OSDI 2024): 16 instances of LLaMA-7B on an A10 each, prompts computed
-alone and whole, no prefix cache, 10,000 requests a run. The `pooled` bound is one instance with the
-memory and the speed of all: nothing is ever in the wrong place there, so no placement and no
-migration can wait less, as long as nobody knows how long answers will be.
+alone and whole, no prefix cache, 10,000 requests a run.
 """
 
 import argparse
@@ -29,15 +27,14 @@ from llumnix.sim.simulate import Run, Spec, runs
 PROFILE = load_profile("a10-llama-7b")
 ENGINE = EngineOptions(chunked=False, prefix_caching=False, budget=8192)
 INSTANCES = 16
-POOLED = "pooled"
 
 
 def spec(policy: str, trace: str, rate: float, requests: int, seed: int, **more: Any) -> Spec:
     """One run in the paper's set-up."""
     scheduler = more.pop("scheduler", SchedulerSettings())
     instances = more.pop("instances", INSTANCES)
-    found = Spec(
-        scheduler=replace(scheduler, policy="infaas++" if policy == POOLED else policy),
+    return Spec(
+        scheduler=replace(scheduler, policy=policy),
         profile=PROFILE,
         engine=ENGINE,
         instances=instances,
@@ -48,23 +45,6 @@ def spec(policy: str, trace: str, rate: float, requests: int, seed: int, **more:
         seed=seed,
         **more,
     )
-    return _pooled(found) if policy == POOLED else found
-
-
-def _pooled(one: Spec) -> Spec:
-    n, p = one.instances, one.profile
-    profile = replace(
-        p,
-        name=POOLED,
-        request_s=p.request_s / n,
-        context_s=p.context_s / n,
-        prompt_s=p.prompt_s / n,
-        prompt_context_s=p.prompt_context_s / n,
-        kv_tokens=p.kv_tokens * n,
-    )
-    engine = replace(one.engine, budget=one.engine.budget * n, slots=one.engine.slots * n)
-    # Lengths are clipped as for one instance's memory.
-    return replace(one, profile=profile, engine=engine, instances=1)
 
 
 def arguments(text: str, name: str, seeds: int = 3, requests: int = 10_000) -> argparse.Namespace:

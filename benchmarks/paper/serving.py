@@ -5,9 +5,9 @@ python benchmarks/paper/serving.py [--seeds 3] [--requests 10000] [--processes N
 
 import time
 
-from common_paper import POOLED, arguments, column, save, shown, simulate, spec, table
+from common_paper import arguments, column, save, shown, simulate, spec, table
 
-POLICIES = ("round-robin", "infaas++", "llumnix", POOLED)
+POLICIES = ("round-robin", "infaas++", "llumnix")
 # Trace, rate; published INFaaS++ -> Llumnix: TTFT P99 and mean, TPOT P99, preemption loss, in s.
 PUBLISHED = {
     ("sharegpt", 7.5): ((14.1, 2.55), (0.526, 0.276), (0.089, 0.075), (0.219, 0.011)),

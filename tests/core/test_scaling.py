@@ -192,4 +192,4 @@ def test_the_thresholds_follow_the_answers_length() -> None:
     observed = scheduler.view.observed
     assert observed.answer_tokens == 400
     assert observed.scaling_thresholds(s.scaling) == (200, 800)
-    assert observed.migration_thresholds(s.migration) == (100, 200)
+    assert observed.migration_thresholds(s.migration) == (50, 200)

@@ -82,11 +82,17 @@ def fit(samples: Sequence[Any]) -> tuple[dict[str, Any], list[str]]:
         ]
     )
     seconds = np.array([s.seconds for s in prompts])
+    # Prompts that hide behind the step altogether say nothing of their costs.
+    seen = seconds > 1.02 * counts * step_s
+    if seen.sum() < 2:
+        seen[:] = True
     best: tuple[float, Any, float] | None = None
     for share in np.linspace(0.0, 1.0, 21):
         # What of a step's own time a prompt hides behind.
         hidden = share * step_s
-        prompt_s, prompt_context_s = _least(pairs, seconds - counts * (step_s - hidden), seconds)
+        prompt_s, prompt_context_s = _least(
+            pairs[seen], (seconds - counts * (step_s - hidden))[seen], seconds[seen]
+        )
         costs = pairs @ np.array([prompt_s, prompt_context_s])
         expected = counts * step_s + np.maximum(0.0, costs - counts * hidden)
         error = float(np.mean(np.abs(expected / seconds - 1)))

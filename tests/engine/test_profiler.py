@@ -1,0 +1,75 @@
+"""Timing a real engine's steps, and what that relies on inside vLLM."""
+
+import inspect
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from vllm.v1.engine.core import EngineCore
+
+from llumnix.cli import main
+from llumnix.engine.profiler import Sample, Step
+from llumnix.errors import UsageError
+from llumnix.sim.profile import Profile, load_profile
+from llumnix.sim.profiling import fit
+
+
+def test_the_engine_core_is_made_and_stepped_as_the_profiler_does() -> None:
+    parameters = list(inspect.signature(EngineCore.__init__).parameters)
+    assert parameters[:4] == ["self", "vllm_config", "executor_class", "log_stats"]
+    assert "self.step_fn = (" in inspect.getsource(EngineCore.__init__)
+    for name in ("preprocess_add_request", "add_request", "shutdown"):
+        assert hasattr(EngineCore, name)
+
+
+TRUE = Profile(
+    name="true",
+    text="",
+    step_s=0.006,
+    request_s=0.00003,
+    context_s=2e-7,
+    prompt_s=0.00002,
+    prompt_context_s=2e-10,
+    overlap_s=0.003,
+    kv_tokens=1,
+    kv_token_bytes=1,
+)
+
+
+def sample(*steps: Step) -> Sample:
+    seconds = sum(TRUE.step(s.decodes, s.context, s.prompts) for s in steps)
+    return Sample(steps=steps, seconds=seconds)
+
+
+def test_the_fit_finds_the_costs_that_were() -> None:
+    samples = [sample(Step(decodes=b, context=b * c)) for b in (1, 8, 64) for c in (32, 1024, 8192)]
+    samples += [sample(Step(prompts=((n, 0),))) for n in (16, 128, 512, 1024, 2048)]
+    samples += [sample(Step(prompts=((2048, 0),)), Step(prompts=((2048, 2048),)))]
+    found, lines = fit(samples)
+    for name in ("step_s", "request_s", "context_s", "prompt_s", "prompt_context_s", "overlap_s"):
+        assert found[name] == pytest.approx(getattr(TRUE, name), rel=0.02), name
+    assert max(found["error"].values()) < 0.001
+    assert len(lines) == len(samples)
+
+
+def test_too_little_to_fit_is_refused() -> None:
+    with pytest.raises(UsageError, match="too few measurements"):
+        fit([sample(Step(decodes=1, context=32))])
+
+
+@pytest.mark.live
+@pytest.mark.slow
+def test_the_command_writes_a_profile_of_a_real_engine(tiny_model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "tiny.json"
+    flags = "--dtype float32 --block-size 32 --max-model-len 1024 --max-num-batched-tokens 256"
+    flags += " --max-num-seqs 8 --kv-cache-memory-bytes 33554432 --repeats 1"
+    assert main(["profile", str(tiny_model), *flags.split(), "--out", str(out)]) == 0
+    made = load_profile(str(out))
+    assert made.step_s > 0
+    assert made.kv_tokens > 1000
+    assert set(json.loads(out.read_text())["error"]) == {
+        "decode_mean", "decode_max", "prefill_mean", "prefill_max",
+    }  # fmt: skip
