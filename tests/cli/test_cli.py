@@ -334,4 +334,7 @@ def test_every_command_is_in_the_usage(capsys: pytest.CaptureFixture[str]) -> No
     assert said == cli.USAGE
     assert all(f"\n  {c} " in said for c in ("serve", "status", "migrate", "drain", "replay"))
     assert main(["mgirate"]) == 2
-    assert "use serve, status, migrate, drain, undrain, simulate, profile or replay" in capsys.readouterr().err
+    assert (
+        "use serve, status, migrate, drain, undrain, simulate, profile or replay"
+        in capsys.readouterr().err
+    )

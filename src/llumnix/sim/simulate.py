@@ -198,7 +198,7 @@ def run_one(spec: Spec) -> Run:
     cluster.at(0.0, watch.look)
     cluster.run(jobs)
     run_s = cluster.now
-    figures = _figures(jobs)
+    figures = figures_of(jobs)
     moves = cluster.frontend.moves
     figures |= {
         "fragmentation": {"mean": _mean(watch.fragmentation)},
@@ -219,7 +219,7 @@ def run_one(spec: Spec) -> Run:
         }
     if spec.high_share:
         figures["classes"] = {
-            name: _figures([j for j in jobs if j.high is high])
+            name: figures_of([j for j in jobs if j.high is high])
             for name, high in (("high", True), ("normal", False))
         }
     run: Run = {
@@ -301,7 +301,8 @@ def parse_bound(text: str) -> tuple[tuple[str, str], float]:
     return (f"{figure}_s", part), limit
 
 
-def _figures(jobs: Sequence[Job]) -> dict[str, Any]:
+def figures_of(jobs: Sequence[Job]) -> dict[str, Any]:
+    """The figures that each class of requests has too."""
     done = [j for j in jobs if j.ended_s is not None]
     first = [j.first_s - j.arrived_s for j in done if j.first_s is not None]
     return {

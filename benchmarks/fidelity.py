@@ -1,0 +1,114 @@
+"""The simulator beside real engines: the same arrivals, policy by policy.
+
+Takes raw files of benchmarks/live.py, simulates each of their runs with a profile of those engines,
+and prints means over the seeds side by side. Single runs near the memory's limit differ by chance,
+here as there: what is compared is what they say together.
+
+    python benchmarks/fidelity.py --profile PROFILE.json RAW.json [RAW.json ...] [--out FILE]
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from common import ROOT, write_result
+from llumnix.core.settings import SchedulerSettings
+from llumnix.core.types import RequestId
+from llumnix.sim.batching import EngineOptions, Job
+from llumnix.sim.cluster import Cluster, Setup
+from llumnix.sim.profile import Profile, load_profile
+from llumnix.sim.simulate import figures_of
+
+FIGURES = (
+    ("TTFT mean, s", ("ttft_s", "mean"), 1),
+    ("TTFT P99, s", ("ttft_s", "p99"), 1),
+    ("TPOT mean, ms", ("tpot_s", "mean"), 1e3),
+    ("TPOT P99, ms", ("tpot_s", "p99"), 1e3),
+    ("e2e mean, s", ("e2e_s", "mean"), 1),
+    ("preemptions", ("preemptions",), 1),
+    ("migrations", ("migrations",), 1),
+)
+
+
+def simulated(row: dict[str, Any], flags: dict[str, str], profile: Profile) -> dict[str, Any]:
+    """One run of the raw file again, in virtual time."""
+    columns = row["requests"]
+    at_s, high, prompt, answer = (
+        [float(x) for x in columns[name].split()]
+        for name in ("at_s", "high", "prompt_tokens", "output_tokens")
+    )
+    jobs = [
+        Job(
+            id=RequestId(f"r{n}"),
+            arrived_s=at_s[n],
+            prompt=int(prompt[n]),
+            answer=int(answer[n]),
+            priority=-100 if high[n] else 0,
+        )
+        for n in range(len(at_s))
+    ]
+    engine = EngineOptions(
+        budget=int(flags["max-num-batched-tokens"]), slots=int(flags["max-num-seqs"])
+    )
+    setup = Setup(
+        scheduler=SchedulerSettings(policy=row["policy"]),
+        profile=profile,
+        instances=row["instances"],
+        engine=engine,
+    )
+    cluster = Cluster(setup)
+    cluster.run(jobs)
+    moved = sum(m.outcome == "migrated" for m in cluster.frontend.moves)
+    return {**figures_of(jobs), "preemptions": cluster.preemptions, "migrations": moved}
+
+
+def pick(metrics: Any, path: tuple[str, ...]) -> float:
+    for key in path:
+        metrics = metrics[key]
+    return float(metrics)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("raw", type=Path, nargs="+")
+    parser.add_argument("--profile", required=True)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/fidelity.json")
+    args = parser.parse_args()
+    profile = load_profile(args.profile)
+    pairs: dict[tuple[Any, ...], list[tuple[Any, Any]]] = {}
+    for path in args.raw:
+        found = json.loads(path.read_text())
+        words = found["flags"]
+        flags = {w.removeprefix("--"): v for w, v in itertools.pairwise(words)}
+        for row in found["rows"]:
+            key = (row["trace"], row["rate"], row["instances"], row["policy"])
+            pairs.setdefault(key, []).append((simulated(row, flags, profile), row["metrics"]))
+    head = ["trace, req/s", "instances", "policy", "seeds", *(name for name, _, _ in FIGURES)]
+    lines = [head, ["---"] * len(head)]
+    rows = []
+    for (trace, rate, instances, policy), both in pairs.items():
+        cells = [f"{trace} {rate:g}", str(instances), policy, str(len(both))]
+        for _, path, factor in FIGURES:
+            sim, real = (statistics.fmean(pick(b[n], path) * factor for b in both) for n in (0, 1))
+            off = f" ({sim / real - 1:+.0%})" if real else ""
+            cells.append(f"{sim:.3g} / {real:.3g}{off}")
+        lines.append(cells)
+        rows.append(
+            {
+                "trace": trace,
+                "rate": rate,
+                "instances": instances,
+                "policy": policy,
+                "simulated": [sim for sim, _ in both],
+                "real": [real for _, real in both],
+            }
+        )
+    write_result(args.out, rows, profile=args.profile)
+    print("\n".join("| " + " | ".join(line) + " |" for line in lines))
+
+
+if __name__ == "__main__":
+    main()
