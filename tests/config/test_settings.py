@@ -72,7 +72,7 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
         ("migration: 5", "migration: expected `knob: value` lines"),
         ("- a", "the file: expected `knob: value` lines"),
         ("a: [", "is not YAML"),
-        ("policy: fastest", "no policy 'fastest'; there are: llumnix, infaas++"),
+        ("policy: fastest", "no policy 'fastest'; there are: llumnix, llumnix-base, infaas++"),
         ("migration: {source_below: 5}", "give both source_below and destination_above"),
         (
             "migration: {source_below: 5, destination_above: 4}",
