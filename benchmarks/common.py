@@ -17,6 +17,8 @@ from typing import Any
 
 import aiohttp
 
+from llumnix.sim.summary import quantile
+
 ROOT = Path(__file__).resolve().parent.parent
 START_TIMEOUT_S = 300
 STOP_TIMEOUT_S = 60
@@ -111,13 +113,7 @@ async def stream(http: aiohttp.ClientSession, url: str, body: dict[str, Any]) ->
 
 def percentile(values: list[float], q: float) -> float:
     """The q-quantile (0 to 1), interpolated; 0 of nothing."""
-    if not values:
-        return 0.0
-    ordered = sorted(values)
-    place = q * (len(ordered) - 1)
-    low = int(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+    return quantile(values, q) if values else 0.0
 
 
 def machine() -> dict[str, Any]:

@@ -20,6 +20,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from llumnix.sim.summary import half_interval, told
+
 Run = dict[str, Any]
 
 # By their path in a run's metrics: name and factor. First those that each class has too.
@@ -43,20 +45,6 @@ RATIOS = ("ttft_s/p99", "ttft_s/mean", "tpot_s/p99", "e2e_s/mean", "preemption_l
 
 SMOOTHED_S = 4.0
 
-# 97.5 % quantiles of Student's t for 1 to 20 degrees of freedom.
-T_QUANTILES = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
-    2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
-)  # fmt: skip
-
-
-def interval(values: list[float]) -> tuple[float, float | None]:
-    """Mean and half the 95 % t-interval, None for a single value."""
-    if len(values) < 2:
-        return values[0], None
-    t = T_QUANTILES[min(len(values) - 1, len(T_QUANTILES)) - 1]
-    return statistics.fmean(values), t * statistics.stdev(values) / math.sqrt(len(values))
-
 
 def pick(found: dict[str, Any], path: str) -> Any:
     for key in path.split("/"):
@@ -64,20 +52,13 @@ def pick(found: dict[str, Any], path: str) -> Any:
     return found
 
 
-def shown(values: list[float | None], factor: float) -> str:
-    known = [v * factor for v in values if v is not None]
-    if not known:
-        return "–"
-    middle, half = interval(known)
-    return f"{middle:.3g}" if half is None else f"{middle:.3g} ± {half:.2g}"
-
-
 def ratio(ours: list[float | None], reference: list[float | None]) -> str:
     """Geometric mean over the seeds, with its interval."""
     pairs = list(zip(ours, reference, strict=True))
     if not all(a and b for a, b in pairs):
         return "–"  # Of nothing, or to nothing.
-    middle, half = interval([math.log(a / b) for a, b in pairs])
+    logs = [math.log(a / b) for a, b in pairs]
+    middle, half = statistics.fmean(logs), half_interval(logs)
     text = f"{math.exp(middle):.2f}"
     if half is None:
         return text
@@ -106,7 +87,7 @@ def table(runs: list[Run], policies: list[str]) -> str:
         }
         names = [name for name, _ in figures.values()]
         rows = [
-            [p, *(shown(found[p][path], factor) for path, (_, factor) in figures.items())]
+            [p, *(told(found[p][path], factor) for path, (_, factor) in figures.items())]
             for p in policies
         ]
         title = group.removeprefix("classes/").removesuffix("/") or "all requests"

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import aiohttp
 
+from llumnix.sim.summary import satisfied
+
 SAMPLED = {
     "used": "kv_tokens_used",
     "total": "kv_tokens_total",
@@ -97,12 +99,8 @@ def fragmentation(moment: list[Sample], blocked: bool = False) -> float | None:
     if any(s.head_tokens is None for s in waiting):
         return None
     heads = [s.head_tokens for s in waiting if not blocked or s.head_tokens > s.total - s.used]
-    total, free, served = sum(s.total for s in moment), sum(s.total - s.used for s in moment), 0
-    for head in sorted(heads):
-        if served + head > free:
-            break
-        served += head
-    return served / total
+    total, free = sum(s.total for s in moment), sum(s.total - s.used for s in moment)
+    return satisfied(heads, free) / total
 
 
 def moments(samples: list[Sample], until_s: float = math.inf) -> list[list[Sample]]:

@@ -11,7 +11,8 @@ from typing import Any
 
 import aiohttp
 
-from common import median, percentile
+from common import median
+from llumnix.sim.summary import spread
 from llumnix.sim.workload import PAIRS, Arrival, Workload
 
 __all__ = ["PAIRS", "Arrival", "Workload"]
@@ -130,19 +131,16 @@ def mean(values: list[float | None]) -> float | None:
     return None if not values or None in values else statistics.fmean(values)
 
 
-def spread(values: list[float | None]) -> dict[str, float | None]:
-    known = [v for v in values if v is not None]
-    if not known:
-        return {"mean": None, "p50": None, "p99": None}
-    return {"mean": mean(known), "p50": percentile(known, 0.5), "p99": percentile(known, 0.99)}
+def _spread(values: list[float | None]) -> dict[str, float | None]:
+    return spread([v for v in values if v is not None])
 
 
 def of_requests(answers: list[Answer], losses: list[float]) -> dict[str, Any]:
     """The figures that each class has too."""
     return {
-        "ttft_s": spread([a.ttft_s for a in answers if a.done]),
-        "tpot_s": spread([a.tpot_s for a in answers]),
-        "e2e_s": spread([a.e2e_s for a in answers if a.done]),
+        "ttft_s": _spread([a.ttft_s for a in answers if a.done]),
+        "tpot_s": _spread([a.tpot_s for a in answers]),
+        "e2e_s": _spread([a.e2e_s for a in answers if a.done]),
         "preemption_loss_s": {
             "mean": mean([x for a, x in zip(answers, losses, strict=True) if a.done])
         },

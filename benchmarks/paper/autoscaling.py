@@ -5,9 +5,10 @@ python benchmarks/paper/autoscaling.py [--seeds 2] [--requests 10000] [--process
 
 import time
 
-from common_paper import arguments, column, save, shown, simulate, spec, table
+from common_paper import arguments, column, save, simulate, spec, table
 
 from llumnix.core.settings import PAPER_BLOCK_TOKENS, ScalingSettings, SchedulerSettings
+from llumnix.sim.summary import told
 
 POLICIES = ("infaas++", "llumnix")
 # Poisson rate: published mean instances, INFaaS++ -> Llumnix.
@@ -49,9 +50,9 @@ def main() -> None:
                 [
                     f"{rate:g}",
                     policy,
-                    f"{shown(mean)} ({published[place]:g})",
-                    shown(first),
-                    shown(loss),
+                    f"{told(mean)} ({published[place]:g})",
+                    told(first),
+                    told(loss),
                 ]
             )
     head = ["req/s", "policy", "instances, mean (published)", "TTFT P99, s", "preemption loss, s"]

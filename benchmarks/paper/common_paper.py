@@ -7,7 +7,6 @@ alone and whole, no prefix cache, 10,000 requests a run.
 import argparse
 import json
 import os
-import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -20,7 +19,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import ROOT, write_result
 from llumnix.core.settings import SchedulerSettings
 from llumnix.sim.batching import EngineOptions
-from llumnix.sim.command import interval
 from llumnix.sim.profile import load_profile
 from llumnix.sim.simulate import Run, Spec, runs
 
@@ -82,15 +80,6 @@ def _key(s: Spec) -> tuple[Any, ...]:
 
 def _run_key(run: Run) -> tuple[Any, ...]:
     return tuple(run[k] for k in ("policy", "trace", "rate", "cv", "seed", "instances"))
-
-
-def shown(values: list[float | None], factor: float = 1.0) -> str:
-    """Mean over the seeds, with its 95 % t-interval."""
-    known = [v * factor for v in values if v is not None]
-    if not known:
-        return "–"
-    mean = statistics.fmean(known)
-    return f"{mean:.3g}" if len(known) < 2 else f"{mean:.3g} ± {interval(known):.2g}"
 
 
 def column(found: list[tuple[str, Run]], label: str, pick: Callable[[Any], Any]) -> list[Any]:

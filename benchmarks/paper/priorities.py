@@ -6,7 +6,9 @@ python benchmarks/paper/priorities.py [--seeds 3] [--requests 10000] [--processe
 import time
 from typing import Any
 
-from common_paper import arguments, column, save, shown, simulate, spec, table
+from common_paper import arguments, column, save, simulate, spec, table
+
+from llumnix.sim.summary import told
 
 POLICIES = ("llumnix-base", "llumnix")
 # CV of the gaps; published, urgent class, base -> Llumnix: e2e mean, TTFT P99, TPOT mean, in s.
@@ -40,9 +42,9 @@ def main() -> None:
                 values = column(
                     found, label, lambda m, f=figure, p=part: m["classes"]["high"][f][p]
                 )
-                cells.append(f"{shown(values)} ({pair[place]:g})")
+                cells.append(f"{told(values)} ({pair[place]:g})")
             normal = column(found, label, lambda m: m["classes"]["normal"]["e2e_s"]["mean"])
-            rows.append([*cells, shown(normal)])
+            rows.append([*cells, told(normal)])
         high, normal = (
             [
                 sum(column(found, f"CV {cv} {p}", lambda m, c=c: m["classes"][c]["e2e_s"]["mean"]))

@@ -5,7 +5,9 @@ python benchmarks/paper/serving.py [--seeds 3] [--requests 10000] [--processes N
 
 import time
 
-from common_paper import arguments, column, save, shown, simulate, spec, table
+from common_paper import arguments, column, save, simulate, spec, table
+
+from llumnix.sim.summary import told
 
 POLICIES = ("round-robin", "infaas++", "llumnix")
 # Trace, rate; published INFaaS++ -> Llumnix: TTFT P99 and mean, TPOT P99, preemption loss, in s.
@@ -38,16 +40,16 @@ def main() -> None:
         for policy in POLICIES:
             cells = [f"{trace} {rate:g}", policy]
             for (_, pick), pair in zip(FIGURES, published, strict=True):
-                text = shown(column(found, f"{trace} {policy}", pick))
+                text = told(column(found, f"{trace} {policy}", pick))
                 place = PLACES.get(policy)
                 cells.append(text if place is None else f"{text} ({pair[place]:g})")
             for pick in (
                 lambda m: m["fragmentation"]["mean"],
                 lambda m: m["kv_used"]["mean"],
             ):
-                cells.append(shown(column(found, f"{trace} {policy}", pick), 100))
+                cells.append(told(column(found, f"{trace} {policy}", pick), 100))
             moves = column(found, f"{trace} {policy}", lambda m: m["migrations"])
-            rows.append([*cells, shown(moves)])
+            rows.append([*cells, told(moves)])
     head = ["trace, req/s", "policy", *(f"{n} (published)" for n, _ in FIGURES)]
     head += ["fragmentation, %", "KV used, %", "migrations"]
     save(args, found, table(head, rows), began)

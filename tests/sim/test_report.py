@@ -20,9 +20,9 @@ from llumnix.sim.report_data import (
     evenly,
     natural,
     settings_of,
-    t_975,
     thin,
 )
+from llumnix.sim.summary import t_975
 from llumnix.sim.timeline import ARCS_MAX, drawable, timeline, wrapped
 from sim.fake_result import fake_result
 

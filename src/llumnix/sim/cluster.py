@@ -35,7 +35,7 @@ from llumnix.core.load import LoadReport
 from llumnix.core.messages import Out, PeerMessage, ToPeer
 from llumnix.core.scheduler import Scheduler, priorities_of
 from llumnix.core.settings import SchedulerSettings
-from llumnix.core.types import EngineIndex, InstanceId, MigrationId, OrderId, RequestId
+from llumnix.core.types import EngineIndex, InstanceId, MigrationId, RequestId
 from llumnix.sim.batching import Batch, EngineOptions, Job
 from llumnix.sim.engine import SimEngine
 from llumnix.sim.frontend import Frontend
@@ -95,7 +95,6 @@ class Cluster:
         self.instances: dict[InstanceId, Instance] = {}
         self.by_engine: dict[EngineIndex, Instance] = {}
         self.starting: set[InstanceId] = set()
-        self.orders_open: dict[EngineIndex, set[OrderId]] = {}
         self.preemptions = 0
         self.instance_s = 0.0
         self.network = Network(setup.profile.link_bytes_s, self._later)
@@ -296,7 +295,6 @@ class Cluster:
         for decision in self.decide(Tick()):
             assert isinstance(decision, MoveLoad)
             index = decision.source_engine
-            self.orders_open.setdefault(index, set()).add(decision.order)
             self.tell_engine(index, self._order, decision)
         self.at(self.now + self.setup.scheduler.migration.tick_s, self._tick)
 
@@ -339,8 +337,6 @@ class Cluster:
             moved_s=moving.moved_s,
         )
         instance.admitted = []
-        if answered:
-            self.orders_open.get(instance.index, set()).difference_update(answered)
         self.decide(LoadReported(report=report))
         if self._cache_aware and memory.news:
             self._tell_prefixes(instance)
@@ -407,7 +403,6 @@ class Cluster:
         self._count_instances()
         index = instance.index
         del self.instances[instance.id], self.by_engine[index]
-        self.orders_open.pop(index, None)
         self.decide(InstanceLost(instance=instance.id, engine_index=index))
         for flow in self.network.cut(index, self.now):
             flow.ended(flow)

@@ -5,7 +5,6 @@ import json
 import math
 import os
 import shlex
-import statistics
 import sys
 import time
 from dataclasses import replace
@@ -24,6 +23,7 @@ from llumnix.sim.batching import EngineOptions
 from llumnix.sim.faults import Faults
 from llumnix.sim.profile import load_profile, profile_names
 from llumnix.sim.simulate import Run, Spec, fewest, parse_bound, runs
+from llumnix.sim.summary import told
 from llumnix.sim.traces import FOLDER_VARIABLE
 from llumnix.sim.workload import TRACES
 
@@ -112,7 +112,7 @@ def _table(found: list[Run]) -> Table:
     for run in found:
         groups.setdefault((run["rate"], run["policy"]), []).append(run)
     for (rate, policy), rows in groups.items():
-        cells = [_cell([_pick(r["metrics"], path) for r in rows], f) for _, path, f in COLUMNS]
+        cells = [told([_pick(r["metrics"], path) for r in rows], f, "-") for _, path, f in COLUMNS]
         table.add_row(policy, *([f"{rate:g}"] if rates else []), *cells)
     return table
 
@@ -121,29 +121,6 @@ def _pick(metrics: Any, path: tuple[str, ...]) -> Any:
     for key in path:
         metrics = metrics[key]
     return metrics
-
-
-def _cell(values: list[float | None], factor: float) -> str:
-    known = [v * factor for v in values if v is not None]
-    if not known:
-        return "-"
-    mean = statistics.fmean(known)
-    if len(known) < 2:
-        return f"{mean:.3g}"
-    return f"{mean:.3g} ± {interval(known):.2g}"
-
-
-# 97.5 % quantiles of Student's t for 1 to 20 degrees of freedom.
-_T = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
-    2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
-)  # fmt: skip
-
-
-def interval(values: list[float]) -> float:
-    """Half of the 95 % t-interval of their mean; of two values or more."""
-    t = _T[min(len(values) - 1, len(_T)) - 1]
-    return t * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def _capacity(specs: list[Spec], args: argparse.Namespace, began: float) -> int:

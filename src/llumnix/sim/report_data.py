@@ -10,18 +10,13 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any, TypedDict
+
+from llumnix.sim.summary import half_interval
 
 POINTS_MAX = 600
 """Points that are drawn of one line; longer series are averaged down to that."""
-
-# The t distribution's 97.5 % points for 1 to 30 degrees of freedom.
-_T = (
-    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
-    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
-    *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
-)
 
 
 class InstanceSeries(TypedDict):
@@ -159,15 +154,7 @@ def estimate(runs: Iterable[Run], *path: str) -> Estimate | None:
     values = [v for r in runs if (v := metric(r.get("metrics"), *path)) is not None]
     if not values:
         return None
-    half = None
-    if len(values) > 1:
-        half = t_975(len(values) - 1) * stdev(values) / math.sqrt(len(values))
-    return Estimate(mean=fmean(values), half=half, seeds=len(values))
-
-
-def t_975(freedom: int) -> float:
-    """The t distribution's 97.5 % point (beyond the table to 0.001, by its expansion)."""
-    return _T[freedom - 1] if freedom <= len(_T) else 1.95996 + 2.3723 / freedom + 2.82 / freedom**2
+    return Estimate(mean=fmean(values), half=half_interval(values), seeds=len(values))
 
 
 def number(value: Any) -> float | None:

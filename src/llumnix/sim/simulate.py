@@ -26,6 +26,7 @@ from llumnix.sim.batching import EngineOptions, Job
 from llumnix.sim.cluster import Cluster, Setup
 from llumnix.sim.faults import Faults, Trouble, come_to_rest
 from llumnix.sim.profile import Profile
+from llumnix.sim.summary import satisfied, spread
 from llumnix.sim.workload import Workload
 
 SAMPLES = 400
@@ -135,13 +136,8 @@ class Watch:
             seen["kv_used"].append(round(1 - memory.free / memory.total, 4))
             seen["running"].append(len(engine.running))
             seen["waiting"].append(engine.waiting())
-        served = 0
-        for head in sorted(heads):
-            if served + head > free:
-                break
-            served += head
         self.t_s.append(round(self.cluster.now, 3))
-        self.fragmentation.append(served / max(1, total))
+        self.fragmentation.append(satisfied(heads, free) / max(1, total))
         self.used.append(1 - free / max(1, total))
         self.waiting.append(waiting)
         self.serving.append(len(there))
@@ -306,9 +302,9 @@ def figures_of(jobs: Sequence[Job]) -> dict[str, Any]:
     done = [j for j in jobs if j.ended_s is not None]
     first = [j.first_s - j.arrived_s for j in done if j.first_s is not None]
     return {
-        "ttft_s": _spread(first),
-        "tpot_s": _spread([t for j in done if (t := _tpot(j)) is not None]),
-        "e2e_s": _spread([j.ended_s - j.arrived_s for j in done if j.ended_s is not None]),
+        "ttft_s": spread(first),
+        "tpot_s": spread([t for j in done if (t := _tpot(j)) is not None]),
+        "e2e_s": spread([j.ended_s - j.arrived_s for j in done if j.ended_s is not None]),
         "preemption_loss_s": {"mean": _mean([j.lost_s for j in done])},
         "requests_done": len(done),
         "requests_failed": len(jobs) - len(done),
@@ -323,20 +319,6 @@ def _tpot(job: Job) -> float | None:
 
 def _mean(values: Sequence[float]) -> float | None:
     return statistics.fmean(values) if values else None
-
-
-def _spread(values: list[float]) -> dict[str, float | None]:
-    if not values:
-        return {"mean": None, "p50": None, "p99": None}
-    ordered = sorted(values)
-    return {"mean": _mean(values), "p50": _quantile(ordered, 0.5), "p99": _quantile(ordered, 0.99)}
-
-
-def _quantile(ordered: list[float], q: float) -> float:
-    place = q * (len(ordered) - 1)
-    low = int(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
 
 
 def _details(
