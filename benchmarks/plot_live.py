@@ -20,7 +20,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from llumnix.sim.summary import half_interval, told
+from llumnix.sim.summary import told, told_ratio
 
 Run = dict[str, Any]
 
@@ -52,19 +52,6 @@ def pick(found: dict[str, Any], path: str) -> Any:
     return found
 
 
-def ratio(ours: list[float | None], reference: list[float | None]) -> str:
-    """Geometric mean over the seeds, with its interval."""
-    pairs = list(zip(ours, reference, strict=True))
-    if not all(a and b for a, b in pairs):
-        return "–"  # Of nothing, or to nothing.
-    logs = [math.log(a / b) for a, b in pairs]
-    middle, half = statistics.fmean(logs), half_interval(logs)
-    text = f"{math.exp(middle):.2f}"
-    if half is None:
-        return text
-    return f"{text} ({math.exp(middle - half):.2f} to {math.exp(middle + half):.2f})"
-
-
 def lines(head: list[str], rows: list[list[str]]) -> str:
     table = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(row) + " |" for row in table)
@@ -93,7 +80,7 @@ def table(runs: list[Run], policies: list[str]) -> str:
         title = group.removeprefix("classes/").removesuffix("/") or "all requests"
         parts.append(lines([title, *names], rows))
         rows = [
-            [f"{p} / {reference}", *(ratio(found[p][x], found[reference][x]) for x in RATIOS)]
+            [f"{p} / {reference}", *(told_ratio(found[p][x], found[reference][x]) for x in RATIOS)]
             for p in policies
             if p != reference
         ]

@@ -5,7 +5,6 @@ alone and whole, no prefix cache, 10,000 requests a run.
 """
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -25,6 +24,9 @@ from llumnix.sim.simulate import Run, Spec, runs
 PROFILE = load_profile("a10-llama-7b")
 ENGINE = EngineOptions(chunked=False, prefix_caching=False, budget=8192)
 INSTANCES = 16
+
+Found = list[tuple[str, Run]]
+"""Runs, each with its label."""
 
 
 def spec(policy: str, trace: str, rate: float, requests: int, seed: int, **more: Any) -> Spec:
@@ -54,35 +56,23 @@ def arguments(text: str, name: str, seeds: int = 3, requests: int = 10_000) -> a
     return parser.parse_args()
 
 
-def simulate(
-    specs: Sequence[Spec], labels: Sequence[str], args: argparse.Namespace
-) -> list[tuple[str, Run]]:
-    """Runs them, and says so as they end. Each with its label, in no order."""
-    began, found = time.monotonic(), []
-    by_key = {_key(s): label for s, label in zip(specs, labels, strict=True)}
-    assert len(by_key) == len(specs), "two runs are alike"
-    for number, run in enumerate(runs(specs, args.processes)):
-        label = by_key[_run_key(run)]
-        found.append((label, run))
+def simulate(specs: Sequence[Spec], labels: Sequence[str], args: argparse.Namespace) -> Found:
+    """Runs them, and says so as they end. Each with its label, in their order, so
+    that seeds pair."""
+    began, placed = time.monotonic(), {}
+    for place, run in runs(specs, args.processes):
+        placed[place] = (labels[place], run)
         print(
-            f"{number + 1}/{len(specs)} {label} seed {run['seed']}: "
+            f"{len(placed)}/{len(specs)} {labels[place]} seed {run['seed']}: "
             f"TTFT P99 {run['metrics']['ttft_s']['p99']:.2f} s "
             f"[{time.monotonic() - began:.0f} s]",
             file=sys.stderr,
             flush=True,
         )
-    return found
+    return [placed[place] for place in sorted(placed)]
 
 
-def _key(s: Spec) -> tuple[Any, ...]:
-    return s.scheduler.policy, s.trace, s.rate_per_s, s.cv, s.seed, s.instances
-
-
-def _run_key(run: Run) -> tuple[Any, ...]:
-    return tuple(run[k] for k in ("policy", "trace", "rate", "cv", "seed", "instances"))
-
-
-def column(found: list[tuple[str, Run]], label: str, pick: Callable[[Any], Any]) -> list[Any]:
+def column(found: Found, label: str, pick: Callable[[Any], Any]) -> list[Any]:
     """A figure of all runs with that label."""
     return [pick(run["metrics"]) for name, run in found if name == label]
 
@@ -92,12 +82,9 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in lines)
 
 
-def save(
-    args: argparse.Namespace, found: list[tuple[str, Run]], text: str, began: float, **more: Any
-) -> None:
+def save(args: argparse.Namespace, found: Found, text: str, began: float, **more: Any) -> None:
     """Raw figures and the table."""
     rows = [{"label": label, **run} for label, run in found]
-    rows.sort(key=lambda r: json.dumps([r["label"], r["seed"]]))
     wall_s = round(time.monotonic() - began, 1)
     write_result(args.out, rows, table=text.split("\n"), wall_s=wall_s, **more)
     print(text)

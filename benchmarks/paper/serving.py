@@ -3,11 +3,14 @@
 python benchmarks/paper/serving.py [--seeds 3] [--requests 10000] [--processes N]
 """
 
+import statistics
 import time
+from typing import Any
 
-from common_paper import arguments, column, save, simulate, spec, table
+from common_paper import Found, arguments, column, save, simulate, spec, table
 
-from llumnix.sim.summary import told
+from llumnix.sim.simulate import alone
+from llumnix.sim.summary import told, told_ratio
 
 POLICIES = ("round-robin", "infaas++", "llumnix")
 # Trace, rate; published INFaaS++ -> Llumnix: TTFT P99 and mean, TPOT P99, preemption loss, in s.
@@ -29,30 +32,54 @@ FIGURES = (
 PLACES = {"infaas++": 0, "llumnix": 1}
 
 
-def main() -> None:
-    began = time.monotonic()
-    args = arguments(__doc__ or "", "serving")
-    runs = [(p, t, r, s) for t, r in PUBLISHED for s in range(args.seeds) for p in POLICIES]
-    specs = [spec(p, t, r, args.requests, s) for p, t, r, s in runs]
-    found = simulate(specs, [f"{t} {p}" for p, t, _, _ in runs], args)
+def figures(found: Found) -> str:
+    """Means over the seeds, each with what is published."""
     rows = []
     for (trace, rate), published in PUBLISHED.items():
         for policy in POLICIES:
+            label = f"{trace} {policy}"
             cells = [f"{trace} {rate:g}", policy]
             for (_, pick), pair in zip(FIGURES, published, strict=True):
-                text = told(column(found, f"{trace} {policy}", pick))
+                text = told(column(found, label, pick))
                 place = PLACES.get(policy)
                 cells.append(text if place is None else f"{text} ({pair[place]:g})")
-            for pick in (
-                lambda m: m["fragmentation"]["mean"],
-                lambda m: m["kv_used"]["mean"],
-            ):
-                cells.append(told(column(found, f"{trace} {policy}", pick), 100))
-            moves = column(found, f"{trace} {policy}", lambda m: m["migrations"])
-            rows.append([*cells, told(moves)])
+            cells.append(told(column(found, label, lambda m: m["fragmentation"]["mean"]), 100))
+            cells.append(told(column(found, label, lambda m: m["kv_used"]["mean"]), 100))
+            cells.append(told(column(found, label, lambda m: m["migrations"])))
+            rows.append(cells)
     head = ["trace, req/s", "policy", *(f"{n} (published)" for n, _ in FIGURES)]
-    head += ["fragmentation, %", "KV used, %", "migrations"]
-    save(args, found, table(head, rows), began)
+    return table([*head, "fragmentation, %", "KV used, %", "migrations"], rows)
+
+
+def ratios(found: Found, bounds: dict[str, Any]) -> str:
+    """How much better llumnix is than infaas++, what is published, and what any policy could be:
+    each request alone on an idle instance."""
+    rows = []
+    for (trace, rate), published in PUBLISHED.items():
+        cells = [f"{trace} {rate:g}"]
+        for (name, pick), pair in zip(FIGURES, published, strict=True):
+            base = column(found, f"{trace} infaas++", pick)
+            ours = told_ratio(base, column(found, f"{trace} llumnix", pick))
+            most = ""
+            if name != "preemption loss, s":
+                most = f", ≤ {statistics.fmean(base) / pick(bounds[trace]):.3g}"
+            cells.append(f"{ours} ({pair[0] / pair[1]:.3g}{most})")
+        rows.append(cells)
+    names = [f"{n.partition(',')[0]}" for n, _ in FIGURES]
+    return table(["infaas++ : llumnix (published, bound)", *names], rows)
+
+
+def main() -> None:
+    began = time.monotonic()
+    args = arguments(__doc__ or "", "serving")
+    specs, labels = [], []
+    for trace, rate in PUBLISHED:
+        for policy in POLICIES:
+            specs += [spec(policy, trace, rate, args.requests, s) for s in range(args.seeds)]
+            labels += [f"{trace} {policy}"] * args.seeds
+    found = simulate(specs, labels, args)
+    bounds = {t: alone(spec("llumnix", t, r, args.requests, 0)) for t, r in PUBLISHED}
+    save(args, found, f"{figures(found)}\n\n{ratios(found, bounds)}", began, alone=bounds)
 
 
 if __name__ == "__main__":

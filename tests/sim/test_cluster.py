@@ -13,7 +13,7 @@ from llumnix.sim.batching import EngineOptions, Job
 from llumnix.sim.cluster import Cluster, Setup
 from llumnix.sim.faults import BrokenPromiseError, Faults, check_owners, check_rest, come_to_rest
 from llumnix.sim.profile import Profile, load_profile, profile_names, save_profile
-from llumnix.sim.simulate import Run, Spec, fewest, parse_bound, run_one, runs
+from llumnix.sim.simulate import Run, Spec, alone, fewest, parse_bound, run_one, runs
 
 SMALL = replace(load_profile("a10-llama-7b"), kv_tokens=4096, start_s=5.0)
 SPEC = Spec(
@@ -44,8 +44,19 @@ def test_a_run_is_the_same_for_the_same_seed_and_another_for_another() -> None:
 
 def test_it_is_the_same_on_several_processes() -> None:
     specs = [SPEC, replace(SPEC, scheduler=policy("round-robin"))]
-    found = {r["policy"]: r for r in runs(specs, 2)}
-    assert found == {r["policy"]: r for r in map(run_one, specs)}
+    assert dict(runs(specs, 2)) == dict(enumerate(map(run_one, specs)))
+
+
+def test_no_request_is_faster_than_alone() -> None:
+    for options in (EngineOptions(), EngineOptions(chunked=False), EngineOptions(budget=64)):
+        # Hardly a request a minute: they are alone, but for what messages take.
+        spec = replace(SPEC, engine=options, instances=1, rate_per_s=0.02, requests=12)
+        bound, found = alone(spec), run_one(spec)["metrics"]
+        busy = run_one(replace(SPEC, engine=options))["metrics"]
+        for figure in ("ttft_s", "e2e_s"):
+            for part in ("mean", "p99"):
+                assert bound[figure][part] <= found[figure][part] < 1.02 * bound[figure][part]
+        assert alone(replace(SPEC, engine=options))["ttft_s"]["p99"] < busy["ttft_s"]["p99"]
 
 
 @pytest.mark.parametrize("chunked", [True, False])

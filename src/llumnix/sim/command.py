@@ -57,15 +57,16 @@ def simulate(argv: list[str]) -> int:
     if args.capacity_for:
         return _capacity(specs, args, began)
     shown = Console(stderr=True)
-    found: list[Run] = []
+    placed: dict[int, Run] = {}
     with Progress(console=shown, disable=args.json or not shown.is_terminal) as progress:
         task = progress.add_task("simulating", total=len(specs))
-        for run in runs(specs, args.processes):
-            found.append(run)
+        for place, run in runs(specs, args.processes):
+            placed[place] = run
             progress.advance(task)
-    order = {_key(s.scheduler.policy, s.rate_per_s, s.seed): n for n, s in enumerate(specs)}
-    found.sort(key=lambda r: order[_key(r["policy"], r["rate"], r["seed"])])
-    result = {"runs": found, "wall_s": round(time.monotonic() - began, 2)}
+    result = {
+        "runs": [placed[n] for n in sorted(placed)],
+        "wall_s": round(time.monotonic() - began, 2),
+    }
     _show(result, args)
     return 0
 
@@ -77,10 +78,6 @@ def _check_report(path: Path) -> None:
     plotly()
     if not path.absolute().parent.is_dir() or path.is_dir():
         raise UsageError(f"--report {path}: name a file in a folder that exists")
-
-
-def _key(policy: str, rate: float | None, seed: int) -> tuple[Any, ...]:
-    return policy, rate, seed
 
 
 def _show(result: dict[str, Any], args: argparse.Namespace) -> None:

@@ -49,7 +49,7 @@ class Profile:
     start_s: float = 60.0
     error: dict[str, float] = field(default_factory=dict)
 
-    def step(self, decodes: int, context: int, prompts: Sequence[tuple[int, int]] = ()) -> float:
+    def step(self, decodes: int, context: float, prompts: Sequence[tuple[int, int]] = ()) -> float:
         """How long a step takes. `context`: tokens of KV that its `decodes` read; `prompts`: of
         each, the tokens computed and those that were computed before."""
         seconds = self.step_s + self.request_s * decodes + self.context_s * context
@@ -64,7 +64,7 @@ class Profile:
         """A step with one prompt and nothing else."""
         return self.step(0, 0, [(new, before)])
 
-    def decode(self, batch: int, context: int) -> float:
+    def decode(self, batch: int, context: float) -> float:
         """A step without prompts."""
         return self.step(batch, context)
 

@@ -232,17 +232,18 @@ def run_one(spec: Spec) -> Run:
     return run
 
 
-def runs(specs: Sequence[Spec], processes: int) -> Iterator[Run]:
-    """All of them, in the order in which they end, on so many processes."""
+def runs(specs: Sequence[Spec], processes: int) -> Iterator[tuple[int, Run]]:
+    """All of them on so many processes, in the order in which they end: each with its place."""
     if processes <= 1 or len(specs) == 1:
-        yield from map(run_one, specs)
+        yield from enumerate(map(run_one, specs))
         return
     from concurrent.futures import ProcessPoolExecutor, as_completed
     from multiprocessing import get_context
 
     with ProcessPoolExecutor(min(processes, len(specs)), get_context("spawn")) as pool:
-        for future in as_completed([pool.submit(run_one, spec) for spec in specs]):
-            yield future.result()
+        places = {pool.submit(run_one, spec): place for place, spec in enumerate(specs)}
+        for future in as_completed(places):
+            yield places[future], future.result()
 
 
 def fewest(spec: Spec, bound: str, most: int) -> tuple[int, Run]:
@@ -274,6 +275,24 @@ def fewest(spec: Spec, bound: str, most: int) -> tuple[int, Run]:
         else:
             low = middle
     return high, found
+
+
+def alone(spec: Spec) -> dict[str, Any]:
+    """The figures of the same requests if each had an idle instance of its own, messages for
+    nothing: no policy serves them faster on such engines."""
+    profile, options, jobs = spec.profile, spec.engine, spec.jobs()
+    for job in jobs:
+        now, computed = job.arrived_s, 0
+        while computed < job.prompt:
+            new = job.prompt - computed
+            if options.chunked:
+                new = min(new, options.budget)
+            now += profile.prefill(new, computed)
+            computed += new
+        job.first_s = now
+        # Contexts grow by one a step, so the mean step is that of the mean context.
+        job.ended_s = now + (job.answer - 1) * profile.decode(1, job.prompt + job.answer / 2)
+    return figures_of(jobs)
 
 
 def parse_bound(text: str) -> tuple[tuple[str, str], float]:

@@ -35,6 +35,22 @@ def told(values: Iterable[float | None], factor: float = 1.0, nothing: str = "�
     return f"{mean:.3g}" if half is None else f"{mean:.3g} ± {half:.2g}"
 
 
+def told_ratio(
+    ours: Sequence[float | None], reference: Sequence[float | None], nothing: str = "–"
+) -> str:
+    """What one is of the other, paired: the geometric mean, with the t-interval of the log ratio.
+    A pair of which one is 0 or not measured has no ratio."""
+    pairs = list(zip(ours, reference, strict=True))
+    logs = [math.log(a / b) for a, b in pairs if a and b]
+    if len(logs) < len(pairs) or not logs:
+        return nothing
+    middle, half = statistics.fmean(logs), half_interval(logs)
+    text = f"{math.exp(middle):.2f}"
+    if half is None:
+        return text
+    return f"{text} ({math.exp(middle - half):.2f} to {math.exp(middle + half):.2f})"
+
+
 def quantile(values: Iterable[float], q: float) -> float:
     """The q-quantile (0 to 1), interpolated; of one value or more."""
     ordered = sorted(values)
