@@ -6,6 +6,7 @@ from these how many instances the two policies need for the same TTFT P99.
 python benchmarks/paper/autoscaling.py [--seeds 2] [--requests 10000] [--processes N]
 """
 
+import itertools
 import math
 import statistics
 import time
@@ -84,7 +85,7 @@ def needed(found: Found, policy: str, goal_s: float) -> float:
         if (name := label(policy, SWEEP_RATE, low))
     )
     goal = math.log(goal_s)
-    for (x, n), (next_x, next_n) in zip(points, points[1:], strict=False):
+    for (x, n), (next_x, next_n) in itertools.pairwise(points):
         if x <= goal <= next_x:
             return n + (next_n - n) * (goal - x) / (next_x - x)
     return math.nan

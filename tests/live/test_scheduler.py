@@ -1,6 +1,7 @@
 """The Llumnix scheduler on real engines: load moves by itself, instances drain, urgent requests get
 room, and no client can tell from its stream."""
 
+import json
 import os
 import signal
 import subprocess
@@ -39,6 +40,14 @@ def fleet(tiny_model: Path, logs: Path) -> Iterator[Server]:
     print(server.log[-4000:])
     replayed = llumnix("replay", str(logs / "events.jsonl"))
     assert replayed.returncode == 0, replayed.stdout
+    # Its requests are a trace for the simulator: all of them, as long as they were.
+    again = llumnix(
+        "simulate", "--trace", str(logs / "events.jsonl"), "--instances", "2",
+        "--requests", "20", "--json",
+    )  # fmt: skip
+    assert again.returncode == 0, again.stderr
+    (run,) = json.loads(again.stdout)["runs"]
+    assert run["metrics"]["requests_done"] == 20
 
 
 def llumnix(*words: str) -> subprocess.CompletedProcess[str]:

@@ -10,9 +10,13 @@ from typing import Any
 
 import pytest
 
+from llumnix.core.events import RequestArrived
+from llumnix.core.settings import SchedulerSettings
+from llumnix.core.types import RequestId
 from llumnix.errors import UsageError
+from llumnix.observe.event_log import EventLog
 from llumnix.sim.traces import CLIENTS, FILES, read_clients
-from llumnix.sim.workload import PAIRS, TRACES, Arrival, Workload
+from llumnix.sim.workload import PAIRS, TRACES, Arrival, Workload, requests_of
 
 TABLE = {
     "S": (128, 38, 113, 413, 1464),
@@ -209,6 +213,46 @@ def test_without_arrival_times_rows_are_drawn_at_random_and_none_twice(tmp_path:
     assert sorted(drawn) == [(n, n) for n in range(1, 101)]
     assert drawn != sorted(drawn)
     assert drawn[:9] == lengths(whole(path, rate_per_s=9.0).draw(0))[:9]
+
+
+def test_a_file_can_say_which_requests_are_urgent(tmp_path: Path) -> None:
+    rows = "".join(f"10,10,{n}\n" for n in (0, -100, 5))
+    path = write(tmp_path / "t.csv", "input_tokens,output_tokens,priority\n" + rows)
+    drawn = [whole(path, rate_per_s=1.0, high_share=1.0).draw(seed) for seed in range(9)]
+    assert all(sum(a.high for a in d) == 1 for d in drawn)
+
+
+@pytest.mark.parametrize("name", ["events.jsonl", "log"])
+def test_an_event_log_is_a_trace(tmp_path: Path, name: str) -> None:
+    log = EventLog(str(tmp_path / name), who="controller 1")
+    log.started(SchedulerSettings())
+    log.fact(RequestArrived(request=RequestId("a"), prompt_tokens=30), 7.0)
+    ended = (("a", 7.0, 0, 30, 9), ("b", 5.0, -100, 20, 4), ("hung up at once", 5.5, 0, 20, 0))
+    for request, started, priority, prompt, output in ended:
+        log.request(
+            {
+                "request": request,
+                "started": started,
+                "priority": priority,
+                "prompt_tokens": prompt,
+                "output_tokens": output,
+            }
+        )
+    log.close()
+    trace = str(tmp_path / name)
+    assert requests_of(trace, None) == 2
+    assert whole(trace, requests=2).draw(0) == [
+        Arrival(at_s=0.0, prompt_tokens=20, output_tokens=4, high=True),
+        Arrival(at_s=2.0, prompt_tokens=30, output_tokens=9),
+    ]
+
+
+def test_an_event_log_without_a_request_that_ended_is_refused(tmp_path: Path) -> None:
+    log = EventLog(str(tmp_path / "log"), who="controller 1")
+    log.started(SchedulerSettings())
+    log.close()
+    with pytest.raises(UsageError, match="has no requests"):
+        whole(str(tmp_path / "log"), requests=1).draw(0)
 
 
 def test_a_file_is_read_once(tmp_path: Path) -> None:

@@ -125,6 +125,7 @@ class FleetClient(EngineCalls):
         self.priorities = priorities
         self._hash_prefixes = hash_prefixes
         self.streams = Streams()
+        self._log = log
         self.migrations = Migrations(self.streams, self, log)
         self.fail_pooling: Callable[[list[str]], None] = lambda requests: None
         self.on_leave: Callable[[InstanceId, str], None] = lambda instance, why: None
@@ -397,8 +398,10 @@ class FleetClient(EngineCalls):
 
     def _close(self, request_id: str) -> list[EngineIndex]:
         """Forgets a stream; returns the engines that may still hold its request."""
-        if self.streams.close(request_id) is None:
+        stream = self.streams.close(request_id)
+        if stream is None:
             return []
+        self._log.request(stream.shown())
         return self.migrations.close(RequestId(request_id))
 
     @staticmethod

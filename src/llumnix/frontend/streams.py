@@ -35,6 +35,18 @@ class Stream:
         """Tokens that have arrived here."""
         return int(self.ledger.outputs)
 
+    def shown(self) -> dict[str, Any]:
+        """What the event log keeps of it."""
+        return {
+            "request": self.request,
+            "client_id": self.client_id,
+            "instance": self.instance,
+            "started": self.started_s,
+            "priority": self.priority,
+            "prompt_tokens": self.prompt_tokens,
+            "output_tokens": self.output_tokens,
+        }
+
 
 class Streams:
     """The open streams, by request and counted by engine."""

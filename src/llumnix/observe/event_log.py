@@ -1,9 +1,9 @@
-"""The event log: every fact, every decision and every step of a migration, one JSON object a line.
+"""The event log: facts, decisions, steps of migrations, requests; one JSON object a line.
 
 All processes of a deployment append to the same file (on their own host); a line is written with
 one call, so lines never mix. `at` is the writer's monotonic clock in seconds, `time` the wall
 clock; lines of one writer (`who`) are in the order in which things happened. observe/replay.py
-runs the pure core on it again.
+runs the pure core on it again, and its requests are a trace for the simulator (sim/traces.py).
 """
 
 import logging
@@ -61,6 +61,10 @@ class EventLog:
     def migration(self, shown: dict[str, Any]) -> None:
         """A migration as its frontend sees it: when it is ordered, and when it has ended."""
         self._write("migration", time.monotonic(), {"body": shown})
+
+    def request(self, shown: dict[str, Any]) -> None:
+        """A request as its frontend saw it, when it is over."""
+        self._write("request", time.monotonic(), {"body": shown})
 
     def _write(self, kind: str, at: float, rest: dict[str, Any]) -> None:
         if self._file is not None:

@@ -25,9 +25,10 @@ from llumnix.sim.profile import load_profile, profile_names
 from llumnix.sim.simulate import Run, Spec, fewest, parse_bound, runs
 from llumnix.sim.summary import told
 from llumnix.sim.traces import FOLDER_VARIABLE
-from llumnix.sim.workload import TRACES
+from llumnix.sim.workload import TRACES, requests_of
 
 POINTS_MAX = 200
+REQUESTS = 1000
 INSTANCES_MAX = 1024
 """Where `--capacity-for` gives up."""
 COLUMNS = (
@@ -163,6 +164,10 @@ def _specs(args: argparse.Namespace) -> list[Spec]:
         chunked=args.chunked_prefill,
         prefix_caching=args.prefix_caching,
     )
+    requests: int = args.requests
+    if requests is None:
+        there = requests_of(args.trace, args.traces)
+        requests = min(REQUESTS, there or REQUESTS)
     faults = Faults.parse(args.faults) if args.faults is not None else None
     rates = _sweep(args.sweep) if args.sweep else [args.rate]
     if args.capacity_for:
@@ -176,7 +181,7 @@ def _specs(args: argparse.Namespace) -> list[Spec]:
             start_s=args.start_s,
             trace=args.trace,
             rate_per_s=rate,
-            requests=args.requests,
+            requests=requests,
             seed=seed,
             cv=args.cv,
             scale=args.scale,
@@ -238,7 +243,7 @@ def _parser() -> argparse.ArgumentParser:
         description="The scheduler and the migrations of `llumnix serve`, with engines, network "
         "and clients in virtual time.",
         epilog=f"traces:\n{traces}\n  or a csv or jsonl file with input_tokens, output_tokens and, "
-        "if it has them, arrival_s and hash_ids",
+        "if it has them, arrival_s,\n  hash_ids and priority; or what `serve --event-log` wrote",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
@@ -250,7 +255,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--cv", type=float, help="of the gaps, Gamma; 1 is Poisson (default: the trace's gaps)")
     add("--scale", type=float, default=1.0, help="of all lengths")
     add("--high", type=float, default=0.0, metavar="SHARE", help="of requests that are urgent")
-    add("--requests", type=_count, default=1000, help="in a run")
+    add(
+        "--requests", type=_count, help=f"in a run (default: {REQUESTS}, or all if there are fewer)"
+    )
     add("--seed", type=int, default=0, help="the first seed")
     add("--seeds", type=_count, default=1, help="how many")
     add("--instances", type=_count, default=4, help="at the beginning")

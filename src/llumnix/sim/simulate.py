@@ -213,7 +213,7 @@ def run_one(spec: Spec) -> Run:
             "controllers_crashed": trouble.controller_crashes,
             "clients_hung_up": trouble.hung_up,
         }
-    if spec.high_share:
+    if any(job.high for job in jobs):
         figures["classes"] = {
             name: figures_of([j for j in jobs if j.high is high])
             for name, high in (("high", True), ("normal", False))

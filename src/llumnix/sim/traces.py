@@ -4,7 +4,11 @@ Request files: csv or jsonl, gzip or not, with the columns input_tokens, output_
 source has them, arrival_s and hash_ids. A file with arrival times gives consecutive requests from a
 place that the seed picks; without, random rows, none twice. hash_ids, a list (JSON in a csv),
 names the prompt's parts, from its beginning: two prompts agree in as many leading tokens as their
-lists do. Each id stands for 512 tokens, or for as many as the list hash_tokens says.
+lists do. Each id stands for 512 tokens, or for as many as the list hash_tokens says. Where priority
+(vLLM's number) is below 0 the request is urgent.
+
+An event log of `llumnix serve` (observe/event_log.py) is such a file: the requests that ended in
+it, when they came, and how long they were.
 
 Files of clients (ServeGen's): one client a line, with its rate and the family of its gaps in
 windows of 600 s, and with quantiles of its lengths.
@@ -45,7 +49,9 @@ WINDOW_S = 600
 TABLE_S = 21600
 """Clients' rates are told for windows of the one length, their lengths for the other."""
 TABLE_QUANTILES = (0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999, 1.0)
-COLUMNS = "a trace has the columns input_tokens and output_tokens, perhaps arrival_s and hash_ids"
+COLUMNS = (
+    "a trace has the columns input_tokens and output_tokens, perhaps arrival_s, hash_ids, priority"
+)
 
 Lengths = list[tuple[int, int]]
 """Prompt and output of each request, in tokens."""
@@ -141,22 +147,24 @@ class Prefix:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Drawn:
     """Requests of one seed. `at_s`: None if their source has no arrival times; `prefixes`: () if
-    it has none."""
+    it has none; `high`: which are urgent, () if it does not tell."""
 
     at_s: list[float] | None
     lengths: Lengths
     prefixes: tuple[Prefix, ...] = ()
+    high: tuple[bool, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestFile:
-    """What a file of requests has, in order of arrival. `at_s` and `prefixes`: () if it has
-    none."""
+    """What a file of requests has, in order of arrival. `at_s`, `prefixes` and `high`: () if it
+    has none."""
 
     name: str
     lengths: tuple[tuple[int, int], ...]
     at_s: tuple[float, ...] = ()
     prefixes: tuple[Prefix, ...] = ()
+    high: tuple[bool, ...] = ()
 
     def draw(self, seed: int, requests: int, rate_per_s: float | None) -> Drawn:
         """Consecutive requests, or random ones if they have no arrival times. Their gaps are
@@ -186,6 +194,7 @@ class RequestFile:
             at_s=at_s,
             lengths=[self.lengths[i] for i in rows],
             prefixes=tuple(self.prefixes[i] for i in rows) if self.prefixes else (),
+            high=tuple(self.high[i] for i in rows) if self.high else (),
         )
 
 
@@ -311,9 +320,12 @@ def named_file(name: str, folder: str | Path | None) -> Path:
 @lru_cache(maxsize=FILES_KEPT_MAX)
 def read_requests(path: Path, grid_s: float = 0.0) -> RequestFile:
     """A file of requests, read once in a process; `grid_s` as in `TraceFile`."""
-    lengths, at_s, prefixes = [], [], []
+    lengths, at_s, prefixes, high = [], [], [], []
     numbers: dict[tuple[int, Any], int] = {}
-    for n, row in enumerate(_rows(path), start=1):
+    rows = list(_rows(path))
+    if rows and "who" in rows[0]:
+        rows = list(_logged(rows))
+    for n, row in enumerate(rows, start=1):
         if missing := [c for c in ("input_tokens", "output_tokens") if row.get(c) is None]:
             raise UsageError(f"{path}, request {n} has no {' and no '.join(missing)}; {COLUMNS}")
         try:
@@ -322,11 +334,13 @@ def read_requests(path: Path, grid_s: float = 0.0) -> RequestFile:
                 at_s.append(float(row["arrival_s"]))
             if row.get("hash_ids") is not None:
                 prefixes.append(_prefix(row, numbers))
+            if row.get("priority") is not None:
+                high.append(float(row["priority"]) < 0)
         except (TypeError, ValueError, OverflowError) as error:
             raise UsageError(f"{path}, request {n}: {error}; mend that row") from error
     if not lengths:
         raise UsageError(f"{path} has no requests; {COLUMNS}")
-    for column, found in (("arrival_s", at_s), ("hash_ids", prefixes)):
+    for column, found in (("arrival_s", at_s), ("hash_ids", prefixes), ("priority", high)):
         if found and len(found) < len(lengths):
             raise UsageError(f"{path}: only some requests have {column}; give it to all or to none")
     if any(not a <= b for a, b in itertools.pairwise([0.0, *at_s])):
@@ -336,6 +350,7 @@ def read_requests(path: Path, grid_s: float = 0.0) -> RequestFile:
         lengths=tuple(lengths),
         at_s=tuple(_spread(at_s, grid_s)),
         prefixes=tuple(prefixes),
+        high=tuple(high),
     )
 
 
@@ -360,7 +375,7 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
         text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise UsageError(f"{path} cannot be read: {error}") from error
-    if not path.name.removesuffix(".gz").endswith(".jsonl"):
+    if not path.name.removesuffix(".gz").endswith(".jsonl") and not text.startswith("{"):
         yield from csv.DictReader(io.StringIO(text))
         return
     for n, line in enumerate(text.splitlines(), start=1):
@@ -373,6 +388,20 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
         if not isinstance(row, dict):
             raise UsageError(f"{path}, line {n} is no JSON object; {COLUMNS}")
         yield row
+
+
+def _logged(lines: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The requests of an event log, by when they came; from the first on."""
+    found = [line["body"] for line in lines if line.get("kind") == "request"]
+    found = [body for body in found if body["output_tokens"]]
+    found.sort(key=lambda body: body["started"])
+    for body in found:
+        yield {
+            "arrival_s": body["started"] - found[0]["started"],
+            "input_tokens": body["prompt_tokens"],
+            "output_tokens": body["output_tokens"],
+            "priority": body["priority"],
+        }
 
 
 def _tokens(value: Any) -> int:

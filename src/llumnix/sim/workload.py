@@ -101,7 +101,8 @@ class Workload:
     with a name; None for the one that LLUMNIX_TRACES names. `rate_per_s`: None for the trace's own.
     `cv`: of the gaps, Gamma (1 is Poisson); None: the trace's own gaps where it has any, else
     Poisson. Lengths are multiplied by `scale`, and a request of more than `tokens_max` (prompt and
-    output) is shrunk to that, both parts alike. `high_share` of the requests are urgent."""
+    output) is shrunk to that, both parts alike. `high_share` of the requests are urgent, unless the
+    trace says which."""
 
     trace: str
     requests: int
@@ -142,9 +143,10 @@ class Workload:
             times = self._gamma(random.Random(f"{seed} gaps"), self._rate(times))
         classes = random.Random(f"{seed} classes")
         prefixes = drawn.prefixes or [NO_PREFIX] * self.requests
+        high = drawn.high or [classes.random() < self.high_share for _ in range(self.requests)]
         return [
-            self._arrival(at_s, *pair, classes.random() < self.high_share, prefix)
-            for at_s, pair, prefix in zip(times, drawn.lengths, prefixes, strict=True)
+            self._arrival(at_s, *pair, urgent, prefix)
+            for at_s, pair, urgent, prefix in zip(times, drawn.lengths, high, prefixes, strict=True)
         ]
 
     def _arrival(
@@ -198,6 +200,12 @@ def source(trace: str, folder: str | Path | None) -> RequestFile | ClientFile:
         f"no trace is called {trace!r}, and no file: give the path of a csv or jsonl file, or one "
         f"of {', '.join(TRACES)}"
     )
+
+
+def requests_of(trace: str, folder: str | Path | None) -> int | None:
+    """How many requests a trace has; None if it never ends."""
+    found = None if trace in PAIRS else source(trace, folder)
+    return len(found.lengths) if isinstance(found, RequestFile) else None
 
 
 def _synthetic(pair: str, count: int, dice: random.Random) -> Lengths:
