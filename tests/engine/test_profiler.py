@@ -2,6 +2,7 @@
 
 import inspect
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -39,25 +40,34 @@ TRUE = Profile(
 )
 
 
-def sample(*steps: Step) -> Sample:
-    seconds = sum(TRUE.step(s.decodes, s.context, s.prompts) for s in steps)
-    return Sample(steps=steps, seconds=seconds)
+STEPS = (
+    *((Step(decodes=b, context=b * c),) for b in (1, 8, 64) for c in (32, 1024, 8192)),
+    *((Step(prompts=((n, 0),)),) for n in (16, 64, 128, 256, 512, 1024, 2048)),
+    (Step(prompts=((2048, 0),)), Step(prompts=((2048, 2048),))),
+)
+FITTED = ("step_s", "request_s", "context_s", "prompt_s", "prompt_context_s", "overlap_s")
 
 
-def test_the_fit_finds_the_costs_that_were() -> None:
-    samples = [sample(Step(decodes=b, context=b * c)) for b in (1, 8, 64) for c in (32, 1024, 8192)]
-    samples += [sample(Step(prompts=((n, 0),))) for n in (16, 128, 512, 1024, 2048)]
-    samples += [sample(Step(prompts=((2048, 0),)), Step(prompts=((2048, 2048),)))]
+@pytest.mark.parametrize("least_s", [0.0, 0.016])
+def test_the_fit_finds_the_costs_that_were(least_s: float) -> None:
+    true = replace(TRUE, prompts_least_s=least_s)
+    samples = [
+        Sample(
+            steps=steps,
+            seconds=sum(true.step(s.decodes, s.context, s.prompts) for s in steps),
+        )
+        for steps in STEPS
+    ]
     found, lines = fit(samples)
-    for name in ("step_s", "request_s", "context_s", "prompt_s", "prompt_context_s", "overlap_s"):
-        assert found[name] == pytest.approx(getattr(TRUE, name), rel=0.02), name
+    for name in (*FITTED, "prompts_least_s"):
+        assert found[name] == pytest.approx(getattr(true, name), rel=0.02), name
     assert max(found["error"].values()) < 0.001
     assert len(lines) == len(samples)
 
 
 def test_too_little_to_fit_is_refused() -> None:
     with pytest.raises(UsageError, match="too few measurements"):
-        fit([sample(Step(decodes=1, context=32))])
+        fit([Sample(steps=(Step(decodes=1, context=32),), seconds=0.006)])
 
 
 @pytest.mark.live

@@ -115,6 +115,7 @@ def test_ray_that_cannot_be_reached(tiny_model: Path) -> None:
     assert "ray start --head" in line
 
 
+@pytest.mark.slow
 def test_what_an_engine_refuses_is_told_and_nothing_stays(tiny_model: Path) -> None:
     """Only the engine finds out that not even one request fits."""
     before = left_behind()

@@ -150,6 +150,7 @@ def test_with_the_controller_killed_no_request_fails_and_it_comes_back(pair: Ser
     assert {s["instance"] for s in load.done} == {"i0", "i1"}
 
 
+@pytest.mark.slow
 def test_instances_are_added_and_removed_while_streams_go_on(pair: Server) -> None:
     server = pair
     with Load(server, streams=4, max_tokens=200) as load:
@@ -183,8 +184,9 @@ def test_instances_are_added_and_removed_while_streams_go_on(pair: Server) -> No
     assert server.complete().status_code == 200
 
 
-def test_ctrl_c_lets_running_requests_end_and_leaves_nothing(single: Server) -> None:
-    server = single
+def test_ctrl_c_lets_running_requests_end_and_leaves_nothing(pair: Server) -> None:
+    """The last test of this pair."""
+    server = pair
     shared_memory = set(os.listdir("/dev/shm"))
     pids = server.descendants()
     assert len(pids) > 3

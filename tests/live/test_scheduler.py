@@ -183,6 +183,7 @@ def test_an_urgent_request_gets_its_instance_to_itself(fleet: Server) -> None:
     load.assert_undisturbed()
 
 
+@pytest.mark.slow
 def test_a_drain_that_is_taken_back_leaves_two_that_serve(fleet: Server) -> None:
     load = Load(fleet, [body(100, 200, seed) for seed in range(6)], "undrain").begin()
     assert fleet.http.post("/llumnix/v1/instances/i1/drain").status_code == 202

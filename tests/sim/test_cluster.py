@@ -248,3 +248,7 @@ def test_what_a_step_costs() -> None:
     assert profile.prefill(20) == pytest.approx(0.02)  # Hidden behind the step.
     assert profile.prefill(1000) == pytest.approx(0.02 + 0.2 + 0.05 - 0.01)
     assert profile.prefill(1000, 2000) == pytest.approx(0.02 + 0.2 + 0.25 - 0.01)
+    slow_host = replace(profile, prompts_least_s=0.04)
+    assert slow_host.prefill(20) == 0.04
+    assert slow_host.decode(10, 5000) == profile.decode(10, 5000)
+    assert slow_host.prefill(1000) == profile.prefill(1000)

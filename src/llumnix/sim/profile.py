@@ -6,6 +6,8 @@ Rules
 - Prompts in it take `prompt_s` for each token, and `prompt_context_s` for each pair of a token and
   one before it. As far as `overlap_s` they hide behind the step itself: where a step's time is that
   of reading the weights, a short prompt is computed meanwhile.
+- A step with prompts takes `prompts_least_s` or more: it is not launched as one graph, and the
+  device may be faster than the host launches its kernels.
 - A copy of KV shares its source's and its destination's link with the others there.
 
 Profiles are JSON files, one beside this module for each name that `--profile` knows; `llumnix
@@ -42,6 +44,7 @@ class Profile:
     kv_token_bytes: int
     prompt_context_s: float = 0.0
     overlap_s: float = 0.0
+    prompts_least_s: float = 0.0
     block_tokens: int = 16
     link_bytes_s: float = 3e9
     hop_s: float = 0.0005
@@ -58,6 +61,7 @@ class Profile:
             for new, before in prompts:
                 computed += new * (self.prompt_s + self.prompt_context_s * (before + new / 2))
             seconds += max(0.0, computed - self.overlap_s)
+            seconds = max(seconds, self.prompts_least_s)
         return seconds
 
     def prefill(self, new: int, before: int = 0) -> float:
