@@ -91,6 +91,8 @@ class Orders:
 
     def moving(self, now: float) -> tuple[int, int]:
         """How many requests are on their way out, wishes included, and the KV tokens they hold."""
+        if not self._wishes and not len(self._outgoing):
+            return 0, 0  # Asked at every step, and nearly always so.
         self._wishes = {r: w for r, w in self._wishes.items() if w.until_s > now}
         tokens = sum(w.tokens for w in self._wishes.values() if not w.waiting)
         for request in self._outgoing.requests():
