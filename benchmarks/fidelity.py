@@ -1,8 +1,10 @@
 """The simulator beside real engines: the same arrivals, policy by policy.
 
 Takes raw files of benchmarks/live.py, simulates each of their runs with a profile of those engines,
-and prints means over the seeds side by side. Single runs near the memory's limit differ by chance,
-here as there: what is compared is what they say together.
+and prints means over the seeds side by side. Single runs near the memory's limit differ by chance:
+a few milliseconds decide which of two large requests comes first. So each is simulated several
+times, the arrivals shifted by up to `JITTER_S`, and the range of the means over the seeds is shown
+with their mean.
 
     python benchmarks/fidelity.py --profile PROFILE.json RAW.json [RAW.json ...] [--out FILE]
 """
@@ -10,6 +12,7 @@ here as there: what is compared is what they say together.
 import argparse
 import itertools
 import json
+import random
 import statistics
 from pathlib import Path
 from typing import Any
@@ -33,13 +36,19 @@ FIGURES = (
 )
 
 
-def simulated(row: dict[str, Any], flags: dict[str, str], profile: Profile) -> dict[str, Any]:
+JITTER_S = 0.005
+
+
+def simulated(
+    row: dict[str, Any], flags: dict[str, str], profile: Profile, dice: random.Random
+) -> dict[str, Any]:
     """One run of the raw file again, in virtual time."""
     columns = row["requests"]
     at_s, high, prompt, answer = (
         [float(x) for x in columns[name].split()]
         for name in ("at_s", "high", "prompt_tokens", "output_tokens")
     )
+    at_s = sorted(at + dice.random() * JITTER_S for at in at_s)
     jobs = [
         Job(
             id=RequestId(f"r{n}"),
@@ -75,26 +84,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("raw", type=Path, nargs="+")
     parser.add_argument("--profile", required=True)
+    parser.add_argument("--repeats", type=int, default=5, help="of each simulation")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/fidelity.json")
     args = parser.parse_args()
     profile = load_profile(args.profile)
-    pairs: dict[tuple[Any, ...], list[tuple[Any, Any]]] = {}
+    pairs: dict[tuple[Any, ...], list[tuple[list[Any], Any]]] = {}
     for path in args.raw:
         found = json.loads(path.read_text())
         words = found["flags"]
         flags = {w.removeprefix("--"): v for w, v in itertools.pairwise(words)}
         for row in found["rows"]:
             key = (row["trace"], row["rate"], row["instances"], row["policy"])
-            pairs.setdefault(key, []).append((simulated(row, flags, profile), row["metrics"]))
+            again = [simulated(row, flags, profile, random.Random(n)) for n in range(args.repeats)]
+            pairs.setdefault(key, []).append((again, row["metrics"]))
     head = ["trace, req/s", "instances", "policy", "seeds", *(name for name, _, _ in FIGURES)]
     lines = [head, ["---"] * len(head)]
     rows = []
     for (trace, rate, instances, policy), both in pairs.items():
         cells = [f"{trace} {rate:g}", str(instances), policy, str(len(both))]
         for _, path, factor in FIGURES:
-            sim, real = (statistics.fmean(pick(b[n], path) * factor for b in both) for n in (0, 1))
+            real = statistics.fmean(pick(m, path) * factor for _, m in both)
+            means = [
+                statistics.fmean(pick(again[n], path) * factor for again, _ in both)
+                for n in range(args.repeats)
+            ]
+            sim = statistics.fmean(means)
             off = f" ({sim / real - 1:+.0%})" if real else ""
-            cells.append(f"{sim:.3g} / {real:.3g}{off}")
+            spread = f" [{min(means):.3g} to {max(means):.3g}]" if max(means) > 0 else ""
+            cells.append(f"{sim:.3g}{spread} / {real:.3g}{off}")
         lines.append(cells)
         rows.append(
             {
@@ -102,7 +119,7 @@ def main() -> None:
                 "rate": rate,
                 "instances": instances,
                 "policy": policy,
-                "simulated": [sim for sim, _ in both],
+                "simulated": [again for again, _ in both],
                 "real": [real for _, real in both],
             }
         )

@@ -49,13 +49,13 @@ def test_it_is_the_same_on_several_processes() -> None:
 
 def test_no_request_is_faster_than_alone() -> None:
     for options in (EngineOptions(), EngineOptions(chunked=False), EngineOptions(budget=64)):
-        # Hardly a request a minute: they are alone, but for what messages take.
-        spec = replace(SPEC, engine=options, instances=1, rate_per_s=0.02, requests=12)
+        # A request in eight minutes: they are alone, but for what messages take.
+        spec = replace(SPEC, engine=options, instances=1, rate_per_s=0.002, requests=8)
         bound, found = alone(spec), run_one(spec)["metrics"]
         busy = run_one(replace(SPEC, engine=options))["metrics"]
         for figure in ("ttft_s", "e2e_s"):
             for part in ("mean", "p99"):
-                assert bound[figure][part] <= found[figure][part] < 1.02 * bound[figure][part]
+                assert 0 <= found[figure][part] - bound[figure][part] < 0.02
         assert alone(replace(SPEC, engine=options))["ttft_s"]["p99"] < busy["ttft_s"]["p99"]
 
 

@@ -144,8 +144,11 @@ class Batching:
             if any(new > 1 for _, new in parts):
                 return self._batch(parts)
             parts.clear()  # They came with their KV, and run with the others.
-        before = self.preemptions
-        budget = self._run(parts, now)
+        while True:
+            before = self.preemptions
+            budget = self._run(parts, now)
+            if parts or self.preemptions == before:
+                break  # Else the step is over at once, and the next one begins.
         if self.preemptions == before and (self._queue or self.holding):
             self._admit(parts, budget, now)
         return self._batch(parts) if parts else None
@@ -198,13 +201,9 @@ class Batching:
                     if gone <= place:
                         place -= 1
                     if victim is seq:
-                        break
-                else:
-                    memory.take(need)
-                    seq.blocks += need
-                if not seq.running:
-                    place += 1
-                    continue
+                        return budget  # vLLM leaves the step at what it has so far.
+                memory.take(need)
+                seq.blocks += need
             parts.append((seq, new))
             budget -= new
             place += 1

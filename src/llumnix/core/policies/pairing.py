@@ -7,7 +7,7 @@ Rules
 - A move is ordered only if it helps after its own cost: projected to its end, the lower freeness of
   the two is higher than now by what the copy and the stop take, in decode steps, and by `gain_min`.
   So no move raises the highest load. Nor may the two change places: the destination stays the
-  freer.
+  freer, and above the threshold of sources, or one that runs there would pay for it.
 - A blocked queue is a virtual usage, so its instance gives requests away until the head fits. If
   the destination has room for the request that waits, that goes: it has no KV to copy.
 - Queues are evened out among those that are blocked: the longest gives to the shortest, no more
@@ -155,15 +155,14 @@ class Pairing:
         if not movable and not waits:
             return None
         least = source.freeness + self._settings.gain_min + STOP_STEPS
-        floor = max(least, 0.0)
+        floor = max(least, below)
         giver, taker = source.load.without(rank, 0), destination.load.with_one(rank, 0)
         given, given_batch = giver.spare(priorities), max(1, giver.batch)
         taken, taken_batch = taker.spare(priorities), max(1, taker.batch)
         room = _room(destination)
         waiting_max = low = high = wanted = 0
         if waits:
-            # It must leave the destination out of trouble, or one that runs there pays for it.
-            waiting_max = max(0, min(room, int(taken - max(floor, below) * taken_batch)))
+            waiting_max = max(0, min(room, int(taken - floor * taken_batch)))
         if movable:
             low = max(1, _at_least(given, given_batch, giver.total, least, cost))
             even = (ratio(taken, taken_batch) - given / given_batch) / (
