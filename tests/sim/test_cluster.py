@@ -49,8 +49,8 @@ def test_it_is_the_same_on_several_processes() -> None:
 
 def test_no_request_is_faster_than_alone() -> None:
     for options in (EngineOptions(), EngineOptions(chunked=False), EngineOptions(budget=64)):
-        # A request in eight minutes: they are alone, but for what messages take.
-        spec = replace(SPEC, engine=options, instances=1, rate_per_s=0.002, requests=8)
+        # A request in 100 s: they are alone, but for what messages take.
+        spec = replace(SPEC, engine=options, instances=1, rate_per_s=0.01, requests=8, cv=0.1)
         bound, found = alone(spec), run_one(spec)["metrics"]
         busy = run_one(replace(SPEC, engine=options))["metrics"]
         for figure in ("ttft_s", "e2e_s"):
