@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -124,7 +125,7 @@ loads = st.builds(
 
 @given(loads, st.integers(0, 3000), st.sampled_from([0, 1]))
 def test_a_request_more_never_raises_freeness(load: Load, tokens: int, rank: int) -> None:
-    more = load.with_one(rank, tokens)
+    more = load.changed(rank, 1, tokens)
     assert more.freeness(PRIORITIES) <= load.freeness(PRIORITIES)
     for newcomer in (0, 1):
         before = load.freeness_for(newcomer, PRIORITIES)
@@ -140,8 +141,17 @@ def test_a_token_more_never_raises_freeness(load: Load, tokens: int, rank: int) 
 
 @given(loads, st.integers(0, 3000), st.sampled_from([0, 1]))
 def test_what_came_and_left_changed_nothing(load: Load, tokens: int, rank: int) -> None:
-    again = load.with_one(rank, tokens).without(rank, tokens)
+    again = load.changed(rank, 1, tokens).changed(rank, -1, -tokens)
     assert again == load
+
+
+@given(loads, st.sampled_from([0, 1]), st.sampled_from([-1, 1]))
+def test_what_is_spare_after_a_change_is_known_without_making_it(
+    load: Load, rank: int, requests: int
+) -> None:
+    if load.running[rank] + requests >= 0:
+        after = load.changed(rank, requests, 0).spare(PRIORITIES)
+        assert load.spare_after(rank, requests, PRIORITIES) == pytest.approx(after)
 
 
 # -- classes

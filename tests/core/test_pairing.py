@@ -235,8 +235,8 @@ def test_no_move_raises_the_highest_load(
             if limit.tokens_max < max(1, limit.tokens_min):
                 continue
             tokens = data.draw(st.integers(limit.tokens_min, limit.tokens_max))
-            giver = source.load.without(limit.rank, tokens).freeness(priorities)
-            taker = destination.load.with_one(limit.rank, tokens).freeness(priorities)
+            giver = source.load.changed(limit.rank, -1, -tokens).freeness(priorities)
+            taker = destination.load.changed(limit.rank, 1, tokens).freeness(priorities)
             assert min(giver, taker) >= low + FIXED.gain_min - 1e-6
             assert taker >= giver - 1e-6
             assert destination.load.used + tokens <= TOTAL

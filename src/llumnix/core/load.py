@@ -108,6 +108,17 @@ class Load:
         are."""
         return self.total - self.used - self.head - priorities.headroom(self.total, self.running)
 
+    def spare_after(self, rank: int, requests: int, priorities: Priorities) -> float:
+        """`spare` after that many requests of a class have come, or left if below 0, their tokens
+        left out of account."""
+        spare = self.spare(priorities)
+        if rank >= len(self.running):
+            return spare
+        before = self.running[rank]
+        return spare + priorities.share(rank) * self.total * (
+            bool(before) - bool(before + requests)
+        )
+
     def freeness(self, priorities: Priorities) -> float:
         """F, for migration and scaling."""
         return ratio(self.spare(priorities), self.batch)
@@ -128,15 +139,9 @@ class Load:
         reserved = priorities.headroom(self.total, self.running, above=rank)
         return self.total - self.used - self.queued - reserved
 
-    def without(self, rank: int, tokens: int) -> "Load":
-        """After a running request of that class and size has left."""
-        return self._changed(rank, -1, -tokens)
-
-    def with_one(self, rank: int, tokens: int) -> "Load":
-        """After one has come."""
-        return self._changed(rank, 1, tokens)
-
-    def _changed(self, rank: int, requests: int, tokens: int) -> "Load":
+    def changed(self, rank: int, requests: int, tokens: int) -> "Load":
+        """After that many requests of a class, of `tokens` together, have come; below 0: have
+        left."""
         running = tuple(n + requests * (r == rank) for r, n in enumerate(self.running))
         return Load(
             total=self.total,

@@ -66,6 +66,10 @@ class Priorities:
         """The number that a request is queued under after it has waited so long."""
         return min(priority, self._numbers[0]) if waited_s >= self._aging_s else priority
 
+    def share(self, rank: int) -> float:
+        """The headroom of that class, as a share of an instance's KV memory."""
+        return self._headrooms[rank]
+
     def headroom(self, total: int, running: Sequence[int], above: int | None = None) -> float:
         """Tokens kept free on an instance of `total` KV tokens with that many requests of each
         class running. With `above`, only for classes more urgent than that rank."""

@@ -92,7 +92,7 @@ class CacheAware:
         source_below, _ = view.thresholds
 
         def cost(known: InstanceView, new: int) -> tuple[float, float, int]:
-            freeness = known.load.with_one(rank, new).freeness_for(rank, view.priorities)
+            freeness = known.load.changed(rank, 1, new).freeness_for(rank, view.priorities)
             return known.load.queued + known.booked_tokens + new, -freeness, known.turn
 
         best, why = fallback

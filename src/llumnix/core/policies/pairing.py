@@ -156,15 +156,15 @@ class Pairing:
             return None
         least = source.freeness + self._settings.gain_min + STOP_STEPS
         floor = max(least, below)
-        giver, taker = source.load.without(rank, 0), destination.load.with_one(rank, 0)
-        given, given_batch = giver.spare(priorities), max(1, giver.batch)
-        taken, taken_batch = taker.spare(priorities), max(1, taker.batch)
+        given = source.load.spare_after(rank, -1, priorities)
+        taken = destination.load.spare_after(rank, 1, priorities)
+        given_batch, taken_batch = max(1, source.load.batch - 1), destination.load.batch + 1
         room = _room(destination)
         waiting_max = low = high = wanted = 0
         if waits:
             waiting_max = max(0, min(room, int(taken - floor * taken_batch)))
         if movable:
-            low = max(1, _at_least(given, given_batch, giver.total, least, cost))
+            low = max(1, _at_least(given, given_batch, source.load.total, least, cost))
             even = (ratio(taken, taken_batch) - given / given_batch) / (
                 1 / taken_batch + 1 / given_batch
             )
