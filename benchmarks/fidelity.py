@@ -48,16 +48,16 @@ def simulated(
         [float(x) for x in columns[name].split()]
         for name in ("at_s", "high", "prompt_tokens", "output_tokens")
     )
-    at_s = sorted(at + dice.random() * JITTER_S for at in at_s)
+    order = sorted((at + dice.random() * JITTER_S, n) for n, at in enumerate(at_s))
     jobs = [
         Job(
             id=RequestId(f"r{n}"),
-            arrived_s=at_s[n],
+            arrived_s=at,
             prompt=int(prompt[n]),
             answer=int(answer[n]),
             priority=-100 if high[n] else 0,
         )
-        for n in range(len(at_s))
+        for at, n in order
     ]
     engine = EngineOptions(
         budget=int(flags["max-num-batched-tokens"]), slots=int(flags["max-num-seqs"])

@@ -10,7 +10,6 @@ import itertools
 import math
 import statistics
 import time
-from dataclasses import replace
 from typing import Any
 
 from common_paper import Found, arguments, column, save, simulate, spec, table
@@ -50,7 +49,7 @@ def run(policy: str, rate: float, low: int, requests: int, seed: int) -> Spec:
         high=float((low + 50) * PAPER_BLOCK_TOKENS),
         down_after_s=10.0,
     )
-    settings = replace(SchedulerSettings(), scaling=scaling)
+    settings = SchedulerSettings(scaling=scaling)
     return spec(policy, "L-L", rate, requests, seed, instances=8, scheduler=settings)
 
 
@@ -76,13 +75,13 @@ def rows(found: Found, points: list[tuple[float, int]], first: Any) -> list[list
 def needed(found: Found, policy: str, goal_s: float) -> float:
     """Instances for that TTFT P99, from the points of the sweep: between two of them along a line
     in the logarithm of the TTFT."""
+    names = [label(policy, SWEEP_RATE, low) for low in sorted({*SWEEP, LOW})]
     points = sorted(
         (
             math.log(statistics.fmean(column(found, name, lambda m: m["ttft_s"]["p99"]))),
             statistics.fmean(column(found, name, lambda m: m["instances_mean"])),
         )
-        for low in sorted({*SWEEP, LOW})
-        if (name := label(policy, SWEEP_RATE, low))
+        for name in names
     )
     goal = math.log(goal_s)
     for (x, n), (next_x, next_n) in itertools.pairwise(points):

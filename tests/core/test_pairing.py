@@ -223,7 +223,7 @@ def test_no_move_raises_the_highest_load(
     drawn: list[tuple[int, int, int, int]], data: st.DataObject
 ) -> None:
     """Whatever request within its limits is moved, the lower freeness of the pair rises, by the
-    least gain that is asked for, and the destination stays the freer of the two."""
+    least gain that is asked for, and the destination stays the freer of the two, and no source."""
     s = scheduler()
     for number, (used, running, head, high) in enumerate(drawn):
         tell(s, load(number, used, running, head, high))
@@ -239,6 +239,7 @@ def test_no_move_raises_the_highest_load(
             taker = destination.load.changed(limit.rank, 1, tokens).freeness(priorities)
             assert min(giver, taker) >= low + FIXED.gain_min - 1e-6
             assert taker >= giver - 1e-6
+            assert taker >= s.view.thresholds[0] - 1e-6
             assert destination.load.used + tokens <= TOTAL
 
 

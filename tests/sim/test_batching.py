@@ -170,3 +170,33 @@ def test_cached_blocks_go_in_the_order_in_which_they_were_freed() -> None:
     assert memory.hits([1, 2]) == 1  # The last of a prefix is the first to go.
     memory.take(2)
     assert memory.hits([1, 2]) == 0
+
+
+def test_a_step_ends_where_a_request_preempts_itself() -> None:
+    """The second of the batch is the youngest, and wants a block when there is none."""
+    it = engine(prefix_caching=False)
+    it.add(job("a", 4, 40, 0.0), 0.0)
+    it.add(job("young", 15, 40, 0.9), 0.0)
+    live(it, 1)
+    it.add(job("b", 4, 40, 0.5), 0.1)
+    assert live(it, 1, 0.1) == [[("a", 1), ("young", 1), ("b", 4)]]
+    it.memory.take(it.memory.free)
+    assert live(it, 2, 0.2) == [[("a", 1)], [("a", 1), ("b", 1)]]
+    assert not it.requests[RequestId("young")].running
+
+
+@pytest.mark.parametrize("chunked", [True, False])
+def test_a_step_with_nothing_in_it_is_over_at_once(chunked: bool) -> None:
+    """The first of the batch preempts itself: the next step begins as any other, so without chunks
+    the prompt that waits is computed alone."""
+    it = engine(chunked=chunked, prefix_caching=False)
+    it.add(job("first", 15, 40, 0.9), 0.0)
+    live(it, 1)
+    it.add(job("urgent", 4, 40, 0.0, -100), 0.1)
+    live(it, 1 if chunked else 2, 0.1)
+    assert it.requests[RequestId("first")].computed == 16
+    it.memory.take(it.memory.free)
+    it.add(job("waits", 4, 40, 0.5, -100), 0.2)
+    with_prompt = [("urgent", 1), ("waits", 4)] if chunked else [("waits", 4)]
+    assert live(it, 2, 0.2) == [with_prompt, [("urgent", 1), ("waits", 1)]]
+    assert not it.requests[RequestId("first")].running

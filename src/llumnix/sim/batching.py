@@ -144,11 +144,10 @@ class Batching:
             if any(new > 1 for _, new in parts):
                 return self._batch(parts)
             parts.clear()  # They came with their KV, and run with the others.
-        while True:
-            before = self.preemptions
-            budget = self._run(parts, now)
-            if parts or self.preemptions == before:
-                break  # Else the step is over at once, and the next one begins.
+        before = self.preemptions
+        budget = self._run(parts, now)
+        if self.preemptions > before and not parts:
+            return self.schedule(now)  # A step with nothing in it is over at once.
         if self.preemptions == before and (self._queue or self.holding):
             self._admit(parts, budget, now)
         return self._batch(parts) if parts else None
@@ -198,10 +197,10 @@ class Batching:
                             del parts[number]
                             break
                     self._preempt(victim, now)
-                    if gone <= place:
-                        place -= 1
                     if victim is seq:
                         return budget  # vLLM leaves the step at what it has so far.
+                    if gone < place:
+                        place -= 1
                 memory.take(need)
                 seq.blocks += need
             parts.append((seq, new))

@@ -213,11 +213,7 @@ def run_one(spec: Spec) -> Run:
             "controllers_crashed": trouble.controller_crashes,
             "clients_hung_up": trouble.hung_up,
         }
-    if any(job.high for job in jobs):
-        figures["classes"] = {
-            name: figures_of([j for j in jobs if j.high is high])
-            for name, high in (("high", True), ("normal", False))
-        }
+    figures |= _classes(jobs)
     run: Run = {
         "policy": spec.scheduler.policy,
         "trace": spec.trace if not Path(spec.trace).is_file() else Path(spec.trace).name,
@@ -278,8 +274,9 @@ def fewest(spec: Spec, bound: str, most: int) -> tuple[int, Run]:
 
 
 def alone(spec: Spec) -> dict[str, Any]:
-    """The figures of the same requests if each had an idle instance of its own, messages for
-    nothing: no policy serves them faster on such engines."""
+    """The figures of the same requests if each had an idle instance of its own, with an empty
+    prefix cache, and messages took no time: no policy serves requests that share no prefixes faster
+    on such engines. With `classes` if any are urgent."""
     profile, options, jobs = spec.profile, spec.engine, spec.jobs()
     for job in jobs:
         now, computed = job.arrived_s, 0
@@ -292,7 +289,7 @@ def alone(spec: Spec) -> dict[str, Any]:
         job.first_s = now
         # Contexts grow by one a step, so the mean step is that of the mean context.
         job.ended_s = now + (job.answer - 1) * profile.decode(1, job.prompt + job.answer / 2)
-    return figures_of(jobs)
+    return figures_of(jobs) | _classes(jobs)
 
 
 def parse_bound(text: str) -> tuple[tuple[str, str], float]:
@@ -328,6 +325,13 @@ def figures_of(jobs: Sequence[Job]) -> dict[str, Any]:
         "requests_done": len(done),
         "requests_failed": len(jobs) - len(done),
     }
+
+
+def _classes(jobs: Sequence[Job]) -> dict[str, Any]:
+    if not any(job.high for job in jobs):
+        return {}
+    kinds = (("high", True), ("normal", False))
+    return {"classes": {name: figures_of([j for j in jobs if j.high is h]) for name, h in kinds}}
 
 
 def _tpot(job: Job) -> float | None:

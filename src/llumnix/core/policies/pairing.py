@@ -155,7 +155,7 @@ class Pairing:
         if not movable and not waits:
             return None
         least = source.freeness + self._settings.gain_min + STOP_STEPS
-        floor = max(least, below)
+        floor = max(least, below, 0.0)
         given = source.load.spare_after(rank, -1, priorities)
         taken = destination.load.spare_after(rank, 1, priorities)
         given_batch, taken_batch = max(1, source.load.batch - 1), destination.load.batch + 1
