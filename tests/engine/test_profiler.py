@@ -65,6 +65,20 @@ def test_the_fit_finds_the_costs_that_were(least_s: float) -> None:
     assert len(lines) == len(samples)
 
 
+def test_prompts_that_all_take_the_least_time_are_refused() -> None:
+    """Their measurements differ by chance only."""
+    samples = [
+        Sample(steps=(Step(decodes=b, context=b * 32),), seconds=0.006 + b * 3e-5)
+        for b in (1, 8, 64)
+    ]
+    samples += [
+        Sample(steps=(Step(prompts=((n, 0),)),), seconds=0.016 * (1 + off))
+        for n, off in ((16, 0.01), (64, -0.01), (128, 0.01), (256, 0.0))
+    ]
+    with pytest.raises(UsageError, match="longer --max-model-len"):
+        fit(samples)
+
+
 def test_too_little_to_fit_is_refused() -> None:
     with pytest.raises(UsageError, match="too few measurements"):
         fit([Sample(steps=(Step(decodes=1, context=32),), seconds=0.006)])

@@ -4,16 +4,19 @@ import gzip
 import itertools
 import json
 import statistics
+import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from llumnix.core.events import RequestArrived
 from llumnix.core.settings import SchedulerSettings
-from llumnix.core.types import RequestId
+from llumnix.core.types import EngineIndex, InstanceId, RequestId
 from llumnix.errors import UsageError
+from llumnix.frontend.streams import Stream
 from llumnix.observe.event_log import EventLog
 from llumnix.sim.traces import CLIENTS, FILES, read_clients
 from llumnix.sim.workload import PAIRS, TRACES, Arrival, Workload, requests_of
@@ -218,8 +221,10 @@ def test_without_arrival_times_rows_are_drawn_at_random_and_none_twice(tmp_path:
 def test_a_file_can_say_which_requests_are_urgent(tmp_path: Path) -> None:
     rows = "".join(f"10,10,{n}\n" for n in (0, -100, 5))
     path = write(tmp_path / "t.csv", "input_tokens,output_tokens,priority\n" + rows)
-    drawn = [whole(path, rate_per_s=1.0, high_share=1.0).draw(seed) for seed in range(9)]
+    drawn = [whole(path, rate_per_s=1.0).draw(seed) for seed in range(9)]
     assert all(sum(a.high for a in d) == 1 for d in drawn)
+    with pytest.raises(UsageError, match="no --high"):
+        whole(path, rate_per_s=1.0, high_share=0.1).draw(0)
 
 
 @pytest.mark.parametrize("name", ["events.jsonl", "log"])
@@ -227,21 +232,30 @@ def test_an_event_log_is_a_trace(tmp_path: Path, name: str) -> None:
     log = EventLog(str(tmp_path / name), who="controller 1")
     log.started(SchedulerSettings())
     log.fact(RequestArrived(request=RequestId("a"), prompt_tokens=30), 7.0)
-    ended = (("a", 7.0, 0, 30, 9), ("b", 5.0, -100, 20, 4), ("hung up at once", 5.5, 0, 20, 0))
-    for request, started, priority, prompt, output in ended:
-        log.request(
-            {
-                "request": request,
-                "started": started,
-                "priority": priority,
-                "prompt_tokens": prompt,
-                "output_tokens": output,
-            }
+    now_s = time.monotonic()
+    ended = (
+        ("a", 0, 2.0, 30, 9, "stop"),
+        ("b", -100, 0.0, 20, 4, "abort"),
+        ("hung up at once", 0, 0.5, 20, 0, "abort"),
+        ("lost its engine", 0, 0.7, 20, 5, "error"),
+    )
+    for request, priority, came_s, prompt, output, reason in ended:
+        stream = Stream(
+            request=RequestId(request),
+            client_id=request,
+            instance=InstanceId("i0"),
+            engine_index=EngineIndex(0),
+            prompt_tokens=prompt,
+            priority=priority,
+            started_s=now_s + came_s,
+            ledger=SimpleNamespace(outputs=output),
         )
+        log.request({**stream.shown(), "finish_reason": reason})
     log.close()
     trace = str(tmp_path / name)
     assert requests_of(trace, None) == 2
-    assert whole(trace, requests=2).draw(0) == [
+    drawn = whole(trace, requests=2).draw(0)
+    assert [replace(a, at_s=round(a.at_s, 2)) for a in drawn] == [
         Arrival(at_s=0.0, prompt_tokens=20, output_tokens=4, high=True),
         Arrival(at_s=2.0, prompt_tokens=30, output_tokens=9),
     ]

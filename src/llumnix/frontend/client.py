@@ -226,7 +226,7 @@ class FleetClient(EngineCalls):
 
     def _finish(self, streams: list[Stream], slot: int, reason: FinishReason) -> None:
         for stream in streams:
-            self._close(stream.request)
+            self._close(stream.request, reason)
         last = [
             EngineCoreOutput(s.request, [], finish_reason=reason) for s in streams if not s.pooling
         ]
@@ -281,6 +281,7 @@ class FleetClient(EngineCalls):
         if known is not None:
             await self._continue(known, request)
             return
+        came_s = time.monotonic()
         http = current_http_request.get()
         request.priority = self._priority(request.priority, http)
         tokens = len(request.prompt_token_ids or ())
@@ -301,7 +302,7 @@ class FleetClient(EngineCalls):
                 engine_index=engine.engine_index,
                 prompt_tokens=tokens,
                 priority=request.priority,
-                started_s=time.monotonic(),
+                started_s=came_s,
                 pooling=request.pooling_params is not None,
                 session=request.resumable,
                 logprobs=getattr(request.sampling_params, "num_logprobs", None) is not None,
@@ -324,7 +325,8 @@ class FleetClient(EngineCalls):
         if request.resumable:
             stream.between_inputs = False
         elif stream.between_inputs:
-            self._close(stream.request)  # The engine says nothing more.
+            # The engine says nothing more.
+            self._close(stream.request, FinishReason.STOP)
         else:
             stream.session = False
         await self._send_to(engine, request)
@@ -391,17 +393,17 @@ class FleetClient(EngineCalls):
         by_engine: dict[EngineIndex, list[str]] = {}
         for request_id in request_ids:
             self._placing.discard(request_id)
-            for engine_index in self._close(request_id):
+            for engine_index in self._close(request_id, FinishReason.ABORT):
                 by_engine.setdefault(engine_index, []).append(request_id)
         for engine_index, mine in by_engine.items():
             await self.abort_at(engine_index, mine)
 
-    def _close(self, request_id: str) -> list[EngineIndex]:
+    def _close(self, request_id: str, reason: FinishReason) -> list[EngineIndex]:
         """Forgets a stream; returns the engines that may still hold its request."""
         stream = self.streams.close(request_id)
         if stream is None:
             return []
-        self._log.request(stream.shown())
+        self._log.request({**stream.shown(), "finish_reason": str(reason)})
         return self.migrations.close(RequestId(request_id))
 
     @staticmethod
@@ -430,6 +432,6 @@ class FleetClient(EngineCalls):
             if stream.session and output.finish_reason is not FinishReason.ABORT:
                 stream.between_inputs = True
                 continue
-            for other in self._close(output.request_id):
+            for other in self._close(output.request_id, output.finish_reason):
                 if other != index:  # It was on its way there.
                     self.migrations.later(self.abort_at(other, [output.request_id]))

@@ -88,9 +88,11 @@ def fit(samples: Sequence[Any]) -> tuple[dict[str, Any], list[str]]:
         for least in (0.0, *sorted(seconds[counts == 1])):
             # Prompts that hide, or that take the least, say nothing of their costs.
             seen = seconds > 1.02 * counts * max(step_s, least)
-            if seen.sum() < 2:
-                continue
-            costs = _least(pairs[seen], (seconds - counts * (step_s - hidden))[seen], seconds[seen])
+            costs = [0.0, 0.0]
+            if seen.sum() >= 2:
+                costs = _least(
+                    pairs[seen], (seconds - counts * (step_s - hidden))[seen], seconds[seen]
+                )
             computed = np.maximum(0.0, pairs @ np.array(costs) - counts * hidden)
             expected = np.maximum(counts * step_s + computed, counts * least)
             error = float(np.mean(np.abs(expected / seconds - 1)))
@@ -105,10 +107,11 @@ def fit(samples: Sequence[Any]) -> tuple[dict[str, Any], list[str]]:
                         "prompts_least_s": least,
                     },
                 )
-    if best is None:
+    assert best is not None
+    if not best[1]["prompt_s"] and not best[1]["prompt_context_s"]:
         raise UsageError(
-            "prompts cost nothing beyond a step's own time as far as they were measured: give the "
-            "engine more KV memory or a longer --max-model-len"
+            "all prompts took about as long, so what their tokens cost is unknown: give the engine "
+            "a longer --max-model-len (with the KV memory for it)"
         )
     found = {"step_s": step_s, "request_s": request_s, "context_s": context_s, **best[1]}
     made = Profile(name="", text="", kv_tokens=1, kv_token_bytes=1, **found)

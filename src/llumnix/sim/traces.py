@@ -7,8 +7,7 @@ names the prompt's parts, from its beginning: two prompts agree in as many leadi
 lists do. Each id stands for 512 tokens, or for as many as the list hash_tokens says. Where priority
 (vLLM's number) is below 0 the request is urgent.
 
-An event log of `llumnix serve` (observe/event_log.py) is such a file: the requests that ended in
-it, when they came, and how long they were.
+An event log of `llumnix serve` (observe/event_log.py) is such a file too.
 
 Files of clients (ServeGen's): one client a line, with its rate and the family of its gaps in
 windows of 600 s, and with quantiles of its lengths.
@@ -391,13 +390,20 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _logged(lines: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The requests of an event log, by when they came; from the first on."""
-    found = [line["body"] for line in lines if line.get("kind") == "request"]
-    found = [body for body in found if body["output_tokens"]]
-    found.sort(key=lambda body: body["started"])
-    for body in found:
+    """The requests of an event log in the order in which they came, the first at 0 s: as long as
+    they had become when they ended or their client left. Who got nothing, or whose engine was lost,
+    is left out."""
+    found = []
+    for line in lines:
+        if line.get("kind") == "request":
+            body = line["body"]
+            if body["output_tokens"] and body["finish_reason"] != "error":
+                # Monotonic clocks of several runs differ, the wall clock goes on.
+                found.append((line["time"] - (line["at"] - body["started"]), body))
+    found.sort(key=lambda pair: pair[0])
+    for came_s, body in found:
         yield {
-            "arrival_s": body["started"] - found[0]["started"],
+            "arrival_s": came_s - found[0][0],
             "input_tokens": body["prompt_tokens"],
             "output_tokens": body["output_tokens"],
             "priority": body["priority"],

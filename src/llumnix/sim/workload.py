@@ -101,8 +101,8 @@ class Workload:
     with a name; None for the one that LLUMNIX_TRACES names. `rate_per_s`: None for the trace's own.
     `cv`: of the gaps, Gamma (1 is Poisson); None: the trace's own gaps where it has any, else
     Poisson. Lengths are multiplied by `scale`, and a request of more than `tokens_max` (prompt and
-    output) is shrunk to that, both parts alike. `high_share` of the requests are urgent, unless the
-    trace says which."""
+    output) is shrunk to that, both parts alike. `high_share` of the requests are urgent; 0
+    where the trace says which."""
 
     trace: str
     requests: int
@@ -143,6 +143,8 @@ class Workload:
             times = self._gamma(random.Random(f"{seed} gaps"), self._rate(times))
         classes = random.Random(f"{seed} classes")
         prefixes = drawn.prefixes or [NO_PREFIX] * self.requests
+        if drawn.high and self.high_share:
+            raise UsageError(f"the trace {self.trace} says which requests are urgent: no --high")
         high = drawn.high or [classes.random() < self.high_share for _ in range(self.requests)]
         return [
             self._arrival(at_s, *pair, urgent, prefix)
