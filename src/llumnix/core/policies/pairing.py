@@ -7,7 +7,7 @@ Rules
 - A move is ordered only if it helps after its own cost: projected to its end, the lower freeness of
   the two is higher than now by what the copy and the stop take, in decode steps, and by `gain_min`.
   So no move raises the highest load. Nor may the two change places: the destination stays the
-  freer, and above the threshold of sources, or one that runs there would pay for it.
+  freer, and above the threshold of sources, or one that runs there would be preempted.
 - A blocked queue is a virtual usage, so its instance gives requests away until the head fits. If
   the destination has room for the request that waits, that goes: it has no KV to copy.
 - Queues are evened out among those that are blocked: the longest gives to the shortest, no more
