@@ -42,11 +42,14 @@ def figures(found: Found) -> str:
                 text = told(column(found, label, pick))
                 place = PLACES.get(policy)
                 cells.append(text if place is None else f"{text} ({pair[place]:g})")
+            cells.append(told(column(found, label, lambda m: m["ttft_s"]["max"])))
+            cells.append(told(column(found, label, lambda m: m["e2e_s"]["mean"])))
             cells.append(told(column(found, label, lambda m: m["fragmentation"]["mean"]), 100))
             cells.append(told(column(found, label, lambda m: m["kv_used"]["mean"]), 100))
             cells.append(told(column(found, label, lambda m: m["migrations"])))
             rows.append(cells)
     head = ["trace, req/s", "policy", *(f"{n} (published)" for n, _ in FIGURES)]
+    head += ["longest TTFT, s", "e2e mean, s"]
     return table([*head, "fragmentation, %", "KV used, %", "migrations"], rows)
 
 

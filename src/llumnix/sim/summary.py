@@ -61,13 +61,14 @@ def quantile(values: Iterable[float], q: float) -> float:
 
 
 def spread(values: Sequence[float]) -> dict[str, float | None]:
-    """Mean, median and P99; all None of nothing."""
+    """Mean, median, P99 and the highest; all None of nothing."""
     if not values:
-        return {"mean": None, "p50": None, "p99": None}
+        return {"mean": None, "p50": None, "p99": None, "max": None}
     return {
         "mean": statistics.fmean(values),
         "p50": quantile(values, 0.5),
         "p99": quantile(values, 0.99),
+        "max": max(values),
     }
 
 
