@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from llumnix.errors import UsageError
+from llumnix.sim.logged import logged
 
 FOLDER_VARIABLE = "LLUMNIX_TRACES"
 FILES_KEPT_MAX = 16
@@ -323,7 +324,7 @@ def read_requests(path: Path, grid_s: float = 0.0) -> RequestFile:
     numbers: dict[tuple[int, Any], int] = {}
     rows = list(_rows(path))
     if rows and "who" in rows[0]:
-        rows = list(_logged(rows))
+        rows = list(logged(rows))
     for n, row in enumerate(rows, start=1):
         if missing := [c for c in ("input_tokens", "output_tokens") if row.get(c) is None]:
             raise UsageError(f"{path}, request {n} has no {' and no '.join(missing)}; {COLUMNS}")
@@ -387,27 +388,6 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
         if not isinstance(row, dict):
             raise UsageError(f"{path}, line {n} is no JSON object; {COLUMNS}")
         yield row
-
-
-def _logged(lines: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The requests of an event log in the order in which they came, the first at 0 s: as long as
-    they had become when they ended or their client left. Who got nothing, or whose engine was lost,
-    is left out."""
-    found = []
-    for line in lines:
-        if line.get("kind") == "request":
-            body = line["body"]
-            if body["output_tokens"] and body["finish_reason"] != "error":
-                # Monotonic clocks of several runs differ, the wall clock goes on.
-                found.append((line["time"] - (line["at"] - body["started"]), body))
-    found.sort(key=lambda pair: pair[0])
-    for came_s, body in found:
-        yield {
-            "arrival_s": came_s - found[0][0],
-            "input_tokens": body["prompt_tokens"],
-            "output_tokens": body["output_tokens"],
-            "priority": body["priority"],
-        }
 
 
 def _tokens(value: Any) -> int:
