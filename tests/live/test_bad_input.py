@@ -63,6 +63,7 @@ def test_bounds_that_do_not_hold_what_it_starts_with() -> None:
     assert "--instances 3 is what it starts with" in line
 
 
+@pytest.mark.slow
 def test_a_scheduler_config_that_is_not_there() -> None:
     line = complaint("serve", "--scheduler-config", "nowhere.yaml")
     assert "--scheduler-config nowhere.yaml cannot be read" in line
@@ -87,8 +88,8 @@ def test_beyond_loopback_without_a_key(tiny_model: Path) -> None:
     ("flags", "fix"),
     [
         (["--data-parallel-size", "2"], "use --instances N"),
-        (["--headless"], "use --ray-address"),
-        (["--api-server-count", "2"], "one frontend process"),
+        pytest.param(["--headless"], "use --ray-address", marks=pytest.mark.slow),
+        pytest.param(["--api-server-count", "2"], "one frontend process", marks=pytest.mark.slow),
     ],
 )
 def test_flags_that_break_over_several_instances(
