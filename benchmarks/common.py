@@ -178,5 +178,11 @@ def write_result(path: Path, rows: list[dict[str, Any]], **more: Any) -> None:
     path.write_text(json.dumps(result, indent=1) + "\n")
 
 
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    """A table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
 def median(values: list[float]) -> float:
     return statistics.median(values) if values else 0.0

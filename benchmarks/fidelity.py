@@ -17,7 +17,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, write_result
+from common import ROOT, markdown, write_result
 from llumnix.core.settings import SchedulerSettings
 from llumnix.core.types import RequestId
 from llumnix.sim.batching import EngineOptions, Job
@@ -34,8 +34,6 @@ FIGURES = (
     ("preemptions", ("preemptions",), 1),
     ("migrations", ("migrations",), 1),
 )
-
-
 JITTER_S = 0.005
 
 
@@ -98,8 +96,7 @@ def main() -> None:
             again = [simulated(row, flags, profile, random.Random(n)) for n in range(args.repeats)]
             pairs.setdefault(key, []).append((again, row["metrics"]))
     head = ["trace, req/s", "instances", "policy", "seeds", *(name for name, _, _ in FIGURES)]
-    lines = [head, ["---"] * len(head)]
-    rows = []
+    lines, rows = [], []
     for (trace, rate, instances, policy), both in pairs.items():
         cells = [f"{trace} {rate:g}", str(instances), policy, str(len(both))]
         for _, path, factor in FIGURES:
@@ -124,7 +121,7 @@ def main() -> None:
             }
         )
     write_result(args.out, rows, profile=args.profile)
-    print("\n".join("| " + " | ".join(line) + " |" for line in lines))
+    print(markdown(head, lines))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,9 @@ use and the fragmentation over time. matplotlib is needed for it only, and is no
 packages:
 
     pip install matplotlib
-    python benchmarks/plot_live.py RAW.json OUT.png [--seed 0]
+    python benchmarks/plot_live.py RAW.json [RAW.json ...] OUT.png [--seed 0]
+
+Several files are for policies that were run apart, on the same seeds.
 """
 
 import argparse
@@ -20,6 +22,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from common import markdown
 from llumnix.sim.summary import told, told_ratio
 
 Run = dict[str, Any]
@@ -52,11 +55,6 @@ def pick(found: dict[str, Any], path: str) -> Any:
     return found
 
 
-def lines(head: list[str], rows: list[list[str]]) -> str:
-    table = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(row) + " |" for row in table)
-
-
 def table(runs: list[Run], policies: list[str]) -> str:
     """Means over the seeds, by class if there are classes, then ratios to the reference policy."""
     groups = {"": REQUEST_FIGURES | RUN_FIGURES}
@@ -78,13 +76,13 @@ def table(runs: list[Run], policies: list[str]) -> str:
             for p in policies
         ]
         title = group.removeprefix("classes/").removesuffix("/") or "all requests"
-        parts.append(lines([title, *names], rows))
+        parts.append(markdown([title, *names], rows))
         rows = [
             [f"{p} / {reference}", *(told_ratio(found[p][x], found[reference][x]) for x in RATIOS)]
             for p in policies
             if p != reference
         ]
-        parts.append(lines([title, *(figures[path][0] for path in RATIOS)], rows))
+        parts.append(markdown([title, *(figures[path][0] for path in RATIOS)], rows))
     return "\n\n".join(parts)
 
 
@@ -219,11 +217,11 @@ def draw(rows: list[Run], seed: int, target: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("raw", type=Path, help="what benchmarks/live.py wrote")
+    parser.add_argument("raw", type=Path, nargs="+", help="what benchmarks/live.py wrote")
     parser.add_argument("out", type=Path, help="the picture, PNG")
     parser.add_argument("--seed", type=int, default=0, help="whose course over time is drawn")
     args = parser.parse_args()
-    rows = json.loads(args.raw.read_text())["rows"]
+    rows = [row for path in args.raw for row in json.loads(path.read_text())["rows"]]
     print(table(rows, list(dict.fromkeys(r["policy"] for r in rows))))
     draw(rows, args.seed, args.out)
 

@@ -14,7 +14,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from common import ROOT
+from common import ROOT, markdown
 
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "benchmarks.md"
@@ -63,11 +63,6 @@ def step(row: Row | None) -> str:
     return "–" if row is None else f"{row['step_ms']:.1f}"
 
 
-def table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def lengths(result: Result) -> list[int]:
     return sorted({r["prompt_tokens"] for r in result["rows"]})
 
@@ -89,7 +84,7 @@ def alone(result: Result, *, paper: bool) -> str:
         rows.append(line)
     if paper:
         head.append("paper (A10): migration / blocking / recompute")
-    return table(head, rows)
+    return markdown(head, rows)
 
 
 def loaded(results: dict[str, Result]) -> str:
@@ -104,7 +99,7 @@ def loaded(results: dict[str, Result]) -> str:
             row = at(result, tokens, "staged", loaded=True)
             line += [step(row), gap(row)]
         rows.append(line)
-    return table(head, rows)
+    return markdown(head, rows)
 
 
 def cost(results: dict[str, Result]) -> str:
@@ -129,7 +124,7 @@ def cost(results: dict[str, Result]) -> str:
                     f"{row['itl_p50_ms'] / still['itl_p50_ms']:.3f}",
                 ]
             )
-    return table(head, rows)
+    return markdown(head, rows)
 
 
 def tables(long: Result | None, short: Result | None, cpu: Result | None) -> dict[str, str]:

@@ -12,7 +12,7 @@ import statistics
 import time
 from typing import Any
 
-from common_paper import Found, arguments, column, save, simulate, spec, table
+from common_paper import Found, arguments, column, markdown, save, simulate, spec
 
 from llumnix.core.settings import PAPER_BLOCK_TOKENS, ScalingSettings, SchedulerSettings
 from llumnix.sim.simulate import Spec
@@ -31,7 +31,7 @@ PUBLISHED = {
 LOW = 10
 """The paper's lower threshold, in blocks a request; the upper one is 50 more."""
 SWEEP_RATE = 2.0
-SWEEP = (1, 3, 6, 18, 30, 50)
+SWEEP = (1, 3, 6, LOW, 18, 30, 50)
 FIGURES = (
     ("instances, mean", lambda m: m["instances_mean"]),
     ("TTFT mean, s", lambda m: m["ttft_s"]["mean"]),
@@ -62,10 +62,8 @@ def rows(found: Found, points: list[tuple[float, int]], first: Any) -> list[list
     made = []
     for rate, low in points:
         for place, policy in enumerate(POLICIES):
-            cells = [
-                told(column(found, label(policy, rate, low), pick), nothing="–")
-                for _, pick in FIGURES
-            ]
+            name = label(policy, rate, low)
+            cells = [told(column(found, name, pick)) for _, pick in FIGURES]
             if low == LOW:
                 cells[0] += f" ({PUBLISHED[rate][place]:g})"
             made.append([first(rate, low), policy, *cells])
@@ -75,7 +73,7 @@ def rows(found: Found, points: list[tuple[float, int]], first: Any) -> list[list
 def needed(found: Found, policy: str, goal_s: float) -> float:
     """Instances for that TTFT P99, from the points of the sweep: between two of them along a line
     in the logarithm of the TTFT."""
-    names = [label(policy, SWEEP_RATE, low) for low in sorted({*SWEEP, LOW})]
+    names = [label(policy, SWEEP_RATE, low) for low in SWEEP]
     points = sorted(
         (
             math.log(statistics.fmean(column(found, name, lambda m: m["ttft_s"]["p99"]))),
@@ -94,7 +92,7 @@ def main() -> None:
     began = time.monotonic()
     args = arguments(__doc__ or "", "autoscaling", seeds=2)
     by_rate = [(rate, LOW) for rate in PUBLISHED]
-    by_threshold = [(SWEEP_RATE, low) for low in sorted({*SWEEP, LOW})]
+    by_threshold = [(SWEEP_RATE, low) for low in SWEEP]
     specs, labels = [], []
     for rate, low in dict.fromkeys(by_rate + by_threshold):
         for policy in POLICIES:
@@ -102,9 +100,11 @@ def main() -> None:
             labels += [label(policy, rate, low)] * args.seeds
     found = simulate(specs, labels, args)
     head = ["policy", "instances, mean (published)", *(name for name, _ in FIGURES[1:])]
-    text = table(["req/s", *head], rows(found, by_rate, lambda rate, _: f"{rate:g}"))
+    text = markdown(["req/s", *head], rows(found, by_rate, lambda rate, _: f"{rate:g}"))
     text += f"\n\nAt {SWEEP_RATE:g} req/s, by the lower threshold:\n\n"
-    text += table(["blocks a request", *head], rows(found, by_threshold, lambda _, low: str(low)))
+    text += markdown(
+        ["blocks a request", *head], rows(found, by_threshold, lambda _, low: str(low))
+    )
     saved = []
     for goal_s in (0.5, 1, 2, 3, 4, 6, 8, 12, 16):
         counts = [needed(found, policy, goal_s) for policy in POLICIES]
@@ -113,7 +113,7 @@ def main() -> None:
                 [f"{goal_s:g}", *(f"{n:.2f}" for n in counts), f"{1 - counts[1] / counts[0]:.0%}"]
             )
     text += "\n\nInstances for the same TTFT P99, between the points above:\n\n"
-    text += table(["TTFT P99, s", *POLICIES, "fewer"], saved)
+    text += markdown(["TTFT P99, s", *POLICIES, "fewer"], saved)
     save(args, found, text, began)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common import ROOT, write_result
+from common import markdown as markdown
 from llumnix.core.settings import SchedulerSettings
 from llumnix.sim.batching import EngineOptions
 from llumnix.sim.profile import load_profile
@@ -24,15 +25,24 @@ from llumnix.sim.simulate import Run, Spec, runs
 PROFILE = load_profile("a10-llama-7b")
 ENGINE = EngineOptions(chunked=False, prefix_caching=False, budget=8192)
 INSTANCES = 16
+SETTINGS = SchedulerSettings()
 
 Found = list[tuple[str, Run]]
 """Runs, each with its label."""
 
 
-def spec(policy: str, trace: str, rate: float, requests: int, seed: int, **more: Any) -> Spec:
+def spec(
+    policy: str,
+    trace: str,
+    rate: float,
+    requests: int,
+    seed: int,
+    *,
+    scheduler: SchedulerSettings = SETTINGS,
+    instances: int = INSTANCES,
+    **more: Any,
+) -> Spec:
     """One run in the paper's set-up."""
-    scheduler = more.pop("scheduler", SchedulerSettings())
-    instances = more.pop("instances", INSTANCES)
     return Spec(
         scheduler=replace(scheduler, policy=policy),
         profile=PROFILE,
@@ -57,8 +67,8 @@ def arguments(text: str, name: str, seeds: int = 3, requests: int = 10_000) -> a
 
 
 def simulate(specs: Sequence[Spec], labels: Sequence[str], args: argparse.Namespace) -> Found:
-    """Runs them, and says so as they end. Each with its label, in their order, so
-    that seeds pair."""
+    """Runs them, and says so as they end. Each with its label, in their order, so that seeds
+    pair."""
     began, placed = time.monotonic(), {}
     for place, run in runs(specs, args.processes):
         placed[place] = (labels[place], run)
@@ -75,11 +85,6 @@ def simulate(specs: Sequence[Spec], labels: Sequence[str], args: argparse.Namesp
 def column(found: Found, label: str, pick: Callable[[Any], Any]) -> list[Any]:
     """A figure of all runs with that label."""
     return [pick(run["metrics"]) for name, run in found if name == label]
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(row) + " |" for row in lines)
 
 
 def save(args: argparse.Namespace, found: Found, text: str, began: float, **more: Any) -> None:

@@ -9,7 +9,7 @@ python benchmarks/paper/priorities.py [--seeds 3] [--requests 10000] [--processe
 import time
 from typing import Any
 
-from common_paper import Found, arguments, column, save, simulate, spec, table
+from common_paper import Found, arguments, column, markdown, save, simulate, spec
 
 from llumnix.core.settings import (
     HIGH,
@@ -68,12 +68,11 @@ def main() -> None:
                 )
                 paper = {0.0: pair[0], HIGH.headroom: pair[1]}.get(headroom)
                 cells.append(text if paper is None else f"{text} ({paper:g})")
-            gain = told_ratio(_mean(found, base, "high"), _mean(found, label, "high"))
-            loss = told_ratio(_mean(found, label, "normal"), _mean(found, base, "normal"))
-            cells += ["", told(_mean(found, label, "normal")), ""]
+            gain = loss = ""  # Of the base to itself.
             if policy != BASE:
-                cells[-3], cells[-1] = gain, loss
-            rows.append(cells)
+                gain = told_ratio(_mean(found, base, "high"), _mean(found, label, "high"))
+                loss = told_ratio(_mean(found, label, "normal"), _mean(found, base, "normal"))
+            rows.append([*cells, gain, told(_mean(found, label, "normal")), loss])
         cells = [str(cv), "each alone"]
         cells += [told([b["high"][figure][part] for b in bounds]) for figure, part in FIGURES]
         cells.append(
@@ -84,7 +83,7 @@ def main() -> None:
     head = ["CV", "", "urgent: e2e mean, s (published)", "TTFT P99, s (published)"]
     head += ["TPOT mean, s (published)", "urgent e2e, base : this", "normal: e2e mean, s"]
     head += ["normal e2e, this : base"]
-    save(args, found, table(head, rows), began, alone=bounds)
+    save(args, found, markdown(head, rows), began, alone=bounds)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ the whole simulation takes.
 import resource
 import time
 
-from common_paper import arguments, save, spec, table
+from common_paper import arguments, markdown, save, spec
 
 from llumnix.sim.simulate import run_one
 
@@ -45,7 +45,7 @@ def main() -> None:
         )
         print(rows[-1], flush=True)
     head = ["instances", "requests", "virtual s", "CPU s", "CPU ms a request", "peak memory, GB"]
-    save(args, found, table([*head, "TTFT P99, s", "migrations"], rows), began)
+    save(args, found, markdown([*head, "TTFT P99, s", "migrations"], rows), began)
 
 
 if __name__ == "__main__":

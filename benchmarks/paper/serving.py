@@ -6,7 +6,7 @@ python benchmarks/paper/serving.py [--seeds 3] [--requests 10000] [--processes N
 import time
 from typing import Any
 
-from common_paper import Found, arguments, column, save, simulate, spec, table
+from common_paper import Found, arguments, column, markdown, save, simulate, spec
 
 from llumnix.sim.simulate import alone
 from llumnix.sim.summary import told, told_ratio
@@ -50,7 +50,7 @@ def figures(found: Found) -> str:
             rows.append(cells)
     head = ["trace, req/s", "policy", *(f"{n} (published)" for n, _ in FIGURES)]
     head += ["longest TTFT, s", "e2e mean, s"]
-    return table([*head, "fragmentation, %", "KV used, %", "migrations"], rows)
+    return markdown([*head, "fragmentation, %", "KV used, %", "migrations"], rows)
 
 
 def ratios(found: Found, bounds: dict[str, list[Any]]) -> str:
@@ -67,8 +67,8 @@ def ratios(found: Found, bounds: dict[str, list[Any]]) -> str:
                 most = f", ≤ {told_ratio(base, [pick(b) for b in bounds[trace]])}"
             cells.append(f"{ours} ({pair[0] / pair[1]:.3g}{most})")
         rows.append(cells)
-    names = [f"{n.partition(',')[0]}" for n, _ in FIGURES]
-    return table(["infaas++ : llumnix (published, bound)", *names], rows)
+    names = [n.partition(",")[0] for n, _ in FIGURES]
+    return markdown(["infaas++ : llumnix (published, bound)", *names], rows)
 
 
 def main() -> None:

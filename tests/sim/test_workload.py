@@ -250,7 +250,7 @@ def test_an_event_log_is_a_trace(tmp_path: Path, name: str) -> None:
             started_s=now_s + came_s,
             ledger=SimpleNamespace(outputs=output),
         )
-        log.request({**stream.shown(), "finish_reason": reason})
+        log.request(stream.shown(reason))
     log.close()
     trace = str(tmp_path / name)
     assert requests_of(trace, None) == 2

@@ -403,7 +403,7 @@ class FleetClient(EngineCalls):
         stream = self.streams.close(request_id)
         if stream is None:
             return []
-        self._log.request({**stream.shown(), "finish_reason": str(reason)})
+        self._log.request(stream.shown(str(reason)))
         return self.migrations.close(RequestId(request_id))
 
     @staticmethod

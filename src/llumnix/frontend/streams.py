@@ -35,8 +35,8 @@ class Stream:
         """Tokens that have arrived here."""
         return int(self.ledger.outputs)
 
-    def shown(self) -> dict[str, Any]:
-        """What the event log keeps of it."""
+    def shown(self, finish_reason: str) -> dict[str, Any]:
+        """What the event log keeps of it. `finish_reason`: vLLM's word for how it ended."""
         return {
             "request": self.request,
             "client_id": self.client_id,
@@ -45,6 +45,7 @@ class Stream:
             "priority": self.priority,
             "prompt_tokens": self.prompt_tokens,
             "output_tokens": self.output_tokens,
+            "finish_reason": finish_reason,
         }
 
 

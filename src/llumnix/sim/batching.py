@@ -2,7 +2,8 @@
 
 Rules, as vLLM 0.32 has them with priority scheduling
 - A step has `budget` tokens. First the running requests get theirs, in the order in which they
-  began; who finds no block free has the least urgent of them preempted, the youngest first.
+  began; who finds no block free has the least urgent of them preempted, the youngest first. If that
+  is itself, the step ends with what it has so far; with nothing, the next one begins at once.
 - A preempted request gives up its KV and is queued again. A step that preempts admits nobody.
 - Then, while there are slots: requests that came with their KV, then the queue by priority and
   arrival. The head starts only if blocks for all its tokens are free, and if it has to wait, all

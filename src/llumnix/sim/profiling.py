@@ -1,6 +1,7 @@
 """`llumnix profile`: times a real engine's steps and fits a profile to them."""
 
 import argparse
+import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -71,49 +72,8 @@ def fit(samples: Sequence[Any]) -> tuple[dict[str, Any], list[str]]:
         )
     rows = np.array([[1.0, s.steps[0].decodes, s.steps[0].context] for s in decodes])
     step_s, request_s, context_s = _least(rows, np.array([s.seconds for s in decodes]))
-    counts = np.array([len(s.steps) for s in prompts], dtype=float)
-    pairs = np.array(
-        [
-            [
-                sum(n for step in s.steps for n, _ in step.prompts),
-                sum(n * (b + n / 2) for step in s.steps for n, b in step.prompts),
-            ]
-            for s in prompts
-        ]
-    )
-    seconds = np.array([s.seconds for s in prompts])
-    best: tuple[float, dict[str, float]] | None = None
-    # What of a step's own time a prompt hides behind, and the least that a step with one takes.
-    for hidden in np.linspace(0.0, step_s, 21):
-        for least in (0.0, *sorted(seconds[counts == 1])):
-            # Prompts that hide, or that take the least, say nothing of their costs.
-            seen = seconds > 1.02 * counts * max(step_s, least)
-            costs = [0.0, 0.0]
-            if seen.sum() >= 2:
-                costs = _least(
-                    pairs[seen], (seconds - counts * (step_s - hidden))[seen], seconds[seen]
-                )
-            computed = np.maximum(0.0, pairs @ np.array(costs) - counts * hidden)
-            expected = np.maximum(counts * step_s + computed, counts * least)
-            error = float(np.mean(np.abs(expected / seconds - 1)))
-            # The simpler of two that are as good.
-            if best is None or error < best[0] - 1e-4:
-                best = (
-                    error,
-                    {
-                        "prompt_s": costs[0],
-                        "prompt_context_s": costs[1],
-                        "overlap_s": hidden,
-                        "prompts_least_s": least,
-                    },
-                )
-    assert best is not None
-    if not best[1]["prompt_s"] and not best[1]["prompt_context_s"]:
-        raise UsageError(
-            "all prompts took about as long, so what their tokens cost is unknown: give the engine "
-            "a longer --max-model-len (with the KV memory for it)"
-        )
-    found = {"step_s": step_s, "request_s": request_s, "context_s": context_s, **best[1]}
+    found = {"step_s": step_s, "request_s": request_s, "context_s": context_s}
+    found |= _fit_prompts(prompts, step_s)
     made = Profile(name="", text="", kv_tokens=1, kv_token_bytes=1, **found)
     errors: dict[str, list[float]] = {"decode": [], "prefill": []}
     lines = []
@@ -128,8 +88,47 @@ def fit(samples: Sequence[Any]) -> tuple[dict[str, Any], list[str]]:
         )
     rounded = {name: float(f"{value:.6g}") for name, value in found.items()}
     told = {f"{k}_mean": round(float(np.mean(v)), 4) for k, v in errors.items()}
-    told |= {f"{k}_max": round(float(max(v)), 4) for k, v in errors.items()}
+    told |= {f"{k}_max": round(max(v), 4) for k, v in errors.items()}
     return {**rounded, "error": told}, lines
+
+
+def _fit_prompts(samples: Sequence[Any], step_s: float) -> dict[str, float]:
+    """The costs of prompts, given a step's own time: of all shares of that which they may hide
+    behind, and of all measured times that may be the least of a step with prompts, those with the
+    smallest mean error; the simpler of two that are as good."""
+    import numpy as np
+
+    counts = np.array([len(s.steps) for s in samples], dtype=float)
+    pairs = np.array(
+        [
+            [
+                sum(n for step in s.steps for n, _ in step.prompts),
+                sum(n * (b + n / 2) for step in s.steps for n, b in step.prompts),
+            ]
+            for s in samples
+        ]
+    )
+    seconds = np.array([s.seconds for s in samples])
+    best, lowest = [0.0] * 4, np.inf
+    leasts = (0.0, *sorted(seconds[counts == 1]))
+    for hidden, least in itertools.product(np.linspace(0.0, step_s, 21), leasts):
+        # Prompts that hide, or that take the least, say nothing of their costs.
+        seen = seconds > 1.02 * counts * max(step_s, least)
+        costs = [0.0, 0.0]
+        if seen.sum() >= 2:
+            costs = _least(pairs[seen], (seconds - counts * (step_s - hidden))[seen], seconds[seen])
+        computed = np.maximum(0.0, pairs @ np.array(costs) - counts * hidden)
+        expected = np.maximum(counts * step_s + computed, counts * least)
+        error = float(np.mean(np.abs(expected / seconds - 1)))
+        if error < lowest - 1e-4:
+            best, lowest = [*costs, float(hidden), float(least)], error
+    if not any(best[:2]):
+        raise UsageError(
+            "all prompts took about as long, so what their tokens cost is unknown: give the engine "
+            "a longer --max-model-len (with the KV memory for it)"
+        )
+    names = ("prompt_s", "prompt_context_s", "overlap_s", "prompts_least_s")
+    return dict(zip(names, best, strict=True))
 
 
 def _told(sample: Any) -> str:

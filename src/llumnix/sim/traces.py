@@ -322,9 +322,11 @@ def read_requests(path: Path, grid_s: float = 0.0) -> RequestFile:
     """A file of requests, read once in a process; `grid_s` as in `TraceFile`."""
     lengths, at_s, prefixes, high = [], [], [], []
     numbers: dict[tuple[int, Any], int] = {}
-    rows = list(_rows(path))
-    if rows and "who" in rows[0]:
-        rows = list(logged(rows))
+    rows = _rows(path)
+    if (first := next(rows, None)) is not None:
+        rows = itertools.chain([first], rows)
+        if "who" in first:
+            rows = logged(rows)
     for n, row in enumerate(rows, start=1):
         if missing := [c for c in ("input_tokens", "output_tokens") if row.get(c) is None]:
             raise UsageError(f"{path}, request {n} has no {' and no '.join(missing)}; {COLUMNS}")
