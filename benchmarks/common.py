@@ -41,23 +41,20 @@ def free_port() -> int:
 
 
 class Served:
-    """One server process; `kind` is bare (vLLM alone) or llumnix."""
+    """One server process; `kind` is bare (vLLM alone), llumnix, or another command that serves at
+    `port`. `env`: beside this process's."""
 
-    def __init__(self, kind: str, model: str, name: str, flags: list[str], log: Path) -> None:
-        self.kind, self.port = kind, free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
-        command = {
-            "bare": [sys.executable, str(ROOT / "benchmarks/vllm_cli.py"), "serve", model],
-            "llumnix": [sys.executable, "-m", "llumnix", "serve", model],
-        }[kind]
-        command += ["--host", "127.0.0.1", "--port", str(self.port), "--served-model-name", name]
-        command += ["--disable-uvicorn-access-log", *flags]
-        env = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
-        self.log = log
+    def __init__(
+        self, kind: str, command: list[str], port: int, log: Path, env: dict[str, str] | None = None
+    ) -> None:
+        self.kind, self.port, self.log = kind, port, log
+        self.url = f"http://127.0.0.1:{port}"
+        quiet = {"HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
         with log.open("w") as out:
             self.process = subprocess.Popen(
-                command, stdout=out, stderr=subprocess.STDOUT, env=env, start_new_session=True
-            )
+                command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
+                env={**os.environ, **quiet, **(env or {})},
+            )  # fmt: skip
 
     async def wait_until_up(self) -> None:
         deadline = time.monotonic() + START_TIMEOUT_S
@@ -81,6 +78,20 @@ class Served:
                 self.process.wait(STOP_TIMEOUT_S)
             except subprocess.TimeoutExpired:
                 os.killpg(self.process.pid, signal.SIGKILL)
+
+
+def serve(
+    kind: str, model: str, name: str, flags: list[str], log: Path,
+    env: dict[str, str] | None = None,
+) -> Served:  # fmt: skip
+    """Starts bare vLLM or llumnix."""
+    port = free_port()
+    command = {
+        "bare": [sys.executable, str(ROOT / "benchmarks/vllm_cli.py"), "serve", model],
+        "llumnix": [sys.executable, "-m", "llumnix", "serve", model],
+    }[kind]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", name]
+    return Served(kind, [*command, "--disable-uvicorn-access-log", *flags], port, log, env)
 
 
 @dataclass(slots=True)

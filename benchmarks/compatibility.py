@@ -20,7 +20,7 @@ from typing import Any
 
 import openai
 
-from common import ROOT, Served, commit, versions
+from common import ROOT, Served, commit, serve, versions
 
 NAME = "demo"
 ASK = [{"role": "user", "content": "Name three colours of the rainbow."}]
@@ -242,7 +242,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as logs:
         try:
             for kind in ("bare", "llumnix"):
-                servers.append(Served(kind, args.model, NAME, flags, Path(logs) / f"{kind}.log"))
+                servers.append(serve(kind, args.model, NAME, flags, Path(logs) / f"{kind}.log"))
             asyncio.run(up(servers))
             table = rows(*servers, args.model)
         finally:

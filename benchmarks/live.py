@@ -1,20 +1,25 @@
-"""Policies of `llumnix serve` compared on real engines, whose KV memory is made so small that it is
-the bottleneck.
+"""Policies of `llumnix serve`, and its peers, compared on real engines, whose KV memory is made so
+small that it is the bottleneck.
 
-For every seed each policy in turn serves the same arrivals, in an order that changes from seed to
-seed, each time on a server of its own: nothing is left of the turn before, and a slow drift of the
-machine meets all alike. (`--share-servers` saves the starts: a policy's seeds one after another on
-one server, for machines that do not drift.) `--pace` lets each step take as long as a GPU's, so
+`--policies` names policies of llumnix and the peers of benchmarks/systems.py. For every seed each
+in turn serves the same arrivals, in an order that changes from seed to seed, each time on a server
+of its own: nothing is left of the turn before, and a slow drift of the machine meets all alike.
+(`--share-servers` saves the starts: a policy's seeds one after another on one server, for machines
+that do not drift. `--together` has all servers up at once, on the same devices if they have the
+memory: those whose turn it is not stand still.) `--pace` lets each step take as long as a GPU's, so
 that engines that share cores do not slow one another. Arrivals are open-loop: a request is sent at
-its time whatever the state. Prompts are random tokens, so that no two share a prefix, and outputs
-have exact lengths. The client runs with real-time priority where it may (benchmarks/overhead.py
-says why).
+its time whatever the state. Prompts are random tokens that share a prefix only where the trace says
+so, and outputs have exact lengths. The client runs with real-time priority where it may
+(benchmarks/overhead.py says why).
 
 Figures of a run (`--json` prints them in the form that the simulator has):
 
 - ttft_s, e2e_s: from the time at which the request was to be sent to its first and its last token;
   tpot_s: between the two, a token. Of requests that ended; `requests_failed` counts the others.
-- preemptions: growth of `vllm:num_preemptions_total`, all engines.
+- goodput_per_s: requests a second whose TTFT and TPOT were within `--slo`; tokens_per_s: generated,
+  of requests that ended. Both until the last one ended.
+- preemptions: growth of `vllm:num_preemptions_total`, all engines; prefix_hits, the share of
+  prompts' tokens that were in a prefix cache, of two such counters too.
 - preemption_loss_s: an estimate, since HTTP says of no request that it was preempted. Per request
   the sum of what its gaps between tokens exceed the run's median gap by, over gaps longer than
   max(5 medians, median + 0.25 s); 0 in a run without preemptions. A step that others' prompts or
@@ -34,7 +39,7 @@ Figures of a run (`--json` prints them in the form that the simulator has):
 The table (benchmarks/plot_live.py makes it) gives means over the seeds and ratios between policies.
 
     python benchmarks/live.py [--policies round-robin,infaas++,llumnix] [--trace L-L] [--seeds 3]
-        [--rate 3] [--high 0.1] [--json] [--out FILE] [-- further flags of llumnix serve]
+        [--rate 3] [--high 0.1] [--json] [--out FILE] [-- further flags of the servers]
 """
 
 import argparse
@@ -49,17 +54,18 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 
-from common import ROOT, Served, real_time, write_result
+from common import ROOT, real_time, write_result
 from plot_live import Run, packed, table
 from shapes import SHAPES, write_shape
-from watch import IDLE_TIMEOUT_S, SAMPLED, Watch, fragmentation, moments
+from systems import PEERS, System, all_up
+from watch import IDLE_TIMEOUT_S, SAMPLED, PeerWatch, Watch, fragmentation, moments
 from workload import PAIRS, Answer, Arrival, Workload, encode, mean, of_requests, send, stalls
 
 PAPER_KV_TOKENS = 13616
@@ -74,6 +80,7 @@ TOKENS_END = 30000
 WARM_UP_TOKENS = 16
 WARM_UP_PROMPTS = (8, 64)
 
+Slo = tuple[float, float]
 Turn = tuple[Run, dict[str, Any]]
 """A run in the simulator's form, and its raw figures."""
 
@@ -84,7 +91,8 @@ def say(text: str) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
-    """What all turns share. `kv_tokens`: of an instance. `tokens_end`: prompts' ids lie below."""
+    """What all turns share. `kv_tokens`: of an instance. `tokens_end`: prompts' ids lie below.
+    `slo`: limits of TTFT and TPOT, in seconds."""
 
     model: str
     instances: int
@@ -92,21 +100,25 @@ class Setup:
     tokens_max: int
     tokens_end: int
     drain_limit_s: float
+    slo: Slo
     flags: list[str]
 
 
 async def one_run(
-    server: Served, arrivals: list[Arrival], setup: Setup, seed: int
-) -> tuple[list[Answer], Watch, int]:
-    """One turn on a server that is up: answers, what was seen beside them, preemptions."""
+    system: System, arrivals: list[Arrival], setup: Setup, seed: int
+) -> tuple[list[Answer], Watch, dict[str, int]]:
+    """One turn of a system that is up: answers, what was seen beside them, counters' growth."""
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S)
     # The server closes what stands idle for 5 s; it must not be used at that moment.
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2.0)
-    async with aiohttp.ClientSession(server.url, timeout=timeout, connector=connector) as http:
-        watch = Watch(http)
+    url = system.front.url
+    async with aiohttp.ClientSession(url, timeout=timeout, connector=connector) as http:
+        watch = Watch(http, system.scraped)
+        if system.name in PEERS:
+            watch = PeerWatch(http, system.scraped, setup.kv_tokens)
         dice = random.Random(f"{seed} prompts")
         await warm_up(http, watch, setup, dice)
-        before = await watch.preemptions()
+        before = await watch.counters()
         await watch.migrations()
         known = set(watch.outcomes)
         bodies = encode(arrivals, dice, setup.tokens_end)
@@ -125,7 +137,8 @@ async def one_run(
         await asyncio.sleep(STATS_LAG_S)
         await watch.migrations()
         watch.outcomes = {k: v for k, v in watch.outcomes.items() if k not in known}
-        return answers, watch, await watch.preemptions() - before
+        grown = {name: n - before[name] for name, n in (await watch.counters()).items()}
+        return answers, watch, grown
 
 
 async def warm_up(
@@ -153,22 +166,28 @@ async def warm_up(
 
 
 def metrics(
-    arrivals: list[Arrival], answers: list[Answer], watch: Watch, preemptions: int
+    arrivals: list[Arrival], answers: list[Answer], watch: Watch, grown: dict[str, int], slo: Slo
 ) -> dict[str, Any]:
-    losses = stalls(answers) if preemptions else [0.0] * len(answers)
+    losses = stalls(answers) if grown["preemptions"] else [0.0] * len(answers)
     seen = moments(watch.samples, arrivals[-1].at_s)
     every, blocked = ([fragmentation(m, only) for m in seen] for only in (False, True))
     used = [sum(s.used for s in m) / sum(s.total for s in m) for m in seen]
     outcomes = list(watch.outcomes.values())
     times = [m[0].t_s for m in moments(watch.samples)]
+    ended_s = [r.at_s + a.e2e_s for r, a in zip(arrivals, answers, strict=True) if a.done]
+    wall_s = max(ended_s, default=math.inf) - arrivals[0].at_s
+    good = [a for a in answers if a.done and a.ttft_s <= slo[0] and (a.tpot_s or 0.0) <= slo[1]]
     found = {
         **of_requests(answers, losses),
+        "goodput_per_s": len(good) / wall_s,
+        "tokens_per_s": sum(a.tokens for a in answers if a.done) / wall_s,
         "fragmentation": {"mean": mean(every)},
         "fragmentation_blocked": {"mean": mean(blocked)},
         "kv_used": {"mean": mean(used)},
         "waiting": {"mean": mean([sum(s.waiting for s in m) for m in seen])},
         "instances_mean": mean([len(m) for m in seen]),
-        "preemptions": preemptions,
+        "preemptions": grown["preemptions"],
+        "prefix_hits": {"mean": grown["prefix_hits"] / max(1, grown["prefix_queries"])},
         "migrations": outcomes.count("migrated"),
         "migrations_aborted": outcomes.count("aborted"),
         "client_late_s_max": max(a.late_s for a in answers),
@@ -213,43 +232,46 @@ def raw(arrivals: list[Arrival], answers: list[Answer], watch: Watch) -> dict[st
 
 
 @contextlib.asynccontextmanager
-async def serving(policy: str, setup: Setup) -> AsyncIterator[Served]:
-    """A server with that policy."""
+async def serving(policies: list[str], setup: Setup) -> AsyncIterator[list[System]]:
+    """Systems of these names."""
     began = time.monotonic()
+    systems: list[System] = []
     with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder) / "server.log"
-        server = Served("llumnix", setup.model, "m", [*setup.flags, "--policy", policy], log)
         try:
-            await server.wait_until_up()
-            say(f"{policy}: up in {time.monotonic() - began:.0f} s")
-            yield server
-        except BaseException:
-            say(log.read_text()[-3000:])
+            for name in policies:
+                where = Path(folder)
+                system = System(name, setup.model, setup.flags, setup.instances, where)
+                systems.append(system)
+            await all_up(systems)
+            say(f"{', '.join(policies)}: up in {time.monotonic() - began:.0f} s")
+            yield systems
+        except Exception:
+            say("\n".join(system.logs() for system in systems))
             raise
         finally:
-            server.stop()
+            for system in systems:
+                system.stop()
 
 
-async def one_turn(
-    server: Served, policy: str, seed: int, workload: Workload, setup: Setup
-) -> Turn:
+async def one_turn(system: System, seed: int, workload: Workload, setup: Setup) -> Turn:
     """Serves one seed's arrivals. The run, and its raw figures."""
     began = time.monotonic()
     arrivals = workload.draw(seed)
-    answers, watch, preemptions = await one_run(server, arrivals, setup, seed)
+    answers, watch, grown = await one_run(system, arrivals, setup, seed)
     run = {
-        "policy": policy,
+        "policy": system.name,
         "trace": workload.trace if workload.trace in PAIRS else Path(workload.trace).name,
         "rate": workload.rate_per_s,
         "seed": seed,
         "instances": setup.instances,
-        "metrics": metrics(arrivals, answers, watch, preemptions),
+        "metrics": metrics(arrivals, answers, watch, grown, setup.slo),
     }
     figures = run["metrics"]
     say(
-        f"seed {seed} {policy}: {time.monotonic() - began:.0f} s, "
+        f"{run['trace']} seed {seed} {system.name}: {time.monotonic() - began:.0f} s, "
         f"{sum(a.clipped for a in arrivals)} requests clipped; "
-        f"{figures['requests_done']} of {len(answers)} done, {preemptions} preemptions, "
+        f"{figures['requests_done']} of {len(answers)} done, "
+        f"{figures['preemptions']} preemptions, {figures['migrations']} migrations, "
         f"TTFT P99 {figures['ttft_s']['p99']:.2f} s, "
         f"KV used {figures['kv_used']['mean']:.0%}, waiting {figures['waiting']['mean']:.1f}, "
         f"longest gap between samples {figures['sample_gap_s_max']:.2f} s"
@@ -260,33 +282,57 @@ async def one_turn(
 def save(turns: list[Turn], args: argparse.Namespace, setup: Setup, **more: Any) -> None:
     rows = [{**run, **figures} for run, figures in turns]
     more |= {"flags": setup.flags}
-    told = {"model": Path(args.model).name, "scale": args.scale, "cv": args.cv, "high": args.high}
+    told = {name: getattr(args, name) for name in ("scale", "cv", "high", "load", "slo")}
+    told["model"] = Path(args.model).name
     write_result(args.out, rows, **told, **more)
+
+
+def workloads(args: argparse.Namespace, setup: Setup) -> list[Workload]:
+    """What each system is to serve, one after the other."""
+    loads = [load.split(":") for load in args.load]
+    return [
+        Workload(
+            trace=trace,
+            requests=int(requests),
+            rate_per_s=float(rate),
+            cv=args.cv,
+            scale=float(scale),
+            tokens_max=setup.tokens_max,
+            high_share=args.high,
+        )
+        for trace, rate, requests, scale in loads
+        or [(args.trace, args.rate, args.requests, args.scale)]
+    ]
 
 
 async def measure(args: argparse.Namespace, setup: Setup, client: str) -> list[Turn]:
     """All turns; what there is of them is saved after each."""
-    workload = Workload(
-        trace=args.trace,
-        requests=args.requests,
-        rate_per_s=args.rate,
-        cv=args.cv,
-        scale=args.scale,
-        tokens_max=setup.tokens_max,
-        high_share=args.high,
-    )
     turns: list[Turn] = []
-    seeds = range(args.seeds)
-    # A server for each seed and policy, or one for all seeds of a policy.
-    rounds = [seeds] if args.share_servers else [[seed] for seed in seeds]
-    for number, those in enumerate(rounds):
-        first = number % len(args.policies)
-        for policy in args.policies[first:] + args.policies[:first]:
-            async with serving(policy, setup) as server:
-                for seed in those:
-                    turns.append(await one_turn(server, policy, seed, workload, setup))
+
+    async def take_turns(systems: list[System], seeds: Iterable[int]) -> None:
+        for workload in workloads(args, setup):
+            for seed in seeds:
+                for system in in_turns(systems, seed):
+                    turns.append(await one_turn(system, seed, workload, setup))
                     save(turns, args, setup, client=client)
+
+    seeds = range(args.seeds)
+    if args.together:
+        async with serving(args.policies, setup) as systems:
+            await take_turns(systems, seeds)
+        return turns
+    # A server for each seed and policy, or one for all seeds of a policy.
+    for number, those in enumerate([seeds] if args.share_servers else [[s] for s in seeds]):
+        for policy in in_turns(args.policies, number):
+            async with serving([policy], setup) as systems:
+                await take_turns(systems, those)
     return turns
+
+
+def in_turns(those: list[Any], number: int) -> list[Any]:
+    """Each round begins with another one."""
+    first = number % len(those)
+    return those[first:] + those[:first]
 
 
 def prepare(args: argparse.Namespace) -> Setup:
@@ -298,7 +344,6 @@ def prepare(args: argparse.Namespace) -> Setup:
     kv_tokens = math.ceil(args.kv_tokens / args.block_size) * args.block_size
     tokens_max = min(config["max_position_embeddings"], int(kv_tokens * TOKENS_SHARE_MAX))
     flags = {
-        "instances": args.instances,
         "dtype": args.dtype,
         "block-size": args.block_size,
         # vLLM keeps one block for itself.
@@ -314,18 +359,23 @@ def prepare(args: argparse.Namespace) -> Setup:
         tokens_max=tokens_max,
         tokens_end=min(TOKENS_END, config["vocab_size"]),
         drain_limit_s=args.drain_limit_s,
+        slo=args.slo,
         flags=[x for name, value in flags.items() for x in (f"--{name}", str(value))] + args.flags,
     )
 
 
-def arguments() -> argparse.Namespace:
+def arguments(given: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     add = parser.add_argument
-    add("--policies", default="round-robin,infaas++,llumnix", help="names for --policy, by comma")
+    add("--policies", default="round-robin,infaas++,llumnix",
+        help=f"by comma: names for llumnix's --policy, and {', '.join(PEERS)}")  # fmt: skip
     add("--instances", type=int, default=2)
     add("--seeds", type=int, default=3, help="so many draws of the arrivals")
     add("--share-servers", action="store_true", help="one server serves all seeds of a policy")
+    add("--together", action="store_true", help="all servers are up at once")
     add("--requests", type=int, default=160, help="of a run")
+    add("--load", action="append", default=[], metavar="TRACE:RATE:REQUESTS:SCALE",
+        help="in the place of these four; may be repeated")  # fmt: skip
     add("--rate", type=float, default=3.0, help="requests a second")
     add("--trace", default="L-L", help=f"a file, or one of {', '.join(PAIRS)}")
     add("--scale", type=float, help="of lengths (default: KV tokens / 13,616, the paper's memory)")
@@ -344,11 +394,13 @@ def arguments() -> argparse.Namespace:
     add("--max-num-seqs", type=int, default=64)
     add("--max-num-batched-tokens", type=int, default=96, help="bounds how long a step takes")
     add("--drain-limit-s", type=float, default=180.0, help="after the last arrival, then give up")
+    add("--slo", default="0.5,0.025", metavar="TTFT_S,TPOT_S", help="what goodput counts")
     add("--json", action="store_true", help="print nothing but JSON")
     add("--out", type=Path, default=ROOT / "benchmarks/results/live.json", help="raw figures")
-    add("flags", nargs="*", help="further flags of llumnix serve, after --")
-    args = parser.parse_args()
+    add("flags", nargs="*", help="further flags of the servers, after --")
+    args = parser.parse_args(given)
     args.policies = args.policies.split(",")
+    args.slo = tuple(float(limit) for limit in args.slo.split(","))
     if args.scale is None:
         args.scale = args.kv_tokens / PAPER_KV_TOKENS
     if args.model is None:
@@ -363,9 +415,9 @@ def arguments() -> argparse.Namespace:
     return args
 
 
-def main() -> None:
+def main(given: list[str] | None = None) -> None:
     began = time.monotonic()
-    args = arguments()
+    args = arguments(given)
     with tempfile.TemporaryDirectory() as folder:
         if args.model in SHAPES:
             args.model = str(write_shape(args.model, Path(folder) / args.model))
@@ -381,7 +433,11 @@ def compare(args: argparse.Namespace, began: float) -> None:
     turns = asyncio.run(measure(args, setup, client))
     runs, wall_s = [run for run, _ in turns], round(time.monotonic() - began, 1)
     save(turns, args, setup, client=client, wall_s=wall_s)
-    print(json.dumps({"runs": runs, "wall_s": wall_s}) if args.json else table(runs, args.policies))
+    if args.json:
+        print(json.dumps({"runs": runs, "wall_s": wall_s}))
+        return
+    for trace in dict.fromkeys(run["trace"] for run in runs):
+        print(f"{trace}:\n\n{table([r for r in runs if r['trace'] == trace], args.policies)}\n")
 
 
 if __name__ == "__main__":

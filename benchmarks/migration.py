@@ -5,7 +5,8 @@ and forth; the extra gap is the time between the source's last token and the des
 as the HTTP client got them, less the median time between tokens. In turns: copied while it goes on
 (`staged`), copied after it was stopped (`blocking`), computed again (`recompute`); alone, and with
 `--background` other streams on each instance. Then the other streams' time between tokens with
-and without one request that is moved all the time, in windows that alternate.
+and without one request that is moved all the time, in windows that alternate. Last, one of the
+instances is drained while its streams have `--drain-tokens` or half of that to go.
 
 Prefix caching is off: it would leave nothing to copy on the way back.
 
@@ -27,7 +28,7 @@ from typing import Any
 
 import aiohttp
 
-from common import ROOT, Served, percentile, real_time, write_result
+from common import ROOT, percentile, real_time, serve, write_result
 from shapes import SHAPES, write_shape
 
 EVERY_TOKENS = 24
@@ -120,6 +121,7 @@ class Background:
     def __init__(self, http: aiohttp.ClientSession, url: str, count: int, tokens: int) -> None:
         self.http, self.url, self.count, self.tokens = http, url, count, tokens
         self.watched: list[Watched] = []
+        self.cut_short = 0
         self.stopping = False
 
     @property
@@ -149,14 +151,9 @@ class Background:
             seen = Watched()
             self.watched.append(seen)
             prompt = [dice.randrange(300, 4000) for _ in range(256)]
-            await watch(
-                self.http,
-                self.url,
-                uuid.uuid4().hex,
-                prompt,
-                dice.randrange(self.tokens // 2, self.tokens),
-                seen,
-            )
+            tokens = dice.randrange(self.tokens // 2, self.tokens)
+            await watch(self.http, self.url, uuid.uuid4().hex, prompt, tokens, seen)
+            self.cut_short += len(seen.at_s) != tokens
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -250,13 +247,45 @@ async def cost(http: aiohttp.ClientSession, url: str, args: argparse.Namespace) 
     return row
 
 
-async def main(args: argparse.Namespace) -> None:
+async def drain(http: aiohttp.ClientSession, url: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Empties one of the two instances, each of which has streams: how long it takes, and what the
+    streams notice. `remaining_s_max`: how long the longest of them went on, which a drain without
+    moves would have waited for."""
+
+    async def listed(what: str) -> list[dict[str, Any]]:
+        return (await (await http.get(f"{url}/llumnix/v1/{what}")).json())[what]
+
+    count = 2 * max(1, args.background)
+    async with Background(http, url, count, args.drain_tokens) as others:
+        others.stopping = True  # No new ones.
+        leaving = (await listed("instances"))[-1]["id"]
+        count = sum(r["instance"] == leaving for r in await listed("requests"))
+        began = time.perf_counter()
+        (await http.post(f"{url}/llumnix/v1/instances/{leaving}/drain")).raise_for_status()
+        while any(r["id"] == leaving and r["in_flight"] for r in await listed("instances")):
+            await asyncio.sleep(0.01)
+        took_s = time.perf_counter() - began
+        await asyncio.gather(*others.tasks)
+        ended_s = time.perf_counter() - began
+        gaps_ms = [g for at, g in others.gaps if began <= at <= began + took_s]
+    print(
+        f"drain: {count} streams left {leaving} in {took_s:.2f} s, the longest went on for "
+        f"{ended_s:.1f} s; cut short: {others.cut_short}; longest gap {max(gaps_ms):.0f} ms"
+    )
+    return {
+        "streams": count, "seconds": took_s, "remaining_s_max": ended_s,
+        "cut_short": others.cut_short, "gap_ms_max": max(gaps_ms),
+        "itl_ms_p50": percentile(gaps_ms, 0.5), "itl_ms_p99": percentile(gaps_ms, 0.99),
+    }  # fmt: skip
+
+
+async def measure(args: argparse.Namespace) -> None:
     priority = real_time()
     with tempfile.TemporaryDirectory() as temporary:
         folder = write_shape(args.shape, Path(temporary) / args.shape)
         flags = ["--instances", "2", "--load-format", "dummy", "--no-enable-prefix-caching"]
         flags += ["--max-num-seqs", "64", *args.flags]
-        server = Served("llumnix", str(folder), "m", flags, Path(temporary) / "server.log")
+        server = serve("llumnix", str(folder), "m", flags, Path(temporary) / "server.log")
         try:
             await server.wait_until_up()
             timeout = aiohttp.ClientTimeout(total=None)
@@ -264,9 +293,10 @@ async def main(args: argparse.Namespace) -> None:
             async with aiohttp.ClientSession(timeout=timeout, connector=connector) as http:
                 await one_request(http, server.url, 64, "staged", 2, random.Random(1))
                 rows = await gaps(http, server.url, args)
-                row = await cost(http, server.url, args)
+                more = {"others": await cost(http, server.url, args)}
+                more["drain"] = await drain(http, server.url, args)
             write_result(
-                args.out, rows, client=priority, shape=args.shape, flags=args.flags, others=row
+                args.out, rows, client=priority, shape=args.shape, flags=args.flags, **more
             )
         except BaseException:
             print(server.log.read_text()[-6000:])
@@ -275,7 +305,7 @@ async def main(args: argparse.Namespace) -> None:
             server.stop()
 
 
-if __name__ == "__main__":
+def arguments(given: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", choices=sorted(SHAPES), default="tiny")
     parser.add_argument(
@@ -286,6 +316,15 @@ if __name__ == "__main__":
     parser.add_argument("--background-tokens", type=int, default=600)
     parser.add_argument("--window-s", type=float, default=4)
     parser.add_argument("--cost-tokens", type=int, default=8000)
+    parser.add_argument("--drain-tokens", type=int, default=1500)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/migration_cpu.json")
     parser.add_argument("flags", nargs="*", help="for `llumnix serve`, after --")
-    asyncio.run(main(parser.parse_args()))
+    return parser.parse_args(given)
+
+
+def main(given: list[str] | None = None) -> None:
+    asyncio.run(measure(arguments(given)))
+
+
+if __name__ == "__main__":
+    main()

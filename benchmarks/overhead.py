@@ -10,7 +10,8 @@ else measure how long the kernel leaves *it* waiting (0.5 s at times).
 
 Latency is measured with one stream, and with Poisson arrivals; throughput with eight streams in a
 closed loop (whose latencies say little: whether eight requests arrive within one engine step or two
-decides whether a prefill falls between somebody's tokens).
+decides whether a prefill falls between somebody's tokens). The CPU time of the process that speaks
+HTTP says how many requests a second one such process can carry.
 
     python benchmarks/overhead.py [--model FOLDER] [--rounds 8] [--out FILE]
 """
@@ -24,19 +25,47 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import psutil
 
-from common import ROOT, Served, Streamed, median, percentile, real_time, stream, write_result
-
-LOADS: tuple[dict[str, Any], ...] = (
-    {"load": "one stream", "streams": 1, "rate": None, "requests": 20},
-    {"load": "2 req/s, Poisson", "streams": None, "rate": 2.0, "requests": 30},
-    {"load": "eight streams", "streams": 8, "rate": None, "requests": 48},
+from common import (
+    ROOT,
+    Served,
+    Streamed,
+    median,
+    percentile,
+    real_time,
+    serve,
+    stream,
+    write_result,
 )
-WARM_UP = {"load": "warm-up", "streams": 2, "rate": None, "requests": 4}
+from shapes import SHAPES, write_shape
+
+Load = dict[str, Any]
+"""`streams` at a time or `rate` a second, so many `requests`. `closed`: only its throughput says
+anything."""
+
+
+def one_stream(requests: int) -> Load:
+    return {"load": "one stream", "streams": 1, "rate": None, "requests": requests}
+
+
+def poisson(rate: float, requests: int) -> Load:
+    name = f"{rate:g} req/s, Poisson"
+    return {"load": name, "streams": None, "rate": rate, "requests": requests}
+
+
+def closed(streams: int, requests: int) -> Load:
+    load = {"load": f"{streams} streams", "streams": streams, "rate": None, "requests": requests}
+    return {**load, "closed": True}
+
+
+LOADS = (one_stream(20), poisson(2.0, 30), closed(8, 48))
+WARM_UP: Load = {"load": "warm-up", "streams": 2, "rate": None, "requests": 4}
+FLAGS = ["--enforce-eager", "--max-model-len", "2048", "--kv-cache-memory-bytes", "536870912"]
 
 
 async def one_round(
-    url: str, name: str, load: dict[str, Any], tokens: int, seed: int
+    url: str, name: str, load: Load, tokens: int, seed: int
 ) -> tuple[list[Streamed], float]:
     """`requests` requests, `streams` at a time or `rate` a second; the results and the seconds
     that it all took."""
@@ -67,7 +96,13 @@ async def one_round(
         return results, time.perf_counter() - began
 
 
-def summary(results: list[Streamed], wall_s: float, tokens: int) -> dict[str, float]:
+def cpu_s(server: Served) -> float:
+    """CPU time of the process that speaks HTTP, so far."""
+    times = psutil.Process(server.process.pid).cpu_times()
+    return times.user + times.system
+
+
+def summary(results: list[Streamed], wall_s: float, used_s: float, tokens: int) -> dict[str, float]:
     ttft = [r.ttft_s * 1e3 for r in results]
     gaps = [g * 1e3 for r in results for g in r.gaps_s]
     return {
@@ -76,21 +111,26 @@ def summary(results: list[Streamed], wall_s: float, tokens: int) -> dict[str, fl
         "itl_ms_p50": percentile(gaps, 0.5),
         "itl_ms_p99": percentile(gaps, 0.99),
         "tokens_per_s": len(results) * tokens / wall_s,
+        "cpu_ms_per_request": used_s * 1e3 / len(results),
     }
 
 
-async def measure(args: argparse.Namespace, servers: list[Served]) -> list[dict[str, Any]]:
+async def measure(
+    args: argparse.Namespace, servers: list[Served], loads: tuple[Load, ...]
+) -> list[dict[str, Any]]:
     await asyncio.gather(*(s.wait_until_up() for s in servers))
     rows = []
-    for load in LOADS:
+    for load in loads:
         rounds: list[dict[str, dict[str, float]]] = []
         for number in range(args.rounds):
             order = servers if number % 2 == 0 else servers[::-1]
             took = {}
             for server in order:
                 await one_round(server.url, "m", WARM_UP, args.tokens, seed=-1)
+                used_s = cpu_s(server)
                 results, wall_s = await one_round(server.url, "m", load, args.tokens, seed=number)
-                took[server.kind] = summary(results, wall_s, args.tokens)
+                used_s = cpu_s(server) - used_s
+                took[server.kind] = summary(results, wall_s, used_s, args.tokens)
             rounds.append(took)
         row: dict[str, Any] = {**load, "output_tokens": args.tokens, "rounds": rounds}
         for kind in ("bare", "llumnix"):
@@ -119,8 +159,12 @@ def table(rows: list[dict[str, Any]]) -> str:
         "itl_ms_p99": "inter-token P99, ms",
     }
     for row in rows:
-        closed = row["load"] == "eight streams"
-        for key, name in () if closed else names.items():
+        ours, bare = (row[kind]["cpu_ms_per_request"] for kind in ("llumnix", "bare"))
+        lines.append(
+            f"| {row['load']} | CPU of the HTTP process, ms a request | {bare:.2f} | {ours:.2f} | "
+            f"ratio {ours / bare:.2f} |"
+        )
+        for key, name in () if row.get("closed") else names.items():
             lines.append(
                 f"| {row['load']} | {name} | {row['bare'][key]:.2f} | "
                 f"{row['llumnix'][key]:.2f} | {row['added_ms'][key]:+.2f} |"
@@ -133,33 +177,35 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(given: list[str] | None = None, loads: tuple[Load, ...] = LOADS) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", help="a folder (default: the demo model)")
+    parser.add_argument("--model", help="a folder or a shape (default: the demo model)")
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=32, help="output tokens of a request")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/overhead.json")
-    parser.add_argument("flags", nargs="*", help="further vLLM flags, after --")
-    args = parser.parse_args()
+    parser.add_argument("flags", nargs="*", default=FLAGS, help="of the servers, after --")
+    args = parser.parse_args(given)
     if args.model is None:
         from llumnix.demo import prepare_demo_model
 
         args.model = str(prepare_demo_model(print))
-    flags = ["--enforce-eager", "--max-model-len", "2048", "--kv-cache-memory-bytes", "536870912"]
-    flags += args.flags
+    flags = [*args.flags]
     priority = real_time()
     with tempfile.TemporaryDirectory() as logs:
+        if args.model in SHAPES:
+            args.model = str(write_shape(args.model, Path(logs) / args.model))
+            flags += ["--load-format", "dummy"]
         servers = []
         try:
             for kind in ("bare", "llumnix"):
                 more = ["--instances", "1"] if kind == "llumnix" else []
                 log = Path(logs) / f"{kind}.log"
-                servers.append(Served(kind, args.model, "m", flags + more, log))
-            rows = asyncio.run(measure(args, servers))
+                servers.append(serve(kind, args.model, "m", flags + more, log))
+            rows = asyncio.run(measure(args, servers, loads))
         finally:
             for server in servers:
                 server.stop()
-    write_result(args.out, rows, model=Path(args.model).name, flags=flags, client=priority)
+        write_result(args.out, rows, model=Path(args.model).name, flags=flags, client=priority)
     print(table(rows))
 
 

@@ -37,8 +37,11 @@ REQUEST_FIGURES = {
     "requests_failed": ("failed", 1),
 }
 RUN_FIGURES = {
+    "goodput_per_s": ("goodput, req/s", 1),
+    "tokens_per_s": ("tokens/s", 1),
     "preemptions": ("preemptions", 1),
     "migrations": ("migrations", 1),
+    "prefix_hits/mean": ("prefix hits, %", 100),
     "fragmentation/mean": ("fragmentation, %", 100),
     "kv_used/mean": ("KV used, %", 100),
     "waiting/mean": ("waiting", 1),
@@ -50,8 +53,9 @@ SMOOTHED_S = 4.0
 
 
 def pick(found: dict[str, Any], path: str) -> Any:
+    """None where a run was made before there was that figure."""
     for key in path.split("/"):
-        found = found[key]
+        found = (found or {}).get(key)
     return found
 
 

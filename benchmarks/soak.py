@@ -19,7 +19,7 @@ from typing import Any
 
 import aiohttp
 
-from common import ROOT, Served, real_time, write_result
+from common import ROOT, real_time, serve, write_result
 from shapes import write_shape, write_weights
 
 STREAMS = 4
@@ -150,7 +150,7 @@ async def main(args: argparse.Namespace) -> None:
         write_weights(folder)
         flags = ["--instances", "2", "--dtype", "float32"]
         flags += ["--max-model-len", "4096", "--kv-cache-memory-bytes", "100000000"]
-        server = Served("llumnix", str(folder), "m", flags, Path(temporary) / "server.log")
+        server = serve("llumnix", str(folder), "m", flags, Path(temporary) / "server.log")
         try:
             await server.wait_until_up()
             connector = aiohttp.TCPConnector(limit=0)

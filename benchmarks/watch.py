@@ -1,4 +1,4 @@
-"""What is seen of a server while a benchmark runs: its instances over time, its migrations, its
+"""What is seen of a system while a benchmark runs: its instances over time, its migrations, its
 counters."""
 
 import asyncio
@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import aiohttp
+from prometheus_client.parser import text_string_to_metric_families
 
 from llumnix.sim.summary import satisfied
 
@@ -23,6 +24,17 @@ SAMPLE_EVERY_S = 0.25
 MIGRATIONS_EVERY_S = 10.0
 IDLE_TIMEOUT_S = 60.0
 LOOK_TIMEOUT_S = 30.0
+COUNTED = {
+    "preemptions": "vllm:num_preemptions_total",
+    "prefix_queries": "vllm:prefix_cache_queries_total",
+    "prefix_hits": "vllm:prefix_cache_hits_total",
+}
+"""Counters of vLLM's, the last two in tokens."""
+GAUGES = {
+    "used": "vllm:kv_cache_usage_perc",
+    "running": "vllm:num_requests_running",
+    "waiting": "vllm:num_requests_waiting",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,10 +51,11 @@ class Sample:
 
 
 class Watch:
-    """Looks at the server from beside."""
+    """Looks at a server of llumnix from beside. `scraped`: whose /metrics count, together."""
 
-    def __init__(self, http: aiohttp.ClientSession) -> None:
+    def __init__(self, http: aiohttp.ClientSession, scraped: list[str]) -> None:
         self._http = http
+        self._scraped = scraped
         self.samples: list[Sample] = []
         self.outcomes: dict[str, str] = {}
 
@@ -67,10 +80,23 @@ class Watch:
         for row in json.loads(await self._get("/llumnix/v1/migrations"))["migrations"]:
             self.outcomes[row["id"]] = row["outcome"]
 
-    async def preemptions(self) -> int:
-        lines = (await self._get("/metrics")).splitlines()
-        counts = [x for x in lines if x.startswith("vllm:num_preemptions_total")]
-        return round(sum(float(x.rsplit(" ", 1)[1]) for x in counts))
+    async def metrics(self) -> list[tuple[str, str, float]]:
+        """All that is scraped: name, engine, value."""
+        pages = await asyncio.gather(*(self._get(url + "/metrics") for url in self._scraped))
+        return [
+            (sample.name, f"{number}-{sample.labels.get('engine', '')}", sample.value)
+            for number, page in enumerate(pages)
+            for family in text_string_to_metric_families(page)
+            for sample in family.samples
+        ]
+
+    async def counters(self) -> dict[str, int]:
+        """Sums over all engines, by the names of `COUNTED`."""
+        found = await self.metrics()
+        return {
+            mine: round(sum(value for name, _, value in found if name == theirs))
+            for mine, theirs in COUNTED.items()
+        }
 
     async def keep_sampling(self, began: float) -> None:
         due = began
@@ -90,6 +116,37 @@ class Watch:
             if time.monotonic() > deadline:
                 raise RuntimeError(f"waited {IDLE_TIMEOUT_S:.0f} s in vain: {what}")
             await asyncio.sleep(0.2)
+
+
+class PeerWatch(Watch):
+    """Looks at a system of vLLM's own servers, which tell less. `kv_tokens`: of an instance."""
+
+    def __init__(self, http: aiohttp.ClientSession, scraped: list[str], kv_tokens: int) -> None:
+        super().__init__(http, scraped)
+        self._kv_tokens = kv_tokens
+
+    async def instances(self, began: float = 0.0) -> list[Sample]:
+        found: dict[str, dict[str, float]] = {}
+        for name, engine, value in await self.metrics():
+            for mine, theirs in GAUGES.items():
+                if name == theirs:
+                    found.setdefault(engine, {})[mine] = value
+        t_s = time.perf_counter() - began
+        return [
+            Sample(
+                t_s=t_s,
+                instance=engine,
+                used=round(seen["used"] * self._kv_tokens),
+                total=self._kv_tokens,
+                running=round(seen["running"]),
+                waiting=round(seen["waiting"]),
+                head_tokens=None,
+            )
+            for engine, seen in sorted(found.items())
+        ]
+
+    async def migrations(self) -> None:
+        """There are none."""
 
 
 def fragmentation(moment: list[Sample], blocked: bool = False) -> float | None:

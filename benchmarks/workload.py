@@ -85,12 +85,21 @@ async def ask(
 
 
 def encode(arrivals: list[Arrival], dice: random.Random, tokens_end: int) -> list[bytes]:
-    """The requests' bodies, made before the run so that they cost nothing in it."""
+    """The requests' bodies, made before the run so that they cost nothing in it. Prompts share the
+    prefixes that the trace says they do, and nothing else, nor anything with other dice's."""
     common = {"model": "m", "temperature": 0, "ignore_eos": True, "stream": True}
     common["stream_options"] = {"include_usage": True}
     bodies = []
+    salt = dice.random()
+
+    def tokens(count: int, source: random.Random) -> list[int]:
+        return [source.randrange(FIRST_TOKEN, tokens_end) for _ in range(count)]
+
     for arrival in arrivals:
-        prompt = [dice.randrange(FIRST_TOKEN, tokens_end) for _ in range(arrival.prompt_tokens)]
+        prompt: list[int] = []
+        for block in arrival.prefix:
+            prompt += tokens(arrival.prefix_block_tokens, random.Random(f"{salt} {block}"))
+        prompt += tokens(arrival.prompt_tokens - len(prompt), dice)
         body = {**common, "prompt": prompt, "max_tokens": arrival.output_tokens}
         bodies.append(json.dumps(body).encode())
     return bodies

@@ -1,0 +1,86 @@
+"""Systems that serve one model on several instances behind one URL, with the same flags of vLLM's.
+
+- a policy of llumnix: `llumnix serve --policy POLICY`
+- `vllm-dp`: `vllm serve --data-parallel-size N`, which balances by requests running and waiting;
+  one process speaks HTTP, as in llumnix
+- `vllm-router`: vLLM's cache-aware router from PyPI (benchmarks/router.py), with its defaults,
+  before N `vllm serve`
+"""
+
+import asyncio
+import sys
+from pathlib import Path
+
+from common import ROOT, Served, free_port, serve
+
+PEERS = ("vllm-dp", "vllm-router")
+NAME = "m"
+"""Of the model, in requests."""
+
+
+class System:
+    """One of them. `front`: where requests go; `scraped`: whose /metrics count, together."""
+
+    def __init__(self, name: str, model: str, flags: list[str], instances: int, logs: Path) -> None:
+        self.name = name
+        self._logs = logs
+        self.router: Served | None = None
+        if name == "vllm-router":
+            self.servers = [
+                self._serve("bare", model, flags, f"-{i}", {"CUDA_VISIBLE_DEVICES": str(i)})
+                for i in range(instances)
+            ]
+        elif name == "vllm-dp":
+            more = ["--data-parallel-size", str(instances), "--api-server-count", "1"]
+            self.servers = [self._serve("bare", model, flags + more)]
+        else:
+            more = ["--instances", str(instances), "--policy", name]
+            self.servers = [self._serve("llumnix", model, flags + more)]
+
+    def _serve(
+        self, kind: str, model: str, flags: list[str], number: str = "",
+        env: dict[str, str] | None = None,
+    ) -> Served:  # fmt: skip
+        return serve(kind, model, NAME, flags, self._logs / f"{self.name}{number}.log", env)
+
+    @property
+    def front(self) -> Served:
+        return self.router or self.servers[0]
+
+    @property
+    def scraped(self) -> list[str]:
+        return [s.url for s in self.servers]
+
+    async def wait_until_up(self) -> None:
+        """Of the servers, and then of a router: it is content with one of its servers."""
+        await asyncio.gather(*(s.wait_until_up() for s in self.servers))
+        if self.name == "vllm-router":
+            port = free_port()
+            command = [sys.executable, str(ROOT / "benchmarks/router.py"), "--port", str(port)]
+            command += ["--host", "127.0.0.1", "--policy", "cache_aware"]
+            command += ["--prometheus-host", "127.0.0.1", "--prometheus-port", str(free_port())]
+            command += ["--worker-startup-check-interval", "1", "--worker-urls", *self.scraped]
+            self.router = Served("router", command, port, self._logs / "router.log")
+            await self.router.wait_until_up()
+
+    def logs(self) -> str:
+        """The ends of all that its servers said."""
+        servers = [*self.servers, *filter(None, [self.router])]
+        return "\n".join(f"{s.log.name}:\n{s.log.read_text()[-3000:]}" for s in servers)
+
+    def stop(self) -> None:
+        """All of its servers, the router first."""
+        for server in [*filter(None, [self.router]), *self.servers]:
+            server.stop()
+
+
+async def all_up(systems: list[System]) -> None:
+    """Waits for all of them; if one does not come, says what it said."""
+
+    async def one(system: System) -> None:
+        try:
+            await system.wait_until_up()
+        except RuntimeError as error:
+            raise RuntimeError(f"{system.name}: {error}\n{system.logs()}") from error
+
+    await asyncio.gather(*(one(s) for s in systems))
