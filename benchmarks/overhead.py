@@ -181,6 +181,7 @@ def main(given: list[str] | None = None, loads: tuple[Load, ...] = LOADS) -> Non
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", help="a folder or a shape (default: the demo model)")
     parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--share", type=float, default=1.0, help="of a load's requests: a dry run")
     parser.add_argument("--tokens", type=int, default=32, help="output tokens of a request")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/overhead.json")
     parser.add_argument("flags", nargs="*", default=FLAGS, help="of the servers, after --")
@@ -201,6 +202,7 @@ def main(given: list[str] | None = None, loads: tuple[Load, ...] = LOADS) -> Non
                 more = ["--instances", "1"] if kind == "llumnix" else []
                 log = Path(logs) / f"{kind}.log"
                 servers.append(serve(kind, args.model, "m", flags + more, log))
+            loads = tuple({**x, "requests": max(4, int(args.share * x["requests"]))} for x in loads)
             rows = asyncio.run(measure(args, servers, loads))
         finally:
             for server in servers:
