@@ -3,14 +3,17 @@
 Rules
 - A step is guessed to be as long as the median of the last few: a prompt among them says little
   about the next.
-- One more step is begun if it would end nearer to the handover than the step before it does: too
-  late by half a step at most, or the engine stands still for half a step at most.
+- One more step is begun if it would end no more than `LATE_MAX` of a step after the handover. If not,
+  the engine stands still until then, for less than the rest of a step.
 """
 
 import statistics
 from collections import deque
 
 RECENT_STEPS = 9
+LATE_MAX = 0.5
+"""With a half, the step ends nearer to the handover than it would begin. Less would be a shorter gap
+for the request that moves, and a longer one for all that run where it goes."""
 
 
 class Pace:
@@ -29,4 +32,4 @@ class Pace:
 def one_more_fits(free_s: float, step_s: float, due_s: float) -> bool:
     """Whether an engine that will be free at `free_s` should begin a step of `step_s` then, ahead
     of a handover that is due at `due_s`."""
-    return free_s + step_s / 2 <= due_s
+    return free_s + (1 - LATE_MAX) * step_s <= due_s
