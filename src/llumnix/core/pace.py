@@ -3,8 +3,8 @@
 Rules
 - A step is guessed to be as long as the median of the last few: a prompt among them says little
   about the next.
-- One more step is begun if it would end no more than `LATE_MAX` of a step after the handover. If not,
-  the engine stands still until then, for less than the rest of a step.
+- One more step is begun if it would end no more than `LATE_MAX` of a step after the handover. If
+  not, the engine stands still until then, for less than the rest of a step.
 """
 
 import statistics
@@ -12,8 +12,8 @@ from collections import deque
 
 RECENT_STEPS = 9
 LATE_MAX = 0.5
-"""With a half, the step ends nearer to the handover than it would begin. Less would be a shorter gap
-for the request that moves, and a longer one for all that run where it goes."""
+"""With a half, that step ends nearer to the handover than it would begin. Less would be a shorter
+gap for the request that moves, and a longer one for all that run where it goes."""
 
 
 class Pace:
