@@ -97,7 +97,8 @@ def test_a_full_batch_takes_back_what_was_not_taken(variant: RealKind, moment: t
     duo.turn_until(lambda: len(duo.got[names[0]]) >= 3)
 
     def before(message: Any) -> None:
-        if isinstance(message, moment):
+        announced = any(isinstance(m, Stopping) for m in duo.delivered)
+        if isinstance(message, moment) and announced:
             duo.fail_pulls = True
             duo.now += 100 if moment is Stopping else 0
 

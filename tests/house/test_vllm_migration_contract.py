@@ -506,6 +506,28 @@ def test_our_pairs_reach_the_engines_own_thread() -> None:
     assert EngineCoreRequestType.WAKEUP.value
 
 
+def test_an_engine_can_stand_still_between_its_input_and_its_step() -> None:
+    """instance._process_input_queue."""
+    says(
+        source(EngineCoreProc),
+        "def run_busy_loop(self):",
+        "while self._handle_shutdown():",
+        "self._process_input_queue()",
+        "self._process_engine_step()",
+        who="instance._process_input_queue",
+    )
+    says(
+        EngineCoreProc._process_input_queue,
+        "while not self.has_work() and self.is_running():",
+        who="instance._process_input_queue",
+    )
+    says(
+        EngineCoreProc.is_running,
+        "self.shutdown_state == EngineShutdownState.RUNNING",
+        who="instance._process_input_queue",
+    )
+
+
 def test_a_step_brings_the_oldest_batch_home_when_nothing_is_scheduled() -> None:
     """instance._landing_only, and the fences of engine/arrivals.py."""
     says(

@@ -128,7 +128,7 @@ SAMPLES: list[Message] = [
     ),
     CallOff(migration=MIGRATION, why="it ended meanwhile"),
     Reserved(migration=MIGRATION, hit=16),
-    Stopping(migration=MigrationId("m1")),
+    Stopping(migration=MigrationId("m1"), in_s=0.02),
     Staged(migration=MIGRATION, stage=2, bytes=2**33, seconds=0.25),
     Verdict(migration=MIGRATION, taken=True, why="", bytes=4096, seconds=0.001),
     TookOver(migration=MIGRATION, request=RequestId("r"), epoch=Epoch(3), outputs=513, tail=[1, 2]),

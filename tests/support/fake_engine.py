@@ -14,6 +14,7 @@ from llumnix.core.types import EngineIndex, RequestId
 
 NOTHING = -1
 VOCABULARY = 997
+STEP_S = 0.01
 
 
 def next_token(tokens: list[int]) -> int:
@@ -225,6 +226,10 @@ class FakeEngine:
         return known is not None and not known.stopped
 
     # -- EnginePort
+
+    @property
+    def step_s(self) -> float:
+        return STEP_S
 
     def movable(self) -> list[Movable]:
         return [

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import queue
+import time
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,9 @@ class RealEngine:
         self.core.abort_requests([request])
 
     def step(self) -> list[Said]:
+        began = time.monotonic()
         outputs, _ = self.core.step_fn()
+        self.port.pace.took(time.monotonic() - began)
         self.core.post_step(True)
         self.port.stepped()
         said: list[Said] = []

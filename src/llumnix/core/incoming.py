@@ -6,6 +6,8 @@ Rules
   verdict, a migration that was declined before it was heard of stays declined.
 - Blocks that are being written are not given away: an aborted migration whose pull is under way
   keeps its room until that has ended.
+- The engine's steps are timed for a handover that was announced; one that is overdue by `near_s` is
+  not waited for any more.
 """
 
 from dataclasses import dataclass, field
@@ -34,14 +36,18 @@ from llumnix.core.migration import (
     destination_machine,
 )
 from llumnix.core.outgoing import OnStep
+from llumnix.core.pace import one_more_fits
 from llumnix.core.port import EnginePort, Refusal
 from llumnix.core.types import EngineIndex, MigrationId, RequestId
 from llumnix.errors import ProtocolError
 
+_AWAITED = (DestinationState.READY, DestinationState.COMMITTING)
+
 
 @dataclass(slots=True, kw_only=True)
 class Incoming:
-    """One migration to here. `ticket`: of the pull that is under way."""
+    """One migration to here. `ticket`: of the pull that is under way. `due_s`: when the source
+    said that its handover would be."""
 
     order: Reserve
     machine: DestinationMachine
@@ -53,7 +59,7 @@ class Incoming:
     tail: list[int] = field(default_factory=list)
     ticket: int | None = None
     last: Stage | Handover | None = None
-    near_until_s: float = 0.0
+    due_s: float | None = None
     bytes: int = 0
     seconds: float = 0.0
     why: str = ""
@@ -125,16 +131,24 @@ class IncomingMigrations:
         self._open[order.migration] = coming
         self._look(coming, now)
 
-    def handover_is_near(self, now: float) -> bool:
-        """Whether a source has said that its handover is coming, and it has not come yet."""
-        return any(
-            now < c.near_until_s
+    def hold_s(self, free_s: float, now: float) -> float:
+        """How long to begin no step for the sake of the next handover, which a step begun at
+        `free_s` would keep waiting; 0 if none was announced, or one more step fits in."""
+        due = [
+            c.due_s
             for c in self._open.values()
-            if c.machine.state is DestinationState.READY
-        )
+            if c.due_s is not None
+            and c.machine.state in _AWAITED
+            and now < c.due_s + self._limits.near_s
+        ]
+        if not due or one_more_fits(free_s, self._port.step_s, min(due)):
+            return 0.0
+        return min(due) + self._limits.near_s - now
 
-    def receive(self, message: Stage | Stopping | Handover | CallOff, now: float) -> None:
-        """Takes in what a source said."""
+    def receive(
+        self, message: Stage | Stopping | Handover | CallOff, now: float, heard_s: float
+    ) -> None:
+        """Takes in what a source said, which arrived at `heard_s`."""
         coming = self._open.get(message.migration)
         if coming is None or coming.machine.over:
             self._after_the_verdict(message)
@@ -143,7 +157,7 @@ class IncomingMigrations:
         elif isinstance(message, Stopping):
             if coming.machine.state is DestinationState.READY:
                 self._walk(coming, DestinationEvent.STOPPING)
-                coming.near_until_s = now + self._limits.near_s
+                coming.due_s = heard_s + message.in_s
         elif coming.machine.state is DestinationState.COMMITTING:
             if isinstance(message, Handover):
                 self._walk(coming, DestinationEvent.HANDOVER)

@@ -13,13 +13,13 @@ sent them all."""
 class MigrationLimits:
     """Of every migration: times in seconds, counts in migrations, stages and blocks.
 
-    `near_s`: how long a destination holds steps back for a handover that was announced."""
+    `near_s`: how long a destination stands still for a handover that is overdue."""
 
     reserve_timeout_s: float = 5.0
     stage_timeout_s: float = 30.0
     verdict_again_s: float = 0.25
     silence_timeout_s: float = 60.0
-    near_s: float = 0.05
+    near_s: float = 0.02
     outgoing_max: int = 4
     incoming_max: int = 4
     stages_max: int = 8

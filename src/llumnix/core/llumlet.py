@@ -107,21 +107,21 @@ class Llumlet:
             self._outgoing.refuse(order, refusal)
         return self._take_out()
 
-    def receive(self, message: PeerMessage, now: float) -> list[Out]:
-        """Takes in what another llumlet sent."""
+    def receive(self, message: PeerMessage, now: float, heard_s: float | None = None) -> list[Out]:
+        """Takes in what another llumlet sent. `heard_s`: when it arrived, if that was earlier."""
         match message:
             case Reserve():
                 self._incoming.reserve(message, now)
             case Stage() | Stopping() | Handover() | CallOff():
-                self._incoming.receive(message, now)
+                self._incoming.receive(message, now, now if heard_s is None else heard_s)
             case Reserved() | Staged() | Verdict():
                 self._outgoing.receive(message, now)
         return self._take_out()
 
-    def handover_is_near(self, now: float) -> bool:
-        """Whether to begin no step ahead of time: a request is about to come that would have to
-        wait for it."""
-        return self._incoming.handover_is_near(now)
+    def hold_s(self, free_s: float, now: float) -> float:
+        """How long the engine, whose steps in flight end at `free_s`, should begin none: a request
+        is about to come that would have to wait for it. 0: not at all."""
+        return self._incoming.hold_s(free_s, now)
 
     def pulled(
         self, ticket: int, error: str | None, size: int, seconds: float, now: float

@@ -72,9 +72,11 @@ class Stage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stopping:
-    """The handover follows within about a step: the request's last step here is under way."""
+    """The handover follows in about `in_s`: so long the request's last steps here will take. Said
+    while there is one more to come, and again, if steps are in flight, when it was taken out."""
 
     migration: MigrationId
+    in_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

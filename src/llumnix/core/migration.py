@@ -47,8 +47,10 @@ class SourceEvent(enum.Enum):
     """The stage's blocks are at the destination."""
     MORE = "more"
     """Another stage pays."""
+    NEAR = "near"
+    """What is left is small enough to stop for it, after one more step."""
     LAST = "last"
-    """What is left is small enough to stop for it."""
+    """It is time to stop."""
     DRAINED = "drained"
     TAKEN = "taken"
     """Verdict: the destination owns it."""
@@ -69,6 +71,7 @@ class SourceAction(enum.Enum):
     NOTHING = "-"
     REST = "see what is left"
     STAGE = "pin settled blocks, have them pulled"
+    ANNOUNCE = "say when the handover will be"
     STOP = "take it out of the batch"
     HAND_OVER = "send the rest, ask for the verdict"
     ASK_AGAIN = "send the handover again"
@@ -104,7 +107,7 @@ class DestinationEvent(enum.Enum):
     FAILED = "failed"
     """No room, or the blocks could not be pulled."""
     STOPPING = "stopping"
-    """The handover is near."""
+    """The handover is near, and due at a time."""
     HANDOVER = "handover"
     INSTALLED = "installed"
     """The request with all its state is in this engine's queue."""
@@ -121,7 +124,7 @@ class DestinationAction(enum.Enum):
     SAY_RESERVED = "tell the source"
     PULL = "pull the stage's blocks"
     SAY_STAGED = "tell the source"
-    MAKE_WAY = "begin no step before it"
+    MAKE_WAY = "be free when it is due"
     PULL_REST = "pull the rest"
     INSTALL = "install it here"
     TAKE_OVER = "tell the frontend, then the source"
@@ -159,6 +162,7 @@ SOURCE: dict[SourceState, dict[SourceEvent, tuple[SourceState, SourceAction]]] =
     S.IDLE: {
         SE.RESERVED: (S.IDLE, SA.NOTHING),
         SE.MORE: (S.COPYING, SA.STAGE),
+        SE.NEAR: (S.IDLE, SA.ANNOUNCE),
         SE.LAST: (S.STOPPING, SA.STOP),
         SE.DECLINED: (S.ABORTED, SA.STAY),
         SE.GRANTED: (S.ABORTED, SA.STAY),

@@ -4,6 +4,8 @@ Rules
 - One migration of a request at a time, `outgoing_max` of them for the engine.
 - Stages go on while one pays: until what is left fits `rest_blocks_max` blocks, at most
   `stages_max` times. In the middle of a prompt the chunk under way is waited for first.
+- The handover is announced one step before the request is taken out of the batch, so that the
+  destination's own steps can be over by then. Nobody needs to have heard it.
 - A request that finished, was aborted or was preempted meanwhile is not moved.
 """
 
@@ -46,7 +48,8 @@ _GOING_ON = (SourceState.RESERVING, SourceState.COPYING, SourceState.IDLE)
 
 @dataclass(slots=True, kw_only=True)
 class Outgoing:
-    """One migration away from here. Tokens below `done` are at the destination."""
+    """One migration away from here. Tokens below `done` are at the destination. `near_at`: settled
+    when its handover was announced, which was to be stopped for by `near_until_s`."""
 
     order: Migrate
     machine: SourceMachine
@@ -58,6 +61,8 @@ class Outgoing:
     stage: int = 0
     stage_end: int = 0
     stage_began_s: float = 0.0
+    near_at: int | None = None
+    near_until_s: float = 0.0
     stopped_s: float | None = None
     handover: Handover | None = None
     stages: list[StageDone] = field(default_factory=list)
@@ -192,7 +197,7 @@ class OutgoingMigrations:
         elif now >= going.deadline_s:
             going.why = f"the destination was silent while {state.value}"
             self._walk(going, SourceEvent.LATE, now)
-        elif state is SourceState.IDLE and (event := self._next(going, progress)) is not None:
+        elif state is SourceState.IDLE and (event := self._next(going, progress, now)):
             self._walk(going, event, now)
 
     def _describe(self, order: Migrate) -> bytes | Refusal:
@@ -204,16 +209,21 @@ class OutgoingMigrations:
             return Refusal(why="it has ended")
         return self._port.describe(order.request)
 
-    def _next(self, going: Outgoing, progress: Progress) -> SourceEvent | None:
+    def _next(self, going: Outgoing, progress: Progress, now: float) -> SourceEvent | None:
         """Another stage, the last one, or neither yet?"""
+        if going.near_at is not None:
+            # An engine that was paused settles nothing more.
+            due = progress.settled > going.near_at or now >= going.near_until_s
+            return SourceEvent.LAST if due else None
         if progress.phase is Phase.WAITING or going.order.copy != "staged":
             return SourceEvent.LAST
         block = self._port.block_tokens
         pending = progress.settled // block * block - going.done
         if pending <= self._limits.rest_blocks_max * block:
-            prefilling = progress.settled + 1 < progress.tokens
-            return None if prefilling and progress.in_flight else SourceEvent.LAST
-        return SourceEvent.LAST if going.stage >= self._limits.stages_max else SourceEvent.MORE
+            if progress.settled + 1 < progress.tokens:  # In the middle of its prompt.
+                return None if progress.in_flight else SourceEvent.LAST
+            return SourceEvent.NEAR
+        return SourceEvent.NEAR if going.stage >= self._limits.stages_max else SourceEvent.MORE
 
     def _after_the_end(self, message: Reserved | Staged | Verdict) -> None:
         machine = self._ended.get(message.migration)
@@ -243,12 +253,15 @@ class OutgoingMigrations:
                 going.deadline_s = now + self._limits.stage_timeout_s
             case SourceAction.STAGE:
                 self._stage(going, now)
+            case SourceAction.ANNOUNCE:
+                self._announce(going, now)
             case SourceAction.STOP:
                 self._port.stop(order.request)
                 going.stopped_s = now
                 going.deadline_s = now + self._limits.stage_timeout_s
                 if self._port.progress(order.request).in_flight:
-                    self._send(going, Stopping(migration=order.migration))
+                    in_s = self._port.step_s
+                    self._send(going, Stopping(migration=order.migration, in_s=in_s))
                 self.look(going, now)
             case SourceAction.HAND_OVER:
                 self._hand_over(going, now)
@@ -290,6 +303,15 @@ class OutgoingMigrations:
                 tokens=progress.tokens + self._limits.ahead_tokens(block),
             ),
         )
+
+    def _announce(self, going: Outgoing, now: float) -> None:
+        progress = self._port.progress(going.order.request)
+        # The step that it will be stopped after; and if they are queued, the one behind that.
+        steps = 2 if progress.in_flight else 1
+        in_s = steps * self._port.step_s
+        going.near_at = progress.settled
+        going.near_until_s = now + in_s + self._limits.near_s
+        self._send(going, Stopping(migration=going.order.migration, in_s=in_s))
 
     def _hand_over(self, going: Outgoing, now: float) -> None:
         end, blocks, state = self._port.rest(going.order.request, going.done)

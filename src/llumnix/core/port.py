@@ -65,6 +65,11 @@ class EnginePort(Protocol):
 
     block_tokens: int
 
+    @property
+    def step_s(self) -> float:
+        """How long a step takes, of late."""
+        ...
+
     # -- source
 
     def movable(self) -> list[Movable]:

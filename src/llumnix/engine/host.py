@@ -14,7 +14,6 @@ import queue
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from vllm.utils.network_utils import get_ip
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
@@ -70,6 +69,17 @@ class FromOutside:
     """Kind of what we put into the engine's input queue."""
 
 
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """What a peer said, and when that arrived: the engine may be in a step, and look later."""
+
+    message: PeerMessage
+    at_s: float
+
+
+Item = Heard | Pulled | MoveLoad | None
+
+
 class LlumletHost:
     """One engine's."""
 
@@ -86,7 +96,7 @@ class LlumletHost:
         self._here: queue.SimpleQueue[Pulled] = queue.SimpleQueue()
         self._host = get_ip() if "{host}" in seat.peers else ""
         peers = seat.peers.format(engine=index, host=self._host)
-        self._peers = Peers(peers, self._from_outside, self._beat)
+        self._peers = Peers(peers, self._heard, self._beat)
 
     def start(self) -> None:
         """Opens the workers and the line to the peers. Before the busy loop runs."""
@@ -122,15 +132,15 @@ class LlumletHost:
 
     # -- on the engine's thread
 
-    def handle(self, item: "PeerMessage | Pulled | MoveLoad | None") -> None:
+    def handle(self, item: Item) -> None:
         """What came through the input queue."""
-        if isinstance(item, Handover):
+        if isinstance(item, Heard) and isinstance(item.message, Handover):
             self._take_rest(item)
         else:
             self._send(self._take_in(item))
         self.poll()
 
-    def _take_in(self, item: "PeerMessage | Pulled | MoveLoad | None") -> list[Out]:
+    def _take_in(self, item: Item) -> list[Out]:
         now = time.monotonic()
         if isinstance(item, Pulled):
             if item.ticket >= 0:
@@ -141,11 +151,12 @@ class LlumletHost:
             return []
         if isinstance(item, MoveLoad):
             return self.llumlet.order(item, now)
-        if isinstance(item, Reserve):
-            self._agents_of[item.source] = item.agents
-        return self.llumlet.receive(item, now)
+        message = item.message
+        if isinstance(message, Reserve):
+            self._agents_of[message.source] = message.agents
+        return self.llumlet.receive(message, now, item.at_s)
 
-    def _take_rest(self, handover: Handover) -> None:
+    def _take_rest(self, handover: Heard) -> None:
         """Takes a handover in, and gives its pull a moment to end."""
         before = self.port.last_ticket
         self._waiting_here = True
@@ -171,9 +182,13 @@ class LlumletHost:
         if self.llumlet.busy:
             self._send(self.llumlet.poll(self._polled_s))
 
-    def handover_is_near(self) -> bool:
-        """Whether the engine should let its step in flight come home before it begins another."""
-        return self.llumlet.busy and self.llumlet.handover_is_near(time.monotonic())
+    def hold_s(self, ends_s: float | None) -> float:
+        """How long the engine should begin no step, for a handover is near; 0: not at all.
+        `ends_s`: when the step in flight will have ended, if there is one."""
+        if not self.llumlet.busy:
+            return 0.0
+        now = time.monotonic()
+        return self.llumlet.hold_s(now if ends_s is None else max(now, ends_s), now)
 
     def moving(self) -> tuple[Moving, tuple[OrderId, ...]]:
         """What the next load report says of moves, and the orders it answers."""
@@ -225,7 +240,10 @@ class LlumletHost:
         """The scheduler wants load moved away."""
         self._from_outside(order)
 
-    def _from_outside(self, item: Any) -> None:
+    def _heard(self, message: PeerMessage) -> None:
+        self._from_outside(Heard(message, time.monotonic()))
+
+    def _from_outside(self, item: Item) -> None:
         self._engine.input_queue.put_nowait((FromOutside, item))  # type: ignore[arg-type]
 
     def _pulled(self, pulled: Pulled) -> None:

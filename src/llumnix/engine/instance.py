@@ -14,7 +14,10 @@ vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when
 - `EngineCore.step_with_batch_queue()` schedules only if `scheduler.has_requests()`, and otherwise
   waits for the oldest batch in `batch_queue` and takes its outputs in.
 - `scheduler.max_num_active_reqs`: how many requests may run at a time.
-- `_process_engine_step()` makes one step and says whether a model ran in it.
+- `_process_engine_step()` makes one step and says whether a model ran in it. With a `batch_queue`
+  that has one in it, which began when the call before returned, it returns when that has landed.
+- `_process_input_queue()` is called before every step and handles all that lies in the queue; the
+  busy loop goes on from it when there is work, or `is_running()` says no.
 - `shutdown_state` and a WAKEUP in `input_queue` end the busy loop from another thread; a WAKEUP
   alone makes an idle one call `_notify_idle_state_callbacks()` once more.
 
@@ -24,6 +27,7 @@ actor's two threads, the short methods.
 
 import contextlib
 import os
+import queue
 import signal
 import socket
 import sys
@@ -114,6 +118,7 @@ class EngineInstance(EngineCoreActor):
         slots = self.scheduler.max_num_active_reqs
         self._reader = LoadReader(self.scheduler, slots, priorities)
         self._queueing = Queueing(self.scheduler, priorities)
+        self._stepped_s = 0.0
         self._prefixes = prefix_reader(
             seat.llumlet.settings, self.scheduler, seat.instance, seat.engine_index, self._rouse
         )
@@ -199,15 +204,33 @@ class EngineInstance(EngineCoreActor):
         else:
             super()._handle_client_request(request_type, request)
 
+    def _process_input_queue(self) -> None:
+        super()._process_input_queue()
+        # Rather than begin a step that a request about to come would have to wait for, it stands
+        # still; what comes meanwhile is dealt with.
+        while not self.batch_queue and self.is_running() and (wait_s := self._host.hold_s(None)):
+            try:
+                self._handle_client_request(*self.input_queue.get(timeout=wait_s))
+            except queue.Empty:
+                break
+
     def _process_engine_step(self) -> bool:
         began = time.monotonic()
-        if self.batch_queue and self._host.handover_is_near():
+        pace = self._host.port.pace
+        landing = bool(self.batch_queue)
+        if landing and self._host.hold_s(self._stepped_s + pace.step_s):
             with _landing_only(self.scheduler):
                 ran = bool(super()._process_engine_step())
         else:
             ran = bool(super()._process_engine_step())
+        now = time.monotonic()
         if ran:
-            self._reporter.stepped(time.monotonic() - began)
+            self._reporter.stepped(now - began)
+        if landing:
+            pace.took(now - self._stepped_s)
+        elif ran and not self.batch_queue:
+            pace.took(now - began)
+        self._stepped_s = now
         return ran
 
     def _maybe_publish_request_counts(self) -> None:

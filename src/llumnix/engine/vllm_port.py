@@ -32,6 +32,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.serial_utils import MsgpackEncoder
 
 from llumnix.core.messages import Blocks
+from llumnix.core.pace import Pace
 from llumnix.core.port import Movable, Phase, Progress, Refusal
 from llumnix.core.types import RequestId
 from llumnix.engine.arrivals import Arrivals, Rest
@@ -47,10 +48,12 @@ STUCK_STEPS = 3
 
 
 class VllmPort(Arrivals):
-    """Implements `EnginePort` for one engine core; `agents` are its own workers'."""
+    """Implements `EnginePort` for one engine core; `agents` are its own workers'. `pace` has to be
+    told how long its steps take."""
 
     def __init__(self, core: EngineCore, agents: list[str], client: AgentClient) -> None:
         super().__init__(core, client)
+        self.pace = Pace()
         self._agents = agents
         self._stopped: set[RequestId] = set()
         self._pins: dict[RequestId, list[Any]] = {}
@@ -62,6 +65,10 @@ class VllmPort(Arrivals):
         """A step ended, or nothing was there to step."""
         self._relieve()
         self.begin_pulls()
+
+    @property
+    def step_s(self) -> float:
+        return self.pace.step_s
 
     # -- source
 

@@ -41,6 +41,10 @@ class SimEngine(Batching):
         """Whether it has nothing to do and holds nothing."""
         return not self.requests and not self.arriving and not self._orphans
 
+    @property
+    def step_s(self) -> float:
+        return self.steps_s / self.steps if self.steps else 0.0
+
     # -- source
 
     def movable(self) -> list[Movable]:

@@ -1,0 +1,115 @@
+"""When an engine's steps end, and the handover that they are timed for."""
+
+import pytest
+
+from conformance.engines import FakeKind
+from llumnix.core.limits import MigrationLimits
+from llumnix.core.messages import CallOff, Handover, PeerMessage, Stopping
+from llumnix.core.pace import LATE_MAX, Pace, one_more_fits
+from llumnix.core.port import Phase
+from support.duo import Duo
+from support.fake_engine import STEP_S, undisturbed
+
+NEAR_S = MigrationLimits().near_s
+PROMPT = list(range(40))
+
+
+def announced(depth: int = 0) -> tuple[Duo, Stopping]:
+    """Two engines, and what the first has just sent to the second."""
+    duo = FakeKind(depth).duo()
+    request = duo.add("r", PROMPT, 30)
+    duo.turn_until(lambda: len(duo.got[request]) >= 3)
+    assert duo.migrate(request)
+    while not (told := [m for _, m in duo.wire if isinstance(m, Stopping)]):
+        duo.turn()
+    duo.deliver()
+    return duo, told[0]
+
+
+def test_a_prompt_among_the_steps_does_not_change_the_pace() -> None:
+    pace = Pace()
+    assert pace.step_s == 0
+    for seconds in (0.01, 0.01, 0.2, 0.01):
+        pace.took(seconds)
+    assert pace.step_s == 0.01
+
+
+@pytest.mark.parametrize("due_ms", range(5, 60))
+def test_no_step_keeps_the_handover_waiting_for_long_nor_the_engine_idle(due_ms: int) -> None:
+    free_s, step_s = 0.0, 0.01
+    while one_more_fits(free_s, step_s, due_ms / 1e3):
+        free_s += step_s
+    late_s = free_s - due_ms / 1e3
+    assert -(1 - LATE_MAX) * step_s - 1e-9 <= late_s <= LATE_MAX * step_s + 1e-9
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_the_handover_is_announced_one_step_before_the_request_is_stopped(depth: int) -> None:
+    duo, message = announced(depth)
+    source = duo.engines[0].port
+    before = source.progress("r")
+    assert (before.phase, before.in_flight) == (Phase.RUNNING, depth > 0)
+    assert message.in_s == (1 + depth) * STEP_S
+    duo.turn_until(lambda: any(isinstance(m, Handover) for m in duo.delivered))
+    (handover,) = (m for m in duo.delivered if isinstance(m, Handover))
+    outputs = handover.first_output + len(handover.outputs)
+    assert outputs == before.outputs + 1 + depth
+    again = [m.in_s for m in duo.delivered if isinstance(m, Stopping)][1:]
+    assert again == [STEP_S] * depth
+
+
+def test_it_is_handed_over_even_if_nobody_heard_the_announcement() -> None:
+    duo = FakeKind(1).duo()
+    request = duo.add("r", PROMPT, 30)
+    duo.before = lambda message: False if isinstance(message, Stopping) else None
+    duo.turn_until(lambda: len(duo.got[request]) >= 3)
+    assert duo.migrate(request)
+    duo.finish()
+    assert [e.taken for e in duo.ended] == [True]
+    assert duo.got[request] == undisturbed(PROMPT, 30)
+
+
+def test_a_request_that_stands_still_is_handed_over_all_the_same() -> None:
+    """As one of an engine that was paused does."""
+    duo, message = announced()
+    held = duo.engines[0].port
+    held.step = list  # It makes no more steps.
+    duo.now += message.in_s + NEAR_S
+    duo.turn_until(lambda: duo.ended)
+    assert duo.ended[0].taken
+
+
+def test_a_destination_begins_what_fits_in_before_the_handover_and_then_nothing() -> None:
+    duo, message = announced()
+    there, now = duo.llumlets[1], duo.now
+    due_s = now + message.in_s
+    assert there.hold_s(due_s - STEP_S / 2, now) == 0
+    assert there.hold_s(due_s - STEP_S / 4, now) == pytest.approx(message.in_s + NEAR_S)
+    duo.turn_until(lambda: duo.ended)
+    assert duo.ended[0].taken
+    assert there.hold_s(due_s, due_s) == 0
+
+
+def test_the_time_counts_from_when_the_announcement_arrived() -> None:
+    duo, message = announced()
+    there, now = duo.llumlets[1], duo.now
+    there.receive(message, now, now - 0.004)
+    due_s = now - 0.004 + message.in_s
+    assert there.hold_s(due_s, now) == pytest.approx(due_s + NEAR_S - now)
+
+
+def after_a_while(duo: Duo, message: Stopping) -> float:
+    return duo.now + message.in_s + NEAR_S
+
+
+def called_off(duo: Duo, message: PeerMessage) -> float:
+    duo.llumlets[1].receive(CallOff(migration=message.migration, why="it ended"), duo.now)
+    return duo.now
+
+
+@pytest.mark.parametrize("end", [after_a_while, called_off])
+def test_a_destination_does_not_wait_for_what_does_not_come(end) -> None:
+    duo, message = announced()
+    assert duo.llumlets[1].hold_s(duo.now + message.in_s, duo.now)
+    now = end(duo, message)
+    assert duo.llumlets[1].hold_s(now, now) == 0

@@ -1,0 +1,81 @@
+"""An engine that stands still for a handover that is near."""
+
+import queue
+import threading
+import time
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+from vllm.v1.engine import EngineCoreRequestType
+
+from llumnix.engine.instance import EngineInstance
+
+WAKEUP = (EngineCoreRequestType.WAKEUP, None)
+
+
+class Host:
+    """One that holds the engine until `until_s`, or until `over` has been dealt with."""
+
+    def __init__(self) -> None:
+        self.until_s = time.monotonic() + 5
+        self.handled: list[Any] = []
+
+    def hold_s(self, ends_s: float | None) -> float:
+        assert ends_s is None
+        return 0.0 if "over" in self.handled else max(0.0, self.until_s - time.monotonic())
+
+
+def made(host: Host, **attributes: Any) -> EngineInstance:
+    engine = object.__new__(EngineInstance)
+    engine._host = host  # type: ignore[assignment]
+    engine.input_queue = queue.Queue()
+    engine.batch_queue = None
+    engine.running = True  # type: ignore[attr-defined]
+    engine.has_work = lambda: True  # type: ignore[method-assign]
+    engine.is_running = lambda: engine.running  # type: ignore[method-assign,attr-defined]
+    engine._handle_client_request = (  # type: ignore[method-assign]
+        lambda kind, what: host.handled.append(what)
+    )
+    for name, value in attributes.items():
+        setattr(engine, name, value)
+    return engine
+
+
+def test_it_deals_with_what_comes_and_goes_on_when_the_handover_came() -> None:
+    host = Host()
+    engine = made(host)
+    for what in ("a request", "over", "after it"):
+        threading.Timer(0.05, engine.input_queue.put, [(None, what)]).start()
+    began = time.monotonic()
+    engine._process_input_queue()
+    assert host.handled[:2] == ["a request", "over"]
+    assert 0.04 < time.monotonic() - began < 4
+
+
+def test_it_waits_no_longer_than_it_should() -> None:
+    host = Host()
+    host.until_s = time.monotonic() + 0.05
+    made(host)._process_input_queue()
+    assert host.until_s <= time.monotonic() < host.until_s + 4
+
+
+@pytest.mark.parametrize("busy", [{"running": False}, {"batch_queue": ["a step in flight"]}])
+def test_it_never_waits_while_it_shuts_down_or_has_a_step_in_flight(busy: dict[str, Any]) -> None:
+    host = Host()
+    made(host, **busy)._process_input_queue()
+    assert time.monotonic() < host.until_s - 4
+
+
+def test_a_shutdown_ends_the_wait() -> None:
+    host = Host()
+    engine = made(host)
+
+    def stop() -> None:
+        engine.running = False  # type: ignore[attr-defined]
+        engine.input_queue.put(WAKEUP)
+
+    threading.Timer(0.05, stop).start()
+    engine._process_input_queue()
+    assert time.monotonic() < host.until_s - 4
