@@ -35,6 +35,7 @@ EVERY_TOKENS = 24
 FIRST_MOVE = 16
 WINDOWS = 12
 PACES: dict[str, float | None] = {"not": None, "once a second": 1.0, "back to back": 0.02}
+MODES = ["staged", "blocking", "recompute"]
 KEPT = ("extra_gap_ms", "downtime_ms", "total_ms", "stages")
 
 
@@ -179,7 +180,7 @@ async def gaps(http: aiohttp.ClientSession, url: str, args: argparse.Namespace) 
     for others in dict.fromkeys((0, args.background)):
         async with Background(http, url, 2 * others, args.background_tokens):
             for length in args.lengths:
-                modes = ("staged", "blocking", "recompute") if not others else ("staged",)
+                modes = args.modes if not others else ["staged"]
                 for mode in modes:
                     hops = args.hops if mode == "staged" else max(3, args.hops // 2)
                     moved, _ = await one_request(http, url, length, mode, hops, dice)
@@ -311,6 +312,7 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--lengths", type=lambda s: [int(n) for n in s.split(",")], default=[256, 512, 1024, 2048]
     )
+    parser.add_argument("--modes", type=lambda s: s.split(","), default=MODES, help="alone")
     parser.add_argument("--hops", type=int, default=8)
     parser.add_argument("--background", type=int, default=2)
     parser.add_argument("--background-tokens", type=int, default=600)
