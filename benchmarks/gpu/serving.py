@@ -27,7 +27,7 @@ SETTINGS = {
     "--seeds": "3",
     "--out": str(ROOT / "benchmarks/results/gpu/serving.json"),
 }
-LOADS = ("M-M:16:700:1", "mooncake-conversation:8:400:0.25")
+LOADS = ("M-M:18:480:1", "mooncake-conversation:8:240:0.25")
 SHARE_OF_GPU = "0.25"
 """What one engine asks for; vLLM refuses to start if that is not free. Its KV memory is given."""
 
