@@ -119,6 +119,7 @@ class EngineInstance(EngineCoreActor):
         self._reader = LoadReader(self.scheduler, slots, priorities)
         self._queueing = Queueing(self.scheduler, priorities)
         self._stepped_s = 0.0
+        self._changed = True
         self._prefixes = prefix_reader(
             seat.llumlet.settings, self.scheduler, seat.instance, seat.engine_index, self._rouse
         )
@@ -199,6 +200,7 @@ class EngineInstance(EngineCoreActor):
         return self._host.llumlet.fate(MigrationId(migration))
 
     def _handle_client_request(self, request_type: Any, request: Any) -> None:
+        self._changed = True
         if request_type is FromOutside:
             self._host.handle(request)
         else:
@@ -224,6 +226,7 @@ class EngineInstance(EngineCoreActor):
         else:
             ran = bool(super()._process_engine_step())
         now = time.monotonic()
+        self._changed = True
         if ran:
             self._reporter.stepped(now - began)
         if landing:
@@ -235,7 +238,9 @@ class EngineInstance(EngineCoreActor):
 
     def _maybe_publish_request_counts(self) -> None:
         self._host.poll()
-        self._offer()
+        # vLLM calls it before a step too, when mostly nothing has come since the one before.
+        if self._changed:
+            self._offer()
 
     def _notify_idle_state_callbacks(self) -> None:
         self._offer()
@@ -244,6 +249,7 @@ class EngineInstance(EngineCoreActor):
         super()._notify_idle_state_callbacks()
 
     def _offer(self) -> None:
+        self._changed = False
         numbers = self._reader.read()
         if self._queueing.look(numbers.preemptions):
             self._reader.came()

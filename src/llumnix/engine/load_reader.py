@@ -58,6 +58,7 @@ class LoadReader:
         self._known: dict[str, tuple[Request, int]] = {}
         self._classes: tuple[ClassLoad, ...] = ()
         self._head = 0
+        self._last: Numbers | None = None
         self._came = 0
         self._preemptions = 0
         self._finished = 0
@@ -77,13 +78,16 @@ class LoadReader:
             len(scheduler.waiting),
             len(scheduler.kv_holding_waiting),
         )
+        pool = scheduler.kv_cache_manager.block_pool
+        total = pool.num_gpu_blocks - 1  # One block is vLLM's placeholder, never handed out.
+        used = (total - pool.get_num_free_blocks()) * self._block
         if seen != self._seen:
             self._seen = seen
             self._count()
-        pool = scheduler.kv_cache_manager.block_pool
-        total = pool.num_gpu_blocks - 1  # One block is vLLM's placeholder, never handed out.
-        return Numbers(
-            kv_tokens_used=(total - pool.get_num_free_blocks()) * self._block,
+        elif self._last is not None and used == self._last.kv_tokens_used:
+            return self._last
+        self._last = Numbers(
+            kv_tokens_used=used,
             kv_tokens_total=total * self._block,
             block_tokens=self._block,
             slots=self._slots,
@@ -94,6 +98,7 @@ class LoadReader:
             finished=self._finished,
             finished_tokens=self._finished_tokens,
         )
+        return self._last
 
     def needed(self, request: Request) -> int:
         """The KV tokens, in whole blocks, that a request needs to start or holds while it runs."""

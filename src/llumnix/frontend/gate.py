@@ -6,6 +6,7 @@ it takes no arguments and finds the rest in the application's state.
 """
 
 import asyncio
+from collections.abc import Awaitable
 from typing import Any
 
 import msgspec
@@ -135,9 +136,16 @@ class _Answer:
         self._send = send
         self._head: Message | None = None
         self._sending: asyncio.Task[None] | None = None
+        self._begun = False
         http.on_dispatch = self._dispatched
 
-    async def __call__(self, message: Message) -> None:
+    def __call__(self, message: Message) -> Awaitable[None]:
+        # No coroutine of its own for what only passes: that is every token of every stream.
+        if self._begun:
+            return self._send(message)
+        return self._begin(message)
+
+    async def _begin(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self._head = message
             if self._http.instance is not None:
@@ -147,6 +155,7 @@ class _Answer:
             await self._sending
         elif self._head is not None:
             await self._send_head()
+        self._begun = True
         await self._send(message)
 
     def _dispatched(self) -> None:
