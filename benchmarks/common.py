@@ -49,6 +49,7 @@ class Served:
     ) -> None:
         self.kind, self.port, self.log = kind, port, log
         self.url = f"http://127.0.0.1:{port}"
+        self._asked = False
         quiet = {"HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
         with log.open("w") as out:
             self.process = subprocess.Popen(
@@ -71,13 +72,18 @@ class Served:
                 await asyncio.sleep(0.2)
         raise RuntimeError(f"{self.kind} did not come up:\n{self.log.read_text()[-3000:]}")
 
-    def stop(self) -> None:
-        if self.process.poll() is None:
+    def ask_to_stop(self) -> None:
+        """Once: a second signal would hurry it."""
+        if not self._asked and self.process.poll() is None:
+            self._asked = True
             self.process.send_signal(signal.SIGTERM)
-            try:
-                self.process.wait(STOP_TIMEOUT_S)
-            except subprocess.TimeoutExpired:
-                os.killpg(self.process.pid, signal.SIGKILL)
+
+    def stop(self) -> None:
+        self.ask_to_stop()
+        try:
+            self.process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
 
 
 def serve(

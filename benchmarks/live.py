@@ -64,7 +64,7 @@ import aiohttp
 from common import ROOT, real_time, write_result
 from plot_live import Run, packed, table
 from shapes import SHAPES, write_shape
-from systems import PEERS, System, all_up
+from systems import PEERS, System, all_up, stop_all
 from watch import IDLE_TIMEOUT_S, SAMPLED, PeerWatch, Watch, fragmentation, moments
 from workload import PAIRS, Answer, Arrival, Workload, encode, mean, of_requests, send, stalls
 
@@ -249,8 +249,7 @@ async def serving(policies: list[str], setup: Setup) -> AsyncIterator[list[Syste
             say("\n".join(system.logs() for system in systems))
             raise
         finally:
-            for system in systems:
-                system.stop()
+            stop_all(systems)
 
 
 async def one_turn(system: System, seed: int, workload: Workload, setup: Setup) -> Turn:

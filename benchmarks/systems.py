@@ -65,13 +65,20 @@ class System:
 
     def logs(self) -> str:
         """The ends of all that its servers said."""
-        servers = [*self.servers, *filter(None, [self.router])]
-        return "\n".join(f"{s.log.name}:\n{s.log.read_text()[-3000:]}" for s in servers)
+        return "\n".join(f"{s.log.name}:\n{s.log.read_text()[-3000:]}" for s in self.all_servers())
 
-    def stop(self) -> None:
-        """All of its servers, the router first."""
-        for server in [*filter(None, [self.router]), *self.servers]:
-            server.stop()
+    def all_servers(self) -> list[Served]:
+        """The router first."""
+        return [*filter(None, [self.router]), *self.servers]
+
+
+def stop_all(systems: list[System]) -> None:
+    """Asks all of them first, so that none is left if this process is stopped while it waits."""
+    servers = [server for system in systems for server in system.all_servers()]
+    for server in servers:
+        server.ask_to_stop()
+    for server in servers:
+        server.stop()
 
 
 async def all_up(systems: list[System]) -> None:
