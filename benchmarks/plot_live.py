@@ -10,7 +10,7 @@ use and the fragmentation over time. matplotlib is needed for it only, and is no
 packages:
 
     pip install matplotlib
-    python benchmarks/plot_live.py RAW.json [RAW.json ...] OUT.png [--seed 0]
+    python benchmarks/plot_live.py RAW.json [RAW.json ...] OUT.png [--seed 0] [--trace M-M]
 
 Several files are for policies that were run apart, on the same seeds.
 """
@@ -164,20 +164,22 @@ def memory(axes: Any, row: Run, color: str) -> None:
 
 def fragments(axes: Any, rows: list[Run], colors: dict[str, str]) -> None:
     """Free memory that would satisfy queues' heads, over time, as means of `SMOOTHED_S`."""
-    unknown = False
+    unknown = []
     for row in rows:
         windows: dict[int, list[float]] = {}
         times, shares = (columns(row, "fragmentation", name) for name in ("t_s", "share"))
+        if None in shares:
+            unknown.append(row["policy"])
+            continue
         for t_s, share in zip(times, shares, strict=True):
-            unknown = unknown or share is None
-            windows.setdefault(int(t_s // SMOOTHED_S), []).append((share or 0.0) * 100)
+            windows.setdefault(int(t_s // SMOOTHED_S), []).append(share * 100)
         axes.plot(
             [(number + 0.5) * SMOOTHED_S for number in windows],
             [statistics.fmean(found) for found in windows.values()],
             "-", color=colors[row["policy"]], linewidth=1.5, alpha=1, label=row["policy"],
         )  # fmt: skip
     if unknown:
-        axes.text(0.5, 0.5, "unknown: heads' needs are not told", ha="center",
+        axes.text(0.5, 0.5, f"not told by {' and '.join(unknown)}", ha="center",
                   transform=axes.transAxes, fontsize=9, color="#767676")  # fmt: skip
     axes.set_ylim(bottom=0)
     title = f"Fragmentation (free, and would satisfy heads), means of {SMOOTHED_S:g} s"
@@ -224,8 +226,10 @@ def main() -> None:
     parser.add_argument("raw", type=Path, nargs="+", help="what benchmarks/live.py wrote")
     parser.add_argument("out", type=Path, help="the picture, PNG")
     parser.add_argument("--seed", type=int, default=0, help="whose course over time is drawn")
+    parser.add_argument("--trace", help="if the files have several")
     args = parser.parse_args()
     rows = [row for path in args.raw for row in json.loads(path.read_text())["rows"]]
+    rows = [row for row in rows if args.trace in (None, row["trace"])]
     print(table(rows, list(dict.fromkeys(r["policy"] for r in rows))))
     draw(rows, args.seed, args.out)
 

@@ -127,7 +127,9 @@ def cost(results: dict[str, Result]) -> str:
     return markdown(head, rows)
 
 
-def tables(long: Result | None, short: Result | None, cpu: Result | None) -> dict[str, str]:
+def tables(
+    long: Result | None, short: Result | None, cpu: Result | None, timed: dict[str, Result]
+) -> dict[str, str]:
     """The tables, by the names in the page's markers."""
     gpu = {n: r for n, r in (("short streams", short), ("long streams", long)) if r}
     everything = {**{f"GPU, {n}": r for n, r in gpu.items()}, **({"CPU": cpu} if cpu else {})}
@@ -135,6 +137,8 @@ def tables(long: Result | None, short: Result | None, cpu: Result | None) -> dic
     return {
         "gpu alone": alone(long, paper=True) if long else missing.format("gpu/migration.json"),
         "gpu loaded": loaded(gpu) if gpu else missing.format("gpu/migration.json"),
+        "timed": loaded(timed),
+        "timed others": cost(timed),
         "others": cost(everything) if everything else missing.format("gpu/migration.json"),
         "cpu alone": alone(cpu, paper=False) if cpu else missing.format("migration_cpu.json"),
         "cpu loaded": loaded({"CPU": cpu}) if cpu else missing.format("migration_cpu.json"),
@@ -243,7 +247,12 @@ def main() -> None:
         for name in ("gpu/migration.json", "gpu/migration_short_background.json",
                      "migration_cpu.json")
     ]  # fmt: skip
-    PAGE.write_text(drawn(PAGE.read_text(), tables(*results)))
+    timed = {
+        name: found
+        for name, file in (("before", "migration_h100_before"), ("timed", "migration_h100"))
+        if (found := load(f"gpu/{file}.json"))
+    }
+    PAGE.write_text(drawn(PAGE.read_text(), tables(*results, timed)))
     draw(*results, FIGURE)
 
 
