@@ -293,7 +293,7 @@ def workloads(args: argparse.Namespace, setup: Setup) -> list[Workload]:
         Workload(
             trace=trace,
             requests=int(requests),
-            rate_per_s=float(rate),
+            rate_per_s=None if rate == "own" else float(rate),
             cv=args.cv,
             scale=float(scale),
             tokens_max=setup.tokens_max,
@@ -374,7 +374,7 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     add("--together", action="store_true", help="all servers are up at once")
     add("--requests", type=int, default=160, help="of a run")
     add("--load", action="append", default=[], metavar="TRACE:RATE:REQUESTS:SCALE",
-        help="in the place of these four; may be repeated")  # fmt: skip
+        help="in the place of these four; may be repeated; RATE may be `own`")  # fmt: skip
     add("--rate", type=float, default=3.0, help="requests a second")
     add("--trace", default="L-L", help=f"a file, or one of {', '.join(PAIRS)}")
     add("--scale", type=float, help="of lengths (default: KV tokens / 13,616, the paper's memory)")
