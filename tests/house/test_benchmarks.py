@@ -1,0 +1,70 @@
+"""What a comparison of systems rests on in benchmarks/: the same prompts, and what peers tell."""
+
+import json
+import random
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+pytest.importorskip("prometheus_client")
+
+from watch import PeerWatch
+from workload import Arrival, encode
+
+PAGE = """
+# TYPE vllm:num_requests_running gauge
+vllm:num_requests_running{engine="0",model_name="m"} 3.0
+vllm:num_requests_running{engine="1",model_name="m"} 1.0
+# TYPE vllm:num_requests_waiting gauge
+vllm:num_requests_waiting{engine="0",model_name="m"} 2.0
+vllm:num_requests_waiting{engine="1",model_name="m"} 0.0
+# TYPE vllm:kv_cache_usage_perc gauge
+vllm:kv_cache_usage_perc{engine="0",model_name="m"} 0.5
+vllm:kv_cache_usage_perc{engine="1",model_name="m"} 0.25
+# TYPE vllm:num_preemptions counter
+vllm:num_preemptions_total{engine="0",model_name="m"} 4.0
+vllm:num_preemptions_total{engine="1",model_name="m"} 5.0
+# TYPE vllm:prefix_cache_queries counter
+vllm:prefix_cache_queries_total{engine="0",model_name="m"} 100.0
+# TYPE vllm:prefix_cache_hits counter
+vllm:prefix_cache_hits_total{engine="0",model_name="m"} 30.0
+"""
+
+
+def prompts(seed: int, *prefixes: tuple[int, ...]) -> list[list[int]]:
+    arrivals = [
+        Arrival(at_s=0.0, prompt_tokens=50, output_tokens=1, prefix=p, prefix_block_tokens=16)
+        for p in prefixes
+    ]
+    bodies = encode(arrivals, random.Random(seed), 30000)
+    return [json.loads(body)["prompt"] for body in bodies]
+
+
+def test_prompts_share_the_blocks_that_the_trace_says_they_do_and_no_more() -> None:
+    first, second, third = prompts(0, (1, 2), (1, 3), ())
+    assert {len(first), len(second), len(third)} == {50}
+    assert first[:16] == second[:16]
+    assert first[16:32] != second[16:32]
+    assert first[32:] != second[32:]
+    assert third[:16] != first[:16]
+
+
+def test_all_systems_get_the_same_prompts_and_another_seed_others() -> None:
+    assert prompts(0, (1, 2)) == prompts(0, (1, 2))
+    assert prompts(0, (1, 2))[0][:16] != prompts(1, (1, 2))[0][:16]
+
+
+async def test_a_peer_is_read_by_engine_over_all_its_servers() -> None:
+    watch = PeerWatch(None, ["http://one", "http://two"], kv_tokens=1000)  # type: ignore[arg-type]
+
+    async def page(_: str) -> str:
+        return PAGE
+
+    watch._get = page  # type: ignore[method-assign]
+    seen = [(s.instance, s.used, s.total, s.running, s.waiting) for s in await watch.instances()]
+    each = [("0", 500, 1000, 3, 2), ("1", 250, 1000, 1, 0)]
+    assert seen == [(f"{server}-{e[0]}", *e[1:]) for server in (0, 1) for e in each]
+    grown = await watch.counters()
+    assert grown == {"preemptions": 18, "prefix_queries": 200, "prefix_hits": 60}
