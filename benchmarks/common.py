@@ -40,6 +40,17 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
+def as_flags(settings: dict[str, Any]) -> list[str]:
+    """`--name value` of each."""
+    return [x for name, value in settings.items() for x in (f"--{name}", str(value))]
+
+
+def with_settings(settings: dict[str, Any], flags: list[str], given: list[str]) -> list[str]:
+    """The arguments of a script that has settings of its own for another: those `given` to it count
+    more than `settings`, and what was given after `--` replaces `flags`."""
+    return [*as_flags(settings), *given, *([] if "--" in given else ["--", *flags])]
+
+
 class Served:
     """One server process; `kind` is bare (vLLM alone), llumnix, or another command that serves at
     `port`. `env`: beside this process's."""

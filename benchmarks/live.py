@@ -26,15 +26,15 @@ Figures of a run (`--json` prints them in the form that the simulator has):
   the machine stretch so much counts too, and so does a migration's downtime: the small
   `--max-num-batched-tokens` keeps steps short. A preempted request that is back sooner is missed.
 - fragmentation: the share of all KV memory that is free and would satisfy queues' heads if it were
-  in one place (heads in ascending order while they fit), sampled every 0.25 s from the first
-  arrival to the last, mean over time. null where the server does not tell the heads' needs.
+  in one place (heads in ascending order while they fit), sampled every 0.25 s (a peer: 1 s) from
+  the first arrival to the last, mean over time. null where the server does not tell heads' needs.
   Heads that just wait for the step to end are in it; fragmentation_blocked has only those that do
   not fit into what is free on their own instance.
 - kv_used: share of all KV memory in use; waiting: requests in queues; instances_mean: instances
   that serve. All three of the same samples, the first 20 s, in which memory fills, included.
 - migrations, migrations_aborted: those listed under /llumnix/v1/migrations, counted by id.
 - client_late_s_max: how late a request was sent. sample_gap_s_max: the longest time between two
-  samples; well above 0.25 s, the machine stood still and the run says little.
+  samples; well above that, the machine stood still and the run says little.
 
 The table (benchmarks/plot_live.py makes it) gives means over the seeds and ratios between policies.
 
@@ -61,10 +61,10 @@ from typing import Any
 
 import aiohttp
 
-from common import ROOT, real_time, write_result
+from common import ROOT, as_flags, real_time, write_result
 from plot_live import Run, packed, table
 from shapes import SHAPES, write_shape
-from systems import PEERS, System, all_up, stop_all
+from systems import PEERS, System, stop_all
 from watch import IDLE_TIMEOUT_S, SAMPLED, PeerWatch, Watch, fragmentation, moments
 from workload import PAIRS, Answer, Arrival, Workload, encode, mean, of_requests, send, stalls
 
@@ -242,10 +242,10 @@ async def serving(policies: list[str], setup: Setup) -> AsyncIterator[list[Syste
                 where = Path(folder)
                 system = System(name, setup.model, setup.flags, setup.instances, where)
                 systems.append(system)
-            await all_up(systems)
+            await asyncio.gather(*(system.wait_until_up() for system in systems))
             say(f"{', '.join(policies)}: up in {time.monotonic() - began:.0f} s")
             yield systems
-        except Exception:
+        except BaseException:
             say("\n".join(system.logs() for system in systems))
             raise
         finally:
@@ -359,7 +359,7 @@ def prepare(args: argparse.Namespace) -> Setup:
         tokens_end=min(TOKENS_END, config["vocab_size"]),
         drain_limit_s=args.drain_limit_s,
         slo=args.slo,
-        flags=[x for name, value in flags.items() for x in (f"--{name}", str(value))] + args.flags,
+        flags=as_flags(flags) + args.flags,
     )
 
 

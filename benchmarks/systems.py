@@ -79,15 +79,3 @@ def stop_all(systems: list[System]) -> None:
         server.ask_to_stop()
     for server in servers:
         server.stop()
-
-
-async def all_up(systems: list[System]) -> None:
-    """Waits for all of them; if one does not come, says what it said."""
-
-    async def one(system: System) -> None:
-        try:
-            await system.wait_until_up()
-        except RuntimeError as error:
-            raise RuntimeError(f"{system.name}: {error}\n{system.logs()}") from error
-
-    await asyncio.gather(*(one(s) for s in systems))

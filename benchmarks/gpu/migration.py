@@ -11,25 +11,22 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import migration
-from common import ROOT
+from common import ROOT, with_settings
 
 SETTINGS = {
-    "--shape": "llama-7b",
-    "--lengths": "256,1024,4096,8192,16384,32000",
-    "--hops": "10",
-    "--background": "16",
-    "--window-s": "3",
-    "--drain-tokens": "4000",
-    "--out": str(ROOT / "benchmarks/results/gpu/migration.json"),
+    "shape": "llama-7b",
+    "lengths": "256,1024,4096,8192,16384,32000",
+    "hops": "10",
+    "background": "16",
+    "window-s": "3",
+    "drain-tokens": "4000",
+    "out": str(ROOT / "benchmarks/results/gpu/migration.json"),
 }
 FLAGS = ["--gpu-memory-utilization", "0.85", "--max-model-len", "36000"]
 
 
 def main() -> None:
-    given = sys.argv[1:]
-    settings = [x for pair in SETTINGS.items() for x in pair]
-    flags = [] if "--" in given else ["--", *FLAGS]
-    migration.main([*settings, *given, *flags])
+    migration.main(with_settings(SETTINGS, FLAGS, sys.argv[1:]))
 
 
 if __name__ == "__main__":

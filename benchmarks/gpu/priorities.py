@@ -12,26 +12,21 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from serving import SETTINGS, SHARE_OF_GPU
+from serving import for_live
 
 import live
 from common import ROOT
 
 OURS = {
-    "--policies": "llumnix-base,llumnix",
-    "--high": "0.1",
-    "--cv": "4",
-    "--load": "M-M:16:480:1",
-    "--out": str(ROOT / "benchmarks/results/gpu/priorities.json"),
+    "policies": "llumnix-base,llumnix",
+    "high": "0.1",
+    "cv": "4",
+    "out": str(ROOT / "benchmarks/results/gpu/priorities.json"),
 }
 
 
 def main() -> None:
-    given = sys.argv[1:]
-    ours = {k: v for k, v in OURS.items() if k != "--load" or "--load" not in given}
-    settings = [x for pair in (SETTINGS | ours).items() for x in pair]
-    more = [] if "--" in given else ["--", "--gpu-memory-utilization", SHARE_OF_GPU]
-    live.main([*settings, "--together", *given, *more])
+    live.main(for_live(OURS, ("M-M:16:480:1",), sys.argv[1:]))
 
 
 if __name__ == "__main__":

@@ -16,19 +16,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from serving import SETTINGS
+from serving import for_live
 
 import live
 from common import ROOT
 from plot_live import columns
 
 OURS = {
-    "--policies": "llumnix",
-    "--instances": "1",
-    "--seeds": "1",
-    "--out": str(ROOT / "benchmarks/results/gpu/scaling.json"),
+    "policies": "llumnix",
+    "instances": "1",
+    "seeds": "1",
+    "out": str(ROOT / "benchmarks/results/gpu/scaling.json"),
 }
-FLAGS = ["--min-instances", "1", "--max-instances", "2", "--gpu-memory-utilization", "0.25"]
+SCALING = ["--min-instances", "1", "--max-instances", "2"]
 PHASES = "30:6,150:16,60:4"
 
 
@@ -66,12 +66,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "phases.csv"
         count = write_trace(trace, phases, ours.scale)
-        settings = [x for pair in (SETTINGS | OURS).items() for x in pair]
-        more = given[given.index("--") + 1 :] if "--" in given else []
-        given = given[: given.index("--")] if "--" in given else given
-        flags = [*settings, "--load", f"{trace}:own:{count}:1", *given, "--", *FLAGS, *more]
-        live.main(flags)
-        print("instances:", changes(live.arguments(flags).out))
+        wanted = [*for_live(OURS, (f"{trace}:own:{count}:1",), given), *SCALING]
+        live.main(wanted)
+        print("instances:", changes(live.arguments(wanted).out))
 
 
 if __name__ == "__main__":

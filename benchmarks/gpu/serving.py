@@ -13,31 +13,33 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import live
-from common import ROOT
+from common import ROOT, with_settings
 
 SETTINGS = {
-    "--policies": "llumnix,vllm-dp,vllm-router",
-    "--instances": "2",
-    "--model": "llama-8b",
-    "--kv-tokens": "27232",
-    "--block-size": "16",
-    "--max-num-seqs": "256",
-    "--max-num-batched-tokens": "2048",
-    "--drain-limit-s": "30",
-    "--seeds": "3",
-    "--out": str(ROOT / "benchmarks/results/gpu/serving.json"),
+    "policies": "llumnix,vllm-dp,vllm-router",
+    "instances": "2",
+    "model": "llama-8b",
+    "kv-tokens": "27232",
+    "block-size": "16",
+    "max-num-seqs": "256",
+    "max-num-batched-tokens": "2048",
+    "drain-limit-s": "30",
+    "seeds": "3",
+    "out": str(ROOT / "benchmarks/results/gpu/serving.json"),
 }
 LOADS = ("M-M:18:480:1", "mooncake-conversation:8:240:0.25")
-SHARE_OF_GPU = "0.25"
+FLAGS = ["--gpu-memory-utilization", "0.25"]
 """What one engine asks for; vLLM refuses to start if that is not free. Its KV memory is given."""
 
 
+def for_live(ours: dict[str, str], loads: tuple[str, ...], given: list[str]) -> list[str]:
+    """live.py's arguments: those given, else `ours`, else `SETTINGS`; `loads` if none is given."""
+    served = [] if "--load" in given else [x for load in loads for x in ("--load", load)]
+    return ["--together", *served, *with_settings(SETTINGS | ours, FLAGS, given)]
+
+
 def main() -> None:
-    given = sys.argv[1:]
-    settings = [x for pair in SETTINGS.items() for x in pair]
-    loads = [] if "--load" in given else [x for load in LOADS for x in ("--load", load)]
-    more = [] if "--" in given else ["--", "--gpu-memory-utilization", SHARE_OF_GPU]
-    live.main([*settings, "--together", *loads, *given, *more])
+    live.main(for_live({}, LOADS, sys.argv[1:]))
 
 
 if __name__ == "__main__":
