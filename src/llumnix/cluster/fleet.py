@@ -189,7 +189,7 @@ class Fleet:
         """Tells the controller what there is; its decisions come back to `_perform`."""
         while True:
             states = [(m.id, m.state) for m in self._members.values()]
-            await self._client.link.tell(
+            self._client.link.tell(
                 FleetReported(
                     starting=sum(s in ("starting", "restarting") for _, s in states),
                     serving=tuple(i for i, s in states if s == "serving"),

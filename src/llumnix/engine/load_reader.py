@@ -1,7 +1,8 @@
 """Reads an engine's load off vLLM's scheduler, on the engine's own thread, between two steps.
 
 Counting requests takes a look at each of them, so it is done only when one came, went, began to run
-or was preempted; in between nothing but KV memory and time changes.
+or was preempted; in between nothing but KV memory and time changes. One that was preempted is seen
+to have been while it waits, or when it leaves.
 
 vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
 - `scheduler.requests` holds all that are not finished; `running`, `waiting` and
@@ -55,7 +56,7 @@ class LoadReader:
         self._block = int(scheduler.block_size)
         self._token_bytes = token_bytes(scheduler)
         self._seen: tuple[int, ...] = ()
-        self._known: dict[str, tuple[Request, int]] = {}
+        self._known: dict[str, _Known] = {}
         self._classes: tuple[ClassLoad, ...] = ()
         self._head = 0
         self._last: Numbers | None = None
@@ -105,32 +106,52 @@ class LoadReader:
         return -(-int(request.num_tokens) // self._block) * self._block
 
     def _count(self) -> None:
-        scheduler, rank = self._scheduler, self._priorities.rank
+        scheduler = self._scheduler
         counts = [[0, 0, 0] for _ in range(len(self._priorities))]
-        running = set(map(id, scheduler.running))
-        known: dict[str, tuple[Request, int]] = {}
-        for name, request in scheduler.requests.items():
-            before = self._known.pop(name, None)
-            preemptions = request.num_preemptions
-            if before is not None:
-                self._preemptions += preemptions - before[1]
-            known[name] = (request, preemptions)
-            mine = counts[rank(client_priority(request))]
-            if id(request) in running:
-                mine[0] += 1
-            else:
-                mine[1] += 1
-                mine[2] += self.needed(request)
-        for request, preemptions in self._known.values():
-            self._preemptions += request.num_preemptions - preemptions
-            if request.status in _ANSWERED:
-                self._finished += 1
-                self._finished_tokens += request.num_output_tokens
-        self._known = known
+        for request in scheduler.running:
+            counts[self._know(request).rank][0] += 1
+        if len(scheduler.requests) > len(scheduler.running):
+            running = set(map(id, scheduler.running))
+            for request in scheduler.requests.values():
+                if id(request) not in running:
+                    known = self._know(request)
+                    self._preemptions += request.num_preemptions - known.preemptions
+                    known.preemptions = request.num_preemptions
+                    mine = counts[known.rank]
+                    mine[1] += 1
+                    mine[2] += self.needed(request)
+        for name in self._known.keys() - scheduler.requests.keys():
+            self._left(self._known.pop(name))
         self._classes = tuple(
             ClassLoad(running=r, waiting=w, waiting_tokens=t) for r, w, t in counts
         )
         self._head = self.needed(scheduler.waiting.peek_request()) if scheduler.waiting else 0
+
+    def _know(self, request: Request) -> "_Known":
+        known = self._known.get(request.request_id)
+        if known is None or known.request is not request:
+            if known is not None:
+                self._left(known)  # And another came under its id.
+            rank = self._priorities.rank(client_priority(request))
+            known = _Known(request=request, rank=rank, preemptions=request.num_preemptions)
+            self._known[request.request_id] = known
+        return known
+
+    def _left(self, known: "_Known") -> None:
+        request = known.request
+        self._preemptions += request.num_preemptions - known.preemptions
+        if request.status in _ANSWERED:
+            self._finished += 1
+            self._finished_tokens += request.num_output_tokens
+
+
+@dataclass(slots=True, kw_only=True)
+class _Known:
+    """A request that was counted: its class, and its preemptions so far."""
+
+    request: Request
+    rank: int
+    preemptions: int
 
 
 def token_bytes(scheduler: Any) -> int:

@@ -1,11 +1,13 @@
 """The llumlet's line to the controller: pushes the engine's load, takes orders to move it.
 
-The engine's busy loop hands its numbers over after each step, and what changed is sent there and
-then, on that thread. (A thread of its own would have to wait for the
+The engine's busy loop hands its numbers over between steps, and what changed is sent there and
+then, on that thread, but not more often than every `REPORT_EVERY_S`: where steps are so short, that
+thread has no time to spare. (A thread of its own would have to wait for the
 interpreter's lock, which the busy loop holds while it polls for its workers' answer, and make the
-loop wait in turn.) A second thread only repeats the last report when nothing was sent for
-`HEARTBEAT_S`. With the controller gone, reports are dropped, not queued: the next one says it all.
-What the controller has sent is taken in whenever a report goes out.
+loop wait in turn.) An engine that is about to stand still says so at once. A second thread only
+repeats the last report when nothing was sent for `HEARTBEAT_S`. With the controller gone, reports
+are dropped, not queued: the next one says it all. What the controller has sent is taken in whenever
+a report goes out.
 """
 
 import logging
@@ -26,6 +28,7 @@ from llumnix.observe.wire import Message, decode, encode
 
 logger = logging.getLogger("llumnix.engine")
 
+REPORT_EVERY_S = 0.01
 HEARTBEAT_S = 0.1
 CLOSE_TIMEOUT_S = 2.0
 ADMITTED_MAX = 10_000
@@ -60,7 +63,10 @@ class LoadReporter:
         self._moving = Moving()
         self._orders: list[OrderId] = []
         self._steps = _Steps()
+        self._sent: tuple[Numbers | None, Moving] = None, Moving()
         self._admitted: list[RequestId] = []
+        # So many of them are in the numbers.
+        self._covered = 0
         self._accepting = True
         self._sequence = 0
         self._sent_s = 0.0
@@ -96,12 +102,27 @@ class LoadReporter:
         self._steps.count += 1
         self._steps.seconds += seconds
 
-    def offer(self, numbers: Numbers, moving: Moving, orders: tuple[OrderId, ...]) -> None:
-        """Reports the numbers of now if anything changed. The busy loop's thread only."""
-        if numbers != self._numbers or moving != self._moving or self._admitted or orders:
-            with self._sending:
-                self._numbers, self._moving = numbers, moving
-                self._orders += orders
+    def due(self) -> bool:
+        """Whether a report may go out again."""
+        return time.monotonic() - self._sent_s >= REPORT_EVERY_S
+
+    def offer(
+        self,
+        numbers: Numbers,
+        moving: Moving,
+        orders: tuple[OrderId, ...],
+        *,
+        at_once: bool = False,
+    ) -> None:
+        """Reports the numbers of now if anything changed, and a report is due, wanted `at_once`, or
+        says something of moves. The busy loop's thread only."""
+        with self._sending:
+            self._numbers, self._moving, self._covered = numbers, moving, len(self._admitted)
+            self._orders += orders
+            before, moving_before = self._sent
+            of_moves = self._orders or moving != moving_before
+            changed = numbers != before or self._covered
+            if of_moves or (changed and (at_once or self.due())):
                 self._send()
 
     def tell(self, fact: PrefixesChanged) -> None:
@@ -125,7 +146,8 @@ class LoadReporter:
         if self._numbers is None:
             return
         self._sequence += 1
-        admitted, orders, moving = self._admitted, self._orders, self._moving
+        admitted, orders, moving = self._admitted[: self._covered], self._orders, self._moving
+        self._sent = self._numbers, moving
         report = LoadReport(
             instance=self._instance,
             engine_index=self._engine_index,
@@ -147,8 +169,9 @@ class LoadReporter:
             return
         self._sent_s = time.monotonic()
         # Named once. The busy loop may add to the list in the meantime; what it added stays.
-        del admitted[: len(report.admitted)]
-        del orders[: len(report.orders)]
+        del self._admitted[: self._covered]
+        self._covered = 0
+        orders.clear()
 
     def _push(self, message: Message) -> bool:
         try:
@@ -158,11 +181,10 @@ class LoadReporter:
         return True
 
     def _take_orders(self) -> None:
-        while True:
+        # To ask is cheaper than an exception.
+        while int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN:
             try:
                 message = decode(self._socket.recv(zmq.NOBLOCK))
-            except zmq.Again:
-                return
             except ProtocolError as error:
                 logger.error("From the controller: %s", error)
                 continue

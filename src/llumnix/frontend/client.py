@@ -202,7 +202,7 @@ class FleetClient(EngineCalls):
             call.cancel()
         others = [EngineIndex(e.engine_index) for e in self._engines.values() if e.ready.done()]
         lost = self.migrations.engine_lost(engine_index, others, engine.address)
-        await self._link.tell(InstanceLost(instance=engine.instance, engine_index=engine_index))
+        self._link.tell(InstanceLost(instance=engine.instance, engine_index=engine_index))
         return lost
 
     async def abort_at(self, engine_index: EngineIndex, requests: list[str]) -> None:
@@ -367,6 +367,8 @@ class FleetClient(EngineCalls):
     def _pinned(self, request: EngineCoreRequest) -> Engine | None:
         """Late-interaction scoring keeps a query's embedding in one engine's memory: all requests
         of the query go there."""
+        if request.pooling_params is None:
+            return None
         engines = self._takers()
         index = get_late_interaction_engine_index(request.pooling_params, len(engines) or 1)
         return None if index is None or not engines else engines[index]
