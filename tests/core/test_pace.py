@@ -4,7 +4,7 @@ import pytest
 
 from conformance.engines import FakeKind
 from llumnix.core.limits import MigrationLimits
-from llumnix.core.messages import CallOff, Handover, PeerMessage, Stopping
+from llumnix.core.messages import CallOff, Handover, PeerMessage, Stage, Staged, Stopping
 from llumnix.core.pace import LATE_MAX, Pace, one_more_fits
 from llumnix.core.port import Phase
 from support.duo import Duo
@@ -34,6 +34,14 @@ def test_a_prompt_among_the_steps_does_not_change_the_pace() -> None:
     assert pace.step_s == 0.01
 
 
+def test_steps_that_are_known_to_have_prompts_do_not_count_at_all() -> None:
+    pace = Pace()
+    pace.took(0.01)
+    for _ in range(20):
+        pace.took(0.2, prompts=True)
+    assert pace.step_s == 0.01
+
+
 @pytest.mark.parametrize("due_ms", range(5, 60))
 def test_no_step_keeps_the_handover_waiting_for_long_nor_the_engine_idle(due_ms: int) -> None:
     free_s, step_s = 0.0, 0.01
@@ -56,6 +64,52 @@ def test_the_handover_is_announced_one_step_before_the_request_is_stopped(depth:
     assert outputs == before.outputs + 1 + depth
     again = [m.in_s for m in duo.delivered if isinstance(m, Stopping)][1:]
     assert again == [STEP_S] * depth
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_no_prompts_should_be_computed_while_a_handover_is_near(depth: int) -> None:
+    duo = FakeKind(depth).duo()
+    request = duo.add("r", PROMPT, 30)
+    duo.turn_until(lambda: len(duo.got[request]) >= 3)
+    source, there = duo.llumlets[0], duo.llumlets[1]
+    wanted: dict[type, list[bool]] = {Stage: [], Staged: [], Stopping: [], Handover: []}
+
+    def before(message: PeerMessage) -> None:
+        if isinstance(message, Staged | Stopping | Handover):
+            wanted[type(message)].append(there.quiet())
+        elif isinstance(message, Stage) and message.stage == 1:
+            wanted[Stage].append(there.quiet())
+        if isinstance(message, Stopping):
+            phase = duo.engines[0].port.progress(request).phase
+            assert source.quiet() or phase is Phase.STOPPED
+
+    duo.before = before
+    assert duo.migrate(request)
+    duo.turn_until(lambda: duo.ended)
+    assert duo.ended[0].taken
+    assert not any(wanted.pop(Stage)), "until the first stage is here there is time"
+    assert all(wanted.values()), "all of them came"
+    assert all(all(each) for each in wanted.values())
+    assert (source.quiet(), there.quiet()) == (False, False)
+
+
+def test_it_is_announced_only_when_no_prompts_are_in_flight() -> None:
+    duo = FakeKind(1).duo()
+    request = duo.add("r", PROMPT, 90)
+    duo.turn_until(lambda: len(duo.got[request]) >= 3)
+    port = duo.engines[0].port
+    duo.add("long", list(range(120)), 5)
+    duo.turn_until(lambda: port.prompts_in_flight)
+    assert duo.migrate(request)
+    quiet = 0
+    while port.prompts_in_flight:
+        assert not [m for _, m in duo.wire if isinstance(m, Stopping)]
+        assert not any(isinstance(m, Stopping) for m in duo.delivered)
+        quiet += duo.llumlets[0].quiet()
+        duo.turn()
+    assert quiet >= 3, "it is near, and waits for prompts to end"
+    duo.turn_until(lambda: duo.ended)
+    assert duo.ended[0].taken
 
 
 def test_it_is_handed_over_even_if_nobody_heard_the_announcement() -> None:

@@ -1,4 +1,4 @@
-"""An engine that stands still for a handover that is near."""
+"""An engine that stands still for a handover that is near, or does without prompts."""
 
 import queue
 import threading
@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 pytest.importorskip("vllm")
+from vllm import SamplingParams
 from vllm.v1.engine import EngineCoreRequestType
 
-from llumnix.engine.instance import EngineInstance
+from llumnix.engine.instance import QUIET_STEPS_MAX, EngineInstance
 
 WAKEUP = (EngineCoreRequestType.WAKEUP, None)
 
@@ -79,3 +80,37 @@ def test_a_shutdown_ends_the_wait() -> None:
     threading.Timer(0.05, stop).start()
     engine._process_input_queue()
     assert time.monotonic() < host.until_s - 4
+
+
+class Quiet:
+    """A host that wants no prompts."""
+
+    def quiet(self) -> bool:
+        return True
+
+
+def test_prompts_are_put_off_for_a_few_steps_at_a_time() -> None:
+    engine = object.__new__(EngineInstance)
+    engine._host, engine._quiet_steps = Quiet(), 0  # type: ignore[assignment]
+    asked = [engine._should_throttle_prefills() for _ in range(2 * QUIET_STEPS_MAX + 2)]
+    assert asked == 2 * ([True] * QUIET_STEPS_MAX + [False])
+
+
+def test_a_step_that_puts_prompts_off_goes_on_with_the_others(engine: Any) -> None:
+    core, said = engine.core, []
+    engine.add("first", list(range(3, 100)), SamplingParams(max_tokens=60, ignore_eos=True))
+    while len(said) < 3:
+        said += engine.step()
+    engine.add("second", list(range(3, 200)), SamplingParams(max_tokens=3, ignore_eos=True))
+    core._should_throttle_prefills = lambda: True
+    try:
+        later = [name for _ in range(5) for name, *_ in engine.step()]
+    finally:
+        del core._should_throttle_prefills
+    assert later
+    assert set(later) == {"first"}
+    assert not engine.port.prompts_in_flight
+    assert len(core.scheduler.waiting) == 1
+    while not engine.idle():
+        later += [name for name, *_ in engine.step()]
+    assert "second" in later

@@ -26,6 +26,7 @@ from vllm.utils.hashing import sha256  # noqa: E402
 from vllm.v1.core import kv_cache_utils  # noqa: E402
 from vllm.v1.core.kv_cache_manager import KVCacheManager  # noqa: E402
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler  # noqa: E402
+from vllm.v1.core.sched.output import SchedulerOutput  # noqa: E402
 from vllm.v1.core.sched.request_queue import SchedulingPolicy, create_request_queue  # noqa: E402
 from vllm.v1.core.sched.scheduler import Scheduler  # noqa: E402
 from vllm.v1.engine import (  # noqa: E402
@@ -541,6 +542,23 @@ def test_a_step_brings_the_oldest_batch_home_when_nothing_is_scheduled() -> None
     )
     says(EngineCoreProc._process_engine_step, "= self.step_fn()", who="instance.py")
     assert inspect.signature(EngineCoreProc._process_engine_step).return_annotation is bool
+
+
+def test_a_step_may_put_prompts_off() -> None:
+    """tests/engine/test_standing_still.py shows that it does."""
+    says(
+        EngineCore.step_with_batch_queue,
+        "self.scheduler.schedule(self._should_throttle_prefills())",
+        who="instance._should_throttle_prefills",
+    )
+    says(
+        EngineCore.step,
+        "self.scheduler.schedule(self._should_throttle_prefills())",
+        who="instance._should_throttle_prefills",
+    )
+    has(EngineCore, ["_should_throttle_prefills"], "instance._should_throttle_prefills")
+    fields = {field.name for field in dataclasses.fields(SchedulerOutput)}
+    assert {"total_num_scheduled_tokens", "num_scheduled_tokens"} <= fields, "has_prompts"
 
 
 def test_outputs_leave_in_order_with_our_messages_among_them() -> None:

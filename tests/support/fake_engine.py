@@ -231,6 +231,10 @@ class FakeEngine:
     def step_s(self) -> float:
         return STEP_S
 
+    @property
+    def prompts_in_flight(self) -> bool:
+        return any(start + 1 < len(r.prompt) for flight in self.flights for r, start, _ in flight)
+
     def movable(self) -> list[Movable]:
         return [
             Movable(

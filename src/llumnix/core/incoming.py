@@ -7,7 +7,8 @@ Rules
 - Blocks that are being written are not given away: an aborted migration whose pull is under way
   keeps its room until that has ended.
 - The engine's steps are timed for a handover that was announced; one that is overdue by `near_s` is
-  not waited for any more.
+  not waited for any more. Once the first stage is here, and there is little left to come, steps
+  should compute no prompts: one that did could be under way when the handover comes.
 """
 
 from dataclasses import dataclass, field
@@ -130,6 +131,14 @@ class IncomingMigrations:
         coming.hit = hit
         self._open[order.migration] = coming
         self._look(coming, now)
+
+    def quiet(self) -> bool:
+        """Whether the next step should compute no prompts: a request may come before its end."""
+        return any(
+            c.stage > 1 or (c.stage == 1 and c.machine.state is not DestinationState.PULLING)
+            for c in self._open.values()
+            if not c.machine.over
+        )
 
     def hold_s(self, free_s: float, now: float) -> float:
         """How long to begin no step for the sake of the next handover, which a step begun at

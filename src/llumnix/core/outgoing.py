@@ -5,7 +5,8 @@ Rules
 - Stages go on while one pays: until what is left fits `rest_blocks_max` blocks, at most
   `stages_max` times. In the middle of a prompt the chunk under way is waited for first.
 - The handover is announced one step before the request is taken out of the batch, so that the
-  destination's own steps can be over by then. Nobody needs to have heard it.
+  destination's own steps can be over by then. Nobody needs to have heard it. No prompt should be
+  computed from then on: a step with one lasts longer than was said. One in flight is let end first.
 - A request that finished, was aborted or was preempted meanwhile is not moved.
 """
 
@@ -49,7 +50,8 @@ _GOING_ON = (SourceState.RESERVING, SourceState.COPYING, SourceState.IDLE)
 @dataclass(slots=True, kw_only=True)
 class Outgoing:
     """One migration away from here. Tokens below `done` are at the destination. `near_at`: settled
-    when its handover was announced, which was to be stopped for by `near_until_s`."""
+    when its handover was announced, which was to be stopped for by `near_until_s`. `hushed`: it is
+    small enough to stop for, but prompts are in flight."""
 
     order: Migrate
     machine: SourceMachine
@@ -61,6 +63,7 @@ class Outgoing:
     stage: int = 0
     stage_end: int = 0
     stage_began_s: float = 0.0
+    hushed: bool = False
     near_at: int | None = None
     near_until_s: float = 0.0
     stopped_s: float | None = None
@@ -102,6 +105,13 @@ class OutgoingMigrations:
     def deadlines(self) -> list[float]:
         """When each of them wants to be looked at."""
         return [g.deadline_s for g in self._open.values()]
+
+    def quiet(self) -> bool:
+        """Whether the next step should compute no prompts: it has to be as long as was said."""
+        return any(
+            g.machine.state is SourceState.IDLE and (g.hushed or g.near_at is not None)
+            for g in self._open.values()
+        )
 
     def begin(self, order: Migrate, now: float) -> None:
         """Asks the destination for room, or says at once why the request cannot be moved."""
@@ -222,8 +232,13 @@ class OutgoingMigrations:
         if pending <= self._limits.rest_blocks_max * block:
             if progress.settled + 1 < progress.tokens:  # In the middle of its prompt.
                 return None if progress.in_flight else SourceEvent.LAST
-            return SourceEvent.NEAR
-        return SourceEvent.NEAR if going.stage >= self._limits.stages_max else SourceEvent.MORE
+            return self._near(going)
+        return self._near(going) if going.stage >= self._limits.stages_max else SourceEvent.MORE
+
+    def _near(self, going: Outgoing) -> SourceEvent | None:
+        """To be announced, once the next steps are of a length that is known."""
+        going.hushed = self._port.prompts_in_flight
+        return None if going.hushed else SourceEvent.NEAR
 
     def _after_the_end(self, message: Reserved | Staged | Verdict) -> None:
         machine = self._ended.get(message.migration)

@@ -1,8 +1,8 @@
 """How long an engine's steps take, and whether one more fits in before a handover.
 
 Rules
-- A step is guessed to be as long as the median of the last few: a prompt among them says little
-  about the next.
+- A step is guessed to be as long as the median of the last few. Those with prompts do not count
+  where that is known, for near a handover none are computed.
 - One more step is begun if it would end no more than `LATE_MAX` of a step after the handover. If
   not, the engine stands still until then, for less than the rest of a step.
 """
@@ -17,16 +17,17 @@ gap for the request that moves, and a longer one for all that run where it goes.
 
 
 class Pace:
-    """One engine's. `step_s`: of a step, of late; 0 before the first."""
+    """One engine's. `step_s`: of a step without prompts, of late; 0 before the first."""
 
     def __init__(self) -> None:
         self._recent: deque[float] = deque(maxlen=RECENT_STEPS)
         self.step_s = 0.0
 
-    def took(self, seconds: float) -> None:
-        """A step has ended."""
-        self._recent.append(seconds)
-        self.step_s = statistics.median(self._recent)
+    def took(self, seconds: float, *, prompts: bool = False) -> None:
+        """A step has ended; `prompts`: it is known to have computed some."""
+        if not prompts:
+            self._recent.append(seconds)
+            self.step_s = statistics.median(self._recent)
 
 
 def one_more_fits(free_s: float, step_s: float, due_s: float) -> bool:

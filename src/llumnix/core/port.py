@@ -67,7 +67,12 @@ class EnginePort(Protocol):
 
     @property
     def step_s(self) -> float:
-        """How long a step takes, of late."""
+        """How long a step without prompts takes, of late."""
+        ...
+
+    @property
+    def prompts_in_flight(self) -> bool:
+        """Whether a step that computes prompts is under way."""
         ...
 
     # -- source

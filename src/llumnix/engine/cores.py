@@ -7,8 +7,10 @@ Several engines on one host would then all sit on the same cores, so each gets a
 from collections.abc import Sequence
 
 SWITCH_INTERVAL_S = 0.0005
-"""For Python's interpreter lock in engines and workers. Their main threads spin while they wait,
-and a migration's thread that wakes would wait for the lock ten times as long by default."""
+"""For Python's interpreter lock while an engine has a migration under way, and in workers that are
+processes of their own. Main threads compute or spin, and a migration's thread that wakes would wait
+for the lock ten times as long by default. Always on, it made an engine's steps longer: each message
+to or from vLLM's own threads broke in on them."""
 
 
 def share_of_cores(cores: Sequence[int], slot: int, slots: int, ranks: int) -> str | None:

@@ -11,6 +11,7 @@ order; `EngineCoreOutput.kv_transfer_params`, which may hold anything that msgpa
 """
 
 import queue
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from llumnix.core.messages import (
 )
 from llumnix.core.settings import SchedulerSettings
 from llumnix.core.types import EngineIndex, MigrationId, OrderId, RequestId
+from llumnix.engine.cores import SWITCH_INTERVAL_S
 from llumnix.engine.immovable import why_engine_cannot
 from llumnix.engine.peers import Peers
 from llumnix.engine.transfer import TransferOptions
@@ -91,6 +93,8 @@ class LlumletHost:
         self._seat = seat
         self._on_step = on_step
         self._polled_s = 0.0
+        self._calm_s = sys.getswitchinterval()
+        self._hurried = False
         self._agents_of: dict[EngineIndex, list[str]] = {}
         self._waiting_here = False
         self._here: queue.SimpleQueue[Pulled] = queue.SimpleQueue()
@@ -107,6 +111,8 @@ class LlumletHost:
             agents = self._engine.model_executor.collective_rpc(
                 "llumnix_open", args=(listen, self._seat.key, self._seat.transfer)
             )
+            # A worker in this very process has set it.
+            sys.setswitchinterval(self._calm_s)
         self._client = AgentClient(agents=agents, key=self._seat.key, on_pulled=self._pulled)
         self._client.start()
         self.port = VllmPort(self._engine, agents, self._client)
@@ -179,8 +185,12 @@ class LlumletHost:
         while not self._here.empty():
             self._send(self._take_in(self._here.get()))
         self.port.stepped()
-        if self.llumlet.busy:
+        busy = self.llumlet.busy
+        if busy:
             self._send(self.llumlet.poll(self._polled_s))
+        if busy is not self._hurried:
+            self._hurried = busy
+            sys.setswitchinterval(SWITCH_INTERVAL_S if busy else self._calm_s)
 
     def hold_s(self, ends_s: float | None) -> float:
         """How long the engine should begin no step, for a handover is near; 0: not at all.
@@ -189,6 +199,10 @@ class LlumletHost:
             return 0.0
         now = time.monotonic()
         return self.llumlet.hold_s(now if ends_s is None else max(now, ends_s), now)
+
+    def quiet(self) -> bool:
+        """Whether the engine's next step should compute no prompts."""
+        return self.llumlet.busy and self.llumlet.quiet()
 
     def moving(self) -> tuple[Moving, tuple[OrderId, ...]]:
         """What the next load report says of moves, and the orders it answers."""

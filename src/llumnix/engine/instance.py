@@ -12,7 +12,10 @@ vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when
   `abort_requests(ids)` every abort, on that same thread. A utility call finds any method of ours by
   name. `worker_extension_cls` names a class for the workers.
 - `EngineCore.step_with_batch_queue()` schedules only if `scheduler.has_requests()`, and otherwise
-  waits for the oldest batch in `batch_queue` and takes its outputs in.
+  waits for the oldest batch in `batch_queue` and takes its outputs in. An entry of that is (future,
+  `SchedulerOutput`, future), the oldest the last.
+- `EngineCore._should_throttle_prefills()` is asked once a step; if it says yes, the scheduler
+  computes no prompts in it, unless nothing else runs or the queue was not emptied the last time.
 - `scheduler.max_num_active_reqs`: how many requests may run at a time.
 - `_process_engine_step()` makes one step and says whether a model ran in it. With a `batch_queue`
   that has one in it, which began when the call before returned, it returns when that has landed.
@@ -30,7 +33,6 @@ import os
 import queue
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -48,14 +50,18 @@ from vllm.v1.request import Request
 
 from llumnix.core.priorities import Priorities
 from llumnix.core.types import EngineIndex, InstanceId, MigrationId, RequestId
-from llumnix.engine.cores import SWITCH_INTERVAL_S, share_of_cores
+from llumnix.engine.cores import share_of_cores
 from llumnix.engine.host import FromOutside, HostSeat, LlumletHost
 from llumnix.engine.immovable import WORKER_EXTENSION
 from llumnix.engine.load_reader import LoadReader
 from llumnix.engine.prefix_events import prefix_reader
 from llumnix.engine.queueing import Queueing
 from llumnix.engine.reporter import LoadReporter
+from llumnix.engine.vllm_port import has_prompts
 from llumnix.observe.event_log import EventLog
+
+QUIET_STEPS_MAX = 8
+"""So many steps in a row may do without prompts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,8 +109,6 @@ class EngineInstance(EngineCoreActor):
         super().__init__(
             vllm_config, True, addresses, executor_class, log_stats, dp_rank=seat.engine_index
         )
-        # While a thread of ours waits for the interpreter's lock, a migration waits.
-        sys.setswitchinterval(SWITCH_INTERVAL_S)
         self._log = EventLog(seat.event_log, who=f"engine {seat.engine_index} {os.getpid()}")
         self._host = LlumletHost(self, seat.engine_index, seat.llumlet, self._log.step)
         self._host.start()
@@ -119,6 +123,7 @@ class EngineInstance(EngineCoreActor):
         self._reader = LoadReader(self.scheduler, slots, priorities)
         self._queueing = Queueing(self.scheduler, priorities)
         self._stepped_s = 0.0
+        self._quiet_steps = 0
         self._changed = True
         self._prefixes = prefix_reader(
             seat.llumlet.settings, self.scheduler, seat.instance, seat.engine_index, self._rouse
@@ -220,6 +225,7 @@ class EngineInstance(EngineCoreActor):
         began = time.monotonic()
         pace = self._host.port.pace
         landing = bool(self.batch_queue)
+        prompts = landing and has_prompts(self.batch_queue[-1][1])
         if landing and self._host.hold_s(self._stepped_s + pace.step_s):
             with _landing_only(self.scheduler):
                 ran = bool(super()._process_engine_step())
@@ -230,32 +236,38 @@ class EngineInstance(EngineCoreActor):
         if ran:
             self._reporter.stepped(now - began)
         if landing:
-            pace.took(now - self._stepped_s)
+            pace.took(now - self._stepped_s, prompts=prompts)
         elif ran and not self.batch_queue:
             pace.took(now - began)
         self._stepped_s = now
         return ran
 
+    def _should_throttle_prefills(self) -> bool:
+        quiet = self._host.quiet() and self._quiet_steps < QUIET_STEPS_MAX
+        self._quiet_steps = self._quiet_steps + 1 if quiet else 0
+        return quiet
+
     def _maybe_publish_request_counts(self) -> None:
         self._host.poll()
-        # vLLM calls it before a step too, when mostly nothing has come since the one before.
-        if self._changed:
+        # vLLM calls it before a step too, when mostly nothing has come since the one before. Of who
+        # waits one may have been preempted, whose turn is now; all else keeps for the next report.
+        if self._changed and (self.scheduler.waiting or self._reporter.due()):
             self._offer()
 
     def _notify_idle_state_callbacks(self) -> None:
-        self._offer()
+        self._offer(idle=True)
         while self._tell_prefixes():
             pass
         super()._notify_idle_state_callbacks()
 
-    def _offer(self) -> None:
+    def _offer(self, idle: bool = False) -> None:
         self._changed = False
         numbers = self._reader.read()
         if self._queueing.look(numbers.preemptions):
             self._reader.came()
             numbers = self._reader.read()
         moving, orders = self._host.moving()
-        self._reporter.offer(numbers, moving, orders)
+        self._reporter.offer(numbers, moving, orders, at_once=idle)
         self._tell_prefixes()
 
     def _tell_prefixes(self) -> bool:

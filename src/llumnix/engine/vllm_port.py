@@ -70,6 +70,10 @@ class VllmPort(Arrivals):
     def step_s(self) -> float:
         return self.pace.step_s
 
+    @property
+    def prompts_in_flight(self) -> bool:
+        return any(has_prompts(batch) for _, batch, _ in self._core.batch_queue or ())
+
     # -- source
 
     def movable(self) -> list[Movable]:
@@ -236,6 +240,11 @@ class VllmPort(Arrivals):
         last.num_computed_tokens = 0
         last.num_preemptions += 1
         self._scheduler.waiting.prepend_request(last)
+
+
+def has_prompts(batch: Any) -> bool:
+    """Whether a step computes prompts (or checks drafts). `batch`: vLLM's `SchedulerOutput`."""
+    return bool(batch.total_num_scheduled_tokens > len(batch.num_scheduled_tokens))
 
 
 def _is_seeded(request: Request) -> bool:

@@ -45,6 +45,10 @@ class SimEngine(Batching):
     def step_s(self) -> float:
         return self.steps_s / self.steps if self.steps else 0.0
 
+    @property
+    def prompts_in_flight(self) -> bool:
+        return False
+
     # -- source
 
     def movable(self) -> list[Movable]:
