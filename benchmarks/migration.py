@@ -263,7 +263,8 @@ async def drain(http: aiohttp.ClientSession, url: str, args: argparse.Namespace)
         count = sum(r["instance"] == leaving for r in await listed("requests"))
         began = time.perf_counter()
         (await http.post(f"{url}/llumnix/v1/instances/{leaving}/drain")).raise_for_status()
-        while any(r["id"] == leaving and r["in_flight"] for r in await listed("instances")):
+        # An instance that is stopped already has no such number any more.
+        while any(r["id"] == leaving and r.get("in_flight") for r in await listed("instances")):
             await asyncio.sleep(0.01)
         took_s = time.perf_counter() - began
         await asyncio.gather(*others.tasks)
