@@ -1,8 +1,11 @@
 """When an engine's steps end, and the handover that they are timed for."""
 
+from typing import Any
+
 import pytest
 
 from conformance.engines import FakeKind
+from llumnix.core.incoming import FIRST_STEP_MAX_S
 from llumnix.core.limits import MigrationLimits
 from llumnix.core.messages import CallOff, Handover, PeerMessage, Stage, Staged, Stopping
 from llumnix.core.pace import LATE_MAX, Pace, one_more_fits
@@ -76,12 +79,12 @@ def test_no_prompts_should_be_computed_while_a_handover_is_near(depth: int) -> N
 
     def before(message: PeerMessage) -> None:
         if isinstance(message, Staged | Stopping | Handover):
-            wanted[type(message)].append(there.quiet())
+            wanted[type(message)].append(there.quiet(duo.now))
         elif isinstance(message, Stage) and message.stage == 1:
-            wanted[Stage].append(there.quiet())
+            wanted[Stage].append(there.quiet(duo.now))
         if isinstance(message, Stopping):
             phase = duo.engines[0].port.progress(request).phase
-            assert source.quiet() or phase is Phase.STOPPED
+            assert source.quiet(duo.now) or phase is Phase.STOPPED
 
     duo.before = before
     assert duo.migrate(request)
@@ -90,7 +93,45 @@ def test_no_prompts_should_be_computed_while_a_handover_is_near(depth: int) -> N
     assert not any(wanted.pop(Stage)), "until the first stage is here there is time"
     assert all(wanted.values()), "all of them came"
     assert all(all(each) for each in wanted.values())
-    assert (source.quiet(), there.quiet()) == (False, False)
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_nor_in_the_first_step_of_a_request_that_came(depth: int) -> None:
+    duo = FakeKind(depth).duo()
+    request = duo.add("r", PROMPT, 30)
+    duo.turn_until(lambda: len(duo.got[request]) >= 3)
+    assert duo.migrate(request)
+    port, there = duo.engines[1].port, duo.llumlets[1]
+    duo.turn_until(lambda: there.quiet(duo.now))
+    quiet_steps, scheduled = [], port._schedule
+
+    def schedule() -> Any:
+        before = request in port.requests and not port.requests[request].in_flight
+        quiet_steps.append((before, there.quiet(duo.now)))
+        return scheduled()
+
+    port._schedule = schedule
+    duo.turn_until(lambda: duo.ended)
+    for _ in range(3):
+        duo.turn()
+    assert duo.ended[0].taken
+    first = next(i for i, (here, _) in enumerate(quiet_steps) if here)
+    assert all(quiet for _, quiet in quiet_steps[: first + 1])
+    assert not any(quiet for _, quiet in quiet_steps[first + 1 :])
+    assert not there.quiet(duo.now)
+
+
+def test_a_request_that_came_and_gets_no_step_keeps_prompts_out_for_a_while_only() -> None:
+    duo = FakeKind(0).duo()
+    request = duo.add("r", PROMPT, 30)
+    duo.turn_until(lambda: len(duo.got[request]) >= 3)
+    assert duo.migrate(request)
+    there = duo.llumlets[1]
+    duo.engines[1].port.step = list  # It makes no steps.
+    duo.turn_until(lambda: duo.ended)
+    assert there.quiet(duo.now)
+    assert not there.quiet(duo.now + 2 * FIRST_STEP_MAX_S)
+    assert not there.quiet(duo.now)
 
 
 def test_it_is_announced_only_when_no_prompts_are_in_flight() -> None:
@@ -105,7 +146,7 @@ def test_it_is_announced_only_when_no_prompts_are_in_flight() -> None:
     while port.prompts_in_flight:
         assert not [m for _, m in duo.wire if isinstance(m, Stopping)]
         assert not any(isinstance(m, Stopping) for m in duo.delivered)
-        quiet += duo.llumlets[0].quiet()
+        quiet += duo.llumlets[0].quiet(duo.now)
         duo.turn()
     assert quiet >= 3, "it is near, and waits for prompts to end"
     duo.turn_until(lambda: duo.ended)

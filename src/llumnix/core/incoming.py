@@ -8,7 +8,8 @@ Rules
   keeps its room until that has ended.
 - The engine's steps are timed for a handover that was announced; one that is overdue by `near_s` is
   not waited for any more. Once the first stage is here, and there is little left to come, steps
-  should compute no prompts: one that did could be under way when the handover comes.
+  should compute no prompts: one that did could be under way when the handover comes. Nor should the
+  first step of the request here, whose end it waits for.
 """
 
 from dataclasses import dataclass, field
@@ -38,10 +39,12 @@ from llumnix.core.migration import (
 )
 from llumnix.core.outgoing import OnStep
 from llumnix.core.pace import one_more_fits
-from llumnix.core.port import EnginePort, Refusal
+from llumnix.core.port import EnginePort, Phase, Refusal
 from llumnix.core.types import EngineIndex, MigrationId, RequestId
 from llumnix.errors import ProtocolError
 
+FIRST_STEP_MAX_S = 0.1
+"""So long the first step of a request that came is waited for: it may have to wait for a slot."""
 _AWAITED = (DestinationState.READY, DestinationState.COMMITTING)
 
 
@@ -99,6 +102,8 @@ class IncomingMigrations:
         self._tickets: dict[int, MigrationId] = {}
         self._ticket = 0
         self.came: dict[RequestId, Came] = {}
+        # Taken over with their KV, and in no step yet: how much of it was settled.
+        self._new: dict[RequestId, int] = {}
 
     def __len__(self) -> int:
         return len(self._open)
@@ -132,13 +137,21 @@ class IncomingMigrations:
         self._open[order.migration] = coming
         self._look(coming, now)
 
-    def quiet(self) -> bool:
-        """Whether the next step should compute no prompts: a request may come before its end."""
-        return any(
+    def quiet(self, now: float) -> bool:
+        """Whether the next step should compute no prompts: a request may come before its end, or
+        has just come and waits for it."""
+        near = any(
             c.stage > 1 or (c.stage == 1 and c.machine.state is not DestinationState.PULLING)
             for c in self._open.values()
             if not c.machine.over
         )
+        for request, settled in list(self._new.items()):
+            progress = self._port.progress(request)
+            begun = progress.in_flight or progress.settled != settled
+            late = now > self.came[request].at_s + FIRST_STEP_MAX_S
+            if begun or late or progress.phase is Phase.GONE:
+                del self._new[request]
+        return near or bool(self._new)
 
     def hold_s(self, free_s: float, now: float) -> float:
         """How long to begin no step for the sake of the next handover, which a step begun at
@@ -305,9 +318,13 @@ class IncomingMigrations:
             return
         self._walk(coming, DestinationEvent.INSTALLED)
         del self._open[order.migration]
+        if self._computed(coming):
+            self._new[order.request] = self._computed(coming)
         self.came[order.request] = Came(at_s=now, took_s=now - coming.began_s)
         if len(self.came) > REMEMBERED_MAX:
-            del self.came[next(iter(self.came))]
+            oldest = next(iter(self.came))
+            del self.came[oldest]
+            self._new.pop(oldest, None)
         took = TookOver(
             migration=order.migration,
             request=order.request,

@@ -118,9 +118,10 @@ class Llumlet:
                 self._outgoing.receive(message, now)
         return self._take_out()
 
-    def quiet(self) -> bool:
-        """Whether the engine's next step should compute no prompts: a handover is near."""
-        return self._outgoing.quiet() or self._incoming.quiet()
+    def quiet(self, now: float) -> bool:
+        """Whether the engine's next step should compute no prompts: a handover is near, or has just
+        been."""
+        return self._outgoing.quiet() or self._incoming.quiet(now)
 
     def hold_s(self, free_s: float, now: float) -> float:
         """How long the engine, whose steps in flight end at `free_s`, should begin none: a request

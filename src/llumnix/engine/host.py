@@ -202,7 +202,7 @@ class LlumletHost:
 
     def quiet(self) -> bool:
         """Whether the engine's next step should compute no prompts."""
-        return self.llumlet.busy and self.llumlet.quiet()
+        return self.llumlet.quiet(time.monotonic())
 
     def moving(self) -> tuple[Moving, tuple[OrderId, ...]]:
         """What the next load report says of moves, and the orders it answers."""
