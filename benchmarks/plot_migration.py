@@ -31,6 +31,11 @@ PAPER_MS = {
     "recompute": (58, 110, 220, 436, 940, 1995),
 }
 GOAL_P50_MS = 6.0
+TIMED = {
+    "before": "migration_h100_before",
+    "timed": "migration_h100",
+    "and no prompts near it (H200)": "migration_h200",
+}
 
 BLUE, SKY, ORANGE, RED, GREY = "#0b5fa5", "#4fa3dc", "#d97706", "#b42318", "#767676"
 
@@ -249,7 +254,7 @@ def main() -> None:
     ]  # fmt: skip
     timed = {
         name: found
-        for name, file in (("before", "migration_h100_before"), ("timed", "migration_h100"))
+        for name, file in TIMED.items()
         if (found := load(f"gpu/{file}.json"))
     }
     PAGE.write_text(drawn(PAGE.read_text(), tables(*results, timed)))
