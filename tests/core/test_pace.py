@@ -134,22 +134,42 @@ def test_a_request_that_came_and_gets_no_step_keeps_prompts_out_for_a_while_only
     assert not there.quiet(duo.now)
 
 
-def test_it_is_announced_only_when_no_prompts_are_in_flight() -> None:
+def test_prompts_in_flight_are_let_end_before_it_is_announced() -> None:
     duo = FakeKind(1).duo()
     request = duo.add("r", PROMPT, 90)
     duo.turn_until(lambda: len(duo.got[request]) >= 3)
-    port = duo.engines[0].port
-    duo.add("long", list(range(120)), 5)
-    duo.turn_until(lambda: port.prompts_in_flight)
+    port, source = duo.engines[0].port, duo.llumlets[0]
+    hushed, announced_amid_prompts = [], []
+
+    def before(message: PeerMessage) -> None:
+        if isinstance(message, Stopping):
+            announced_amid_prompts.append(port.prompts_in_flight)
+
+    duo.before = before
     assert duo.migrate(request)
-    quiet = 0
-    while port.prompts_in_flight:
-        assert not [m for _, m in duo.wire if isinstance(m, Stopping)]
-        assert not any(isinstance(m, Stopping) for m in duo.delivered)
-        quiet += duo.llumlets[0].quiet(duo.now)
+    while not duo.ended:
+        if not hushed:
+            duo.add(f"short {duo.now}", list(range(12)), 1)
         duo.turn()
-    assert quiet >= 3, "it is near, and waits for prompts to end"
-    duo.turn_until(lambda: duo.ended)
+        if port.prompts_in_flight and source.quiet(duo.now):
+            assert not announced_amid_prompts
+            hushed.append(duo.now)
+    assert hushed
+    assert duo.ended[0].taken
+    assert announced_amid_prompts
+    assert not any(announced_amid_prompts)
+
+
+def test_an_engine_that_never_stops_computing_prompts_hands_over_all_the_same() -> None:
+    """As one with a long queue does: vLLM puts no prompts off then."""
+    duo = FakeKind(1).duo()
+    request = duo.add("r", PROMPT, 90)
+    duo.turn_until(lambda: len(duo.got[request]) >= 3)
+    assert duo.migrate(request)
+    while not duo.ended:
+        duo.add(f"short {duo.now}", list(range(12)), 1)
+        duo.turn()
+        assert duo.engines[0].port.prompts_in_flight, "the set-up: until the end"
     assert duo.ended[0].taken
 
 

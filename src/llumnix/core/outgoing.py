@@ -6,7 +6,8 @@ Rules
   `stages_max` times. In the middle of a prompt the chunk under way is waited for first.
 - The handover is announced one step before the request is taken out of the batch, so that the
   destination's own steps can be over by then. Nobody needs to have heard it. No prompt should be
-  computed from then on: a step with one lasts longer than was said. One in flight is let end first.
+  computed from then on: a step with one lasts longer than was said. One in flight is let end first,
+  but with a long queue prompts go on, and then it is announced all the same.
 - A request that finished, was aborted or was preempted meanwhile is not moved.
 """
 
@@ -44,14 +45,16 @@ from llumnix.core.types import EngineIndex, MigrationId, RequestId
 OnStep = Callable[[str, MigrationId, str, str, str], None]
 """Told of every transition: role, migration, event, new state, action."""
 
+HUSHED_STEPS = 1
+"""So many steps prompts are given to end: that is what is in flight at the most."""
 _GOING_ON = (SourceState.RESERVING, SourceState.COPYING, SourceState.IDLE)
 
 
 @dataclass(slots=True, kw_only=True)
 class Outgoing:
     """One migration away from here. Tokens below `done` are at the destination. `near_at`: settled
-    when its handover was announced, which was to be stopped for by `near_until_s`. `hushed`: it is
-    small enough to stop for, but prompts are in flight."""
+    when its handover was announced, which was to be stopped for by `near_until_s`. `hushed_at`:
+    settled when it was small enough to stop for, but prompts were in flight."""
 
     order: Migrate
     machine: SourceMachine
@@ -63,7 +66,7 @@ class Outgoing:
     stage: int = 0
     stage_end: int = 0
     stage_began_s: float = 0.0
-    hushed: bool = False
+    hushed_at: int | None = None
     near_at: int | None = None
     near_until_s: float = 0.0
     stopped_s: float | None = None
@@ -109,7 +112,8 @@ class OutgoingMigrations:
     def quiet(self) -> bool:
         """Whether the next step should compute no prompts: it has to be as long as was said."""
         return any(
-            g.machine.state is SourceState.IDLE and (g.hushed or g.near_at is not None)
+            g.machine.state is SourceState.IDLE
+            and (g.near_at is not None or g.hushed_at is not None)
             for g in self._open.values()
         )
 
@@ -232,13 +236,18 @@ class OutgoingMigrations:
         if pending <= self._limits.rest_blocks_max * block:
             if progress.settled + 1 < progress.tokens:  # In the middle of its prompt.
                 return None if progress.in_flight else SourceEvent.LAST
-            return self._near(going)
-        return self._near(going) if going.stage >= self._limits.stages_max else SourceEvent.MORE
+            return self._near(going, progress.settled)
+        if going.stage >= self._limits.stages_max:
+            return self._near(going, progress.settled)
+        return SourceEvent.MORE
 
-    def _near(self, going: Outgoing) -> SourceEvent | None:
+    def _near(self, going: Outgoing, settled: int) -> SourceEvent | None:
         """To be announced, once the next steps are of a length that is known."""
-        going.hushed = self._port.prompts_in_flight
-        return None if going.hushed else SourceEvent.NEAR
+        if going.hushed_at is None and self._port.prompts_in_flight:
+            going.hushed_at = settled
+        if going.hushed_at is None or not self._port.prompts_in_flight:
+            return SourceEvent.NEAR
+        return SourceEvent.NEAR if settled > going.hushed_at + HUSHED_STEPS else None
 
     def _after_the_end(self, message: Reserved | Staged | Verdict) -> None:
         machine = self._ended.get(message.migration)
