@@ -252,11 +252,7 @@ def main() -> None:
         for name in ("gpu/migration.json", "gpu/migration_short_background.json",
                      "migration_cpu.json")
     ]  # fmt: skip
-    timed = {
-        name: found
-        for name, file in TIMED.items()
-        if (found := load(f"gpu/{file}.json"))
-    }
+    timed = {name: found for name, file in TIMED.items() if (found := load(f"gpu/{file}.json"))}
     PAGE.write_text(drawn(PAGE.read_text(), tables(*results, timed)))
     draw(*results, FIGURE)
 
