@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from conformance.engines import FakeKind
-from llumnix.core.incoming import FIRST_STEP_MAX_S
+from llumnix.core.incoming import QUIET_MAX_S
 from llumnix.core.limits import MigrationLimits
 from llumnix.core.messages import CallOff, Handover, PeerMessage, Stage, Staged, Stopping
 from llumnix.core.pace import LATE_MAX, Pace, one_more_fits
@@ -130,7 +130,46 @@ def test_a_request_that_came_and_gets_no_step_keeps_prompts_out_for_a_while_only
     duo.engines[1].port.step = list  # It makes no steps.
     duo.turn_until(lambda: duo.ended)
     assert there.quiet(duo.now)
-    assert not there.quiet(duo.now + 2 * FIRST_STEP_MAX_S)
+    assert not there.quiet(duo.now + 2 * QUIET_MAX_S)
+    assert not there.quiet(duo.now)
+
+
+def test_orders_may_forget_who_came_before_its_first_step() -> None:
+    """They do once a move has paid."""
+    duo = FakeKind(0).duo()
+    request = duo.add("r", PROMPT, 30)
+    duo.turn_until(lambda: len(duo.got[request]) >= 3)
+    assert duo.migrate(request)
+    there = duo.llumlets[1]
+    duo.engines[1].port.step = list  # It makes no steps.
+    duo.turn_until(lambda: duo.ended)
+    there._incoming.came.clear()
+    assert there.quiet(duo.now)
+
+
+def test_a_source_that_says_nothing_more_keeps_prompts_out_for_a_while_only() -> None:
+    duo = FakeKind(0).duo()
+    request = duo.add("r", PROMPT, 30)
+    duo.turn_until(lambda: len(duo.got[request]) >= 3)
+    there = duo.llumlets[1]
+    duo.before = lambda message: False if isinstance(message, Staged) else None
+    assert duo.migrate(request)
+    duo.turn_until(lambda: there.quiet(duo.now))
+    assert there.busy
+    assert not there.quiet(duo.now + 2 * QUIET_MAX_S)
+
+
+def test_a_request_that_came_in_the_middle_of_its_prompt_puts_none_off() -> None:
+    duo = FakeKind(0).duo()
+    request = duo.add("r", list(range(100)), 30)
+    there, port = duo.llumlets[1], duo.engines[1].port
+    duo.turn_until(lambda: duo.engines[0].port.progress(request).settled)
+    duo.engines[1].port.step = list  # So it gets no step there.
+    assert duo.migrate(request, copy="blocking")
+    duo.turn_until(lambda: duo.ended)
+    progress = port.progress(request)
+    assert duo.ended[0].taken
+    assert 0 < progress.settled < progress.tokens - 1, "the set-up: in the middle"
     assert not there.quiet(duo.now)
 
 

@@ -43,15 +43,16 @@ from llumnix.core.port import EnginePort, Phase, Refusal
 from llumnix.core.types import EngineIndex, MigrationId, RequestId
 from llumnix.errors import ProtocolError
 
-FIRST_STEP_MAX_S = 0.1
-"""So long the first step of a request that came is waited for: it may have to wait for a slot."""
+QUIET_MAX_S = 0.1
+"""So long prompts wait for a source's next word, and for the first step of a request that came: the
+one may hang, the other have to wait for a slot."""
 _AWAITED = (DestinationState.READY, DestinationState.COMMITTING)
 
 
 @dataclass(slots=True, kw_only=True)
 class Incoming:
-    """One migration to here. `ticket`: of the pull that is under way. `due_s`: when the source
-    said that its handover would be."""
+    """One migration to here. `ticket`: of the pull that is under way. `staged_s`: when the last
+    stage was here. `due_s`: when the source said that its handover would be."""
 
     order: Reserve
     machine: DestinationMachine
@@ -63,6 +64,7 @@ class Incoming:
     tail: list[int] = field(default_factory=list)
     ticket: int | None = None
     last: Stage | Handover | None = None
+    staged_s: float | None = None
     due_s: float | None = None
     bytes: int = 0
     seconds: float = 0.0
@@ -102,8 +104,8 @@ class IncomingMigrations:
         self._tickets: dict[int, MigrationId] = {}
         self._ticket = 0
         self.came: dict[RequestId, Came] = {}
-        # Taken over with their KV, and in no step yet: how much of it was settled.
-        self._new: dict[RequestId, int] = {}
+        # Taken over with all of their KV, and in no step yet: how much is settled, and since when.
+        self._new: dict[RequestId, tuple[int, float]] = {}
 
     def __len__(self) -> int:
         return len(self._open)
@@ -140,18 +142,16 @@ class IncomingMigrations:
     def quiet(self, now: float) -> bool:
         """Whether the next step should compute no prompts: a request may come before its end, or
         has just come and waits for it."""
-        near = any(
-            c.stage > 1 or (c.stage == 1 and c.machine.state is not DestinationState.PULLING)
+        for request, (settled, since_s) in list(self._new.items()):
+            progress = self._port.progress(request)
+            begun = progress.in_flight or progress.settled != settled
+            if begun or now > since_s + QUIET_MAX_S or progress.phase is Phase.GONE:
+                del self._new[request]
+        return bool(self._new) or any(
+            c.staged_s is not None and now <= c.staged_s + QUIET_MAX_S
             for c in self._open.values()
             if not c.machine.over
         )
-        for request, settled in list(self._new.items()):
-            progress = self._port.progress(request)
-            begun = progress.in_flight or progress.settled != settled
-            late = now > self.came[request].at_s + FIRST_STEP_MAX_S
-            if begun or late or progress.phase is Phase.GONE:
-                del self._new[request]
-        return near or bool(self._new)
 
     def hold_s(self, free_s: float, now: float) -> float:
         """How long to begin no step for the sake of the next handover, which a step begun at
@@ -299,6 +299,7 @@ class IncomingMigrations:
         if self._walk(coming, DestinationEvent.PULLED) is DestinationAction.INSTALL:
             self._install(coming, now)
         else:
+            coming.staged_s = now
             self._answer(
                 coming,
                 Staged(
@@ -318,13 +319,12 @@ class IncomingMigrations:
             return
         self._walk(coming, DestinationEvent.INSTALLED)
         del self._open[order.migration]
-        if self._computed(coming):
-            self._new[order.request] = self._computed(coming)
+        progress = self._port.progress(order.request)
+        if progress.settled and progress.settled + 1 >= progress.tokens:
+            self._new[order.request] = progress.settled, now
         self.came[order.request] = Came(at_s=now, took_s=now - coming.began_s)
         if len(self.came) > REMEMBERED_MAX:
-            oldest = next(iter(self.came))
-            del self.came[oldest]
-            self._new.pop(oldest, None)
+            del self.came[next(iter(self.came))]
         took = TookOver(
             migration=order.migration,
             request=order.request,

@@ -45,16 +45,14 @@ from llumnix.core.types import EngineIndex, MigrationId, RequestId
 OnStep = Callable[[str, MigrationId, str, str, str], None]
 """Told of every transition: role, migration, event, new state, action."""
 
-HUSHED_STEPS = 1
-"""So many steps prompts are given to end: that is what is in flight at the most."""
 _GOING_ON = (SourceState.RESERVING, SourceState.COPYING, SourceState.IDLE)
 
 
 @dataclass(slots=True, kw_only=True)
 class Outgoing:
     """One migration away from here. Tokens below `done` are at the destination. `near_at`: settled
-    when its handover was announced, which was to be stopped for by `near_until_s`. `hushed_at`:
-    settled when it was small enough to stop for, but prompts were in flight."""
+    when its handover was announced, which was to be stopped for by `near_until_s`.
+    `hushed_until_s`: it is small enough to stop for, but prompts in flight are waited for."""
 
     order: Migrate
     machine: SourceMachine
@@ -66,7 +64,7 @@ class Outgoing:
     stage: int = 0
     stage_end: int = 0
     stage_began_s: float = 0.0
-    hushed_at: int | None = None
+    hushed_until_s: float | None = None
     near_at: int | None = None
     near_until_s: float = 0.0
     stopped_s: float | None = None
@@ -113,7 +111,7 @@ class OutgoingMigrations:
         """Whether the next step should compute no prompts: it has to be as long as was said."""
         return any(
             g.machine.state is SourceState.IDLE
-            and (g.near_at is not None or g.hushed_at is not None)
+            and (g.near_at is not None or g.hushed_until_s is not None)
             for g in self._open.values()
         )
 
@@ -236,18 +234,18 @@ class OutgoingMigrations:
         if pending <= self._limits.rest_blocks_max * block:
             if progress.settled + 1 < progress.tokens:  # In the middle of its prompt.
                 return None if progress.in_flight else SourceEvent.LAST
-            return self._near(going, progress.settled)
+            return self._near(going, now)
         if going.stage >= self._limits.stages_max:
-            return self._near(going, progress.settled)
+            return self._near(going, now)
         return SourceEvent.MORE
 
-    def _near(self, going: Outgoing, settled: int) -> SourceEvent | None:
+    def _near(self, going: Outgoing, now: float) -> SourceEvent | None:
         """To be announced, once the next steps are of a length that is known."""
-        if going.hushed_at is None and self._port.prompts_in_flight:
-            going.hushed_at = settled
-        if going.hushed_at is None or not self._port.prompts_in_flight:
+        if not self._port.prompts_in_flight:
             return SourceEvent.NEAR
-        return SourceEvent.NEAR if settled > going.hushed_at + HUSHED_STEPS else None
+        if going.hushed_until_s is None:
+            going.hushed_until_s = now + self._limits.near_s
+        return SourceEvent.NEAR if now >= going.hushed_until_s else None
 
     def _after_the_end(self, message: Reserved | Staged | Verdict) -> None:
         machine = self._ended.get(message.migration)

@@ -207,6 +207,7 @@ class EngineInstance(EngineCoreActor):
     def _handle_client_request(self, request_type: Any, request: Any) -> None:
         self._changed = True
         if request_type is FromOutside:
+            self._reader.came()  # Or one may leave and another come in with the counts alike.
             self._host.handle(request)
         else:
             super()._handle_client_request(request_type, request)
