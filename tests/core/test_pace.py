@@ -7,9 +7,11 @@ import pytest
 from conformance.engines import FakeKind
 from llumnix.core.incoming import QUIET_MAX_S
 from llumnix.core.limits import MigrationLimits
+from llumnix.core.llumlet import Llumlet
 from llumnix.core.messages import CallOff, Handover, PeerMessage, Stage, Staged, Stopping
 from llumnix.core.pace import LATE_MAX, Pace, one_more_fits
 from llumnix.core.port import Phase
+from llumnix.core.types import RequestId
 from support.duo import Duo
 from support.fake_engine import STEP_S, undisturbed
 
@@ -17,11 +19,26 @@ NEAR_S = MigrationLimits().near_s
 PROMPT = list(range(40))
 
 
+def started(depth: int = 0, max_tokens: int = 30) -> tuple[Duo, RequestId]:
+    """Two engines, and a request that runs on the first."""
+    duo = FakeKind(depth).duo()
+    request = duo.add("r", PROMPT, max_tokens)
+    duo.turn_until(lambda: len(duo.got[request]) >= 3)
+    return duo, request
+
+
+def arrived() -> tuple[Duo, Llumlet]:
+    """A request has come to the second engine, which makes no steps; that one's llumlet."""
+    duo, request = started()
+    assert duo.migrate(request)
+    duo.engines[1].port.step = list
+    duo.turn_until(lambda: duo.ended)
+    return duo, duo.llumlets[1]
+
+
 def announced(depth: int = 0) -> tuple[Duo, Stopping]:
     """Two engines, and what the first has just sent to the second."""
-    duo = FakeKind(depth).duo()
-    request = duo.add("r", PROMPT, 30)
-    duo.turn_until(lambda: len(duo.got[request]) >= 3)
+    duo, request = started(depth)
     assert duo.migrate(request)
     while not (told := [m for _, m in duo.wire if isinstance(m, Stopping)]):
         duo.turn()
@@ -71,9 +88,7 @@ def test_the_handover_is_announced_one_step_before_the_request_is_stopped(depth:
 
 @pytest.mark.parametrize("depth", [0, 1])
 def test_no_prompts_should_be_computed_while_a_handover_is_near(depth: int) -> None:
-    duo = FakeKind(depth).duo()
-    request = duo.add("r", PROMPT, 30)
-    duo.turn_until(lambda: len(duo.got[request]) >= 3)
+    duo, request = started(depth)
     source, there = duo.llumlets[0], duo.llumlets[1]
     wanted: dict[type, list[bool]] = {Stage: [], Staged: [], Stopping: [], Handover: []}
 
@@ -97,9 +112,7 @@ def test_no_prompts_should_be_computed_while_a_handover_is_near(depth: int) -> N
 
 @pytest.mark.parametrize("depth", [0, 1])
 def test_nor_in_the_first_step_of_a_request_that_came(depth: int) -> None:
-    duo = FakeKind(depth).duo()
-    request = duo.add("r", PROMPT, 30)
-    duo.turn_until(lambda: len(duo.got[request]) >= 3)
+    duo, request = started(depth)
     assert duo.migrate(request)
     port, there = duo.engines[1].port, duo.llumlets[1]
     duo.turn_until(lambda: there.quiet(duo.now))
@@ -122,13 +135,7 @@ def test_nor_in_the_first_step_of_a_request_that_came(depth: int) -> None:
 
 
 def test_a_request_that_came_and_gets_no_step_keeps_prompts_out_for_a_while_only() -> None:
-    duo = FakeKind(0).duo()
-    request = duo.add("r", PROMPT, 30)
-    duo.turn_until(lambda: len(duo.got[request]) >= 3)
-    assert duo.migrate(request)
-    there = duo.llumlets[1]
-    duo.engines[1].port.step = list  # It makes no steps.
-    duo.turn_until(lambda: duo.ended)
+    duo, there = arrived()
     assert there.quiet(duo.now)
     assert not there.quiet(duo.now + 2 * QUIET_MAX_S)
     assert not there.quiet(duo.now)
@@ -136,21 +143,13 @@ def test_a_request_that_came_and_gets_no_step_keeps_prompts_out_for_a_while_only
 
 def test_orders_may_forget_who_came_before_its_first_step() -> None:
     """They do once a move has paid."""
-    duo = FakeKind(0).duo()
-    request = duo.add("r", PROMPT, 30)
-    duo.turn_until(lambda: len(duo.got[request]) >= 3)
-    assert duo.migrate(request)
-    there = duo.llumlets[1]
-    duo.engines[1].port.step = list  # It makes no steps.
-    duo.turn_until(lambda: duo.ended)
+    duo, there = arrived()
     there._incoming.came.clear()
     assert there.quiet(duo.now)
 
 
 def test_a_source_that_says_nothing_more_keeps_prompts_out_for_a_while_only() -> None:
-    duo = FakeKind(0).duo()
-    request = duo.add("r", PROMPT, 30)
-    duo.turn_until(lambda: len(duo.got[request]) >= 3)
+    duo, request = started()
     there = duo.llumlets[1]
     duo.before = lambda message: False if isinstance(message, Staged) else None
     assert duo.migrate(request)
@@ -174,9 +173,7 @@ def test_a_request_that_came_in_the_middle_of_its_prompt_puts_none_off() -> None
 
 
 def test_prompts_in_flight_are_let_end_before_it_is_announced() -> None:
-    duo = FakeKind(1).duo()
-    request = duo.add("r", PROMPT, 90)
-    duo.turn_until(lambda: len(duo.got[request]) >= 3)
+    duo, request = started(1, 90)
     port, source = duo.engines[0].port, duo.llumlets[0]
     hushed, announced_amid_prompts = [], []
 
@@ -201,9 +198,7 @@ def test_prompts_in_flight_are_let_end_before_it_is_announced() -> None:
 
 def test_an_engine_that_never_stops_computing_prompts_hands_over_all_the_same() -> None:
     """As one with a long queue does: vLLM puts no prompts off then."""
-    duo = FakeKind(1).duo()
-    request = duo.add("r", PROMPT, 90)
-    duo.turn_until(lambda: len(duo.got[request]) >= 3)
+    duo, request = started(1, 90)
     assert duo.migrate(request)
     while not duo.ended:
         duo.add(f"short {duo.now}", list(range(12)), 1)

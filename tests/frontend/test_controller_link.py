@@ -3,7 +3,7 @@
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,8 +18,9 @@ from llumnix.observe.wire import Ping, Pong, decode, encode
 class FakeController:
     """Answers every request after `delay_s`, on a thread of its own."""
 
-    def __init__(self, address: str, delay_s: float) -> None:
-        self.delay_s = delay_s
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.delay_s = 0.0
         self._stop = threading.Event()
         self._socket = zmq.Context.instance().socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
@@ -52,17 +53,10 @@ class FakeController:
 
 
 @pytest.fixture
-def controller(tmp_path: Path) -> Iterator[Callable[[float], tuple[str, FakeController]]]:
-    made: list[FakeController] = []
-
-    def make(delay_s: float) -> tuple[str, FakeController]:
-        address = f"ipc://{tmp_path}/controller"
-        made.append(FakeController(address, delay_s))
-        return address, made[-1]
-
-    yield make
-    for one in made:
-        one.stop()
+def controller(tmp_path: Path) -> Iterator[FakeController]:
+    one = FakeController(f"ipc://{tmp_path}/controller")
+    yield one
+    one.stop()
 
 
 def asked(name: str) -> RequestArrived:
@@ -77,11 +71,9 @@ async def up(link: ControllerLink) -> None:
         await asyncio.sleep(0.05)
 
 
-def test_many_questions_at_a_time_get_each_its_own_answer(controller) -> None:
-    address, _ = controller(0.0)
-
+def test_many_questions_at_a_time_get_each_its_own_answer(controller: FakeController) -> None:
     async def main() -> list[str]:
-        link = ControllerLink(address)
+        link = ControllerLink(controller.address)
         await up(link)
         found = []
         for first in range(0, 500, 50):
@@ -94,13 +86,11 @@ def test_many_questions_at_a_time_get_each_its_own_answer(controller) -> None:
     assert asyncio.run(asyncio.wait_for(main(), 20)) == [f"r{n}" for n in range(500)]
 
 
-def test_a_slow_answer_holds_up_nothing_else(controller) -> None:
-    address, fake = controller(0.0)
-
+def test_a_slow_answer_holds_up_nothing_else(controller: FakeController) -> None:
     async def main() -> tuple[list[Dispatch], int]:
-        link = ControllerLink(address)
+        link = ControllerLink(controller.address)
         await up(link)
-        fake.delay_s = 0.02
+        controller.delay_s = 0.02
         beats = 0
 
         async def beat() -> None:
@@ -120,18 +110,18 @@ def test_a_slow_answer_holds_up_nothing_else(controller) -> None:
     assert beats > 20
 
 
-def test_without_an_answer_the_frontend_goes_on_alone_until_a_ping_is_answered(controller) -> None:
-    address, fake = controller(0.0)
-
+def test_without_an_answer_the_frontend_goes_on_alone_until_a_ping_is_answered(
+    controller: FakeController,
+) -> None:
     async def main() -> tuple[float, bool, bool]:
-        link = ControllerLink(address)
+        link = ControllerLink(controller.address)
         await up(link)
-        fake.delay_s = 2 * REPLY_TIMEOUT_S
+        controller.delay_s = 2 * REPLY_TIMEOUT_S
         began = time.monotonic()
         assert await link.place(asked("late")) is None
         took_s, down = time.monotonic() - began, not link.up
         assert await link.place(asked("at once")) is None
-        fake.delay_s = 0.0
+        controller.delay_s = 0.0
         while not link.up:
             await asyncio.sleep(0.05)
         back = await link.place(asked("again")) is not None

@@ -13,7 +13,8 @@ sent them all."""
 class MigrationLimits:
     """Of every migration: times in seconds, counts in migrations, stages and blocks.
 
-    `near_s`: how long a destination stands still for a handover that is overdue."""
+    `near_s`: how long a destination stands still for a handover that is overdue, and a source waits
+    for prompts in flight before it announces one."""
 
     reserve_timeout_s: float = 5.0
     stage_timeout_s: float = 30.0

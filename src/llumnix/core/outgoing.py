@@ -234,10 +234,9 @@ class OutgoingMigrations:
         if pending <= self._limits.rest_blocks_max * block:
             if progress.settled + 1 < progress.tokens:  # In the middle of its prompt.
                 return None if progress.in_flight else SourceEvent.LAST
-            return self._near(going, now)
-        if going.stage >= self._limits.stages_max:
-            return self._near(going, now)
-        return SourceEvent.MORE
+        elif going.stage < self._limits.stages_max:
+            return SourceEvent.MORE
+        return self._near(going, now)
 
     def _near(self, going: Outgoing, now: float) -> SourceEvent | None:
         """To be announced, once the next steps are of a length that is known."""
