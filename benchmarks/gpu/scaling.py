@@ -1,9 +1,10 @@
-"""A second instance when the load grows, and one again when it falls: what requests notice.
+"""More instances when the load grows, and fewer again when it falls: what requests notice.
 
-The shape of Llama-3.1-8B with dummy weights on one GPU and then two, twice the paper's KV memory;
-M-M at a rate for one instance, then for two, then for one. `--phases` are SECONDS:RATE.
+The shape of Llama-3.1-8B with dummy weights on two GPUs and then four, twice the paper's KV memory;
+M-M at a rate for two instances, then for four, then for two. `--phases` are SECONDS:RATE.
 
-    python benchmarks/gpu/scaling.py [--phases 30:6,150:16,60:4] [flags of live.py]
+    python benchmarks/gpu/scaling.py [--instances 2] [--most 4] [--phases 20:10,130:40,60:4]
+        [flags of live.py]
 """
 
 import argparse
@@ -24,12 +25,10 @@ from plot_live import columns
 
 OURS = {
     "policies": "llumnix",
-    "instances": "1",
     "seeds": "1",
     "out": str(ROOT / "benchmarks/results/gpu/scaling.json"),
 }
-SCALING = ["--min-instances", "1", "--max-instances", "2"]
-PHASES = "30:6,150:16,60:4"
+PHASES = "20:10,130:40,60:4"
 
 
 def write_trace(path: Path, phases: list[tuple[float, float]], scale: float) -> int:
@@ -61,12 +60,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--phases", default=PHASES)
     parser.add_argument("--scale", type=float, default=1.0, help="of lengths")
+    parser.add_argument("--instances", default="2", help="at the beginning, and at least")
+    parser.add_argument("--most", default="4", help="instances")
     ours, given = parser.parse_known_args()
     phases = [tuple(map(float, phase.split(":"))) for phase in ours.phases.split(",")]
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "phases.csv"
         count = write_trace(trace, phases, ours.scale)
-        wanted = [*for_live(OURS, (f"{trace}:own:{count}:1",), given), *SCALING]
+        own = OURS | {"instances": ours.instances}
+        limits = ["--min-instances", ours.instances, "--max-instances", ours.most]
+        wanted = [*for_live(own, (f"{trace}:own:{count}:1",), given), *limits]
         live.main(wanted)
         print("instances:", changes(live.arguments(wanted).out))
 

@@ -24,6 +24,8 @@ def report(
     waiting: int = 0,
     admitted: tuple[str, ...] = (),
     accepting: bool = True,
+    prefill: int = 0,
+    waiting_tokens: int = 0,
 ) -> LoadReported:
     return LoadReported(
         report=LoadReport(
@@ -32,7 +34,11 @@ def report(
             sequence=sequence,
             kv_tokens_used=used,
             kv_tokens_total=1000,
-            classes=(ClassLoad(), ClassLoad(running=running, waiting=waiting)),
+            prefill_tokens=prefill,
+            classes=(
+                ClassLoad(),
+                ClassLoad(running=running, waiting=waiting, waiting_tokens=waiting_tokens),
+            ),
             admitted=tuple(RequestId(r) for r in admitted),
             accepting=accepting,
         )
@@ -88,6 +94,35 @@ def test_least_loaded_counts_running_and_waiting_then_tokens() -> None:
     s.handle(report("i1", engine=1, running=0, waiting=2, used=5), 0.0)
     s.handle(report("i2", engine=2, running=1, waiting=2, used=0), 0.0)
     assert place(s, "r") == "i1"
+
+
+def test_llumnix_goes_where_the_fewest_prompts_are_before_it_not_where_most_memory_is() -> None:
+    s = scheduler("llumnix")
+    s.handle(report("i0", running=1, used=10, prefill=200), 0.0)
+    s.handle(report("i1", engine=1, running=9, used=500), 0.0)
+    s.handle(report("i2", engine=2, waiting=1, waiting_tokens=100), 0.0)
+    assert [place(s, r, tokens=150) for r in "abc"] == ["i1", "i2", "i1"]
+
+
+def test_llumnix_goes_where_there_is_room_whatever_is_before_it() -> None:
+    s = scheduler("llumnix")
+    s.handle(report("i0", running=1, used=100, prefill=500), 0.0)
+    s.handle(report("i1", engine=1, running=9, used=990, waiting=1, waiting_tokens=20), 0.0)
+    assert place(s, "r") == "i0"
+
+
+def test_llumnix_takes_the_freest_where_no_prompt_is_before_it() -> None:
+    s = scheduler("llumnix")
+    s.handle(report("i0", running=9, used=500), 0.0)
+    s.handle(report("i1", engine=1, running=2, used=500), 0.0)
+    assert place(s, "r") == "i1"
+
+
+def test_infaas_goes_to_the_freest_whatever_prompts_are_before_it() -> None:
+    s = scheduler("infaas++")
+    s.handle(report("i0", running=1, used=10, prefill=200), 0.0)
+    s.handle(report("i1", engine=1, running=9, used=500), 0.0)
+    assert place(s, "r") == "i0"
 
 
 def test_a_burst_spreads_before_any_report_covers_it() -> None:

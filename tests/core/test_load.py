@@ -57,6 +57,16 @@ def test_only_the_head_of_the_queue_counts() -> None:
     assert freeness(waiting) == 500
 
 
+def test_the_rest_of_a_prompt_that_is_being_computed_is_used_already() -> None:
+    assert freeness(report(used=4000, running=10, prefill_tokens=1000)) == 500
+
+
+def test_a_newcomer_is_computed_after_all_that_is_known_of_prompts() -> None:
+    """Of those that run, wait, and were dispatched and not reported yet."""
+    known = report(running=2, prefill_tokens=700, waiting=2, waiting_tokens=3000, head=500)
+    assert derive(known, (0, 1), 20).ahead == 3720
+
+
 def test_a_head_that_does_not_fit_makes_freeness_negative_and_is_not_shared_out() -> None:
     assert freeness(report(used=9000, running=10, waiting=1, waiting_tokens=3000, head=3000)) == (
         -2000
@@ -114,6 +124,7 @@ loads = st.builds(
     Load,
     total=st.just(TOTAL),
     used=st.integers(0, TOTAL),
+    ahead=st.integers(4000, 30_000),
     head=st.integers(0, 4000),
     queued=st.integers(4000, 20_000),
     batch=st.integers(0, 60),

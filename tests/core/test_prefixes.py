@@ -206,12 +206,13 @@ def test_a_hit_is_not_worth_an_instance_without_a_free_slot() -> None:
     assert where(s) == "i0"
 
 
-def test_with_no_hit_it_is_the_freest() -> None:
-    s = cluster(report(0, running=9, kv_tokens_used=900), report(1, running=1, kv_tokens_used=90))
-    assert place(s).why.startswith("freest: ")
-    s.handle(kept(0, 640), 0.0)
-    assert where(s, prefix=False) == "i1"
-    assert where(s, tokens=63) == "i1", "not one whole block"
+def test_with_no_hit_it_is_where_it_starts_soonest() -> None:
+    full, free = report(0, running=9, kv_tokens_used=900), report(1, running=1, kv_tokens_used=90)
+    assert place(cluster(full, free)).why.startswith("soonest: ")
+    for what in ({"prefix": False}, {"tokens": 63}):  # Not one whole block.
+        s = cluster(full, free)
+        s.handle(kept(0, 640), 0.0)
+        assert where(s, **what) == "i1"
 
 
 def test_a_prefix_that_all_keep_goes_to_the_freest_of_them() -> None:

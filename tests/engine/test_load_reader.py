@@ -34,6 +34,7 @@ class Count:
         self.urgent: dict[str, bool] = {}
         self.order: list[str] = []
         self.preempted = self.finished = self.finished_tokens = 0
+        self.said: set[str] = set()
         preempt = self.scheduler._preempt_request
 
         def counted(*args: Any, **kwargs: Any) -> None:
@@ -56,7 +57,9 @@ class Count:
         self.tokens.pop(name, None)
 
     def step(self) -> None:
+        self.said.clear()
         for name, tokens, done, output in self.engine.step():
+            self.said.add(name)
             self.tokens[name] += len(tokens)
             self.generated[name] += len(tokens)
             if done:
@@ -72,6 +75,7 @@ class Count:
         return Numbers(
             kv_tokens_used=sum(b.ref_cnt > 0 for b in pool.blocks if not b.is_null) * BLOCK,
             kv_tokens_total=BLOCKS * BLOCK,
+            prefill_tokens=sum(map(self._left, self._running() - self.said)),
             block_tokens=BLOCK,
             slots=4,
             classes=tuple(self._class(urgent, waiting) for urgent in (True, False)),
@@ -85,6 +89,10 @@ class Count:
     def _running(self) -> set[str]:
         known = self.scheduler.requests.values()
         return {r.request_id for r in known if r.status == RequestStatus.RUNNING}
+
+    def _left(self, name: str) -> int:
+        """Of one whose last step gave no token."""
+        return self.tokens[name] - int(self.scheduler.requests[name].num_computed_tokens)
 
     def _needed(self, name: str) -> int:
         blocks = 0
@@ -106,12 +114,13 @@ class Count:
 def test_the_numbers_agree_with_a_count_at_every_step(
     engine: Any, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
-    """Before and after each step, as the busy loop asks."""
+    """Before and after each step, as the busy loop asks. Prompts take several."""
+    monkeypatch.setattr(engine.core.scheduler, "max_num_scheduled_tokens", 100)
     dice = random.Random(seed)
     count = Count(engine, monkeypatch)
     reader = LoadReader(engine.core.scheduler, 4, PRIORITIES)
     assert reader.read() == count.numbers()
-    most_waiting = most_used = 0
+    most_waiting = most_used = most_left = 0
     for step in range(3000):
         while len(count.order) < 20 and dice.random() < (0.3 if step else 1.0):
             prompt = [dice.randrange(3, 500) for _ in range(dice.randrange(50, 250))]
@@ -124,6 +133,7 @@ def test_the_numbers_agree_with_a_count_at_every_step(
         assert numbers == count.numbers()
         most_waiting = max(most_waiting, sum(c.waiting for c in numbers.classes))
         most_used = max(most_used, numbers.kv_tokens_used)
+        most_left = max(most_left, numbers.prefill_tokens)
         if engine.idle():
             break
         count.step()
@@ -133,6 +143,7 @@ def test_the_numbers_agree_with_a_count_at_every_step(
     assert count.preempted > 0, "a workload that never preempts shows little"
     assert most_waiting > 3
     assert most_used > 0.8 * BLOCKS * BLOCK
+    assert most_left > BLOCK
     assert count.finished > 10
 
 

@@ -56,7 +56,7 @@ def pair(tmp_path: Path) -> Iterator[tuple[LoadReporter, Controller]]:
 
 def numbers(used: int) -> Numbers:
     return Numbers(
-        kv_tokens_used=used, kv_tokens_total=1000, block_tokens=1, slots=8,
+        kv_tokens_used=used, kv_tokens_total=1000, prefill_tokens=0, block_tokens=1, slots=8,
         classes=(ClassLoad(),), head_tokens=0, kv_token_bytes=1, preemptions=0, finished=0,
         finished_tokens=0,
     )  # fmt: skip

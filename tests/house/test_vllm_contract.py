@@ -220,6 +220,15 @@ def test_the_next_in_the_queue_starts_once_all_its_tokens_fit() -> None:
     assert defaults["scheduler_reserve_full_isl"] is True, who
 
 
+def test_a_prompt_in_chunks_says_so_until_its_last() -> None:
+    says(
+        Scheduler._update_after_schedule,
+        "request.num_computed_tokens += num_scheduled_token",
+        "request.is_prefill_chunk = request.num_computed_tokens < (",
+        who="engine/load_reader.py's prefill_tokens",
+    )
+
+
 def test_a_request_that_has_ended_keeps_what_we_count() -> None:
     ours = {"num_tokens", "num_output_tokens", "num_preemptions", "priority", "status"}
     known = request("a")

@@ -69,6 +69,19 @@ def test_a_long_prompt_is_cut_to_the_budget_and_those_that_run_go_first() -> Non
     ]
 
 
+def test_what_a_prompt_has_left_has_no_memory_yet() -> None:
+    it = engine(budget=16)
+    it.add(job("a", 10, 9), 0.0)
+    it.add(job("b", 40, 2), 0.0)
+    left = []
+    for _ in range(4):
+        batch = it.schedule(0.0)
+        assert batch is not None
+        left.append(it.prefill_tokens())
+        it.land(batch, 0.0)
+    assert left == [24, 8, 0, 0], "in whole blocks"
+
+
 def test_without_chunks_prompts_are_computed_alone_and_whole() -> None:
     it = engine(budget=64, chunked=False)
     it.add(job("a", 20, 3), 0.0)

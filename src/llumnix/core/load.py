@@ -2,9 +2,10 @@
 
 Rules
 - A report holds what its engine counted: tokens, requests, seconds, running totals.
-- Virtual usage, in tokens: what is in use, what the head of the queue needs to start, and the
-  headroom of each class that runs there. Requests behind the head count as nothing, except for
-  dispatch, where all of them will be served before the newcomer.
+- Virtual usage, in tokens: what is in use, what the rest of prompts that are being computed will
+  take, what the head of the queue needs to start, and the headroom of each class that runs there.
+  Requests behind the head count as nothing, except for dispatch, where all of them will be served
+  before the newcomer.
 - Freeness F = (total - virtual usage) / batch size, in tokens a request, which is in decode steps:
   how many more the batch can take before memory runs out. Below zero it is not divided, so that one
   more request or token never raises it.
@@ -34,8 +35,9 @@ class LoadReport:
 
     `sequence` grows by one a report within one run of the engine (`engine_index`).
     `kv_tokens_used` and `kv_tokens_total` are whole blocks' worth of tokens; blocks that only the
-    prefix cache holds count as free. `block_tokens`: size of a block. `slots`: requests that can
-    run at a time, 0 for no limit. `classes`: most urgent first. `head_tokens`: what the request
+    prefix cache holds count as free. `prefill_tokens`: what requests that run have still to compute
+    of their prompts, and have no KV memory for yet. `block_tokens`: size of a block. `slots`:
+    requests that can run at a time, 0 for no limit. `classes`: most urgent first. `head_tokens`: what the request
     that is next in the queue needs to start, 0 if none waits. `admitted` are the requests that
     reached the engine since the report before: they are running or waiting now, or already over.
     `accepting` is false while the instance is being emptied. `moving_out` requests are on their way
@@ -52,6 +54,7 @@ class LoadReport:
     sequence: int
     kv_tokens_used: int
     kv_tokens_total: int
+    prefill_tokens: int = 0
     block_tokens: int = 1
     slots: int = 0
     classes: tuple[ClassLoad, ...] = ()
@@ -90,12 +93,14 @@ class LoadReport:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
     """What follows from a report and the decisions that it does not cover yet. `used`: KV tokens,
-    without those about to be free and with those of dispatches on their way; `head`, `queued`:
-    tokens that the head of the queue needs, and that all who wait need; `batch` runs or will,
-    `waiting` waits; `slots`: see the report; `running`: the batch by class, most urgent first."""
+    without those about to be free and with those of dispatches on their way and of the rest of
+    prompts; `ahead`: tokens to compute before a newcomer's; `head`, `queued`: tokens that the head
+    of the queue needs, and that all who wait need; `batch` runs or will, `waiting` waits; `slots`:
+    see the report; `running`: the batch by class, most urgent first."""
 
     total: int
     used: int
+    ahead: int
     head: int
     queued: int
     batch: int
@@ -146,6 +151,7 @@ class Load:
         return Load(
             total=self.total,
             used=self.used + tokens,
+            ahead=self.ahead,
             head=self.head,
             queued=self.queued,
             batch=max(0, self.batch + requests),
@@ -168,7 +174,9 @@ def derive(report: LoadReport, booked: Sequence[int], booked_tokens: int) -> Loa
         waiting += known.waiting
         queued += known.waiting_tokens
         by_class.append(known.running + (booked[rank] if booked else 0))
-    used = max(0, report.kv_tokens_used - report.moving_out_tokens) + booked_tokens
+    coming = report.prefill_tokens + booked_tokens
+    used = max(0, report.kv_tokens_used - report.moving_out_tokens) + coming
+    queued = max(queued, report.head_tokens)
     batch = max(0, sum(by_class) - report.moving_out) + report.moving_in
     head = report.head_tokens
     if head and report.slots and batch >= report.slots:
@@ -177,8 +185,9 @@ def derive(report: LoadReport, booked: Sequence[int], booked_tokens: int) -> Loa
     return Load(
         total=report.kv_tokens_total,
         used=used,
+        ahead=coming + queued,
         head=head,
-        queued=max(queued, report.head_tokens),
+        queued=queued,
         batch=batch,
         waiting=waiting,
         slots=report.slots,

@@ -14,7 +14,7 @@ Rules
 
 import heapq
 from bisect import bisect_right, insort
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from llumnix.core.load import Load, LoadReport, derive
@@ -22,6 +22,9 @@ from llumnix.core.observed import Observed
 from llumnix.core.priorities import Priorities
 from llumnix.core.settings import MigrationSettings
 from llumnix.core.types import EngineIndex, InstanceId, OrderId, RequestId
+
+Order = Callable[[Load, int, Priorities], tuple[float, ...]]
+"""How good an instance of that load is for a newcomer of a class; the lowest is the best."""
 
 BOOKING_LIFETIME_S = 5.0
 ORDER_LIFETIME_S = 2.0
@@ -82,7 +85,7 @@ class ClusterView:
         self._ended: dict[InstanceId, EngineIndex] = {}
         self._ids: list[InstanceId] = []
         self._destinations: dict[OrderId, InstanceId] = {}
-        self._heaps: dict[int, list[tuple[float, int, InstanceId, int]]] = {}
+        self._heaps: dict[tuple[Order, int], list[_Ranked]] = {}
         self._turn = 0
 
     def __iter__(self) -> Iterator[InstanceView]:
@@ -203,8 +206,8 @@ class ClusterView:
         )
         known.version += 1
         if known.report.accepting:
-            for rank, heap in self._heaps.items():
-                self._push(heap, rank, known)
+            for (order, rank), heap in self._heaps.items():
+                self._push(heap, order, rank, known)
 
     # -- what is asked of it
 
@@ -225,15 +228,15 @@ class ClusterView:
                 silent = known
         return silent
 
-    def freest(self, rank: int, now: float) -> InstanceView | None:
-        """The one of highest freeness for a newcomer of that class; of several alike, the one that
-        has waited longest for a dispatch."""
-        heap = self._heaps.get(rank)
+    def best(self, order: Order, rank: int, now: float) -> InstanceView | None:
+        """The first in that order for a newcomer of that class; of several alike, the one that has
+        waited longest for a dispatch."""
+        heap = self._heaps.get((order, rank))
         if heap is None or len(heap) > 8 * len(self._instances) + 64:
-            heap = self._heaps[rank] = []
+            heap = self._heaps[order, rank] = []
             for known in self._instances.values():
                 if known.report.accepting:
-                    self._push(heap, rank, known)
+                    self._push(heap, order, rank, known)
         while heap:
             _, _, instance, version = heap[0]
             best = self._instances.get(instance)
@@ -241,17 +244,19 @@ class ClusterView:
             if best is not None and best.version == version and best.fresh(now):
                 return best
             heapq.heappop(heap)
-        return max(
+        return min(
             self.candidates(now),
-            key=lambda v: (v.load.freeness_for(rank, self.priorities), -v.turn),
+            key=lambda v: (order(v.load, rank, self.priorities), v.turn),
             default=None,
         )
 
-    def _push(
-        self, heap: list[tuple[float, int, InstanceId, int]], rank: int, known: InstanceView
-    ) -> None:
-        freeness = known.load.freeness_for(rank, self.priorities)
-        heapq.heappush(heap, (-freeness, known.turn, known.report.instance, known.version))
+    def _push(self, heap: "list[_Ranked]", order: Order, rank: int, known: InstanceView) -> None:
+        place = order(known.load, rank, self.priorities)
+        heapq.heappush(heap, (place, known.turn, known.report.instance, known.version))
+
+
+_Ranked = tuple[tuple[float, ...], int, InstanceId, int]
+"""An instance's place in an order, its turn, and the version of it that had that place."""
 
 
 def _lapsed(orders: dict[OrderId, float], now: float) -> list[OrderId]:

@@ -1,7 +1,7 @@
 """Reads an engine's load off vLLM's scheduler, on the engine's own thread, between two steps.
 
 Counting requests takes a look at each of them, so it is done only when one came, went, began to run
-or was preempted; in between nothing but KV memory and time changes. One that was preempted is seen
+or was preempted; in between nothing but KV memory, time and what prompts have left changes. One that was preempted is seen
 to have been while it waits, or when it leaves.
 
 vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
@@ -9,7 +9,8 @@ vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when
   `kv_holding_waiting` those that run and wait; `waiting.peek_request()` is the next to start, and
   starts only if blocks for all its tokens are free (`scheduler_reserve_full_isl`).
 - `Request`: `priority`, `num_tokens`, `num_output_tokens`, `num_preemptions`, `status`; a finished
-  one keeps them.
+  one keeps them. `is_prefill_chunk`: it runs, and tokens of its prompt (or, after a preemption, of
+  its answer too) beyond the `num_computed_tokens` that are scheduled so far are left.
 - `kv_cache_manager.block_pool.get_num_free_blocks()`, `scheduler.block_size` in tokens.
 - `scheduler.kv_cache_config` is one worker's: every tensor of it has the `size` in bytes of the
   whole allocation, which `num_blocks` share; `kv_cache_groups[i].kv_cache_spec.block_size`.
@@ -36,6 +37,7 @@ class Numbers:
 
     kv_tokens_used: int
     kv_tokens_total: int
+    prefill_tokens: int
     block_tokens: int
     slots: int
     classes: tuple[ClassLoad, ...]
@@ -59,6 +61,7 @@ class LoadReader:
         self._known: dict[str, _Known] = {}
         self._classes: tuple[ClassLoad, ...] = ()
         self._head = 0
+        self._prompts: list[Request] = []
         self._last: Numbers | None = None
         self._came = 0
         self._preemptions = 0
@@ -82,14 +85,19 @@ class LoadReader:
         pool = scheduler.kv_cache_manager.block_pool
         total = pool.num_gpu_blocks - 1  # One block is vLLM's placeholder, never handed out.
         used = (total - pool.get_num_free_blocks()) * self._block
-        if seen != self._seen:
+        counted = seen != self._seen
+        if counted:
             self._seen = seen
             self._count()
-        elif self._last is not None and used == self._last.kv_tokens_used:
-            return self._last
+        prefill = self._prefill()
+        last = self._last
+        if last is not None and not counted and used == last.kv_tokens_used:
+            if prefill == last.prefill_tokens:
+                return last
         self._last = Numbers(
             kv_tokens_used=used,
             kv_tokens_total=total * self._block,
+            prefill_tokens=prefill,
             block_tokens=self._block,
             slots=self._slots,
             classes=self._classes,
@@ -108,8 +116,11 @@ class LoadReader:
     def _count(self) -> None:
         scheduler = self._scheduler
         counts = [[0, 0, 0] for _ in range(len(self._priorities))]
+        self._prompts = []
         for request in scheduler.running:
             counts[self._know(request).rank][0] += 1
+            if request.is_prefill_chunk:
+                self._prompts.append(request)
         if len(scheduler.requests) > len(scheduler.running):
             running = set(map(id, scheduler.running))
             for request in scheduler.requests.values():
@@ -126,6 +137,12 @@ class LoadReader:
             ClassLoad(running=r, waiting=w, waiting_tokens=t) for r, w, t in counts
         )
         self._head = self.needed(scheduler.waiting.peek_request()) if scheduler.waiting else 0
+
+    def _prefill(self) -> int:
+        if not self._prompts:
+            return 0
+        self._prompts = [r for r in self._prompts if r.is_prefill_chunk]
+        return sum(int(r.num_tokens - r.num_computed_tokens) for r in self._prompts)
 
     def _know(self, request: Request) -> "_Known":
         known = self._known.get(request.request_id)

@@ -364,6 +364,13 @@ class Batching:
         """What the head of the queue needs to start."""
         return self.needed(self._queue[0][2]) if self._queue else 0
 
+    def prefill_tokens(self) -> int:
+        """Tokens of running requests' prompts that no step has been given yet."""
+        block = self.block_tokens
+        return sum(
+            max(0, s.tokens - s.blocks * block) for s in self.running if s.computed < s.tokens - 1
+        )
+
     def waiting(self) -> int:
         """Requests in the queue."""
         return len(self._queue) + len(self.holding)

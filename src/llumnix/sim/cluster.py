@@ -317,6 +317,7 @@ class Cluster:
             sequence=instance.sequence,
             kv_tokens_used=(memory.total - memory.free) * block,
             kv_tokens_total=memory.total * block,
+            prefill_tokens=engine.prefill_tokens(),
             block_tokens=block,
             slots=engine.options.slots,
             classes=said[1],

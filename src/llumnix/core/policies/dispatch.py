@@ -8,7 +8,9 @@ from collections.abc import Callable
 from typing import Protocol
 
 from llumnix.core.events import RequestArrived
+from llumnix.core.load import Load
 from llumnix.core.prefixes import BLOCK_TOKENS, PrefixIndex
+from llumnix.core.priorities import Priorities
 from llumnix.core.types import InstanceId
 from llumnix.core.view import ClusterView, InstanceView
 
@@ -58,6 +60,18 @@ class LeastLoaded:
         return chosen, f"least-loaded: {lowest[0]} requests, {lowest[1]} KV tokens"
 
 
+def by_freeness(load: Load, rank: int, priorities: Priorities) -> tuple[float, ...]:
+    """The highest freeness first, as a newcomer of that class meets it."""
+    return (-load.freeness_for(rank, priorities),)
+
+
+def by_start(load: Load, rank: int, priorities: Priorities) -> tuple[float, ...]:
+    """First those that are not short of memory, then the fewest tokens to compute before a
+    newcomer's own, then the highest freeness."""
+    freeness = load.freeness_for(rank, priorities)
+    return (max(0.0, -freeness), load.ahead, -freeness)
+
+
 class Freest:
     """The highest freeness as a newcomer of the request's class meets it."""
 
@@ -65,11 +79,27 @@ class Freest:
         self, view: ClusterView, request: RequestArrived, now: float
     ) -> tuple[InstanceView, str] | None:
         rank = view.priorities.rank(request.priority)
-        chosen = view.freest(rank, now)
+        chosen = view.best(by_freeness, rank, now)
         if chosen is None:
             return None
         freeness = chosen.load.freeness_for(rank, view.priorities)
         return chosen, f"freest: {freeness:.0f} tokens a request"
+
+
+class Soonest:
+    """Where the request starts soonest, and disturbs the fewest: memory is not short, and the
+    fewest tokens of other prompts are still to be computed; of several alike the freest."""
+
+    def choose(
+        self, view: ClusterView, request: RequestArrived, now: float
+    ) -> tuple[InstanceView, str] | None:
+        rank = view.priorities.rank(request.priority)
+        chosen = view.best(by_start, rank, now)
+        if chosen is None:
+            return None
+        freeness = chosen.load.freeness_for(rank, view.priorities)
+        why = f"soonest: after {chosen.load.ahead} tokens, {freeness:.0f} tokens a request"
+        return chosen, why
 
 
 class CacheAware:
@@ -80,12 +110,12 @@ class CacheAware:
 
     def __init__(self) -> None:
         self.index = PrefixIndex()
-        self._freest = Freest()
+        self._soonest = Soonest()
 
     def choose(
         self, view: ClusterView, request: RequestArrived, now: float
     ) -> tuple[InstanceView, str] | None:
-        fallback = self._freest.choose(view, request, now)
+        fallback = self._soonest.choose(view, request, now)
         if fallback is None or not request.prefix:
             return fallback
         rank = view.priorities.rank(request.priority)
@@ -93,7 +123,7 @@ class CacheAware:
 
         def cost(known: InstanceView, new: int) -> tuple[float, float, int]:
             freeness = known.load.changed(rank, 1, new).freeness_for(rank, view.priorities)
-            return known.load.queued + known.booked_tokens + new, -freeness, known.turn
+            return known.load.ahead + new, -freeness, known.turn
 
         best, why = fallback
         lowest = cost(best, request.prompt_tokens)
@@ -110,6 +140,7 @@ class CacheAware:
 
 
 DISPATCH_POLICIES: dict[str, Callable[[], DispatchPolicy]] = {
+    "soonest": Soonest,
     "freest": Freest,
     "round-robin": RoundRobin,
     "least-loaded": LeastLoaded,

@@ -18,13 +18,14 @@ class Preset:
 
 POLICIES: dict[str, Preset] = {
     "llumnix": Preset(
-        dispatch="freest",
+        dispatch="soonest",
         balance=True,
         headroom=True,
-        text="the highest freeness, and requests move while they run",
+        text="one with room and the fewest prompt tokens before it, then the highest freeness, and "
+        "requests move while they run",
     ),
     "llumnix-base": Preset(
-        dispatch="freest",
+        dispatch="soonest",
         balance=True,
         headroom=False,
         priorities=False,
