@@ -37,14 +37,14 @@ class LoadReport:
     `kv_tokens_used` and `kv_tokens_total` are whole blocks' worth of tokens; blocks that only the
     prefix cache holds count as free. `prefill_tokens`: what requests that run have still to compute
     of their prompts, and have no KV memory for yet. `block_tokens`: size of a block. `slots`:
-    requests that can run at a time, 0 for no limit. `classes`: most urgent first. `head_tokens`: what the request
-    that is next in the queue needs to start, 0 if none waits. `admitted` are the requests that
-    reached the engine since the report before: they are running or waiting now, or already over.
-    `accepting` is false while the instance is being emptied. `moving_out` requests are on their way
-    to other instances, with `moving_out_tokens` here that will be free; `moving_in` are on their
-    way here, their room in use already. `orders`: those of the scheduler that were carried out, or
-    found impossible, since the report before. `kv_token_bytes`: what a token of KV takes, on all
-    workers of the engine.
+    requests that can run at a time, 0 for no limit. `classes`: most urgent first. `head_tokens`:
+    what the request that is next in the queue needs to start, 0 if none waits. `admitted` are the
+    requests that reached the engine since the report before: they are running or waiting now, or
+    already over. `accepting` is false while the instance is being emptied. `moving_out` requests
+    are on their way to other instances, with `moving_out_tokens` here that will be free;
+    `moving_in` are on their way here, their room in use already. `orders`: those of the scheduler
+    that were carried out, or found impossible, since the report before. `kv_token_bytes`: what a
+    token of KV takes, on all workers of the engine.
 
     Running totals of this run: `preemptions`; `steps` and the seconds they took; requests
     `finished` and the tokens they had generated; bytes moved away and the seconds that took."""

@@ -1,8 +1,8 @@
 """Reads an engine's load off vLLM's scheduler, on the engine's own thread, between two steps.
 
 Counting requests takes a look at each of them, so it is done only when one came, went, began to run
-or was preempted; in between nothing but KV memory, time and what prompts have left changes. One that was preempted is seen
-to have been while it waits, or when it leaves.
+or was preempted; in between nothing but KV memory, time and what prompts have left changes. One
+that was preempted is seen to have been while it waits, or when it leaves.
 
 vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
 - `scheduler.requests` holds all that are not finished; `running`, `waiting` and
@@ -89,11 +89,10 @@ class LoadReader:
         if counted:
             self._seen = seen
             self._count()
-        prefill = self._prefill()
-        last = self._last
-        if last is not None and not counted and used == last.kv_tokens_used:
-            if prefill == last.prefill_tokens:
-                return last
+        last, prefill = self._last, self._prefill()
+        same = last is not None and (used, prefill) == (last.kv_tokens_used, last.prefill_tokens)
+        if last is not None and same and not counted:
+            return last
         self._last = Numbers(
             kv_tokens_used=used,
             kv_tokens_total=total * self._block,
