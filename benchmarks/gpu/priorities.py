@@ -19,6 +19,7 @@ from common import ROOT
 
 OURS = {
     "policies": "llumnix-base,llumnix",
+    "instances": "2",
     "high": "0.1",
     "cv": "4",
     "out": str(ROOT / "benchmarks/results/gpu/priorities.json"),

@@ -1,8 +1,10 @@
 """llumnix against vLLM's own data-parallel balancing and a cache-aware router, on the same GPUs.
 
-The shape of Llama-3.1-8B with dummy weights on each of two GPUs, the KV memory limited to twice the
-paper's tokens. All systems are up at once; one has the load, the others stand still. Needs some
-65 GiB a GPU, and vllm-router (benchmarks/router.py).
+The shape of Llama-3.1-8B with dummy weights on each of four GPUs, the KV memory limited to twice
+the paper's tokens. All systems are up at once; one has the load, the others stand still. Needs some
+65 GiB a GPU, and vllm-router (benchmarks/router.py). Four such GPUs generate up to 15,000 tokens a
+second, which one process that speaks HTTP could not send one by one: after the first, all systems
+send four at a time.
 
     python benchmarks/gpu/serving.py [--load TRACE:RATE:REQUESTS:SCALE] [flags of live.py]
 """
@@ -17,7 +19,7 @@ from common import ROOT, with_settings
 
 SETTINGS = {
     "policies": "llumnix,vllm-dp,vllm-router",
-    "instances": "2",
+    "instances": "4",
     "model": "llama-8b",
     "kv-tokens": "27232",
     "block-size": "16",
@@ -27,9 +29,10 @@ SETTINGS = {
     "seeds": "3",
     "out": str(ROOT / "benchmarks/results/gpu/serving.json"),
 }
-LOADS = ("M-M:18:480:1", "mooncake-conversation:8:240:0.25")
-FLAGS = ["--gpu-memory-utilization", "0.25"]
-"""What one engine asks for; vLLM refuses to start if that is not free. Its KV memory is given."""
+LOADS = ("mooncake-conversation:16:400:0.25", "sharegpt:28:480:1", "azure-conv:28:560:1")
+FLAGS = ["--gpu-memory-utilization", "0.25", "--stream-interval", "4"]
+"""The former is what one engine asks for; vLLM refuses to start if that is not free. Its KV memory
+is given."""
 
 
 def for_live(ours: dict[str, str], loads: tuple[str, ...], given: list[str]) -> list[str]:
