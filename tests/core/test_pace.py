@@ -111,7 +111,7 @@ def test_no_prompts_should_be_computed_while_a_handover_is_near(depth: int) -> N
 
 
 @pytest.mark.parametrize("depth", [0, 1])
-def test_nor_in_the_first_step_of_a_request_that_came(depth: int) -> None:
+def test_nor_until_the_first_step_of_a_request_that_came_is_over(depth: int) -> None:
     duo, request = started(depth)
     assert duo.migrate(request)
     port, there = duo.engines[1].port, duo.llumlets[1]
@@ -129,8 +129,8 @@ def test_nor_in_the_first_step_of_a_request_that_came(depth: int) -> None:
         duo.turn()
     assert duo.ended[0].taken
     first = next(i for i, (here, _) in enumerate(quiet_steps) if here)
-    assert all(quiet for _, quiet in quiet_steps[: first + 1])
-    assert not any(quiet for _, quiet in quiet_steps[first + 1 :])
+    assert all(quiet for _, quiet in quiet_steps[: first + 1 + depth])
+    assert not any(quiet for _, quiet in quiet_steps[first + 1 + depth :])
     assert not there.quiet(duo.now)
 
 

@@ -9,7 +9,8 @@ Rules
 - The engine's steps are timed for a handover that was announced; one that is overdue by `near_s` is
   not waited for any more. Once the first stage is here, and there is little left to come, steps
   should compute no prompts: one that did could be under way when the handover comes. Nor should the
-  first step of the request here, whose end it waits for.
+  first step of the request here, whose end it waits for, nor one that is begun before that end:
+  what comes of a step is looked at once the next is under way, and prompts take long to launch.
 """
 
 from dataclasses import dataclass, field
@@ -104,7 +105,7 @@ class IncomingMigrations:
         self._tickets: dict[int, MigrationId] = {}
         self._ticket = 0
         self.came: dict[RequestId, Came] = {}
-        # Taken over with all of their KV, and in no step yet: how much is settled, and since when.
+        # Taken over with all of their KV, and no step is over: how much is settled, and since when.
         self._new: dict[RequestId, tuple[int, float]] = {}
 
     def __len__(self) -> int:
@@ -141,11 +142,11 @@ class IncomingMigrations:
 
     def quiet(self, now: float) -> bool:
         """Whether the next step should compute no prompts: a request may come before its end, or
-        has just come and waits for it."""
+        has come and waits for its first token."""
         for request, (settled, since_s) in list(self._new.items()):
             progress = self._port.progress(request)
-            begun = progress.in_flight or progress.settled != settled
-            if begun or now > since_s + QUIET_MAX_S or progress.phase is Phase.GONE:
+            ended = progress.settled != settled or progress.phase is Phase.GONE
+            if ended or now > since_s + QUIET_MAX_S:
                 del self._new[request]
         return bool(self._new) or any(
             c.staged_s is not None and now <= c.staged_s + QUIET_MAX_S

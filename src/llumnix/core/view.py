@@ -23,7 +23,7 @@ from llumnix.core.priorities import Priorities
 from llumnix.core.settings import MigrationSettings
 from llumnix.core.types import EngineIndex, InstanceId, OrderId, RequestId
 
-Order = Callable[[Load, int, Priorities], tuple[float, ...]]
+Order = Callable[[Load, int, "ClusterView"], tuple[float, ...]]
 """How good an instance of that load is for a newcomer of a class; the lowest is the best."""
 
 BOOKING_LIFETIME_S = 5.0
@@ -246,12 +246,12 @@ class ClusterView:
             heapq.heappop(heap)
         return min(
             self.candidates(now),
-            key=lambda v: (order(v.load, rank, self.priorities), v.turn),
+            key=lambda v: (order(v.load, rank, self), v.turn),
             default=None,
         )
 
     def _push(self, heap: "list[_Ranked]", order: Order, rank: int, known: InstanceView) -> None:
-        place = order(known.load, rank, self.priorities)
+        place = order(known.load, rank, self)
         heapq.heappush(heap, (place, known.turn, known.report.instance, known.version))
 
 

@@ -50,6 +50,9 @@ BEAT_EVERY_S = 0.05
 REST_WAIT_S = 0.003
 """How long the engine waits on the spot for the last blocks of a request that stands still: they
 are few and come in less than a millisecond, and going on without them would cost it a step."""
+HURRY_S = 0.1
+"""So long after a migration threads still take the interpreter's lock fast: the first token of what
+came should not leave later than the last one left its source."""
 STEP_LINE = Callable[[str, MigrationId, str, str, str], None]
 
 
@@ -94,6 +97,7 @@ class LlumletHost:
         self._on_step = on_step
         self._polled_s = 0.0
         self._calm_s = sys.getswitchinterval()
+        self._hurry_until_s = 0.0
         self._hurried = False
         self._agents_of: dict[EngineIndex, list[str]] = {}
         self._waiting_here = False
@@ -188,9 +192,11 @@ class LlumletHost:
         busy = self.llumlet.busy
         if busy:
             self._send(self.llumlet.poll(self._polled_s))
-        if busy is not self._hurried:
-            self._hurried = busy
-            sys.setswitchinterval(SWITCH_INTERVAL_S if busy else self._calm_s)
+            self._hurry_until_s = self._polled_s + HURRY_S
+        hurry = self._polled_s < self._hurry_until_s
+        if hurry is not self._hurried:
+            self._hurried = hurry
+            sys.setswitchinterval(SWITCH_INTERVAL_S if hurry else self._calm_s)
 
     def hold_s(self, ends_s: float | None) -> float:
         """How long the engine should begin no step, for a handover is near; 0: not at all.

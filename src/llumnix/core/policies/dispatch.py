@@ -10,7 +10,6 @@ from typing import Protocol
 from llumnix.core.events import RequestArrived
 from llumnix.core.load import Load
 from llumnix.core.prefixes import BLOCK_TOKENS, PrefixIndex
-from llumnix.core.priorities import Priorities
 from llumnix.core.types import InstanceId
 from llumnix.core.view import ClusterView, InstanceView
 
@@ -60,16 +59,17 @@ class LeastLoaded:
         return chosen, f"least-loaded: {lowest[0]} requests, {lowest[1]} KV tokens"
 
 
-def by_freeness(load: Load, rank: int, priorities: Priorities) -> tuple[float, ...]:
+def by_freeness(load: Load, rank: int, view: ClusterView) -> tuple[float, ...]:
     """The highest freeness first, as a newcomer of that class meets it."""
-    return (-load.freeness_for(rank, priorities),)
+    return (-load.freeness_for(rank, view.priorities),)
 
 
-def by_start(load: Load, rank: int, priorities: Priorities) -> tuple[float, ...]:
-    """First those that are not short of memory, then the fewest tokens to compute before a
-    newcomer's own, then the highest freeness."""
-    freeness = load.freeness_for(rank, priorities)
-    return (max(0.0, -freeness), load.ahead, -freeness)
+def by_start(load: Load, rank: int, view: ClusterView) -> tuple[float, ...]:
+    """First those that are not so short of memory that they give requests away, then the fewest
+    tokens to compute before a newcomer's own, then the highest freeness."""
+    freeness = load.freeness_for(rank, view.priorities)
+    source_below, _ = view.thresholds
+    return (max(0.0, source_below - freeness), load.ahead, -freeness)
 
 
 class Freest:
