@@ -75,12 +75,14 @@ class InstanceView:
 
 
 class ClusterView:
-    """All instances, by id. Mutated by the scheduler alone."""
+    """All instances, by id. Mutated by the scheduler alone. `thresholds`: freeness below which an
+    instance gives load away, and above which it takes some."""
 
     def __init__(self, priorities: Priorities, migration: MigrationSettings) -> None:
         self.priorities = priorities
         self._migration = migration
         self.observed = Observed()
+        self.thresholds = self.observed.migration_thresholds(migration)
         self._instances: dict[InstanceId, InstanceView] = {}
         self._ended: dict[InstanceId, EngineIndex] = {}
         self._ids: list[InstanceId] = []
@@ -103,11 +105,6 @@ class ClusterView:
     def get(self, instance: InstanceId) -> InstanceView | None:
         """The instance, if a report has made it known."""
         return self._instances.get(instance)
-
-    @property
-    def thresholds(self) -> tuple[float, float]:
-        """Freeness below which an instance gives load away, and above which it takes some."""
-        return self.observed.migration_thresholds(self._migration)
 
     def is_over(self, instance: InstanceId, engine_index: EngineIndex) -> bool:
         """Whether that run of the instance has ended: what it says counts no more."""
@@ -135,6 +132,8 @@ class ClusterView:
             return
         else:
             self.observed.take(report, known.report)
+            if report.finished != known.report.finished:
+                self.thresholds = self.observed.migration_thresholds(self._migration)
         known.report, known.seen_s = report, now
         for request in report.admitted:
             self._unbook(known, request)

@@ -68,8 +68,8 @@ def by_start(load: Load, rank: int, view: ClusterView) -> tuple[float, ...]:
     """First those that are not so short of memory that they give requests away, then the fewest
     tokens to compute before a newcomer's own, then the highest freeness."""
     freeness = load.freeness_for(rank, view.priorities)
-    source_below, _ = view.thresholds
-    return (max(0.0, source_below - freeness), load.ahead, -freeness)
+    short = view.thresholds[0] - freeness
+    return (short if short > 0 else 0.0, load.ahead, -freeness)
 
 
 class Freest:
