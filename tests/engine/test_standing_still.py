@@ -1,6 +1,7 @@
 """An engine that stands still for a handover that is near, or does without prompts."""
 
 import queue
+import sys
 import threading
 import time
 from typing import Any
@@ -11,6 +12,7 @@ pytest.importorskip("vllm")
 from vllm import SamplingParams
 from vllm.v1.engine import EngineCoreRequestType
 
+from llumnix.engine.host import HURRY_S, LlumletHost
 from llumnix.engine.instance import QUIET_STEPS_MAX, EngineInstance
 
 WAKEUP = (EngineCoreRequestType.WAKEUP, None)
@@ -114,3 +116,34 @@ def test_a_step_that_puts_prompts_off_goes_on_with_the_others(engine: Any) -> No
     while not engine.idle():
         later += [name for name, *_ in engine.step()]
     assert "second" in later
+
+
+class Busy:
+    """A llumlet with a migration under way, or none, and a port."""
+
+    busy = True
+
+    def poll(self, now: float) -> list[Any]:
+        return []
+
+    def stepped(self) -> None:
+        pass
+
+
+def test_threads_take_the_lock_fast_while_a_request_moves_and_shortly_after() -> None:
+    """Its first token would else leave later than the last one left its source."""
+    calm_s = sys.getswitchinterval()
+    host, llumlet = object.__new__(LlumletHost), Busy()
+    host.llumlet = host.port = llumlet  # type: ignore[assignment]
+    host._here, host._calm_s, host._hurried = queue.SimpleQueue(), calm_s, False
+    host._hurry_until_s, host._send = 0.0, list.clear  # type: ignore[assignment,method-assign]
+    try:
+        for busy in (True, False):
+            llumlet.busy = busy
+            host.poll()
+            assert sys.getswitchinterval() < calm_s / 2
+        time.sleep(2 * HURRY_S)
+        host.poll()
+        assert sys.getswitchinterval() == calm_s
+    finally:
+        sys.setswitchinterval(calm_s)
