@@ -90,8 +90,11 @@ class LoadReader:
             self._seen = seen
             self._count()
         last, prefill = self._last, self._prefill()
-        same = last is not None and (used, prefill) == (last.kv_tokens_used, last.prefill_tokens)
-        if last is not None and same and not counted:
+        if (
+            last is not None
+            and not counted
+            and (used, prefill) == (last.kv_tokens_used, last.prefill_tokens)
+        ):
             return last
         self._last = Numbers(
             kv_tokens_used=used,
