@@ -5,10 +5,13 @@ from hypothesis import strategies as st
 
 from llumnix.core.events import Dispatch, InstanceLost, LoadReported, NoInstance, RequestArrived
 from llumnix.core.load import ClassLoad, LoadReport
+from llumnix.core.policies.dispatch import AHEAD_TOKENS
 from llumnix.core.scheduler import Scheduler
 from llumnix.core.settings import SchedulerSettings
 from llumnix.core.types import EngineIndex, InstanceId, RequestId
 from llumnix.core.view import BOOKING_LIFETIME_S, STALE_AFTER_S
+
+TOTAL = 10_000
 
 
 def scheduler(policy: str = "least-loaded") -> Scheduler:
@@ -33,7 +36,7 @@ def report(
             engine_index=EngineIndex(engine),
             sequence=sequence,
             kv_tokens_used=used,
-            kv_tokens_total=1000,
+            kv_tokens_total=TOTAL,
             prefill_tokens=prefill,
             classes=(
                 ClassLoad(),
@@ -98,17 +101,34 @@ def test_least_loaded_counts_running_and_waiting_then_tokens() -> None:
 
 def test_llumnix_goes_where_the_fewest_prompts_are_before_it_not_where_most_memory_is() -> None:
     s = scheduler("llumnix")
-    s.handle(report("i0", running=1, used=10, prefill=200), 0.0)
-    s.handle(report("i1", engine=1, running=9, used=300), 0.0)
-    s.handle(report("i2", engine=2, waiting=1, waiting_tokens=100), 0.0)
-    assert [place(s, r, tokens=150) for r in "abc"] == ["i1", "i2", "i1"]
+    s.handle(report("i0", running=1, used=10, prefill=2 * AHEAD_TOKENS), 0.0)
+    s.handle(report("i1", engine=1, running=9, used=3000), 0.0)
+    s.handle(report("i2", engine=2, waiting=1, waiting_tokens=AHEAD_TOKENS), 0.0)
+    assert [place(s, r, tokens=1 + AHEAD_TOKENS) for r in "abc"] == ["i1", "i2", "i1"]
+
+
+def test_a_few_tokens_before_it_are_no_reason_to_go_where_less_memory_is() -> None:
+    s = scheduler("llumnix")
+    s.handle(report("i0", running=1, used=10, prefill=AHEAD_TOKENS - 1), 0.0)
+    s.handle(report("i1", engine=1, running=9, used=3000), 0.0)
+    assert place(s, "r") == "i0"
+
+
+def test_who_is_less_urgent_and_waits_is_not_before_it() -> None:
+    s = scheduler("llumnix")
+    s.handle(report("i0", running=1, used=10, waiting=1, waiting_tokens=AHEAD_TOKENS), 0.0)
+    s.handle(report("i1", engine=1, running=9, used=3000), 0.0)
+    urgent = RequestArrived(request=RequestId("u"), prompt_tokens=10, priority=-100)
+    (decision,) = s.handle(urgent, 0.0)
+    assert isinstance(decision, Dispatch)
+    assert (decision.instance, place(s, "r")) == ("i0", "i1")
 
 
 def test_llumnix_goes_where_there_is_room_whatever_is_before_it() -> None:
     """Who gives requests away for want of memory takes none, though one would fit."""
     s = scheduler("llumnix")
-    s.handle(report("i0", running=1, used=100, prefill=500), 0.0)
-    s.handle(report("i1", engine=1, running=9, used=800), 0.0)
+    s.handle(report("i0", running=1, used=100, prefill=2 * AHEAD_TOKENS), 0.0)
+    s.handle(report("i1", engine=1, running=9, used=TOTAL - 200), 0.0)
     assert place(s, "r") == "i0"
 
 
@@ -121,8 +141,8 @@ def test_llumnix_takes_the_freest_where_no_prompt_is_before_it() -> None:
 
 def test_infaas_goes_to_the_freest_whatever_prompts_are_before_it() -> None:
     s = scheduler("infaas++")
-    s.handle(report("i0", running=1, used=10, prefill=200), 0.0)
-    s.handle(report("i1", engine=1, running=9, used=500), 0.0)
+    s.handle(report("i0", running=1, used=10, prefill=2 * AHEAD_TOKENS), 0.0)
+    s.handle(report("i1", engine=1, running=9, used=3000), 0.0)
     assert place(s, "r") == "i0"
 
 

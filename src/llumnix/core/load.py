@@ -94,19 +94,25 @@ class LoadReport:
 class Load:
     """What follows from a report and the decisions that it does not cover yet. `used`: KV tokens,
     without those about to be free and with those of dispatches on their way and of the rest of
-    prompts; `ahead`: tokens to compute before a newcomer's; `head`, `queued`: tokens that the head
-    of the queue needs, and that all who wait need; `batch` runs or will, `waiting` waits; `slots`:
-    see the report; `running`: the batch by class, most urgent first."""
+    prompts; `prefill`: tokens of prompts that run or were dispatched and are not computed; `head`,
+    `queued`: tokens that the head of the queue needs, and that all who wait need; `batch` runs or
+    will, `waiting` waits; `slots`: see the report; `running`, `queues`: the batch, and tokens that
+    wait, by class, most urgent first."""
 
     total: int
     used: int
-    ahead: int
+    prefill: int
     head: int
     queued: int
     batch: int
     waiting: int
     slots: int
     running: tuple[int, ...]
+    queues: tuple[int, ...]
+
+    def ahead(self, rank: int) -> int:
+        """Tokens to compute before those of a newcomer of a class."""
+        return self.prefill + sum(self.queues[: rank + 1])
 
     def spare(self, priorities: Priorities) -> float:
         """Tokens that nobody uses, virtually or not; below zero if more are wanted than there
@@ -151,13 +157,14 @@ class Load:
         return Load(
             total=self.total,
             used=self.used + tokens,
-            ahead=self.ahead,
+            prefill=self.prefill,
             head=self.head,
             queued=self.queued,
             batch=max(0, self.batch + requests),
             waiting=self.waiting,
             slots=self.slots,
             running=running,
+            queues=self.queues,
         )
 
 
@@ -185,11 +192,12 @@ def derive(report: LoadReport, booked: Sequence[int], booked_tokens: int) -> Loa
     return Load(
         total=report.kv_tokens_total,
         used=used,
-        ahead=coming + queued,
+        prefill=coming,
         head=head,
         queued=queued,
         batch=batch,
         waiting=waiting,
         slots=report.slots,
         running=tuple(by_class),
+        queues=tuple([known.waiting_tokens for known in report.classes]),
     )

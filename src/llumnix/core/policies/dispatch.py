@@ -13,6 +13,10 @@ from llumnix.core.prefixes import BLOCK_TOKENS, PrefixIndex
 from llumnix.core.types import InstanceId
 from llumnix.core.view import ClusterView, InstanceView
 
+AHEAD_TOKENS = 512
+"""Fewer tokens of prompts take about as long as a decode step or two: no reason to go where less
+memory is free."""
+
 
 class DispatchPolicy(Protocol):
     """One rule of placing requests."""
@@ -66,10 +70,10 @@ def by_freeness(load: Load, rank: int, view: ClusterView) -> tuple[float, ...]:
 
 def by_start(load: Load, rank: int, view: ClusterView) -> tuple[float, ...]:
     """First those that are not so short of memory that they give requests away, then the fewest
-    tokens to compute before a newcomer's own, then the highest freeness."""
+    tokens to compute before a newcomer's own, in `AHEAD_TOKENS`, then the highest freeness."""
     freeness = load.freeness_for(rank, view.priorities)
     short = view.thresholds[0] - freeness
-    return (short if short > 0 else 0.0, load.ahead, -freeness)
+    return (short if short > 0 else 0.0, load.ahead(rank) // AHEAD_TOKENS, -freeness)
 
 
 class Freest:
@@ -98,8 +102,8 @@ class Soonest:
         if chosen is None:
             return None
         freeness = chosen.load.freeness_for(rank, view.priorities)
-        why = f"soonest: after {chosen.load.ahead} tokens, {freeness:.0f} tokens a request"
-        return chosen, why
+        ahead = chosen.load.ahead(rank)
+        return chosen, f"soonest: after {ahead} tokens, {freeness:.0f} tokens a request"
 
 
 class CacheAware:
@@ -123,7 +127,7 @@ class CacheAware:
 
         def cost(known: InstanceView, new: int) -> tuple[float, float, int]:
             freeness = known.load.changed(rank, 1, new).freeness_for(rank, view.priorities)
-            return known.load.ahead + new, -freeness, known.turn
+            return known.load.ahead(rank) + new, -freeness, known.turn
 
         best, why = fallback
         lowest = cost(best, request.prompt_tokens)
