@@ -65,7 +65,7 @@ def test_a_newcomer_is_computed_after_all_that_is_known_of_prompts() -> None:
     """Of those that run, were dispatched and not reported yet, or wait and are no less urgent."""
     known = report(running=2, prefill_tokens=700, waiting=2, waiting_tokens=3000, head=500)
     load = derive(known, (0, 1), 20)
-    assert (load.ahead(1), load.ahead(0)) == (3720, 720)
+    assert (load.ahead_of(1), load.ahead_of(0)) == (3720, 720)
 
 
 def test_a_head_that_does_not_fit_makes_freeness_negative_and_is_not_shared_out() -> None:
@@ -125,14 +125,13 @@ loads = st.builds(
     Load,
     total=st.just(TOTAL),
     used=st.integers(0, TOTAL),
-    prefill=st.integers(0, 30_000),
     head=st.integers(0, 4000),
     queued=st.integers(4000, 20_000),
     batch=st.integers(0, 60),
     waiting=st.integers(0, 20),
     slots=st.sampled_from([0, 32]),
     running=st.tuples(st.integers(0, 3), st.integers(0, 40)),
-    queues=st.tuples(st.integers(0, 4000), st.integers(0, 20_000)),
+    ahead=st.tuples(st.integers(0, 4000), st.integers(0, 20_000)),
 )
 
 

@@ -94,25 +94,24 @@ class LoadReport:
 class Load:
     """What follows from a report and the decisions that it does not cover yet. `used`: KV tokens,
     without those about to be free and with those of dispatches on their way and of the rest of
-    prompts; `prefill`: tokens of prompts that run or were dispatched and are not computed; `head`,
-    `queued`: tokens that the head of the queue needs, and that all who wait need; `batch` runs or
-    will, `waiting` waits; `slots`: see the report; `running`, `queues`: the batch, and tokens that
-    wait, by class, most urgent first."""
+    prompts; `head`, `queued`: tokens that the head of the queue needs, and that all who wait need;
+    `batch` runs or will, `waiting` waits; `slots`: see the report; `running`, `ahead`: the batch,
+    and tokens to compute before a newcomer's, by class, most urgent first."""
 
     total: int
     used: int
-    prefill: int
     head: int
     queued: int
     batch: int
     waiting: int
     slots: int
     running: tuple[int, ...]
-    queues: tuple[int, ...]
+    ahead: tuple[int, ...]
 
-    def ahead(self, rank: int) -> int:
+    def ahead_of(self, rank: int) -> int:
         """Tokens to compute before those of a newcomer of a class."""
-        return self.prefill + sum(self.queues[: rank + 1])
+        ahead = self.ahead
+        return ahead[rank] if rank < len(ahead) else ahead[-1]
 
     def spare(self, priorities: Priorities) -> float:
         """Tokens that nobody uses, virtually or not; below zero if more are wanted than there
@@ -157,14 +156,13 @@ class Load:
         return Load(
             total=self.total,
             used=self.used + tokens,
-            prefill=self.prefill,
             head=self.head,
             queued=self.queued,
             batch=max(0, self.batch + requests),
             waiting=self.waiting,
             slots=self.slots,
             running=running,
-            queues=self.queues,
+            ahead=self.ahead,
         )
 
 
@@ -176,12 +174,13 @@ def ratio(spare: float, requests: int) -> float:
 def derive(report: LoadReport, booked: Sequence[int], booked_tokens: int) -> Load:
     """The load of an instance with dispatches on their way that its report does not cover yet:
     `booked` of each class, with `booked_tokens` tokens in their prompts."""
-    waiting, queued, by_class = 0, 0, []
+    coming = report.prefill_tokens + booked_tokens
+    waiting, queued, by_class, ahead = 0, 0, [], [] if report.classes else [coming]
     for rank, known in enumerate(report.classes):
         waiting += known.waiting
         queued += known.waiting_tokens
         by_class.append(known.running + (booked[rank] if booked else 0))
-    coming = report.prefill_tokens + booked_tokens
+        ahead.append(coming + queued)
     used = max(0, report.kv_tokens_used - report.moving_out_tokens) + coming
     queued = max(queued, report.head_tokens)
     batch = max(0, sum(by_class) - report.moving_out) + report.moving_in
@@ -192,12 +191,11 @@ def derive(report: LoadReport, booked: Sequence[int], booked_tokens: int) -> Loa
     return Load(
         total=report.kv_tokens_total,
         used=used,
-        prefill=coming,
         head=head,
         queued=queued,
         batch=batch,
         waiting=waiting,
         slots=report.slots,
         running=tuple(by_class),
-        queues=tuple([known.waiting_tokens for known in report.classes]),
+        ahead=tuple(ahead),
     )

@@ -73,7 +73,7 @@ def by_start(load: Load, rank: int, view: ClusterView) -> tuple[float, ...]:
     tokens to compute before a newcomer's own, in `AHEAD_TOKENS`, then the highest freeness."""
     freeness = load.freeness_for(rank, view.priorities)
     short = view.thresholds[0] - freeness
-    return (short if short > 0 else 0.0, load.ahead(rank) // AHEAD_TOKENS, -freeness)
+    return (short if short > 0 else 0.0, load.ahead_of(rank) // AHEAD_TOKENS, -freeness)
 
 
 class Freest:
@@ -102,7 +102,7 @@ class Soonest:
         if chosen is None:
             return None
         freeness = chosen.load.freeness_for(rank, view.priorities)
-        ahead = chosen.load.ahead(rank)
+        ahead = chosen.load.ahead_of(rank)
         return chosen, f"soonest: after {ahead} tokens, {freeness:.0f} tokens a request"
 
 
@@ -127,7 +127,7 @@ class CacheAware:
 
         def cost(known: InstanceView, new: int) -> tuple[float, float, int]:
             freeness = known.load.changed(rank, 1, new).freeness_for(rank, view.priorities)
-            return known.load.ahead(rank) + new, -freeness, known.turn
+            return known.load.ahead_of(rank) + new, -freeness, known.turn
 
         best, why = fallback
         lowest = cost(best, request.prompt_tokens)
