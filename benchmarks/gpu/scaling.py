@@ -3,7 +3,7 @@
 The shape of Llama-3.1-8B with dummy weights on two GPUs and then four, twice the paper's KV memory;
 M-M at a rate for two instances, then for four, then for two. `--phases` are SECONDS:RATE.
 
-    python benchmarks/gpu/scaling.py [--instances 2] [--most 4] [--phases 20:10,130:40,60:4]
+    python benchmarks/gpu/scaling.py [--instances 2] [--most 4] [--phases 20:6,110:12,60:4]
         [flags of live.py]
 """
 
@@ -28,7 +28,7 @@ OURS = {
     "seeds": "1",
     "out": str(ROOT / "benchmarks/results/gpu/scaling.json"),
 }
-PHASES = "20:10,130:40,60:4"
+PHASES = "20:6,110:12,60:4"
 
 
 def write_trace(path: Path, phases: list[tuple[float, float]], scale: float) -> int:

@@ -27,7 +27,7 @@ SETTINGS = {
     "max-num-batched-tokens": "2048",
     "drain-limit-s": "30",
     "seeds": "3",
-    "out": str(ROOT / "benchmarks/results/gpu/serving.json"),
+    "out": str(ROOT / "benchmarks/results/gpu/serving_4.json"),
 }
 LOADS = ("mooncake-conversation:16:400:0.25", "sharegpt:28:480:1", "azure-conv:28:560:1")
 FLAGS = ["--gpu-memory-utilization", "0.25", "--stream-interval", "4"]

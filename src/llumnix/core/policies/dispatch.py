@@ -11,7 +11,7 @@ from llumnix.core.events import RequestArrived
 from llumnix.core.load import Load
 from llumnix.core.prefixes import BLOCK_TOKENS, PrefixIndex
 from llumnix.core.types import InstanceId
-from llumnix.core.view import ClusterView, InstanceView
+from llumnix.core.view import ClusterView, InstanceView, Order
 
 AHEAD_TOKENS = 512
 """Fewer tokens of prompts take about as long as a decode step or two: no reason to go where less
@@ -76,34 +76,35 @@ def by_start(load: Load, rank: int, view: ClusterView) -> tuple[float, ...]:
     return (short if short > 0 else 0.0, load.ahead_of(rank) // AHEAD_TOKENS, -freeness)
 
 
-class Freest:
-    """The highest freeness as a newcomer of the request's class meets it."""
+class Best:
+    """The first in one order of the instances. `why`: a format of `freeness`, in tokens a request,
+    and of `ahead`, the tokens to compute before the request's own."""
+
+    def __init__(self, order: Order, why: str) -> None:
+        self._order = order
+        self._why = why
 
     def choose(
         self, view: ClusterView, request: RequestArrived, now: float
     ) -> tuple[InstanceView, str] | None:
         rank = view.priorities.rank(request.priority)
-        chosen = view.best(by_freeness, rank, now)
+        chosen = view.best(self._order, rank, now)
         if chosen is None:
             return None
-        freeness = chosen.load.freeness_for(rank, view.priorities)
-        return chosen, f"freest: {freeness:.0f} tokens a request"
+        load = chosen.load
+        freeness = load.freeness_for(rank, view.priorities)
+        return chosen, self._why.format(freeness=freeness, ahead=load.ahead_of(rank))
 
 
-class Soonest:
+def freest() -> Best:
+    """The highest freeness as a newcomer of the request's class meets it."""
+    return Best(by_freeness, "freest: {freeness:.0f} tokens a request")
+
+
+def soonest() -> Best:
     """Where the request starts soonest, and disturbs the fewest: memory is not short, and the
     fewest tokens of other prompts are still to be computed; of several alike the freest."""
-
-    def choose(
-        self, view: ClusterView, request: RequestArrived, now: float
-    ) -> tuple[InstanceView, str] | None:
-        rank = view.priorities.rank(request.priority)
-        chosen = view.best(by_start, rank, now)
-        if chosen is None:
-            return None
-        freeness = chosen.load.freeness_for(rank, view.priorities)
-        ahead = chosen.load.ahead_of(rank)
-        return chosen, f"soonest: after {ahead} tokens, {freeness:.0f} tokens a request"
+    return Best(by_start, "soonest: after {ahead} tokens, {freeness:.0f} tokens a request")
 
 
 class CacheAware:
@@ -114,7 +115,7 @@ class CacheAware:
 
     def __init__(self) -> None:
         self.index = PrefixIndex()
-        self._soonest = Soonest()
+        self._soonest = soonest()
 
     def choose(
         self, view: ClusterView, request: RequestArrived, now: float
@@ -144,8 +145,8 @@ class CacheAware:
 
 
 DISPATCH_POLICIES: dict[str, Callable[[], DispatchPolicy]] = {
-    "soonest": Soonest,
-    "freest": Freest,
+    "soonest": soonest,
+    "freest": freest,
     "round-robin": RoundRobin,
     "least-loaded": LeastLoaded,
     "cache-aware": CacheAware,
