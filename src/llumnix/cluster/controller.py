@@ -5,6 +5,7 @@ time. Frontends and llumlets connect to an address that outlives it. Whatever ha
 at once, the news of instances before the requests, the urgent requests before the others.
 """
 
+import gc
 import logging
 import os
 import time
@@ -53,6 +54,9 @@ class Controller:
 
     def run(self) -> None:
         """Serves until `stop`."""
+        # What was imported stays: to look through it for garbage would hold up a dispatch for long.
+        gc.collect()
+        gc.freeze()
         with zmq.Context() as context, context.socket(zmq.ROUTER) as socket:
             socket.setsockopt(zmq.LINGER, 0)
             for address in self._addresses:
