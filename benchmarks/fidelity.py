@@ -4,7 +4,8 @@ Takes raw files of benchmarks/live.py, simulates each of their runs with a profi
 and prints means over the seeds side by side. Single runs near the memory's limit differ by chance:
 a few milliseconds decide which of two large requests comes first. So each is simulated several
 times, the arrivals shifted by up to `JITTER_S`, and the range of the means over the seeds is shown
-with their mean.
+with their mean. vLLM's own balancing, which counts requests, is simulated as `least-loaded`; a run
+of a policy that the simulator does not know is left out.
 
     python benchmarks/fidelity.py --profile PROFILE.json RAW.json [RAW.json ...] [--out FILE]
 """
@@ -14,10 +15,12 @@ import itertools
 import json
 import random
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from common import ROOT, markdown, write_result
+from llumnix.core.policies.presets import POLICIES
 from llumnix.core.settings import SchedulerSettings
 from llumnix.core.types import RequestId
 from llumnix.sim.batching import EngineOptions, Job
@@ -35,6 +38,7 @@ FIGURES = (
     ("migrations", ("migrations",), 1),
 )
 JITTER_S = 0.005
+LIKE = {"vllm-dp": "least-loaded"}
 
 
 def simulated(
@@ -60,9 +64,11 @@ def simulated(
     engine = EngineOptions(
         budget=int(flags["max-num-batched-tokens"]), slots=int(flags["max-num-seqs"])
     )
+    size = int(flags["block-size"])
+    held = int(flags["kv-cache-memory-bytes"]) // profile.kv_token_bytes - size
     setup = Setup(
-        scheduler=SchedulerSettings(policy=row["policy"]),
-        profile=profile,
+        scheduler=SchedulerSettings(policy=like(row)),
+        profile=replace(profile, kv_tokens=held, block_tokens=size),
         instances=row["instances"],
         engine=engine,
     )
@@ -70,6 +76,11 @@ def simulated(
     cluster.run(jobs)
     moved = sum(m.outcome == "migrated" for m in cluster.frontend.moves)
     return {**figures_of(jobs), "preemptions": cluster.preemptions, "migrations": moved}
+
+
+def like(row: dict[str, Any]) -> str:
+    """The simulator's name for what a run's requests were placed by."""
+    return LIKE.get(row["policy"], row["policy"])
 
 
 def pick(metrics: Any, path: tuple[str, ...]) -> float:
@@ -92,6 +103,8 @@ def main() -> None:
         words = found["flags"]
         flags = {w.removeprefix("--"): v for w, v in itertools.pairwise(words)}
         for row in found["rows"]:
+            if like(row) not in POLICIES:
+                continue
             key = (row["trace"], row["rate"], row["instances"], row["policy"])
             again = [simulated(row, flags, profile, random.Random(n)) for n in range(args.repeats)]
             pairs.setdefault(key, []).append((again, row["metrics"]))

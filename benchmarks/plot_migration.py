@@ -35,6 +35,7 @@ TIMED = {
     "before": "migration_h100_before",
     "timed": "migration_h100",
     "and no prompts near it (H200)": "migration_h200",
+    "and quiet first steps (H200)": "migration_h200_quiet",
 }
 
 BLUE, SKY, ORANGE, RED, GREY = "#0b5fa5", "#4fa3dc", "#d97706", "#b42318", "#767676"

@@ -29,6 +29,7 @@ def report(
     accepting: bool = True,
     prefill: int = 0,
     waiting_tokens: int = 0,
+    urgent: int = 0,
 ) -> LoadReported:
     return LoadReported(
         report=LoadReport(
@@ -39,7 +40,7 @@ def report(
             kv_tokens_total=TOTAL,
             prefill_tokens=prefill,
             classes=(
-                ClassLoad(),
+                ClassLoad(running=urgent),
                 ClassLoad(running=running, waiting=waiting, waiting_tokens=waiting_tokens),
             ),
             admitted=tuple(RequestId(r) for r in admitted),
@@ -130,6 +131,27 @@ def test_llumnix_goes_where_there_is_room_whatever_is_before_it() -> None:
     s.handle(report("i0", running=1, used=100, prefill=2 * AHEAD_TOKENS), 0.0)
     s.handle(report("i1", engine=1, running=9, used=TOTAL - 200), 0.0)
     assert place(s, "r") == "i0"
+
+
+def test_a_request_keeps_away_from_the_headroom_of_urgent_ones_while_there_is_room() -> None:
+    s = scheduler("llumnix")
+    s.handle(report("i0", urgent=1, used=2000), 0.0)
+    s.handle(report("i1", engine=1, running=9, used=3000), 0.0)
+    assert place(s, "r") == "i1"
+
+
+def test_a_request_goes_into_the_headroom_of_urgent_ones_rather_than_wait() -> None:
+    s = scheduler("llumnix")
+    s.handle(report("i0", urgent=1, used=2000), 0.0)
+    s.handle(report("i1", engine=1, running=9, used=TOTAL - 200), 0.0)
+    assert place(s, "r") == "i0"
+
+
+def test_a_request_does_not_queue_behind_urgent_ones_that_use_their_headroom() -> None:
+    s = scheduler("llumnix")
+    s.handle(report("i0", urgent=1, used=TOTAL - 10), 0.0)
+    s.handle(report("i1", engine=1, running=9, used=TOTAL - 200), 0.0)
+    assert place(s, "r") == "i1"
 
 
 def test_llumnix_takes_the_freest_where_no_prompt_is_before_it() -> None:

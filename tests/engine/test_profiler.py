@@ -86,11 +86,17 @@ def test_too_little_to_fit_is_refused() -> None:
 
 @pytest.mark.live
 @pytest.mark.slow
-def test_the_command_writes_a_profile_of_a_real_engine(tiny_model: Path, tmp_path: Path) -> None:
+def test_the_command_writes_a_profile_of_a_real_engine(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "tiny.json"
-    flags = "--dtype float32 --block-size 32 --max-model-len 1024 --max-num-batched-tokens 256"
+    flags = "--dtype float32 --block-size 32 --max-model-len 1024 --max-num-batched-tokens 64"
     flags += " --max-num-seqs 8 --kv-cache-memory-bytes 33554432 --repeats 1"
     assert main(["profile", str(tiny_model), *flags.split(), "--out", str(out)]) == 0
+    # More steps of prompts than a scenario has of decoding: 8 * 256 tokens, 64 a step.
+    told = capsys.readouterr().err
+    assert "8 decoding after 256" in told
+    assert "0.00 ms" not in told
     made = load_profile(str(out))
     assert made.step_s > 0
     assert made.kv_tokens > 1000

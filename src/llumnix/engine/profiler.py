@@ -9,6 +9,7 @@ vLLM 0.32 internals relied on here (tests/engine/test_profiler.py fails when one
 client, `preprocess_add_request`, `add_request` and `shutdown`; `InputProcessor.process_inputs`.
 """
 
+import math
 import random
 import statistics
 import time
@@ -31,7 +32,8 @@ BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 CONTEXTS = (32, 256, 1024, 4096, 16384)
 PROMPTS = (16, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 DECODED = 14
-"""Output tokens of a scenario of decoding; the first few steps are not counted."""
+"""Steps of a scenario of decoding, once all its prompts are computed; the first few are not
+counted."""
 SETTLED = 4
 FILL = 0.9
 """Of the KV memory, that a scenario may take."""
@@ -119,18 +121,21 @@ Scenario = Callable[["_Runner"], tuple[tuple[Step, ...], float]]
 def _scenarios(config: Any, kv_tokens: int) -> Iterator[tuple[str, Scenario]]:
     scheduler = config.scheduler_config
     room = int(kv_tokens * FILL)
-    longest = min(room, config.model_config.max_model_len - DECODED - 1)
+    most = config.model_config.max_model_len - 1
     budget = scheduler.max_num_batched_tokens
     for tokens in PROMPTS:
-        if tokens <= longest:
+        if tokens <= min(room, most):
             yield f"prompt of {tokens}", lambda r, n=tokens: r.prompt(n, budget)
     for context in CONTEXTS:
         for batch in BATCHES:
-            fits = batch * (context + DECODED) <= room and context <= longest
-            if fits and batch <= min(scheduler.max_num_seqs, budget):
+            if batch > scheduler.max_num_seqs or batch >= budget:
+                continue
+            # The first decodes while the prompts of the last are computed.
+            outputs = DECODED + math.ceil(batch * context / (budget - batch))
+            if batch * (context + outputs) <= room and context + outputs <= most:
                 yield (
                     f"{batch} decoding after {context}",
-                    lambda r, b=batch, c=context: r.decode(b, c),
+                    lambda r, b=batch, c=context, n=outputs: r.decode(b, c, n),
                 )
 
 
@@ -146,7 +151,7 @@ class _Runner:
 
     def prompt(self, tokens: int, budget: int) -> tuple[tuple[Step, ...], float]:
         """One prompt, to its first token."""
-        self._add(tokens, 1)
+        self._add(tokens, 1, self._dice)
         began = time.perf_counter()
         self._until(lambda counts: len(counts) == 1)
         chunks = [(min(budget, tokens - b), b) for b in range(0, tokens, budget)]
@@ -154,11 +159,14 @@ class _Runner:
         self._to_the_end()
         return tuple(Step(prompts=(chunk,)) for chunk in chunks), seconds
 
-    def decode(self, batch: int, context: int) -> tuple[tuple[Step, ...], float]:
-        """A batch that only decodes: the median of its steps."""
+    def decode(self, batch: int, context: int, outputs: int) -> tuple[tuple[Step, ...], float]:
+        """A batch that only decodes, with `outputs` tokens each at the most: the median of its
+        steps. A repetition has the same prompts, so a prefix cache spares it computing them."""
+        dice = random.Random(f"{batch} {context}")
         for _ in range(batch):
-            self._add(context, DECODED)
+            self._add(context, outputs, dice)
         times: list[float] = []
+        held: list[int] = []
         counts: dict[str, int] = {}
         last = time.perf_counter()
         for _ in range(STEPS_MAX):
@@ -167,17 +175,17 @@ class _Runner:
             now = time.perf_counter()
             if len(counts) == batch and min(counts.values()) > SETTLED:
                 times.append(now - last)
+                held.append(batch * context + sum(counts.values()))
             last = now
-            if counts and max(counts.values()) >= DECODED:
+            if len(times) == DECODED - SETTLED or max(counts.values()) >= outputs:
                 break
         self._to_the_end()
-        middle = context + (SETTLED + DECODED) // 2
-        step = Step(decodes=batch, context=batch * middle)
+        step = Step(decodes=batch, context=int(statistics.median(held)) if held else 0)
         return (step,), statistics.median(times) if times else 0.0
 
-    def _add(self, tokens: int, outputs: int) -> None:
+    def _add(self, tokens: int, outputs: int, dice: random.Random) -> None:
         self._count += 1
-        prompt = [self._dice.randrange(FIRST_TOKEN, self._last) for _ in range(tokens)]
+        prompt = [dice.randrange(FIRST_TOKEN, self._last) for _ in range(tokens)]
         made = self._inputs.process_inputs(
             f"profile-{self._count}",
             {"prompt_token_ids": prompt},

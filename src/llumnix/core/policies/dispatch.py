@@ -69,11 +69,15 @@ def by_freeness(load: Load, rank: int, view: ClusterView) -> tuple[float, ...]:
 
 
 def by_start(load: Load, rank: int, view: ClusterView) -> tuple[float, ...]:
-    """First those that are not so short of memory that they give requests away, then the fewest
-    tokens to compute before a newcomer's own, in `AHEAD_TOKENS`, then the highest freeness."""
+    """First those that have memory, then those where only the headroom of more urgent classes is
+    left, last those so short of it that they give requests away; then the fewest tokens to compute
+    before a newcomer's own, in `AHEAD_TOKENS`, then the highest freeness."""
     freeness = load.freeness_for(rank, view.priorities)
-    short = view.thresholds[0] - freeness
-    return (short if short > 0 else 0.0, load.ahead_of(rank) // AHEAD_TOKENS, -freeness)
+    short = full = max(0.0, view.thresholds[0] - freeness)
+    if short and rank:
+        # No headroom is kept from the most urgent class.
+        full = max(0.0, view.thresholds[0] - load.freeness_for(0, view.priorities))
+    return full, short, load.ahead_of(rank) // AHEAD_TOKENS, -freeness
 
 
 class Best:
