@@ -146,7 +146,7 @@ def test_a_request_more_never_raises_freeness(load: Load, tokens: int, rank: int
 
 @given(loads, st.integers(1, 500), st.sampled_from([0, 1]))
 def test_a_token_more_never_raises_freeness(load: Load, tokens: int, rank: int) -> None:
-    more = replace(load, used=load.used + tokens)
+    more = load._replace(used=load.used + tokens)
     assert more.freeness(PRIORITIES) < load.freeness(PRIORITIES)
     assert more.freeness_for(rank, PRIORITIES) <= load.freeness_for(rank, PRIORITIES)
 

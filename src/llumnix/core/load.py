@@ -14,6 +14,7 @@ Rules
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from llumnix.core.priorities import Priorities
 from llumnix.core.types import EngineIndex, InstanceId, OrderId, RequestId
@@ -90,8 +91,7 @@ class LoadReport:
         return sum(c.waiting for c in self.classes)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Load:
+class Load(NamedTuple):
     """What follows from a report and the decisions that it does not cover yet. `used`: KV tokens,
     without those about to be free and with those of dispatches on their way and of the rest of
     prompts; `head`, `queued`: tokens that the head of the queue needs, and that all who wait need;
@@ -153,16 +153,8 @@ class Load:
         """After that many requests of a class, of `tokens` together, have come; below 0: have
         left."""
         running = tuple(n + requests * (r == rank) for r, n in enumerate(self.running))
-        return Load(
-            total=self.total,
-            used=self.used + tokens,
-            head=self.head,
-            queued=self.queued,
-            batch=max(0, self.batch + requests),
-            waiting=self.waiting,
-            slots=self.slots,
-            running=running,
-            ahead=self.ahead,
+        return self._replace(
+            used=self.used + tokens, batch=max(0, self.batch + requests), running=running
         )
 
 

@@ -25,6 +25,7 @@ class Priorities:
         self.classes = tuple(sorted(settings.classes, key=lambda c: c.priority))
         self._numbers = [c.priority for c in self.classes]
         self._headrooms = [c.headroom for c in self.classes]
+        self._with_headroom = [(r, h) for r, h in enumerate(self._headrooms) if h]
         self._aging_s = settings.aging_s
         self._caps = {key: self.rank_named(name) for key, name in settings.key_caps.items()}
 
@@ -74,7 +75,8 @@ class Priorities:
         """Tokens kept free on an instance of `total` KV tokens with that many requests of each
         class running. With `above`, only for classes more urgent than that rank."""
         share = 0.0
-        for headroom, count in zip(self._headrooms[:above], running, strict=False):
-            if count:
+        ranks = len(running) if above is None else min(above, len(running))
+        for rank, headroom in self._with_headroom:
+            if rank < ranks and running[rank]:
                 share += headroom
         return total * share

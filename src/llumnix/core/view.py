@@ -16,6 +16,7 @@ import heapq
 from bisect import bisect_right, insort
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from llumnix.core.load import Load, LoadReport, derive
 from llumnix.core.observed import Observed
@@ -31,8 +32,7 @@ ORDER_LIFETIME_S = 2.0
 STALE_AFTER_S = 2.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Booking:
+class Booking(NamedTuple):
     """A dispatch that no report covers yet. `tokens`: of its prompt; `rank`: its class; `made_s`:
     when, in seconds."""
 
@@ -145,10 +145,11 @@ class ClusterView:
             self._unbook(known, oldest)
         for order in report.orders:
             self._settle(known, order)
-        for order in _lapsed(known.orders, now):
-            self._settle(known, order)
-        for order in _lapsed(known.incoming, now):
-            del known.incoming[order]  # Its source is silent.
+        if known.orders or known.incoming:
+            for order in _lapsed(known.orders, now):
+                self._settle(known, order)
+            for order in _lapsed(known.incoming, now):
+                del known.incoming[order]  # Its source is silent.
         self._changed(known)
 
     def book(

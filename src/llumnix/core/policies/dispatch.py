@@ -73,11 +73,13 @@ def by_start(load: Load, rank: int, view: ClusterView) -> tuple[float, ...]:
     left, last those so short of it that they give requests away; then the fewest tokens to compute
     before a newcomer's own, in `AHEAD_TOKENS`, then the highest freeness."""
     freeness = load.freeness_for(rank, view.priorities)
-    short = full = max(0.0, view.thresholds[0] - freeness)
-    if short and rank:
-        # No headroom is kept from the most urgent class.
-        full = max(0.0, view.thresholds[0] - load.freeness_for(0, view.priorities))
-    return full, short, load.ahead_of(rank) // AHEAD_TOKENS, -freeness
+    ahead = load.ahead_of(rank) // AHEAD_TOKENS
+    short = view.thresholds[0] - freeness
+    if short <= 0:
+        return 0.0, 0.0, ahead, -freeness
+    # No headroom is kept from the most urgent class.
+    full = view.thresholds[0] - load.freeness_for(0, view.priorities) if rank else short
+    return max(0.0, full), short, ahead, -freeness
 
 
 class Best:
