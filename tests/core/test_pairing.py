@@ -155,6 +155,22 @@ def test_a_request_that_waits_goes_where_there_is_room_for_it() -> None:
     assert order.limits[0].waiting_max >= 700
 
 
+def test_a_request_that_waits_goes_into_the_headroom_of_urgent_ones() -> None:
+    s = scheduler()
+    tell(s, load(0, 9900, head=500), load(1, 2000, high=1))
+    (order,) = moves(s)
+    assert pairs([order]) == [("i0", "i1")]
+    (waits,) = order.limits
+    assert waits.tokens_max == 0
+    assert 500 <= waits.waiting_max < 8000
+
+
+def test_it_stays_if_that_would_crowd_urgent_ones_out() -> None:
+    s = scheduler()
+    tell(s, load(0, 9900, head=500), load(1, 9200, high=1))
+    assert moves(s) == []
+
+
 def queue(number: int, used: int, waiting: int, each: int, head: int) -> LoadReport:
     """An instance with a queue of requests of `each` tokens behind a large one."""
     classes = (

@@ -10,6 +10,7 @@ Rules
   freer, and above the threshold of sources, or one that runs there would be preempted.
 - A blocked queue is a virtual usage, so its instance gives requests away until the head fits. If
   the destination has room for the request that waits, that goes: it has no KV to copy.
+- Who waits for memory goes where only the headroom of urgent requests is left, rather than wait.
 - Queues are evened out among those that are blocked: the longest gives to the shortest, no more
   than makes the two alike.
 - An instance that is being emptied gives all it has, to whoever has room, several at a time.
@@ -50,6 +51,7 @@ class Pairing:
         decided = list(self._drains(view, takers, now))
         if self._balance:
             decided += self._balances(view, takers, now)
+            decided += self._into_headroom(view, takers, now)
             decided += self._queues(view, takers, now)
         return decided
 
@@ -105,6 +107,37 @@ class Pairing:
                     why += f"; its queue waits for {source.load.head} tokens"
                 yield self._order(view, source, destination, limits, why, now)
 
+    def _into_headroom(
+        self, view: ClusterView, takers: list[InstanceView], now: float
+    ) -> Iterator[MoveLoad]:
+        """Who waits for memory goes where there is some but for headroom."""
+        most, below = self._settings.moves_max, view.thresholds[0]
+        sources = [v for v in takers if v.load.head and v.freeness < 0 and _leaving(v) == 0]
+        if not sources:
+            return
+        rooms = []
+        for known in takers:
+            load = known.load
+            if known.freeness >= below or load.waiting:
+                continue
+            if not view.priorities.headroom(load.total, load.running) or not _has_slot(known):
+                continue
+            if _leaving(known) == 0 and _coming(known) < most:
+                # No headroom is kept from the most urgent class.
+                spare = load.spare_for(0, view.priorities) - below * (load.batch + 1)
+                rooms.append((min(int(spare), _room(known)), known.report.instance, known))
+        rooms.sort(key=lambda each: (-each[0], each[1]))
+        sources.sort(key=lambda v: (v.freeness, v.report.instance))
+        pairs = zip(sources, rooms, strict=False)
+        for source, (room, there, destination) in islice(pairs, ORDERS_MAX):
+            if source.load.head <= room:
+                why = (
+                    f"{source.load.head} tokens wait on {source.report.instance}, and only "
+                    f"headroom is left on {there}"
+                )
+                limits = _waiting(source, room)
+                yield self._order(view, source, destination, limits, why, now)
+
     def _queues(
         self, view: ClusterView, takers: list[InstanceView], now: float
     ) -> Iterator[MoveLoad]:
@@ -125,13 +158,7 @@ class Pairing:
             waiting_max = int((there - here) / 2)
             if waiting_max < source.load.queued / source.load.waiting:
                 continue
-            limits = tuple(
-                MoveLimit(
-                    rank=r, tokens_min=0, tokens_wanted=0, tokens_max=0, waiting_max=waiting_max
-                )
-                for r, known in enumerate(source.report.classes)
-                if known.waiting
-            )
+            limits = _waiting(source, waiting_max)
             why = (
                 f"{source.load.waiting} wait for {source.load.queued} tokens on "
                 f"{source.report.instance}, {destination.load.waiting} for "
@@ -223,6 +250,15 @@ def _room(destination: InstanceView) -> int:
     migration wants in reserve."""
     free = destination.load.total - destination.load.used
     return free - MigrationLimits().ahead_tokens(destination.report.block_tokens)
+
+
+def _waiting(source: InstanceView, tokens: int) -> tuple[MoveLimit, ...]:
+    """Only what waits, of up to so many tokens."""
+    return tuple(
+        MoveLimit(rank=r, tokens_min=0, tokens_wanted=0, tokens_max=0, waiting_max=tokens)
+        for r, known in enumerate(source.report.classes)
+        if known.waiting
+    )
 
 
 def _anything(room: int, classes: int) -> tuple[MoveLimit, ...]:
