@@ -171,6 +171,24 @@ def test_it_stays_if_that_would_crowd_urgent_ones_out() -> None:
     assert moves(s) == []
 
 
+def test_it_stays_if_it_fits_where_it_is() -> None:
+    s = scheduler()
+    tell(s, load(0, 3000, high=1, head=500), load(1, 2000, high=1))
+    assert moves(s) == []
+
+
+def test_it_stays_out_of_headroom_if_it_fits_anywhere_else() -> None:
+    s = scheduler()
+    tell(s, load(0, 9900, head=300), load(1, 9300), load(2, 2000, high=1))
+    assert moves(s) == []
+
+
+def test_a_head_that_fits_nowhere_does_not_keep_others_waiting() -> None:
+    s = scheduler()
+    tell(s, load(0, 9990, head=9000), load(1, 9950, head=500), load(2, 2000, high=1))
+    assert pairs(moves(s)) == [("i1", "i2")]
+
+
 def queue(number: int, used: int, waiting: int, each: int, head: int) -> LoadReport:
     """An instance with a queue of requests of `each` tokens behind a large one."""
     classes = (

@@ -6,7 +6,8 @@ that of a step with and without asynchronous scheduling.
 
 vLLM 0.32 internals relied on here (tests/engine/test_profiler.py fails when one changes):
 `EngineCore(config, executor_class, log_stats)`, its `step_fn()`, which returns the outputs by
-client, `preprocess_add_request`, `add_request` and `shutdown`; `InputProcessor.process_inputs`.
+client, `preprocess_add_request`, `add_request`, `abort_requests` and `shutdown`;
+`InputProcessor.process_inputs`.
 """
 
 import math
@@ -163,8 +164,7 @@ class _Runner:
         """A batch that only decodes, with `outputs` tokens each at the most: the median of its
         steps. A repetition has the same prompts, so a prefix cache spares it computing them."""
         dice = random.Random(f"{batch} {context}")
-        for _ in range(batch):
-            self._add(context, outputs, dice)
+        made = [self._add(context, outputs, dice) for _ in range(batch)]
         times: list[float] = []
         held: list[int] = []
         counts: dict[str, int] = {}
@@ -179,11 +179,12 @@ class _Runner:
             last = now
             if len(times) == DECODED - SETTLED or max(counts.values()) >= outputs:
                 break
+        self._core.abort_requests(made)
         self._to_the_end()
         step = Step(decodes=batch, context=int(statistics.median(held)) if held else 0)
         return (step,), statistics.median(times) if times else 0.0
 
-    def _add(self, tokens: int, outputs: int, dice: random.Random) -> None:
+    def _add(self, tokens: int, outputs: int, dice: random.Random) -> str:
         self._count += 1
         prompt = [dice.randrange(FIRST_TOKEN, self._last) for _ in range(tokens)]
         made = self._inputs.process_inputs(
@@ -194,6 +195,7 @@ class _Runner:
         )
         made.request_id = f"profile-{self._count}"
         self._core.add_request(*self._core.preprocess_add_request(made))
+        return made.request_id
 
     def _step(self, counts: dict[str, int]) -> bool:
         """Makes a step; counts the tokens that came of it. Whether any did."""

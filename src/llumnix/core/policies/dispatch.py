@@ -69,9 +69,10 @@ def by_freeness(load: Load, rank: int, view: ClusterView) -> tuple[float, ...]:
 
 
 def by_start(load: Load, rank: int, view: ClusterView) -> tuple[float, ...]:
-    """First those that have memory, then those where only the headroom of more urgent classes is
-    left, last those so short of it that they give requests away; then the fewest tokens to compute
-    before a newcomer's own, in `AHEAD_TOKENS`, then the highest freeness."""
+    """First those that have memory: the fewest tokens to compute before a newcomer's own, in
+    `AHEAD_TOKENS`, then the highest freeness. Then those where only the headroom of more urgent
+    classes is left, last those so short of it that they give requests away, each the least short
+    first."""
     freeness = load.freeness_for(rank, view.priorities)
     ahead = load.ahead_of(rank) // AHEAD_TOKENS
     short = view.thresholds[0] - freeness

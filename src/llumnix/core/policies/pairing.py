@@ -10,7 +10,7 @@ Rules
   freer, and above the threshold of sources, or one that runs there would be preempted.
 - A blocked queue is a virtual usage, so its instance gives requests away until the head fits. If
   the destination has room for the request that waits, that goes: it has no KV to copy.
-- Who waits for memory goes where only the headroom of urgent requests is left, rather than wait.
+- Who waits for memory, and fits nowhere else, goes into the headroom of urgent requests.
 - Queues are evened out among those that are blocked: the longest gives to the shortest, no more
   than makes the two alike.
 - An instance that is being emptied gives all it has, to whoever has room, several at a time.
@@ -110,33 +110,34 @@ class Pairing:
     def _into_headroom(
         self, view: ClusterView, takers: list[InstanceView], now: float
     ) -> Iterator[MoveLoad]:
-        """Who waits for memory goes where there is some but for headroom."""
-        most, below = self._settings.moves_max, view.thresholds[0]
-        sources = [v for v in takers if v.load.head and v.freeness < 0 and _leaving(v) == 0]
-        if not sources:
+        """Who waits for memory, and would fit nowhere else, goes where there is some but for
+        headroom."""
+        most, below, kept = self._settings.moves_max, view.thresholds[0], view.priorities.headroom
+        waiting = [v for v in takers if v.load.head]
+        sources = [v for v in waiting if v.load.head > _free(v) and _has_slot(v)]
+        others = [v for v in takers if not v.load.waiting and _has_slot(v)]
+        reserved = [v for v in others if v.freeness < below and kept(v.load.total, v.load.running)]
+        if not sources or not reserved:
             return
+        roomiest = max((v for v in others if v.freeness >= below), key=_free, default=None)
+        elsewhere = 0 if roomiest is None else _room(roomiest)
         rooms = []
-        for known in takers:
-            load = known.load
-            if known.freeness >= below or load.waiting:
-                continue
-            if not view.priorities.headroom(load.total, load.running) or not _has_slot(known):
-                continue
-            if _leaving(known) == 0 and _coming(known) < most:
+        for known in reserved:
+            if _coming(known) < most and not _leaving(known):
                 # No headroom is kept from the most urgent class.
-                spare = load.spare_for(0, view.priorities) - below * (load.batch + 1)
+                spare = known.load.spare_for(0, view.priorities) - below * (known.load.batch + 1)
                 rooms.append((min(int(spare), _room(known)), known.report.instance, known))
-        rooms.sort(key=lambda each: (-each[0], each[1]))
+        rooms.sort(key=lambda each: (each[0], each[1]))
         sources.sort(key=lambda v: (v.freeness, v.report.instance))
-        pairs = zip(sources, rooms, strict=False)
-        for source, (room, there, destination) in islice(pairs, ORDERS_MAX):
-            if source.load.head <= room:
+        for source in sources[:ORDERS_MAX]:
+            head = source.load.head
+            if elsewhere < head and rooms and head <= rooms[-1][0] and not _leaving(source):
+                room, there, destination = rooms.pop()
                 why = (
-                    f"{source.load.head} tokens wait on {source.report.instance}, and only "
-                    f"headroom is left on {there}"
+                    f"{head} tokens wait on {source.report.instance}, and only headroom is left "
+                    f"on {there}"
                 )
-                limits = _waiting(source, room)
-                yield self._order(view, source, destination, limits, why, now)
+                yield self._order(view, source, destination, _waiting(source, room), why, now)
 
     def _queues(
         self, view: ClusterView, takers: list[InstanceView], now: float
@@ -245,11 +246,14 @@ def _has_slot(known: InstanceView) -> bool:
     return not known.load.slots or known.load.batch < known.load.slots
 
 
+def _free(known: InstanceView) -> int:
+    return known.load.total - known.load.used
+
+
 def _room(destination: InstanceView) -> int:
     """The largest request, in KV tokens, that finds room there now, with the blocks that a
     migration wants in reserve."""
-    free = destination.load.total - destination.load.used
-    return free - MigrationLimits().ahead_tokens(destination.report.block_tokens)
+    return _free(destination) - MigrationLimits().ahead_tokens(destination.report.block_tokens)
 
 
 def _waiting(source: InstanceView, tokens: int) -> tuple[MoveLimit, ...]:
