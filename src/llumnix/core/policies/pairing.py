@@ -31,7 +31,8 @@ from llumnix.core.view import ClusterView, InstanceView
 
 STOP_STEPS = 1.0
 """What a move costs the request beyond the copy: about one step in which nobody computes it."""
-DRAIN_MOVES_MAX = MigrationLimits().outgoing_max
+LIMITS = MigrationLimits()
+DRAIN_MOVES_MAX = LIMITS.outgoing_max
 """Moves away from an instance that is being emptied at a time: as many as its engine takes."""
 ORDERS_MAX = 64
 """Orders of one round; the next round comes soon."""
@@ -113,25 +114,26 @@ class Pairing:
         """Who waits for memory, and would fit nowhere else, goes where there is some but for
         headroom."""
         most, below, kept = self._settings.moves_max, view.thresholds[0], view.priorities.headroom
-        waiting = [v for v in takers if v.load.head]
-        sources = [v for v in waiting if v.load.head > _free(v) and _has_slot(v)]
-        others = [v for v in takers if not v.load.waiting and _has_slot(v)]
-        reserved = [v for v in others if v.freeness < below and kept(v.load.total, v.load.running)]
-        if not sources or not reserved:
+        blocked = [v for v in takers if v.load.head and v.load.head > _free(v) and _has_slot(v)]
+        sources = sorted(
+            (v for v in blocked if not _leaving(v)), key=lambda v: (v.freeness, v.report.instance)
+        )
+        if not sources:
             return
-        roomiest = max((v for v in others if v.freeness >= below), key=_free, default=None)
-        elsewhere = 0 if roomiest is None else _room(roomiest)
+        others = [v for v in takers if not v.load.waiting and _has_slot(v)]
+        elsewhere = max((_room(v) for v in others if v.freeness >= below), default=0)
         rooms = []
-        for known in reserved:
+        for known in others:
+            if known.freeness >= below or not kept(known.load.total, known.load.running):
+                continue
             if _coming(known) < most and not _leaving(known):
                 # No headroom is kept from the most urgent class.
                 spare = known.load.spare_for(0, view.priorities) - below * (known.load.batch + 1)
                 rooms.append((min(int(spare), _room(known)), known.report.instance, known))
-        rooms.sort(key=lambda each: (each[0], each[1]))
-        sources.sort(key=lambda v: (v.freeness, v.report.instance))
+        rooms.sort()  # Ids differ, so views are never compared.
         for source in sources[:ORDERS_MAX]:
             head = source.load.head
-            if elsewhere < head and rooms and head <= rooms[-1][0] and not _leaving(source):
+            if elsewhere < head and rooms and head <= rooms[-1][0]:
                 room, there, destination = rooms.pop()
                 why = (
                     f"{head} tokens wait on {source.report.instance}, and only headroom is left "
@@ -253,7 +255,7 @@ def _free(known: InstanceView) -> int:
 def _room(destination: InstanceView) -> int:
     """The largest request, in KV tokens, that finds room there now, with the blocks that a
     migration wants in reserve."""
-    return _free(destination) - MigrationLimits().ahead_tokens(destination.report.block_tokens)
+    return _free(destination) - LIMITS.ahead_tokens(destination.report.block_tokens)
 
 
 def _waiting(source: InstanceView, tokens: int) -> tuple[MoveLimit, ...]:
