@@ -8,6 +8,9 @@ difference between the two, the throughput ratio is a median over the rounds too
 The client runs with real-time priority where it may: on a machine whose cores are all busy it would
 else measure how long the kernel leaves *it* waiting (0.5 s at times).
 
+With `--before FOLDER` an earlier state of llumnix (a checkout's `src`) takes its turns too; with
+`--instances N` there are so many, and bare vLLM has as many data-parallel ranks behind one process.
+
 Latency is measured with one stream, and with Poisson arrivals; throughput with eight streams in a
 closed loop (whose latencies say little: whether eight requests arrive within one engine step or two
 decides whether a prefill falls between somebody's tokens). The CPU time of the process that speaks
@@ -18,9 +21,11 @@ HTTP says how many requests a second one such process can carry.
 
 import argparse
 import asyncio
+import os
 import random
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +47,8 @@ from shapes import SHAPES, write_shape
 
 Load = dict[str, Any]
 """`streams` at a time or `rate` a second, so many `requests`."""
+Round = dict[str, dict[str, float]]
+"""The figures of each server, by its kind."""
 
 
 def one_stream(requests: int) -> Load:
@@ -114,38 +121,53 @@ def summary(results: list[Streamed], wall_s: float, used_s: float, tokens: int) 
 
 
 async def measure(
-    args: argparse.Namespace, servers: list[Served], loads: tuple[Load, ...]
+    args: argparse.Namespace,
+    servers: list[Served],
+    loads: tuple[Load, ...],
+    keep: Callable[[list[dict[str, Any]]], None],
 ) -> list[dict[str, Any]]:
+    """One row a load; what is there after a round is `keep`'s."""
     await asyncio.gather(*(s.wait_until_up() for s in servers))
-    rows = []
-    for load in loads:
-        rounds: list[dict[str, dict[str, float]]] = []
-        for number in range(args.rounds):
-            order = servers if number % 2 == 0 else servers[::-1]
-            took = {}
-            for server in order:
+    rounds: dict[str, list[Round]] = {load["load"]: [] for load in loads}
+    rows: list[dict[str, Any]] = []
+    for number in range(args.rounds):
+        for load in loads:
+            took: Round = {}
+            for server in servers if number % 2 == 0 else servers[::-1]:
                 await one_round(server.url, "m", WARM_UP, args.tokens, seed=-1)
                 used_s = cpu_s(server)
                 results, wall_s = await one_round(server.url, "m", load, args.tokens, seed=number)
                 used_s = cpu_s(server) - used_s
                 took[server.kind] = summary(results, wall_s, used_s, args.tokens)
-            rounds.append(took)
-        row: dict[str, Any] = {**load, "output_tokens": args.tokens, "rounds": rounds}
-        for kind in ("bare", "llumnix"):
-            row[kind] = {k: median([r[kind][k] for r in rounds]) for k in rounds[0][kind]}
-        row["added_ms"] = {
-            k: median([r["llumnix"][k] - r["bare"][k] for r in rounds])
-            for k in row["bare"]
-            if k.endswith(("p50", "p99"))
-        }
-        row["throughput_ratio"] = median(
-            [r["llumnix"]["tokens_per_s"] / r["bare"]["tokens_per_s"] for r in rounds]
-        )
-        rows.append(row)
+            rounds[load["load"]].append(took)
+        rows = [row_of(load, args.tokens, rounds[load["load"]]) for load in loads]
+        keep(rows)
     return rows
 
 
+def row_of(load: Load, tokens: int, rounds: list[Round]) -> dict[str, Any]:
+    """Medians over the rounds, and of the differences to bare vLLM: of llumnix under the names
+    alone, of its earlier state, if there is one, in `before`."""
+    row: dict[str, Any] = {**load, "output_tokens": tokens, "rounds": rounds}
+    for kind in rounds[0]:
+        row[kind] = {k: median([r[kind][k] for r in rounds]) for k in rounds[0][kind]}
+    for kind in rounds[0].keys() - {"bare"}:
+        found: dict[str, Any] = {
+            "added_ms": {
+                k: median([r[kind][k] - r["bare"][k] for r in rounds])
+                for k in row["bare"]
+                if k.endswith(("p50", "p99"))
+            },
+            "throughput_ratio": median(
+                [r[kind]["tokens_per_s"] / r["bare"]["tokens_per_s"] for r in rounds]
+            ),
+        }
+        (row if kind == "llumnix" else row[kind]).update(found)
+    return row
+
+
 def table(rows: list[dict[str, Any]]) -> str:
+    """Of all rows; llumnix's earlier state has a line of its own beneath each, if it was there."""
     lines = [
         "| load | figure | bare vLLM | llumnix | added |",
         "|---|---|---|---|---|",
@@ -157,22 +179,29 @@ def table(rows: list[dict[str, Any]]) -> str:
         "itl_ms_p99": "inter-token P99, ms",
     }
     for row in rows:
-        ours, bare = (row[kind]["cpu_ms_per_request"] for kind in ("llumnix", "bare"))
-        lines.append(
-            f"| {row['load']} | CPU of the HTTP process, ms a request | {bare:.2f} | {ours:.2f} | "
-            f"ratio {ours / bare:.2f} |"
-        )
-        # Of several streams in a closed loop only the throughput says anything.
-        for key, name in names.items() if row["streams"] in (None, 1) else ():
+        bare = row["bare"]
+        for ours, diff, note in (
+            (row["llumnix"], row, ""),
+            *([(row["before"], row["before"], " (before)")] if "before" in row else []),
+        ):
+            load = row["load"] + note
+            key = "cpu_ms_per_request"
             lines.append(
-                f"| {row['load']} | {name} | {row['bare'][key]:.2f} | "
-                f"{row['llumnix'][key]:.2f} | {row['added_ms'][key]:+.2f} |"
+                f"| {load} | CPU of the HTTP process, ms a request | {bare[key]:.2f} | "
+                f"{ours[key]:.2f} | ratio {ours[key] / bare[key]:.2f} |"
             )
-        if row["rate"] is None:
-            lines.append(
-                f"| {row['load']} | throughput, tokens/s | {row['bare']['tokens_per_s']:.0f} | "
-                f"{row['llumnix']['tokens_per_s']:.0f} | ratio {row['throughput_ratio']:.3f} |"
-            )
+            # Of several streams in a closed loop only the throughput says anything.
+            for key, name in names.items() if row["streams"] in (None, 1) else ():
+                lines.append(
+                    f"| {load} | {name} | {bare[key]:.2f} | {ours[key]:.2f} | "
+                    f"{diff['added_ms'][key]:+.2f} |"
+                )
+            if row["rate"] is None:
+                key = "tokens_per_s"
+                lines.append(
+                    f"| {load} | throughput, tokens/s | {bare[key]:.0f} | {ours[key]:.0f} | "
+                    f"ratio {diff['throughput_ratio']:.3f} |"
+                )
     return "\n".join(lines)
 
 
@@ -182,6 +211,8 @@ def main(given: list[str] | None = None, loads: tuple[Load, ...] = LOADS) -> Non
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--share", type=float, default=1.0, help="of a load's requests: a dry run")
     parser.add_argument("--tokens", type=int, default=32, help="output tokens of a request")
+    parser.add_argument("--instances", type=int, default=1)
+    parser.add_argument("--before", type=Path, help="`src` of an earlier state, to compare")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/overhead.json")
     parser.add_argument("flags", nargs="*", default=FLAGS, help="of the servers, after --")
     args = parser.parse_args(given)
@@ -195,18 +226,28 @@ def main(given: list[str] | None = None, loads: tuple[Load, ...] = LOADS) -> Non
         if args.model in SHAPES:
             args.model = str(write_shape(args.model, Path(logs) / args.model))
             flags = [*flags, "--load-format", "dummy"]
-        servers = []
+        servers: list[Served] = []
+        count = str(args.instances)
+        peer = ["--data-parallel-size", count, "--api-server-count", "1"]
+
+        def keep(rows: list[dict[str, Any]]) -> None:
+            write_result(args.out, rows, model=Path(args.model).name, flags=flags, client=priority)
+
         try:
-            for kind in ("bare", "llumnix"):
-                more = ["--instances", "1"] if kind == "llumnix" else []
+            for kind in ("bare", "llumnix", "before")[: 3 if args.before else 2]:
+                more = ["--instances", count] if kind != "bare" else peer if count != "1" else []
                 log = Path(logs) / f"{kind}.log"
-                servers.append(serve(kind, args.model, "m", flags + more, log))
+                env = {"PYTHONPATH": f"{args.before}:{os.environ.get('PYTHONPATH', '')}"}
+                what = "bare" if kind == "bare" else "llumnix"
+                servers.append(
+                    serve(what, args.model, "m", flags + more, log, env if what != kind else None)
+                )
+                servers[-1].kind = kind
             loads = tuple({**x, "requests": max(4, int(args.share * x["requests"]))} for x in loads)
-            rows = asyncio.run(measure(args, servers, loads))
+            rows = asyncio.run(measure(args, servers, loads, keep))
         finally:
             for server in servers:
                 server.stop()
-        write_result(args.out, rows, model=Path(args.model).name, flags=flags, client=priority)
     print(table(rows))
 
 
