@@ -37,6 +37,8 @@ from vllm.v1.engine import (  # noqa: E402
 )
 from vllm.v1.engine.core import EngineCore, EngineCoreProc  # noqa: E402
 from vllm.v1.engine.core_client import AsyncMPClient  # noqa: E402
+from vllm.v1.executor.multiproc_executor import MultiprocExecutor  # noqa: E402
+from vllm.v1.executor.uniproc_executor import UniProcExecutor  # noqa: E402
 from vllm.v1.kv_cache_interface import (  # noqa: E402
     FullAttentionSpec,
     KVCacheConfig,
@@ -49,6 +51,7 @@ from vllm.v1.worker.gpu_input_batch import CachedRequestState  # noqa: E402
 from vllm.v1.worker.worker_base import WorkerWrapperBase  # noqa: E402
 
 from llumnix.engine import immovable  # noqa: E402
+from llumnix.engine.tokens import Grown, Prompt  # noqa: E402
 
 BLOCK = 4
 ROOT = Path(vllm.__file__).parent
@@ -361,6 +364,19 @@ def test_a_request_is_made_and_fed_like_the_engines_own() -> None:
     assert new.take_prefill_stats() is not None
     assert new.prefill_stats is None, "Rest.cached: None once the client was told"
     assert Request.__eq__ is object.__eq__, "vllm_port.stop finds it by identity"
+
+
+def test_a_request_keeps_the_lists_of_its_tokens() -> None:
+    prompt = Prompt([1, 2, 3])
+    sampling = SamplingParams(max_tokens=4)
+    new = Request("r", prompt, sampling, None)
+    new.append_output_token_ids(4)
+    new.append_output_token_ids([5])
+    assert new.prompt_token_ids is prompt
+    assert isinstance(new._all_token_ids, Grown)
+    assert new._all_token_ids == [1, 2, 3, 4, 5]
+    says(Scheduler.schedule, "req._all_token_ids,", who="engine/tokens.py")
+    assert not issubclass(MultiprocExecutor, UniProcExecutor), "arrivals: workers apart"
 
 
 def test_a_description_is_one_message_that_decodes_to_the_same() -> None:

@@ -3,7 +3,8 @@
 What it relies on inside vLLM stands in engine/vllm_port.py, the other half, beside that:
 `EngineCore.batch_queue` holds the steps in flight, `request_block_hasher` hashes blocks,
 `StructuredOutputManager.grammar_init` compiles a grammar on a thread and `accept_tokens` advances
-it (tests/house/test_vllm_migration_contract.py).
+it, `UniProcExecutor` is the one whose worker is this very process
+(tests/house/test_vllm_migration_contract.py).
 """
 
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from typing import Any
 import msgspec
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.core import EngineCore
+from vllm.v1.executor.uniproc_executor import UniProcExecutor
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.serial_utils import MsgpackDecoder
 
@@ -19,6 +21,7 @@ from llumnix.core.messages import Blocks
 from llumnix.core.port import Refusal
 from llumnix.core.types import EngineIndex, RequestId
 from llumnix.engine.immovable import why_engine_cannot
+from llumnix.engine.tokens import Prompt
 from llumnix.engine.transfer_client import AgentClient
 from llumnix.engine.worker import RunnerState
 
@@ -71,6 +74,7 @@ class Arrivals:
         self._client = client
         self._never = why_engine_cannot(core.vllm_config, self._scheduler)
         self._v1 = not core.vllm_config.use_v2_model_runner
+        self._workers_apart = not isinstance(core.model_executor, UniProcExecutor)
         self._arriving: dict[RequestId, Arriving] = {}
         self._waiting: list[Waiting] = []
         self._decoder = MsgpackDecoder(EngineCoreRequest)
@@ -132,6 +136,8 @@ class Arrivals:
             described = self._decoder.decode(body)
         except msgspec.MsgspecError as error:
             return Refusal(why=f"it cannot be read there: {error}")
+        if self._workers_apart and described.prompt_token_ids is not None:
+            described.prompt_token_ids = Prompt(described.prompt_token_ids)
         new = Request.from_engine_core_request(described, self._core.request_block_hasher)
         self.arrived(new)
         coming = Arriving(request=new, agents=tuple(agents))

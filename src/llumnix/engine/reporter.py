@@ -28,7 +28,7 @@ from llumnix.observe.wire import Message, decode, encode
 
 logger = logging.getLogger("llumnix.engine")
 
-REPORT_EVERY_S = 0.01
+REPORT_EVERY_S = 0.02
 HEARTBEAT_S = 0.1
 CLOSE_TIMEOUT_S = 2.0
 ADMITTED_MAX = 10_000
