@@ -138,6 +138,14 @@ def test_async_llm_makes_its_client_by_a_name_of_its_module() -> None:
     assert "self._logger_ref = [self.logger_manager]" in source(AsyncLLM._run_output_handler)
 
 
+def test_generate_leaves_its_prompt_to_add_request() -> None:
+    text = source(AsyncLLM.generate).split('"""')[2]
+    assert re.findall(r"\bprompt\b", text) == ["prompt"]
+    assert "q = await self.add_request( request_id, prompt, sampling_params," in " ".join(
+        text.split()
+    )
+
+
 def test_requests_are_registered_and_sent_in_one_place() -> None:
     text = source(AsyncLLM._add_request)
     assert "output_processor.add_request" in text

@@ -3,6 +3,8 @@
 vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
 - `AsyncLLM.__init__` gets its engine client from `EngineCoreClient.make_async_mp_client`, looked up
   in its own module; there is no argument to pass one in.
+- `AsyncLLM.generate` hands its prompt to `self.add_request` as it is, awaits that first, and does
+  nothing else with it.
 - `AsyncLLM._add_request` registers and sends a request with `n` = 1 (vLLM takes back by itself what
   it registered for others when sending fails).
 - `OutputProcessor.request_states[id].queue` takes an exception for the request's consumer.
@@ -16,10 +18,12 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from typing import Any
 
 from vllm.config import VllmConfig
+from vllm.outputs import RequestOutput
+from vllm.sampling_params import SamplingParams
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine import async_llm as vllm_async_llm
@@ -28,6 +32,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.executor import Executor
 from vllm.v1.metrics.loggers import StatLoggerManager, load_stat_logger_plugin_factories
 
+from llumnix.frontend.ahead import Adding, Outputs
 from llumnix.frontend.client import FleetClient
 
 logger = logging.getLogger("llumnix.frontend")
@@ -65,6 +70,20 @@ class FleetLLM(AsyncLLM):
                 log_requests=log_requests,
                 aggregate_engine_logging=aggregate_engine_logging,
             )
+
+    def generate(  # type: ignore[override]
+        self, prompt: Any, sampling_params: SamplingParams, request_id: str, **kwargs: Any
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """As vLLM's, but the request is added from now on, not when its outputs are asked for."""
+        if isinstance(prompt, AsyncGenerator):  # A session, whose inputs are still to come.
+            return super().generate(prompt, sampling_params, request_id, **kwargs)
+        adding = Adding(self.add_request(request_id, prompt, sampling_params, **kwargs), self.abort)
+        return Outputs(super().generate(adding, sampling_params, request_id, **kwargs), adding)
+
+    async def add_request(self, request_id: str, prompt: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(prompt, Adding):
+            return await prompt.added
+        return await super().add_request(request_id, prompt, *args, **kwargs)
 
     async def _add_request(self, request: EngineCoreRequest, *args: Any, **kwargs: Any) -> None:
         # Placing a request takes a moment in which the client can hang up. The caller does not
