@@ -24,7 +24,7 @@ from llumnix.core.priorities import Priorities
 from llumnix.core.settings import MigrationSettings
 from llumnix.core.types import EngineIndex, InstanceId, OrderId, RequestId
 
-Order = Callable[[Load, int, "ClusterView"], tuple[float, ...]]
+Order = Callable[["InstanceView", int, "ClusterView"], tuple[float, ...]]
 """How good an instance of that load is for a newcomer of a class; the lowest is the best."""
 
 BOOKING_LIFETIME_S = 5.0
@@ -229,8 +229,7 @@ class ClusterView:
         return silent
 
     def best(self, order: Order, rank: int, now: float) -> InstanceView | None:
-        """The first in that order for a newcomer of that class; of several alike, the one that has
-        waited longest for a dispatch."""
+        """The first in that order for a newcomer of that class."""
         heap = self._heaps.get((order, rank))
         if heap is None or len(heap) > 8 * len(self._instances) + 64:
             heap = self._heaps[order, rank] = []
@@ -238,7 +237,7 @@ class ClusterView:
                 if known.report.accepting:
                     self._push(heap, order, rank, known)
         while heap:
-            _, _, instance, version = heap[0]
+            _, instance, version = heap[0]
             best = self._instances.get(instance)
             # One that is silent is put back by its next report.
             if best is not None and best.version == version and best.fresh(now):
@@ -246,17 +245,17 @@ class ClusterView:
             heapq.heappop(heap)
         return min(
             self.candidates(now),
-            key=lambda v: (order(v.load, rank, self), v.turn),
+            key=lambda v: order(v, rank, self),
             default=None,
         )
 
     def _push(self, heap: "list[_Ranked]", order: Order, rank: int, known: InstanceView) -> None:
-        place = order(known.load, rank, self)
-        heapq.heappush(heap, (place, known.turn, known.report.instance, known.version))
+        place = order(known, rank, self)
+        heapq.heappush(heap, (place, known.report.instance, known.version))
 
 
-_Ranked = tuple[tuple[float, ...], int, InstanceId, int]
-"""An instance's place in an order, its turn, and the version of it that had that place."""
+_Ranked = tuple[tuple[float, ...], InstanceId, int]
+"""An instance's place in an order, and the version of it that had that place."""
 
 
 def _lapsed(orders: dict[OrderId, float], now: float) -> list[OrderId]:

@@ -63,16 +63,28 @@ class LeastLoaded:
         return chosen, f"least-loaded: {lowest[0]} requests, {lowest[1]} KV tokens"
 
 
-def by_freeness(load: Load, rank: int, view: ClusterView) -> tuple[float, ...]:
-    """The highest freeness first, as a newcomer of that class meets it."""
-    return (-load.freeness_for(rank, view.priorities),)
+def by_freeness(known: InstanceView, rank: int, view: ClusterView) -> tuple[float, ...]:
+    """The highest freeness first, as a newcomer of that class meets it; of several alike, the one
+    that has waited longest for a dispatch."""
+    return -known.load.freeness_for(rank, view.priorities), known.turn
 
 
-def by_start(load: Load, rank: int, view: ClusterView) -> tuple[float, ...]:
+def by_start(known: InstanceView, rank: int, view: ClusterView) -> tuple[float, ...]:
     """First those that have memory: the fewest tokens to compute before a newcomer's own, in
     `AHEAD_TOKENS`, then the highest freeness. Then those where only the headroom of more urgent
     classes is left, last those so short of it that they give requests away, each the least short
-    first."""
+    first. Of several alike, mostly because they stand idle, the one that was dispatched to last:
+    it is the warmest."""
+    return *_by_start(known.load, rank, view), -known.turn
+
+
+def by_start_in_turn(known: InstanceView, rank: int, view: ClusterView) -> tuple[float, ...]:
+    """The same, but of several alike the one that has waited longest for a dispatch: what no
+    instance has in its prefix cache is spread over all of them."""
+    return *_by_start(known.load, rank, view), known.turn
+
+
+def _by_start(load: Load, rank: int, view: ClusterView) -> tuple[float, float, float, float]:
     freeness = load.freeness_for(rank, view.priorities)
     ahead = load.ahead_of(rank) // AHEAD_TOKENS
     short = view.thresholds[0] - freeness
@@ -108,10 +120,10 @@ def freest() -> Best:
     return Best(by_freeness, "freest: {freeness:.0f} tokens a request")
 
 
-def soonest() -> Best:
+def soonest(order: Order = by_start) -> Best:
     """Where the request starts soonest, and disturbs the fewest: memory is not short, and the
     fewest tokens of other prompts are still to be computed; of several alike the freest."""
-    return Best(by_start, "soonest: after {ahead} tokens, {freeness:.0f} tokens a request")
+    return Best(order, "soonest: after {ahead} tokens, {freeness:.0f} tokens a request")
 
 
 class CacheAware:
@@ -122,7 +134,7 @@ class CacheAware:
 
     def __init__(self) -> None:
         self.index = PrefixIndex()
-        self._soonest = soonest()
+        self._soonest = soonest(by_start_in_turn)
 
     def choose(
         self, view: ClusterView, request: RequestArrived, now: float
