@@ -226,6 +226,7 @@ def test_what_the_destination_has_already_is_not_copied(real: RealKind) -> None:
     assert sum(s.tokens for s in duo.ended[-1].stages) < 64
 
 
+@pytest.mark.slow  # tests/live has it too, over HTTP.
 def test_eight_at_once_under_random_traffic(real: RealKind) -> None:
     draw = random.Random(3)
     prompts = [[draw.randrange(60, 500) for _ in range(draw.randrange(30, 400))] for _ in range(8)]

@@ -276,7 +276,7 @@ def test_a_lora_adapter(fleet: Server) -> None:
     assert calm.tokens() != base.tokens()
 
 
-@pytest.mark.parametrize("how", ["blocking", "recompute"])
+@pytest.mark.parametrize("how", ["blocking", pytest.param("recompute", marks=pytest.mark.slow)])
 def test_other_ways_to_get_the_kv_there(fleet: Server, how: str) -> None:
     check(fleet, COMPLETIONS, SEEDED, copy=how)
     check(fleet, COMPLETIONS, RESTLESS, copy=how)
@@ -311,12 +311,16 @@ def test_a_stop_token_that_comes_late(fleet: Server) -> None:
 @pytest.mark.parametrize(
     "wanted",
     [
-        pytest.param({"regex": "[a-z]{100}-[0-9]{100}"}, id="regex"),
+        pytest.param({"regex": "[a-z]{100}-[0-9]{100}"}, id="regex", marks=pytest.mark.slow),
         pytest.param(
             {"grammar": 'root ::= "go " pair{70} " end"\npair ::= ("ab" | "cd" | "e") (","|";")'},
             id="grammar",
         ),
-        pytest.param({"choice": [c + "lpha beta gamma " * 15 for c in "abc"]}, id="choice"),
+        pytest.param(
+            {"choice": [c + "lpha beta gamma " * 15 for c in "abc"]},
+            id="choice",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_structured_outputs(fleet: Server, wanted: dict[str, Any]) -> None:
@@ -332,7 +336,14 @@ def test_a_json_schema(fleet: Server) -> None:
 
 
 @pytest.mark.parametrize(
-    "choice", ["required", {"type": "function", "function": {"name": "weather"}}], ids=str
+    "choice",
+    [
+        "required",
+        pytest.param(
+            {"type": "function", "function": {"name": "weather"}}, marks=pytest.mark.slow
+        ),
+    ],
+    ids=str,
 )
 def test_a_tool_call(fleet: Server, choice: Any) -> None:
     body = {**CHATTING, "max_tokens": 1500, "tools": [TOOL], "tool_choice": choice}
