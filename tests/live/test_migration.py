@@ -339,9 +339,7 @@ def test_a_json_schema(fleet: Server) -> None:
     "choice",
     [
         "required",
-        pytest.param(
-            {"type": "function", "function": {"name": "weather"}}, marks=pytest.mark.slow
-        ),
+        pytest.param({"type": "function", "function": {"name": "weather"}}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
