@@ -74,7 +74,7 @@ async def one_round(
 ) -> tuple[list[Streamed], float]:
     """`requests` requests, `streams` at a time or `rate` a second; the results and the seconds
     that it all took."""
-    dice = random.Random(seed)
+    dice = random.Random(f"{load['load']} {seed}")
     prompts = [[dice.randrange(10, 400) for _ in range(64)] for _ in range(load["requests"])]
     queue = iter(prompts)
     results: list[Streamed] = []
@@ -231,13 +231,17 @@ def main(given: list[str] | None = None, loads: tuple[Load, ...] = LOADS) -> Non
         peer = ["--data-parallel-size", count, "--api-server-count", "1"]
 
         def keep(rows: list[dict[str, Any]]) -> None:
-            write_result(args.out, rows, model=Path(args.model).name, flags=flags, client=priority)
+            more = {"instances": args.instances, "before": str(args.before or "")}
+            write_result(
+                args.out, rows, model=Path(args.model).name, flags=flags, client=priority, **more
+            )
 
         try:
             for kind in ("bare", "llumnix", "before")[: 3 if args.before else 2]:
                 more = ["--instances", count] if kind != "bare" else peer if count != "1" else []
                 log = Path(logs) / f"{kind}.log"
-                env = {"PYTHONPATH": f"{args.before}:{os.environ.get('PYTHONPATH', '')}"}
+                path = filter(None, [str(args.before), os.environ.get("PYTHONPATH")])
+                env = {"PYTHONPATH": os.pathsep.join(path)}
                 what = "bare" if kind == "bare" else "llumnix"
                 servers.append(
                     serve(what, args.model, "m", flags + more, log, env if what != kind else None)

@@ -1,6 +1,7 @@
 """Requests that are added ahead of their consumer."""
 
 import asyncio
+import contextlib
 import gc
 from collections.abc import AsyncGenerator
 from types import SimpleNamespace
@@ -12,10 +13,11 @@ from llumnix.frontend.ahead import Adding, Outputs
 
 
 class Engine:
-    """Adds after a turn, generates three outputs, and notes what was aborted."""
+    """Adds after a turn, generates three outputs, and notes what was aborted. Whoever is in
+    `refused` is not added."""
 
-    def __init__(self, error: Exception | None = None) -> None:
-        self.error = error
+    def __init__(self, *refused: str) -> None:
+        self.refused = refused
         self.added: list[str] = []
         self.aborted: list[str] = []
         self.may = asyncio.Event()
@@ -23,8 +25,8 @@ class Engine:
 
     async def add(self, request: str) -> Any:
         await self.may.wait()
-        if self.error is not None:
-            raise self.error
+        if request in self.refused:
+            raise ValueError(f"{request} is too long")
         self.added.append(request)
         return SimpleNamespace(request_id=request)
 
@@ -33,12 +35,12 @@ class Engine:
         self.aborted.append(request)
 
     async def outputs(self, adding: Adding) -> AsyncGenerator[int, None]:
-        queue = await adding.added
+        queue = await adding.outcome()
         try:
             for number in range(3):
                 await asyncio.sleep(0)
                 yield number
-        except GeneratorExit:
+        except (asyncio.CancelledError, GeneratorExit):
             await self.abort(queue.request_id, internal=True)
             raise
 
@@ -95,7 +97,7 @@ async def test_who_stops_midway_is_seen_to_by_the_generator() -> None:
 
 
 async def test_what_is_wrong_is_told_to_who_asks(caplog: pytest.LogCaptureFixture) -> None:
-    engine = Engine(ValueError("too long"))
+    engine = Engine("a", "b")
     outputs = engine.generate("a")
     await turns()
     with pytest.raises(ValueError, match="too long"):
@@ -123,3 +125,44 @@ async def test_a_consumer_that_is_cancelled_cancels_what_adds() -> None:
     await turns()
     assert task.cancelled()
     assert engine.added == []
+
+
+@pytest.mark.parametrize("turn", range(4))
+async def test_a_cancel_in_any_turn_leaves_nothing_running(turn: int) -> None:
+    """In one of them it is added already, and its consumer not awake yet."""
+    engine = Engine()
+    engine.may.clear()
+
+    async def consume() -> None:
+        async for _ in engine.generate("a"):
+            await asyncio.Event().wait()
+
+    task = asyncio.ensure_future(consume())
+    await turns()
+    engine.may.set()
+    await turns(turn)
+    task.cancel()
+    await asyncio.wait([task])
+    del task
+    await turns()
+    assert engine.aborted == engine.added == (["a"] if turn else [])
+
+
+async def test_one_that_is_refused_keeps_nobody_else_running() -> None:
+    """Whoever iterates over several, one after the other, forgets those after it."""
+    engine = Engine("a")
+
+    async def consume() -> None:
+        several = [engine.generate("a"), engine.generate("b")]
+        for outputs in several:
+            async for _ in outputs:
+                pass
+
+    gc.disable()
+    try:
+        with contextlib.suppress(ValueError):
+            await consume()
+        await turns()
+        assert engine.aborted == engine.added == ["b"]
+    finally:
+        gc.enable()

@@ -25,7 +25,7 @@ from llumnix.core.settings import MigrationSettings
 from llumnix.core.types import EngineIndex, InstanceId, OrderId, RequestId
 
 Order = Callable[["InstanceView", int, "ClusterView"], tuple[float, ...]]
-"""How good an instance of that load is for a newcomer of a class; the lowest is the best."""
+"""How good an instance is for a newcomer of a class; the lowest is the best."""
 
 BOOKING_LIFETIME_S = 5.0
 ORDER_LIFETIME_S = 2.0

@@ -82,7 +82,7 @@ class FleetLLM(AsyncLLM):
 
     async def add_request(self, request_id: str, prompt: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(prompt, Adding):
-            return await prompt.added
+            return await prompt.outcome()
         return await super().add_request(request_id, prompt, *args, **kwargs)
 
     async def _add_request(self, request: EngineCoreRequest, *args: Any, **kwargs: Any) -> None:
