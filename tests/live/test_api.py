@@ -7,6 +7,7 @@ import openai
 import pytest
 
 from support.server import Server, eventually
+from support.streaming import all_at_once
 
 pytestmark = pytest.mark.live
 
@@ -48,11 +49,14 @@ def test_chat_and_its_stream_say_the_same(client: openai.OpenAI) -> None:
     assert whole.usage.completion_tokens == 24
 
 
+def by_instance(server: Server, prompt: str, tokens: int, **more: str) -> dict[str, str]:
+    """What each instance answers of six requests at once: one by one all would go to the same."""
+    answers = all_at_once([lambda: server.complete(prompt, tokens, **more)] * 6)
+    return {a.headers["x-llumnix-instance"]: a.json()["choices"][0]["text"] for a in answers}
+
+
 def test_both_instances_answer_alike(server: Server) -> None:
-    answers = {}
-    for _ in range(6):
-        answer = server.complete("the same on each", 16)
-        answers[answer.headers["x-llumnix-instance"]] = answer.json()["choices"][0]["text"]
+    answers = by_instance(server, "the same on each", 16)
     assert set(answers) == {"i0", "i1"}
     assert answers["i0"] == answers["i1"]
 
@@ -149,10 +153,7 @@ def test_a_lora_adapter_is_loaded_into_and_removed_from_all(server: Server, lora
     load = {"lora_name": "adapter", "lora_path": str(lora)}
     assert http.post("/v1/load_lora_adapter", json=load).status_code == 200
     base = server.complete("adapted?", 12).json()["choices"][0]["text"]
-    seen = {}
-    for _ in range(6):
-        answer = server.complete("adapted?", 12, model="adapter")
-        seen[answer.headers["x-llumnix-instance"]] = answer.json()["choices"][0]["text"]
+    seen = by_instance(server, "adapted?", 12, model="adapter")
     assert set(seen) == {"i0", "i1"}
     assert len(set(seen.values())) == 1
     assert base not in seen.values()

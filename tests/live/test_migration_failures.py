@@ -60,7 +60,7 @@ def pair(shared_pair: Server) -> Iterator[Server]:
     )
     eventually(lambda: server.requests() == [], 10, "no stream is left")
     eventually(lambda: held(server) == {"i0": (0, 0, 0), "i1": (0, 0, 0)}, 20, "no block is left")
-    answers = [server.complete(f"fresh {i}") for i in range(8)]
+    answers = all_at_once([lambda i=i: server.complete(f"fresh {i}") for i in range(8)])
     assert [a.status_code for a in answers] == [200] * 8
     assert {a.headers["x-llumnix-instance"] for a in answers} == {"i0", "i1"}
 
