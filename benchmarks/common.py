@@ -40,6 +40,11 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
+def python_path(folder: Path) -> str:
+    """A PYTHONPATH with that folder before what is there."""
+    return os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+
+
 def as_flags(settings: dict[str, Any]) -> list[str]:
     """`--name value` of each."""
     return [x for name, value in settings.items() for x in (f"--{name}", str(value))]

@@ -61,7 +61,7 @@ from typing import Any
 
 import aiohttp
 
-from common import ROOT, as_flags, real_time, write_result
+from common import ROOT, as_flags, python_path, real_time, write_result
 from plot_live import Run, packed, table
 from shapes import SHAPES, write_shape
 from systems import PEERS, System, stop_all
@@ -408,8 +408,7 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
         args.model = str(prepare_demo_model(say))
     if args.pace:
         os.environ["LLUMNIX_PACE"] = args.pace
-        beside = [str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")]
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, beside))
+        os.environ["PYTHONPATH"] = python_path(ROOT / "benchmarks")
         args.flags += ["--worker-cls", "paced_worker.PacedWorker"]
     return args
 

@@ -21,7 +21,6 @@ HTTP says how many requests a second one such process can carry.
 
 import argparse
 import asyncio
-import os
 import random
 import tempfile
 import time
@@ -38,12 +37,14 @@ from common import (
     Streamed,
     median,
     percentile,
+    python_path,
     real_time,
     serve,
     stream,
     write_result,
 )
 from shapes import SHAPES, write_shape
+from systems import data_parallel
 
 Load = dict[str, Any]
 """`streams` at a time or `rate` a second, so many `requests`."""
@@ -180,10 +181,10 @@ def table(rows: list[dict[str, Any]]) -> str:
     }
     for row in rows:
         bare = row["bare"]
-        for ours, diff, note in (
-            (row["llumnix"], row, ""),
-            *([(row["before"], row["before"], " (before)")] if "before" in row else []),
-        ):
+        figures = [(row["llumnix"], row, "")]
+        if "before" in row:
+            figures.append((row["before"], row["before"], " (before)"))
+        for ours, diff, note in figures:
             load = row["load"] + note
             key = "cpu_ms_per_request"
             lines.append(
@@ -227,8 +228,14 @@ def main(given: list[str] | None = None, loads: tuple[Load, ...] = LOADS) -> Non
             args.model = str(write_shape(args.model, Path(logs) / args.model))
             flags = [*flags, "--load-format", "dummy"]
         servers: list[Served] = []
-        count = str(args.instances)
-        peer = ["--data-parallel-size", count, "--api-server-count", "1"]
+        ours = ["--instances", str(args.instances)]
+        peer = data_parallel(args.instances) if args.instances > 1 else []
+        kinds: list[tuple[str, str, list[str], dict[str, str]]] = [
+            ("bare", "bare", peer, {}),
+            ("llumnix", "llumnix", ours, {}),
+        ]
+        if args.before:
+            kinds.append(("before", "llumnix", ours, {"PYTHONPATH": python_path(args.before)}))
 
         def keep(rows: list[dict[str, Any]]) -> None:
             more = {"instances": args.instances, "before": str(args.before or "")}
@@ -237,16 +244,11 @@ def main(given: list[str] | None = None, loads: tuple[Load, ...] = LOADS) -> Non
             )
 
         try:
-            for kind in ("bare", "llumnix", "before")[: 3 if args.before else 2]:
-                more = ["--instances", count] if kind != "bare" else peer if count != "1" else []
-                log = Path(logs) / f"{kind}.log"
-                path = filter(None, [str(args.before), os.environ.get("PYTHONPATH")])
-                env = {"PYTHONPATH": os.pathsep.join(path)}
-                what = "bare" if kind == "bare" else "llumnix"
-                servers.append(
-                    serve(what, args.model, "m", flags + more, log, env if what != kind else None)
-                )
-                servers[-1].kind = kind
+            for name, kind, more, env in kinds:
+                log = Path(logs) / f"{name}.log"
+                server = serve(kind, args.model, "m", flags + more, log, env)
+                server.kind = name
+                servers.append(server)
             loads = tuple({**x, "requests": max(4, int(args.share * x["requests"]))} for x in loads)
             rows = asyncio.run(measure(args, servers, loads, keep))
         finally:

@@ -18,6 +18,11 @@ NAME = "m"
 """Of the model, in requests."""
 
 
+def data_parallel(instances: int) -> list[str]:
+    """Flags of `vllm serve` for that many ranks behind one process that speaks HTTP."""
+    return ["--data-parallel-size", str(instances), "--api-server-count", "1"]
+
+
 class System:
     """One of them. `front`: where requests go; `scraped`: whose /metrics count, together."""
 
@@ -31,8 +36,7 @@ class System:
                 for i in range(instances)
             ]
         elif name == "vllm-dp":
-            more = ["--data-parallel-size", str(instances), "--api-server-count", "1"]
-            self.servers = [self._serve("bare", model, flags + more)]
+            self.servers = [self._serve("bare", model, flags + data_parallel(instances))]
         else:
             more = ["--instances", str(instances), "--policy", name]
             self.servers = [self._serve("llumnix", model, flags + more)]

@@ -127,7 +127,6 @@ def test_bounds_that_do_not_hold_what_it_starts_with(warm: Warm) -> None:
     assert "--instances 3 is what it starts with" in line
 
 
-@pytest.mark.slow
 def test_a_scheduler_config_that_is_not_there(warm: Warm) -> None:
     line = complaint("serve", "--scheduler-config", "nowhere.yaml", run=warm)
     assert "--scheduler-config nowhere.yaml cannot be read" in line
