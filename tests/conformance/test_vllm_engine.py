@@ -1,9 +1,12 @@
 """The same scenarios on vLLM's engine: the double and the real thing behave alike."""
 
+from typing import Any
+
 import pytest
 
 from conformance.engines import RealKind
 from conformance.scenarios import FAULTS, MOMENTS, strike
+from llumnix.core.messages import Handover
 
 pytestmark = pytest.mark.live
 
@@ -12,3 +15,24 @@ pytestmark = pytest.mark.live
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_migration_stands(real: RealKind, fault: str, moment: type) -> None:
     strike(real, fault, moment)
+
+
+def test_what_was_pulled_is_in_the_cache_when_the_handover_comes(real: RealKind) -> None:
+    """Of a long prompt that takes a while, in which the request would stand still."""
+    duo = real.duo()
+    prompt = real.prompts(real.long_prompt)
+    request = duo.add("long", prompt, real.options(real.tokens))
+    duo.turn_until(lambda: len(duo.got[request]) >= 3)
+    kv = real.engines[1].core.scheduler.kv_cache_manager
+    kept: list[int] = []
+
+    def before(message: Any) -> None:
+        if isinstance(message, Handover):
+            kept.append(len(kv.block_pool.cached_block_hash_to_block))
+
+    duo.before = before
+    assert duo.migrate(request)
+    duo.finish()
+    assert kept
+    assert kept[0] >= real.long_prompt // duo.engines[1].port.block_tokens
+    assert duo.got[request] == real.expected(prompt, real.tokens)

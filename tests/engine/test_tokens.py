@@ -3,24 +3,29 @@
 import pickle
 
 import msgspec
+import numpy as np
 
-from llumnix.engine.tokens import Prompt
+from llumnix.engine.tokens import Gathered, Prompt
 
 IDS = [3, 1, 4, 1, 5, 99_999, 2**31 - 1]
+
+
+def packed(ids: list[int]) -> bytes:
+    return np.array(ids, dtype=np.int32).tobytes()
 
 
 def sent(thing: object) -> object:
     return pickle.loads(pickle.dumps(thing, protocol=pickle.HIGHEST_PROTOCOL))  # noqa: S301
 
 
-def test_a_prompt_and_what_grew_from_it_arrive_as_plain_lists() -> None:
+def test_a_prompt_and_what_grew_from_it_arrive_packed_too() -> None:
     prompt = Prompt(IDS)
     grown = prompt.copy()
     grown.append(7)
     grown.extend([8, 9])
     arrived = sent((prompt, grown))
     assert arrived == (IDS, [*IDS, 7, 8, 9])
-    assert [type(ids) for ids in arrived] == [list, list]  # type: ignore[attr-defined]
+    assert [ids.packed for ids in arrived] == [packed(IDS), packed([*IDS, 7, 8, 9])]  # type: ignore[attr-defined]
     assert prompt == IDS
     assert sent(Prompt([]).copy()) == []
 
@@ -43,3 +48,19 @@ def test_the_prompt_crosses_once_and_packed() -> None:
 def test_a_message_may_hold_it() -> None:
     """It may move on again."""
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(Prompt(IDS))) == IDS
+
+
+def test_gathered_tokens_are_those_that_a_list_would_have() -> None:
+    """As vLLM's runner fills, reads and empties it."""
+    grown = Prompt(IDS).copy()
+    grown.append(7)
+    gathered = Gathered()
+    for _ in range(2):
+        for ids in (grown, [5, 6], Prompt(IDS), range(3)):
+            gathered.extend(ids)
+        gathered.append(9)
+        there = np.zeros(100, dtype=np.int32)
+        there[: len(gathered)] = gathered
+        assert there[: len(gathered)].tolist() == [*IDS, 7, 5, 6, *IDS, 0, 1, 2, 9]
+        gathered.clear()
+        assert not gathered

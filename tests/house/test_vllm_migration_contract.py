@@ -37,8 +37,6 @@ from vllm.v1.engine import (  # noqa: E402
 )
 from vllm.v1.engine.core import EngineCore, EngineCoreProc  # noqa: E402
 from vllm.v1.engine.core_client import AsyncMPClient  # noqa: E402
-from vllm.v1.executor.multiproc_executor import MultiprocExecutor  # noqa: E402
-from vllm.v1.executor.uniproc_executor import UniProcExecutor  # noqa: E402
 from vllm.v1.kv_cache_interface import (  # noqa: E402
     FullAttentionSpec,
     KVCacheConfig,
@@ -47,11 +45,14 @@ from vllm.v1.kv_cache_interface import (  # noqa: E402
 from vllm.v1.request import Request, RequestStatus  # noqa: E402
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder  # noqa: E402
 from vllm.v1.structured_output import StructuredOutputManager  # noqa: E402
+from vllm.v1.worker.gpu import buffer_utils  # noqa: E402
+from vllm.v1.worker.gpu.buffer_utils import StagedWriteTensor, UvaBufferPool  # noqa: E402
+from vllm.v1.worker.gpu.states import RequestState  # noqa: E402
 from vllm.v1.worker.gpu_input_batch import CachedRequestState  # noqa: E402
 from vllm.v1.worker.worker_base import WorkerWrapperBase  # noqa: E402
 
 from llumnix.engine import immovable  # noqa: E402
-from llumnix.engine.tokens import Grown, Prompt  # noqa: E402
+from llumnix.engine.tokens import Gathered, Grown, Prompt, take_packed  # noqa: E402
 
 BLOCK = 4
 ROOT = Path(vllm.__file__).parent
@@ -376,7 +377,35 @@ def test_a_request_keeps_the_lists_of_its_tokens() -> None:
     assert isinstance(new._all_token_ids, Grown)
     assert new._all_token_ids == [1, 2, 3, 4, 5]
     says(Scheduler.schedule, "req._all_token_ids,", who="engine/tokens.py")
-    assert not issubclass(MultiprocExecutor, UniProcExecutor), "arrivals: workers apart"
+
+
+def test_runner_v2_takes_packed_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but the kernel that it launches in the end, which wants a GPU."""
+    written: list[list[int]] = []
+
+    class Kernel:
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda gpu, stride, rows, starts, contents, *_, **__: written.append(
+                contents.tolist()
+            )
+
+    monkeypatch.setattr(buffer_utils, "_apply_write_kernel", Kernel())
+    monkeypatch.setattr(buffer_utils, "is_uva_available", lambda: False)
+    tokens = StagedWriteTensor((4, 100), torch.int32, torch.device("cpu"))
+    take_packed(SimpleNamespace(req_states=SimpleNamespace(all_token_ids=tokens)))
+    assert not isinstance(tokens._staged_write_contents, Gathered), "a way of its own is left"
+    tokens.write_contents = UvaBufferPool(1, torch.int32)
+    take_packed(SimpleNamespace(req_states=SimpleNamespace(all_token_ids=tokens)))
+    for _ in range(2):
+        tokens.stage_write(1, 0, Prompt([1, 2]).copy())
+        tokens.stage_write(2, 0, [3])
+        tokens.stage_write(0, 0, [])
+        tokens.apply_write()
+    assert written == [[1, 2, 3]] * 2
+    says(RequestState.add_request, "self.all_token_ids.stage_write(req_idx, 0, all_token_ids)",
+        who="engine/tokens.py")  # fmt: skip
+    says(RequestState.__init__, "self.all_token_ids = StagedWriteTensor(", who="engine/tokens.py")
+    take_packed(SimpleNamespace())
 
 
 def test_a_description_is_one_message_that_decodes_to_the_same() -> None:

@@ -3,8 +3,7 @@
 What it relies on inside vLLM stands in engine/vllm_port.py, the other half, beside that:
 `EngineCore.batch_queue` holds the steps in flight, `request_block_hasher` hashes blocks,
 `StructuredOutputManager.grammar_init` compiles a grammar on a thread and `accept_tokens` advances
-it, `UniProcExecutor` is the one whose worker is this very process
-(tests/house/test_vllm_migration_contract.py).
+it (tests/house/test_vllm_migration_contract.py).
 """
 
 from dataclasses import dataclass, field
@@ -13,7 +12,6 @@ from typing import Any
 import msgspec
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.core import EngineCore
-from vllm.v1.executor.uniproc_executor import UniProcExecutor
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.serial_utils import MsgpackDecoder
 
@@ -40,13 +38,15 @@ class Rest(msgspec.Struct, frozen=True, kw_only=True):
 @dataclass(slots=True, kw_only=True)
 class Arriving:
     """A request on its way in. `here`: tokens whose KV is in this engine; `pulling`: those it will
-    be when the pull under way has ended; `unfed`: tokens that its grammar was not fed yet; `fence`:
-    the steps that were in flight when it last got blocks."""
+    be when the pull under way has ended; `gaps`: some of those before have no blocks; `unfed`:
+    tokens that its grammar was not fed yet; `fence`: the steps that were in flight when it last got
+    blocks."""
 
     request: Request
     agents: tuple[str, ...]
     here: int = 0
     pulling: int = 0
+    gaps: bool = False
     unfed: list[int] = field(default_factory=list)
     fence: list[Any] = field(default_factory=list)
 
@@ -74,9 +74,9 @@ class Arrivals:
         self._client = client
         self._never = why_engine_cannot(core.vllm_config, self._scheduler)
         self._v1 = not core.vllm_config.use_v2_model_runner
-        self._workers_apart = not isinstance(core.model_executor, UniProcExecutor)
         self._arriving: dict[RequestId, Arriving] = {}
         self._waiting: list[Waiting] = []
+        self._pulls: dict[int, Arriving] = {}
         self._decoder = MsgpackDecoder(EngineCoreRequest)
         self._meeting: dict[int, tuple[str, ...]] = {}
         self._met: set[tuple[str, ...]] = set()
@@ -100,6 +100,15 @@ class Arrivals:
             if not self._in_flight(pull.steps):
                 self._waiting.remove(pull)
                 self._client.pull(pull.ticket, pull.agents, pull.source, pull.destination)
+
+    def pulled(self, ticket: int, error: str | None) -> None:
+        """A pull has ended. What it brought enters the prefix cache: of a long request that takes
+        milliseconds, which would else pass when it is committed and stands still."""
+        coming = self._pulls.pop(ticket)
+        new = coming.request
+        if error is not None or coming.gaps or self._arriving.get(new.request_id) is not coming:
+            return
+        self._kv.cache_blocks(new, min(coming.pulling, new.num_tokens))
 
     def met(self, ticket: int, error: str | None) -> None:
         """A meeting (a negative ticket) with a source's workers has ended."""
@@ -136,7 +145,7 @@ class Arrivals:
             described = self._decoder.decode(body)
         except msgspec.MsgspecError as error:
             return Refusal(why=f"it cannot be read there: {error}")
-        if self._workers_apart and described.prompt_token_ids is not None:
+        if described.prompt_token_ids is not None:
             described.prompt_token_ids = Prompt(described.prompt_token_ids)
         new = Request.from_engine_core_request(described, self._core.request_block_hasher)
         self.arrived(new)
@@ -217,6 +226,8 @@ class Arrivals:
     ) -> None:
         coming = self._arriving[request]
         coming.pulling = end
+        coming.gaps |= any(ABSENT in group for group in blocks)
+        self._pulls[ticket] = coming
         self.last_ticket = ticket
         mine, _ = self._blocks(request, start, end)
         pairs = [

@@ -147,8 +147,14 @@ class LlumletHost:
         if isinstance(item, Heard) and isinstance(item.message, Handover):
             self._take_rest(item)
         else:
-            self._send(self._take_in(item))
+            self._take(item)
         self.poll()
+
+    def _take(self, item: Item) -> None:
+        self._send(self._take_in(item))
+        if isinstance(item, Pulled) and item.ticket >= 0:
+            # Once the others have their answer.
+            self.port.pulled(item.ticket, item.error)
 
     def _take_in(self, item: Item) -> list[Out]:
         now = time.monotonic()
@@ -170,7 +176,7 @@ class LlumletHost:
         """Takes a handover in, and gives its pull a moment to end."""
         before = self.port.last_ticket
         self._waiting_here = True
-        self._send(self._take_in(handover))
+        self._take(handover)
         deadline_s = time.monotonic() + REST_WAIT_S
         wanted = self.port.last_ticket
         while wanted != before and not self.port.pulls_wait:
@@ -178,7 +184,7 @@ class LlumletHost:
                 pulled = self._here.get(timeout=max(0.0, deadline_s - time.monotonic()))
             except queue.Empty:
                 break
-            self._send(self._take_in(pulled))
+            self._take(pulled)
             if pulled.ticket == wanted:
                 break
         self._waiting_here = False
@@ -187,7 +193,7 @@ class LlumletHost:
         """Between any two steps."""
         self._polled_s = time.monotonic()
         while not self._here.empty():
-            self._send(self._take_in(self._here.get()))
+            self._take(self._here.get())
         self.port.stepped()
         busy = self.llumlet.busy
         if busy:

@@ -19,6 +19,7 @@ import msgspec
 import torch
 
 from llumnix.engine.cores import SWITCH_INTERVAL_S
+from llumnix.engine.tokens import take_packed
 from llumnix.engine.transfer import TransferOptions, WorkerAgent
 
 
@@ -45,6 +46,7 @@ class LlumnixWorker:
         """Begins to serve this worker's KV blocks; returns the address. `listen` has a `{rank}`."""
         # Else a thread of the agent waits up to 5 ms for the interpreter whenever it wakes.
         sys.setswitchinterval(SWITCH_INTERVAL_S)
+        take_packed(self.model_runner)
         self._llumnix_agent = WorkerAgent(
             tensors=list(_distinct(self.model_runner.kv_caches)),
             blocks=self.cache_config.num_gpu_blocks,
