@@ -4,7 +4,9 @@
 
 Instances have random loads, half of them short of memory. A dispatch is timed amid the facts of a
 busy cluster: for each of 10,000 requests a second there comes one report of some instance, so that
-what a dispatch finds has always just changed. A pairing round is timed after every tick's worth of
+what a dispatch finds has always just changed. All prompts begin with the same 512 tokens, half of
+them go on with a conversation; an instance says with its report which blocks its prefix cache has
+since, and which others went for them. A pairing round is timed after every tick's worth of
 them, and its orders are answered by the next reports, so that each round has work to do.
 """
 
@@ -17,8 +19,16 @@ from pathlib import Path
 from typing import Any
 
 from common import percentile, write_result
-from llumnix.core.events import Dispatch, LoadReported, MoveLoad, RequestArrived, Tick
+from llumnix.core.events import (
+    Dispatch,
+    LoadReported,
+    MoveLoad,
+    PrefixesChanged,
+    RequestArrived,
+    Tick,
+)
 from llumnix.core.load import ClassLoad, LoadReport
+from llumnix.core.prefixes import BLOCK_TOKENS
 from llumnix.core.scheduler import Scheduler
 from llumnix.core.settings import SchedulerSettings
 from llumnix.core.types import EngineIndex, InstanceId, OrderId, RequestId
@@ -27,6 +37,9 @@ TOTAL = 13616
 RATE = 10_000
 TICK_S = 0.05
 ROUNDS = 60
+COMMON = tuple(range(1, 1 + 512 // BLOCK_TOKENS))
+TALKS = 50_000
+"""Conversations; there are more than the caches hold."""
 
 
 class Cluster:
@@ -38,9 +51,14 @@ class Cluster:
         self.instances = instances
         self.now = 0.0
         self.sequence = 0
-        self.requests = 0
+        self.requests = self.hits = 0
         self.admitted: dict[int, list[RequestId]] = {}
         self.orders: dict[int, list[OrderId]] = {}
+        self.talks: dict[int, tuple[int, ...]] = {}
+        self.blocks = len(COMMON)
+        # What each instance's cache has, the oldest first, and what is new there.
+        self.caches: list[dict[int, None]] = [{} for _ in range(instances)]
+        self.fresh: list[list[int]] = [[] for _ in range(instances)]
         for number in range(instances):
             self.report(number)
 
@@ -74,20 +92,59 @@ class Cluster:
             finished_tokens=self.sequence * 400,
         )
         self.scheduler.handle(LoadReported(report=report), self.now)
+        if self.fresh[number]:
+            self.tell(number)
+
+    def tell(self, number: int) -> None:
+        """What changed in one instance's prefix cache."""
+        cache, stored = self.caches[number], []
+        for block in self.fresh[number]:
+            if block not in cache:
+                stored.append(block)
+            cache[block] = cache.pop(block, None)
+        self.fresh[number] = []
+        removed = list(cache)[: max(0, len(cache) - TOTAL // BLOCK_TOKENS)]
+        for block in removed:
+            del cache[block]
+        fact = PrefixesChanged(
+            instance=InstanceId(f"i{number:04}"),
+            engine_index=EngineIndex(number),
+            stored=tuple(stored),
+            removed=tuple(removed),
+        )
+        self.scheduler.handle(fact, self.now)
+
+    def prompt(self) -> tuple[int, tuple[int, ...]]:
+        """The next prompt: its length in tokens, and its blocks."""
+        talk = self.dice.randrange(2 * TALKS)
+        before = self.talks.get(talk, COMMON) if talk < TALKS else COMMON
+        new = self.dice.randrange(20, 2000)
+        end = self.blocks + new // BLOCK_TOKENS
+        blocks = (*before, *range(self.blocks + 1, end + 1))
+        self.blocks = end
+        if talk < TALKS:
+            # Too long a one begins anew.
+            self.talks[talk] = blocks if len(blocks) < 100 else COMMON
+        return len(before) * BLOCK_TOKENS + new, blocks
 
     def arrive(self) -> float:
         """One request: returns the seconds that its dispatch took."""
         self.requests += 1
+        tokens, blocks = self.prompt()
         fact = RequestArrived(
             request=RequestId(f"r{self.requests}"),
-            prompt_tokens=self.dice.randrange(20, 2000),
+            prompt_tokens=tokens,
+            prefix=blocks,
             priority=-100 if self.dice.random() < 0.1 else 0,
         )
         began = time.perf_counter()
         (decision,) = self.scheduler.handle(fact, self.now)
         took = time.perf_counter() - began
         assert isinstance(decision, Dispatch)
+        self.hits += "in its cache" in decision.why
         self.admitted.setdefault(decision.engine_index, []).append(fact.request)
+        # The last first: the end of a prompt is the first to go.
+        self.fresh[decision.engine_index] += reversed(blocks)
         return took
 
     def tick(self) -> tuple[float, int]:
@@ -129,6 +186,7 @@ def measure(instances: int, policy: str, seed: int) -> dict[str, Any]:
         "pairing_ms": _spread(pairing_s, 1e3),
         "orders_a_round": orders / ROUNDS,
         "facts_a_second": round(facts / wall_s),
+        "hits": cluster.hits / cluster.requests,
     }
 
 

@@ -1,4 +1,4 @@
-"""Which prefixes are where, and what cache-aware dispatch makes of it."""
+"""Which prefixes are where, and what dispatch makes of it."""
 
 from typing import Any
 
@@ -14,6 +14,7 @@ from llumnix.core.events import (
     RequestArrived,
 )
 from llumnix.core.load import ClassLoad, LoadReport
+from llumnix.core.policies.dispatch import AHEAD_TOKENS, REQUEST_SHARE, REQUEST_TOKENS
 from llumnix.core.prefixes import (
     BLOCK_TOKENS,
     PREFIX_BLOCKS_MAX,
@@ -27,7 +28,7 @@ from llumnix.core.settings import SchedulerSettings
 from llumnix.core.types import EngineIndex, InstanceId, RequestId
 
 INSTANCES = [InstanceId(f"i{n}") for n in range(3)]
-PROMPT = list(range(1000))
+PROMPT = list(range(4000))
 KV_TOKENS = 10_000
 
 # -- names ------------------------------------------------------------------------------------
@@ -73,38 +74,60 @@ def test_only_so_many_blocks_are_looked_up() -> None:
 
 # -- the index --------------------------------------------------------------------------------
 
-HASHES = st.lists(st.integers(0, 8), max_size=6)
-CHANGES = st.tuples(
-    st.sampled_from(["store", "remove", "clear"]), st.sampled_from(INSTANCES), HASHES
-)
+PROMPTS = [[0, 1, 2, 3, 4, 5], [0, 1, 2, 13, 14, 15], [20, 21, 22, 23, 24, 25]]
+CHANGES = st.tuples(st.sampled_from(INSTANCES), st.integers(0, 2), st.integers(0, 6))
+"""An instance keeps so many blocks of a prompt from now on."""
 
 
-@given(st.lists(CHANGES, max_size=30), st.lists(st.integers(0, 8), unique=True, max_size=8))
-def test_the_index_agrees_with_a_set_for_each_instance(changes: list, prefix: list[int]) -> None:
-    index, model = PrefixIndex(), {i: set[int]() for i in INSTANCES}
-    for what, instance, hashes in changes:
-        if what == "store":
-            index.store(instance, hashes)
-            model[instance] |= set(hashes)
-        elif what == "remove":
-            index.remove(instance, hashes)
-            model[instance] -= set(hashes)
-        else:
-            index.clear(instance)
-            model[instance] = set()
-    leading = {
-        i: max(n for n in range(len(prefix) + 1) if set(prefix[:n]) <= model[i]) for i in INSTANCES
-    }
-    found = index.hits(prefix)
-    assert found == {i: n for i, n in leading.items() if n}
-    assert list(found) == sorted(found), "in an order that does not depend on the process"
+@given(st.lists(CHANGES, max_size=30), st.sampled_from(PROMPTS), st.integers(1, 3))
+def test_hits_are_the_longest_beginnings(changes: list, prefix: list[int], most: int) -> None:
+    index = PrefixIndex()
+    lengths = {i: [0] * len(PROMPTS) for i in INSTANCES}
+    for instance, prompt, length in changes:
+        before = _kept(lengths[instance])
+        lengths[instance][prompt] = length
+        after = _kept(lengths[instance])
+        index.remove(instance, before - after)
+        index.store(instance, after - before)
+    leading = {i: _leading(_kept(lengths[i]), prefix) for i in INSTANCES}
+    assert {i: index.hit(i, prefix) for i in INSTANCES} == leading
+    found = index.hits(prefix, most)
+    assert found.items() <= leading.items()
+    assert list(found.values()) == sorted(filter(None, leading.values()), reverse=True)[:most]
+    for above in range(7):
+        some = index.hits(prefix, most, above)
+        assert some == {i: n for i, n in found.items() if n > above}
+
+
+def _kept(lengths: list[int]) -> set[int]:
+    return {h for p, length in zip(PROMPTS, lengths, strict=True) for h in p[:length]}
+
+
+def _leading(kept: set[int], prefix: list[int]) -> int:
+    return next((n for n, h in enumerate(prefix) if h not in kept), len(prefix))
+
+
+def test_of_equal_hits_the_latest_come_first() -> None:
+    """So that it is not always the same eight of a thousand."""
+    index = PrefixIndex()
+    for n in (1, 2, 0):
+        index.store(INSTANCES[n], PROMPTS[0])
+    assert list(index.hits(PROMPTS[0], 2)) == [INSTANCES[0], INSTANCES[2]]
+
+
+def test_without_its_first_block_nothing_is_kept() -> None:
+    index = PrefixIndex()
+    index.store(INSTANCES[0], PROMPTS[0][1:])
+    assert index.hits(PROMPTS[0], 3) == {}
+    assert index.hit(INSTANCES[0], PROMPTS[0]) == 0
+    assert index.hits([], 3) == {}
 
 
 @given(st.lists(CHANGES, max_size=30))
 def test_an_index_that_was_cleared_holds_nothing(changes: list) -> None:
     index = PrefixIndex()
-    for _, instance, hashes in changes:
-        index.store(instance, hashes)
+    for instance, prompt, length in changes:
+        index.store(instance, PROMPTS[prompt][:length])
     for instance in INSTANCES:
         index.clear(instance)
     assert (index._holders, index._kept) == ({}, {})
@@ -139,7 +162,7 @@ def kept(n: int, tokens: int, **fields: Any) -> PrefixesChanged:
     )
 
 
-def cluster(*reports: LoadReported, policy: str = "cache-aware") -> Scheduler:
+def cluster(*reports: LoadReported, policy: str = "llumnix") -> Scheduler:
     s = Scheduler(SchedulerSettings(policy=policy))
     for known in reports:
         s.handle(known, 0.0)
@@ -162,13 +185,25 @@ def test_a_hit_decides_between_instances_of_equal_load() -> None:
     s = cluster(report(0), report(1), report(2))
     s.handle(kept(1, 640), 0.0)
     decision = place(s)
-    assert (decision.instance, decision.why) == ("i1", "cache-aware: 640 of 1000 tokens there")
+    assert decision.instance == "i1"
+    assert decision.why == "soonest: 640 of 1000 tokens are in its cache"
 
 
 def test_a_hit_decides_against_a_somewhat_freer_instance() -> None:
-    s = cluster(report(0), report(1, running=5, kv_tokens_used=3000))
-    s.handle(kept(1, 640), 0.0)
-    assert where(s) == "i1"
+    s = cluster(report(0), report(1, running=1, kv_tokens_used=3000))
+    s.handle(kept(1, 1280), 0.0)
+    assert where(s, tokens=2000) == "i1"
+
+
+@pytest.mark.parametrize("tokens", [1000, 4000])
+def test_a_hit_is_not_worth_a_batch_that_is_much_larger(tokens: int) -> None:
+    """Each request there weighs as much as so many tokens, and more if the prompt is long."""
+    saved, each = tokens - tokens % BLOCK_TOKENS, REQUEST_TOKENS + REQUEST_SHARE * tokens
+    few, many = int((saved - AHEAD_TOKENS) / each), int((saved + AHEAD_TOKENS) / each) + 1
+    for more, instance in ((0, "i1"), (few, "i1"), (many, "i0")):
+        s = cluster(report(0, running=3), report(1, running=3 + more, kv_tokens_used=100))
+        s.handle(kept(1, tokens), 0.0)
+        assert where(s, tokens=tokens) == instance, more
 
 
 def test_the_longest_hit_decides_between_hits() -> None:
@@ -178,7 +213,7 @@ def test_the_longest_hit_decides_between_hits() -> None:
     assert where(s) == "i2"
 
 
-@pytest.mark.parametrize(("queued", "instance"), [(600, "i1"), (680, "i0")])
+@pytest.mark.parametrize(("queued", "instance"), [(350, "i1"), (680, "i0")])
 def test_a_hit_is_not_worth_a_queue_that_takes_longer_than_it_saves(
     queued: int, instance: str
 ) -> None:
@@ -213,6 +248,23 @@ def test_with_no_hit_it_is_where_it_starts_soonest() -> None:
         s = cluster(full, free)
         s.handle(kept(0, 640), 0.0)
         assert where(s, **what) == "i1"
+
+
+def test_long_prompts_that_none_has_fill_all_caches_in_turn() -> None:
+    """Of instances that stand idle; short ones go to the warmest, and so do those that wait."""
+    s = cluster(report(0), report(1), report(2))
+
+    def told(name: str, sequence: int, tokens: int) -> str:
+        chosen = where(s, tokens, name)
+        done = {"sequence": sequence, "admitted": (RequestId(name),)}
+        s.handle(report(int(chosen[1:]), **done), 0.0)
+        return chosen
+
+    assert [told(f"r{n}", n + 2, 2000) for n in range(4)] == ["i0", "i1", "i2", "i0"]
+    assert [told(f"s{n}", n + 9, 200) for n in range(4)] == ["i0"] * 4
+    s.handle(report(1, sequence=20, running=5, kv_tokens_used=500), 0.0)
+    assert told("t", 21, 2000) == "i0"
+    assert told("u", 22, 2000) == "i2"
 
 
 def test_a_prefix_that_all_keep_goes_to_the_freest_of_them() -> None:
@@ -274,7 +326,15 @@ def test_what_a_run_kept_ends_with_it() -> None:
     assert where(s, name="c") == "i0"
 
 
-def test_other_policies_do_not_look_at_prefixes() -> None:
-    s = cluster(report(0), report(1, running=1), policy="llumnix")
-    s.handle(kept(1, 640), 0.0)
-    assert where(s) == "i0"
+@pytest.mark.parametrize("policy", ["cache-aware", "llumnix-base"])
+def test_some_other_policies_look_at_prefixes_too(policy: str) -> None:
+    s = cluster(report(0), report(1, running=1), policy=policy)
+    s.handle(kept(1, 1280), 0.0)
+    assert where(s, tokens=2000) == "i1"
+
+
+@pytest.mark.parametrize("policy", ["infaas++", "least-loaded", "round-robin"])
+def test_the_rest_does_not(policy: str) -> None:
+    s = cluster(report(0), report(1, running=1), policy=policy)
+    s.handle(kept(1, 1280), 0.0)
+    assert where(s, tokens=2000) == "i0"

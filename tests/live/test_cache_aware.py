@@ -1,4 +1,4 @@
-"""`--policy cache-aware`: requests go where the beginning of their prompt is kept."""
+"""Requests go where the beginning of their prompt is kept."""
 
 import os
 import signal
@@ -17,15 +17,14 @@ CATS = "The cat sat on the mat and looked at the moon. " * 14  # One token a cha
 DOGS = "A dog ran over the hill and barked at the wind. " * 14
 TOLD_WITHIN_S = 0.5
 """The blocks are told with the step that made them, which the answer may outrun by a little."""
-SNAPSHOT_EVERY_S = 10.0
+SNAPSHOT_EVERY_S = 60.0
 """engine/prefix_events.py's."""
 
 
 @pytest.fixture(scope="module")
 def aware(tiny_model: Path, logs: Path) -> Iterator[Server]:
     server = Server(
-        str(tiny_model), "--served-model-name", "tiny", *FLAGS, "--policy", "cache-aware",
-        log=logs / "cache-aware.log",
+        str(tiny_model), "--served-model-name", "tiny", *FLAGS, log=logs / "cache-aware.log",
     )  # fmt: skip
     yield server.wait_until_serving()
     assert server.stop() == 0

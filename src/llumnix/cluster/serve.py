@@ -126,7 +126,7 @@ async def _run(
         deployment.slots,
         EventLog(deployment.event_log, who=f"frontend {os.getpid()}"),
         priorities_of(deployment.scheduler),
-        hash_prefixes=POLICIES[deployment.scheduler.policy].dispatch == "cache-aware",
+        hash_prefixes=POLICIES[deployment.scheduler.policy].looks_at_caches,
     )
     client.start()
     llm = FleetLLM(

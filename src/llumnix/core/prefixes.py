@@ -1,4 +1,4 @@
-"""Which instance keeps which prefix in its cache: what cache-aware dispatch knows.
+"""Which instance keeps which prefix in its cache: what dispatch knows of them.
 
 A prefix is named by the chain of its blocks: the hash of a block covers the hash of the block
 before it, so one number stands for all tokens up to there. Frontends hash prompts, llumlets hash
@@ -8,7 +8,8 @@ process to process, stay at home.
 
 import hashlib
 from array import array
-from collections.abc import Iterable, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Sequence
 
 from llumnix.core.types import InstanceId
 
@@ -45,10 +46,12 @@ def _number(data: bytes) -> int:
 
 
 class PrefixIndex:
-    """The blocks that each instance keeps."""
+    """The blocks that each instance keeps. It takes them to keep no block without those before it:
+    engines drop the end of a prompt first."""
 
     def __init__(self) -> None:
-        self._holders: dict[int, set[InstanceId]] = {}
+        # Those that came to keep a block last are last.
+        self._holders: dict[int, dict[InstanceId, None]] = {}
         self._kept: dict[InstanceId, set[int]] = {}
 
     def store(self, instance: InstanceId, hashes: Iterable[int]) -> None:
@@ -56,7 +59,7 @@ class PrefixIndex:
         kept = self._kept.setdefault(instance, set())
         for h in hashes:
             kept.add(h)
-            self._holders.setdefault(h, set()).add(instance)
+            self._holders.setdefault(h, {})[instance] = None
 
     def remove(self, instance: InstanceId, hashes: Iterable[int]) -> None:
         """It ceased to keep these."""
@@ -65,7 +68,7 @@ class PrefixIndex:
             if h in kept:
                 kept.discard(h)
                 holders = self._holders[h]
-                holders.discard(instance)
+                del holders[instance]
                 if not holders:
                     del self._holders[h]
 
@@ -74,12 +77,32 @@ class PrefixIndex:
         self.remove(instance, list(self._kept.get(instance, ())))
         self._kept.pop(instance, None)
 
-    def hits(self, prefix: Sequence[int]) -> dict[InstanceId, int]:
-        """How many leading blocks of the prefix each instance keeps, in order of their ids; those
-        with none left out."""
+    def hit(self, instance: InstanceId, prefix: Sequence[int]) -> int:
+        """How many leading blocks of the prefix an instance keeps."""
+        kept = self._kept.get(instance)
+        if not kept or not prefix or prefix[0] not in kept:
+            return 0
+        return _leading(len(prefix), lambda n: prefix[n] in kept)
+
+    def hits(self, prefix: Sequence[int], most: int, above: int = 0) -> dict[InstanceId, int]:
+        """The instances that keep the most leading blocks of the prefix, more than `above` and at
+        most `most` of them: the more blocks the earlier, and of as many the later it came to keep
+        them."""
         found: dict[InstanceId, int] = {}
-        for instance in sorted(self._holders.get(prefix[0], ())) if prefix else ():
-            kept = self._kept[instance]
-            missing = (blocks for blocks, h in enumerate(prefix) if h not in kept)
-            found[instance] = next(missing, len(prefix))
+        holders = self._holders
+        if not prefix or prefix[0] not in holders:
+            return found
+        blocks = _leading(len(prefix), lambda n: prefix[n] in holders)
+        while blocks > above:
+            here = holders[prefix[blocks - 1]]
+            for instance in reversed(here):
+                if found.setdefault(instance, blocks) == blocks and len(found) == most:
+                    return found
+            count = len(here)
+            blocks = _leading(blocks, lambda n: len(holders[prefix[n]]) > count)  # noqa: B023
         return found
+
+
+def _leading(count: int, holds: Callable[[int], bool]) -> int:
+    """How many of the numbers below `count` come before the first for which it does not hold."""
+    return bisect_left(range(count), True, key=lambda n: not holds(n))

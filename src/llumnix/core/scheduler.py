@@ -18,7 +18,7 @@ from llumnix.core.events import (
     RequestArrived,
     Tick,
 )
-from llumnix.core.policies.dispatch import DISPATCH_POLICIES, CacheAware
+from llumnix.core.policies.dispatch import DISPATCH_POLICIES, Soonest
 from llumnix.core.policies.pairing import Pairing
 from llumnix.core.policies.presets import POLICIES
 from llumnix.core.policies.scaling import Scaling
@@ -51,7 +51,7 @@ class Scheduler:
                 return list(self._pairing.round(self.view, now))
             case InstanceLost(instance=instance, engine_index=engine_index):
                 self.view.lose(instance, engine_index)
-                if isinstance(self._dispatch, CacheAware):
+                if isinstance(self._dispatch, Soonest):
                     self._dispatch.index.clear(instance)
             case PrefixesChanged():
                 self._learn(fact)
@@ -74,7 +74,7 @@ class Scheduler:
         )
 
     def _learn(self, fact: PrefixesChanged) -> None:
-        if not isinstance(self._dispatch, CacheAware):
+        if not isinstance(self._dispatch, Soonest):
             return
         if self.view.is_over(fact.instance, fact.engine_index):
             return

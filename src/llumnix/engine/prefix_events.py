@@ -31,8 +31,8 @@ vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -46,7 +46,7 @@ from llumnix.core.types import EngineIndex, InstanceId
 
 logger = logging.getLogger("llumnix.engine")
 
-SNAPSHOT_EVERY_S = 10.0
+SNAPSHOT_EVERY_S = 60.0
 HASHES_MAX = 8192
 CLOSE_TIMEOUT_S = 2.0
 _WHOLE_PROMPT = ("full_attention", "mla_attention", "sink_full_attention")
@@ -55,7 +55,7 @@ TheirHash = int | bytes
 """vLLM's hash of a block, as its events have it."""
 
 
-@dataclass(slots=True, kw_only=True, eq=False)
+@dataclass(slots=True, eq=False)
 class _Block:
     """A block of vLLM's. `after`: our hash of all that is before `rest`, the last tokens up to its
     end, which fill no block of ours yet; `parts`: the blocks that they are in. `ends`: the blocks
@@ -63,7 +63,7 @@ class _Block:
     `copies`: how often vLLM keeps it."""
 
     after: int
-    rest: tuple[int, ...] = ()
+    rest: list[int] = field(default_factory=list)
     parts: tuple[TheirHash, ...] = ()
     ends: tuple[int, ...] = ()
     needs: tuple[TheirHash, ...] = ()
@@ -122,39 +122,40 @@ class PrefixBlocks:
         return stored, removed, cleared
 
     def _store(self, event: BlockStored) -> None:
-        size, names = self._size, event.block_hashes
-        if event.block_size != size or len(event.token_ids) != len(names) * size:
+        size, names, tokens = self._size, event.block_hashes, event.token_ids
+        if event.block_size != size or len(tokens) != len(names) * size:
             return  # A part of a block, or with gaps.
-        others = [
-            list(keys or ())[1 if event.lora_name else 0 :]
-            for keys in event.extra_keys or [()] * len(names)
-        ]
+        keys = event.extra_keys
+        others = _others(event) if keys and any(keys) else None
         if event.parent_block_hash is not None:
             parent = self._blocks.get(event.parent_block_hash)
         else:
             salted = others and others[0] and isinstance(others[0][0], str)
-            salt = others[0].pop(0) if salted else None
-            parent = _Block(after=root(event.lora_name, salt))
+            salt = others[0].pop(0) if others and salted else None
+            parent = _Block(root(event.lora_name, salt))
+        blocks = self._blocks
         for n, name in enumerate(names):
-            known = self._blocks.get(name)
+            known = blocks.get(name)
             if known is not None:
                 known.copies += 1
-            elif parent is not None and not others[n]:
-                known = self._add(name, parent, event.token_ids[n * size : (n + 1) * size])
+            elif parent is not None and not (others and others[n]):
+                known = self._add(name, parent, tokens[n * size : (n + 1) * size])
             parent = known
 
-    def _add(self, name: TheirHash, parent: _Block, tokens: Sequence[int]) -> _Block:
-        rest, parts = (*parent.rest, *tokens), (*parent.parts, name)
-        ends = chain(parent.after, rest)
-        if ends:
-            block = _Block(after=ends[-1], ends=ends, needs=parts)
+    def _add(self, name: TheirHash, parent: _Block, tokens: list[int]) -> _Block:
+        rest, parts = parent.rest + tokens, (*parent.parts, name)
+        if len(rest) < BLOCK_TOKENS:
+            block = _Block(parent.after, rest, parts)
+        else:
+            ends = chain(parent.after, rest)
+            block = _Block(ends[-1], [], (), ends, parts)
             for part in parts[:-1]:
                 self._completers.setdefault(part, set()).add(name)
-        else:
-            block = _Block(after=parent.after, rest=rest, parts=parts)
         self._blocks[name] = block
+        if block.ends:
+            self._look(block)
         # If it is back, others may have been waiting for it.
-        for completer in (name, *self._completers.get(name, ())):
+        for completer in self._completers.get(name, ()):
             self._look(self._blocks[completer])
         return block
 
@@ -196,6 +197,11 @@ class PrefixBlocks:
                     del undone[h]
                 else:
                     done[h] = None
+
+
+def _others(event: BlockStored) -> list[list[Any]]:
+    """Of each block, what it covers beside tokens and the adapter."""
+    return [list(keys or ())[1 if event.lora_name else 0 :] for keys in event.extra_keys or ()]
 
 
 class PrefixReader:
@@ -267,7 +273,7 @@ def prefix_reader(
 ) -> PrefixReader | None:
     """For an engine core with this scheduler; None if the policy does not ask for it, or this
     engine cannot tell."""
-    if POLICIES[settings.policy].dispatch != "cache-aware":
+    if not POLICIES[settings.policy].looks_at_caches:
         return None
     why = None
     kv = scheduler.kv_cache_manager
@@ -281,6 +287,8 @@ def prefix_reader(
         if BLOCK_TOKENS % manager.block_size and manager.block_size % BLOCK_TOKENS:
             why = f"its --block-size of {manager.block_size} does not go with our {BLOCK_TOKENS}"
     if why is not None:
-        logger.warning("What %s keeps in its prefix cache stays unknown: %s", instance, why)
+        # That it is off is mostly what its user wants.
+        level = logging.WARNING if kv.enable_caching else logging.INFO
+        logger.log(level, "What %s keeps in its prefix cache stays unknown: %s", instance, why)
         return None
     return PrefixReader(instance, engine_index, manager, groups[0], wake)

@@ -123,7 +123,8 @@ class FleetClient(EngineCalls):
         self._engine_status: dict[int, dict] = {}
 
         self.priorities = priorities
-        self._hash_prefixes = hash_prefixes
+        caching = vllm_config.cache_config.enable_prefix_caching
+        self._hash_prefixes = hash_prefixes and bool(caching)
         self.streams = Streams()
         self._log = log
         self.migrations = Migrations(self.streams, self, log)

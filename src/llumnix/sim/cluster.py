@@ -33,6 +33,7 @@ from llumnix.core.limits import MigrationLimits
 from llumnix.core.llumlet import Llumlet
 from llumnix.core.load import LoadReport
 from llumnix.core.messages import Out, PeerMessage, ToPeer
+from llumnix.core.policies.presets import POLICIES
 from llumnix.core.scheduler import Scheduler, priorities_of
 from llumnix.core.settings import SchedulerSettings
 from llumnix.core.types import EngineIndex, InstanceId, MigrationId, RequestId
@@ -98,7 +99,7 @@ class Cluster:
         self.preemptions = 0
         self.instance_s = 0.0
         self.network = Network(setup.profile.link_bytes_s, self._later)
-        self._cache_aware = setup.scheduler.policy == "cache-aware"
+        self._cache_aware = POLICIES[setup.scheduler.policy].looks_at_caches
         self._record = record
         self._wire = wire
         self._heap: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []

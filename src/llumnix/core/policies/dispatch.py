@@ -16,6 +16,11 @@ from llumnix.core.view import ClusterView, InstanceView, Order
 AHEAD_TOKENS = 512
 """Fewer tokens of prompts take about as long as a decode step or two: no reason to go where less
 memory is free."""
+HOLDERS_MAX = 8
+"""So many instances that have the most of a prompt in their caches are looked at."""
+REQUEST_TOKENS = 200
+REQUEST_SHARE = 0.1
+SOONEST = "soonest: after {ahead} tokens, {freeness:.0f} tokens a request"
 
 
 class DispatchPolicy(Protocol):
@@ -75,24 +80,15 @@ def by_start(known: InstanceView, rank: int, view: ClusterView) -> tuple[float, 
     classes is left, last those so short of it that they give requests away, each the least short
     first. Of several alike, mostly because they stand idle, the one that was dispatched to last:
     it is the warmest."""
-    return *_by_start(known.load, rank, view), -known.turn
-
-
-def by_start_in_turn(known: InstanceView, rank: int, view: ClusterView) -> tuple[float, ...]:
-    """The same, but of several alike the one that has waited longest for a dispatch: what no
-    instance has in its prefix cache is spread over all of them."""
-    return *_by_start(known.load, rank, view), known.turn
-
-
-def _by_start(load: Load, rank: int, view: ClusterView) -> tuple[float, float, float, float]:
+    load = known.load
     freeness = load.freeness_for(rank, view.priorities)
     ahead = load.ahead_of(rank) // AHEAD_TOKENS
     short = view.thresholds[0] - freeness
     if short <= 0:
-        return 0.0, 0.0, ahead, -freeness
+        return 0.0, 0.0, ahead, -freeness, -known.turn
     # No headroom is kept from the most urgent class.
     full = view.thresholds[0] - load.freeness_for(0, view.priorities) if rank else short
-    return max(0.0, full), short, ahead, -freeness
+    return max(0.0, full), short, ahead, -freeness, -known.turn
 
 
 class Best:
@@ -110,9 +106,13 @@ class Best:
         chosen = view.best(self._order, rank, now)
         if chosen is None:
             return None
-        load = chosen.load
-        freeness = load.freeness_for(rank, view.priorities)
-        return chosen, self._why.format(freeness=freeness, ahead=load.ahead_of(rank))
+        return chosen, _explain(self._why, chosen, rank, view)
+
+
+def _explain(why: str, chosen: InstanceView, rank: int, view: ClusterView) -> str:
+    load = chosen.load
+    freeness = load.freeness_for(rank, view.priorities)
+    return why.format(freeness=freeness, ahead=load.ahead_of(rank))
 
 
 def freest() -> Best:
@@ -120,53 +120,86 @@ def freest() -> Best:
     return Best(by_freeness, "freest: {freeness:.0f} tokens a request")
 
 
-def soonest(order: Order = by_start) -> Best:
+class Soonest:
     """Where the request starts soonest, and disturbs the fewest: memory is not short, and the
-    fewest tokens of other prompts are still to be computed; of several alike the freest."""
-    return Best(order, "soonest: after {ahead} tokens, {freeness:.0f} tokens a request")
+    fewest tokens of prompts are still to be computed, its own included as far as they are not in
+    the instance's prefix cache; of several alike the freest.
 
+    A hit is not worth an instance that is short of memory, nor many more requests in the batch,
+    each of which makes every step longer: each weighs as much as `REQUEST_TOKENS` more to compute,
+    and `REQUEST_SHARE` of the prompt, since who shares a long prefix has a long context. Otherwise
+    a popular prefix would gather its requests on one instance while others stand idle.
 
-class CacheAware:
-    """The fewest tokens to compute until the request's first: those of its prompt that the
-    instance does not have, and those that wait there; of several alike the freest, then the one
-    that has waited longest. An instance that is short of memory is not worth a hit, so a popular
-    prefix does not make a hot spot."""
+    Of instances alike a long prompt that none has goes to the next in turn, not to the warmest, so
+    that all their caches fill and not one alone."""
 
     def __init__(self) -> None:
         self.index = PrefixIndex()
-        self._soonest = soonest(by_start_in_turn)
+        self._soonest = Best(by_start, SOONEST)
+        self._last = InstanceId("")
 
     def choose(
         self, view: ClusterView, request: RequestArrived, now: float
     ) -> tuple[InstanceView, str] | None:
-        fallback = self._soonest.choose(view, request, now)
-        if fallback is None or not request.prefix:
-            return fallback
+        found = self._soonest.choose(view, request, now)
+        if found is None or not request.prefix:
+            return found
+        best, _ = found
+        here = self.index.hit(best.report.instance, request.prefix)
+        holders = self.index.hits(request.prefix, HOLDERS_MAX, above=here)
         rank = view.priorities.rank(request.priority)
-        source_below, _ = view.thresholds
+        if holders:
+            return self._worth(holders, here, best, view, request, rank, now) or found
+        if request.prompt_tokens - here * BLOCK_TOKENS < AHEAD_TOKENS:
+            return found
+        other = view.next_after(self._last, now) or best
+        self._last = other.report.instance
+        if by_start(other, rank, view)[:-1] == by_start(best, rank, view)[:-1]:
+            best = other
+        return best, _explain(SOONEST, best, rank, view)
 
-        def cost(known: InstanceView, new: int) -> tuple[float, float, int]:
-            freeness = known.load.changed(rank, 1, new).freeness_for(rank, view.priorities)
-            return known.load.ahead_of(rank) + new, -freeness, known.turn
+    def _worth(
+        self,
+        holders: dict[InstanceId, int],
+        here: int,
+        best: InstanceView,
+        view: ClusterView,
+        request: RequestArrived,
+        rank: int,
+        now: float,
+    ) -> tuple[InstanceView, str] | None:
+        """The instance whose hit is worth most, if it is better than the best without, whose own
+        is `here`. `holders`: hits in blocks."""
+        prompt = request.prompt_tokens
+        each = REQUEST_TOKENS + REQUEST_SHARE * prompt
 
-        best, why = fallback
-        lowest = cost(best, request.prompt_tokens)
-        for instance, blocks in self.index.hits(request.prefix).items():
-            known = view.get(instance)
+        def cost(load: Load, hit: int) -> float:
+            tokens = load.ahead_of(rank) + prompt - hit + each * (load.batch + load.waiting)
+            return tokens // AHEAD_TOKENS
+
+        found, lowest = None, cost(best.load, _tokens(here, prompt))
+        for instance, blocks in holders.items():
+            known, hit = view.get(instance), _tokens(blocks, prompt)
             if known is None or not known.report.accepting or not known.fresh(now):
                 continue
-            hit = min(blocks * BLOCK_TOKENS, request.prompt_tokens - 1)
-            mine = cost(known, request.prompt_tokens - hit)
-            if mine < lowest and -mine[1] >= source_below:
-                best, lowest = known, mine
-                why = f"cache-aware: {hit} of {request.prompt_tokens} tokens there"
-        return best, why
+            mine = cost(known.load, hit)
+            if mine >= lowest:
+                continue
+            after = known.load.changed(rank, 1, prompt - hit)
+            if after.freeness_for(rank, view.priorities) >= view.thresholds[0]:
+                lowest = mine
+                found = known, f"soonest: {hit} of {prompt} tokens are in its cache"
+        return found
+
+
+def _tokens(blocks: int, prompt: int) -> int:
+    """What is found of a prompt, whose last token is computed in any case."""
+    return min(blocks * BLOCK_TOKENS, prompt - 1)
 
 
 DISPATCH_POLICIES: dict[str, Callable[[], DispatchPolicy]] = {
-    "soonest": soonest,
+    "soonest": Soonest,
     "freest": freest,
     "round-robin": RoundRobin,
     "least-loaded": LeastLoaded,
-    "cache-aware": CacheAware,
 }

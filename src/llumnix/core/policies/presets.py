@@ -15,14 +15,19 @@ class Preset:
     text: str
     priorities: bool = True
 
+    @property
+    def looks_at_caches(self) -> bool:
+        """Whether dispatch wants to know what is in the instances' prefix caches."""
+        return self.dispatch == "soonest"
+
 
 POLICIES: dict[str, Preset] = {
     "llumnix": Preset(
         dispatch="soonest",
         balance=True,
         headroom=True,
-        text="one with room and the fewest prompt tokens before it, then the highest freeness, and "
-        "requests move while they run",
+        text="one with room and the fewest prompt tokens to compute until its first, less those in "
+        "the prefix cache, then the highest freeness, and requests move while they run",
     ),
     "llumnix-base": Preset(
         dispatch="soonest",
@@ -38,10 +43,10 @@ POLICIES: dict[str, Preset] = {
         text="the highest freeness, and requests stay (the paper's baseline)",
     ),
     "cache-aware": Preset(
-        dispatch="cache-aware",
+        dispatch="soonest",
         balance=False,
         headroom=False,
-        text="prefix-cache hits weighed against load, and requests stay",
+        text="placed as by `llumnix`, and requests stay",
     ),
     "least-loaded": Preset(
         dispatch="least-loaded",
