@@ -8,10 +8,12 @@ as the HTTP client got them, less the median time between tokens. In turns: copi
 and without one request that is moved all the time, in windows that alternate. Last, one of the
 instances is drained while its streams have `--drain-tokens` or half of that to go.
 
-Prefix caching is off: it would leave nothing to copy on the way back.
+Prefix caching is off: it would leave nothing to copy on the way back. With `--caching` it is on,
+and each request is moved once.
 
     python benchmarks/migration.py [--shape tiny|llama-7b] [--lengths 256,1024] [--hops 8]
-                                   [--background 4] [--window-s 5] [--out FILE] [-- FLAGS]
+                                   [--background 4] [--window-s 5] [--caching] [--out FILE]
+                                   [-- FLAGS]
 """
 
 import argparse
@@ -183,7 +185,9 @@ async def gaps(http: aiohttp.ClientSession, url: str, args: argparse.Namespace) 
                 modes = args.modes if not others else ["staged"]
                 for mode in modes:
                     hops = args.hops if mode == "staged" else max(3, args.hops // 2)
-                    moved, _ = await one_request(http, url, length, mode, hops, dice)
+                    moved = []
+                    for once in [1] * hops if args.caching else [hops]:
+                        moved += (await one_request(http, url, length, mode, once, dice))[0]
                     if not moved:
                         continue
                     row = {"prompt_tokens": length, "mode": mode, "background": others}
@@ -206,7 +210,7 @@ async def cost(http: aiohttp.ClientSession, url: str, args: argparse.Namespace) 
     windows: list[tuple[str, float, float]] = []
     moves = dict.fromkeys(PACES, 0)
     count = 2 * max(1, args.background)
-    async with Background(http, url, count, args.background_tokens) as others:
+    async with Background(http, url, count, args.cost_background_tokens) as others:
         name, seen = uuid.uuid4().hex, Watched()
         dice = random.Random(9)
         prompt = [dice.randrange(300, 4000) for _ in range(length)]
@@ -285,7 +289,8 @@ async def measure(args: argparse.Namespace) -> None:
     priority = real_time()
     with tempfile.TemporaryDirectory() as temporary:
         folder = write_shape(args.shape, Path(temporary) / args.shape)
-        flags = ["--instances", "2", "--load-format", "dummy", "--no-enable-prefix-caching"]
+        flags = ["--instances", "2", "--load-format", "dummy"]
+        flags += [] if args.caching else ["--no-enable-prefix-caching"]
         flags += ["--max-num-seqs", "64", *args.flags]
         server = serve("llumnix", str(folder), "m", flags, Path(temporary) / "server.log")
         try:
@@ -295,11 +300,11 @@ async def measure(args: argparse.Namespace) -> None:
             async with aiohttp.ClientSession(timeout=timeout, connector=connector) as http:
                 await one_request(http, server.url, 64, "staged", 2, random.Random(1))
                 rows = await gaps(http, server.url, args)
-                more = {"others": await cost(http, server.url, args)}
-                more["drain"] = await drain(http, server.url, args)
-            write_result(
-                args.out, rows, client=priority, shape=args.shape, flags=args.flags, **more
-            )
+                more = {}
+                if not args.caching:
+                    more["others"] = await cost(http, server.url, args)
+                    more["drain"] = await drain(http, server.url, args)
+            write_result(args.out, rows, client=priority, shape=args.shape, flags=flags, **more)
         except BaseException:
             print(server.log.read_text()[-6000:])
             raise
@@ -317,12 +322,19 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--hops", type=int, default=8)
     parser.add_argument("--background", type=int, default=2)
     parser.add_argument("--background-tokens", type=int, default=600)
+    parser.add_argument("--caching", action="store_true", help="only the gaps, of moves there")
+    parser.add_argument(
+        "--cost-background-tokens", type=int, help="of the streams whose pace is measured"
+    )
     parser.add_argument("--window-s", type=float, default=4)
     parser.add_argument("--cost-tokens", type=int, default=8000)
     parser.add_argument("--drain-tokens", type=int, default=1500)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/migration_cpu.json")
     parser.add_argument("flags", nargs="*", help="for `llumnix serve`, after --")
-    return parser.parse_args(given)
+    args = parser.parse_args(given)
+    if args.cost_background_tokens is None:
+        args.cost_background_tokens = args.background_tokens
+    return args
 
 
 def main(given: list[str] | None = None) -> None:

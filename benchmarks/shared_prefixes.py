@@ -23,7 +23,7 @@ CHATS_PER_S = 2.0
 FIRST, MORE, ANSWER = (500, 2500), (100, 600), (50, 400)
 """Tokens of a first question, of a later one, and of an answer."""
 READING_S = 8.0
-APPLICATIONS, SYSTEM_TOKENS = 32, 4096
+APPLICATIONS, SYSTEM_TOKENS = 64, 4096
 QUESTIONS, QUESTIONS_PER_S, QUESTION = 3000, 16.0, (50, 450)
 
 
