@@ -14,13 +14,6 @@ vllm = pytest.importorskip("vllm")
 
 import torch  # noqa: E402
 from vllm.config import SchedulerConfig  # noqa: E402
-from vllm.distributed.kv_events import (  # noqa: E402
-    AllBlocksCleared,
-    BlockRemoved,
-    BlockStored,
-    EventPublisherFactory,
-    NullEventPublisher,
-)
 from vllm.lora.request import LoRARequest  # noqa: E402
 from vllm.pooling_params import PoolingParams  # noqa: E402
 from vllm.sampling_params import SamplingParams  # noqa: E402
@@ -42,6 +35,8 @@ from vllm.v1.kv_cache_interface import (  # noqa: E402
     KVCacheTensor,
 )
 from vllm.v1.request import Request, RequestStatus  # noqa: E402
+
+from llumnix.engine.prefix_reader import NotedMap  # noqa: E402
 
 
 def source(of: object) -> str:
@@ -296,70 +291,51 @@ def test_waiting_requests_go_by_priority_then_arrival() -> None:
     says(Scheduler.schedule, "if not preempted_reqs and self._pause_state", who=who)
 
 
-# -- events of the prefix cache: engine/prefix_events.py
+# -- the prefix cache: engine/prefix_reader.py
 
 
-def test_block_events_can_be_switched_on_later_and_wait_in_one_list() -> None:
+def test_what_enters_and_leaves_the_prefix_cache_goes_through_its_map() -> None:
     kv = manager()
     pool = kv.block_pool
-    pool.enable_kv_cache_events = True
-    one = request("a", range(40), cache_salt="salt")
-    assert kv.allocate_slots(one, 40) is not None
-    (first,) = pool.kv_event_queue
-    assert isinstance(first, BlockStored)
-    assert (first.parent_block_hash, first.block_size, first.group_idx) == (None, 16, 0)
-    assert (first.token_ids, first.lora_name) == (list(range(32)), None)
-    assert first.extra_keys == [("salt",), None]
-    one.append_output_token_ids(list(range(40, 48)))
-    one.num_computed_tokens = 40
-    assert kv.allocate_slots(one, 8) is not None
-    _, second = pool.kv_event_queue
-    assert second.parent_block_hash == first.block_hashes[-1]
-    assert second.token_ids == list(range(32, 48))
-    kv.free(one)
-    other = request("b", range(500, 644))
-    assert kv.allocate_slots(other, 144) is not None
-    removed = [e for e in pool.kv_event_queue if isinstance(e, BlockRemoved)]
-    names = {h for e in removed for h in e.block_hashes}
-    assert names == {*first.block_hashes, *second.block_hashes}
-    assert {e.group_idx for e in removed} == {0}
-    kv.free(other)
-    assert kv.reset_prefix_cache()
-    assert isinstance(pool.kv_event_queue[-1], AllBlocksCleared)
-
-
-def test_a_block_that_is_cached_twice_is_stored_and_removed_twice() -> None:
-    kv = manager()
-    pool = kv.block_pool
-    pool.enable_kv_cache_events = True
-    twins = [request(n, range(32)) for n in "ab"]
+    noted = pool.cached_block_hash_to_block = NotedMap(pool.cached_block_hash_to_block)
+    twins = [request(n, range(40), cache_salt="salt") for n in "ab"]
     for twin in twins:
-        assert kv.allocate_slots(twin, 32) is not None
-    a, b = pool.kv_event_queue
-    assert isinstance(a, BlockStored)
-    assert a.block_hashes == b.block_hashes
+        assert kv.allocate_slots(twin, 40) is not None
+    keys = [kv_cache_utils.make_block_hash_with_group_id(h, 0) for h in twins[0].block_hashes]
+    assert len(keys) == 2
+    assert all(noted.get_one_block(key) is not None for key in keys)
+    assert noted.dropped == []
+    twins[0].append_output_token_ids(list(range(40, 48)))
+    twins[0].num_computed_tokens = 40
+    assert kv.allocate_slots(twins[0], 8) is not None
+    keys.append(kv_cache_utils.make_block_hash_with_group_id(twins[0].block_hashes[2], 0))
+    assert noted.get_one_block(keys[2]) is not None
     for twin in twins:
         kv.free(twin)
-    assert kv.allocate_slots(request("c", range(500, 644)), 144) is not None
-    events = [e for e in pool.kv_event_queue if isinstance(e, BlockRemoved)]
-    removed = [h for e in events for h in e.block_hashes]
-    assert sorted(removed) == sorted([*a.block_hashes, *b.block_hashes])
+    other = request("c", range(500, 644))
+    assert kv.allocate_slots(other, 144) is not None
+    assert sorted(noted.dropped) == sorted([*keys, *keys[:2]])
+    assert all(noted.get_one_block(key) is None for key in keys)
+    kv.free(other)
+    assert kv.reset_prefix_cache()
+    assert pool.cached_block_hash_to_block is not noted, "engine/prefix_reader.py"
+
+
+def test_block_hashes_are_seen_in_the_size_of_a_group() -> None:
+    hashes = [b"a", b"b", b"c", b"d"]
+    assert kv_cache_utils.resolve_block_hashes(hashes, 16, 16) is hashes
+    assert kv_cache_utils.resolve_block_hashes(hashes, 16, 32)[1] == b"d"
 
 
 def test_what_tells_blocks_apart_is_what_we_name_them_by() -> None:
-    """engine/prefix_events.py and frontend/client.py: the tokens, adapter and salt, or nothing."""
-    who = "engine/prefix_events.py"
+    """engine/prefix_reader.py and frontend/client.py: the tokens, adapter and salt, or nothing."""
+    who = "engine/prefix_reader.py"
     says(
         kv_cache_utils.generate_block_hash_extra_keys,
         "start_token_idx == 0 and request.cache_salt",
         "lora_extra_keys + mm_extra_keys + cache_salt_keys + prompt_embeds_keys",
         who=who,
     )
-    says(kv_cache_utils.to_event_extra_keys, 'key[1:] if key[0] == "mm" else key[1]', who=who)
-    tags = [("lora", "l", "path"), ("mm", "image", 3), ("cache_salt", "s"), ("prompt_embeds", b"")]
-    untagged = ("l", ("image", 3), "s", b"")
-    assert kv_cache_utils.to_event_extra_keys([tuple(tags), None]) == [untagged, None]
-    says(BlockPool._build_block_stored_event, "lora_name=request.lora_request.name", who=who)
     adapter = LoRARequest("adapter", 1, "/nowhere")
     assert adapter.name == adapter.lora_name == "adapter"
     read = {"prompt_token_ids", "lora_request", "cache_salt", "mm_features", "prompt_embeds"}
@@ -367,25 +343,6 @@ def test_what_tells_blocks_apart_is_what_we_name_them_by() -> None:
     assert isinstance(EngineCoreRequest.params, property), "frontend/client.py"
     assert SamplingParams(prompt_logprobs=1).skip_reading_prefix_cache is True
     assert hasattr(PoolingParams(), "skip_reading_prefix_cache")
-
-
-def test_the_scheduler_takes_the_events_from_the_pool_for_nobody() -> None:
-    who = "engine/prefix_events.py"
-    says(Scheduler.update_from_output, "events = self.kv_cache_manager.take_events()", who=who)
-    says(KVCacheManager.take_events, "events = self.block_pool.take_events()", who=who)
-    says(BlockPool.take_events, "self.kv_event_queue = []", who=who)
-    assert isinstance(EventPublisherFactory.create(None), NullEventPublisher)
-    says(
-        KVCacheManager.get_computed_blocks,
-        'and self.enable_kv_cache_events and getattr(request, "kv_cache_report_mode"',
-        who=who,
-    )
-    says(
-        KVCacheManager.__init__,
-        "self.enable_kv_cache_events = enable_kv_cache_events",
-        "self.block_pool = self.coordinator.block_pool",
-        who=who,
-    )
 
 
 def test_the_groups_of_layers_are_named_by_kind() -> None:
@@ -398,7 +355,7 @@ def test_the_groups_of_layers_are_named_by_kind() -> None:
         "full_attention", "mla_attention", "sink_full_attention",  # These look at all of a prompt.
         "sliding_window", "sliding_window_mla", "mamba", "chunked_local_attention",
         "encoder_only_attention", "cross_attention", "unknown",
-    }, "does the new kind look at the whole prompt? (engine/prefix_events.py)"  # fmt: skip
+    }, "does the new kind look at the whole prompt? (engine/prefix_reader.py)"  # fmt: skip
 
 
 def test_an_idle_engine_that_is_woken_looks_around() -> None:
@@ -408,12 +365,12 @@ def test_an_idle_engine_that_is_woken_looks_around() -> None:
         "while not self.has_work() and self.is_running():",
         "self._notify_idle_state_callbacks()",
         "req = self.input_queue.get(block=block)",
-        who="engine/prefix_events.py",
+        who="engine/prefix_reader.py",
     )
     says(
         EngineCoreProc._handle_client_request,
         "if request_type == EngineCoreRequestType.WAKEUP: return",
-        who="engine/prefix_events.py",
+        who="engine/prefix_reader.py",
     )
 
 

@@ -6,6 +6,7 @@ What it relies on inside vLLM stands in engine/vllm_port.py, the other half, bes
 it (tests/house/test_vllm_migration_contract.py).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,6 +84,7 @@ class Arrivals:
         self._unmet: dict[tuple[str, ...], str] = {}
         self._tickets = 0
         self.last_ticket = 0
+        self.on_commit: Callable[[Request], None] = lambda request: None
         self.block_tokens: int = self._scheduler.block_size
 
     # -- what the host tells it
@@ -285,6 +287,7 @@ class Arrivals:
         del self._arriving[request]
         self._scheduler.requests[request] = new
         self._queue(new)
+        self.on_commit(new)
         return None
 
     def drop(self, request: RequestId) -> None:

@@ -54,7 +54,7 @@ from llumnix.engine.cores import share_of_cores
 from llumnix.engine.host import FromOutside, HostSeat, LlumletHost
 from llumnix.engine.immovable import WORKER_EXTENSION
 from llumnix.engine.load_reader import LoadReader
-from llumnix.engine.prefix_events import prefix_reader
+from llumnix.engine.prefix_reader import prefix_reader
 from llumnix.engine.queueing import Queueing
 from llumnix.engine.reporter import LoadReporter
 from llumnix.engine.vllm_port import has_prompts
@@ -128,6 +128,8 @@ class EngineInstance(EngineCoreActor):
         self._prefixes = prefix_reader(
             seat.llumlet.settings, self.scheduler, seat.instance, seat.engine_index, self._rouse
         )
+        if self._prefixes is not None:
+            self._host.port.on_commit = self._prefixes.follow
         self._leave_on_sigterm()
 
     def describe(self) -> InstanceFacts:
@@ -186,6 +188,8 @@ class EngineInstance(EngineCoreActor):
         self._reporter.admit(RequestId(request.request_id))
         self._reader.came()
         self._host.port.arrived(request)
+        if self._prefixes is not None:
+            self._prefixes.follow(request)
         super().add_request(request, request_wave)
 
     def abort_requests(self, request_ids: list[str]) -> None:
@@ -257,7 +261,7 @@ class EngineInstance(EngineCoreActor):
 
     def _notify_idle_state_callbacks(self) -> None:
         self._offer(idle=True)
-        while self._tell_prefixes():
+        while self._tell_prefixes(at_once=True):
             pass
         super()._notify_idle_state_callbacks()
 
@@ -271,9 +275,9 @@ class EngineInstance(EngineCoreActor):
         self._reporter.offer(numbers, moving, orders, at_once=idle)
         self._tell_prefixes()
 
-    def _tell_prefixes(self) -> bool:
+    def _tell_prefixes(self, *, at_once: bool = False) -> bool:
         """Passes on what changed in the prefix cache, up to a bound; whether anything had."""
-        fact = None if self._prefixes is None else self._prefixes.read()
+        fact = None if self._prefixes is None else self._prefixes.read(at_once=at_once)
         if fact is not None:
             self._reporter.tell(fact)
         return fact is not None

@@ -355,7 +355,7 @@ class FleetClient(EngineCalls):
         return self._place_alone()
 
     def _prefix(self, request: EngineCoreRequest) -> tuple[int, ...]:
-        """The prompt's blocks as engine/prefix_events.py names them, if the policy asks for them
+        """The prompt's blocks as engine/prefix_reader.py names them, if the policy asks for them
         and the request would look for them."""
         tokens, lora = request.prompt_token_ids, request.lora_request
         embedded = request.mm_features or request.prompt_embeds is not None

@@ -25,14 +25,14 @@ from vllm.v1.kv_cache_interface import (  # noqa: E402
     KVCacheGroupSpec,
     SlidingWindowSpec,
 )
-from vllm.v1.request import Request  # noqa: E402
+from vllm.v1.request import Request, RequestStatus  # noqa: E402
 
 from llumnix.core.events import PrefixesChanged  # noqa: E402
 from llumnix.core.prefixes import BLOCK_TOKENS, PrefixIndex, chain, root  # noqa: E402
 from llumnix.core.settings import SchedulerSettings  # noqa: E402
 from llumnix.core.types import EngineIndex, InstanceId, RequestId  # noqa: E402
-from llumnix.engine import prefix_events  # noqa: E402
-from llumnix.engine.prefix_events import PrefixReader, prefix_reader  # noqa: E402
+from llumnix.engine import prefix_reader as prefix_reader_module  # noqa: E402
+from llumnix.engine.prefix_reader import NotedMap, PrefixReader, prefix_reader  # noqa: E402
 from llumnix.frontend.client import FleetClient  # noqa: E402
 
 I0, ENGINE = InstanceId("i0"), EngineIndex(3)
@@ -48,7 +48,7 @@ class Heard:
         self.facts: list[PrefixesChanged] = []
 
     def listen(self) -> PrefixesChanged | None:
-        fact = self.reader.read()
+        fact = self.reader.read(at_once=True)
         if fact is not None:
             assert (fact.instance, fact.engine_index) == (I0, ENGINE)
             assert not set(fact.stored) & set(fact.removed)
@@ -74,13 +74,8 @@ def heard(engine: Any) -> Iterator[Heard]:
     reader = prefix_reader(CACHE_AWARE, scheduler, I0, ENGINE, lambda: None)
     assert reader is not None
     reader.start()
-    one = Heard(reader)
-    yield one
+    yield Heard(reader)
     reader.close()
-    pool = scheduler.kv_cache_manager.block_pool
-    pool.enable_kv_cache_events = False
-    pool.kv_event_queue = []
-    del pool.take_events
 
 
 def prefix(engine: Any, prompt: list[int], salt: str | None = None) -> tuple[int, ...]:
@@ -98,6 +93,7 @@ def run(
     made = engine.make(RequestId(name), prompt, options)
     made.cache_salt = salt
     engine.add_core_request(made)
+    heard.reader.follow(engine.core.scheduler.requests[made.request_id])
     answer: list[int] = []
     while not engine.idle():
         heard.listen()
@@ -178,15 +174,49 @@ def test_a_cache_that_was_reset_is_said_to_be_empty_at_once(engine: Any, heard: 
     assert heard.blocks(prefix(engine, prompt)) == 3
 
 
-def test_the_reader_follows_no_more_blocks_than_there_are(engine: Any, heard: Heard) -> None:
+def test_the_reader_keeps_no_more_names_than_there_are_blocks(engine: Any, heard: Heard) -> None:
     for n in range(12):
         run(engine, heard, f"r{n}", prompt_of(100 + 30 * n, n), tokens=9)
-    pool = engine.core.scheduler.kv_cache_manager.block_pool
-    blocks = heard.reader.blocks
-    assert 0 < len(blocks) <= pool.num_gpu_blocks - 1
+    pool, reader = engine.core.scheduler.kv_cache_manager.block_pool, heard.reader
+    assert 0 < len(reader._names) <= pool.num_gpu_blocks - 1
+    assert len(reader.kept) == len(reader._names)
     assert engine.core.scheduler.reset_prefix_cache()
     heard.listen()
-    assert (len(blocks), blocks.kept, blocks._completers) == (0, {}, {})
+    assert (reader._names, reader.kept, reader._followed) == ({}, {}, {})
+    assert reader._map.dropped == []
+
+
+def test_what_is_not_asked_for_again_at_once_is_told_in_time(engine: Any, heard: Heard) -> None:
+    heard.listen()
+    run(engine, heard, "a", prompt_of(200, 1))
+    made = engine.make(RequestId("b"), prompt_of(200, 2), SamplingParams(max_tokens=1))
+    engine.add_core_request(made)
+    heard.reader.follow(engine.core.scheduler.requests["b"])
+    while not engine.idle():
+        engine.step()
+    heard.reader._read_s = time.monotonic() + 3600
+    assert heard.reader.read() is None
+    assert heard.listen() is not None
+    assert heard.blocks(prefix(engine, prompt_of(200, 2))) == 3
+
+
+def test_many_blocks_are_named_over_several_calls(
+    engine: Any, heard: Heard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prefix_reader_module, "NAMES_MAX", 2)
+    made = [engine.make(RequestId(n), prompt_of(340, k), SamplingParams(max_tokens=1))
+            for k, n in enumerate("ab")]  # fmt: skip
+    for one in made:
+        engine.add_core_request(one)
+        heard.reader.follow(engine.core.scheduler.requests[one.request_id])
+    while not engine.idle():
+        engine.step()
+    told = 0
+    while heard.listen() is not None:
+        told += 1
+    assert told == 5
+    assert [heard.blocks(prefix(engine, prompt_of(340, k))) for k in range(2)] == [5, 5]
+    assert heard.reader._followed == {}
 
 
 # -- vLLM's cache alone, in other sizes ---------------------------------------------------------
@@ -205,8 +235,18 @@ def reader_of(kv: KVCacheManager) -> PrefixReader:
         CACHE_AWARE, SimpleNamespace(kv_cache_manager=kv), I0, ENGINE, lambda: None
     )
     assert reader is not None
-    kv.block_pool.enable_kv_cache_events = True
     return reader
+
+
+def compute(reader: PrefixReader, kv: KVCacheManager, one: Request, **found: Any) -> Any:
+    """The blocks of the request are there, as after a step with all of it."""
+    slots = kv.allocate_slots(
+        one, one.num_tokens - found.get("num_new_computed_tokens", 0), **found
+    )
+    if slots is not None:
+        one.num_computed_tokens = one.num_tokens
+        reader.follow(one)
+    return slots
 
 
 def request(name: str, tokens: list[int], size: int, salt: str | None, lora: Any) -> Request:
@@ -249,20 +289,22 @@ def test_in_every_block_size_the_hits_are_vllms_own(
     """Requests come, share, double each other's blocks (without `reuse` they do not look for
     any), go, and push others out."""
     kv = manager(size, room // size + 1)
-    heard = Heard(reader_of(kv))
+    reader = reader_of(kv)
+    heard = Heard(reader)
     made, there = [], []
     for n, (beginning, length, following, (salt, lora)) in enumerate(prompts):
         tokens = [beginning * 7 + t % 50 for t in range(length)] + [500 + following] * 90
         one = request(f"r{n}", tokens, size, salt, lora)
         made.append((one, chain(root(lora and lora.lora_name, salt), tokens)))
         blocks, hit, _ = kv.get_computed_blocks(one) if reuse else (None, 0, 0)
-        slots = kv.allocate_slots(
-            one, len(tokens) - hit, num_new_computed_tokens=hit, new_computed_blocks=blocks
-        )
+        found = {"num_new_computed_tokens": hit, "new_computed_blocks": blocks}
+        slots = compute(reader, kv, one, **found)
         if slots is not None:
             there.append(one)
         while there and (slots is None or order.random() < 0.4):
-            kv.free(there.pop(order.randrange(len(there))))
+            over = there.pop(order.randrange(len(there)))
+            over.status = RequestStatus.FINISHED_STOPPED
+            kv.free(over)
             slots = ()
         if order.random() < 0.1 and not there:
             assert kv.reset_prefix_cache()
@@ -284,7 +326,7 @@ def test_other_policies_pay_nothing(policy: str) -> None:
     scheduler = SimpleNamespace(kv_cache_manager=kv)
     found = prefix_reader(SchedulerSettings(policy=policy), scheduler, I0, ENGINE, lambda: None)
     assert found is None
-    assert not kv.block_pool.enable_kv_cache_events
+    assert not isinstance(kv.block_pool.cached_block_hash_to_block, NotedMap)
 
 
 def unreadable(
@@ -300,7 +342,7 @@ def unreadable(
         logger.removeHandler(caplog.handler)
     (line,) = caplog.messages[-1:]
     assert caplog.records[-1].levelno == level
-    assert not kv.block_pool.enable_kv_cache_events
+    assert not isinstance(kv.block_pool.cached_block_hash_to_block, NotedMap)
     return line
 
 
@@ -331,48 +373,64 @@ def test_only_one_group_of_layers_counts() -> None:
     reader = reader_of(kv)
     heard = Heard(reader)
     one = request("a", TOKENS, 64, None, None)
-    assert kv.allocate_slots(one, len(TOKENS)) is not None
+    assert compute(reader, kv, one) is not None
     heard.listen()
     assert heard.blocks(chain(root(None, None), TOKENS)) == len(TOKENS) // 64
-    assert set(reader.blocks.kept.values()) == {1}
+    assert set(reader.kept.values()) == {1}
 
 
 def test_everything_is_said_anew_now_and_then_and_an_idle_engine_woken(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(prefix_events, "SNAPSHOT_EVERY_S", 0.05)
+    monkeypatch.setattr(prefix_reader_module, "SNAPSHOT_EVERY_S", 0.05)
     kv, woken = manager(64, 20), threading.Event()
     scheduler = SimpleNamespace(kv_cache_manager=kv)
     reader = prefix_reader(CACHE_AWARE, scheduler, I0, ENGINE, woken.set)
     assert reader is not None
     reader.start()
-    assert kv.allocate_slots(request("a", TOKENS, 64, None, None), len(TOKENS)) is not None
+    assert compute(reader, kv, request("a", TOKENS, 64, None, None)) is not None
     ours = chain(root(None, None), TOKENS)
     for _ in range(3):
         assert woken.wait(10)
         woken.clear()
-        fact = reader.read()
+        fact = reader.read(at_once=True)
         assert fact is not None
         assert (fact.stored, fact.removed, fact.cleared) == (ours, (), True)
     reader.close()
-    reader.read()
+    reader.read(at_once=True)
     time.sleep(0.1)
-    assert reader.read() is None
+    assert reader.read(at_once=True) is None
 
 
-def test_the_scheduler_finds_no_events_left() -> None:
-    kv = manager(64, 20)
-    reader = prefix_reader(
-        CACHE_AWARE, SimpleNamespace(kv_cache_manager=kv), I0, ENGINE, lambda: None
-    )
-    assert reader is not None
-    reader.start()
-    reader.close()
-    assert kv.allocate_slots(request("a", TOKENS, 64, None, None), len(TOKENS)) is not None
-    assert kv.take_events() == []
-    fact = reader.read()
-    assert fact is not None
-    assert len(fact.stored) == len(TOKENS) // 64
+def test_an_adapter_that_is_loaded_anew_names_the_same_blocks() -> None:
+    """vLLM tells them apart by the path too; they are gone when both are."""
+    kv = manager(64, 40)
+    reader = reader_of(kv)
+    heard = Heard(reader)
+    ours = chain(root("adapter", None), TOKENS)
+    for n, path in enumerate(("/here", "/there")):
+        one = request(f"r{n}", TOKENS, 64, None, LoRARequest("adapter", n + 1, path))
+        assert compute(reader, kv, one) is not None
+        heard.listen()
+        assert heard.blocks(ours) == len(TOKENS) // 64
+    assert set(reader.kept.values()) <= {1, 2}
+
+
+def test_a_preempted_request_is_named_anew(engine: Any, heard: Heard) -> None:
+    prompt = prompt_of(200, 3)
+    made = engine.make(RequestId("a"), prompt, SamplingParams(max_tokens=20, ignore_eos=True))
+    engine.add_core_request(made)
+    heard.reader.follow(engine.core.scheduler.requests["a"])
+    for _ in range(3):
+        engine.step()
+        heard.listen()
+    assert heard.blocks(prefix(engine, prompt)) == 3
+    engine.preempt_somebody()
+    run(engine, heard, "b", prompt_of(500, 4))
+    while not engine.idle():
+        engine.step()
+        heard.listen()
+    assert heard.blocks(prefix(engine, prompt)) == findable(engine, prompt) // BLOCK_TOKENS == 3
 
 
 # -- the frontend -------------------------------------------------------------------------------

@@ -1,0 +1,284 @@
+"""Reads which prefixes an engine's cache keeps, on the engine's own thread, between two steps.
+
+vLLM's hashes of blocks mean nothing to another process, so the blocks of every request are named by
+our chain (core/prefixes.py) as they are computed, and with each name goes vLLM's key of the last
+block under it: while that one is in vLLM's map, those before it are too.
+
+vLLM's own events of its cache (`kv_events`) say the same, at some 30 µs a block of 16 tokens: a
+hundred times what is needed to follow a request and to note what was dropped.
+
+Rules
+- What covers more than tokens (images, embeddings) is left out, and sessions of streamed inputs.
+- Of a block of vLLM's that is larger than ours all of ours are kept, though a prompt that shares
+  only the first of them will not find them.
+- The first fact, and one every `SNAPSHOT_EVERY_S`, says everything anew (`cleared`): a controller
+  that Ray has just started learns it, and what was lost on the way is made good. An engine that
+  stands still is woken for it.
+- A call names `NAMES_MAX` blocks and tells `HASHES_MAX` at the most; the rest follow. Before an
+  engine stands still all is told.
+- Of a model with several groups of layers the first whose layers look at the whole prompt counts.
+
+vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
+- `BlockPool.cached_block_hash_to_block` maps each block's key to the blocks that are in the cache,
+  through `insert`, `pop` and `get_one_block`; `reset_prefix_cache` puts a new map in its place.
+  Ours in its stead notes what is popped.
+- `Request`: `block_hashes` of all its full blocks, each over all tokens before it, the LoRA
+  adapter's name and the cache salt; `all_token_ids`, `num_computed_tokens`, `num_preemptions`.
+- `kv_cache_manager.kv_cache_event_metadata` names each group's kind of layers,
+  `coordinator.single_type_managers` has each group's pool and `block_size`, in tokens.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from vllm.v1.core.block_pool import BlockHashToBlockMap
+from vllm.v1.core.kv_cache_utils import make_block_hash_with_group_id, resolve_block_hashes
+from vllm.v1.request import Request
+
+from llumnix.core.events import PrefixesChanged
+from llumnix.core.policies.presets import POLICIES
+from llumnix.core.prefixes import BLOCK_TOKENS, PREFIX_BLOCKS_MAX, chain, root
+from llumnix.core.settings import SchedulerSettings
+from llumnix.core.types import EngineIndex, InstanceId
+
+logger = logging.getLogger("llumnix.engine")
+
+SNAPSHOT_EVERY_S = 60.0
+READ_EVERY_S = 0.05
+"""What changed may wait for that long."""
+NAMES_MAX = 128
+"""So many blocks take less than a millisecond."""
+HASHES_MAX = 8192
+CLOSE_TIMEOUT_S = 2.0
+_WHOLE_PROMPT = ("full_attention", "mla_attention", "sink_full_attention")
+
+
+class NotedMap(BlockHashToBlockMap):
+    """vLLM's map of what is in its prefix cache, which notes the keys of what was dropped."""
+
+    def __init__(self, before: BlockHashToBlockMap) -> None:
+        self._cache = before._cache
+        self.dropped: list[bytes] = []
+
+    def pop(self, key: Any, block_id: int) -> Any:
+        """As the original does."""
+        self.dropped.append(key)
+        return super().pop(key, block_id)
+
+
+@dataclass(slots=True, eq=False)
+class _Followed:
+    """A request whose blocks are named as they are computed: so many are, up to the hash `after`.
+    `start`: the hash that its chain starts from; `preemptions`: how many it has had."""
+
+    request: Request
+    start: int
+    after: int
+    named: int = 0
+    preemptions: int = 0
+
+
+class PrefixReader:
+    """Of one engine core. `wake` makes it call `read` soon."""
+
+    def __init__(
+        self,
+        instance: InstanceId,
+        engine_index: EngineIndex,
+        manager: Any,
+        group: int,
+        wake: Callable[[], None],
+    ) -> None:
+        self._instance = instance
+        self._engine_index = engine_index
+        self._pool = manager.block_pool
+        self._group = group
+        self._wake = wake
+        self._size: int = manager.block_size
+        # What is named at a time: a block of ours, or vLLM's if that is larger.
+        self._unit = max(self._size, BLOCK_TOKENS)
+        self._followed: dict[str, _Followed] = {}
+        # Our names of what is kept, by vLLM's key of the last block under them.
+        self._names: dict[bytes, tuple[int, ...]] = {}
+        # How many keys keep each: two if an adapter was loaded anew.
+        self.kept: dict[int, int] = {}
+        # Not yet told. In order, so that of a long prompt the beginning is told first.
+        self._stored: dict[int, None] = {}
+        self._removed: dict[int, None] = {}
+        self._cleared = True
+        self._read_s = 0.0
+        self._snapshot_due = False
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="llumnix-prefixes", daemon=True)
+        self._map = self._take_map()
+
+    def start(self) -> None:
+        """Begins to say everything anew from time to time."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Ends that."""
+        self._closing.set()
+        self._thread.join(CLOSE_TIMEOUT_S)
+
+    def follow(self, request: Request) -> None:
+        """A request came, new or from another engine. The engine's thread only."""
+        if request.mm_features or request.prompt_embeds is not None or request.resumable:
+            return
+        lora = request.lora_request
+        start = root(lora.lora_name if lora else None, request.cache_salt)
+        self._followed[request.request_id] = _Followed(request, start, start)
+
+    def read(self, *, at_once: bool = False) -> PrefixesChanged | None:
+        """What has changed since the last call, up to a bound; None if nothing has, or if that was
+        just now and `at_once` is not wanted. The engine's thread only."""
+        now = time.monotonic()
+        if not at_once and now - self._read_s < READ_EVERY_S:
+            return None
+        self._read_s = now
+        if self._pool.cached_block_hash_to_block is not self._map:
+            self._start_over()
+        if self._map.dropped:
+            self._look_at_dropped()
+        self._name()
+        if self._snapshot_due:
+            self._snapshot_due = False
+            self._cleared = True
+            self._stored = dict.fromkeys(self.kept)
+            self._removed.clear()
+        return self._told()
+
+    def _told(self) -> PrefixesChanged | None:
+        if not (self._stored or self._removed or self._cleared):
+            return None
+        stored = tuple(islice(self._stored, HASHES_MAX))
+        removed = tuple(islice(self._removed, HASHES_MAX))
+        for h in stored:
+            del self._stored[h]
+        for h in removed:
+            del self._removed[h]
+        cleared, self._cleared = self._cleared, False
+        return PrefixesChanged(
+            instance=self._instance,
+            engine_index=self._engine_index,
+            stored=stored,
+            removed=removed,
+            cleared=cleared,
+        )
+
+    def _take_map(self) -> NotedMap:
+        noted = NotedMap(self._pool.cached_block_hash_to_block)
+        self._pool.cached_block_hash_to_block = noted
+        return noted
+
+    def _start_over(self) -> None:
+        """The cache was emptied."""
+        self._map = self._take_map()
+        self._cleared |= bool(self.kept or self._removed)
+        for known in (self._names, self.kept, self._stored, self._removed):
+            known.clear()
+        for followed in self._followed.values():
+            followed.named, followed.after = 0, followed.start
+
+    def _look_at_dropped(self) -> None:
+        dropped, self._map.dropped = self._map.dropped, []
+        for key in dropped:
+            # It may be there several times, or again.
+            if key in self._names and self._map.get_one_block(key) is None:
+                for h in self._names.pop(key):
+                    self.kept[h] -= 1
+                    if not self.kept[h]:
+                        del self.kept[h]
+                        _note(h, self._removed, self._stored)
+
+    def _name(self) -> None:
+        """Names the blocks that were computed since the last call."""
+        left, over = NAMES_MAX, []
+        for followed in self._followed.values():
+            request = followed.request
+            if followed.preemptions != request.num_preemptions:
+                followed.preemptions = request.num_preemptions
+                followed.named, followed.after = 0, followed.start
+            finished = request.is_finished()
+            if request.num_computed_tokens >= (followed.named + 1) * self._unit:
+                left -= self._name_units(followed, left, finished)
+                if left <= 0:
+                    break
+            if finished:
+                over.append(request.request_id)
+        for name in over:
+            del self._followed[name]
+
+    def _name_units(self, followed: _Followed, most: int, finished: bool) -> int:
+        """Names blocks of one request, up to a bound; returns how many."""
+        request, unit, count = followed.request, self._unit, 0
+        end = min(request.num_computed_tokens, request.num_tokens, _NAMED_MAX)
+        hashes = resolve_block_hashes(request.block_hashes, self._pool.hash_block_size, self._size)
+        while (followed.named + 1) * unit <= end and count < most:
+            begin, ended = followed.named * unit, (followed.named + 1) * unit
+            key = make_block_hash_with_group_id(hashes[ended // self._size - 1], self._group)
+            here = self._map.get_one_block(key) is not None
+            if not here and not finished:
+                break  # The next step enters it.
+            ends = chain(followed.after, request.all_token_ids[begin:ended])
+            followed.named += 1
+            followed.after = ends[-1]
+            count += len(ends)
+            if here and key not in self._names:
+                self._names[key] = ends
+                for h in ends:
+                    self.kept[h] = self.kept.get(h, 0) + 1
+                    if self.kept[h] == 1:
+                        _note(h, self._stored, self._removed)
+        return count
+
+    def _beat(self) -> None:
+        while not self._closing.wait(SNAPSHOT_EVERY_S):
+            self._snapshot_due = True
+            self._wake()
+
+
+_NAMED_MAX = PREFIX_BLOCKS_MAX * BLOCK_TOKENS
+
+
+def _note(h: int, done: dict[int, None], undone: dict[int, None]) -> None:
+    """Something is to be told, or its contrary no more."""
+    if h in undone:
+        del undone[h]
+    else:
+        done[h] = None
+
+
+def prefix_reader(
+    settings: SchedulerSettings,
+    scheduler: Any,
+    instance: InstanceId,
+    engine_index: EngineIndex,
+    wake: Callable[[], None],
+) -> PrefixReader | None:
+    """For an engine core with this scheduler; None if the policy does not ask for it, or this
+    engine cannot tell."""
+    if not POLICIES[settings.policy].looks_at_caches:
+        return None
+    why = None
+    kv = scheduler.kv_cache_manager
+    groups = [n for n, (kind, _) in enumerate(kv.kv_cache_event_metadata) if kind in _WHOLE_PROMPT]
+    if not kv.enable_caching:
+        why = "prefix caching is off"
+    elif not groups:
+        why = "no layer of the model looks at the whole prompt"
+    else:
+        manager = kv.coordinator.single_type_managers[groups[0]]
+        if BLOCK_TOKENS % manager.block_size and manager.block_size % BLOCK_TOKENS:
+            why = f"its --block-size of {manager.block_size} does not go with our {BLOCK_TOKENS}"
+    if why is not None:
+        # That it is off is mostly what its user wants.
+        level = logging.WARNING if kv.enable_caching else logging.INFO
+        logger.log(level, "What %s keeps in its prefix cache stays unknown: %s", instance, why)
+        return None
+    return PrefixReader(instance, engine_index, manager, groups[0], wake)
