@@ -36,6 +36,7 @@ TIMED = {
     "timed": "migration_h100",
     "and no prompts near it (H200)": "migration_h200",
     "and quiet first steps (H200)": "migration_h200_quiet",
+    "and tokens packed (H200)": "migration_h200_packed",
 }
 
 BLUE, SKY, ORANGE, RED, GREY = "#0b5fa5", "#4fa3dc", "#d97706", "#b42318", "#767676"

@@ -112,23 +112,25 @@ def test_a_full_batch_takes_back_what_was_not_taken(variant: RealKind, moment: t
     duo.check_nothing_left()
 
 
-def test_what_a_move_that_failed_left_in_the_cache_is_right(variant: RealKind) -> None:
-    """Its first stage is kept, the rest is not; shorter prompts that begin alike find it."""
+@pytest.mark.parametrize("copy", ["staged", "blocking"])
+def test_what_a_move_left_in_the_cache_is_right(variant: RealKind, copy: str) -> None:
+    """Of a staged one, which fails, the first stage is kept; shorter prompts that begin alike find
+    what is there."""
     prompt = [(17 * i) % 400 + 60 for i in range(330)]
     beginnings = [prompt[:length] for length in (70, 130, 200, 290)] + [prompt]
     params = options(temperature=0, max_tokens=12)
     expected = [run(variant, params, 0, beginning)[0] for beginning in beginnings]
     duo = variant.duo()
-    name = duo.add("moved in vain", prompt, options(temperature=0, max_tokens=60))
+    name = duo.add("moved", prompt, options(temperature=0, max_tokens=60))
     duo.turn_until(lambda: len(duo.got[name]) >= 3)
 
     def before(message: Any) -> None:
-        duo.fail_pulls |= isinstance(message, Handover)
+        duo.fail_pulls |= isinstance(message, Handover) and copy == "staged"
 
     duo.before = before
-    assert duo.migrate(name)
+    assert duo.migrate(name, copy=copy)
     duo.turn_until(lambda: duo.ended)
-    assert not duo.ended[0].taken
+    assert duo.ended[0].taken is (copy == "blocking")
     for number, beginning in enumerate(beginnings):
         other = duo.add(f"beginning {number}", beginning, params, on=1)
         duo.turn_until(lambda other=other: duo.state[other] == "finished")  # type: ignore[misc]

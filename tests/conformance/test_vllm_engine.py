@@ -36,3 +36,20 @@ def test_what_was_pulled_is_in_the_cache_when_the_handover_comes(real: RealKind)
     assert kept
     assert kept[0] >= real.long_prompt // duo.engines[1].port.block_tokens
     assert duo.got[request] == real.expected(prompt, real.tokens)
+
+
+def test_the_end_of_a_pinned_request_goes_before_its_beginning(real: RealKind) -> None:
+    """Else the prefix cache would keep blocks that nobody finds."""
+    duo = real.duo()
+    engine = real.engines[0]
+    request = duo.add("pinned", real.prompts(real.long_prompt), real.options(real.tokens))
+    duo.turn_until(lambda: len(duo.got[request]) >= 3)
+    kv = engine.core.scheduler.kv_cache_manager
+    ids = kv.get_blocks(request).get_block_ids()[0]
+    engine.port.pin(request, 4 * engine.port.block_tokens, 8 * engine.port.block_tokens)
+    engine.abort(request)
+    engine.port.unpin(request)
+    free = [b.block_id for b in kv.block_pool.free_block_queue.get_all_free_blocks()]
+    order = [ids.index(b) for b in free if b in ids[:8]]
+    assert order == sorted(order, reverse=True)
+    assert len(order) == 8

@@ -14,7 +14,12 @@ from llumnix.core.events import (
     RequestArrived,
 )
 from llumnix.core.load import ClassLoad, LoadReport
-from llumnix.core.policies.dispatch import AHEAD_TOKENS, REQUEST_SHARE, REQUEST_TOKENS
+from llumnix.core.policies.dispatch import (
+    AHEAD_TOKENS,
+    BATCH,
+    REQUEST_SHARE,
+    REQUEST_TOKENS,
+)
 from llumnix.core.prefixes import (
     BLOCK_TOKENS,
     PREFIX_BLOCKS_MAX,
@@ -115,6 +120,26 @@ def test_of_equal_hits_the_latest_come_first() -> None:
     assert list(index.hits(PROMPTS[0], 2)) == [INSTANCES[0], INSTANCES[2]]
 
 
+@given(
+    st.lists(st.tuples(st.sampled_from(INSTANCES), st.sets(st.integers(0, 9))), max_size=4),
+    st.integers(1, 3),
+    st.integers(0, 9),
+)
+def test_holes_are_no_hits_and_no_errors(
+    kept_there: list[tuple[InstanceId, set[int]]], most: int, above: int
+) -> None:
+    """They can come of a controller that heard the end of a prompt only."""
+    index, prefix = PrefixIndex(), list(range(10))
+    model = {i: set[int]() for i in INSTANCES}
+    for instance, blocks in kept_there:
+        index.store(instance, blocks)
+        model[instance] |= blocks
+    for instance in INSTANCES:
+        assert index.hit(instance, prefix) <= _leading(model[instance], prefix)
+    for instance, blocks in index.hits(prefix, most, above).items():
+        assert above < blocks <= _leading(model[instance], prefix)
+
+
 def test_without_its_first_block_nothing_is_kept() -> None:
     index = PrefixIndex()
     index.store(INSTANCES[0], PROMPTS[0][1:])
@@ -196,12 +221,18 @@ def test_a_hit_decides_against_a_somewhat_freer_instance() -> None:
 
 
 @pytest.mark.parametrize("tokens", [1000, 4000])
-def test_a_hit_is_not_worth_a_batch_that_is_much_larger(tokens: int) -> None:
-    """Each request there weighs as much as so many tokens, and more if the prompt is long."""
-    saved, each = tokens - tokens % BLOCK_TOKENS, REQUEST_TOKENS + REQUEST_SHARE * tokens
+@pytest.mark.parametrize("beside", [0, 3, 20])
+def test_a_hit_is_not_worth_a_batch_that_is_much_larger(tokens: int, beside: int) -> None:
+    """Each request more there weighs as much as so many tokens, more if the prompt is long, and
+    less among many."""
+    saved = tokens - tokens % BLOCK_TOKENS
+    each = (REQUEST_TOKENS + REQUEST_SHARE * tokens) * BATCH / (BATCH + beside)
     few, many = int((saved - AHEAD_TOKENS) / each), int((saved + AHEAD_TOKENS) / each) + 1
     for more, instance in ((0, "i1"), (few, "i1"), (many, "i0")):
-        s = cluster(report(0, running=3), report(1, running=3 + more, kv_tokens_used=100))
+        s = cluster(
+            report(0, running=beside, kv_tokens_used=10),
+            report(1, running=beside + more, kv_tokens_used=100),
+        )
         s.handle(kept(1, tokens), 0.0)
         assert where(s, tokens=tokens) == instance, more
 
@@ -213,7 +244,7 @@ def test_the_longest_hit_decides_between_hits() -> None:
     assert where(s) == "i2"
 
 
-@pytest.mark.parametrize(("queued", "instance"), [(350, "i1"), (680, "i0")])
+@pytest.mark.parametrize(("queued", "instance"), [(250, "i1"), (680, "i0")])
 def test_a_hit_is_not_worth_a_queue_that_takes_longer_than_it_saves(
     queued: int, instance: str
 ) -> None:
@@ -230,7 +261,7 @@ def test_dispatches_on_their_way_count_as_a_queue() -> None:
 
 @pytest.mark.parametrize(("used", "instance"), [(9200, "i1"), (9700, "i0")])
 def test_a_hit_is_not_worth_an_instance_that_is_short_of_memory(used: int, instance: str) -> None:
-    s = cluster(report(0, running=1), report(1, running=2, kv_tokens_used=used))
+    s = cluster(report(0, running=1), report(1, running=1, kv_tokens_used=used))
     s.handle(kept(1, 640), 0.0)
     assert where(s) == instance
 
@@ -265,6 +296,19 @@ def test_long_prompts_that_none_has_fill_all_caches_in_turn() -> None:
     s.handle(report(1, sequence=20, running=5, kv_tokens_used=500), 0.0)
     assert told("t", 21, 2000) == "i0"
     assert told("u", 22, 2000) == "i2"
+
+
+def test_a_conversation_that_grows_by_long_turns_stays_where_most_of_it_is() -> None:
+    """Where it is is the warmest too, and the next one in turn is idle as well."""
+    s = cluster(report(0), report(1))
+    places = []
+    for turn in range(4):
+        tokens = 800 + 700 * turn
+        places.append(where(s, tokens, f"r{turn}"))
+        number = int(places[-1][1:])
+        s.handle(report(number, sequence=turn + 2, admitted=(RequestId(f"r{turn}"),)), 0.0)
+        s.handle(kept(number, tokens), 0.0)
+    assert places == ["i0"] * 4
 
 
 def test_a_prefix_that_all_keep_goes_to_the_freest_of_them() -> None:

@@ -1,8 +1,8 @@
 """Which instance keeps which prefix in its cache: what dispatch knows of them.
 
 A prefix is named by the chain of its blocks: the hash of a block covers the hash of the block
-before it, so one number stands for all tokens up to there. Frontends hash prompts, llumlets hash
-what their engine's cache events name, both with `chain`; the engines' own hashes, which differ from
+before it, so one number stands for all tokens up to there. Frontends hash prompts, llumlets what
+their engine computes, both with `chain`; the engines' own hashes, which differ from
 process to process, stay at home.
 """
 
@@ -46,8 +46,8 @@ def _number(data: bytes) -> int:
 
 
 class PrefixIndex:
-    """The blocks that each instance keeps. It takes them to keep no block without those before it:
-    engines drop the end of a prompt first."""
+    """The blocks that each instance keeps. Searches take them to keep no block without those before
+    it, for engines drop the end of a prompt first; where one does, it finds less or nothing."""
 
     def __init__(self) -> None:
         # Those that came to keep a block last are last.
@@ -82,7 +82,8 @@ class PrefixIndex:
         kept = self._kept.get(instance)
         if not kept or not prefix or prefix[0] not in kept:
             return 0
-        return _leading(len(prefix), lambda n: prefix[n] in kept)
+        blocks = _leading(len(prefix), lambda n: prefix[n] in kept)
+        return blocks if kept.issuperset(prefix[:blocks]) else 1
 
     def hits(self, prefix: Sequence[int], most: int, above: int = 0) -> dict[InstanceId, int]:
         """The instances that keep the most leading blocks of the prefix, more than `above` and at
@@ -90,16 +91,16 @@ class PrefixIndex:
         them."""
         found: dict[InstanceId, int] = {}
         holders = self._holders
-        if not prefix or prefix[0] not in holders:
-            return found
         blocks = _leading(len(prefix), lambda n: prefix[n] in holders)
         while blocks > above:
             here = holders[prefix[blocks - 1]]
             for instance in reversed(here):
-                if found.setdefault(instance, blocks) == blocks and len(found) == most:
-                    return found
+                if instance not in found and self._kept[instance].issuperset(prefix[:blocks]):
+                    found[instance] = blocks
+                    if len(found) == most:
+                        return found
             count = len(here)
-            blocks = _leading(blocks, lambda n: len(holders[prefix[n]]) > count)  # noqa: B023
+            blocks = _leading(blocks - 1, lambda n: len(holders.get(prefix[n], ())) > count)  # noqa: B023
         return found
 
 

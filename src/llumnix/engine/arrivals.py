@@ -263,6 +263,9 @@ class Arrivals:
         elif computed:
             new.prefill_stats.set(new.num_prompt_tokens, rest.cached, 0)
         if computed:
+            if coming.gaps:
+                # What the source did not have is not here either, and must not be found.
+                self._kv.remove_skipped_blocks(request, computed)
             self._kv.cache_blocks(new, computed)
         else:
             self._kv.free(new)

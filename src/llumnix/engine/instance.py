@@ -188,9 +188,11 @@ class EngineInstance(EngineCoreActor):
         self._reporter.admit(RequestId(request.request_id))
         self._reader.came()
         self._host.port.arrived(request)
-        if self._prefixes is not None:
-            self._prefixes.follow(request)
         super().add_request(request, request_wave)
+        # A session of streamed inputs may have taken it in, or been ended by it.
+        taken = self.scheduler.requests.get(request.request_id) is request
+        if self._prefixes is not None and taken:
+            self._prefixes.follow(request)
 
     def abort_requests(self, request_ids: list[str]) -> None:
         self._host.client_gone(request_ids)
@@ -276,11 +278,13 @@ class EngineInstance(EngineCoreActor):
         self._tell_prefixes()
 
     def _tell_prefixes(self, *, at_once: bool = False) -> bool:
-        """Passes on what changed in the prefix cache, up to a bound; whether anything had."""
-        fact = None if self._prefixes is None else self._prefixes.read(at_once=at_once)
+        """Passes on what changed in the prefix cache, up to a bound; whether there is more."""
+        if self._prefixes is None:
+            return False
+        fact = self._prefixes.read(at_once=at_once)
         if fact is not None:
             self._reporter.tell(fact)
-        return fact is not None
+        return self._prefixes.more
 
 
 @contextlib.contextmanager

@@ -14,8 +14,8 @@ Rules
 - The first fact, and one every `SNAPSHOT_EVERY_S`, says everything anew (`cleared`): a controller
   that Ray has just started learns it, and what was lost on the way is made good. An engine that
   stands still is woken for it.
-- A call names `NAMES_MAX` blocks and tells `HASHES_MAX` at the most; the rest follow. Before an
-  engine stands still all is told.
+- A call names `NAMES_MAX` blocks anew and tells `HASHES_MAX` at the most; the rest follow. Before
+  an engine stands still all is told.
 - Of a model with several groups of layers the first whose layers look at the whole prompt counts.
 
 vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
@@ -84,7 +84,8 @@ class _Followed:
 
 
 class PrefixReader:
-    """Of one engine core. `wake` makes it call `read` soon."""
+    """Of one engine core. `wake` makes it call `read` soon. `more`: the last call did not get to
+    the end of what is to be said."""
 
     def __init__(
         self,
@@ -112,6 +113,7 @@ class PrefixReader:
         self._removed: dict[int, None] = {}
         self._cleared = True
         self._read_s = 0.0
+        self.more = False
         self._snapshot_due = False
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="llumnix-prefixes", daemon=True)
@@ -163,6 +165,7 @@ class PrefixReader:
         for h in removed:
             del self._removed[h]
         cleared, self._cleared = self._cleared, False
+        self.more |= bool(self._stored or self._removed)
         return PrefixesChanged(
             instance=self._instance,
             engine_index=self._engine_index,
@@ -199,6 +202,7 @@ class PrefixReader:
     def _name(self) -> None:
         """Names the blocks that were computed since the last call."""
         left, over = NAMES_MAX, []
+        self.more = False
         for followed in self._followed.values():
             request = followed.request
             if followed.preemptions != request.num_preemptions:
@@ -208,6 +212,7 @@ class PrefixReader:
             if request.num_computed_tokens >= (followed.named + 1) * self._unit:
                 left -= self._name_units(followed, left, finished)
                 if left <= 0:
+                    self.more = True
                     break
             if finished:
                 over.append(request.request_id)
@@ -225,17 +230,22 @@ class PrefixReader:
             here = self._map.get_one_block(key) is not None
             if not here and not finished:
                 break  # The next step enters it.
-            ends = chain(followed.after, request.all_token_ids[begin:ended])
+            ends = self._names.get(key) if here else None
+            if ends is None:
+                ends = chain(followed.after, request.all_token_ids[begin:ended])
+                count += len(ends)
+                if here:
+                    self._keep(key, ends)
             followed.named += 1
             followed.after = ends[-1]
-            count += len(ends)
-            if here and key not in self._names:
-                self._names[key] = ends
-                for h in ends:
-                    self.kept[h] = self.kept.get(h, 0) + 1
-                    if self.kept[h] == 1:
-                        _note(h, self._stored, self._removed)
         return count
+
+    def _keep(self, key: bytes, ends: tuple[int, ...]) -> None:
+        self._names[key] = ends
+        for h in ends:
+            self.kept[h] = self.kept.get(h, 0) + 1
+            if self.kept[h] == 1:
+                _note(h, self._stored, self._removed)
 
     def _beat(self) -> None:
         while not self._closing.wait(SNAPSHOT_EVERY_S):

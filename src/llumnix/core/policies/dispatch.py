@@ -18,8 +18,9 @@ AHEAD_TOKENS = 512
 memory is free."""
 HOLDERS_MAX = 8
 """So many instances that have the most of a prompt in their caches are looked at."""
-REQUEST_TOKENS = 200
-REQUEST_SHARE = 0.1
+REQUEST_TOKENS = 300
+REQUEST_SHARE = 0.15
+BATCH = 4
 SOONEST = "soonest: after {ahead} tokens, {freeness:.0f} tokens a request"
 
 
@@ -125,13 +126,15 @@ class Soonest:
     fewest tokens of prompts are still to be computed, its own included as far as they are not in
     the instance's prefix cache; of several alike the freest.
 
-    A hit is not worth an instance that is short of memory, nor many more requests in the batch,
-    each of which makes every step longer: each weighs as much as `REQUEST_TOKENS` more to compute,
-    and `REQUEST_SHARE` of the prompt, since who shares a long prefix has a long context. Otherwise
-    a popular prefix would gather its requests on one instance while others stand idle.
+    A hit is not worth an instance that is short of memory, nor one with many more requests in its
+    batch, each of which makes every step longer: each weighs as much as `REQUEST_TOKENS` more to
+    compute, and `REQUEST_SHARE` of the prompt, since who shares a long prefix has a long context.
+    Otherwise a popular prefix would gather its requests on one instance while others stand idle.
+    With `BATCH` requests where it would go else each weighs half of that, and so on: among many,
+    a few more are chance.
 
-    Of instances alike a long prompt that none has goes to the next in turn, not to the warmest, so
-    that all their caches fill and not one alone."""
+    Of instances alike a long prompt of which the warmest has no more than the next in turn goes to
+    the latter, so that all their caches fill and not one alone."""
 
     def __init__(self) -> None:
         self.index = PrefixIndex()
@@ -154,7 +157,8 @@ class Soonest:
             return found
         other = view.next_after(self._last, now) or best
         self._last = other.report.instance
-        if by_start(other, rank, view)[:-1] == by_start(best, rank, view)[:-1]:
+        alike = by_start(other, rank, view)[:-1] == by_start(best, rank, view)[:-1]
+        if alike and self.index.hit(other.report.instance, request.prefix) >= here:
             best = other
         return best, _explain(SOONEST, best, rank, view)
 
@@ -171,7 +175,8 @@ class Soonest:
         """The instance whose hit is worth most, if it is better than the best without, whose own
         is `here`. `holders`: hits in blocks."""
         prompt = request.prompt_tokens
-        each = REQUEST_TOKENS + REQUEST_SHARE * prompt
+        beside = best.load.batch + best.load.waiting
+        each = (REQUEST_TOKENS + REQUEST_SHARE * prompt) * BATCH / (BATCH + beside)
 
         def cost(load: Load, hit: int) -> float:
             tokens = load.ahead_of(rank) + prompt - hit + each * (load.batch + load.waiting)
