@@ -1,0 +1,64 @@
+"""What enters the prefix cache with a request that moved in."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import pytest
+
+pytest.importorskip("vllm")
+
+import torch
+from vllm import SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.v1.core import kv_cache_utils
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    SlidingWindowSpec,
+)
+from vllm.v1.request import Request
+
+from llumnix.core.types import RequestId
+from llumnix.engine.arrivals import Arrivals, Arriving, Rest
+
+SIZE, WINDOW = 16, 128
+TOKENS = list(range(1000, 1400))
+
+
+def request(name: str, tokens: list[int]) -> Request:
+    kv_cache_utils.init_none_hash(sha256)
+    hasher = kv_cache_utils.get_request_block_hasher(SIZE, sha256)
+    return Request(name, tokens, SamplingParams(max_tokens=9), None, block_hasher=hasher)
+
+
+def manager() -> KVCacheManager:
+    shape: dict[str, Any] = {
+        "block_size": SIZE, "num_kv_heads": 1, "head_size": 1, "dtype": torch.float32
+    }  # fmt: skip
+    specs = [FullAttentionSpec(**shape), SlidingWindowSpec(**shape, sliding_window=WINDOW)]
+    groups = [KVCacheGroupSpec([str(n)], spec) for n, spec in enumerate(specs)]
+    config = KVCacheConfig(num_blocks=200, kv_cache_tensors=[], kv_cache_groups=groups)
+    return KVCacheManager(config, 4096, scheduler_block_size=SIZE, hash_block_size=SIZE)
+
+
+@pytest.mark.parametrize("gaps", [True, False])
+def test_what_its_source_no_longer_had_is_not_found(gaps: bool) -> None:
+    """Of a layer that looks through a window the source has the last one alone."""
+    kv = manager()
+    new = request("a", TOKENS)
+    assert kv.allocate_slots(new, len(TOKENS), delay_cache_blocks=True) is not None
+    arrivals = object.__new__(Arrivals)
+    waiting = SimpleNamespace(prepend_request=lambda request: None)
+    arrivals._scheduler = SimpleNamespace(
+        requests={}, prev_step_scheduled_req_ids=set(), kv_holding_waiting=waiting, waiting=waiting
+    )
+    arrivals._kv, arrivals._v1, arrivals.on_commit = kv, False, lambda request: None
+    arrivals._arriving = {RequestId("a"): Arriving(request=new, agents=(), gaps=gaps)}
+    rest = msgspec.msgpack.encode(Rest(cached=None, preemptions=0, generator=b""))
+    assert arrivals.commit(RequestId("a"), len(TOKENS), rest) is None
+    lengths = range(2 * SIZE, len(TOKENS) - SIZE, SIZE)
+    hits = [kv.get_computed_blocks(request(f"b{n}", TOKENS[:n]))[1] for n in lengths]
+    assert any(hits) is not gaps
