@@ -53,7 +53,16 @@ class Controller:
         self._stopping = False
 
     def run(self) -> None:
-        """Serves until `stop`."""
+        """Serves until `stop`. A bug ends the process, for Ray to start another that learns all
+        anew: it calls this again after a death, but not after an exception."""
+        try:
+            self._serve()
+        except Exception:
+            logger.exception("The controller ends, to be started anew")
+            logging.shutdown()
+            os._exit(1)
+
+    def _serve(self) -> None:
         # What was imported stays: to look through it for garbage would hold up a dispatch for long.
         gc.collect()
         gc.freeze()
