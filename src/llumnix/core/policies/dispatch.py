@@ -133,7 +133,7 @@ class Soonest:
     With `BATCH` requests where it would go else each weighs half of that, and so on: among many,
     a few more are chance.
 
-    Of instances alike a long prompt of which the warmest has no more than the next in turn goes to
+    Of idle instances a long prompt of which the warmest has no more than the next in turn goes to
     the latter, so that all their caches fill and not one alone."""
 
     def __init__(self) -> None:
@@ -153,7 +153,8 @@ class Soonest:
         rank = view.priorities.rank(request.priority)
         if holders:
             return self._worth(holders, here, best, view, request, rank, now) or found
-        if request.prompt_tokens - here * BLOCK_TOKENS < AHEAD_TOKENS:
+        idle = not best.load.batch and not best.load.waiting
+        if not idle or request.prompt_tokens - here * BLOCK_TOKENS < AHEAD_TOKENS:
             return found
         other = view.next_after(self._last, now) or best
         self._last = other.report.instance
