@@ -163,16 +163,20 @@ def ratio(spare: float, requests: int) -> float:
     return spare / max(1, requests) if spare > 0 else spare
 
 
-def derive(report: LoadReport, booked: Sequence[int], booked_tokens: int) -> Load:
+def derive(
+    report: LoadReport, booked: Sequence[int], booked_tokens: int, booked_cached: int = 0
+) -> Load:
     """The load of an instance with dispatches on their way that its report does not cover yet:
-    `booked` of each class, with `booked_tokens` tokens in their prompts."""
+    `booked` of each class, with `booked_tokens` tokens in their prompts, `booked_cached` of which
+    are in its prefix cache."""
     coming = report.prefill_tokens + booked_tokens
-    waiting, queued, by_class, ahead = 0, 0, [], [] if report.classes else [coming]
+    computed = coming - booked_cached
+    waiting, queued, by_class, ahead = 0, 0, [], [] if report.classes else [computed]
     for rank, known in enumerate(report.classes):
         waiting += known.waiting
         queued += known.waiting_tokens
         by_class.append(known.running + (booked[rank] if booked else 0))
-        ahead.append(coming + queued)
+        ahead.append(computed + queued)
     used = max(0, report.kv_tokens_used - report.moving_out_tokens) + coming
     queued = max(queued, report.head_tokens)
     batch = max(0, sum(by_class) - report.moving_out) + report.moving_in

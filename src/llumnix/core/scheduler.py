@@ -65,7 +65,17 @@ class Scheduler:
             return NoInstance(request=fact.request, why="no instance that takes requests is known")
         chosen, why = found
         report = chosen.report
-        self.view.book(report.instance, fact.request, fact.prompt_tokens, now, fact.priority)
+        cached = 0
+        if isinstance(self._dispatch, Soonest):
+            cached = self._dispatch.cached(report.instance, fact)
+        self.view.book(
+            report.instance,
+            fact.request,
+            fact.prompt_tokens,
+            now,
+            priority=fact.priority,
+            cached=cached,
+        )
         return Dispatch(
             request=fact.request,
             instance=report.instance,

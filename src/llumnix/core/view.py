@@ -33,10 +33,11 @@ STALE_AFTER_S = 2.0
 
 
 class Booking(NamedTuple):
-    """A dispatch that no report covers yet. `tokens`: of its prompt; `rank`: its class; `made_s`:
-    when, in seconds."""
+    """A dispatch that no report covers yet. `tokens`: of its prompt; `cached`: of these in the
+    instance's prefix cache; `rank`: its class; `made_s`: when, in seconds."""
 
     tokens: int
+    cached: int
     rank: int
     made_s: float
 
@@ -56,6 +57,7 @@ class InstanceView:
     bookings: dict[RequestId, Booking] = field(default_factory=dict)
     booked: list[int] = field(default_factory=list)
     booked_tokens: int = 0
+    booked_cached: int = 0
     orders: dict[OrderId, float] = field(default_factory=dict)
     incoming: dict[OrderId, float] = field(default_factory=dict)
 
@@ -153,14 +155,22 @@ class ClusterView:
         self._changed(known)
 
     def book(
-        self, instance: InstanceId, request: RequestId, tokens: int, now: float, priority: int = 0
+        self,
+        instance: InstanceId,
+        request: RequestId,
+        tokens: int,
+        now: float,
+        *,
+        priority: int = 0,
+        cached: int = 0,
     ) -> None:
         """Counts a dispatch that was just decided."""
         known = self._instances[instance]
         rank = self.priorities.rank(priority)
-        known.bookings[request] = Booking(tokens=tokens, rank=rank, made_s=now)
+        known.bookings[request] = Booking(tokens=tokens, cached=cached, rank=rank, made_s=now)
         known.booked[rank] += 1
         known.booked_tokens += tokens
+        known.booked_cached += cached
         self._turn += 1
         known.turn = self._turn
         self._changed(known)
@@ -191,6 +201,7 @@ class ClusterView:
         if booking is not None:
             known.booked[booking.rank] -= 1
             known.booked_tokens -= booking.tokens
+            known.booked_cached -= booking.cached
 
     def _settle(self, source: InstanceView, order: OrderId) -> None:
         if source.orders.pop(order, None) is None:
@@ -200,7 +211,7 @@ class ClusterView:
             destination.incoming.pop(order, None)
 
     def _changed(self, known: InstanceView) -> None:
-        known.load = derive(known.report, known.booked, known.booked_tokens)
+        known.load = derive(known.report, known.booked, known.booked_tokens, known.booked_cached)
         known.freeness = (
             known.load.freeness(self.priorities) if known.report.accepting else float("-inf")
         )

@@ -18,6 +18,7 @@ AHEAD_TOKENS = 512
 memory is free."""
 HOLDERS_MAX = 8
 """So many instances that have the most of a prompt in their caches are looked at."""
+COMPUTED_TWICE = 2
 REQUEST_TOKENS = 300
 REQUEST_SHARE = 0.15
 BATCH = 4
@@ -126,6 +127,8 @@ class Soonest:
     fewest tokens of prompts are still to be computed, its own included as far as they are not in
     the instance's prefix cache; of several alike the freest.
 
+    With a hit elsewhere a token to compute counts twice, once to wait for one that others have
+    before it: to compute what another has delays everybody there, and takes room in its cache.
     A hit is not worth an instance that is short of memory, nor one with many more requests in its
     batch, each of which makes every step longer: each weighs as much as `REQUEST_TOKENS` more to
     compute, and `REQUEST_SHARE` of the prompt, since who shares a long prefix has a long context.
@@ -163,6 +166,10 @@ class Soonest:
             best = other
         return best, _explain(SOONEST, best, rank, view)
 
+    def cached(self, instance: InstanceId, request: RequestArrived) -> int:
+        """The tokens of its prompt that do not have to be computed there."""
+        return _tokens(self.index.hit(instance, request.prefix), request.prompt_tokens)
+
     def _worth(
         self,
         holders: dict[InstanceId, int],
@@ -180,8 +187,8 @@ class Soonest:
         each = (REQUEST_TOKENS + REQUEST_SHARE * prompt) * BATCH / (BATCH + beside)
 
         def cost(load: Load, hit: int) -> float:
-            tokens = load.ahead_of(rank) + prompt - hit + each * (load.batch + load.waiting)
-            return tokens // AHEAD_TOKENS
+            new = prompt - hit + each * (load.batch + load.waiting)
+            return (load.ahead_of(rank) + COMPUTED_TWICE * new) // AHEAD_TOKENS
 
         found, lowest = None, cost(best.load, _tokens(here, prompt))
         for instance, blocks in holders.items():
@@ -200,7 +207,7 @@ class Soonest:
 
 def _tokens(blocks: int, prompt: int) -> int:
     """What is found of a prompt, whose last token is computed in any case."""
-    return min(blocks * BLOCK_TOKENS, prompt - 1)
+    return max(0, min(blocks * BLOCK_TOKENS, prompt - 1))
 
 
 DISPATCH_POLICIES: dict[str, Callable[[], DispatchPolicy]] = {
