@@ -54,6 +54,8 @@ READ_EVERY_S = 0.05
 NAMES_MAX = 128
 """So many blocks take less than a millisecond."""
 HASHES_MAX = 8192
+NAMED_TOKENS_MAX = PREFIX_BLOCKS_MAX * BLOCK_TOKENS
+"""Nobody asks for what lies beyond in a prompt."""
 CLOSE_TIMEOUT_S = 2.0
 _WHOLE_PROMPT = ("full_attention", "mla_attention", "sink_full_attention")
 
@@ -222,7 +224,7 @@ class PrefixReader:
     def _name_units(self, followed: _Followed, most: int, finished: bool) -> int:
         """Names blocks of one request, up to a bound; returns how many."""
         request, unit, count = followed.request, self._unit, 0
-        end = min(request.num_computed_tokens, request.num_tokens, _NAMED_MAX)
+        end = min(request.num_computed_tokens, request.num_tokens, NAMED_TOKENS_MAX)
         hashes = resolve_block_hashes(request.block_hashes, self._pool.hash_block_size, self._size)
         while (followed.named + 1) * unit <= end and count < most:
             begin, ended = followed.named * unit, (followed.named + 1) * unit
@@ -251,9 +253,6 @@ class PrefixReader:
         while not self._closing.wait(SNAPSHOT_EVERY_S):
             self._snapshot_due = True
             self._wake()
-
-
-_NAMED_MAX = PREFIX_BLOCKS_MAX * BLOCK_TOKENS
 
 
 def _note(h: int, done: dict[int, None], undone: dict[int, None]) -> None:

@@ -21,7 +21,6 @@ changes):
   here: sliding-window groups free blocks by it.
 """
 
-from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -48,14 +47,6 @@ STUCK_STEPS = 3
 """Steps without anything running after which a request that waits with blocks gives them up."""
 
 
-@dataclass(slots=True, kw_only=True)
-class Pins:
-    """The blocks of a request's tokens [0, end) that are kept whatever becomes of it."""
-
-    blocks: list[Any] = field(default_factory=list)
-    end: int = 0
-
-
 class VllmPort(Arrivals):
     """Implements `EnginePort` for one engine core; `agents` are its own workers'. `pace` has to be
     told how long its steps take."""
@@ -65,7 +56,7 @@ class VllmPort(Arrivals):
         self.pace = Pace()
         self._agents = agents
         self._stopped: set[RequestId] = set()
-        self._pins: dict[RequestId, Pins] = {}
+        self._pins: dict[RequestId, list[Any]] = {}
         self._places: set[RequestId] = set()
         self._stuck_steps = 0
         self._encoder = MsgpackEncoder()
@@ -161,19 +152,20 @@ class VllmPort(Arrivals):
         return list(self._scheduler.requests[request].output_token_ids[first:])
 
     def pin(self, request: RequestId, start: int, end: int) -> Blocks:
-        # All of them from the first on, so that they are freed together: else the end of the
-        # request could outlive its beginning in the prefix cache.
-        pins = self._pins.setdefault(request, Pins())
-        _, blocks = self._blocks(request, pins.end, end)
+        ids, blocks = self._blocks(request, start, end)
+        pins = self._pins.setdefault(request, [])
+        if start and not pins:
+            # Those before them too, so that all are freed together: else the end of the request
+            # could outlive its beginning in the prefix cache.
+            blocks = self._blocks(request, 0, start)[1] + blocks
         self._pool.touch(blocks)
-        pins.blocks += blocks
-        pins.end = end
-        return self._blocks(request, start, end)[0]
+        pins += blocks
+        return ids
 
     def unpin(self, request: RequestId) -> None:
-        pins = self._pins.pop(request, None)
-        if pins is not None:
-            self._pool.free_blocks(reversed(pins.blocks))
+        blocks = self._pins.pop(request, None)
+        if blocks:
+            self._pool.free_blocks(reversed(blocks))
 
     def stop(self, request: RequestId) -> None:
         known = self._scheduler.requests[request]

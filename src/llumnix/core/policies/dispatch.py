@@ -18,7 +18,7 @@ AHEAD_TOKENS = 512
 memory is free."""
 HOLDERS_MAX = 8
 """So many instances that have the most of a prompt in their caches are looked at."""
-COMPUTED_TWICE = 2
+COMPUTED_WEIGHT = 2
 REQUEST_TOKENS = 300
 REQUEST_SHARE = 0.15
 BATCH = 4
@@ -127,8 +127,8 @@ class Soonest:
     fewest tokens of prompts are still to be computed, its own included as far as they are not in
     the instance's prefix cache; of several alike the freest.
 
-    With a hit elsewhere a token to compute counts twice, once to wait for one that others have
-    before it: to compute what another has delays everybody there, and takes room in its cache.
+    With a hit elsewhere a token to compute weighs `COMPUTED_WEIGHT` times as much as one to wait
+    for: to compute what another has delays everybody there, and takes room in its cache.
     A hit is not worth an instance that is short of memory, nor one with many more requests in its
     batch, each of which makes every step longer: each weighs as much as `REQUEST_TOKENS` more to
     compute, and `REQUEST_SHARE` of the prompt, since who shares a long prefix has a long context.
@@ -153,12 +153,12 @@ class Soonest:
         best, _ = found
         here = self.index.hit(best.report.instance, request.prefix)
         holders = self.index.hits(request.prefix, HOLDERS_MAX, above=here)
-        rank = view.priorities.rank(request.priority)
         if holders:
-            return self._worth(holders, here, best, view, request, rank, now) or found
+            return self._worth(holders, best, here, view, request, now) or found
         idle = not best.load.batch and not best.load.waiting
         if not idle or request.prompt_tokens - here * BLOCK_TOKENS < AHEAD_TOKENS:
             return found
+        rank = view.priorities.rank(request.priority)
         other = view.next_after(self._last, now) or best
         self._last = other.report.instance
         alike = by_start(other, rank, view)[:-1] == by_start(best, rank, view)[:-1]
@@ -173,22 +173,21 @@ class Soonest:
     def _worth(
         self,
         holders: dict[InstanceId, int],
-        here: int,
         best: InstanceView,
+        here: int,
         view: ClusterView,
         request: RequestArrived,
-        rank: int,
         now: float,
     ) -> tuple[InstanceView, str] | None:
         """The instance whose hit is worth most, if it is better than the best without, whose own
         is `here`. `holders`: hits in blocks."""
-        prompt = request.prompt_tokens
+        rank, prompt = view.priorities.rank(request.priority), request.prompt_tokens
         beside = best.load.batch + best.load.waiting
         each = (REQUEST_TOKENS + REQUEST_SHARE * prompt) * BATCH / (BATCH + beside)
 
         def cost(load: Load, hit: int) -> float:
             new = prompt - hit + each * (load.batch + load.waiting)
-            return (load.ahead_of(rank) + COMPUTED_TWICE * new) // AHEAD_TOKENS
+            return (load.ahead_of(rank) + COMPUTED_WEIGHT * new) // AHEAD_TOKENS
 
         found, lowest = None, cost(best.load, _tokens(here, prompt))
         for instance, blocks in holders.items():
