@@ -41,7 +41,12 @@ def report(
             prefill_tokens=prefill,
             classes=(
                 ClassLoad(running=urgent),
-                ClassLoad(running=running, waiting=waiting, waiting_tokens=waiting_tokens),
+                ClassLoad(
+                    running=running,
+                    waiting=waiting,
+                    waiting_tokens=waiting_tokens,
+                    waiting_prefill=waiting_tokens,
+                ),
             ),
             admitted=tuple(RequestId(r) for r in admitted),
             accepting=accepting,

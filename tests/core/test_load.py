@@ -21,6 +21,7 @@ def report(
     running: int = 0,
     waiting: int = 0,
     waiting_tokens: int = 0,
+    waiting_prefill: int = 0,
     head: int = 0,
     high: int = 0,
     **more: int,
@@ -33,7 +34,12 @@ def report(
         kv_tokens_total=TOTAL,
         classes=(
             ClassLoad(running=high),
-            ClassLoad(running=running, waiting=waiting, waiting_tokens=waiting_tokens),
+            ClassLoad(
+                running=running,
+                waiting=waiting,
+                waiting_tokens=waiting_tokens,
+                waiting_prefill=waiting_prefill or waiting_tokens,
+            ),
         ),
         head_tokens=head,
         **more,  # type: ignore[arg-type]
@@ -66,6 +72,11 @@ def test_a_newcomer_is_computed_after_all_that_is_known_of_prompts() -> None:
     known = report(running=2, prefill_tokens=700, waiting=2, waiting_tokens=3000, head=500)
     load = derive(known, (0, 1), 20)
     assert (load.ahead_of(1), load.ahead_of(0)) == (3720, 720)
+
+
+def test_what_those_who_wait_have_in_the_cache_need_not_be_computed_before_a_newcomer() -> None:
+    load = derive(report(waiting=2, waiting_tokens=3000, waiting_prefill=200), (), 0)
+    assert (load.ahead_of(1), load.queued) == (200, 3000)
 
 
 def test_a_head_that_does_not_fit_makes_freeness_negative_and_is_not_shared_out() -> None:

@@ -17,6 +17,7 @@ from llumnix.core.load import ClassLoad, LoadReport
 from llumnix.core.policies.dispatch import (
     AHEAD_TOKENS,
     BATCH,
+    COMPUTED_WEIGHT,
     REQUEST_SHARE,
     REQUEST_TOKENS,
 )
@@ -164,12 +165,15 @@ def test_an_index_that_was_cleared_holds_nothing(changes: list) -> None:
 def report(n: int, sequence: int = 1, **fields: Any) -> LoadReported:
     known: dict[str, Any] = {"engine_index": EngineIndex(n), "kv_tokens_used": 0, **fields}
     running, waiting = known.pop("running", 0), known.pop("waiting_tokens", 0)
-    load = ClassLoad(running=running, waiting=int(waiting > 0), waiting_tokens=waiting)
+    queue = known.pop("waiting", int(waiting > 0))
+    load = ClassLoad(
+        running=running, waiting=queue, waiting_tokens=waiting, waiting_prefill=waiting
+    )
     return LoadReported(
         report=LoadReport(
             instance=INSTANCES[n],
             sequence=sequence,
-            classes=(ClassLoad(), load),
+            classes=(ClassLoad(running=known.pop("urgent", 0)), load),
             head_tokens=waiting,
             kv_tokens_total=KV_TOKENS,
             **known,
@@ -225,7 +229,7 @@ def test_a_hit_decides_against_a_somewhat_freer_instance() -> None:
 def test_a_hit_is_not_worth_a_batch_that_is_much_larger(tokens: int, beside: int) -> None:
     """Each request more there weighs as much as so many tokens, more if the prompt is long, and
     less among many."""
-    saved = tokens - tokens % BLOCK_TOKENS
+    saved = COMPUTED_WEIGHT * (tokens - tokens % BLOCK_TOKENS)
     each = (REQUEST_TOKENS + REQUEST_SHARE * tokens) * BATCH / (BATCH + beside)
     few, many = int((saved - AHEAD_TOKENS) / each), int((saved + AHEAD_TOKENS) / each) + 1
     for more, instance in ((0, "i1"), (few, "i1"), (many, "i0")):
@@ -244,7 +248,7 @@ def test_the_longest_hit_decides_between_hits() -> None:
     assert where(s) == "i2"
 
 
-@pytest.mark.parametrize(("queued", "instance"), [(1000, "i1"), (1400, "i0")])
+@pytest.mark.parametrize(("queued", "instance"), [(600, "i1"), (1400, "i0")])
 def test_a_hit_is_not_worth_a_queue_that_takes_longer_than_it_saves(
     queued: int, instance: str
 ) -> None:
@@ -260,9 +264,29 @@ def test_dispatches_on_their_way_count_as_a_queue() -> None:
     assert [where(s, name=f"r{n}") for n in range(4)] == ["i1", "i0", "i1", "i1"]
 
 
-@pytest.mark.parametrize(("used", "instance"), [(9200, "i1"), (9700, "i0")])
-def test_a_hit_is_not_worth_an_instance_that_is_short_of_memory(used: int, instance: str) -> None:
-    s = cluster(report(0, running=1), report(1, running=1, kv_tokens_used=used))
+def test_a_hit_is_worth_memory_that_is_short() -> None:
+    """Or where all of it is needed no prompt would be found where its cache is."""
+    s = cluster(report(0, running=1), report(1, running=1, kv_tokens_used=9700))
+    s.handle(kept(1, 640), 0.0)
+    assert where(s) == "i1"
+
+
+@pytest.mark.parametrize(("urgent", "instance"), [(0, "i1"), (1, "i0")])
+def test_a_hit_is_not_worth_the_headroom_of_urgent_requests(urgent: int, instance: str) -> None:
+    used = {"running": 1, "kv_tokens_used": 5000}
+    s = cluster(report(0, running=1 + urgent), report(1, urgent=urgent, **used))
+    s.handle(kept(1, 640), 0.0)
+    assert where(s) == instance
+
+
+@pytest.mark.parametrize(("waiting", "instance"), [(0, "i0"), (4, "i1")])
+def test_where_all_have_queues_a_hit_is_worth_a_longer_one(waiting: int, instance: str) -> None:
+    """What is computed anew delays all who wait."""
+    other, longer = 500 * waiting, 500 * waiting + 2200
+    s = cluster(
+        report(0, running=1, waiting=waiting, waiting_tokens=other),
+        report(1, running=1, waiting=waiting, waiting_tokens=longer),
+    )
     s.handle(kept(1, 640), 0.0)
     assert where(s) == instance
 

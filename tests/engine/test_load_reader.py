@@ -107,6 +107,7 @@ class Count:
             running=len(mine) - len(queued),
             waiting=len(queued),
             waiting_tokens=sum(self._needed(n) for n in queued),
+            waiting_prefill=sum(self.tokens[n] for n in queued),
         )
 
 
@@ -160,6 +161,37 @@ def test_blocks_that_only_the_prefix_cache_holds_count_as_free(engine: Any) -> N
     assert engine.core.scheduler.kv_cache_manager.get_computed_blocks(again)[1] == 192
 
 
+def test_of_those_who_wait_what_is_found_is_not_computed_and_what_is_shared_takes_no_memory(
+    engine: Any,
+) -> None:
+    scheduler = engine.core.scheduler
+    reader = LoadReader(scheduler, 4, PRIORITIES)
+    asked: list[str] = []
+    answers = {"a": (4 * BLOCK, BLOCK), "b": (50, 0), "c": (500, 0)}
+
+    def found(request: Any) -> tuple[int, int]:
+        asked.append(request.request_id)
+        return answers[request.request_id]
+
+    reader.found = found
+    for name, length in (("a", 5 * BLOCK), ("b", 3 * BLOCK), ("c", 20)):
+        engine.add_core_request(
+            engine.make(RequestId(name), list(range(length)), SamplingParams(max_tokens=1))
+        )
+    numbers = reader.read()
+    assert numbers.classes[1] == ClassLoad(
+        waiting=3,
+        waiting_tokens=4 * BLOCK + 3 * BLOCK + reader.needed(scheduler.requests["c"]),
+        waiting_prefill=BLOCK + (3 * BLOCK - 50) + 1,
+    )
+    assert numbers.head_tokens == 4 * BLOCK
+    reader.came()
+    reader.read()
+    assert sorted(asked) == ["a", "a", "a", "b", "c"], "once each, and the head at every count"
+    for name in answers:
+        engine.abort(RequestId(name))
+
+
 def test_a_clients_number_counts_and_not_the_one_it_is_queued_under(engine: Any) -> None:
     """engine/queueing.py changes the latter."""
     reader = LoadReader(engine.core.scheduler, 4, PRIORITIES)
@@ -167,7 +199,7 @@ def test_a_clients_number_counts_and_not_the_one_it_is_queued_under(engine: Any)
     engine.add_core_request(made)
     known = engine.core.scheduler.requests["a"]
     known.llumnix_priority, known.priority = known.priority, -100
-    waiting = ClassLoad(waiting=1, waiting_tokens=BLOCK)
+    waiting = ClassLoad(waiting=1, waiting_tokens=BLOCK, waiting_prefill=3)
     assert reader.read().classes == (ClassLoad(), waiting)
     engine.abort(RequestId("a"))
 

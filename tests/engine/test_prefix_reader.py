@@ -336,6 +336,31 @@ def test_in_every_block_size_the_hits_are_vllms_own(
         found = kv.coordinator.find_longest_cache_hit(one.block_hashes, one.num_tokens)[1]
         hits = heard.blocks(names)
         assert found // BLOCK_TOKENS <= hits <= found // BLOCK_TOKENS + (size - 1) // BLOCK_TOKENS
+        holders = holders_of(kv, one)
+        if holders == sorted(holders, key=lambda n: (n is None, n == 0)):  # No holes.
+            held = sum(bool(n) for n in holders)
+            assert reader.found(one) == (found, held * size)
+
+
+def holders_of(kv: Any, one: Request) -> list[int | None]:
+    """How many requests hold each of its blocks; None for those that the cache does not have."""
+    found = (kv.block_pool.get_cached_block(h, [0]) for h in one.block_hashes)
+    return [blocks and blocks[0].ref_cnt for blocks in found]
+
+
+def test_what_a_request_will_find_and_share_is_told_apart() -> None:
+    kv = manager(16, 100)
+    reader = reader_of(kv)
+    beginning = list(range(160))
+    first = request("a", beginning, 16, None, None)
+    compute(reader, kv, first)
+    again = request("b", [*beginning[:96], *range(300, 400)], 16, None, None)
+    assert reader.found(again) == (96, 96)
+    kv.free(first)
+    assert reader.found(again) == (96, 0)
+    assert reader.found(request("c", [9] * 50, 16, None, None)) == (0, 0)
+    again.skip_reading_prefix_cache = True
+    assert reader.found(again) == (0, 0)
 
 
 # -- whether, and when --------------------------------------------------------------------------

@@ -381,7 +381,10 @@ class ToyCluster:
             kv_tokens_total=engine.total,
             block_tokens=BLOCK,
             slots=self._slots,
-            classes=tuple(ClassLoad(running=r, waiting=w, waiting_tokens=t) for r, w, t in classes),
+            classes=tuple(
+                ClassLoad(running=r, waiting=w, waiting_tokens=t, waiting_prefill=t)
+                for r, w, t in classes
+            ),
             head_tokens=engine.queue[0].tokens if engine.queue else 0,
             admitted=tuple(engine.admitted),
             accepting=engine.accepting,

@@ -22,12 +22,14 @@ from llumnix.core.types import EngineIndex, InstanceId, OrderId, RequestId
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClassLoad:
-    """The requests of one priority class: how many run, how many wait, and the KV tokens that those
-    need to start."""
+    """The requests of one priority class: how many run, how many wait; the KV tokens that those
+    need to start, beside what running requests share with them, and the tokens that they have to
+    compute, both as of when they began to wait."""
 
     running: int = 0
     waiting: int = 0
     waiting_tokens: int = 0
+    waiting_prefill: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +41,7 @@ class LoadReport:
     prefix cache holds count as free. `prefill_tokens`: what requests that run have still to compute
     of their prompts, and have no KV memory for yet. `block_tokens`: size of a block. `slots`:
     requests that can run at a time, 0 for no limit. `classes`: most urgent first. `head_tokens`:
-    what the request that is next in the queue needs to start, 0 if none waits. `admitted` are the
+    the same of the request that is next in the queue, 0 if none waits. `admitted` are the
     requests that reached the engine since the report before: they are running or waiting now, or
     already over. `accepting` is false while the instance is being emptied. `moving_out` requests
     are on their way to other instances, with `moving_out_tokens` here that will be free;
@@ -175,8 +177,9 @@ def derive(
     for rank, known in enumerate(report.classes):
         waiting += known.waiting
         queued += known.waiting_tokens
+        computed += known.waiting_prefill
         by_class.append(known.running + (booked[rank] if booked else 0))
-        ahead.append(computed + queued)
+        ahead.append(computed)
     used = max(0, report.kv_tokens_used - report.moving_out_tokens) + coming
     queued = max(queued, report.head_tokens)
     batch = max(0, sum(by_class) - report.moving_out) + report.moving_in

@@ -120,7 +120,6 @@ class EngineInstance(EngineCoreActor):
         )
         priorities = Priorities(seat.llumlet.settings.priorities)
         slots = self.scheduler.max_num_active_reqs
-        self._reader = LoadReader(self.scheduler, slots, priorities)
         self._queueing = Queueing(self.scheduler, priorities)
         self._stepped_s = 0.0
         self._quiet_steps = 0
@@ -128,7 +127,9 @@ class EngineInstance(EngineCoreActor):
         self._prefixes = prefix_reader(
             seat.llumlet.settings, self.scheduler, seat.instance, seat.engine_index, self._rouse
         )
+        self._reader = LoadReader(self.scheduler, slots, priorities)
         if self._prefixes is not None:
+            self._reader.found = self._prefixes.found
             self._host.port.on_commit = self._prefixes.follow
         self._leave_on_sigterm()
 

@@ -12,10 +12,12 @@ vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when
   one keeps them. `is_prefill_chunk`: it runs, and tokens of its prompt (or, after a preemption, of
   its answer too) beyond the `num_computed_tokens` that are scheduled so far are left.
 - `kv_cache_manager.block_pool.get_num_free_blocks()`, `scheduler.block_size` in tokens.
+- `Request.num_computed_tokens` of one that waits is what a move brought along, else 0.
 - `scheduler.kv_cache_config` is one worker's: every tensor of it has the `size` in bytes of the
   whole allocation, which `num_blocks` share; `kv_cache_groups[i].kv_cache_spec.block_size`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,12 +51,15 @@ class Numbers:
 
 
 class LoadReader:
-    """Of one engine core."""
+    """Of one engine core. `found` says how many of a request's tokens are in the prefix cache, and
+    how many of them running requests hold. It is asked when the request begins to wait, and of the
+    next to start at each count."""
 
     def __init__(self, scheduler: Any, slots: int, priorities: Priorities) -> None:
         self._scheduler = scheduler
         self._slots = slots
         self._priorities = priorities
+        self.found: Callable[[Request], tuple[int, int]] = lambda request: (0, 0)
         self._block = int(scheduler.block_size)
         self._token_bytes = token_bytes(scheduler)
         self._seen: tuple[int, ...] = ()
@@ -117,7 +122,7 @@ class LoadReader:
 
     def _count(self) -> None:
         scheduler = self._scheduler
-        counts = [[0, 0, 0] for _ in range(len(self._priorities))]
+        counts = [[0, 0, 0, 0] for _ in range(len(self._priorities))]
         self._prompts = []
         for request in scheduler.running:
             counts[self._know(request).rank][0] += 1
@@ -128,17 +133,24 @@ class LoadReader:
             for request in scheduler.requests.values():
                 if id(request) not in running:
                     known = self._know(request)
-                    self._preemptions += request.num_preemptions - known.preemptions
-                    known.preemptions = request.num_preemptions
+                    if preempted := request.num_preemptions - known.preemptions:
+                        self._preemptions += preempted
+                        known.preemptions, known.found = request.num_preemptions, None
                     mine = counts[known.rank]
                     mine[1] += 1
-                    mine[2] += self.needed(request)
+                    cached, held = self._found(known)
+                    mine[2] += self.needed(request) - held
+                    mine[3] += request.num_tokens - cached
         for name in self._known.keys() - scheduler.requests.keys():
             self._left(self._known.pop(name))
         self._classes = tuple(
-            ClassLoad(running=r, waiting=w, waiting_tokens=t) for r, w, t in counts
+            ClassLoad(running=r, waiting=w, waiting_tokens=t, waiting_prefill=p)
+            for r, w, t, p in counts
         )
-        self._head = self.needed(scheduler.waiting.peek_request()) if scheduler.waiting else 0
+        self._head = 0
+        if scheduler.waiting:
+            head = scheduler.waiting.peek_request()
+            self._head = self.needed(head) - self.found(head)[1]
 
     def _prefill(self) -> int:
         if not self._prompts:
@@ -156,6 +168,15 @@ class LoadReader:
             self._known[request.request_id] = known
         return known
 
+    def _found(self, known: "_Known") -> tuple[int, int]:
+        """What a request that waits need not compute, its last token excepted, and what it will
+        share with those that run."""
+        if known.found is None:
+            known.found = self.found(known.request)
+        cached, held = known.found
+        request = known.request
+        return min(max(cached, int(request.num_computed_tokens)), request.num_tokens - 1), held
+
     def _left(self, known: "_Known") -> None:
         request = known.request
         self._preemptions += request.num_preemptions - known.preemptions
@@ -166,11 +187,13 @@ class LoadReader:
 
 @dataclass(slots=True, kw_only=True)
 class _Known:
-    """A request that was counted: its class, and its preemptions so far."""
+    """A request that was counted: its class, its preemptions so far, and what the prefix cache had
+    of it when it began to wait."""
 
     request: Request
     rank: int
     preemptions: int
+    found: tuple[int, int] | None = None
 
 
 def token_bytes(scheduler: Any) -> int:

@@ -23,7 +23,9 @@ vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when
   through `insert`, `pop` and `get_one_block`; `reset_prefix_cache` puts a new map in its place.
   Ours in its stead notes what is popped.
 - `Request`: `block_hashes` of all its full blocks, each over all tokens before it, the LoRA
-  adapter's name and the cache salt; `all_token_ids`, `num_computed_tokens`, `num_preemptions`.
+  adapter's name and the cache salt; `all_token_ids`, `num_computed_tokens`, `num_preemptions`,
+  `skip_reading_prefix_cache`.
+- `KVCacheBlock.ref_cnt`: so many requests hold it.
 - `kv_cache_manager.kv_cache_event_metadata` names each group's kind of layers,
   `coordinator.single_type_managers` has each group's pool and `block_size`, in tokens.
 """
@@ -31,6 +33,7 @@ vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when
 import logging
 import threading
 import time
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
@@ -137,6 +140,23 @@ class PrefixReader:
         lora = request.lora_request
         start = root(lora.lora_name if lora else None, request.cache_salt)
         self._followed[request.request_id] = _Followed(request, start, start)
+
+    def found(self, request: Request) -> tuple[int, int]:
+        """How many leading tokens of a request are in the cache, and how many of them are in blocks
+        that requests hold. By bisection: a cache drops a prompt from its end, mostly, and who holds
+        a block holds those before it. The engine's thread only."""
+        if request.skip_reading_prefix_cache:
+            return 0, 0
+        get, group = self._pool.cached_block_hash_to_block.get_one_block, self._group
+        hashes = resolve_block_hashes(request.block_hashes, self._pool.hash_block_size, self._size)
+
+        def holders(n: int) -> int:
+            block = get(make_block_hash_with_group_id(hashes[n], group))
+            return -1 if block is None else block.ref_cnt
+
+        cached = bisect_left(range(len(hashes)), True, key=lambda n: holders(n) < 0)
+        held = bisect_left(range(cached), True, key=lambda n: holders(n) <= 0)
+        return cached * self._size, held * self._size
 
     def read(self, *, at_once: bool = False) -> PrefixesChanged | None:
         """What has changed since the last call, up to a bound; None if nothing has, or if that was

@@ -55,7 +55,8 @@ class Job:
 @dataclass(slots=True, kw_only=True, eq=False)
 class Sequence:
     """A request on one engine. `outputs` generated; `computed` of its tokens have KV, in `blocks`
-    blocks, of which `held` prefix ids are shared."""
+    blocks, of which `held` prefix ids are shared. `found`: tokens that were in the prefix cache
+    when it began to wait, and how many of them others held."""
 
     job: Job
     turn: tuple[int, float]
@@ -69,6 +70,7 @@ class Sequence:
     stopped: bool = False
     preemptions: int = 0
     pinned: int = 0
+    found: tuple[int, int] | None = None
 
     @property
     def tokens(self) -> int:
@@ -292,6 +294,7 @@ class Batching:
         if seq.job.preempted_s is None:
             seq.job.preempted_s = now
         self.preemptions += 1
+        seq.found = None
         self._enqueue(seq)
 
     def _finish(self, seq: Sequence) -> None:
@@ -348,21 +351,29 @@ class Batching:
         """Requests by priority class, most urgent first."""
         if self._classes is None:
             rank = self._priorities.rank
-            counts = [[0, 0, 0] for _ in range(len(self._priorities))]
+            counts = [[0, 0, 0, 0] for _ in range(len(self._priorities))]
             for seq in self.running:
                 counts[rank(seq.job.priority)][0] += 1
             for seq in self._waiting():
                 mine = counts[rank(seq.job.priority)]
                 mine[1] += 1
-                mine[2] += self.needed(seq)
+                if seq.found is None:
+                    seq.found = self._found(seq)
+                cached, held = seq.found
+                mine[2] += self.needed(seq) - held
+                mine[3] += seq.tokens - max(seq.computed, cached)
             self._classes = tuple(
-                ClassLoad(running=r, waiting=w, waiting_tokens=t) for r, w, t in counts
+                ClassLoad(running=r, waiting=w, waiting_tokens=t, waiting_prefill=p)
+                for r, w, t, p in counts
             )
         return self._classes
 
     def head_tokens(self) -> int:
         """What the head of the queue needs to start."""
-        return self.needed(self._queue[0][2]) if self._queue else 0
+        if not self._queue:
+            return 0
+        head = self._queue[0][2]
+        return self.needed(head) - self._found(head)[1]
 
     def prefill_tokens(self) -> int:
         """Tokens of running requests' prompts that no step has been given yet."""
@@ -378,6 +389,13 @@ class Batching:
     def needed(self, seq: Sequence) -> int:
         """KV tokens of a request, in whole blocks."""
         return -(-seq.tokens // self.block_tokens) * self.block_tokens
+
+    def _found(self, seq: Sequence) -> tuple[int, int]:
+        """Tokens of a request in the prefix cache, and how many of them others hold."""
+        shared, own = self._hits(seq)
+        held = shared - self.memory.idle(seq.job.prefix[:shared])
+        each = seq.job.prefix_blocks
+        return (shared * each + own) * self.block_tokens, held * each * self.block_tokens
 
     def _waiting(self) -> Iterable[Sequence]:
         yield from self.holding

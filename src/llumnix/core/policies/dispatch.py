@@ -19,8 +19,8 @@ memory is free."""
 HOLDERS_MAX = 8
 """So many instances that have the most of a prompt in their caches are looked at."""
 COMPUTED_WEIGHT = 2
-REQUEST_TOKENS = 300
-REQUEST_SHARE = 0.15
+REQUEST_TOKENS = 600
+REQUEST_SHARE = 0.3
 BATCH = 4
 SOONEST = "soonest: after {ahead} tokens, {freeness:.0f} tokens a request"
 
@@ -128,10 +128,13 @@ class Soonest:
     the instance's prefix cache; of several alike the freest.
 
     With a hit elsewhere a token to compute weighs `COMPUTED_WEIGHT` times as much as one to wait
-    for: to compute what another has delays everybody there, and takes room in its cache.
-    A hit is not worth an instance that is short of memory, nor one with many more requests in its
-    batch, each of which makes every step longer: each weighs as much as `REQUEST_TOKENS` more to
-    compute, and `REQUEST_SHARE` of the prompt, since who shares a long prefix has a long context.
+    for, and once more for each request that waits there: to compute what another has delays
+    everybody there, and takes room in its cache. Where all have queues, to keep to the caches is
+    what makes them shorter.
+    A hit is worth memory that is short, of which it needs less than elsewhere. It is not worth the
+    headroom of more urgent classes, nor a full batch, nor one with many more requests, each of
+    which makes every step longer: each weighs as much as `REQUEST_TOKENS` to wait for, and
+    `REQUEST_SHARE` of the prompt, since who shares a long prefix has a long context.
     Otherwise a popular prefix would gather its requests on one instance while others stand idle.
     With `BATCH` requests where it would go else each weighs half of that, and so on: among many,
     a few more are chance.
@@ -182,23 +185,30 @@ class Soonest:
         """The instance whose hit is worth most, if it is better than the best without, whose own
         is `here`. `holders`: hits in blocks."""
         rank, prompt = view.priorities.rank(request.priority), request.prompt_tokens
-        beside = best.load.batch + best.load.waiting
-        each = (REQUEST_TOKENS + REQUEST_SHARE * prompt) * BATCH / (BATCH + beside)
+        others = best.load.batch + best.load.waiting
+        each = (REQUEST_TOKENS + REQUEST_SHARE * prompt) * BATCH / (BATCH + others)
 
         def cost(load: Load, hit: int) -> float:
-            new = prompt - hit + each * (load.batch + load.waiting)
-            return (load.ahead_of(rank) + COMPUTED_WEIGHT * new) // AHEAD_TOKENS
+            new = (COMPUTED_WEIGHT + load.waiting) * (prompt - hit)
+            beside = each * (load.batch + load.waiting)
+            return (load.ahead_of(rank) + new + beside) // AHEAD_TOKENS
 
-        found, lowest = None, cost(best.load, _tokens(here, prompt))
+        def closed(load: Load, hit: int) -> bool:
+            if load.slots and load.batch + load.waiting >= load.slots:
+                return True
+            if not view.priorities.headroom(load.total, load.running, above=rank):
+                return False
+            after = load.changed(rank, 1, prompt - hit)
+            return after.freeness_for(rank, view.priorities) < view.thresholds[0]
+
+        found, own = None, _tokens(here, prompt)
+        lowest, all_closed = cost(best.load, own), closed(best.load, own)
         for instance, blocks in holders.items():
             known, hit = view.get(instance), _tokens(blocks, prompt)
             if known is None or not known.report.accepting or not known.fresh(now):
                 continue
             mine = cost(known.load, hit)
-            if mine >= lowest:
-                continue
-            after = known.load.changed(rank, 1, prompt - hit)
-            if after.freeness_for(rank, view.priorities) >= view.thresholds[0]:
+            if mine < lowest and (all_closed or not closed(known.load, hit)):
                 lowest = mine
                 found = known, f"soonest: {hit} of {prompt} tokens are in its cache"
         return found
