@@ -44,7 +44,6 @@ from common import (
     write_result,
 )
 from shapes import SHAPES, write_shape
-from systems import data_parallel
 
 Load = dict[str, Any]
 """`streams` at a time or `rate` a second, so many `requests`."""
@@ -229,7 +228,10 @@ def main(given: list[str] | None = None, loads: tuple[Load, ...] = LOADS) -> Non
             flags = [*flags, "--load-format", "dummy"]
         servers: list[Served] = []
         ours = ["--instances", str(args.instances)]
-        peer = data_parallel(args.instances) if args.instances > 1 else []
+        peer = []
+        if args.instances > 1:
+            # One process speaks HTTP, as in llumnix.
+            peer = ["--data-parallel-size", str(args.instances), "--api-server-count", "1"]
         kinds: list[tuple[str, str, list[str], dict[str, str]]] = [
             ("bare", "bare", peer, {}),
             ("llumnix", "llumnix", ours, {}),

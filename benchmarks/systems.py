@@ -2,7 +2,7 @@
 
 - a policy of llumnix: `llumnix serve --policy POLICY`
 - `vllm-dp`: `vllm serve --data-parallel-size N`, which balances by requests running and waiting;
-  one process speaks HTTP, as in llumnix
+  N processes speak HTTP, as is its default
 - `vllm-router`: vLLM's cache-aware router from PyPI (benchmarks/router.py), with its defaults,
   before N `vllm serve`
 """
@@ -18,11 +18,6 @@ NAME = "m"
 """Of the model, in requests."""
 
 
-def data_parallel(instances: int) -> list[str]:
-    """Flags of `vllm serve` for that many ranks behind one process that speaks HTTP."""
-    return ["--data-parallel-size", str(instances), "--api-server-count", "1"]
-
-
 class System:
     """One of them. `front`: where requests go; `scraped`: whose /metrics count, together."""
 
@@ -36,7 +31,8 @@ class System:
                 for i in range(instances)
             ]
         elif name == "vllm-dp":
-            self.servers = [self._serve("bare", model, flags + data_parallel(instances))]
+            more = ["--data-parallel-size", str(instances)]
+            self.servers = [self._serve("bare", model, flags + more)]
         else:
             more = ["--instances", str(instances), "--policy", name]
             self.servers = [self._serve("llumnix", model, flags + more)]
