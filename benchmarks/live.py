@@ -144,15 +144,10 @@ async def one_run(
 async def warm_up(
     http: aiohttp.ClientSession, watch: Watch, setup: Setup, dice: random.Random
 ) -> None:
-    """A few requests that do not count, once all instances are there with the memory wanted."""
+    """A few requests that do not count, to all instances, which have the memory wanted."""
     count = setup.instances
-    await watch.until(f"{count} instances", lambda s: len(s) == count)
-    for sample in await watch.instances():
-        if sample.total != setup.kv_tokens:
-            raise RuntimeError(
-                f"{sample.instance} has {sample.total} KV tokens, not {setup.kv_tokens}: the "
-                "model's config.json and --dtype do not tell what a token takes"
-            )
+    if watch.tells_of_the_idle:
+        await all_there(watch, setup)
     requests = [
         Arrival(at_s=0.0, prompt_tokens=n, output_tokens=WARM_UP_TOKENS, high=False, clipped=False)
         for n in WARM_UP_PROMPTS * count
@@ -161,8 +156,21 @@ async def warm_up(
     answers = await send(http, requests, bodies, time.perf_counter(), IDLE_TIMEOUT_S)
     if failed := [a.error for a in answers if a.error]:
         raise RuntimeError(f"the warm-up failed: {failed[0]}")
+    await all_there(watch, setup)
     await watch.until("idle", lambda now: all(s.running == s.waiting == 0 for s in now))
     await asyncio.sleep(STATS_LAG_S)
+
+
+async def all_there(watch: Watch, setup: Setup) -> None:
+    """Waits until all instances are seen, and looks at their memory."""
+    count = setup.instances
+    await watch.until(f"{count} instances", lambda s: len(s) == count)
+    for sample in await watch.instances():
+        if sample.total != setup.kv_tokens:
+            raise RuntimeError(
+                f"{sample.instance} has {sample.total} KV tokens, not {setup.kv_tokens}: the "
+                "model's config.json and --dtype do not tell what a token takes"
+            )
 
 
 def metrics(

@@ -57,6 +57,7 @@ class Watch:
     """Looks at a server of llumnix from beside. `scraped`: whose /metrics count, together."""
 
     sample_every_s = SAMPLE_EVERY_S
+    tells_of_the_idle = True
 
     def __init__(self, http: aiohttp.ClientSession, scraped: list[str]) -> None:
         self._http = http
@@ -130,6 +131,8 @@ class PeerWatch(Watch):
     """Looks at a system of vLLM's own servers, which tell less. `kv_tokens`: of an instance."""
 
     sample_every_s = SCRAPE_EVERY_S
+    # Several processes that speak HTTP do not, before the first request.
+    tells_of_the_idle = False
 
     def __init__(self, http: aiohttp.ClientSession, scraped: list[str], kv_tokens: int) -> None:
         super().__init__(http, scraped)
