@@ -12,7 +12,7 @@ Prefix caching is off: it would leave nothing to copy on the way back. With `--c
 and each request is moved once.
 
     python benchmarks/migration.py [--shape tiny|llama-7b] [--lengths 256,1024] [--hops 8]
-                                   [--background 4] [--window-s 5] [--caching] [--out FILE]
+                                   [--background 4] [--window-s 2] [--caching] [--out FILE]
                                    [-- FLAGS]
 """
 
@@ -24,6 +24,7 @@ import statistics
 import tempfile
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,10 @@ from shapes import SHAPES, write_shape
 
 EVERY_TOKENS = 24
 FIRST_MOVE = 16
-WINDOWS = 12
-PACES: dict[str, float | None] = {"not": None, "once a second": 1.0, "back to back": 0.02}
+STILL = "not"
+EACH = 4
+"""Windows of each pace."""
+PACES: dict[str, float | None] = {STILL: None, "once a second": 1.0, "back to back": 0.02}
 MODES = ["staged", "blocking", "recompute"]
 KEPT = ("extra_gap_ms", "downtime_ms", "total_ms", "stages")
 
@@ -216,9 +219,10 @@ async def cost(http: aiohttp.ClientSession, url: str, args: argparse.Namespace) 
         prompt = [dice.randrange(300, 4000) for _ in range(length)]
         task = asyncio.create_task(watch(http, url, name, prompt, args.cost_tokens, seen))
         await seen.until(5)
-        for number in range(WINDOWS):
-            # To and fro, so that what grows with time (the others' contexts) weighs alike on all.
-            kind = (list(PACES) + list(PACES)[::-1])[number % (2 * len(PACES))]
+        moving = [kind for kind in PACES if kind != STILL] * EACH
+        # One without moves before and after each: contexts grow, and with them the steps, so what is
+        # compared has to lie close together.
+        for kind in [STILL, *(k for one in moving for k in (one, STILL))]:
             began = time.perf_counter()
             while time.perf_counter() - began < args.window_s and not seen.over:
                 if PACES[kind] is None:
@@ -232,24 +236,36 @@ async def cost(http: aiohttp.ClientSession, url: str, args: argparse.Namespace) 
         await asyncio.gather(task, return_exceptions=True)
         gaps_ms = others.gaps
     row: dict[str, Any] = {"prompt_tokens": length, "background": args.background}
-    still = 0.0
+    found = [[g for at, g in gaps_ms if a <= at <= b] for _, a, b in windows]
     print(f"others' time between tokens, a request of {length} tokens being moved:")
     for kind in PACES:
-        mine = [(began, ended) for k, began, ended in windows if k == kind]
-        found = [g for at, g in gaps_ms if any(a <= at <= b for a, b in mine)]
-        mean, seconds = statistics.fmean(found), sum(b - a for a, b in mine)
-        still = still or mean
+        mine = [n for n, window in enumerate(windows) if window[0] == kind]
+        seconds = sum(windows[n][2] - windows[n][1] for n in mine)
+        gaps = [g for n in mine for g in found[n]]
         row[kind] = {
-            "moves_per_s": moves[kind] / seconds, "itl_mean_ms": mean,
-            "itl_p50_ms": percentile(found, 0.5), "itl_p99_ms": percentile(found, 0.99),
-            "ratio_mean": mean / still, "tokens": len(found),
+            "moves_per_s": moves[kind] / seconds, "itl_mean_ms": statistics.fmean(gaps),
+            "itl_p50_ms": percentile(gaps, 0.5), "itl_p99_ms": percentile(gaps, 0.99),
+            "tokens": len(gaps),
         }  # fmt: skip
+        if kind != STILL:
+            row[kind] |= {
+                "ratios_mean": [beside(found, n, statistics.fmean) for n in mine],
+                "ratios_p50": [beside(found, n, statistics.median) for n in mine],
+            }
+            row[kind]["ratio_mean"] = statistics.fmean(row[kind]["ratios_mean"])
+            row[kind]["ratio_p50"] = statistics.fmean(row[kind]["ratios_p50"])
         print(
-            f"  {kind:>14}: {moves[kind] / seconds:5.1f} moves/s, mean {mean:.3f} ms "
-            f"(ratio {mean / still:.3f}), p99 {row[kind]['itl_p99_ms']:.2f} ms",
+            f"  {kind:>14}: {moves[kind] / seconds:5.1f} moves/s, "
+            f"mean {row[kind]['itl_mean_ms']:.3f} ms, p99 {row[kind]['itl_p99_ms']:.2f} ms, ratios "
+            + " ".join(f"{r:.4f}" for r in row[kind].get("ratios_mean", ())),
             flush=True,
         )
     return row
+
+
+def beside(windows: list[list[float]], n: int, figure: Callable[[list[float]], float]) -> float:
+    """A window's figure to that of the windows before and after it."""
+    return figure(windows[n]) * 2 / (figure(windows[n - 1]) + figure(windows[n + 1]))
 
 
 async def drain(http: aiohttp.ClientSession, url: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -326,7 +342,7 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--cost-background-tokens", type=int, help="of the streams whose pace is measured"
     )
-    parser.add_argument("--window-s", type=float, default=4)
+    parser.add_argument("--window-s", type=float, default=2)
     parser.add_argument("--cost-tokens", type=int, default=8000)
     parser.add_argument("--drain-tokens", type=int, default=1500)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/migration_cpu.json")

@@ -127,8 +127,8 @@ def cost(results: dict[str, Result]) -> str:
                     f"{row['itl_mean_ms']:.2f}",
                     f"{row['itl_p50_ms']:.2f}",
                     f"{row['itl_p99_ms']:.1f}",
-                    f"{row['itl_mean_ms'] / still['itl_mean_ms']:.3f}",
-                    f"{row['itl_p50_ms'] / still['itl_p50_ms']:.3f}",
+                    f"{row.get('ratio_mean', 1):.3f}",
+                    f"{row.get('ratio_p50', row['itl_p50_ms'] / still['itl_p50_ms']):.3f}",
                 ]
             )
     return markdown(head, rows)

@@ -18,7 +18,7 @@ SETTINGS = {
     "lengths": "256,1024,4096,8192,16384,32000",
     "hops": "10",
     "background": "16",
-    "window-s": "3",
+    "window-s": "2",
     "drain-tokens": "4000",
     "out": str(ROOT / "benchmarks/results/gpu/migration.json"),
 }
