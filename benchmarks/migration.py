@@ -220,8 +220,8 @@ async def cost(http: aiohttp.ClientSession, url: str, args: argparse.Namespace) 
         task = asyncio.create_task(watch(http, url, name, prompt, args.cost_tokens, seen))
         await seen.until(5)
         moving = [kind for kind in PACES if kind != STILL] * EACH
-        # One without moves before and after each: contexts grow, and with them the steps, so what is
-        # compared has to lie close together.
+        # One without moves before and after each: contexts grow, and with them the steps, so what
+        # is compared has to lie close together.
         for kind in [STILL, *(k for one in moving for k in (one, STILL))]:
             began = time.perf_counter()
             while time.perf_counter() - began < args.window_s and not seen.over:
