@@ -231,6 +231,8 @@ async def cost(http: aiohttp.ClientSession, url: str, args: argparse.Namespace) 
                 result = await move(http, url, name, "staged")
                 moves[kind] += result.get("outcome") == "migrated"
                 await asyncio.sleep(PACES[kind] or 0)
+            if seen.over:
+                raise RuntimeError("the moved request ended too soon: give it more --cost-tokens")
             windows.append((kind, began, time.perf_counter()))
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)

@@ -80,7 +80,12 @@ class Cluster:
             slots=256,
             classes=(
                 ClassLoad(running=high),
-                ClassLoad(running=running, waiting=waiting, waiting_tokens=600 * waiting),
+                ClassLoad(
+                    running=running,
+                    waiting=waiting,
+                    waiting_tokens=600 * waiting,
+                    waiting_prefill=600 * waiting,
+                ),
             ),
             head_tokens=600 * bool(waiting),
             admitted=tuple(self.admitted.pop(number, ())),

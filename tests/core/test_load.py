@@ -79,6 +79,16 @@ def test_what_those_who_wait_have_in_the_cache_need_not_be_computed_before_a_new
     assert (load.ahead_of(1), load.queued) == (200, 3000)
 
 
+def test_what_those_who_wait_share_is_in_use_already() -> None:
+    """For a newcomer. Where else they might go, they need all of it."""
+    one = report(used=5000, running=3, waiting=1, waiting_tokens=3000, head=3000)
+    shared = replace(one.classes[1], waiting_shared=2500)
+    two = replace(one, classes=(one.classes[0], shared))
+    assert derive(one, (), 0).spare_for(1, PRIORITIES) == 2000
+    assert derive(two, (), 0).spare_for(1, PRIORITIES) == 4500
+    assert freeness(one) == freeness(two)
+
+
 def test_a_head_that_does_not_fit_makes_freeness_negative_and_is_not_shared_out() -> None:
     assert freeness(report(used=9000, running=10, waiting=1, waiting_tokens=3000, head=3000)) == (
         -2000

@@ -264,11 +264,17 @@ def test_dispatches_on_their_way_count_as_a_queue() -> None:
     assert [where(s, name=f"r{n}") for n in range(4)] == ["i1", "i0", "i1", "i1"]
 
 
-def test_a_hit_is_worth_memory_that_is_short() -> None:
-    """Or where all of it is needed no prompt would be found where its cache is."""
-    s = cluster(report(0, running=1), report(1, running=1, kv_tokens_used=9700))
-    s.handle(kept(1, 640), 0.0)
-    assert where(s) == "i1"
+@pytest.mark.parametrize(
+    ("running", "hit", "instance"), [(1, 192, "i0"), (40, 192, "i1"), (1, 640, "i1")]
+)
+def test_a_hit_is_worth_memory_that_is_short(running: int, hit: int, instance: str) -> None:
+    """Unless much of it is missing, and few run, of whom one might end: else no prompt would be
+    found where its cache is once all memory is needed."""
+    s = cluster(
+        report(0, running=running), report(1, running=running, kv_tokens_used=KV_TOKENS - 1)
+    )
+    s.handle(kept(1, hit), 0.0)
+    assert where(s) == instance
 
 
 @pytest.mark.parametrize(("urgent", "instance"), [(0, "i1"), (1, "i0")])
@@ -279,7 +285,7 @@ def test_a_hit_is_not_worth_the_headroom_of_urgent_requests(urgent: int, instanc
     assert where(s) == instance
 
 
-@pytest.mark.parametrize(("waiting", "instance"), [(0, "i0"), (4, "i1")])
+@pytest.mark.parametrize(("waiting", "instance"), [(1, "i0"), (4, "i1")])
 def test_where_all_have_queues_a_hit_is_worth_a_longer_one(waiting: int, instance: str) -> None:
     """What is computed anew delays all who wait."""
     other, longer = 500 * waiting, 500 * waiting + 2200
@@ -289,6 +295,13 @@ def test_where_all_have_queues_a_hit_is_worth_a_longer_one(waiting: int, instanc
     )
     s.handle(kept(1, 640), 0.0)
     assert where(s) == instance
+
+
+def test_who_would_disturb_urgent_requests_anyway_goes_to_the_hit() -> None:
+    both = {"running": 1, "urgent": 1, "kv_tokens_used": 5000}
+    s = cluster(report(0, **both), report(1, **both))
+    s.handle(kept(1, 640), 0.0)
+    assert where(s) == "i1"
 
 
 def test_a_hit_is_not_worth_an_instance_without_a_free_slot() -> None:

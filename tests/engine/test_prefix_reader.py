@@ -336,7 +336,8 @@ def test_in_every_block_size_the_hits_are_vllms_own(
         found = kv.coordinator.find_longest_cache_hit(one.block_hashes, one.num_tokens)[1]
         hits = heard.blocks(names)
         assert found // BLOCK_TOKENS <= hits <= found // BLOCK_TOKENS + (size - 1) // BLOCK_TOKENS
-        holders = holders_of(kv, one)
+        holders = holders_of(kv, one)[: (one.num_tokens - 1) // size]
+        found = kv.coordinator.find_longest_cache_hit(one.block_hashes, one.num_tokens - 1)[1]
         if holders == sorted(holders, key=lambda n: (n is None, n == 0)):  # No holes.
             held = sum(bool(n) for n in holders)
             assert reader.found(one) == (found, held * size)
@@ -356,6 +357,7 @@ def test_what_a_request_will_find_and_share_is_told_apart() -> None:
     compute(reader, kv, first)
     again = request("b", [*beginning[:96], *range(300, 400)], 16, None, None)
     assert reader.found(again) == (96, 96)
+    assert reader.found(first) == (144, 144), "the last token is computed in any case"
     kv.free(first)
     assert reader.found(again) == (96, 0)
     assert reader.found(request("c", [9] * 50, 16, None, None)) == (0, 0)

@@ -46,7 +46,10 @@ REPORT = LoadReport(
     sequence=7,
     kv_tokens_used=32,
     kv_tokens_total=4096,
-    classes=(ClassLoad(), ClassLoad(running=2, waiting=1, waiting_tokens=48, waiting_prefill=33)),
+    classes=(
+        ClassLoad(),
+        ClassLoad(running=2, waiting=1, waiting_tokens=48, waiting_shared=16, waiting_prefill=33),
+    ),
     head_tokens=48,
     orders=(OrderId(4),),
     admitted=(RequestId("a"), RequestId("ü")),

@@ -22,13 +22,14 @@ from llumnix.core.types import EngineIndex, InstanceId, OrderId, RequestId
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClassLoad:
-    """The requests of one priority class: how many run, how many wait; the KV tokens that those
-    need to start, beside what running requests share with them, and the tokens that they have to
-    compute, both as of when they began to wait."""
+    """The requests of one priority class: how many run, how many wait, and the KV tokens that those
+    need to start. As of when they began to wait: the tokens of those that are in use already, by
+    running requests that share them, and the tokens that they have to compute."""
 
     running: int = 0
     waiting: int = 0
     waiting_tokens: int = 0
+    waiting_shared: int = 0
     waiting_prefill: int = 0
 
 
@@ -41,7 +42,7 @@ class LoadReport:
     prefix cache holds count as free. `prefill_tokens`: what requests that run have still to compute
     of their prompts, and have no KV memory for yet. `block_tokens`: size of a block. `slots`:
     requests that can run at a time, 0 for no limit. `classes`: most urgent first. `head_tokens`:
-    the same of the request that is next in the queue, 0 if none waits. `admitted` are the
+    what the request that is next in the queue needs to start, 0 if none waits. `admitted` are the
     requests that reached the engine since the report before: they are running or waiting now, or
     already over. `accepting` is false while the instance is being emptied. `moving_out` requests
     are on their way to other instances, with `moving_out_tokens` here that will be free;
@@ -96,7 +97,8 @@ class LoadReport:
 class Load(NamedTuple):
     """What follows from a report and the decisions that it does not cover yet. `used`: KV tokens,
     without those about to be free and with those of dispatches on their way and of the rest of
-    prompts; `head`, `queued`: tokens that the head of the queue needs, and that all who wait need;
+    prompts; `head`, `queued`: tokens that the head of the queue needs, and that all who wait need,
+    `shared` of which are in use already;
     `batch` runs or will, `waiting` waits; `slots`: see the report; `running`, `ahead`: the batch,
     and tokens to compute before a newcomer's, by class, most urgent first."""
 
@@ -104,6 +106,7 @@ class Load(NamedTuple):
     used: int
     head: int
     queued: int
+    shared: int
     batch: int
     waiting: int
     slots: int
@@ -149,7 +152,7 @@ class Load(NamedTuple):
     def spare_for(self, rank: int, priorities: Priorities) -> float:
         """Tokens that would be left for a newcomer of a class."""
         reserved = priorities.headroom(self.total, self.running, above=rank)
-        return self.total - self.used - self.queued - reserved
+        return self.total - self.used - (self.queued - self.shared) - reserved
 
     def changed(self, rank: int, requests: int, tokens: int) -> "Load":
         """After that many requests of a class, of `tokens` together, have come; below 0: have
@@ -173,10 +176,11 @@ def derive(
     are in its prefix cache."""
     coming = report.prefill_tokens + booked_tokens
     computed = coming - booked_cached
-    waiting, queued, by_class, ahead = 0, 0, [], [] if report.classes else [computed]
+    waiting, queued, shared, by_class, ahead = 0, 0, 0, [], [] if report.classes else [computed]
     for rank, known in enumerate(report.classes):
         waiting += known.waiting
         queued += known.waiting_tokens
+        shared += known.waiting_shared
         computed += known.waiting_prefill
         by_class.append(known.running + (booked[rank] if booked else 0))
         ahead.append(computed)
@@ -192,6 +196,7 @@ def derive(
         used=used,
         head=head,
         queued=queued,
+        shared=shared,
         batch=batch,
         waiting=waiting,
         slots=report.slots,

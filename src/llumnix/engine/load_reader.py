@@ -52,8 +52,7 @@ class Numbers:
 
 class LoadReader:
     """Of one engine core. `found` says how many of a request's tokens are in the prefix cache, and
-    how many of them running requests hold. It is asked when the request begins to wait, and of the
-    next to start at each count."""
+    how many of them requests hold. It is asked when the request begins to wait."""
 
     def __init__(self, scheduler: Any, slots: int, priorities: Priorities) -> None:
         self._scheduler = scheduler
@@ -122,10 +121,12 @@ class LoadReader:
 
     def _count(self) -> None:
         scheduler = self._scheduler
-        counts = [[0, 0, 0, 0] for _ in range(len(self._priorities))]
+        counts = [[0] * 5 for _ in range(len(self._priorities))]
         self._prompts = []
         for request in scheduler.running:
-            counts[self._know(request).rank][0] += 1
+            known = self._know(request)
+            known.waits = None
+            counts[known.rank][0] += 1
             if request.is_prefill_chunk:
                 self._prompts.append(request)
         if len(scheduler.requests) > len(scheduler.running):
@@ -133,24 +134,23 @@ class LoadReader:
             for request in scheduler.requests.values():
                 if id(request) not in running:
                     known = self._know(request)
-                    if preempted := request.num_preemptions - known.preemptions:
-                        self._preemptions += preempted
-                        known.preemptions, known.found = request.num_preemptions, None
+                    self._preemptions += request.num_preemptions - known.preemptions
+                    known.preemptions = request.num_preemptions
+                    if known.waits is None:
+                        known.waits = self._wanted(request)
+                    tokens, shared, prefill = known.waits
                     mine = counts[known.rank]
                     mine[1] += 1
-                    cached, held = self._found(known)
-                    mine[2] += self.needed(request) - held
-                    mine[3] += request.num_tokens - cached
+                    mine[2] += tokens
+                    mine[3] += shared
+                    mine[4] += prefill
         for name in self._known.keys() - scheduler.requests.keys():
             self._left(self._known.pop(name))
         self._classes = tuple(
-            ClassLoad(running=r, waiting=w, waiting_tokens=t, waiting_prefill=p)
-            for r, w, t, p in counts
+            ClassLoad(running=r, waiting=w, waiting_tokens=t, waiting_shared=s, waiting_prefill=p)
+            for r, w, t, s, p in counts
         )
-        self._head = 0
-        if scheduler.waiting:
-            head = scheduler.waiting.peek_request()
-            self._head = self.needed(head) - self.found(head)[1]
+        self._head = self.needed(scheduler.waiting.peek_request()) if scheduler.waiting else 0
 
     def _prefill(self) -> int:
         if not self._prompts:
@@ -168,14 +168,14 @@ class LoadReader:
             self._known[request.request_id] = known
         return known
 
-    def _found(self, known: "_Known") -> tuple[int, int]:
-        """What a request that waits need not compute, its last token excepted, and what it will
-        share with those that run."""
-        if known.found is None:
-            known.found = self.found(known.request)
-        cached, held = known.found
-        request = known.request
-        return min(max(cached, int(request.num_computed_tokens)), request.num_tokens - 1), held
+    def _wanted(self, request: Request) -> tuple[int, int, int]:
+        """What is counted of a request that begins to wait. One that was preempted is taken to lose
+        what it had, which memory is too short for."""
+        cached, held = (0, 0) if request.num_preemptions else self.found(request)
+        moved = int(request.num_computed_tokens)
+        tokens = int(request.num_tokens)
+        # The last token is computed in any case.
+        return self.needed(request), max(held, moved), tokens - min(max(cached, moved), tokens - 1)
 
     def _left(self, known: "_Known") -> None:
         request = known.request
@@ -187,13 +187,13 @@ class LoadReader:
 
 @dataclass(slots=True, kw_only=True)
 class _Known:
-    """A request that was counted: its class, its preemptions so far, and what the prefix cache had
-    of it when it began to wait."""
+    """A request that was counted: its class, its preemptions so far, and, if it waits, what is
+    counted of it: tokens, those that are in use already, and those to compute."""
 
     request: Request
     rank: int
     preemptions: int
-    found: tuple[int, int] | None = None
+    waits: tuple[int, int, int] | None = None
 
 
 def token_bytes(scheduler: Any) -> int:

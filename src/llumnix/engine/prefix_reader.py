@@ -143,8 +143,9 @@ class PrefixReader:
 
     def found(self, request: Request) -> tuple[int, int]:
         """How many leading tokens of a request are in the cache, and how many of them are in blocks
-        that requests hold. By bisection: a cache drops a prompt from its end, mostly, and who holds
-        a block holds those before it. The engine's thread only."""
+        that requests hold; the last token is never looked for. By bisection: a cache drops a prompt
+        from its end, mostly, and who holds a block holds those before it. The engine's thread
+        only."""
         if request.skip_reading_prefix_cache:
             return 0, 0
         get, group = self._pool.cached_block_hash_to_block.get_one_block, self._group
@@ -154,7 +155,8 @@ class PrefixReader:
             block = get(make_block_hash_with_group_id(hashes[n], group))
             return -1 if block is None else block.ref_cnt
 
-        cached = bisect_left(range(len(hashes)), True, key=lambda n: holders(n) < 0)
+        most = min(len(hashes), (request.num_tokens - 1) // self._size)
+        cached = bisect_left(range(most), True, key=lambda n: holders(n) < 0)
         held = bisect_left(range(cached), True, key=lambda n: holders(n) <= 0)
         return cached * self._size, held * self._size
 

@@ -351,29 +351,29 @@ class Batching:
         """Requests by priority class, most urgent first."""
         if self._classes is None:
             rank = self._priorities.rank
-            counts = [[0, 0, 0, 0] for _ in range(len(self._priorities))]
+            counts = [[0] * 5 for _ in range(len(self._priorities))]
             for seq in self.running:
                 counts[rank(seq.job.priority)][0] += 1
             for seq in self._waiting():
                 mine = counts[rank(seq.job.priority)]
                 mine[1] += 1
                 if seq.found is None:
-                    seq.found = self._found(seq)
+                    seq.found = (0, 0) if seq.preemptions else self._found(seq)
                 cached, held = seq.found
-                mine[2] += self.needed(seq) - held
-                mine[3] += seq.tokens - max(seq.computed, cached)
+                mine[2] += self.needed(seq)
+                mine[3] += max(held, seq.computed)
+                mine[4] += seq.tokens - max(cached, seq.computed)
             self._classes = tuple(
-                ClassLoad(running=r, waiting=w, waiting_tokens=t, waiting_prefill=p)
-                for r, w, t, p in counts
+                ClassLoad(
+                    running=r, waiting=w, waiting_tokens=t, waiting_shared=s, waiting_prefill=p
+                )
+                for r, w, t, s, p in counts
             )
         return self._classes
 
     def head_tokens(self) -> int:
         """What the head of the queue needs to start."""
-        if not self._queue:
-            return 0
-        head = self._queue[0][2]
-        return self.needed(head) - self._found(head)[1]
+        return self.needed(self._queue[0][2]) if self._queue else 0
 
     def prefill_tokens(self) -> int:
         """Tokens of running requests' prompts that no step has been given yet."""

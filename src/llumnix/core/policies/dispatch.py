@@ -131,7 +131,8 @@ class Soonest:
     for, and once more for each request that waits there: to compute what another has delays
     everybody there, and takes room in its cache. Where all have queues, to keep to the caches is
     what makes them shorter.
-    A hit is worth memory that is short, of which it needs less than elsewhere. It is not worth the
+    A hit is worth memory that is short: tokens that are missing to start weigh as much as tokens to
+    wait for, and less the more requests run there, of which one will soon end. It is not worth the
     headroom of more urgent classes, nor a full batch, nor one with many more requests, each of
     which makes every step longer: each weighs as much as `REQUEST_TOKENS` to wait for, and
     `REQUEST_SHARE` of the prompt, since who shares a long prefix has a long context.
@@ -191,24 +192,24 @@ class Soonest:
         def cost(load: Load, hit: int) -> float:
             new = (COMPUTED_WEIGHT + load.waiting) * (prompt - hit)
             beside = each * (load.batch + load.waiting)
-            return (load.ahead_of(rank) + new + beside) // AHEAD_TOKENS
+            missing = max(0.0, prompt - hit - load.spare_for(0, view.priorities))
+            freed = missing * BATCH / (BATCH + load.batch)
+            return (load.ahead_of(rank) + freed + new + beside) // AHEAD_TOKENS
 
-        def closed(load: Load, hit: int) -> bool:
+        def closed(load: Load) -> bool:
             if load.slots and load.batch + load.waiting >= load.slots:
                 return True
-            if not view.priorities.headroom(load.total, load.running, above=rank):
-                return False
-            after = load.changed(rank, 1, prompt - hit)
-            return after.freeness_for(rank, view.priorities) < view.thresholds[0]
+            kept = view.priorities.headroom(load.total, load.running, above=rank)
+            return kept > 0 and load.freeness_for(rank, view.priorities) < view.thresholds[0]
 
-        found, own = None, _tokens(here, prompt)
-        lowest, all_closed = cost(best.load, own), closed(best.load, own)
+        found, lowest = None, cost(best.load, _tokens(here, prompt))
+        best_closed = closed(best.load)
         for instance, blocks in holders.items():
             known, hit = view.get(instance), _tokens(blocks, prompt)
             if known is None or not known.report.accepting or not known.fresh(now):
                 continue
             mine = cost(known.load, hit)
-            if mine < lowest and (all_closed or not closed(known.load, hit)):
+            if mine < lowest and (best_closed or not closed(known.load)):
                 lowest = mine
                 found = known, f"soonest: {hit} of {prompt} tokens are in its cache"
         return found
