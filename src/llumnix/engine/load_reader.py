@@ -136,7 +136,7 @@ class LoadReader:
                     known = self._know(request)
                     self._preemptions += request.num_preemptions - known.preemptions
                     known.preemptions = request.num_preemptions
-                    if known.waits is None:
+                    if known.waits is None or request.resumable:
                         known.waits = self._wanted(request)
                     tokens, shared, prefill = known.waits
                     mine = counts[known.rank]
@@ -188,7 +188,8 @@ class LoadReader:
 @dataclass(slots=True, kw_only=True)
 class _Known:
     """A request that was counted: its class, its preemptions so far, and, if it waits, what is
-    counted of it: tokens, those that are in use already, and those to compute."""
+    counted of it: tokens, those that are in use already, and those to compute. (A session's tokens
+    become more while it waits.)"""
 
     request: Request
     rank: int
