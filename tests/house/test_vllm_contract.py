@@ -303,7 +303,7 @@ def test_what_enters_and_leaves_the_prefix_cache_goes_through_its_map() -> None:
         assert kv.allocate_slots(twin, 40) is not None
     keys = [kv_cache_utils.make_block_hash_with_group_id(h, 0) for h in twins[0].block_hashes]
     assert len(keys) == 2
-    assert all(noted.get_one_block(key) is not None for key in keys)
+    assert [noted.get_one_block(key).ref_cnt for key in keys] == [1, 1]
     assert noted.dropped == []
     twins[0].append_output_token_ids(list(range(40, 48)))
     twins[0].num_computed_tokens = 40
@@ -343,6 +343,14 @@ def test_what_tells_blocks_apart_is_what_we_name_them_by() -> None:
     assert isinstance(EngineCoreRequest.params, property), "frontend/client.py"
     assert SamplingParams(prompt_logprobs=1).skip_reading_prefix_cache is True
     assert hasattr(PoolingParams(), "skip_reading_prefix_cache")
+    assert request("a").skip_reading_prefix_cache is False, who
+
+
+def test_who_waits_has_computed_nothing() -> None:
+    """Unless it came with a move."""
+    who = "engine/load_reader.py"
+    assert request("a").num_computed_tokens == 0, who
+    says(Scheduler._preempt_request, "request.num_computed_tokens = 0", who=who)
 
 
 def test_the_groups_of_layers_are_named_by_kind() -> None:
