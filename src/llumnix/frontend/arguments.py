@@ -69,7 +69,8 @@ def make_parser() -> argparse.ArgumentParser:
     for name, default, flag in knobs():
         ours.add_argument("--" + name.replace("_", "-"), dest=name, default=default, **flag)
     make_arg_parser(serve)
-    serve.set_defaults(shutdown_timeout=SHUTDOWN_TIMEOUT_S)
+    # vLLM's own scheduling default (fcfs) ignores priorities.
+    serve.set_defaults(shutdown_timeout=SHUTDOWN_TIMEOUT_S, scheduling_policy="priority")
     return parser
 
 
@@ -88,10 +89,8 @@ def parse(argv: list[str], say: Any) -> ServeCommand:
     _refuse_what_breaks(args, defaults)
     _keep_it_local(args, deployment)
     _choose_model(args, defaults, say)
-    # Else vLLM would not look at priorities; only a user's own word makes it first come first
-    # served. if not any(re.match("--scheduling[-_]policy", word) for word in argv):
-    # args.scheduling_policy = "priority" if args.distributed_executor_backend == "ray": raise
-    # UsageError("--distributed-executor-backend ray: an instance is one Ray actor; use mp")
+    if args.distributed_executor_backend == "ray":
+        raise UsageError("--distributed-executor-backend ray: an instance is one Ray actor; use mp")
     try:
         validate_parsed_serve_args(args)
     except (TypeError, ValueError, KeyError) as error:
