@@ -67,6 +67,12 @@ def test_the_lowest_is_paired_with_the_highest_and_so_on() -> None:
     assert pairs(moves(s)) == [("i0", "i2"), ("i1", "i3")]
 
 
+def test_an_order_names_the_report_that_it_was_computed_from() -> None:
+    s = scheduler()
+    tell(s, load(0, 9900, sequence=3), load(1, 1000, sequence=8))
+    assert [d.source_sequence for d in moves(s)] == [3]
+
+
 def test_between_the_thresholds_an_instance_is_left_alone() -> None:
     s = scheduler()
     tell(s, load(0, 9300), load(1, 9100))  # Freeness 70 and 90.

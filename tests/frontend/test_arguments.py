@@ -30,7 +30,7 @@ def test_the_users_own_scheduling_policy_is_kept(tiny_model: Path, tmp_path: Pat
 
 
 def test_ray_as_an_instances_executor_is_refused(tiny_model: Path) -> None:
-    with pytest.raises(UsageError, match="distributed-executor-backend ray: .*use mp"):
+    with pytest.raises(UsageError, match=r"distributed-executor-backend ray: .*use mp"):
         parsed(tiny_model, "--distributed-executor-backend", "ray")
 
 

@@ -72,7 +72,13 @@ SAMPLES: list[Message] = [
     PrefixesChanged(
         instance=InstanceId("i0"), engine_index=EngineIndex(1), stored=(2**62,), removed=(5,)
     ),
-    FleetReported(starting=1, serving=(InstanceId("i0"),), draining=()),
+    FleetReported(
+        starting=1,
+        serving=(InstanceId("i0"),),
+        draining=(InstanceId("i1"),),
+        drained_by={InstanceId("i1"): "signal"},
+        given_up=2,
+    ),
     MoveLoad(
         order=OrderId(3),
         source=InstanceId("i0"),
@@ -81,6 +87,7 @@ SAMPLES: list[Message] = [
         destination_engine=EngineIndex(1),
         limits=(MoveLimit(rank=1, tokens_min=1, tokens_wanted=2, tokens_max=3, waiting_max=4),),
         why="because",
+        source_sequence=7,
     ),
     AddInstances(count=2, why="because"),
     DrainInstance(instance=InstanceId("i0"), why="because"),

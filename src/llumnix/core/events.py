@@ -4,7 +4,8 @@ All are frozen values. Facts report what was seen; nothing in them is derived. E
 carries its reason (`why`).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 from llumnix.core.load import LoadReport
 from llumnix.core.types import EngineIndex, InstanceId, OrderId, RequestId
@@ -54,14 +55,23 @@ class Tick:
     """Time has passed: it may be right to move load."""
 
 
+DrainedBy = Literal["user", "signal", "scheduler"]
+"""Who asked for an instance to be emptied: a user by HTTP, a signal to its process, or the
+scheduler itself, which takes back no drain but its own."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FleetReported:
-    """What the supervisor of the instances has: how many it is starting (or starting again), which
-    serve and which are being emptied."""
+    """What the supervisor of the instances has."""
 
-    starting: int
+    starting: int  # instances, those that are started again included
     serving: tuple[InstanceId, ...]
     draining: tuple[InstanceId, ...]
+    drained_by: dict[InstanceId, DrainedBy] = field(default_factory=dict)
+    """Who asked for the drain of each of `draining`."""
+    given_up: int = 0
+    """Running total of instances that were given up: they could not be started, or crashed too
+    often in a row."""
 
 
 Fact = RequestArrived | LoadReported | PrefixesChanged | InstanceLost | Tick | FleetReported
@@ -101,7 +111,8 @@ class MoveLimit:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MoveLoad:
     """The source's llumlet is to move one request to the destination. It picks which, since only it
-    knows them (core/policies/victim.py). `limits`: of each class that may be moved."""
+    knows them (core/policies/victim.py). `limits`: of each class that may be moved.
+    `source_sequence`: of the source's load report that the order was computed from."""
 
     order: OrderId
     source: InstanceId
@@ -110,6 +121,7 @@ class MoveLoad:
     destination_engine: EngineIndex
     limits: tuple[MoveLimit, ...]
     why: str
+    source_sequence: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -48,7 +48,8 @@ class LoadReport:
     are on their way to other instances, with `moving_out_tokens` here that will be free;
     `moving_in` are on their way here, their room in use already. `orders`: those of the scheduler
     that were carried out, or found impossible, since the report before. `kv_token_bytes`: what a
-    token of KV takes, on all workers of the engine.
+    token of KV takes, on all workers of the engine. `stalled_s`: seconds since the engine completed
+    a step, while it has requests; 0 without any.
 
     Running totals of this run: `preemptions`; `steps` and the seconds they took; requests
     `finished` and the tokens they had generated; bytes moved away and the seconds that took."""
@@ -77,6 +78,7 @@ class LoadReport:
     finished_tokens: int = 0
     moved_bytes: int = 0
     moved_s: float = 0.0
+    stalled_s: float = 0.0
 
     @property
     def kv_tokens_free(self) -> int:

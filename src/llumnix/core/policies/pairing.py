@@ -233,6 +233,7 @@ class Pairing:
             destination_engine=destination.report.engine_index,
             limits=limits,
             why=why,
+            source_sequence=source.report.sequence,
         )
 
 
