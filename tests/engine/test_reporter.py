@@ -1,6 +1,5 @@
 """What a llumlet tells the controller, and how often."""
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +14,19 @@ from llumnix.engine.load_reader import Numbers
 from llumnix.engine.reporter import HEARTBEAT_S, REPORT_EVERY_S, LoadReporter
 from llumnix.observe.wire import decode
 
+PATIENCE_MS = 20_000
+"""For what must come; nothing waits for it to pass."""
+
+
+class Clock:
+    """The reporter's; it stands still unless told."""
+
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
 
 class Controller:
     """A socket that reports arrive at."""
@@ -24,79 +36,139 @@ class Controller:
         self.socket.setsockopt(zmq.LINGER, 0)
         self.socket.bind(address)
 
-    def heard(self, within_s: float) -> list[LoadReport]:
-        found, end = [], time.monotonic() + within_s
-        while self.socket.poll(max(0, round((end - time.monotonic()) * 1e3))):
-            message = decode(self.socket.recv_multipart()[1])
-            assert isinstance(message, LoadReported)
-            found.append(message.report)
+    def next(self) -> LoadReport:
+        """The next report, which must come."""
+        assert self.socket.poll(PATIENCE_MS), "no report came"
+        message = decode(self.socket.recv_multipart()[1])
+        assert isinstance(message, LoadReported)
+        return message.report
+
+
+class Pair:
+    """A reporter whose clock stands still, connected, and its controller."""
+
+    def __init__(self, address: str) -> None:
+        self.clock = Clock()
+        self.controller = Controller(address)
+        self.orders: list[MoveLoad] = []
+        self.reporter = LoadReporter(
+            instance=InstanceId("i"),
+            engine_index=EngineIndex(0),
+            controller=address,
+            on_order=self.orders.append,
+            clock=self.clock,
+        )
+        self.reporter.start()
+        self.reporter.offer(numbers(0), Moving(), ())
+        self.heartbeat()  # Tried again until it is connected.
+
+    def offer(
+        self,
+        used: int,
+        moving: Moving | None = None,
+        orders: tuple[OrderId, ...] = (),
+        *,
+        running: int = 0,
+        at_once: bool = False,
+    ) -> None:
+        self.reporter.offer(numbers(used, running), moving or Moving(), orders, at_once=at_once)
+
+    def heartbeat(self) -> LoadReport:
+        """What the second thread says after a silence."""
+        self.clock.now_s += HEARTBEAT_S + 1e-6
+        return self.controller.next()
+
+    def until(self, used: int) -> list[LoadReport]:
+        """All reports up to the one with that many tokens used, which is sent now."""
+        self.offer(used, at_once=True)
+        found = [self.controller.next()]
+        while found[-1].kv_tokens_used != used:
+            found.append(self.controller.next())
         return found
 
 
 @pytest.fixture
-def pair(tmp_path: Path) -> Iterator[tuple[LoadReporter, Controller]]:
-    address = f"ipc://{tmp_path}/controller"
-    controller = Controller(address)
-    orders: list[MoveLoad] = []
-    reporter = LoadReporter(
-        instance=InstanceId("i"),
-        engine_index=EngineIndex(0),
-        controller=address,
-        on_order=orders.append,
-    )
-    reporter.start()
-    reporter.offer(numbers(0), Moving(), (), at_once=True)
-    end = time.monotonic() + 5
-    while not controller.heard(0.05):  # Once it is connected, a heartbeat at the latest comes.
-        assert time.monotonic() < end
-    yield reporter, controller
-    reporter.close()
-    controller.socket.close()
+def pair(tmp_path: Path) -> Iterator[Pair]:
+    one = Pair(f"ipc://{tmp_path}/controller")
+    yield one
+    one.reporter.close()
+    one.controller.socket.close()
 
 
-def numbers(used: int) -> Numbers:
+def numbers(used: int, running: int = 0) -> Numbers:
     return Numbers(
         kv_tokens_used=used, kv_tokens_total=1000, prefill_tokens=0, block_tokens=1, slots=8,
-        classes=(ClassLoad(),), head_tokens=0, kv_token_bytes=1, preemptions=0, finished=0,
-        finished_tokens=0,
+        classes=(ClassLoad(running=running),), head_tokens=0, kv_token_bytes=1, preemptions=0,
+        finished=0, finished_tokens=0,
     )  # fmt: skip
 
 
-def test_steps_that_follow_fast_share_a_report_and_the_last_word_is_told(pair) -> None:
-    reporter, controller = pair
-    began = time.monotonic()
+def test_steps_that_follow_fast_share_a_report_and_the_last_word_is_told(pair: Pair) -> None:
+    step_s = REPORT_EVERY_S / 10 + 1e-9
     for used in range(1, 301):
-        reporter.stepped(1e-4)
-        reporter.offer(numbers(used), Moving(), ())
-        time.sleep(1e-4)
-    reporter.offer(numbers(1000), Moving(), (), at_once=True)
-    took_s = time.monotonic() - began
-    reports = controller.heard(0.05)
+        pair.clock.now_s += step_s
+        pair.reporter.stepped(step_s)
+        pair.offer(used)
+    reports = pair.until(1000)
     assert (reports[-1].kv_tokens_used, reports[-1].steps) == (1000, 300)
-    assert 2 <= len(reports) <= took_s / REPORT_EVERY_S + 2
+    assert len(reports) == 31, "one in ten steps, and the last word"
 
 
-def test_what_says_something_of_moves_does_not_wait(pair) -> None:
-    reporter, controller = pair
-    reporter.offer(numbers(1), Moving(), (), at_once=True)
-    reporter.offer(numbers(2), Moving(out=1), ())
-    reporter.offer(numbers(3), Moving(out=1), (OrderId(7),))
-    reporter.offer(numbers(4), Moving(out=1), ())
-    *_, moving, order = controller.heard(HEARTBEAT_S / 2)
+def test_what_says_something_of_moves_does_not_wait(pair: Pair) -> None:
+    pair.offer(1, at_once=True)
+    pair.offer(2, Moving(out=1))
+    pair.offer(3, Moving(out=1), (OrderId(7),))
+    pair.offer(4, Moving(out=1))
+    _, moving, order, last = pair.until(9)
     assert (moving.moving_out, moving.kv_tokens_used) == (1, 2)
     assert (order.orders, order.kv_tokens_used) == ((7,), 3)
+    assert last.kv_tokens_used == 9
 
 
-def test_a_request_is_named_only_with_numbers_that_count_it(pair) -> None:
-    reporter, controller = pair
-    reporter.offer(numbers(1), Moving(), (), at_once=True)
-    reporter.admit(RequestId("r"))
-    named = [r.admitted for r in controller.heard(2.5 * HEARTBEAT_S)]
+def test_a_request_is_named_only_with_numbers_that_count_it(pair: Pair) -> None:
+    pair.reporter.admit(RequestId("r"))
     # A heartbeat knows the numbers from before it came.
-    assert named[:2] == [(), ()]
-    assert not any(named)
-    reporter.offer(numbers(2), Moving(), (), at_once=True)
-    (report,) = controller.heard(HEARTBEAT_S / 2)
-    assert (report.admitted, report.kv_tokens_used) == (("r",), 2)
-    reporter.offer(numbers(3), Moving(), (), at_once=True)
-    assert [r.admitted for r in controller.heard(HEARTBEAT_S / 2)] == [()]
+    assert [pair.heartbeat().admitted, pair.heartbeat().admitted] == [(), ()]
+    assert [r.admitted for r in pair.until(2)] == [("r",)]
+    assert [r.admitted for r in pair.until(3)] == [()]
+
+
+def test_an_engine_that_hangs_in_a_step_says_for_how_long(pair: Pair) -> None:
+    pair.reporter.worked()
+    pair.offer(1, running=1, at_once=True)
+    assert pair.controller.next().stalled_s == 0
+    pair.clock.now_s += 0.04
+    pair.reporter.stepped(0.04)
+    pair.offer(2, running=1)
+    assert pair.controller.next().stalled_s == 0
+    stalled = [pair.heartbeat().stalled_s for _ in range(30)]
+    assert stalled == pytest.approx([(n + 1) * HEARTBEAT_S for n in range(30)], abs=1e-4)
+    pair.reporter.stepped(3.0)
+    pair.offer(3, running=1, at_once=True)
+    assert pair.controller.next().stalled_s == 0
+
+
+def test_an_engine_that_waits_for_work_does_not_stand_still_whatever_it_holds(pair: Pair) -> None:
+    pair.reporter.stepped(0.01)
+    pair.reporter.rests()  # It is paused, say, or a session waits for its next input.
+    pair.offer(1, running=1, at_once=True)
+    assert [pair.controller.next().stalled_s, pair.heartbeat().stalled_s] == [0, 0]
+
+
+def test_an_engine_without_requests_does_not_stand_still(pair: Pair) -> None:
+    pair.reporter.worked()  # It loads an adapter.
+    assert pair.heartbeat().stalled_s == 0
+    pair.reporter.admit(RequestId("r"))
+    assert pair.heartbeat().stalled_s == pytest.approx(2 * HEARTBEAT_S, abs=1e-4)
+
+
+def test_an_idle_engine_that_hangs_in_its_first_step_is_not_older_than_that_step(
+    pair: Pair,
+) -> None:
+    pair.reporter.stepped(0.01)
+    pair.reporter.rests()
+    for _ in range(50):
+        pair.heartbeat()
+    pair.reporter.worked()
+    pair.reporter.admit(RequestId("r"))
+    assert pair.heartbeat().stalled_s == pytest.approx(HEARTBEAT_S, abs=1e-4)

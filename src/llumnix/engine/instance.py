@@ -213,6 +213,7 @@ class EngineInstance(EngineCoreActor):
 
     def _handle_client_request(self, request_type: Any, request: Any) -> None:
         self._changed = True
+        self._reporter.worked()
         if request_type is FromOutside:
             self._reader.came()  # Or one may leave and another come in with the counts alike.
             self._host.handle(request)
@@ -241,8 +242,7 @@ class EngineInstance(EngineCoreActor):
             ran = bool(super()._process_engine_step())
         now = time.monotonic()
         self._changed = True
-        if ran:
-            self._reporter.stepped(now - began)
+        self._reporter.stepped(now - began if ran else None)
         if landing:
             pace.took(now - self._stepped_s, prompts=prompts)
         elif ran and not self.batch_queue:
@@ -263,6 +263,7 @@ class EngineInstance(EngineCoreActor):
             self._offer()
 
     def _notify_idle_state_callbacks(self) -> None:
+        self._reporter.rests()
         self._offer(idle=True)
         while self._tell_prefixes(at_once=True):
             pass

@@ -8,6 +8,9 @@ loop wait in turn.) An engine that is about to stand still says so at once. A se
 repeats the last report when nothing was sent for `HEARTBEAT_S`. With the controller gone, reports
 are dropped, not queued: the next one says it all. What the controller has sent is taken in whenever
 a report goes out.
+
+The second thread also says how long the engine has stood still with requests, so that an engine
+that hangs is told apart from one that has no news.
 """
 
 import logging
@@ -45,7 +48,7 @@ class _Steps:
 
 class LoadReporter:
     """Reports of one run of one instance's engine. `on_order` is given what the controller orders,
-    on any thread."""
+    on any thread. `clock`: monotonic, in seconds."""
 
     def __init__(
         self,
@@ -54,8 +57,10 @@ class LoadReporter:
         engine_index: EngineIndex,
         controller: str,
         on_order: Callable[[MoveLoad], None],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._on_order = on_order
+        self._clock = clock
         self._instance = instance
         self._engine_index = engine_index
         self._controller = controller
@@ -63,6 +68,8 @@ class LoadReporter:
         self._moving = Moving()
         self._orders: list[OrderId] = []
         self._steps = _Steps()
+        # When the engine last ended a step or began to work; None while it waits for work.
+        self._progress_s: float | None = None
         self._sent: tuple[Numbers | None, Moving] = None, Moving()
         self._admitted: list[RequestId] = []
         # So many of them are in the numbers.
@@ -97,14 +104,26 @@ class LoadReporter:
         if len(self._admitted) < ADMITTED_MAX:
             self._admitted.append(request)
 
-    def stepped(self, seconds: float) -> None:
-        """Notes that a step has ended. The busy loop's thread only."""
-        self._steps.count += 1
-        self._steps.seconds += seconds
+    def worked(self) -> None:
+        """Notes that the engine was handed something. The busy loop's thread only."""
+        if self._progress_s is None:
+            self._progress_s = self._clock()
+
+    def stepped(self, seconds: float | None) -> None:
+        """Notes that a step has ended, and how long it took; None if it ran no model. The busy
+        loop's thread only."""
+        self._progress_s = self._clock()
+        if seconds is not None:
+            self._steps.count += 1
+            self._steps.seconds += seconds
+
+    def rests(self) -> None:
+        """Notes that the engine waits for work. The busy loop's thread only."""
+        self._progress_s = None
 
     def due(self) -> bool:
         """Whether a report may go out again."""
-        return time.monotonic() - self._sent_s >= REPORT_EVERY_S
+        return self._clock() - self._sent_s >= REPORT_EVERY_S
 
     def offer(
         self,
@@ -139,12 +158,13 @@ class LoadReporter:
     def _beat(self) -> None:
         while not self._closing.wait(HEARTBEAT_S):
             with self._sending:
-                if time.monotonic() - self._sent_s >= HEARTBEAT_S:
+                if self._clock() - self._sent_s >= HEARTBEAT_S:
                     self._send()
 
     def _send(self) -> None:
         if self._numbers is None:
             return
+        now = self._clock()
         self._sequence += 1
         admitted, orders, moving = self._admitted[: self._covered], self._orders, self._moving
         self._sent = self._numbers, moving
@@ -163,15 +183,21 @@ class LoadReporter:
             orders=tuple(orders),
             steps=self._steps.count,
             steps_s=self._steps.seconds,
+            stalled_s=self._stalled_s(self._numbers, now),
         )
         self._take_orders()
         if not self._push(LoadReported(report=report)):
             return
-        self._sent_s = time.monotonic()
+        self._sent_s = now
         # Named once. The busy loop may add to the list in the meantime; what it added stays.
         del self._admitted[: self._covered]
         self._covered = 0
         orders.clear()
+
+    def _stalled_s(self, numbers: Numbers, now: float) -> float:
+        since_s = self._progress_s
+        there = bool(self._admitted) or any(c.running or c.waiting for c in numbers.classes)
+        return now - since_s if there and since_s is not None else 0.0
 
     def _push(self, message: Message) -> bool:
         try:
