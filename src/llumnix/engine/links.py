@@ -1,34 +1,40 @@
 """Links between KV transfer agents: addresses, authentication, and messages with a time limit.
 
-A link is one stream socket (Unix or TCP). Both ends prove that they hold the same key before
-anything else is read; the answer to the challenge is keyed, so it may cross an open network, but
-what follows is neither encrypted nor signed. Messages are msgpack of a closed set of classes;
-nothing is ever unpickled.
+A link is one stream socket (Unix or TCP). Before anything else is read, each end proves that it
+holds the key that all agents of a deployment share: an HMAC over its role, both ends' addresses as
+the sockets have them, and a fresh random number of either side. A proof is therefore good for one
+connection in one direction: it can neither be sent back to who made it nor passed on to a third
+party. From then on every message carries a tag, made with a key of this one connection, so that
+nobody in between can add, change, repeat or leave out one. The bytes of KV blocks have no tag, and
+nothing is encrypted. Messages are msgpack of a closed set of classes; nothing is ever unpickled.
 
 Every wait has a bound, except the wait for the next request on an idle link, which ends when
 either side shuts the link down.
 """
 
 import contextlib
+import secrets
 import select
 import socket
 import threading
 import time
-from multiprocessing import AuthenticationError
-from multiprocessing.connection import answer_challenge, deliver_challenge
 from pathlib import Path
 from typing import TypeAlias, TypeVar
 
 import msgspec
 
+from llumnix.engine.proofs import AuthenticationError, Connection, Tags, check, ends_of
 from llumnix.errors import LlumnixError, ProtocolError, UsageError
 
 CONNECT_TIMEOUT_S = 5.0
 CHUNK_TIMEOUT_S = 10.0
 """Within this time a message, or the bytes of one chunk, must have gone over or come in whole."""
 MESSAGE_BYTES_MAX = 16 * 2**20
+PROOF_BYTES_MAX = 256
+"""The longest message that is read of a peer that has proved nothing yet."""
+NONCE_BYTES = 32
 BACKLOG = 64
-WIRE_VERSION = 1
+WIRE_VERSION = 2
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 M = TypeVar("M", bound=msgspec.Struct)
@@ -38,8 +44,27 @@ class TransferError(LlumnixError):
     """A pull cannot go on: the peer is gone, refuses, or holds other KV blocks than expected."""
 
 
-LINK_ERRORS = (OSError, EOFError, AuthenticationError, msgspec.MsgspecError, LlumnixError)
+LINK_ERRORS = (OSError, EOFError, msgspec.MsgspecError, LlumnixError)
 """All that a peer can cause by its death, silence or nonsense. Time-outs are OSErrors."""
+
+
+class Challenge(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The first message of all, from the end that listens."""
+
+    nonce: bytes
+
+
+class Proof(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The answer: `proof` that the connecting end holds the key, and its own challenge."""
+
+    nonce: bytes
+    proof: bytes
+
+
+class Proved(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The listening end's proof in turn."""
+
+    proof: bytes
 
 
 class PieceAt(msgspec.Struct, frozen=True, array_like=True):
@@ -147,18 +172,33 @@ class Link:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         self._socket = sock
         self._sending = threading.Lock()
+        self._sent = Tags()
+        self._received = Tags()
         self.local = sock.family == socket.AF_UNIX
         self.stopped = False
 
     def authenticate(self, key: bytes, *, connecting: bool) -> None:
-        """Each end challenges the other. AuthenticationError if the keys differ."""
-        steps = [deliver_challenge, answer_challenge]
-        for step in reversed(steps) if connecting else steps:
+        """Each end proves to the other that it holds the key, the connecting end first.
+        AuthenticationError if the keys differ, or if somebody stands in between."""
+        ends = ends_of(self._socket, connecting=connecting)
+        ours = secrets.token_bytes(NONCE_BYTES)
+        if connecting:
+            theirs = self._receive_short(_challenges).nonce
+            connection = Connection(key, WIRE_VERSION, ends, theirs, ours)
+            self.send(Proof(nonce=ours, proof=connection.keyed("connecting")))
             try:
-                step(self, key)
-            except AssertionError as error:
-                # The standard library's way to say that the peer sent no challenge at all.
-                raise ProtocolError("the peer does not speak our protocol") from error
+                answer = self._receive_short(_answers).proof
+            except (EOFError, ConnectionError) as error:
+                raise AuthenticationError("the other end does not take our proof") from error
+            check(answer, connection.keyed("listening"))
+        else:
+            self.send(Challenge(nonce=ours))
+            proof = self._receive_short(_proofs)
+            connection = Connection(key, WIRE_VERSION, ends, ours, proof.nonce)
+            check(proof.proof, connection.keyed("connecting"))
+            self.send(Proved(proof=connection.keyed("listening")))
+        tags = [Tags(connection.keyed("from connecting")), Tags(connection.keyed("from listening"))]
+        self._sent, self._received = tags if connecting else tags[::-1]
 
     def stop(self) -> None:
         """Ends every wait on this link, on both sides. Any thread."""
@@ -192,11 +232,17 @@ class Link:
         """The next message; within `CHUNK_TIMEOUT_S` or TimeoutError."""
         return decoder.decode(self.recv_bytes())
 
-    # `multiprocessing.connection`'s challenges need these two names.
+    def _receive_short(self, decoder: "msgspec.msgpack.Decoder[M]") -> M:
+        try:
+            return decoder.decode(self.recv_bytes(PROOF_BYTES_MAX))
+        except msgspec.MsgspecError as error:
+            raise ProtocolError("the peer does not speak our protocol") from error
+
     def send_bytes(self, payload: bytes) -> None:
-        """Sends one frame: its length in 4 bytes, then itself."""
+        """Sends one frame: its length in 4 bytes, then itself, the tag at its end."""
         with self._sending:
-            self._socket.sendall(len(payload).to_bytes(4, "big") + payload)
+            frame = payload + self._sent.next(payload)
+            self._socket.sendall(len(frame).to_bytes(4, "big") + frame)
 
     def recv_bytes(self, maxlength: int = MESSAGE_BYTES_MAX) -> bytes:
         """The next frame. ProtocolError if it is longer than `maxlength` bytes."""
@@ -205,9 +251,9 @@ class Link:
         length = int.from_bytes(header, "big")
         if length > maxlength:
             raise ProtocolError(f"a message of {length} bytes, more than {maxlength}")
-        payload = bytearray(length)
-        self.receive_raw(payload)
-        return bytes(payload)
+        frame = bytearray(length)
+        self.receive_raw(frame)
+        return self._received.strip(bytes(frame))
 
     def send_raw(self, data: Buffer) -> None:
         """Sends bytes as they are."""
@@ -235,6 +281,11 @@ class Link:
         if len(fds) != 1:
             raise ProtocolError("no file came with the peer's message")
         return fds[0]
+
+
+_challenges = msgspec.msgpack.Decoder(Challenge)
+_proofs = msgspec.msgpack.Decoder(Proof)
+_answers = msgspec.msgpack.Decoder(Proved)
 
 
 def connect(address: str, key: bytes) -> Link:
