@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from llumnix import __version__
 from llumnix.core.messages import COPIES
 from llumnix.errors import LlumnixError, UsageError
+from llumnix.versions import check_versions, versions_line
 
 USAGE = """usage: llumnix COMMAND ...
 
@@ -31,6 +31,8 @@ USAGE = """usage: llumnix COMMAND ...
           time one engine's steps, for `simulate --profile FILE`
   replay LOG [--json]
           run the decisions of an event log again, and compare
+  --version
+          llumnix's version, and those of vLLM, Ray and Python here
 
 `llumnix COMMAND --help` says more.
 """
@@ -46,6 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         match argv[:1]:
             case ["serve"]:
+                check_versions()
                 from llumnix.cluster.serve import serve
 
                 return serve(argv)
@@ -62,13 +65,14 @@ def main(argv: list[str] | None = None) -> int:
 
                 return simulate(argv[1:])
             case ["profile"]:
+                check_versions()
                 from llumnix.sim.profiling import profile
 
                 return profile(argv[1:])
             case ["replay"]:
                 return replay(argv[1:])
             case ["--version"] | ["-V"]:
-                print(__version__)
+                print(versions_line())
                 return 0
             case [] | ["--help"] | ["-h"]:
                 print(USAGE, end="")

