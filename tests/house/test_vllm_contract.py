@@ -223,6 +223,47 @@ def test_the_next_in_the_queue_starts_once_all_its_tokens_fit() -> None:
     assert defaults["scheduler_reserve_full_isl"] is True, who
 
 
+def test_a_running_request_can_be_preempted_between_two_steps() -> None:
+    who = "engine/urgent.py"
+    says(
+        Scheduler.reset_prefix_cache,
+        "request = self.running.pop()",
+        "self._preempt_request(request, timestamp, drop_stale_output=True)",
+        "self.prev_step_scheduled_req_ids.clear()",
+        who=who,
+    )
+    says(
+        Scheduler.schedule,
+        "token_budget = self.max_num_scheduled_tokens",
+        "while req_index < len(self.running) and token_budget > 0",
+        "drop_stale_output=self.requires_kv_delivery",
+        "request_queue = self.kv_holding_waiting",
+        "request_queue = self.waiting",
+        "num_running = len(self.running) + self.num_waiting_for_streaming_input",
+        "if num_running >= self.max_num_active_reqs",
+        who=who,
+    )
+    says(
+        KVCacheManager.allocate_slots,
+        "watermark_blocks = self.watermark_blocks",
+        "full_num_tokens = min(request.num_tokens, self.max_model_len)",
+        "apply_admission_cap=True",
+        "required_blocks = num_blocks_to_allocate + watermark_blocks",
+        who=who,
+    )
+    cache = manager()
+    known = request("r", range(40))
+    free = cache.block_pool.get_num_free_blocks()
+    computed, cached, *_ = cache.get_computed_blocks(known)
+    assert cached == 0
+    needed = cache.coordinator.get_num_blocks_to_allocate(
+        request_id="r", num_tokens=40, new_computed_blocks=computed.blocks, num_encoder_tokens=0,
+        total_computed_tokens=0, num_local_computed_tokens=0, num_tokens_main_model=40,
+        apply_admission_cap=True, prefill_end=40,
+    )  # fmt: skip
+    assert (needed, cache.block_pool.get_num_free_blocks()) == (3, free)
+
+
 def test_a_prompt_in_chunks_says_so_until_its_last() -> None:
     says(
         Scheduler._update_after_schedule,

@@ -113,6 +113,45 @@ def test_urgent_requests_start_first() -> None:
     assert live(it, 2) == [[("b", 5)], [("a", 5)]]
 
 
+def urgent(name: str, prompt: int, answer: int = 1) -> Job:
+    return job(name, prompt, answer, arrived_s=5.0, priority=-100)
+
+
+def test_an_urgent_request_takes_a_slot_from_the_latest_of_a_less_urgent_class() -> None:
+    it = engine(slots=2)
+    it.add(job("a", 5, 9), 0.0)
+    it.add(job("b", 5, 9, arrived_s=1.0), 0.0)
+    live(it, 1)
+    it.add(urgent("now", 5), 0.0)
+    assert live(it, 1) == [[("a", 1), ("now", 5)]]
+    it.add(job("c", 5, 9, arrived_s=2.0), 0.0)
+    assert it.preemptions == 1, "nobody is preempted for its like"
+
+
+def test_an_urgent_request_takes_the_memory_that_it_needs_and_no_more() -> None:
+    it = engine(prefix_caching=False)
+    for n in range(3):
+        it.add(job(f"low-{n}", 45, 60, arrived_s=float(n)), 0.0)
+    live(it, 1)
+    assert it.memory.free == 1
+    it.add(urgent("now", 40), 0.0)
+    assert live(it, 1) == [[("low-0", 1), ("low-1", 1), ("now", 40)]]
+    it.add(urgent("huge", 200), 0.0)
+    live(it, 1)
+    assert it.preemptions == 1, "nobody is preempted in vain"
+
+
+def test_an_urgent_request_does_not_wait_for_a_long_prompt() -> None:
+    it = engine(budget=32)
+    it.add(job("chat", 10, 9), 0.0)
+    live(it, 1)
+    it.add(job("long", 100, 9, arrived_s=1.0), 0.0)
+    assert live(it, 1) == [[("chat", 1), ("long", 31)]]
+    it.add(urgent("now", 20), 0.0)
+    # It takes its place in the queue again, finds what it computed, and gets what is left.
+    assert live(it, 1) == [[("chat", 1), ("now", 20), ("long", 11)]]
+
+
 def test_who_has_waited_for_long_is_as_urgent_as_any() -> None:
     it = engine(slots=1)
     it.add(job("a", 5, 1), 0.0)

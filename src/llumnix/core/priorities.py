@@ -27,6 +27,7 @@ class Priorities:
         self._headrooms = [c.headroom for c in self.classes]
         self._with_headroom = [(r, h) for r, h in enumerate(self._headrooms) if h]
         self._aging_s = settings.aging_s
+        self.preempt = settings.preempt and not alike
         self._caps = {key: self.rank_named(name) for key, name in settings.key_caps.items()}
 
     def __len__(self) -> int:

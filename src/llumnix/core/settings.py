@@ -65,6 +65,11 @@ class PrioritySettings:
     aging_s: float = knob(
         30.0, "s", "A request that has waited this long is queued as the most urgent class."
     )
+    preempt: bool = knob(
+        True,
+        "true or false",
+        "Preempt running requests of less urgent classes for one that cannot start.",
+    )
     key_caps: dict[str, str] = field(
         default_factory=dict,
         metadata={

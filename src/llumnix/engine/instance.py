@@ -57,6 +57,7 @@ from llumnix.engine.load_reader import LoadReader
 from llumnix.engine.prefix_reader import prefix_reader
 from llumnix.engine.queueing import Queueing
 from llumnix.engine.reporter import LoadReporter
+from llumnix.engine.urgent import UrgentAdmission
 from llumnix.engine.vllm_port import has_prompts
 from llumnix.observe.event_log import EventLog
 
@@ -121,6 +122,7 @@ class EngineInstance(EngineCoreActor):
         priorities = Priorities(seat.llumlet.settings.priorities)
         slots = self.scheduler.max_num_active_reqs
         self._queueing = Queueing(self.scheduler, priorities)
+        self._urgent = UrgentAdmission(self.scheduler, priorities)
         self._stepped_s = 0.0
         self._quiet_steps = 0
         self._changed = True
@@ -239,6 +241,8 @@ class EngineInstance(EngineCoreActor):
             with _landing_only(self.scheduler):
                 ran = bool(super()._process_engine_step())
         else:
+            if self._urgent.make_room():
+                self._reader.came()  # The counts may come out alike.
             ran = bool(super()._process_engine_step())
         now = time.monotonic()
         self._changed = True

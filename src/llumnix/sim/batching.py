@@ -12,6 +12,8 @@ Rules, as vLLM 0.32 has them with priority scheduling
   waiting prompts alone, whole, as older versions do.
 - llumnix's own queueing (engine/queueing.py): who waited for long is queued as the most urgent, who
   was preempted goes before those of its class that have not started.
+- llumnix's own preemption (engine/urgent.py): running requests of less urgent classes are preempted
+  for a head of the queue that could not start in this step.
 """
 
 from bisect import insort
@@ -141,6 +143,7 @@ class Batching:
         """The next step, or None if there is nothing to do."""
         if self._queue and now >= self._next_look_s:
             self._look(now)
+        self._make_room(now)
         parts: list[tuple[Sequence, int]] = []
         if not self.options.chunked and (self._queue or self.holding):
             self._admit(parts, self.options.budget, now)
@@ -255,6 +258,49 @@ class Batching:
             parts.append((seq, new))
             budget -= new
         return budget
+
+    def _make_room(self, now: float) -> None:
+        """Preempts less urgent requests if the head of the queue could not start otherwise."""
+        priorities = self._priorities
+        if not self._queue or self.holding or not priorities.preempt:
+            return
+        head = self._queue[0][2]
+        rank = priorities.rank(head.job.priority)
+        if rank + 1 >= len(priorities):
+            return
+        slots, blocks, tokens = self._missing(head)
+        chosen = []
+        for seq in sorted(self.running, key=lambda s: s.turn, reverse=True):
+            if max(slots, blocks, tokens) <= 0 or priorities.rank(seq.turn[0]) <= rank:
+                break
+            need, new = self._wanted(seq)
+            if slots > 0 or blocks > 0 or new > 1:
+                own = seq.blocks - len(seq.held) * seq.job.prefix_blocks - seq.pinned
+                slots, blocks, tokens = slots - 1, blocks - own - need, tokens - new
+                chosen.append(seq)
+        if max(slots, blocks, tokens) <= 0:
+            for seq in chosen:
+                self._preempt(seq, now)
+
+    def _missing(self, head: Sequence) -> tuple[int, int, int]:
+        """Slots, blocks and tokens that it needs beyond what the next step leaves."""
+        block, budget = self.block_tokens, self.options.budget
+        shared, own = self._hits(head)
+        there = shared * head.job.prefix_blocks + own
+        idle = self.memory.idle(head.job.prefix[:shared]) * head.job.prefix_blocks + own
+        wanted = [self._wanted(seq) for seq in self.running]
+        return (
+            len(wanted) + 1 - self.options.slots,
+            -(-head.tokens // block) - there + idle + sum(w[0] for w in wanted) - self.memory.free,
+            min(head.tokens - there * block, budget - len(wanted))
+            + sum(w[1] for w in wanted)
+            - budget,
+        )
+
+    def _wanted(self, seq: Sequence) -> tuple[int, int]:
+        """Blocks and tokens that a running request takes in the next step."""
+        new = seq.tokens - seq.computed
+        return max(0, -(-(seq.computed + new) // self.block_tokens) - seq.blocks), new
 
     def _hits(self, seq: Sequence) -> tuple[int, int]:
         """What the prefix cache has of a request: shared ids, and blocks of its own after them. At

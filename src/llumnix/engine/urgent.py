@@ -1,0 +1,169 @@
+"""Makes room for an urgent request: a slot, KV memory, and tokens of the next step.
+
+vLLM's priority scheduling orders the queue, but the head of the queue waits until running requests
+end or get through their prompts, however unimportant they are.
+
+Rules
+- If the head of the queue cannot start in the next step, running requests of less urgent classes
+  are preempted: the least urgent class first, in it the latest arrival. Only as many as the head
+  needs, and none if even all of them would not suffice. Where only tokens of the step are short,
+  those that are in the middle of their prompts are preempted, and no others.
+- Classes are the clients' own. A request that was promoted because it waited long (aging) preempts
+  nobody, and once it runs nobody preempts it.
+- A preempted request is queued before all of its class that have not started, keeps its
+  prefix cache entries while memory lasts, and may be moved to another instance like any that waits.
+
+vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
+`Scheduler._preempt_request` takes a request that was taken out of `running` between two steps, as
+`reset_prefix_cache` has it; `max_num_active_reqs` and `num_waiting_for_streaming_input` bound
+`running`, `max_num_scheduled_tokens` a step; running requests are scheduled before waiting ones;
+`KVCacheManager.get_computed_blocks` and `coordinator.get_num_blocks_to_allocate` change nothing;
+`_request_blocks_can_be_freed` says whether blocks return to the pool at once.
+"""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.v1.core.sched.interface import PauseState
+from vllm.v1.core.sched.request_queue import SchedulingPolicy
+from vllm.v1.request import Request, RequestStatus
+
+from llumnix.core.priorities import Priorities
+from llumnix.engine.load_reader import client_priority
+
+
+class UrgentAdmission:
+    """Of one engine core. Works only with priority scheduling and at least two classes."""
+
+    def __init__(self, scheduler: Any, priorities: Priorities) -> None:
+        self._scheduler = scheduler
+        self._priorities = priorities
+        self._on = (
+            priorities.preempt
+            and len(priorities) > 1
+            and scheduler.policy == SchedulingPolicy.PRIORITY
+        )
+
+    def make_room(self) -> int:
+        """Lets the head of the queue start in the next step, if it is urgent enough; the number of
+        requests that were preempted for it. Between two steps."""
+        scheduler = self._scheduler
+        if (
+            not self._on
+            or not scheduler.waiting
+            or scheduler.kv_holding_waiting
+            or scheduler.pause_state != PauseState.UNPAUSED
+        ):
+            return 0
+        head = scheduler.waiting.peek_request()
+        rank = self._priorities.rank(client_priority(head))
+        if rank + 1 >= len(self._priorities) or head.status not in (
+            RequestStatus.WAITING,
+            RequestStatus.PREEMPTED,
+        ):
+            return 0
+        victims = self._enough(head, self._victims(rank))
+        now = time.monotonic()
+        for victim in victims:
+            scheduler.running.remove(victim)
+            scheduler._preempt_request(
+                victim, now, drop_stale_output=scheduler.requires_kv_delivery
+            )
+            # It may be resumed in the very next step, which must not take it for one that ran on.
+            scheduler.prev_step_scheduled_req_ids.discard(victim.request_id)
+        return len(victims)
+
+    def _victims(self, rank: int) -> list[Request]:
+        """Running requests that a request of class `rank` may preempt, in that order."""
+        found = [
+            r
+            for r in self._scheduler.running
+            if self._priorities.rank(r.priority) > rank
+            and self._scheduler._request_blocks_can_be_freed(r)
+        ]
+        return sorted(found, key=lambda r: (r.priority, r.arrival_time), reverse=True)
+
+    def _enough(self, head: Request, victims: list[Request]) -> list[Request]:
+        """As many of them, in their order, as `head` needs to start; none if it can start, or could
+        not even after all of them."""
+        missing = self._missing(head)
+        chosen: list[Request] = []
+        for victim in victims:
+            if missing.none:
+                break
+            freed = self._freed(victim)
+            if missing.slots > 0 or missing.blocks > 0 or freed.tokens > 1:
+                chosen.append(victim)
+                missing = missing.less(freed)
+        return chosen if missing.none else []
+
+    def _missing(self, head: Request) -> "Amount":
+        """What `head` needs to start beyond what the next step leaves, counted as vLLM does when it
+        admits a request: the running requests get theirs first."""
+        scheduler = self._scheduler
+        kv = scheduler.kv_cache_manager
+        computed, cached, *_ = kv.get_computed_blocks(head)
+        needed = kv.coordinator.get_num_blocks_to_allocate(
+            request_id=head.request_id,
+            num_tokens=head.num_tokens,
+            new_computed_blocks=computed.blocks,
+            num_encoder_tokens=0,
+            total_computed_tokens=cached,
+            num_local_computed_tokens=cached,
+            num_tokens_main_model=head.num_tokens,
+            apply_admission_cap=True,
+            prefill_end=max(head.num_prompt_tokens, head.num_tokens - 1),
+        )
+        running = [self._wanted(r) for r in scheduler.running]
+        budget = scheduler.max_num_scheduled_tokens
+        active = len(running) + scheduler.num_waiting_for_streaming_input
+        return Amount(
+            slots=active + 1 - scheduler.max_num_active_reqs,
+            blocks=needed
+            + sum(w.blocks for w in running)
+            + kv.watermark_blocks
+            - kv.block_pool.get_num_free_blocks(),
+            tokens=min(head.num_tokens - cached, budget - len(running))
+            + sum(w.tokens for w in running)
+            - budget,
+        )
+
+    def _wanted(self, request: Request) -> "Amount":
+        """What a running request takes in the next step: all that is left of its prompt, or one
+        token."""
+        held = len(self._scheduler.kv_cache_manager.get_blocks(request.request_id).blocks[0])
+        tokens = max(1, request.num_tokens - request.num_computed_tokens)
+        reach = request.num_computed_tokens + tokens
+        return Amount(
+            slots=1, blocks=max(0, -(-reach // self._scheduler.block_size) - held), tokens=tokens
+        )
+
+    def _freed(self, victim: Request) -> "Amount":
+        """What the next step has more without `victim`: blocks that only it holds count."""
+        groups = self._scheduler.kv_cache_manager.get_blocks(victim.request_id).blocks
+        own = sum(b.ref_cnt == 1 and not b.is_null for group in groups for b in group)
+        wanted = self._wanted(victim)
+        return Amount(slots=1, blocks=own + wanted.blocks, tokens=wanted.tokens)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Amount:
+    """Running slots, KV blocks and tokens of one step."""
+
+    slots: int
+    blocks: int
+    tokens: int
+
+    @property
+    def none(self) -> bool:
+        """Whether nothing is missing."""
+        return max(self.slots, self.blocks, self.tokens) <= 0
+
+    def less(self, other: "Amount") -> "Amount":
+        """Without what `other` provides."""
+        return Amount(
+            slots=self.slots - other.slots,
+            blocks=self.blocks - other.blocks,
+            tokens=self.tokens - other.tokens,
+        )
