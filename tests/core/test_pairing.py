@@ -30,6 +30,8 @@ def load(
     sequence: int = 1,
     **more: object,
 ) -> LoadReport:
+    """Each next report has made steps; an engine that makes none stands still."""
+    more.setdefault("steps", sequence)
     return LoadReport(
         instance=InstanceId(f"i{number}"),
         engine_index=EngineIndex(number),

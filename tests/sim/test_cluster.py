@@ -11,7 +11,14 @@ from llumnix.core.types import RequestId
 from llumnix.errors import UsageError
 from llumnix.sim.batching import EngineOptions, Job
 from llumnix.sim.cluster import Cluster, Setup
-from llumnix.sim.faults import BrokenPromiseError, Faults, check_owners, check_rest, come_to_rest
+from llumnix.sim.faults import (
+    BrokenPromiseError,
+    Faults,
+    check_owners,
+    check_rest,
+    check_view,
+    come_to_rest,
+)
 from llumnix.sim.profile import Profile, load_profile, profile_names, save_profile
 from llumnix.sim.simulate import Run, Spec, alone, fewest, parse_bound, run_one, runs
 
@@ -67,7 +74,7 @@ def test_no_request_is_faster_than_alone() -> None:
 def test_every_policy_serves_everything_and_leaves_nothing_behind(name: str, chunked: bool) -> None:
     spec = replace(SPEC, scheduler=policy(name), engine=EngineOptions(chunked=chunked))
     spec = replace(spec, rate_per_s=14.0, requests=200)
-    cluster = Cluster(spec.setup())
+    cluster = Cluster(spec.setup(), check=check_view)
     cluster.run(spec.jobs())
     come_to_rest(cluster)
     jobs = cluster.frontend.jobs.values()

@@ -7,9 +7,22 @@ Rules
   ever covers (the client hung up first) lapses after `BOOKING_LIFETIME_S`.
 - An order to move load is in flight until its source's report names it, and lapses after
   `ORDER_LIFETIME_S`. Meanwhile its source and its destination are not looked at again.
+- An order that its source answered without moving anything is fruitless: balancing does not pair
+  the two again for `FRUITLESS_S`.
 - A report of an older run of an engine, or one that was overtaken, changes nothing.
-- Who has not reported for `STALE_AFTER_S` gets no request while another has, and takes no part in
-  moves.
+- An instance answers if it has reported within `STALE_AFTER_S`, and its engine has not stood still
+  with work for longer than `STALLED_AFTER_S`: an engine that hangs goes on to report, with the same
+  numbers. One that does not answer gets requests only if no instance answers, and takes no part in
+  moves. What is in flight there does not lapse before its engine has gone on for a whole lifetime.
+- An instance that the scheduler decided to drain takes nothing from then on. If it still accepts
+  after `DRAIN_LIFETIME_S`, the fleet did not do it.
+
+`best` keeps a heap of (sort key, instance, version) for each sort key and class that was asked
+for. An entry counts while its version is the instance's. A change raises the version and pushes one
+entry; older ones go stale where they lie, and `best` drops them from the top. So each instance that
+takes requests has its current entry in each heap, unless `best` dropped it because the instance did
+not answer; its next report pushes it again. Bound: a heap of `8 n + 64` entries is dropped, and
+made anew when it is next asked for, so that one for which nobody asks takes no memory.
 """
 
 import heapq
@@ -28,8 +41,16 @@ Order = Callable[["InstanceView", int, "ClusterView"], tuple[float, ...]]
 """How good an instance is for a newcomer of a class; the lowest is the best."""
 
 BOOKING_LIFETIME_S = 5.0
+BOOKINGS_MAX = 10_000
+"""Of one instance, the oldest lapse first: more only pile up where nothing answers."""
 ORDER_LIFETIME_S = 2.0
+FRUITLESS_S = 0.5
 STALE_AFTER_S = 2.0
+STALLED_AFTER_S = 1.0
+DRAIN_LIFETIME_S = 5.0
+THRESHOLD_STEP = 0.05
+"""Thresholds follow the observed answers in steps of this share. Sort keys depend on them, so a
+change makes all heaps anew."""
 
 
 class Booking(NamedTuple):
@@ -50,7 +71,14 @@ class InstanceView:
 
     report: LoadReport
     load: Load
-    seen_s: float
+    seen_s: float  # when the last report came
+    stepped_s: (
+        float  # when its engine last completed a step or had nothing to do, as of that report
+    )
+    goes_on_since_s: float  # when its engine last stood still, or when it became known
+    drain_decided_s: float | None = None  # the scheduler's own, until a report shows it
+    fruitless: dict[InstanceId, float] = field(default_factory=dict)
+    """Destinations for which it had nothing to move, and when it said so."""
     freeness: float = 0.0
     version: int = 0
     turn: int = 0
@@ -71,9 +99,23 @@ class InstanceView:
         """KV tokens in use, those of prompts on their way included."""
         return self.report.kv_tokens_used + self.booked_tokens
 
-    def fresh(self, now: float) -> bool:
-        """Whether it has reported lately."""
-        return now - self.seen_s <= STALE_AFTER_S
+    @property
+    def accepting(self) -> bool:
+        """Whether it takes requests, as far as is known and decided."""
+        return self.report.accepting and self.drain_decided_s is None
+
+    @property
+    def stalled_s(self) -> float:
+        """How long its engine stood still with work, in seconds, as of the last report."""
+        return self.seen_s - self.stepped_s
+
+    def answers(self, now: float) -> bool:
+        """Whether it has reported lately, and its engine does not stand still."""
+        return now - self.seen_s <= STALE_AFTER_S and self.stalled_s <= STALLED_AFTER_S
+
+    def lapsed(self, made_s: float, lifetime_s: float, now: float) -> bool:
+        """Whether its engine has gone on for so long without a word of what was made then."""
+        return now - max(made_s, self.goes_on_since_s) >= lifetime_s
 
 
 class ClusterView:
@@ -126,7 +168,13 @@ class ClusterView:
         if known is None or known.report.engine_index < report.engine_index:
             if known is not None:
                 self._forget(report.instance)
-            known = InstanceView(report=report, load=derive(report, (), 0), seen_s=now)
+            known = InstanceView(
+                report=report,
+                load=derive(report, (), 0),
+                seen_s=now,
+                stepped_s=now - report.stalled_s,
+                goes_on_since_s=now,
+            )
             known.booked = [0] * len(self.priorities)
             self._instances[report.instance] = known
             insort(self._ids, report.instance)
@@ -135,23 +183,25 @@ class ClusterView:
         else:
             self.observed.take(report, known.report)
             if report.finished != known.report.finished:
-                self.thresholds = self.observed.migration_thresholds(self._migration)
+                self._follow_answers()
+            _note_steps(known, report, now)
         known.report, known.seen_s = report, now
         for request in report.admitted:
             self._unbook(known, request)
-        # Both are in the order they were made, so the lapsed ones come first.
+        # In the order they were made, so the lapsed ones come first.
         while known.bookings:
             oldest = next(iter(known.bookings))
-            if now - known.bookings[oldest].made_s < BOOKING_LIFETIME_S:
+            if not known.lapsed(known.bookings[oldest].made_s, BOOKING_LIFETIME_S, now):
                 break
             self._unbook(known, oldest)
         for order in report.orders:
-            self._settle(known, order)
-        if known.orders or known.incoming:
-            for order in _lapsed(known.orders, now):
-                self._settle(known, order)
-            for order in _lapsed(known.incoming, now):
-                del known.incoming[order]  # Its source is silent.
+            self._settle(known, order, now)
+        if known.orders or known.incoming or known.fruitless:
+            self._lapse(known, now)
+        if known.drain_decided_s is not None and (
+            not report.accepting or now - known.drain_decided_s > DRAIN_LIFETIME_S
+        ):
+            known.drain_decided_s = None
         self._changed(known)
 
     def book(
@@ -166,6 +216,9 @@ class ClusterView:
     ) -> None:
         """Counts a dispatch that was just decided."""
         known = self._instances[instance]
+        self._unbook(known, request)  # The frontend asks again if it could not send it there.
+        if len(known.bookings) >= BOOKINGS_MAX:
+            self._unbook(known, next(iter(known.bookings)))
         rank = self.priorities.rank(priority)
         known.bookings[request] = Booking(tokens=tokens, cached=cached, rank=rank, made_s=now)
         known.booked[rank] += 1
@@ -183,6 +236,20 @@ class ClusterView:
         self._instances[destination].incoming[order] = now
         self._destinations[order] = destination
 
+    def drain(self, instance: InstanceId, now: float) -> None:
+        """Notes that it was just decided to drain an instance."""
+        known = self._instances.get(instance)
+        if known is not None:
+            known.drain_decided_s = now
+            self._changed(known)
+
+    def undrain(self, instance: InstanceId) -> None:
+        """Notes that it was just decided to take a drain back."""
+        known = self._instances.get(instance)
+        if known is not None and known.drain_decided_s is not None:
+            known.drain_decided_s = None
+            self._changed(known)
+
     def lose(self, instance: InstanceId, engine_index: EngineIndex) -> None:
         """Forgets this run of the instance, and whatever it may still say."""
         self._ended[instance] = max(engine_index, self._ended.get(instance, engine_index))
@@ -195,6 +262,8 @@ class ClusterView:
         del self._ids[bisect_right(self._ids, instance) - 1]
         for order in list(known.orders):
             self._settle(known, order)
+        # Their bound has become less.
+        self._heaps = {k: h for k, h in self._heaps.items() if len(h) <= self._heap_max}
 
     def _unbook(self, known: InstanceView, request: RequestId) -> None:
         booking = known.bookings.pop(request, None)
@@ -203,29 +272,51 @@ class ClusterView:
             known.booked_tokens -= booking.tokens
             known.booked_cached -= booking.cached
 
-    def _settle(self, source: InstanceView, order: OrderId) -> None:
+    def _settle(self, source: InstanceView, order: OrderId, now: float | None = None) -> None:
+        """An order is no longer in flight. `now`: its source answered it."""
         if source.orders.pop(order, None) is None:
             return
-        destination = self._instances.get(self._destinations.pop(order))
+        name = self._destinations.pop(order)
+        if now is not None and not source.report.moving_out:
+            source.fruitless[name] = now
+        destination = self._instances.get(name)
         if destination is not None:
             destination.incoming.pop(order, None)
 
+    def _lapse(self, known: InstanceView, now: float) -> None:
+        for order, made_s in list(known.orders.items()):
+            if known.lapsed(made_s, ORDER_LIFETIME_S, now):
+                self._settle(known, order)
+        for order, made_s in list(known.incoming.items()):
+            if now - made_s >= ORDER_LIFETIME_S:
+                del known.incoming[order]  # Its source does not answer.
+        known.fruitless = {i: s for i, s in known.fruitless.items() if now - s < FRUITLESS_S}
+
+    def _follow_answers(self) -> None:
+        """Takes new thresholds if they have changed enough to make all heaps anew."""
+        thresholds = self.observed.migration_thresholds(self._migration)
+        changed = zip(thresholds, self.thresholds, strict=True)
+        if any(abs(new - old) > THRESHOLD_STEP * old for new, old in changed):
+            self.thresholds = thresholds
+            self._heaps.clear()
+
     def _changed(self, known: InstanceView) -> None:
         known.load = derive(known.report, known.booked, known.booked_tokens, known.booked_cached)
-        known.freeness = (
-            known.load.freeness(self.priorities) if known.report.accepting else float("-inf")
-        )
+        known.freeness = known.load.freeness(self.priorities) if known.accepting else float("-inf")
         known.version += 1
-        if known.report.accepting:
-            for (order, rank), heap in self._heaps.items():
-                self._push(heap, order, rank, known)
+        if known.accepting:
+            for key, heap in list(self._heaps.items()):
+                if len(heap) >= self._heap_max:
+                    del self._heaps[key]
+                else:
+                    self._push(heap, *key, known)
 
     # -- what is asked of it
 
     def candidates(self, now: float) -> list[InstanceView]:
-        """Those that take requests, in order of id; the silent ones only if all are silent."""
-        accepting = [v for i in self._ids if (v := self._instances[i]).report.accepting]
-        return [v for v in accepting if v.fresh(now)] or accepting
+        """Those that take requests, in order of id; those that do not answer only if none does."""
+        accepting = [v for i in self._ids if (v := self._instances[i]).accepting]
+        return [v for v in accepting if v.answers(now)] or accepting
 
     def next_after(self, instance: InstanceId, now: float) -> InstanceView | None:
         """The one that takes requests and follows in order of id, the first after the last."""
@@ -233,25 +324,25 @@ class ClusterView:
         silent = None
         for place in range(len(self._ids)):
             known = self._instances[self._ids[(start + place) % len(self._ids)]]
-            if known.report.accepting and known.fresh(now):
+            if known.accepting and known.answers(now):
                 return known
-            if known.report.accepting and silent is None:
+            if known.accepting and silent is None:
                 silent = known
         return silent
 
     def best(self, order: Order, rank: int, now: float) -> InstanceView | None:
         """The first in that order for a newcomer of that class."""
         heap = self._heaps.get((order, rank))
-        if heap is None or len(heap) > 8 * len(self._instances) + 64:
+        if heap is None:
             heap = self._heaps[order, rank] = []
             for known in self._instances.values():
-                if known.report.accepting:
+                if known.accepting:
                     self._push(heap, order, rank, known)
         while heap:
             _, instance, version = heap[0]
             best = self._instances.get(instance)
-            # One that is silent is put back by its next report.
-            if best is not None and best.version == version and best.fresh(now):
+            # One that does not answer is put back by its next report.
+            if best is not None and best.version == version and best.answers(now):
                 return best
             heapq.heappop(heap)
         return min(
@@ -259,6 +350,37 @@ class ClusterView:
             key=lambda v: order(v, rank, self),
             default=None,
         )
+
+    @property
+    def _heap_max(self) -> int:
+        return 8 * len(self._instances) + 64
+
+    def check(self, now: float) -> None:
+        """Raises `AssertionError` with the story if what is kept here does not agree with itself.
+        For tests and the simulator: it looks at everything."""
+        assert self._ids == sorted(self._instances), f"ids {self._ids}"
+        ordered: dict[OrderId, InstanceId] = {}
+        for name, known in self._instances.items():
+            booked = known.bookings.values()
+            ranks = [sum(b.rank == r for b in booked) for r in range(len(self.priorities))]
+            sums = sum(b.tokens for b in booked), sum(b.cached for b in booked)
+            told = known.booked, (known.booked_tokens, known.booked_cached)
+            assert told == (ranks, sums), f"{name}: {told} booked, and bookings {known.bookings}"
+            load = derive(known.report, known.booked, *sums)
+            assert known.load == load, f"{name}: {known.load} is kept, {load} follows"
+            for order in known.orders:
+                assert order in self._destinations, f"order {order} of {name} goes nowhere"
+                ordered[order] = self._destinations[order]
+        assert ordered == self._destinations, f"{ordered}, and destinations {self._destinations}"
+        for name, known in self._instances.items():
+            for order in known.incoming:
+                assert ordered.get(order) == name, f"order {order} to {name} has no source"
+        for (key, rank), heap in list(self._heaps.items()):
+            assert len(heap) <= self._heap_max, f"a heap of {len(heap)} entries"
+            best = self.best(key, rank, now)
+            first = min((key(v, rank, self) for v in self.candidates(now)), default=None)
+            top = None if best is None else key(best, rank, self)
+            assert top == first, f"{top} is on top of a heap, {first} is the best"
 
     def _push(self, heap: "list[_Ranked]", order: Order, rank: int, known: InstanceView) -> None:
         place = order(known, rank, self)
@@ -269,5 +391,10 @@ _Ranked = tuple[tuple[float, ...], InstanceId, int]
 """An instance's place in an order, and the version of it that had that place."""
 
 
-def _lapsed(orders: dict[OrderId, float], now: float) -> list[OrderId]:
-    return [order for order, made_s in orders.items() if now - made_s > ORDER_LIFETIME_S]
+def _note_steps(known: InstanceView, report: LoadReport, now: float) -> None:
+    """Whether the next report shows that the engine goes on, by its own word or its steps."""
+    if not report.running or report.steps != known.report.steps:
+        known.stepped_s = now
+    known.stepped_s = min(known.stepped_s, now - report.stalled_s)
+    if now - known.stepped_s > STALLED_AFTER_S:
+        known.goes_on_since_s = now

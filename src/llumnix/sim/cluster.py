@@ -19,6 +19,7 @@ from typing import Any
 from llumnix.core.events import (
     AddInstances,
     Decision,
+    DrainedBy,
     DrainInstance,
     Fact,
     FleetReported,
@@ -66,6 +67,8 @@ class Instance:
     admitted: list[RequestId] = field(default_factory=list)
     sequence: int = 0
     reported_s: float = -1.0
+    turned_s: float = 0.0  # when it was last between two steps
+    drained_by: DrainedBy = "scheduler"
     said: tuple[Any, ...] = ()
 
 
@@ -83,10 +86,15 @@ class Setup:
 
 class Cluster:
     """One run. `record` is told of every fact and decision of the scheduler; `wire` carries
-    messages between llumlets (to lose some)."""
+    messages between llumlets (to lose some); `check` looks at the scheduler after every fact."""
 
     def __init__(
-        self, setup: Setup, *, record: Recorder | None = None, wire: Wire | None = None
+        self,
+        setup: Setup,
+        *,
+        record: Recorder | None = None,
+        wire: Wire | None = None,
+        check: Callable[[Scheduler, float], None] | None = None,
     ) -> None:
         self.setup = setup
         self.now = 0.0
@@ -102,6 +110,7 @@ class Cluster:
         self._cache_aware = POLICIES[setup.scheduler.policy].looks_at_caches
         self._record = record
         self._wire = wire
+        self._check = check
         self._heap: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._count = 0
         self._engines = 0
@@ -197,6 +206,7 @@ class Cluster:
 
     def _turn(self, instance: Instance) -> None:
         """Between two steps."""
+        instance.turned_s = self.now
         instance.stepping = True  # What follows may send it messages; they wait for their turn.
         llumlet = instance.llumlet
         while instance.inbox:
@@ -283,6 +293,8 @@ class Cluster:
         if self.scheduler is None:
             return []
         decisions = self.scheduler.handle(fact, self.now)
+        if self._check is not None:
+            self._check(self.scheduler, self.now)
         if self._record is not None:
             self._record(self.now, fact)
             for decision in decisions:
@@ -311,32 +323,20 @@ class Cluster:
             return
         instance.said, instance.reported_s = said, self.now
         instance.sequence += 1
-        block = engine.block_tokens
         report = LoadReport(
             instance=instance.id,
             engine_index=instance.index,
             sequence=instance.sequence,
-            kv_tokens_used=(memory.total - memory.free) * block,
-            kv_tokens_total=memory.total * block,
-            prefill_tokens=engine.prefill_tokens(),
-            block_tokens=block,
-            slots=engine.options.slots,
-            classes=said[1],
-            head_tokens=engine.head_tokens(),
             admitted=tuple(instance.admitted),
             accepting=instance.state == "serving",
             moving_out=moving.out,
             moving_out_tokens=moving.out_tokens,
             moving_in=moving.coming,
             orders=answered,
-            kv_token_bytes=engine.profile.kv_token_bytes,
-            preemptions=engine.preemptions,
-            steps=engine.steps,
-            steps_s=engine.steps_s,
-            finished=engine.finished,
-            finished_tokens=engine.finished_tokens,
             moved_bytes=moving.moved_bytes,
             moved_s=moving.moved_s,
+            stalled_s=self.now - instance.turned_s if instance.stepping else 0.0,
+            **engine.counts(),
         )
         instance.admitted = []
         self.decide(LoadReported(report=report))
@@ -384,10 +384,9 @@ class Cluster:
         name = name or self._new_name()
         self._count_instances()
         self.starting.add(name)
-        start_s = self.setup.start_s
-        self.at(
-            self.now + (self.setup.profile.start_s if start_s is None else start_s), self._up, name
-        )
+        setup = self.setup
+        start_s = setup.profile.start_s if setup.start_s is None else setup.start_s
+        self.at(self.now + start_s, self._up, name)
 
     def _stop_if_empty(self, instance: Instance) -> None:
         """An instance that was emptied ends, once its last words have been heard."""
@@ -411,11 +410,12 @@ class Cluster:
         self.frontend.engine_lost(index, list(self.by_engine))
 
     def _tell_fleet(self) -> None:
-        states = [(i.id, i.state) for i in self.instances.values()]
+        there = self.instances.values()
         fleet = FleetReported(
             starting=len(self.starting),
-            serving=tuple(i for i, s in states if s == "serving"),
-            draining=tuple(i for i, s in states if s == "draining"),
+            serving=tuple(i.id for i in there if i.state == "serving"),
+            draining=tuple(i.id for i in there if i.state == "draining"),
+            drained_by={i.id: i.drained_by for i in there if i.state == "draining"},
         )
         for decision in self.decide(fleet):
             match decision:
@@ -423,10 +423,16 @@ class Cluster:
                     for _ in range(count):
                         self.start()
                 case DrainInstance(instance=name):
-                    self._set_state(name, "draining")
+                    self.drain(name, "scheduler")
                 case UndrainInstance(instance=name):
                     self._set_state(name, "serving")
         self.at(self.now + FLEET_EVERY_S, self._tell_fleet)
+
+    def drain(self, name: InstanceId, by: DrainedBy = "user") -> None:
+        """An instance is to be emptied, then stopped."""
+        if name in self.instances:
+            self.instances[name].drained_by = by
+        self._set_state(name, "draining")
 
     def _set_state(self, name: InstanceId, state: str) -> None:
         instance = self.instances.get(name)

@@ -5,6 +5,7 @@ scheduling. Tokens have no values: their number is what is moved and checked.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 from llumnix.core.messages import Blocks
 from llumnix.core.port import Movable, Phase, Progress, Refusal
@@ -40,6 +41,25 @@ class SimEngine(Batching):
     def idle(self) -> bool:
         """Whether it has nothing to do and holds nothing."""
         return not self.requests and not self.arriving and not self._orphans
+
+    def counts(self) -> dict[str, Any]:
+        """What a load report says of the engine itself."""
+        block = self.block_tokens
+        return {
+            "kv_tokens_used": (self.memory.total - self.memory.free) * block,
+            "kv_tokens_total": self.memory.total * block,
+            "prefill_tokens": self.prefill_tokens(),
+            "block_tokens": block,
+            "slots": self.options.slots,
+            "classes": self.classes(),
+            "head_tokens": self.head_tokens(),
+            "kv_token_bytes": self.profile.kv_token_bytes,
+            "preemptions": self.preemptions,
+            "steps": self.steps,
+            "steps_s": self.steps_s,
+            "finished": self.finished,
+            "finished_tokens": self.finished_tokens,
+        }
 
     @property
     def step_s(self) -> float:

@@ -121,6 +121,14 @@ class Trouble:
             cluster.at(cluster.now + CHECK_EVERY_S, self._check, cluster)
 
 
+def check_view(scheduler: Scheduler, now: float) -> None:
+    """What the scheduler believes agrees with itself."""
+    try:
+        scheduler.view.check(now)
+    except AssertionError as error:
+        raise BrokenPromiseError(f"the scheduler's view at {now:.3f} s: {error}") from error
+
+
 def check_owners(cluster: Cluster) -> None:
     """No request runs on two engines, and no engine has more KV than it has."""
     seen: dict[RequestId, EngineIndex] = {}

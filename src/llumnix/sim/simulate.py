@@ -24,7 +24,7 @@ from llumnix.core.types import InstanceId, RequestId
 from llumnix.errors import UsageError
 from llumnix.sim.batching import EngineOptions, Job
 from llumnix.sim.cluster import Cluster, Setup
-from llumnix.sim.faults import Faults, Trouble, come_to_rest
+from llumnix.sim.faults import Faults, Trouble, check_view, come_to_rest
 from llumnix.sim.profile import Profile
 from llumnix.sim.summary import satisfied, spread
 from llumnix.sim.workload import Workload
@@ -186,6 +186,7 @@ def run_one(spec: Spec) -> Run:
         spec.setup(),
         record=decisions.record if spec.details else None,
         wire=trouble.wire if trouble is not None else None,
+        check=check_view if trouble is not None else None,
     )
     last_s = jobs[-1].arrived_s
     if trouble is not None:

@@ -206,7 +206,7 @@ class Soonest:
         best_closed = closed(best.load)
         for instance, blocks in holders.items():
             known, hit = view.get(instance), _tokens(blocks, prompt)
-            if known is None or not known.report.accepting or not known.fresh(now):
+            if known is None or not known.accepting or not known.answers(now):
                 continue
             mine = cost(known.load, hit)
             if mine < lowest and (best_closed or not closed(known.load)):

@@ -48,7 +48,7 @@ class Pairing:
 
     def round(self, view: ClusterView, now: float) -> list[MoveLoad]:
         """The moves that help now; books them in the view."""
-        takers = [v for v in view if v.report.accepting and v.fresh(now)]
+        takers = [v for v in view if v.accepting and v.answers(now)]
         decided = list(self._drains(view, takers, now))
         if self._balance:
             decided += self._balances(view, takers, now)
@@ -59,7 +59,7 @@ class Pairing:
     def _drains(
         self, view: ClusterView, takers: list[InstanceView], now: float
     ) -> Iterator[MoveLoad]:
-        leaving = [v for v in view if not v.report.accepting and v.fresh(now)]
+        leaving = [v for v in view if not v.accepting and v.answers(now)]
         for source in leaving:
             report = source.report
             left = report.running + report.waiting - report.moving_out - len(source.orders)
