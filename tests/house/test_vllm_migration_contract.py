@@ -201,6 +201,19 @@ def test_preemption_sets_what_ours_sets() -> None:
     )
 
 
+def test_what_keeps_a_request_that_holds_blocks_from_starting() -> None:
+    """Only for lack of memory somebody has to give his blocks up."""
+    says(
+        Scheduler.schedule,
+        "if self._pause_state == PauseState.PAUSED_ALL:",
+        "num_running = len(self.running) + self.num_waiting_for_streaming_input"
+        " if num_running >= self.max_num_active_reqs: break",
+        who="vllm_port._deadlocked",
+    )
+    blocked = {s for s in RequestStatus if Scheduler._is_blocked_waiting_status(s)}
+    assert not blocked & {RequestStatus.WAITING, RequestStatus.PREEMPTED}
+
+
 def test_counters_of_what_is_in_flight_return_to_zero() -> None:
     says(
         Scheduler._update_after_schedule,

@@ -114,10 +114,11 @@ class RealEngine:
 
     def step(self) -> list[Said]:
         began = time.monotonic()
-        outputs, _ = self.core.step_fn()
+        outputs, ran = self.core.step_fn()
         self.port.pace.took(time.monotonic() - began)
         self.core.post_step(True)
-        self.port.stepped()
+        self.port.stepped(ran)
+        self.port.begin_pulls()
         said: list[Said] = []
         for batch in (outputs or {}).values():
             for output in batch.outputs:

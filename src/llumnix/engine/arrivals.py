@@ -97,7 +97,7 @@ class Arrivals:
             structured.llumnix_reasoning_ended = structured.reasoning_ended
 
     def begin_pulls(self) -> None:
-        """A step ended: pulls that waited for it may begin."""
+        """Between two steps: pulls that waited for one that has ended begin."""
         for pull in list(self._waiting):
             if not self._in_flight(pull.steps):
                 self._waiting.remove(pull)

@@ -194,7 +194,7 @@ class LlumletHost:
         self._polled_s = time.monotonic()
         while not self._here.empty():
             self._take(self._here.get())
-        self.port.stepped()
+        self.port.begin_pulls()
         busy = self.llumlet.busy
         if busy:
             self._send(self.llumlet.poll(self._polled_s))

@@ -247,6 +247,7 @@ class EngineInstance(EngineCoreActor):
         now = time.monotonic()
         self._changed = True
         self._reporter.stepped(now - began if ran else None)
+        self._host.port.stepped(ran)
         if landing:
             pace.took(now - self._stepped_s, prompts=prompts)
         elif ran and not self.batch_queue:

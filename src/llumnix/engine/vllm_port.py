@@ -10,6 +10,9 @@ changes):
   `finished_req_ids`, `reset_preempted_req_ids` (frees runner V2's slot of a request that was
   taken out), `prev_step_scheduled_req_ids` (runner V1 wants all tokens of a resumed request that
   is not in it), `_inflight_prefills`, `finish_requests` (emits nothing).
+- `pause_state`; with PAUSED_ALL nothing is scheduled. `num_waiting_for_streaming_input` sessions
+  wait for their next input in `kv_holding_waiting` and keep their slots. A step that schedules
+  nothing is in `batch_queue` too, with `total_num_scheduled_tokens` 0.
 - A request in `kv_holding_waiting` with status PREEMPTED, computed tokens and blocks is scheduled
   with what is left to compute, which for a decoding request is one token: no prefill.
 - `Request`: `num_computed_tokens` runs ahead by `num_in_flight_tokens`; `num_output_placeholders`
@@ -26,6 +29,7 @@ from typing import Any
 
 import msgspec
 from vllm.sampling_params import SamplingType
+from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.request import Request, RequestStatus
@@ -40,11 +44,13 @@ from llumnix.engine.immovable import why_request_cannot
 from llumnix.engine.load_reader import client_priority
 from llumnix.engine.transfer_client import AgentClient
 
-ABSENT = -1
 WAITING_SHOWN_MAX = 8
 """Waiting requests that may be chosen to move; finding more of them costs sorting the queue."""
 STUCK_STEPS = 3
-"""Steps without anything running after which a request that waits with blocks gives them up."""
+"""Steps in a row that ran nothing, after which a request that waits with blocks gives them up."""
+_ABLE = (RequestStatus.WAITING, RequestStatus.PREEMPTED)
+"""A request that waits in one of these could start. In others it waits for something from outside:
+the next input of a session, a grammar, a KV transfer."""
 
 
 class VllmPort(Arrivals):
@@ -61,10 +67,15 @@ class VllmPort(Arrivals):
         self._stuck_steps = 0
         self._encoder = MsgpackEncoder()
 
-    def stepped(self) -> None:
-        """A step ended, or nothing was there to step."""
-        self._relieve()
-        self.begin_pulls()
+    def stepped(self, ran: bool) -> None:
+        """A step of the engine has ended. `ran`: whether it ran the model."""
+        if ran or not self._deadlocked():
+            self._stuck_steps = 0
+            return
+        self._stuck_steps += 1
+        if self._stuck_steps >= STUCK_STEPS:
+            self._stuck_steps = 0
+            self._relieve()
 
     @property
     def step_s(self) -> float:
@@ -227,19 +238,24 @@ class VllmPort(Arrivals):
             self._places.remove(request)
             self._scheduler.max_num_active_reqs += 1
 
+    def _deadlocked(self) -> bool:
+        """Whether nothing runs because requests that wait hold the KV memory that each of them
+        lacks."""
+        scheduler = self._scheduler
+        flying = any(b.total_num_scheduled_tokens for _, b, _ in self._core.batch_queue or ())
+        if flying or scheduler.running or scheduler.pause_state == PauseState.PAUSED_ALL:
+            return False
+        if scheduler.num_waiting_for_streaming_input >= scheduler.max_num_active_reqs:
+            return False  # Sessions have all slots.
+        able = sum(r.status in _ABLE for r in scheduler.kv_holding_waiting)
+        # What moves hold comes back by itself, and one alone gains nothing if it gives up its own.
+        return able > 1 or (able == 1 and not (self._arriving or self._pins or self._stopped))
+
     def _relieve(self) -> None:
-        """Requests that wait with blocks in their hands cannot be preempted by each other: if
-        nothing runs and none of them can go on, the last gives its blocks up, as vLLM's own
-        preemption would make it."""
+        """Requests that wait with blocks in their hands cannot be preempted by each other: the last
+        gives its blocks up, as vLLM's own preemption would make it."""
         holding = self._scheduler.kv_holding_waiting
-        if self._scheduler.running or not holding or self._core.batch_queue:
-            self._stuck_steps = 0
-            return
-        self._stuck_steps += 1
-        if self._stuck_steps < STUCK_STEPS:
-            return
-        self._stuck_steps = 0
-        last = list(holding)[-1]
+        last = [r for r in holding if r.status in _ABLE][-1]
         holding.remove_requests([last])
         self._kv.free(last)
         last.num_computed_tokens = 0
