@@ -10,9 +10,13 @@ import secrets
 import socket
 from pathlib import Path
 
+import setproctitle
+
 OBJECT_STORE_BYTES = 80 * 2**20
 """Nothing of ours goes through Ray's object store but configuration; this is Ray's smallest."""
 CONNECT_TIMEOUT_S = 5.0
+LOOPBACK_ADDRESS = "127.0.0.1"
+LOOPBACK_INTERFACE = "lo"
 LOG_TAIL_BYTES = 2**18
 
 
@@ -26,6 +30,10 @@ def settle(*, local: bool) -> None:
     os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     # "No cluster over several machines" (the name is Ray's): listen on 127.0.0.1 alone.
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    # So do vLLM's workers, which would otherwise take the address that the host's name has, or that
+    # of the default route. Whatever was set for a run over several hosts is of no use here.
+    os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = LOOPBACK_INTERFACE
+    os.environ["VLLM_HOST_IP"] = LOOPBACK_ADDRESS
     # Ray starts its workers with a lower priority than everything else on the machine.
     os.environ.setdefault("RAY_worker_niceness", "0")
     # A dying actor would kill its children, the one that removes its shared memory among them. Its
@@ -34,6 +42,16 @@ def settle(*, local: bool) -> None:
     # No idle workers: each costs 80 MB and a second of a core, and none is ever used.
     os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     os.environ.setdefault("RAY_enable_worker_prestart", "0")
+
+
+def hide_arguments(argv: list[str]) -> None:
+    """Takes the values of flags, API keys perhaps, out of what `ps` shows of this process and Ray
+    keeps as the job's entry point, for everybody on the cluster to see. Before Ray starts."""
+    words = ["llumnix", "serve"]
+    for place, word in enumerate(argv):
+        if word.startswith("-") or place == 0:  # The model comes first, if there is one.
+            words.append(word.partition("=")[0])
+    setproctitle.setproctitle(" ".join(words))
 
 
 def start_local(folder: Path, *, logs: bool) -> None:
@@ -45,7 +63,7 @@ def start_local(folder: Path, *, logs: bool) -> None:
         include_dashboard=False,
         object_store_memory=OBJECT_STORE_BYTES,
         _temp_dir=str(folder),
-        _node_ip_address="127.0.0.1",
+        _node_ip_address=LOOPBACK_ADDRESS,
         configure_logging=False,
         log_to_driver=logs,
     )

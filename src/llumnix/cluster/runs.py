@@ -4,7 +4,6 @@ Ray places and supervises the actors; what happens when one dies is decided by t
 """
 
 import asyncio
-import copy
 import logging
 import os
 import secrets
@@ -18,11 +17,12 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from llumnix.cluster import ray_runtime
 from llumnix.cluster.addresses import Addresses
+from llumnix.cluster.engine_actor import EngineActor, pack
 from llumnix.config import DeploymentConfig
 from llumnix.core.limits import MigrationLimits
 from llumnix.core.types import ENGINE_INDEX_MAX, EngineIndex, InstanceId
 from llumnix.engine.host import HostSeat
-from llumnix.engine.instance import EngineInstance, InstanceFacts, InstanceSeat
+from llumnix.engine.instance import InstanceFacts, InstanceSeat
 from llumnix.engine.launch import EngineLaunch
 from llumnix.engine.transfer import TransferOptions
 from llumnix.errors import LlumnixError
@@ -98,20 +98,23 @@ class Runs:
                 ),
             }
         actor = (
-            ray.remote(EngineInstance)
+            ray.remote(EngineActor)
             .options(
                 num_cpus=0,
                 max_concurrency=2,
                 max_restarts=0,
-                runtime_env={"env_vars": launch.env},
+                runtime_env={"env_vars": launch.environment_before},
                 **options,
             )
             .remote(
-                seat,
-                copy.deepcopy(launch.vllm_config),
-                launch.addresses,
-                launch.executor_class,
-                launch.log_stats,
+                launch.environment,
+                pack(
+                    seat,
+                    launch.vllm_config,
+                    launch.addresses,
+                    launch.executor_class,
+                    launch.log_stats,
+                ),
             )
         )
         return Run(engine_index=index, actor=actor, group=group)

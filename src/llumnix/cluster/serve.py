@@ -36,6 +36,7 @@ def serve(argv: list[str]) -> int:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     joining, _ = _first_look.parse_known_args(argv)
     ray_runtime.settle(local=joining.ray_address is None)
+    ray_runtime.hide_arguments(argv)
     say("loading vLLM")
     command = parse(argv, say)
     if command.deployment.ray_address != joining.ray_address:

@@ -14,9 +14,8 @@ import queue
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from vllm.utils.network_utils import get_ip
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.engine.core import EngineCoreProc
 
@@ -64,7 +63,7 @@ class HostSeat:
 
     peers: str
     agents: str
-    key: bytes
+    key: bytes = field(repr=False)
     limits: MigrationLimits
     settings: SchedulerSettings
     transfer: TransferOptions
@@ -89,8 +88,14 @@ class LlumletHost:
     """One engine's."""
 
     def __init__(
-        self, engine: EngineCoreProc, index: EngineIndex, seat: HostSeat, on_step: STEP_LINE
+        self,
+        engine: EngineCoreProc,
+        index: EngineIndex,
+        seat: HostSeat,
+        host: str,
+        on_step: STEP_LINE,
     ) -> None:
+        """`host`: this host's address in the cluster."""
         self._engine = engine
         self._index = index
         self._seat = seat
@@ -102,7 +107,7 @@ class LlumletHost:
         self._agents_of: dict[EngineIndex, list[str]] = {}
         self._waiting_here = False
         self._here: queue.SimpleQueue[Pulled] = queue.SimpleQueue()
-        self._host = get_ip() if "{host}" in seat.peers else ""
+        self._host = f"[{host}]" if ":" in host else host  # IPv6.
         peers = seat.peers.format(engine=index, host=self._host)
         self._peers = Peers(peers, self._heard, self._beat)
 

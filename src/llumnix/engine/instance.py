@@ -68,7 +68,8 @@ QUIET_STEPS_MAX = 8
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InstanceSeat:
     """Which run of which instance this is. `slot` of `slots`: its place among the instances that
-    share a CPU host's cores. `controller`: ZMQ address. `event_log`: the file to append to."""
+    share a CPU host's cores. `controller`: ZMQ address. `event_log`: the file to append to. `host`:
+    this host's address in the cluster, which is known only here."""
 
     instance: InstanceId
     engine_index: EngineIndex
@@ -77,6 +78,7 @@ class InstanceSeat:
     controller: str
     llumlet: HostSeat
     event_log: str | None
+    host: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,7 +113,7 @@ class EngineInstance(EngineCoreActor):
             vllm_config, True, addresses, executor_class, log_stats, dp_rank=seat.engine_index
         )
         self._log = EventLog(seat.event_log, who=f"engine {seat.engine_index} {os.getpid()}")
-        self._host = LlumletHost(self, seat.engine_index, seat.llumlet, self._log.step)
+        self._host = LlumletHost(self, seat.engine_index, seat.llumlet, seat.host, self._log.step)
         self._host.start()
         self._reporter = LoadReporter(
             instance=seat.instance,

@@ -2,10 +2,12 @@
 
 vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
 `Executor.get_class`, `EngineZmqAddresses`, `ray_env.get_env_vars_to_copy` (the names of variables
-that an engine in another process needs), `current_platform.ray_device_key`.
+that an engine in another process needs), `WORKER_SPECIFIC_ENV_VARS` (those that belong to one
+process or host), `current_platform.ray_device_key`.
 """
 
 import os
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,16 +16,23 @@ from vllm.platforms import current_platform
 from vllm.ray.ray_env import get_env_vars_to_copy
 from vllm.v1.engine.utils import EngineZmqAddresses
 from vllm.v1.executor import Executor
+from vllm.v1.executor.ray_utils import WORKER_SPECIFIC_ENV_VARS
 
-_ALSO = ("LD_PRELOAD", "NUMEXPR_MAX_THREADS", "PYTHONPATH")
+_ALSO = {"LD_PRELOAD", "NUMEXPR_MAX_THREADS", "PYTHONPATH"}
 _ALSO_PREFIXES = ("TORCHINDUCTOR_", "HF_", "LLUMNIX_")
-_NEVER = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "LOCAL_RANK", "RANK", "VLLM_API_KEY")
+_NEVER = {"OMP_NUM_THREADS", "RANK", "VLLM_API_KEY", "VLLM_PORT", *WORKER_SPECIFIC_ENV_VARS}
+_OF_ONE_HOST = re.compile(r"VLLM_.*_(HOST|IP)|MOONCAKE_REQUESTER_LOCAL_HOSTNAME")
+"""vLLM's variables that name the host itself, to itself or to others: of no use anywhere else."""
+_BEFORE_PYTHON = re.compile(r"(LD_|PYTHON|MALLOC_|NUMEXPR_).*")
+"""What is read as a process starts, or by what Ray itself imports there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineLaunch:
     """The arguments of `EngineInstance` that all instances share. `device`: Ray's name of the
-    devices that one instance needs `devices_per_instance` of; None on a CPU host."""
+    devices that one instance needs `devices_per_instance` of; None on a CPU host. `environment`
+    may hold secrets, so it travels in memory alone; `environment_before`: what the interpreter
+    itself reads, which Ray must set as it starts the process."""
 
     vllm_config: VllmConfig
     addresses: EngineZmqAddresses
@@ -31,15 +40,18 @@ class EngineLaunch:
     log_stats: bool
     device: str | None
     devices_per_instance: int
-    env: dict[str, str] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict, repr=False)
+    environment_before: dict[str, str] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(
         cls, vllm_config: VllmConfig, frontend_input: str, frontend_output: str, log_stats: bool
     ) -> "EngineLaunch":
         """For this configuration and these addresses of the frontend."""
-        names = get_env_vars_to_copy(exclude_vars=set(_NEVER), destination="instances")
-        names |= {*_ALSO, *(n for n in os.environ if n.startswith(_ALSO_PREFIXES))}
+        names = get_env_vars_to_copy(destination="instances")
+        names |= _ALSO | {n for n in os.environ if n.startswith(_ALSO_PREFIXES)}
+        names = {n for n in names - _NEVER if n in os.environ and not _OF_ONE_HOST.fullmatch(n)}
+        before = {n for n in names if _BEFORE_PYTHON.fullmatch(n)}
         return cls(
             vllm_config=vllm_config,
             addresses=EngineZmqAddresses(inputs=[frontend_input], outputs=[frontend_output]),
@@ -47,5 +59,6 @@ class EngineLaunch:
             log_stats=log_stats,
             device=None if current_platform.is_cpu() else current_platform.ray_device_key,
             devices_per_instance=vllm_config.parallel_config.world_size,
-            env={name: os.environ[name] for name in names if name in os.environ},
+            environment={n: os.environ[n] for n in names - before},
+            environment_before={n: os.environ[n] for n in before},
         )

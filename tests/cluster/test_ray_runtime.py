@@ -1,0 +1,35 @@
+"""What Ray, and whoever looks at the process list, is told of the command line; where a run on one
+host listens."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from llumnix.cluster import ray_runtime
+
+
+def test_no_flags_value_is_in_the_job_that_ray_records() -> None:
+    argv = ["a/model", "--api-key", "sk-1", "sk-2", "--hf-token=hf-1", "--port", "8000", "-O3"]
+    code = (
+        "import sys; from llumnix.cluster import ray_runtime;"
+        "ray_runtime.hide_arguments(sys.argv[1:]);"
+        "from ray._private.utils import get_entrypoint_name; print(get_entrypoint_name())"
+    )
+    run = [sys.executable, "-c", code, *argv]
+    told = subprocess.run(run, capture_output=True, text=True, check=True).stdout.strip()
+    told = told.replace(' ""', "").strip('"')  # What is left of the longer line is NULs.
+    assert told == "llumnix serve a/model --api-key --hf-token --port -O3"
+
+
+def test_a_run_on_one_host_tells_every_library_to_stay_on_loopback(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "eth1", "VLLM_HOST_IP": "192.0.2.2"}
+    monkeypatch.setattr(os, "environ", dict(environment))
+    ray_runtime.settle(local=False)
+    assert os.environ.items() >= environment.items()
+    ray_runtime.settle(local=True)
+    assert os.environ["GLOO_SOCKET_IFNAME"] == os.environ["NCCL_SOCKET_IFNAME"] == "lo"
+    assert os.environ["VLLM_HOST_IP"] == "127.0.0.1"
