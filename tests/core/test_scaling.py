@@ -1,17 +1,26 @@
 """How many instances there are: rules as claims."""
 
+import itertools
+from collections.abc import Callable
+
+import pytest
+
 from llumnix.core.events import (
     AddInstances,
     Decision,
+    Dispatch,
+    DrainedBy,
     DrainInstance,
     FleetReported,
     LoadReported,
+    RequestArrived,
     UndrainInstance,
 )
 from llumnix.core.load import ClassLoad, LoadReport
+from llumnix.core.policies.scaling import RETRY_MAX_S, ROW_ENDS_AFTER_S
 from llumnix.core.scheduler import Scheduler
 from llumnix.core.settings import ScalingSettings, SchedulerSettings
-from llumnix.core.types import EngineIndex, InstanceId
+from llumnix.core.types import EngineIndex, InstanceId, RequestId
 
 TOTAL = 10_000
 
@@ -31,6 +40,8 @@ class Fleet:
         self.now = 0.0
         self.sequence = 0
         self.starting = 0
+        self.given_up = 0
+        self.drained_by: DrainedBy = "scheduler"
         self.serving: list[str] = []
         self.draining: list[str] = []
 
@@ -47,12 +58,15 @@ class Fleet:
                 kv_tokens_total=TOTAL,
                 classes=(ClassLoad(), ClassLoad(running=running)),
                 accepting=name not in self.draining,
+                steps=self.sequence,
             )
             self.scheduler.handle(LoadReported(report=report), self.now)
         fact = FleetReported(
             starting=self.starting,
             serving=tuple(InstanceId(i) for i in self.serving),
             draining=tuple(InstanceId(i) for i in self.draining),
+            drained_by={InstanceId(i): self.drained_by for i in self.draining},
+            given_up=self.given_up,
         )
         decided = self.scheduler.handle(fact, self.now)
         assert all(d.why for d in decided)
@@ -167,6 +181,83 @@ def test_an_instance_that_was_given_up_is_made_up_for() -> None:
     (decided,) = f.second(i0=IDLE)
     assert isinstance(decided, AddInstances)
     assert decided.count == 1
+
+
+@pytest.mark.parametrize("by", ["user", "signal"])
+def test_a_drain_that_somebody_else_asked_for_is_not_taken_back(by: DrainedBy) -> None:
+    """At the minimum another is started in its place; under load too."""
+    f = Fleet(least=2)
+    f.serving, f.draining, f.drained_by = ["i0"], ["i1"], by
+    (decided,) = f.second(i0=IDLE)
+    assert decided == AddInstances(count=1, why=decided.why)
+    f = Fleet(least=1)
+    f.serving, f.draining, f.drained_by = ["i0"], ["i1"], by
+    (decided,) = f.until(5, i0=FULL, i1=IDLE)
+    assert isinstance(decided, AddInstances)
+
+
+def test_a_drain_of_which_nobody_says_who_asked_for_it_is_not_taken_back() -> None:
+    f = Fleet(least=2)
+    f.serving = ["i0"]
+    f.second(i0=IDLE)
+    unknown = FleetReported(starting=0, serving=(), draining=(InstanceId("i1"),))
+    decided = f.scheduler.handle(unknown, f.now)
+    assert [type(d) for d in decided] == [AddInstances]
+
+
+def test_an_instance_that_scaling_drains_gets_no_request_from_then_on() -> None:
+    f = Fleet()
+    f.serving = ["i0", "i1"]
+    (decided,) = f.until(30, i0=IDLE, i1=IDLE)
+    assert isinstance(decided, DrainInstance)
+    for n in range(8):
+        asked = RequestArrived(request=RequestId(f"r{n}"), prompt_tokens=10)
+        (placed,) = f.scheduler.handle(asked, f.now)
+        assert isinstance(placed, Dispatch)
+        assert placed.instance != decided.instance
+    f.serving, f.draining = ["i0"], ["i1"]
+    (back,) = f.until(10, i0=FULL, i1=IDLE)
+    assert back == UndrainInstance(instance=decided.instance, why=back.why)
+
+
+def starts_of(f: Fleet, seconds: int, started: Callable[[], None]) -> list[float]:
+    """When instances were started within so many seconds, each of which ends as `started` says."""
+    found = []
+    for _ in range(seconds):
+        for decided in f.second(i0=FULL):
+            assert isinstance(decided, AddInstances)
+            found.append(f.now)
+            started()
+    return found
+
+
+@pytest.mark.parametrize("least", [1, 2], ids=["for the load", "to make up"])
+def test_instances_that_cannot_be_started_are_started_less_and_less_often(least: int) -> None:
+    f = Fleet(least=least)
+    f.serving = ["i0"]
+
+    def fails() -> None:
+        f.given_up += 1
+
+    f.given_up += 1
+    f.second(i0=FULL)
+    hour = starts_of(f, 3600, fails)
+    assert len(hour) < 15
+    pauses = [later - sooner for sooner, later in itertools.pairwise(hour)]
+    assert all(longer >= pause for pause, longer in itertools.pairwise(pauses)), pauses
+    assert 500 < pauses[-1] <= RETRY_MAX_S + 5
+
+
+def test_the_first_that_is_given_up_is_made_up_for_at_once_and_so_is_one_long_after() -> None:
+    f = Fleet(least=2)
+    f.serving = ["i0", "i1"]
+    f.second(i0=IDLE, i1=IDLE)
+    for _ in range(2):
+        f.given_up += 1
+        f.serving = ["i0"]
+        assert f.second(i0=IDLE)
+        f.serving = ["i0", "i1"]
+        assert f.until(int(ROW_ENDS_AFTER_S) + 1, i0=IDLE, i1=IDLE) == []
 
 
 def test_it_waits_for_everybodys_report() -> None:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from llumnix.core.events import (
     Decision,
     Dispatch,
+    DrainInstance,
     Fact,
     FleetReported,
     InstanceLost,
@@ -17,6 +18,7 @@ from llumnix.core.events import (
     PrefixesChanged,
     RequestArrived,
     Tick,
+    UndrainInstance,
 )
 from llumnix.core.policies.dispatch import DISPATCH_POLICIES, Soonest
 from llumnix.core.policies.pairing import Pairing
@@ -56,7 +58,7 @@ class Scheduler:
             case PrefixesChanged():
                 self._learn(fact)
             case FleetReported():
-                return list(self._scaling.decide(self.view, fact, now))
+                return self._scale(fact, now)
         return []
 
     def _place(self, fact: RequestArrived, now: float) -> Decision:
@@ -82,6 +84,15 @@ class Scheduler:
             engine_index=report.engine_index,
             why=why,
         )
+
+    def _scale(self, fact: FleetReported, now: float) -> list[Decision]:
+        decisions = self._scaling.decide(self.view, fact, now)
+        for decision in decisions:
+            if isinstance(decision, DrainInstance):
+                self.view.drain(decision.instance, now)
+            elif isinstance(decision, UndrainInstance):
+                self.view.undrain(decision.instance)
+        return list(decisions)
 
     def _learn(self, fact: PrefixesChanged) -> None:
         if not isinstance(self._dispatch, Soonest):

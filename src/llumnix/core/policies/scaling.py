@@ -4,10 +4,14 @@ Rules
 - The mean is pooled: spare tokens of all instances that stay over all their requests. Instances
   that are starting count as empty ones, so one shortage is not answered twice.
 - Below the range for `up_after_s`: first a drain is taken back, then as many are started as bring
-  the mean back into the range.
+  the mean back into the range. Only drains that the scheduler itself decided are taken back: what a
+  user or a signal asked for stays, though an instance more be started in its place.
 - Above it for `down_after_s`, with nothing starting, draining or settling: the one with the fewest
   requests is emptied, but only if the mean of the others stays within the range.
-- Fewer than the minimum (an instance was given up) are made up for at once.
+- Fewer than the minimum (an instance was given up) are made up for at once. What kills one instance
+  may kill the next: after the second that was given up in a row nothing is started for
+  `RETRY_FIRST_S`, after each further one for twice as long, up to `RETRY_MAX_S`. The row ends when
+  none has been given up for `ROW_ENDS_AFTER_S`.
 """
 
 import math
@@ -24,6 +28,10 @@ from llumnix.core.view import ClusterView
 
 TARGET = 1.25
 """A change must leave the mean freeness this many times the lower bound."""
+RETRY_FIRST_S = 10.0
+RETRY_MAX_S = 600.0
+ROW_ENDS_AFTER_S = 1800.0
+"""Longer than the longest pause and a start together, or a row would never go beyond it."""
 
 
 class Scaling:
@@ -34,6 +42,7 @@ class Scaling:
         self._below_since_s: float | None = None
         self._above_since_s: float | None = None
         self._changed_s = -math.inf
+        self._failures = _Failures()
 
     def decide(self, view: ClusterView, fleet: FleetReported, now: float) -> list[ScalingDecision]:
         """What to change now, if anything."""
@@ -44,6 +53,7 @@ class Scaling:
         there = len(fleet.serving) + fleet.starting
         if fleet.starting:
             self._changed_s = now
+        self._failures.note(fleet.given_up, now)
         if there < least:
             return self._grow(least - there, fleet, now, f"{there} of at least {least} are there")
         serving = [v for i in fleet.serving if (v := view.get(i)) is not None]
@@ -81,13 +91,36 @@ class Scaling:
     def _grow(
         self, count: int, fleet: FleetReported, now: float, why: str
     ) -> list[ScalingDecision]:
-        self._below_since_s = None
-        self._changed_s = now
-        back = fleet.draining[:count]
-        decisions: list[ScalingDecision] = [UndrainInstance(instance=i, why=why) for i in back]
-        if len(back) < count:
-            decisions.append(AddInstances(count=count - len(back), why=why))
+        own = [i for i in fleet.draining if fleet.drained_by.get(i) == "scheduler"]
+        decisions: list[ScalingDecision] = [
+            UndrainInstance(instance=i, why=why) for i in own[:count]
+        ]
+        if len(own) < count and now >= self._failures.pause_until_s:
+            decisions.append(AddInstances(count=count - len(own), why=why))
+        if decisions:
+            self._below_since_s = None
+            self._changed_s = now
         return decisions
+
+
+class _Failures:
+    """Instances that were given up in a row, whichever they were."""
+
+    def __init__(self) -> None:
+        self._total: int | None = None
+        self._in_a_row = 0
+        self._last_s = -math.inf
+        self.pause_until_s = -math.inf
+
+    def note(self, given_up: int, now: float) -> None:
+        """The fleet's running total. Several at a time count as one: they have one cause."""
+        if self._total is not None and given_up > self._total:
+            self._in_a_row = 1 if now - self._last_s > ROW_ENDS_AFTER_S else self._in_a_row + 1
+            self._last_s = now
+            if self._in_a_row > 1:
+                pause_s = RETRY_FIRST_S * 2 ** min(self._in_a_row - 2, 16)
+                self.pause_until_s = now + min(pause_s, RETRY_MAX_S)
+        self._total = given_up
 
 
 def _since(since_s: float | None, holds: bool, now: float) -> float | None:
