@@ -5,6 +5,7 @@ these fields. vLLM's own flags are vLLM's to declare, the scheduler's finer knob
 core/settings.py's: `read_settings` reads them from a YAML file and puts the flags on top.
 """
 
+import ipaddress
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
@@ -17,16 +18,22 @@ from llumnix.core.policies.presets import POLICIES
 from llumnix.core.settings import PriorityClass, SchedulerSettings
 from llumnix.errors import UsageError
 
+BODY_MAX_MB = 64
+"""vLLM takes audio of up to 25 MB; as many bytes again are left for a few photographs in base64."""
+ADMIN_API_KEY_VARIABLE = "LLUMNIX_ADMIN_API_KEY"
+API_KEY_VARIABLE = "VLLM_API_KEY"
 
-def knob(default: Any, help: str, **flag: Any) -> Any:
-    """A field that becomes a command-line flag; `flag` goes to argparse."""
-    return field(default=default, metadata={"help": help, "flag": flag})
+
+def knob(default: Any, help: str, *, secret: bool = False, **flag: Any) -> Any:
+    """A field that becomes a command-line flag; `flag` goes to argparse. `secret`: left out of
+    the configuration's repr."""
+    return field(default=default, repr=not secret, metadata={"help": help, "flag": flag})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeploymentConfig:
-    """How many instances, scheduled how, reachable for whom. `scheduler`: what `policy`,
-    `min_instances`, `max_instances`, `priority_class` and `scheduler_config` come to."""
+    """How many instances, scheduled how, reachable for whom and for what. `scheduler`: what
+    `policy`, `min_instances`, `max_instances`, `priority_class` and `scheduler_config` come to."""
 
     instances: int = knob(2, "How many vLLM instances to start.", type=int, metavar="N")
     policy: str | None = knob(
@@ -71,8 +78,34 @@ class DeploymentConfig:
     )
     insecure: bool = knob(
         False,
-        "Serve beyond loopback without an --api-key.",
+        "Serve beyond loopback without an --api-key; or with one, and let it administer there "
+        "without an --admin-api-key.",
         action="store_true",
+    )
+    api_key_file: str | None = knob(
+        None, "File with more keys like --api-key's, one a line.", metavar="FILE"
+    )
+    admin_api_key: Sequence[str] | None = knob(
+        None,
+        "Keys that also administer: our routes that change something or show others' requests, "
+        f"and vLLM's that concern the engines. Default: ${ADMIN_API_KEY_VARIABLE}.",
+        secret=True,
+        nargs="+",
+        metavar="KEY",
+    )
+    admin_api_key_file: str | None = knob(
+        None, "File with more keys like --admin-api-key's, one a line.", metavar="FILE"
+    )
+    allowed_host: Sequence[str] | None = knob(
+        None,
+        "A name that requests without a key may be addressed to, beside names and addresses of "
+        "this machine: that of a reverse proxy which passes its own Host on. Again for each; * "
+        "for any.",
+        action="append",
+        metavar="NAME",
+    )
+    max_body_mb: float = knob(
+        BODY_MAX_MB, "The largest request body, in MB.", type=float, metavar="MB"
     )
     scheduler: SchedulerSettings = field(default_factory=SchedulerSettings)
 
@@ -84,6 +117,8 @@ class DeploymentConfig:
                 f"--migration-bandwidth {self.migration_bandwidth}: must be above 0; leave it out "
                 "for no limit"
             )
+        if not self.max_body_mb > 0:
+            raise UsageError(f"--max-body-mb {self.max_body_mb}: must be above 0")
         if self.event_log is not None and not Path(self.event_log).absolute().parent.is_dir():
             raise UsageError(
                 f"--event-log {self.event_log}: its folder does not exist; make it first"
@@ -124,6 +159,43 @@ def knobs() -> list[tuple[str, Any, dict[str, Any]]]:
         for f in fields(DeploymentConfig)
         if "flag" in f.metadata
     ]
+
+
+def read_keys(path: str, flag: str) -> list[str]:
+    """The API keys in a file, one a line; blank lines and lines that begin with # do not count.
+    `UsageError` names the flag and the file, never a key."""
+    try:
+        lines = [line.strip() for line in Path(path).read_text().splitlines()]
+    except OSError as error:
+        raise UsageError(f"{flag} {path} cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{flag} {path} is no text; write one key a line") from error
+    keys = [line for line in lines if line and not line.startswith("#")]
+    if not keys:
+        raise UsageError(f"{flag} {path} holds no key; write one a line")
+    return check_keys(keys, f"{flag} {path}")
+
+
+def check_keys(keys: Sequence[str], where: str) -> list[str]:
+    """The keys, if each can be sent in a header; else `UsageError`, which never names a key."""
+    for key in keys:
+        if not key:
+            raise UsageError(f"{where}: a key is empty (a variable that is not set?)")
+        if not key.isascii() or not key.isprintable() or " " in key:
+            raise UsageError(
+                f"{where}: a key may have letters, digits and signs of ASCII alone, and no spaces"
+            )
+    return list(keys)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach the address."""
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def read_settings(path: str | None) -> SchedulerSettings:

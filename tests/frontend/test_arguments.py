@@ -1,13 +1,18 @@
-"""What the parsed command line becomes: the configuration that every instance gets."""
+"""What the parsed command line becomes: the configuration that every instance gets, and the rules
+of the gate."""
 
+import os
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("vllm")
 
+from vllm import SamplingParams
+
 from llumnix.errors import UsageError
-from llumnix.frontend.arguments import ServeCommand, parse
+from llumnix.frontend.access import Access, digests
+from llumnix.frontend.arguments import ServeCommand, parse, settle_variables
 
 
 def parsed(model: Path, *flags: str) -> ServeCommand:
@@ -41,3 +46,108 @@ def test_what_differs_from_vllms_defaults_is_in_the_configuration(tiny_model: Pa
     assert command.vllm_config.cache_config.kv_cache_memory_bytes == 2**30
     assert command.vllm_config.model_config.enforce_eager
     assert not command.vllm_config.model_config.multimodal_config
+
+
+def test_n_is_bounded_as_openai_bounds_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_MAX_N_SEQUENCES", "")  # So that it is taken back afterwards.
+    del os.environ["VLLM_MAX_N_SEQUENCES"]
+    settle_variables()
+    assert SamplingParams(n=128).n == 128
+    with pytest.raises(ValueError, match="n must be at most 128, got 129"):
+        SamplingParams(n=129)
+    os.environ["VLLM_MAX_N_SEQUENCES"] = "200"
+    settle_variables()
+    assert SamplingParams(n=200).n == 200
+
+
+# -- who may do what
+
+
+def access(model: Path, *flags: str, said: list[str] | None = None) -> Access:
+    command = parse(["serve", str(model), *flags], say=(said if said is not None else []).append)
+    found: Access = command.args.access
+    return found
+
+
+def test_keys_come_from_flags_files_and_else_from_variables(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "keys"
+    file.write_text("# ours\nc\n\n  d  \n")
+    file.chmod(0o600)
+    monkeypatch.setenv("VLLM_API_KEY", "e")
+    monkeypatch.setenv("LLUMNIX_ADMIN_API_KEY", "f")
+    said: list[str] = []
+    both = access(tiny_model, "--api-key", "a", "b", "--api-key-file", str(file), said=said)
+    assert both.client_digests == digests("abcd")
+    assert both.admin_digests == digests("f")
+    assert said == []
+    monkeypatch.setenv("VLLM_API_KEY", "e")
+    file.chmod(0o644)
+    other = access(tiny_model, "--admin-api-key-file", str(file), said=said)
+    assert other.client_digests == digests("e")
+    assert other.admin_digests == digests("cd")
+    assert said == [
+        f"warning: --admin-api-key-file {file} can be read by every user here; chmod 600 it"
+    ]
+
+
+def test_keys_are_left_neither_in_the_arguments_nor_in_the_environment(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", "sesame-variable")
+    monkeypatch.setenv("LLUMNIX_ADMIN_API_KEY", "sesame-variable-too")
+    command = parsed(tiny_model, "--api-key", "sesame-one", "--admin-api-key", "sesame-two")
+    assert "sesame" not in repr(command)
+    assert not [name for name, value in os.environ.items() if "sesame" in value]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--api-key", ""], "--api-key: a key is empty"),
+        (["--api-key", "sch\u00f6n"], "--api-key: a key may have letters"),
+        (["--admin-api-key", "two words"], "--admin-api-key: a key may have letters"),
+        (["--api-key", "x", "--admin-api-key", "y", "x"], "both an --api-key and an --admin"),
+        (["--api-key-file", "/nowhere"], r"--api-key-file /nowhere cannot be read \(No such"),
+        (["--admin-api-key-file", "{empty}"], "holds no key; write one a line"),
+        (["--admin-api-key-file", "{binary}"], "is no text; write one key a line"),
+        (["--max-body-mb", "0"], "--max-body-mb 0.0: must be above 0"),
+    ],
+)
+def test_a_bad_key_or_file_is_told_in_one_line(
+    tiny_model: Path, tmp_path: Path, flags: list[str], said: str
+) -> None:
+    (tmp_path / "empty").write_text("# none yet\n\n")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe")
+    words = [f.format(empty=tmp_path / "empty", binary=tmp_path / "binary") for f in flags]
+    with pytest.raises(UsageError, match=said) as refused:
+        parsed(tiny_model, *words)
+    assert "\n" not in str(refused.value)
+
+
+def test_beyond_loopback_a_client_does_not_administer_unless_told(tiny_model: Path) -> None:
+    said: list[str] = []
+    away = ["--host", "0.0.0.0", "--api-key", "a"]
+    assert access(tiny_model, "--api-key", "a", said=said).clients_administer
+    assert access(tiny_model, "--uds", "/tmp/x", "--api-key", "a", said=said).clients_administer
+    assert access(tiny_model, *away, "--insecure", said=said).clients_administer
+    assert said == []
+    assert not access(tiny_model, *away, "--admin-api-key", "b", said=said).clients_administer
+    assert said == []
+    assert not access(tiny_model, *away, said=said).clients_administer
+    assert said == [
+        "warning: without an --admin-api-key nobody can add, drain or move on this server"
+    ]
+    with pytest.raises(UsageError, match="reachable from elsewhere"):  # The model would be open.
+        parsed(tiny_model, "--host", "0.0.0.0", "--admin-api-key", "b")
+
+
+def test_the_host_header_counts_on_loopback_or_where_names_are_given(tiny_model: Path) -> None:
+    assert access(tiny_model).hosts == frozenset()
+    assert access(tiny_model, "--uds", "/tmp/x").hosts is None
+    away = ["--host", "0.0.0.0", "--insecure"]
+    assert access(tiny_model, *away).hosts is None
+    names = ["--allowed-host", "LLM.example", "--allowed-host", "b.example"]
+    assert access(tiny_model, *away, *names).hosts == {"llm.example", "b.example"}
+    assert access(tiny_model, "--allowed-origins", '["http://a"]').origins == ("http://a",)

@@ -1,39 +1,96 @@
-"""The outermost layer: the key, stopping, and the header that names the instance."""
+"""The outermost layer: keys, pages, sizes, stopping, and the header that names the instance."""
 
 import asyncio
+import json
+from collections.abc import AsyncIterator
 from types import SimpleNamespace
-from typing import Any
+from typing import Annotated, Any
 
 import httpx
 import pytest
-from fastapi import FastAPI
+from fastapi import Body, FastAPI, Request
 from fastapi.responses import PlainTextResponse, StreamingResponse
 
 pytest.importorskip("vllm")
 
+from starlette.middleware.cors import CORSMiddleware
+
 from llumnix.core.types import InstanceId
+from llumnix.frontend.access import Access, digests, needs_admin
 from llumnix.frontend.context import current_http_request
+from llumnix.frontend.control import control_app
 from llumnix.frontend.gate import Gate
 
+PAGE = "http://page.example"
+KEY = {"Authorization": "Bearer secret"}
 
-def application(keys: list[str] | None = None, stopping: bool = False, root: str = "") -> FastAPI:
+
+def application(
+    keys: list[str] | None = None,
+    *,
+    admins: list[str] | None = None,
+    administer: bool = True,
+    hosts: frozenset[str] | None = frozenset(),
+    origins: tuple[str, ...] = (),
+    stopping: bool = False,
+    root: str = "",
+    body_mb: float = 0.001,
+) -> FastAPI:
+    """An application behind the gate, with CORS further in as vLLM has it. A mounted application
+    answers every method and every path that begins with /metrics, as vLLM's does."""
     app = FastAPI(root_path=root)
 
-    @app.api_route("/{path:path}", methods=["GET", "POST", "OPTIONS"])
+    async def mounted(scope: Any, receive: Any, send: Any) -> None:
+        await PlainTextResponse("inside")(scope, receive, send)
+
+    app.mount("/metrics", mounted)
+
+    @app.post("/v1/parsed")
+    async def parsed(body: Annotated[Any, Body()]) -> Any:
+        http = current_http_request.get()
+        assert http is not None
+        return {"body": body, "tier": http.service_tier, "key": http.key}
+
+    @app.post("/v1/streamed")
+    async def streamed(request: Request) -> Any:
+        return {"bytes": sum([len(part) async for part in request.stream()])}
+
+    @app.api_route("/{path:path}", methods=["GET", "POST", "DELETE"])
     async def anything(path: str) -> PlainTextResponse:
         return PlainTextResponse("inside")
 
     async def control(scope: Any, receive: Any, send: Any) -> None:
         await PlainTextResponse("ours")(scope, receive, send)
 
+    app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"])
     app.add_middleware(Gate)
-    app.state.args = SimpleNamespace(api_key=keys)
+    app.state.args = SimpleNamespace(
+        access=Access(
+            client_digests=digests(keys or ()),
+            admin_digests=digests(admins or ()),
+            clients_administer=administer,
+            hosts=hosts,
+            origins=origins,
+        ),
+        allowed_origins=origins,
+        allow_credentials=False,
+        allowed_methods=["*"],
+        allowed_headers=["*"],
+        max_body_mb=body_mb,
+    )
     app.state.engine_client = SimpleNamespace(stopping=stopping, open_http=0, control_app=control)
     return app
 
 
 def client(app: FastAPI) -> httpx.AsyncClient:
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://t")
+
+
+def reason(answer: httpx.Response) -> tuple[int, Any]:
+    return answer.status_code, answer.json()["error"]["code"]
+
+
+# -- keys
 
 
 PATHS = [
@@ -49,8 +106,50 @@ async def test_the_key_guards_every_path(path: str) -> None:
         assert (await http.post(path)).status_code == 401
         wrong = {"Authorization": "Bearer other"}
         assert (await http.get(path, headers=wrong)).status_code == 401
-        right = {"Authorization": "Bearer secret"}
-        assert (await http.get(path, headers=right)).status_code == 200
+        assert (await http.get(path, headers=KEY)).status_code == 200
+
+
+@pytest.mark.parametrize("method", ["OPTIONS", "HEAD", "PUT", "PROPFIND", "BREW"])
+@pytest.mark.parametrize("path", ["/metrics", "/metricsfoo", "/metrics/x", "/v1/models"])
+async def test_no_method_gets_in_without_the_key(method: str, path: str) -> None:
+    async with client(application(["secret"])) as http:
+        for headers in ({}, {"Origin": PAGE}, {"Access-Control-Request-Method": "GET"}):
+            assert (await http.request(method, path, headers=headers)).status_code == 401
+
+
+async def test_a_preflight_is_answered_and_reaches_no_application() -> None:
+    async with client(application(["secret"], origins=(PAGE,))) as http:
+        for path in ("/metrics", "/metricsfoo", "/v1/chat/completions", "/llumnix/v1/instances"):
+            asked = {"Origin": PAGE, "Access-Control-Request-Method": "POST"}
+            asked["Access-Control-Request-Headers"] = "authorization"
+            answer = await http.request("OPTIONS", path, headers=asked)
+            assert (answer.status_code, answer.text) == (200, "OK")
+            assert answer.headers["access-control-allow-origin"] == PAGE
+            assert answer.headers["access-control-allow-headers"] == "authorization"
+            asked["Origin"] = "http://evil.example"
+            answer = await http.request("OPTIONS", path, headers=asked)
+            assert (answer.status_code, answer.text) == (400, "Disallowed CORS origin")
+
+
+async def test_anthropics_header_carries_a_key_too() -> None:
+    async with client(application(["secret"])) as http:
+        for headers in (
+            {"x-api-key": "secret"},
+            {"x-api-key": "secret", "Authorization": ""},
+            {"x-api-key": "secret", "Authorization": "Basic dTpw"},
+            {"Authorization": "bearer secret"},
+        ):
+            answer = await http.post("/v1/parsed", headers=headers, json=1)
+            assert answer.json()["key"] == "secret"  # What caps by key go by.
+        for headers in (
+            {"x-api-key": "other"},
+            {"x-api-key": ""},
+            {"Authorization": "Basic secret"},
+            {"Authorization": "secret"},
+            {"Authorization": "Bearer secretsecret"},
+            {"Authorization": "Bearer secret "},
+        ):
+            assert (await http.post("/v1/parsed", headers=headers, json=1)).status_code == 401
 
 
 async def test_health_is_open_and_any_of_several_keys_will_do() -> None:
@@ -68,19 +167,285 @@ async def test_a_root_path_opens_nothing() -> None:
         assert (await http.get("/api/health")).status_code == 200
 
 
+async def websocket(app: FastAPI, **headers: str) -> int:
+    """The status that a WebSocket's opening is refused with; 0 if it gets in."""
+    statuses: list[int] = []
+
+    async def send(message: Any) -> None:
+        statuses.append(message.get("status", 0))
+
+    async def inside(scope: Any, receive: Any, send: Any) -> None:
+        statuses.append(0)
+
+    scope = {
+        "type": "websocket", "path": "/v1/realtime", "root_path": "", "app": app,
+        "headers": [(n.encode(), v.encode()) for n, v in headers.items()],
+        "extensions": {"websocket.http.response": {}},
+    }  # fmt: skip
+    await Gate(inside)(scope, None, send)  # type: ignore[arg-type]
+    return statuses[0]
+
+
 async def test_a_websocket_needs_the_key_too() -> None:
+    assert await websocket(application(["a"])) == 401
+    assert await websocket(application(["a"]), authorization="Bearer a") == 0
+
+
+async def test_a_page_of_another_origin_opens_no_websocket() -> None:
+    assert await websocket(application(), origin=PAGE, host="t") == 403
+    assert await websocket(application(), origin="http://t", host="t") == 0
+    assert await websocket(application(origins=(PAGE,)), origin=PAGE, host="t") == 0
+
+
+# -- administrators
+
+ADMINISTRATION = [
+    ("POST", "/llumnix/v1/instances"), ("DELETE", "/llumnix/v1/instances/i0"),
+    ("POST", "/llumnix/v1/instances/i0/drain"), ("POST", "/llumnix/v1/migrations"),
+    ("GET", "/llumnix/v1/requests"), ("GET", "/llumnix/v1/migrations"),
+    ("GET", "/llumnix/v1/migrations/m1"), ("POST", "/sleep"), ("POST", "/pause"),
+    ("POST", "/collective_rpc"), ("POST", "/start_profile"), ("POST", "/v1/load_lora_adapter"),
+    ("POST", "/v1/load_lora_adapter/"), ("GET", "/server_info"), ("GET", "/metricsfoo"),
+    ("POST", "/unheard-of"), ("POST", "/inference/v1/abort_requests"), ("DELETE", "/adapters/x"),
+]  # fmt: skip
+USE = [
+    ("POST", "/v1/chat/completions"), ("GET", "/v1/models"), ("POST", "/tokenize"),
+    ("POST", "/invocations"), ("GET", "/metrics"), ("GET", "/version"), ("GET", "/docs"),
+    ("GET", "/llumnix/v1/instances"), ("POST", "/v2/rerank"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "path"), ADMINISTRATION)
+@pytest.mark.parametrize("root", ["", "/api"])
+async def test_with_an_admin_key_an_ordinary_one_does_not_administer(
+    method: str, path: str, root: str
+) -> None:
+    async with client(application(["secret"], admins=["root"], root=root)) as http:
+        refused = await http.request(method, root + path, headers=KEY)
+        assert reason(refused) == (403, "admin_key_required")
+        assert (await http.request(method, root + path)).status_code == 401
+        for admin in ({"Authorization": "Bearer root"}, {**KEY, "x-api-key": "root"}):
+            assert (await http.request(method, root + path, headers=admin)).status_code == 200
+
+
+@pytest.mark.parametrize(("method", "path"), USE)
+async def test_both_kinds_of_key_use_the_model(method: str, path: str) -> None:
+    async with client(application(["secret"], admins=["root"])) as http:
+        for key in ("secret", "root"):
+            headers = {"Authorization": f"Bearer {key}"}
+            assert (await http.request(method, path, headers=headers)).status_code == 200
+        assert (await http.request(method, path)).status_code == 401
+
+
+async def test_an_admin_key_alone_leaves_the_model_open() -> None:
+    async with client(application(admins=["root"])) as http:
+        assert (await http.post("/v1/completions")).status_code == 200
+        assert (await http.post("/v1/completions", headers=KEY)).status_code == 200
+        for headers in ({}, KEY):
+            assert (await http.post("/sleep", headers=headers)).status_code == 401
+        assert (await http.post("/sleep", headers={"x-api-key": "root"})).status_code == 200
+
+
+async def test_where_no_key_administers_nobody_does() -> None:
+    async with client(application(["secret"], administer=False)) as http:
+        answer = await http.delete("/llumnix/v1/instances/i0", headers=KEY)
+        assert reason(answer) == (403, "admin_key_required")
+        assert "--admin-api-key" in answer.json()["error"]["message"]
+        assert (await http.get("/llumnix/v1/instances", headers=KEY)).status_code == 200
+
+
+@pytest.mark.parametrize(("method", "path"), ADMINISTRATION)
+async def test_without_admin_keys_every_key_administers(method: str, path: str) -> None:
+    async with client(application(["secret"])) as http:
+        assert (await http.request(method, path, headers=KEY)).status_code == 200
+    async with client(application()) as http:
+        assert (await http.request(method, path)).status_code == 200
+
+
+def test_no_key_is_in_a_repr() -> None:
+    app = application(["secret"], admins=["root"])
+    access = app.state.args.access
+    caller = access.caller({"authorization": "Bearer secret"})
+    assert caller.key == "secret"
+    assert "secret" not in repr(app.state.args) + repr(caller)
+
+
+def test_a_path_that_looks_like_a_listed_one_is_not() -> None:
+    for path in ("/v1", "/v1x", "/V1/models", "//v1/models", "/versionx", "/", "/llumnix"):
+        assert needs_admin("GET", path), path
+    assert needs_admin("POST", "/llumnix/v1/instances/")
+    assert not needs_admin("GET", "/llumnix/v1/instances/")
+
+
+# -- web pages, where no key guards
+
+OWN = [
+    "127.0.0.1", "127.0.0.1:8000", "localhost", "LOCALHOST:8000", "localhost.", "x.localhost:1",
+    "[::1]", "[::1]:8000", "[::ffff:127.0.0.1]:8", "192.0.2.7:8000", "llumnix:8000", "",
+]  # fmt: skip
+STRANGE = [
+    "evil.example", "evil.example:8000", "127.0.0.1.evil.example", "localhost.evil.example",
+    "evil.example.", "[evil.example]", "localhost.evil.example:80", "1.2.3",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/metrics", "/llumnix/v1/instances"])
+async def test_a_name_of_somebody_elses_does_not_lead_here(path: str) -> None:
+    async with client(application()) as http:
+        for host in OWN:
+            assert (await http.get(path, headers={"Host": host})).status_code == 200, host
+        for host in STRANGE:
+            headers = {"Host": host, "Origin": f"http://{host}"}
+            for method in ("GET", "POST"):
+                answer = await http.request(method, path, headers=headers)
+                assert reason(answer) == (403, "host_not_allowed"), host
+
+
+async def test_a_name_that_is_allowed_a_key_or_a_socket_lead_here() -> None:
+    headers = {"Host": "LLM.corp.example:443"}
+    for app in (
+        application(hosts=frozenset({"llm.corp.example"})),
+        application(hosts=frozenset({"*"})),
+        application(hosts=None),
+    ):
+        async with client(app) as http:
+            assert (await http.get("/v1/models", headers=headers)).status_code == 200
+    async with client(application(["secret"])) as http:
+        assert (await http.get("/v1/models", headers={**headers, **KEY})).status_code == 200
+        assert (await http.get("/v1/models", headers=headers)).status_code == 401
+
+
+@pytest.mark.parametrize("path", ["/llumnix/v1/instances", "/sleep", "/v1/audio/transcriptions"])
+async def test_a_page_of_another_origin_changes_nothing(path: str) -> None:
+    foreign = {"Origin": "http://evil.example", "Content-Type": "text/plain"}
+    async with client(application()) as http:
+        assert reason(await http.post(path, headers=foreign)) == (403, "foreign_origin")
+        assert (await http.post(path, headers={"Origin": "null"})).status_code == 403
+        assert (await http.get(path, headers=foreign)).status_code == 200
+        for own in ({"Origin": "http://t"}, {"Origin": "http://T"}, {}):
+            assert (await http.post(path, headers=own)).status_code == 200
+    async with client(application(origins=(PAGE,))) as http:
+        assert (await http.post(path, headers={"Origin": PAGE})).status_code == 200
+        assert (await http.post(path, headers=foreign)).status_code == 403
+    async with client(application(["secret"])) as http:  # No page knows the key by itself.
+        assert (await http.post(path, headers={**foreign, **KEY})).status_code == 200
+
+
+async def test_json_of_another_origin_was_asked_for_before_but_does_not_administer() -> None:
+    headers = {"Origin": PAGE, "Content-Type": "application/json; charset=utf-8"}
+    for origins in ((), ("*",)):
+        async with client(application(origins=origins)) as http:
+            assert (await http.post("/v1/chat/completions", headers=headers)).status_code == 200
+            answer = await http.post("/v1/load_lora_adapter", headers=headers)
+            assert reason(answer) == (403, "foreign_origin")
+
+
+async def test_what_the_gate_answers_itself_carries_cors_headers() -> None:
+    page = {"Origin": PAGE}
+    strange = {**page, "Host": "evil.example"}
+    large = {**page, **KEY, "Content-Length": "2000"}
+    for app, headers, status in [
+        (application(["secret"], origins=(PAGE,)), page, 401),
+        (application(origins=(PAGE,)), strange, 403),
+        (application(stopping=True, origins=(PAGE,)), page, 503),
+        (application(["secret"], origins=(PAGE,)), large, 413),
+        (application(origins=(PAGE,)), page, 200),
+    ]:
+        async with client(app) as http:
+            for path in ("/v1/completions", "/llumnix/v1/instances"):
+                answer = await http.post(path, headers=headers)
+                assert answer.status_code == status
+                assert answer.headers.get_list("access-control-allow-origin") == [PAGE]
+
+
+# -- bodies
+
+
+def parts(*sizes: int) -> AsyncIterator[bytes]:
+    async def each() -> AsyncIterator[bytes]:
+        for size in sizes:
+            yield b"1" * size
+
+    return each()
+
+
+@pytest.mark.parametrize("path", ["/v1/parsed", "/v1/streamed"])
+async def test_a_body_over_the_limit_is_refused_by_its_length_or_when_it_comes(path: str) -> None:
+    async with client(application()) as http:
+        headers = {"Content-Type": "application/json"}
+        for content in (b"1" * 1000, parts(500, 500), parts(*[1] * 1000)):
+            answer = await http.post(path, headers=headers, content=content)
+            assert answer.status_code == 200
+        for content in (b"1" * 1001, parts(500, 501), parts(5000), parts(*[1] * 1001)):
+            answer = await http.post(path, headers=headers, content=content)
+            assert answer.status_code == 413
+            assert "larger than 1000 bytes; --max-body-mb" in answer.text
+
+
+async def test_a_body_of_a_length_that_is_too_large_is_not_read() -> None:
     sent: list[Any] = []
 
     async def send(message: Any) -> None:
         sent.append(message)
 
-    app = application(["a"])
-    scope = {
-        "type": "websocket", "path": "/v1/realtime", "headers": [], "root_path": "", "app": app,
-        "extensions": {"websocket.http.response": {}},
-    }  # fmt: skip
-    await Gate(app)(scope, None, send)  # type: ignore[arg-type]
-    assert sent[0]["status"] == 401
+    async def receive() -> Any:
+        raise AssertionError("read")
+
+    for path in ("/v1/parsed", "/llumnix/v1/migrations"):
+        scope = {
+            "type": "http", "path": path, "method": "POST", "app": application(),
+            "headers": [(b"content-length", b"1001")],
+        }  # fmt: skip
+        await Gate(receive)(scope, receive, send)  # type: ignore[arg-type]
+        assert sent[-2]["status"] == 413
+        assert json.loads(sent[-1]["body"])["error"]["code"] == 413
+
+
+async def test_our_own_routes_have_the_limit_and_openais_form_of_errors() -> None:
+    app = application()
+    app.state.engine_client.control_app = control_app(None, None)  # type: ignore[arg-type]
+    async with client(app) as http:
+        headers = {"Content-Type": "application/json"}
+        order = await http.post("/llumnix/v1/migrations", headers=headers, content=parts(1001))
+        assert reason(order) == (413, 413)
+        assert reason(await http.get("/llumnix/v1/nothing")) == (404, 404)
+        assert reason(await http.put("/llumnix/v1/migrations")) == (405, 405)
+
+
+async def test_a_packed_body_is_not_unpacked() -> None:
+    async with client(application()) as http:
+        headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+        answer = await http.post("/v1/parsed", headers=headers, content=b"\x1f\x8b" + bytes(90))
+        assert answer.status_code in (400, 422)
+
+
+TIERS = [
+    (b'{"a": [1], "service_tier": "priority"}', "priority"),
+    (b'{"service_tier" : "flex", "messages": [{"content": "x"}]}', "flex"),
+    (b'{"tools": [{"service_tier": "priority"}]}', None),
+    (b'{"content": "say \\"service_tier\\": \\"priority\\""}', None),
+    (b'{"service_tier": null}', None),
+    (b'{"service_tier": 5}', None),
+    (b'{"a": ' + b"[" * 200 + b"]" * 200 + b', "service_tier": "auto"}', "auto"),
+]
+
+
+@pytest.mark.parametrize(("body", "tier"), TIERS)
+@pytest.mark.parametrize("size", [1, 7, 13, 14, 4096])
+async def test_the_service_tier_is_found_wherever_a_body_is_cut(
+    body: bytes, tier: str | None, size: int
+) -> None:
+    async def pieces() -> AsyncIterator[bytes]:
+        for at in range(0, len(body), size):
+            yield body[at : at + size]
+
+    async with client(application()) as http:
+        headers = {"Content-Type": "application/json"}
+        answer = await http.post("/v1/parsed", headers=headers, content=pieces())
+        assert answer.json()["tier"] == tier
+
+
+# -- stopping, and what answers carry
 
 
 async def test_while_stopping_nothing_new_comes_in() -> None:
@@ -91,15 +456,6 @@ async def test_while_stopping_nothing_new_comes_in() -> None:
             assert answer.json()["error"]["message"] == "The server is stopping."
             assert answer.headers["retry-after"] == "1"
         assert (await http.get("/llumnix/v1/instances")).text == "ours"
-
-
-async def test_a_page_of_another_origin_cannot_add_instances() -> None:
-    async with client(application()) as http:
-        foreign = {"Origin": "http://evil.example"}
-        assert (await http.post("/llumnix/v1/instances", headers=foreign)).status_code == 403
-        assert (await http.get("/llumnix/v1/instances", headers=foreign)).status_code == 200
-        own = {"Origin": "http://t"}
-        assert (await http.post("/llumnix/v1/instances", headers=own)).status_code == 200
 
 
 async def test_a_streams_head_leaves_at_the_dispatch_before_any_token() -> None:

@@ -23,6 +23,11 @@ def test_our_flags_are_these() -> None:
         "event_log": None,
         "migration_bandwidth": None,
         "insecure": False,
+        "api_key_file": None,
+        "admin_api_key": None,
+        "admin_api_key_file": None,
+        "allowed_host": None,
+        "max_body_mb": 64,
     }
 
 

@@ -13,7 +13,7 @@ from llumnix.cluster.addresses import Addresses
 from llumnix.core.policies.presets import POLICIES
 from llumnix.core.scheduler import priorities_of
 from llumnix.errors import InstanceFailedError, UsageError
-from llumnix.frontend.arguments import ServeCommand, parse
+from llumnix.frontend.arguments import ServeCommand, parse, settle_variables
 from llumnix.observe.event_log import EventLog
 
 # Ray must know before it is imported whether it will be started here, and vLLM imports it.
@@ -34,6 +34,7 @@ def serve(argv: list[str]) -> int:
     # vLLM's start-up chatter would hide our own lines; whoever sets the level gets all of it.
     logs = "VLLM_LOGGING_LEVEL" in os.environ
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    settle_variables()
     joining, _ = _first_look.parse_known_args(argv)
     ray_runtime.settle(local=joining.ray_address is None)
     ray_runtime.hide_arguments(argv)
@@ -181,7 +182,7 @@ async def _announce(llm: Any, listen_address: str, args: Any, began: float) -> N
         except OSError:
             await asyncio.sleep(0.05)
     model = (args.served_model_name or [args.model])[0]
-    key = " -H 'Authorization: Bearer '$KEY" if args.api_key else ""
+    key = " -H 'Authorization: Bearer '$KEY" if args.access.client_digests else ""
     curl = f"curl --unix-socket {args.uds} http://localhost" if args.uds else f"curl {base}"
     say(f"serving {model} at {listen_address} after {time.monotonic() - began:.0f} s; try")
     if "generate" in await llm.get_supported_tasks():

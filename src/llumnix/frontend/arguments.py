@@ -2,25 +2,38 @@
 
 vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
 `make_arg_parser`, `validate_parsed_serve_args`, `FlexibleArgumentParser`,
-`AsyncEngineArgs.from_cli_args(...).create_engine_config(...)`.
+`AsyncEngineArgs.from_cli_args(...).create_engine_config(...)`; `VLLM_MAX_N_SEQUENCES` bounds `n`;
+without `args.api_key` and `VLLM_API_KEY` vLLM checks no key (tests/house/test_vllm_routes.py).
 """
 
 import argparse
-import ipaddress
 import os
 import re
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llumnix.config import DeploymentConfig, knobs
+from llumnix.config import (
+    ADMIN_API_KEY_VARIABLE,
+    API_KEY_VARIABLE,
+    DeploymentConfig,
+    check_keys,
+    is_loopback,
+    knobs,
+    read_keys,
+)
 from llumnix.demo import DEMO_MODEL, prepare_demo_model
 from llumnix.errors import UsageError
+from llumnix.frontend.access import Access, digests
 
 SHUTDOWN_TIMEOUT_S = 30
 CPU_KV_CACHE_BYTES = 2**30
 """KV space of one instance on a CPU host unless the user says otherwise: vLLM's own default is a
 large part of the host's memory, which several instances cannot all have."""
+N_MAX = 128
+"""The most answers to one prompt, as OpenAI has it; vLLM's own default is 16,384, each of which is
+a request to place."""
 
 _REFUSED = {
     "data_parallel_size": "llumnix runs the instances; use --instances N",
@@ -44,12 +57,17 @@ _REFUSED = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeCommand:
-    """What the user asked for. `args`: vLLM's namespace, ready for its server; `vllm_config`: of
-    one instance; `deployment`: ours."""
+    """What the user asked for. `args`: vLLM's namespace, ready for its server, with the gate's
+    rules in `access` and without the keys; `vllm_config`: of one instance; `deployment`: ours."""
 
     args: argparse.Namespace
     vllm_config: Any
     deployment: DeploymentConfig
+
+
+def settle_variables() -> None:
+    """Our defaults of vLLM's variables, before vLLM reads them."""
+    os.environ.setdefault("VLLM_MAX_N_SEQUENCES", str(N_MAX))
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -85,9 +103,11 @@ def parse(argv: list[str], say: Any) -> ServeCommand:
         args = parser.parse_args(argv)
     except ValueError as error:
         raise UsageError(_one_line(error)) from error
+    clients = _take_keys(args, "api_key", API_KEY_VARIABLE, say)
+    admins = _take_keys(args, "admin_api_key", ADMIN_API_KEY_VARIABLE, say)
     deployment = DeploymentConfig(**{name: getattr(args, name) for name, _, _ in knobs()})
     _refuse_what_breaks(args, defaults)
-    _keep_it_local(args, deployment)
+    args.access = _access(args, deployment, clients, admins, say)
     _choose_model(args, defaults, say)
     if args.distributed_executor_backend == "ray":
         raise UsageError("--distributed-executor-backend ray: an instance is one Ray actor; use mp")
@@ -110,31 +130,56 @@ def _refuse_what_breaks(args: argparse.Namespace, defaults: argparse.Namespace) 
         )
 
 
-def _keep_it_local(args: argparse.Namespace, deployment: DeploymentConfig) -> None:
-    """vLLM listens on every interface unless told otherwise; we do not."""
+def _take_keys(args: argparse.Namespace, name: str, variable: str, say: Any) -> list[str]:
+    """The keys of a flag and its file; without either, the variable's. They are taken out of `args`
+    and the environment: the gate alone needs them, and neither logs, Ray nor an engine gets them.
+    vLLM's own check, which it makes of them, knows no `x-api-key` and covers a part of the routes.
+    """
+    flag, file_flag = (f"--{n.replace('_', '-')}" for n in (name, f"{name}_file"))
+    keys = check_keys(getattr(args, name) or (), flag)
+    if (path := getattr(args, f"{name}_file")) is not None:
+        keys += read_keys(path, file_flag)
+        if os.stat(path).st_mode & stat.S_IROTH:
+            say(f"warning: {file_flag} {path} can be read by every user here; chmod 600 it")
+    in_variable = os.environ.pop(variable, None)
+    if in_variable and not keys:
+        keys = check_keys([in_variable], f"${variable}")
+    setattr(args, name, None)
+    return keys
+
+
+def _access(
+    args: argparse.Namespace,
+    deployment: DeploymentConfig,
+    clients: list[str],
+    admins: list[str],
+    say: Any,
+) -> Access:
+    """Who may do what. vLLM listens on every interface unless told otherwise; we do not."""
     if args.host is None:
         args.host = "127.0.0.1"
-    if args.uds or api_keys(args) or deployment.insecure or is_loopback(args.host):
-        return
-    raise UsageError(
-        f"--host {args.host} is reachable from elsewhere: give --api-key KEY, or --insecure to "
-        "serve without one"
+    local = bool(args.uds) or is_loopback(args.host)
+    if not local and not clients and not deployment.insecure:
+        raise UsageError(
+            f"--host {args.host} is reachable from elsewhere: give --api-key KEY, or --insecure to "
+            "serve without one"
+        )
+    if set(clients) & set(admins):
+        raise UsageError(
+            "a key is both an --api-key and an --admin-api-key: leave it out of --api-key"
+        )
+    clients_administer = local or deployment.insecure
+    if not admins and not clients_administer:
+        say("warning: without an --admin-api-key nobody can add, drain or move on this server")
+    names = frozenset(name.lower() for name in deployment.allowed_host or ())
+    return Access(
+        client_digests=digests(clients),
+        admin_digests=digests(admins),
+        clients_administer=clients_administer,
+        # A browser reaches no Unix socket.
+        hosts=names if names or (local and not args.uds) else None,
+        origins=tuple(args.allowed_origins),
     )
-
-
-def api_keys(args: argparse.Namespace) -> list[str]:
-    """The keys that open the server, by vLLM's rule: the flag's, else the variable's."""
-    return [key for key in (args.api_key or [os.environ.get("VLLM_API_KEY")]) if key]
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach the address."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _choose_model(args: argparse.Namespace, defaults: argparse.Namespace, say: Any) -> None:

@@ -7,6 +7,7 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.exceptions import HTTPException
 
 from llumnix.core.load import derive
 from llumnix.core.types import EngineIndex, InstanceId
@@ -103,9 +104,14 @@ async def _destination(client: FleetClient, order: MigrationOrder) -> Place:
     return max(others, key=free)
 
 
-def control_app(client: FleetClient, control: InstanceControl) -> FastAPI:
-    """The application behind /llumnix."""
-    app = FastAPI(title="llumnix", docs_url="/llumnix/docs", openapi_url="/llumnix/openapi.json")
+def control_app(client: FleetClient, control: InstanceControl, *, docs: bool = True) -> FastAPI:
+    """The application behind /llumnix, with or without the pages that document it."""
+    app = FastAPI(
+        title="llumnix",
+        docs_url="/llumnix/docs" if docs else None,
+        redoc_url=None,
+        openapi_url="/llumnix/openapi.json" if docs else None,
+    )
 
     @app.get("/llumnix/v1/instances")
     async def instances() -> dict[str, Any]:
@@ -195,6 +201,10 @@ def control_app(client: FleetClient, control: InstanceControl) -> FastAPI:
         where = ".".join(str(part) for part in first["loc"] if part != "body") or "the body"
         return openai_error(f"{where}: {first['msg']}", 400, "invalid_request_error")
 
+    @app.exception_handler(HTTPException)
+    async def refused(_: Any, error: HTTPException) -> JSONResponse:
+        return openai_error(str(error.detail), error.status_code, "invalid_request_error")
+
     @app.exception_handler(UsageError)
     async def usage_error(_: Any, error: UsageError) -> JSONResponse:
         status = {
@@ -210,9 +220,10 @@ def control_app(client: FleetClient, control: InstanceControl) -> FastAPI:
     return app
 
 
-def openai_error(message: str, status: int, kind: str) -> JSONResponse:
-    """An error in the form that OpenAI's clients read."""
-    return JSONResponse(
-        {"error": {"message": message, "type": kind, "param": None, "code": status}},
-        status_code=status,
-    )
+def openai_error(
+    message: str, status: int, kind: str, *, code: int | str | None = None
+) -> JSONResponse:
+    """An error in the form that OpenAI's clients read. `code`: for programs, by default the
+    status."""
+    error = {"message": message, "type": kind, "param": None, "code": code or status}
+    return JSONResponse({"error": error}, status_code=status)

@@ -1,8 +1,12 @@
 """The outermost layer of the HTTP application: who may come in, and what each answer carries.
 
-vLLM's own key check covers /v1 and a few more prefixes; this one covers every path but /health,
-with vLLM's comparison of the key. vLLM adds it as the last of its middlewares, by import path, so
-it takes no arguments and finds the rest in the application's state.
+vLLM adds it as the last of its middlewares, by import path, so it takes no arguments and finds
+the rest in the application's state: `args.access` has the rules, `args.max_body_mb` the limit of a
+body.
+
+vLLM 0.32 internals relied on here (tests/frontend/test_gate.py and tests/house/test_vllm_routes.py
+fail when one changes): an `HTTPException` out of `receive()` reaches vLLM's own handler; CORS is
+configured by `args.allowed_origins`, `allow_credentials`, `allowed_methods`, `allowed_headers`.
 """
 
 import asyncio
@@ -10,85 +14,124 @@ from collections.abc import Awaitable
 from typing import Any
 
 import msgspec
+from fastapi import HTTPException
 from starlette.datastructures import Headers
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 
 from llumnix.errors import UsageError
-from llumnix.frontend.arguments import api_keys
+from llumnix.frontend.access import Access, Caller, Refusal, is_json
 from llumnix.frontend.context import HttpRequest, current_http_request
 from llumnix.frontend.control import openai_error
 
-OPEN_PATHS = ("/health",)
 RETRY_AFTER_S = 1
 PRIORITY_HEADER = "x-llumnix-priority"
+BYTES_PER_MB = 1_000_000
+_TIER = b'"service_tier"'
 
 
 class Gate:
-    """Checks the key, serves /llumnix, turns requests away while stopping, and names the instance
-    in `x-llumnix-instance`."""
+    """Checks the key and the size, serves /llumnix, turns requests away while stopping, and names
+    the instance in `x-llumnix-instance`. What it answers itself carries CORS headers like vLLM's
+    answers."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
-        self._check: AuthenticationMiddleware | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
             await self.app(scope, receive, send)
             return
         state = scope["app"].state
-        llm = state.engine_client
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         headers = Headers(scope=scope)
-        if not self._may_enter(scope, path, headers, state.args):
-            refusal = JSONResponse(content={"error": "Unauthorized"}, status_code=401)
-            await refusal(scope, receive, send)
-        elif llm.stopping and (scope["type"] == "websocket" or scope["method"] == "POST"):
+        if _is_preflight(scope, headers):
+            await _with_cors(self.app, state.args)(scope, receive, send)  # CORS answers it.
+            return
+        caller = state.args.access.caller(headers)
+        answer = self._turn_away(scope, path, headers, caller, state)
+        if answer is not None:
+            await _with_cors(answer, state.args)(scope, receive, send)
+            return
+        http = HttpRequest(
+            client_id=headers.get("x-request-id"),
+            priority_class=headers.get(PRIORITY_HEADER),
+            key=caller.key,
+        )
+        question = _Question(http, receive, _bytes_max(state.args), is_json(headers))
+        if path == "/llumnix" or path.startswith("/llumnix/"):
+            ours = _with_cors(state.engine_client.control_app, state.args)
+            await ours(scope, question, send)
+            return
+        llm = state.engine_client
+        token = current_http_request.set(http)
+        llm.open_http += 1
+        try:
+            await self.app(scope, question, _Answer(http, send))
+        finally:
+            llm.open_http -= 1
+            current_http_request.reset(token)
+
+    @staticmethod
+    def _turn_away(
+        scope: Scope, path: str, headers: Headers, caller: Caller, state: Any
+    ) -> JSONResponse | None:
+        """The answer to a request that gets no further than here."""
+        access: Access = state.args.access
+        llm = state.engine_client
+        refusal = access.refusal(scope.get("method", "WEBSOCKET"), path, headers, caller)
+        if refusal is not None:
+            return _refused(refusal)
+        if llm.stopping and (scope["type"] == "websocket" or scope["method"] == "POST"):
             answer = openai_error("The server is stopping.", 503, "service_unavailable")
             answer.headers["retry-after"] = str(RETRY_AFTER_S)
-            await answer(scope, receive, send)
-        elif path == "/llumnix" or path.startswith("/llumnix/"):
-            if scope.get("method") not in ("GET", "HEAD") and _from_elsewhere(headers):
-                refusal = openai_error("Not from a page of another origin.", 403, "forbidden")
-                await refusal(scope, receive, send)
-            else:
-                await llm.control_app(scope, receive, send)
-        else:
-            name = headers.get(PRIORITY_HEADER)
-            try:
-                if name is not None:
-                    llm.engine_core.priorities.rank_named(name)
-            except UsageError as error:
-                refusal = openai_error(f"{PRIORITY_HEADER}: {error}", 400, "invalid_request_error")
-                await refusal(scope, receive, send)
-                return
-            http = HttpRequest(
-                client_id=headers.get("x-request-id"),
-                priority_class=name,
-                key=headers.get("authorization", "").partition(" ")[2] or None,
-            )
-            token = current_http_request.set(http)
-            llm.open_http += 1
-            try:
-                await self.app(scope, _Question(http, receive), _Answer(http, send))
-            finally:
-                llm.open_http -= 1
-                current_http_request.reset(token)
-
-    def _may_enter(self, scope: Scope, path: str, headers: Headers, args: Any) -> bool:
-        if path in OPEN_PATHS or scope.get("method") == "OPTIONS":
-            return True
-        if self._check is None:
-            self._check = AuthenticationMiddleware(self.app, api_keys(args))
-        return not self._check.api_tokens or self._check.verify_token(headers)
+            return answer
+        bytes_max = _bytes_max(state.args)
+        if int(headers.get("content-length", 0)) > bytes_max:
+            return openai_error(_too_large(bytes_max), 413, "invalid_request_error")
+        name = headers.get(PRIORITY_HEADER)
+        try:
+            if name is not None:
+                llm.engine_core.priorities.rank_named(name)
+        except UsageError as error:
+            return openai_error(f"{PRIORITY_HEADER}: {error}", 400, "invalid_request_error")
+        return None
 
 
-def _from_elsewhere(headers: Headers) -> bool:
-    """Whether a browser sent this for a page of another origin: it can do so without asking, and a
-    server on loopback has no other guard against any page that its user happens to visit."""
-    origin = headers.get("origin")
-    return origin is not None and origin.partition("://")[2] != headers.get("host")
+def _refused(refusal: Refusal) -> JSONResponse:
+    if refusal.status == 401:
+        challenge = {"www-authenticate": "Bearer"}
+        return JSONResponse({"error": refusal.message}, 401, challenge)  # The body is vLLM's.
+    return openai_error(refusal.message, refusal.status, "forbidden", code=refusal.reason)
+
+
+def _is_preflight(scope: Scope, headers: Headers) -> bool:
+    """Whether a browser asks what it may send; it sends no key with that."""
+    return (
+        scope.get("method") == "OPTIONS"
+        and "origin" in headers
+        and "access-control-request-method" in headers
+    )
+
+
+def _with_cors(app: ASGIApp, args: Any) -> ASGIApp:
+    """As vLLM has it around its own application, which lies further in."""
+    return CORSMiddleware(
+        app,
+        allow_origins=args.allowed_origins,
+        allow_credentials=args.allow_credentials,
+        allow_methods=args.allowed_methods,
+        allow_headers=args.allowed_headers,
+    )
+
+
+def _bytes_max(args: Any) -> int:
+    return int(args.max_body_mb * BYTES_PER_MB)
+
+
+def _too_large(bytes_max: int) -> str:
+    return f"The body is larger than {bytes_max} bytes; --max-body-mb sets the limit."
 
 
 class _Tier(msgspec.Struct):
@@ -98,29 +141,50 @@ class _Tier(msgspec.Struct):
 
 
 class _Question:
-    """A request's body on its way to vLLM; notes OpenAI's `service_tier` in passing. A body without
-    the word is not parsed."""
+    """A request's body on its way to vLLM: counts it, and notes OpenAI's `service_tier` in passing.
 
-    def __init__(self, http: HttpRequest, receive: Receive) -> None:
+    Of JSON it keeps the parts, the same objects that vLLM gets, until the last has come. It joins
+    and parses them only if the word is in them. Other bodies, such as audio, only pass.
+    """
+
+    def __init__(
+        self, http: HttpRequest, receive: Receive, bytes_max: int, is_json: bool = True
+    ) -> None:
         self._http = http
         self._receive = receive
+        self._bytes_max = bytes_max
+        self._is_json = is_json
+        self._bytes = 0
         self._parts: list[bytes] = []
+        self._named = False
+        self._end = b""  # of what has come: the word may lie across two parts
 
     async def __call__(self) -> Message:
         message = await self._receive()
         if message["type"] == "http.request":
-            self._parts.append(message.get("body", b""))
-            if not message.get("more_body"):
-                body = b"".join(self._parts)
+            part = message.get("body", b"")
+            self._bytes += len(part)
+            if self._bytes > self._bytes_max:
                 self._parts.clear()
-                if b'"service_tier"' in body:
-                    self._note(body)
+                raise HTTPException(413, _too_large(self._bytes_max))
+            if self._is_json:
+                self._keep(part, last=not message.get("more_body"))
         return message
+
+    def _keep(self, part: bytes, *, last: bool) -> None:
+        overlap = len(_TIER) - 1
+        self._named = self._named or _TIER in part or _TIER in self._end + part[:overlap]
+        self._end = (self._end + part[-overlap:])[-overlap:]
+        self._parts.append(part)
+        if last:
+            if self._named:
+                self._note(b"".join(self._parts))
+            self._parts.clear()
 
     def _note(self, body: bytes) -> None:
         try:
             self._http.service_tier = msgspec.json.decode(body, type=_Tier).service_tier
-        except msgspec.MsgspecError:
+        except (msgspec.MsgspecError, RecursionError):
             return  # vLLM says what is wrong with it.
 
 

@@ -51,7 +51,7 @@ async def serve(
     args: Namespace,
 ) -> None:
     """Serves until the first SIGINT or SIGTERM, then lets running requests end."""
-    llm.control_app = control_app(llm.engine_core, control)
+    llm.control_app = control_app(llm.engine_core, control, docs=not args.disable_fastapi_docs)
     args.middleware = [*args.middleware, GATE]
     gc.set_threshold(GARBAGE_EVERY)
     llm.on_stopping = _arm_second_signal(asyncio.get_running_loop(), llm)

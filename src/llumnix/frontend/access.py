@@ -1,0 +1,203 @@
+"""Who may do what on one server: API keys, routes that only an administrator may use, and the
+guards against web pages where no key guards.
+
+Routes are listed by what an ordinary key may use; every other route, known or not, needs an
+administrator. tests/house/test_vllm_routes.py holds the list against vLLM's own routes.
+"""
+
+import hashlib
+import ipaddress
+import secrets
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+OPEN_PATHS = ("/health",)
+READS = ("GET", "HEAD", "OPTIONS")
+ANY = "*"
+
+CLIENT_PATHS = frozenset({
+    "/classify", "/detokenize", "/docs", "/docs/oauth2-redirect", "/generative_scoring", "/health",
+    "/inference/v1/generate", "/invocations", "/load", "/metrics", "/openapi.json", "/ping",
+    "/pooling", "/redoc", "/rerank", "/score", "/tokenize", "/tokenizer_info", "/version",
+    "/llumnix/docs", "/llumnix/docs/oauth2-redirect", "/llumnix/openapi.json",
+})  # fmt: skip
+CLIENT_READS = frozenset({"/llumnix/v1/instances"})
+CLIENT_TREES = ("/cohere/", "/static/", "/v1/", "/v2/")
+ADMIN_PATHS = frozenset({"/v1/load_lora_adapter", "/v1/unload_lora_adapter"})
+
+
+class Role(IntEnum):
+    """What a caller may do; each includes the ones before."""
+
+    STRANGER = 0
+    CLIENT = 1
+    ADMIN = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Caller:
+    """Who asks. `key`: the API key it came with; `proved`: whether that key is one of the
+    server's."""
+
+    role: Role
+    key: str | None = field(repr=False)
+    proved: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refusal:
+    """Why a request is turned away. `reason` is for programs."""
+
+    status: int
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Access:
+    """The rules of one server. Keys are kept as digests alone.
+
+    `clients_administer`: whether, without an admin key, every client is an administrator.
+    `hosts`: names other than this machine's own that a keyless request may be addressed to; None:
+    any. `origins`: the web origins whose pages may use the server."""
+
+    client_digests: tuple[bytes, ...] = field(repr=False)
+    admin_digests: tuple[bytes, ...] = field(repr=False)
+    clients_administer: bool
+    hosts: frozenset[str] | None
+    origins: tuple[str, ...]
+
+    def caller(self, headers: Mapping[str, str]) -> Caller:
+        """The caller by its `Authorization: Bearer` or its `x-api-key`, as Anthropic's clients
+        send it."""
+        scheme, _, token = headers.get("authorization", "").partition(" ")
+        bearer = token if scheme.lower() == "bearer" else ""
+        presented = [key for key in (bearer, headers.get("x-api-key", "")) if key]
+        best = Caller(role=Role.STRANGER, key=presented[0] if presented else None, proved=False)
+        for key in presented:
+            role = self._role(key)
+            if role > best.role:
+                best = Caller(role=role, key=key, proved=True)
+        role = best.role
+        if role is Role.STRANGER and not self.client_digests:
+            role = Role.CLIENT
+        if role is Role.CLIENT and not self.admin_digests and self.clients_administer:
+            role = Role.ADMIN
+        return Caller(role=role, key=best.key, proved=best.proved)
+
+    def _role(self, key: str) -> Role:
+        found = digest(key)
+        if _among(found, self.admin_digests):
+            return Role.ADMIN
+        return Role.CLIENT if _among(found, self.client_digests) else Role.STRANGER
+
+    def refusal(
+        self, method: str, path: str, headers: Mapping[str, str], caller: Caller
+    ) -> Refusal | None:
+        """Why this request is refused; None if it may pass. `method` of a WebSocket: any other
+        than HTTP's."""
+        if path in OPEN_PATHS:
+            return None
+        administers = needs_admin(method, path)
+        if caller.role is Role.STRANGER or (
+            administers and self.admin_digests and not caller.proved
+        ):
+            return Refusal(status=401, reason="invalid_api_key", message="Unauthorized")
+        if not caller.proved:
+            refusal = self._page_refusal(method, headers, administers)
+            if refusal is not None:
+                return refusal
+        if administers and caller.role is not Role.ADMIN:
+            fix = (
+                "use an admin key"
+                if self.admin_digests
+                else "this server has none, so start it with --admin-api-key"
+            )
+            return Refusal(
+                status=403,
+                reason="admin_key_required",
+                message=f"{method} {path} is for administrators: {fix}.",
+            )
+        return None
+
+    def _page_refusal(
+        self, method: str, headers: Mapping[str, str], administers: bool
+    ) -> Refusal | None:
+        """Without a key, a web page that a user of this machine visits must not get in: neither by
+        a name of its own that it has resolve to this machine, nor from its own origin with what a
+        browser sends without asking."""
+        host = headers.get("host", "")
+        if self.hosts is not None and not _is_own(host, self.hosts):
+            return Refusal(
+                status=403,
+                reason="host_not_allowed",
+                message=f"Not addressed to this server: Host {host}. Start it with --allowed-host "
+                "NAME if that is its name, or with --api-key.",
+            )
+        origin = headers.get("origin")
+        if method in READS or origin is None or self._welcome(origin, host, administers):
+            return None
+        if not administers and is_json(headers):
+            return None  # The browser has asked before.
+        return Refusal(
+            status=403,
+            reason="foreign_origin",
+            message=f"Not from a page of another origin: {origin}. Start the server with "
+            "--allowed-origins if that page may use it.",
+        )
+
+    def _welcome(self, origin: str, host: str, administers: bool) -> bool:
+        if origin.partition("://")[2].lower() == host.lower() or origin in self.origins:
+            return True
+        return ANY in self.origins and not administers
+
+
+def needs_admin(method: str, path: str) -> bool:
+    """Whether the route concerns the server or others' requests, not the caller's own request."""
+    path = path.rstrip("/") or "/"
+    if path in ADMIN_PATHS:
+        return True
+    if path in CLIENT_PATHS or (path in CLIENT_READS and method in READS):
+        return False
+    return not path.startswith(CLIENT_TREES)
+
+
+def digests(keys: Iterable[str]) -> tuple[bytes, ...]:
+    """Of each key."""
+    return tuple(digest(key) for key in keys)
+
+
+def digest(key: str) -> bytes:
+    """What a key is kept as; of one length, so that comparing tells nothing of a key's."""
+    return hashlib.sha256(key.encode()).digest()
+
+
+def _among(found: bytes, known: tuple[bytes, ...]) -> bool:
+    """Whether it is one of them; takes as long whichever it is."""
+    match = False
+    for each in known:
+        match |= secrets.compare_digest(found, each)
+    return match
+
+
+def _is_own(host: str, names: frozenset[str]) -> bool:
+    """Whether a Host header names this machine or one of `names`. An address or a name without a
+    dot is nothing that a stranger's name server can answer for; every browser sends the header."""
+    if host.startswith("["):
+        name = host[1:].partition("]")[0]
+    else:
+        name = host.partition(":")[0].rstrip(".").lower()
+    if "." not in name or name.endswith(".localhost") or name in names or ANY in names:
+        return True
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def is_json(headers: Mapping[str, str]) -> bool:
+    """Whether the body is said to be JSON, which no browser sends to another origin unasked."""
+    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+    return kind == "application/json"
