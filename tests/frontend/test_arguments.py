@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("vllm")
 
 from vllm import SamplingParams
+from vllm.exceptions import VLLMValidationError
 
 from llumnix.errors import UsageError
 from llumnix.frontend.access import Access, digests
@@ -53,7 +54,7 @@ def test_n_is_bounded_as_openai_bounds_it(monkeypatch: pytest.MonkeyPatch) -> No
     del os.environ["VLLM_MAX_N_SEQUENCES"]
     settle_variables()
     assert SamplingParams(n=128).n == 128
-    with pytest.raises(ValueError, match="n must be at most 128, got 129"):
+    with pytest.raises(VLLMValidationError, match="n must be at most 128, got 129"):
         SamplingParams(n=129)
     os.environ["VLLM_MAX_N_SEQUENCES"] = "200"
     settle_variables()
