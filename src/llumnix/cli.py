@@ -7,23 +7,25 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from llumnix.core.messages import COPIES
 from llumnix.errors import LlumnixError, UsageError
 from llumnix.versions import check_versions, versions_line
 
+if TYPE_CHECKING:
+    import httpx
+
 USAGE = """usage: llumnix COMMAND ...
 
   serve [MODEL] [--instances N] [any flag of `vllm serve`]
           serve vLLM's OpenAI API over several vLLM instances
-  status [--url URL] [--api-key KEY] [--json]
+  status [SERVER]
           show the instances of a running `llumnix serve`
-  migrate REQUEST [--to INSTANCE] [--copy staged|blocking|recompute]
-          [--url URL] [--api-key KEY] [--json]
+  migrate REQUEST [--to INSTANCE] [--copy staged|blocking|recompute] [SERVER]
           move a running request to another instance
-  drain INSTANCE | undrain INSTANCE [--url URL] [--api-key KEY] [--json]
+  drain INSTANCE | undrain INSTANCE [SERVER]
           move everything away from an instance and stop it; or let it serve on
   simulate [--policy P,P] [--trace NAME|FILE] [--rate R] [--instances N] [--report FILE] ...
           the same scheduler and migrations in virtual time: which policy, how many instances
@@ -34,8 +36,13 @@ USAGE = """usage: llumnix COMMAND ...
   --version
           llumnix's version, and those of vLLM, Ray and Python here
 
+SERVER: [--url URL | --uds PATH] [--api-key KEY | --api-key-file FILE] [--cacert FILE] [--json];
+LLUMNIX_URL, and LLUMNIX_ADMIN_API_KEY or VLLM_API_KEY, stand for what is not given
+
 `llumnix COMMAND --help` says more.
 """
+DEFAULT_URL = "http://127.0.0.1:8000"
+UNIX = "unix:"
 STATUS_TIMEOUT_S = 5.0
 MIGRATE_TIMEOUT_S = 300.0
 DRAIN_POLL_S = 0.1
@@ -193,10 +200,74 @@ def replay(argv: list[str]) -> int:
 def _server_parser(command: str) -> argparse.ArgumentParser:
     """What every command that asks a running server takes."""
     parser = argparse.ArgumentParser(prog=f"llumnix {command}")
-    parser.add_argument("--url", default="http://127.0.0.1:8000", help="of the server")
-    parser.add_argument("--api-key", default=os.environ.get("VLLM_API_KEY"), help="if it wants one")
+    parser.add_argument(
+        "--url",
+        default=os.environ.get("LLUMNIX_URL") or DEFAULT_URL,
+        help="of the server, or unix:PATH of its socket; default: $LLUMNIX_URL, else "
+        + DEFAULT_URL,
+    )
+    parser.add_argument("--uds", metavar="PATH", help="the same as --url unix:PATH")
+    parser.add_argument(
+        "--api-key",
+        metavar="KEY",
+        help="if it wants one; default: $LLUMNIX_ADMIN_API_KEY, else $VLLM_API_KEY",
+    )
+    parser.add_argument("--api-key-file", metavar="FILE", help="file whose first key is taken")
+    parser.add_argument("--cacert", metavar="FILE", help="certificates to trust for https")
     parser.add_argument("--json", action="store_true", help="the server's answer as it is")
     return parser
+
+
+def _key(args: argparse.Namespace) -> str | None:
+    """The key to send, if any."""
+    from llumnix.config import ADMIN_API_KEY_VARIABLE, API_KEY_VARIABLE, check_keys, read_keys
+
+    if args.api_key is not None:
+        return check_keys([args.api_key], "--api-key")[0]
+    if args.api_key_file is not None:
+        return read_keys(args.api_key_file, "--api-key-file")[0]
+    for variable in (ADMIN_API_KEY_VARIABLE, API_KEY_VARIABLE):
+        if key := os.environ.get(variable):
+            return check_keys([key], f"${variable}")[0]
+    return None
+
+
+def _client(args: argparse.Namespace, timeout_s: float) -> "httpx.Client":
+    """Asks the server, with its key. One on this machine is asked directly, whatever proxies the
+    environment names: they could not reach it, and would see the key."""
+    import ssl
+
+    import httpx
+
+    from llumnix.config import is_loopback
+
+    url = httpx.URL("http://localhost" if args.url.startswith(UNIX) else args.url.rstrip("/"))
+    here = args.url.startswith(UNIX) or is_loopback(url.host) or url.host in ("0.0.0.0", "::")
+    key = _key(args)
+    try:
+        # Certificates are not even looked for unless they are needed.
+        verify: ssl.SSLContext | bool = url.scheme == "https"
+        if args.cacert is not None:
+            verify = ssl.create_default_context(cafile=args.cacert)
+        transport = None
+        if here:
+            socket = args.url.removeprefix(UNIX) if args.url.startswith(UNIX) else None
+            transport = httpx.HTTPTransport(verify=verify, uds=socket)
+        return httpx.Client(
+            base_url=url,
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+            timeout=httpx.Timeout(timeout_s, connect=STATUS_TIMEOUT_S),
+            transport=transport,
+            verify=verify,
+        )
+    except OSError as error:
+        where = args.cacert or "the certificates that the environment names"
+        raise UsageError(f"--cacert: {where} cannot be read ({error.strerror or error})") from error
+    except (ValueError, ImportError, httpx.InvalidURL) as error:
+        raise UsageError(
+            f"the environment's proxies cannot be used ({error}): mend HTTP_PROXY, HTTPS_PROXY, "
+            "ALL_PROXY and NO_PROXY, or unset them"
+        ) from error
 
 
 def _ask(
@@ -213,17 +284,12 @@ def _ask(
     server's own message. `silence`: what it means if the question was sent and no answer came."""
     import httpx
 
+    if args.uds is not None:
+        args.url = UNIX + args.uds
     unanswered = (httpx.ReadTimeout, httpx.ReadError, httpx.RemoteProtocolError)
-
-    headers = {"Authorization": f"Bearer {args.api_key}"} if args.api_key else {}
     try:
-        answer = httpx.request(
-            method,
-            args.url.rstrip("/") + path,
-            headers=headers,
-            json=content,
-            timeout=httpx.Timeout(timeout_s, connect=STATUS_TIMEOUT_S),
-        )
+        with _client(args, timeout_s) as client:
+            answer = client.request(method, path, json=content)
     except (httpx.TransportError, httpx.InvalidURL) as error:
         if silence is not None and isinstance(error, unanswered):
             raise LlumnixError(f"no answer from {args.url} ({error}): {silence}") from error
@@ -231,7 +297,8 @@ def _ask(
             f"no llumnix answers at {args.url} ({error}): start `llumnix serve`, or give --url"
         ) from error
     if answer.status_code == 401:
-        raise UsageError("the server wants a key: give --api-key KEY")
+        a = "another" if "authorization" in answer.request.headers else "a"
+        raise UsageError(f"the server wants {a} key: give --api-key KEY or --api-key-file FILE")
     try:
         body = answer.json()
     except ValueError:

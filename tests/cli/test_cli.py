@@ -1,6 +1,8 @@
 """The commands that ask a running server, and the one that reads an event log."""
 
 import json
+import os
+import socketserver
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -52,6 +54,8 @@ MIGRATED = {
     "reason": "",
 }
 
+LOOKED_AT = ("VLLM_API_KEY", "LLUMNIX_ADMIN_API_KEY", "LLUMNIX_URL", "SSL_CERT_FILE")
+
 
 class Server:
     """Answers everything with one status and one body; notes what it was asked."""
@@ -83,6 +87,7 @@ class Server:
             def log_message(self, *_: Any) -> None:
                 pass
 
+        self.handler = Handler
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.http.server_port}"
         self._thread = threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True)
@@ -96,7 +101,9 @@ class Server:
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    for name in os.environ:
+        if name.lower().endswith("_proxy") or name in LOOKED_AT:
+            monkeypatch.delenv(name)
     running = Server()
     yield running
     running.close()
@@ -167,6 +174,118 @@ def test_a_server_that_fails_is_not_the_users_fault(
     server.body = refusal("The server is stopping.", "service_unavailable")
     assert main(asked) == 1
     assert capsys.readouterr().err == "llumnix: The server is stopping.\n"
+
+
+# -- how a server is asked
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "LOCALHOST", "127.1.2.3", "[::1]"])
+@pytest.mark.parametrize(
+    "proxies",
+    [
+        {"HTTP_PROXY": "http://127.0.0.1:9"},
+        {"http_proxy": "127.0.0.1:9"},
+        {"ALL_PROXY": "socks5://127.0.0.1:9"},
+        {"all_proxy": "socks://127.0.0.1:9"},
+        {"HTTP_PROXY": "http://127.0.0.1:9", "NO_PROXY": "127.0.0.0/8,::1/128"},
+        {"HTTP_PROXY": "http://[::1", "NO_PROXY": "[::1"},
+        {"SSL_CERT_FILE": "/nowhere"},
+    ],
+)
+def test_a_server_on_loopback_is_asked_directly(
+    monkeypatch: pytest.MonkeyPatch, host: str, proxies: dict[str, str]
+) -> None:
+    for name, value in proxies.items():
+        monkeypatch.setenv(name, value)
+    args = cli._server_parser("status").parse_args(["--url", f"http://{host}:8000"])
+    with cli._client(args, 1.0) as asking:
+        through = asking._transport_for_url(asking.base_url)
+    assert through is asking._transport
+    assert through._pool.__class__.__name__ == "ConnectionPool"  # type: ignore[attr-defined]
+
+
+def test_a_proxy_is_asked_for_other_hosts_only(
+    server: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.body = INSTANCES
+    monkeypatch.setenv("HTTP_PROXY", server.url)
+    assert main(["status", "--url", "http://llm.example"]) == 0
+    assert server.asked[0][1] == "http://llm.example/llumnix/v1/instances"
+    for odd in ("socks://127.0.0.1:9", "http://[::1"):
+        monkeypatch.setenv("HTTP_PROXY", odd)
+        capsys.readouterr()
+        assert main(["status", "--url", "http://llm.example"]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("llumnix: error: the environment's proxies cannot be used (")
+        assert error.count("\n") == 1
+
+
+def test_the_key_is_the_flags_the_files_or_a_variables(
+    server: Server,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    server.body = INSTANCES
+    file = tmp_path / "key"
+    file.write_text("# mine\nfrom-file\nold\n")
+    asked = ["status", "--url", server.url]
+    monkeypatch.setenv("VLLM_API_KEY", "ordinary")
+    assert main(asked) == 0
+    monkeypatch.setenv("LLUMNIX_ADMIN_API_KEY", "admin")
+    assert main(asked) == 0
+    assert main([*asked, "--api-key-file", str(file)]) == 0
+    assert main([*asked, "--api-key-file", str(file), "--api-key", "given"]) == 0
+    assert [key for _, _, key, _ in server.asked] == [
+        "Bearer ordinary", "Bearer admin", "Bearer from-file", "Bearer given",
+    ]  # fmt: skip
+    capsys.readouterr()
+    server.status, server.body = 401, {"error": "Unauthorized"}
+    assert main(asked) == 2
+    assert "the server wants another key" in capsys.readouterr().err
+    for bad in (["--api-key", "sch\u00f6n"], ["--api-key", ""], ["--api-key-file", "/nowhere"]):
+        assert main([*asked, *bad]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_what_is_forbidden_is_told_in_the_servers_words(
+    server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.status, server.body = 403, refusal("POST x is for administrators.", "forbidden")
+    assert main(["drain", "i0", "--url", server.url]) == 2
+    assert capsys.readouterr().err == "llumnix: error: POST x is for administrators.\n"
+
+
+@pytest.mark.parametrize("way", ["--uds", "--url", "LLUMNIX_URL"])
+def test_a_server_on_a_unix_socket_is_asked_there(
+    server: Server,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    way: str,
+) -> None:
+    server.body = INSTANCES
+    path = str(tmp_path / "s")
+    flags = {"--uds": ["--uds", path], "--url": ["--url", f"unix:{path}"], "LLUMNIX_URL": []}
+    monkeypatch.setenv(
+        "LLUMNIX_URL", f"unix:{path}" if way == "LLUMNIX_URL" else "http://x.example"
+    )
+    assert main(["status", *flags[way]]) == 2
+    assert f"no llumnix answers at unix:{path} (" in capsys.readouterr().err
+    with socketserver.UnixStreamServer(path, server.handler) as unix:
+        thread = threading.Thread(target=unix.handle_request)
+        thread.start()
+        assert main(["status", *flags[way]]) == 0
+        thread.join()
+    assert server.asked[0][:2] == ("GET", "/llumnix/v1/instances")
+
+
+def test_certificates_that_cannot_be_read_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    for file in ("/nowhere", __file__):
+        assert main(["status", "--url", "https://127.0.0.1:1", "--cacert", file]) == 2
+        assert capsys.readouterr().err.startswith(
+            f"llumnix: error: --cacert: {file} cannot be read"
+        )
 
 
 # -- migrate
