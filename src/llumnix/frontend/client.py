@@ -241,8 +241,8 @@ class FleetClient(EngineCalls):
 
     @property
     def serving(self) -> bool:
-        """Whether any engine can take a request."""
-        return bool(self.core_engines)
+        """Whether a request that came now would find an engine."""
+        return bool(self.places())
 
     @property
     def link(self) -> ControllerLink:
