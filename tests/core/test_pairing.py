@@ -1,8 +1,9 @@
 """Who gives load to whom, and which request goes: rules as claims."""
 
+from collections import Counter
 from dataclasses import replace
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llumnix.core.events import LoadReported, MoveLimit, MoveLoad, Tick
@@ -11,7 +12,7 @@ from llumnix.core.policies.victim import Candidate, choose_victim
 from llumnix.core.scheduler import Scheduler
 from llumnix.core.settings import MigrationSettings, SchedulerSettings
 from llumnix.core.types import EngineIndex, InstanceId, OrderId, RequestId
-from llumnix.core.view import ORDER_LIFETIME_S
+from llumnix.core.view import FRUITLESS_S, ORDER_LIFETIME_S
 
 TOTAL = 10_000
 FIXED = MigrationSettings(source_below=48.0, destination_above=100.0, gain_min=8.0)
@@ -163,6 +164,66 @@ def test_a_request_that_waits_goes_where_there_is_room_for_it() -> None:
     assert order.limits[0].waiting_max >= 700
 
 
+def test_a_request_that_waits_goes_where_there_is_room_and_not_to_the_highest_freeness() -> None:
+    """i1 has one request and a freeness of 2,000, i2 forty and one of 150: that one has room."""
+    s = scheduler()
+    tell(s, load(0, 9600, running=1, head=3000))
+    tell(s, load(1, 8000, running=1), load(2, 4000, running=40))
+    (order,) = moves(s)
+    assert order.destination == "i2"
+    assert order.limits[0].waiting_max >= 3000
+
+
+def test_a_request_that_waits_goes_where_there_is_room_between_the_thresholds_too() -> None:
+    s = scheduler()
+    tell(s, load(0, 9600, running=1, head=1000), load(1, 6000, running=50))
+    assert 48 < s.view[InstanceId("i1")].freeness < 100
+    (order,) = moves(s)
+    assert order.destination == "i1"
+    assert order.limits[0].waiting_max >= 1000
+
+
+def test_a_request_that_waits_for_a_slot_goes_where_one_is_free() -> None:
+    s = scheduler()
+    tell(s, load(0, 1000, running=8, head=500, slots=8))
+    tell(s, load(1, 9700, running=1, slots=8), load(2, 5000, running=40, slots=64))
+    (order,) = moves(s)
+    assert (order.source, order.destination) == ("i0", "i2")
+    assert order.limits[0].waiting_max >= 500
+
+
+def test_two_that_wait_do_not_go_to_the_same_place() -> None:
+    s = scheduler()
+    tell(s, load(0, 9600, running=1, head=3000), load(1, 9700, running=1, head=3000))
+    tell(s, load(2, 4000, running=40), load(3, 3000, running=50))
+    decided = moves(s)
+    assert {d.source for d in decided} == {"i0", "i1"}
+    assert {d.destination for d in decided} == {"i2", "i3"}
+
+
+def test_if_a_pair_gains_nothing_the_next_destination_is_tried() -> None:
+    """With a request more i1 would have no higher freeness than i0 with one less."""
+    s = scheduler()
+    tell(s, load(0, 9950, running=2), load(1, 9899, running=1), load(2, 8995, running=10))
+    assert s.view[InstanceId("i1")].freeness > s.view[InstanceId("i2")].freeness > 100
+    assert pairs(moves(s)) == [("i0", "i2")]
+
+
+def test_a_pair_that_had_nothing_to_move_is_not_tried_again_at_once() -> None:
+    s = scheduler()
+    tell(s, load(0, 9900), load(1, 1000), load(2, 2000))
+    (first,) = moves(s)
+    assert first.destination == "i1"
+    tell(s, load(0, 9900, sequence=2, orders=(first.order,)), now=0.05)
+    (second,) = moves(s, now=0.05)
+    assert second.destination == "i2", "i0 had nothing for i1"
+    tell(s, load(0, 9900, sequence=3, orders=(second.order,)), now=0.1)
+    assert moves(s, now=0.1) == []
+    later = 0.1 + FRUITLESS_S
+    tell(s, load(0, 9900, sequence=4), load(1, 1000, sequence=2), now=later)
+    assert pairs(moves(s, now=later)) == [("i0", "i1")]
+
+
 def test_a_request_that_waits_goes_into_the_headroom_of_urgent_ones() -> None:
     s = scheduler()
     tell(s, load(0, 9900, head=500), load(1, 2000, high=1))
@@ -253,44 +314,67 @@ def test_a_move_that_costs_more_than_it_gains_is_not_made() -> None:
     assert moves(slow, now=0.02) == []
 
 
-instances = st.lists(
-    st.tuples(st.integers(0, TOTAL), st.integers(0, 40), st.integers(0, 3000), st.integers(0, 2)),
-    min_size=2,
-    max_size=8,
+some = st.tuples(
+    st.integers(0, TOTAL),
+    st.integers(0, 40),
+    st.one_of(st.just(0), st.just(0), st.integers(1, 3000)),
+    st.one_of(st.just(0), st.just(0), st.integers(1, 2)),
 )
+full = st.tuples(st.integers(9500, TOTAL), st.integers(1, 40), st.just(0), st.just(0))
+empty = st.tuples(st.integers(0, 5000), st.integers(0, 20), st.just(0), st.just(0))
 
 
-@given(instances, st.data())
-def test_no_move_raises_the_highest_load(
-    drawn: list[tuple[int, int, int, int]], data: st.DataObject
-) -> None:
+@st.composite
+def instances(draw: st.DrawFn) -> list[tuple[int, int, int, int]]:
+    """Tokens in use, running, the head's tokens, and urgent ones that run. One is full and one has
+    room, so that there is something to move."""
+    drawn = [draw(full), draw(empty), *draw(st.lists(some, max_size=6))]
+    return draw(st.permutations(drawn))
+
+
+def told_of(drawn: list[tuple[int, int, int, int]]) -> Scheduler:
+    s = scheduler()
+    for number, (used, running, head, high) in enumerate(drawn):
+        tell(s, load(number, used, running, head, high))
+    return s
+
+
+def test_no_move_raises_the_highest_load() -> None:
     """Whatever request within its limits is moved, the lower freeness of the pair rises, by the
     least gain that is asked for, and the destination stays the freer of the two, and no source."""
-    s = scheduler()
-    for number, (used, running, head, high) in enumerate(drawn):
-        tell(s, load(number, used, running, head, high))
-    priorities = s.view.priorities
-    for order in moves(s):
-        source, destination = s.view[order.source], s.view[order.destination]
-        low = min(source.freeness, destination.freeness)
-        for limit in order.limits:
-            if limit.tokens_max < max(1, limit.tokens_min):
-                continue
-            tokens = data.draw(st.integers(limit.tokens_min, limit.tokens_max))
-            giver = source.load.changed(limit.rank, -1, -tokens).freeness(priorities)
-            taker = destination.load.changed(limit.rank, 1, tokens).freeness(priorities)
-            assert min(giver, taker) >= low + FIXED.gain_min - 1e-6
-            assert taker >= giver - 1e-6
-            assert taker >= s.view.thresholds[0] - 1e-6
-            assert destination.load.used + tokens <= TOTAL
+    seen: Counter[str] = Counter()
+
+    @settings(database=None)
+    @given(instances(), st.data())
+    def holds(drawn: list[tuple[int, int, int, int]], data: st.DataObject) -> None:
+        s = told_of(drawn)
+        decided, priorities = moves(s), s.view.priorities
+        seen["examples"] += 1
+        seen["with orders"] += bool(decided)
+        for order in decided:
+            source, destination = s.view[order.source], s.view[order.destination]
+            low = min(source.freeness, destination.freeness)
+            for limit in order.limits:
+                least, most = max(1, limit.tokens_min), limit.tokens_max
+                if most < least:
+                    continue
+                seen["of running requests"] += 1
+                for tokens in (least, most, data.draw(st.integers(least, most))):
+                    giver = source.load.changed(limit.rank, -1, -tokens).freeness(priorities)
+                    taker = destination.load.changed(limit.rank, 1, tokens).freeness(priorities)
+                    assert min(giver, taker) >= low + FIXED.gain_min - 1e-6
+                    assert taker >= giver - 1e-6
+                    assert taker >= s.view.thresholds[0] - 1e-6
+                    assert destination.load.used + tokens <= TOTAL
+
+    holds()
+    assert seen["with orders"] > seen["examples"] / 2, seen
+    assert seen["of running requests"] > seen["examples"] / 2, seen
 
 
-@given(instances)
+@given(instances())
 def test_an_instance_is_on_one_side_of_one_move(drawn: list[tuple[int, int, int, int]]) -> None:
-    s = scheduler()
-    for number, (used, running, head, high) in enumerate(drawn):
-        tell(s, load(number, used, running, head, high))
-    decided = moves(s)
+    decided = moves(told_of(drawn))
     sides = [d.source for d in decided] + [d.destination for d in decided]
     assert len(sides) == len(set(sides))
 

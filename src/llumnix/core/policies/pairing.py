@@ -2,14 +2,17 @@
 
 Rules
 - Sources are the instances of a freeness below one threshold, the lowest first; destinations those
-  above another, the highest first; the first is paired with the first, and so on. Between the two
-  thresholds an instance is left alone.
+  above another, the highest first. Each source gets the first destination that is still free and
+  that it gains from, of the first `TRIES_MAX`. One for which it had nothing to move a moment ago is
+  passed over. Between the two thresholds an instance is left alone.
 - A move is ordered only if it helps after its own cost: projected to its end, the lower freeness of
   the two is higher than now by what the copy and the stop take, in decode steps, and by `gain_min`.
   So no move raises the highest load. Nor may the two change places: the destination stays the
   freer, and above the threshold of sources, or one that runs there would be preempted.
 - A blocked queue is a virtual usage, so its instance gives requests away until the head fits. If
-  the destination has room for the request that waits, that goes: it has no KV to copy.
+  the destination has room for the request that waits, that goes: it has no KV to copy. Freeness is
+  not room (few requests have much of it and may hold all memory), so a head that waits for memory
+  first looks where there is the most room, between the thresholds too.
 - Who waits for memory, and fits nowhere else, goes into the headroom of urgent requests.
 - Queues are evened out among those that are blocked: the longest gives to the shortest, no more
   than makes the two alike.
@@ -18,15 +21,15 @@ Rules
   limit.
 """
 
-from collections.abc import Iterator
-from itertools import islice
+from collections.abc import Iterable, Iterator
+from itertools import islice, takewhile
 
 from llumnix.core.events import MoveLimit, MoveLoad
 from llumnix.core.limits import MigrationLimits
 from llumnix.core.load import ratio
 from llumnix.core.priorities import Priorities
 from llumnix.core.settings import MigrationSettings
-from llumnix.core.types import OrderId
+from llumnix.core.types import InstanceId, OrderId
 from llumnix.core.view import ClusterView, InstanceView
 
 STOP_STEPS = 1.0
@@ -36,6 +39,8 @@ DRAIN_MOVES_MAX = LIMITS.outgoing_max
 """Moves away from an instance that is being emptied at a time: as many as its engine takes."""
 ORDERS_MAX = 64
 """Orders of one round; the next round comes soon."""
+TRIES_MAX = 4
+"""Destinations that one source is tried with in a round, in each order of looking at them."""
 
 
 class Pairing:
@@ -85,21 +90,29 @@ class Pairing:
         most = self._settings.moves_max
         # Pairs sort faster than keys are called for; ids differ, so views are never compared.
         low = sorted((v.freeness, v.report.instance, v) for v in takers if v.freeness < below)
-        high = sorted((-v.freeness, v.report.instance, v) for v in takers if v.freeness > above)
-        # Whether one takes part is asked in this order, and only until there are pairs enough.
-        sources = (v for _, _, v in low if _leaving(v) < most and v.load.batch + v.load.waiting)
-        destinations = (
-            v for _, _, v in high if not v.load.waiting and _coming(v) < most and _has_slot(v)
-        )
-        cost = view.observed.move_steps_per_token()
-        pairs = zip(sources, destinations, strict=False)
-        for source, destination in list(islice(pairs, ORDERS_MAX)):
-            limits = tuple(
-                limit
-                for rank in range(len(view.priorities))
-                if (limit := self._limit(source, destination, rank, view.priorities, below, cost))
+        movable = (v for _, _, v in low if _leaving(v) < most and v.load.batch + v.load.waiting)
+        sources = list(islice(movable, ORDERS_MAX))
+        if not sources:
+            return
+        takers = [v for v in takers if not v.load.waiting and _coming(v) < most and _has_slot(v)]
+        freest = sorted((-v.freeness, v.report.instance, v) for v in takers if v.freeness > above)
+        roomiest: list[_Place] = []
+        if any(_is_blocked(v) for v in sources):
+            roomiest = sorted(
+                (-_room_above(v, below, view.priorities), v.report.instance, v)
+                for v in takers
+                if v.freeness >= below
             )
-            if limits:
+        taken: set[InstanceId] = set()
+        for source in sources:
+            found, head = None, source.report.head_tokens
+            if _is_blocked(source):
+                with_room = takewhile(lambda place: -place[0] >= head, roomiest)  # noqa: B023
+                found = self._first_gain(view, source, with_room, taken)
+            found = found or self._first_gain(view, source, freest, taken)
+            if found is not None:
+                destination, limits = found
+                taken.add(destination.report.instance)
                 why = (
                     f"freeness {source.freeness:.0f} on {source.report.instance} is below "
                     f"{below:.0f}, {destination.freeness:.0f} on {destination.report.instance}"
@@ -108,13 +121,34 @@ class Pairing:
                     why += f"; its queue waits for {source.load.head} tokens"
                 yield self._order(view, source, destination, limits, why, now)
 
+    def _first_gain(
+        self,
+        view: ClusterView,
+        source: InstanceView,
+        places: Iterable["_Place"],
+        taken: set[InstanceId],
+    ) -> tuple[InstanceView, tuple[MoveLimit, ...]] | None:
+        """The first destination that is not taken and that the source gains from, and what may go
+        there."""
+        below, cost = view.thresholds[0], view.observed.move_steps_per_token()
+        free = (v for _, i, v in places if i not in taken and i not in source.fruitless)
+        for destination in islice(free, TRIES_MAX):
+            limits = tuple(
+                limit
+                for rank in range(len(view.priorities))
+                if (limit := self._limit(source, destination, rank, view.priorities, below, cost))
+            )
+            if limits:
+                return destination, limits
+        return None
+
     def _into_headroom(
         self, view: ClusterView, takers: list[InstanceView], now: float
     ) -> Iterator[MoveLoad]:
         """Who waits for memory, and would fit nowhere else, goes where there is some but for
         headroom."""
         most, below, kept = self._settings.moves_max, view.thresholds[0], view.priorities.headroom
-        blocked = [v for v in takers if v.load.head and v.load.head > _free(v) and _has_slot(v)]
+        blocked = [v for v in takers if _is_blocked(v) and _has_slot(v)]
         sources = sorted(
             (v for v in blocked if not _leaving(v)), key=lambda v: (v.freeness, v.report.instance)
         )
@@ -134,6 +168,8 @@ class Pairing:
         for source in sources[:ORDERS_MAX]:
             head = source.load.head
             if elsewhere < head and rooms and head <= rooms[-1][0]:
+                if rooms[-1][1] in source.fruitless:
+                    continue
                 room, there, destination = rooms.pop()
                 why = (
                     f"{head} tokens wait on {source.report.instance}, and only headroom is left "
@@ -160,6 +196,8 @@ class Pairing:
             here, there = spare[source.report.instance], spare[destination.report.instance]
             waiting_max = int((there - here) / 2)
             if waiting_max < source.load.queued / source.load.waiting:
+                continue
+            if destination.report.instance in source.fruitless:
                 continue
             limits = _waiting(source, waiting_max)
             why = (
@@ -237,6 +275,10 @@ class Pairing:
         )
 
 
+_Place = tuple[float, InstanceId, InstanceView]
+"""A destination with what it is sorted by, the best first."""
+
+
 def _leaving(known: InstanceView) -> int:
     return known.report.moving_out + len(known.orders)
 
@@ -251,6 +293,17 @@ def _has_slot(known: InstanceView) -> bool:
 
 def _free(known: InstanceView) -> int:
     return known.load.total - known.load.used
+
+
+def _is_blocked(known: InstanceView) -> bool:
+    """Whether the head of its queue cannot start, for want of memory or of a slot."""
+    return known.load.head > max(0, _free(known))
+
+
+def _room_above(destination: InstanceView, below: float, priorities: Priorities) -> int:
+    """The largest request, in KV tokens, after which its freeness is not below that threshold."""
+    spare = destination.load.spare(priorities) - below * (destination.load.batch + 1)
+    return min(int(spare), _room(destination))
 
 
 def _room(destination: InstanceView) -> int:
