@@ -1,9 +1,11 @@
 """Runs of the simulator and their figures: what `llumnix simulate` does.
 
-Figures of a run, as benchmarks/live.py has them for real engines (times in seconds):
+Figures of a run (times in seconds). benchmarks/live.py has the same for real engines, but for three:
+it calls `fragmentation` here `fragmentation_blocked`, estimates `preemption_loss_s` from gaps
+between tokens, and leaves instances that start out of `instances_mean`.
 - ttft_s, e2e_s: from a request's arrival to its first and its last token at the client; tpot_s:
   between the two, a token. Of requests that ended.
-- preemption_loss_s: of all requests, the time from a preemption to the next token.
+- preemption_loss_s: the time from a preemption to the next token, over requests that ended.
 - fragmentation: the share of all KV memory that is free and would satisfy heads of queues that do
   not fit where they are, if it were in one place (heads in ascending order while they fit).
 - kv_used, waiting: share of KV memory in use, requests in queues; like fragmentation sampled over
