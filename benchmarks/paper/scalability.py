@@ -1,6 +1,6 @@
-"""Figure 16 of Llumnix (OSDI 2024), and beyond: 64 and 1,024 instances. What
-the whole simulation takes is measured here, not what a decision takes (benchmarks/scheduler.py), and
-the simulated engines do not wait for decisions.
+"""Figure 16 of Llumnix (OSDI 2024), and beyond: 64 and 1,024 instances. What the whole simulation
+takes is measured here, not what a decision takes (benchmarks/scheduler.py does), and the simulated
+engines do not wait for decisions.
 
     python benchmarks/paper/scalability.py [--requests 200000]
 """

@@ -1,8 +1,9 @@
 """Runs of the simulator and their figures: what `llumnix simulate` does.
 
-Figures of a run (times in seconds). benchmarks/live.py has the same for real engines, but for three:
-it calls `fragmentation` here `fragmentation_blocked`, estimates `preemption_loss_s` from gaps
-between tokens, and leaves instances that start out of `instances_mean`.
+Figures of a run (times in seconds). benchmarks/live.py has the same for real engines, but for
+three: what is `fragmentation` here is `fragmentation_blocked` there, it estimates
+`preemption_loss_s` from gaps between tokens, and leaves instances that start out of
+`instances_mean`.
 - ttft_s, e2e_s: from a request's arrival to its first and its last token at the client; tpot_s:
   between the two, a token. Of requests that ended.
 - preemption_loss_s: the time from a preemption to the next token, over requests that ended.
