@@ -27,6 +27,7 @@ from vllm.v1.engine import EngineCoreRequest, async_llm, core, core_client  # no
 from vllm.v1.engine.async_llm import AsyncLLM  # noqa: E402
 from vllm.v1.engine.core import EngineCoreActor, EngineCoreProc  # noqa: E402
 from vllm.v1.engine.core_client import AsyncMPClient, MPClient  # noqa: E402
+from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector  # noqa: E402
 from vllm.v1.kv_cache_interface import (  # noqa: E402
     FullAttentionSpec,
     KVCacheConfig,
@@ -118,11 +119,61 @@ def test_every_call_to_one_engine_was_considered() -> None:
     assert found == ours
 
 
-def test_outputs_pass_through_the_hook_before_they_are_queued() -> None:
-    text = source(AsyncMPClient._ensure_output_queue_task)
-    assert 'getattr(self.__class__, "process_engine_outputs", None)' in text
-    hook, queue = "await output_handler(_self, outputs)", "outputs_queue.put_nowait(outputs)"
-    assert text.index(hook) < text.index(queue)
+def test_one_task_reads_what_engines_send_and_one_method_hands_it_on() -> None:
+    """frontend/engine_outputs.py replaces both."""
+    who = "frontend/engine_outputs.py"
+    says(
+        AsyncMPClient._ensure_output_queue_task,
+        "resources.output_queue_task is not None",
+        "await output_socket.recv_multipart(copy=False)",
+        "decoder.decode(frames)",
+        "outputs.utility_output.call_id == FT_STATUS_CALL_ID",
+        "_self._engine_status[outputs.engine_index] = ( outputs.utility_output.result.result )",
+        "_process_utility_output( outputs.utility_output, utility_results )",
+        "if outputs.outputs or outputs.scheduler_stats: outputs_queue.put_nowait(outputs)",
+        "outputs_queue.put_nowait(EngineDeadError())",
+        "resources.output_queue_task = asyncio.create_task(",
+        who=who,
+    )
+    says(
+        core_client._process_utility_output,
+        "future.set_exception(Exception(failure_message))",
+        "future.set_result(output.result.result)",
+        who=who,
+    )
+    says(core_client.BackgroundResources.__call__, "self.output_queue_task", who=who)
+    handler = AsyncLLM._run_output_handler
+    says(
+        handler,
+        "await engine_core.get_output_async()",
+        "output_processor.process_outputs( outputs_slice,",
+        "await engine_core.abort_requests_async( processed_outputs.reqs_to_abort )",
+        "output_processor.propagate_error(e)",
+        who=f"{who}, frontend/output_guard.py",
+    )
+
+
+def test_outputs_are_processed_in_one_pass() -> None:
+    text = source(OutputProcessor.process_outputs).split('"""')[2]
+    assert re.findall(r"engine_core_outputs\b.*", text) == ["engine_core_outputs:"]
+    assert "self.request_states.pop(req_id)" in source(OutputProcessor._finish_request)
+
+
+def test_a_consumer_gets_an_exception_and_passes_some_on_as_they_are() -> None:
+    who = "frontend/llm.py's RequestLostError"
+    says(RequestOutputCollector.put, "isinstance(output, Exception)", who=who)
+    says(AsyncLLM.generate, "except (VLLMClientError, GracefulHTTPError) as e:", "raise", who=who)
+
+
+def test_the_sequences_of_one_request_are_copies_of_it() -> None:
+    who = "frontend/prompt_blocks.py"
+    says(AsyncLLM.add_request, "request if idx == parent_params.n - 1 else copy(request)", who=who)
+
+
+def test_a_refused_request_is_added_only_to_be_aborted() -> None:
+    who = "frontend/client.py"
+    says(AsyncLLM.notify_kv_transfer_request_rejected, "abort_immediately=True", who=who)
+    says(core.EngineCore.add_request, "if request.abort_immediately:", who=who)
 
 
 def test_async_llm_makes_its_client_by_a_name_of_its_module() -> None:

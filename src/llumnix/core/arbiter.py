@@ -224,27 +224,23 @@ class Arbiter(Generic[Output]):
     def _flip_if_due(self, request: RequestId, ledger: Ledger[Output]) -> list[Effect]:
         assert ledger.takeover is not None
         if ledger.outputs > ledger.takeover.outputs:
-            raise self._too_many(request, ledger)
+            raise ProtocolError(
+                f"{request}: engine {ledger.owner} sent {ledger.outputs} tokens, but engine "
+                f"{ledger.grant and ledger.grant.destination} goes on after "
+                f"{ledger.takeover.outputs}"
+            )
         if ledger.outputs < ledger.takeover.outputs:
             return []
         return [self._flip(request, ledger, ())]
 
-    def _too_many(self, request: RequestId, ledger: Ledger[Output]) -> ProtocolError:
-        return ProtocolError(
-            f"{request}: engine {ledger.owner} sent {ledger.outputs} tokens, but engine "
-            f"{ledger.grant and ledger.grant.destination} goes on after "
-            f"{ledger.takeover and ledger.takeover.outputs}"
-        )
-
     def _flip_without_source(self, request: RequestId, ledger: Ledger[Output]) -> list[Effect]:
-        """The old owner is dead: what it did not send comes from the take-over's own list."""
+        """The old owner is dead: what it did not send comes from the take-over's own list. If the
+        two do not fit together the stream is lost, and no other of the dead engine's."""
         takeover, grant = ledger.takeover, ledger.grant
         assert takeover is not None
         assert grant is not None
         count = takeover.outputs - ledger.outputs
-        if count < 0:
-            raise self._too_many(request, ledger)
-        if count > len(takeover.tail) or grant.destination in self._dead:
+        if not 0 <= count <= len(takeover.tail) or grant.destination in self._dead:
             return [
                 AbortAt(engine=grant.destination, request=request),
                 StreamLost(request=request),

@@ -3,29 +3,24 @@
 vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
 - `AsyncMPClient` binds one ROUTER socket, over which it sends to any engine by ZMQ identity
   (`_send_input(..., engine)`, `_call_utility_async(..., engine)`), and one PULL socket, on which
-  outputs arrive with their `engine_index`. Its output task, encoder, decoder and queue are used as
-  they are; only its constructor, which waits for a fixed set of engines, is replaced.
-- An engine announces itself on the ROUTER socket with its READY payload, at any time.
-- `process_engine_outputs`, a class attribute, sees every `EngineCoreOutputs` before it is queued.
+  outputs arrive with their `engine_index`. Its encoder, decoder and queue are used as they are; its
+  constructor, which waits for a fixed set of engines, and its output task are replaced.
+- An engine announces itself on the ROUTER socket with its READY payload, at any time, once.
+- A request with `abort_immediately` is aborted as it arrives, and the engine says nothing of it: a
+  KV connector is to hear that it is over.
 - `OutputProcessor` keys on the request id alone, drops outputs of requests that it does not know,
   and turns `FinishReason.ERROR` into an error in OpenAI's format (not that of a pooling request).
 - A request with `resumable` set is a session: every chunk of input ends with a finish reason, and
   a last request without it ends the whole.
-- `EngineCoreRequest`: what tells its blocks in the prefix cache from others' are
-  `prompt_token_ids`, `lora_request.lora_name` and `cache_salt`, unless there are `mm_features` or
-  `prompt_embeds`; with `params.skip_reading_prefix_cache` it looks for none.
 """
 
 import asyncio
-import logging
 import time
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
-import msgspec
 import zmq
 import zmq.asyncio
 from vllm.config import VllmConfig
@@ -39,44 +34,24 @@ from vllm.v1.engine import (
     FinishReason,
 )
 from vllm.v1.engine.core_client import BackgroundResources
+from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.pool.late_interaction import get_late_interaction_engine_index
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from llumnix.core.events import Dispatch, InstanceLost, RequestArrived
-from llumnix.core.prefixes import chain, root
 from llumnix.core.priorities import Priorities
 from llumnix.core.types import EngineIndex, InstanceId, RequestId
 from llumnix.frontend.context import HttpRequest, current_http_request
 from llumnix.frontend.controller_link import ControllerLink
 from llumnix.frontend.engine_calls import EngineCalls
+from llumnix.frontend.engine_outputs import Complaints, FailedRequest
+from llumnix.frontend.engines import Engine
 from llumnix.frontend.migrations import Migrations, Place
+from llumnix.frontend.prompt_blocks import prompt_blocks
 from llumnix.frontend.streams import Stream, Streams
 from llumnix.observe.event_log import EventLog
 
-logger = logging.getLogger("llumnix.frontend")
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class Engine:
-    """One run of one instance's engine, as this frontend knows it. `slot` labels its metrics:
-    small, and the same for all runs of an instance. `address`: where its llumlet listens."""
-
-    instance: InstanceId
-    engine_index: EngineIndex
-    slot: int
-    ready: asyncio.Future[None]
-    address: str = ""
-    accepting: bool = True
-
-    @property
-    def takes_requests(self) -> bool:
-        """Whether a new request may go there."""
-        return self.ready.done() and self.accepting
-
-    @property
-    def identity(self) -> bytes:
-        """Its ZMQ identity."""
-        return self.engine_index.to_bytes(2, "little")
+STOPPING = "The server is stopping."
 
 
 class FleetClient(EngineCalls):
@@ -128,12 +103,14 @@ class FleetClient(EngineCalls):
         self.streams = Streams()
         self._log = log
         self.migrations = Migrations(self.streams, self, log)
-        self.fail_pooling: Callable[[list[str]], None] = lambda requests: None
+        self.complaints = Complaints()
+        self.on_failed: Callable[[str, str], bool] = lambda request, why: True
         self.on_leave: Callable[[InstanceId, str], None] = lambda instance, why: None
         self._placing: set[str] = set()
         self._engines: dict[EngineIndex, Engine] = {}
+        self._slots: dict[InstanceId, int] = {}
         self._link = link
-        self._calls: dict[EngineIndex, set[asyncio.Task[Any]]] = {}
+        self._calls: dict[EngineIndex, set[asyncio.Future[Any]]] = {}
         self._rotation = 0
         self._greeter: asyncio.Task[None] | None = None
 
@@ -160,6 +137,7 @@ class FleetClient(EngineCalls):
             instance=instance, engine_index=engine_index, slot=slot, ready=ready
         )
         self.streams.instances[engine_index] = instance
+        self._slots[instance] = slot
 
     def locate(self, engine_index: EngineIndex, address: str) -> None:
         """Says where the engine's llumlet listens."""
@@ -199,11 +177,13 @@ class FleetClient(EngineCalls):
         if engine is None:
             return 0
         self._refresh()
-        for call in self._calls.pop(engine_index, set()):
-            call.cancel()
+        self.fail_calls(engine_index)
+        self._link.tell(InstanceLost(instance=engine.instance, engine_index=engine_index))
         others = [EngineIndex(e.engine_index) for e in self._engines.values() if e.ready.done()]
         lost = self.migrations.engine_lost(engine_index, others, engine.address)
-        self._link.tell(InstanceLost(instance=engine.instance, engine_index=engine_index))
+        # Nobody else says that nothing runs there any more.
+        nothing = EngineCoreOutputs(engine_index=engine.slot, scheduler_stats=SchedulerStats())
+        self.outputs_queue.put_nowait(nothing)
         return lost
 
     async def abort_at(self, engine_index: EngineIndex, requests: list[str]) -> None:
@@ -215,25 +195,31 @@ class FleetClient(EngineCalls):
         self._note_finished(engine_index, outputs)
         self.outputs_queue.put_nowait(EngineCoreOutputs(engine_index=slot, outputs=outputs))
 
-    def end(self, requests: list[RequestId]) -> None:
-        known = [s for r in requests if (s := self.streams.get(r)) is not None]
-        self._finish(known, 0, FinishReason.ERROR)
+    def end(self, request: RequestId, why: str) -> None:
+        stream = self.streams.get(request)
+        if stream is None:
+            return
+        for engine_index in self._close(request, FinishReason.ERROR):
+            self.migrations.later(self.abort_at(engine_index, [request]))
+        failed = FailedRequest(request=request, slot=self._slots[stream.instance], why=why)
+        self.outputs_queue.put_nowait(failed)
+
+    def fail(self, failed: FailedRequest) -> EngineCoreOutputs:
+        last = EngineCoreOutput(failed.request, [], finish_reason=FinishReason.ERROR)
+        ends = self.on_failed(failed.request, failed.why)
+        return EngineCoreOutputs(engine_index=failed.slot, outputs=[last] if ends else [])
 
     async def abort_all(self) -> None:
         """Ends every open stream, as vLLM does when it stops at once."""
         for engine in list(self._engines.values()):
-            mine = self.streams.on(engine.engine_index)
-            self._finish(mine, engine.slot, FinishReason.ABORT)
-
-    def _finish(self, streams: list[Stream], slot: int, reason: FinishReason) -> None:
-        for stream in streams:
-            self._close(stream.request, reason)
-        last = [
-            EngineCoreOutput(s.request, [], finish_reason=reason) for s in streams if not s.pooling
-        ]
-        if last:
-            self.outputs_queue.put_nowait(EngineCoreOutputs(engine_index=slot, outputs=last))
-        self.fail_pooling([s.request for s in streams if s.pooling])
+            for stream in self.streams.on(engine.engine_index):
+                self._close(stream.request, FinishReason.ABORT)
+                last = EngineCoreOutput(stream.request, [], finish_reason=FinishReason.ABORT)
+                self.outputs_queue.put_nowait(
+                    FailedRequest(request=stream.request, slot=engine.slot, why=STOPPING)
+                    if stream.pooling  # It has no output that says so.
+                    else EngineCoreOutputs(engine_index=engine.slot, outputs=[last])
+                )
 
     def in_flight(self, engine_index: EngineIndex) -> int:
         """How many of this frontend's requests the engine holds."""
@@ -252,22 +238,28 @@ class FleetClient(EngineCalls):
     async def _greet(self) -> None:
         while True:
             frames = await self.input_socket.recv_multipart()
-            identity, payload = frames[0], frames[-1]
-            engine = self._engines.get(EngineIndex(int.from_bytes(identity, "little")))
-            if engine is None:
-                logger.warning("An engine that nobody started announced itself: %s", identity.hex())
-                continue
-            # vLLM adds up the blocks of data-parallel engines; ours come and go, so the
-            # configuration that the frontend shows is that of one of them.
-            self.vllm_config.cache_config.num_gpu_blocks = None
             try:
-                self._apply_ready_response(payload)
-            except msgspec.MsgspecError as error:
-                logger.error("Instance %s announced itself badly: %s", engine.instance, error)
-                continue
-            if not engine.ready.done():
-                engine.ready.set_result(None)
-            self._refresh()
+                self._let_in(frames[0], frames[-1])
+            except Exception as error:  # noqa: BLE001 - else no engine would be let in any more
+                self.complaints.note("An engine announced itself badly", repr(error), error)
+
+    def _let_in(self, identity: bytes, payload: bytes) -> None:
+        engine = self._engines.get(EngineIndex(int.from_bytes(identity, "little")))
+        if engine is None or engine.ready.done():
+            what = "An engine that nobody started announced itself"
+            self.complaints.note(what, identity.hex())
+            return
+        # vLLM adds up the blocks of data-parallel engines; ours come and go, so the
+        # configuration that the frontend shows is that of one of them.
+        cache_config = self.vllm_config.cache_config
+        blocks, cache_config.num_gpu_blocks = cache_config.num_gpu_blocks, None
+        try:
+            self._apply_ready_response(payload)
+        except BaseException:
+            cache_config.num_gpu_blocks = blocks
+            raise
+        engine.ready.set_result(None)
+        self._refresh()
 
     def _refresh(self) -> None:
         """`core_engines`, which vLLM's calls to all engines go by: those that are up."""
@@ -281,6 +273,9 @@ class FleetClient(EngineCalls):
         known = self.streams.get(request.request_id)
         if known is not None:
             await self._continue(known, request)
+            return
+        if request.abort_immediately:
+            await self._send_to(self._place_alone(), request)
             return
         came_s = time.monotonic()
         http = current_http_request.get()
@@ -345,7 +340,7 @@ class FleetClient(EngineCalls):
                 request=RequestId(request.request_id),
                 prompt_tokens=tokens,
                 priority=request.priority,
-                prefix=self._prefix(request),
+                prefix=prompt_blocks(request) if self._hash_prefixes else (),
             )
         )
         if isinstance(decision, Dispatch):
@@ -353,17 +348,6 @@ class FleetClient(EngineCalls):
             if engine is not None and engine.takes_requests:
                 return engine
         return self._place_alone()
-
-    def _prefix(self, request: EngineCoreRequest) -> tuple[int, ...]:
-        """The prompt's blocks as engine/prefix_reader.py names them, if the policy asks for them
-        and the request would look for them."""
-        tokens, lora = request.prompt_token_ids, request.lora_request
-        embedded = request.mm_features or request.prompt_embeds is not None
-        if not self._hash_prefixes or not tokens or embedded:
-            return ()
-        if request.params.skip_reading_prefix_cache:
-            return ()
-        return chain(root(lora.lora_name if lora else None, request.cache_salt), tokens)
 
     def _pinned(self, request: EngineCoreRequest) -> Engine | None:
         """Late-interaction scoring keeps a query's embedding in one engine's memory: all requests
@@ -409,8 +393,7 @@ class FleetClient(EngineCalls):
         self._log.request(stream.shown(str(reason)))
         return self.migrations.close(RequestId(request_id))
 
-    @staticmethod
-    async def process_engine_outputs(self: "FleetClient", outputs: EngineCoreOutputs) -> None:
+    def receive(self, outputs: EngineCoreOutputs) -> None:
         """Passes on what each stream's owner says, and labels it with the instance's slot for the
         metrics."""
         index = EngineIndex(outputs.engine_index)
@@ -429,12 +412,20 @@ class FleetClient(EngineCalls):
         for output in outputs:
             if output.finish_reason is None:
                 continue
-            stream = self.streams.get(output.request_id)
-            if stream is None:
-                continue
-            if stream.session and output.finish_reason is not FinishReason.ABORT:
-                stream.between_inputs = True
-                continue
-            for other in self._close(output.request_id, output.finish_reason):
-                if other != index:  # It was on its way there.
-                    self.migrations.later(self.abort_at(other, [output.request_id]))
+            try:
+                self._note_finish(index, output, output.finish_reason)
+            except Exception as error:  # noqa: BLE001 - the other outputs must arrive
+                self.migrations.give_up(RequestId(output.request_id), error)
+
+    def _note_finish(
+        self, index: EngineIndex, output: EngineCoreOutput, reason: FinishReason
+    ) -> None:
+        stream = self.streams.get(output.request_id)
+        if stream is None:
+            return
+        if stream.session and reason is not FinishReason.ABORT:
+            stream.between_inputs = True
+            return
+        for other in self._close(output.request_id, reason):
+            if other != index:  # It was on its way there.
+                self.migrations.later(self.abort_at(other, [output.request_id]))

@@ -1,26 +1,28 @@
 """Calls to engines, over a changing set of them: what is asked of one, of all, of any.
 
 vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
-`AsyncMPClient._call_utility_async(method, *args, engine)` calls one engine by its ZMQ identity;
+`AsyncMPClient._call_utility_async(method, *args, engine)`, replaced here, calls one engine by its
+ZMQ identity: it sends (client, call, method, arguments) and awaits the future in `utility_results`;
 `call_utility_all_async` and `call_utility_consensus_async` go by `core_engines`.
 """
 
 import asyncio
+import uuid
 from collections.abc import Callable
 from typing import Any
 
 from vllm.lora.request import LoRARequest
-from vllm.v1.engine.core_client import AsyncMPClient
+from vllm.v1.engine import EngineCoreRequestType
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from llumnix.core.types import EngineIndex
+from llumnix.frontend.engine_outputs import EngineOutputs
 
 
-class EngineCalls(AsyncMPClient):
-    """The calling half of the fleet's client. The other half says which engines it
-    `knows`, and cancels the `_calls` that wait for one that is lost."""
+class EngineCalls(EngineOutputs):
+    """The calling half of the fleet's client. The other half says which engines it `knows`."""
 
-    _calls: dict[EngineIndex, set[asyncio.Task[Any]]]
+    _calls: dict[EngineIndex, set[asyncio.Future[Any]]]
 
     def knows(self, engine_index: EngineIndex) -> bool:
         """Whether the engine is there, or was started and will be."""
@@ -32,22 +34,27 @@ class EngineCalls(AsyncMPClient):
         return await self._call_utility_async(method, *args, engine=identity)
 
     async def _call_utility_async(self, method: str, *args: Any, engine: bytes) -> Any:
-        if not engine:
-            raise EngineDeadError()
         engine_index = EngineIndex(int.from_bytes(engine, "little"))
-        if not self.knows(engine_index):  # Lost since our caller listed the engines.
+        if not engine or not self.knows(engine_index):  # Lost since our caller listed the engines.
             raise EngineDeadError()
-        call = asyncio.ensure_future(super()._call_utility_async(method, *args, engine=engine))
+        call_id = uuid.uuid1().int >> 64
+        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self.utility_results[call_id] = answer
         calls = self._calls.setdefault(engine_index, set())
-        calls.add(call)
-        call.add_done_callback(calls.discard)
+        calls.add(answer)
         try:
-            return await call
-        except asyncio.CancelledError:
-            if not self.knows(engine_index):  # Cancelled by `lose`, not by our caller.
-                raise EngineDeadError() from None
-            call.cancel()
-            raise
+            call = (self.client_index, call_id, method, args)
+            await self._send_input(EngineCoreRequestType.UTILITY, call, engine)
+            return await answer
+        finally:
+            self.utility_results.pop(call_id, None)
+            calls.discard(answer)
+
+    def fail_calls(self, engine_index: EngineIndex) -> None:
+        """Ends the calls that wait for an engine that is lost."""
+        for answer in self._calls.pop(engine_index, set()):
+            if not answer.done():
+                answer.set_exception(EngineDeadError())
 
     async def call_utility_async(self, method: str, *args: Any) -> Any:
         """Calls all engines; what they answer must agree, and that is returned."""

@@ -7,7 +7,8 @@ vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when
   nothing else with it.
 - `AsyncLLM._add_request` registers and sends a request with `n` = 1 (vLLM takes back by itself what
   it registered for others when sending fails).
-- `OutputProcessor.request_states[id].queue` takes an exception for the request's consumer.
+- `OutputProcessor.request_states[id].queue` takes an exception for the request's consumer, which
+  `generate` passes on as it is if it is a `GracefulHTTPError`; `_finish_request` forgets a request.
 - `logger_manager` is built for a fixed list of engine indexes; `_logger_ref` lets the running
   output handler see a new one (vLLM's elastic scaling uses it so).
 - `shutdown(timeout)` is called on a thread of its own after the first SIGINT or SIGTERM, before the
@@ -19,9 +20,11 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
+from http import HTTPStatus
 from typing import Any
 
 from vllm.config import VllmConfig
+from vllm.exceptions import GenerationError, GracefulHTTPError
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import SamplingParams
 from vllm.usage.usage_lib import UsageContext
@@ -32,13 +35,26 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.executor import Executor
 from vllm.v1.metrics.loggers import StatLoggerManager, load_stat_logger_plugin_factories
 
+from llumnix.core.types import RequestId
 from llumnix.frontend.ahead import Adding, Outputs
 from llumnix.frontend.client import FleetClient
+from llumnix.frontend.migrations import GAVE_UP
+from llumnix.frontend.output_guard import guard
+from llumnix.frontend.prompt_blocks import one_request
 
 logger = logging.getLogger("llumnix.frontend")
 
 DRAIN_POLL_S = 0.05
 ABORT_TIMEOUT_S = 2.0
+
+
+class RequestLostError(GenerationError, GracefulHTTPError):
+    """No engine runs the request any more. As the first of its kinds it ends a stream with its
+    message and without a traceback; as the second it passes through `generate` as it is."""
+
+    def __init__(self, why: str) -> None:
+        Exception.__init__(self, why)
+        self.http_status = self.status_code = HTTPStatus.INTERNAL_SERVER_ERROR
 
 
 class FleetLLM(AsyncLLM):
@@ -60,7 +76,7 @@ class FleetLLM(AsyncLLM):
         self.open_http = 0
         self._hurry = False
         self._aggregate_logging = aggregate_engine_logging
-        client.fail_pooling = self._fail
+        client.on_failed = self._fail
         with _given(client):
             super().__init__(
                 vllm_config=vllm_config,
@@ -70,6 +86,7 @@ class FleetLLM(AsyncLLM):
                 log_requests=log_requests,
                 aggregate_engine_logging=aggregate_engine_logging,
             )
+        guard(self.output_processor, self._give_up)
 
     def generate(  # type: ignore[override]
         self, prompt: Any, sampling_params: SamplingParams, request_id: str, **kwargs: Any
@@ -83,7 +100,8 @@ class FleetLLM(AsyncLLM):
     async def add_request(self, request_id: str, prompt: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(prompt, Adding):
             return await prompt.outcome()
-        return await super().add_request(request_id, prompt, *args, **kwargs)
+        with one_request():
+            return await super().add_request(request_id, prompt, *args, **kwargs)
 
     async def _add_request(self, request: EngineCoreRequest, *args: Any, **kwargs: Any) -> None:
         # Placing a request takes a moment in which the client can hang up. The caller does not
@@ -94,13 +112,30 @@ class FleetLLM(AsyncLLM):
             await self.abort(request.request_id, internal=True)
             raise
 
-    def _fail(self, requests: list[str]) -> None:
-        """Ends requests with an exception: pooling has no output that says so."""
-        for request in requests:
-            state = self.output_processor.request_states.get(request)
-            if state is not None and state.queue is not None:
-                state.queue.put(EngineDeadError())
-        self.output_processor.abort_requests(requests, internal=True)
+    def _fail(self, request: str, why: str) -> bool:
+        """Has the request's consumer raise; returns whether an output must still end it."""
+        state = self.output_processor.request_states.get(request)
+        if state is None:
+            return False
+        if state.queue is not None:
+            state.queue.put(RequestLostError(why))
+        if state.parent_req is not None:  # The other `n` - 1 sequences have lost their consumer.
+            others = self.abort(state.parent_req.request_id, internal=True)
+            self.engine_core.migrations.later(others)
+        # An output cannot end these: for pooling there is none, and a session goes on after it.
+        elif state.detokenizer is None or state.streaming_input:
+            self.output_processor.abort_requests([request], internal=True)
+        else:
+            return True
+        return False
+
+    def _give_up(self, request: str, error: Exception) -> None:
+        """One of its outputs could not be processed."""
+        self.engine_core.migrations.give_up(RequestId(request), error)
+        # Its stream may have ended before, and then nobody else tells the consumer.
+        state = self.output_processor.request_states.get(request)
+        if state is not None and self._fail(request, GAVE_UP):
+            self.output_processor._finish_request(state)
 
     async def check_health(self) -> None:
         await super().check_health()

@@ -7,7 +7,6 @@ changes): an engine's outputs are sent in order, so a message that an output car
 """
 
 import asyncio
-import logging
 import time
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -28,16 +27,24 @@ from llumnix.errors import (
     ConflictError,
     UnknownMigrationError,
     UnknownRequestError,
+    UsageError,
 )
+from llumnix.frontend.engine_outputs import Complaints
 from llumnix.frontend.streams import Stream, Streams
 from llumnix.observe.event_log import EventLog
 from llumnix.observe.wire import decode, encode
 
-logger = logging.getLogger("llumnix.frontend")
-
 IN_BAND = "llumnix"
 LISTED_MAX = 1000
 FATE_POLL_S = 0.02
+FATE_ASKED_MAX = 3000
+"""So often a destination is asked what it decided: for a minute. It waits for one pull at most,
+from a source that is dead."""
+CALL_TRIES_MAX = 5
+CALL_PAUSE_S = 0.1
+"""After the first failure of a call that must not be lost; each further pause is twice as long."""
+ENGINE_DIED = "The instance that ran this request died. Please send the request again."
+GAVE_UP = "llumnix failed at this request. Please send it again."
 
 
 class Engines(Protocol):
@@ -45,6 +52,11 @@ class Engines(Protocol):
 
     async def call_engine(self, engine_index: EngineIndex, method: str, *args: Any) -> Any:
         """Calls one engine."""
+        ...
+
+    @property
+    def complaints(self) -> Complaints:
+        """Where faults are counted."""
         ...
 
     async def abort_at(self, engine_index: EngineIndex, requests: list[str]) -> None:
@@ -63,8 +75,8 @@ class Engines(Protocol):
         """Passes outputs on as if the engine had just sent them."""
         ...
 
-    def end(self, requests: list[RequestId]) -> None:
-        """Ends these streams with an error."""
+    def end(self, request: RequestId, why: str) -> None:
+        """Ends a stream with an error, wherever its request is; `why` is what its client reads."""
         ...
 
 
@@ -215,23 +227,36 @@ class Migrations:
         """What an engine said: returns what is due to the clients now."""
         due: list[EngineCoreOutput] = []
         for output in outputs:
-            params = output.kv_transfer_params
-            if params is not None and IN_BAND in params:
-                self._hear_llumlet(engine_index, params[IN_BAND], due)
-                continue
-            stream = self._streams.get(output.request_id)
-            if stream is None:
-                continue
-            ledger = stream.ledger
-            tokens = len(output.new_token_ids)
-            if ledger.owner == engine_index and ledger.takeover is None:
-                ledger.outputs += tokens
-                due.append(output)
-            else:
-                now, effects = self._arbiter.offer(engine_index, stream.request, tokens, output)
-                due += now
-                self._perform(effects, due)
+            try:
+                params = output.kv_transfer_params
+                if params is not None and IN_BAND in params:
+                    self._hear_llumlet(engine_index, params[IN_BAND], due)
+                    continue
+                stream = self._streams.get(output.request_id)
+                if stream is None:
+                    continue
+                ledger = stream.ledger
+                tokens = len(output.new_token_ids)
+                if ledger.owner == engine_index and ledger.takeover is None:
+                    ledger.outputs += tokens
+                    due.append(output)
+                else:
+                    now, effects = self._arbiter.offer(engine_index, stream.request, tokens, output)
+                    due += now
+                    self._perform(effects, due)
+            except Exception as error:  # noqa: BLE001 - what one says must not end the others
+                self.give_up(RequestId(output.request_id), error)
         return due
+
+    def give_up(self, request: RequestId, error: Exception) -> None:
+        """A message about this request, or what follows from it, could not be dealt with."""
+        complain = self._engines.complaints.note
+        complain("Gave a request up", f"{request}: {error!r}", error)
+        try:
+            self._end_all_of(request, "lost", f"the frontend failed: {error!r}")
+            self._engines.end(request, GAVE_UP)
+        except Exception as worse:  # noqa: BLE001 - what else the message says must be dealt with
+            complain("Could not give a request up", f"{request}: {worse!r}", worse)
 
     def engine_lost(
         self, engine_index: EngineIndex, others: list[EngineIndex], address: str
@@ -242,7 +267,8 @@ class Migrations:
         lost = [e for e in effects if isinstance(e, StreamLost)]
         self._perform(effects, due, address)
         for output in due:
-            self._engines.deliver(self._streams.owner(output.request_id), [output])
+            if (stream := self._streams.get(output.request_id)) is not None:
+                self._engines.deliver(stream.engine_index, [output])
         for migration in [m for m in self._open.values() if m.source_engine == engine_index]:
             stream = self._streams.get(migration.request)
             if stream is None:
@@ -297,18 +323,27 @@ class Migrations:
         self, effects: list[Effect], due: list[EngineCoreOutput], lost_address: str = ""
     ) -> None:
         for effect in effects:
-            match effect:
-                case AbortAt(engine=engine, request=request):
-                    self.later(self._engines.abort_at(engine, [request]))
-                case TellLost(engine=engine, lost=lost, granted=granted):
-                    self.later(self._tell_lost(engine, lost, lost_address, list(granted)))
-                case AskFate(engine=engine, migration=migration):
-                    self.later(self._ask_fate(engine, migration))
-                case StreamLost(request=request):
-                    self._end_all_of(request, "lost", "the engine that ran it died")
-                    self._engines.end([request])
-                case Moved():
-                    self._move(effect, due)
+            try:
+                self._perform_one(effect, due, lost_address)
+            except Exception as error:  # noqa: BLE001 - the effects on other requests must follow
+                self.give_up(RequestId(getattr(effect, "request", "")), error)
+
+    def _perform_one(self, effect: Effect, due: list[EngineCoreOutput], lost_address: str) -> None:
+        match effect:
+            case AbortAt(engine=engine, request=request):
+                self.later(self._engines.abort_at(engine, [request]))
+            case TellLost(engine=engine, lost=lost, granted=granted):
+                self.later(self._tell_lost(engine, lost, lost_address, list(granted)))
+            case AskFate(engine=engine, migration=migration):
+                self.later(self._ask_fate(engine, migration))
+            case StreamLost(request=request):
+                self._lose(request)
+            case Moved():
+                self._move(effect, due)
+
+    def _lose(self, request: RequestId) -> None:
+        self._end_all_of(request, "lost", "the engine that ran it died")
+        self._engines.end(request, ENGINE_DIED)
 
     def _move(self, moved: Moved, due: list[EngineCoreOutput]) -> None:
         self._streams.move(moved.request, moved.owner)
@@ -316,9 +351,7 @@ class Migrations:
         stream = self._streams.get(moved.request)
         if moved.missing and stream is not None and stream.logprobs:
             # The tokens are known, their log-probabilities died with the source.
-            self.later(self._engines.abort_at(moved.owner, [moved.request]))
-            self._end_all_of(moved.request, "lost", "the engine that ran it died")
-            self._engines.end([moved.request])
+            self._lose(moved.request)
             return
         if moved.missing:
             due.append(EngineCoreOutput(moved.request, list(moved.missing)))
@@ -340,24 +373,49 @@ class Migrations:
         """Does this beside everything else."""
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._done)
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        error = None if task.cancelled() else task.exception()
+        # A wish that came too late, or an engine that is gone, is no fault.
+        if error is not None and not isinstance(error, UsageError | EngineDeadError):
+            self._engines.complaints.note("What was begun beside failed", repr(error), error)
 
     async def _tell_lost(
         self, engine: EngineIndex, lost: EngineIndex, address: str, granted: list[MigrationId]
     ) -> None:
-        try:
-            await self._engines.call_engine(engine, "llumnix_engine_lost", lost, address, granted)
-        except EngineDeadError:
-            return  # It died too, and that is told on its own.
+        for attempt in range(CALL_TRIES_MAX):
+            try:
+                await self._engines.call_engine(
+                    engine, "llumnix_engine_lost", lost, address, granted
+                )
+            except EngineDeadError:
+                return  # It died too, and that is told on its own.
+            except Exception as error:  # noqa: BLE001 - vLLM raises a bare Exception
+                self._engines.complaints.note("An engine was not told of a death", repr(error))
+                await asyncio.sleep(CALL_PAUSE_S * 2**attempt)
+            else:
+                return
+        # It would hold these for ever, since it waits for what the dead one decided.
+        for migration in granted:
+            if (known := self._listed.get(migration)) is not None:
+                self._lose(known.request)
 
     async def _ask_fate(self, engine: EngineIndex, migration: MigrationId) -> None:
-        """Asks until there is an answer: the source died, so the destination's word is all."""
-        fate = "undecided"
-        while fate == "undecided":
+        """Asks until there is an answer: the source died, so the destination's word is all. Without
+        one the request is given up."""
+        fate, failures, asked = "undecided", 0, 0
+        while fate == "undecided" and failures < CALL_TRIES_MAX and asked < FATE_ASKED_MAX:
+            asked += 1
             try:
                 fate = await self._engines.call_engine(engine, "llumnix_fate", migration)
             except EngineDeadError:
                 return  # The arbiter hears of that by itself.
+            except Exception as error:  # noqa: BLE001 - vLLM raises a bare Exception
+                self._engines.complaints.note("An engine did not say a fate", repr(error))
+                await asyncio.sleep(CALL_PAUSE_S * 2**failures)
+                failures += 1
             if fate == "undecided":
                 await asyncio.sleep(FATE_POLL_S)
         known = self._open.get(migration)
