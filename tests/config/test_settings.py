@@ -88,6 +88,8 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
         ),
         ("priorities: {classes: [{name: a, priority: 0, headroom: 0.5}]}", "leave it out for one"),
         ("priorities: {key_caps: {k: golden}}", "no class 'golden'; there are: high, normal"),
+        ("priorities: {key_caps: {'sha256:k': high}}", "no digest of 64 hex digits follows"),
+        ("priorities: {default_cap: golden}", "no class 'golden'; there are: high, normal"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path: Path, text: str, named: str) -> None:

@@ -8,8 +8,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llumnix.core.load import ClassLoad, Load, LoadReport, derive
-from llumnix.core.priorities import Priorities
-from llumnix.core.settings import HIGH, NORMAL, PriorityClass, PrioritySettings
+from llumnix.core.policies.presets import POLICIES
+from llumnix.core.priorities import NUMBER_MAX, Priorities
+from llumnix.core.scheduler import priorities_of
+from llumnix.core.settings import (
+    HIGH,
+    NORMAL,
+    PriorityClass,
+    PrioritySettings,
+    SchedulerSettings,
+    key_digest,
+)
 from llumnix.core.types import EngineIndex, InstanceId
 
 PRIORITIES = Priorities(PrioritySettings())
@@ -215,7 +224,73 @@ def test_a_key_gets_no_more_than_its_cap_whatever_it_asks_for() -> None:
         [0, 0, 0]
     )
     assert capped.asked(9, key="k") == 9
-    assert capped.asked(-500, key="other") == -500
+    assert capped.asked(-50, key="other") == -50
+
+
+ASKS = ((-500,), (-7,), (0, "high"), (0, None, "priority"))
+
+
+def test_on_a_server_with_keys_more_than_usual_is_for_the_keys_that_it_was_granted_to() -> None:
+    keyed = Priorities(PrioritySettings(key_caps={"granted": "high"}), keyed=True)
+    for key in ("other", None, key_digest("granted"), "sha256:", ""):
+        assert [keyed.asked(*a, key=key) for a in ASKS] == [0, 0, 0, 0]
+    assert [keyed.asked(*a, key="granted") for a in ASKS] == [-100, -7, -100, -100]
+    assert keyed.asked(9, key="other") == 9
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_every_policy_holds_to_it(policy: str) -> None:
+    keyed = priorities_of(SchedulerSettings(policy=policy), keyed=True)
+    assert [keyed.asked(*a, key="other") for a in ASKS] == [0, 0, 0, 0]
+
+
+def test_on_a_server_without_keys_everybody_may_ask_for_any_class() -> None:
+    assert [PRIORITIES.asked(*a, key="whatever") for a in ASKS] == [-100, -7, -100, -100]
+
+
+@pytest.mark.parametrize("keyed", [True, False])
+def test_the_default_cap_is_what_the_settings_say(keyed: bool) -> None:
+    soon = PriorityClass(name="soon", priority=-20)
+    some = PrioritySettings(
+        classes=(HIGH, soon, NORMAL), default_cap="soon", key_caps={"little": "normal"}
+    )
+    priorities = Priorities(some, keyed=keyed)
+    assert [priorities.asked(*a) for a in ASKS] == [-20, -7, -20, -20]
+    assert [priorities.asked(*a, key="little") for a in ASKS] == [0, 0, 0, 0]
+
+
+def test_a_cap_leaves_a_request_that_asks_for_nothing_as_it_is() -> None:
+    """Also where the class that it belongs to has another number."""
+    odd = PrioritySettings(
+        classes=(HIGH, PriorityClass(name="rest", priority=30)), key_caps={"granted": "high"}
+    )
+    assert Priorities(odd, keyed=True).asked(0, key="other") == 0
+
+
+def test_no_number_is_beyond_the_classes() -> None:
+    assert PRIORITIES.asked(-(2**70)) == -100
+    assert PRIORITIES.asked(2**70) == NUMBER_MAX
+
+
+def test_keys_are_kept_as_digests_and_not_shown() -> None:
+    kept = PrioritySettings(key_caps={"s3cret": "high"})
+    assert "s3cret" not in str(kept.key_caps)
+    assert "s3cret" not in repr(SchedulerSettings(priorities=kept))
+    assert key_digest("s3cret") not in repr(kept)
+    assert replace(kept, aging_s=5.0).key_caps == kept.key_caps, "digests stay what they are"
+    given = PrioritySettings(key_caps={key_digest("s3cret"): "high"})
+    assert given == kept
+    keyed = Priorities(given, keyed=True)
+    assert keyed.asked(-100, key="s3cret") == -100
+
+
+def test_whoever_needs_no_keys_gets_none() -> None:
+    all_of_it = SchedulerSettings(
+        policy="infaas++", priorities=PrioritySettings(key_caps={"k": "high"}, aging_s=5.0)
+    )
+    without = all_of_it.without_keys()
+    assert without.priorities.key_caps == {}
+    assert (without.policy, without.priorities.aging_s) == ("infaas++", 5.0)
 
 
 def test_who_has_waited_is_queued_as_the_most_urgent() -> None:

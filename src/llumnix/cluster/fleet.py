@@ -89,7 +89,7 @@ class Fleet:
         self._launch = launch
         self._runs = Runs(self._client, launch, addresses, config)
         self._controller_address = addresses.controller
-        self._settings = config.scheduler
+        self._settings = config.scheduler.without_keys()
         self._reporting: asyncio.Task[None] | None = None
         self._refused = ""
         self._members: dict[InstanceId, Member] = {}

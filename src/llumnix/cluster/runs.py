@@ -66,7 +66,7 @@ class Runs:
             agents=addresses.agents,
             key=secrets.token_bytes(32),
             limits=MigrationLimits(),
-            settings=config.scheduler,
+            settings=config.scheduler.without_keys(),
             transfer=TransferOptions(bandwidth_bytes_per_s=limit and limit * 1e6),
         )
         self._started = 0

@@ -127,7 +127,7 @@ async def _run(
         ControllerLink(addresses.controller),
         deployment.slots,
         EventLog(deployment.event_log, who=f"frontend {os.getpid()}"),
-        priorities_of(deployment.scheduler),
+        priorities_of(deployment.scheduler, keyed=bool(args.access.client_digests)),
         hash_prefixes=POLICIES[deployment.scheduler.policy].looks_at_caches,
     )
     client.start()

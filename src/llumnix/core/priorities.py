@@ -8,19 +8,24 @@ it; the last class takes the rest.
 from bisect import bisect_left
 from collections.abc import Sequence
 
-from llumnix.core.settings import PrioritySettings
+from llumnix.core.settings import PrioritySettings, key_digest
 from llumnix.errors import UsageError
 
 _TIERS = {"priority": 0, "flex": -1}
 """OpenAI's service tiers that ask for more or less than usual: the most and the least urgent
 class."""
+NUMBER_MAX = 2**31 - 1
+"""Whatever is less urgent still is served last all the same."""
 
 
 class Priorities:
     """The classes of one deployment, most urgent first. A class is named by its place, `rank`.
-    `alike`: whatever is asked for, all requests are treated alike."""
+    `alike`: whatever is asked for, all requests are treated alike. `keyed`: the server has API
+    keys, so a class that is more urgent than usual is for those that it was granted to."""
 
-    def __init__(self, settings: PrioritySettings, *, alike: bool = False) -> None:
+    def __init__(
+        self, settings: PrioritySettings, *, alike: bool = False, keyed: bool = False
+    ) -> None:
         self._alike = alike
         self.classes = tuple(sorted(settings.classes, key=lambda c: c.priority))
         self._numbers = [c.priority for c in self.classes]
@@ -28,7 +33,11 @@ class Priorities:
         self._with_headroom = [(r, h) for r, h in enumerate(self._headrooms) if h]
         self._aging_s = settings.aging_s
         self.preempt = settings.preempt and not alike
-        self._caps = {key: self.rank_named(name) for key, name in settings.key_caps.items()}
+        numbers = {c.name: c.priority for c in self.classes}
+        self._caps = {key: numbers[name] for key, name in settings.key_caps.items()}
+        self._default_cap = 0 if keyed else self._numbers[0]
+        if settings.default_cap is not None:
+            self._default_cap = numbers[settings.default_cap]
 
     def __len__(self) -> int:
         return len(self.classes)
@@ -48,9 +57,9 @@ class Priorities:
     def asked(
         self, number: int, name: str | None = None, tier: str | None = None, key: str | None = None
     ) -> int:
-        """The number that a request runs under. `number`: vLLM's own field, which wins if it is
-        not 0; `name`: of a class; `tier`: OpenAI's `service_tier`; `key`: the API key, which may
-        have a cap."""
+        """The number that a request runs under: no more urgent than its cap, nor than the most
+        urgent class. `number`: vLLM's own field, which wins if it is not 0; `name`: of a class;
+        `tier`: OpenAI's `service_tier`; `key`: the API key, which may have a cap of its own."""
         if self._alike:
             return 0
         if number == 0 and name is not None:
@@ -60,9 +69,10 @@ class Priorities:
             number = self.classes[_TIERS[tier]].priority
             if tier == "flex":
                 number = max(0, number)
-        if key is not None and (cap := self._caps.get(key)) is not None:
-            number = max(number, self.classes[cap].priority)
-        return number
+        cap = self._default_cap
+        if key is not None and self._caps:
+            cap = self._caps.get(key_digest(key), cap)
+        return min(max(number, cap, self._numbers[0]), NUMBER_MAX)
 
     def aged(self, priority: int, waited_s: float) -> int:
         """The number that a request is queued under after it has waited so long."""

@@ -106,13 +106,15 @@ class Scheduler:
         index.store(fact.instance, fact.stored)
 
 
-def priorities_of(settings: SchedulerSettings) -> Priorities:
-    """The classes as the policy treats them: without headroom unless it makes room."""
+def priorities_of(settings: SchedulerSettings, *, keyed: bool = False) -> Priorities:
+    """The classes as the policy treats them: without headroom unless it makes room. `keyed`: the
+    server has API keys."""
     given, preset = settings.priorities, POLICIES[settings.policy]
     if preset.headroom:
-        return Priorities(given)
+        return Priorities(given, keyed=keyed)
     bare = tuple(replace(c, headroom=0.0) for c in given.classes)
-    return Priorities(replace(given, classes=bare), alike=not preset.priorities)
+    given = replace(given, classes=bare)
+    return Priorities(given, alike=not preset.priorities, keyed=keyed)
 
 
 def urgency(fact: object) -> tuple[int, int]:

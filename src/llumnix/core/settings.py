@@ -5,7 +5,9 @@ that is null follows from what is observed (`core/observed.py`), from the policy
 knob, as its text says.
 """
 
-from dataclasses import dataclass, field
+import hashlib
+import string
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from llumnix.core.limits import MigrationLimits
@@ -48,6 +50,14 @@ class PriorityClass:
             )
 
 
+_DIGEST = "sha256:"
+
+
+def key_digest(key: str) -> str:
+    """What an API key is kept as: `sha256:` and its digest in hex digits."""
+    return _DIGEST + hashlib.sha256(key.encode()).hexdigest()
+
+
 HIGH = PriorityClass(name="high", priority=-100, headroom=0.88)
 """The paper keeps 1,600 of 13,616 tokens in use where a high request runs."""
 NORMAL = PriorityClass(name="normal", priority=0)
@@ -70,13 +80,21 @@ class PrioritySettings:
         "true or false",
         "Preempt running requests of less urgent classes for one that cannot start.",
     )
+    default_cap: str | None = knob(
+        None,
+        "a class's name",
+        "The most urgent class for requests whose API key has no cap of its own. null: any where "
+        "the server has no API keys, else none that is more urgent than usual.",
+    )
     key_caps: dict[str, str] = field(
         default_factory=dict,
+        repr=False,
         metadata={
-            "unit": "API key: class",
+            "unit": "API key, or sha256:DIGEST of it: class",
             "help": "The most urgent class that requests with this key get.",
         },
     )
+    """Kept as digests alone, however they were given."""
 
     def __post_init__(self) -> None:
         _check("priorities.aging_s", self.aging_s, 0.1)
@@ -92,10 +110,27 @@ class PrioritySettings:
                 "priorities.classes: every class has headroom, so no request could go anywhere; "
                 "leave it out for one"
             )
-        for name in self.key_caps.values():
+        if self.default_cap is not None and self.default_cap not in names:
+            raise UsageError(
+                f"priorities.default_cap: no class {self.default_cap!r}; there are: "
+                + ", ".join(names)
+            )
+        # A frozen dataclass has no other way to set a field that follows from what was given.
+        digests = {
+            key.lower() if key.startswith(_DIGEST) else key_digest(key): name
+            for key, name in self.key_caps.items()
+        }
+        object.__setattr__(self, "key_caps", digests)
+        for key, name in digests.items():
             if name not in names:
                 raise UsageError(
                     f"priorities.key_caps: no class {name!r}; there are: {', '.join(names)}"
+                )
+            digits = key.removeprefix(_DIGEST)
+            if len(digits) != 64 or not set(digits) <= set(string.hexdigits):
+                raise UsageError(
+                    f"priorities.key_caps: a key begins with {_DIGEST}, and no digest of 64 hex "
+                    "digits follows; `printf %s KEY | sha256sum` prints one"
                 )
 
 
@@ -194,3 +229,7 @@ class SchedulerSettings:
     priorities: PrioritySettings = field(default_factory=PrioritySettings)
     migration: MigrationSettings = field(default_factory=MigrationSettings)
     scaling: ScalingSettings = field(default_factory=ScalingSettings)
+
+    def without_keys(self) -> "SchedulerSettings":
+        """For whoever has nothing to do with API keys, that is everybody but the frontend."""
+        return replace(self, priorities=replace(self.priorities, key_caps={}))

@@ -9,7 +9,6 @@ runs the pure core on it again, and its requests are a trace for the simulator (
 import logging
 import os
 import time
-from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -39,8 +38,7 @@ class EventLog:
 
     def started(self, settings: SchedulerSettings) -> None:
         """A scheduler begins, knowing nothing but its settings. Keys are not written."""
-        known = replace(settings, priorities=replace(settings.priorities, key_caps={}))
-        self._write("started", time.monotonic(), {"settings": known})
+        self._write("started", time.monotonic(), {"settings": settings.without_keys()})
 
     def fact(self, fact: Fact, at: float) -> None:
         """A fact that went into the scheduler at that time."""
