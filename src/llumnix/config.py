@@ -6,6 +6,7 @@ core/settings.py's: `read_settings` reads them from a YAML file and puts the fla
 """
 
 import ipaddress
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
@@ -119,6 +120,11 @@ class DeploymentConfig:
             )
         if not self.max_body_mb > 0:
             raise UsageError(f"--max-body-mb {self.max_body_mb}: must be above 0")
+        for name in self.allowed_host or ():
+            if name != "*" and not re.fullmatch(r"[\w.-]+", name):
+                raise UsageError(
+                    f"--allowed-host {name}: give the name alone, without scheme, port and path"
+                )
         if self.event_log is not None and not Path(self.event_log).absolute().parent.is_dir():
             raise UsageError(
                 f"--event-log {self.event_log}: its folder does not exist; make it first"

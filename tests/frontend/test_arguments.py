@@ -113,6 +113,8 @@ def test_keys_are_left_neither_in_the_arguments_nor_in_the_environment(
         (["--api-key-file", "/nowhere"], r"--api-key-file /nowhere cannot be read \(No such"),
         (["--admin-api-key-file", "{empty}"], "holds no key; write one a line"),
         (["--admin-api-key-file", "{binary}"], "is no text; write one key a line"),
+        (["--allowed-host", "https://llm.example"], "give the name alone, without scheme"),
+        (["--allowed-host", "llm.example:443"], "give the name alone, without scheme"),
         (["--max-body-mb", "0"], "--max-body-mb 0.0: must be above 0"),
     ],
 )

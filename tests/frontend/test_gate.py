@@ -17,7 +17,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from llumnix.core.types import InstanceId
 from llumnix.frontend.access import Access, digests, needs_admin
-from llumnix.frontend.context import current_http_request
+from llumnix.frontend.context import HttpRequest, current_http_request
 from llumnix.frontend.control import control_app
 from llumnix.frontend.gate import Gate
 
@@ -160,6 +160,16 @@ async def test_health_is_open_and_any_of_several_keys_will_do() -> None:
             assert (await http.get("/v1/models", headers=headers)).status_code == 200
 
 
+@pytest.mark.parametrize("root", ["/", "/api", "/api/", "/v1"])
+async def test_the_gate_reads_a_path_as_the_router_does(root: str) -> None:
+    async with client(application(["secret"], admins=["root"], root=root)) as http:
+        for path in ("/sleep", "/api/sleep", "/apisleep", "/v1/sleep", "/v1sleep", "//sleep"):
+            answer = await http.post(path, headers=KEY)
+            inside = path.startswith("/v1/") and root != "/v1"
+            assert answer.status_code == (200 if inside else 403), path
+        assert (await http.get("/health")).status_code == 200
+
+
 async def test_a_root_path_opens_nothing() -> None:
     async with client(application(["a"], root="/api")) as http:
         assert (await http.get("/api/v1/models")).status_code == 401
@@ -267,6 +277,7 @@ def test_no_key_is_in_a_repr() -> None:
     access = app.state.args.access
     caller = access.caller({"authorization": "Bearer secret"})
     assert caller.key == "secret"
+    assert "secret" not in repr(HttpRequest(client_id=None, key="secret"))
     assert "secret" not in repr(app.state.args) + repr(caller)
 
 

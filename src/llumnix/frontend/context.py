@@ -6,7 +6,7 @@ context variable: the gate sets it, the engine client reads it.
 
 from collections.abc import Callable
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from llumnix.core.types import InstanceId
 
@@ -20,7 +20,7 @@ class HttpRequest:
     client_id: str | None
     priority_class: str | None = None
     service_tier: str | None = None
-    key: str | None = None
+    key: str | None = field(default=None, repr=False)
     instance: InstanceId | None = None
     on_dispatch: Callable[[], None] | None = None
 

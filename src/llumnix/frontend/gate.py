@@ -7,6 +7,7 @@ body.
 vLLM 0.32 internals relied on here (tests/frontend/test_gate.py and tests/house/test_vllm_routes.py
 fail when one changes): an `HTTPException` out of `receive()` reaches vLLM's own handler; CORS is
 configured by `args.allowed_origins`, `allow_credentials`, `allowed_methods`, `allowed_headers`.
+Starlette's `get_route_path` is what its router goes by: two readings of a path would be a way in.
 """
 
 import asyncio
@@ -15,6 +16,7 @@ from typing import Any
 
 import msgspec
 from fastapi import HTTPException
+from starlette._utils import get_route_path
 from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse
@@ -44,7 +46,7 @@ class Gate:
             await self.app(scope, receive, send)
             return
         state = scope["app"].state
-        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        path = get_route_path(scope)
         headers = Headers(scope=scope)
         if _is_preflight(scope, headers):
             await _with_cors(self.app, state.args)(scope, receive, send)  # CORS answers it.
