@@ -175,6 +175,7 @@ def start(name: str, kind: str, args: argparse.Namespace, model: Path) -> Served
     (folder / "no-preempt.yaml").write_text("priorities: {preempt: false}\n")
     settings = {
         "instances": args.instances,
+        "dtype": shape["torch_dtype"],
         "block-size": args.block_size,
         "kv-cache-memory-bytes": (full.kv_tokens + args.block_size)
         * each
@@ -218,7 +219,7 @@ async def one_server(url: str, full: Full, args: argparse.Namespace) -> Row:
         load.start()
         try:
             await asyncio.sleep(SETTLE_S)
-            waiting = await queue(http)
+            waiting = await queue(http, full.kv_tokens)
             phases = [
                 await load.phase(args.seconds, args.every, high=high)
                 for _ in range(args.rounds)
@@ -229,10 +230,12 @@ async def one_server(url: str, full: Full, args: argparse.Namespace) -> Row:
     return {"waiting": waiting, "phases": phases}
 
 
-async def queue(http: aiohttp.ClientSession) -> int:
-    """Requests that wait, over all instances."""
+async def queue(http: aiohttp.ClientSession, kv_tokens: int) -> int:
+    """Requests that wait, over all instances, which have that much KV memory each."""
     async with http.get("/llumnix/v1/instances") as answer:
         rows = (await answer.json())["instances"]
+    if any(row["kv_tokens_total"] != kv_tokens for row in rows):
+        raise RuntimeError(f"the instances have not {kv_tokens} KV tokens: {rows}")
     return sum(row["waiting"] or 0 for row in rows)
 
 
