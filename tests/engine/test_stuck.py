@@ -25,7 +25,7 @@ class Engine:
     def __init__(self, model: Path, blocks: int, *, ahead: bool) -> None:
         self.core: Any = engine_core(model, blocks=blocks, ahead=ahead)
         client: Any = SimpleNamespace()
-        self.port = VllmPort(self.core, [], client)
+        self.port = VllmPort(self.core, [], client, lambda ticket, why: None)
 
     def step(self) -> None:
         _, ran = self.core.step_fn()

@@ -21,6 +21,7 @@ from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 from vllm.v1.request import Request
 
 from llumnix.engine.immovable import WORKER_EXTENSION
+from llumnix.engine.transfer import TransferOptions, WorkerAgent
 
 BLOCK = 16
 TOKEN = 7
@@ -48,8 +49,23 @@ class NoModel(Executor):
             "get_kv_cache_spec": {"layer": spec},
             "get_supported_kv_cache_layouts": ["LBHNC"],
             "determine_available_memory": 2**30,
+            "llumnix_generator": b"",
         }
+        if method == "llumnix_open":
+            return [self._open(*args)]
         return [answers.get(method)]
+
+    def _open(self, listen: str, key: bytes, options: TransferOptions) -> str:
+        blocks = self.cache_config.num_gpu_blocks
+        assert blocks is not None
+        self.agent = WorkerAgent(
+            tensors=[torch.zeros(blocks, 2, BLOCK, 8)],
+            blocks=blocks,
+            listen=listen.format(rank=0),
+            key=key,
+            options=options,
+        )
+        return self.agent.start()
 
     def compile_or_warm_up_model(self) -> None:
         pass

@@ -78,7 +78,10 @@ class RealEngine:
         return self.core.model_executor.collective_rpc(method, args=args)
 
     def renew(self) -> None:
-        self.port = VllmPort(self.core, self.agents, self.client)
+        self.port = VllmPort(self.core, self.agents, self.client, self._pull_failed)
+
+    def _pull_failed(self, ticket: int, why: str) -> None:
+        self.finished.put(Pulled(ticket=ticket, bytes=0, seconds=0.0, error=why))
 
     def close(self) -> None:
         self.client.close()

@@ -6,6 +6,7 @@ Rules
   verdict, a migration that was declined before it was heard of stays declined.
 - Blocks that are being written are not given away: an aborted migration whose pull is under way
   keeps its room until that has ended.
+- An exception ends the migration that it came from, and no other: declined, unless it was decided.
 - The engine's steps are timed for a handover that was announced; one that is overdue by `near_s` is
   not waited for any more. Once the first stage is here, and there is little left to come, steps
   should compute no prompts: one that did could be under way when the handover comes. Nor should the
@@ -104,6 +105,7 @@ class IncomingMigrations:
         self._decided: dict[MigrationId, Decided] = {}
         self._tickets: dict[int, MigrationId] = {}
         self._ticket = 0
+        self._at: Incoming | None = None  # The migration that is being dealt with.
         self.came: dict[RequestId, Came] = {}
         # Taken over with all of their KV, and no step is over: how much is settled, and since when.
         self._new: dict[RequestId, tuple[int, float]] = {}
@@ -137,7 +139,7 @@ class IncomingMigrations:
             self._decide(coming, taken=False)
             return
         coming.hit = hit
-        self._open[order.migration] = coming
+        self._open[order.migration] = self._at = coming
         self._look(coming, now)
 
     def quiet(self, now: float) -> bool:
@@ -172,7 +174,7 @@ class IncomingMigrations:
         self, message: Stage | Stopping | Handover | CallOff, now: float, heard_s: float
     ) -> None:
         """Takes in what a source said, which arrived at `heard_s`."""
-        coming = self._open.get(message.migration)
+        self._at = coming = self._open.get(message.migration)
         if coming is None or coming.machine.over:
             self._after_the_verdict(message)
         elif isinstance(message, CallOff):
@@ -192,6 +194,7 @@ class IncomingMigrations:
         coming = self._open.get(self._tickets.pop(ticket, MigrationId("")))
         if coming is None or coming.ticket != ticket:
             raise ProtocolError(f"nobody waits for the end of pull {ticket}")
+        self._at = coming
         coming.ticket, coming.bytes, coming.seconds = None, size, seconds
         if coming.machine.over:
             self._free(coming)
@@ -204,12 +207,14 @@ class IncomingMigrations:
         """The frontend aborted these requests here."""
         for coming in self._still_open():
             if coming.order.request in requests:
+                self._at = coming
                 self._may_end(coming, DestinationEvent.CLIENT_GONE, "its client hung up")
 
     def engine_lost(self, engine: EngineIndex) -> None:
         """A source died."""
         for coming in self._still_open():
             if coming.order.source == engine:
+                self._at = coming
                 self._may_end(coming, DestinationEvent.SOURCE_LOST, "the source died")
 
     def fate(self, migration: MigrationId) -> str:
@@ -225,7 +230,18 @@ class IncomingMigrations:
     def poll(self, now: float) -> None:
         """Looks at every one of them."""
         for coming in self._still_open():
+            self._at = coming
             self._look(coming, now)
+
+    def settled(self) -> None:
+        """What was dealt with came to an end without an exception."""
+        self._at = None
+
+    def failed(self, why: str) -> None:
+        """An exception came out of what was being dealt with: ends that migration, if any."""
+        coming, self._at = self._at, None
+        if coming is not None and not coming.machine.over:
+            self._may_end(coming, DestinationEvent.FAILED, f"an error at its destination: {why}")
 
     # -- one of them -------------------------------------------------------------------------------
 
@@ -320,9 +336,6 @@ class IncomingMigrations:
             return
         self._walk(coming, DestinationEvent.INSTALLED)
         del self._open[order.migration]
-        progress = self._port.progress(order.request)
-        if progress.settled and progress.settled + 1 >= progress.tokens:
-            self._new[order.request] = progress.settled, now
         self.came[order.request] = Came(at_s=now, took_s=now - coming.began_s)
         if len(self.came) > REMEMBERED_MAX:
             del self.came[next(iter(self.came))]
@@ -335,6 +348,9 @@ class IncomingMigrations:
         )
         self._out.append(ToFrontend(message=took))
         self._decide(coming, taken=True)
+        progress = self._port.progress(order.request)
+        if progress.settled and progress.settled + 1 >= progress.tokens:
+            self._new[order.request] = progress.settled, now
 
     def _computed(self, coming: Incoming) -> int:
         """The tokens whose KV is here after the handover: what the source had computed, or what was

@@ -158,7 +158,17 @@ class Llumlet:
         self._incoming.poll(now)
         return self._take_out()
 
+    def failed(self, why: str, now: float) -> list[Out]:
+        """Any of the calls above ended with an exception, which `why` tells: ends the migration
+        that was being dealt with as well as can be, and no other. What is to be sent, also of what
+        came before the exception."""
+        self._outgoing.failed(why, now)
+        self._incoming.failed(why)
+        return self._take_out()
+
     def _take_out(self) -> list[Out]:
+        self._outgoing.settled()
+        self._incoming.settled()
         out = self._out[:]
         self._out.clear()
         return out

@@ -63,6 +63,8 @@ class SourceEvent(enum.Enum):
     GONE = "gone"
     """The request finished, was aborted or was preempted here."""
     LATE = "late"
+    FAILED = "failed"
+    """This engine met an error while it dealt with the migration."""
 
 
 class SourceAction(enum.Enum):
@@ -79,6 +81,7 @@ class SourceAction(enum.Enum):
     RESUME = "put it back into the batch"
     STAY = "let it go on"
     CALL_OFF = "let it go on, tell the destination"
+    TAKE_BACK = "put it back into the batch, tell the destination"
 
 
 class DestinationState(enum.Enum):
@@ -149,6 +152,7 @@ SOURCE: dict[SourceState, dict[SourceEvent, tuple[SourceState, SourceAction]]] =
         SE.FORFEITED: (S.ABORTED, SA.STAY),
         SE.GONE: (S.ABORTED, SA.CALL_OFF),
         SE.LATE: (S.ABORTED, SA.CALL_OFF),
+        SE.FAILED: (S.ABORTED, SA.CALL_OFF),
     },
     S.COPYING: {
         SE.RESERVED: (S.COPYING, SA.NOTHING),
@@ -158,6 +162,7 @@ SOURCE: dict[SourceState, dict[SourceEvent, tuple[SourceState, SourceAction]]] =
         SE.FORFEITED: (S.ABORTED, SA.STAY),
         SE.GONE: (S.ABORTED, SA.CALL_OFF),
         SE.LATE: (S.ABORTED, SA.CALL_OFF),
+        SE.FAILED: (S.ABORTED, SA.CALL_OFF),
     },
     S.IDLE: {
         SE.RESERVED: (S.IDLE, SA.NOTHING),
@@ -169,6 +174,7 @@ SOURCE: dict[SourceState, dict[SourceEvent, tuple[SourceState, SourceAction]]] =
         SE.FORFEITED: (S.ABORTED, SA.STAY),
         SE.GONE: (S.ABORTED, SA.CALL_OFF),
         SE.LATE: (S.ABORTED, SA.CALL_OFF),
+        SE.FAILED: (S.ABORTED, SA.CALL_OFF),
     },
     S.STOPPING: {
         SE.RESERVED: (S.STOPPING, SA.NOTHING),
@@ -178,6 +184,7 @@ SOURCE: dict[SourceState, dict[SourceEvent, tuple[SourceState, SourceAction]]] =
         SE.FORFEITED: (S.ABORTED, SA.RESUME),  # It cannot have taken over what it never got.
         SE.GONE: (S.ABORTED, SA.CALL_OFF),
         SE.LATE: (S.STOPPING, SA.REST),  # The engine's own steps always come home.
+        SE.FAILED: (S.ABORTED, SA.TAKE_BACK),
     },
     S.DECIDING: {
         SE.RESERVED: (S.DECIDING, SA.NOTHING),
@@ -187,6 +194,7 @@ SOURCE: dict[SourceState, dict[SourceEvent, tuple[SourceState, SourceAction]]] =
         SE.FORFEITED: (S.COMMITTED, SA.RELEASE),
         SE.GONE: (S.ABORTED, SA.CALL_OFF),  # Its client left: nobody needs the verdict.
         SE.LATE: (S.DECIDING, SA.ASK_AGAIN),
+        SE.FAILED: (S.DECIDING, SA.NOTHING),  # The destination decides.
     },
     S.COMMITTED: {event: (S.COMMITTED, action) for event, action in _TARDY.items()},
     S.ABORTED: {event: (S.ABORTED, action) for event, action in _TARDY.items()},

@@ -9,6 +9,8 @@ Rules
   computed from then on: a step with one lasts longer than was said. One in flight is let end first,
   but with a long queue prompts go on, and then it is announced all the same.
 - A request that finished, was aborted or was preempted meanwhile is not moved.
+- An exception ends the migration that it came from, and no other: before the handover the request
+  goes on here, after it the destination's verdict is still awaited.
 """
 
 from collections.abc import Callable
@@ -93,6 +95,7 @@ class OutgoingMigrations:
         self._on_step = on_step
         self._open: dict[RequestId, Outgoing] = {}
         self._ended: dict[MigrationId, SourceMachine] = {}
+        self._at: Outgoing | None = None  # The migration that is being dealt with.
         self.moved_bytes = 0
         self.moved_s = 0.0
 
@@ -133,7 +136,7 @@ class OutgoingMigrations:
             preemptions=progress.preemptions,
             outputs_sent=len(outputs),
         )
-        self._open[order.request] = going
+        self._open[order.request] = self._at = going
         self._send(
             going,
             Reserve(
@@ -161,6 +164,7 @@ class OutgoingMigrations:
         going = next(
             (g for g in self._open.values() if g.order.migration == message.migration), None
         )
+        self._at = going
         if going is None:
             self._after_the_end(message)
         elif isinstance(message, Reserved):
@@ -183,14 +187,38 @@ class OutgoingMigrations:
     def engine_lost(self, engine: EngineIndex, granted: set[MigrationId], now: float) -> None:
         """A destination died; for `granted` the frontend gave this engine a fresh epoch."""
         for going in [g for g in self._open.values() if g.order.destination == engine]:
+            self._at = going
             going.why = "the destination died"
             mine = going.order.migration in granted
             self._walk(going, SourceEvent.GRANTED if mine else SourceEvent.FORFEITED, now)
+        self.settled()
 
     def poll(self, now: float) -> None:
         """Looks at every one of them."""
         for going in list(self._open.values()):
+            self._at = going
             self.look(going, now)
+        self.settled()
+
+    def settled(self) -> None:
+        """What was dealt with came to an end without an exception."""
+        self._at = None
+
+    def failed(self, why: str, now: float) -> None:
+        """An exception came out of what was being dealt with: ends that migration, if any."""
+        going, self._at = self._at, None
+        if going is None or self._open.get(going.order.request) is not going:
+            return
+        going.why = f"an error at its source: {why}"
+        if going.machine.over:
+            self._end(going, taken=going.machine.state is SourceState.COMMITTED, now=now)
+        elif going.machine.state is SourceState.DECIDING and now >= going.deadline_s:
+            self._walk(going, SourceEvent.LATE, now)
+        else:
+            self._walk(going, SourceEvent.FAILED, now)
+            if not going.machine.over:
+                # Others are looked at first, if it should fail again.
+                self._open[going.order.request] = self._open.pop(going.order.request)
 
     def look(self, going: Outgoing, now: float) -> None:
         """What has become of the request, and what follows from it."""
@@ -205,6 +233,8 @@ class OutgoingMigrations:
             going.why = "it was preempted meanwhile"
             self._walk(going, SourceEvent.GONE, now)
         elif state is SourceState.STOPPING and not progress.in_flight:
+            # Before the machine says that it is handed over: until then it may be taken back.
+            going.handover = self._rest(going)
             self._walk(going, SourceEvent.DRAINED, now)
         elif now >= going.deadline_s:
             going.why = f"the destination was silent while {state.value}"
@@ -213,6 +243,8 @@ class OutgoingMigrations:
             self._walk(going, event, now)
 
     def _describe(self, order: Migrate) -> bytes | Refusal:
+        if not order.address:
+            return Refusal(why="its destination is still starting")
         if order.request in self._open:
             return Refusal(why="it is being moved already")
         if len(self._open) >= self._limits.outgoing_max:
@@ -301,6 +333,10 @@ class OutgoingMigrations:
             case SourceAction.CALL_OFF:
                 self._send(going, CallOff(migration=order.migration, why=going.why))
                 self._end(going, taken=False, now=now)
+            case SourceAction.TAKE_BACK:
+                self._port.resume(order.request)
+                self._send(going, CallOff(migration=order.migration, why=going.why))
+                self._end(going, taken=False, now=now)
 
     def _stage(self, going: Outgoing, now: float) -> None:
         progress = self._port.progress(going.order.request)
@@ -334,14 +370,12 @@ class OutgoingMigrations:
         going.near_until_s = now + in_s + self._limits.near_s
         self._send(going, Stopping(migration=going.order.migration, in_s=in_s))
 
-    def _hand_over(self, going: Outgoing, now: float) -> None:
+    def _rest(self, going: Outgoing) -> Handover:
         end, blocks, state = self._port.rest(going.order.request, going.done)
         if going.order.copy == "recompute":
             going.done, end, blocks = 0, 0, [[] for _ in blocks]
         first, outputs = self._new_outputs(going)
-        going.stage_began_s = now
-        going.deadline_s = now + self._limits.verdict_again_s
-        going.handover = Handover(
+        return Handover(
             migration=going.order.migration,
             start=min(going.done, end),
             end=end,
@@ -350,6 +384,11 @@ class OutgoingMigrations:
             outputs=outputs,
             state=state,
         )
+
+    def _hand_over(self, going: Outgoing, now: float) -> None:
+        assert going.handover is not None
+        going.stage_began_s = now
+        going.deadline_s = now + self._limits.verdict_again_s
         self._send(going, going.handover)
 
     def _new_outputs(self, going: Outgoing) -> tuple[int, list[int]]:

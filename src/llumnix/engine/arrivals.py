@@ -67,12 +67,15 @@ class Waiting:
 class Arrivals:
     """The destination's half of `EnginePort`, for one engine core."""
 
-    def __init__(self, core: EngineCore, client: AgentClient) -> None:
+    def __init__(
+        self, core: EngineCore, client: AgentClient, pull_failed: Callable[[int, str], None]
+    ) -> None:
         self._core = core
         self._scheduler: Any = core.scheduler
         self._kv = self._scheduler.kv_cache_manager
         self._pool = self._kv.block_pool
         self._client = client
+        self._pull_failed = pull_failed
         self._never = why_engine_cannot(core.vllm_config, self._scheduler)
         self._v1 = not core.vllm_config.use_v2_model_runner
         self._arriving: dict[RequestId, Arriving] = {}
@@ -101,7 +104,10 @@ class Arrivals:
         for pull in list(self._waiting):
             if not self._in_flight(pull.steps):
                 self._waiting.remove(pull)
-                self._client.pull(pull.ticket, pull.agents, pull.source, pull.destination)
+                try:
+                    self._client.pull(pull.ticket, pull.agents, pull.source, pull.destination)
+                except Exception as error:  # noqa: BLE001 - the pull failed, whatever it is
+                    self._pull_failed(pull.ticket, f"{type(error).__name__}: {error}")
 
     def pulled(self, ticket: int, error: str | None) -> None:
         """A pull has ended. What it brought enters the prefix cache: of a long request that takes
@@ -114,7 +120,9 @@ class Arrivals:
 
     def met(self, ticket: int, error: str | None) -> None:
         """A meeting (a negative ticket) with a source's workers has ended."""
-        agents = self._meeting.pop(ticket)
+        agents = self._meeting.pop(ticket, None)
+        if agents is None:
+            return  # It could not be begun with all of them.
         if error is not None:
             self._unmet[agents] = error
         else:
@@ -155,8 +163,8 @@ class Arrivals:
         if coming.agents not in self._met and coming.agents not in self._meeting.values():
             self._unmet.pop(coming.agents, None)
             self._tickets += 1
-            self._meeting[-self._tickets] = coming.agents
             self._client.meet(-self._tickets, agents)
+            self._meeting[-self._tickets] = coming.agents
         if new.use_structured_output:
             coming.unfed = list(outputs)
             scheduler.structured_output_manager.grammar_init(new)
@@ -271,27 +279,35 @@ class Arrivals:
             self._kv.free(new)
         started = bool(computed or new.num_output_tokens)
         new.status = RequestStatus.PREEMPTED if started else RequestStatus.WAITING
-        if started and self._v1:
-            blocks = [list(group) for group in self._kv.get_blocks(request).get_block_ids()]
-            runner = RunnerState(
-                request=request,
-                prompt=new.prompt_token_ids,
-                outputs=list(new.output_token_ids),
-                computed=computed,
-                blocks=blocks,
-                generator=rest.generator,
-            )
-            self._rpc(
-                "llumnix_install",
-                msgspec.msgpack.encode(runner),
-                new.sampling_params,
-                new.lora_request,
-            )
-        del self._arriving[request]
-        self._scheduler.requests[request] = new
-        self._queue(new)
+        if started and self._v1 and (why := self._install(new, computed, rest.generator)):
+            # Some workers may have it by now.
+            self._scheduler.finished_req_ids.add(request)
+            return Refusal(why=f"its state cannot be installed there: {why}")
         self.on_commit(new)
+        # Last, and nothing that could fail behind it: what is refused must not be in any queue.
+        self._queue(new)
+        self._scheduler.requests[request] = new
+        del self._arriving[request]
         return None
+
+    def _install(self, new: Request, computed: int, generator: bytes) -> str | None:
+        """Gives the workers' runners (V1) what they keep of a request; why they cannot take it."""
+        blocks = self._kv.get_blocks(new.request_id).get_block_ids()
+        runner = RunnerState(
+            request=new.request_id,
+            prompt=new.prompt_token_ids,
+            outputs=list(new.output_token_ids),
+            computed=computed,
+            blocks=[list(group) for group in blocks],
+            generator=generator,
+        )
+        answers = self._rpc(
+            "llumnix_install",
+            msgspec.msgpack.encode(runner),
+            new.sampling_params,
+            new.lora_request,
+        )
+        return next((why for why in answers if why), None)
 
     def drop(self, request: RequestId) -> None:
         self._kv.free(self._arriving.pop(request).request)

@@ -15,8 +15,10 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from typing import cast
 
-from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.engine.core import EngineCoreProc
 
 from llumnix.core.events import MoveLoad
@@ -27,14 +29,17 @@ from llumnix.core.messages import (
     Handover,
     LeaveWanted,
     Migrate,
+    MigrationEnded,
     Out,
     PeerMessage,
     Reserve,
     ToPeer,
 )
+from llumnix.core.port import EnginePort
 from llumnix.core.settings import SchedulerSettings
 from llumnix.core.types import EngineIndex, MigrationId, OrderId, RequestId
 from llumnix.engine.cores import SWITCH_INTERVAL_S
+from llumnix.engine.guard import ErrorLog, GuardedPort
 from llumnix.engine.immovable import why_engine_cannot
 from llumnix.engine.peers import Peers
 from llumnix.engine.transfer import TransferOptions
@@ -110,6 +115,7 @@ class LlumletHost:
         self._host = f"[{host}]" if ":" in host else host  # IPv6.
         peers = seat.peers.format(engine=index, host=self._host)
         self._peers = Peers(peers, self._heard, self._beat)
+        self._errors = ErrorLog()
 
     def start(self) -> None:
         """Opens the workers and the line to the peers. Before the busy loop runs."""
@@ -124,11 +130,14 @@ class LlumletHost:
             sys.setswitchinterval(self._calm_s)
         self._client = AgentClient(agents=agents, key=self._seat.key, on_pulled=self._pulled)
         self._client.start()
-        self.port = VllmPort(self._engine, agents, self._client)
+        self.port = VllmPort(self._engine, agents, self._client, self._pull_failed)
+        self._guarded = GuardedPort(
+            cast("EnginePort", self.port), self._errors, self._pull_failed, self._lost
+        )
         self.llumlet = Llumlet(
             self._index,
             self._peers.address,
-            self.port,
+            cast("EnginePort", self._guarded),
             self._seat.limits,
             self._on_step,
             self._seat.settings,
@@ -150,10 +159,38 @@ class LlumletHost:
     def handle(self, item: Item) -> None:
         """What came through the input queue."""
         if isinstance(item, Heard) and isinstance(item.message, Handover):
-            self._take_rest(item)
+            self._attempt("handover", partial(self._take_rest, item))
         else:
-            self._take(item)
+            self._attempt("message", partial(self._take, item))
         self.poll()
+
+    def _attempt(self, what: str, call: Callable[[], None]) -> bool:
+        """Whether it went well; an exception ends the migration that it came from, at most."""
+        try:
+            call()
+        except Exception as error:  # noqa: BLE001 - else it ends the engine with all its streams
+            self._end_migration(what, error)
+            return False
+        return True
+
+    def _attempt_pulled(self, pulled: Pulled) -> None:
+        """Takes in the end of a pull, which comes once: its room is kept until then."""
+        take = partial(self._take, pulled)
+        if not self._attempt("pull", take):
+            self._attempt("pull", take)
+
+    def _end_migration(self, what: str, error: Exception) -> list[Out]:
+        why, now = self._errors.note(what, error), time.monotonic()
+        out: list[Out] = self._errors.keep("end", lambda: self.llumlet.failed(why, now), [])
+        self._send(out)
+        return out
+
+    def _each(self, what: str, call: Callable[[], list[Out]]) -> None:
+        """Makes a call that looks at all migrations: again, if one of them failed in it."""
+        limits = self._seat.limits
+        for _ in range(limits.outgoing_max + limits.incoming_max + 1):
+            if self._attempt(what, lambda: self._send(call())):
+                break
 
     def _take(self, item: Item) -> None:
         self._send(self._take_in(item))
@@ -181,7 +218,13 @@ class LlumletHost:
         """Takes a handover in, and gives its pull a moment to end."""
         before = self.port.last_ticket
         self._waiting_here = True
-        self._take(handover)
+        try:
+            self._take(handover)
+            self._wait_for_rest(before)
+        finally:
+            self._waiting_here = False
+
+    def _wait_for_rest(self, before: int) -> None:
         deadline_s = time.monotonic() + REST_WAIT_S
         wanted = self.port.last_ticket
         while wanted != before and not self.port.pulls_wait:
@@ -189,20 +232,20 @@ class LlumletHost:
                 pulled = self._here.get(timeout=max(0.0, deadline_s - time.monotonic()))
             except queue.Empty:
                 break
-            self._take(pulled)
+            self._attempt_pulled(pulled)
             if pulled.ticket == wanted:
                 break
-        self._waiting_here = False
 
     def poll(self) -> None:
         """Between any two steps."""
         self._polled_s = time.monotonic()
+        self._guarded.retry()
         while not self._here.empty():
-            self._take(self._here.get())
-        self.port.begin_pulls()
+            self._attempt_pulled(self._here.get())
+        self._attempt("pull", self.port.begin_pulls)
         busy = self.llumlet.busy
         if busy:
-            self._send(self.llumlet.poll(self._polled_s))
+            self._each("turn", lambda: self.llumlet.poll(self._polled_s))
             self._hurry_until_s = self._polled_s + HURRY_S
         hurry = self._polled_s < self._hurry_until_s
         if hurry is not self._hurried:
@@ -215,15 +258,19 @@ class LlumletHost:
         if not self.llumlet.busy:
             return 0.0
         now = time.monotonic()
-        return self.llumlet.hold_s(now if ends_s is None else max(now, ends_s), now)
+        free_s = now if ends_s is None else max(now, ends_s)
+        return self._errors.keep("timing", lambda: self.llumlet.hold_s(free_s, now), 0.0)
 
     def quiet(self) -> bool:
         """Whether the engine's next step should compute no prompts."""
-        return self.llumlet.quiet(time.monotonic())
+        now = time.monotonic()
+        return self._errors.keep("timing", lambda: self.llumlet.quiet(now), otherwise=False)
 
     def moving(self) -> tuple[Moving, tuple[OrderId, ...]]:
         """What the next load report says of moves, and the orders it answers."""
-        return self.llumlet.moving(time.monotonic()), self.llumlet.answered()
+        now = time.monotonic()
+        moving = self._errors.keep("report", lambda: self.llumlet.moving(now), Moving())
+        return moving, self.llumlet.answered()
 
     def leave(self, why: str) -> None:
         """Asks the frontend to have this engine emptied and stopped."""
@@ -234,14 +281,27 @@ class LlumletHost:
         message = decode(order)
         if not isinstance(message, Migrate):
             raise ProtocolError(f"not an order to migrate: {message}")
-        self._send(self.llumlet.migrate(message, time.monotonic()))
+        try:
+            out = self.llumlet.migrate(message, time.monotonic())
+        except Exception as error:  # noqa: BLE001 - the frontend is told, whatever it is
+            out = self._end_migration("start", error)
+            if not any(isinstance(o.message, MigrationEnded) for o in out):
+                why = f"an error at its source: {type(error).__name__}: {error}"
+                self._tell_frontend(
+                    MigrationEnded(
+                        migration=message.migration, request=message.request, taken=False, why=why
+                    )
+                )
+            return
+        self._send(out)
 
     def engine_lost(self, engine: int, address: str, granted: list[str]) -> None:
         """A frontend says that another engine died."""
-        lost = self.llumlet.engine_lost(
-            EngineIndex(engine), {MigrationId(m) for m in granted}, time.monotonic()
+        names = {MigrationId(m) for m in granted}
+        self._each(
+            "peer's death",
+            lambda: self.llumlet.engine_lost(EngineIndex(engine), names, time.monotonic()),
         )
-        self._send(lost)
         self._peers.forget(address)
         if (agents := self._agents_of.pop(EngineIndex(engine), None)) is not None:
             self.port.forget(agents)
@@ -249,12 +309,14 @@ class LlumletHost:
     def client_gone(self, requests: list[str]) -> None:
         """A frontend aborts these requests."""
         if self.llumlet.busy:
-            self._send(self.llumlet.client_gone(requests))
+            self._each("client's end", lambda: self.llumlet.client_gone(requests))
 
     def _send(self, out: list[Out]) -> None:
         for item in out:
             if isinstance(item, ToPeer):
-                self._peers.say(item.address, item.message)
+                # As if it was lost on its way, if that fails.
+                say = partial(self._peers.say, item.address, item.message)
+                self._errors.keep("message", say, None)
             else:
                 self._tell_frontend(item.message)
 
@@ -263,6 +325,11 @@ class LlumletHost:
         output = EngineCoreOutput(
             message.request, [], kv_transfer_params={IN_BAND: encode(message)}
         )
+        self._engine.output_queue.put_nowait((0, EngineCoreOutputs(outputs=[output])))
+
+    def _lost(self, request: RequestId) -> None:
+        """A request of this engine cannot go on: its client is told."""
+        output = EngineCoreOutput(request, [], finish_reason=FinishReason.ERROR)
         self._engine.output_queue.put_nowait((0, EngineCoreOutputs(outputs=[output])))
 
     # -- on other threads
@@ -282,6 +349,9 @@ class LlumletHost:
         self._here.put(pulled)
         if not self._waiting_here:
             self._from_outside(None)
+
+    def _pull_failed(self, ticket: int, why: str) -> None:
+        self._pulled(Pulled(ticket=ticket, bytes=0, seconds=0.0, error=why))
 
     def _beat(self) -> None:
         if self.llumlet.busy and time.monotonic() - self._polled_s > BEAT_EVERY_S:

@@ -6,6 +6,7 @@ are handed over on a thread, which also gives the clock a beat while the engine 
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 
 import zmq
@@ -27,8 +28,12 @@ from llumnix.observe.wire import decode, encode
 logger = logging.getLogger("llumnix.engine")
 
 BEAT_MS = 50
+PEERS_MAX = 4096
+"""Sockets of one llumlet. ZMQ's own limit is 1,023."""
 QUEUED_MAX = 1000
 CLOSE_TIMEOUT_S = 2.0
+LOG_EVERY_S = 10.0
+"""What is lost is logged no more often."""
 _KINDS = (CallOff, Handover, Reserve, Reserved, Stage, Staged, Stopping, Verdict)
 
 
@@ -49,10 +54,13 @@ class Peers:
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._hear, name="llumnix-peers", daemon=True)
         self.address = ""
+        self._lost_count = 0
+        self._log_lost_s = 0.0
 
     def bind(self) -> None:
         """Takes its address; what is said to it from now on waits."""
         self._context = zmq.Context()
+        self._context.set(zmq.MAX_SOCKETS, PEERS_MAX)
         self._hearing = self._context.socket(zmq.PULL)
         self._hearing.setsockopt(zmq.RCVHWM, QUEUED_MAX)
         self._hearing.bind(self._listen)
@@ -72,18 +80,37 @@ class Peers:
         self._context.term()
 
     def say(self, address: str, message: PeerMessage) -> None:
-        """Sends, or loses it. The engine's thread only."""
+        """Sends, or loses it: no address, no socket or a full queue end nothing but a migration.
+        The engine's thread only."""
+        try:
+            self._socket_to(address).send(encode(message), zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            self._lost(type(message).__name__, address, error)
+
+    def _socket_to(self, address: str) -> zmq.Socket:
         socket = self._speaking.get(address)
         if socket is None:
             socket = self._context.socket(zmq.PUSH)
-            socket.setsockopt(zmq.SNDHWM, QUEUED_MAX)
-            socket.setsockopt(zmq.LINGER, 0)
-            socket.connect(address)
+            try:
+                socket.setsockopt(zmq.SNDHWM, QUEUED_MAX)
+                socket.setsockopt(zmq.LINGER, 0)
+                socket.connect(address)
+            except zmq.ZMQError:
+                socket.close(0)
+                raise
             self._speaking[address] = socket
-        try:
-            socket.send(encode(message), zmq.NOBLOCK)
-        except zmq.Again:
-            logger.warning("%s lost on its way to %s", type(message).__name__, address)
+        return socket
+
+    def _lost(self, kind: str, address: str, error: zmq.ZMQError) -> None:
+        now = time.monotonic()
+        self._lost_count += 1
+        if now < self._log_lost_s:
+            return
+        self._log_lost_s = now + LOG_EVERY_S
+        logger.warning(
+            "%s lost on its way to %r (%s); %d messages lost so far",
+            kind, address, error, self._lost_count,
+        )  # fmt: skip
 
     def forget(self, address: str) -> None:
         """A peer is gone for good. The engine's thread only."""

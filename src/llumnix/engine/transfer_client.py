@@ -86,8 +86,6 @@ class AgentClient:
         Returns at once. `on_pulled` is called exactly once for each ticket. ValueError if the
         lists do not match or the ticket is in use; RuntimeError after `close`.
         """
-        if len(peers) != len(self._lines):
-            raise ValueError(f"{len(peers)} peers for {len(self._lines)} ranks")
         if len(source) != len(destination):
             raise ValueError(f"{len(source)} blocks into {len(destination)}")
         if source:
@@ -103,6 +101,8 @@ class AgentClient:
     def _order(
         self, ticket: int, peers: list[str], source: list[int], destination: list[int]
     ) -> None:
+        if len(peers) != len(self._lines):
+            raise ValueError(f"{len(peers)} peers for {len(self._lines)} ranks")
         with self._lock:
             if self._closed:
                 raise RuntimeError("the client is closed")

@@ -24,6 +24,7 @@ changes):
   here: sliding-window groups free blocks by it.
 """
 
+from collections.abc import Callable
 from itertools import islice
 from typing import Any
 
@@ -57,8 +58,14 @@ class VllmPort(Arrivals):
     """Implements `EnginePort` for one engine core; `agents` are its own workers'. `pace` has to be
     told how long its steps take."""
 
-    def __init__(self, core: EngineCore, agents: list[str], client: AgentClient) -> None:
-        super().__init__(core, client)
+    def __init__(
+        self,
+        core: EngineCore,
+        agents: list[str],
+        client: AgentClient,
+        pull_failed: Callable[[int, str], None],
+    ) -> None:
+        super().__init__(core, client, pull_failed)
         self.pace = Pace()
         self._agents = agents
         self._stopped: set[RequestId] = set()
@@ -180,6 +187,7 @@ class VllmPort(Arrivals):
 
     def stop(self, request: RequestId) -> None:
         known = self._scheduler.requests[request]
+        self._stopped.add(request)
         if known in self._scheduler.running:
             self._scheduler.running.remove(known)
             self._keep_place(request)
@@ -188,7 +196,6 @@ class VllmPort(Arrivals):
             self._scheduler.kv_holding_waiting.remove_requests([known])
             self._scheduler.deferred_waiting.discard(known)
         self._scheduler._inflight_prefills.discard(known)
-        self._stopped.add(request)
 
     def rest(self, request: RequestId, start: int) -> tuple[int, Blocks, bytes]:
         known = self._scheduler.requests[request]
@@ -199,6 +206,8 @@ class VllmPort(Arrivals):
             self._give_up_place(request)
         if self._v1 and known.num_output_tokens and _is_seeded(known):
             generator = self._rpc("llumnix_generator", request)[0]
+            if isinstance(generator, str):
+                raise RuntimeError(f"its generator's state cannot be read: {generator}")
         computed = known.num_computed_tokens
         ids, _ = self._blocks(request, min(start, computed), computed)
         rest = Rest(
@@ -209,14 +218,15 @@ class VllmPort(Arrivals):
         return computed, ids, msgspec.msgpack.encode(rest)
 
     def resume(self, request: RequestId) -> None:
+        was_stopped = request in self._stopped
         self._forget(request)
         known = self._scheduler.requests.get(request)
-        if known is None or known.is_finished():
+        if not was_stopped or known is None or known.is_finished():
             return
-        if known.status == RequestStatus.RUNNING:
-            self._scheduler.running.append(known)
-        else:
+        if known.status != RequestStatus.RUNNING:
             self._queue(known)
+        elif known not in self._scheduler.running:
+            self._scheduler.running.append(known)
 
     def release(self, request: RequestId) -> None:
         self._forget(request)

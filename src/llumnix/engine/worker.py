@@ -9,6 +9,9 @@ changes):
 - Model runner V1 alone: `model_runner.requests[id]` is a `CachedRequestState`, which a resumed
   request must find there, with its output tokens and its seeded generator. Runner V2 gets all that
   from the scheduler.
+- `collective_rpc` raises at the first worker whose call failed, and leaves the answers of those
+  behind it unread, for the next call to take as its own. So what a running engine calls answers
+  with its error instead of raising.
 """
 
 import sys
@@ -56,14 +59,26 @@ class LlumnixWorker:
         )
         return self._llumnix_agent.start()
 
-    def llumnix_generator(self, request: str) -> bytes:
-        """The state of the request's seeded generator (runner V1), empty without one."""
-        state = self.model_runner.requests.get(request)
-        generator = getattr(state, "generator", None)
-        return b"" if generator is None else generator.get_state().numpy().tobytes()
+    def llumnix_generator(self, request: str) -> bytes | str:
+        """The state of the request's seeded generator (runner V1), empty without one; a string
+        says why it cannot be had."""
+        try:
+            state = self.model_runner.requests.get(request)
+            generator = getattr(state, "generator", None)
+            return b"" if generator is None else generator.get_state().numpy().tobytes()
+        except Exception as error:  # noqa: BLE001 - see above
+            return f"{type(error).__name__}: {error}"
 
-    def llumnix_install(self, state: bytes, sampling_params: Any, lora_request: Any) -> None:
-        """Gives runner V1 a request that it will be asked to resume (`state`: `RunnerState`)."""
+    def llumnix_install(self, state: bytes, sampling_params: Any, lora_request: Any) -> str | None:
+        """Gives runner V1 a request that it will be asked to resume (`state`: `RunnerState`), or
+        says why it cannot."""
+        try:
+            self._install(state, sampling_params, lora_request)
+        except Exception as error:  # noqa: BLE001 - see above
+            return f"{type(error).__name__}: {error}"
+        return None
+
+    def _install(self, state: bytes, sampling_params: Any, lora_request: Any) -> None:
         from vllm.sampling_params import SamplingType
         from vllm.v1.worker.gpu_input_batch import CachedRequestState
 

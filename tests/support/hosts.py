@@ -1,0 +1,145 @@
+"""Two engines without a model, their llumlets' hosts, and as little of a frontend as will do:
+for what happens on the engine's thread."""
+
+import queue
+import time
+from pathlib import Path
+from typing import Any
+
+from vllm.v1.engine import FinishReason
+
+from llumnix.core.limits import MigrationLimits
+from llumnix.core.messages import Migrate, MigrationEnded, TookOver
+from llumnix.core.settings import SchedulerSettings
+from llumnix.core.types import EngineIndex, Epoch, MigrationId, RequestId
+from llumnix.engine.host import IN_BAND, FromOutside, HostSeat, LlumletHost
+from llumnix.engine.transfer import TransferOptions
+from llumnix.observe.wire import decode, encode
+from support.no_model import engine_core
+
+LIMITS = MigrationLimits(
+    reserve_timeout_s=0.3, stage_timeout_s=0.3, verdict_again_s=0.02, silence_timeout_s=0.6
+)
+KEY = b"hosts"
+
+
+class HostedEngine:
+    """One of them. `turn` is one turn of vLLM's busy loop."""
+
+    def __init__(self, number: int, folder: Path, model: Path, blocks: int) -> None:
+        self.core: Any = engine_core(model, blocks=blocks)
+        self.core.input_queue = queue.Queue()
+        self.core.output_queue = queue.Queue()
+        self.host = LlumletHost(
+            self.core,
+            EngineIndex(number),
+            HostSeat(
+                peers=f"ipc://{folder}/peer-{{engine}}",
+                agents=f"unix:{folder}/kv-{{engine}}-{{rank}}",
+                key=KEY,
+                limits=LIMITS,
+                settings=SchedulerSettings(),
+                transfer=TransferOptions(checksums=True),
+            ),
+            "127.0.0.1",
+            lambda *_: None,
+        )
+        self.host.start()
+
+    def close(self) -> None:
+        self.host.close()
+        self.core.model_executor.agent.close()
+
+    def turn(self) -> None:
+        """As `run_busy_loop` does, with our hooks in it."""
+        while not self.core.input_queue.empty():
+            kind, item = self.core.input_queue.get()
+            assert kind is FromOutside
+            self.host.handle(item)
+        self.host.poll()
+        outputs, ran = self.core.step_fn()
+        for output in (outputs or {}).items():
+            self.core.output_queue.put(output)
+        self.host.port.stepped(ran)
+        self.host.poll()
+        self.host.quiet()
+        self.host.hold_s(None)
+        self.host.moving()
+
+    def at_rest(self) -> bool:
+        """Whether nothing of any request or migration is left."""
+        scheduler, port = self.core.scheduler, self.host.port
+        pool = scheduler.kv_cache_manager.block_pool
+        held = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
+        return not (
+            scheduler.requests
+            or scheduler.finished_req_ids
+            or held
+            or port._arriving
+            or port._pins
+            or port._stopped
+            or port._places
+            or self.host.llumlet.busy
+        )
+
+
+class Hosts:
+    """Both, and what a client got: tokens by the engine that said them."""
+
+    def __init__(self, folder: Path, model: Path, blocks: int = 100) -> None:
+        self.engines = [HostedEngine(n, folder, model, blocks) for n in range(2)]
+        self.renew()
+        self._migrations = 0
+
+    def renew(self) -> None:
+        self.tokens: dict[str, list[int]] = {}
+        self.ended: dict[str, str] = {}
+        self.took_over: dict[str, int] = {}
+        self.outcomes: list[MigrationEnded] = []
+
+    def close(self) -> None:
+        for engine in self.engines:
+            engine.close()
+
+    def migrate(self, request: str) -> None:
+        self._migrations += 1
+        order = Migrate(
+            migration=MigrationId(f"m{self._migrations}"),
+            request=RequestId(request),
+            destination=EngineIndex(1),
+            address=self.engines[1].host.address,
+            epoch=Epoch(1),
+        )
+        self.engines[0].host.migrate(encode(order))
+
+    def turn(self) -> None:
+        for number, engine in enumerate(self.engines):
+            engine.turn()
+            while not engine.core.output_queue.empty():
+                self._hear(number, engine.core.output_queue.get()[1])
+
+    def _hear(self, number: int, outputs: Any) -> None:
+        for output in outputs.outputs:
+            if output.kv_transfer_params and IN_BAND in output.kv_transfer_params:
+                message = decode(output.kv_transfer_params[IN_BAND])
+                if isinstance(message, TookOver):
+                    self.took_over[message.request] = message.outputs
+                elif isinstance(message, MigrationEnded):
+                    self.outcomes.append(message)
+                continue
+            said = self.tokens.setdefault(output.request_id, [0, 0])
+            said[number] += len(output.new_token_ids)
+            if output.finish_reason is not None:
+                name = "error" if output.finish_reason == FinishReason.ERROR else "finished"
+                assert output.request_id not in self.ended, "it ended twice"
+                self.ended[output.request_id] = name
+
+    def until(self, done: Any, within_s: float = 20.0) -> None:
+        end = time.monotonic() + within_s
+        while not done():
+            assert time.monotonic() < end, "it never came to an end"
+            self.turn()
+            time.sleep(0.0005)
+
+    def until_at_rest(self) -> None:
+        self.until(lambda: all(engine.at_rest() for engine in self.engines))
