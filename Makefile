@@ -14,7 +14,7 @@ test: setup-dev
 	@.venv/bin/python -m pytest $(ARGS)
 
 test-all: setup-dev
-	@.venv/bin/python -m pytest -m "slow or not slow" $(ARGS)
+	@LLUMNIX_SEEDS=$${LLUMNIX_SEEDS:-2000} .venv/bin/python -m pytest -m "slow or not slow" $(ARGS)
 
 format: setup-dev
 	@.venv/bin/ruff format .

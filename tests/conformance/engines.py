@@ -50,9 +50,6 @@ class FakeTestEngine:
         self.jobs = []
         return done
 
-    def pulled(self, ticket: int, error: str | None) -> None:
-        pass
-
     def blocks_used(self) -> int:
         return self.port.blocks_used()
 

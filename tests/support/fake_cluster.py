@@ -2,7 +2,12 @@
 
 Everything that happens is drawn from one seed. The production code under test is the llumlet
 (with both machines) and the arbiter; this file is only the world around them, and the checkers:
-one live owner, no block leaked, no token lost, repeated or out of order.
+one live owner, no block leaked, no token lost, repeated or out of order, no block of a prefix cache
+with the bytes of other tokens, no stream lost that an engine goes on with.
+
+An engine hears through the two queues that engine/host.py has: what comes from outside waits in one
+for the end of the engine's step; finished pulls wait in the other, which is emptied right after the
+step, and so ahead of what came before them.
 """
 
 import random
@@ -15,6 +20,7 @@ from llumnix.core.limits import MigrationLimits
 from llumnix.core.llumlet import Llumlet
 from llumnix.core.messages import (
     COPIES,
+    Handover,
     MigrationEnded,
     MigrationWanted,
     Out,
@@ -32,7 +38,8 @@ QUIET_TICKS_MAX = 60_000
 
 @dataclass(slots=True, kw_only=True)
 class World:
-    """How rough it is. Each is a chance in a tick or of a message."""
+    """How rough it is. Each is a chance in a tick or of a message; `blocks`: of an engine's KV
+    cache, one of these."""
 
     loss: float = 0.05
     repeat: float = 0.05
@@ -42,6 +49,11 @@ class World:
     failed_pull: float = 0.02
     migrate: float = 0.15
     order: float = 0.1
+    arrival: float = 0.02
+    pull_end: float = 0.4
+    blocks: tuple[int, ...] = (20, 40, 80)
+    turn: float = 0.7
+    staged: float = 0.8
     fault_ticks: int = 250
 
 
@@ -78,6 +90,7 @@ class Cluster:
         self.wire: list[tuple[EngineIndex, PeerMessage]] = []
         self.pulls: list[tuple[EngineIndex, int, EngineIndex, list[tuple[int, int]]]] = []
         self.to_engine: dict[EngineIndex, deque] = {}
+        self.finished: dict[EngineIndex, deque[tuple[int, str | None, int]]] = {}
         self.to_frontend: dict[EngineIndex, deque] = {}
         self.asking: list[AskFate] = []
         self.clients: dict[RequestId, Client] = {}
@@ -98,7 +111,7 @@ class Cluster:
     def _start(self, index: EngineIndex) -> None:
         engine = FakeEngine(
             index,
-            blocks=self.random.choice((20, 40, 80)),
+            blocks=self.random.choice(self.world.blocks),
             depth=self.random.randrange(2),
             on_pull=lambda ticket, source, pairs: self.pulls.append((index, ticket, source, pairs)),
         )
@@ -111,10 +124,15 @@ class Cluster:
             self.on_step,
         )
         self.to_engine[index] = deque()
+        self.finished[index] = deque()
         self.to_frontend[index] = deque()
 
     def _arrive(self, request: RequestId) -> None:
         prompt = [self.random.randrange(900) for _ in range(self.random.randrange(1, 40))]
+        if self.clients and self.random.random() < 0.3:
+            other = self.random.choice(list(self.clients.values()))
+            whole = other.prompt + other.expected
+            prompt = (whole[: self.random.randrange(1, len(whole))] + prompt)[:39]
         count = self.random.randrange(1, 40)
         client = Client(prompt=prompt, max_tokens=count, expected=undisturbed(prompt, count))
         self.clients[request] = client
@@ -152,7 +170,7 @@ class Cluster:
             self.random.choice(list(self.engines.values())).preempt_somebody()
         if draw() < world.crash and len(self.engines) > 1:
             self._crash(self.random.choice(list(self.engines)))
-        if draw() < 0.02:
+        if draw() < world.arrival:
             self._arrive(RequestId(f"r{self.next_request}"))
             self.next_request += 1
 
@@ -165,7 +183,7 @@ class Cluster:
         to = self.random.choice(list(self.engines))
         if ledger is None or ledger.owner not in self.engines:
             return
-        how = "staged" if self.random.random() < 0.8 else self.random.choice(COPIES)
+        how = "staged" if self.random.random() < self.world.staged else self.random.choice(COPIES)
         order = self.arbiter.begin(request, to, f"engine {to}", how)
         if order is not None:
             self.to_engine[ledger.owner].append(("migrate", order))
@@ -204,7 +222,7 @@ class Cluster:
     def _crash(self, index: EngineIndex) -> None:
         self.crashed = True
         del self.engines[index], self.llumlets[index]
-        del self.to_engine[index], self.to_frontend[index]
+        del self.to_engine[index], self.to_frontend[index], self.finished[index]
         for pull in [p for p in self.pulls if p[0] == index]:
             self.pulls.remove(pull)
         self._perform(self.arbiter.engine_lost(index, list(self.engines)))
@@ -217,7 +235,7 @@ class Cluster:
     def _tick(self) -> None:
         self.now += TICK_S
         for index in list(self.engines):
-            if self.random.random() < 0.7:
+            if self.random.random() < self.world.turn:
                 self._engine_turn(index)
             if self.to_frontend[index] and self.random.random() < 0.6:
                 for _ in range(self.random.randrange(1, 4)):
@@ -226,8 +244,8 @@ class Cluster:
         for _ in range(3):
             if self.wire and self.random.random() < 0.6:
                 self._deliver()
-            if self.pulls and self.random.random() < 0.4:
-                self._end_pull()
+            if self.pulls and self.random.random() < self.world.pull_end:
+                self._end_pull(self.random.randrange(len(self.pulls)))
         for ask in list(self.asking):
             if ask.engine in self.engines and self.random.random() < 0.3:
                 fate = self.llumlets[ask.engine].fate(ask.migration)
@@ -237,14 +255,23 @@ class Cluster:
         self.check_owners()
 
     def _engine_turn(self, index: EngineIndex) -> None:
-        engine, llumlet, inbox = self.engines[index], self.llumlets[index], self.to_engine[index]
-        for _ in range(self.random.randrange(3)):
+        engine, inbox = self.engines[index], self.to_engine[index]
+        for _ in range(self.random.randrange(5)):
             if inbox:
                 self._engine_hears(index, inbox.popleft())
+                self._poll(index)
         if not engine.idle():
             for said in engine.step():
                 self.to_frontend[index].append(("said", said))
+        self._poll(index)
+
+    def _poll(self, index: EngineIndex) -> None:
+        llumlet, finished = self.llumlets[index], self.finished[index]
+        while finished:
+            ticket, error, size = finished.popleft()
+            self._send(index, llumlet.pulled(ticket, error, size, 0.0, self.now))
         self._send(index, llumlet.poll(self.now))
+        self.engines[index].check_cache()
 
     def _engine_hears(self, index: EngineIndex, message: tuple) -> None:
         engine, llumlet = self.engines[index], self.llumlets[index]
@@ -254,6 +281,13 @@ class Cluster:
             case ("abort", request):
                 self._send(index, llumlet.client_gone([request]))
                 engine.abort(request)
+            case ("peer", message):
+                pulls = len(self.pulls)
+                self._send(index, llumlet.receive(message, self.now))
+                begun = isinstance(message, Handover) and len(self.pulls) > pulls
+                if begun and self.random.random() < 0.5:
+                    # The host gives the pull of a handover a moment to end.
+                    self._end_pull(len(self.pulls) - 1)
             case ("migrate", order):
                 self._send(index, llumlet.migrate(order, self.now))
             case ("order", order):
@@ -276,17 +310,16 @@ class Cluster:
     def _deliver(self) -> None:
         to, message = self.wire.pop(self.random.randrange(len(self.wire)))
         if to in self.llumlets:
-            self._send(to, self.llumlets[to].receive(message, self.now))
+            self.to_engine[to].append(("peer", message))
 
-    def _end_pull(self) -> None:
-        pull = self.pulls.pop(self.random.randrange(len(self.pulls)))
-        index, ticket, source, pairs = pull
+    def _end_pull(self, number: int) -> None:
+        index, ticket, source, pairs = self.pulls.pop(number)
         error = None
         if source not in self.engines or self.random.random() < self.world.failed_pull:
             error = "the copy failed"
         else:
             self.engines[index].copy(self.engines[source], pairs)
-        self._send(index, self.llumlets[index].pulled(ticket, error, len(pairs), 0.0, self.now))
+        self.finished[index].append((ticket, error, len(pairs)))
 
     # -- the frontend
 
@@ -334,6 +367,7 @@ class Cluster:
                 case AskFate():
                     self.asking.append(effect)
                 case StreamLost(request=request):
+                    self._check_lost(request)
                     self.clients[request].state = "lost"
                     self.arbiter.close(request)
                 case Moved(request=request, missing=missing, held=held):
@@ -354,12 +388,19 @@ class Cluster:
                 )
                 seen[request.id] = index
 
+    def _check_lost(self, request: RequestId) -> None:
+        """A stream may end with an error only if its request died with an engine."""
+        assert self.crashed, f"{request} was lost with no crash"
+        for index, engine in self.engines.items():
+            assert not engine.runs(request), f"{request} was lost, but runs on engine {index}"
+
     def _at_rest(self) -> bool:
         return (
             not self.wire
             and not self.pulls
             and not self.asking
             and not any(self.to_engine.values())
+            and not any(self.finished.values())
             and not any(self.to_frontend.values())
             and all(e.idle() for e in self.engines.values())
             and not any(x.busy for x in self.llumlets.values())
@@ -371,7 +412,6 @@ class Cluster:
             assert client.state != "open", f"{request} was forgotten"
             if client.state == "finished":
                 assert client.got == client.expected
-            assert client.state != "lost" or self.crashed, f"{request} was lost with no crash"
         for index, engine in self.engines.items():
             assert not self.orders.get(index), f"engine {index} never answered an order"
             assert not engine.requests, f"engine {index} still holds {list(engine.requests)}"

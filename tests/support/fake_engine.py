@@ -3,6 +3,9 @@
 Its KV cache is real in one respect: a block's slots hold the tokens that were computed into them,
 and the next token is made from what the slots say. A block that was not copied, or was given away
 too early, changes the output.
+
+Its prefix cache finds a block by all tokens up to the block's end, and `check_cache` compares what
+the block holds with them.
 """
 
 from collections.abc import Callable
@@ -72,6 +75,12 @@ class FakeEngine:
         self.memory = [[NOTHING] * block_tokens for _ in range(blocks)]
         self.references = [0] * blocks
         self.free = list(range(blocks))
+        self.cached: dict[tuple[int, ...], int] = {}
+        """The prefix cache: all tokens up to a block's end, and the block."""
+        self.keys: dict[int, tuple[int, ...]] = {}
+        """The same, by block."""
+        self.changed: set[int] = set()
+        """Blocks that were written, or entered in the cache, since the last `check_cache`."""
         self.requests: dict[RequestId, FakeRequest] = {}
         self.waiting: list[FakeRequest] = []
         self.running: list[FakeRequest] = []
@@ -122,6 +131,12 @@ class FakeEngine:
             request = next((r for r in self.waiting if r.blocks), self.waiting[0])
             if request.in_flight:
                 break
+            if not request.blocks:
+                hit = self._hit(request.tokens)
+                count = min(self.chunk, len(request.tokens) - len(hit) * self.block_tokens)
+                if not self._begin(request, hit, len(hit) * self.block_tokens + count):
+                    break
+                request.computed = len(hit) * self.block_tokens
             count = min(self.chunk, len(request.tokens) - request.computed)
             if not self._grow(request, request.computed + count):
                 break
@@ -144,6 +159,7 @@ class FakeEngine:
                 continue
             if start >= 0 and request.blocks:
                 self._write(request, start, len(request.tokens))
+                self._enter(request, min(request.computed, len(request.tokens)))
             if samples and request.blocks:
                 seen = self._read(request, len(request.tokens))
                 request.outputs.append(next_token(seen))
@@ -158,6 +174,7 @@ class FakeEngine:
         for position in range(start, min(end, request.computed)):
             block, slot = divmod(position, self.block_tokens)
             self.memory[request.blocks[block]][slot] = tokens[position]
+            self.changed.add(request.blocks[block])
 
     def _read(self, request: FakeRequest, end: int) -> list[int]:
         size = self.block_tokens
@@ -197,6 +214,8 @@ class FakeEngine:
             return False
         for _ in range(need):
             block = self.free.pop(0)
+            if (key := self.keys.pop(block, None)) is not None:
+                del self.cached[key]
             self.references[block] = 1
             self.memory[block] = [NOTHING] * self.block_tokens
             request.blocks.append(block)
@@ -207,11 +226,52 @@ class FakeEngine:
         request.blocks = []
 
     def _give_back(self, blocks: list[int]) -> None:
-        for block in blocks:
+        for block in reversed(blocks):
             self.references[block] -= 1
             assert self.references[block] >= 0
             if self.references[block] == 0:
                 self.free.append(block)
+
+    # -- prefix cache
+
+    def _hit(self, tokens: list[int]) -> list[int]:
+        """The blocks that hold the beginning of these tokens, all but the last at the most."""
+        found = []
+        for end in range(self.block_tokens, len(tokens), self.block_tokens):
+            if (block := self.cached.get(tuple(tokens[:end]))) is None:
+                break
+            found.append(block)
+        return found
+
+    def _begin(self, request: FakeRequest, hit: list[int], tokens: int) -> bool:
+        """Gives a request these blocks of the cache, and new ones up to so many tokens."""
+        need = -(-tokens // self.block_tokens) - len(hit)
+        if need > len(self.free) - sum(1 for b in hit if not self.references[b]):
+            return False
+        for block in hit:
+            if not self.references[block]:
+                self.free.remove(block)
+            self.references[block] += 1
+        request.blocks = list(hit)
+        return self._grow(request, tokens)
+
+    def _enter(self, request: FakeRequest, tokens: int) -> None:
+        """The first `tokens` tokens, as far as they fill blocks, can be found from now on."""
+        known = request.tokens
+        for number in range(tokens // self.block_tokens):
+            block, key = request.blocks[number], tuple(known[: (number + 1) * self.block_tokens])
+            if block not in self.keys and key not in self.cached:
+                self.cached[key], self.keys[block] = block, key
+                self.changed.add(block)
+
+    def check_cache(self) -> None:
+        """No block of the prefix cache may hold the bytes of other tokens."""
+        for block in self.changed:
+            if (key := self.keys.get(block)) is not None:
+                assert self.memory[block] == list(key[-self.block_tokens :]), (
+                    f"engine {self.index}: block {block} of the prefix cache holds other tokens"
+                )
+        self.changed.clear()
 
     # -- what a duo needs (tests/support/duo.py)
 
@@ -317,10 +377,11 @@ class FakeEngine:
             return Refusal(why="still leaving")
         prompt, max_tokens = eval(body)  # noqa: S307 - our own repr, in a test
         new = FakeRequest(id=request, prompt=prompt, max_tokens=max_tokens, outputs=list(outputs))
-        if not self._grow(new, tokens):
+        hit = self._hit(new.tokens) if tokens else []
+        if not self._begin(new, hit, tokens):
             return Refusal(why="no room")
         self.arriving[request] = new
-        return 0
+        return len(hit) * self.block_tokens
 
     def ready(self, request: RequestId) -> bool | Refusal:
         return True
@@ -346,10 +407,15 @@ class FakeEngine:
     def copy(self, source: "FakeEngine", pairs: list[tuple[int, int]]) -> None:
         for theirs, mine in pairs:
             self.memory[mine] = list(source.memory[theirs])
+            self.changed.add(mine)
+
+    def cache(self, request: RequestId, tokens: int) -> None:
+        self._enter(self.arriving[request], tokens)
 
     def commit(self, request: RequestId, computed: int, state: bytes) -> Refusal | None:
         known = self.arriving.pop(request)
         known.computed = computed
+        self._enter(known, computed)
         if not computed:
             self._free(known)
         self.requests[request] = known

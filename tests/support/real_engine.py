@@ -151,9 +151,6 @@ class RealEngine:
                 found.append((done.ticket, done.error, done.bytes, done.seconds))
         return found
 
-    def pulled(self, ticket: int, error: str | None) -> None:
-        self.port.pulled(ticket, error)
-
     def blocks_used(self) -> int:
         pool = self.core.scheduler.kv_cache_manager.block_pool
         return pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()

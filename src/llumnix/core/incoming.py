@@ -7,6 +7,10 @@ Rules
 - Blocks that are being written are not given away: an aborted migration whose pull is under way
   keeps its room until that has ended.
 - An exception ends the migration that it came from, and no other: declined, unless it was decided.
+- What a stage brought enters the prefix cache once the source has said another word: the source
+  keeps all blocks that it named until the migration is over, so a word that came after the pull
+  proves that nobody had overwritten them. What a handover brought enters with the request: these
+  blocks the source keeps until the verdict.
 - The engine's steps are timed for a handover that was announced; one that is overdue by `near_s` is
   not waited for any more. Once the first stage is here, and there is little left to come, steps
   should compute no prompts: one that did could be under way when the handover comes. Nor should the
@@ -183,6 +187,9 @@ class IncomingMigrations:
             if coming.machine.state is DestinationState.READY:
                 self._walk(coming, DestinationEvent.STOPPING)
                 coming.due_s = heard_s + message.in_s
+                if coming.last is not None:
+                    # Now, while the request still runs there: of a long one it takes milliseconds.
+                    self._port.cache(coming.order.request, coming.last.end)
         elif coming.machine.state is DestinationState.COMMITTING:
             if isinstance(message, Handover):
                 self._walk(coming, DestinationEvent.HANDOVER)
@@ -290,6 +297,8 @@ class IncomingMigrations:
             self._may_end(coming, DestinationEvent.FAILED, refusal.why)
         elif message.end > message.start:
             self._pull(coming, message)
+            if isinstance(message, Stage):
+                self._port.cache(coming.order.request, message.start)
         else:
             coming.bytes, coming.seconds = 0, 0.0
             self._have_it(coming, now)

@@ -8,6 +8,8 @@ Rules
   fresh epoch from the frontend, which grants all epochs. Silence is never an answer: a handover
   without a verdict is sent again.
 - Before the handover either side may give up on its own, whatever the other believes.
+- The source keeps the blocks that its handover names until the verdict, also if the request has
+  ended meanwhile: what the destination reads for it, and enters in its prefix cache, is right.
 - Every event in every state is in the table. What is not there is a bug, and raises with the story.
 
 No I/O, no clock: who hosts a machine feeds it events and carries out the actions it names
@@ -33,6 +35,9 @@ class SourceState(enum.Enum):
     """Out of the batch; steps that were in flight come home."""
     DECIDING = "deciding"
     """Handed over; the destination's verdict is awaited. Nobody resumes it meanwhile."""
+    RELEASING = "releasing"
+    """It has ended here after the handover. The destination may still read its blocks, which are
+    kept until the verdict."""
     COMMITTED = "committed"
     """The destination owns it; nothing is left here."""
     ABORTED = "aborted"
@@ -77,6 +82,8 @@ class SourceAction(enum.Enum):
     STOP = "take it out of the batch"
     HAND_OVER = "send the rest, ask for the verdict"
     ASK_AGAIN = "send the handover again"
+    KEEP_BLOCKS = "tell the destination, keep the blocks"
+    FREE_BLOCKS = "free the blocks"
     RELEASE = "free it here"
     RESUME = "put it back into the batch"
     STAY = "let it go on"
@@ -192,9 +199,18 @@ SOURCE: dict[SourceState, dict[SourceEvent, tuple[SourceState, SourceAction]]] =
         SE.DECLINED: (S.ABORTED, SA.RESUME),
         SE.GRANTED: (S.ABORTED, SA.RESUME),
         SE.FORFEITED: (S.COMMITTED, SA.RELEASE),
-        SE.GONE: (S.ABORTED, SA.CALL_OFF),  # Its client left: nobody needs the verdict.
+        SE.GONE: (S.RELEASING, SA.KEEP_BLOCKS),
         SE.LATE: (S.DECIDING, SA.ASK_AGAIN),
         SE.FAILED: (S.DECIDING, SA.NOTHING),  # The destination decides.
+    },
+    S.RELEASING: {
+        SE.RESERVED: (S.RELEASING, SA.NOTHING),
+        SE.TAKEN: (S.ABORTED, SA.FREE_BLOCKS),  # Its frontend has had it aborted there too.
+        SE.DECLINED: (S.ABORTED, SA.FREE_BLOCKS),
+        SE.GRANTED: (S.ABORTED, SA.FREE_BLOCKS),
+        SE.FORFEITED: (S.ABORTED, SA.FREE_BLOCKS),
+        SE.LATE: (S.RELEASING, SA.ASK_AGAIN),
+        SE.FAILED: (S.RELEASING, SA.NOTHING),
     },
     S.COMMITTED: {event: (S.COMMITTED, action) for event, action in _TARDY.items()},
     S.ABORTED: {event: (S.ABORTED, action) for event, action in _TARDY.items()},

@@ -11,6 +11,9 @@ Rules
 - A request that finished, was aborted or was preempted meanwhile is not moved.
 - An exception ends the migration that it came from, and no other: before the handover the request
   goes on here, after it the destination's verdict is still awaited.
+- All blocks that were named to the destination stay pinned until the migration is over, which after
+  the handover is the verdict. So each further word of the source (`Stage`, `Stopping`, `Handover`)
+  proves that what the destination pulled before it are the bytes of this request.
 """
 
 from collections.abc import Callable
@@ -175,10 +178,10 @@ class OutgoingMigrations:
         elif isinstance(message, Verdict):
             if message.taken and going.handover is not None:
                 self._note_stage(going, going.handover.end, message, now)
-            going.why = message.why
+            if going.machine.state is not SourceState.RELEASING:
+                going.why = message.why
             self._walk(going, SourceEvent.TAKEN if message.taken else SourceEvent.DECLINED, now)
         elif message.stage == going.stage and going.machine.state is SourceState.COPYING:
-            self._port.unpin(going.order.request)
             self._note_stage(going, going.stage_end, message, now)
             going.done = going.stage_end
             self._walk(going, SourceEvent.STAGED, now)
@@ -226,7 +229,7 @@ class OutgoingMigrations:
             return
         state = going.machine.state
         progress = self._port.progress(going.order.request)
-        if progress.phase is Phase.GONE:
+        if progress.phase is Phase.GONE and state is not SourceState.RELEASING:
             going.why = "it ended meanwhile"
             self._walk(going, SourceEvent.GONE, now)
         elif state in _GOING_ON and progress.preemptions != going.preemptions:
@@ -323,6 +326,7 @@ class OutgoingMigrations:
                 going.deadline_s = now + self._limits.verdict_again_s
                 self._send(going, going.handover)
             case SourceAction.RELEASE:
+                self._port.unpin(order.request)
                 self._port.release(order.request)
                 self._end(going, taken=True, now=now)
             case SourceAction.RESUME:
@@ -331,11 +335,16 @@ class OutgoingMigrations:
             case SourceAction.STAY:
                 self._end(going, taken=False, now=now)
             case SourceAction.CALL_OFF:
-                self._send(going, CallOff(migration=order.migration, why=going.why))
+                self._call_off(going)
+                self._end(going, taken=False, now=now)
+            case SourceAction.KEEP_BLOCKS:
+                going.deadline_s = now + self._limits.verdict_again_s
+                self._call_off(going)
+            case SourceAction.FREE_BLOCKS:
                 self._end(going, taken=False, now=now)
             case SourceAction.TAKE_BACK:
                 self._port.resume(order.request)
-                self._send(going, CallOff(migration=order.migration, why=going.why))
+                self._call_off(going)
                 self._end(going, taken=False, now=now)
 
     def _stage(self, going: Outgoing, now: float) -> None:
@@ -374,6 +383,8 @@ class OutgoingMigrations:
         end, blocks, state = self._port.rest(going.order.request, going.done)
         if going.order.copy == "recompute":
             going.done, end, blocks = 0, 0, [[] for _ in blocks]
+        if end > going.done:
+            self._port.pin(going.order.request, going.done, end)
         first, outputs = self._new_outputs(going)
         return Handover(
             migration=going.order.migration,
@@ -390,6 +401,9 @@ class OutgoingMigrations:
         going.stage_began_s = now
         going.deadline_s = now + self._limits.verdict_again_s
         self._send(going, going.handover)
+
+    def _call_off(self, going: Outgoing) -> None:
+        self._send(going, CallOff(migration=going.order.migration, why=going.why))
 
     def _new_outputs(self, going: Outgoing) -> tuple[int, list[int]]:
         first = going.outputs_sent

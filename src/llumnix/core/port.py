@@ -100,7 +100,7 @@ class EnginePort(Protocol):
 
     def pin(self, request: RequestId, start: int, end: int) -> Blocks:
         """Keeps the blocks of tokens [start, end) as they are until `unpin`, whatever becomes of
-        the request."""
+        the request. May be called several times."""
         ...
 
     def unpin(self, request: RequestId) -> None:
@@ -153,6 +153,10 @@ class EnginePort(Protocol):
     ) -> None:
         """Begins to copy the blocks of tokens [start, end) here. The host reports the end of it to
         `Llumlet.pulled`, once for each ticket."""
+        ...
+
+    def cache(self, request: RequestId, tokens: int) -> None:
+        """The KV of its first `tokens` tokens is known to be right: others may find it here."""
         ...
 
     def commit(self, request: RequestId, computed: int, state: bytes) -> Refusal | None:

@@ -80,7 +80,6 @@ class Arrivals:
         self._v1 = not core.vllm_config.use_v2_model_runner
         self._arriving: dict[RequestId, Arriving] = {}
         self._waiting: list[Waiting] = []
-        self._pulls: dict[int, Arriving] = {}
         self._decoder = MsgpackDecoder(EngineCoreRequest)
         self._meeting: dict[int, tuple[str, ...]] = {}
         self._met: set[tuple[str, ...]] = set()
@@ -108,15 +107,6 @@ class Arrivals:
                     self._client.pull(pull.ticket, pull.agents, pull.source, pull.destination)
                 except Exception as error:  # noqa: BLE001 - the pull failed, whatever it is
                     self._pull_failed(pull.ticket, f"{type(error).__name__}: {error}")
-
-    def pulled(self, ticket: int, error: str | None) -> None:
-        """A pull has ended. What it brought enters the prefix cache: of a long request that takes
-        milliseconds, which would else pass when it is committed and stands still."""
-        coming = self._pulls.pop(ticket)
-        new = coming.request
-        if error is not None or coming.gaps or self._arriving.get(new.request_id) is not coming:
-            return
-        self._kv.cache_blocks(new, min(coming.pulling, new.num_tokens))
 
     def met(self, ticket: int, error: str | None) -> None:
         """A meeting (a negative ticket) with a source's workers has ended."""
@@ -237,7 +227,6 @@ class Arrivals:
         coming = self._arriving[request]
         coming.pulling = end
         coming.gaps |= any(ABSENT in group for group in blocks)
-        self._pulls[ticket] = coming
         self.last_ticket = ticket
         mine, _ = self._blocks(request, start, end)
         pairs = [
@@ -254,6 +243,11 @@ class Arrivals:
             self._waiting.append(pull)
         else:
             self._client.pull(ticket, agents, froms, tos)
+
+    def cache(self, request: RequestId, tokens: int) -> None:
+        coming = self._arriving[request]
+        if not coming.gaps:
+            self._kv.cache_blocks(coming.request, min(tokens, coming.request.num_tokens))
 
     def commit(self, request: RequestId, computed: int, state: bytes) -> Refusal | None:
         coming = self._arriving[request]

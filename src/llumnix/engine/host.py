@@ -194,9 +194,6 @@ class LlumletHost:
 
     def _take(self, item: Item) -> None:
         self._send(self._take_in(item))
-        if isinstance(item, Pulled) and item.ticket >= 0:
-            # Once the others have their answer.
-            self.port.pulled(item.ticket, item.error)
 
     def _take_in(self, item: Item) -> list[Out]:
         now = time.monotonic()

@@ -179,6 +179,9 @@ class SimEngine(Batching):
     ) -> None:
         self._on_pull(self.index, ticket, source, (end - start) * self.profile.kv_token_bytes)
 
+    def cache(self, request: RequestId, tokens: int) -> None:
+        """Prefix caches of destinations are not modelled."""
+
     def commit(self, request: RequestId, computed: int, state: bytes) -> Refusal | None:
         seq = self.arriving.pop(request)
         self.requests[request] = seq

@@ -1,0 +1,156 @@
+"""The destination's half of a migration: one llumlet on an engine without a model, and the source's
+words in the test's hand."""
+
+from typing import TypeVar
+
+from llumnix.core.limits import TAIL_MAX
+from llumnix.core.llumlet import Llumlet
+from llumnix.core.messages import (
+    CallOff,
+    Handover,
+    Out,
+    PeerMessage,
+    Reserve,
+    Stage,
+    Staged,
+    Stopping,
+    ToFrontend,
+    TookOver,
+    ToPeer,
+    Verdict,
+)
+from llumnix.core.types import EngineIndex, Epoch, MigrationId, RequestId
+from support.fake_engine import FakeEngine
+
+R, M = RequestId("r"), MigrationId("m")
+PROMPT = list(range(100, 140))
+Message = TypeVar("Message")
+
+
+class Destination:
+    """One engine to which a request of 40 tokens is being moved; the source is memory only."""
+
+    def __init__(self, outputs: list[int] | None = None) -> None:
+        self.source = FakeEngine(EngineIndex(0))
+        for block in range(20):
+            self.source.memory[block] = (PROMPT + list(range(200, 240)))[4 * block : 4 * block + 4]
+        self.pulls: list[tuple[int, list[tuple[int, int]]]] = []
+        self.engine = FakeEngine(
+            EngineIndex(1), on_pull=lambda ticket, _, pairs: self.pulls.append((ticket, pairs))
+        )
+        self.llumlet = Llumlet(EngineIndex(1), "here", self.engine)
+        self.out: list[Out] = []
+        self.now = 0.0
+        self.hear(
+            Reserve(
+                migration=M,
+                request=R,
+                source=EngineIndex(0),
+                address="there",
+                epoch=Epoch(1),
+                body=repr((PROMPT, 600)).encode(),
+                outputs=outputs or [],
+                tokens=60,
+                agents=["fake"],
+            )
+        )
+
+    def hear(self, message: PeerMessage) -> None:
+        self.out += self.llumlet.receive(message, self.now)
+
+    def poll(self) -> None:
+        self.out += self.llumlet.poll(self.now)
+
+    def pull(self) -> None:
+        """The oldest pull ends."""
+        ticket, pairs = self.pulls.pop(0)
+        self.engine.copy(self.source, pairs)
+        self.out += self.llumlet.pulled(ticket, None, len(pairs), 0.1, self.now)
+
+    def stage(self, number: int, start: int, end: int, outputs: list[int] | None = None) -> None:
+        self.hear(
+            Stage(
+                migration=M,
+                stage=number,
+                start=start,
+                end=end,
+                blocks=[list(range(start // 4, end // 4))],
+                first_output=0,
+                outputs=outputs or [],
+                tokens=60,
+            )
+        )
+
+    def handover(self, start: int, end: int, first_output: int, outputs: list[int]) -> None:
+        self.hear(
+            Handover(
+                migration=M,
+                start=start,
+                end=end,
+                blocks=[list(range(start // 4, -(-end // 4)))],
+                first_output=first_output,
+                outputs=outputs,
+                state=b"",
+            )
+        )
+
+    def said(self, kind: type[Message]) -> list[Message]:
+        messages = [o.message for o in self.out if isinstance(o, ToPeer | ToFrontend)]
+        return [m for m in messages if isinstance(m, kind)]
+
+    @property
+    def cached_tokens(self) -> int:
+        return 4 * len(self.engine.cached)
+
+
+def test_what_a_stage_brought_can_be_found_only_after_the_sources_next_word() -> None:
+    there = Destination()
+    there.stage(1, 0, 20)
+    there.pull()
+    assert there.said(Staged)
+    assert there.cached_tokens == 0
+    there.stage(2, 20, 32)
+    assert there.cached_tokens == 20  # Not what is being pulled.
+    there.pull()
+    assert there.cached_tokens == 20
+    there.hear(Stopping(migration=M, in_s=0.01))
+    assert there.cached_tokens == 32
+    there.engine.check_cache()
+
+
+def test_nothing_of_a_stage_is_found_if_the_source_called_it_off_while_it_was_read() -> None:
+    there = Destination()
+    there.stage(1, 0, 32)
+    there.source.memory = [[7] * 4 for _ in there.source.memory]  # Preempted, and overwritten.
+    there.pull()
+    there.hear(CallOff(migration=M, why="it was preempted meanwhile"))
+    assert there.cached_tokens == 0
+    assert there.engine.blocks_used() == 0
+
+
+def test_a_handover_without_an_announcement_enters_all_of_it() -> None:
+    there = Destination()
+    there.stage(1, 0, 32)
+    there.pull()
+    there.handover(32, 42, 0, [200, 201, 202])
+    there.pull()
+    assert [v.taken for v in there.said(Verdict)] == [True]
+    assert there.cached_tokens == 40
+    there.engine.check_cache()
+
+
+def test_the_tail_of_a_take_over_is_of_all_that_was_generated() -> None:
+    """A frontend whose source died before it had sent its last tokens finds them there."""
+    there = Destination(outputs=[200, 201])
+    there.stage(1, 0, 32, [200, 201, 202])
+    there.pull()
+    there.handover(32, 44, 3, [203, 204])
+    there.pull()
+    took = there.said(TookOver)[0]
+    assert (took.outputs, took.tail) == (5, [200, 201, 202, 203, 204])
+
+
+def test_the_tail_has_an_end() -> None:
+    there = Destination(outputs=list(range(TAIL_MAX)))
+    there.handover(0, 0, TAIL_MAX, [1001, 1002])
+    assert there.said(TookOver)[0].tail == [*range(2, TAIL_MAX), 1001, 1002]

@@ -1,0 +1,142 @@
+"""The source's half of a migration: one llumlet on an engine without a model, and the destination's
+words in the test's hand."""
+
+from typing import TypeVar
+
+from llumnix.core.limits import MigrationLimits
+from llumnix.core.llumlet import Llumlet
+from llumnix.core.messages import (
+    CallOff,
+    Handover,
+    Migrate,
+    MigrationEnded,
+    Out,
+    Reserve,
+    Reserved,
+    Stage,
+    Staged,
+    ToFrontend,
+    ToPeer,
+    Verdict,
+)
+from llumnix.core.types import EngineIndex, Epoch, MigrationId, RequestId
+from support.fake_engine import FakeEngine
+
+R, M = RequestId("r"), MigrationId("m")
+LIMITS = MigrationLimits()
+Message = TypeVar("Message")
+
+
+class Source:
+    """One engine with one request of 40 tokens, which is to be moved."""
+
+    def __init__(self, copy: str = "staged") -> None:
+        self.engine = FakeEngine(EngineIndex(0))
+        self.llumlet = Llumlet(EngineIndex(0), "here", self.engine)
+        self.engine.add(R, list(range(40)), 100)
+        self.engine.step()
+        self.out: list[Out] = []
+        self.now = 0.0
+        for _ in range(5):
+            self.step()
+        order = Migrate(
+            migration=M,
+            request=R,
+            destination=EngineIndex(1),
+            address="there",
+            epoch=Epoch(1),
+            copy=copy,
+        )
+        self.out += self.llumlet.migrate(order, self.now)
+
+    def step(self) -> None:
+        self.now += 0.01
+        self.engine.step()
+        self.poll()
+
+    def poll(self) -> None:
+        self.out += self.llumlet.poll(self.now)
+
+    def hear(self, message: Reserved | Staged | Verdict) -> None:
+        self.out += self.llumlet.receive(message, self.now)
+
+    def said(self, kind: type[Message]) -> list[Message]:
+        messages = [o.message for o in self.out if isinstance(o, ToPeer | ToFrontend)]
+        return [m for m in messages if isinstance(m, kind)]
+
+    def hand_over(self) -> Handover:
+        """Up to the handover, its stages answered."""
+        self.hear(Reserved(migration=M, hit=0))
+        for _ in range(20):
+            if self.said(Handover):
+                return self.said(Handover)[0]
+            stages = self.said(Stage)
+            if stages:
+                self.hear(Staged(migration=M, stage=stages[-1].stage, bytes=1, seconds=0.1))
+            self.step()
+        raise AssertionError("it never handed over")
+
+
+def declined() -> Verdict:
+    return Verdict(migration=M, taken=False, why="no room")
+
+
+def test_a_preemption_during_a_copy_ends_the_move_and_says_so() -> None:
+    source = Source()
+    source.hear(Reserved(migration=M, hit=0))
+    assert source.said(Stage)
+    source.engine.preempt_somebody()
+    source.poll()
+    assert [m.why for m in source.said(CallOff)] == ["it was preempted meanwhile"]
+    ended = source.said(MigrationEnded)
+    assert [(e.taken, e.why) for e in ended] == [(False, "it was preempted meanwhile")]
+    assert not source.engine.pinned
+    assert not source.llumlet.busy
+
+
+def test_blocks_that_were_named_stay_as_they_are_from_stage_to_stage() -> None:
+    source = Source()
+    source.hear(Reserved(migration=M, hit=0))
+    stage = source.said(Stage)[0]
+    source.hear(Staged(migration=M, stage=1, bytes=1, seconds=0.1))
+    assert set(stage.blocks[0]) <= set(source.engine.pinned[R])
+
+
+def test_the_blocks_of_a_handover_are_kept_until_the_verdict_though_the_client_hangs_up() -> None:
+    for copy in ("staged", "blocking"):
+        source = Source(copy)
+        handover = source.hand_over()
+        bytes_ = [list(source.engine.memory[b]) for b in handover.blocks[0]]
+        source.engine.abort(R)
+        source.poll()
+        assert source.said(CallOff)
+        # Another client's request takes all memory that is free.
+        source.engine.add(RequestId("another"), [7] * 150, 100)
+        for _ in range(12):
+            source.step()
+        assert [source.engine.memory[b] for b in handover.blocks[0]] == bytes_
+        assert not source.said(MigrationEnded)
+        source.hear(declined())
+        assert [e.why for e in source.said(MigrationEnded)] == ["it ended meanwhile"]
+        assert not source.engine.pinned
+        assert not source.llumlet.busy
+
+
+def test_a_lost_verdict_does_not_keep_the_blocks_for_ever() -> None:
+    source = Source()
+    source.hand_over()
+    source.engine.abort(R)
+    source.poll()
+    source.now += LIMITS.verdict_again_s
+    source.poll()
+    assert len(source.said(Handover)) == 2  # Asked again: it will be answered again.
+    source.hear(declined())
+    source.hear(declined())
+    assert not source.engine.pinned
+
+
+def test_the_room_asked_for_holds_the_request_and_what_it_generates_meanwhile() -> None:
+    source = Source()
+    reserve = source.said(Reserve)[0]
+    tokens = len(source.engine.requests[R].tokens)
+    assert reserve.tokens == tokens + LIMITS.ahead_tokens(source.engine.block_tokens)
