@@ -1,7 +1,7 @@
 """/health says what a new request would get."""
 
-from types import SimpleNamespace
-from typing import Any
+from itertools import count
+from pathlib import Path
 
 import pytest
 
@@ -13,15 +13,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from llumnix.core.types import EngineIndex, InstanceId
 from llumnix.frontend.client import FleetClient
 from llumnix.frontend.llm import FleetLLM
-
-
-class Client(FleetClient):
-    """Knows engines, and has no socket."""
-
-    def __init__(self) -> None:
-        self._engines, self._rotation = {}, 0
-        self.streams: Any = SimpleNamespace(instances={}, count=lambda _: 0)
-        self.resources: Any = SimpleNamespace(engine_dead=False)
+from support.frontend import Front, front
 
 
 class LLM(FleetLLM):
@@ -34,7 +26,7 @@ class LLM(FleetLLM):
         pass
 
 
-async def health(client: FleetClient, stopping: bool = False) -> int:
+async def health(client: FleetClient, *, stopping: bool = False) -> int:
     try:
         await LLM(client, stopping).check_health()
     except EngineDeadError:
@@ -42,38 +34,38 @@ async def health(client: FleetClient, stopping: bool = False) -> int:
     return 200
 
 
-def request(client: FleetClient) -> int:
+async def request(one: Front, name: str) -> int:
     try:
-        client._place_alone()
-    except GracefulHTTPError:
-        return 503
+        await one.add_request(name, 0)
+    except GracefulHTTPError as error:
+        return int(error.http_status)
     return 200
 
 
-async def test_health_and_new_requests_agree_whatever_the_instances_do() -> None:
-    client = Client()
-    indexes = [EngineIndex(0), EngineIndex(1)]
-    found = []
+async def test_health_and_new_requests_agree_whatever_the_instances_do(tmp_path: Path) -> None:
+    found, names = [], count()
+    async with front(tmp_path, engines=0) as one:
+        i0, i1 = EngineIndex(0), EngineIndex(1)
 
-    async def both() -> None:
-        found.append(await health(client))
-        assert found[-1] == request(client)
+        async def both() -> None:
+            found.append(await health(one.client))
+            assert found[-1] == await request(one, f"r{next(names)}")
 
-    await both()  # None is there.
-    for index in indexes:
-        client.expect(InstanceId(f"i{index}"), index, index)
-    await both()  # They start.
-    for index in indexes:
-        client._engines[index].ready.set_result(None)
-    await both()
-    client.accept(indexes[0], False)
-    await both()
-    client.accept(indexes[1], False)
-    await both()  # Both drain: alive, and closed to new requests.
-    client.accept(indexes[0], True)
-    await both()
-    del client._engines[indexes[0]]
-    await both()
-    assert found == [503, 503, 200, 200, 503, 200, 503]
-    client.accept(indexes[1], True)
-    assert await health(client, stopping=True) == 503
+        await both()  # None is there.
+        one.client.expect(InstanceId("i9"), EngineIndex(9), 2)
+        await both()  # One starts.
+        await one.add_engine(0)
+        await one.add_engine(1)
+        await both()
+        one.client.accept(i0, False)
+        await both()
+        one.client.accept(i1, False)
+        await both()  # Both drain: alive, and closed to new requests.
+        one.client.accept(i0, True)
+        await both()
+        await one.client.lose(i0)
+        await both()
+        one.client.accept(i1, True)
+        await both()
+        assert await health(one.client, stopping=True) == 503
+    assert found == [503, 503, 200, 200, 503, 200, 503, 200]
