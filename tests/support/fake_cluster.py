@@ -28,7 +28,7 @@ from llumnix.core.messages import (
     TookOver,
     ToPeer,
 )
-from llumnix.core.outgoing import OnStep
+from llumnix.core.migration import OnStep
 from llumnix.core.types import EngineIndex, InstanceId, OrderId, RequestId
 from support.fake_engine import FakeEngine, Said, undisturbed
 
@@ -339,7 +339,7 @@ class Cluster:
                 self.wanted += 1
                 ledger = self.arbiter.get(request)
                 if ledger is not None and ledger.owner == index and to in self.engines:
-                    order = self.arbiter.begin(request, to, f"engine {to}")
+                    order = self.arbiter.begin(request, to, f"engine {to}", wanted=True)
                     if order is not None:
                         self.to_engine[index].append(("migrate", order))
             case ("fate", migration, fate):

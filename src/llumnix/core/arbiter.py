@@ -125,10 +125,17 @@ class Arbiter(Generic[Output]):
         return [e for e in holders if e not in self._dead]
 
     def begin(
-        self, request: RequestId, destination: EngineIndex, address: str, copy: str = "staged"
+        self,
+        request: RequestId,
+        destination: EngineIndex,
+        address: str,
+        copy: str = "staged",
+        *,
+        wanted: bool = False,
     ) -> Migrate | None:
-        """Grants the next epoch to a destination; None if the stream is not there, is on its way
-        already, or is there already, or if either engine is dead."""
+        """Grants the next epoch to a destination (`wanted`: by the source's llumlet); None if the
+        stream is not there, is on its way already, or is there already, or if either engine is
+        dead."""
         ledger = self._streams.get(request)
         if ledger is None or ledger.grant is not None or ledger.owner == destination:
             return None
@@ -143,6 +150,7 @@ class Arbiter(Generic[Output]):
             address=address,
             epoch=ledger.next_epoch(),
             copy=copy,
+            wanted=wanted,
         )
         self._migrating[migration] = request
         return ledger.grant

@@ -41,9 +41,9 @@ from llumnix.core.migration import (
     DestinationEvent,
     DestinationMachine,
     DestinationState,
+    OnStep,
     destination_machine,
 )
-from llumnix.core.outgoing import OnStep
 from llumnix.core.pace import one_more_fits
 from llumnix.core.port import EnginePort, Phase, Refusal
 from llumnix.core.types import EngineIndex, MigrationId, RequestId

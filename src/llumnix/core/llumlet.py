@@ -4,6 +4,7 @@ It is hosted on the engine's own thread: messages and facts go in between steps,
 after every step, and what comes out is to be sent. It does no I/O and reads no clock.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llumnix.core.events import MoveLoad
@@ -22,10 +23,12 @@ from llumnix.core.messages import (
     Stopping,
     Verdict,
 )
+from llumnix.core.migration import OnStep
 from llumnix.core.orders import Orders
-from llumnix.core.outgoing import OnStep, OutgoingMigrations
+from llumnix.core.outgoing import OutgoingMigrations
 from llumnix.core.port import EnginePort
 from llumnix.core.priorities import Priorities
+from llumnix.core.setbacks import Setbacks
 from llumnix.core.settings import SchedulerSettings
 from llumnix.core.types import EngineIndex, MigrationId, OrderId
 
@@ -57,7 +60,10 @@ class Llumlet:
     ) -> None:
         limits = limits or MigrationLimits()
         self._out: list[Out] = []
-        self._outgoing = OutgoingMigrations(engine, address, port, limits, self._out, on_step)
+        setbacks = Setbacks()
+        self._outgoing = OutgoingMigrations(
+            engine, address, port, limits, self._out, on_step, setbacks
+        )
         self._incoming = IncomingMigrations(port, limits, self._out, on_step)
         settings = settings or SchedulerSettings()
         self._orders = Orders(
@@ -67,6 +73,7 @@ class Llumlet:
             self._outgoing,
             self._incoming,
             self._out,
+            setbacks,
         )
 
     @property
@@ -93,9 +100,18 @@ class Llumlet:
         """The scheduler's orders that the next load report names."""
         return self._orders.take_answered()
 
+    def reported(self, sequence: int) -> None:
+        """A load report of that number has said all that `moving` and `answered` told last."""
+        self._orders.reported(sequence)
+
     def order(self, order: MoveLoad, now: float) -> list[Out]:
         """The scheduler wants load moved away from here."""
-        self._orders.take(order, now)
+        return self.orders([order], now)
+
+    def orders(self, orders: Sequence[MoveLoad], now: float) -> list[Out]:
+        """The same, of all orders that have come since the last look: an engine may have been in
+        one step all the while. Older ones among them are not carried out."""
+        self._orders.take(orders, now)
         return self._take_out()
 
     def migrate(self, order: Migrate, now: float) -> list[Out]:

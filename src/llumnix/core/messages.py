@@ -25,7 +25,8 @@ benchmarks compare with."""
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Migrate:
     """Move this request to that engine, under this epoch. `address`: where its llumlet listens.
-    `copy`: one of `COPIES`."""
+    `copy`: one of `COPIES`. `wanted`: the source's llumlet asked for it (`MigrationWanted`), and
+    not a user."""
 
     migration: MigrationId
     request: RequestId
@@ -33,6 +34,7 @@ class Migrate:
     address: str
     epoch: Epoch
     copy: str = "staged"
+    wanted: bool = False
 
 
 # -- source to destination

@@ -17,9 +17,14 @@ No I/O, no clock: who hosts a machine feeds it events and carries out the action
 """
 
 import enum
+from collections.abc import Callable
 from typing import Generic, TypeVar
 
+from llumnix.core.types import MigrationId
 from llumnix.errors import ProtocolError
+
+OnStep = Callable[[str, MigrationId, str, str, str], None]
+"""Told of every transition: role, migration, event, new state, action."""
 
 
 class SourceState(enum.Enum):

@@ -7,9 +7,16 @@ Rules
 - What was chosen is checked again when its migration starts: it must still be in the same phase,
   and small enough.
 - Every order is answered by naming it in the next load report, whatever came of it.
+- An order is carried out only if the scheduler knew of all that was carried out before: it names
+  the load report that it was computed from, and that must have told of the last wish. Orders of one
+  round, which are computed from the same report, know of each other. Of several that came during
+  one step those of the newest report count.
 - A wish that a frontend does not grant lapses after `WISH_LIFETIME_S`.
+- A request whose move failed is left alone for a while (core/setbacks.py): others get their turn.
+- A user's order is not held to the limits of a wish.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llumnix.core.events import MoveLimit, MoveLoad
@@ -19,6 +26,7 @@ from llumnix.core.outgoing import OutgoingMigrations
 from llumnix.core.policies.victim import Candidate, choose_victim
 from llumnix.core.port import EnginePort, Phase, Refusal
 from llumnix.core.priorities import Priorities
+from llumnix.core.setbacks import Setbacks
 from llumnix.core.types import EngineIndex, OrderId, RequestId
 
 WISH_LIFETIME_S = 1.0
@@ -48,6 +56,7 @@ class Orders:
         outgoing: OutgoingMigrations,
         incoming: IncomingMigrations,
         out: list[Out],
+        setbacks: Setbacks,
     ) -> None:
         self._port = port
         self._priorities = priorities
@@ -56,14 +65,39 @@ class Orders:
         self._incoming = incoming
         self._out = out
         self._wishes: dict[RequestId, Wish] = {}
+        self._setbacks = setbacks
         self._answered: list[OrderId] = []
+        # Of the last order that was carried out: the report that it was computed from, and the one
+        # that told of it, None before that.
+        self._carried_from = -1
+        self._told_in: int | None = 0
 
-    def take(self, order: MoveLoad, now: float) -> None:
-        """Picks a request within the order's limits and asks for it; nothing if there is none."""
-        self._answered.append(order.order)
-        victim = choose_victim(self._candidates(now), order.limits)
+    def take(self, orders: Sequence[MoveLoad], now: float) -> None:
+        """For each order picks a request within its limits and asks for it; nothing if there is
+        none, or the order is not fresh."""
+        self._answered += [order.order for order in orders]
+        newest = max(order.source_sequence for order in orders)
+        for order in orders:
+            if order.source_sequence == newest and self._is_fresh(order):
+                self._carry_out(order, now)
+
+    def reported(self, sequence: int) -> None:
+        """A load report of that number has told of all that was carried out."""
+        if self._told_in is None:
+            self._told_in = sequence
+
+    def _is_fresh(self, order: MoveLoad) -> bool:
+        if order.source_sequence == self._carried_from:
+            return True
+        return self._told_in is not None and order.source_sequence >= self._told_in
+
+    def _carry_out(self, order: MoveLoad, now: float) -> None:
+        if self._setbacks.pauses(None, order.destination_engine, now):
+            return
+        victim = choose_victim(self._candidates(order.destination_engine, now), order.limits)
         if victim is None:
             return
+        self._carried_from, self._told_in = order.source_sequence, None
         limit = next(li for li in order.limits if li.rank == victim.rank)
         self._wishes[victim.request] = Wish(
             destination=order.destination_engine,
@@ -80,7 +114,7 @@ class Orders:
     def start(self, order: Migrate) -> Refusal | None:
         """A request is about to be moved: if it was chosen here, is it still as it was chosen?"""
         wish = self._wishes.pop(order.request, None)
-        if wish is None:
+        if wish is None or not order.wanted:
             return None
         progress = self._port.progress(order.request)
         if (progress.phase is Phase.WAITING) != wish.waiting:
@@ -107,7 +141,7 @@ class Orders:
         self._answered.clear()
         return answered
 
-    def _candidates(self, now: float) -> list[Candidate]:
+    def _candidates(self, destination: EngineIndex, now: float) -> list[Candidate]:
         came = self._incoming.came
         paid = [r for r, c in came.items() if now - c.at_s >= self._payback * c.took_s]
         for request in paid:
@@ -122,7 +156,8 @@ class Orders:
                 resting=m.busy
                 or m.request in came
                 or m.request in going
-                or m.request in self._wishes,
+                or m.request in self._wishes
+                or self._setbacks.pauses(m.request, destination, now),
             )
             for m in self._port.movable()
         ]

@@ -2,12 +2,6 @@
 
 Rules
 - One migration of a request at a time, `outgoing_max` of them for the engine.
-- Stages go on while one pays: until what is left fits `rest_blocks_max` blocks, at most
-  `stages_max` times. In the middle of a prompt the chunk under way is waited for first.
-- The handover is announced one step before the request is taken out of the batch, so that the
-  destination's own steps can be over by then. Nobody needs to have heard it. No prompt should be
-  computed from then on: a step with one lasts longer than was said. One in flight is let end first,
-  but with a long queue prompts go on, and then it is announced all the same.
 - A request that finished, was aborted or was preempted meanwhile is not moved.
 - An exception ends the migration that it came from, and no other: before the handover the request
   goes on here, after it the destination's verdict is still awaited.
@@ -15,9 +9,6 @@ Rules
   the handover is the verdict. So each further word of the source (`Stage`, `Stopping`, `Handover`)
   proves that what the destination pulled before it are the bytes of this request.
 """
-
-from collections.abc import Callable
-from dataclasses import dataclass, field
 
 from llumnix.core.limits import REMEMBERED_MAX, MigrationLimits
 from llumnix.core.messages import (
@@ -38,44 +29,20 @@ from llumnix.core.messages import (
     Verdict,
 )
 from llumnix.core.migration import (
+    OnStep,
     SourceAction,
     SourceEvent,
     SourceMachine,
     SourceState,
     source_machine,
 )
-from llumnix.core.port import EnginePort, Phase, Progress, Refusal
+from llumnix.core.port import EnginePort, Phase, Refusal
+from llumnix.core.setbacks import Setbacks
+from llumnix.core.stages import Outgoing, next_event
 from llumnix.core.types import EngineIndex, MigrationId, RequestId
 
-OnStep = Callable[[str, MigrationId, str, str, str], None]
-"""Told of every transition: role, migration, event, new state, action."""
-
+_NOT_TAKEN = (SourceEvent.DECLINED, SourceEvent.LATE)
 _GOING_ON = (SourceState.RESERVING, SourceState.COPYING, SourceState.IDLE)
-
-
-@dataclass(slots=True, kw_only=True)
-class Outgoing:
-    """One migration away from here. Tokens below `done` are at the destination. `near_at`: settled
-    when its handover was announced, which was to be stopped for by `near_until_s`.
-    `hushed_until_s`: it is small enough to stop for, but prompts in flight are waited for."""
-
-    order: Migrate
-    machine: SourceMachine
-    began_s: float
-    deadline_s: float
-    preemptions: int
-    outputs_sent: int
-    done: int = 0
-    stage: int = 0
-    stage_end: int = 0
-    stage_began_s: float = 0.0
-    hushed_until_s: float | None = None
-    near_at: int | None = None
-    near_until_s: float = 0.0
-    stopped_s: float | None = None
-    handover: Handover | None = None
-    stages: list[StageDone] = field(default_factory=list)
-    why: str = ""
 
 
 class OutgoingMigrations:
@@ -89,7 +56,9 @@ class OutgoingMigrations:
         limits: MigrationLimits,
         out: list[Out],
         on_step: OnStep,
+        setbacks: Setbacks,
     ) -> None:
+        self._setbacks = setbacks
         self._engine = engine
         self._address = address
         self._port = port
@@ -123,7 +92,7 @@ class OutgoingMigrations:
 
     def begin(self, order: Migrate, now: float) -> None:
         """Asks the destination for room, or says at once why the request cannot be moved."""
-        described = self._describe(order)
+        described = self._describe(order, now)
         if isinstance(described, Refusal):
             self.refuse(order, described)
             return
@@ -242,10 +211,12 @@ class OutgoingMigrations:
         elif now >= going.deadline_s:
             going.why = f"the destination was silent while {state.value}"
             self._walk(going, SourceEvent.LATE, now)
-        elif state is SourceState.IDLE and (event := self._next(going, progress, now)):
+        elif state is SourceState.IDLE and (
+            event := next_event(going, progress, self._port, self._limits, now)
+        ):
             self._walk(going, event, now)
 
-    def _describe(self, order: Migrate) -> bytes | Refusal:
+    def _describe(self, order: Migrate, now: float) -> bytes | Refusal:
         if not order.address:
             return Refusal(why="its destination is still starting")
         if order.request in self._open:
@@ -254,32 +225,10 @@ class OutgoingMigrations:
             return Refusal(why=f"{len(self._open)} requests are being moved away already")
         if self._port.progress(order.request).phase is Phase.GONE:
             return Refusal(why="it has ended")
-        return self._port.describe(order.request)
-
-    def _next(self, going: Outgoing, progress: Progress, now: float) -> SourceEvent | None:
-        """Another stage, the last one, or neither yet?"""
-        if going.near_at is not None:
-            # An engine that was paused settles nothing more.
-            due = progress.settled > going.near_at or now >= going.near_until_s
-            return SourceEvent.LAST if due else None
-        if progress.phase is Phase.WAITING or going.order.copy != "staged":
-            return SourceEvent.LAST
-        block = self._port.block_tokens
-        pending = progress.settled // block * block - going.done
-        if pending <= self._limits.rest_blocks_max * block:
-            if progress.settled + 1 < progress.tokens:  # In the middle of its prompt.
-                return None if progress.in_flight else SourceEvent.LAST
-        elif going.stage < self._limits.stages_max:
-            return SourceEvent.MORE
-        return self._near(going, now)
-
-    def _near(self, going: Outgoing, now: float) -> SourceEvent | None:
-        """To be announced, once the next steps are of a length that is known."""
-        if not self._port.prompts_in_flight:
-            return SourceEvent.NEAR
-        if going.hushed_until_s is None:
-            going.hushed_until_s = now + self._limits.near_s
-        return SourceEvent.NEAR if now >= going.hushed_until_s else None
+        described = self._port.describe(order.request)
+        if isinstance(described, Refusal):
+            self._setbacks.stuck(order.request, now, for_ever=described.for_ever)
+        return described
 
     def _after_the_end(self, message: Reserved | Staged | Verdict) -> None:
         machine = self._ended.get(message.migration)
@@ -302,6 +251,8 @@ class OutgoingMigrations:
         order = going.order
         state = going.machine.state.value
         self._on_step("source", order.migration, event.value, state, action.value)
+        if going.machine.over:
+            self._learn(going, event, action, now)
         match action:
             case SourceAction.NOTHING:
                 pass
@@ -346,6 +297,16 @@ class OutgoingMigrations:
                 self._port.resume(order.request)
                 self._call_off(going)
                 self._end(going, taken=False, now=now)
+
+    def _learn(self, going: Outgoing, event: SourceEvent, action: SourceAction, now: float) -> None:
+        """What a migration that is over says of the next ones."""
+        request, destination = going.order.request, going.order.destination
+        if action is SourceAction.RELEASE:
+            self._setbacks.moved(request, destination)
+        elif event is SourceEvent.FAILED:
+            self._setbacks.stuck(request, now)
+        elif event in _NOT_TAKEN and action is not SourceAction.FREE_BLOCKS:
+            self._setbacks.declined(request, destination, now)
 
     def _stage(self, going: Outgoing, now: float) -> None:
         progress = self._port.progress(going.order.request)

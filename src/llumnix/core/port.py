@@ -18,6 +18,7 @@ class Refusal:
     """It cannot be done, and why."""
 
     why: str
+    for_ever: bool = False  # it never will be possible for that request
 
 
 class Phase(enum.Enum):

@@ -86,7 +86,7 @@ class Heard:
     at_s: float
 
 
-Item = Heard | Pulled | MoveLoad | None
+Item = Heard | Pulled | None
 
 
 class LlumletHost:
@@ -112,6 +112,7 @@ class LlumletHost:
         self._agents_of: dict[EngineIndex, list[str]] = {}
         self._waiting_here = False
         self._here: queue.SimpleQueue[Pulled] = queue.SimpleQueue()
+        self._orders: queue.SimpleQueue[MoveLoad] = queue.SimpleQueue()
         self._host = f"[{host}]" if ":" in host else host  # IPv6.
         peers = seat.peers.format(engine=index, host=self._host)
         self._peers = Peers(peers, self._heard, self._beat)
@@ -204,8 +205,6 @@ class LlumletHost:
             return []
         if item is None:
             return []
-        if isinstance(item, MoveLoad):
-            return self.llumlet.order(item, now)
         message = item.message
         if isinstance(message, Reserve):
             self._agents_of[message.source] = message.agents
@@ -240,6 +239,8 @@ class LlumletHost:
         while not self._here.empty():
             self._attempt_pulled(self._here.get())
         self._attempt("pull", self.port.begin_pulls)
+        if not self._orders.empty():
+            self._attempt("order", self._take_orders)
         busy = self.llumlet.busy
         if busy:
             self._each("turn", lambda: self.llumlet.poll(self._polled_s))
@@ -248,6 +249,12 @@ class LlumletHost:
         if hurry is not self._hurried:
             self._hurried = hurry
             sys.setswitchinterval(SWITCH_INTERVAL_S if hurry else self._calm_s)
+
+    def _take_orders(self) -> None:
+        orders = []
+        while not self._orders.empty():
+            orders.append(self._orders.get())
+        self._send(self.llumlet.orders(orders, self._polled_s))
 
     def hold_s(self, ends_s: float | None) -> float:
         """How long the engine should begin no step, for a handover is near; 0: not at all.
@@ -333,7 +340,9 @@ class LlumletHost:
 
     def order(self, order: MoveLoad) -> None:
         """The scheduler wants load moved away."""
-        self._from_outside(order)
+        # Not through the input queue: of those that come during one step only the newest count.
+        self._orders.put(order)
+        self._from_outside(None)
 
     def _heard(self, message: PeerMessage) -> None:
         self._from_outside(Heard(message, time.monotonic()))

@@ -283,7 +283,8 @@ class EngineInstance(EngineCoreActor):
             self._reader.came()
             numbers = self._reader.read()
         moving, orders = self._host.moving()
-        self._reporter.offer(numbers, moving, orders, at_once=idle)
+        sequence = self._reporter.offer(numbers, moving, orders, at_once=idle)
+        self._host.llumlet.reported(sequence)
         self._tell_prefixes()
 
     def _tell_prefixes(self, *, at_once: bool = False) -> bool:

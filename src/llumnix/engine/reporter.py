@@ -132,9 +132,10 @@ class LoadReporter:
         orders: tuple[OrderId, ...],
         *,
         at_once: bool = False,
-    ) -> None:
+    ) -> int:
         """Reports the numbers of now if anything changed, and a report is due, wanted `at_once`, or
-        says something of moves. The busy loop's thread only."""
+        says something of moves. Returns the number of the last report. The busy loop's thread
+        only."""
         with self._sending:
             self._numbers, self._moving, self._covered = numbers, moving, len(self._admitted)
             self._orders += orders
@@ -143,6 +144,7 @@ class LoadReporter:
             changed = numbers != before or self._covered
             if of_moves or (changed and (at_once or self.due())):
                 self._send()
+            return self._sequence
 
     def tell(self, fact: PrefixesChanged) -> None:
         """Passes on what changed in the prefix cache. The busy loop's thread only."""

@@ -141,7 +141,7 @@ class VllmPort(Arrivals):
             )
         )
         if len(parts) != 1:
-            return Refusal(why="it carries tensors, which cannot be moved yet")
+            return Refusal(why="it carries tensors, which cannot be moved yet", for_ever=True)
         return bytes(parts[0])
 
     def agents(self) -> list[str]:

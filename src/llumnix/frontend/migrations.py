@@ -172,13 +172,19 @@ class Migrations:
         return found[0]
 
     async def migrate(
-        self, stream: Stream, place: Place, copy: str = "staged", why: str = "a user's order"
+        self,
+        stream: Stream,
+        place: Place,
+        copy: str = "staged",
+        wanted: MigrationWanted | None = None,
     ) -> Migration:
         """Moves a stream's request there; returns when that has ended, one way or another.
-        `copy`: one of core/messages.py's `COPIES`."""
+        `copy`: one of core/messages.py's `COPIES`. `wanted`: by its source; None: by a user."""
         if stream.engine_index == place.engine_index:
             raise ConflictError(f"request {stream.client_id} is on {place.instance} already")
-        order = self._arbiter.begin(stream.request, place.engine_index, place.address, copy)
+        order = self._arbiter.begin(
+            stream.request, place.engine_index, place.address, copy, wanted=wanted is not None
+        )
         if order is None:
             raise ConflictError(f"request {stream.client_id} is being moved already")
         migration = Migration(
@@ -189,7 +195,7 @@ class Migrations:
             source_engine=stream.engine_index,
             destination=place.instance,
             began_s=time.monotonic(),
-            why=why,
+            why="a user's order" if wanted is None else wanted.why,
         )
         self._listed[migration.id] = migration
         if len(self._listed) > LISTED_MAX:
@@ -310,7 +316,7 @@ class Migrations:
         if stream is None or place is None or stream.engine_index != engine_index:
             return
         if stream.ledger.grant is None:
-            self.later(self.migrate(stream, place, why=message.why))
+            self.later(self.migrate(stream, place, wanted=message))
 
     def _end(self, migration: Migration, outcome: str, reason: str) -> None:
         if self._open.pop(migration.id, None) is not None:

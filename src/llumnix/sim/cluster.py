@@ -323,6 +323,7 @@ class Cluster:
             return
         instance.said, instance.reported_s = said, self.now
         instance.sequence += 1
+        llumlet.reported(instance.sequence)
         report = LoadReport(
             instance=instance.id,
             engine_index=instance.index,

@@ -183,7 +183,9 @@ class Frontend:
         names = [self._cluster.name_of(i) for i in (index, message.destination)]
         if stream is None or None in names or stream.ledger.owner != index:
             return
-        order = self.arbiter.begin(message.request, message.destination, "")
+        order = self.arbiter.begin(
+            message.request, message.destination, f"engine {message.destination}", wanted=True
+        )
         if order is not None:
             self._began[order.migration] = Move(
                 t_s=self._cluster.now,
