@@ -1,24 +1,201 @@
-"""The controller's process, without Ray."""
+"""The controller's process, without Ray: one bad message ends at most itself."""
 
-import os
+import logging
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import zmq
 
-from llumnix.cluster.controller import Controller
+from llumnix.cluster import controller as module
+from llumnix.cluster.controller import FAILURES_MAX, Controller
+from llumnix.core.events import (
+    Dispatch,
+    Fact,
+    InstanceLost,
+    LoadReported,
+    NoInstance,
+    RequestArrived,
+    Tick,
+)
+from llumnix.core.load import ClassLoad, LoadReport
 from llumnix.core.settings import SchedulerSettings
+from llumnix.core.types import EngineIndex, InstanceId, RequestId
+from llumnix.observe.wire import Loads, LoadsAsked, Message, Ping, Pong, decode, encode
+
+ANSWER_TIMEOUT_MS = 20_000
 
 
-def test_a_bug_ends_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray starts another then; an exception alone would leave nobody that decides."""
-    controller = Controller([f"ipc://{tmp_path}/controller"], SchedulerSettings())
-    codes: list[int] = []
+class Served:
+    """A controller on a thread of its own, and a frontend's socket to it."""
 
-    def broken(*_: Any) -> None:
-        raise KeyError("a bug")
+    def __init__(self, address: str) -> None:
+        self.controller = Controller([address], SchedulerSettings())
+        self.ended: list[IndexError | None] = []
+        self._thread = threading.Thread(target=self._run)
+        self._socket = zmq.Context.instance().socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._thread.start()
+        self._socket.connect(address)
 
-    monkeypatch.setattr(controller._scheduler, "handle", broken)
-    monkeypatch.setattr(os, "_exit", codes.append)
-    controller.run()
-    assert codes == [1]
+    def _run(self) -> None:
+        try:
+            self.controller.run()
+            self.ended.append(None)
+        except IndexError as error:
+            self.ended.append(error)
+
+    def say(self, *messages: Message | bytes) -> None:
+        for message in messages:
+            self._socket.send(message if isinstance(message, bytes) else encode(message))
+
+    def answer(self) -> Message:
+        assert self._socket.poll(ANSWER_TIMEOUT_MS), f"no answer; it ended: {self.ended}"
+        return decode(self._socket.recv())
+
+    def ask(self, message: Message) -> Message:
+        self.say(message)
+        return self.answer()
+
+    def pong(self) -> Pong:
+        """After all that was sent before has been handled."""
+        found = self.ask(Ping(number=1))
+        assert isinstance(found, Pong)
+        return found
+
+    def close(self) -> None:
+        self.controller.stop()
+        self._thread.join()
+        self._socket.close()
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[Served]:
+    one = Served(f"ipc://{tmp_path}/controller")
+    yield one
+    one.close()
+
+
+def report(number: int, sequence: int = 1, **more: Any) -> LoadReported:
+    given: dict[str, Any] = {
+        "kv_tokens_used": 0,
+        "kv_tokens_total": 1000,
+        "classes": (ClassLoad(), ClassLoad()),
+        **more,
+    }
+    return LoadReported(
+        report=LoadReport(
+            instance=InstanceId(f"i{number}"),
+            engine_index=EngineIndex(number),
+            sequence=sequence,
+            **given,
+        )
+    )
+
+
+def asked(name: str) -> RequestArrived:
+    return RequestArrived(request=RequestId(name), prompt_tokens=1)
+
+
+def breaks(controller: Controller, when: type, *, only: str | None = None) -> None:
+    """A bug in the scheduler that such facts bring to light."""
+    works = controller._scheduler.handle
+
+    def handle(fact: Fact, now: float) -> Any:
+        if isinstance(fact, when) and (only is None or getattr(fact, "request", None) == only):
+            raise IndexError("a bug")
+        return works(fact, now)
+
+    controller._scheduler.handle = handle  # type: ignore[method-assign]
+
+
+def test_what_makes_no_sense_is_refused_and_counted_and_the_rest_goes_on(served: Served) -> None:
+    served.say(report(0))
+    nonsense: list[Message | bytes] = [
+        b"",
+        b"no message",
+        report(0, 2, classes=(ClassLoad(),) * 3),
+        report(1, kv_tokens_used=-1),
+        report(1, stalled_s=float("nan")),
+        InstanceLost(instance=InstanceId("i0"), engine_index=EngineIndex(-1)),
+        Pong(number=1),
+        Dispatch(
+            request=RequestId("r"), instance=InstanceId("i"), engine_index=EngineIndex(0), why=""
+        ),
+    ]
+    served.say(*nonsense)
+    pong = served.pong()
+    assert (pong.refused, pong.failed) == (len(nonsense), 0)
+    placed = served.ask(asked("r"))
+    assert isinstance(placed, Dispatch)
+    assert placed.instance == "i0"
+    loads = served.ask(LoadsAsked(number=1))
+    assert isinstance(loads, Loads)
+    assert [r.instance for r in loads.reports] == ["i0"]
+
+
+def test_a_bug_that_one_message_brings_to_light_ends_that_one_alone(
+    served: Served, caplog: pytest.LogCaptureFixture
+) -> None:
+    breaks(served.controller, RequestArrived, only="poison")
+    served.say(report(0))
+    with caplog.at_level(logging.ERROR):
+        poisoned = served.ask(asked("poison"))
+    assert isinstance(poisoned, NoInstance), "its frontend must not wait for it"
+    assert isinstance(served.ask(asked("other")), Dispatch)
+    pong = served.pong()
+    assert (pong.failed, pong.story) == (1, "IndexError: a bug")
+    (told,) = [r for r in caplog.records if "which is a bug" in r.message]
+    assert told.exc_info is not None
+
+
+def test_bugs_are_told_of_now_and_then_and_counted_all(
+    served: Served, caplog: pytest.LogCaptureFixture
+) -> None:
+    breaks(served.controller, RequestArrived, only="poison")
+    served.say(report(0))
+    with caplog.at_level(logging.ERROR):
+        for n in range(2 * FAILURES_MAX):
+            served.ask(asked("poison"))
+            served.ask(asked(f"r{n}"))
+    assert served.pong().failed == 2 * FAILURES_MAX
+    told = [r for r in caplog.records if "which is a bug" in r.message]
+    assert len(told) < FAILURES_MAX, "at most every ten seconds"
+
+
+def test_an_instance_whose_report_failed_is_learned_anew(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served.say(report(0))
+    served.pong()
+    view, applied = served.controller._scheduler.view, []
+    apply = view.apply
+
+    def half(one: LoadReport, now: float) -> None:
+        apply(one, now)
+        applied.append(one)
+        if len(applied) == 1:
+            raise KeyError("in the middle of it")
+
+    monkeypatch.setattr(view, "apply", half)
+    served.say(report(0, 2))
+    served.pong()
+    assert InstanceId("i0") not in view
+    served.say(report(0, 3))
+    assert isinstance(served.ask(asked("r")), Dispatch)
+
+
+@pytest.mark.parametrize("kind", [RequestArrived, Tick])
+def test_where_everything_of_a_kind_fails_another_process_must_try(
+    served: Served, kind: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "TOLD_EVERY_S", 0.0)
+    breaks(served.controller, kind)
+    if kind is RequestArrived:
+        for n in range(FAILURES_MAX):
+            assert isinstance(served.ask(asked(f"r{n}")), NoInstance)
+    served._thread.join(timeout=20)
+    (error,) = served.ended
+    assert isinstance(error, IndexError)

@@ -139,7 +139,7 @@ def test_with_the_controller_killed_no_request_fails_and_it_comes_back(pair: Ser
         before = len(load.done)
         eventually(lambda: "The controller does not answer" in server.log, what="says so")
         eventually(lambda: len(load.done) > before + 8, what="requests go on")
-        eventually(lambda: "The controller is back" in server.log, 60, "Ray starts it again")
+        eventually(lambda: "The controller is back" in server.log, 60, "it is started again")
         before = len(load.done)
         eventually(lambda: len(load.done) > before + 8)
         answer = server.http.get("/llumnix/v1/instances").json()
@@ -148,6 +148,16 @@ def test_with_the_controller_killed_no_request_fails_and_it_comes_back(pair: Ser
     assert all(i["kv_tokens_total"] for i in answer["instances"])
     assert server.log.count("The controller does not answer") == 1
     assert {s["instance"] for s in load.done} == {"i0", "i1"}
+
+
+@pytest.mark.slow
+def test_a_controller_that_hangs_is_replaced_without_a_request_to_notice_it(pair: Server) -> None:
+    server = pair
+    (pid,) = (p for p in server.descendants() if _title(p).startswith("ray::Controller"))
+    os.kill(pid, signal.SIGSTOP)
+    eventually(lambda: "it has not answered" in server.log, 60, "it says so")
+    eventually(lambda: server.http.get("/llumnix/v1/instances").json()["controller"] == "up", 60)
+    assert pid not in server.descendants()
 
 
 @pytest.mark.slow

@@ -1,14 +1,18 @@
 """The controller's process: hosts the pure scheduler behind one ZMQ socket.
 
-It keeps nothing that the next reports would not tell a successor, so Ray may start it anew at any
-time. Frontends and llumlets connect to an address that outlives it. Whatever has arrived is handled
-at once, the news of instances before the requests, the urgent requests before the others.
+It keeps nothing that the next reports would not tell a successor, so it may be started anew at any
+time (cluster/controller_process.py). Frontends and llumlets connect to an address that outlives it.
+Whatever has arrived is handled at once, the news of instances before the requests, the urgent
+requests before the others. A message that makes no sense is refused, one that brings a bug to light
+ends at most itself; both are counted, and told at most every `TOLD_EVERY_S`.
 """
 
 import gc
 import logging
 import os
 import time
+from collections.abc import Callable
+from functools import partial
 
 import zmq
 
@@ -24,7 +28,7 @@ from llumnix.core.events import (
     RequestArrived,
     Tick,
 )
-from llumnix.core.scheduler import Scheduler, urgency
+from llumnix.core.scheduler import STORY_MAX, Scheduler, urgency
 from llumnix.core.settings import SchedulerSettings
 from llumnix.core.types import EngineIndex
 from llumnix.errors import ProtocolError
@@ -35,7 +39,30 @@ logger = logging.getLogger("llumnix.controller")
 
 POLL_S = 0.2
 TAKEN_AT_ONCE_MAX = 1000
+FAILURES_MAX = 20
+TOLD_EVERY_S = 10.0
 _FACTS = (RequestArrived, LoadReported, PrefixesChanged, InstanceLost, FleetReported)
+
+
+class Told:
+    """Counts what goes wrong, and tells of it at once, but not too often."""
+
+    def __init__(self, what: str, *, traceback: bool) -> None:
+        self._what = what
+        self._traceback = traceback
+        self._told_s = -TOLD_EVERY_S
+        self.count = 0
+        self.story = ""
+
+    def note(self, error: Exception) -> None:
+        """One more."""
+        self.count += 1
+        self.story = f"{type(error).__name__}: {error}"[:STORY_MAX]
+        now = time.monotonic()
+        if now - self._told_s >= TOLD_EVERY_S:
+            self._told_s = now
+            trace = error if self._traceback else None
+            logger.error("%d %s; the last: %s", self.count, self._what, self.story, exc_info=trace)
 
 
 class Controller:
@@ -50,19 +77,13 @@ class Controller:
         self._scheduler = Scheduler(settings)
         self._tick_s = settings.migration.tick_s
         self._engines: dict[EngineIndex, bytes] = {}
+        self._refused = Told("messages that make no sense were refused", traceback=False)
+        self._failed = Told("messages could not be handled, which is a bug", traceback=True)
+        self._in_a_row: dict[str, int] = {}
         self._stopping = False
 
     def run(self) -> None:
-        """Serves until `stop`. A bug ends the process, for Ray to start another that learns all
-        anew: it calls this again after a death, but not after an exception."""
-        try:
-            self._serve()
-        except Exception:
-            logger.exception("The controller ends, to be started anew")
-            logging.shutdown()
-            os._exit(1)
-
-    def _serve(self) -> None:
+        """Serves until `stop`, or until a bug ends it, for another to learn all anew."""
         # What was imported stays: to look through it for garbage would hold up a dispatch for long.
         gc.collect()
         gc.freeze()
@@ -76,10 +97,14 @@ class Controller:
                 wait_s = min(POLL_S, next_tick_s - time.monotonic())
                 if socket.poll(max(0, round(wait_s * 1e3))):
                     for sender, message in self._taken():
-                        self._handle(sender, message)
+                        self._guarded(message, partial(self._handle, sender, message))
                 if time.monotonic() >= next_tick_s:
                     next_tick_s = time.monotonic() + self._tick_s
-                    self._decide(b"", Tick())
+                    self._guarded(Tick(), partial(self._decide, b"", Tick()))
+
+    def pid(self) -> int:
+        """Of this process."""
+        return os.getpid()
 
     def stop(self) -> None:
         """Ends `run` within POLL_S."""
@@ -88,33 +113,66 @@ class Controller:
     def _taken(self) -> list[tuple[bytes, Message]]:
         """All that has arrived, in the order to handle it."""
         taken: list[tuple[bytes, Message]] = []
-        while len(taken) < TAKEN_AT_ONCE_MAX:
+        for _ in range(TAKEN_AT_ONCE_MAX):
             try:
                 sender, *payload = self._socket.recv_multipart(zmq.NOBLOCK)
                 taken.append((sender, decode(b"".join(payload))))
             except zmq.Again:
                 break
             except ProtocolError as error:
-                logger.error("%s", error)
+                self._refused.note(error)
         return sorted(taken, key=lambda pair: urgency(pair[1]))
+
+    def _guarded(self, what: Message | Tick, work: Callable[[], None]) -> None:
+        """Does what one message asks for. What fails ends at most that, and is seen; `FAILURES_MAX`
+        of one kind in a row end the process, for what is kept here may be broken."""
+        kind = type(what).__name__
+        try:
+            work()
+            self._in_a_row[kind] = 0
+        except ProtocolError as error:
+            self._refused.note(error)
+        except Exception as error:
+            self._in_a_row[kind] = self._in_a_row.get(kind, 0) + 1
+            if self._in_a_row[kind] >= FAILURES_MAX:
+                raise
+            self._failed.note(error)
+            if isinstance(what, LoadReported):
+                self._scheduler.view.forget(what.report.instance)
 
     def _handle(self, sender: bytes, message: Message) -> None:
         match message:
             case LoadReported(report=report):
-                self._engines[report.engine_index] = sender
                 self._decide(sender, message)
+                known = self._scheduler.view.get(report.instance)
+                if known is not None and known.report.engine_index == report.engine_index:
+                    self._engines[report.engine_index] = sender
             case InstanceLost(engine_index=engine_index):
-                self._engines.pop(engine_index, None)
                 self._decide(sender, message)
+                self._engines.pop(engine_index, None)
+            case RequestArrived(request=request):
+                try:
+                    self._decide(sender, message)
+                except Exception:
+                    # Its frontend places it by itself, and waits for nothing.
+                    why = "the controller failed on it"
+                    self._send(sender, NoInstance(request=request, why=why))
+                    raise
             case Ping(number=number):
-                self._send(sender, Pong(number=number))
+                pong = Pong(
+                    number=number,
+                    refused=self._refused.count,
+                    failed=self._failed.count,
+                    story=self._failed.story,
+                )
+                self._send(sender, pong)
             case LoadsAsked(number=number):
                 reports = [view.report for view in self._scheduler.view]
                 self._send(sender, Loads(number=number, reports=reports))
             case _ if isinstance(message, _FACTS):
                 self._decide(sender, message)
             case _:
-                logger.error("not for the controller: %s", message)
+                raise ProtocolError(f"not for the controller: {str(message)[:STORY_MAX]}")
 
     def _decide(self, sender: bytes, fact: Fact) -> None:
         """Handles a fact and sends each decision to who carries it out."""

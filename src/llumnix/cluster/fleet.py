@@ -20,6 +20,7 @@ from ray.util.scheduling_strategies import (
 from llumnix.cluster import ray_runtime
 from llumnix.cluster.addresses import Addresses
 from llumnix.cluster.controller import Controller
+from llumnix.cluster.controller_process import ControllerProcess
 from llumnix.cluster.runs import Run, Runs
 from llumnix.config import DeploymentConfig
 from llumnix.core.events import (
@@ -93,26 +94,23 @@ class Fleet:
         self._reporting: asyncio.Task[None] | None = None
         self._refused = ""
         self._members: dict[InstanceId, Member] = {}
-        self._controller: Any = None
+        self._controller: ControllerProcess | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self.all_failed = asyncio.Event()
 
     def start_controller(self) -> None:
-        """Starts the controller on this node, for Ray to start again whenever it dies."""
+        """Starts the controller on this node, and again whenever it ends or hangs."""
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self._controller = (
-            ray.remote(Controller)
-            .options(
-                num_cpus=0,
-                max_concurrency=2,
-                max_restarts=-1,
-                max_task_retries=-1,
-                scheduling_strategy=here,
+
+        def create() -> Any:
+            return (
+                ray.remote(Controller)
+                .options(num_cpus=0, max_concurrency=2, max_restarts=0, scheduling_strategy=here)
+                .remote([self._controller_address], self._settings, self._runs.event_log)
             )
-            .remote([self._controller_address], self._settings, self._runs.event_log)
-        )
-        # With `max_task_retries`, Ray calls run() again on every new process of the actor.
-        self._controller_run = self._controller.run.remote()
+
+        self._controller = ControllerProcess(create, self._client.link)
+        self._controller.start()
 
     # -- what a user asks for ----------------------------------------------------------------------
 
@@ -246,9 +244,7 @@ class Fleet:
                 member.task.cancel()
         await asyncio.gather(*(self._end(m) for m in members))
         if self._controller is not None:
-            self._controller.stop.remote()
-            await asyncio.wait({asyncio.wrap_future(self._controller_run.future())}, timeout=1.0)
-            ray.kill(self._controller)
+            await self._controller.close()
 
     # -- one instance ------------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ from llumnix.core.events import (
     Tick,
     UndrainInstance,
 )
+from llumnix.core.malformed import why_malformed
 from llumnix.core.policies.dispatch import DISPATCH_POLICIES, Soonest
 from llumnix.core.policies.pairing import Pairing
 from llumnix.core.policies.presets import POLICIES
@@ -27,6 +28,10 @@ from llumnix.core.policies.scaling import Scaling
 from llumnix.core.priorities import Priorities
 from llumnix.core.settings import SchedulerSettings
 from llumnix.core.view import ClusterView
+from llumnix.errors import ProtocolError
+
+STORY_MAX = 300
+"""Characters of a refused fact that its error tells."""
 
 
 class Scheduler:
@@ -43,7 +48,11 @@ class Scheduler:
         self._scaling = Scaling(settings.scaling)
 
     def handle(self, fact: Fact, now: float) -> list[Decision]:
-        """Takes in one fact at time `now` (seconds, monotonic) and returns what to do."""
+        """Takes in one fact at time `now` (seconds, monotonic) and returns what to do.
+        `ProtocolError`, and nothing has changed, if it makes no sense."""
+        why = why_malformed(fact, len(self.view.priorities))
+        if why is not None:
+            raise ProtocolError(f"refused, since it says {why}: {str(fact)[:STORY_MAX]}")
         match fact:
             case LoadReported(report=report):
                 self.view.apply(report, now)

@@ -257,6 +257,11 @@ class ClusterView:
         if known is not None and known.report.engine_index <= engine_index:
             self._forget(instance)
 
+    def forget(self, instance: InstanceId) -> None:
+        """Drops what is known of an instance; its next report makes it known again."""
+        if instance in self._instances:
+            self._forget(instance)
+
     def _forget(self, instance: InstanceId) -> None:
         known = self._instances.pop(instance)
         del self._ids[bisect_right(self._ids, instance) - 1]

@@ -102,6 +102,12 @@ class ControllerLink:
         reply = await self._ask(LoadsAsked(number=self._number), self._number)
         return reply.reports if isinstance(reply, Loads) else None
 
+    async def ping(self, timeout_s: float = REPLY_TIMEOUT_S) -> Pong | None:
+        """What the controller says of itself, or None if it does not answer in time."""
+        self._number += 1
+        reply = await self._ask(Ping(number=self._number), self._number, timeout_s)
+        return reply if isinstance(reply, Pong) else None
+
     def tell(self, fact: InstanceLost | FleetReported) -> None:
         """Passes on a fact. Lost with the controller: a new one never heard of that instance, and
         is soon told of the fleet again. Decisions that follow go to `on_scaling`."""
@@ -115,11 +121,13 @@ class ControllerLink:
         # The descriptor tells of a change once, and a send may be what hears of it.
         self._take_in()
 
-    async def _ask(self, message: Message, number: int) -> Message | None:
+    async def _ask(
+        self, message: Message, number: int, timeout_s: float = REPLY_TIMEOUT_S
+    ) -> Message | None:
         self._replies[number] = reply = self._loop.create_future()
         try:
             self._send(message)
-            return await asyncio.wait_for(reply, REPLY_TIMEOUT_S)
+            return await asyncio.wait_for(reply, timeout_s)
         except (zmq.Again, TimeoutError):
             return None
         finally:
@@ -133,6 +141,9 @@ class ControllerLink:
                 self._heard(decode(self._socket.recv(zmq.NOBLOCK)))
             except ProtocolError as error:
                 logger.error("From the controller: %s", error)
+            except Exception:
+                # Whoever is sending something now has nothing to do with it.
+                logger.exception("A message of the controller's could not be handled")
 
     def _heard(self, message: Message) -> None:
         if isinstance(message, ScalingDecision):
@@ -144,6 +155,8 @@ class ControllerLink:
             waiting = question and question.answer
         elif isinstance(message, Pong | Loads):
             waiting = self._replies.get(message.number)
+        else:
+            raise ProtocolError(f"not for a frontend: {type(message).__name__}")
         if waiting is not None and not waiting.done():
             waiting.set_result(message)
 
@@ -157,8 +170,7 @@ class ControllerLink:
                 if any(q.asked_s < late_s and not q.answer.done() for q in self._answers.values()):
                     self._lost()
                 continue
-            self._number += 1
-            if await self._ask(Ping(number=self._number), self._number) is not None:
+            if await self.ping() is not None:
                 self._up = True
                 logger.warning("The controller is back: it places requests again.")
 

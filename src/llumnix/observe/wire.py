@@ -50,9 +50,13 @@ class Ping:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pong:
-    """I am."""
+    """I am. `refused`, `failed`: messages that made no sense, and that could not be handled since
+    the controller was started; `story`: of the last that failed."""
 
     number: int
+    refused: int = 0
+    failed: int = 0
+    story: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

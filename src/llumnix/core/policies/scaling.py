@@ -60,6 +60,8 @@ class Scaling:
         if len(serving) < len(fleet.serving) or not serving:
             return []  # Some have not reported yet: what is known is not the whole.
         size = max(v.load.total for v in serving)
+        if not size:
+            return []  # Such a model keeps no KV, so there is no load to go by.
         spare = sum(v.load.spare(view.priorities) for v in serving) + size * fleet.starting
         requests = sum(v.load.batch + v.load.waiting for v in serving)
         low, high = view.observed.scaling_thresholds(self._settings)

@@ -1,0 +1,124 @@
+"""Keeps one controller running: a Ray actor that is started again when it ends or hangs.
+
+Ray itself would start it again at once, however often it dies, and say nothing; and it never sees
+that a process hangs. Pauses and messages are `keep_running`'s.
+"""
+
+import asyncio
+import logging
+import os
+import signal
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import ray
+
+from llumnix.errors import LlumnixError
+from llumnix.frontend.controller_link import ControllerLink
+from llumnix.observe.wire import Pong
+from llumnix.tasks import keep_running
+
+logger = logging.getLogger("llumnix.controller")
+
+PING_EVERY_S = 1.0
+UNANSWERED_MAX = 10
+"""Pings in a row, each of which waits for `PING_EVERY_S`: then it hangs."""
+FIRST_ANSWER_S = 60.0
+"""A process that is being started may take so long until its first answer."""
+STOP_TIMEOUT_S = 1.0
+
+
+class ControllerEndedError(LlumnixError):
+    """The controller is not there any more though nobody asked it to stop, or might as well not
+    be."""
+
+
+class ControllerProcess:
+    """The controller of one deployment, over all its processes. `create` starts an actor with the
+    methods of `Controller`; `kill` ends one at once."""
+
+    def __init__(
+        self,
+        create: Callable[[], Any],
+        link: ControllerLink,
+        kill: Callable[[Any], None] = ray.kill,
+    ) -> None:
+        self._create = create
+        self._link = link
+        self._kill = kill
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Starts it, and keeps it running until `close`."""
+        keeping = keep_running("The controller", self._keep_one, logger)
+        self._task = asyncio.create_task(keeping, name="llumnix-controller")
+
+    async def close(self) -> None:
+        """Stops it."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait({self._task})
+
+    async def _keep_one(self) -> None:
+        actor = await asyncio.to_thread(self._create)
+        ended = asyncio.wrap_future(actor.run.remote().future())
+        pid = asyncio.wrap_future(actor.pid.remote().future())
+        pid.add_done_callback(lambda it: it.cancelled() or it.exception())
+        hangs = False
+        try:
+            await self._watch(ended)
+        except _HangsError:
+            hangs = True
+            raise
+        finally:
+            await self._end(actor, ended, pid, hangs)
+
+    async def _watch(self, ended: asyncio.Future[None]) -> None:
+        """Never returns; raises once it has ended or hangs."""
+        loop = asyncio.get_running_loop()
+        began_s, answered, unanswered, failed = loop.time(), False, 0, 0
+        while True:
+            pong, _ = await asyncio.gather(
+                self._link.ping(PING_EVERY_S), asyncio.wait({ended}, timeout=PING_EVERY_S)
+            )
+            if ended.done():
+                ended.result()
+                raise ControllerEndedError("it has ended though nobody stopped it")
+            if pong is not None:
+                answered, unanswered = True, 0
+                failed = _tell(pong, failed)
+            elif answered:
+                unanswered += 1
+            if unanswered >= UNANSWERED_MAX:
+                raise _HangsError(f"it has not answered {unanswered} times in a row")
+            if not answered and loop.time() - began_s > FIRST_ANSWER_S:
+                raise _HangsError(f"it was not there after {FIRST_ANSWER_S:.0f} s")
+
+    async def _end(
+        self, actor: Any, ended: asyncio.Future[None], pid: asyncio.Future[int], hangs: bool
+    ) -> None:
+        """Ends the process. One that hangs may not even take a kill of Ray's, which is a message to
+        it."""
+        if not ended.done() and not hangs:
+            actor.stop.remote()
+            await asyncio.wait({ended}, timeout=STOP_TIMEOUT_S)
+        if not ended.done() and pid.done() and not pid.cancelled() and pid.exception() is None:
+            with suppress(ProcessLookupError):
+                os.kill(pid.result(), signal.SIGKILL)
+        await asyncio.to_thread(self._kill, actor)
+
+
+class _HangsError(ControllerEndedError):
+    pass
+
+
+def _tell(pong: Pong, failed: int) -> int:
+    """Tells of messages that it could not handle, as its own log may be seen by nobody."""
+    if pong.failed > failed:
+        logger.error(
+            "The controller could not handle %d messages so far, which is a bug; the last one: %s",
+            pong.failed,
+            pong.story,
+        )
+    return pong.failed
