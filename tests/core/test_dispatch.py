@@ -1,12 +1,14 @@
 """Where requests go: the scheduler's rules as claims."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from llumnix.core.events import Dispatch, InstanceLost, LoadReported, NoInstance, RequestArrived
 from llumnix.core.load import ClassLoad, LoadReport
 from llumnix.core.policies.dispatch import AHEAD_TOKENS
-from llumnix.core.scheduler import Scheduler
+from llumnix.core.policies.presets import POLICIES
+from llumnix.core.scheduler import Scheduler, urgency
 from llumnix.core.settings import SchedulerSettings
 from llumnix.core.types import EngineIndex, InstanceId, RequestId
 from llumnix.core.view import BOOKING_LIFETIME_S, STALE_AFTER_S
@@ -14,8 +16,11 @@ from llumnix.core.view import BOOKING_LIFETIME_S, STALE_AFTER_S
 TOTAL = 10_000
 
 
-def scheduler(policy: str = "least-loaded") -> Scheduler:
+def scheduler(policy: str = "llumnix") -> Scheduler:
     return Scheduler(SchedulerSettings(policy=policy))
+
+
+every_policy = pytest.mark.parametrize("policy", POLICIES)
 
 
 def report(
@@ -61,22 +66,35 @@ def place(s: Scheduler, request: str, now: float = 0.0, tokens: int = 10) -> str
     return decision.instance if isinstance(decision, Dispatch) else ""
 
 
-def test_with_no_instance_known_it_says_so() -> None:
-    (decision,) = scheduler().handle(RequestArrived(request=RequestId("r"), prompt_tokens=1), 0.0)
+@every_policy
+def test_with_no_instance_known_it_says_so(policy: str) -> None:
+    arrived = RequestArrived(request=RequestId("r"), prompt_tokens=1)
+    (decision,) = scheduler(policy).handle(arrived, 0.0)
     assert decision == NoInstance(
         request=RequestId("r"), why="no instance that takes requests is known"
     )
 
 
-def test_the_decision_names_the_run_and_the_reason() -> None:
-    s = scheduler()
+WHY = {
+    "llumnix": "soonest: after 0 tokens, 3301 tokens a request",
+    "llumnix-base": "soonest: after 0 tokens, 3301 tokens a request",
+    "cache-aware": "soonest: after 0 tokens, 3301 tokens a request",
+    "infaas++": "freest: 3301 tokens a request",
+    "least-loaded": "least-loaded: 3 requests, 96 KV tokens",
+    "round-robin": "round-robin: its turn",
+}
+
+
+@every_policy
+def test_the_decision_names_the_run_and_the_reason(policy: str) -> None:
+    s = scheduler(policy)
     s.handle(report("i0", engine=4, running=3, used=96), 0.0)
     (decision,) = s.handle(RequestArrived(request=RequestId("r"), prompt_tokens=1), 0.0)
     assert decision == Dispatch(
         request=RequestId("r"),
         instance=InstanceId("i0"),
         engine_index=EngineIndex(4),
-        why="least-loaded: 3 requests, 96 KV tokens",
+        why=WHY[policy],
     )
 
 
@@ -98,7 +116,7 @@ def test_round_robin_goes_on_when_the_next_one_is_gone() -> None:
 
 
 def test_least_loaded_counts_running_and_waiting_then_tokens() -> None:
-    s = scheduler()
+    s = scheduler("least-loaded")
     s.handle(report("i0", running=2, waiting=0, used=10), 0.0)
     s.handle(report("i1", engine=1, running=0, waiting=2, used=5), 0.0)
     s.handle(report("i2", engine=2, running=1, waiting=2, used=0), 0.0)
@@ -173,11 +191,12 @@ def test_infaas_goes_to_the_freest_whatever_prompts_are_before_it() -> None:
     assert place(s, "r") == "i0"
 
 
-def test_a_burst_spreads_before_any_report_covers_it() -> None:
-    s = scheduler()
+@every_policy
+def test_a_burst_spreads_before_any_report_covers_it(policy: str) -> None:
+    s = scheduler(policy)
     for n in range(4):
         s.handle(report(f"i{n}", engine=n), 0.0)
-    placed = [place(s, f"r{n}") for n in range(40)]
+    placed = [place(s, f"r{n}", tokens=AHEAD_TOKENS // 10) for n in range(40)]
     assert {i: placed.count(i) for i in placed} == {"i0": 10, "i1": 10, "i2": 10, "i3": 10}
 
 
@@ -234,8 +253,9 @@ def test_a_new_run_starts_without_the_old_ones_bookings() -> None:
     assert s.view[InstanceId("i0")].requests == 0
 
 
-def test_who_takes_no_requests_gets_none() -> None:
-    s = scheduler()
+@every_policy
+def test_who_takes_no_requests_gets_none(policy: str) -> None:
+    s = scheduler(policy)
     s.handle(report("i0", accepting=False), 0.0)
     s.handle(report("i1", engine=1, running=99), 0.0)
     assert place(s, "r") == "i1"
@@ -243,8 +263,9 @@ def test_who_takes_no_requests_gets_none() -> None:
     assert place(s, "s") == ""
 
 
-def test_the_silent_get_requests_only_when_all_are_silent() -> None:
-    s = scheduler()
+@every_policy
+def test_the_silent_get_requests_only_when_all_are_silent(policy: str) -> None:
+    s = scheduler(policy)
     s.handle(report("i0"), 0.0)
     s.handle(report("i1", engine=1, running=9), STALE_AFTER_S + 1)
     assert place(s, "r", now=STALE_AFTER_S + 1) == "i1"
@@ -256,7 +277,7 @@ def test_least_loaded_never_leaves_a_gap_that_it_could_have_filled(
     loads: list[int], arrivals: int
 ) -> None:
     """Whoever got a request ends with no more than one above any other's final count."""
-    s = scheduler()
+    s = scheduler("least-loaded")
     for n, running in enumerate(loads):
         s.handle(report(f"i{n}", engine=n, running=running), 0.0)
     placed = [place(s, f"r{n}") for n in range(arrivals)]
@@ -289,7 +310,12 @@ def test_least_loaded_never_leaves_a_gap_that_it_could_have_filled(
     )
 )
 def test_no_request_goes_to_a_run_that_was_lost(facts: list) -> None:
-    s, lost = scheduler(), set()
+    for policy in POLICIES:
+        never_to_the_lost(scheduler(policy), facts)
+
+
+def never_to_the_lost(s: Scheduler, facts: list) -> None:
+    lost = set()
     for fact in facts:
         for decision in s.handle(fact, 0.0):
             if isinstance(decision, Dispatch):
@@ -298,12 +324,53 @@ def test_no_request_goes_to_a_run_that_was_lost(facts: list) -> None:
             lost.add((fact.instance, fact.engine_index))
 
 
-@given(st.lists(st.sampled_from("abcd"), max_size=30))
-def test_the_same_facts_give_the_same_decisions(names: list[str]) -> None:
+@given(st.lists(st.sampled_from("abcd"), max_size=30), st.sampled_from(sorted(POLICIES)))
+def test_the_same_facts_give_the_same_decisions(names: list[str], policy: str) -> None:
     def run() -> list:
-        s = scheduler()
+        s = scheduler(policy)
         s.handle(report("i0"), 0.0)
         s.handle(report("i1", engine=1), 0.0)
         return [place(s, f"{n}{k}") for k, n in enumerate(names)]
 
     assert run() == run()
+
+
+# -- what came in at the same time
+
+
+def test_news_of_instances_is_handled_before_the_requests_that_came_with_it() -> None:
+    """A request is not sent to an instance that is known to be gone, nor past one that is new."""
+    lost = InstanceLost(instance=InstanceId("i0"), engine_index=EngineIndex(0))
+    arrived = RequestArrived(request=RequestId("r"), prompt_tokens=1)
+    s = scheduler()
+    s.handle(report("i0"), 0.0)
+    decided = []
+    for fact in sorted([arrived, lost, report("i1", engine=1)], key=urgency):
+        decided += s.handle(fact, 0.0)
+    (decision,) = decided
+    assert isinstance(decision, Dispatch)
+    assert decision.instance == "i1"
+
+
+def test_of_requests_that_came_together_the_more_urgent_is_placed_first() -> None:
+    """And of a class the first that came."""
+    came = [
+        RequestArrived(request=RequestId(name), prompt_tokens=1, priority=priority)
+        for name, priority in (("a", 0), ("b", -100), ("c", 0), ("d", -7), ("e", -100))
+    ]
+    assert [fact.request for fact in sorted(came, key=urgency)] == ["b", "e", "d", "a", "c"]
+
+
+def test_the_urgent_one_gets_the_best_place_though_it_came_last() -> None:
+    s = scheduler()
+    s.handle(report("i0", running=1, used=100), 0.0)
+    s.handle(report("i1", engine=1, running=20, used=5000), 0.0)
+    came = [
+        RequestArrived(request=RequestId(name), prompt_tokens=3 * AHEAD_TOKENS, priority=priority)
+        for name, priority in (("normal", 0), ("urgent", -100))
+    ]
+    placed = {}
+    for fact in sorted(came, key=urgency):
+        (decision,) = s.handle(fact, 0.0)
+        placed[fact.request] = decision.instance
+    assert placed == {"urgent": "i0", "normal": "i1"}

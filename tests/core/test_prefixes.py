@@ -304,10 +304,12 @@ def test_who_would_disturb_urgent_requests_anyway_goes_to_the_hit() -> None:
     assert where(s) == "i1"
 
 
-def test_a_hit_is_not_worth_an_instance_without_a_free_slot() -> None:
-    s = cluster(report(0, running=1), report(1, running=4, slots=4))
-    s.handle(kept(1, 640), 0.0)
-    assert where(s) == "i0"
+@pytest.mark.parametrize(("slots", "instance"), [(0, "i1"), (5, "i1"), (4, "i0"), (3, "i0")])
+def test_a_hit_is_not_worth_an_instance_without_a_free_slot(slots: int, instance: str) -> None:
+    """However much of a long prompt it has."""
+    s = cluster(report(0, running=4, slots=9), report(1, running=4, slots=slots))
+    s.handle(kept(1, len(PROMPT)), 0.0)
+    assert where(s, tokens=len(PROMPT)) == instance
 
 
 def test_with_no_hit_it_is_where_it_starts_soonest() -> None:
