@@ -342,7 +342,7 @@ facts = st.one_of(
 )
 
 
-@settings(max_examples=150)
+@settings(max_examples=80)
 @given(
     st.lists(st.tuples(times, facts), min_size=20, max_size=60),
     st.sampled_from(["llumnix", "infaas++"]),

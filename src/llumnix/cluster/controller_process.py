@@ -64,7 +64,8 @@ class ControllerProcess:
         actor = await asyncio.to_thread(self._create)
         ended = asyncio.wrap_future(actor.run.remote().future())
         pid = asyncio.wrap_future(actor.pid.remote().future())
-        pid.add_done_callback(lambda it: it.cancelled() or it.exception())
+        for future in (ended, pid):  # Nobody may be left to look at them when they fail.
+            future.add_done_callback(lambda it: it.cancelled() or it.exception())
         hangs = False
         try:
             await self._watch(ended)

@@ -391,7 +391,7 @@ class Cluster:
 
     def _stop_if_empty(self, instance: Instance) -> None:
         """An instance that was emptied ends, once its last words have been heard."""
-        if any(True for _ in self.frontend.arbiter.on(instance.index)):
+        if self.frontend.has_business_with(instance):
             self._later(EMPTY_POLL_S, lambda: self._wake(instance))
         else:
             self._lose(instance)
@@ -408,7 +408,7 @@ class Cluster:
         self.decide(InstanceLost(instance=instance.id, engine_index=index))
         for flow in self.network.cut(index, self.now):
             flow.ended(flow)
-        self.frontend.engine_lost(index, list(self.by_engine))
+        self.frontend.engine_lost(instance, list(self.by_engine))
 
     def _tell_fleet(self) -> None:
         there = self.instances.values()

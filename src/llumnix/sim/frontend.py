@@ -21,7 +21,7 @@ from llumnix.core.types import EngineIndex, InstanceId, MigrationId, RequestId
 from llumnix.sim.batching import Job
 
 if TYPE_CHECKING:
-    from llumnix.sim.cluster import Cluster
+    from llumnix.sim.cluster import Cluster, Instance
 
 RETRY_S = 0.05
 """How soon a request that no instance takes is placed again."""
@@ -174,9 +174,15 @@ class Frontend:
             self._perform(self.arbiter.ended(message))
             self._note(message)
 
-    def engine_lost(self, index: EngineIndex, others: list[EngineIndex]) -> None:
-        """An engine is gone."""
-        self._perform(self.arbiter.engine_lost(index, others))
+    def has_business_with(self, instance: "Instance") -> bool:
+        """Whether streams are there, or moves from there whose end it has not heard of."""
+        streams = any(True for _ in self.arbiter.on(instance.index))
+        return streams or any(m.source == instance.id for m in self._began.values())
+
+    def engine_lost(self, instance: "Instance", others: list[EngineIndex]) -> None:
+        """An instance's engine is gone."""
+        self._began = {m: move for m, move in self._began.items() if move.source != instance.id}
+        self._perform(self.arbiter.engine_lost(instance.index, others))
 
     def _wanted(self, index: EngineIndex, message: MigrationWanted) -> None:
         stream = self.streams.get(message.request)
