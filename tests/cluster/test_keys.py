@@ -13,7 +13,7 @@ def test_neither_keys_nor_their_digests_go_to_engines(tmp_path) -> None:
     settings.write_text("priorities: {key_caps: {a-key: high}}\n")
     config = DeploymentConfig(scheduler_config=str(settings))
     assert key_digest("a-key") in config.scheduler.priorities.key_caps
-    addresses = SimpleNamespace(controller="ipc://c", peers="ipc://p", agents="ipc://a")
+    addresses = SimpleNamespace(controller="ipc://c", peers="ipc://p", agents="ipc://a", keys=None)
     runs = Runs(SimpleNamespace(), SimpleNamespace(), addresses, config)  # type: ignore[arg-type]
     sent = pickle.dumps(runs._seat)
     assert b"high" in sent

@@ -26,11 +26,13 @@ SECRETS = {
 def launched(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The launch of one engine from an environment with these variables."""
 
-    def made(**environment: str) -> EngineLaunch:
+    def made(kv_transfer: Any = None, **environment: str) -> EngineLaunch:
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         monkeypatch.setattr(launch, "Executor", SimpleNamespace(get_class=lambda config: None))
-        config = SimpleNamespace(parallel_config=SimpleNamespace(world_size=1))
+        config = SimpleNamespace(
+            parallel_config=SimpleNamespace(world_size=1), kv_transfer_config=kv_transfer
+        )
         return EngineLaunch.of(config, "ipc:///in", "ipc:///out", log_stats=True)  # type: ignore[arg-type]
 
     return made
@@ -56,6 +58,15 @@ def test_what_belongs_to_one_host_stays_there(launched: Any) -> None:
     made = launched(**dict.fromkeys(of_one_host, "1"), VLLM_NIXL_SIDE_CHANNEL_PORT="5600")
     assert not of_one_host & {*made.environment, *made.environment_before}
     assert made.environment["VLLM_NIXL_SIDE_CHANNEL_PORT"] == "5600"
+
+
+def test_an_instances_workers_talk_on_loopback_alone(launched: Any) -> None:
+    network = {"GLOO_SOCKET_IFNAME": "eth1", "NCCL_SOCKET_IFNAME": "eth1"}
+    loopback = dict.fromkeys(network, "lo")
+    assert loopback.items() <= launched(**network).environment.items()
+    between_hosts = launched(kv_transfer=object(), **network).environment
+    assert between_hosts["GLOO_SOCKET_IFNAME"] == "lo"
+    assert between_hosts["NCCL_SOCKET_IFNAME"] == "eth1"
 
 
 def test_the_agents_key_is_not_shown() -> None:

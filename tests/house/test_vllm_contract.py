@@ -17,6 +17,7 @@ from vllm.config import SchedulerConfig  # noqa: E402
 from vllm.lora.request import LoRARequest  # noqa: E402
 from vllm.pooling_params import PoolingParams  # noqa: E402
 from vllm.sampling_params import SamplingParams  # noqa: E402
+from vllm.utils import network_utils  # noqa: E402
 from vllm.utils.hashing import sha256  # noqa: E402
 from vllm.v1.core import kv_cache_utils  # noqa: E402
 from vllm.v1.core.block_pool import BlockPool  # noqa: E402
@@ -209,6 +210,21 @@ def test_the_engine_actor_is_told_addresses_and_runs_until_asked() -> None:
         EngineCoreProc.__init__
     )
     assert "raise SystemExit" in busy_loop()
+
+
+def test_an_engine_cores_sockets_are_made_where_we_give_them_keys() -> None:
+    """engine/vllm_sockets.py stands in for `make_zmq_socket` of that module, and sets its context's
+    defaults; frontend/client.py sets those of its own context."""
+    who = "engine/vllm_sockets.py"
+    makes = {
+        "process_input_sockets": "make_zmq_socket( ctx, input_address, zmq.DEALER,",
+        "process_output_sockets": "make_zmq_socket(ctx, output_path, zmq.PUSH,",
+    }
+    for method, call in makes.items():
+        says(getattr(EngineCoreProc, method), "zmq.Context() as ctx", call, who=who)
+        assert ".socket(" not in source(getattr(EngineCoreProc, method)), who
+    assert core.make_zmq_socket is network_utils.make_zmq_socket
+    says(network_utils.make_zmq_socket, "socket = ctx.socket(socket_type)", who=who)
 
 
 def test_the_busy_loop_calls_where_we_listen() -> None:
@@ -505,12 +521,22 @@ def test_prometheus_labels_engines_by_a_fixed_list() -> None:
     )
 
 
-def test_nothing_on_our_sockets_is_unpickled() -> None:
+def test_nothing_on_our_sockets_is_unpickled_unless_asked_for() -> None:
+    """engine/request_decoder.py does not even then: a request comes from another engine."""
     from vllm import envs
-    from vllm.v1 import serial_utils
+    from vllm.v1.serial_utils import MsgpackDecoder
 
     assert envs.VLLM_ALLOW_INSECURE_SERIALIZATION is False
-    assert "VLLM_ALLOW_INSECURE_SERIALIZATION" in source(serial_utils)
+    who = "engine/request_decoder.py"
+    says(MsgpackDecoder.__init__, "ext_hook=self.ext_hook", who=who)
+    says(
+        MsgpackDecoder.ext_hook,
+        "if code == CUSTOM_TYPE_RAW_VIEW: return data",
+        "if envs.VLLM_ALLOW_INSECURE_SERIALIZATION:",
+        "return pickle.loads(data)",
+        who=who,
+    )
+    assert source(MsgpackDecoder).count("pickle.loads(") == 2, who
 
 
 def test_the_ready_message_is_what_we_read() -> None:

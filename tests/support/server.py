@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +37,14 @@ class Server:
     """One running `llumnix serve`. In a session of its own, so that a signal to its process group
     is what Ctrl-C in a terminal would be."""
 
-    def __init__(self, model: str | None, *flags: str, log: Path, **env: str) -> None:
+    def __init__(
+        self, model: str | None, *flags: str, log: Path, before: Sequence[str] = (), **env: str
+    ) -> None:
+        """`before`: a command that runs it."""
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log_path = log
-        words = [sys.executable, "-m", "llumnix", "serve"]
+        words = [*before, sys.executable, "-m", "llumnix", "serve"]
         words += ([model] if model else []) + ["--port", str(self.port), *flags]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", **env}
         environment.pop("VLLM_CPU_KVCACHE_SPACE", None)

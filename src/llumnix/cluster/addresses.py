@@ -6,12 +6,15 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from llumnix.observe.sockets import SocketKeys
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Addresses:
     """ZMQ addresses of one deployment. `folder` is readable by its owner only and goes with us.
     `peers` and `agents` are where llumlets and workers listen, with `{engine}`, `{rank}` and
-    `{host}` for each to fill in; `agents` is in the form of engine/transfer.py."""
+    `{host}` for each to fill in; `agents` is in the form of engine/transfer.py. `keys`: what our
+    processes know each other by, None where only the user can open the sockets."""
 
     folder: Path
     controller: str
@@ -19,15 +22,17 @@ class Addresses:
     frontend_output: str
     peers: str
     agents: str
+    keys: SocketKeys | None
 
     @classmethod
     def make(cls, host: str | None) -> "Addresses":
         """On this machine alone (`host` None), or on TCP ports of `host`, this node's address in a
         cluster that has, or may get, further nodes."""
+        names = ("controller", "input", "output")
+        ports = [] if host is None else _free_ports(host, len(names))
         # For its owner only: mkdtemp's doing. Short, for a Unix socket's path may have 107
         # characters at most and Ray adds 60.
         folder = Path(tempfile.mkdtemp(prefix="llumnix-"))
-        names = ("controller", "input", "output")
         if host is None:
             controller, frontend_input, frontend_output = (f"ipc://{folder}/{n}" for n in names)
             peers, agents = (
@@ -35,8 +40,8 @@ class Addresses:
                 f"unix:{folder}/kv-{{engine}}-{{rank}}",
             )
         else:
-            ports = _free_ports(host, len(names))
-            controller, frontend_input, frontend_output = (f"tcp://{host}:{p}" for p in ports)
+            at = f"[{host}]" if ":" in host else host  # IPv6.
+            controller, frontend_input, frontend_output = (f"tcp://{at}:{p}" for p in ports)
             peers, agents = "tcp://{host}:0", "tcp:{host}:0"
         return cls(
             folder=folder,
@@ -45,6 +50,7 @@ class Addresses:
             frontend_output=frontend_output,
             peers=peers,
             agents=agents,
+            keys=None if host is None else SocketKeys.make(),
         )
 
     def remove(self) -> None:
@@ -53,7 +59,8 @@ class Addresses:
 
 
 def _free_ports(host: str, count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sockets = [socket.socket(family) for _ in range(count)]
     try:
         for s in sockets:
             s.bind((host, 0))

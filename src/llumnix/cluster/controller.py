@@ -7,6 +7,7 @@ requests before the others. A message that makes no sense is refused, one that b
 ends at most itself; both are counted, and told at most every `TOLD_EVERY_S`.
 """
 
+import contextlib
 import gc
 import logging
 import os
@@ -33,6 +34,7 @@ from llumnix.core.settings import SchedulerSettings
 from llumnix.core.types import EngineIndex
 from llumnix.errors import ProtocolError
 from llumnix.observe.event_log import EventLog
+from llumnix.observe.sockets import Listening, SocketKeys
 from llumnix.observe.wire import Loads, LoadsAsked, Message, Ping, Pong, decode, encode
 
 logger = logging.getLogger("llumnix.controller")
@@ -69,9 +71,14 @@ class Controller:
     """Answers frontends and listens to llumlets at the given ZMQ addresses."""
 
     def __init__(
-        self, addresses: list[str], settings: SchedulerSettings, event_log: str | None = None
+        self,
+        addresses: list[str],
+        settings: SchedulerSettings,
+        event_log: str | None = None,
+        keys: SocketKeys | None = None,
     ) -> None:
         self._addresses = addresses
+        self._keys = keys
         self._log = EventLog(event_log, who=f"controller {os.getpid()}")
         self._log.started(settings)
         self._scheduler = Scheduler(settings)
@@ -87,10 +94,14 @@ class Controller:
         # What was imported stays: to look through it for garbage would hold up a dispatch for long.
         gc.collect()
         gc.freeze()
-        with zmq.Context() as context, context.socket(zmq.ROUTER) as socket:
+        with (
+            zmq.Context() as context,
+            contextlib.closing(Listening(context, self._keys)) as listening,
+            context.socket(zmq.ROUTER) as socket,
+        ):
             socket.setsockopt(zmq.LINGER, 0)
             for address in self._addresses:
-                socket.bind(address)
+                listening.bind(socket, address)
             self._socket = socket
             next_tick_s = time.monotonic()
             while not self._stopping:

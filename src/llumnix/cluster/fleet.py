@@ -89,7 +89,7 @@ class Fleet:
         self._client = llm.engine_core
         self._launch = launch
         self._runs = Runs(self._client, launch, addresses, config)
-        self._controller_address = addresses.controller
+        self._addresses = addresses
         self._settings = config.scheduler.without_keys()
         self._reporting: asyncio.Task[None] | None = None
         self._refused = ""
@@ -100,13 +100,16 @@ class Fleet:
 
     def start_controller(self) -> None:
         """Starts the controller on this node, and again whenever it ends or hangs."""
+        addresses = self._addresses
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
         def create() -> Any:
             return (
                 ray.remote(Controller)
                 .options(num_cpus=0, max_concurrency=2, max_restarts=0, scheduling_strategy=here)
-                .remote([self._controller_address], self._settings, self._runs.event_log)
+                .remote(
+                    [addresses.controller], self._settings, self._runs.event_log, addresses.keys
+                )
             )
 
         self._controller = ControllerProcess(create, self._client.link)

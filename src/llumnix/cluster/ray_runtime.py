@@ -16,7 +16,6 @@ OBJECT_STORE_BYTES = 80 * 2**20
 """Nothing of ours goes through Ray's object store but configuration; this is Ray's smallest."""
 CONNECT_TIMEOUT_S = 5.0
 LOOPBACK_ADDRESS = "127.0.0.1"
-LOOPBACK_INTERFACE = "lo"
 LOG_TAIL_BYTES = 2**18
 
 
@@ -30,9 +29,7 @@ def settle(*, local: bool) -> None:
     os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     # "No cluster over several machines" (the name is Ray's): listen on 127.0.0.1 alone.
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-    # So do vLLM's workers, which would otherwise take the address that the host's name has, or that
-    # of the default route. Whatever was set for a run over several hosts is of no use here.
-    os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = LOOPBACK_INTERFACE
+    # So should vLLM, which else takes the address of the default route for this host's.
     os.environ["VLLM_HOST_IP"] = LOOPBACK_ADDRESS
     # Ray starts its workers with a lower priority than everything else on the machine.
     os.environ.setdefault("RAY_worker_niceness", "0")
@@ -47,8 +44,9 @@ def settle(*, local: bool) -> None:
 def hide_arguments(argv: list[str]) -> None:
     """Takes the values of flags, API keys perhaps, out of what `ps` shows of this process and Ray
     keeps as the job's entry point, for everybody on the cluster to see. Before Ray starts."""
-    words = ["llumnix", "serve"]
-    for place, word in enumerate(argv):
+    command, *others = argv
+    words = ["llumnix", command]
+    for place, word in enumerate(others):
         if word.startswith("-") or place == 0:  # The model comes first, if there is one.
             words.append(word.partition("=")[0])
     setproctitle.setproctitle(" ".join(words))

@@ -58,6 +58,7 @@ class Runs:
         self._client = client
         self._launch = launch
         self._controller = addresses.controller
+        self._keys = addresses.keys
         self._slots = config.slots
         self.event_log = config.event_log and str(Path(config.event_log).absolute())
         limit = config.migration_bandwidth
@@ -86,6 +87,7 @@ class Runs:
             controller=self._controller,
             llumlet=self._seat,
             event_log=self.event_log,
+            keys=self._keys,
         )
         launch, group = self._launch, None
         options: dict[str, Any] = {"scheduling_strategy": "SPREAD"}

@@ -15,6 +15,7 @@ from llumnix.core.scheduler import priorities_of
 from llumnix.errors import InstanceFailedError, UsageError
 from llumnix.frontend.arguments import ServeCommand, parse, settle_variables
 from llumnix.observe.event_log import EventLog
+from llumnix.observe.sockets import check_encryption
 
 # Ray must know before it is imported whether it will be started here, and vLLM imports it.
 _first_look = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -74,6 +75,7 @@ def _with_ray(
     addresses = None
     try:
         if joined:
+            check_encryption()
             say(f"joining Ray at {joined}")
             try:
                 ray_runtime.join(joined, logs=logs)
@@ -124,11 +126,12 @@ async def _run(
             "input_address": addresses.frontend_input,
             "output_address": addresses.frontend_output,
         },
-        ControllerLink(addresses.controller),
+        ControllerLink(addresses.controller, addresses.keys),
         deployment.slots,
         EventLog(deployment.event_log, who=f"frontend {os.getpid()}"),
         priorities_of(deployment.scheduler, keyed=bool(args.access.client_digests)),
         hash_prefixes=POLICIES[deployment.scheduler.policy].looks_at_caches,
+        keys=addresses.keys,
     )
     client.start()
     llm = FleetLLM(

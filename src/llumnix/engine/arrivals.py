@@ -11,18 +11,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
-from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.request import Request, RequestStatus
-from vllm.v1.serial_utils import MsgpackDecoder
 
 from llumnix.core.messages import Blocks
 from llumnix.core.port import Refusal
 from llumnix.core.types import EngineIndex, RequestId
 from llumnix.engine.immovable import why_engine_cannot
+from llumnix.engine.request_decoder import RequestDecoder
 from llumnix.engine.tokens import Prompt
 from llumnix.engine.transfer_client import AgentClient
 from llumnix.engine.worker import RunnerState
+from llumnix.errors import ProtocolError
 
 ABSENT = -1
 
@@ -80,7 +80,7 @@ class Arrivals:
         self._v1 = not core.vllm_config.use_v2_model_runner
         self._arriving: dict[RequestId, Arriving] = {}
         self._waiting: list[Waiting] = []
-        self._decoder = MsgpackDecoder(EngineCoreRequest)
+        self._decoder = RequestDecoder()
         self._meeting: dict[int, tuple[str, ...]] = {}
         self._met: set[tuple[str, ...]] = set()
         self._unmet: dict[tuple[str, ...], str] = {}
@@ -141,9 +141,14 @@ class Arrivals:
             return Refusal(why="it has not quite left there since its last visit")
         if taken >= scheduler.max_num_active_reqs:
             return Refusal(why=f"the destination runs {taken} requests already (--max-num-seqs)")
+        if len(agents) != self._client.ranks:
+            return Refusal(
+                why=f"{len(agents)} workers have its KV, and {self._client.ranks} would take it: "
+                "all instances need the same --tensor-parallel-size"
+            )
         try:
-            described = self._decoder.decode(body)
-        except msgspec.MsgspecError as error:
+            described = self._decoder.read(body)
+        except ProtocolError as error:
             return Refusal(why=f"it cannot be read there: {error}")
         if described.prompt_token_ids is not None:
             described.prompt_token_ids = Prompt(described.prompt_token_ids)

@@ -46,6 +46,7 @@ from llumnix.engine.transfer import TransferOptions
 from llumnix.engine.transfer_client import AgentClient, Pulled
 from llumnix.engine.vllm_port import VllmPort
 from llumnix.errors import ProtocolError
+from llumnix.observe.sockets import SocketKeys
 from llumnix.observe.wire import decode, encode
 
 IN_BAND = "llumnix"
@@ -99,6 +100,7 @@ class LlumletHost:
         seat: HostSeat,
         host: str,
         on_step: STEP_LINE,
+        keys: SocketKeys | None = None,
     ) -> None:
         """`host`: this host's address in the cluster."""
         self._engine = engine
@@ -115,7 +117,7 @@ class LlumletHost:
         self._orders: queue.SimpleQueue[MoveLoad] = queue.SimpleQueue()
         self._host = f"[{host}]" if ":" in host else host  # IPv6.
         peers = seat.peers.format(engine=index, host=self._host)
-        self._peers = Peers(peers, self._heard, self._beat)
+        self._peers = Peers(peers, self._heard, self._beat, keys)
         self._errors = ErrorLog()
 
     def start(self) -> None:

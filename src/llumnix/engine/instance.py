@@ -59,7 +59,9 @@ from llumnix.engine.queueing import Queueing
 from llumnix.engine.reporter import LoadReporter
 from llumnix.engine.urgent import UrgentAdmission
 from llumnix.engine.vllm_port import has_prompts
+from llumnix.engine.vllm_sockets import secure
 from llumnix.observe.event_log import EventLog
+from llumnix.observe.sockets import SocketKeys
 
 QUIET_STEPS_MAX = 8
 """So many steps in a row may do without prompts."""
@@ -69,7 +71,7 @@ QUIET_STEPS_MAX = 8
 class InstanceSeat:
     """Which run of which instance this is. `slot` of `slots`: its place among the instances that
     share a CPU host's cores. `controller`: ZMQ address. `event_log`: the file to append to. `host`:
-    this host's address in the cluster, which is known only here."""
+    this host's address in the cluster, which is known only here. `keys`: of all sockets on TCP."""
 
     instance: InstanceId
     engine_index: EngineIndex
@@ -79,6 +81,7 @@ class InstanceSeat:
     llumlet: HostSeat
     event_log: str | None
     host: str = ""
+    keys: SocketKeys | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,17 +112,22 @@ class EngineInstance(EngineCoreActor):
         _tell_apart(vllm_config, seat.engine_index)
         if not vllm_config.parallel_config.worker_extension_cls:
             vllm_config.parallel_config.worker_extension_cls = WORKER_EXTENSION
+        if seat.keys is not None:
+            secure(seat.keys)
         super().__init__(
             vllm_config, True, addresses, executor_class, log_stats, dp_rank=seat.engine_index
         )
         self._log = EventLog(seat.event_log, who=f"engine {seat.engine_index} {os.getpid()}")
-        self._host = LlumletHost(self, seat.engine_index, seat.llumlet, seat.host, self._log.step)
+        self._host = LlumletHost(
+            self, seat.engine_index, seat.llumlet, seat.host, self._log.step, seat.keys
+        )
         self._host.start()
         self._reporter = LoadReporter(
             instance=seat.instance,
             engine_index=seat.engine_index,
             controller=seat.controller,
             on_order=self._host.order,
+            keys=seat.keys,
         )
         priorities = Priorities(seat.llumlet.settings.priorities)
         slots = self.scheduler.max_num_active_reqs

@@ -26,6 +26,8 @@ _OF_ONE_HOST = re.compile(r"VLLM_.*_(HOST|IP)|MOONCAKE_REQUESTER_LOCAL_HOSTNAME"
 _BEFORE_PYTHON = re.compile(r"(LD_|PYTHON|MALLOC_|NUMEXPR_).*")
 """What is read as a process starts, or by what Ray itself imports there."""
 
+LOOPBACK_INTERFACE = "lo"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineLaunch:
@@ -52,6 +54,7 @@ class EngineLaunch:
         names |= _ALSO | {n for n in os.environ if n.startswith(_ALSO_PREFIXES)}
         names = {n for n in names - _NEVER if n in os.environ and not _OF_ONE_HOST.fullmatch(n)}
         before = {n for n in names if _BEFORE_PYTHON.fullmatch(n)}
+        environment = {n: os.environ[n] for n in names - before}
         return cls(
             vllm_config=vllm_config,
             addresses=EngineZmqAddresses(inputs=[frontend_input], outputs=[frontend_output]),
@@ -59,6 +62,15 @@ class EngineLaunch:
             log_stats=log_stats,
             device=None if current_platform.is_cpu() else current_platform.ray_device_key,
             devices_per_instance=vllm_config.parallel_config.world_size,
-            environment={n: os.environ[n] for n in names - before},
+            environment=environment | _inside_one_host(vllm_config),
             environment_before={n: os.environ[n] for n in before},
         )
+
+
+def _inside_one_host(vllm_config: VllmConfig) -> dict[str, str]:
+    """Keeps the talk of one instance's workers, pickles among it, on loopback. By default torch
+    listens at the address that the host's name has."""
+    libraries = ["GLOO_SOCKET_IFNAME"]
+    if vllm_config.kv_transfer_config is None:  # A connector may use NCCL between hosts.
+        libraries.append("NCCL_SOCKET_IFNAME")
+    return dict.fromkeys(libraries, LOOPBACK_INTERFACE)

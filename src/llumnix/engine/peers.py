@@ -23,6 +23,7 @@ from llumnix.core.messages import (
     Verdict,
 )
 from llumnix.errors import ProtocolError
+from llumnix.observe.sockets import Listening, SocketKeys, connect
 from llumnix.observe.wire import decode, encode
 
 logger = logging.getLogger("llumnix.engine")
@@ -39,15 +40,18 @@ _KINDS = (CallOff, Handover, Reserve, Reserved, Stage, Staged, Stopping, Verdict
 
 class Peers:
     """One llumlet's line to all others. `listen`: a ZMQ address; `tcp://HOST:0` picks a port.
-    `on_message` and `on_beat` are called on a thread of its own."""
+    `keys`: what llumlets on TCP know each other by. `on_message` and `on_beat` are called on a
+    thread of its own."""
 
     def __init__(
         self,
         listen: str,
         on_message: Callable[[PeerMessage], None],
         on_beat: Callable[[], None],
+        keys: SocketKeys | None = None,
     ) -> None:
         self._listen = listen
+        self._keys = keys
         self._on_message = on_message
         self._on_beat = on_beat
         self._speaking: dict[str, zmq.Socket] = {}
@@ -61,9 +65,10 @@ class Peers:
         """Takes its address; what is said to it from now on waits."""
         self._context = zmq.Context()
         self._context.set(zmq.MAX_SOCKETS, PEERS_MAX)
+        self._listening = Listening(self._context, self._keys)
         self._hearing = self._context.socket(zmq.PULL)
         self._hearing.setsockopt(zmq.RCVHWM, QUEUED_MAX)
-        self._hearing.bind(self._listen)
+        self._listening.bind(self._hearing, self._listen)
         self.address = self._hearing.getsockopt_string(zmq.LAST_ENDPOINT)
 
     def start(self) -> None:
@@ -77,6 +82,7 @@ class Peers:
         self._hearing.close(0)
         for socket in self._speaking.values():
             socket.close(0)
+        self._listening.close()
         self._context.term()
 
     def say(self, address: str, message: PeerMessage) -> None:
@@ -94,7 +100,7 @@ class Peers:
             try:
                 socket.setsockopt(zmq.SNDHWM, QUEUED_MAX)
                 socket.setsockopt(zmq.LINGER, 0)
-                socket.connect(address)
+                connect(socket, address, self._keys)
             except zmq.ZMQError:
                 socket.close(0)
                 raise

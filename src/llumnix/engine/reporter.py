@@ -27,6 +27,7 @@ from llumnix.core.load import LoadReport
 from llumnix.core.types import EngineIndex, InstanceId, OrderId, RequestId
 from llumnix.engine.load_reader import Numbers
 from llumnix.errors import ProtocolError
+from llumnix.observe.sockets import SocketKeys, connect
 from llumnix.observe.wire import Message, decode, encode
 
 logger = logging.getLogger("llumnix.engine")
@@ -57,6 +58,7 @@ class LoadReporter:
         engine_index: EngineIndex,
         controller: str,
         on_order: Callable[[MoveLoad], None],
+        keys: SocketKeys | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._on_order = on_order
@@ -64,6 +66,7 @@ class LoadReporter:
         self._instance = instance
         self._engine_index = engine_index
         self._controller = controller
+        self._keys = keys
         self._numbers: Numbers | None = None
         self._moving = Moving()
         self._orders: list[OrderId] = []
@@ -89,7 +92,7 @@ class LoadReporter:
         # IMMEDIATE: with no controller connected, sending fails at once instead of queueing.
         self._socket.setsockopt(zmq.IMMEDIATE, 1)
         self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.connect(self._controller)
+        connect(self._socket, self._controller, self._keys)
         self._thread.start()
 
     def close(self) -> None:

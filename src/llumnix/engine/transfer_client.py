@@ -72,6 +72,11 @@ class AgentClient:
             for rank, agent in enumerate(agents)
         ]
 
+    @property
+    def ranks(self) -> int:
+        """How many agents it tells, and so how many a peer must have."""
+        return len(self._lines)
+
     def start(self) -> None:
         """Begins to take orders."""
         self._reporter.start()

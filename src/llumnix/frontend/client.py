@@ -50,6 +50,7 @@ from llumnix.frontend.migrations import Migrations, Place
 from llumnix.frontend.prompt_blocks import prompt_blocks
 from llumnix.frontend.streams import Stream, Streams
 from llumnix.observe.event_log import EventLog
+from llumnix.observe.sockets import Listening, SocketKeys, check_secured
 
 STOPPING = "The server is stopping."
 
@@ -67,6 +68,7 @@ class FleetClient(EngineCalls):
         priorities: Priorities,
         *,
         hash_prefixes: bool = False,
+        keys: SocketKeys | None = None,
     ) -> None:
         # Stands in for the constructors of MPClient and AsyncMPClient: the same attributes, with
         # the engines left out. The contract test compares the two sets of attributes.
@@ -76,6 +78,9 @@ class FleetClient(EngineCalls):
         self._kv_event_sources = {}
         sync_context = zmq.Context(io_threads=2)
         self.ctx = zmq.asyncio.Context(sync_context)
+        self._listening = Listening(sync_context, keys)
+        for option, value in self._listening.options().items():
+            self.ctx.setsockopt(option, value)
         self.resources = BackgroundResources(ctx=sync_context)
         self._finalizer = weakref.finalize(self, self.resources)
         self.engines_running = False
@@ -86,6 +91,8 @@ class FleetClient(EngineCalls):
         self.resources.output_socket = make_zmq_socket(
             self.ctx, addresses["output_address"], zmq.PULL
         )
+        check_secured(self.input_socket, keys)
+        check_secured(self.resources.output_socket, keys)
         self.encoder = MsgpackEncoder()
         self.decoder = MsgpackDecoder(EngineCoreOutputs)
         self.engine_ranks_managed = list(range(slots))
@@ -128,6 +135,7 @@ class FleetClient(EngineCalls):
         if self._greeter is not None:
             self._greeter.cancel()
             self._link.close()
+        self._listening.close()
         self.shutdown()
 
     def expect(self, instance: InstanceId, engine_index: EngineIndex, slot: int) -> None:

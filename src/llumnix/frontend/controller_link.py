@@ -27,6 +27,7 @@ from llumnix.core.events import (
 from llumnix.core.load import LoadReport
 from llumnix.core.types import RequestId
 from llumnix.errors import ProtocolError
+from llumnix.observe.sockets import SocketKeys, connect
 from llumnix.observe.wire import Loads, LoadsAsked, Message, Ping, Pong, decode, encode
 
 logger = logging.getLogger("llumnix.frontend")
@@ -49,8 +50,9 @@ class _Question(NamedTuple):
 class ControllerLink:
     """One frontend's connection to the controller at a ZMQ address."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, keys: SocketKeys | None = None) -> None:
         self._address = address
+        self._keys = keys
         self._up = True
         self._number = 0
         self._answers: dict[RequestId, _Question] = {}
@@ -69,7 +71,7 @@ class ControllerLink:
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.IMMEDIATE, 1)
         self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.connect(self._address)
+        connect(self._socket, self._address, self._keys)
         self._readable = int(self._socket.getsockopt(zmq.FD))
         self._loop.add_reader(self._readable, self._take_in)
         self._probing = asyncio.create_task(self._probe(), name="llumnix-controller-probe")
