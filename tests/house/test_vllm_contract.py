@@ -227,6 +227,15 @@ def test_an_engine_cores_sockets_are_made_where_we_give_them_keys() -> None:
     says(network_utils.make_zmq_socket, "socket = ctx.socket(socket_type)", who=who)
 
 
+def test_what_is_copied_to_engines_elsewhere_is_named_by_vllm() -> None:
+    """engine/launch.py goes by both, and keeps what belongs to one host."""
+    from vllm.ray.ray_env import get_env_vars_to_copy
+    from vllm.v1.executor.ray_utils import WORKER_SPECIFIC_ENV_VARS
+
+    assert {"VLLM_HOST_IP", "VLLM_NIXL_SIDE_CHANNEL_HOST"} <= WORKER_SPECIFIC_ENV_VARS
+    assert {"VLLM_PORT", "S3_SECRET_ACCESS_KEY"} <= get_env_vars_to_copy()
+
+
 def test_the_busy_loop_calls_where_we_listen() -> None:
     """engine/instance.py reads the load in both."""
     assert busy_loop().count("_maybe_publish_request_counts()") == 2
