@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import time
+import traceback
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,6 +98,12 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+    except Exception as error:  # noqa: BLE001
+        # None of ours, and nothing that we know how to mend: the story, then the line.
+        traceback.print_exc()
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        print(f"llumnix: unexpected {what}; the traceback is above", file=sys.stderr)
+        return 1
     return 2
 
 

@@ -6,6 +6,7 @@ core/settings.py's: `read_settings` reads them from a YAML file and puts the fla
 """
 
 import ipaddress
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -125,10 +126,8 @@ class DeploymentConfig:
                 raise UsageError(
                     f"--allowed-host {name}: give the name alone, without scheme, port and path"
                 )
-        if self.event_log is not None and not Path(self.event_log).absolute().parent.is_dir():
-            raise UsageError(
-                f"--event-log {self.event_log}: its folder does not exist; make it first"
-            )
+        if self.event_log is not None:
+            _check_appendable(Path(self.event_log).absolute())
         # A frozen dataclass has no other way to set a field that follows from others.
         object.__setattr__(self, "scheduler", self._scheduler())
         scaling = self.scheduler.scaling
@@ -229,6 +228,13 @@ def read_settings(path: str | None) -> SchedulerSettings:
             + ", ".join(POLICIES)
         )
     return settings
+
+
+def _check_appendable(path: Path) -> None:
+    if not path.parent.is_dir():
+        raise UsageError(f"--event-log {path}: its folder does not exist; make it first")
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UsageError(f"--event-log {path} cannot be written; name a file that can")
 
 
 def _check_names(tree: Any, kind: Any, where: str) -> None:

@@ -23,11 +23,13 @@ LAYOUT = "1"
 
 
 def cache_folder() -> Path:
-    """Where llumnix keeps what it made: $LLUMNIX_CACHE, or llumnix/ in the user's cache folder."""
+    """Where llumnix keeps what it made: $LLUMNIX_CACHE, or llumnix/ in the user's cache folder.
+    `UsageError` if there is neither."""
     if chosen := os.environ.get("LLUMNIX_CACHE"):
         return Path(chosen)
-    # Without $HOME the user's entry in /etc/passwd is looked at, and `~` stays if there is none.
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if cache.startswith("~"):  # Neither $HOME nor /etc/passwd knows one.
+        raise UsageError("you have no home folder here: set LLUMNIX_CACHE to a folder of yours")
     return Path(cache) / "llumnix"
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import socketserver
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,6 +14,7 @@ import pytest
 
 from llumnix import cli
 from llumnix.cli import main
+from llumnix.config import knobs
 from llumnix.core.events import LoadReported, RequestArrived
 from llumnix.core.load import LoadReport
 from llumnix.core.scheduler import Scheduler
@@ -20,6 +22,7 @@ from llumnix.core.settings import SchedulerSettings
 from llumnix.core.types import EngineIndex, InstanceId, MigrationId, RequestId
 from llumnix.observe.event_log import EventLog
 
+LOADED = set(sys.modules)
 INSTANCES = {
     "controller": "up",
     "instances": [
@@ -445,6 +448,29 @@ def test_what_is_no_log_is_status_2(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 # -- the command itself
+
+
+def test_what_nobody_foresaw_has_its_traceback_and_then_a_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(argv: list[str]) -> int:
+        raise ZeroDivisionError("not\nforeseen")
+
+    monkeypatch.setattr(cli, "replay", broken)
+    assert main(["replay", "x"]) == 1
+    *story, last = capsys.readouterr().err.splitlines()
+    assert story[0].startswith("Traceback")
+    assert last == ("llumnix: unexpected ZeroDivisionError: not foreseen; the traceback is above")
+
+
+def test_the_help_of_serve_shows_our_flags_and_where_vllms_are(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["serve", "--help"]) == 0
+    said = capsys.readouterr().out
+    assert all("--" + name.replace("_", "-") in said for name, _, _ in knobs())
+    assert "--help=all" in said
+    assert "vllm" not in sys.modules or "vllm" in LOADED
 
 
 def test_every_command_is_in_the_usage(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,9 @@ pytest.importorskip("vllm")
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
+from llumnix.cluster.first_look import first_look
 from llumnix.errors import UsageError
+from llumnix.frontend import arguments
 from llumnix.frontend.access import Access, digests
 from llumnix.frontend.arguments import ServeCommand, parse, settle_variables
 
@@ -154,3 +156,91 @@ def test_the_host_header_counts_on_loopback_or_where_names_are_given(tiny_model:
     names = ["--allowed-host", "LLM.example", "--allowed-host", "b.example"]
     assert access(tiny_model, *away, *names).hosts == {"llm.example", "b.example"}
     assert access(tiny_model, "--allowed-origins", '["http://a"]').origins == ("http://a",)
+
+
+def refused(match: str, *words: str) -> None:
+    with pytest.raises(UsageError, match=match):
+        parse(["serve", *words], say=lambda text: pytest.fail(f"it began: {text}"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--config", "/nowhere.yaml"], "nowhere.yaml"),
+        (["--config", "/etc/hosts"], "yaml"),
+        (["--config", "a.yaml", "--config", "b.yaml"], "More than one config file"),
+        (["--chat-template", "/nowhere/t.jinja"], "/nowhere/t.jinja"),
+        (["--chat-template", "/tmp"], "Is a directory"),
+        (["--event-log", "/tmp"], "--event-log /tmp cannot be written"),
+        (["--event-log", "/nowhere/log"], "its folder does not exist"),
+        (["--lora-modules", "x=/nowhere", "--enable-lora"], "x=/nowhere: .*adapter_config.json"),
+        (["--middleware", "nowhere.Nothing"], "--middleware nowhere.Nothing cannot be imported"),
+        (["--middleware", "os.nothing"], "os.nothing cannot be imported .*package.module.Name"),
+        (["--middleware", "nothing"], "nothing cannot be imported"),
+        (["--tool-call-parser", "nope", "--enable-auto-tool-choice"], "invalid tool call parser"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_the_model_is_looked_at(
+    flags: list[str], said: str
+) -> None:
+    refused(said, "nobody/no-such-model", *flags)
+    if "--config" not in flags:  # Which wants a MODEL.
+        refused(said, *flags)
+
+
+def test_the_demo_model_can_be_renamed(monkeypatch: pytest.MonkeyPatch, tiny_model: Path) -> None:
+    monkeypatch.setattr(arguments, "prepare_demo_model", lambda say: tiny_model)
+    for flags in (
+        ["--served-model-name", "org/team/model-v1.0", "alias"],
+        ["--port", "8001", "--served-model-name", "org/team/model-v1.0", "alias"],
+        ["SmolLM2-135M-Instruct", "--served_model_name", "org/team/model-v1.0", "alias"],
+    ):
+        command = parse(["serve", *flags], say=lambda _: None)
+        assert command.args.model == str(tiny_model)
+        assert command.args.served_model_name == ["org/team/model-v1.0", "alias"]
+    command = parse(["serve"], say=lambda _: None)
+    assert command.args.served_model_name == ["SmolLM2-135M-Instruct"]
+
+
+def test_a_model_that_is_named_is_no_demo_model(
+    monkeypatch: pytest.MonkeyPatch, tiny_model: Path
+) -> None:
+    monkeypatch.setattr(arguments, "prepare_demo_model", lambda say: pytest.fail("the demo"))
+    for words in (
+        [str(tiny_model), "--served-model-name", "x"],
+        ["--model", str(tiny_model), "--served-model-name", "x"],
+        ["--port", "8001", str(tiny_model)],
+    ):
+        assert parse(["serve", *words], say=lambda _: None).args.model == str(tiny_model)
+
+
+def test_what_vllm_takes_for_a_model_is_not_called_a_missing_folder(tmp_path: Path) -> None:
+    for uri in ("s3://bucket/model", "gs://bucket/model", "az://bucket/model"):
+        with pytest.raises(UsageError) as refusal:
+            parse(["serve", uri], say=lambda _: None)
+        assert "no such folder" not in str(refusal.value)
+        assert uri in str(refusal.value)
+    for path in ("./nowhere", "/nowhere", "~/nowhere", "a/b/c", "~nobody/x"):
+        refused("no such folder; name a folder", path)
+    refused("holds no config.json", str(tmp_path))
+
+
+def test_the_first_look_has_the_real_parsers_names_and_defaults() -> None:
+    real = vars(arguments.make_parser().parse_args(["serve"]))
+    seen = vars(first_look(["serve"]))
+    assert seen == {name: real[name] for name in seen if name != "config"} | {"config": None}
+    words = [
+        "serve",
+        "m",
+        "--port",
+        "1",
+        "--ssl_keyfile",
+        "k",
+        "--ssl-certfile=c",
+        "--api-key",
+        "a",
+    ]
+    words += ["--uds", "u", "--host", "h", "--insecure", "--tensor-parallel-size", "2"]
+    given = vars(arguments.make_parser().parse_args(words))
+    seen = vars(first_look(words))
+    assert seen == {name: given[name] for name in seen if name != "config"} | {"config": None}

@@ -510,3 +510,40 @@ async def test_a_streams_head_leaves_at_the_dispatch_before_any_token() -> None:
     await asyncio.wait_for(running, 5)
     assert [m.get("body") for m in sent[1:]] == [b"token", b""]
     assert app.state.engine_client.open_http == 0
+
+
+async def test_a_stop_waits_for_requests_that_have_come_whole_and_for_no_upload() -> None:
+    """A client may never send the rest of its body."""
+    app = application()
+    llm = app.state.engine_client
+    rest, seen = asyncio.Event(), []
+
+    async def inside(scope: Any, receive: Any, send: Any) -> None:
+        seen.append(llm.open_http)
+        while (await receive()).get("more_body"):
+            seen.append(llm.open_http)
+        seen.append(llm.open_http)
+        await PlainTextResponse("done")(scope, receive, send)
+
+    async def receive() -> dict[str, Any]:
+        if not rest.is_set():
+            rest.set()
+            return {"type": "http.request", "body": b"{", "more_body": True}
+        return {"type": "http.request", "body": b"}", "more_body": False}
+
+    async def send(message: Any) -> None:
+        pass
+
+    for method, counts in (("POST", [0, 0, 1]), ("GET", [1, 1, 1])):
+        rest.clear()
+        seen.clear()
+        scope = {"type": "http", "method": method, "path": "/v1/x", "headers": [], "app": app}
+        await Gate(inside)(scope, receive, send)
+        assert seen == counts
+        assert llm.open_http == 0
+
+
+async def test_the_liveness_path_is_open_and_says_so_while_it_stops() -> None:
+    async with client(application(["secret"], stopping=True)) as http:
+        answer = await http.get("/live")
+        assert (answer.status_code, answer.json()) == (200, {"live": True})

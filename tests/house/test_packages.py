@@ -122,8 +122,11 @@ def test_a_cache_that_cannot_be_written_is_refused_before_the_conversion(
         demo.prepare_demo_model(lambda text: pytest.fail(f"it began: {text}"))
 
 
-def test_the_cache_has_a_place_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_home_a_cache_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("LLUMNIX_CACHE", "XDG_CACHE_HOME", "HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
-    assert demo.cache_folder() == Path("~/.cache/llumnix")
+    with pytest.raises(UsageError, match="set LLUMNIX_CACHE"):
+        demo.cache_folder()
+    monkeypatch.setenv("LLUMNIX_CACHE", "/somewhere")
+    assert demo.cache_folder() == Path("/somewhere")

@@ -552,3 +552,43 @@ def test_the_ready_message_is_what_we_read() -> None:
     assert "input_socket.send(ready_payload)" in source(EngineCoreProc.process_input_sockets)
     assert hasattr(MPClient, "_apply_ready_response")
     assert core.EngineShutdownState.REQUESTED
+
+
+def test_what_a_start_checks_is_what_the_server_checks_before_it_binds() -> None:
+    """frontend/checks.py calls these itself, since the port is ours from the first second on."""
+    from vllm.entrypoints.launchers import launcher
+
+    says(
+        launcher.setup_server,
+        "ToolParserManager.import_tool_parser(args.tool_parser_plugin)",
+        "ReasoningParserManager.import_reasoning_parser(args.reasoning_parser_plugin)",
+        "validate_api_server_args(args)",
+        "create_server_socket",
+        "set_ulimit()",
+        who="frontend/checks.py",
+    )
+
+
+def test_the_server_serves_on_a_socket_that_listens_and_says_when() -> None:
+    import uvicorn
+    from vllm.entrypoints.launchers import launcher
+    from vllm.entrypoints.launchers.api_server import entry
+
+    says(entry.build_and_serve, "return await serve_http(", "**uvicorn_kwargs", who="server.py")
+    says(launcher.serve_http, "uvicorn.Config(app, **uvicorn_kwargs)", who="server.py")
+    assert "callback_notify" in inspect.signature(uvicorn.Config).parameters
+    says(uvicorn.Server.on_tick, "await self.config.callback_notify()", who="server.py")
+    says(uvicorn.Server.main_loop, "on_tick(counter)", "while not should_exit", who="server.py")
+
+
+def test_a_chat_template_is_read_by_what_a_start_calls() -> None:
+    from vllm.entrypoints.launchers.api_server import app_state
+
+    assert "load_chat_template(args.chat_template)" in source(app_state)
+
+
+def test_the_file_through_which_workers_meet_has_a_name_that_can_be_changed() -> None:
+    from vllm.v1.executor import multiproc_executor, uniproc_executor
+
+    for module in (multiproc_executor, uniproc_executor):
+        assert "distributed_init_method = get_file_store_init_method()" in source(module)

@@ -16,10 +16,15 @@ from support.server import eventually
 pytestmark = pytest.mark.live
 
 
+def on_any_port(words: tuple[str, ...]) -> list[str]:
+    """`serve` listens at once, and another may have its default port."""
+    return [*words, *(["--port", "0"] if words[0] == "serve" and "--port" not in words else [])]
+
+
 def llumnix(*words: str) -> tuple[int, str]:
     """Runs the command to its end; its exit status and what it printed to stderr."""
     done = subprocess.run(
-        [sys.executable, "-m", "llumnix", *words],
+        [sys.executable, "-m", "llumnix", *on_any_port(words)],
         capture_output=True,
         text=True,
         timeout=120,
@@ -32,7 +37,7 @@ def llumnix(*words: str) -> tuple[int, str]:
 WARM = """
 import io, json, os, sys
 import llumnix.cli
-llumnix.cli.main(["serve", "--instances", "0"])  # Loads all there is to load.
+llumnix.cli.main(["serve", "--instances", "0", "--port", "0"])  # Loads all there is to load.
 for line in sys.stdin:
     words, out = json.loads(line)
     child = os.fork()
@@ -72,7 +77,9 @@ class Warm:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._out.unlink(missing_ok=True)
-        print(json.dumps([words, str(self._out)]), file=self._process.stdin, flush=True)
+        print(
+            json.dumps([on_any_port(words), str(self._out)]), file=self._process.stdin, flush=True
+        )
         for line in self._process.stdout:
             if line.startswith("status "):
                 return int(line.split()[1]), self._out.read_text()
@@ -177,6 +184,25 @@ def test_ray_that_cannot_be_reached(warm: Warm, tiny_model: Path) -> None:
     line = complaint("serve", str(tiny_model), "--ray-address", "127.0.0.1:1", run=warm)
     assert "cannot reach Ray at 127.0.0.1:1" in line
     assert "ray start --head" in line
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--port", "99999"], "--port 99999: must be 1 to 65535"),
+        (["--config", "/nowhere.yaml"], "nowhere.yaml"),
+        (["--chat-template", "/nowhere/t.jinja"], "/nowhere/t.jinja"),
+        (["--ssl-keyfile", "/nowhere", "--ssl-certfile", "/nowhere"], "the certificate cannot be"),
+        (["--event-log", "/tmp"], "--event-log /tmp cannot be written"),
+        (["--event-log", "/proc/llumnix"], "--event-log /proc/llumnix cannot be written"),
+        (["--enable-lora", "--lora-modules", "x=/nowhere"], "no adapter_config.json"),
+        (["--middleware", "nowhere.Nothing"], "--middleware nowhere.Nothing cannot be imported"),
+    ],
+)
+def test_files_that_cannot_be_used(
+    warm: Warm, tiny_model: Path, flags: list[str], said: str
+) -> None:
+    assert said in complaint("serve", str(tiny_model), *flags, run=warm)
 
 
 @pytest.mark.slow

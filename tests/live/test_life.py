@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from llumnix.engine.folders import sweep
 from support.server import Server, alive, eventually, real_time
 
 from .conftest import FLAGS
@@ -76,6 +78,14 @@ def stream(server: Server, name: str, max_tokens: int) -> dict:
     return seen
 
 
+def answer(server: Server, path: str) -> httpx.Response | None:
+    """None as long as nobody listens."""
+    try:
+        return server.http.get(path)
+    except httpx.ConnectError:
+        return None
+
+
 def start(tiny_model: Path, log: Path, *flags: str) -> Server:
     return Server(
         str(tiny_model), "--served-model-name", "tiny", *FLAGS, *flags, log=log
@@ -86,8 +96,11 @@ def start(tiny_model: Path, log: Path, *flags: str) -> Server:
 def pair(tiny_model: Path, logs: Path) -> Iterator[Server]:
     """Two instances, which the tests hurt one after the other; nothing of them stays behind."""
     shared_memory = set(os.listdir("/dev/shm"))
-    server = start(tiny_model, logs / "pair.log")
-    yield server
+    server = Server(str(tiny_model), "--served-model-name", "tiny", *FLAGS, log=logs / "pair.log")
+    early = eventually(lambda: answer(server, "/health"), 60, "the port is listened on")
+    yield server.wait_until_serving()
+    assert early.status_code == 503
+    assert early.json()["error"]["message"].startswith("llumnix is starting")
     server.stop()
     print(server.log[-3000:])
     eventually(lambda: set(os.listdir("/dev/shm")) <= shared_memory, 10, "no shared memory")
@@ -235,6 +248,44 @@ def test_a_second_signal_stops_at_once(single: Server) -> None:
     assert "stopping at once" in server.log
 
 
+def own_folders() -> set[Path]:
+    return set(Path(tempfile.gettempdir()).glob("llumnix-*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_stop_that_goes_to_every_process_lets_running_requests_end(
+    single: Server, number: signal.Signals
+) -> None:
+    """As a service manager stops a service, and as a terminal ends."""
+    server = single
+    pids = server.descendants()
+    results: list[dict] = []
+    thread = threading.Thread(target=lambda: results.append(stream(server, "long", 600)))
+    thread.start()
+    eventually(lambda: any(r["output_tokens"] > 3 for r in server.requests()), what="it runs")
+    for pid in (server.process.pid, *pids):
+        os.kill(pid, number)
+    assert server.wait() == 0
+    thread.join()
+    assert results[0]["error"] is None
+    assert results[0]["tokens"] == 600
+    eventually(lambda: not any(map(alive, pids)), 10, "no process is left")
+    assert "Traceback" not in server.log
+
+
+@pytest.mark.slow
+def test_what_a_killed_run_leaves_is_swept(single: Server) -> None:
+    pids = single.descendants()
+    left = own_folders()
+    single.signal(signal.SIGKILL)
+    eventually(lambda: not any(map(alive, pids)), 60, "its processes end by themselves")
+    swept = set(sweep(Path(tempfile.gettempdir())))
+    assert swept
+    assert swept <= left
+    assert not swept & own_folders()
+
+
 def _title(pid: int) -> str:
     return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
 
@@ -244,8 +295,12 @@ def test_ctrl_c_while_it_starts_leaves_nothing(tiny_model: Path, logs: Path) -> 
     server = Server(str(tiny_model), *FLAGS, log=logs / "early.log")
     eventually(lambda: "starting instance 2/2" in server.log, 120)
     time.sleep(2)
+    early = server.http.get("/v1/models").json()
+    assert early["instances"] == [{"id": i, "state": "starting"} for i in ("i0", "i1")]
     pids = server.descendants()
     server.signal(signal.SIGINT, group=True)
+    time.sleep(0.5)
+    server.signal(signal.SIGTERM)  # Cuts no clean-up short.
     assert server.wait() == 130
     eventually(lambda: not any(map(alive, pids)), 10, "no process is left")
     assert "stopped before it served" in server.log

@@ -1,22 +1,20 @@
 """Where our processes meet: Unix sockets in a folder of our own, and TCP only for other hosts."""
 
-import shutil
 import socket
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 
+from llumnix.engine.folders import PrivateFolder
 from llumnix.observe.sockets import SocketKeys
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Addresses:
-    """ZMQ addresses of one deployment. `folder` is readable by its owner only and goes with us.
+    """ZMQ addresses of one deployment. `folder` goes with us.
     `peers` and `agents` are where llumlets and workers listen, with `{engine}`, `{rank}` and
     `{host}` for each to fill in; `agents` is in the form of engine/transfer.py. `keys`: what our
     processes know each other by, None where only the user can open the sockets."""
 
-    folder: Path
+    folder: PrivateFolder
     controller: str
     frontend_input: str
     frontend_output: str
@@ -30,14 +28,13 @@ class Addresses:
         cluster that has, or may get, further nodes."""
         names = ("controller", "input", "output")
         ports = [] if host is None else _free_ports(host, len(names))
-        # For its owner only: mkdtemp's doing. Short, for a Unix socket's path may have 107
-        # characters at most and Ray adds 60.
-        folder = Path(tempfile.mkdtemp(prefix="llumnix-"))
+        folder = PrivateFolder.make_short()
         if host is None:
-            controller, frontend_input, frontend_output = (f"ipc://{folder}/{n}" for n in names)
+            inside = folder.path
+            controller, frontend_input, frontend_output = (f"ipc://{inside}/{n}" for n in names)
             peers, agents = (
-                f"ipc://{folder}/peer-{{engine}}",
-                f"unix:{folder}/kv-{{engine}}-{{rank}}",
+                f"ipc://{inside}/peer-{{engine}}",
+                f"unix:{inside}/kv-{{engine}}-{{rank}}",
             )
         else:
             at = f"[{host}]" if ":" in host else host  # IPv6.
@@ -55,7 +52,7 @@ class Addresses:
 
     def remove(self) -> None:
         """Removes the folder and what is in it."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.remove()
 
 
 def _free_ports(host: str, count: int) -> list[int]:

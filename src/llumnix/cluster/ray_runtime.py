@@ -12,11 +12,15 @@ from pathlib import Path
 
 import setproctitle
 
+from llumnix.errors import UsageError
+
 OBJECT_STORE_BYTES = 80 * 2**20
 """Nothing of ours goes through Ray's object store but configuration; this is Ray's smallest."""
 CONNECT_TIMEOUT_S = 5.0
 LOOPBACK_ADDRESS = "127.0.0.1"
 LOG_TAIL_BYTES = 2**18
+ERROR_MAX = 600
+"""So many characters of an error of Ray's are passed on."""
 
 
 def settle(*, local: bool) -> None:
@@ -57,18 +61,28 @@ def start_local(folder: Path, *, logs: bool) -> None:
     print what the actors log."""
     import ray
 
-    ray.init(
-        include_dashboard=False,
-        object_store_memory=OBJECT_STORE_BYTES,
-        _temp_dir=str(folder),
-        _node_ip_address=LOOPBACK_ADDRESS,
-        configure_logging=False,
-        log_to_driver=logs,
-    )
+    try:
+        ray.init(
+            # Without it Ray would join what RAY_ADDRESS names.
+            address="local",
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            _temp_dir=str(folder),
+            _node_ip_address=LOOPBACK_ADDRESS,
+            configure_logging=False,
+            log_to_driver=logs,
+        )
+    except SystemExit as leaving:  # Ray's answer to a SIGTERM.
+        raise KeyboardInterrupt from leaving
+    except (OSError, ValueError, RuntimeError) as error:  # Ray's own errors are RuntimeErrors.
+        raise UsageError(
+            f"Ray could not be started on this machine ({_one_line(error)}): check that "
+            f"{folder.parent} and /dev/shm have room, and `ulimit -n` and `-u`"
+        ) from error
 
 
 def join(address: str, *, logs: bool) -> None:
-    """Joins a running cluster; raises `ConnectionError` if that fails."""
+    """Joins a running cluster; `UsageError` if that fails."""
     try:
         if address != "auto":
             # Ray itself would try for a minute.
@@ -78,9 +92,29 @@ def join(address: str, *, logs: bool) -> None:
         import ray
 
         ray.init(address=address, configure_logging=False, log_to_driver=logs)
-    except (OSError, ValueError, RuntimeError) as error:  # Ray's own errors are RuntimeErrors.
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConnectionError(first_line) from error
+    except SystemExit as leaving:
+        raise KeyboardInterrupt from leaving
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UsageError(why_not_joined(address, error)) from error
+
+
+def why_not_joined(address: str, error: BaseException) -> str:
+    """Why a cluster was not joined, and what to do."""
+    text = _one_line(error)
+    if "ersion mismatch" in text:
+        return (
+            f"the Ray cluster at {address} runs other versions than this host ({text}): install "
+            "the same Ray and Python on all hosts"
+        )
+    return (
+        f"cannot reach Ray at {address} ({text}): start it with `ray start --head`, or leave "
+        "--ray-address out to have Ray started here"
+    )
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text[:ERROR_MAX]
 
 
 def stop() -> None:

@@ -5,106 +5,161 @@ import asyncio
 import logging
 import os
 import signal
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
-from llumnix.cluster import ray_runtime
+from llumnix.cluster import ray_runtime, signals
 from llumnix.cluster.addresses import Addresses
+from llumnix.cluster.first_look import first_look, has_key, help_text
+from llumnix.cluster.kept_logs import keep_logs
 from llumnix.core.policies.presets import POLICIES
 from llumnix.core.scheduler import priorities_of
+from llumnix.demo import cache_folder
+from llumnix.engine.folders import sweep
 from llumnix.errors import InstanceFailedError, UsageError
-from llumnix.frontend.arguments import ServeCommand, parse, settle_variables
+from llumnix.frontend.arguments import (
+    ServeCommand,
+    parse,
+    refuse_strangers,
+    settle_variables,
+)
+from llumnix.frontend.listener import ListenAddress, Listener, StartProgress
+from llumnix.observe.console import say
 from llumnix.observe.event_log import EventLog
 from llumnix.observe.sockets import check_encryption
 
-# Ray must know before it is imported whether it will be started here, and vLLM imports it.
-_first_look = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-_first_look.add_argument("--ray-address", "--ray_address")
 
+class Start:
+    """How far the start is, for the user at the terminal and for clients at the port."""
 
-def say(text: str) -> None:
-    """One line to the user."""
-    print(f"llumnix: {text}", flush=True)
+    def __init__(self) -> None:
+        self.began_s = time.monotonic()
+        self.progress = StartProgress(began_s=self.began_s)
+        self.listener: Listener | None = None
+        self.crashed = False  # whether an instance was lost, so that its log is worth keeping
+
+    def say(self, text: str) -> None:
+        """What it does now."""
+        say(text)
+        self.progress.phase = text
+
+    def listen(self, args: argparse.Namespace) -> None:
+        """Listens where the arguments say, if it does not do so yet."""
+        address = ListenAddress.of(args)
+        if self.listener is not None and self.listener.address == address:
+            return
+        self.close()
+        listener = Listener(address, self.progress)
+        listener.open()
+        self.listener = listener
+
+    def close(self) -> None:
+        """Stops listening."""
+        if self.listener is not None:
+            self.listener.close()
+            self.listener = None
 
 
 def serve(argv: list[str]) -> int:
     """Runs until it is told to stop; returns the exit status. `UsageError` on bad input."""
-    began = time.monotonic()
-    signal.signal(signal.SIGTERM, _interrupt)
+    if {"--help", "-h"} & set(argv):
+        print(help_text(), end="")
+        return 0
+    start = Start()
+    signals.interrupt()
     log_to_stderr()
     # vLLM's start-up chatter would hide our own lines; whoever sets the level gets all of it.
     logs = "VLLM_LOGGING_LEVEL" in os.environ
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     settle_variables()
-    joining, _ = _first_look.parse_known_args(argv)
-    ray_runtime.settle(local=joining.ray_address is None)
-    ray_runtime.hide_arguments(argv)
-    say("loading vLLM")
-    command = parse(argv, say)
-    if command.deployment.ray_address != joining.ray_address:
-        raise UsageError("ray-address: give it on the command line, not in the --config file")
-    from llumnix.frontend.server import bind
-
-    listen_address, sock = bind(command.args)
+    seen = first_look(argv)
     try:
-        return _with_ray(command, listen_address, sock, began, logs)
+        if seen.config is None:
+            refuse_strangers(seen, keyed=has_key(seen), insecure=seen.insecure)
+            start.listen(seen)
+        # Ray must know before it is imported whether it will be started here, and vLLM imports it.
+        ray_runtime.settle(local=seen.ray_address is None)
+        ray_runtime.hide_arguments(argv)
+        start.say("loading vLLM")
+        command = parse(argv, start.say)
+        if command.deployment.ray_address != seen.ray_address:
+            raise UsageError("ray-address: give it on the command line, not in the --config file")
+        start.listen(command.args)
+        assert start.listener is not None
+        command.args.port = start.listener.port
+        return _with_ray(command, _open_event_log(command), start, logs)
+    except KeyboardInterrupt:
+        say("stopped before it served")
+        return 130
     finally:
-        sock.close()
-        if command.args.uds and os.path.exists(command.args.uds):
-            os.unlink(command.args.uds)
+        signals.ignore()
+        start.close()
 
 
 def log_to_stderr() -> None:
     """Our own lines, whatever the libraries do to the root logger."""
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("llumnix: %(message)s"))
+    handler.setFormatter(logging.Formatter("llumnix: %(asctime)s %(levelname)s %(message)s"))
     ours = logging.getLogger("llumnix")
     ours.addHandler(handler)
     ours.setLevel(logging.INFO)
     ours.propagate = False
+    # A line that cannot be written any more is lost, without a traceback in its place.
+    logging.raiseExceptions = False
 
 
-def _interrupt(*_: Any) -> None:
-    raise KeyboardInterrupt
+def _open_event_log(command: ServeCommand) -> EventLog:
+    path = command.deployment.event_log
+    try:
+        return EventLog(path, who=f"frontend {os.getpid()}")
+    except OSError as error:
+        raise UsageError(
+            f"--event-log {path} cannot be written ({error.strerror}); name a file that can"
+        ) from error
 
 
-def _with_ray(
-    command: ServeCommand, listen_address: str, sock: Any, began: float, logs: bool
-) -> int:
+def _with_ray(command: ServeCommand, event_log: EventLog, start: Start, logs: bool) -> int:
     joined = command.deployment.ray_address
     addresses = None
+    sweep(Path(tempfile.gettempdir()))
+    sweep(Path("/tmp"))
     try:
         if joined:
             check_encryption()
-            say(f"joining Ray at {joined}")
-            try:
-                ray_runtime.join(joined, logs=logs)
-            except ConnectionError as error:
-                raise UsageError(
-                    f"cannot reach Ray at {joined} ({error}): start it with `ray start --head`, or "
-                    "leave --ray-address out to have Ray started here"
-                ) from error
+            start.say(f"joining Ray at {joined}")
+            ray_runtime.join(joined, logs=logs)
             addresses = Addresses.make(ray_runtime.node_address())
         else:
-            say("starting Ray on this machine")
+            start.say("starting Ray on this machine")
             addresses = Addresses.make(None)
-            ray_runtime.start_local(addresses.folder / "ray", logs=logs)
+            with signals.kept_from_children():
+                ray_runtime.start_local(addresses.folder.path / "ray", logs=logs)
+        signals.interrupt()  # Ray has put a handler of its own for SIGTERM.
         # vLLM's own Unix sockets (engine to worker) belong into our folder too.
-        os.environ["VLLM_RPC_BASE_PATH"] = str(addresses.folder)
+        os.environ["VLLM_RPC_BASE_PATH"] = str(addresses.folder.path)
         import uvloop
 
-        return uvloop.run(_run(command, addresses, listen_address, sock, began))
-    except KeyboardInterrupt:
-        say("stopped before it served")
-        return 130
+        return uvloop.run(_run(command, event_log, addresses, start))
     finally:
+        signals.ignore()
         ray_runtime.stop()
         if addresses is not None:
+            if start.crashed and not joined:
+                _keep_logs(addresses.folder.path / "ray")
             addresses.remove()
 
 
+def _keep_logs(ray_folder: Path) -> None:
+    try:
+        say(f"an instance was lost; what it logged is in {keep_logs(ray_folder, cache_folder())}")
+    except (OSError, UsageError) as error:
+        say(f"an instance was lost; its log could not be kept: {error}")
+
+
 async def _run(
-    command: ServeCommand, addresses: Addresses, listen_address: str, sock: Any, began: float
+    command: ServeCommand, event_log: EventLog, addresses: Addresses, start: Start
 ) -> int:
     from llumnix.cluster.fleet import Fleet
     from llumnix.engine.launch import EngineLaunch
@@ -128,7 +183,7 @@ async def _run(
         },
         ControllerLink(addresses.controller, addresses.keys),
         deployment.slots,
-        EventLog(deployment.event_log, who=f"frontend {os.getpid()}"),
+        event_log,
         priorities_of(deployment.scheduler, keyed=bool(args.access.client_digests)),
         hash_prefixes=POLICIES[deployment.scheduler.policy].looks_at_caches,
         keys=addresses.keys,
@@ -142,18 +197,23 @@ async def _run(
         aggregate_engine_logging=args.aggregate_engine_logging,
     )
     fleet = Fleet(llm, launch, addresses, deployment)
+    start.progress.instances = lambda: [(s.id, s.state) for s in fleet.status()]
     failed = None
     try:
         fleet.check_capacity(deployment.instances)
         fleet.start_controller()
-        await fleet.start(deployment.instances, say)
-        ready = asyncio.create_task(_announce(llm, listen_address, args, began))
+        await fleet.start(deployment.instances, start.say)
         failed = asyncio.create_task(_stop_when_all_failed(fleet))
-        await serve_http(llm, fleet, listen_address, sock, args)
-        ready.cancel()
+        assert start.listener is not None
+        signals.pass_hangup_on(asyncio.get_running_loop())
+        await serve_http(llm, fleet, start.listener, args, lambda: _announce(llm, start, args))
     except InstanceFailedError as error:
+        start.crashed = True
         raise UsageError(str(error)) from error
     finally:
+        start.crashed |= any(s.restarts or s.state == "failed" for s in fleet.status())
+        # What follows is short, and half of it would leave processes and files behind.
+        signals.ignore(asyncio.get_running_loop())
         if failed is not None:
             failed.cancel()
         await fleet.close()
@@ -170,30 +230,26 @@ async def _stop_when_all_failed(fleet: Any) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-async def _announce(llm: Any, listen_address: str, args: Any, began: float) -> None:
-    """Says where it serves once a request would be answered."""
-    base = "http://localhost" if args.uds else listen_address.replace("0.0.0.0", "127.0.0.1")
-    while True:
-        try:
-            _, writer = await (
-                asyncio.open_unix_connection(args.uds)
-                if args.uds
-                else asyncio.open_connection(args.host, args.port)
-            )
-            writer.close()
-            break
-        except OSError:
-            await asyncio.sleep(0.05)
+async def _announce(llm: Any, start: Start, args: argparse.Namespace) -> None:
+    """Says where it serves, and a line to try."""
+    assert start.listener is not None
+    url = start.listener.url
     model = (args.served_model_name or [args.model])[0]
-    key = " -H 'Authorization: Bearer '$KEY" if args.access.client_digests else ""
+    say(f"serving {model} at {url} after {time.monotonic() - start.began_s:.0f} s; try")
+    generates = "generate" in await llm.get_supported_tasks()
+    say(curl_line(args, url, model, generates=generates), prefix="  ")
+
+
+def curl_line(args: argparse.Namespace, url: str, model: str, *, generates: bool) -> str:
+    """A command that asks the server something. It has the key's variable, never the key."""
+    keyed = bool(args.access.client_digests)
+    key = ' -H "Authorization: Bearer ${VLLM_API_KEY:-$KEY}"' if keyed else ""
+    base = url.replace("//0.0.0.0", "//127.0.0.1").replace("//[::]", "//[::1]")
     curl = f"curl --unix-socket {args.uds} http://localhost" if args.uds else f"curl {base}"
-    say(f"serving {model} at {listen_address} after {time.monotonic() - began:.0f} s; try")
-    if "generate" in await llm.get_supported_tasks():
-        what = (
-            f"/v1/chat/completions{key} -H 'Content-Type: application/json' "
-            f'-d \'{{"model": "{model}", "max_tokens": 64, "temperature": 0, '
-            '"messages": [{"role": "user", "content": "What is the capital of France?"}]}\''
-        )
-    else:
-        what = f"/v1/models{key}"
-    print(f"  {curl}{what}", flush=True)
+    if not generates:
+        return f"{curl}/v1/models{key}"
+    return (
+        f"{curl}/v1/chat/completions{key} -H 'Content-Type: application/json' "
+        f'-d \'{{"model": "{model}", "max_tokens": 64, "temperature": 0, '
+        '"messages": [{"role": "user", "content": "What is the capital of France?"}]}\''
+    )

@@ -21,6 +21,8 @@ vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when
   that has one in it, which began when the call before returned, it returns when that has landed.
 - `_process_input_queue()` is called before every step and handles all that lies in the queue; the
   busy loop goes on from it when there is work, or `is_running()` says no.
+- The executors look `get_file_store_init_method()` up in their own modules; it names the file
+  through which their workers meet.
 - `shutdown_state` and a WAKEUP in `input_queue` end the busy loop from another thread; a WAKEUP
   alone makes an idle one call `_notify_idle_state_callbacks()` once more.
 
@@ -38,19 +40,22 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing import resource_tracker, util
+from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 from vllm.v1.engine import EngineCoreRequestType
 from vllm.v1.engine.core import EngineCoreActor, EngineShutdownState
 from vllm.v1.engine.utils import EngineZmqAddresses
-from vllm.v1.executor import Executor
+from vllm.v1.executor import Executor, multiproc_executor, uniproc_executor
 from vllm.v1.request import Request
 
 from llumnix.core.priorities import Priorities
 from llumnix.core.types import EngineIndex, InstanceId, MigrationId, RequestId
 from llumnix.engine.cores import share_of_cores
+from llumnix.engine.folders import PrivateFolder, sweep
 from llumnix.engine.host import FromOutside, HostSeat, LlumletHost
 from llumnix.engine.immovable import WORKER_EXTENSION
 from llumnix.engine.load_reader import LoadReader
@@ -106,7 +111,7 @@ class EngineInstance(EngineCoreActor):
         log_stats: bool,
     ) -> None:
         self._seat = seat
-        _make_socket_folder()
+        self._folder = _own_folder(seat.engine_index)
         _start_resource_tracker()
         self._devices = _take_devices(seat, vllm_config.parallel_config.world_size)
         _tell_apart(vllm_config, seat.engine_index)
@@ -169,6 +174,10 @@ class EngineInstance(EngineCoreActor):
                 self._prefixes.close()
             self._reporter.close()
             self._host.close()
+            if self._folder is not None:
+                self._folder.remove()
+                with contextlib.suppress(OSError):
+                    self._folder.path.parent.rmdir()  # On another host, the last one out.
 
     def accept(self, accepting: bool) -> None:
         """Says in every report from now on whether new requests are welcome."""
@@ -176,7 +185,8 @@ class EngineInstance(EngineCoreActor):
 
     def _leave_on_sigterm(self) -> None:
         """A SIGTERM means: move everything away, then stop. A second one is Ray's, and ends the
-        process at once."""
+        process at once. vLLM's workers, which are there already, stay deaf to it
+        (cluster/signals.py)."""
         if threading.current_thread() is not threading.main_thread():
             return  # Not in a Ray actor.
         ray_handler = signal.getsignal(signal.SIGTERM)
@@ -186,6 +196,7 @@ class EngineInstance(EngineCoreActor):
             self._host.leave("its process got a SIGTERM")
 
         signal.signal(signal.SIGTERM, leave)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
     def stop(self) -> None:
         """Aborts what runs and ends the busy loop."""
@@ -334,10 +345,19 @@ def _take_devices(seat: InstanceSeat, world_size: int) -> list[str]:
     return [f"cpu:{share}" for share in bound.split("|")]
 
 
-def _make_socket_folder() -> None:
-    """vLLM's own Unix sockets go into the deployment's private folder, which another host lacks."""
-    if folder := os.environ.get("VLLM_RPC_BASE_PATH"):
-        os.makedirs(folder, mode=0o700, exist_ok=True)
+def _own_folder(engine_index: EngineIndex) -> PrivateFolder | None:
+    """vLLM's own Unix sockets, and the file through which its workers meet, go into a folder of
+    this engine's inside the deployment's, which another host lacks."""
+    shared = os.environ.get("VLLM_RPC_BASE_PATH")
+    if shared is None:
+        return None
+    sweep(Path(shared).parent)
+    folder = PrivateFolder.of(Path(shared) / f"e{engine_index}")
+    os.environ["VLLM_RPC_BASE_PATH"] = str(folder.path)
+    for executor in (uniproc_executor, multiproc_executor):
+        # vLLM's would stay in /tmp when the engine is killed.
+        executor.get_file_store_init_method = lambda: f"file://{folder.path}/workers-{uuid4().hex}"
+    return folder
 
 
 def _start_resource_tracker() -> None:

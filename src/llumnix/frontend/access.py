@@ -12,7 +12,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 
-OPEN_PATHS = ("/health",)
+from llumnix.frontend.listener import LIVE_PATH
+
+OPEN_PATHS = ("/health", LIVE_PATH)
 READS = ("GET", "HEAD", "OPTIONS")
 ANY = "*"
 

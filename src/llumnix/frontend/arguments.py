@@ -1,7 +1,7 @@
 """The command line of `llumnix serve`: vLLM's parser, plus the knobs of `DeploymentConfig`.
 
 vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
-`make_arg_parser`, `validate_parsed_serve_args`, `FlexibleArgumentParser`,
+`make_arg_parser`, `validate_parsed_serve_args`, `load_chat_template`, `FlexibleArgumentParser`,
 `AsyncEngineArgs.from_cli_args(...).create_engine_config(...)`; `VLLM_MAX_N_SEQUENCES` bounds `n`;
 without `args.api_key` and `VLLM_API_KEY` vLLM checks no key (tests/house/test_vllm_routes.py).
 """
@@ -13,6 +13,8 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from llumnix.config import (
     ADMIN_API_KEY_VARIABLE,
@@ -26,6 +28,7 @@ from llumnix.config import (
 from llumnix.demo import DEMO_MODEL, prepare_demo_model
 from llumnix.errors import UsageError
 from llumnix.frontend.access import Access, digests
+from llumnix.frontend.checks import check_server_args
 
 SHUTDOWN_TIMEOUT_S = 30
 CPU_KV_CACHE_BYTES = 2**30
@@ -53,6 +56,10 @@ _REFUSED = {
     "device_ids": "Ray assigns the devices; set CUDA_VISIBLE_DEVICES instead",
     "nnodes": "an instance must fit on one host; lower the parallel sizes",
 }
+
+
+_CONFIG_FILES = ("config.json", "params.json")
+"""What makes a folder a checkpoint: Hugging Face's, or Mistral's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,25 +103,31 @@ def parse(argv: list[str], say: Any) -> ServeCommand:
     """Reads `serve ...` (the words after the program's name); `UsageError` or argparse's own exit
     on bad input. `say(text)` is told what takes long."""
     from vllm.entrypoints.launchers.cli_args import validate_parsed_serve_args
+    from vllm.exceptions import VLLMError
+    from vllm.renderers.chat_utils import load_chat_template
 
     parser = make_parser()
     defaults = parser.parse_args(["serve"])
     try:
-        args = parser.parse_args(argv)
-    except ValueError as error:
+        args = parser.parse_args(_with_demo_model(argv))
+    # AssertionError: vLLM's, for a second --config. A YAMLError has no other base.
+    except (ValueError, OSError, AssertionError, yaml.YAMLError) as error:
         raise UsageError(_one_line(error)) from error
     clients = _take_keys(args, "api_key", API_KEY_VARIABLE, say)
     admins = _take_keys(args, "admin_api_key", ADMIN_API_KEY_VARIABLE, say)
     deployment = DeploymentConfig(**{name: getattr(args, name) for name, _, _ in knobs()})
     _refuse_what_breaks(args, defaults)
     args.access = _access(args, deployment, clients, admins, say)
-    _choose_model(args, defaults, say)
     if args.distributed_executor_backend == "ray":
         raise UsageError("--distributed-executor-backend ray: an instance is one Ray actor; use mp")
     try:
         validate_parsed_serve_args(args)
-    except (TypeError, ValueError, KeyError) as error:
+        load_chat_template(args.chat_template)
+    except (TypeError, ValueError, KeyError, VLLMError) as error:
         raise UsageError(_one_line(error)) from error
+    check_server_args(args)
+    # Last, since it may take long.
+    _choose_model(args, defaults, say)
     return ServeCommand(
         args=args, vllm_config=_engine_config(args, defaults, argv), deployment=deployment
     )
@@ -148,6 +161,18 @@ def _take_keys(args: argparse.Namespace, name: str, variable: str, say: Any) -> 
     return keys
 
 
+def refuse_strangers(args: argparse.Namespace, *, keyed: bool, insecure: bool) -> None:
+    """`UsageError` unless only this machine, or who has a key, can get in. vLLM listens on every
+    interface unless told otherwise; we do not."""
+    if args.host is None:
+        args.host = "127.0.0.1"
+    if not (args.uds or is_loopback(args.host) or keyed or insecure):
+        raise UsageError(
+            f"--host {args.host} is reachable from elsewhere: give --api-key KEY, or --insecure to "
+            "serve without one"
+        )
+
+
 def _access(
     args: argparse.Namespace,
     deployment: DeploymentConfig,
@@ -155,15 +180,9 @@ def _access(
     admins: list[str],
     say: Any,
 ) -> Access:
-    """Who may do what. vLLM listens on every interface unless told otherwise; we do not."""
-    if args.host is None:
-        args.host = "127.0.0.1"
+    """Who may do what."""
+    refuse_strangers(args, keyed=bool(clients), insecure=deployment.insecure)
     local = bool(args.uds) or is_loopback(args.host)
-    if not local and not clients and not deployment.insecure:
-        raise UsageError(
-            f"--host {args.host} is reachable from elsewhere: give --api-key KEY, or --insecure to "
-            "serve without one"
-        )
     if set(clients) & set(admins):
         raise UsageError(
             "a key is both an --api-key and an --admin-api-key: leave it out of --api-key"
@@ -182,26 +201,47 @@ def _access(
     )
 
 
+def _with_demo_model(argv: list[str]) -> list[str]:
+    """Names the demo model where vLLM would refuse --served-model-name without a MODEL. (A MODEL
+    behind flags is told from a flag's value by the parser alone, so nothing is added else.)"""
+    words = argv[1:]
+    renamed = any(re.match(r"--served[-_]model[-_]name(=|$)", word) for word in words)
+    named = any(re.match(r"--(model|config)(=|$)", word) for word in words)
+    if renamed and not named and words[0].startswith("-"):
+        return [argv[0], DEMO_MODEL, *words]
+    return argv
+
+
 def _choose_model(args: argparse.Namespace, defaults: argparse.Namespace, say: Any) -> None:
     if args.model_tag is not None:
         args.model = args.model_tag
-    elif args.model == defaults.model:
-        args.model = str(prepare_demo_model(say))
+    folder = Path(os.path.expanduser(args.model))
+    if args.model == defaults.model or (args.model == DEMO_MODEL and not folder.is_dir()):
         args.served_model_name = args.served_model_name or [DEMO_MODEL]
-    model = args.model
-    if Path(model).expanduser().is_dir():
-        args.model = str(Path(model).expanduser())
-        if not (Path(args.model) / "config.json").is_file():
+        folder = prepare_demo_model(say)
+    if folder.is_dir():
+        if not any((folder / name).is_file() for name in _CONFIG_FILES):
             raise UsageError(
-                f"{model}: the folder holds no config.json; name a folder with a checkpoint"
+                f"{args.model}: the folder holds no config.json; name a folder with a checkpoint"
             )
-    elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) or model.startswith("."):
-        raise UsageError(f"{model}: no such folder; name a folder with a checkpoint or a model id")
+        args.model = str(folder)
+    elif not _may_be_fetched(args.model) and not folder.is_file():
+        raise UsageError(
+            f"{args.model}: no such folder; name a folder with a checkpoint or a model id"
+        )
+
+
+def _may_be_fetched(model: str) -> bool:
+    """Whether it has the form of a hub's model id, or of an object store's address, which are for
+    vLLM to judge."""
+    hub_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) and not model.startswith(".")
+    return bool(hub_id or re.match(r"[a-z][a-z0-9+.-]*://", model))
 
 
 def _engine_config(args: argparse.Namespace, defaults: argparse.Namespace, argv: list[str]) -> Any:
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.entrypoints.launchers.cli_args import propagate_flash_late_interaction
+    from vllm.exceptions import VLLMError
     from vllm.platforms import current_platform
     from vllm.usage.usage_lib import UsageContext
 
@@ -213,7 +253,12 @@ def _engine_config(args: argparse.Namespace, defaults: argparse.Namespace, argv:
         engine_args = AsyncEngineArgs.from_cli_args(args)
         propagate_flash_late_interaction(args, engine_args)
         return engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
-    except (ValueError, TypeError, OSError, KeyError, RuntimeError, NotImplementedError) as error:
+    except ImportError as error:
+        raise UsageError(
+            f"{args.model} wants a package that is not installed ({_one_line(error)}); for an "
+            "object store's models run `pip install 'vllm[runai]'`"
+        ) from error
+    except (ValueError, TypeError, OSError, LookupError, RuntimeError, VLLMError) as error:
         raise UsageError(_why_refused(args.model, error)) from error
 
 

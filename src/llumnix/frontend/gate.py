@@ -26,6 +26,8 @@ from llumnix.errors import UsageError
 from llumnix.frontend.access import Access, Caller, Refusal, is_json
 from llumnix.frontend.context import HttpRequest, current_http_request
 from llumnix.frontend.control import openai_error
+from llumnix.frontend.listener import LIVE_PATH
+from llumnix.frontend.llm import FleetLLM
 
 RETRY_AFTER_S = 1
 PRIORITY_HEADER = "x-llumnix-priority"
@@ -61,18 +63,22 @@ class Gate:
             priority_class=headers.get(PRIORITY_HEADER),
             key=caller.key,
         )
-        question = _Question(http, receive, _bytes_max(state.args), is_json(headers))
-        if path == "/llumnix" or path.startswith("/llumnix/"):
-            ours = _with_cors(state.engine_client.control_app, state.args)
-            await ours(scope, question, send)
-            return
         llm = state.engine_client
+        question = _Question(http, receive, llm, _bytes_max(state.args), is_json(headers))
+        if path == "/llumnix" or path.startswith("/llumnix/"):
+            ours = _with_cors(llm.control_app, state.args)
+            try:
+                await ours(scope, question, send)
+            finally:
+                question.uncount()
+            return
         token = current_http_request.set(http)
-        llm.open_http += 1
+        if scope["type"] == "websocket" or scope["method"] == "GET":
+            question.count()
         try:
             await self.app(scope, question, _Answer(http, send))
         finally:
-            llm.open_http -= 1
+            question.uncount()
             current_http_request.reset(token)
 
     @staticmethod
@@ -85,6 +91,8 @@ class Gate:
         refusal = access.refusal(scope.get("method", "WEBSOCKET"), path, headers, caller)
         if refusal is not None:
             return _refused(refusal)
+        if path == LIVE_PATH:
+            return JSONResponse({"live": True})
         if llm.stopping and (scope["type"] == "websocket" or scope["method"] == "POST"):
             answer = openai_error("The server is stopping.", 503, "service_unavailable")
             answer.headers["retry-after"] = str(RETRY_AFTER_S)
@@ -146,14 +154,22 @@ class _Question:
     """A request's body on its way to vLLM: counts it, and notes OpenAI's `service_tier` in passing.
 
     Of JSON it keeps the parts, the same objects that vLLM gets, until the last has come. It joins
-    and parses them only if the word is in them. Other bodies, such as audio, only pass.
+    and parses them only if the word is in them. Other bodies, such as audio, only pass. A stop
+    waits for the request once its body is here: a client may never send the rest.
     """
 
     def __init__(
-        self, http: HttpRequest, receive: Receive, bytes_max: int, is_json: bool = True
+        self,
+        http: HttpRequest,
+        receive: Receive,
+        llm: FleetLLM,
+        bytes_max: int,
+        is_json: bool = True,
     ) -> None:
         self._http = http
         self._receive = receive
+        self._llm = llm
+        self._counted = False
         self._bytes_max = bytes_max
         self._is_json = is_json
         self._bytes = 0
@@ -161,9 +177,22 @@ class _Question:
         self._named = False
         self._end = b""  # of what has come: the word may lie across two parts
 
+    def count(self) -> None:
+        """From now on a stop waits for it."""
+        if not self._counted:
+            self._counted = True
+            self._llm.open_http += 1
+
+    def uncount(self) -> None:
+        """It is over."""
+        if self._counted:
+            self._llm.open_http -= 1
+
     async def __call__(self) -> Message:
         message = await self._receive()
         if message["type"] == "http.request":
+            if not message.get("more_body"):
+                self.count()
             part = message.get("body", b"")
             self._bytes += len(part)
             if self._bytes > self._bytes_max:

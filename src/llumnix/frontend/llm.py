@@ -173,13 +173,18 @@ class FleetLLM(AsyncLLM):
 
     def _let_streams_end(self, timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s
-        while self.open_http and not self._hurry and time.monotonic() < deadline:
+        while self.running() and not self._hurry and time.monotonic() < deadline:
             time.sleep(DRAIN_POLL_S)
         asyncio.run_coroutine_threadsafe(self.engine_core.abort_all(), self.engine_core.loop)
         # The output handler dies with the engine client: what is queued must be told before.
         deadline = time.monotonic() + ABORT_TIMEOUT_S
         while self.get_num_unfinished_requests() and time.monotonic() < deadline:
             time.sleep(DRAIN_POLL_S)
+
+    def running(self) -> int:
+        """How many requests a stop waits for: HTTP requests that have come whole, and what runs
+        behind an answer that was given already (`background` of the responses API)."""
+        return max(self.open_http, self.get_num_unfinished_requests())
 
     def hurry(self) -> None:
         """Ends the wait in `shutdown`."""

@@ -1,0 +1,52 @@
+"""What of `llumnix serve`'s command line counts before vLLM, which has the parser, is loaded."""
+
+import argparse
+import os
+import ssl
+
+from llumnix.config import API_KEY_VARIABLE, knobs
+
+_TEXT = ("host", "uds", "ssl_keyfile", "ssl_certfile", "ssl_ca_certs", "ssl_ciphers", "ray_address")
+
+
+def first_look(argv: list[str]) -> argparse.Namespace:
+    """Where to listen, for whom, and which Ray, under the names and defaults of the real parser.
+    `config`: whether a file may say otherwise."""
+    parser = argparse.ArgumentParser(
+        prog="llumnix serve", usage="llumnix serve --help", add_help=False, allow_abbrev=False
+    )
+    for name in _TEXT:
+        parser.add_argument(*_spellings(name), dest=name)
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument(*_spellings("ssl_cert_reqs"), type=int, default=int(ssl.CERT_NONE))
+    parser.add_argument(*_spellings("api_key"), nargs="*")
+    parser.add_argument(*_spellings("api_key_file"))
+    parser.add_argument("--insecure", action="store_true")
+    parser.add_argument("--config")
+    seen, _ = parser.parse_known_args(argv)
+    return seen
+
+
+def has_key(seen: argparse.Namespace) -> bool:
+    """Whether a key is given somehow; whether it is a good one the real parser tells."""
+    return bool(seen.api_key or seen.api_key_file or os.environ.get(API_KEY_VARIABLE))
+
+
+def help_text() -> str:
+    """`llumnix serve --help`: our flags, and where vLLM's are. Loads nothing."""
+    parser = argparse.ArgumentParser(
+        prog="llumnix serve",
+        usage="llumnix serve [MODEL] [--instances N] [any flag of `vllm serve`]",
+        description="Serve vLLM's OpenAI API over several vLLM instances. Without MODEL, the demo "
+        "model is served.",
+        epilog="For vLLM's flags vLLM is loaded first, some ten seconds: --help=all shows all, "
+        "--help=GROUP those of a group (--help=Frontend), --help=WORD those with the word.",
+    )
+    for name, _, flag in knobs():
+        parser.add_argument(_spellings(name)[0], dest=name, **flag)
+    return parser.format_help()
+
+
+def _spellings(name: str) -> tuple[str, ...]:
+    dashes = "--" + name.replace("_", "-")
+    return (dashes,) if "_" not in name else (dashes, "--" + name)

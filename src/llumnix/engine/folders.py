@@ -1,0 +1,108 @@
+"""Private folders for sockets and logs: short enough for a socket's path, and swept once their
+owner is dead.
+
+The process that makes a folder holds a lock in it for as long as it lives. Whoever gets the lock
+knows that the owner was killed, also in another container with the same /tmp, where its process id
+says nothing.
+"""
+
+import contextlib
+import fcntl
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from llumnix.errors import UsageError
+
+PREFIX = "llumnix-"
+SOCKET_PATH_MAX = 107
+RAY_ADDS = 60
+"""So many characters Ray's sockets add to the path of its folder."""
+_LOCK = "lock"
+
+
+class PrivateFolder:
+    """A folder for its owner only, which goes with this process at the latest."""
+
+    def __init__(self, path: Path, lock: int | None) -> None:
+        self.path = path
+        self._lock = lock
+
+    @classmethod
+    def make_short(cls) -> "PrivateFolder":
+        """A new one in the temporary folder, or in /tmp if that has too long a name for a socket's
+        path; `UsageError` if neither will do."""
+        wanted = tempfile.gettempdir()
+        for parent in (wanted, "/tmp"):
+            if len(f"{parent}/{PREFIX}12345678") + RAY_ADDS > SOCKET_PATH_MAX:
+                continue
+            with contextlib.suppress(OSError):
+                # For its owner only: mkdtemp's doing.
+                return cls.of(Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent)))
+        raise UsageError(
+            f"no folder for sockets: {wanted} (TMPDIR) has too long a name or is not writable, and "
+            "neither is /tmp; set TMPDIR to a short folder of yours"
+        )
+
+    @classmethod
+    def of(cls, path: Path) -> "PrivateFolder":
+        """This folder, made if it is not there, is ours from now on."""
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # Locked before it has the name that is looked for.
+        nascent = path / f".{_LOCK}"
+        lock = os.open(nascent, os.O_CREAT | os.O_RDWR, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:  # No locks on this file system: it is never swept.
+            os.close(lock)
+            return cls(path, None)
+        nascent.rename(path / _LOCK)
+        return cls(path, lock)
+
+    def remove(self) -> None:
+        """Removes the folder and what is in it."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+def sweep(parent: Path) -> list[Path]:
+    """Removes the folders in `parent` whose owners are dead, and those inside of others; only this
+    user's. Returns what it removed."""
+    removed = []
+    for outer in parent.glob(PREFIX + "*"):
+        inner = [path for path in _children(outer) if _is_dead(path)]
+        dead = [outer] if _is_dead(outer) else inner
+        for path in dead:
+            shutil.rmtree(path, ignore_errors=True)
+        if inner and not (outer / _LOCK).exists():
+            with contextlib.suppress(OSError):
+                outer.rmdir()  # The last one out.
+        removed += dead
+    return removed
+
+
+def _children(folder: Path) -> list[Path]:
+    try:
+        return [path for path in folder.iterdir() if path.is_dir()]
+    except OSError:
+        return []  # Another user's, or just gone.
+
+
+def _is_dead(folder: Path) -> bool:
+    """Whether somebody owned it and is no more."""
+    try:
+        if folder.is_symlink() or folder.stat().st_uid != os.geteuid():
+            return False
+        lock = os.open(folder / _LOCK, os.O_RDWR | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    finally:
+        os.close(lock)
+    return True

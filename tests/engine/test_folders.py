@@ -1,0 +1,96 @@
+"""Folders for sockets: short enough, private, and swept when their owner was killed."""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from llumnix.engine import folders
+from llumnix.engine.folders import PrivateFolder, sweep
+from llumnix.errors import UsageError
+
+OWNER = """
+import sys, time
+from pathlib import Path
+from llumnix.engine.folders import PrivateFolder
+kept = [PrivateFolder.of(Path(path)) for path in sys.argv[1:]]
+print("made", flush=True)
+time.sleep(60)
+"""
+
+
+def killed_owner_of(*paths: Path) -> None:
+    """Another process made these and was killed."""
+    words = [sys.executable, "-c", OWNER, *map(str, paths)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE) as owner:
+        assert owner.stdout is not None
+        assert owner.stdout.readline() == b"made\n"
+        for path in paths:
+            assert sweep(path.parent) == []
+        owner.send_signal(signal.SIGKILL)
+
+
+def test_a_folder_is_its_owners_alone_and_goes_with_all_that_is_in_it() -> None:
+    folder = PrivateFolder.make_short()
+    assert folder.path.stat().st_mode & 0o777 == 0o700
+    (folder.path / "ray").mkdir()
+    folder.remove()
+    assert not folder.path.exists()
+
+
+def test_under_a_long_tmpdir_it_goes_to_tmp(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    long = tmp_path / ("x" * 60)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    folder = PrivateFolder.make_short()
+    try:
+        assert folder.path.parent == Path("/tmp")
+        assert len(str(folder.path)) + folders.RAY_ADDS <= folders.SOCKET_PATH_MAX
+    finally:
+        folder.remove()
+
+
+def test_without_any_short_folder_tmpdir_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(**_: str) -> str:
+        raise PermissionError
+
+    monkeypatch.setattr(tempfile, "mkdtemp", refused)
+    with pytest.raises(UsageError, match="set TMPDIR to a short folder"):
+        PrivateFolder.make_short()
+
+
+def test_what_a_killed_process_left_is_swept_and_what_a_living_one_has_is_not(
+    tmp_path: Path,
+) -> None:
+    dead, unlocked, other = (tmp_path / name for name in ("llumnix-a", "llumnix-b", "other"))
+    killed_owner_of(dead)
+    unlocked.mkdir()
+    PrivateFolder.of(other)
+    mine = PrivateFolder.of(tmp_path / "llumnix-c")
+    assert sweep(tmp_path) == [dead]
+    assert sorted(tmp_path.iterdir()) == [unlocked, mine.path, other]
+
+
+def test_an_engines_folder_goes_and_the_one_around_it_with_the_last(tmp_path: Path) -> None:
+    host = tmp_path / "llumnix-a"
+    dead, other = host / "e0", host / "e1"
+    killed_owner_of(dead)
+    mine = PrivateFolder.of(other)
+    assert sweep(tmp_path) == [dead]
+    assert list(host.iterdir()) == [other]
+    mine.remove()
+    killed_owner_of(dead)
+    assert sweep(tmp_path) == [dead]
+    assert not host.exists()
+
+
+def test_another_users_folder_stays(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    killed_owner_of(tmp_path / "llumnix-a")
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    assert sweep(tmp_path) == []

@@ -1,0 +1,175 @@
+"""The port answers from the first second on, and says what the start waits for."""
+
+import re
+import socket
+from argparse import Namespace
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import httpx
+import pytest
+
+from llumnix.errors import UsageError
+from llumnix.frontend.listener import ListenAddress, Listener, StartProgress
+
+NO_TLS = dict.fromkeys(("ssl_keyfile", "ssl_certfile", "ssl_ca_certs", "ssl_ciphers"))
+
+
+def address(**given: Any) -> ListenAddress:
+    arguments = {"host": "127.0.0.1", "port": 0, "uds": None, "ssl_cert_reqs": 0, **NO_TLS, **given}
+    return ListenAddress.of(Namespace(**arguments))
+
+
+@pytest.fixture
+def progress() -> StartProgress:
+    return StartProgress(began_s=0.0)
+
+
+@pytest.fixture
+def listener(progress: StartProgress) -> Iterator[Listener]:
+    one = Listener(address(), progress)
+    one.open()
+    yield one
+    one.close()
+
+
+def test_every_path_says_how_far_the_start_is(listener: Listener, progress: StartProgress) -> None:
+    progress.phase = "starting instance 2/2 (i1)"
+    progress.instances = lambda: [("i0", "serving"), ("i1", "starting")]
+    for method, path in (("GET", "/health"), ("POST", "/v1/chat/completions"), ("GET", "/x")):
+        answer = httpx.request(method, listener.url + path)
+        assert answer.status_code == 503
+        assert int(answer.headers["retry-after"]) > 0
+        body = answer.json()
+        assert body["error"]["type"] == "service_unavailable"
+        assert body["error"]["code"] == 503
+        assert "starting instance 2/2 (i1)" in body["error"]["message"]
+        assert body["phase"] == "starting instance 2/2 (i1)"
+        assert body["instances"] == [
+            {"id": "i0", "state": "serving"},
+            {"id": "i1", "state": "starting"},
+        ]
+        assert body["elapsed_s"] > 0
+
+
+def test_the_elapsed_time_is_since_the_start() -> None:
+    assert StartProgress(began_s=10.0).answer(33.24)["elapsed_s"] == 23.2
+
+
+def test_the_liveness_path_says_that_it_lives(listener: Listener) -> None:
+    answer = httpx.get(listener.url + "/live")
+    assert (answer.status_code, answer.json()) == (200, {"live": True})
+
+
+def test_any_free_port_is_a_real_one(listener: Listener) -> None:
+    assert listener.port > 0
+    assert listener.url == f"http://127.0.0.1:{listener.port}"
+
+
+def test_the_port_of_another_is_refused_at_once(
+    listener: Listener, progress: StartProgress
+) -> None:
+    second = Listener(address(port=listener.port), progress)
+    with pytest.raises(UsageError, match=rf"cannot listen on .*:{listener.port} .*--port"):
+        second.open()
+    assert httpx.get(listener.url + "/live").status_code == 200
+
+
+def test_two_that_bind_before_either_listens_do_not_both_get_it(progress: StartProgress) -> None:
+    """Linux lets both bind."""
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        other.bind(("127.0.0.1", 0))
+        first = Listener(address(port=other.getsockname()[1]), progress)
+        first.open()
+        try:
+            with pytest.raises(OSError, match="in use"):
+                other.listen()
+        finally:
+            first.close()
+
+
+def test_no_connection_is_refused_while_the_server_takes_over(listener: Listener) -> None:
+    listener.stop_answering()
+    with socket.create_connection(("127.0.0.1", listener.port), 5) as early:
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.send_response(204)
+                self.end_headers()
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        server = HTTPServer(("127.0.0.1", 0), Handler, bind_and_activate=False)
+        server.socket.close()
+        server.socket = listener.socket
+        thread = Thread(target=server.handle_request)
+        thread.start()
+        early.sendall(b"GET / HTTP/1.0\r\n\r\n")
+        assert early.recv(100).startswith(b"HTTP/1.0 204")
+        thread.join()
+
+
+def test_a_closed_listener_is_gone(progress: StartProgress) -> None:
+    one = Listener(address(), progress)
+    one.open()
+    port = one.port
+    one.close()
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port), 5)
+
+
+def test_a_unix_socket_goes_with_it(progress: StartProgress, tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    one = Listener(address(uds=str(path)), progress)
+    one.open()
+    with httpx.Client(transport=httpx.HTTPTransport(uds=str(path))) as http:
+        assert http.get("http://localhost/health").status_code == 503
+    one.close()
+    assert not path.exists()
+
+
+def test_the_socket_of_a_killed_server_is_replaced_and_no_other_file(
+    progress: StartProgress, tmp_path: Path
+) -> None:
+    path = tmp_path / "s"
+    with socket.socket(socket.AF_UNIX) as killed:
+        killed.bind(str(path))
+    one = Listener(address(uds=str(path)), progress)
+    one.open()
+    with pytest.raises(UsageError, match=r"cannot listen on .*--uds"):
+        Listener(address(uds=str(path)), progress).open()
+    one.close()
+    path.write_text("precious")
+    with pytest.raises(UsageError, match="cannot listen on"):
+        Listener(address(uds=str(path)), progress).open()
+    assert path.read_text() == "precious"
+
+
+@pytest.mark.parametrize("port", [-1, 65536, 99999])
+def test_a_port_out_of_range_is_refused(port: int) -> None:
+    with pytest.raises(UsageError, match=f"--port {port}: must be 1 to 65535, or 0"):
+        address(port=port)
+
+
+@pytest.mark.parametrize("host", ["no.such.host.invalid", "a..b"])
+def test_a_host_that_is_none_is_refused(progress: StartProgress, host: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(f"cannot listen on {host}:0")):
+        Listener(address(host=host), progress).open()
+
+
+def test_a_certificate_that_cannot_be_used_is_refused(
+    progress: StartProgress, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match="add --ssl-certfile"):
+        address(ssl_keyfile="/nowhere.pem")
+    no_certificate = tmp_path / "x.pem"
+    no_certificate.write_text("hello")
+    for path in ("/nowhere.pem", str(no_certificate)):
+        one = Listener(address(ssl_keyfile=path, ssl_certfile=path), progress)
+        with pytest.raises(UsageError, match=r"the certificate cannot be used \(.+\): check --ssl"):
+            one.open()
