@@ -18,7 +18,7 @@ from support.hosts import Hosts
 from support.no_model import BLOCK, add
 
 SOURCE, DESTINATION = 0, 1
-TOKENS = 30
+TOKENS = 60
 PROMPT = list(range(20 * BLOCK))
 _fresh = itertools.count(1)
 

@@ -22,7 +22,11 @@ from vllm.utils.hashing import sha256  # noqa: E402
 from vllm.v1.core import kv_cache_utils  # noqa: E402
 from vllm.v1.core.block_pool import BlockPool  # noqa: E402
 from vllm.v1.core.kv_cache_manager import KVCacheManager  # noqa: E402
-from vllm.v1.core.sched.request_queue import SchedulingPolicy, create_request_queue  # noqa: E402
+from vllm.v1.core.sched.request_queue import (  # noqa: E402
+    RequestQueue,
+    SchedulingPolicy,
+    create_request_queue,
+)
 from vllm.v1.core.sched.scheduler import Scheduler  # noqa: E402
 from vllm.v1.engine import EngineCoreRequest, async_llm, core, core_client  # noqa: E402
 from vllm.v1.engine.async_llm import AsyncLLM  # noqa: E402
@@ -39,6 +43,7 @@ from vllm.v1.kv_cache_interface import (  # noqa: E402
 from vllm.v1.request import Request, RequestStatus  # noqa: E402
 
 from llumnix.engine.prefix_reader import NotedMap  # noqa: E402
+from llumnix.engine.queueing import AgingQueue  # noqa: E402
 
 
 def source(of: object) -> str:
@@ -406,6 +411,28 @@ def test_waiting_requests_go_by_priority_then_arrival() -> None:
     victim = "max( self.running, key=lambda r: (r.priority, r.arrival_time), )"
     says(Scheduler.schedule, "self.policy == SchedulingPolicy.PRIORITY", victim, who=who)
     says(Scheduler.schedule, "if not preempted_reqs and self._pause_state", who=who)
+
+
+def test_the_scheduler_knows_its_queue_by_its_methods_alone() -> None:
+    """Ours stands in its place."""
+    who = "engine/queueing.py"
+    text = inspect.getsource(Scheduler)
+    used = set(re.findall(r"self\.waiting\.(\w+)", text)) | set(
+        re.findall(r"request_queue\.(\w+)", text)
+    )
+    assert used <= RequestQueue.__abstractmethods__, who
+    own = {n for n in RequestQueue.__abstractmethods__ if n in vars(AgingQueue)}
+    assert own == RequestQueue.__abstractmethods__, who
+    made = "self.waiting = create_request_queue(self.policy)"
+    assert text.count("self.waiting = ") == text.count(made) == 1, who
+    says(
+        Scheduler._preempt_request,
+        "request.num_preemptions += 1",
+        "self.waiting.prepend_request(request)",
+        who=who,
+    )
+    first = "request_queue = self.kv_holding_waiting if not request_queue"
+    says(Scheduler.schedule, first, who=who)
 
 
 # -- the prefix cache: engine/prefix_reader.py

@@ -497,7 +497,7 @@ def test_the_worker_extension_is_mixed_in() -> None:
 def test_every_field_of_runner_v1s_request_was_considered() -> None:
     from llumnix.engine.worker import LlumnixWorker
 
-    text = source(LlumnixWorker.llumnix_install).split("CachedRequestState(")[1]
+    text = source(LlumnixWorker._install).split("CachedRequestState(")[1]
     filled = set(re.findall(r"(\w+)=", text))
     left_out = {  # Of multimodal, embedded, speculative and pooling requests, which do not move.
         "in_progress_prompt_logprobs_cpu", "mrope_position_delta", "mrope_positions",

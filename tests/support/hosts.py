@@ -10,9 +10,11 @@ from vllm.v1.engine import FinishReason
 
 from llumnix.core.limits import MigrationLimits
 from llumnix.core.messages import Migrate, MigrationEnded, TookOver
+from llumnix.core.priorities import Priorities
 from llumnix.core.settings import SchedulerSettings
 from llumnix.core.types import EngineIndex, Epoch, MigrationId, RequestId
 from llumnix.engine.host import IN_BAND, FromOutside, HostSeat, LlumletHost
+from llumnix.engine.queueing import Queueing
 from llumnix.engine.transfer import TransferOptions
 from llumnix.observe.wire import decode, encode
 from support.no_model import engine_core
@@ -45,6 +47,7 @@ class HostedEngine:
             lambda *_: None,
         )
         self.host.start()
+        Queueing(self.core.scheduler, Priorities(SchedulerSettings().priorities))
 
     def close(self) -> None:
         self.host.close()
@@ -139,7 +142,8 @@ class Hosts:
         while not done():
             assert time.monotonic() < end, "it never came to an end"
             self.turn()
-            time.sleep(0.0005)
+            if any(engine.host.llumlet.busy for engine in self.engines):
+                time.sleep(0.004)  # For the threads that carry messages and blocks.
 
     def until_at_rest(self) -> None:
         self.until(lambda: all(engine.at_rest() for engine in self.engines))

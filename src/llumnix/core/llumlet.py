@@ -35,10 +35,12 @@ from llumnix.core.types import EngineIndex, MigrationId, OrderId
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Moving:
-    """What a report says of moves: requests on their way out, the KV tokens that they hold here,
-    requests on their way in, and the running totals of bytes moved away and the seconds it took."""
+    """What a report says of moves: requests on their way out, how many of them wait and hold no KV,
+    the KV tokens that the others hold here, requests on their way in, and the running totals of
+    bytes moved away and the seconds it took."""
 
     out: int = 0
+    out_waiting: int = 0
     out_tokens: int = 0
     coming: int = 0
     moved_bytes: int = 0
@@ -87,9 +89,10 @@ class Llumlet:
 
     def moving(self, now: float) -> Moving:
         """What the next load report says of moves."""
-        out, tokens = self._orders.moving(now)
+        out, waiting, tokens = self._orders.moving(now)
         return Moving(
             out=out,
+            out_waiting=waiting,
             out_tokens=tokens,
             coming=len(self._incoming),
             moved_bytes=self._outgoing.moved_bytes,

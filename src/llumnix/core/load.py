@@ -45,7 +45,8 @@ class LoadReport:
     what the request that is next in the queue needs to start, 0 if none waits. `admitted` are the
     requests that reached the engine since the report before: they are running or waiting now, or
     already over. `accepting` is false while the instance is being emptied. `moving_out` requests
-    are on their way to other instances, with `moving_out_tokens` here that will be free;
+    are on their way to other instances, with `moving_out_tokens` here that will be free, and
+    `moving_out_waiting` of them wait (the others count as running until they have left);
     `moving_in` are on their way here, their room in use already. `orders`: those of the scheduler
     that were carried out, or found impossible, since the report before. `kv_token_bytes`: what a
     token of KV takes, on all workers of the engine. `stalled_s`: seconds since the engine completed
@@ -68,6 +69,7 @@ class LoadReport:
     accepting: bool = True
     moving_out: int = 0
     moving_out_tokens: int = 0
+    moving_out_waiting: int = 0
     moving_in: int = 0
     orders: tuple[OrderId, ...] = ()
     kv_token_bytes: int = 0
@@ -188,7 +190,8 @@ def derive(
         ahead.append(computed)
     used = max(0, report.kv_tokens_used - report.moving_out_tokens) + coming
     queued = max(queued, report.head_tokens)
-    batch = max(0, sum(by_class) - report.moving_out) + report.moving_in
+    leaving = report.moving_out - report.moving_out_waiting
+    batch = max(0, sum(by_class) - leaving) + report.moving_in
     head = report.head_tokens
     if head and report.slots and batch >= report.slots:
         # It waits for a slot, so whatever memory is free is of no use to it.
@@ -200,7 +203,7 @@ def derive(
         queued=queued,
         shared=shared,
         batch=batch,
-        waiting=waiting,
+        waiting=max(0, waiting - report.moving_out_waiting),
         slots=report.slots,
         running=tuple(by_class),
         ahead=tuple(ahead),

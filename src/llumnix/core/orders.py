@@ -123,17 +123,20 @@ class Orders:
             return Refusal(why=f"it has grown to {progress.tokens} tokens by now")
         return None
 
-    def moving(self, now: float) -> tuple[int, int]:
-        """How many requests are on their way out, wishes included, and the KV tokens they hold."""
+    def moving(self, now: float) -> tuple[int, int, int]:
+        """How many requests are on their way out, wishes included; how many of them wait and hold
+        no KV; the KV tokens that the others hold."""
         if not self._wishes and not len(self._outgoing):
-            return 0, 0  # Asked at every step, and nearly always so.
+            return 0, 0, 0  # Asked at every step, and nearly always so.
         self._wishes = {r: w for r, w in self._wishes.items() if w.until_s > now}
         tokens = sum(w.tokens for w in self._wishes.values() if not w.waiting)
+        waiting = sum(w.waiting for w in self._wishes.values())
         for request in self._outgoing.requests():
             progress = self._port.progress(request)
-            if progress.phase is not Phase.WAITING:
-                tokens += progress.tokens
-        return len(self._wishes) + len(self._outgoing), tokens
+            # No more than is computed: in the middle of its prompt it holds little of it.
+            tokens += progress.settled
+            waiting += progress.phase is not Phase.RUNNING and not progress.settled
+        return len(self._wishes) + len(self._outgoing), waiting, tokens
 
     def take_answered(self) -> tuple[OrderId, ...]:
         """The orders to name in the next report."""

@@ -31,7 +31,7 @@ class Priorities:
         self._numbers = [c.priority for c in self.classes]
         self._headrooms = [c.headroom for c in self.classes]
         self._with_headroom = [(r, h) for r, h in enumerate(self._headrooms) if h]
-        self._aging_s = settings.aging_s
+        self.aging_s = settings.aging_s
         self.preempt = settings.preempt and not alike
         numbers = {c.name: c.priority for c in self.classes}
         self._caps = {key: numbers[name] for key, name in settings.key_caps.items()}
@@ -76,7 +76,7 @@ class Priorities:
 
     def aged(self, priority: int, waited_s: float) -> int:
         """The number that a request is queued under after it has waited so long."""
-        return min(priority, self._numbers[0]) if waited_s >= self._aging_s else priority
+        return min(priority, self._numbers[0]) if waited_s >= self.aging_s else priority
 
     def share(self, rank: int) -> float:
         """The headroom of that class, as a share of an instance's KV memory."""

@@ -6,11 +6,13 @@ What it relies on inside vLLM stands in engine/vllm_port.py, the other half, bes
 it (tests/house/test_vllm_migration_contract.py).
 """
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
+from vllm.v1.engine import EngineCoreEvent, EngineCoreEventType
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.request import Request, RequestStatus
 
@@ -18,6 +20,8 @@ from llumnix.core.messages import Blocks
 from llumnix.core.port import Refusal
 from llumnix.core.types import EngineIndex, RequestId
 from llumnix.engine.immovable import why_engine_cannot
+from llumnix.engine.load_reader import client_priority
+from llumnix.engine.queueing import has_waited, queue_by_arrival
 from llumnix.engine.request_decoder import RequestDecoder
 from llumnix.engine.tokens import Prompt
 from llumnix.engine.transfer_client import AgentClient
@@ -29,11 +33,17 @@ ABSENT = -1
 
 class Rest(msgspec.Struct, frozen=True, kw_only=True):
     """What a handover carries beside tokens and blocks. `cached`: prompt tokens that the source
-    found in its prefix cache, None if the client was told already."""
+    found in its prefix cache, None if the client was told already. `waited_s`: how long it has
+    waited without KV; `priority`: the number that it is queued under. `events`: what the client's
+    statistics were not told yet, and how many seconds ago it was: the clocks of two hosts have
+    nothing in common."""
 
     cached: int | None
     preemptions: int
     generator: bytes
+    waited_s: float = 0.0
+    priority: int | None = None
+    events: list[tuple[int, float]] = []
 
 
 @dataclass(slots=True, kw_only=True)
@@ -265,6 +275,14 @@ class Arrivals:
             return Refusal(why="its grammar was not ready there")
         new.num_computed_tokens = computed
         new.num_preemptions = rest.preemptions
+        now = time.monotonic()
+        has_waited(new, rest.waited_s, now)
+        new.events = [
+            EngineCoreEvent.new_event(EngineCoreEventType(kind), now - ago_s)
+            for kind, ago_s in rest.events
+        ]
+        if rest.priority is not None:
+            new.llumnix_priority, new.priority = client_priority(new), rest.priority
         if rest.cached is None:
             new.prefill_stats = None
         elif computed:
@@ -326,12 +344,14 @@ class Arrivals:
         return ids, real
 
     def _queue(self, request: Request) -> None:
-        """Puts a request first in line, with the KV that it has."""
+        """Queues it with the KV that it has: one that has started goes first."""
         self._scheduler.prev_step_scheduled_req_ids.discard(request.request_id)
-        queue = self._scheduler.waiting
         if request.num_computed_tokens:
-            queue = self._scheduler.kv_holding_waiting
-        queue.prepend_request(request)
+            self._scheduler.kv_holding_waiting.prepend_request(request)
+        elif request.num_output_tokens:
+            self._scheduler.waiting.prepend_request(request)
+        else:
+            queue_by_arrival(self._scheduler.waiting, request)
 
     def _feed(self, coming: Arriving) -> bool | Refusal:
         """Tells its grammar what it has generated, token by token, as the source's was told."""

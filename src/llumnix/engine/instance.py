@@ -147,7 +147,8 @@ class EngineInstance(EngineCoreActor):
         self._reader = LoadReader(self.scheduler, slots, priorities)
         if self._prefixes is not None:
             self._reader.found = self._prefixes.found
-            self._host.port.on_commit = self._prefixes.follow
+        self._reader.taken_out = self._host.port.taken_out
+        self._host.port.on_commit = self._is_here
         self._leave_on_sigterm()
 
     def describe(self) -> InstanceFacts:
@@ -210,16 +211,23 @@ class EngineInstance(EngineCoreActor):
 
     def add_request(self, request: Request, request_wave: int = 0) -> None:
         self._reporter.admit(RequestId(request.request_id))
-        self._reader.came()
         self._host.port.arrived(request)
         super().add_request(request, request_wave)
         # A session of streamed inputs may have taken it in, or been ended by it.
-        taken = self.scheduler.requests.get(request.request_id) is request
-        if self._prefixes is not None and taken:
+        if self.scheduler.requests.get(request.request_id) is request:
+            self._is_here(request)
+        else:
+            self._reader.changed()
+
+    def _is_here(self, request: Request) -> None:
+        """A request came, new or from another engine."""
+        self._reader.came(request)
+        if self._prefixes is not None:
             self._prefixes.follow(request)
 
     def abort_requests(self, request_ids: list[str]) -> None:
         self._host.client_gone(request_ids)
+        self._reader.left(request_ids)
         super().abort_requests(request_ids)
 
     def llumnix_migrate(self, order: bytes) -> None:
@@ -238,7 +246,6 @@ class EngineInstance(EngineCoreActor):
         self._changed = True
         self._reporter.worked()
         if request_type is FromOutside:
-            self._reader.came()  # Or one may leave and another come in with the counts alike.
             self._host.handle(request)
         else:
             super()._handle_client_request(request_type, request)
@@ -262,8 +269,7 @@ class EngineInstance(EngineCoreActor):
             with _landing_only(self.scheduler):
                 ran = bool(super()._process_engine_step())
         else:
-            if self._urgent.make_room():
-                self._reader.came()  # The counts may come out alike.
+            self._urgent.make_room()
             ran = bool(super()._process_engine_step())
         now = time.monotonic()
         self._changed = True
@@ -283,9 +289,9 @@ class EngineInstance(EngineCoreActor):
 
     def _maybe_publish_request_counts(self) -> None:
         self._host.poll()
-        # vLLM calls it before a step too, when mostly nothing has come since the one before. Of who
-        # waits one may have been preempted, whose turn is now; all else keeps for the next report.
-        if self._changed and (self.scheduler.waiting or self._reporter.due()):
+        self._queueing.look()
+        # vLLM calls it before a step too, when mostly nothing has come since the one before.
+        if self._changed and self._reporter.due():
             self._offer()
 
     def _notify_idle_state_callbacks(self) -> None:
@@ -298,9 +304,6 @@ class EngineInstance(EngineCoreActor):
     def _offer(self, idle: bool = False) -> None:
         self._changed = False
         numbers = self._reader.read()
-        if self._queueing.look(numbers.preemptions):
-            self._reader.came()
-            numbers = self._reader.read()
         moving, orders = self._host.moving()
         sequence = self._reporter.offer(numbers, moving, orders, at_once=idle)
         self._host.llumlet.reported(sequence)

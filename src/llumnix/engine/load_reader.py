@@ -1,8 +1,12 @@
 """Reads an engine's load off vLLM's scheduler, on the engine's own thread, between two steps.
 
-Counting requests takes a look at each of them, so it is done only when one came, went, began to run
-or was preempted; in between nothing but KV memory, time and what prompts have left changes. One
-that was preempted is seen to have been while it waits, or when it leaves.
+Requests are counted only when one came, went, began to run or was preempted; in between nothing but
+KV memory, time and what prompts have left changes. A count looks at those that run and at those
+that came, left or changed sides since the count before, and never at the whole queue. A request
+that was preempted is seen to have been once it waits, or when it leaves.
+
+A request that was taken out of the batch to be handed over counts as running until it has left: the
+report says apart how many are on their way out.
 
 vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
 - `scheduler.requests` holds all that are not finished; `running`, `waiting` and
@@ -19,6 +23,7 @@ vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from vllm.v1.request import Request, RequestStatus
@@ -52,19 +57,27 @@ class Numbers:
 
 class LoadReader:
     """Of one engine core. `found` says how many of a request's tokens are in the prefix cache, and
-    how many of them requests hold. It is asked when the request begins to wait."""
+    how many of them requests hold. It is asked when the request begins to wait. `taken_out` gives
+    those that moves have taken out of the batch."""
 
     def __init__(self, scheduler: Any, slots: int, priorities: Priorities) -> None:
         self._scheduler = scheduler
         self._slots = slots
         self._priorities = priorities
         self.found: Callable[[Request], tuple[int, int]] = lambda request: (0, 0)
+        self.taken_out: Callable[[], list[Request]] = list
         self._block = int(scheduler.block_size)
         self._token_bytes = token_bytes(scheduler)
-        self._seen: tuple[int, ...] = ()
+        self._seen: tuple[Any, ...] = ()
         self._known: dict[str, _Known] = {}
+        self._running: dict[str, _Known] = {}
+        self._sessions: dict[str, _Known] = {}  # Those that wait.
+        # Of each class: requests that wait, and what `_Known.waits` says of them, added up.
+        self._queued = [[0] * 4 for _ in range(len(priorities))]
+        self._new: list[Request] = []
+        self._left_out: list[str] = []
+        self._unsure = True
         self._classes: tuple[ClassLoad, ...] = ()
-        self._head = 0
         self._prompts: list[Request] = []
         self._last: Numbers | None = None
         self._came = 0
@@ -72,9 +85,22 @@ class LoadReader:
         self._finished = 0
         self._finished_tokens = 0
 
-    def came(self) -> None:
-        """A request arrived, moved in, or changed its class."""
+    def came(self, request: Request | None = None) -> None:
+        """A request arrived or moved in. Without one: any may have come or left, and who is there
+        is compared with who was."""
         self._came += 1
+        if request is None:
+            self._unsure = True
+        else:
+            self._new.append(request)
+
+    def changed(self) -> None:
+        """A session got another input, which nothing else shows."""
+        self._came += 1
+
+    def left(self, names: list[str]) -> None:
+        """These were aborted. (Others that leave the queue are found, but that takes longer.)"""
+        self._left_out += [name for name in names if name in self._known]
 
     def read(self) -> Numbers:
         """The load of now."""
@@ -82,9 +108,10 @@ class LoadReader:
         seen = (
             self._came,
             len(scheduler.requests),
-            len(scheduler.running),
             len(scheduler.waiting),
             len(scheduler.kv_holding_waiting),
+            # Two may have changed places since.
+            [*map(id, scheduler.running), *map(id, self.taken_out())],
         )
         pool = scheduler.kv_cache_manager.block_pool
         total = pool.num_gpu_blocks - 1  # One block is vLLM's placeholder, never handed out.
@@ -93,21 +120,22 @@ class LoadReader:
         if counted:
             self._seen = seen
             self._count()
-        last, prefill = self._last, self._prefill()
+        head = self.needed(scheduler.waiting.peek_request()) if scheduler.waiting else 0
+        last, now = self._last, (used, self._prefill(), head)
         if (
             last is not None
             and not counted
-            and (used, prefill) == (last.kv_tokens_used, last.prefill_tokens)
+            and now == (last.kv_tokens_used, last.prefill_tokens, last.head_tokens)
         ):
             return last
         self._last = Numbers(
             kv_tokens_used=used,
             kv_tokens_total=total * self._block,
-            prefill_tokens=prefill,
+            prefill_tokens=now[1],
             block_tokens=self._block,
             slots=self._slots,
             classes=self._classes,
-            head_tokens=self._head,
+            head_tokens=head,
             kv_token_bytes=self._token_bytes,
             preemptions=self._preemptions,
             finished=self._finished,
@@ -120,37 +148,72 @@ class LoadReader:
         return -(-int(request.num_tokens) // self._block) * self._block
 
     def _count(self) -> None:
-        scheduler = self._scheduler
-        counts = [[0] * 5 for _ in range(len(self._priorities))]
-        self._prompts = []
-        for request in scheduler.running:
-            known = self._know(request)
-            known.waits = None
-            counts[known.rank][0] += 1
+        requests = self._scheduler.requests
+        new = [r for r in self._new if requests.get(r.request_id) is r]
+        self._new = []
+        for request in new:
+            self._know(request)
+        running = [0] * len(self._priorities)
+        before, self._running, self._prompts = self._running, {}, []
+        for request in chain(self._scheduler.running, self.taken_out()):
+            known = self._running[request.request_id] = self._know(request)
+            self._waits_no_more(known)
+            running[known.rank] += 1
             if request.is_prefill_chunk:
                 self._prompts.append(request)
-        if len(scheduler.requests) > len(scheduler.running):
-            running = set(map(id, scheduler.running))
-            for request in scheduler.requests.values():
-                if id(request) not in running:
-                    known = self._know(request)
-                    self._preemptions += request.num_preemptions - known.preemptions
-                    known.preemptions = request.num_preemptions
-                    if known.waits is None or request.resumable:
-                        known.waits = self._wanted(request)
-                    tokens, shared, prefill = known.waits
-                    mine = counts[known.rank]
-                    mine[1] += 1
-                    mine[2] += tokens
-                    mine[3] += shared
-                    mine[4] += prefill
-        for name in self._known.keys() - scheduler.requests.keys():
-            self._left(self._known.pop(name))
+        for known in before.values():
+            self._look_again(known)
+        for request in new:
+            self._look_again(self._known[request.request_id])
+        for name in self._left_out:
+            if name in self._known:
+                self._look_again(self._known[name])
+        self._left_out = []
+        if self._unsure or len(self._known) != len(requests):
+            self._unsure = False
+            for name in self._known.keys() - requests.keys():
+                self._look_again(self._known[name])
+            for name in requests.keys() - self._known.keys():
+                self._look_again(self._know(requests[name]))
+        for known in self._sessions.copy().values():
+            self._waits_no_more(known)
+            self._begins_to_wait(known)
         self._classes = tuple(
             ClassLoad(running=r, waiting=w, waiting_tokens=t, waiting_shared=s, waiting_prefill=p)
-            for r, w, t, s, p in counts
+            for r, (w, t, s, p) in zip(running, self._queued, strict=True)
         )
-        self._head = self.needed(scheduler.waiting.peek_request()) if scheduler.waiting else 0
+
+    def _look_again(self, known: "_Known") -> None:
+        """Whether it waits, and is counted so, or has left."""
+        name = known.request.request_id
+        if self._known.get(name) is not known:
+            return
+        if self._scheduler.requests.get(name) is not known.request:
+            del self._known[name]
+            self._left(known)
+        elif name not in self._running and known.waits is None:
+            self._begins_to_wait(known)
+
+    def _begins_to_wait(self, known: "_Known") -> None:
+        request = known.request
+        self._preemptions += request.num_preemptions - known.preemptions
+        known.preemptions = request.num_preemptions
+        known.waits = self._wanted(request)
+        if request.resumable:
+            self._sessions[request.request_id] = known
+        self._queue(known, 1)
+
+    def _waits_no_more(self, known: "_Known") -> None:
+        if known.waits is not None:
+            self._queue(known, -1)
+            known.waits = None
+            self._sessions.pop(known.request.request_id, None)
+
+    def _queue(self, known: "_Known", sign: int) -> None:
+        assert known.waits is not None
+        mine = self._queued[known.rank]
+        for n, value in enumerate((1, *known.waits)):
+            mine[n] += sign * value
 
     def _prefill(self) -> int:
         if not self._prompts:
@@ -179,6 +242,7 @@ class LoadReader:
 
     def _left(self, known: "_Known") -> None:
         request = known.request
+        self._waits_no_more(known)
         self._preemptions += request.num_preemptions - known.preemptions
         if request.status in _ANSWERED:
             self._finished += 1

@@ -1,67 +1,232 @@
-"""Whose turn it is in an engine's queue, beyond what vLLM's priority scheduling does by itself.
+"""Queue order inside an engine, beyond what vLLM's priority scheduling does by itself.
 
 Rules
-- Who has waited for long is queued as the most urgent class, so none starves.
-- Who was preempted goes before all of its class that have not started, and is preempted again last:
-  its client is in the middle of a stream. (vLLM does so where it serves first come first served; by
-  priority it would queue it behind all who came earlier.)
+- A request that has waited for `aging_s` is queued as the most urgent class, so none starves. What
+  it waited on other instances counts: a move carries it along.
+- A preempted request goes before all of its class that have not started, and is preempted again
+  last: its client is in the middle of a stream. (vLLM does so where it serves first come first
+  served; by priority it would queue it behind all that came earlier.) From then on it waits anew.
 
-vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when one changes): with
-priority scheduling `scheduler.waiting` is a heap of requests ordered by `priority`, then
-`arrival_time` (seconds since the epoch, and used for nothing else in an engine), so either may
-change only while its request is out of it; preemption goes by the same two. A step that preempts
-admits nobody.
+The queue is of our own, since vLLM's can change a request's place only by looking at all of them:
+with thousands in it, and at every step that preempts, that took longer than the step. Here each
+change takes time in the logarithm of the queue's length, and so does a look, for each request that
+has aged meanwhile, of which it takes `AGED_MAX` at most.
+
+vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
+`scheduler.waiting` is used by the methods of `RequestQueue` alone; by priority it is ordered by
+`priority`, then `arrival_time` (seconds since the epoch, and used for nothing else in an engine);
+running requests are preempted by the same two, the last first. A preemption counts in
+`num_preemptions` before the request is queued again. Requests that wait with KV blocks are in
+another queue, which goes first.
 """
 
+import heapq
 import time
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from vllm.v1.core.sched.request_queue import SchedulingPolicy
-from vllm.v1.request import Request
+from vllm.v1.core.sched.request_queue import FCFSRequestQueue, RequestQueue, SchedulingPolicy
+from vllm.v1.request import Request, RequestStatus
 
 from llumnix.core.priorities import Priorities
 from llumnix.engine.load_reader import client_priority
 
 LOOK_EVERY_S = 0.5
+AGED_MAX = 100
+"""Requests whose place one look changes; the rest follow at the next step."""
 STARTED_S = 1e11
 """What a request's arrival is put back by once it was preempted: to before the epoch, so that it
 shows in the sign."""
+_SLACK = 64
+"""A heap is built anew when more of it than of the queue, and so many beyond, is out of date."""
+
+Entry = list
+"""In the queue's heap: priority, arrival, a number that differs, the request, or None in its place
+once that has left."""
+
+
+class AgingQueue(RequestQueue):
+    """Requests that wait without KV blocks, most urgent first."""
+
+    def __init__(self, priorities: Priorities, clock: Callable[[], float]) -> None:
+        self._priorities = priorities
+        self._clock = clock
+        self._heap: list[Any] = []
+        self._entries: dict[str, Any] = {}
+        # When each of them will have aged, soonest first: seconds, the number of its entry, its id.
+        self._due: list[tuple[float, int, str]] = []
+        self._number = 0
+
+    def add_request(self, request: Request) -> None:
+        """Queues it by its class, its age and its arrival."""
+        now = self._clock()
+        waits = _waits(request)
+        if waits is None or waits[1] != request.num_preemptions:
+            request.llumnix_waits = now, request.num_preemptions
+        request.llumnix_priority = client_priority(request)
+        waited_s = now - request.llumnix_waits[0]
+        request.priority = self._priorities.aged(request.priority, waited_s)
+        if request.num_preemptions and request.arrival_time > 0:
+            request.arrival_time -= STARTED_S
+        self._enter(request)
+        if self._aged(request) != request.priority:
+            due_s = request.llumnix_waits[0] + self._priorities.aging_s
+            heapq.heappush(self._due, (due_s, self._number, request.request_id))
+            if len(self._due) > 2 * len(self._entries) + _SLACK:
+                self._due = [d for d in self._due if self._waits_as(d) is not None]
+                heapq.heapify(self._due)
+
+    def _aged(self, request: Request) -> int:
+        """The number that it is queued under once it has waited for long."""
+        return self._priorities.aged(request.priority, self._priorities.aging_s)
+
+    def _enter(self, request: Request) -> None:
+        self._number += 1
+        entry = Entry((request.priority, request.arrival_time, self._number, request))
+        self._entries[request.request_id] = entry
+        heapq.heappush(self._heap, entry)
+
+    def _waits_as(self, due: tuple[float, int, str]) -> Request | None:
+        """The request, if it has waited in one place since."""
+        entry = self._entries.get(due[2])
+        return None if entry is None or entry[2] != due[1] else entry[3]
+
+    def _take(self, request: Request) -> None:
+        """It leaves; its entry stays where it is, without it."""
+        self._entries.pop(request.request_id)[3] = None
+
+    def _trim(self) -> None:
+        """Has a request that waits at the top."""
+        while self._heap and self._heap[0][3] is None:
+            heapq.heappop(self._heap)
+        if len(self._heap) > 2 * len(self._entries) + _SLACK:
+            self._heap = list(self._entries.values())
+            heapq.heapify(self._heap)
+
+    def age(self) -> int:
+        """Queues those that have waited for long as the most urgent class; how many, `AGED_MAX` at
+        the most."""
+        now, aged = self._clock(), 0
+        while self._due and self._due[0][0] <= now and aged < AGED_MAX:
+            due = heapq.heappop(self._due)
+            if (request := self._waits_as(due)) is not None:
+                self._take(request)
+                request.priority = self._aged(request)
+                self._enter(request)
+                aged += 1
+        self._trim()
+        return aged
+
+    def pop_request(self) -> Request:
+        """Takes out the first."""
+        request = self.peek_request()
+        self._take(request)
+        self._trim()
+        return request
+
+    def peek_request(self) -> Request:
+        """The first."""
+        self._trim()
+        if not self._heap:
+            raise IndexError("peek from an empty queue")
+        return self._heap[0][3]
+
+    def prepend_request(self, request: Request) -> None:
+        """As `add_request`: its place does not depend on when it is queued."""
+        self.add_request(request)
+
+    def prepend_requests(self, requests: Iterable[Request]) -> None:
+        """As `add_request`, of each."""
+        for request in requests:
+            self.add_request(request)
+
+    def remove_request(self, request: Request) -> None:
+        """Takes one out; ValueError if it is not in it."""
+        entry = self._entries.get(request.request_id)
+        if entry is None or entry[3] is not request:
+            raise ValueError(f"{request.request_id} is not in the queue")
+        self._take(request)
+        self._trim()
+
+    def remove_requests(self, requests: Iterable[Request]) -> None:
+        """Takes out those of them that are in it."""
+        for request in requests:
+            entry = self._entries.get(request.request_id)
+            if entry is not None and entry[3] is request:
+                self._take(request)
+        self._trim()
+
+    def __bool__(self) -> bool:
+        return bool(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __iter__(self) -> Iterator[Request]:
+        """In their order; the first few are found without looking at the rest. Not while it
+        changes."""
+        heap = self._heap
+        edge = [(heap[0], 0)] if heap else []
+        while edge:
+            entry, at = heapq.heappop(edge)
+            if entry[3] is not None:
+                yield entry[3]
+            for child in (2 * at + 1, 2 * at + 2):
+                if child < len(heap):
+                    heapq.heappush(edge, (heap[child], child))
 
 
 class Queueing:
-    """Of one engine core."""
+    """Of one engine core: puts a queue of ours in place of the scheduler's, if that goes by
+    priority."""
 
-    def __init__(self, scheduler: Any, priorities: Priorities) -> None:
-        self._scheduler = scheduler
-        self._priorities = priorities
+    def __init__(
+        self, scheduler: Any, priorities: Priorities, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._clock = clock
         self._next_s = 0.0
-        self._since_s: dict[str, float] = {}
-        self._preemptions = 0
-        self._on = scheduler.policy == SchedulingPolicy.PRIORITY
+        self._queue: AgingQueue | None = None
+        if scheduler.policy == SchedulingPolicy.PRIORITY:
+            self._queue = AgingQueue(priorities, clock)
+            self._queue.prepend_requests(scheduler.waiting)
+            scheduler.waiting = self._queue
 
-    def look(self, preemptions: int) -> bool:
-        """Queues anew whose turn has changed; whether there was one. Between two steps.
-        `preemptions`: of the engine so far."""
-        now = time.monotonic()
-        if not self._on or (preemptions == self._preemptions and now < self._next_s):
-            return False
-        self._next_s, self._preemptions = now + LOOK_EVERY_S, preemptions
-        queue = list(self._scheduler.waiting)
-        self._since_s = {r.request_id: self._since_s.get(r.request_id, now) for r in queue}
-        turns = [(request, self._turn(request, now)) for request in queue]
-        changed = [(r, turn) for r, turn in turns if turn != (r.priority, r.arrival_time)]
-        if changed:
-            self._scheduler.waiting.remove_requests([request for request, _ in changed])
-        for request, (priority, arrival_time) in changed:
-            request.llumnix_priority = client_priority(request)
-            request.priority, request.arrival_time = priority, arrival_time
-            self._scheduler.waiting.add_request(request)
-        return bool(changed)
+    def look(self) -> None:
+        """Between two steps: queues those anew that have waited for long."""
+        if self._queue is not None and self._clock() >= self._next_s:
+            more = self._queue.age() == AGED_MAX
+            self._next_s = self._clock() + (0.0 if more else LOOK_EVERY_S)
 
-    def _turn(self, request: Request, now: float) -> tuple[int, float]:
-        """The priority and the arrival time that it should be queued by."""
-        arrived_s = request.arrival_time
-        if request.num_preemptions and arrived_s > 0:
-            arrived_s -= STARTED_S
-        waited_s = now - self._since_s[request.request_id]
-        return self._priorities.aged(request.priority, waited_s), arrived_s
+
+def waited_s(request: Request, now: float) -> float:
+    """For how long it has waited without KV blocks, over all instances; 0 if it runs."""
+    waits = _waits(request)
+    if waits is None or request.num_computed_tokens or waits[1] != request.num_preemptions:
+        return 0.0
+    return max(0.0, now - waits[0])
+
+
+def has_waited(request: Request, seconds: float, now: float) -> None:
+    """It came from another instance, where it waited that long. Before it is queued."""
+    request.llumnix_waits = now - seconds, request.num_preemptions
+
+
+def queue_by_arrival(queue: RequestQueue, request: Request) -> None:
+    """Queues one that has not started yet, and came by a move or stayed after one. Where vLLM
+    serves first come first served it goes behind all that came before it, wherever that was."""
+    if not isinstance(queue, FCFSRequestQueue):
+        queue.add_request(request)
+        return
+    at = len(queue)
+    while (
+        at
+        and queue[at - 1].status == RequestStatus.WAITING
+        and (queue[at - 1].arrival_time > request.arrival_time)
+    ):
+        at -= 1
+    queue.insert(at, request)
+
+
+def _waits(request: Request) -> tuple[float, int] | None:
+    """Since when it waits (seconds), and its preemptions by then."""
+    return getattr(request, "llumnix_waits", None)

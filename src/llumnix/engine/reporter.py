@@ -182,6 +182,7 @@ class LoadReporter:
             accepting=self._accepting,
             moving_out=moving.out,
             moving_out_tokens=moving.out_tokens,
+            moving_out_waiting=moving.out_waiting,
             moving_in=moving.coming,
             moved_bytes=moving.moved_bytes,
             moved_s=moving.moved_s,

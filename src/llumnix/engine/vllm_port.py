@@ -24,6 +24,7 @@ changes):
   here: sliding-window groups free blocks by it.
 """
 
+import time
 from collections.abc import Callable
 from itertools import islice
 from typing import Any
@@ -43,6 +44,7 @@ from llumnix.core.types import RequestId
 from llumnix.engine.arrivals import Arrivals, Rest
 from llumnix.engine.immovable import why_request_cannot
 from llumnix.engine.load_reader import client_priority
+from llumnix.engine.queueing import waited_s
 from llumnix.engine.transfer_client import AgentClient
 
 WAITING_SHOWN_MAX = 8
@@ -197,6 +199,11 @@ class VllmPort(Arrivals):
             self._scheduler.deferred_waiting.discard(known)
         self._scheduler._inflight_prefills.discard(known)
 
+    def taken_out(self) -> list[Request]:
+        """Requests with KV that moves have taken out of the batch."""
+        known = map(self._scheduler.requests.get, self._stopped)
+        return [r for r in known if r is not None and r.num_computed_tokens]
+
     def rest(self, request: RequestId, start: int) -> tuple[int, Blocks, bytes]:
         known = self._scheduler.requests[request]
         generator = b""
@@ -210,10 +217,14 @@ class VllmPort(Arrivals):
                 raise RuntimeError(f"its generator's state cannot be read: {generator}")
         computed = known.num_computed_tokens
         ids, _ = self._blocks(request, min(start, computed), computed)
+        now = time.monotonic()
         rest = Rest(
             cached=known.prefill_stats and known.prefill_stats.num_cached_tokens,
             preemptions=known.num_preemptions,
             generator=generator,
+            waited_s=waited_s(known, now),
+            priority=known.priority,
+            events=[(int(e.type), now - e.timestamp) for e in known.events],
         )
         return computed, ids, msgspec.msgpack.encode(rest)
 

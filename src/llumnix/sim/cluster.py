@@ -332,6 +332,7 @@ class Cluster:
             accepting=instance.state == "serving",
             moving_out=moving.out,
             moving_out_tokens=moving.out_tokens,
+            moving_out_waiting=moving.out_waiting,
             moving_in=moving.coming,
             orders=answered,
             moved_bytes=moving.moved_bytes,

@@ -1,0 +1,165 @@
+"""The engine's load is counted from what changed, and comes out as if all had been counted."""
+
+import random
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from vllm.v1.request import Request
+
+from llumnix.core.load import ClassLoad
+from llumnix.core.priorities import Priorities
+from llumnix.core.settings import PrioritySettings
+from llumnix.core.types import RequestId
+from llumnix.engine.load_reader import LoadReader
+from llumnix.engine.queueing import Queueing
+from llumnix.engine.vllm_port import VllmPort
+from support.no_model import BLOCK, add, engine_core
+
+CLASSES = Priorities(PrioritySettings())
+HIGH, NORMAL = -100, 0
+
+
+class Engine:
+    """An engine core without a model, and what of ours counts on it."""
+
+    def __init__(self, model: Path, blocks: int) -> None:
+        self.core: Any = engine_core(model, blocks=blocks)
+        self.scheduler = self.core.scheduler
+        client: Any = SimpleNamespace()
+        self.port = VllmPort(self.core, [], client, lambda ticket, why: None)
+        Queueing(self.scheduler, CLASSES)
+        self.reader = self.new_reader()
+
+    def new_reader(self) -> LoadReader:
+        made = LoadReader(self.scheduler, 8, CLASSES)
+        made.taken_out = self.port.taken_out
+        return made
+
+    def add(self, name: str, prompt: list[int], tokens: int, priority: int) -> Request:
+        made = add(self.core, name, prompt, tokens, priority=priority)
+        self.reader.came(made)
+        return made
+
+    def abort(self, name: str) -> None:
+        self.reader.left([name])
+        self.core.abort_requests([name])
+
+    def step(self) -> None:
+        _, ran = self.core.step_fn()
+        self.port.stepped(ran)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_it_counts_as_one_that_has_just_begun(tiny_model: Path, seed: int) -> None:
+    dice = random.Random(seed)
+    engine = Engine(tiny_model, 40)
+    stopped: list[RequestId] = []
+    seen: set[str] = set()
+    for n in range(600):
+        here = sorted(engine.scheduler.requests.keys() - set(stopped))
+        do = dice.choice(("add", "step", "step", "step", "abort", "stop", "resume", "release"))
+        if do == "add":
+            prompt = [dice.randrange(500) for _ in range(dice.randrange(3, 9 * BLOCK))]
+            engine.add(f"r{n}", prompt, dice.randrange(40, 90), dice.choice((HIGH, NORMAL)))
+        elif do == "step":
+            engine.step()
+        elif do == "abort" and here and dice.random() < 0.3:
+            engine.abort(dice.choice(here))
+        elif do == "stop" and here and len(stopped) < 3:
+            stopped.append(RequestId(dice.choice(here)))
+            engine.port.stop(stopped[-1])
+        elif do in ("resume", "release") and stopped:
+            name = stopped.pop(0)
+            engine.port.rest(name, 0)
+            getattr(engine.port, do)(name)
+        else:
+            continue
+        seen.add(do)
+        ours, fresh = engine.reader.read(), engine.new_reader().read()
+        assert ours.classes == fresh.classes
+        assert ours.prefill_tokens == fresh.prefill_tokens
+        assert ours.head_tokens == fresh.head_tokens
+        assert sum(c.running + c.waiting for c in ours.classes) == len(engine.scheduler.requests)
+    assert seen == {"add", "step", "abort", "stop", "resume", "release"}
+    preempted = engine.reader.read().preemptions
+    assert preempted, "memory should have been short"
+
+
+class Counted(dict[str, Request]):
+    """The scheduler's requests, which notes that somebody goes through all of them."""
+
+    gone_through = 0
+
+    def __iter__(self) -> Any:
+        Counted.gone_through += 1
+        return super().__iter__()
+
+    def keys(self) -> Any:
+        Counted.gone_through += 1
+        return super().keys()
+
+    def values(self) -> Any:
+        Counted.gone_through += 1
+        return super().values()
+
+    def items(self) -> Any:
+        Counted.gone_through += 1
+        return super().items()
+
+
+def test_a_count_looks_at_what_changed_and_not_at_ten_thousand_that_wait(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(tiny_model, 40)
+    for n in range(10_000):
+        engine.add(f"r{n}", [n], 3, NORMAL)
+    engine.step()
+    assert engine.reader.read().classes == (
+        ClassLoad(),
+        ClassLoad(running=8, waiting=9992, waiting_tokens=9992 * BLOCK, waiting_prefill=9992),
+    )
+    looked: list[str] = []
+    for name in ("_know", "_look_again", "_wanted"):
+        real = getattr(LoadReader, name)
+
+        def note(self: Any, of: Any, name: str = name, real: Any = real) -> Any:
+            looked.append(name)
+            return real(self, of)
+
+        monkeypatch.setattr(LoadReader, name, note)
+    engine.scheduler.requests = Counted(engine.scheduler.requests)
+    for n in range(20):
+        engine.add(f"new{n}", [n], 3, HIGH)
+        engine.abort(f"r{5000 + n}")
+        engine.reader.read()
+        engine.step()
+        engine.reader.read()
+        assert len(looked) < 60 * (n + 1)
+    assert Counted.gone_through == 0
+    assert engine.reader.read().classes == engine.new_reader().read().classes
+
+
+def test_a_request_that_is_handed_over_counts_as_running_until_it_has_left(
+    tiny_model: Path,
+) -> None:
+    engine = Engine(tiny_model, 40)
+    for name in "abc":
+        engine.add(name, [ord(name)] * BLOCK, 100, NORMAL)
+    engine.add("waits", list(range(39 * BLOCK)), 3, NORMAL)
+    engine.step()
+    before = engine.reader.read().classes
+    assert (before[1].running, before[1].waiting) == (3, 1)
+    engine.port.stop(RequestId("a"))
+    engine.port.stop(RequestId("waits"))
+    assert engine.reader.read().classes == before
+    engine.port.rest(RequestId("a"), 0)
+    assert engine.reader.read().classes == before
+    for name in ("a", "waits"):
+        engine.port.release(RequestId(name))
+    after = engine.reader.read().classes
+    assert (after[1].running, after[1].waiting) == (2, 0)

@@ -1,0 +1,196 @@
+"""What a request has been through goes with it, and it is counted once on its way."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from vllm.v1.engine import EngineCoreEventType
+from vllm.v1.request import Request
+
+from llumnix.core.llumlet import Moving
+from llumnix.core.load import Load, LoadReport, derive
+from llumnix.core.priorities import Priorities
+from llumnix.core.settings import PrioritySettings
+from llumnix.core.types import EngineIndex, InstanceId
+from llumnix.engine.load_reader import LoadReader, Numbers, client_priority
+from llumnix.engine.queueing import has_waited, waited_s
+from support.hosts import HostedEngine, Hosts
+from support.no_model import BLOCK, add
+
+SOURCE, DESTINATION = 0, 1
+SLOTS = 8
+HIGH, NORMAL = -100, 0
+CLASSES = Priorities(PrioritySettings())
+
+
+@pytest.fixture(scope="module")
+def shared(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
+    one = Hosts(tmp_path_factory.mktemp("hosts"), tiny_model)
+    yield one
+    one.close()
+
+
+@pytest.fixture
+def hosts(shared: Hosts) -> Iterator[Hosts]:
+    shared.renew()
+    yield shared
+    for engine in shared.engines:
+        engine.core.abort_requests(list(engine.core.scheduler.requests))
+    shared.until_at_rest()
+
+
+def waiting_at_the_source(hosts: Hosts) -> Request:
+    source = hosts.engines[SOURCE]
+    for n in range(SLOTS):
+        add(source.core, f"busy-{n}", [n], 1000)
+    hosts.turn()
+    return add(source.core, "r", [3, 4, 5], 3)
+
+
+def moved(hosts: Hosts) -> Request:
+    """The request at its destination."""
+    seen: list[Request] = []
+    hosts.engines[DESTINATION].host.port.on_commit = seen.append
+    hosts.migrate("r")
+    hosts.until(lambda: "r" in hosts.took_over)
+    return seen[0]
+
+
+@pytest.mark.parametrize(("waited", "priority"), [(0.0, NORMAL), (25.0, NORMAL), (31.0, HIGH)])
+def test_it_goes_on_aging(hosts: Hosts, waited: float, priority: int) -> None:
+    queue = hosts.engines[SOURCE].core.scheduler.waiting
+    known = waiting_at_the_source(hosts)
+    queue.remove_request(known)
+    has_waited(known, waited, time.monotonic())
+    queue.add_request(known)
+    there = moved(hosts)
+    assert (there.priority, client_priority(there)) == (priority, NORMAL)
+    assert there.llumnix_waits[0] == pytest.approx(known.llumnix_waits[0], abs=1.0)
+
+
+def test_one_that_runs_has_not_waited(hosts: Hosts) -> None:
+    known = add(hosts.engines[SOURCE].core, "r", [3, 4, 5], 3)
+    assert waited_s(known, known.llumnix_waits[0] + 7) == 7
+    hosts.turn()
+    assert waited_s(known, known.llumnix_waits[0] + 7) == 0
+
+
+def test_one_that_was_promoted_stays_so_while_it_runs(hosts: Hosts) -> None:
+    known = add(hosts.engines[SOURCE].core, "r", list(range(5 * BLOCK)), 50)
+    hosts.turn()
+    known.llumnix_priority, known.priority = NORMAL, HIGH
+    there = moved(hosts)
+    assert (there.priority, client_priority(there)) == (HIGH, NORMAL)
+
+
+def test_what_its_client_was_not_told_yet_is_told_by_the_clock_of_its_new_engine(
+    hosts: Hosts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = waiting_at_the_source(hosts)
+    known.record_event(EngineCoreEventType.QUEUED)
+    known.record_event(EngineCoreEventType.QUEUED, known.events[0].timestamp - 100)
+    told: list[Any] = []
+    real = Request.take_events
+
+    def take(self: Request) -> Any:
+        events = real(self)
+        if self.request_id == "r":
+            told.extend(events or ())
+        return events
+
+    monkeypatch.setattr(Request, "take_events", take)
+    before = [e.timestamp for e in known.events]
+    moved(hosts)
+    hosts.until(lambda: "r" in hosts.ended)
+    assert [e.timestamp for e in told] == pytest.approx(before, abs=1.0)
+    assert [e.type for e in told] == [EngineCoreEventType.QUEUED] * 2
+
+
+class Counting:
+    """What the controller takes an engine's load to be."""
+
+    def __init__(self, engine: HostedEngine) -> None:
+        self.engine = engine
+        self.reader = LoadReader(engine.core.scheduler, SLOTS, CLASSES)
+        self.reader.taken_out = engine.host.port.taken_out
+
+    def load(self) -> Load:
+        numbers = self.reader.read()
+        moving: Moving = self.engine.host.moving()[0]
+        report = LoadReport(
+            instance=InstanceId("i0"),
+            engine_index=EngineIndex(0),
+            sequence=1,
+            moving_out=moving.out,
+            moving_out_tokens=moving.out_tokens,
+            moving_out_waiting=moving.out_waiting,
+            moving_in=moving.coming,
+            **{name: getattr(numbers, name) for name in Numbers.__slots__},
+        )
+        return derive(report, (), 0)
+
+
+def no_verdict(hosts: Hosts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The handover is made, and what becomes of it stays unknown."""
+    monkeypatch.setattr(hosts.engines[DESTINATION].host._peers, "say", lambda *_: None)
+
+
+def test_a_running_request_that_is_handed_over_is_taken_off_once(
+    hosts: Hosts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = hosts.engines[SOURCE]
+    count = Counting(source)
+    for name in ("r", "a", "b"):
+        add(source.core, name, [ord(name)] * BLOCK, 1000)
+    hosts.turn()
+    before = count.load()
+    assert (before.batch, before.waiting) == (3, 0)
+    hosts.migrate("r")
+    hosts.until(lambda: source.host.llumlet.busy and _reserved(source))
+    no_verdict(hosts, monkeypatch)
+    hosts.until(lambda: "r" in source.host.port._stopped)
+    during = count.load()
+    assert (during.batch, during.waiting, during.queued) == (2, 0, 0)
+    monkeypatch.undo()
+    hosts.until(lambda: hosts.outcomes)
+    after = count.load()
+    assert (after.batch, hosts.outcomes[0].taken) == (2, True)
+    assert during.used == pytest.approx(after.used, abs=3 * BLOCK)
+
+
+def _reserved(engine: HostedEngine) -> bool:
+    (going,) = engine.host.llumlet._outgoing._open.values()
+    return going.machine.state.value != "reserving"
+
+
+def test_a_request_that_waits_has_no_memory_to_give_and_is_not_in_the_batch(
+    hosts: Hosts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = hosts.engines[SOURCE]
+    waiting_at_the_source(hosts)
+    count = Counting(source)
+    before = count.load()
+    assert (before.batch, before.waiting) == (SLOTS, 1)
+    hosts.migrate("r")
+    during = count.load()
+    assert (during.batch, during.waiting, during.used) == (SLOTS, 0, before.used)
+    hosts.until(lambda: hosts.outcomes)
+    assert count.load().batch == SLOTS
+
+
+def test_one_in_the_middle_of_its_prompt_frees_no_more_than_it_holds(
+    hosts: Hosts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = hosts.engines[SOURCE]
+    monkeypatch.setattr(source.core.scheduler, "max_num_scheduled_tokens", 64)
+    add(source.core, "r", list(range(900, 900 + 60 * BLOCK)), 10)
+    hosts.turn()
+    hosts.migrate("r")
+    moving = source.host.moving()[0]
+    assert (moving.out, moving.out_waiting, moving.out_tokens) == (1, 0, 64)
+    hosts.until(lambda: hosts.outcomes)
