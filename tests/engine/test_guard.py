@@ -113,7 +113,7 @@ def test_whatever_call_of_the_port_fails(
     monkeypatch.setattr(port, name, raising)
     moved(hosts)
     if not raising.struck:
-        assert spared or name == "_rpc", f"{name} was never called"
+        assert spared or name == "_rpc", f"{name} was never called: {hosts.outcomes}"
         pytest.skip("it is not called as often")
     check(hosts)
 
@@ -125,7 +125,7 @@ def test_whatever_property_of_the_port_fails(
     raising = Raising(getattr(VllmPort, name).fget, 2)
     monkeypatch.setattr(VllmPort, name, property(lambda self: raising(self)))
     moved(hosts)
-    assert raising.struck
+    assert raising.struck, hosts.outcomes
     check(hosts)
 
 
@@ -142,7 +142,7 @@ def test_what_follows_a_refusal_may_fail_too(
     moved(hosts)
     if name == "resume" and refused_by == "reach":
         pytest.skip("it was not stopped yet")
-    assert raising.struck
+    assert raising.struck, hosts.outcomes
     check(hosts, told=name == "resume")
     assert hosts.ended["r"] == ("error" if name == "resume" else "finished")
 

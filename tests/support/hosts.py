@@ -4,6 +4,7 @@ for what happens on the engine's thread."""
 import queue
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from vllm.v1.engine import FinishReason
@@ -13,6 +14,7 @@ from llumnix.core.messages import Migrate, MigrationEnded, TookOver
 from llumnix.core.priorities import Priorities
 from llumnix.core.settings import SchedulerSettings
 from llumnix.core.types import EngineIndex, Epoch, MigrationId, RequestId
+from llumnix.engine import host
 from llumnix.engine.host import IN_BAND, FromOutside, HostSeat, LlumletHost
 from llumnix.engine.queueing import Queueing
 from llumnix.engine.transfer import TransferOptions
@@ -20,8 +22,14 @@ from llumnix.observe.wire import decode, encode
 from support.no_model import engine_core
 
 LIMITS = MigrationLimits(
-    reserve_timeout_s=0.3, stage_timeout_s=0.3, verdict_again_s=0.02, silence_timeout_s=0.6
+    reserve_timeout_s=0.2, stage_timeout_s=0.2, verdict_again_s=0.02, silence_timeout_s=0.4
 )
+TURN_S = 0.001
+"""By the hosts' clock, so that a loaded machine loses no message to a time-out."""
+THREADS_S = 0.004
+"""What a turn leaves to the threads that carry messages and blocks, while they have any."""
+STEP_TURNS = 4
+"""While a request moves, only one turn in so many makes a step, or it would end before."""
 KEY = b"hosts"
 
 
@@ -53,18 +61,19 @@ class HostedEngine:
         self.host.close()
         self.core.model_executor.agent.close()
 
-    def turn(self) -> None:
+    def turn(self, *, step: bool = True) -> None:
         """As `run_busy_loop` does, with our hooks in it."""
         while not self.core.input_queue.empty():
             kind, item = self.core.input_queue.get()
             assert kind is FromOutside
             self.host.handle(item)
         self.host.poll()
-        outputs, ran = self.core.step_fn()
-        for output in (outputs or {}).items():
-            self.core.output_queue.put(output)
-        self.host.port.stepped(ran)
-        self.host.poll()
+        if step:
+            outputs, ran = self.core.step_fn()
+            for output in (outputs or {}).items():
+                self.core.output_queue.put(output)
+            self.host.port.stepped(ran)
+            self.host.poll()
         self.host.quiet()
         self.host.hold_s(None)
         self.host.moving()
@@ -93,6 +102,10 @@ class Hosts:
         self.engines = [HostedEngine(n, folder, model, blocks) for n in range(2)]
         self.renew()
         self._migrations = 0
+        self._turns = 0
+        self._now_s = time.monotonic()
+        self._time = host.time
+        host.time = SimpleNamespace(monotonic=lambda: self._now_s)  # type: ignore[attr-defined]
 
     def renew(self) -> None:
         self.tokens: dict[str, list[int]] = {}
@@ -101,6 +114,7 @@ class Hosts:
         self.outcomes: list[MigrationEnded] = []
 
     def close(self) -> None:
+        host.time = self._time  # type: ignore[attr-defined]
         for engine in self.engines:
             engine.close()
 
@@ -116,8 +130,13 @@ class Hosts:
         self.engines[0].host.migrate(encode(order))
 
     def turn(self) -> None:
+        self._turns += 1
+        self._now_s += TURN_S
+        moving = any(engine.host.llumlet.busy for engine in self.engines)
+        if moving:
+            time.sleep(THREADS_S)
         for number, engine in enumerate(self.engines):
-            engine.turn()
+            engine.turn(step=not moving or not self._turns % STEP_TURNS)
             while not engine.core.output_queue.empty():
                 self._hear(number, engine.core.output_queue.get()[1])
 
@@ -137,13 +156,11 @@ class Hosts:
                 assert output.request_id not in self.ended, "it ended twice"
                 self.ended[output.request_id] = name
 
-    def until(self, done: Any, within_s: float = 20.0) -> None:
+    def until(self, done: Any, within_s: float = 60.0) -> None:
         end = time.monotonic() + within_s
         while not done():
             assert time.monotonic() < end, "it never came to an end"
             self.turn()
-            if any(engine.host.llumlet.busy for engine in self.engines):
-                time.sleep(0.004)  # For the threads that carry messages and blocks.
 
     def until_at_rest(self) -> None:
         self.until(lambda: all(engine.at_rest() for engine in self.engines))

@@ -296,9 +296,8 @@ class Cluster:
         if self._check is not None:
             self._check(self.scheduler, self.now)
         if self._record is not None:
-            self._record(self.now, fact)
-            for decision in decisions:
-                self._record(self.now, decision)
+            for each in (fact, *decisions):
+                self._record(self.now, each)
         return decisions
 
     def _tick(self) -> None:
