@@ -56,6 +56,35 @@ def test_under_a_long_tmpdir_it_goes_to_tmp(
         folder.remove()
 
 
+def test_a_folder_inside_another_is_made_with_it_for_the_user_alone(tmp_path: Path) -> None:
+    folder = PrivateFolder.inside(tmp_path / "outer", "e0")
+    for made in (folder.path, folder.path.parent):
+        assert made.stat().st_mode & 0o777 == 0o700
+    assert PrivateFolder.inside(tmp_path / "outer", "e1").path.parent == folder.path.parent
+
+
+@pytest.mark.parametrize("which", ["outer", "outer/e0"])
+@pytest.mark.parametrize("how", ["open to all", "of somebody else", "a link"])
+def test_a_folder_that_somebody_else_put_there_is_not_taken(
+    tmp_path: Path, which: str, how: str
+) -> None:
+    (tmp_path / "outer").mkdir(mode=0o700)
+    folder = tmp_path / which
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if how == "open to all":
+        folder.chmod(0o777)
+    elif how == "a link":
+        folder.rmdir()
+        folder.symlink_to(tmp_path)
+        tmp_path.chmod(0o700)
+    elif os.geteuid() == 0:
+        os.chown(folder, 12345, 12345)
+    else:
+        pytest.skip("only root can give a folder away")
+    with pytest.raises(PermissionError):
+        PrivateFolder.inside(tmp_path / "outer", "e0")
+
+
 def test_without_any_short_folder_tmpdir_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(**_: str) -> str:
         raise PermissionError
@@ -94,3 +123,24 @@ def test_another_users_folder_stays(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     killed_owner_of(tmp_path / "llumnix-a")
     monkeypatch.setattr(os, "geteuid", lambda: 12345)
     assert sweep(tmp_path) == []
+
+
+def test_an_engine_on_another_host_makes_its_own_rather_than_take_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    instance = pytest.importorskip("llumnix.engine.instance")
+    for executor in (instance.uniproc_executor, instance.multiproc_executor):
+        monkeypatch.setattr(executor, "get_file_store_init_method", None)
+    monkeypatch.setattr(tempfile, "tempdir", "/tmp")
+    for shared in (tmp_path / "taken", tmp_path / "not" / "there"):
+        if shared.name == "taken":
+            shared.mkdir()
+            shared.chmod(0o777)
+        monkeypatch.setenv("VLLM_RPC_BASE_PATH", str(shared))
+        folder = instance._own_folder(0)
+        try:
+            assert os.environ["VLLM_RPC_BASE_PATH"] == str(folder.path)
+            assert folder.path.parent == Path("/tmp")
+            assert folder.path.stat().st_mode & 0o777 == 0o700
+        finally:
+            folder.remove()

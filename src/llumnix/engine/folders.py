@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import os
 import shutil
+import stat
 import tempfile
 from pathlib import Path
 
@@ -59,6 +60,20 @@ class PrivateFolder:
             return cls(path, None)
         nascent.rename(path / _LOCK)
         return cls(path, lock)
+
+    @classmethod
+    def inside(cls, outer: Path, name: str) -> "PrivateFolder":
+        """A folder in `outer`; both are made if they are not there. OSError if either cannot be, or
+        is there and not this user's alone: somebody else may have put it there, who would then see
+        or replace what is in it."""
+        for folder in (outer, outer / name):
+            folder.mkdir(mode=0o700, exist_ok=True)
+            found = folder.lstat()
+            if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+                raise PermissionError(f"{folder} is somebody else's")
+            if stat.S_IMODE(found.st_mode) & 0o077:
+                raise PermissionError(f"{folder} is open to others")
+        return cls.of(outer / name)
 
     def remove(self) -> None:
         """Removes the folder and what is in it."""

@@ -350,12 +350,16 @@ def _take_devices(seat: InstanceSeat, world_size: int) -> list[str]:
 
 def _own_folder(engine_index: EngineIndex) -> PrivateFolder | None:
     """vLLM's own Unix sockets, and the file through which its workers meet, go into a folder of
-    this engine's inside the deployment's, which another host lacks."""
+    this engine's inside the deployment's. Another host lacks that; if somebody else put one there
+    that is called so, a new one is made."""
     shared = os.environ.get("VLLM_RPC_BASE_PATH")
     if shared is None:
         return None
     sweep(Path(shared).parent)
-    folder = PrivateFolder.of(Path(shared) / f"e{engine_index}")
+    try:
+        folder = PrivateFolder.inside(Path(shared), f"e{engine_index}")
+    except OSError:
+        folder = PrivateFolder.make_short()
     os.environ["VLLM_RPC_BASE_PATH"] = str(folder.path)
     for executor in (uniproc_executor, multiproc_executor):
         # vLLM's would stay in /tmp when the engine is killed.
