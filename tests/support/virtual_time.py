@@ -7,22 +7,32 @@ from typing import Any
 
 
 class VirtualTimeLoop(asyncio.SelectorEventLoop):
-    """`time()` stands still while there is work."""
+    """`time()` stands still while there is work, in an executor's threads too."""
 
     def __init__(self) -> None:
         super().__init__()
         self._now_s = 0.0
+        self._in_threads = 0
         real_select = self._selector.select
 
         def select(timeout: float | None = None) -> Any:
-            if timeout is None:  # Only a thread can wake the loop: wait for it.
-                return real_select(None)
+            if timeout is None or self._in_threads:  # A thread is to wake the loop.
+                return real_select(timeout)
             events = real_select(0)
             if not events:
                 self._now_s += timeout
             return events
 
         self._selector.select = select
+
+    def run_in_executor(self, *args: Any) -> Any:
+        future = super().run_in_executor(*args)
+        self._in_threads += 1
+        future.add_done_callback(self._left_thread)
+        return future
+
+    def _left_thread(self, _: Any) -> None:
+        self._in_threads -= 1
 
     def time(self) -> float:
         return self._now_s
