@@ -9,7 +9,7 @@ import traceback
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 from llumnix.core.messages import COPIES
 from llumnix.errors import LlumnixError, UsageError
@@ -26,8 +26,10 @@ USAGE = """usage: llumnix COMMAND ...
           show the instances of a running `llumnix serve`
   migrate REQUEST [--to INSTANCE] [--copy staged|blocking|recompute] [SERVER]
           move a running request to another instance
-  drain INSTANCE | undrain INSTANCE [SERVER]
-          move everything away from an instance and stop it; or let it serve on
+  drain INSTANCE [--timeout S] [--force] [SERVER]
+          move everything away from an instance and stop it
+  undrain INSTANCE [SERVER]
+          let it serve on
   simulate [--policy P,P] [--trace NAME|FILE] [--rate R] [--instances N] [--report FILE] ...
           the same scheduler and migrations in virtual time: which policy, how many instances
   profile [MODEL] [any engine flag of vLLM] --out FILE
@@ -139,9 +141,20 @@ def migrate(argv: list[str]) -> int:
 
 def drain(argv: list[str]) -> int:
     """`llumnix drain`: empties an instance and stops it; returns once it is gone."""
-    args = _instance_args("drain", argv)
+    parser = _instance_parser("drain")
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        metavar="S",
+        help="cut off what it still holds after S seconds (default: as the server has it, 300)",
+    )
+    parser.add_argument("--force", action="store_true", help="cut off what it holds now")
+    args = parser.parse_args(argv)
     began = time.monotonic()
+    query = {"timeout_s": args.timeout, "force": "true" if args.force else None}
+    given = urlencode({name: value for name, value in query.items() if value is not None})
     path = f"/llumnix/v1/instances/{quote(args.instance, safe='')}/drain"
+    path += f"?{given}" if given else ""
     body = _ask(args, "POST", path, wanted="state", timeout_s=STATUS_TIMEOUT_S)
     while body is not None:
         time.sleep(DRAIN_POLL_S)
@@ -152,26 +165,29 @@ def drain(argv: list[str]) -> int:
         if body is not None and body["state"] not in ("draining", "stopping"):
             print(f"{args.instance} is {body['state']}: its drain was taken back")
             return 1
+    took_s = time.monotonic() - began
     if args.json:
         print(json.dumps({**last, "state": "gone"}, indent=2))
+    elif "of its requests" in (last["why"] or ""):
+        print(f"{args.instance} is stopped after {took_s:.1f} s: {last['why']}")
     else:
-        print(f"{args.instance} is empty and stopped after {time.monotonic() - began:.1f} s")
+        print(f"{args.instance} is empty and stopped after {took_s:.1f} s")
     return 0
 
 
 def undrain(argv: list[str]) -> int:
     """`llumnix undrain`: lets an instance that is being drained serve on."""
-    args = _instance_args("undrain", argv)
+    args = _instance_parser("undrain").parse_args(argv)
     path = f"/llumnix/v1/instances/{quote(args.instance, safe='')}/undrain"
     body = _ask(args, "POST", path, wanted="state", timeout_s=STATUS_TIMEOUT_S)
     print(json.dumps(body, indent=2) if args.json else f"{body['id']} is {body['state']}")
     return 0
 
 
-def _instance_args(command: str, argv: list[str]) -> argparse.Namespace:
+def _instance_parser(command: str) -> argparse.ArgumentParser:
     parser = _server_parser(command)
     parser.add_argument("instance", metavar="INSTANCE", help="its id, as `llumnix status` shows it")
-    return parser.parse_args(argv)
+    return parser
 
 
 def replay(argv: list[str]) -> int:

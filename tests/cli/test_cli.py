@@ -357,6 +357,62 @@ def test_silence_after_an_order_is_unknown_and_says_where_to_look(
     assert error.endswith("): whether it was moved is unknown; GET /llumnix/v1/migrations tells\n")
 
 
+# -- drain
+
+
+class Draining:
+    """A body that changes with each question: the drain's answer, then the lists of instances."""
+
+    def __init__(self, server: Server, *states: tuple[str, str | None]) -> None:
+        rows = [{"id": "i1", "state": state, "why": why} for state, why in states]
+        listed = [{"controller": "up", "instances": [row]} for row in rows]
+        bodies = iter([rows[0], *listed, {"controller": "up", "instances": []}])
+        handler = server.handler
+        answer = handler.answer
+
+        def next_one(handling: Any) -> None:
+            server.body = next(bodies)
+            answer(handling)
+
+        handler.do_GET = handler.do_POST = next_one
+
+
+@pytest.mark.parametrize(
+    ("flags", "query"),
+    [
+        ([], ""),
+        (["--timeout", "2.5"], "?timeout_s=2.5"),
+        (["--force"], "?force=true"),
+        (["--timeout", "0", "--force"], "?timeout_s=0.0&force=true"),
+    ],
+)
+def test_drain_sends_what_it_was_told_and_returns_once_the_instance_is_gone(
+    server: Server, capsys: pytest.CaptureFixture[str], flags: list[str], query: str
+) -> None:
+    Draining(server, ("draining", "draining: a user's order"), ("stopping", None))
+    assert main(["drain", "i1", *flags, "--url", server.url]) == 0
+    assert capsys.readouterr().out.startswith("i1 is empty and stopped after 0.")
+    assert server.asked[0][:2] == ("POST", f"/llumnix/v1/instances/i1/drain{query}")
+    assert [a[0] for a in server.asked] == ["POST", "GET", "GET", "GET"]
+
+
+def test_drain_says_what_was_cut_off(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    why = "a user's order; 2 of its requests were cut off after 3.0 s"
+    Draining(server, ("draining", None), ("stopping", why))
+    assert main(["drain", "i1", "--timeout", "3", "--url", server.url]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("i1 is stopped after 0.")
+    assert said.endswith(f" s: {why}\n")
+
+
+def test_a_drain_that_was_taken_back_is_status_1(
+    server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Draining(server, ("draining", None), ("serving", None))
+    assert main(["drain", "i1", "--url", server.url]) == 1
+    assert capsys.readouterr().out == "i1 is serving: its drain was taken back\n"
+
+
 @pytest.mark.parametrize("words", [["migrate"], ["migrate", "r1", "--copy", "gently"], ["replay"]])
 def test_words_that_no_command_knows_are_status_2(words: list[str]) -> None:
     with pytest.raises(SystemExit) as stopped:

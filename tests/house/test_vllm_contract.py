@@ -14,6 +14,9 @@ vllm = pytest.importorskip("vllm")
 
 import torch  # noqa: E402
 from vllm.config import SchedulerConfig  # noqa: E402
+from vllm.entrypoints.serve.exception_handling.error_response import (  # noqa: E402
+    create_error_response,
+)
 from vllm.lora.request import LoRARequest  # noqa: E402
 from vllm.pooling_params import PoolingParams  # noqa: E402
 from vllm.sampling_params import SamplingParams  # noqa: E402
@@ -619,3 +622,25 @@ def test_the_file_through_which_workers_meet_has_a_name_that_can_be_changed() ->
 
     for module in (multiproc_executor, uniproc_executor):
         assert "distributed_init_method = get_file_store_init_method()" in source(module)
+
+
+def test_what_an_engine_is_told_about_standing_still_and_adapters() -> None:
+    """frontend/engine_state.py, and engine_calls.py for the errors."""
+    who = "engine_state.py"
+    calls = (
+        "pause_scheduler", "resume_scheduler", "sleep", "wake_up", "release_kv_cache_memory",
+        "add_lora", "remove_lora", "pin_lora",
+    )  # fmt: skip
+    assert [c for c in calls if not callable(getattr(core.EngineCore, c, None))] == []
+    says(core.EngineCore.sleep, "self.pause_scheduler(mode=mode", who=who)
+    says(
+        core.EngineCore.wake_up,
+        "fully_awake = not self.model_executor.is_sleeping",
+        "if fully_awake: self.resume_scheduler()",
+        "return fully_awake",
+        who=who,
+    )
+    says(AsyncMPClient.wake_up_async, 'call_utility_all_async("wake_up", tags)', who=who)
+    for name in ("pause_scheduler", "resume_scheduler", "sleep", "release_kv_cache_memory"):
+        says(getattr(AsyncMPClient, f"{name}_async"), f'"{name}"', who=who)
+    says(create_error_response, "status_code = exc.http_status", who="engine_calls.py")

@@ -1,15 +1,13 @@
-"""The fleet: starts instances as Ray actors, watches them, starts them again, stops them.
+"""The fleet: all instances of a deployment, and the orders of users, scheduler and signals.
 
-Ray places and supervises the actors; when one dies, its `run()` ends, and what happens then is
-decided by core/policies/restart. A new run of an instance is a new actor with a new engine index.
+What is done with each instance is cluster/supervisor.py's part; Ray places the actors, and one of a
+new run of an instance is a new actor with a new engine index.
 """
 
 import asyncio
+import contextlib
 import logging
-import os
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import ray
@@ -17,20 +15,24 @@ from ray.util.scheduling_strategies import (
     NodeAffinitySchedulingStrategy,
 )
 
-from llumnix.cluster import ray_runtime
 from llumnix.cluster.addresses import Addresses
+from llumnix.cluster.capacity import check_one_more, check_start
 from llumnix.cluster.controller import Controller
 from llumnix.cluster.controller_process import ControllerProcess
-from llumnix.cluster.runs import Run, Runs
+from llumnix.cluster.member import DRAIN_TIMEOUT_S, Drain, Member
+from llumnix.cluster.ray_calls import ray_call
+from llumnix.cluster.runs import Runs
+from llumnix.cluster.supervisor import Supervisor
+from llumnix.cluster.watcher import Watcher
 from llumnix.config import DeploymentConfig
 from llumnix.core.events import (
     AddInstances,
+    DrainedBy,
     DrainInstance,
     FleetReported,
     ScalingDecision,
     UndrainInstance,
 )
-from llumnix.core.policies.restart import GiveUp, RestartPolicy
 from llumnix.core.types import InstanceId
 from llumnix.engine.launch import EngineLaunch
 from llumnix.errors import (
@@ -43,40 +45,12 @@ from llumnix.errors import (
 )
 from llumnix.frontend.control import InstanceStatus
 from llumnix.frontend.llm import FleetLLM
+from llumnix.tasks import keep_running
 
 logger = logging.getLogger("llumnix.fleet")
 
-CPU_INSTANCES_PER_CORE_MAX = 4
-DRAIN_POLL_S = 0.05
 REPORT_EVERY_S = 0.5
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class Member:
-    """One instance of the fleet, over all its runs."""
-
-    id: InstanceId
-    slot: int
-    state: str = "starting"
-    run: Run | None = None
-    restarts: int = 0
-    why: str | None = None
-    history: RestartPolicy = field(default_factory=RestartPolicy)
-    task: asyncio.Task[None] | None = None
-
-    def status(self) -> InstanceStatus:
-        """What a user gets to see."""
-        facts = self.run.facts if self.run else None
-        return InstanceStatus(
-            id=self.id,
-            state=self.state,
-            engine_index=self.run.engine_index if self.run else None,
-            node=facts.node if facts else None,
-            pid=facts.pid if facts else None,
-            devices=facts.devices if facts else [],
-            restarts=self.restarts,
-            why=self.why,
-        )
+CLOSE_TIMEOUT_S = 5.0
 
 
 class Fleet:
@@ -88,13 +62,16 @@ class Fleet:
         self._llm = llm
         self._client = llm.engine_core
         self._launch = launch
+        self._members: dict[InstanceId, Member] = {}
         self._runs = Runs(self._client, launch, addresses, config)
         self._addresses = addresses
+        self._supervisor = Supervisor(self._client, self._runs, self._members, self._changed)
+        self._watcher = Watcher(self._client, self._members.values, lambda _: self._changed())
         self._settings = config.scheduler.without_keys()
-        self._reporting: asyncio.Task[None] | None = None
         self._refused = ""
-        self._members: dict[InstanceId, Member] = {}
         self._controller: ControllerProcess | None = None
+        self._adding = asyncio.Lock()
+        self._news = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self.all_failed = asyncio.Event()
 
@@ -125,55 +102,76 @@ class Fleet:
             say(f"starting instance {number}/{count} ({member.id})")
             member.run = self._runs.create(member.id, member.slot)
         for number, member in enumerate(members, 1):
-            why_not = await self._until_ready(member)
+            try:
+                why_not = await self._supervisor.start_run(member)
+            except Exception as error:  # noqa: BLE001 - Ray's, of any kind
+                why_not = f"{type(error).__name__}: {error}"
             if why_not is not None:
                 raise InstanceFailedError(f"instance {member.id} could not be started: {why_not}")
             say(f"instance {number}/{count} ({member.id}) is up")
         for member in members:
-            member.task = asyncio.create_task(self._supervise(member), name=f"watch-{member.id}")
+            self._supervisor.supervise(member)
         self._client.on_leave = self._leave
         self._client.link.on_scaling = self._perform
-        self._reporting = asyncio.create_task(self._report(), name="report-fleet")
+        self._begin("Reporting the fleet", self._report)
+        self._begin("Looking for hung instances", self._watcher.run)
 
     def status(self) -> list[InstanceStatus]:
         return [m.status() for m in sorted(self._members.values(), key=lambda m: m.slot)]
 
     async def add(self) -> InstanceStatus:
-        self._check_free()
-        member = self._enlist()
-        self._llm.grow_metrics(member.slot + 1)
-        member.task = asyncio.create_task(self._add(member), name=f"add-{member.id}")
+        async with self._adding:
+            there = [m for m in self._members.values() if m.counts]
+            most = self._settings.scaling.instances_max
+            if most is not None and len(there) >= most:
+                raise CapacityError(
+                    f"there are {len(there)} instances, and --max-instances is {most}: DELETE one "
+                    "first, or start llumnix with a higher one"
+                )
+            await self._check_room()
+            member = self._enlist()
+            self._llm.grow_metrics(member.slot + 1)
+            self._supervisor.supervise(member)
+            self._changed()
         return member.status()
 
-    async def drain(self, instance: InstanceId, why: str) -> InstanceStatus:
-        member = self._member(instance)
-        if member.state in ("draining", "stopping"):
+    async def drain(
+        self,
+        instance: InstanceId,
+        why: str,
+        *,
+        by: DrainedBy = "user",
+        timeout_s: float | None = None,
+        force: bool = False,
+    ) -> InstanceStatus:
+        member, now = self._member(instance), asyncio.get_running_loop().time()
+        if member.state == "stopping":
             return member.status()
-        others = [m for m in self._members.values() if m.state == "serving" and m is not member]
-        if member.state == "serving" and not others:
-            raise LastInstanceError(
-                f"{instance} is the only instance that serves; POST /llumnix/v1/instances first"
-            )
-        if member.task is not None:
-            member.task.cancel()
-        member.state, member.why = "draining", f"draining: {why}"
-        logger.info("Instance %s is drained: %s.", member.id, why)
-        member.task = asyncio.create_task(self._drain(member), name=f"drain-{member.id}")
+        if member.drain is None:
+            self._check_not_last(member)
+            wait_s = DRAIN_TIMEOUT_S if timeout_s is None else timeout_s
+            member.drain = Drain(by=by, why=why, began_s=now, deadline_s=now + wait_s)
+            member.state = "draining"
+            self._supervisor.drain(member)
+            logger.info("Instance %s is drained: %s.", member.id, why)
+        drain = member.drain
+        if by != "scheduler":
+            drain.by, drain.why = by, why
+        if timeout_s is not None:
+            drain.deadline_s = now + timeout_s
+        if force:
+            drain.deadline_s, drain.force = now, True
+        member.why = f"draining: {drain.why}"
+        self._changed()
         return member.status()
 
     async def undrain(self, instance: InstanceId) -> InstanceStatus:
         member = self._member(instance)
-        run = member.run
-        if member.state != "draining" or run is None or run.ended is None or run.ended.done():
+        if member.state != "draining" or member.run is None or not member.run.alive:
             raise ConflictError(
                 f"{instance} is {member.state}: only an instance that is draining can be undrained"
             )
-        assert member.task is not None
-        member.task.cancel()
-        member.state, member.why = "serving", None
-        self._client.accept(run.engine_index, True)
-        run.actor.accept.remote(True)
-        member.task = asyncio.create_task(self._supervise(member), name=f"watch-{member.id}")
+        self._supervisor.undrain(member)
         logger.info("Instance %s serves on.", member.id)
         return member.status()
 
@@ -184,30 +182,69 @@ class Fleet:
             raise UnknownInstanceError(f"no instance {instance}; there are: {known}")
         return member
 
+    def _check_not_last(self, member: Member) -> None:
+        """Raises `LastInstanceError` if the others could not serve in its place: one that serves
+        needs another that does, one that is coming one that does or will."""
+        others = [m for m in self._members.values() if m is not member]
+        if not member.counts or any(m.serves for m in others):
+            return
+        if not member.serves and any(m.counts for m in others):
+            return
+        hung = ", ".join(f"{m.id} is hung" for m in others if m.health.hung)
+        raise LastInstanceError(
+            f"{member.id} is the only instance that serves"
+            + (f" ({hung})" if hung else "")
+            + "; POST /llumnix/v1/instances first"
+        )
+
     # -- what the scheduler and the instances ask for ----------------------------------------------
 
-    async def _report(self) -> None:
-        """Tells the controller what there is; its decisions come back to `_perform`."""
-        while True:
-            states = [(m.id, m.state) for m in self._members.values()]
-            self._client.link.tell(
-                FleetReported(
-                    starting=sum(s in ("starting", "restarting") for _, s in states),
-                    serving=tuple(i for i, s in states if s == "serving"),
-                    draining=tuple(i for i, s in states if s == "draining"),
-                )
-            )
-            await asyncio.sleep(REPORT_EVERY_S)
+    def _begin(self, what: str, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Does this from now on."""
+        self._keep(asyncio.create_task(keep_running(what, work, logger), name=what))
 
-    def _perform(self, decision: ScalingDecision) -> None:
-        task = asyncio.ensure_future(self._carry_out(decision))
+    def _keep(self, task: asyncio.Task[None]) -> None:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def _leave(self, instance: InstanceId, why: str) -> None:
-        self._perform(DrainInstance(instance=instance, why=why))
+    def _changed(self) -> None:
+        """Called after every change of an instance's state."""
+        self._supervisor.settle_drains()
+        self._news.set()
+        if all(m.state == "failed" for m in self._members.values()):
+            self.all_failed.set()
 
-    async def _carry_out(self, decision: ScalingDecision) -> None:
+    async def _report(self) -> None:
+        """Tells the controller what there is, at once when it changes; its decisions come back to
+        `_perform`."""
+        while True:
+            self._news.clear()
+            draining = [m for m in self._members.values() if m.state == "draining"]
+            self._client.link.tell(
+                FleetReported(
+                    starting=sum(m.coming for m in self._members.values()),
+                    serving=tuple(m.id for m in self._members.values() if m.state == "serving"),
+                    draining=tuple(m.id for m in draining),
+                    drained_by={m.id: m.drain.by for m in draining if m.drain is not None},
+                    given_up=self._supervisor.given_up,
+                )
+            )
+            # `wait_for` would lose a cancellation that comes together with news.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(REPORT_EVERY_S):
+                    await self._news.wait()
+
+    def _perform(self, decision: ScalingDecision) -> None:
+        self._keep(asyncio.ensure_future(self._carry_out(decision)))
+
+    def _leave(self, instance: InstanceId, why: str) -> None:
+        self._keep(
+            asyncio.ensure_future(
+                self._carry_out(DrainInstance(instance=instance, why=why), by="signal")
+            )
+        )
+
+    async def _carry_out(self, decision: ScalingDecision, by: DrainedBy = "scheduler") -> None:
         try:
             match decision:
                 case AddInstances(count=count, why=why):
@@ -215,145 +252,58 @@ class Fleet:
                         added = await self.add()
                         logger.info("Instance %s is added: %s.", added.id, why)
                 case DrainInstance(instance=instance, why=why):
-                    await self.drain(instance, why)
+                    await self.drain(instance, why, by=by)
                 case UndrainInstance(instance=instance):
-                    await self.undrain(instance)
+                    drain = self._member(instance).drain
+                    if drain is not None and drain.by == "scheduler":
+                        await self.undrain(instance)
             self._refused = ""
         except UsageError as error:
             if str(error) != self._refused:  # Said once, though it is decided again and again.
                 self._refused = str(error)
                 logger.warning("Not done (%s): %s", decision.why, error)
+        except Exception:
+            logger.exception("Not done (%s)", decision.why)
 
-    def check_capacity(self, count: int) -> None:
-        """Raises `CapacityError` unless the cluster has devices for `count` instances in all."""
-        kind, each = self._launch.device, self._launch.devices_per_instance
-        if kind is None:
-            return
-        total = ray_runtime.devices_total(kind)
-        if count * each > total:
-            raise CapacityError(
-                f"--instances {count} needs {count * each} {kind}s ({each} an instance), and there "
-                f"are {total}: use --instances {total // each} or fewer"
-                + (", or lower the parallel sizes" if each > 1 else "")
-            )
+    async def check_capacity(self, count: int) -> None:
+        """Raises `CapacityError` unless the cluster has room for `count` instances in all."""
+        await _ask_ray(lambda: check_start(self._launch, count))
+
+    async def _check_room(self) -> None:
+        members = self._members.values()
+        waiting = sum(m.coming and not (m.run is not None and m.run.placed) for m in members)
+        there = sum(m.state != "failed" for m in members)
+        await _ask_ray(lambda: check_one_more(self._launch, there=there, waiting=waiting))
 
     async def close(self) -> None:
-        """Stops all instances and the controller."""
-        if self._reporting is not None:
-            self._reporting.cancel()
-        members = list(self._members.values())
-        for member in members:
-            if member.task is not None:
-                member.task.cancel()
-        await asyncio.gather(*(self._end(m) for m in members))
+        """Stops all instances and the controller. Every step is tried; what fails is logged."""
+        self._client.on_leave = lambda *_: None
+        self._client.link.on_scaling = lambda _: None
+        tasks = {*self._tasks, *(m.task for m in self._members.values() if m.task is not None)}
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=CLOSE_TIMEOUT_S)
+        steps = {f"instance {m.id}": self._runs.end(m.run) for m in self._members.values() if m.run}
         if self._controller is not None:
-            await self._controller.close()
-
-    # -- one instance ------------------------------------------------------------------------------
+            steps["the controller"] = self._controller.close()
+        results = await asyncio.gather(*steps.values(), return_exceptions=True)
+        for what, result in zip(steps, results, strict=True):
+            if isinstance(result, Exception):
+                logger.error("%s could not be ended: %s: %s", what, type(result).__name__, result)
 
     def _enlist(self) -> Member:
-        taken = {m.slot for m in self._members.values()}
+        """A new member in the lowest slot that is free, or whose instance was given up: a slot more
+        is one more label on every metric."""
+        taken = {m.slot for m in self._members.values() if m.state != "failed" or m.run is not None}
         slot = next(s for s in range(len(taken) + 1) if s not in taken)
         member = Member(id=InstanceId(f"i{slot}"), slot=slot)
         self._members[member.id] = member
         return member
 
-    def _check_free(self) -> None:
-        kind, each = self._launch.device, self._launch.devices_per_instance
-        if kind is None:
-            most = CPU_INSTANCES_PER_CORE_MAX * (os.cpu_count() or 1)
-            if len(self._members) >= most:
-                raise CapacityError(
-                    f"there are {len(self._members)} instances, {CPU_INSTANCES_PER_CORE_MAX} for "
-                    "each core of this host: DELETE one first"
-                )
-            return
-        # An instance that is starting may not hold its devices yet.
-        starting = sum(m.state == "starting" for m in self._members.values())
-        free = ray_runtime.devices_free(kind) - starting * each
-        if each > free:
-            raise CapacityError(
-                f"one more instance needs {each} {kind}(s), and {free} of "
-                f"{ray_runtime.devices_total(kind)} are free: DELETE an "
-                "instance first, or add a host to the Ray cluster"
-            )
 
-    async def _add(self, member: Member) -> None:
-        why_not = await self._create_and_wait(member)
-        if why_not is None:
-            await self._supervise(member)
-        else:
-            await self._bury(member, why_not)
-            self._give_up(member, f"could not be started: {why_not}")
-
-    async def _supervise(self, member: Member) -> None:
-        """Watches a serving member and starts it again when it dies, until it is given up."""
-        while True:
-            served_from_s = time.monotonic()
-            assert member.run is not None
-            assert member.run.ended is not None
-            why: str | None = await asyncio.shield(member.run.ended)
-            served_s = time.monotonic() - served_from_s
-            while why is not None:
-                await self._bury(member, why)
-                verdict = member.history.crashed(served_s)
-                if isinstance(verdict, GiveUp):
-                    self._give_up(member, f"given up: {verdict.why}; the last time: {why}")
-                    return
-                logger.warning(
-                    "Instance %s is started again in %.0f s (%s).",
-                    member.id,
-                    verdict.delay_s,
-                    verdict.why,
-                )
-                await asyncio.sleep(verdict.delay_s)
-                member.restarts += 1
-                why, served_s = await self._create_and_wait(member), 0.0
-            logger.warning("Instance %s serves again.", member.id)
-
-    def _give_up(self, member: Member, why: str) -> None:
-        member.state, member.why = "failed", why
-        logger.error("Instance %s is %s. Mend the cause, then DELETE and POST it.", member.id, why)
-        if all(m.state == "failed" for m in self._members.values()):
-            self.all_failed.set()
-
-    async def _drain(self, member: Member) -> None:
-        run, began_s = member.run, time.monotonic()
-        if run is not None and run.ended is not None:
-            self._client.accept(run.engine_index, False)
-            # For the controller's sake, and not waited for: an engine may be dying right now.
-            run.actor.accept.remote(False)
-            while self._client.in_flight(run.engine_index) and not run.ended.done():
-                await asyncio.sleep(DRAIN_POLL_S)
-        member.state = "stopping"
-        logger.info("Instance %s is empty after %.1f s.", member.id, time.monotonic() - began_s)
-        if run is not None:
-            await self._client.lose(run.engine_index)
-        await self._end(member)
-        del self._members[member.id]
-        logger.info("Instance %s is stopped.", member.id)
-
-    async def _create_and_wait(self, member: Member) -> str | None:
-        """A new run of the member; returns None once it serves, or why it ended before."""
-        member.run = self._runs.create(member.id, member.slot)
-        return await self._until_ready(member)
-
-    async def _until_ready(self, member: Member) -> str | None:
-        assert member.run is not None
-        why_not = await self._runs.until_ready(member.run)
-        if why_not is None:
-            member.state = "serving"
-        return why_not
-
-    async def _bury(self, member: Member, why: str) -> None:
-        """Ends the streams of a dead run and clears it away."""
-        assert member.run is not None
-        member.state, member.why = "restarting", why
-        streams = await self._client.lose(member.run.engine_index)
-        logger.error("Instance %s died (%s); %d streams ended.", member.id, why, streams)
-        await self._end(member)
-
-    async def _end(self, member: Member) -> None:
-        run, member.run = member.run, None
-        if run is not None:
-            await self._runs.end(run)
+async def _ask_ray(check: Callable[[], None]) -> None:
+    try:
+        await ray_call(check)
+    except TimeoutError as error:
+        raise CapacityError("Ray does not say what is free; try again shortly") from error

@@ -124,20 +124,6 @@ def stop() -> None:
     ray.shutdown()
 
 
-def devices_total(kind: str) -> int:
-    """How many devices of a kind ("GPU") the cluster has."""
-    import ray
-
-    return int(ray.cluster_resources().get(kind, 0))
-
-
-def devices_free(kind: str) -> int:
-    """How many of them no actor holds."""
-    import ray
-
-    return int(ray.available_resources().get(kind, 0))
-
-
 def node_address() -> str:
     """This node's address in the cluster."""
     import ray

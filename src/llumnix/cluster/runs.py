@@ -1,13 +1,17 @@
 """One run of an instance's engine: a Ray actor that is started, waited for and ended.
 
-Ray places and supervises the actors; what happens when one dies is decided by the fleet.
+Ray places and supervises the actors; what happens when one dies is decided by the fleet. Whatever
+may have to wait for Ray's control service is done on a thread, beside the event loop.
 """
 
 import asyncio
 import logging
 import os
 import secrets
-from dataclasses import dataclass
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from llumnix.cluster import ray_runtime
 from llumnix.cluster.addresses import Addresses
 from llumnix.cluster.engine_actor import EngineActor, pack
+from llumnix.cluster.ray_calls import off_loop, ray_call
 from llumnix.config import DeploymentConfig
 from llumnix.core.limits import MigrationLimits
 from llumnix.core.types import ENGINE_INDEX_MAX, EngineIndex, InstanceId
@@ -32,17 +37,30 @@ logger = logging.getLogger("llumnix.fleet")
 
 STOP_TIMEOUT_S = 5.0
 READY_TIMEOUT_S = float(os.environ.get("VLLM_ENGINE_READY_TIMEOUT_S", "600"))
+PLACED_POLL_S = 0.5
+PLACING_SAID_AFTER_S = 5.0
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Run:
-    """One of them. `ended` resolves (with why) once the engine is no more."""
+    """One of them. `made` resolves once Ray knows its actor; `ended` (with why) once the engine is
+    no more."""
 
     engine_index: EngineIndex
-    actor: Any
-    group: Any
+    made: asyncio.Future[None] = field(init=False)
+    group: Any = None
+    placed: bool = False  # Ray has given it its devices
+    actor: Any = None
     facts: InstanceFacts | None = None
     ended: asyncio.Task[str] | None = None
+    unwanted: bool = False  # what is still being made must go again
+    accepting: bool = True  # what its reports are to say
+    telling: asyncio.Task[None] | None = field(default=None, repr=False)
+
+    @property
+    def alive(self) -> bool:
+        """Whether its engine runs."""
+        return self.ended is not None and not self.ended.done()
 
 
 class Runs:
@@ -73,12 +91,14 @@ class Runs:
         self._started = 0
 
     def create(self, instance: InstanceId, slot: int) -> Run:
-        """Starts a new run: a new actor, known to the frontend before it can announce itself."""
+        """Begins a new run: a new actor, known to the frontend before it can announce itself."""
         if self._started > ENGINE_INDEX_MAX:
             raise LlumnixError("65,536 engines were started; restart llumnix to start more")
         index = EngineIndex(self._started)
         self._started += 1
         self._client.expect(instance, index, slot)
+        # Not before it is in the state of the others.
+        self._client.accept(index, False)
         seat = InstanceSeat(
             instance=instance,
             engine_index=index,
@@ -89,75 +109,156 @@ class Runs:
             event_log=self.event_log,
             keys=self._keys,
         )
-        launch, group = self._launch, None
-        options: dict[str, Any] = {"scheduling_strategy": "SPREAD"}
-        if launch.device is not None:
-            group = placement_group([{launch.device: launch.devices_per_instance}])
-            options = {
-                "num_gpus": launch.devices_per_instance,
-                "scheduling_strategy": PlacementGroupSchedulingStrategy(
-                    placement_group=group, placement_group_bundle_index=0
-                ),
-            }
-        actor = (
-            ray.remote(EngineActor)
-            .options(
-                num_cpus=0,
-                max_concurrency=2,
-                max_restarts=0,
-                runtime_env={"env_vars": launch.environment_before},
-                **options,
-            )
-            .remote(
-                launch.environment,
-                pack(
-                    seat,
-                    launch.vllm_config,
-                    launch.addresses,
-                    launch.executor_class,
-                    launch.log_stats,
-                ),
-            )
+        run = Run(engine_index=index)
+        launch = self._launch
+        # Here, since the event loop may change the configuration while the thread works.
+        arguments = pack(
+            seat, launch.vllm_config, launch.addresses, launch.executor_class, launch.log_stats
         )
-        return Run(engine_index=index, actor=actor, group=group)
+        run.made = asyncio.ensure_future(off_loop(self._make, run, instance, arguments))
+        run.made.add_done_callback(_seen)
+        return run
+
+    def _make(self, run: Run, instance: InstanceId, arguments: bytes) -> None:
+        """Has Ray make the actor, and a placement group for its devices. On a thread."""
+        try:
+            launch = self._launch
+            options: dict[str, Any] = {"scheduling_strategy": "SPREAD"}
+            if launch.device is not None:
+                run.group = placement_group([{launch.device: launch.devices_per_instance}])
+                self._wait_placed(run, instance)
+                options = {
+                    "num_gpus": launch.devices_per_instance,
+                    "scheduling_strategy": PlacementGroupSchedulingStrategy(
+                        placement_group=run.group, placement_group_bundle_index=0
+                    ),
+                }
+            if run.unwanted:
+                return
+            run.actor = (
+                ray.remote(EngineActor)
+                .options(
+                    num_cpus=0,
+                    max_concurrency=2,
+                    max_restarts=0,
+                    runtime_env={"env_vars": launch.environment_before},
+                    **options,
+                )
+                .remote(launch.environment, arguments)
+            )
+        finally:
+            if run.unwanted:
+                for clear in _clearing(run):
+                    clear()
+
+    def _wait_placed(self, run: Run, instance: InstanceId) -> None:
+        began_s, said = time.monotonic(), False
+        while not (run.placed or run.unwanted):
+            run.placed = run.group.wait(PLACED_POLL_S)
+            waited_s = time.monotonic() - began_s
+            if not run.placed and waited_s > READY_TIMEOUT_S:
+                raise LlumnixError(
+                    f"Ray gave it no {self._launch.device} within {READY_TIMEOUT_S:.0f} s: all are "
+                    "held by others (VLLM_ENGINE_READY_TIMEOUT_S)"
+                )
+            if not (run.placed or said) and waited_s > PLACING_SAID_AFTER_S:
+                said = True
+                logger.warning(
+                    "Instance %s waits for %d free %s(s) on one host; others hold them.",
+                    instance,
+                    self._launch.devices_per_instance,
+                    self._launch.device,
+                )
 
     async def until_ready(self, run: Run) -> str | None:
         """Waits until it serves; returns None then, or why it ended before."""
         try:
-            run.facts = await asyncio.wait_for(
-                asyncio.wrap_future(run.actor.describe.remote().future()), READY_TIMEOUT_S
-            )
+            async with asyncio.timeout(READY_TIMEOUT_S):
+                await asyncio.shield(run.made)
+                reference = await off_loop(run.actor.describe.remote)
+                run.facts = await asyncio.wrap_future(reference.future())
         except TimeoutError:
             return f"it was not ready within {READY_TIMEOUT_S:.0f} s (VLLM_ENGINE_READY_TIMEOUT_S)"
+        except LlumnixError as error:
+            return str(error)
         except ray.exceptions.RayError as error:
             logged = await asyncio.to_thread(ray_runtime.error_logged, str(error))
             return logged or _reason(error)
         self._client.locate(run.engine_index, run.facts.address)
-        run.ended = asyncio.create_task(_until_ended(run.actor.run.remote()))
+        run.ended = asyncio.create_task(_until_ended(run.actor))
         connected = asyncio.create_task(self._client.connected(run.engine_index))
-        await asyncio.wait({run.ended, connected}, return_when=asyncio.FIRST_COMPLETED)
-        if not connected.done():
+        try:
+            await asyncio.wait({run.ended, connected}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
             connected.cancel()
-            return run.ended.result()
-        return None
+        return run.ended.result() if run.ended.done() else None
+
+    def accept(self, run: Run, accepting: bool) -> None:
+        """Says whether it takes new requests, to the frontend and in its own reports. Not waited
+        for: an engine may be dying right now."""
+        self._client.accept(run.engine_index, accepting)
+        if run.accepting != accepting:
+            run.accepting = accepting
+            if run.telling is None or run.telling.done():
+                run.telling = asyncio.create_task(_tell(run))
 
     async def end(self, run: Run) -> None:
-        """Ends its actor, politely if it can still listen."""
-        if run.ended is not None and not run.ended.done():
+        """Ends its actor, politely if it can still listen, and frees its devices. Each step is
+        tried; what failed is raised in the end, and the whole may be called again."""
+        run.unwanted = True
+        await asyncio.wait({run.made}, timeout=STOP_TIMEOUT_S)
+        failed: list[Exception] = []
+        if run.alive:
+            assert run.ended is not None
             try:
-                run.actor.stop.remote()
-                await asyncio.wait_for(asyncio.shield(run.ended), STOP_TIMEOUT_S)
+                async with asyncio.timeout(STOP_TIMEOUT_S):
+                    await off_loop(run.actor.stop.remote)
+                    await asyncio.shield(run.ended)
             except TimeoutError:
                 logger.debug("engine %d did not stop by itself", run.engine_index)
-        ray.kill(run.actor)
-        if run.group is not None:
-            remove_placement_group(run.group)
+            except Exception as error:  # noqa: BLE001 - the steps to come are not to be left out
+                failed.append(error)
+        for clear in _clearing(run):
+            try:
+                await ray_call(clear)
+            except Exception as error:  # noqa: BLE001 - likewise
+                failed.append(error)
+        if failed:
+            raise failed[0]
 
 
-async def _until_ended(run: Any) -> str:
+def _clearing(run: Run) -> list[Callable[[], None]]:
+    """The steps that leave nothing of a run in Ray."""
+    steps: list[Callable[[], None]] = []
+    if run.actor is not None:
+        steps.append(partial(ray.kill, run.actor))
+    if run.group is not None:
+        steps.append(partial(remove_placement_group, run.group))
+    return steps
+
+
+def _seen(made: asyncio.Future[None]) -> None:
+    """Of a run that nobody waits for any more, an exception is no news."""
+    if not made.cancelled():
+        made.exception()
+
+
+async def _tell(run: Run) -> None:
+    """Tells the actor what it is to report, in order, the newest last."""
+    told: bool | None = None
+    while told != run.accepting:
+        told = run.accepting
+        try:
+            await ray_call(run.actor.accept.remote, told)
+        except Exception as error:  # noqa: BLE001 - the frontend's word is what counts
+            logger.warning("Engine %d could not be told: %s", run.engine_index, _reason(error))
+            return
+
+
+async def _until_ended(actor: Any) -> str:
     try:
-        await run
-    except ray.exceptions.RayError as error:
+        await (await off_loop(actor.run.remote))
+    except Exception as error:  # noqa: BLE001 - whatever it is, nobody hears of it any more
         return _reason(error)
     return "its engine stopped"
 

@@ -200,7 +200,7 @@ async def _run(
     start.progress.instances = lambda: [(s.id, s.state) for s in fleet.status()]
     failed = None
     try:
-        fleet.check_capacity(deployment.instances)
+        await fleet.check_capacity(deployment.instances)
         fleet.start_controller()
         await fleet.start(deployment.instances, start.say)
         failed = asyncio.create_task(_stop_when_all_failed(fleet))

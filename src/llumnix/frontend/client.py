@@ -45,6 +45,7 @@ from llumnix.frontend.context import HttpRequest, current_http_request
 from llumnix.frontend.controller_link import ControllerLink
 from llumnix.frontend.engine_calls import EngineCalls
 from llumnix.frontend.engine_outputs import Complaints, FailedRequest
+from llumnix.frontend.engine_state import EngineState
 from llumnix.frontend.engines import Engine
 from llumnix.frontend.migrations import Migrations, Place
 from llumnix.frontend.prompt_blocks import prompt_blocks
@@ -118,6 +119,7 @@ class FleetClient(EngineCalls):
         self._slots: dict[InstanceId, int] = {}
         self._link = link
         self._calls: dict[EngineIndex, set[asyncio.Future[Any]]] = {}
+        self.told = EngineState()
         self._rotation = 0
         self._greeter: asyncio.Task[None] | None = None
 
@@ -169,6 +171,10 @@ class FleetClient(EngineCalls):
     def knows(self, engine_index: EngineIndex) -> bool:
         return engine_index in self._engines
 
+    def name_of(self, engine_index: EngineIndex) -> str:
+        engine = self._engines.get(engine_index)
+        return engine.instance if engine is not None else f"engine {engine_index}"
+
     async def connected(self, engine_index: EngineIndex) -> None:
         """Returns once the engine has announced itself."""
         await asyncio.shield(self._engines[engine_index].ready)
@@ -185,6 +191,7 @@ class FleetClient(EngineCalls):
         if engine is None:
             return 0
         self._refresh()
+        self.told.forget(engine_index)
         self.fail_calls(engine_index)
         self._link.tell(InstanceLost(instance=engine.instance, engine_index=engine_index))
         others = [EngineIndex(e.engine_index) for e in self._engines.values() if e.ready.done()]

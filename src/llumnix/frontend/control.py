@@ -1,9 +1,9 @@
 """Our own routes, under /llumnix/v1."""
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Query
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
@@ -26,12 +26,13 @@ from llumnix.frontend.migrations import Place
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InstanceStatus:
-    """One instance as its supervisor knows it. `state`: starting, serving, draining, stopping,
-    restarting, failed. `why`: the last thing that went wrong with it, if anything did, or why it is
-    being drained."""
+    """One instance as its supervisor knows it. `state`: starting, serving, hung, draining,
+    stopping, restarting, failed. `hung`: it has not died, but does nothing; it may be draining too.
+    `why`: the last thing that went wrong with it, if anything did, or why it is being drained."""
 
     id: InstanceId
     state: str
+    hung: bool
     engine_index: EngineIndex | None
     node: str | None
     pid: int | None
@@ -51,8 +52,12 @@ class InstanceControl(Protocol):
         """Begins to start one more. `CapacityError` if nothing can hold it."""
         ...
 
-    async def drain(self, instance: InstanceId, why: str) -> InstanceStatus:
-        """Stops its intake, has its requests moved away, and stops it once it has none."""
+    async def drain(
+        self, instance: InstanceId, why: str, *, timeout_s: float | None = None, force: bool = False
+    ) -> InstanceStatus:
+        """Stops its intake, has its requests moved away, and stops it once it has none; what it
+        still holds after `timeout_s` (None: a default), or at once with `force`, is cut off. Called
+        again, it changes the time-out."""
         ...
 
     async def undrain(self, instance: InstanceId) -> InstanceStatus:
@@ -60,6 +65,7 @@ class InstanceControl(Protocol):
         ...
 
 
+DRAIN_TIMEOUT_MAX_S = 86_400.0
 LOAD_SHOWN = (
     "kv_tokens_used",
     "kv_tokens_total",
@@ -68,6 +74,9 @@ LOAD_SHOWN = (
     "head_tokens",
     "preemptions",
 )
+
+
+DrainTimeout = Annotated[float | None, Query(ge=0, le=DRAIN_TIMEOUT_MAX_S, allow_inf_nan=False)]
 
 
 class MigrationOrder(BaseModel):
@@ -142,15 +151,15 @@ def control_app(client: FleetClient, control: InstanceControl, *, docs: bool = T
         return asdict(await control.add())
 
     @app.delete("/llumnix/v1/instances/{instance}", status_code=202)
-    async def remove_instance(instance: str) -> dict[str, Any]:
-        """The same as POST .../drain."""
-        return asdict(await control.drain(InstanceId(instance), "a user's order"))
-
     @app.post("/llumnix/v1/instances/{instance}/drain", status_code=202)
-    async def drain(instance: str) -> dict[str, Any]:
+    async def drain(
+        instance: str, timeout_s: DrainTimeout = None, force: bool = False
+    ) -> dict[str, Any]:
         """Stops the instance's intake, moves its requests to other instances and stops it once it
-        has none. What finds no room elsewhere ends where it is."""
-        return asdict(await control.drain(InstanceId(instance), "a user's order"))
+        has none. What finds no room elsewhere ends where it is. What is left after `timeout_s`, or
+        at once with `force`, is cut off with an error. Called again, it changes the time-out."""
+        name, why = InstanceId(instance), "a user's order"
+        return asdict(await control.drain(name, why, timeout_s=timeout_s, force=force))
 
     @app.post("/llumnix/v1/instances/{instance}/undrain")
     async def undrain(instance: str) -> dict[str, Any]:
@@ -198,7 +207,8 @@ def control_app(client: FleetClient, control: InstanceControl, *, docs: bool = T
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Any, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"] if part != "body") or "the body"
+        parts = [str(part) for part in first["loc"] if part not in ("body", "query")]
+        where = ".".join(parts) or "the body"
         return openai_error(f"{where}: {first['msg']}", 400, "invalid_request_error")
 
     @app.exception_handler(HTTPException)

@@ -1,32 +1,83 @@
 """Calls to engines, over a changing set of them: what is asked of one, of all, of any.
 
+Rules
+- A call to all goes to every engine that has joined. One that is brought up joins once it is in the
+  state of the others (engine_state.py); one that dies meanwhile is left out.
+- Every call to all is bounded in time. An engine that does not answer is named in the error; what
+  the others did stands.
+- An adapter is loaded on all engines or on none.
+
 vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
 `AsyncMPClient._call_utility_async(method, *args, engine)`, replaced here, calls one engine by its
-ZMQ identity: it sends (client, call, method, arguments) and awaits the future in `utility_results`;
-`call_utility_all_async` and `call_utility_consensus_async` go by `core_engines`.
+ZMQ identity: it sends (client, call, method, arguments) and awaits the future in `utility_results`.
+Its methods for all engines go through `call_utility_async`, `call_utility_all_async` and
+`call_utility_consensus_async`, replaced here too. A call that failed in an engine raises a bare
+`Exception`; a `GracefulHTTPError` becomes its own status.
 """
 
 import asyncio
+import logging
 import uuid
 from collections.abc import Callable
+from http import HTTPStatus
 from typing import Any
 
+from vllm.exceptions import GracefulHTTPError
 from vllm.lora.request import LoRARequest
 from vllm.v1.engine import EngineCoreRequestType
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from llumnix.core.types import EngineIndex
 from llumnix.frontend.engine_outputs import EngineOutputs
+from llumnix.frontend.engine_state import EngineState
+
+logger = logging.getLogger("llumnix.frontend")
+
+SHORT_TIMEOUT_S = 10.0
+"""For calls that are short once the engine comes to them, after the step that it is in."""
+LONG_TIMEOUT_S = 600.0
+"""For calls that move weights or wait for requests to end."""
+LOOK_EVERY_S = 1.0
+LONG = frozenset({
+    "add_lora", "collective_rpc", "compute_weight_checksums", "pause_scheduler", "pin_lora",
+    "profile", "release_kv_cache_memory", "remove_lora", "save_sharded_state", "sleep", "wake_up",
+})  # fmt: skip
 
 
 class EngineCalls(EngineOutputs):
     """The calling half of the fleet's client. The other half says which engines it `knows`."""
 
     _calls: dict[EngineIndex, set[asyncio.Future[Any]]]
+    told: EngineState
 
     def knows(self, engine_index: EngineIndex) -> bool:
         """Whether the engine is there, or was started and will be."""
         raise NotImplementedError
+
+    def name_of(self, engine_index: EngineIndex) -> str:
+        """The instance that the engine is a run of."""
+        raise NotImplementedError
+
+    async def bring_up(self, engine_index: EngineIndex) -> str | None:
+        """Brings a new engine into the state of the others, and has it join them. Returns None, or
+        why it could not be."""
+        version = None
+        while version != self.told.version:
+            version = self.told.version
+            for method, args in self.told.calls():
+                try:
+                    async with asyncio.timeout(_limit_s(method, args)):
+                        await self.call_engine(engine_index, method, *args)
+                except EngineDeadError:
+                    return "it died while it was brought into the state of the others"
+                except Exception as error:  # noqa: BLE001 - vLLM's for a failed call
+                    name, what = self.name_of(engine_index), f"{type(error).__name__}: {error}"
+                    if method not in ("add_lora", "pin_lora"):
+                        return f"it could not be brought into the state of the others: {what}"
+                    # A request for the adapter loads it, or fails and says why.
+                    logger.warning("Instance %s did not load an adapter: %s", name, what)
+        self.told.joined.add(engine_index)
+        return None
 
     async def call_engine(self, engine_index: EngineIndex, method: str, *args: Any) -> Any:
         """Calls one engine; `EngineDeadError` if it is gone, or goes before it has answered."""
@@ -61,9 +112,90 @@ class EngineCalls(EngineOutputs):
         return await self.call_utility_consensus_async(method, *args)
 
     async def call_utility_all_async(self, method: str, *args: Any) -> list[Any]:
-        if not self.core_engines:
+        answers = await self._call_joined(method, args)
+        return list(answers.values())
+
+    async def call_utility_consensus_async(self, method: str, *args: Any) -> Any:
+        answers = await self._call_joined(method, args)
+        first, *others = answers.values()
+        if any(answer != first for answer in others):
+            said = ", ".join(f"{self.name_of(e)}: {answer}" for e, answer in answers.items())
+            raise GracefulHTTPError(
+                f"The instances differ in {method} ({said}).", HTTPStatus.INTERNAL_SERVER_ERROR
+            )
+        return first
+
+    async def _call_joined(self, method: str, args: tuple[Any, ...]) -> dict[EngineIndex, Any]:
+        """What each engine that has joined answers, those left out that died meanwhile. An engine's
+        failure, or silence, is raised once all others have answered."""
+        engines = [EngineIndex(int.from_bytes(e, "little")) for e in self.core_engines]
+        calls = {
+            e: asyncio.ensure_future(self.call_engine(e, method, *args))
+            for e in engines
+            if e in self.told.joined
+        }
+        if not calls:
             raise EngineDeadError()
-        return await super().call_utility_all_async(method, *args)
+        try:
+            await self._wait(calls, _limit_s(method, args))
+            unanswered = [e for e, call in calls.items() if not call.done()]
+        finally:
+            for call in calls.values():
+                call.cancel()
+        answers: dict[EngineIndex, Any] = {}
+        failures: dict[EngineIndex, BaseException] = {}
+        for engine_index, call in calls.items():
+            if not call.done():
+                continue
+            if (error := call.exception()) is None:
+                answers[engine_index] = call.result()
+            elif not isinstance(error, EngineDeadError):
+                failures[engine_index] = error
+        if not (answers or failures or unanswered):
+            raise EngineDeadError()
+        if method == "add_lora" and (failures or unanswered):
+            await self._unload(args[0].lora_int_id, list(answers))
+        elif answers:
+            self.told.note(method, args, list(answers.values()))
+        if unanswered:
+            who = ", ".join(map(self.name_of, unanswered))
+            raise GracefulHTTPError(
+                f"{method}: no answer from {who} (GET /llumnix/v1/instances shows whether it hangs)"
+                + (f"; done on {', '.join(map(self.name_of, answers))}." if answers else "."),
+                HTTPStatus.GATEWAY_TIMEOUT,
+            )
+        if failures:
+            raise next(iter(failures.values()))
+        return answers
+
+    async def _wait(self, calls: dict[EngineIndex, asyncio.Task[Any]], limit_s: float) -> None:
+        """Until all have answered, but not longer than the limit, and for engines whose process is
+        silent not longer than a short call may take."""
+        waited_s = 0.0
+        while waited_s < limit_s:
+            patient = waited_s < SHORT_TIMEOUT_S
+            pending = [
+                call
+                for e, call in calls.items()
+                if not call.done() and (patient or e not in self.told.silent)
+            ]
+            if not pending:
+                return
+            began_s = self.loop.time()
+            await asyncio.wait(pending, timeout=min(LOOK_EVERY_S, limit_s - waited_s))
+            waited_s += self.loop.time() - began_s
+
+    async def _unload(self, adapter: int, engines: list[EngineIndex]) -> None:
+        """Takes an adapter back that one engine could not load, unless it was loaded before."""
+        if self.told.has_adapter(adapter):
+            return
+        for engine_index in engines:
+            try:
+                async with asyncio.timeout(SHORT_TIMEOUT_S):
+                    await self.call_engine(engine_index, "remove_lora", adapter)
+            except Exception as error:  # noqa: BLE001 - vLLM's for a failed call
+                name = self.name_of(engine_index)
+                logger.warning("Instance %s keeps adapter %d: %s", name, adapter, error)
 
     async def get_supported_tasks_async(self) -> Any:
         return await self._call_utility_async("get_supported_tasks", engine=self.core_engine)
@@ -101,3 +233,10 @@ class EngineCalls(EngineOutputs):
             "collective_rpc", method, timeout, args, kwargs
         )
         return [answer for answers in per_engine for answer in answers]
+
+
+def _limit_s(method: str, args: tuple[Any, ...]) -> float:
+    """How long an engine may take for a call."""
+    if method == "collective_rpc" and isinstance(args[1], int | float):
+        return min(SHORT_TIMEOUT_S + args[1], LONG_TIMEOUT_S)
+    return LONG_TIMEOUT_S if method in LONG else SHORT_TIMEOUT_S

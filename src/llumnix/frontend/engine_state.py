@@ -1,0 +1,87 @@
+"""What all engines were told that a new one has to be told too: paused, asleep, adapters loaded.
+
+vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when one changes): the
+engine core's utility calls `pause_scheduler`, `resume_scheduler`, `sleep`,
+`release_kv_cache_memory`, `wake_up` (which says whether all is awake, and if so has resumed the
+scheduler), `add_lora`, `remove_lora`, `pin_lora`.
+"""
+
+from typing import Any
+
+from vllm.lora.request import LoRARequest
+
+from llumnix.core.types import EngineIndex
+
+Call = tuple[str, tuple[Any, ...]]
+
+CALLS_MAX = 32
+"""Of those that put engines to sleep and wake parts of them."""
+
+
+class EngineState:
+    """Follows the calls that all engines got; `calls` bring a new one to the same state. `version`
+    counts changes. `joined`: engines that are in that state, or were told; `silent`: those whose
+    process says nothing any more."""
+
+    def __init__(self) -> None:
+        self._halting: list[Call] = []
+        self._adapters: dict[int, LoRARequest] = {}
+        self._pinned: set[int] = set()
+        self.version = 0
+        self.joined: set[EngineIndex] = set()
+        self.silent: set[EngineIndex] = set()
+
+    @property
+    def paused(self) -> bool:
+        """Whether engines stand still on purpose."""
+        return bool(self._halting)
+
+    def forget(self, engine_index: EngineIndex) -> None:
+        """The engine is no more."""
+        self.joined.discard(engine_index)
+        self.silent.discard(engine_index)
+
+    def has_adapter(self, adapter: int) -> bool:
+        """Whether it was loaded on all engines."""
+        return adapter in self._adapters
+
+    def calls(self) -> list[Call]:
+        """What to call on a new engine, in this order."""
+        loads = [("add_lora", (request,)) for request in self._adapters.values()]
+        pins = [("pin_lora", (adapter,)) for adapter in self._pinned]
+        return [*loads, *pins, *self._halting]
+
+    def note(self, method: str, args: tuple[Any, ...], results: list[Any]) -> None:
+        """Takes in a call and what the engines that carried it out answered."""
+        before = self.calls()
+        call = (method, args)
+        match method:
+            case "pause_scheduler":
+                # A second pause changes nothing but what is done with the requests of now.
+                self._halting = [c for c in self._halting if c[0] != method]
+                self._halt(call)
+            case "resume_scheduler":
+                self._halting = [c for c in self._halting if c[0] != "pause_scheduler"]
+                if self._halting:  # Asleep, and yet told to go on.
+                    self._halt(call)
+            case "sleep" | "release_kv_cache_memory":
+                self._halt(call)
+            case "wake_up" if results and all(results):
+                self._halting.clear()
+            case "wake_up" if self._halting:
+                self._halt(call)
+            case "add_lora":
+                self._adapters[args[0].lora_int_id] = args[0]
+            case "pin_lora":
+                self._pinned.add(args[0])
+            case "remove_lora":
+                self._adapters.pop(args[0], None)
+                self._pinned.discard(args[0])
+        self.version += before != self.calls()
+
+    def _halt(self, call: Call) -> None:
+        """Appends the call, in place of the same one before."""
+        others = [c for c in self._halting if c != call]
+        if len(others) == CALLS_MAX:
+            del others[1]  # The first is what put them to sleep.
+        self._halting = [*others, call]

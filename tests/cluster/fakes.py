@@ -1,0 +1,199 @@
+"""A fleet without Ray, engines and HTTP, in virtual time."""
+
+import asyncio
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from llumnix.cluster import fleet as fleet_module
+from llumnix.cluster.fleet import Fleet
+from llumnix.cluster.member import Member
+from llumnix.config import DeploymentConfig
+from llumnix.core.events import FleetReported
+from llumnix.core.load import LoadReport
+from llumnix.core.types import EngineIndex, InstanceId
+from llumnix.frontend.engine_state import EngineState
+
+I0, I1, I2 = InstanceId("i0"), InstanceId("i1"), InstanceId("i2")
+
+
+class FakeLink:
+    """To a controller that hears and says what the test wants."""
+
+    def __init__(self) -> None:
+        self.told: list[FleetReported] = []
+        self.reports: list[LoadReport] | None = []
+        self.on_scaling: Any = None
+        self.on_tell: Callable[[FleetReported], None] = lambda fact: None
+
+    def tell(self, fact: FleetReported) -> None:
+        self.told.append(fact)
+        self.on_tell(fact)
+
+    async def loads(self) -> list[LoadReport] | None:
+        return self.reports
+
+
+class FakeClient:
+    """The frontend: `held` counts each engine's streams."""
+
+    def __init__(self) -> None:
+        self.link = FakeLink()
+        self.on_leave: Any = None
+        self.held: dict[int, int] = {}
+        self.ended: dict[int, int] = {}
+        self.accepting: dict[int, bool] = {}
+        self.not_brought_up: str | None = None
+        self.told = EngineState()
+        self.streams = SimpleNamespace(on=self._streams)
+
+    def in_flight(self, index: int) -> int:
+        return self.held.get(index, 0)
+
+    async def bring_up(self, index: int) -> str | None:
+        return self.not_brought_up
+
+    async def lose(self, index: int) -> int:
+        self.accepting.pop(index, None)
+        self.told.forget(EngineIndex(index))
+        return sum(self.end(s.request, "lost") for s in self._streams(index))
+
+    def _streams(self, index: int) -> list[Any]:
+        return [SimpleNamespace(request=index) for _ in range(self.held.get(index, 0))]
+
+    def end(self, request: Any, why: str) -> int:
+        """A stream's request is called by its engine's index."""
+        self.held[request] -= 1
+        self.ended[request] = self.ended.get(request, 0) + 1
+        return 1
+
+
+class FakeRun:
+    """One run; `ended` resolves when the test kills it."""
+
+    def __init__(self, index: int) -> None:
+        self.engine_index = EngineIndex(index)
+        self.facts = None
+        self.placed = False
+        self.ended: asyncio.Future[str] | None = None
+
+    @property
+    def alive(self) -> bool:
+        return self.ended is not None and not self.ended.done()
+
+
+class FakeRuns:
+    """Runs that are ready after `ready_s`, for ever if that is infinite, unless `why_not` says why
+    they end before. `broken` names the calls that raise."""
+
+    event_log = None
+
+    def __init__(self, client: FakeClient) -> None:
+        self.client = client
+        self.made: list[FakeRun] = []
+        self.ended: list[int] = []
+        self.broken: set[str] = set()
+        self.ready_s = 0.0
+        self.why_not: str | None = None
+
+    def _call(self, name: str) -> None:
+        if name in self.broken:
+            raise RuntimeError(f"{name}: the control service is not reachable")
+
+    def create(self, instance: InstanceId, slot: int) -> FakeRun:
+        self._call("create")
+        run = FakeRun(len(self.made))
+        self.made.append(run)
+        return run
+
+    async def until_ready(self, run: FakeRun) -> str | None:
+        self._call("until_ready")
+        await asyncio.sleep(self.ready_s)
+        if self.why_not is not None:
+            return self.why_not
+        run.ended = asyncio.get_running_loop().create_future()
+        return None
+
+    def accept(self, run: FakeRun, accepting: bool) -> None:
+        self.client.accepting[run.engine_index] = accepting
+
+    async def end(self, run: FakeRun) -> None:
+        self._call("end")
+        if run.alive:
+            assert run.ended is not None
+            run.ended.set_result("stopped")
+        self.ended.append(run.engine_index)
+
+
+class World:
+    """A fleet and what it stands on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, **config: Any) -> None:
+        async def call(function: Callable[..., Any], *args: Any) -> Any:
+            return function(*args)
+
+        self.room = 100
+        monkeypatch.setattr(fleet_module, "ray_call", call)
+        monkeypatch.setattr(fleet_module, "check_one_more", self._check)
+        self.client = FakeClient()
+        self.grown: list[int] = []
+        llm: Any = SimpleNamespace(engine_core=self.client, grow_metrics=self.grown.append)
+        launch: Any = SimpleNamespace(device=None, devices_per_instance=1)
+        addresses: Any = SimpleNamespace(controller="", peers="", agents="", keys=None)
+        self.fleet = Fleet(llm, launch, addresses, DeploymentConfig(**config))
+        self.runs = FakeRuns(self.client)
+        self.fleet._runs = self.fleet._supervisor.runs = self.runs  # type: ignore[assignment]
+        self.said: list[str] = []
+
+    def _check(self, launch: Any, *, there: int, waiting: int) -> None:
+        if there >= self.room:
+            raise fleet_module.CapacityError("no room")
+
+    async def start(self, count: int = 2) -> "World":
+        await self.fleet.start(count, self.said.append)
+        return self
+
+    def member(self, instance: str) -> Member:
+        return self.fleet._members[InstanceId(instance)]
+
+    def kill(self, instance: str, why: str = "killed") -> None:
+        run = self.member(instance).run
+        assert run is not None
+        assert run.ended is not None
+        run.ended.set_result(why)  # type: ignore[attr-defined]
+
+    @property
+    def states(self) -> dict[str, str]:
+        return {s.id: s.state for s in self.fleet.status()}
+
+    @property
+    def why(self) -> dict[str, str | None]:
+        return {s.id: s.why for s in self.fleet.status()}
+
+    def hold(self, instance: str, streams: int) -> None:
+        """Has the instance's engine hold that many streams."""
+        run = self.member(instance).run
+        assert run is not None
+        self.client.held[run.engine_index] = streams
+
+    def accepting(self, instance: str) -> bool:
+        run = self.member(instance).run
+        assert run is not None
+        return self.client.accepting[run.engine_index]
+
+    def report(self, sequence: int, *, stalled_s: float = 0.0, only: str | None = None) -> None:
+        """Has the controller know a report of every instance, or keep that of all but one."""
+        kept = {r.instance: r for r in self.client.link.reports or ()}
+        for member in self.fleet._members.values():
+            if member.run is not None and only in (None, member.id):
+                kept[member.id] = LoadReport(
+                    instance=member.id,
+                    engine_index=member.run.engine_index,
+                    sequence=sequence,
+                    kv_tokens_used=0,
+                    kv_tokens_total=1000,
+                    stalled_s=stalled_s,
+                )
+        self.client.link.reports = list(kept.values())

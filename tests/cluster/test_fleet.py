@@ -1,0 +1,738 @@
+"""The fleet's states, without Ray and engines, in virtual time."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from llumnix.cluster.fleet import REPORT_EVERY_S
+from llumnix.cluster.member import DRAIN_TIMEOUT_S
+from llumnix.core.events import AddInstances, DrainInstance, FleetReported, UndrainInstance
+from llumnix.core.policies.hang import LOOK_EVERY_S, LOST_LOOKS, SILENT_LOOKS
+from llumnix.core.scheduler import Scheduler
+from llumnix.errors import CapacityError, ConflictError, InstanceFailedError, LastInstanceError
+from support.virtual_time import run
+
+from .fakes import I0, I1, I2, World
+
+Script = Callable[[World], Awaitable[None]]
+
+
+@pytest.fixture
+def play(monkeypatch: pytest.MonkeyPatch) -> Callable[..., World]:
+    """Plays a script on a fleet of two (or `count`) that serve, and closes it."""
+
+    def play(script: Script, count: int = 2, **config: Any) -> World:
+        async def main() -> World:
+            world = World(monkeypatch, instances=count, **config)
+            await world.start(count)
+            await script(world)
+            await world.fleet.close()
+            return world
+
+        world: World = run(main())
+        return world
+
+    return play
+
+
+# -- start and restart
+
+
+def test_instances_start_and_are_told_of_one_by_one(play: Callable[..., World]) -> None:
+    async def script(w: World) -> None:
+        assert w.states == {"i0": "serving", "i1": "serving"}
+        assert w.accepting("i0")
+        assert w.accepting("i1")
+
+    world = play(script)
+    assert world.said[0] == "starting instance 1/2 (i0)"
+    assert world.said[-1] == "instance 2/2 (i1) is up"
+    assert sorted(world.runs.ended) == [0, 1]
+
+
+def test_a_first_instance_that_does_not_come_up_ends_the_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def main() -> None:
+        world = World(monkeypatch)
+        world.runs.why_not = "no kernel for this card"
+        with pytest.raises(InstanceFailedError, match="i0 could not be started: no kernel"):
+            await world.start()
+        await world.fleet.close()
+        assert sorted(world.runs.ended) == [0, 1]
+
+        world = World(monkeypatch)
+        world.runs.broken = {"until_ready"}
+        with pytest.raises(InstanceFailedError, match="RuntimeError: until_ready: the control"):
+            await world.start()
+        await world.fleet.close()
+        assert sorted(world.runs.ended) == [0, 1]
+
+    run(main())
+
+
+def test_an_instance_that_dies_loses_its_streams_and_is_started_again(
+    play: Callable[..., World],
+) -> None:
+    async def script(w: World) -> None:
+        w.hold("i1", 3)
+        w.runs.ready_s = 5
+        w.kill("i1")
+        await asyncio.sleep(0.1)
+        assert w.states == {"i0": "serving", "i1": "restarting"}
+        assert w.why["i1"] == "killed"
+        assert w.client.ended[1] == 3
+        await asyncio.sleep(6)
+        assert w.states["i1"] == "serving"
+        assert w.why["i1"] is None
+        status = w.fleet.status()[1]
+        assert (status.restarts, status.engine_index) == (1, 2)
+        assert w.runs.ended == [1]
+
+    play(script)
+
+
+def test_pauses_grow_with_each_crash_and_the_fifth_in_a_row_is_the_last(
+    play: Callable[..., World],
+) -> None:
+    async def script(w: World) -> None:
+        w.runs.why_not = "still no memory"
+        w.kill("i1")
+        await asyncio.sleep(0.1)  # Crash 1, started again at once: crash 2.
+        for pause_s, made in ((1, 4), (2, 5), (4, 6)):
+            await asyncio.sleep(pause_s - 0.2)
+            assert len(w.runs.made) == made - 1
+            await asyncio.sleep(0.2)
+            assert len(w.runs.made) == made
+        assert w.states == {"i0": "serving", "i1": "failed"}
+        assert w.why["i1"] is not None
+        assert w.why["i1"].startswith("given up: crashed 5 times")
+        await asyncio.sleep(600)
+        assert len(w.runs.made) == 6
+        assert w.client.link.told[-1].given_up == 1
+        assert not w.fleet.all_failed.is_set()
+
+    play(script)
+
+
+def test_crashes_far_apart_are_no_row(play: Callable[..., World]) -> None:
+    async def script(w: World) -> None:
+        for _ in range(8):
+            await asyncio.sleep(61)
+            w.kill("i1")
+        await asyncio.sleep(0.1)
+        assert w.states["i1"] == "serving"
+
+    play(script)
+
+
+def test_when_all_are_given_up_the_server_ends(play: Callable[..., World]) -> None:
+    async def script(w: World) -> None:
+        w.runs.why_not = "broken"
+        w.kill("i0")
+        w.kill("i1")
+        await asyncio.wait_for(w.fleet.all_failed.wait(), 60)
+        assert w.states == {"i0": "failed", "i1": "failed"}
+
+    play(script)
+
+
+def test_an_engine_that_cannot_be_brought_into_the_state_of_the_others_does_not_serve(
+    play: Callable[..., World],
+) -> None:
+    async def script(w: World) -> None:
+        w.client.not_brought_up = "pause_scheduler failed"
+        w.kill("i1")
+        await asyncio.sleep(0.5)
+        assert w.states["i1"] == "restarting"
+        assert w.why["i1"] == "pause_scheduler failed"
+        w.client.not_brought_up = None
+        await asyncio.sleep(5)
+        assert w.states["i1"] == "serving"
+
+    play(script)
+
+
+# -- Ray fails
+
+
+@pytest.mark.parametrize("call", ["create", "until_ready", "end"])
+def test_a_failing_call_of_rays_is_logged_with_the_instance_and_tried_again(
+    play: Callable[..., World], call: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def script(w: World) -> None:
+        w.runs.broken = {call}
+        w.kill("i1")
+        await asyncio.sleep(20)
+        assert w.states == {"i0": "serving", "i1": "restarting"}
+        w.runs.broken = set()
+        await asyncio.sleep(60)
+        assert w.states == {"i0": "serving", "i1": "serving"}
+        assert w.runs.ended[0] == 1
+        assert w.member("i1").restarts == 1
+
+    play(script)
+    assert any("instance i1" in m and f"RuntimeError: {call}: the" in m for m in caplog.messages)
+
+
+@pytest.mark.parametrize("call", ["create", "until_ready", "end"])
+def test_if_ray_stays_broken_the_instance_is_given_up_and_says_why(
+    play: Callable[..., World], call: str
+) -> None:
+    async def script(w: World) -> None:
+        w.runs.broken = {call}
+        w.kill("i1")
+        await asyncio.sleep(1000)
+        assert w.states == {"i0": "serving", "i1": "failed"}
+        assert w.why["i1"] is not None
+        assert w.why["i1"].startswith("given up: RuntimeError")
+        w.runs.broken = set()
+        await w.fleet.drain(I1, "a user's order")
+        await asyncio.sleep(1)
+        assert w.states == {"i0": "serving"}
+        assert all(not r.alive for r in w.runs.made[1:])
+
+    play(script)
+
+
+def test_a_drain_ends_though_the_engine_cannot_be_ended(play: Callable[..., World]) -> None:
+    async def script(w: World) -> None:
+        w.runs.broken = {"end"}
+        await w.fleet.drain(I1, "a user's order")
+        await asyncio.sleep(1000)
+        assert w.states == {"i0": "serving"}
+
+    play(script)
+
+
+def test_what_fails_at_the_end_is_logged_and_the_rest_is_ended(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def main() -> None:
+        world = World(monkeypatch)
+        await world.start()
+        end = world.runs.end
+
+        async def fails_for_i0(r: Any) -> None:
+            if r.engine_index == 0:
+                raise RuntimeError("ray.kill failed")
+            await end(r)
+
+        monkeypatch.setattr(world.runs, "end", fails_for_i0)
+        await world.fleet.close()
+        assert world.runs.ended == [1]
+
+    run(main())
+    assert "instance i0 could not be ended: RuntimeError: ray.kill failed" in caplog.messages
+
+
+def test_a_report_that_fails_is_logged_and_the_next_are_sent(
+    play: Callable[..., World], caplog: pytest.LogCaptureFixture
+) -> None:
+    async def script(w: World) -> None:
+        def fails(fact: FleetReported) -> None:
+            w.client.link.on_tell = lambda fact: None
+            raise OSError("no buffer")
+
+        w.client.link.on_tell = fails
+        await asyncio.sleep(5)
+        assert len(w.client.link.told) > 5
+
+    play(script)
+    assert any("Reporting the fleet failed unexpectedly" in m for m in caplog.messages)
+
+
+# -- drain
+
+
+def test_a_drained_instance_takes_nothing_more_and_is_stopped_once_it_is_empty(
+    play: Callable[..., World],
+) -> None:
+    async def script(w: World) -> None:
+        w.hold("i1", 2)
+        status = await w.fleet.drain(I1, "a user's order")
+        assert (status.state, status.why) == ("draining", "draining: a user's order")
+        await asyncio.sleep(100)
+        assert w.states["i1"] == "draining"
+        assert not w.accepting("i1")
+        w.client.held.clear()
+        await asyncio.sleep(0.1)
+        assert w.states == {"i0": "serving"}
+        assert w.runs.ended == [1]
+
+    play(script)
+
+
+def test_what_a_drained_instance_still_holds_after_the_timeout_is_cut_off(
+    play: Callable[..., World],
+) -> None:
+    async def script(w: World) -> None:
+        w.hold("i1", 2)
+        await w.fleet.drain(I1, "a user's order")
+        await asyncio.sleep(DRAIN_TIMEOUT_S - 1)
+        assert w.states["i1"] == "draining"
+        await asyncio.sleep(1.2)
+        assert w.states == {"i0": "serving"}
+        assert w.client.ended[1] == 2
+
+    play(script)
+
+
+def test_the_timeout_is_the_users_and_can_be_changed(play: Callable[..., World]) -> None:
+    async def script(w: World) -> None:
+        w.hold("i1", 1)
+        await w.fleet.drain(I1, "a user's order", timeout_s=1000)
+        await asyncio.sleep(DRAIN_TIMEOUT_S + 1)
+        await w.fleet.drain(I1, "a user's order")  # Changes nothing.
+        assert w.states["i1"] == "draining"
+        await w.fleet.drain(I1, "a user's order", timeout_s=2)
+        await asyncio.sleep(1)
+        assert w.states["i1"] == "draining"
+        await asyncio.sleep(1.2)
+        assert w.states == {"i0": "serving"}
+
+    play(script)
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_force_cuts_off_at_once(play: Callable[..., World], first: bool) -> None:
+    async def script(w: World) -> None:
+        w.hold("i1", 2)
+        if not first:
+            await w.fleet.drain(I1, "a user's order")
+            await asyncio.sleep(1)
+        await w.fleet.drain(I1, "a user's order", force=True)
+        await asyncio.sleep(0.1)
+        assert w.states == {"i0": "serving"}
+        assert w.client.ended[1] == 2
+
+    play(script)
+
+
+def test_what_was_cut_off_is_told_while_the_instance_stops(play: Callable[..., World]) -> None:
+    async def script(w: World) -> None:
+        seen: list[str | None] = []
+
+        async def end(_: Any) -> None:
+            seen.append(w.why["i1"])
+
+        w.runs.end = end  # type: ignore[method-assign]
+        w.hold("i1", 2)
+        await w.fleet.drain(I1, "a user's order", timeout_s=3)
+        await asyncio.sleep(4)
+        assert seen == ["a user's order; 2 of its requests were cut off after 3.0 s"]
+
+    play(script)
+
+
+def test_an_instance_that_dies_while_it_is_drained_is_gone(play: Callable[..., World]) -> None:
+    async def script(w: World) -> None:
+        w.hold("i1", 2)
+        await w.fleet.drain(I1, "a user's order")
+        await asyncio.sleep(1)
+        w.kill("i1")
+        await asyncio.sleep(0.1)
+        assert w.states == {"i0": "serving"}
+        assert w.client.ended[1] == 2
+
+    play(script)
+
+
+def test_after_the_close_nothing_is_started_or_drained_any_more(
+    play: Callable[..., World],
+) -> None:
+    async def script(w: World) -> None:
+        await w.fleet.close()
+        w.client.link.on_scaling(AddInstances(count=1, why="load"))
+        w.client.on_leave(I1, "a SIGTERM")
+        await asyncio.sleep(10)
+        assert len(w.runs.made) == 2
+        assert w.states["i1"] == "serving"
+
+    play(script)
+
+
+@pytest.mark.parametrize("state", ["starting", "restarting", "failed"])
+def test_what_does_not_serve_is_drained_at_once(play: Callable[..., World], state: str) -> None:
+    async def script(w: World) -> None:
+        if state == "failed":
+            w.runs.why_not = "broken"
+        else:
+            w.runs.ready_s = 1e6
+        if state == "restarting":
+            w.kill("i1")
+        else:
+            await w.fleet.add()
+        await asyncio.sleep(1)
+        name = I1 if state == "restarting" else I2
+        assert w.states[name] == state
+        await w.fleet.drain(name, "a user's order")
+        await asyncio.sleep(0.1)
+        assert name not in w.states
+        assert not any(r.alive for r in w.runs.made[2:])
+
+    play(script)
+
+
+def test_an_undrained_instance_serves_on_under_supervision(play: Callable[..., World]) -> None:
+    async def script(w: World) -> None:
+        w.hold("i1", 2)
+        await w.fleet.drain(I1, "a user's order")
+        await asyncio.sleep(1)
+        assert (await w.fleet.undrain(I1)).state == "serving"
+        assert w.accepting("i1")
+        await asyncio.sleep(DRAIN_TIMEOUT_S)
+        w.kill("i1")
+        await asyncio.sleep(0.1)
+        assert (w.states["i1"], w.member("i1").restarts) == ("serving", 1)
+        with pytest.raises(ConflictError, match="i1 is serving"):
+            await w.fleet.undrain(I1)
+
+    play(script)
+
+
+def test_the_only_one_that_serves_is_not_drained(play: Callable[..., World]) -> None:
+    async def script(w: World) -> None:
+        with pytest.raises(LastInstanceError, match="i0 is the only instance that serves; POST"):
+            await w.fleet.drain(I0, "a user's order", force=True)
+
+    play(script, count=1)
+
+
+def test_the_last_two_are_not_both_drained_while_they_start_again(
+    play: Callable[..., World],
+) -> None:
+    async def script(w: World) -> None:
+        w.runs.ready_s = 30
+        w.kill("i0")
+        w.kill("i1")
+        await asyncio.sleep(0.1)
+        await w.fleet.drain(I0, "a user's order")
+        with pytest.raises(LastInstanceError):
+            await w.fleet.drain(I1, "a user's order")
+        await asyncio.sleep(60)
+        assert w.states == {"i1": "serving"}
+
+    play(script)
+
+
+def test_an_instance_under_drain_takes_requests_while_no_other_serves(
+    play: Callable[..., World],
+) -> None:
+    async def script(w: World) -> None:
+        w.hold("i1", 1)
+        await w.fleet.drain(I1, "a user's order")
+        await asyncio.sleep(1)
+        w.runs.ready_s = 30
+        w.kill("i0")
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert w.states == {"i0": "restarting", "i1": "draining"}
+        assert w.accepting("i1")
+        w.client.held.clear()
+        await asyncio.sleep(20)
+        assert w.states["i1"] == "draining"
+        w.hold("i1", 1)
+        await asyncio.sleep(15)
+        assert w.states == {"i0": "serving", "i1": "draining"}
+        assert not w.accepting("i1")
+        w.client.held.clear()
+        await asyncio.sleep(1)
+        assert w.states == {"i0": "serving"}
+
+    play(script)
+
+
+def test_a_drain_is_taken_back_when_the_only_other_one_is_given_up(
+    play: Callable[..., World],
+) -> None:
+    async def script(w: World) -> None:
+        w.hold("i1", 1)
+        await w.fleet.drain(I1, "a user's order")
+        w.runs.why_not = "broken"
+        w.kill("i0")
+        await asyncio.sleep(60)
+        assert w.states == {"i0": "failed", "i1": "serving"}
+        assert w.accepting("i1")
+        assert not w.fleet.all_failed.is_set()
+
+    play(script)
+
+
+def test_a_drain_is_taken_back_when_no_other_serves_within_its_timeout(
+    play: Callable[..., World],
+) -> None:
+    async def script(w: World) -> None:
+        w.hold("i1", 1)
+        w.runs.ready_s = 1e6
+        await w.fleet.drain(I1, "a user's order", timeout_s=10)
+        w.kill("i0")
+        await asyncio.sleep(11)
+        assert w.states == {"i0": "restarting", "i1": "serving"}
+
+    play(script)
+
+
+# -- who asked
+
+
+def test_the_scheduler_is_told_at_once_who_asked_for_each_drain(
+    play: Callable[..., World],
+) -> None:
+    async def script(w: World) -> None:
+        for instance in ("i1", "i2", "i3"):
+            w.hold(instance, 1)
+        await asyncio.sleep(REPORT_EVERY_S / 2)
+        before = len(w.client.link.told)
+        await w.fleet.drain(I1, "a user's order")
+        w.client.on_leave(I2, "a SIGTERM")
+        w.client.link.on_scaling(DrainInstance(instance=w.member("i3").id, why="idle"))
+        await asyncio.sleep(0.01)
+        told = w.client.link.told[-1]
+        assert len(w.client.link.told) > before
+        assert told.serving == ("i0",)
+        assert told.drained_by == {"i1": "user", "i2": "signal", "i3": "scheduler"}
+
+    play(script, count=4)
+
+
+def test_the_scheduler_takes_back_no_drain_but_its_own(play: Callable[..., World]) -> None:
+    async def script(w: World) -> None:
+        for instance in ("i1", "i2"):
+            w.hold(instance, 1)
+        await w.fleet.drain(I1, "a user's order")
+        w.client.link.on_scaling(DrainInstance(instance=I2, why="idle"))
+        await asyncio.sleep(1)
+        for instance in (I1, I2):
+            w.client.link.on_scaling(UndrainInstance(instance=instance, why="load"))
+        await asyncio.sleep(1)
+        assert w.states == {"i0": "serving", "i1": "draining", "i2": "serving"}
+
+    play(script, count=3)
+
+
+def test_a_drain_of_the_schedulers_that_a_user_asks_for_too_is_the_users(
+    play: Callable[..., World],
+) -> None:
+    async def script(w: World) -> None:
+        w.hold("i1", 1)
+        w.client.link.on_scaling(DrainInstance(instance=I1, why="idle"))
+        await asyncio.sleep(1)
+        await w.fleet.drain(I1, "a user's order")
+        w.client.link.on_scaling(UndrainInstance(instance=I1, why="load"))
+        await asyncio.sleep(1)
+        assert w.states["i1"] == "draining"
+        assert w.client.link.told[-1].drained_by == {"i1": "user"}
+
+    play(script)
+
+
+def test_a_drain_of_the_schedulers_own_cuts_nothing_off(play: Callable[..., World]) -> None:
+    async def script(w: World) -> None:
+        w.hold("i1", 1)
+        w.client.link.on_scaling(DrainInstance(instance=I1, why="idle"))
+        await asyncio.sleep(DRAIN_TIMEOUT_S + 1)
+        assert w.states["i1"] == "serving"
+        assert w.accepting("i1")
+        assert w.client.ended == {}
+
+    play(script)
+
+
+# -- further instances
+
+
+def test_an_added_instance_starts_in_the_lowest_free_slot(play: Callable[..., World]) -> None:
+    async def script(w: World) -> None:
+        await w.fleet.drain(I0, "a user's order")
+        await asyncio.sleep(1)
+        w.runs.ready_s = 5
+        added = await w.fleet.add()
+        assert (added.id, added.state) == ("i0", "starting")
+        await asyncio.sleep(0.1)
+        assert w.client.link.told[-1].starting == 1
+        await asyncio.sleep(6)
+        assert w.states == {"i0": "serving", "i1": "serving"}
+        assert w.member("i0").restarts == 0
+
+    assert play(script).grown == [1]
+
+
+def test_no_more_are_added_than_there_is_room_for_or_the_user_allows(
+    play: Callable[..., World],
+) -> None:
+    async def script(w: World) -> None:
+        w.runs.ready_s = 100
+        answers = await asyncio.gather(*(w.fleet.add() for _ in range(5)), return_exceptions=True)
+        refused = [str(a) for a in answers if isinstance(a, CapacityError)]
+        assert len(refused) == 4
+        assert all("there are 3 instances, and --max-instances is 3" in r for r in refused)
+
+    play(script, max_instances=3)
+
+    async def crowded(w: World) -> None:
+        w.room = 3
+        await w.fleet.add()
+        with pytest.raises(CapacityError, match="no room"):
+            await w.fleet.add()
+
+    play(crowded)
+
+
+def test_one_that_cannot_be_started_says_why_and_its_slot_is_used_again(
+    play: Callable[..., World],
+) -> None:
+    async def script(w: World) -> None:
+        w.runs.why_not = "disk full"
+        for _ in range(4):
+            assert (await w.fleet.add()).id == "i2"
+            await asyncio.sleep(1)
+            assert w.states["i2"] == "failed"
+            assert w.why["i2"] == "could not be started: disk full"
+        w.runs.why_not = None
+        await w.fleet.add()
+        await asyncio.sleep(1)
+        assert w.states == {"i0": "serving", "i1": "serving", "i2": "serving"}
+
+    assert set(play(script).grown) == {3}
+
+
+def test_a_storm_of_failing_starts_slows_down_and_leaves_nothing_behind(
+    play: Callable[..., World], caplog: pytest.LogCaptureFixture
+) -> None:
+    """An hour in which no instance can be started, with a scheduler that wants two."""
+
+    async def script(w: World) -> None:
+        scheduler = Scheduler(w.fleet._settings)
+        now = asyncio.get_running_loop().time
+
+        def tell(fact: FleetReported) -> None:
+            for decision in scheduler.handle(fact, now()):
+                w.client.link.on_scaling(decision)
+
+        w.client.link.on_tell = tell
+        w.runs.why_not = "uncorrectable ECC error"
+        w.kill("i1")
+        await asyncio.sleep(3600)
+        assert w.states == {"i0": "serving", "i1": "failed"}
+        assert len(w.runs.made) < 25
+
+        w.runs.why_not = None
+        await w.fleet.add()  # The user has mended the cause.
+        await asyncio.sleep(1)
+        assert w.states == {"i0": "serving", "i1": "serving"}
+        w.kill("i1")
+        await asyncio.sleep(1)
+        assert w.states == {"i0": "serving", "i1": "serving"}
+
+    with caplog.at_level(logging.WARNING):
+        world = play(script, min_instances=2, max_instances=3)
+    assert set(world.grown) == {2}
+    assert sum("Not done" in m for m in caplog.messages) < 12
+
+
+def test_what_the_scheduler_wants_and_cannot_have_is_said_once(
+    play: Callable[..., World], caplog: pytest.LogCaptureFixture
+) -> None:
+    async def script(w: World) -> None:
+        w.room = 0
+        for _ in range(100):
+            w.client.link.on_scaling(AddInstances(count=1, why="load"))
+            await asyncio.sleep(1)
+
+    play(script)
+    assert sum("Not done (load): no room" in m for m in caplog.messages) == 1
+
+
+# -- hung engines
+
+
+def test_an_engine_that_makes_no_step_is_called_hung_and_keeps_its_streams(
+    play: Callable[..., World],
+) -> None:
+    async def script(w: World) -> None:
+        w.hold("i1", 2)
+        for sequence in range(40):
+            w.report(sequence)
+            w.report(sequence, stalled_s=sequence * LOOK_EVERY_S, only="i1")
+            await asyncio.sleep(LOOK_EVERY_S)
+        assert w.states == {"i0": "serving", "i1": "hung"}
+        assert w.why["i1"] is not None
+        assert w.why["i1"].startswith("hung: no step for")
+        assert w.client.held[1] == 2
+        w.report(41)
+        await asyncio.sleep(1.5 * LOOK_EVERY_S)
+        assert w.states == {"i0": "serving", "i1": "serving"}
+        assert w.why["i1"] is None
+
+    play(script)
+
+
+def test_an_engine_that_falls_silent_is_called_hung_and_loses_its_streams_later(
+    play: Callable[..., World],
+) -> None:
+    async def script(w: World) -> None:
+        w.hold("i1", 2)
+        w.report(0)
+        await asyncio.sleep(LOOK_EVERY_S)
+        for sequence in range(1, LOST_LOOKS + 2):
+            w.report(sequence, only="i0")
+            await asyncio.sleep(LOOK_EVERY_S)
+            if sequence == SILENT_LOOKS + 1:
+                assert w.states == {"i0": "serving", "i1": "hung"}
+                assert w.client.held[1] == 2
+        assert w.client.held[1] == 0
+        assert w.client.told.silent == {1}
+        assert w.states["i1"] == "hung"
+        w.report(100)
+        await asyncio.sleep(1.5 * LOOK_EVERY_S)
+        assert w.states["i1"] == "serving"
+        assert w.client.told.silent == set()
+
+    play(script)
+
+
+def test_nothing_is_concluded_without_a_controller_or_while_engines_are_paused(
+    play: Callable[..., World],
+) -> None:
+    async def script(w: World) -> None:
+        w.report(0)
+        await asyncio.sleep(1)
+        w.client.link.reports = None
+        await asyncio.sleep(100)
+        w.client.link.reports = []
+        w.client.told.note("pause_scheduler", ("keep", True), [None])
+        for sequence in range(1, 40):
+            w.report(sequence, stalled_s=sequence)
+            await asyncio.sleep(LOOK_EVERY_S)
+            assert w.states == {"i0": "serving", "i1": "serving"}
+
+    play(script)
+
+
+def test_a_hung_instance_stands_in_for_nobody(play: Callable[..., World]) -> None:
+    async def script(w: World) -> None:
+        w.hold("i0", 1)
+        w.hold("i1", 1)
+
+        async def reports(numbers: range) -> None:
+            for sequence in numbers:
+                w.report(sequence)
+                w.report(sequence, stalled_s=sequence, only="i1")
+                await asyncio.sleep(LOOK_EVERY_S)
+
+        await reports(range(20))
+        with pytest.raises(LastInstanceError, match=r"only instance that serves \(i1 is hung\)"):
+            await w.fleet.drain(I0, "a user's order")
+        status = await w.fleet.drain(I1, "a user's order", timeout_s=1)
+        assert (status.state, status.hung) == ("draining", True)
+        await reports(range(20, 30))
+        assert w.states == {"i0": "serving"}
+
+    play(script)

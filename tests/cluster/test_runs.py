@@ -1,0 +1,227 @@
+"""What a run does with Ray, on a fake Ray: beside the event loop, and nothing is left behind."""
+
+import asyncio
+import concurrent.futures
+import threading
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+import ray
+
+from llumnix.cluster import ray_calls, runs
+from llumnix.cluster.runs import Run, Runs
+from llumnix.config import DeploymentConfig
+from llumnix.core.types import InstanceId
+
+I0 = InstanceId("i0")
+
+
+class Method:
+    """A method of an actor: `remote()` gives a reference that resolves to `answer`, or fails."""
+
+    def __init__(self, world: "FakeRay", name: str, answer: Any = None) -> None:
+        self.world, self.name, self.answer = world, name, answer
+
+    def remote(self, *args: Any) -> Any:
+        self.world.call(self.name, *args)
+        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        if isinstance(self.answer, BaseException):
+            future.set_exception(self.answer)
+        elif self.answer is not None:
+            future.set_result(self.answer)
+        return Reference(future)
+
+
+class Reference:
+    def __init__(self, done: concurrent.futures.Future[Any]) -> None:
+        self._done = done
+
+    def future(self) -> concurrent.futures.Future[Any]:
+        return self._done
+
+    def __await__(self) -> Any:
+        return asyncio.wrap_future(self._done).__await__()
+
+
+class FakeRay:
+    """`calls`: what was asked of Ray, with whether it was on the event loop's thread. `broken`
+    names the calls that raise, `placed` says whether devices are to be had."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, device: str | None = "GPU") -> None:
+        self.calls: list[str] = []
+        self.on_loop: set[str] = set()
+        self.broken: set[str] = set()
+        self.placed = threading.Event()
+        self.placed.set()
+        self.holds = threading.Event()  # Lets actors be made.
+        self.holds.set()
+        facts = SimpleNamespace(node="n", pid=1, devices=[], address="a")
+        self.actor = SimpleNamespace(
+            describe=Method(self, "describe", facts),
+            run=Method(self, "run"),
+            stop=Method(self, "stop", True),
+            accept=Method(self, "accept", True),
+        )
+        group = SimpleNamespace(wait=lambda _: self.placed.wait(0.01))
+
+        def make(*_: Any) -> Any:
+            self.holds.wait(10)
+            self.call("actor")
+            return self.actor
+
+        remote = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=make))
+        monkeypatch.setattr(runs, "placement_group", lambda _: self.call("group") or group)
+        monkeypatch.setattr(runs, "remove_placement_group", lambda _: self.call("remove"))
+        monkeypatch.setattr(runs, "PlacementGroupSchedulingStrategy", lambda **_: None)
+        monkeypatch.setattr(runs, "pack", lambda *_: b"")
+        monkeypatch.setattr(ray, "remote", lambda _: remote)
+        monkeypatch.setattr(ray, "kill", lambda _: self.call("kill"))
+        self.accepting: list[bool] = []
+        client: Any = SimpleNamespace(
+            expect=lambda *_: None,
+            locate=lambda *_: None,
+            accept=lambda _, accepting: self.accepting.append(accepting),
+            connected=self._connected,
+        )
+        launch: Any = SimpleNamespace(
+            device=device,
+            devices_per_instance=1,
+            environment={},
+            environment_before={},
+            vllm_config=None,
+            addresses=None,
+            executor_class=None,
+            log_stats=False,
+        )
+        addresses: Any = SimpleNamespace(controller="", peers="", agents="", keys=None)
+        self.runs = Runs(client, launch, addresses, DeploymentConfig())
+
+    async def _connected(self, _: int) -> None:
+        await asyncio.sleep(0)
+
+    def call(self, name: str, *args: Any) -> None:
+        self.calls.append(" ".join([name, *map(str, args)]))
+        if threading.current_thread() is threading.main_thread():
+            self.on_loop.add(name)
+        if name in self.broken:
+            raise RuntimeError(f"{name} failed")
+
+    async def ready(self) -> Run:
+        run = self.runs.create(I0, 0)
+        assert await self.runs.until_ready(run) is None
+        return run
+
+
+async def test_no_call_of_rays_is_made_on_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = FakeRay(monkeypatch)
+    run = await world.ready()
+    world.runs.accept(run, True)
+    world.runs.accept(run, False)
+    assert run.telling is not None
+    await run.telling
+    await asyncio.wait({run.ended}, timeout=0.1)  # type: ignore[type-var]
+    monkeypatch.setattr(runs, "STOP_TIMEOUT_S", 0.01)
+    await world.runs.end(run)
+    assert world.calls == [
+        "group", "actor", "describe", "run", "accept False", "stop", "kill", "remove",
+    ]  # fmt: skip
+    assert world.on_loop == set()
+    assert world.accepting == [False, True, False]
+
+
+@pytest.mark.parametrize("call", ["group", "actor", "describe"])
+async def test_what_fails_while_it_starts_is_raised_and_can_be_cleared_away(
+    monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    world = FakeRay(monkeypatch)
+    world.broken = {call}
+    run = world.runs.create(I0, 0)
+    with pytest.raises(RuntimeError, match=f"{call} failed"):
+        await world.runs.until_ready(run)
+    await world.runs.end(run)
+    assert ("remove" in world.calls) == (call != "group")
+    assert ("kill" in world.calls) == (call == "describe")
+
+
+async def test_an_engine_of_which_nothing_can_be_heard_has_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = FakeRay(monkeypatch)
+    world.actor.run.answer = ValueError("Ray lost it")
+    run = world.runs.create(I0, 0)
+    why = await world.runs.until_ready(run)
+    if why is None:  # It connected first.
+        assert run.ended is not None
+        why = await run.ended
+    assert why == "Ray lost it"
+
+
+@pytest.mark.parametrize("call", ["stop", "kill", "remove"])
+async def test_each_step_of_an_end_is_tried_and_what_failed_is_raised(
+    monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    monkeypatch.setattr(runs, "STOP_TIMEOUT_S", 0.01)
+    world = FakeRay(monkeypatch)
+    run = await world.ready()
+    world.broken = {call}
+    with pytest.raises(RuntimeError, match=f"{call} failed"):
+        await world.runs.end(run)
+    assert world.calls[-2:] == ["kill", "remove"]
+    world.broken = set()
+    await world.runs.end(run)
+
+
+async def test_an_actor_that_is_made_after_its_end_is_killed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(runs, "STOP_TIMEOUT_S", 0.01)
+    world = FakeRay(monkeypatch)
+    world.holds.clear()
+    run = world.runs.create(I0, 0)
+    while not run.placed:
+        await asyncio.sleep(0.001)
+    await world.runs.end(run)
+    assert "kill" not in world.calls
+    world.holds.set()
+    await asyncio.wait({run.made})
+    assert world.calls[-3:] == ["actor", "kill", "remove"]
+
+
+async def test_a_run_that_waits_for_devices_ends_without_an_actor(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = FakeRay(monkeypatch)
+    world.placed.clear()
+    run = world.runs.create(I0, 0)
+    await asyncio.sleep(0.05)
+    assert not run.placed
+    await world.runs.end(run)
+    assert "actor" not in world.calls
+    assert "remove" in world.calls
+
+
+async def test_devices_that_others_hold_are_named_as_the_reason(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    world = FakeRay(monkeypatch)
+    world.placed.clear()
+    monkeypatch.setattr(runs, "PLACING_SAID_AFTER_S", 0.0)
+    run = world.runs.create(I0, 0)
+    waiting = asyncio.create_task(world.runs.until_ready(run))
+    await asyncio.sleep(0.05)
+    monkeypatch.setattr(runs, "READY_TIMEOUT_S", 0.0)
+    assert "no GPU within 0 s: all are held by others" in str(await waiting)
+    said = [m for m in caplog.messages if "i0 waits for 1 free GPU(s) on one host" in m]
+    assert len(said) == 1
+
+
+async def test_a_call_that_never_returns_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_calls, "RAY_CALL_TIMEOUT_S", 0.01)
+    for_ever = threading.Event()
+    with pytest.raises(TimeoutError):
+        await ray_calls.ray_call(for_ever.wait)
+    for_ever.set()

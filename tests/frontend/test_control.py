@@ -1,0 +1,120 @@
+"""The routes under /llumnix that start, drain and list instances."""
+
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+
+pytest.importorskip("vllm")
+
+from llumnix.core.types import EngineIndex, InstanceId
+from llumnix.errors import CapacityError, LastInstanceError
+from llumnix.frontend.control import DRAIN_TIMEOUT_MAX_S, InstanceStatus, control_app
+
+
+class Control:
+    """A fleet of one that notes what it is asked; `error` is raised instead."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[Any, ...]] = []
+        self.error: Exception | None = None
+        self.row = InstanceStatus(
+            id=InstanceId("i0"),
+            state="hung",
+            hung=True,
+            engine_index=EngineIndex(3),
+            node="host",
+            pid=1,
+            devices=["cpu:0"],
+            restarts=0,
+            why="hung: no step for 4 s, and it has requests",
+        )
+
+    def _note(self, *asked: Any) -> InstanceStatus:
+        self.asked.append(asked)
+        if self.error is not None:
+            raise self.error
+        return self.row
+
+    def status(self) -> list[InstanceStatus]:
+        return [self.row]
+
+    async def add(self) -> InstanceStatus:
+        return self._note("add")
+
+    async def drain(self, instance: InstanceId, why: str, **how: Any) -> InstanceStatus:
+        return self._note("drain", instance, how)
+
+    async def undrain(self, instance: InstanceId) -> InstanceStatus:
+        return self._note("undrain", instance)
+
+
+@pytest.fixture
+def control() -> Control:
+    return Control()
+
+
+@pytest.fixture
+async def http(control: Control) -> AsyncIterator[httpx.AsyncClient]:
+    async def loads() -> list[Any]:
+        return []
+
+    client: Any = SimpleNamespace(link=SimpleNamespace(loads=loads), in_flight=lambda _: 2)
+    transport = httpx.ASGITransport(control_app(client, control))
+    async with httpx.AsyncClient(transport=transport, base_url="http://t") as http:
+        yield http
+
+
+DRAIN = ("POST", "/llumnix/v1/instances/i0/drain")
+DELETE = ("DELETE", "/llumnix/v1/instances/i0")
+
+
+@pytest.mark.parametrize(("method", "path"), [DRAIN, DELETE])
+@pytest.mark.parametrize(
+    ("query", "how"),
+    [
+        ("", {"timeout_s": None, "force": False}),
+        ("?timeout_s=2.5", {"timeout_s": 2.5, "force": False}),
+        ("?force=true&timeout_s=0", {"timeout_s": 0.0, "force": True}),
+    ],
+)
+async def test_a_drain_may_say_how_long_it_takes_at_most(
+    http: httpx.AsyncClient,
+    control: Control,
+    method: str,
+    path: str,
+    query: str,
+    how: dict[str, Any],
+) -> None:
+    answer = await http.request(method, path + query)
+    assert answer.status_code == 202
+    assert control.asked == [("drain", "i0", how)]
+
+
+@pytest.mark.parametrize("value", ["-1", "nan", "inf", "soon", str(DRAIN_TIMEOUT_MAX_S + 1)])
+async def test_a_timeout_that_is_none_is_refused_by_name(
+    http: httpx.AsyncClient, control: Control, value: str
+) -> None:
+    answer = await http.request(*DRAIN, params={"timeout_s": value})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"].startswith("timeout_s: ")
+    assert control.asked == []
+
+
+@pytest.mark.parametrize("error", [CapacityError("no room"), LastInstanceError("the only one")])
+async def test_what_cannot_be_done_now_is_a_conflict(
+    http: httpx.AsyncClient, control: Control, error: Exception
+) -> None:
+    control.error = error
+    for method, path in (DRAIN, DELETE, ("POST", "/llumnix/v1/instances")):
+        answer = await http.request(method, path)
+        assert answer.status_code == 409
+        assert answer.json()["error"]["message"] == str(error)
+
+
+async def test_a_hung_instance_is_listed_as_hung(http: httpx.AsyncClient) -> None:
+    (row,) = (await http.get("/llumnix/v1/instances")).json()["instances"]
+    assert (row["state"], row["hung"], row["in_flight"]) == ("hung", True, 2)
+    assert row["why"] == "hung: no step for 4 s, and it has requests"

@@ -1,0 +1,261 @@
+"""Calls to all engines: bounded in time, the same on all, and made up for by engines that come
+later. On fake engines, in virtual time."""
+
+import asyncio
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from vllm.exceptions import GracefulHTTPError
+from vllm.lora.request import LoRARequest
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from llumnix.core.types import EngineIndex
+from llumnix.frontend.engine_calls import LONG_TIMEOUT_S, SHORT_TIMEOUT_S, EngineCalls
+from llumnix.frontend.engine_state import CALLS_MAX, EngineState
+from support.virtual_time import run
+
+E0, E1, E2 = EngineIndex(0), EngineIndex(1), EngineIndex(2)
+HANGS = object()
+
+
+class Calls(EngineCalls):
+    """`answers`: of an engine to a method; an exception is raised, HANGS never answers."""
+
+    def __init__(self, *engines: EngineIndex) -> None:
+        self.core_engines = [e.to_bytes(2, "little") for e in engines]
+        self.loop = asyncio.get_running_loop()
+        self.told = EngineState()
+        self.told.joined = set(engines)
+        self.made: list[tuple[EngineIndex, str, tuple[Any, ...]]] = []
+        self.answers: dict[tuple[EngineIndex, str], Any] = {}
+
+    def knows(self, engine_index: EngineIndex) -> bool:
+        return True
+
+    def name_of(self, engine_index: EngineIndex) -> str:
+        return f"i{engine_index}"
+
+    async def call_engine(self, engine_index: EngineIndex, method: str, *args: Any) -> Any:
+        self.made.append((engine_index, method, args))
+        answer = self.answers.get((engine_index, method), True)
+        if answer is HANGS:
+            await asyncio.get_running_loop().create_future()
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    def of(self, engine_index: EngineIndex) -> list[str]:
+        return [method for engine, method, _ in self.made if engine == engine_index]
+
+
+def adapter(number: int) -> LoRARequest:
+    return LoRARequest(lora_name=f"a{number}", lora_int_id=number, lora_path=f"/adapters/{number}")
+
+
+async def failing(call: Any) -> BaseException:
+    with pytest.raises(Exception) as caught:  # noqa: PT011 - the tests look at it
+        await call
+    return caught.value
+
+
+# -- engines that do not answer
+
+
+def test_an_engine_that_hangs_is_named_and_what_the_others_did_stands() -> None:
+    async def main() -> None:
+        calls = Calls(E0, E1, E2)
+        calls.answers[E1, "reset_prefix_cache"] = HANGS
+        began_s = calls.loop.time()
+        error = await failing(calls.reset_prefix_cache_async())
+        assert calls.loop.time() - began_s <= SHORT_TIMEOUT_S + 1
+        assert isinstance(error, GracefulHTTPError)
+        assert error.http_status == 504
+        assert "reset_prefix_cache: no answer from i1 " in str(error)
+        assert "done on i0, i2." in str(error)
+
+    run(main())
+
+
+@pytest.mark.parametrize(("silent", "limit_s"), [(False, LONG_TIMEOUT_S), (True, SHORT_TIMEOUT_S)])
+def test_a_long_call_waits_long_but_not_for_an_engine_that_is_silent(
+    silent: bool, limit_s: float
+) -> None:
+    async def main() -> None:
+        calls = Calls(E0, E1)
+        calls.answers[E1, "sleep"] = HANGS
+        calls.told.silent = {E1} if silent else set()
+        error = await failing(calls.sleep_async(1))
+        assert isinstance(error, GracefulHTTPError)
+        assert limit_s <= calls.loop.time() <= limit_s + 1
+
+    run(main())
+
+
+def test_a_call_with_a_timeout_of_its_own_is_bounded_by_that() -> None:
+    async def main() -> None:
+        calls = Calls(E0)
+        calls.answers[E0, "collective_rpc"] = HANGS
+        await failing(calls.collective_rpc_async("update_weights", timeout=20.0))
+        assert calls.loop.time() == SHORT_TIMEOUT_S + 20
+
+    run(main())
+
+
+def test_an_engine_that_dies_meanwhile_is_left_out_unless_all_do() -> None:
+    async def main() -> None:
+        calls = Calls(E0, E1)
+        calls.answers[E1, "is_sleeping"] = EngineDeadError()
+        assert await calls.is_sleeping_async() is True
+        calls.answers[E0, "is_sleeping"] = EngineDeadError()
+        assert isinstance(await failing(calls.is_sleeping_async()), EngineDeadError)
+
+    run(main())
+
+
+def test_engines_that_differ_are_named_with_what_they_say() -> None:
+    async def main() -> None:
+        calls = Calls(E0, E1)
+        calls.answers[E0, "get_weight_version"] = "v2"
+        calls.answers[E1, "get_weight_version"] = "default"
+        error = await failing(calls.get_weight_version_async())
+        assert "get_weight_version (i0: v2, i1: default)" in str(error)
+
+    run(main())
+
+
+# -- engines that come later
+
+
+def test_a_new_engine_is_brought_into_the_state_of_the_others_before_it_joins() -> None:
+    async def main() -> None:
+        calls = Calls(E0)
+        await calls.pause_scheduler_async(mode="keep", clear_cache=False)
+        await calls.add_lora_async(adapter(7))
+        assert calls.told.paused
+        calls.core_engines.append(E1.to_bytes(2, "little"))
+        assert await calls.is_scheduler_paused_async() is True
+        assert calls.of(E1) == []  # It would say otherwise yet.
+        assert await calls.bring_up(E1) is None
+        assert [(m, a) for e, m, a in calls.made if e == E1] == [
+            ("add_lora", (adapter(7),)),
+            ("pause_scheduler", ("keep", False)),
+        ]
+        await calls.resume_scheduler_async()
+        assert calls.of(E1)[-1] == "resume_scheduler"
+        assert not calls.told.paused
+
+    run(main())
+
+
+def test_what_changes_while_an_engine_is_brought_up_reaches_it_too() -> None:
+    async def main() -> None:
+        calls = Calls(E0)
+        await calls.pause_scheduler_async(mode="keep")
+        calls.core_engines.append(E1.to_bytes(2, "little"))
+        call_engine = calls.call_engine
+
+        async def meanwhile(engine_index: EngineIndex, method: str, *args: Any) -> Any:
+            answer = await call_engine(engine_index, method, *args)
+            if engine_index == E1 and method == "pause_scheduler":
+                await calls.sleep_async(1)
+            return answer
+
+        calls.call_engine = meanwhile  # type: ignore[method-assign]
+        assert await calls.bring_up(E1) is None
+        assert calls.of(E1)[-2:] == ["pause_scheduler", "sleep"]
+
+    run(main())
+
+
+@pytest.mark.parametrize("answer", [EngineDeadError(), Exception("boom"), HANGS])
+def test_an_engine_that_cannot_be_brought_up_does_not_join(answer: Any) -> None:
+    async def main() -> None:
+        calls = Calls(E0)
+        await calls.sleep_async(1)
+        calls.answers[E1, "sleep"] = answer
+        why = await calls.bring_up(E1)
+        assert why is not None
+        assert "into the state of the others" in why
+        assert calls.told.joined == {E0}
+
+    run(main())
+
+
+def test_an_adapter_that_a_new_engine_cannot_load_does_not_keep_it_out() -> None:
+    async def main() -> None:
+        calls = Calls(E0)
+        await calls.add_lora_async(adapter(1))
+        calls.answers[E1, "add_lora"] = Exception("no such folder")
+        assert await calls.bring_up(E1) is None
+
+    run(main())
+
+
+# -- adapters
+
+
+@pytest.mark.parametrize("answer", [Exception("out of memory"), HANGS])
+def test_an_adapter_that_one_engine_cannot_load_is_taken_back_on_the_others(answer: Any) -> None:
+    async def main() -> None:
+        calls = Calls(E0, E1, E2)
+        calls.answers[E1, "add_lora"] = answer
+        await failing(calls.add_lora_async(adapter(1)))
+        removed = {e for e, m, a in calls.made if (m, a) == ("remove_lora", (1,))}
+        assert removed == {E0, E2}
+        assert calls.told.calls() == []
+
+    run(main())
+
+
+def test_an_adapter_that_was_there_before_stays_where_it_is() -> None:
+    async def main() -> None:
+        calls = Calls(E0, E1)
+        await calls.add_lora_async(adapter(1))
+        calls.answers[E1, "add_lora"] = Exception("out of memory")
+        await failing(calls.add_lora_async(adapter(1)))
+        assert "remove_lora" not in calls.of(E0)
+
+    run(main())
+
+
+# -- the state that is kept
+
+
+def after(*calls: tuple[str, tuple[Any, ...], Any]) -> list[str]:
+    state = EngineState()
+    for method, args, answer in calls:
+        state.note(method, args, [answer])
+    return [method for method, _ in state.calls()]
+
+
+PAUSE, RESUME = ("pause_scheduler", ("keep", True), None), ("resume_scheduler", (), None)
+SLEEP, WAKE = ("sleep", (1, "abort"), None), ("wake_up", (None,), True)
+PARTLY = ("wake_up", (["weights"],), False)
+
+
+def test_only_what_still_holds_is_kept() -> None:
+    assert after(PAUSE) == ["pause_scheduler"]
+    assert after(PAUSE, PAUSE) == ["pause_scheduler"]
+    assert after(PAUSE, RESUME) == []
+    assert after(RESUME) == []
+    assert after(SLEEP, PARTLY) == ["sleep", "wake_up"]
+    assert after(SLEEP, PARTLY, WAKE) == []
+    assert after(PAUSE, SLEEP, WAKE) == []  # Waking resumes the scheduler.
+    assert after(WAKE) == []
+    assert after(("reset_prefix_cache", (False, False), True)) == []
+
+
+def test_adapters_are_kept_until_they_are_removed() -> None:
+    load, pin = ("add_lora", (adapter(1),), True), ("pin_lora", (1,), True)
+    assert after(load, pin, PAUSE) == ["add_lora", "pin_lora", "pause_scheduler"]
+    assert after(load, pin, ("remove_lora", (1,), True)) == []
+
+
+def test_the_record_is_bounded() -> None:
+    partly = [("wake_up", ([f"tag {n}"],), False) for n in range(1000)]
+    kept = after(SLEEP, *partly)
+    assert len(kept) == CALLS_MAX
+    assert kept[0] == "sleep"
