@@ -1,9 +1,12 @@
 """The destination's half of a migration: one llumlet on an engine without a model, and the source's
 words in the test's hand."""
 
+from itertools import pairwise
 from typing import TypeVar
 
-from llumnix.core.limits import TAIL_MAX
+import pytest
+
+from llumnix.core.limits import TAIL_MAX, MigrationLimits
 from llumnix.core.llumlet import Llumlet
 from llumnix.core.messages import (
     CallOff,
@@ -13,6 +16,7 @@ from llumnix.core.messages import (
     Reserve,
     Stage,
     Staged,
+    StageProgress,
     Stopping,
     ToFrontend,
     TookOver,
@@ -35,8 +39,11 @@ class Destination:
         for block in range(20):
             self.source.memory[block] = (PROMPT + list(range(200, 240)))[4 * block : 4 * block + 4]
         self.pulls: list[tuple[int, list[tuple[int, int]]]] = []
+        self.cancelled: list[int] = []
         self.engine = FakeEngine(
-            EngineIndex(1), on_pull=lambda ticket, _, pairs: self.pulls.append((ticket, pairs))
+            EngineIndex(1),
+            on_pull=lambda ticket, _, pairs: self.pulls.append((ticket, pairs)),
+            on_cancel=self.cancelled.append,
         )
         self.llumlet = Llumlet(EngineIndex(1), "here", self.engine)
         self.out: list[Out] = []
@@ -61,11 +68,11 @@ class Destination:
     def poll(self) -> None:
         self.out += self.llumlet.poll(self.now)
 
-    def pull(self) -> None:
+    def pull(self, error: str | None = None) -> None:
         """The oldest pull ends."""
         ticket, pairs = self.pulls.pop(0)
         self.engine.copy(self.source, pairs)
-        self.out += self.llumlet.pulled(ticket, None, len(pairs), 0.1, self.now)
+        self.out += self.llumlet.pulled(ticket, error, len(pairs), 0.1, self.now)
 
     def stage(self, number: int, start: int, end: int, outputs: list[int] | None = None) -> None:
         self.hear(
@@ -85,6 +92,9 @@ class Destination:
         self.hear(
             Handover(
                 migration=M,
+                request=R,
+                source=EngineIndex(0),
+                address="there",
                 start=start,
                 end=end,
                 blocks=[list(range(start // 4, -(-end // 4)))],
@@ -154,3 +164,93 @@ def test_the_tail_has_an_end() -> None:
     there = Destination(outputs=list(range(TAIL_MAX)))
     there.handover(0, 0, TAIL_MAX, [1001, 1002])
     assert there.said(TookOver)[0].tail == [*range(2, TAIL_MAX), 1001, 1002]
+
+
+# -- pulls that take long, and pulls that nobody wants any more
+
+
+def test_a_stage_that_takes_minutes_is_not_given_up_by_either_side() -> None:
+    """4 GiB at 100 MB/s take 43 s; a source waits 30 s for a word."""
+    there = Destination()
+    there.stage(1, 0, 32)
+    said: list[float] = []
+    while there.now < 300:
+        there.now += 0.5
+        there.poll()
+        if len(there.said(StageProgress)) > len(said):
+            said.append(there.now)
+    gaps = [b - a for a, b in pairwise([0.0, *said, there.now])]
+    assert max(gaps) < MigrationLimits().stage_timeout_s / 2
+    there.pull()
+    assert there.said(Staged)
+    assert not there.said(Verdict)
+
+
+def test_a_source_that_is_silent_between_stages_is_given_up() -> None:
+    there = Destination()
+    there.stage(1, 0, 32)
+    there.pull()
+    there.now += MigrationLimits().silence_timeout_s
+    there.poll()
+    assert ["silent" in v.why for v in there.said(Verdict)] == [True]
+    assert there.engine.blocks_used() == 0
+
+
+def test_a_handover_that_takes_minutes_ends_well() -> None:
+    there = Destination()
+    there.handover(0, 42, 0, [200, 201, 202])
+    for _ in range(300):
+        there.now += 1
+        there.poll()
+    assert not there.said(Verdict)
+    there.pull()
+    assert [v.taken for v in there.said(Verdict)] == [True]
+
+
+def test_a_pull_that_nobody_wants_any_more_is_cancelled_and_gives_its_room_back() -> None:
+    there = Destination()
+    there.stage(1, 0, 32)
+    ticket = there.pulls[0][0]
+    there.hear(CallOff(migration=M, why="it ended meanwhile"))
+    assert there.cancelled == [ticket]
+    assert there.engine.blocks_used() > 0  # It may still be written to.
+    there.pull("cancelled")
+    assert there.engine.blocks_used() == 0
+    assert not there.llumlet.busy
+
+
+# -- a destination that does not remember
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_a_handover_that_is_not_remembered_is_answered_each_time(here: bool) -> None:
+    there = Destination()
+    there.hear(CallOff(migration=M, why=""))
+    there.llumlet._incoming._verdicts._decided.clear()  # As 4,096 others would have had it.
+    if here:
+        there.engine.add(R, PROMPT, 10)
+    before = len(there.said(Verdict))
+    for _ in range(3):
+        there.handover(0, 40, 0, [])
+    assert [v.taken for v in there.said(Verdict)[before:]] == [here] * 3
+
+
+def test_what_was_declined_unheard_stays_declined() -> None:
+    there = Destination()
+    other = MigrationId("other")
+    assert there.llumlet.fate(other) == "declined"
+    before = len(there.said(Verdict))
+    there.hear(
+        Reserve(
+            migration=other,
+            request=RequestId("late"),
+            source=EngineIndex(0),
+            address="there",
+            epoch=Epoch(1),
+            body=repr((PROMPT, 5)).encode(),
+            outputs=[],
+            tokens=40,
+            agents=["fake"],
+        )
+    )
+    assert [v.taken for v in there.said(Verdict)[before:]] == [False]

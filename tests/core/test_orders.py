@@ -177,6 +177,9 @@ def test_one_that_came_stays_for_as_long_as_its_move_has_to_pay() -> None:
     source.llumlet.receive(reserve, 0.0)
     handover = Handover(
         migration=MigrationId("m"),
+        request=RequestId("r"),
+        source=THERE,
+        address="there",
         start=0,
         end=0,
         blocks=[[]],

@@ -7,6 +7,7 @@ from llumnix.core.limits import MigrationLimits
 from llumnix.core.llumlet import Llumlet
 from llumnix.core.messages import (
     CallOff,
+    FromDestination,
     Handover,
     Migrate,
     MigrationEnded,
@@ -15,6 +16,7 @@ from llumnix.core.messages import (
     Reserved,
     Stage,
     Staged,
+    StageProgress,
     ToFrontend,
     ToPeer,
     Verdict,
@@ -57,7 +59,7 @@ class Source:
     def poll(self) -> None:
         self.out += self.llumlet.poll(self.now)
 
-    def hear(self, message: Reserved | Staged | Verdict) -> None:
+    def hear(self, message: FromDestination) -> None:
         self.out += self.llumlet.receive(message, self.now)
 
     def said(self, kind: type[Message]) -> list[Message]:
@@ -140,3 +142,28 @@ def test_the_room_asked_for_holds_the_request_and_what_it_generates_meanwhile() 
     reserve = source.said(Reserve)[0]
     tokens = len(source.engine.requests[R].tokens)
     assert reserve.tokens == tokens + LIMITS.ahead_tokens(source.engine.block_tokens)
+
+
+def test_a_stage_has_as_long_as_the_destination_says_that_it_goes_on() -> None:
+    source = Source()
+    source.hear(Reserved(migration=M, hit=0))
+    for _ in range(10):
+        source.now += LIMITS.stage_timeout_s - 1
+        source.poll()
+        source.hear(StageProgress(migration=M, stage=1))
+    assert not source.said(CallOff)
+    source.now += LIMITS.stage_timeout_s
+    source.poll()
+    assert [m.why for m in source.said(CallOff)] == ["the destination was silent while copying"]
+
+
+def test_progress_of_a_stage_that_is_over_changes_nothing() -> None:
+    source = Source()
+    source.hear(Reserved(migration=M, hit=0))
+    for _ in range(2):
+        source.hear(StageProgress(migration=M, stage=7))
+        source.hear(Staged(migration=M, stage=1, bytes=1, seconds=0.1))
+        source.hear(StageProgress(migration=M, stage=1))
+    source.hear(declined())
+    source.hear(StageProgress(migration=M, stage=1))
+    assert not source.llumlet.busy

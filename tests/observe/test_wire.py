@@ -32,6 +32,7 @@ from llumnix.core.messages import (
     Stage,
     Staged,
     StageDone,
+    StageProgress,
     Stopping,
     TookOver,
     Verdict,
@@ -129,6 +130,9 @@ SAMPLES: list[Message] = [
     ),
     Handover(
         migration=MIGRATION,
+        request=RequestId("r1"),
+        source=EngineIndex(1),
+        address="ipc:///tmp/x",
         start=48,
         end=50,
         blocks=[[6], []],
@@ -140,6 +144,7 @@ SAMPLES: list[Message] = [
     Reserved(migration=MIGRATION, hit=16),
     Stopping(migration=MigrationId("m1"), in_s=0.02),
     Staged(migration=MIGRATION, stage=2, bytes=2**33, seconds=0.25),
+    StageProgress(migration=MIGRATION, stage=2),
     Verdict(migration=MIGRATION, taken=True, why="", bytes=4096, seconds=0.001),
     TookOver(migration=MIGRATION, request=RequestId("r"), epoch=Epoch(3), outputs=513, tail=[1, 2]),
     MigrationEnded(

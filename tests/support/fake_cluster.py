@@ -114,6 +114,7 @@ class Cluster:
             blocks=self.random.choice(self.world.blocks),
             depth=self.random.randrange(2),
             on_pull=lambda ticket, source, pairs: self.pulls.append((index, ticket, source, pairs)),
+            on_cancel=lambda ticket: self._cancel(index, ticket),
         )
         self.engines[index] = engine
         self.llumlets[index] = Llumlet(
@@ -320,6 +321,15 @@ class Cluster:
         else:
             self.engines[index].copy(self.engines[source], pairs)
         self.finished[index].append((ticket, error, len(pairs)))
+
+    def _cancel(self, index: EngineIndex, ticket: int) -> None:
+        """A pull is cancelled at once, or was too far to be."""
+        if self.random.random() < 0.7:
+            for pull in [p for p in self.pulls if p[:2] == (index, ticket)]:
+                self.pulls.remove(pull)
+                if (source := self.engines.get(pull[2])) is not None:
+                    self.engines[index].copy(source, pull[3][:1])
+                self.finished[index].append((ticket, "cancelled", 0))
 
     # -- the frontend
 

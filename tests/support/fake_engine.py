@@ -57,7 +57,7 @@ Said = tuple[RequestId, list[int], bool]
 class FakeEngine:
     """Implements `EnginePort`. `depth`: steps in flight beside the one being made (1: as with
     asynchronous scheduling). `on_pull(ticket, source, pairs)` begins a copy that the host ends
-    with `copy`."""
+    with `copy`, `on_cancel(ticket)` asks for an early end."""
 
     def __init__(
         self,
@@ -69,6 +69,7 @@ class FakeEngine:
         chunk: int = 12,
         batch: int = 8,
         on_pull: Callable[[int, EngineIndex, list[tuple[int, int]]], None] = lambda *_: None,
+        on_cancel: Callable[[int], None] = lambda _: None,
     ) -> None:
         self.index = index
         self.block_tokens = block_tokens
@@ -88,7 +89,7 @@ class FakeEngine:
         self.pinned: dict[RequestId, list[int]] = {}
         self.flights: list[list[tuple[FakeRequest, int, int]]] = []
         self.depth, self.chunk, self.batch = depth, chunk, batch
-        self.on_pull = on_pull
+        self.on_pull, self.on_cancel = on_pull, on_cancel
 
     # -- what a frontend does
 
@@ -408,6 +409,9 @@ class FakeEngine:
         for theirs, mine in pairs:
             self.memory[mine] = list(source.memory[theirs])
             self.changed.add(mine)
+
+    def cancel(self, ticket: int) -> None:
+        self.on_cancel(ticket)
 
     def cache(self, request: RequestId, tokens: int) -> None:
         self._enter(self.arriving[request], tokens)

@@ -2,10 +2,11 @@
 
 Rules
 - `incoming_max` of them for the engine; one request once.
-- What was decided is remembered and never changed: a handover that comes again gets the same
-  verdict, a migration that was declined before it was heard of stays declined.
-- Blocks that are being written are not given away: an aborted migration whose pull is under way
-  keeps its room until that has ended.
+- What was decided is remembered and never changed (core/verdicts.py).
+- Blocks that are being written are not given away: an aborted migration whose pull is under way has
+  it cancelled, and keeps its room until that has ended.
+- A pull may take as long as it takes. Meanwhile the source is told every `progress_every_s` that it
+  goes on.
 - An exception ends the migration that it came from, and no other: declined, unless it was decided.
 - What a stage brought enters the prefix cache once the source has said another word: the source
   keeps all blocks that it named until the migration is over, so a word that came after the pull
@@ -30,6 +31,7 @@ from llumnix.core.messages import (
     Reserved,
     Stage,
     Staged,
+    StageProgress,
     Stopping,
     ToFrontend,
     TookOver,
@@ -47,6 +49,7 @@ from llumnix.core.migration import (
 from llumnix.core.pace import one_more_fits
 from llumnix.core.port import EnginePort, Phase, Refusal
 from llumnix.core.types import EngineIndex, MigrationId, RequestId
+from llumnix.core.verdicts import Decided, Verdicts
 from llumnix.errors import ProtocolError
 
 QUIET_MAX_S = 0.1
@@ -85,16 +88,6 @@ class Came:
     took_s: float
 
 
-@dataclass(slots=True, kw_only=True)
-class Decided:
-    """What became of one. No machine: it was declined before anything was heard of it."""
-
-    verdict: Verdict
-    machine: DestinationMachine | None = None
-    source: EngineIndex | None = None
-    address: str = ""
-
-
 class IncomingMigrations:
     """All of one engine's."""
 
@@ -106,7 +99,7 @@ class IncomingMigrations:
         self._out = out
         self._on_step = on_step
         self._open: dict[MigrationId, Incoming] = {}
-        self._decided: dict[MigrationId, Decided] = {}
+        self._verdicts = Verdicts(port, out)
         self._tickets: dict[int, MigrationId] = {}
         self._ticket = 0
         self._at: Incoming | None = None  # The migration that is being dealt with.
@@ -125,8 +118,8 @@ class IncomingMigrations:
         """Has room for a request, or declines it."""
         if order.migration in self._open:
             return  # It came twice.
-        if (decided := self._decided.get(order.migration)) is not None:
-            self._say(order.source, order.address, decided.verdict)
+        if (verdict := self._verdicts.get(order.migration)) is not None:
+            self._say(order.source, order.address, verdict)
             return
         coming = Incoming(
             order=order,
@@ -180,7 +173,7 @@ class IncomingMigrations:
         """Takes in what a source said, which arrived at `heard_s`."""
         self._at = coming = self._open.get(message.migration)
         if coming is None or coming.machine.over:
-            self._after_the_verdict(message)
+            self._verdicts.receive(message)
         elif isinstance(message, CallOff):
             self._may_end(coming, DestinationEvent.CALLED_OFF, message.why)
         elif isinstance(message, Stopping):
@@ -229,10 +222,7 @@ class IncomingMigrations:
         coming = self._open.get(migration)
         if coming is not None and not coming.machine.over:
             return "undecided"
-        if migration not in self._decided:
-            verdict = Verdict(migration=migration, taken=False, why="its source died")
-            self._remember(Decided(verdict=verdict))
-        return "taken" if self._decided[migration].verdict.taken else "declined"
+        return self._verdicts.fate(migration)
 
     def poll(self, now: float) -> None:
         """Looks at every one of them."""
@@ -274,7 +264,14 @@ class IncomingMigrations:
                 self._walk(coming, DestinationEvent.PREPARED)
                 self._answer(coming, Reserved(migration=coming.order.migration, hit=coming.hit))
                 return
-        if now >= coming.deadline_s:
+        if now >= coming.deadline_s and coming.ticket is not None:
+            coming.deadline_s = now + self._limits.progress_every_s
+            if self._walk(coming, DestinationEvent.LATE) is DestinationAction.SAY_PROGRESS:
+                self._answer(
+                    coming,
+                    StageProgress(migration=coming.order.migration, stage=coming.stage),
+                )
+        elif now >= coming.deadline_s:
             why = f"the source was silent while {coming.machine.state.value}"
             self._may_end(coming, DestinationEvent.LATE, why)
 
@@ -296,6 +293,7 @@ class IncomingMigrations:
         if refusal is not None:
             self._may_end(coming, DestinationEvent.FAILED, refusal.why)
         elif message.end > message.start:
+            coming.deadline_s = now + self._limits.progress_every_s
             self._pull(coming, message)
             if isinstance(message, Stage):
                 self._port.cache(coming.order.request, message.start)
@@ -375,6 +373,8 @@ class IncomingMigrations:
         self._decide(coming, taken=False)
         if coming.ticket is None:
             self._free(coming)
+        else:
+            self._port.cancel(coming.ticket)
 
     def _free(self, coming: Incoming) -> None:
         self._port.drop(coming.order.request)
@@ -389,7 +389,7 @@ class IncomingMigrations:
             bytes=coming.bytes,
             seconds=coming.seconds,
         )
-        self._remember(
+        self._verdicts.remember(
             Decided(
                 verdict=verdict,
                 machine=coming.machine,
@@ -398,33 +398,6 @@ class IncomingMigrations:
             )
         )
         self._answer(coming, verdict)
-
-    def _remember(self, decided: Decided) -> None:
-        self._decided[decided.verdict.migration] = decided
-        if len(self._decided) > REMEMBERED_MAX:
-            del self._decided[next(iter(self._decided))]
-
-    def _after_the_verdict(self, message: Stage | Stopping | Handover | CallOff) -> None:
-        if isinstance(message, Stopping):
-            return
-        decided = self._decided.get(message.migration)
-        if decided is None:
-            # Its reservation was lost or comes later; it will not be made.
-            verdict = Verdict(migration=message.migration, taken=False, why="never reserved")
-            self._remember(Decided(verdict=verdict))
-            return
-        machine = decided.machine
-        if machine is None or (
-            machine.state is DestinationState.COMMITTED and isinstance(message, Stage)
-        ):
-            return  # Declined unheard; or an old stage that came twice.
-        event = {
-            Stage: DestinationEvent.STAGE,
-            Handover: DestinationEvent.HANDOVER,
-            CallOff: DestinationEvent.CALLED_OFF,
-        }[type(message)]
-        if machine.feed(event) is DestinationAction.SAY_VERDICT and decided.source is not None:
-            self._say(decided.source, decided.address, decided.verdict)
 
     def _walk(self, coming: Incoming, event: DestinationEvent) -> DestinationAction:
         action = coming.machine.feed(event)

@@ -20,6 +20,7 @@ from llumnix.core.messages import (
     Reserved,
     Stage,
     Staged,
+    StageProgress,
     Stopping,
     Verdict,
 )
@@ -133,7 +134,7 @@ class Llumlet:
                 self._incoming.reserve(message, now)
             case Stage() | Stopping() | Handover() | CallOff():
                 self._incoming.receive(message, now, now if heard_s is None else heard_s)
-            case Reserved() | Staged() | Verdict():
+            case Reserved() | Staged() | StageProgress() | Verdict():
                 self._outgoing.receive(message, now)
         return self._take_out()
 

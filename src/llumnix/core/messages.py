@@ -84,9 +84,13 @@ class Stopping:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Handover:
     """The rest: tokens [start, end), where `end` is all that was computed. `state`: what else the
-    binding needs. Answered with a verdict, and sent again until it is."""
+    binding needs. Answered with a verdict, and sent again until it is. `request`, `source`,
+    `address`: as in `Reserve`, for a destination that has forgotten it."""
 
     migration: MigrationId
+    request: RequestId
+    source: EngineIndex
+    address: str
     start: int
     end: int
     blocks: Blocks
@@ -125,6 +129,14 @@ class Staged:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StageProgress:
+    """This stage's blocks are still being pulled."""
+
+    migration: MigrationId
+    stage: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
     """`taken`: the destination owns the request, else it never will. Once said, never changed.
     `bytes`, `seconds`: of the last pull."""
@@ -136,7 +148,9 @@ class Verdict:
     seconds: float = 0.0
 
 
-PeerMessage = Reserve | Stage | Stopping | Handover | CallOff | Reserved | Staged | Verdict
+FromSource = Reserve | Stage | Stopping | Handover | CallOff
+FromDestination = Reserved | Staged | StageProgress | Verdict
+PeerMessage = FromSource | FromDestination
 
 
 # -- llumlets to the frontend

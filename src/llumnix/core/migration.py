@@ -55,6 +55,8 @@ class SourceEvent(enum.Enum):
     RESERVED = "reserved"
     STAGED = "staged"
     """The stage's blocks are at the destination."""
+    PROGRESS = "progress"
+    """The stage's blocks are on their way."""
     MORE = "more"
     """Another stage pays."""
     NEAR = "near"
@@ -83,6 +85,7 @@ class SourceAction(enum.Enum):
     NOTHING = "-"
     REST = "see what is left"
     STAGE = "pin settled blocks, have them pulled"
+    WAIT = "wait on"
     ANNOUNCE = "say when the handover will be"
     STOP = "take it out of the batch"
     HAND_OVER = "send the rest, ask for the verdict"
@@ -139,6 +142,7 @@ class DestinationAction(enum.Enum):
     SAY_RESERVED = "tell the source"
     PULL = "pull the stage's blocks"
     SAY_STAGED = "tell the source"
+    SAY_PROGRESS = "tell the source that it goes on"
     MAKE_WAY = "be free when it is due"
     PULL_REST = "pull the rest"
     INSTALL = "install it here"
@@ -169,6 +173,7 @@ SOURCE: dict[SourceState, dict[SourceEvent, tuple[SourceState, SourceAction]]] =
     S.COPYING: {
         SE.RESERVED: (S.COPYING, SA.NOTHING),
         SE.STAGED: (S.IDLE, SA.REST),
+        SE.PROGRESS: (S.COPYING, SA.WAIT),
         SE.DECLINED: (S.ABORTED, SA.STAY),
         SE.GRANTED: (S.ABORTED, SA.STAY),
         SE.FORFEITED: (S.ABORTED, SA.STAY),
@@ -248,7 +253,7 @@ DESTINATION: dict[
         DE.CALLED_OFF: (D.ABORTED, DA.DROP),
         DE.CLIENT_GONE: (D.ABORTED, DA.DROP),
         DE.SOURCE_LOST: (D.ABORTED, DA.DROP),
-        DE.LATE: (D.ABORTED, DA.DROP),
+        DE.LATE: (D.PULLING, DA.SAY_PROGRESS),  # Each pull ends, one way or another.
     },
     D.COMMITTING: {
         DE.HANDOVER: (D.COMMITTING, DA.NOTHING),  # Asked again; the verdict is on its way.
@@ -258,7 +263,7 @@ DESTINATION: dict[
         DE.CALLED_OFF: (D.ABORTED, DA.DROP),
         DE.CLIENT_GONE: (D.ABORTED, DA.DROP),
         DE.SOURCE_LOST: (D.COMMITTING, DA.NOTHING),  # What was asked for may still arrive.
-        DE.LATE: (D.ABORTED, DA.DROP),
+        DE.LATE: (D.COMMITTING, DA.NOTHING),
     },
     D.COMMITTED: {
         DE.HANDOVER: (D.COMMITTED, DA.SAY_VERDICT),

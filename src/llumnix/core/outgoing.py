@@ -13,6 +13,7 @@ Rules
 from llumnix.core.limits import REMEMBERED_MAX, MigrationLimits
 from llumnix.core.messages import (
     CallOff,
+    FromDestination,
     Handover,
     Migrate,
     MigrationEnded,
@@ -23,6 +24,7 @@ from llumnix.core.messages import (
     Stage,
     Staged,
     StageDone,
+    StageProgress,
     Stopping,
     ToFrontend,
     ToPeer,
@@ -131,7 +133,7 @@ class OutgoingMigrations:
         )
         self._out.append(ToFrontend(message=ended))
 
-    def receive(self, message: Reserved | Staged | Verdict, now: float) -> None:
+    def receive(self, message: FromDestination, now: float) -> None:
         """Takes in what a destination said."""
         going = next(
             (g for g in self._open.values() if g.order.migration == message.migration), None
@@ -150,7 +152,11 @@ class OutgoingMigrations:
             if going.machine.state is not SourceState.RELEASING:
                 going.why = message.why
             self._walk(going, SourceEvent.TAKEN if message.taken else SourceEvent.DECLINED, now)
-        elif message.stage == going.stage and going.machine.state is SourceState.COPYING:
+        elif message.stage != going.stage or going.machine.state is not SourceState.COPYING:
+            pass  # It was late, or came twice.
+        elif isinstance(message, StageProgress):
+            self._walk(going, SourceEvent.PROGRESS, now)
+        else:
             self._note_stage(going, going.stage_end, message, now)
             going.done = going.stage_end
             self._walk(going, SourceEvent.STAGED, now)
@@ -230,9 +236,9 @@ class OutgoingMigrations:
             self._setbacks.stuck(order.request, now, for_ever=described.for_ever)
         return described
 
-    def _after_the_end(self, message: Reserved | Staged | Verdict) -> None:
+    def _after_the_end(self, message: FromDestination) -> None:
         machine = self._ended.get(message.migration)
-        if machine is None or isinstance(message, Staged):
+        if machine is None or isinstance(message, Staged | StageProgress):
             return
         event = SourceEvent.RESERVED
         if isinstance(message, Verdict):
@@ -256,7 +262,7 @@ class OutgoingMigrations:
         match action:
             case SourceAction.NOTHING:
                 pass
-            case SourceAction.REST:
+            case SourceAction.REST | SourceAction.WAIT:
                 going.deadline_s = now + self._limits.stage_timeout_s
             case SourceAction.STAGE:
                 self._stage(going, now)
@@ -349,6 +355,9 @@ class OutgoingMigrations:
         first, outputs = self._new_outputs(going)
         return Handover(
             migration=going.order.migration,
+            request=going.order.request,
+            source=self._engine,
+            address=self._address,
             start=min(going.done, end),
             end=end,
             blocks=blocks,

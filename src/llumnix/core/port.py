@@ -156,6 +156,11 @@ class EnginePort(Protocol):
         `Llumlet.pulled`, once for each ticket."""
         ...
 
+    def cancel(self, ticket: int) -> None:
+        """Nobody wants this pull any more: ends it soon. Its end is reported all the same, once
+        nothing is written any more."""
+        ...
+
     def cache(self, request: RequestId, tokens: int) -> None:
         """The KV of its first `tokens` tokens is known to be right: others may find it here."""
         ...

@@ -259,6 +259,14 @@ class Arrivals:
         else:
             self._client.pull(ticket, agents, froms, tos)
 
+    def cancel(self, ticket: int) -> None:
+        waiting = next((pull for pull in self._waiting if pull.ticket == ticket), None)
+        if waiting is None:
+            self._client.cancel(ticket)
+        else:
+            self._waiting.remove(waiting)
+            self._pull_failed(ticket, "it was called off before it began")
+
     def cache(self, request: RequestId, tokens: int) -> None:
         coming = self._arriving[request]
         if not coming.gaps:

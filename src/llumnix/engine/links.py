@@ -146,6 +146,12 @@ class Pull(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     destination: list[int]
 
 
+class Cancel(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """A client's order: end this pull of its, whose end is reported all the same."""
+
+    ticket: int
+
+
 class Forget(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """A client's order: drop what is held of these peers."""
 

@@ -8,20 +8,11 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from typing import get_args
 
 import zmq
 
-from llumnix.core.messages import (
-    CallOff,
-    Handover,
-    PeerMessage,
-    Reserve,
-    Reserved,
-    Stage,
-    Staged,
-    Stopping,
-    Verdict,
-)
+from llumnix.core.messages import PeerMessage
 from llumnix.errors import ProtocolError
 from llumnix.observe.sockets import Listening, SocketKeys, connect
 from llumnix.observe.wire import decode, encode
@@ -35,7 +26,7 @@ QUEUED_MAX = 1000
 CLOSE_TIMEOUT_S = 2.0
 LOG_EVERY_S = 10.0
 """What is lost is logged no more often."""
-_KINDS = (CallOff, Handover, Reserve, Reserved, Stage, Staged, Stopping, Verdict)
+_KINDS = get_args(PeerMessage)
 
 
 class Peers:

@@ -10,12 +10,12 @@ the destination's. What is written before a pull fails is unspecified.
 """
 
 import logging
-import queue
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 import torch
@@ -24,6 +24,7 @@ from llumnix.engine.blocks import lay_out
 from llumnix.engine.links import (
     LINK_ERRORS,
     WIRE_VERSION,
+    Cancel,
     Command,
     Done,
     Forget,
@@ -50,7 +51,7 @@ ACCEPT_PAUSE_S = 0.1
 
 _log = logging.getLogger(__name__)
 _first = msgspec.msgpack.Decoder(Hello | Command)
-_orders = msgspec.msgpack.Decoder(Pull | Forget)
+_orders = msgspec.msgpack.Decoder(Pull | Cancel | Forget)
 
 
 class WorkerAgent:
@@ -111,7 +112,8 @@ class WorkerAgent:
         self._listener.close()
 
     def _run(self, name: str, target: Callable[..., None], *args: object) -> None:
-        """Starts a thread that `close` will wait for. Under the lock."""
+        """Starts a thread that `close` will wait for; RuntimeError if the system has none left.
+        Under the lock."""
 
         def run() -> None:
             try:
@@ -122,7 +124,11 @@ class WorkerAgent:
 
         thread = threading.Thread(target=run, name=f"llumnix-kv-{name}", daemon=True)
         self._threads.add(thread)
-        thread.start()
+        try:
+            thread.start()
+        except RuntimeError:
+            self._threads.discard(thread)
+            raise
 
     def _accept(self, listener: socket.socket) -> None:
         while not self._closing.is_set():
@@ -132,13 +138,26 @@ class WorkerAgent:
                 if not self._closing.wait(ACCEPT_PAUSE_S):
                     _log.warning("KV transfer: cannot accept a connection: %s", error)
                 continue
-            link = Link(sock)
-            with self._lock:
-                if self._closing.is_set() or len(self._links) >= LINKS_MAX:
-                    link.close()
-                    continue
-                self._links.add(link)
-                self._run("serve", self._serve, link)
+            if (why := self._take_link(Link(sock))) and not self._closing.wait(ACCEPT_PAUSE_S):
+                _log.warning("KV transfer: a connection is not served: %s", why)
+
+    def _take_link(self, link: Link) -> str | None:
+        """Begins to serve a connection, or closes it and says why."""
+        with self._lock:
+            if len(self._links) >= LINKS_MAX:
+                why = f"{LINKS_MAX} are served already"
+            elif self._closing.is_set():
+                why = "this agent is being closed"
+            else:
+                try:
+                    self._run("serve", self._serve, link)
+                except RuntimeError as error:
+                    why = str(error)
+                else:
+                    self._links.add(link)
+                    return None
+            link.close()
+            return why
 
     def _serve(self, link: Link) -> None:
         """One connection, from its challenge to its end."""
@@ -169,27 +188,42 @@ class WorkerAgent:
             order = link.receive(_orders)
             if isinstance(order, Pull):
                 self._enqueue(_Job(order=order, link=link))
-                continue
-            with self._lock:
-                for peer in order.peers:
-                    if (puller := self._pullers.pop(peer, None)) is not None:
-                        puller.forget()
+            elif isinstance(order, Cancel):
+                with self._lock:
+                    pullers = list(self._pullers.values())
+                for puller in pullers:
+                    if (job := puller.cancel(link, order.ticket)) is not None:
+                        job.report(0, 0.0, f"{puller.peer}: cancelled before its turn")
+            else:
+                self._forget(order.peers)
+
+    def _forget(self, peers: list[str]) -> None:
+        with self._lock:
+            for peer in peers:
+                if (puller := self._pullers.pop(peer, None)) is not None:
+                    puller.forget()
 
     def _enqueue(self, job: "_Job") -> None:
         peer = job.order.peer
         with self._lock:
             if self._closing.is_set():
                 return
-            puller = self._pullers.get(peer)
-            if puller is None:
-                puller = _Puller(
-                    peer, lambda: open_peer(peer, self._key, self._layout, self._options)
-                )
-                self._pullers[peer] = puller
-                self._run("pull", self._pull_from, puller)
-            accepted = puller.offer(job)
-        if not accepted:
-            job.report(0, 0.0, f"{PULLS_QUEUED_MAX} pulls wait for {peer} already")
+            try:
+                puller = self._pullers.get(peer) or self._new_puller(peer)
+                refused = None
+                if not puller.offer(job):
+                    refused = f"{PULLS_QUEUED_MAX} pulls wait for {peer} already"
+            except RuntimeError as error:
+                refused = f"{peer}: {error}"
+        if refused is not None:
+            job.report(0, 0.0, refused)
+
+    def _new_puller(self, peer: str) -> "_Puller":
+        """Under the lock. RuntimeError if there is no thread for it."""
+        puller = _Puller(peer, lambda: open_peer(peer, self._key, self._layout, self._options))
+        self._run("pull", self._pull_from, puller)
+        self._pullers[peer] = puller
+        return puller
 
     def _pull_from(self, puller: "_Puller") -> None:
         try:
@@ -204,10 +238,11 @@ class WorkerAgent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Job:
-    """A pull, and the client's link that wants its end."""
+    """A pull, and the client's link that wants its end. `unwanted` ends it with its next chunk."""
 
     order: Pull
     link: Link
+    unwanted: threading.Event = field(default_factory=threading.Event)
 
     def report(self, size: int, seconds: float, error: str | None) -> None:
         """Tells the client. A client that is gone needs no answer."""
@@ -225,41 +260,68 @@ class _Puller:
     def __init__(self, peer: str, connect: Callable[[], PeerReader]) -> None:
         self.peer = peer
         self._connect = connect
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._forgotten = threading.Event()
         self._reader: PeerReader | None = None
+        # Guards the two below, and says that one of them or `_forgotten` has changed.
+        self._changed = threading.Condition()
+        self._jobs: deque[_Job] = deque()
+        self._current: _Job | None = None
 
     def offer(self, job: _Job) -> bool:
         """Queues the pull unless too many wait already."""
-        if self._jobs.qsize() >= PULLS_QUEUED_MAX:
-            return False
-        self._jobs.put(job)
-        return True
+        with self._changed:
+            if len(self._jobs) >= PULLS_QUEUED_MAX:
+                return False
+            self._jobs.append(job)
+            self._changed.notify()
+            return True
+
+    def cancel(self, link: Link, ticket: int) -> _Job | None:
+        """Has a pull of this client end with its next chunk; returns it if it only waited."""
+        with self._changed:
+            for job in self._jobs:
+                if job.link is link and job.order.ticket == ticket:
+                    self._jobs.remove(job)
+                    return job
+            current = self._current
+            if current is not None and current.link is link and current.order.ticket == ticket:
+                current.unwanted.set()
+            return None
 
     def forget(self) -> None:
         """Fails what runs and what waits, and ends `run`. The last call to this object."""
-        self._forgotten.set()
+        with self._changed:
+            self._forgotten.set()
+            if self._current is not None:
+                self._current.unwanted.set()
+            self._changed.notify()
         if (reader := self._reader) is not None:
             reader.stop()
-        self._jobs.put(None)
 
     def run(self, meter: "_Meter") -> None:
         """Pulls until forgotten."""
         try:
-            while (job := self._jobs.get()) is not None:
+            while (job := self._next()) is not None:
                 self._one(job, meter)
         finally:
             self._drop()
 
+    def _next(self) -> _Job | None:
+        with self._changed:
+            self._current = None
+            self._changed.wait_for(lambda: self._jobs or self._forgotten.is_set())
+            if self._forgotten.is_set():
+                return None
+            self._current = self._jobs.popleft()
+            return self._current
+
     def drain(self) -> None:
         """Fails what still waits, after `run`."""
-        while True:
-            try:
-                job = self._jobs.get_nowait()
-            except queue.Empty:
-                return
-            if job is not None:
-                job.report(0, 0.0, f"{self.peer}: pulling from it broke off")
+        with self._changed:
+            waiting = list(self._jobs)
+            self._jobs.clear()
+        for job in waiting:
+            job.report(0, 0.0, f"{self.peer}: pulling from it broke off")
 
     def _one(self, job: _Job, meter: "_Meter") -> None:
         started_s = time.monotonic()
@@ -278,7 +340,7 @@ class _Puller:
 
     def _pull(self, job: _Job, meter: "_Meter") -> int:
         def pace(size: int) -> None:
-            meter.take(size, self._forgotten)
+            meter.take(size, job.unwanted)
             self._check_wanted(job)
 
         self._check_wanted(job)
@@ -294,7 +356,7 @@ class _Puller:
     def _check_wanted(self, job: _Job) -> None:
         if self._forgotten.is_set():
             raise TransferError("forgotten before its pull ended")
-        if job.link.stopped:
+        if job.link.stopped or job.unwanted.is_set():
             raise TransferError("nobody waits for this pull any more")
 
     def _drop(self) -> None:

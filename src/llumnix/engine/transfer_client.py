@@ -11,6 +11,7 @@ import msgspec
 from llumnix.engine.links import (
     LINK_ERRORS,
     WIRE_VERSION,
+    Cancel,
     Command,
     Done,
     Forget,
@@ -117,6 +118,12 @@ class AgentClient:
         for line, peer in zip(self._lines, peers, strict=True):
             line.tell(Pull(ticket=ticket, peer=peer, source=source, destination=destination))
 
+    def cancel(self, ticket: int) -> None:
+        """Ends a pull soon: at once if it waits, with its next chunk if it runs. It is reported
+        like any other, nearly always as failed."""
+        for line in self._lines:
+            line.tell(Cancel(ticket=ticket))
+
     def forget(self, peers: list[str]) -> None:
         """Drops what the agents hold of peers that are gone; pulls from them fail."""
         for line in self._lines:
@@ -180,13 +187,15 @@ class _Line:
         self._agent = agent
         self._key = key
         self._on_done = on_done
-        self._orders: queue.SimpleQueue[Pull | Forget | None] = queue.SimpleQueue()
-        # Guards the four below.
+        self._orders: queue.SimpleQueue[Pull | Cancel | Forget | None] = queue.SimpleQueue()
+        # Guards the five below.
         self._lock = threading.Lock()
         self._link: Link | None = None
         self._listener: threading.Thread | None = None
         self._running: set[int] = set()
         self._stopped = False
+        self._broken = ""
+        """Why the teller has ended for good."""
         self._teller = threading.Thread(
             target=self._tell, name=f"llumnix-kv-tell-{rank}", daemon=True
         )
@@ -195,9 +204,14 @@ class _Line:
         """Begins to tell."""
         self._teller.start()
 
-    def tell(self, order: Pull | Forget) -> None:
+    def tell(self, order: Pull | Cancel | Forget) -> None:
         """Passes an order on. Returns at once."""
-        self._orders.put(order)
+        with self._lock:
+            if not self._broken:
+                self._orders.put(order)
+                return
+        if isinstance(order, Pull):
+            self._fail(order.ticket, self._broken)
 
     def stop(self) -> None:
         """Fails what runs and what waits, and ends both threads."""
@@ -214,17 +228,39 @@ class _Line:
             listener.join(max(0.0, end_s - time.monotonic()))
 
     def _tell(self) -> None:
-        while (order := self._orders.get()) is not None:
-            try:
-                self._send(order)
-            except LINK_ERRORS as error:
-                if isinstance(order, Pull):
-                    self._fail(order.ticket, f"{type(error).__name__}: {error}")
+        order: Pull | Cancel | Forget | None = None
+        try:
+            while (order := self._orders.get()) is not None:
+                try:
+                    self._send(order)
+                except (*LINK_ERRORS, RuntimeError) as error:
+                    # RuntimeError: a thread could not be started.
+                    self._fail_order(order, f"{type(error).__name__}: {error}")
+        except Exception as error:
+            self._break(order, f"{type(error).__name__}: {error}")
+            raise
 
-    def _send(self, order: Pull | Forget) -> None:
+    def _break(self, order: Pull | Cancel | Forget | None, why: str) -> None:
+        """An error that nobody foresaw ends the teller: pulls are answered all the same."""
+        with self._lock:
+            self._broken = why
+        while True:
+            self._fail_order(order, why)
+            try:
+                order = self._orders.get_nowait()
+            except queue.Empty:
+                return
+
+    def _fail_order(self, order: Pull | Cancel | Forget | None, why: str) -> None:
+        if isinstance(order, Pull):
+            self._fail(order.ticket, why)
+
+    def _send(self, order: Pull | Cancel | Forget) -> None:
         with self._lock:
             link = self._link
         if link is None:
+            if isinstance(order, Cancel):
+                return  # The pull has failed with its link.
             link = self._connect()
         with self._lock:
             # Checked and noted in one step: from here on the listener answers for the ticket.
@@ -251,11 +287,15 @@ class _Line:
             if self._stopped:
                 link.close()
                 raise EOFError("the client was closed")
-            self._link = link
-            self._listener = threading.Thread(
+            listener = threading.Thread(
                 target=self._listen, args=(link,), name=f"llumnix-kv-hear-{self._rank}", daemon=True
             )
-            self._listener.start()
+            try:
+                listener.start()
+            except RuntimeError:
+                link.close()
+                raise
+            self._link, self._listener = link, listener
         return link
 
     def _listen(self, link: Link) -> None:

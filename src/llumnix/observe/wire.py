@@ -34,6 +34,7 @@ from llumnix.core.messages import (
     Reserved,
     Stage,
     Staged,
+    StageProgress,
     Stopping,
     TookOver,
     Verdict,
@@ -98,6 +99,7 @@ Message = (
     | CallOff
     | Reserved
     | Staged
+    | StageProgress
     | Verdict
     | TookOver
     | MigrationEnded

@@ -179,6 +179,9 @@ class SimEngine(Batching):
     ) -> None:
         self._on_pull(self.index, ticket, source, (end - start) * self.profile.kv_token_bytes)
 
+    def cancel(self, ticket: int) -> None:
+        """Copies go on to their end."""
+
     def cache(self, request: RequestId, tokens: int) -> None:
         """Prefix caches of destinations are not modelled."""
 

@@ -1,0 +1,95 @@
+"""What a destination has decided about migrations, for those who ask again.
+
+Rules
+- A verdict is remembered and never changed: a handover that comes again gets the same one, and a
+  migration that was declined before it was heard of stays declined.
+- The last `REMEMBERED_MAX` are remembered. A handover of one that is not gets an answer too, or its
+  source would ask for ever: it was taken if the request is here, and else it will not be any more.
+"""
+
+from dataclasses import dataclass
+
+from llumnix.core.limits import REMEMBERED_MAX
+from llumnix.core.messages import CallOff, Handover, Out, Stage, Stopping, ToPeer, Verdict
+from llumnix.core.migration import (
+    DestinationAction,
+    DestinationEvent,
+    DestinationMachine,
+    DestinationState,
+)
+from llumnix.core.port import EnginePort, Phase
+from llumnix.core.types import EngineIndex, MigrationId
+
+
+@dataclass(slots=True, kw_only=True)
+class Decided:
+    """What became of one. No machine: it was not known here when it was decided."""
+
+    verdict: Verdict
+    machine: DestinationMachine | None = None
+    source: EngineIndex | None = None
+    address: str = ""
+
+
+class Verdicts:
+    """One engine's."""
+
+    def __init__(self, port: EnginePort, out: list[Out]) -> None:
+        self._port = port
+        self._out = out
+        self._decided: dict[MigrationId, Decided] = {}
+
+    def get(self, migration: MigrationId) -> Verdict | None:
+        """What was decided, if it is remembered."""
+        decided = self._decided.get(migration)
+        return None if decided is None else decided.verdict
+
+    def remember(self, decided: Decided) -> None:
+        """For good, or until `REMEMBERED_MAX` others came."""
+        self._decided[decided.verdict.migration] = decided
+        if len(self._decided) > REMEMBERED_MAX:
+            del self._decided[next(iter(self._decided))]
+
+    def fate(self, migration: MigrationId) -> str:
+        """`taken` or `declined`. One never heard of is declined from now on."""
+        verdict = self.get(migration)
+        if verdict is None:
+            verdict = Verdict(migration=migration, taken=False, why="its source died")
+            self.remember(Decided(verdict=verdict))
+        return "taken" if verdict.taken else "declined"
+
+    def receive(self, message: Stage | Stopping | Handover | CallOff) -> None:
+        """What a source says of a migration that is over, or was never known."""
+        if isinstance(message, Stopping):
+            return
+        decided = self._decided.get(message.migration)
+        if decided is None:
+            decided = self._decide_unknown(message)
+        machine = decided.machine
+        if machine is None:
+            if isinstance(message, Handover):
+                self._say(message.source, message.address, decided.verdict)
+            return
+        if machine.state is DestinationState.COMMITTED and isinstance(message, Stage):
+            return  # It came twice.
+        event = {
+            Stage: DestinationEvent.STAGE,
+            Handover: DestinationEvent.HANDOVER,
+            CallOff: DestinationEvent.CALLED_OFF,
+        }[type(message)]
+        if machine.feed(event) is DestinationAction.SAY_VERDICT and decided.source is not None:
+            self._say(decided.source, decided.address, decided.verdict)
+
+    def _decide_unknown(self, message: Stage | Handover | CallOff) -> Decided:
+        """Its reservation was lost, comes later, or was forgotten: it will not be made."""
+        phase = Phase.GONE
+        if isinstance(message, Handover):
+            phase = self._port.progress(message.request).phase
+        taken = phase is not Phase.GONE
+        why = "" if taken else "it is not known there"
+        decided = Decided(verdict=Verdict(migration=message.migration, taken=taken, why=why))
+        self.remember(decided)
+        return decided
+
+    def _say(self, engine: EngineIndex, address: str, verdict: Verdict) -> None:
+        self._out.append(ToPeer(engine=engine, address=address, message=verdict))

@@ -1,0 +1,124 @@
+"""Every pull is answered once, and soon: if cancelled, and if a thread could not be started."""
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.test_transfer import Rig, kv_tensors, snapshot
+from llumnix.engine import transfer_client
+from llumnix.engine.links import Pull
+from llumnix.engine.transfer import TransferOptions
+
+SLOW = TransferOptions(staging_bytes=1, bandwidth_bytes_per_s=1.0)
+"""Not a second chunk within a test."""
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Iterator[Rig]:
+    rig = Rig(folder=tmp_path)
+    yield rig
+    rig.close()
+
+
+def test_a_cancelled_pull_ends_with_its_chunk_and_writes_no_more(rig: Rig) -> None:
+    ours = kv_tensors(100)
+    peer = rig.agent(kv_tensors(1))
+    client = rig.client(rig.agent(ours, SLOW))
+    client.pull(1, [peer], [0, 1, 2], [5, 6, 7])
+    client.cancel(1)
+    pulled = rig.answer()
+    assert (pulled.ticket, pulled.error is None) == (1, False)
+    before = snapshot(ours)
+    client.pull(2, [peer], [], [])
+    assert rig.answer().error is None
+    assert torch.equal(snapshot(ours), before)
+
+
+def test_a_cancelled_pull_does_not_wait_for_those_before_it(rig: Rig) -> None:
+    peer = rig.agent(kv_tensors(1))
+    client = rig.client(rig.agent(kv_tensors(100), SLOW))
+    client.pull(1, [peer], [0, 1, 2], [5, 6, 7])
+    client.pull(2, [peer], [3], [8])
+    client.cancel(2)
+    pulled = rig.answer()
+    assert pulled.ticket == 2
+    assert "cancelled before its turn" in str(pulled.error)
+    client.cancel(1)
+    assert rig.answer().ticket == 1
+
+
+def test_cancelling_what_has_ended_or_is_anothers_changes_nothing(rig: Rig) -> None:
+    peer, ours = rig.agent(kv_tensors(1)), rig.agent(kv_tensors(100))
+    client, other = rig.client(ours), rig.client(ours)
+    client.pull(1, [peer], [0], [5])
+    assert rig.answer().error is None
+    client.cancel(1)
+    other.cancel(2)
+    client.pull(2, [peer], [0], [5])
+    assert rig.answer().error is None
+    assert rig.pulled.empty()
+
+
+class NoThread:
+    """Threads of this name cannot be started, the first so many times."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, name: str, times: int = 1) -> None:
+        self.name, self.left = name, times
+        self.start = threading.Thread.start
+        monkeypatch.setattr(threading.Thread, "start", lambda thread: self(thread))
+
+    def __call__(self, thread: threading.Thread) -> None:
+        if thread.name.startswith(self.name) and self.left:
+            self.left -= 1
+            raise RuntimeError("can't start new thread")
+        self.start(thread)
+
+
+@pytest.mark.parametrize("name", ["llumnix-kv-pull", "llumnix-kv-hear"])
+def test_a_thread_that_could_not_be_started_fails_one_pull(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    peer = rig.agent(kv_tensors(1))
+    client = rig.client(rig.agent(kv_tensors(100)))
+    NoThread(monkeypatch, name)
+    client.pull(1, [peer], [1], [2])
+    assert "can't start new thread" in str(rig.answer().error)
+    client.pull(2, [peer], [1], [2])
+    assert rig.answer().error is None
+
+
+def test_an_agent_that_cannot_serve_a_connection_serves_the_next(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peer, ours = rig.agent(kv_tensors(1)), rig.agent(kv_tensors(100))
+    client = rig.client(ours)
+    client.pull(0, [peer], [], [])
+    NoThread(monkeypatch, "llumnix-kv-serve")
+    rig.answer()
+    client.forget([peer])
+    errors = []
+    for ticket in range(1, 4):
+        client.pull(ticket, [peer], [1], [2])
+        errors.append(rig.answer().error)
+    assert errors[-1] is None
+
+
+def test_an_error_that_nobody_foresaw_leaves_no_pull_unanswered(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)  # It is told, loudly.
+    client = rig.client(rig.agent(kv_tensors(100)))
+    send = transfer_client._Line._send
+
+    def raising(line: transfer_client._Line, order: Pull) -> None:
+        if order.ticket == 1:
+            raise KeyError("nobody")
+        send(line, order)
+
+    monkeypatch.setattr(transfer_client._Line, "_send", raising)
+    for ticket in (1, 2, 3):
+        client.pull(ticket, ["unix:/nowhere"], [1], [2])
+        assert "nobody" in str(rig.answer().error)
