@@ -2,6 +2,7 @@
 
 import asyncio
 import concurrent.futures
+import operator
 import threading
 from types import SimpleNamespace
 from typing import Any
@@ -66,7 +67,7 @@ class FakeRay:
             stop=Method(self, "stop", True),
             accept=Method(self, "accept", True),
         )
-        group = SimpleNamespace(wait=lambda _: self.placed.wait(0.01))
+        group = SimpleNamespace(wait=self._wait)
 
         def make(*_: Any) -> Any:
             self.holds.wait(10)
@@ -99,6 +100,10 @@ class FakeRay:
         )
         addresses: Any = SimpleNamespace(controller="", peers="", agents="", keys=None)
         self.runs = Runs(client, launch, addresses, DeploymentConfig())
+
+    def _wait(self, seconds: int) -> bool:
+        operator.index(seconds)  # Ray refuses a float.
+        return self.placed.wait(0.01)
 
     async def _connected(self, _: int) -> None:
         await asyncio.sleep(0)

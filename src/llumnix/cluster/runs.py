@@ -37,7 +37,7 @@ logger = logging.getLogger("llumnix.fleet")
 
 STOP_TIMEOUT_S = 5.0
 READY_TIMEOUT_S = float(os.environ.get("VLLM_ENGINE_READY_TIMEOUT_S", "600"))
-PLACED_POLL_S = 0.5
+PLACED_POLL_S = 1  # Ray takes whole seconds
 PLACING_SAID_AFTER_S = 5.0
 
 
