@@ -8,6 +8,7 @@ import pytest
 import zmq
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from vllm.exceptions import GracefulHTTPError
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, UtilityOutput
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.metrics.stats import SchedulerStats
@@ -308,6 +309,22 @@ async def test_an_answer_without_a_result_fails_its_call(tmp_path: Path) -> None
         one.take_in(packed_answer(next(iter(one.client.utility_results))))
         with pytest.raises(Exception, match="the answer is empty"):
             await call
+
+
+# -- nobody serves
+
+
+async def test_without_an_engine_that_takes_requests_they_are_refused_with_503(
+    tmp_path: Path,
+) -> None:
+    async with front(tmp_path) as one:
+        one.client.ensure_served()
+        one.client.accept(I0, accepting=False)
+        one.client.ensure_served()
+        await one.client.lose(I1)
+        with pytest.raises(GracefulHTTPError, match="No instance serves") as refused:
+            one.client.ensure_served()
+        assert refused.value.http_status == 503
 
 
 # -- calls that must not be lost

@@ -14,6 +14,9 @@ vllm = pytest.importorskip("vllm")
 
 import torch  # noqa: E402
 from vllm.config import SchedulerConfig  # noqa: E402
+from vllm.entrypoints.anthropic.serving import AnthropicServingMessages  # noqa: E402
+from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat  # noqa: E402
+from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses  # noqa: E402
 from vllm.entrypoints.serve.exception_handling.error_response import (  # noqa: E402
     create_error_response,
 )
@@ -35,6 +38,7 @@ from vllm.v1.engine import EngineCoreRequest, async_llm, core, core_client  # no
 from vllm.v1.engine.async_llm import AsyncLLM  # noqa: E402
 from vllm.v1.engine.core import EngineCoreActor, EngineCoreProc  # noqa: E402
 from vllm.v1.engine.core_client import AsyncMPClient, MPClient  # noqa: E402
+from vllm.v1.engine.input_processor import InputProcessor  # noqa: E402
 from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector  # noqa: E402
 from vllm.v1.kv_cache_interface import (  # noqa: E402
     FullAttentionSpec,
@@ -47,6 +51,7 @@ from vllm.v1.request import Request, RequestStatus  # noqa: E402
 
 from llumnix.engine.prefix_reader import NotedMap  # noqa: E402
 from llumnix.engine.queueing import AgingQueue  # noqa: E402
+from llumnix.frontend.stream_ends import ERROR_ITEM  # noqa: E402
 
 
 def source(of: object) -> str:
@@ -172,6 +177,45 @@ def test_a_consumer_gets_an_exception_and_passes_some_on_as_they_are() -> None:
     who = "frontend/llm.py's RequestLostError"
     says(RequestOutputCollector.put, "isinstance(output, Exception)", who=who)
     says(AsyncLLM.generate, "except (VLLMClientError, GracefulHTTPError) as e:", "raise", who=who)
+
+
+def test_grammars_are_checked_in_one_place_that_can_be_called_elsewhere() -> None:
+    """frontend/grammars.py."""
+    parameters = list(inspect.signature(SamplingParams._validate_structured_outputs).parameters)
+    assert parameters == ["self", "model_config", "structured_outputs_config", "tokenizer"]
+    says(SamplingParams.verify, "self._validate_structured_outputs(", who="frontend/grammars.py")
+    says(
+        InputProcessor._validate_params,
+        "params.verify( self.model_config, self.speculative_config, "
+        "self.structured_outputs_config, self.tokenizer, )",
+        who="frontend/grammars.py",
+    )
+
+
+def test_failed_streams_of_two_routes_end_where_we_say_how() -> None:
+    who = "frontend/stream_ends.py"
+    says(OpenAIServingResponses.create_responses, "self._create_responses(", who=who)
+    says(
+        OpenAIServingResponses._create_responses, "return self.responses_stream_generator(", who=who
+    )
+    says(
+        OpenAIServingResponses.responses_stream_generator,
+        "except GenerationError as e:",
+        "error_json = self._convert_generation_error_to_streaming_response(e)",
+        "TypeAdapter(StreamingResponsesResponse).validate_json(error_json)",
+        who=who,
+    )
+    says(
+        AnthropicServingMessages.create_messages,
+        "return self.message_stream_converter(generator)",
+        who=who,
+    )
+    assert 'f"data: {self._convert_generation_error_to_streaming_response(e)}' in source(
+        OpenAIServingChat.chat_completion_stream_generator
+    )
+    serving = object.__new__(OpenAIServingChat)
+    item = f"data: {serving.create_streaming_error_response('x')}"
+    assert item.startswith(ERROR_ITEM), who
 
 
 def test_the_sequences_of_one_request_are_copies_of_it() -> None:

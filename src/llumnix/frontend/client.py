@@ -243,7 +243,16 @@ class FleetClient(EngineCalls):
     @property
     def serving(self) -> bool:
         """Whether a request that came now would find an engine."""
-        return bool(self.places())
+        return any(e.takes_requests for e in self._engines.values())
+
+    def ensure_served(self) -> None:
+        """Raises if a request that came now would find no engine."""
+        if not self.serving:
+            raise GracefulHTTPError(
+                "No instance serves at the moment; try again shortly "
+                "(GET /llumnix/v1/instances tells why).",
+                HTTPStatus.SERVICE_UNAVAILABLE,
+            )
 
     @property
     def link(self) -> ControllerLink:
@@ -378,13 +387,8 @@ class FleetClient(EngineCalls):
 
     def _place_alone(self) -> Engine:
         """Without the controller: fewest of this frontend's own requests, then in turn."""
+        self.ensure_served()
         engines = self._takers()
-        if not engines:
-            raise GracefulHTTPError(
-                "No instance serves at the moment; try again shortly "
-                "(GET /llumnix/v1/instances tells why).",
-                HTTPStatus.SERVICE_UNAVAILABLE,
-            )
         self._rotation += 1
         turn = self._rotation % len(engines)
         return min(

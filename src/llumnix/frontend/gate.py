@@ -28,6 +28,7 @@ from llumnix.frontend.context import HttpRequest, current_http_request
 from llumnix.frontend.control import openai_error
 from llumnix.frontend.listener import LIVE_PATH
 from llumnix.frontend.llm import FleetLLM
+from llumnix.frontend.stream_ends import adapt
 
 RETRY_AFTER_S = 1
 PRIORITY_HEADER = "x-llumnix-priority"
@@ -45,6 +46,8 @@ class Gate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
+            state = scope["app"].state  # At the start: vLLM has made all that serves by now.
+            adapt(state, state.engine_client.engine_core.ensure_served)
             await self.app(scope, receive, send)
             return
         state = scope["app"].state

@@ -38,6 +38,7 @@ from vllm.v1.metrics.loggers import StatLoggerManager, load_stat_logger_plugin_f
 from llumnix.core.types import RequestId
 from llumnix.frontend.ahead import Adding, Outputs
 from llumnix.frontend.client import FleetClient
+from llumnix.frontend.grammars import GrammarChecks
 from llumnix.frontend.migrations import GAVE_UP
 from llumnix.frontend.output_guard import guard
 from llumnix.frontend.prompt_blocks import one_request
@@ -87,21 +88,31 @@ class FleetLLM(AsyncLLM):
                 aggregate_engine_logging=aggregate_engine_logging,
             )
         guard(self.output_processor, self._give_up)
+        self._grammars = GrammarChecks(
+            vllm_config.model_config,
+            vllm_config.structured_outputs_config,
+            self.input_processor.tokenizer,
+        )
 
     def generate(  # type: ignore[override]
         self, prompt: Any, sampling_params: SamplingParams, request_id: str, **kwargs: Any
     ) -> AsyncGenerator[RequestOutput, None]:
-        """As vLLM's, but the request is added from now on, not when its outputs are asked for."""
+        """As vLLM's, but the request is added from now on, not when its outputs are asked for, and
+        refused at once while no instance serves: before a stream begins."""
+        self.engine_core.ensure_served()
         if isinstance(prompt, AsyncGenerator):  # A session, whose inputs are still to come.
             return super().generate(prompt, sampling_params, request_id, **kwargs)
         adding = Adding(self.add_request(request_id, prompt, sampling_params, **kwargs), self.abort)
         return Outputs(super().generate(adding, sampling_params, request_id, **kwargs), adding)
 
-    async def add_request(self, request_id: str, prompt: Any, *args: Any, **kwargs: Any) -> Any:
+    async def add_request(
+        self, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         if isinstance(prompt, Adding):
             return await prompt.outcome()
+        await self._grammars.check(params)
         with one_request():
-            return await super().add_request(request_id, prompt, *args, **kwargs)
+            return await super().add_request(request_id, prompt, params, *args, **kwargs)
 
     async def _add_request(self, request: EngineCoreRequest, *args: Any, **kwargs: Any) -> None:
         # Placing a request takes a moment in which the client can hang up. The caller does not

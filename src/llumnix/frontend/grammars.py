@@ -1,0 +1,49 @@
+"""Checks the grammars of structured outputs beside the event loop, on which every stream passes.
+
+vLLM checks them on it: a JSON schema of 1.5 MB takes a second or more. The backends let go of the
+interpreter's lock for most of that.
+
+vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
+- `SamplingParams._validate_structured_outputs(model_config, structured_outputs_config, tokenizer)`
+  is all of the check, changes nothing but the parameters, and is looked up on them when
+  `InputProcessor` verifies them. Parameters may carry attributes of ours; a clone need not.
+"""
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from vllm.config import ModelConfig, StructuredOutputsConfig
+from vllm.sampling_params import SamplingParams
+
+THREADS_MAX = 4
+"""So many grammars are checked at a time; further ones wait."""
+
+
+class GrammarChecks:
+    """Checks the grammars of one model's requests."""
+
+    def __init__(
+        self, model: ModelConfig, settings: StructuredOutputsConfig | None, tokenizer: Any
+    ) -> None:
+        self._model = model
+        self._settings = settings
+        self._tokenizer = tokenizer
+        self._threads = ThreadPoolExecutor(THREADS_MAX, thread_name_prefix="llumnix-grammar")
+
+    async def check(self, params: Any) -> None:
+        """Raises what vLLM raises for a bad grammar. Of a good one vLLM then asks nothing more."""
+        if not isinstance(params, SamplingParams) or params.structured_outputs is None:
+            return
+        await asyncio.get_running_loop().run_in_executor(
+            self._threads,
+            params._validate_structured_outputs,
+            self._model,
+            self._settings,
+            self._tokenizer,
+        )
+        params._validate_structured_outputs = _checked  # type: ignore[method-assign]
+
+
+def _checked(*_: Any) -> None:
+    """In place of the check that was made."""
