@@ -180,12 +180,14 @@ def test_with_a_lora_adapter(real: RealKind, tiny_model: Path, tmp_path: Path) -
 
 
 def test_in_the_middle_of_its_prompt(real: RealKind, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Greedy: vLLM 0.32's CPU sampler cannot run seeded requests whose prompts come in chunks."""
+    """Seeded: a prompt in chunks, moved or not, draws the same tokens as a prompt in one."""
+    prompt = [(17 * i) % 400 + 60 for i in range(1500)]
+    params = options(temperature=0.8, seed=51, max_tokens=40)
+    in_one, _ = run(real, params, 0, prompt)
     for engine in real.engines:
         monkeypatch.setattr(engine.core.scheduler, "max_num_scheduled_tokens", 256)
-    prompt = [(17 * i) % 400 + 60 for i in range(1500)]
-    params = options(temperature=0, max_tokens=40)
     expected, _ = run(real, params, 0, prompt)
+    assert expected == in_one
     duo = real.duo()
     request = duo.add("moved", prompt, params)
     duo.turn()

@@ -218,6 +218,26 @@ def test_failed_streams_of_two_routes_end_where_we_say_how() -> None:
     assert item.startswith(ERROR_ITEM), who
 
 
+def test_generators_are_turned_back_after_the_draw_of_the_same_step() -> None:
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+    from vllm.v1.worker.gpu_input_batch import InputBatch
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    who = "engine/seeded.py"
+    turned = "gen = self.input_batch.generators.get(int(i))"
+    says(
+        GPUModelRunner._bookkeeping_sync,
+        "self.discard_request_mask.np[:num_reqs]",
+        turned,
+        "gen.set_offset(gen.get_offset() - 4)",
+        who=who,
+    )
+    assert source(GPUModelRunner).count("set_offset(") == 1, who
+    says(GPUModelRunner.sample_tokens, "self._sample(", "self._bookkeeping_sync(", who=who)
+    says(InputBatch._make_sampling_metadata, "generators=self.generators,", who=who)
+    assert not {"_sample", "_bookkeeping_sync"} & set(vars(CPUModelRunner)), who
+
+
 def test_the_sequences_of_one_request_are_copies_of_it() -> None:
     who = "frontend/prompt_blocks.py"
     says(AsyncLLM.add_request, "request if idx == parent_params.n - 1 else copy(request)", who=who)

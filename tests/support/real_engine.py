@@ -63,6 +63,7 @@ class RealEngine:
         self.config = config
         self.core = EngineCore(config, Executor.get_class(config), log_stats=False)
         self.processor = InputProcessor(config)
+        self.rpc("llumnix_keep_generators")
         self.finished: queue.Queue[Pulled] = queue.Queue()
         self.agents = self.rpc(
             "llumnix_open",

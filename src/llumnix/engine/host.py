@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import cast
 
+from vllm.platforms import current_platform
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.engine.core import EngineCoreProc
 
@@ -40,7 +41,7 @@ from llumnix.core.settings import SchedulerSettings
 from llumnix.core.types import EngineIndex, MigrationId, OrderId, RequestId
 from llumnix.engine.cores import SWITCH_INTERVAL_S
 from llumnix.engine.guard import ErrorLog, GuardedPort
-from llumnix.engine.immovable import why_engine_cannot
+from llumnix.engine.immovable import ours, why_engine_cannot
 from llumnix.engine.peers import Peers
 from llumnix.engine.transfer import TransferOptions
 from llumnix.engine.transfer_client import AgentClient, Pulled
@@ -123,8 +124,11 @@ class LlumletHost:
     def start(self) -> None:
         """Opens the workers and the line to the peers. Before the busy loop runs."""
         self._peers.bind()
+        config = self._engine.vllm_config
+        if current_platform.is_cpu() and ours(config):
+            self._engine.model_executor.collective_rpc("llumnix_keep_generators")
         agents: list[str] = []
-        if why_engine_cannot(self._engine.vllm_config, self._engine.scheduler) is None:
+        if why_engine_cannot(config, self._engine.scheduler) is None:
             listen = self._seat.agents.format(engine=self._index, host=self._host, rank="{rank}")
             agents = self._engine.model_executor.collective_rpc(
                 "llumnix_open", args=(listen, self._seat.key, self._seat.transfer)

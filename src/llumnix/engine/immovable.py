@@ -11,12 +11,17 @@ from vllm.v1.request import Request
 WORKER_EXTENSION = "llumnix.engine.worker.LlumnixWorker"
 
 
+def ours(config: Any) -> bool:
+    """Whether an engine's workers carry our extension, not one of the user's."""
+    return bool(config.parallel_config.worker_extension_cls == WORKER_EXTENSION)
+
+
 def why_engine_cannot(config: Any, scheduler: Any) -> str | None:
     """Why no request of such an engine can be moved; None if they can."""
     parallel, model = config.parallel_config, config.model_config
     reasons = (
         (
-            parallel.worker_extension_cls != WORKER_EXTENSION,
+            not ours(config),
             "a --worker-extension-cls of your own, for llumnix needs that place",
         ),
         (parallel.pipeline_parallel_size > 1, "pipeline parallelism"),

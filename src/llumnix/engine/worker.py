@@ -22,6 +22,7 @@ import msgspec
 import torch
 
 from llumnix.engine.cores import SWITCH_INTERVAL_S
+from llumnix.engine.seeded import keep_generators
 from llumnix.engine.tokens import take_packed
 from llumnix.engine.transfer import TransferOptions, WorkerAgent
 
@@ -58,6 +59,10 @@ class LlumnixWorker:
             options=options,
         )
         return self._llumnix_agent.start()
+
+    def llumnix_keep_generators(self) -> None:
+        """Has seeded requests survive prompts in chunks, on a CPU (engine/seeded.py)."""
+        keep_generators(self.model_runner)
 
     def llumnix_generator(self, request: str) -> bytes | str:
         """The state of the request's seeded generator (runner V1), empty without one; a string
