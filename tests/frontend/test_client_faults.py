@@ -9,7 +9,8 @@ import zmq
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from vllm.exceptions import GracefulHTTPError
-from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, UtilityOutput
+from vllm.sampling_params import SamplingParams, StructuredOutputsParams
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason, UtilityOutput
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.metrics.stats import SchedulerStats
 
@@ -17,7 +18,8 @@ from llumnix.core.arbiter import Arbiter
 from llumnix.core.messages import LeaveWanted, MigrationEnded, MigrationWanted, TookOver
 from llumnix.core.types import EngineIndex, Epoch, MigrationId, RequestId
 from llumnix.frontend.client import FleetClient
-from llumnix.frontend.engine_outputs import COMPLAIN_EVERY_S, Complaints
+from llumnix.frontend.engine_outputs import COMPLAIN_EVERY_S, Complaints, FailedRequest
+from llumnix.frontend.grammars import BAD_GRAMMAR
 from llumnix.frontend.migrations import (
     CALL_TRIES_MAX,
     ENGINE_DIED,
@@ -264,12 +266,15 @@ async def test_an_engine_that_announces_itself_badly_keeps_no_other_out(tmp_path
         blocks = one.client.vllm_config.cache_config.num_gpu_blocks
         odd.send(ready_payload(dp_stats_address="tcp://a"))
         odd.send(b"\xc1")
+        told, counts = "An engine announced itself badly", one.client.complaints.counts
+        while counts.get(told, 0) < 2:
+            await asyncio.sleep(0.001)
+        assert one.client.vllm_config.cache_config.num_gpu_blocks == blocks
         stranger = one.connect(zmq.DEALER, "input_address")
         stranger.send(ready_payload())
         odd.send(ready_payload())
         await asyncio.wait_for(one.client.connected(I2), 5)
-        assert one.client.complaints.counts["An engine announced itself badly"] == 2
-        assert one.client.vllm_config.cache_config.num_gpu_blocks == blocks
+        assert counts[told] == 2
         odd.send(ready_payload(max_model_len=1))  # Again: whoever it is, it changes nothing.
         await one.add_engine(3)
         assert one.client.vllm_config.model_config.max_model_len == 16
@@ -309,6 +314,27 @@ async def test_an_answer_without_a_result_fails_its_call(tmp_path: Path) -> None
         one.take_in(packed_answer(next(iter(one.client.utility_results))))
         with pytest.raises(Exception, match="the answer is empty"):
             await call
+
+
+async def test_a_grammar_that_the_engine_cannot_compile_is_the_clients_mistake(
+    tmp_path: Path,
+) -> None:
+    def grammar() -> SamplingParams:
+        return SamplingParams(structured_outputs=StructuredOutputsParams(regex="foo**"))
+
+    async with front(tmp_path) as one:
+        told: list[FailedRequest] = []
+        one.client.on_failed = lambda failed: bool(told.append(failed))
+        for name in ("bad", "late"):
+            await one.add_request(name, 0, sampling_params=grammar())
+        await one.add_request("plain", 0)
+        one.take_in(tokens(0, "late", 5))
+        for name in ("bad", "late", "plain"):
+            one.take_in(tokens(0, name, finish_reason=FinishReason.ERROR))
+        while not one.client.outputs_queue.empty():
+            await one.client.get_output_async()
+        assert [(f.request, f.status, f.why) for f in told] == [("bad", 400, BAD_GRAMMAR)]
+        assert len(one.client.streams) == 0
 
 
 # -- nobody serves

@@ -218,6 +218,25 @@ def test_failed_streams_of_two_routes_end_where_we_say_how() -> None:
     assert item.startswith(ERROR_ITEM), who
 
 
+def test_late_interaction_goes_by_the_checksum_of_the_query() -> None:
+    from vllm.v1.pool import late_interaction
+
+    says(
+        late_interaction.get_late_interaction_engine_index,
+        'return zlib.crc32(query_key.encode("utf-8")) % num_engines',
+        who="frontend/late_queries.py",
+    )
+
+
+def test_a_grammar_that_does_not_compile_ends_its_request_with_an_error() -> None:
+    says(
+        Scheduler.update_from_output,
+        "error_req_ids = set(self.grammar_compile_error_reqs)",
+        "self.finish_requests( error_req_ids, RequestStatus.FINISHED_ERROR",
+        who="frontend/client.py's BAD_GRAMMAR",
+    )
+
+
 def test_generators_are_turned_back_after_the_draw_of_the_same_step() -> None:
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
     from vllm.v1.worker.gpu_input_batch import InputBatch

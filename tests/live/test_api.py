@@ -228,6 +228,35 @@ def test_bad_requests_get_vllms_errors(client: openai.OpenAI) -> None:
         client.completions.create(model="tiny", prompt="x" * 5000, max_tokens=10)
 
 
+ODD = [
+    {"temperature": -1},
+    {"top_k": -2},
+    {"n": 10**6},
+    {"logprobs": 10**6},
+    {"prompt": []},
+    {"prompt": [10**6]},
+    {"prompt": [2**63]},
+    {"seed": 2**70},
+    {"logit_bias": {"999999": 5}},
+    {"allowed_token_ids": [10**6]},
+    {"structured_outputs": {"regex": "("}},
+    {"structured_outputs": {"regex": "(a{1,900}){1,900}"}},
+    {"structured_outputs": {"grammar": "root ::= ("}},
+    {"structured_outputs": {"choice": []}},
+]
+
+
+def test_odd_parameters_are_answered_and_end_no_engine(server: Server) -> None:
+    pids = {i["pid"] for i in server.instances().values()}
+    for odd in ODD:
+        body = {"prompt": "hi", "max_tokens": 2, **odd}
+        answer = server.http.post("/v1/completions", json=body)
+        assert 200 <= answer.status_code < 500, (odd, answer.text)
+        assert isinstance(answer.json(), dict)
+    assert {i["pid"] for i in server.instances().values()} == pids
+    assert server.complete().status_code == 200
+
+
 def test_what_has_no_meaning_over_several_instances_says_so(server: Server) -> None:
     answer = server.http.post("/scale_elastic_ep", json={"new_data_parallel_size": 2})
     assert answer.status_code == 400, answer.text

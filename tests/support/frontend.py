@@ -105,7 +105,10 @@ class Front:
             kv_cache_max_concurrency=None,
         )  # fmt: skip
         config: Any = SimpleNamespace(
-            cache_config=cache, model_config=SimpleNamespace(max_model_len=100)
+            cache_config=cache,
+            model_config=SimpleNamespace(max_model_len=100),
+            kv_transfer_config=None,
+            ec_transfer_config=None,
         )
         self.addresses = {
             "input_address": f"ipc://{folder}/in",

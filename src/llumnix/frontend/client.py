@@ -35,7 +35,6 @@ from vllm.v1.engine import (
 )
 from vllm.v1.engine.core_client import BackgroundResources
 from vllm.v1.metrics.stats import SchedulerStats
-from vllm.v1.pool.late_interaction import get_late_interaction_engine_index
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from llumnix.core.events import Dispatch, InstanceLost, RequestArrived
@@ -47,6 +46,8 @@ from llumnix.frontend.engine_calls import EngineCalls
 from llumnix.frontend.engine_outputs import Complaints, FailedRequest
 from llumnix.frontend.engine_state import EngineState
 from llumnix.frontend.engines import Engine
+from llumnix.frontend.grammars import BAD_GRAMMAR, may_only_fail_at_grammar
+from llumnix.frontend.late_queries import LateQueries
 from llumnix.frontend.migrations import Migrations, Place
 from llumnix.frontend.prompt_blocks import prompt_blocks
 from llumnix.frontend.streams import Stream, Streams
@@ -112,7 +113,7 @@ class FleetClient(EngineCalls):
         self._log = log
         self.migrations = Migrations(self.streams, self, log)
         self.complaints = Complaints()
-        self.on_failed: Callable[[str, str], bool] = lambda request, why: True
+        self.on_failed: Callable[[FailedRequest], bool] = lambda failed: True
         self.on_leave: Callable[[InstanceId, str], None] = lambda instance, why: None
         self._placing: set[str] = set()
         self._engines: dict[EngineIndex, Engine] = {}
@@ -120,6 +121,7 @@ class FleetClient(EngineCalls):
         self._link = link
         self._calls: dict[EngineIndex, set[asyncio.Future[Any]]] = {}
         self.told = EngineState()
+        self._late_queries = LateQueries()
         self._rotation = 0
         self._greeter: asyncio.Task[None] | None = None
 
@@ -216,12 +218,16 @@ class FleetClient(EngineCalls):
             return
         for engine_index in self._close(request, FinishReason.ERROR):
             self.migrations.later(self.abort_at(engine_index, [request]))
-        failed = FailedRequest(request=request, slot=self._slots[stream.instance], why=why)
+        self._fail(stream, why, HTTPStatus.INTERNAL_SERVER_ERROR)
+
+    def _fail(self, stream: Stream, why: str, status: HTTPStatus) -> None:
+        slot = self._slots[stream.instance]
+        failed = FailedRequest(request=stream.request, slot=slot, why=why, status=status)
         self.outputs_queue.put_nowait(failed)
 
     def fail(self, failed: FailedRequest) -> EngineCoreOutputs:
         last = EngineCoreOutput(failed.request, [], finish_reason=FinishReason.ERROR)
-        ends = self.on_failed(failed.request, failed.why)
+        ends = self.on_failed(failed)
         return EngineCoreOutputs(engine_index=failed.slot, outputs=[last] if ends else [])
 
     async def abort_all(self) -> None:
@@ -229,12 +235,12 @@ class FleetClient(EngineCalls):
         for engine in list(self._engines.values()):
             for stream in self.streams.on(engine.engine_index):
                 self._close(stream.request, FinishReason.ABORT)
+                if stream.pooling:  # It has no output that says so.
+                    self._fail(stream, STOPPING, HTTPStatus.INTERNAL_SERVER_ERROR)
+                    continue
                 last = EngineCoreOutput(stream.request, [], finish_reason=FinishReason.ABORT)
-                self.outputs_queue.put_nowait(
-                    FailedRequest(request=stream.request, slot=engine.slot, why=STOPPING)
-                    if stream.pooling  # It has no output that says so.
-                    else EngineCoreOutputs(engine_index=engine.slot, outputs=[last])
-                )
+                outputs = EngineCoreOutputs(engine_index=engine.slot, outputs=[last])
+                self.outputs_queue.put_nowait(outputs)
 
     def in_flight(self, engine_index: EngineIndex) -> int:
         """How many of this frontend's requests the engine holds."""
@@ -325,6 +331,7 @@ class FleetClient(EngineCalls):
                 started_s=came_s,
                 pooling=request.pooling_params is not None,
                 session=request.resumable,
+                grammar=may_only_fail_at_grammar(request, self.vllm_config),
                 logprobs=getattr(request.sampling_params, "num_logprobs", None) is not None,
                 ledger=self.migrations.open(RequestId(request.request_id), engine.engine_index),
             )
@@ -357,8 +364,9 @@ class FleetClient(EngineCalls):
 
     async def _place(self, request: EngineCoreRequest, tokens: int) -> Engine:
         """The engine that the request goes to: the controller's choice if it can be had."""
-        if (pinned := self._pinned(request)) is not None:
-            return pinned
+        held = self._late_queries.engine(request.pooling_params, self._engines)
+        if held is not None:
+            return held
         decision = await self._link.place(
             RequestArrived(
                 request=RequestId(request.request_id),
@@ -373,15 +381,6 @@ class FleetClient(EngineCalls):
                 return engine
         return self._place_alone()
 
-    def _pinned(self, request: EngineCoreRequest) -> Engine | None:
-        """Late-interaction scoring keeps a query's embedding in one engine's memory: all requests
-        of the query go there."""
-        if request.pooling_params is None:
-            return None
-        engines = self._takers()
-        index = get_late_interaction_engine_index(request.pooling_params, len(engines) or 1)
-        return None if index is None or not engines else engines[index]
-
     def _takers(self) -> list[Engine]:
         return sorted((e for e in self._engines.values() if e.takes_requests), key=lambda e: e.slot)
 
@@ -391,9 +390,8 @@ class FleetClient(EngineCalls):
         engines = self._takers()
         self._rotation += 1
         turn = self._rotation % len(engines)
-        return min(
-            engines[turn:] + engines[:turn], key=lambda e: self.streams.count(e.engine_index)
-        )
+        in_turn = engines[turn:] + engines[:turn]
+        return min(in_turn, key=lambda e: self.streams.count(e.engine_index))
 
     async def abort_requests_async(self, request_ids: list[str]) -> None:
         by_engine: dict[EngineIndex, list[str]] = {}
@@ -442,6 +440,8 @@ class FleetClient(EngineCalls):
         stream = self.streams.get(output.request_id)
         if stream is None:
             return
+        if reason is FinishReason.ERROR and stream.grammar and not stream.output_tokens:
+            self._fail(stream, BAD_GRAMMAR, HTTPStatus.BAD_REQUEST)
         if stream.session and reason is not FinishReason.ABORT:
             stream.between_inputs = True
             return

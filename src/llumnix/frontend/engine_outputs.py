@@ -18,6 +18,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Any
 
 import zmq
@@ -33,11 +34,12 @@ COMPLAIN_EVERY_S = 10.0
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FailedRequest:
     """One that ends with an error, in one order with its outputs. `slot`: of the instance that ran
-    it. `why` is what its client reads."""
+    it. `why` is what its client reads, under the HTTP status `status`."""
 
     request: str
     slot: int
     why: str
+    status: int = HTTPStatus.INTERNAL_SERVER_ERROR
 
 
 class Complaints:

@@ -7,17 +7,25 @@ vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when
 - `SamplingParams._validate_structured_outputs(model_config, structured_outputs_config, tokenizer)`
   is all of the check, changes nothing but the parameters, and is looked up on them when
   `InputProcessor` verifies them. Parameters may carry attributes of ours; a clone need not.
+- An engine ends a request whose grammar it cannot compile with `FinishReason.ERROR`, before its
+  first token, and says no more. It ends others so whose KV did not come through a connector, or
+  whose multimodal inputs it lacks.
 """
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from vllm.config import ModelConfig, StructuredOutputsConfig
+from vllm.config import ModelConfig, StructuredOutputsConfig, VllmConfig
 from vllm.sampling_params import SamplingParams
+from vllm.v1.engine import EngineCoreRequest
 
 THREADS_MAX = 4
 """So many grammars are checked at a time; further ones wait."""
+BAD_GRAMMAR = (
+    "The engine cannot compile the grammar of structured_outputs, response_format or tools: "
+    "mend or simplify it."
+)
 
 
 class GrammarChecks:
@@ -43,6 +51,13 @@ class GrammarChecks:
             self._tokenizer,
         )
         params._validate_structured_outputs = _checked  # type: ignore[method-assign]
+
+
+def may_only_fail_at_grammar(request: EngineCoreRequest, config: VllmConfig) -> bool:
+    """Whether a request that an engine cannot begin has a bad grammar."""
+    grammar = getattr(request.sampling_params, "structured_outputs", None)
+    connector = config.kv_transfer_config or config.ec_transfer_config
+    return grammar is not None and not request.mm_features and connector is None
 
 
 def _checked(*_: Any) -> None:

@@ -24,7 +24,7 @@ from http import HTTPStatus
 from typing import Any
 
 from vllm.config import VllmConfig
-from vllm.exceptions import GenerationError, GracefulHTTPError
+from vllm.exceptions import GenerationError, GracefulHTTPError, VLLMValidationError
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import SamplingParams
 from vllm.usage.usage_lib import UsageContext
@@ -38,6 +38,7 @@ from vllm.v1.metrics.loggers import StatLoggerManager, load_stat_logger_plugin_f
 from llumnix.core.types import RequestId
 from llumnix.frontend.ahead import Adding, Outputs
 from llumnix.frontend.client import FleetClient
+from llumnix.frontend.engine_outputs import FailedRequest
 from llumnix.frontend.grammars import GrammarChecks
 from llumnix.frontend.migrations import GAVE_UP
 from llumnix.frontend.output_guard import guard
@@ -123,19 +124,23 @@ class FleetLLM(AsyncLLM):
             await self.abort(request.request_id, internal=True)
             raise
 
-    def _fail(self, request: str, why: str) -> bool:
+    def _fail(self, failed: FailedRequest) -> bool:
         """Has the request's consumer raise; returns whether an output must still end it."""
-        state = self.output_processor.request_states.get(request)
+        state = self.output_processor.request_states.get(failed.request)
         if state is None:
             return False
         if state.queue is not None:
-            state.queue.put(RequestLostError(why))
+            state.queue.put(
+                VLLMValidationError(failed.why)
+                if failed.status == HTTPStatus.BAD_REQUEST
+                else RequestLostError(failed.why)
+            )
         if state.parent_req is not None:  # The other `n` - 1 sequences have lost their consumer.
             others = self.abort(state.parent_req.request_id, internal=True)
             self.engine_core.migrations.later(others)
         # An output cannot end these: for pooling there is none, and a session goes on after it.
         elif state.detokenizer is None or state.streaming_input:
-            self.output_processor.abort_requests([request], internal=True)
+            self.output_processor.abort_requests([failed.request], internal=True)
         else:
             return True
         return False
@@ -145,7 +150,8 @@ class FleetLLM(AsyncLLM):
         self.engine_core.migrations.give_up(RequestId(request), error)
         # Its stream may have ended before, and then nobody else tells the consumer.
         state = self.output_processor.request_states.get(request)
-        if state is not None and self._fail(request, GAVE_UP):
+        failed = FailedRequest(request=request, slot=0, why=GAVE_UP)
+        if state is not None and self._fail(failed):
             self.output_processor._finish_request(state)
 
     async def check_health(self) -> None:

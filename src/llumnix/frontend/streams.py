@@ -13,7 +13,8 @@ class Stream:
     """One sequence on its way to a client. Token counts in tokens, `started_s` monotonic. `ledger`:
     of core/arbiter.py; `instance` and `engine_index` follow its owner.
 
-    `logprobs`: its client wants log-probabilities. `pooling`: it asks for an embedding or a score.
+    `grammar`: an engine that cannot begin it has found a bad grammar. `logprobs`: its client wants
+    log-probabilities. `pooling`: it asks for an embedding or a score.
     `session`: more input may follow under the same request, which then must reach the same engine;
     `between_inputs`: it waits for that."""
 
@@ -26,6 +27,7 @@ class Stream:
     started_s: float
     ledger: Any
     pooling: bool = False
+    grammar: bool = False
     logprobs: bool = False
     session: bool = False
     between_inputs: bool = False
