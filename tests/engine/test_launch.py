@@ -9,6 +9,7 @@ pytest.importorskip("vllm")
 
 from vllm.v1.executor.ray_utils import WORKER_SPECIFIC_ENV_VARS
 
+from llumnix.config import ADMIN_API_KEY_VARIABLE
 from llumnix.engine import launch
 from llumnix.engine.host import HostSeat
 from llumnix.engine.launch import EngineLaunch
@@ -39,13 +40,14 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_secrets_go_in_memory_and_never_where_ray_writes_them_down(launched: Any) -> None:
-    made = launched(**SECRETS, VLLM_API_KEY="api-secret", PYTHONPATH="/code", PYTHONHASHSEED="0")
+    keys = dict.fromkeys(("VLLM_API_KEY", ADMIN_API_KEY_VARIABLE), "api-secret")
+    made = launched(**SECRETS, **keys, PYTHONPATH="/code", PYTHONHASHSEED="0")
     assert SECRETS.items() <= made.environment.items()
     # What Ray logs and keeps is only what the interpreter itself must see.
     assert {"PYTHONPATH": "/code", "PYTHONHASHSEED": "0"}.items() <= made.environment_before.items()
     known = ("LD_", "PYTHON", "MALLOC_", "NUMEXPR_")
     assert all(name.startswith(known) for name in made.environment_before)
-    assert "VLLM_API_KEY" not in made.environment  # The frontend's business alone.
+    assert not keys.keys() & made.environment.keys()  # The frontend's business alone.
     assert "secret" not in repr(made)
 
 

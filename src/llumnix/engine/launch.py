@@ -18,9 +18,13 @@ from vllm.v1.engine.utils import EngineZmqAddresses
 from vllm.v1.executor import Executor
 from vllm.v1.executor.ray_utils import WORKER_SPECIFIC_ENV_VARS
 
+from llumnix.config import ADMIN_API_KEY_VARIABLE
+
 _ALSO = {"LD_PRELOAD", "NUMEXPR_MAX_THREADS", "PYTHONPATH"}
 _ALSO_PREFIXES = ("TORCHINDUCTOR_", "HF_", "LLUMNIX_")
-_NEVER = {"OMP_NUM_THREADS", "RANK", "VLLM_API_KEY", "VLLM_PORT", *WORKER_SPECIFIC_ENV_VARS}
+_KEYS = {"VLLM_API_KEY", ADMIN_API_KEY_VARIABLE}
+"""The frontend's business alone."""
+_NEVER = {"OMP_NUM_THREADS", "RANK", "VLLM_PORT", *_KEYS, *WORKER_SPECIFIC_ENV_VARS}
 _OF_ONE_HOST = re.compile(r"VLLM_.*_(HOST|IP)|MOONCAKE_REQUESTER_LOCAL_HOSTNAME")
 """vLLM's variables that name the host itself, to itself or to others: of no use anywhere else."""
 _BEFORE_PYTHON = re.compile(r"(LD_|PYTHON|MALLOC_|NUMEXPR_).*")
