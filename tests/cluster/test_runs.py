@@ -4,6 +4,7 @@ import asyncio
 import concurrent.futures
 import operator
 import threading
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,20 +22,30 @@ from llumnix.core.types import InstanceId
 I0 = InstanceId("i0")
 
 
-class Method:
-    """A method of an actor: `remote()` gives a reference that resolves to `answer`, or fails."""
+async def until(true: Callable[[], Any]) -> None:
+    while not true():
+        await asyncio.sleep(0.001)
 
-    def __init__(self, world: "FakeRay", name: str, answer: Any = None) -> None:
-        self.world, self.name, self.answer = world, name, answer
+
+class Method:
+    """A method of an actor: `remote()` gives a reference to `answer`; a call of `ends` makes that
+    of another method resolve."""
+
+    def __init__(
+        self, world: "FakeRay", name: str, answer: Any = None, ends: "Method | None" = None
+    ) -> None:
+        self.world, self.name, self.answer, self.ends = world, name, answer, ends
+        self.done: concurrent.futures.Future[Any] = concurrent.futures.Future()
 
     def remote(self, *args: Any) -> Any:
         self.world.call(self.name, *args)
-        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
         if isinstance(self.answer, BaseException):
-            future.set_exception(self.answer)
-        elif self.answer is not None:
-            future.set_result(self.answer)
-        return Reference(future)
+            self.done.set_exception(self.answer)
+        elif self.answer is not None and not self.done.done():
+            self.done.set_result(self.answer)
+        if self.ends is not None:
+            self.ends.done.set_result("stopped")
+        return Reference(self.done)
 
 
 class Reference:
@@ -61,10 +72,11 @@ class FakeRay:
         self.holds = threading.Event()  # Lets actors be made.
         self.holds.set()
         facts = SimpleNamespace(node="n", pid=1, devices=[], address="a")
+        run = Method(self, "run")
         self.actor = SimpleNamespace(
             describe=Method(self, "describe", facts),
-            run=Method(self, "run"),
-            stop=Method(self, "stop", True),
+            run=run,
+            stop=Method(self, "stop", True, ends=run),
             accept=Method(self, "accept", True),
         )
         group = SimpleNamespace(wait=self._wait)
@@ -118,6 +130,7 @@ class FakeRay:
     async def ready(self) -> Run:
         run = self.runs.create(I0, 0)
         assert await self.runs.until_ready(run) is None
+        await until(lambda: "run" in self.calls)
         return run
 
 
@@ -128,8 +141,6 @@ async def test_no_call_of_rays_is_made_on_the_event_loop(monkeypatch: pytest.Mon
     world.runs.accept(run, False)
     assert run.telling is not None
     await run.telling
-    await asyncio.wait({run.ended}, timeout=0.1)  # type: ignore[type-var]
-    monkeypatch.setattr(runs, "STOP_TIMEOUT_S", 0.01)
     await world.runs.end(run)
     assert world.calls == [
         "group", "actor", "describe", "run", "accept False", "stop", "kill", "remove",
@@ -169,7 +180,6 @@ async def test_an_engine_of_which_nothing_can_be_heard_has_ended(
 async def test_each_step_of_an_end_is_tried_and_what_failed_is_raised(
     monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
-    monkeypatch.setattr(runs, "STOP_TIMEOUT_S", 0.01)
     world = FakeRay(monkeypatch)
     run = await world.ready()
     world.broken = {call}
@@ -187,8 +197,7 @@ async def test_an_actor_that_is_made_after_its_end_is_killed(
     world = FakeRay(monkeypatch)
     world.holds.clear()
     run = world.runs.create(I0, 0)
-    while not run.placed:
-        await asyncio.sleep(0.001)
+    await until(lambda: run.placed)
     await world.runs.end(run)
     assert "kill" not in world.calls
     world.holds.set()
@@ -202,9 +211,9 @@ async def test_a_run_that_waits_for_devices_ends_without_an_actor(
     world = FakeRay(monkeypatch)
     world.placed.clear()
     run = world.runs.create(I0, 0)
-    await asyncio.sleep(0.05)
-    assert not run.placed
+    await until(lambda: run.group is not None)
     await world.runs.end(run)
+    assert not run.placed
     assert "actor" not in world.calls
     assert "remove" in world.calls
 
@@ -217,7 +226,7 @@ async def test_devices_that_others_hold_are_named_as_the_reason(
     monkeypatch.setattr(runs, "PLACING_SAID_AFTER_S", 0.0)
     run = world.runs.create(I0, 0)
     waiting = asyncio.create_task(world.runs.until_ready(run))
-    await asyncio.sleep(0.05)
+    await until(lambda: caplog.messages)
     monkeypatch.setattr(runs, "READY_TIMEOUT_S", 0.0)
     assert "no GPU within 0 s: all are held by others" in str(await waiting)
     said = [m for m in caplog.messages if "i0 waits for 1 free GPU(s) on one host" in m]
