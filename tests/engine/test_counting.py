@@ -9,13 +9,23 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from vllm.v1.request import Request
+from vllm import SamplingParams
+from vllm.v1.request import Request, RequestStatus
 
 from llumnix.core.load import ClassLoad
+from llumnix.core.prefixes import BLOCK_TOKENS
 from llumnix.core.priorities import Priorities
 from llumnix.core.settings import PrioritySettings
-from llumnix.core.types import RequestId
+from llumnix.core.types import EngineIndex, InstanceId, RequestId
+from llumnix.engine import prefix_reader
 from llumnix.engine.load_reader import LoadReader
+from llumnix.engine.prefix_reader import (
+    ENDED_MAX,
+    SWEPT_MAX,
+    WALKED_MAX,
+    NotedMap,
+    PrefixReader,
+)
 from llumnix.engine.queueing import Queueing
 from llumnix.engine.vllm_port import VllmPort
 from support.no_model import BLOCK, add, engine_core
@@ -163,3 +173,94 @@ def test_a_request_that_is_handed_over_counts_as_running_until_it_has_left(
         engine.port.release(RequestId(name))
     after = engine.reader.read().classes
     assert (after[1].running, after[1].waiting) == (2, 0)
+
+
+# -- which prefixes are kept: engine/prefix_reader.py
+
+
+class Named:
+    """A reader of an engine's prefix cache, and who runs."""
+
+    def __init__(self, model: Path, blocks: int) -> None:
+        self.core: Any = engine_core(model, blocks=blocks)
+        self.kv = self.core.scheduler.kv_cache_manager
+        self.running: list[Request] = []
+        manager = self.kv.coordinator.single_type_managers[0]
+        self.reader = PrefixReader(
+            InstanceId("i0"), EngineIndex(0), manager, 0, lambda: None, lambda: self.running
+        )
+
+    def computed(self, name: str, prompt: list[int]) -> Request:
+        options = SamplingParams(max_tokens=9)
+        made = Request(name, prompt, options, None, block_hasher=self.core.request_block_hasher)
+        found, hit, _ = self.kv.get_computed_blocks(made)
+        assert self.kv.allocate_slots(
+            made, len(prompt) - hit, num_new_computed_tokens=hit, new_computed_blocks=found
+        )
+        made.num_computed_tokens = len(prompt)
+        self.reader.follow(made)
+        return made
+
+    def end(self, request: Request) -> None:
+        request.status = RequestStatus.FINISHED_STOPPED
+        self.kv.free(request)
+
+
+def test_requests_that_ended_are_not_kept_where_more_is_computed_than_can_be_named(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prefix_reader, "READ_EVERY_S", 0.0)
+    named = Named(tiny_model, 400)
+    for k in range(60):
+        for n in range(20):
+            prompt = [k, n, *range(64 * BLOCK - 2)]
+            named.end(named.computed(f"r{k}-{n}", prompt))
+        named.reader.read()
+        assert len(named.reader._followed) + len(named.reader._ended) <= ENDED_MAX + 10
+    assert len(named.reader._ended) == ENDED_MAX
+    while named.reader.read(at_once=True) or named.reader.more:
+        pass
+    assert not named.reader._ended
+
+
+def test_a_call_goes_over_a_bounded_number_of_blocks_though_all_are_known(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named = Named(tiny_model, 400)
+    units = 30
+    prompt = list(range(units * BLOCK_TOKENS))
+    named.running = [named.computed("first", prompt)]
+    while named.reader.read(at_once=True) or named.reader.more:
+        pass
+    named.running += [named.computed(f"n{n}", [*prompt, n]) for n in range(100)]
+    walked: list[Any] = []
+    real = NotedMap.get_one_block
+    monkeypatch.setattr(
+        NotedMap, "get_one_block", lambda self, key: walked.append(key) or real(self, key)
+    )
+    calls = 1
+    named.reader.read(at_once=True)
+    while named.reader.more:
+        assert len(walked) <= WALKED_MAX
+        walked.clear()
+        named.reader.read(at_once=True)
+        calls += 1
+    assert calls >= 100 * units / WALKED_MAX
+
+
+def test_a_call_does_not_look_at_all_who_wait(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prefix_reader, "READ_EVERY_S", 0.0)
+    named = Named(tiny_model, 40)
+    for n in range(2000):
+        made = Request(f"r{n}", [n] * 80, SamplingParams(max_tokens=9), None)
+        named.reader.follow(made)
+    looked: list[int] = []
+    real = Request.is_finished
+    monkeypatch.setattr(Request, "is_finished", lambda self: looked.append(1) or real(self))
+    named.running = [named.computed("runs", list(range(5 * BLOCK_TOKENS)))]
+    fact = named.reader.read()
+    assert fact is not None
+    assert len(fact.stored) == 5
+    assert len(looked) <= SWEPT_MAX + 2

@@ -368,7 +368,7 @@ def test_everything_a_request_knows_was_considered() -> None:
 def test_a_request_is_made_and_fed_like_the_engines_own() -> None:
     takes(Request.from_engine_core_request, "request", "block_hasher", who="arrivals.reserve")
     own = "Request.from_engine_core_request(request, self.request_block_hasher)"
-    says(EngineCore.preprocess_add_request, own, "grammar_init(req)", who="arrivals.reserve")
+    says(EngineCore.preprocess_add_request, own, "grammar_init(req)", who="grammars.py")
     new = request()
     assert new.prefill_stats is not None
     assert not new.use_structured_output
@@ -442,7 +442,8 @@ def test_grammars_are_compiled_aside_and_fed_token_by_token() -> None:
     assert isinstance(structured.grammar, ValueError), "arrivals.ready reads why"
     submit = "self.executor.submit(self._create_grammar, request)"
     put = "request.structured_output_request.grammar = grammar"
-    says(StructuredOutputManager.grammar_init, submit, put, who="arrivals.reserve")
+    built = "if self.backend is None:"
+    says(StructuredOutputManager.grammar_init, built, submit, put, who="grammars.py")
     assert list(inspect.signature(StructuredOutputManager.accept_tokens).parameters) == [
         "self", "request", "new_token_ids",
     ]  # fmt: skip

@@ -111,7 +111,7 @@ def engine_core(model: Path, *, blocks: int, ahead: bool = False, **args: Any) -
         "dtype": "float32",
         "enforce_eager": True,
         "block_size": BLOCK,
-        "max_model_len": blocks * BLOCK,
+        "max_model_len": min(2048, blocks * BLOCK),
         "max_num_seqs": 8,
         "scheduling_policy": "priority",
         "num_gpu_blocks_override": blocks + 1,  # One is vLLM's placeholder.

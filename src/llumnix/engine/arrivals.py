@@ -2,11 +2,12 @@
 
 What it relies on inside vLLM stands in engine/vllm_port.py, the other half, beside that:
 `EngineCore.batch_queue` holds the steps in flight, `request_block_hasher` hashes blocks,
-`StructuredOutputManager.grammar_init` compiles a grammar on a thread and `accept_tokens` advances
-it (tests/house/test_vllm_migration_contract.py).
+`StructuredOutputManager.accept_tokens` advances a compiled grammar
+(tests/house/test_vllm_migration_contract.py).
 """
 
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,7 @@ from vllm.v1.request import Request, RequestStatus
 from llumnix.core.messages import Blocks
 from llumnix.core.port import Refusal
 from llumnix.core.types import EngineIndex, RequestId
+from llumnix.engine.grammars import Grammars
 from llumnix.engine.immovable import why_engine_cannot
 from llumnix.engine.load_reader import client_priority
 from llumnix.engine.queueing import has_waited, queue_by_arrival
@@ -29,6 +31,10 @@ from llumnix.engine.worker import RunnerState
 from llumnix.errors import ProtocolError
 
 ABSENT = -1
+
+
+FED_MAX = 256
+"""Tokens that a grammar is fed between two steps."""
 
 
 class Rest(msgspec.Struct, frozen=True, kw_only=True):
@@ -58,7 +64,7 @@ class Arriving:
     here: int = 0
     pulling: int = 0
     gaps: bool = False
-    unfed: list[int] = field(default_factory=list)
+    unfed: deque[int] = field(default_factory=deque)
     fence: list[Any] = field(default_factory=list)
 
 
@@ -95,6 +101,7 @@ class Arrivals:
         self._met: set[tuple[str, ...]] = set()
         self._unmet: dict[tuple[str, ...], str] = {}
         self._tickets = 0
+        self._grammars = Grammars(self._scheduler.structured_output_manager)
         self.last_ticket = 0
         self.on_commit: Callable[[Request], None] = lambda request: None
         self.block_tokens: int = self._scheduler.block_size
@@ -171,8 +178,8 @@ class Arrivals:
             self._client.meet(-self._tickets, agents)
             self._meeting[-self._tickets] = coming.agents
         if new.use_structured_output:
-            coming.unfed = list(outputs)
-            scheduler.structured_output_manager.grammar_init(new)
+            coming.unfed.extend(outputs)
+            self._grammars.begin(new)
         else:
             new.append_output_token_ids(outputs)
         if tokens:
@@ -207,7 +214,7 @@ class Arrivals:
             return False
         if isinstance(structured.grammar, Exception):
             return Refusal(why=f"its grammar does not compile there ({structured.grammar})")
-        return self._feed(coming)
+        return self._feed(coming, FED_MAX)
 
     def reach(self, request: RequestId, tokens: int, outputs: list[int]) -> Refusal | None:
         coming = self._arriving[request]
@@ -216,7 +223,7 @@ class Arrivals:
         new.num_computed_tokens = coming.here
         if new.use_structured_output:
             coming.unfed += outputs
-            fed = self._feed(coming)
+            fed = self._feed(coming, len(coming.unfed))
             if isinstance(fed, Refusal):
                 return fed
         else:
@@ -361,18 +368,19 @@ class Arrivals:
         else:
             queue_by_arrival(self._scheduler.waiting, request)
 
-    def _feed(self, coming: Arriving) -> bool | Refusal:
-        """Tells its grammar what it has generated, token by token, as the source's was told."""
+    def _feed(self, coming: Arriving, most: int) -> bool | Refusal:
+        """Tells its grammar what it has generated, token by token, as the source's was told;
+        whether that was all of it."""
         new, manager = coming.request, self._scheduler.structured_output_manager
         structured = new.structured_output_request
         if not structured.is_grammar_ready:
             return False
-        while coming.unfed:
-            token = coming.unfed.pop(0)
+        for _ in range(min(most, len(coming.unfed))):
+            token = coming.unfed.popleft()
             new.append_output_token_ids([token])
             if not manager.accept_tokens(new, [token]):
                 return Refusal(why="its grammar there does not accept what it has generated")
-        return True
+        return not coming.unfed
 
     def _in_flight(self, steps: list[Any]) -> bool:
         """Whether any of these steps has not come home yet."""

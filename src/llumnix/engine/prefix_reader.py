@@ -14,8 +14,11 @@ Rules
 - The first fact, and one every `SNAPSHOT_EVERY_S`, says everything anew (`cleared`): a controller
   that Ray has just started learns it, and what was lost on the way is made good. An engine that
   stands still is woken for it.
-- A call names `NAMES_MAX` blocks anew and tells `HASHES_MAX` at the most; the rest follow. Before
-  an engine stands still all is told.
+- A call names `NAMES_MAX` blocks anew, goes over `WALKED_MAX` and tells `HASHES_MAX` at most; the
+  rest follow. It looks at those that run, and at `SWEPT_MAX` of the others, so that it finds those
+  that ended between two calls. Before an engine stands still all is told.
+- Where more is computed than can be named, requests that have ended are forgotten beyond
+  `ENDED_MAX`: a prompt that is not known here is found less often, no more.
 - Of a model with several groups of layers the first whose layers look at the whole prompt counts.
 
 vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
@@ -34,8 +37,10 @@ import logging
 import threading
 import time
 from bisect import bisect_left
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain as chained
 from itertools import islice
 from typing import Any
 
@@ -56,6 +61,10 @@ READ_EVERY_S = 0.05
 """What changed may wait for that long."""
 NAMES_MAX = 128
 """So many blocks take less than a millisecond."""
+WALKED_MAX = 1024
+"""Blocks that a call goes over, named or known already."""
+SWEPT_MAX = 64
+ENDED_MAX = 256
 HASHES_MAX = 8192
 NAMED_TOKENS_MAX = PREFIX_BLOCKS_MAX * BLOCK_TOKENS
 """Nobody asks for what lies beyond in a prompt."""
@@ -89,8 +98,8 @@ class _Followed:
 
 
 class PrefixReader:
-    """Of one engine core. `wake` makes it call `read` soon. `more`: the last call did not get to
-    the end of what is to be said."""
+    """Of one engine core. `wake` makes it call `read` soon; `running` are its requests that run.
+    `more`: the last call did not get to the end of what is to be said."""
 
     def __init__(
         self,
@@ -99,7 +108,9 @@ class PrefixReader:
         manager: Any,
         group: int,
         wake: Callable[[], None],
+        running: Callable[[], Sequence[Request]] = tuple,
     ) -> None:
+        self._running = running
         self._instance = instance
         self._engine_index = engine_index
         self._pool = manager.block_pool
@@ -109,6 +120,8 @@ class PrefixReader:
         # What is named at a time: a block of ours, or vLLM's if that is larger.
         self._unit = max(self._size, BLOCK_TOKENS)
         self._followed: dict[str, _Followed] = {}
+        self._ended: deque[_Followed] = deque(maxlen=ENDED_MAX)
+        self._names_left = self._walk_left = self._turn = 0
         # Our names of what is kept, by vLLM's key of the last block under them.
         self._names: dict[bytes, tuple[int, ...]] = {}
         # How many keys keep each: two if an adapter was loaded anew.
@@ -171,7 +184,7 @@ class PrefixReader:
             self._start_over()
         if self._map.dropped:
             self._look_at_dropped()
-        self._name()
+        self._name(whole=at_once)
         if self._snapshot_due:
             self._snapshot_due = False
             self._cleared = True
@@ -209,7 +222,7 @@ class PrefixReader:
         self._cleared |= bool(self.kept or self._removed)
         for known in (self._names, self.kept, self._stored, self._removed):
             known.clear()
-        for followed in self._followed.values():
+        for followed in chained(self._followed.values(), self._ended):
             followed.named, followed.after = 0, followed.start
 
     def _look_at_dropped(self) -> None:
@@ -223,46 +236,59 @@ class PrefixReader:
                         del self.kept[h]
                         _note(h, self._removed, self._stored)
 
-    def _name(self) -> None:
-        """Names the blocks that were computed since the last call."""
-        left, over = NAMES_MAX, []
-        self.more = False
-        for followed in self._followed.values():
-            request = followed.request
-            if followed.preemptions != request.num_preemptions:
-                followed.preemptions = request.num_preemptions
-                followed.named, followed.after = 0, followed.start
-            finished = request.is_finished()
-            if request.num_computed_tokens >= (followed.named + 1) * self._unit:
-                left -= self._name_units(followed, left, finished)
-                if left <= 0:
-                    self.more = True
-                    break
-            if finished:
-                over.append(request.request_id)
-        for name in over:
-            del self._followed[name]
+    def _name(self, *, whole: bool) -> None:
+        """Names the blocks that were computed since the last call. `whole`: looks at all."""
+        self._names_left, self._walk_left = NAMES_MAX, WALKED_MAX
+        running = self._running()
+        done = True
+        # In turns, so that the last ones are named too if there is too much for one call.
+        self._turn += 1
+        for n in range(len(running)):
+            request = running[(n + self._turn) % len(running)]
+            followed = self._followed.get(request.request_id)
+            if followed is not None and followed.request is request:
+                done = self._advance(followed) and done
+        for name in list(islice(self._followed, None if whole else SWEPT_MAX)):
+            followed = self._followed.pop(name)
+            if followed.request.is_finished():
+                self._ended.append(followed)
+                continue
+            self._followed[name] = followed  # Behind the others.
+            if whole:
+                done = self._advance(followed) and done
+        while self._ended and self._advance(self._ended[0]):
+            self._ended.popleft()
+        self.more = bool(self._ended) or not done
 
-    def _name_units(self, followed: _Followed, most: int, finished: bool) -> int:
-        """Names blocks of one request, up to a bound; returns how many."""
-        request, unit, count = followed.request, self._unit, 0
+    def _advance(self, followed: _Followed) -> bool:
+        """Names blocks of one request; whether all that it has computed are."""
+        request = followed.request
+        if followed.preemptions != request.num_preemptions:
+            followed.preemptions = request.num_preemptions
+            followed.named, followed.after = 0, followed.start
+        if request.num_computed_tokens < (followed.named + 1) * self._unit:
+            return True
+        unit, finished = self._unit, request.is_finished()
         end = min(request.num_computed_tokens, request.num_tokens, NAMED_TOKENS_MAX)
         hashes = resolve_block_hashes(request.block_hashes, self._pool.hash_block_size, self._size)
-        while (followed.named + 1) * unit <= end and count < most:
+        while (followed.named + 1) * unit <= end:
+            if self._names_left <= 0 or self._walk_left <= 0:
+                return False
+            self._walk_left -= 1
             begin, ended = followed.named * unit, (followed.named + 1) * unit
             key = make_block_hash_with_group_id(hashes[ended // self._size - 1], self._group)
             here = self._map.get_one_block(key) is not None
             if not here and not finished:
-                break  # The next step enters it.
+                return True  # The next step enters it.
             ends = self._names.get(key) if here else None
             if ends is None:
                 ends = chain(followed.after, request.all_token_ids[begin:ended])
-                count += len(ends)
+                self._names_left -= len(ends)
                 if here:
                     self._keep(key, ends)
             followed.named += 1
             followed.after = ends[-1]
-        return count
+        return True
 
     def _keep(self, key: bytes, ends: tuple[int, ...]) -> None:
         self._names[key] = ends
@@ -312,4 +338,4 @@ def prefix_reader(
         level = logging.WARNING if kv.enable_caching else logging.INFO
         logger.log(level, "What %s keeps in its prefix cache stays unknown: %s", instance, why)
         return None
-    return PrefixReader(instance, engine_index, manager, groups[0], wake)
+    return PrefixReader(instance, engine_index, manager, groups[0], wake, lambda: scheduler.running)

@@ -1,0 +1,45 @@
+"""Compiles the grammars of requests that move in, beside the engine's thread.
+
+vLLM 0.32 internals relied on here (tests/house/test_vllm_migration_contract.py fails when one
+changes): `StructuredOutputManager.grammar_init` builds the one backend at its first call, which may
+take long (tables of the whole vocabulary), then has the grammar compiled on `executor`, a pool of
+threads, and leaves a future of it in `request.structured_output_request.grammar`. The engine core
+calls it on the thread that takes requests in.
+"""
+
+import threading
+from concurrent.futures import Future
+from typing import Any
+
+from vllm.v1.request import Request
+
+
+class Grammars:
+    """Of one engine core."""
+
+    def __init__(self, manager: Any) -> None:
+        self._manager = manager
+        if not hasattr(manager, "llumnix_lock"):
+            self._one_at_a_time()
+
+    def _one_at_a_time(self) -> None:
+        """The engine core's own thread may be there at the same time, and both would build it."""
+        lock, init = threading.Lock(), self._manager.grammar_init
+
+        def grammar_init(request: Request) -> None:
+            with lock:
+                init(request)
+
+        self._manager.llumnix_lock, self._manager.grammar_init = lock, grammar_init
+
+    def begin(self, request: Request) -> None:
+        """Begins to compile; until that is done, or has failed, its grammar is not ready."""
+        waiting: Future[Any] = Future()
+        request.structured_output_request.grammar = waiting
+        self._manager.executor.submit(self._init, request, waiting)
+
+    def _init(self, request: Request, waiting: Future[Any]) -> None:
+        try:
+            self._manager.grammar_init(request)
+        except Exception as error:  # noqa: BLE001 - the request is declined, whatever it is
+            waiting.set_exception(error)
