@@ -104,6 +104,23 @@ def test_a_call_with_a_timeout_of_its_own_is_bounded_by_that() -> None:
     run(main())
 
 
+def test_what_any_engine_can_answer_is_asked_of_one_that_is_not_silent() -> None:
+    async def main() -> None:
+        calls = Calls(E0, E1)
+        calls.answers[E0, "get_supported_tasks"] = HANGS
+        error = await failing(calls.get_supported_tasks_async())
+        assert "no answer from i0" in str(error)
+        calls.told.silent = {E0}
+        calls.answers[E1, "get_supported_tasks"] = ("generate",)
+        assert await calls.get_supported_tasks_async() == ("generate",)
+        await calls.save_sharded_state_async("/tmp/there")
+        assert calls.of(E1) == ["get_supported_tasks", "save_sharded_state"]
+        with pytest.raises(EngineDeadError):
+            await Calls().get_supported_tasks_async()
+
+    run(main())
+
+
 def test_an_engine_that_dies_meanwhile_is_left_out_unless_all_do() -> None:
     async def main() -> None:
         calls = Calls(E0, E1)

@@ -126,16 +126,29 @@ class EngineCalls(EngineOutputs):
         return first
 
     async def _call_joined(self, method: str, args: tuple[Any, ...]) -> dict[EngineIndex, Any]:
-        """What each engine that has joined answers, those left out that died meanwhile. An engine's
-        failure, or silence, is raised once all others have answered."""
+        """What each engine that has joined answers."""
+        return await self._call(self._those_joined(), method, args)
+
+    def _those_joined(self) -> list[EngineIndex]:
         engines = [EngineIndex(int.from_bytes(e, "little")) for e in self.core_engines]
-        calls = {
-            e: asyncio.ensure_future(self.call_engine(e, method, *args))
-            for e in engines
-            if e in self.told.joined
-        }
-        if not calls:
+        joined = [e for e in engines if e in self.told.joined]
+        if not joined:
             raise EngineDeadError()
+        return joined
+
+    async def _call_one(self, method: str, *args: Any) -> Any:
+        """What one engine answers, whichever; one that is silent only if all are."""
+        engines = self._those_joined()
+        heard = [e for e in engines if e not in self.told.silent]
+        (answer,) = (await self._call((heard or engines)[:1], method, args)).values()
+        return answer
+
+    async def _call(
+        self, engines: list[EngineIndex], method: str, args: tuple[Any, ...]
+    ) -> dict[EngineIndex, Any]:
+        """What these engines answer, those left out that died meanwhile. An engine's failure, or
+        silence, is raised once all others have answered."""
+        calls = {e: asyncio.ensure_future(self.call_engine(e, method, *args)) for e in engines}
         try:
             await self._wait(calls, _limit_s(method, args))
             unanswered = [e for e, call in calls.items() if not call.done()]
@@ -198,15 +211,13 @@ class EngineCalls(EngineOutputs):
                 logger.warning("Instance %s keeps adapter %d: %s", name, adapter, error)
 
     async def get_supported_tasks_async(self) -> Any:
-        return await self._call_utility_async("get_supported_tasks", engine=self.core_engine)
+        return await self._call_one("get_supported_tasks")
 
     async def save_sharded_state_async(
         self, path: str, pattern: str | None = None, max_size: int | None = None
     ) -> None:
         # All engines hold the same weights; two writing one folder would only get in their way.
-        await self._call_utility_async(
-            "save_sharded_state", path, pattern, max_size, engine=self.core_engine
-        )
+        await self._call_one("save_sharded_state", path, pattern, max_size)
 
     async def list_loras_async(self) -> set[int]:
         return set.intersection(*map(set, await self.call_utility_all_async("list_loras")))
