@@ -70,13 +70,15 @@ def test_status_prints_the_instances(guarded: Server) -> None:
 
 
 def test_who_is_not_done_in_time_is_told_and_the_server_stops(guarded: Server) -> None:
+    """And the class that it asked for was not granted to its key."""
+    urgent = {**KEY, "x-llumnix-priority": "high"}
     finish: list[str | None] = []
 
     def long_stream() -> None:
         real_time()
         body = {"prompt": "x", "max_tokens": 2000, "ignore_eos": True, "stream": True}
         with httpx.stream(
-            "POST", guarded.url + "/v1/completions", json=body, headers=KEY, timeout=60
+            "POST", guarded.url + "/v1/completions", json=body, headers=urgent, timeout=60
         ) as response:
             for line in response.iter_lines():
                 if line.startswith("data: {"):
@@ -85,6 +87,8 @@ def test_who_is_not_done_in_time_is_told_and_the_server_stops(guarded: Server) -
     thread = threading.Thread(target=long_stream)
     thread.start()
     eventually(lambda: len(finish) > 5, 20)
+    (row,) = guarded.http.get("/llumnix/v1/requests").json()["requests"]
+    assert row["priority"] == 0
     began = time.monotonic()
     guarded.signal(signal.SIGTERM)
     assert guarded.wait() == 0

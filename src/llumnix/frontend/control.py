@@ -73,6 +73,7 @@ LOAD_SHOWN = (
     "waiting",
     "head_tokens",
     "preemptions",
+    "stalled_s",
 )
 
 
