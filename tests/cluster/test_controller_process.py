@@ -80,6 +80,7 @@ class World:
 
     async def until(self, holds: Callable[[], bool]) -> None:
         while not holds():
+            assert self.loop.time() < 3600, "an hour of virtual time"
             await asyncio.sleep(0.25)
 
 

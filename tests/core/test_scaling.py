@@ -17,7 +17,7 @@ from llumnix.core.events import (
     UndrainInstance,
 )
 from llumnix.core.load import ClassLoad, LoadReport
-from llumnix.core.policies.scaling import RETRY_MAX_S, ROW_ENDS_AFTER_S
+from llumnix.core.policies.scaling import RETRY_FIRST_S, RETRY_MAX_S, ROW_ENDS_AFTER_S
 from llumnix.core.scheduler import Scheduler
 from llumnix.core.settings import ScalingSettings, SchedulerSettings
 from llumnix.core.types import EngineIndex, InstanceId, RequestId
@@ -245,6 +245,7 @@ def test_instances_that_cannot_be_started_are_started_less_and_less_often(least:
     assert len(hour) < 15
     pauses = [later - sooner for sooner, later in itertools.pairwise(hour)]
     assert all(longer >= pause for pause, longer in itertools.pairwise(pauses)), pauses
+    assert pauses[1] >= RETRY_FIRST_S, "the first time it is tried again at once"
     assert 500 < pauses[-1] <= RETRY_MAX_S + 5
 
 
