@@ -1,6 +1,9 @@
 """Ray is started as ours, and what it refuses is one line."""
 
+import signal
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -70,3 +73,18 @@ def test_a_cluster_of_other_versions_is_not_called_unreachable(
     with pytest.raises(UsageError, match=r"other versions than this host .*2\.59\.0") as no:
         ray_runtime.join("auto", logs=False)
     assert "cannot reach" not in str(no.value)
+
+
+def test_ray_is_not_asked_for_an_end_that_it_cannot_hear(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A SIGTERM is blocked in its processes."""
+    with subprocess.Popen(["sleep", "60"], preexec_fn=_deaf) as process:
+        info = SimpleNamespace(process=process)
+        node = SimpleNamespace(all_processes={"raylet": [info]})
+        monkeypatch.setattr(ray._private.worker, "_global_node", node)
+        monkeypatch.setattr(ray, "shutdown", lambda: process.terminate())
+        ray_runtime.stop()
+        assert process.wait() == -signal.SIGKILL
+
+
+def _deaf() -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

@@ -121,6 +121,11 @@ def stop() -> None:
     """Leaves the cluster; one that we started ends."""
     import ray
 
+    node = ray._private.worker._global_node
+    if node is not None:
+        # They are deaf to SIGTERM (cluster/signals.py), and Ray would wait a second for each.
+        for process in (info.process for infos in node.all_processes.values() for info in infos):
+            process.terminate = process.kill
     ray.shutdown()
 
 
