@@ -139,10 +139,12 @@ class World:
         monkeypatch.setattr(fleet_module, "check_one_more", self._check)
         self.client = FakeClient()
         self.grown: list[int] = []
-        llm: Any = SimpleNamespace(engine_core=self.client, grow_metrics=self.grown.append)
+        self.llm: Any = SimpleNamespace(
+            engine_core=self.client, grow_metrics=self.grown.append, stopping=False
+        )
         launch: Any = SimpleNamespace(device=None, devices_per_instance=1)
         addresses: Any = SimpleNamespace(controller="", peers="", agents="", keys=None)
-        self.fleet = Fleet(llm, launch, addresses, DeploymentConfig(**config))
+        self.fleet = Fleet(self.llm, launch, addresses, DeploymentConfig(**config))
         self.runs = FakeRuns(self.client)
         self.fleet._runs = self.fleet._supervisor.runs = self.runs  # type: ignore[assignment]
         self.said: list[str] = []

@@ -357,6 +357,22 @@ def test_after_the_close_nothing_is_started_or_drained_any_more(
     play(script)
 
 
+def test_while_requests_end_nothing_is_started_or_drained_any_more(
+    play: Callable[..., World],
+) -> None:
+    """A SIGTERM to every process: each instance asks for its drain, as the frontend stops."""
+
+    async def script(w: World) -> None:
+        w.llm.stopping = True
+        w.client.link.on_scaling(AddInstances(count=1, why="load"))
+        w.client.on_leave(I0, "a SIGTERM")
+        w.client.on_leave(I1, "a SIGTERM")
+        await asyncio.sleep(10)
+        assert w.states == {"i0": "serving", "i1": "serving"}
+
+    play(script)
+
+
 @pytest.mark.parametrize("state", ["starting", "restarting", "failed"])
 def test_what_does_not_serve_is_drained_at_once(play: Callable[..., World], state: str) -> None:
     async def script(w: World) -> None:

@@ -245,6 +245,8 @@ class Fleet:
         )
 
     async def _carry_out(self, decision: ScalingDecision, by: DrainedBy = "scheduler") -> None:
+        if self._llm.stopping:
+            return  # A SIGTERM to every process reaches the instances too, which ask for a drain.
         try:
             match decision:
                 case AddInstances(count=count, why=why):
