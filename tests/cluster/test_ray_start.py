@@ -6,12 +6,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 
 ray = pytest.importorskip("ray")
 
 from llumnix.cluster import ray_runtime  # noqa: E402
 from llumnix.errors import UsageError  # noqa: E402
+from support.server import alive, eventually  # noqa: E402
 
 
 def test_a_ray_of_ours_is_no_other_whatever_the_environment_names(
@@ -75,15 +77,34 @@ def test_a_cluster_of_other_versions_is_not_called_unreachable(
     assert "cannot reach" not in str(no.value)
 
 
-def test_ray_is_not_asked_for_an_end_that_it_cannot_hear(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A SIGTERM is blocked in its processes."""
-    with subprocess.Popen(["sleep", "60"], preexec_fn=_deaf) as process:
-        info = SimpleNamespace(process=process)
-        node = SimpleNamespace(all_processes={"raylet": [info]})
+DAEMON = """
+bash -c 'exec -a ray::DashboardAgent sleep 60' &
+bash -c 'exec -a ray::Controller sleep 60' &
+echo $!
+wait
+"""
+
+
+def test_rays_processes_and_their_agents_are_killed_and_its_workers_are_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """SIGTERM is blocked in all of them, and the agents would notice later only."""
+    with subprocess.Popen(
+        ["bash", "-c", DAEMON], stdout=subprocess.PIPE, preexec_fn=_deaf
+    ) as daemon:
+        assert daemon.stdout is not None
+        worker = psutil.Process(int(daemon.stdout.readline()))
+        below = psutil.Process(daemon.pid)
+        eventually(lambda: all(c.cmdline()[0].startswith("ray::") for c in below.children()), 10)
+        (agent,) = [c for c in below.children() if c != worker]
+        node = SimpleNamespace(all_processes={"raylet": [SimpleNamespace(process=daemon)]})
         monkeypatch.setattr(ray._private.worker, "_global_node", node)
-        monkeypatch.setattr(ray, "shutdown", lambda: process.terminate())
+        monkeypatch.setattr(ray, "shutdown", lambda: daemon.terminate())
         ray_runtime.stop()
-        assert process.wait() == -signal.SIGKILL
+        assert daemon.wait() == -signal.SIGKILL
+        eventually(lambda: not alive(agent.pid), 10)
+        assert alive(worker.pid)
+        worker.kill()
 
 
 def _deaf() -> None:

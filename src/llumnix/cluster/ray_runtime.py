@@ -4,12 +4,14 @@ A Ray that we start is ours alone: it listens on loopback only, wants a token th
 own processes knows, shows no dashboard, and is gone, with its files, when we are.
 """
 
+import contextlib
 import os
 import re
 import secrets
 import socket
 from pathlib import Path
 
+import psutil
 import setproctitle
 
 from llumnix.errors import UsageError
@@ -122,11 +124,25 @@ def stop() -> None:
     import ray
 
     node = ray._private.worker._global_node
-    if node is not None:
+    infos = [] if node is None else [one for some in node.all_processes.values() for one in some]
+    agents = [agent for info in infos for agent in _agents(info.process.pid)]
+    for info in infos:
         # They are deaf to SIGTERM (cluster/signals.py), and Ray would wait a second for each.
-        for process in (info.process for infos in node.all_processes.values() for info in infos):
-            process.terminate = process.kill
+        info.process.terminate = info.process.kill
     ray.shutdown()
+    for agent in agents:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            agent.kill()
+
+
+def _agents(daemon: int) -> list[psutil.Process]:
+    """Processes of Ray's own below a daemon, which notice its end after seconds only."""
+    found = []
+    with contextlib.suppress(psutil.Error):
+        for child in psutil.Process(daemon).children():
+            if child.cmdline()[:1] in (["ray::DashboardAgent"], ["ray::RuntimeEnvAgent"]):
+                found.append(child)
+    return found
 
 
 def node_address() -> str:
