@@ -44,6 +44,10 @@ def _method(future: "Future[Any]") -> Any:
     return SimpleNamespace(remote=lambda: SimpleNamespace(future=lambda: future))
 
 
+async def _at_once(function: Callable[..., Any], *args: Any) -> Any:
+    return function(*args)
+
+
 class World:
     """Makes actors, answers pings as `answers` says, and notes who is killed."""
 
@@ -59,6 +63,9 @@ class World:
             SimpleNamespace(ping=self._ping),  # type: ignore[arg-type]
             self.killed.append,
         )
+        # Threads take real time, of which the virtual clock knows nothing.
+        monkeypatch.setattr(controller_process, "off_loop", _at_once)
+        monkeypatch.setattr(controller_process, "ray_call", _at_once)
         monkeypatch.setattr(os, "kill", lambda *given: self.signals.append(given))
 
     def _create(self) -> Actor:

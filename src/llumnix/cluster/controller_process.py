@@ -14,6 +14,7 @@ from typing import Any
 
 import ray
 
+from llumnix.cluster.ray_calls import off_loop, ray_call
 from llumnix.errors import LlumnixError
 from llumnix.frontend.controller_link import ControllerLink
 from llumnix.observe.wire import Pong
@@ -61,7 +62,7 @@ class ControllerProcess:
             await asyncio.wait({self._task})
 
     async def _keep_one(self) -> None:
-        actor = await asyncio.to_thread(self._create)
+        actor = await off_loop(self._create)
         ended = asyncio.wrap_future(actor.run.remote().future())
         pid = asyncio.wrap_future(actor.pid.remote().future())
         for future in (ended, pid):  # Nobody may be left to look at them when they fail.
@@ -107,7 +108,7 @@ class ControllerProcess:
         if not ended.done() and pid.done() and not pid.cancelled() and pid.exception() is None:
             with suppress(ProcessLookupError):
                 os.kill(pid.result(), signal.SIGKILL)
-        await asyncio.to_thread(self._kill, actor)
+        await ray_call(self._kill, actor)
 
 
 class _HangsError(ControllerEndedError):
