@@ -46,7 +46,6 @@ def test_between_hosts_strangers_get_nothing_in_and_ray_is_told_no_secret(
 ) -> None:
     host, port = ray_head.split(":")
     eventually(lambda: _listens(host, int(port)), 60, "Ray is up")
-    before = set(psutil.pids())
     server = Server(
         str(tiny_model), "--served-model-name", "tiny", *FLAGS, "--policy", "least-loaded",
         "--ray-address", ray_head, "--hf-token", SECRETS[1],
@@ -59,7 +58,8 @@ def test_between_hosts_strangers_get_nothing_in_and_ray_is_told_no_secret(
         calm = stream(server, PATH, GREEDY)
         assert calm.error is None
         pids = {name: row["pid"] for name, row in server.instances().items()}
-        ours = [p for p in ray_actors() if p not in before]
+        ours = ray_actors(pids["i0"])
+        assert len(ours) == 3
         # Of the controller, the frontend (two), two llumlets, and their workers' agents.
         ports = zmq_and_agents([server.process.pid, *ours]) - {server.port}
         assert len(ports) >= 7, ports
@@ -80,14 +80,12 @@ def test_between_hosts_strangers_get_nothing_in_and_ray_is_told_no_secret(
         assert server.stop() == 0
 
 
-def ray_actors() -> list[int]:
-    """Processes of Ray actors of ours."""
-    found = []
-    for process in psutil.process_iter(["pid", "cmdline"]):
-        title = " ".join(process.info["cmdline"] or ())
-        if title.startswith(("ray::Controller", "ray::EngineActor")):
-            found.append(process.info["pid"])
-    return found
+def ray_actors(beside: int) -> list[int]:
+    """Processes of the Ray actors of ours that the same raylet started as this one."""
+    raylet = psutil.Process(beside).parent()
+    assert raylet is not None
+    titles = {process.pid: " ".join(process.cmdline()) for process in raylet.children()}
+    return [p for p, t in titles.items() if t.startswith(("ray::Controller", "ray::EngineActor"))]
 
 
 def zmq_and_agents(pids: list[int]) -> set[int]:
