@@ -210,6 +210,8 @@ def replay(argv: list[str]) -> int:
         + (_count(len(found), "difference") if found else "no difference")
         + (" or more" if len(found) >= DIFFERENCES_MAX else "")
     )
+    if result.dropped:
+        print(f"{_count(result.dropped, 'line')} missing: what follows them is not replayed")
     if result.skipped:
         print(f"{_count(result.skipped, 'fact')} left out: the log lacks their scheduler's start")
     for difference in found:

@@ -2,6 +2,10 @@
 
 import json
 import multiprocessing
+import os
+import random
+import threading
+from dataclasses import replace
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
@@ -11,10 +15,12 @@ import pytest
 from llumnix.core.events import (
     Dispatch,
     Fact,
+    FleetReported,
     InstanceLost,
     LoadReported,
     NoInstance,
     RequestArrived,
+    Tick,
 )
 from llumnix.core.load import ClassLoad, LoadReport
 from llumnix.core.policies.presets import POLICIES
@@ -22,6 +28,7 @@ from llumnix.core.scheduler import Scheduler
 from llumnix.core.settings import SchedulerSettings
 from llumnix.core.types import EngineIndex, InstanceId, MigrationId, RequestId
 from llumnix.errors import UsageError
+from llumnix.observe import event_log
 from llumnix.observe.event_log import EventLog
 from llumnix.observe.replay import DIFFERENCES_MAX, Replayed, replay
 from support.fake_cluster import Cluster, World
@@ -337,3 +344,167 @@ def test_what_cannot_be_read_is_said(tmp_path: Path) -> None:
     for path in (tmp_path / "none", tmp_path):
         with pytest.raises(UsageError, match=r"cannot be read \("):
             replay(path)
+
+
+# -- what is left out
+
+
+def record_quiet(path: Path, seed: int) -> int:
+    """A scheduler that mostly hears what it knows; how many facts it was told."""
+    dice, settings = random.Random(seed), SchedulerSettings()
+    log, scheduler = EventLog(str(path), who="controller 1"), Scheduler(settings)
+    log.started(settings)
+    sequence, running, now, told = [0, 0, 0], [0, 0, 0], 100.0, 0
+    for n in range(3000):
+        now += dice.choice((0.01, 0.05, 0.1))
+        engine = dice.randrange(3)
+        fact: Fact = Tick()
+        if dice.random() < 0.01:
+            fact = arrived(n)
+        elif dice.random() < 0.05:
+            serving = tuple(InstanceId(f"i{i}") for i in range(3))
+            fact = FleetReported(starting=0, serving=serving, draining=())
+        elif dice.random() < 0.7:
+            if engine == 2 and 120 < now < 130:
+                continue  # It is silent for a while.
+            sequence[engine] += 1
+            if dice.random() < 0.02:
+                running[engine] = dice.randrange(5)
+            fact = report(engine, sequence[engine], running[engine])
+            if running[engine] and engine == 1:
+                stalled = replace(fact.report, stalled_s=dice.random())
+                fact = LoadReported(report=stalled)
+        decisions = scheduler.handle(fact, now)
+        log.fact(fact, now, answered=bool(decisions))
+        for decision in decisions:
+            log.decision(decision, now)
+        told += 1
+    log.close()
+    return told
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_what_is_not_news_is_left_out_and_a_replay_decides_the_same(
+    tmp_path: Path, seed: int
+) -> None:
+    path = tmp_path / "log"
+    told = record_quiet(path, seed)
+    found = lines(path)
+    replayed = replay(path)
+    assert replayed.differences == []
+    assert replayed.decisions > 10
+    assert len(found) < told / 3
+
+
+def test_an_idle_deployment_writes_next_to_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    log = EventLog(str(path), who="controller 1")
+    for n in range(6000):  # Ten minutes of two instances.
+        for engine in range(2):
+            log.fact(report(engine, n), n * 0.1)
+        log.fact(Tick(), n * 0.1, answered=False)
+    log.close()
+    assert len(lines(path)) == 2
+
+
+def test_an_engine_that_was_idle_for_long_is_not_replayed_as_one_that_stood_still(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "log"
+    log, settings = EventLog(str(path), who="controller 1"), SchedulerSettings()
+    scheduler = Scheduler(settings)
+    log.started(settings)
+    facts = [(report(0, n), n * 0.1) for n in range(600)]
+    facts += [(report(1, 1), 59.95), (report(0, 600, running=1), 60.0)]
+    facts += [(arrived(n), 60.0 + n * 0.001) for n in range(20)]
+    for fact, at in facts:
+        decisions = scheduler.handle(fact, at)
+        log.fact(fact, at, answered=bool(decisions))
+        for decision in decisions:
+            log.decision(decision, at)
+    log.close()
+    assert replay(path).differences == []
+    assert len(lines(path)) < 50
+
+
+# -- a disk that is slow or full
+
+
+def test_what_a_slow_disk_has_no_room_for_is_counted_and_nobody_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(event_log, "QUEUED_MAX", 100)
+    real, goes_on, stuck = os.write, threading.Event(), threading.Event()
+
+    def slow(file: int, data: bytes) -> int:
+        stuck.set()
+        assert goes_on.wait(60)
+        return real(file, data)
+
+    path = tmp_path / "log"
+    log = EventLog(str(path), who="engine 0")
+    monkeypatch.setattr(event_log.os, "write", slow)
+    log.migration({"id": "first"})
+    assert stuck.wait(60)
+    for n in range(500):
+        log.migration({"id": n})
+    goes_on.set()
+    log.close()
+    found = lines(path)
+    assert [line["lines"] for line in found if line["kind"] == "dropped"] == [400]
+    assert len(found) == 1 + 1 + 100
+    assert replay(path).dropped == 400
+
+
+def test_a_full_disk_ends_the_log_for_a_while_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(event_log, "RETRY_S", 0.01)
+    real, full, failed = os.write, [False], threading.Event()
+
+    def write_some(file: int, data: bytes) -> int:
+        if not full[0]:
+            return real(file, data)
+        failed.set()
+        return real(file, data[:10])
+
+    monkeypatch.setattr(event_log.os, "write", write_some)
+    path = tmp_path / "log"
+    log = EventLog(str(path), who="engine 0")
+    log.step("source", MigrationId("m0"), "reserved", "idle", "see what is left")
+    while not path.read_bytes():
+        pass
+    full[0] = True
+    log.step("source", MigrationId("m0"), "near", "idle", "say when the handover will be")
+    assert failed.wait(60)
+    full[0] = False
+    log.step("source", MigrationId("m0"), "last", "stopping", "take it out of the batch")
+    log.step("source", MigrationId("m1"), "reserved", "idle", "see what is left")
+    log.close()
+    replayed = replay(path)
+    assert (replayed.differences, replayed.dropped, replayed.steps) == ([], 1, 2)
+
+
+def test_a_file_that_is_full_is_begun_anew_and_the_one_before_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(event_log, "FILE_MAX_BYTES", 10_000)
+    monkeypatch.setattr(event_log, "LOOK_EVERY_S", 0.0)
+    path = tmp_path / "log"
+    logs = [EventLog(str(path), who=f"engine {n}") for n in range(2)]
+    for n in range(1000):
+        for log in logs:
+            log.migration({"id": n})
+    for log in logs:
+        log.close()
+    kept = sorted(f.name for f in tmp_path.iterdir())
+    assert kept == ["log", "log.1"]
+    assert all((tmp_path / name).stat().st_size < 11_000 for name in kept)
+    found = lines(tmp_path / "log.1") + lines(path)
+    last = []
+    for log in range(2):
+        numbers = [line["body"]["id"] for line in found if line["who"] == f"engine {log}"]
+        if numbers:
+            last.append(numbers[-1])
+            assert numbers == list(range(numbers[0], numbers[-1] + 1)), "no hole"
+    assert 999 in last

@@ -189,7 +189,7 @@ class Controller:
         """Handles a fact and sends each decision to who carries it out."""
         now = time.monotonic()
         decisions = self._scheduler.handle(fact, now)
-        self._log.fact(fact, now)
+        self._log.fact(fact, now, answered=bool(decisions))
         for decision in decisions:
             self._log.decision(decision, now)
             to: bytes | None = sender

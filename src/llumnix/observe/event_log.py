@@ -4,45 +4,98 @@ All processes of a deployment append to the same file (on their own host); a lin
 one call, so lines never mix. `at` is the writer's monotonic clock in seconds, `time` the wall
 clock; lines of one writer (`who`) are in the order in which things happened. observe/replay.py
 runs the pure core on it again, and its requests are a trace for the simulator (sim/traces.py).
+
+Rules
+- A thread writes, so that a slow disk holds up no engine, frontend or controller. `QUEUED_MAX`
+  lines wait for it. What finds no place there, or no room on the disk, is counted, and a line
+  `dropped` says how many are missing once there is room again, which is tried every `RETRY_S`.
+- A tick that nothing followed from is not written. A report that says nothing new is, as a short
+  line `again`, if an answer of the scheduler may depend on when it came; of several, the last.
+- At `FILE_MAX_BYTES` the file is renamed to PATH.1, in place of an older one, and begun anew.
 """
 
+import contextlib
+import errno
+import fcntl
 import logging
 import os
+import queue
+import threading
 import time
+from dataclasses import replace
 from typing import Any
 
 import msgspec
 
-from llumnix.core.events import Decision, Fact
+from llumnix.core.events import Decision, Fact, LoadReported, PrefixesChanged, Tick
+from llumnix.core.load import LoadReport
 from llumnix.core.settings import SchedulerSettings
-from llumnix.core.types import MigrationId
+from llumnix.core.types import InstanceId, MigrationId
 
 logger = logging.getLogger("llumnix")
 _encoder = msgspec.json.Encoder()
 
+QUEUED_MAX = 20_000
+RETRY_S = 5.0
+CLOSE_TIMEOUT_S = 2.0
+FILE_MAX_BYTES = 2**30
+LOOK_EVERY_S = 1.0
+"""Between two looks at the file's size, and at whether another process has begun it anew."""
+
 
 class EventLog:
-    """One writer's end of the log at `path`; with None it writes nothing."""
+    """One writer's end of the log at `path`; with None it writes nothing. OSError if it cannot be
+    opened."""
 
     def __init__(self, path: str | None, *, who: str) -> None:
         self._who = who
-        self._file: int | None = None
+        self._writer: _Writer | None = None
+        self._reports: dict[InstanceId, LoadReport] = {}
+        # Of each instance the last report that was left out, and when it came.
+        self._again: dict[InstanceId, tuple[LoadReport, float]] = {}
         if path is not None:
-            self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+            self._writer = _Writer(path, who)
 
     def close(self) -> None:
-        """Closes the file."""
-        if self._file is not None:
-            os.close(self._file)
-            self._file = None
+        """Writes what waits, and closes the file."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
 
     def started(self, settings: SchedulerSettings) -> None:
         """A scheduler begins, knowing nothing but its settings. Keys are not written."""
+        self._reports.clear()
+        self._again.clear()
         self._write("started", time.monotonic(), {"settings": settings.without_keys()})
 
-    def fact(self, fact: Fact, at: float) -> None:
-        """A fact that went into the scheduler at that time."""
+    def fact(self, fact: Fact, at: float, *, answered: bool = True) -> None:
+        """A fact that went into the scheduler at that time, and whether it was `answered` by any
+        decision."""
+        if self._writer is None:
+            return
+        match fact:
+            case LoadReported(report=report):
+                before, self._reports[report.instance] = self._reports.get(report.instance), report
+                if before is not None and _same(before, report):
+                    self._again[report.instance] = report, at
+                    return
+                self._catch_up(report.instance)
+            case Tick() if not answered:
+                return
+            case PrefixesChanged():
+                pass
+            case _:
+                self._catch_up()
         self._write("fact", at, {"name": type(fact).__name__, "body": fact})
+
+    def _catch_up(self, instance: InstanceId | None = None) -> None:
+        """Writes the last report that was left out (of this instance, or each), before something
+        whose outcome may depend on when it came."""
+        names = list(self._again) if instance is None else [instance]
+        known = [self._again.pop(name) for name in names if name in self._again]
+        for report, at in sorted(known, key=lambda pair: pair[1]):
+            more = {"sequence": report.sequence, "stalled_s": report.stalled_s}
+            self._write("again", at, {"instance": report.instance, **more})
 
     def decision(self, decision: Decision, at: float) -> None:
         """A decision that came out."""
@@ -50,7 +103,7 @@ class EventLog:
 
     def step(self, role: str, migration: MigrationId, event: str, state: str, action: str) -> None:
         """A transition of one side of a migration."""
-        if self._file is not None:
+        if self._writer is not None:
             step = {"role": role, "migration": migration}
             self._write(
                 "step", time.monotonic(), {**step, "event": event, "state": state, "action": action}
@@ -65,11 +118,100 @@ class EventLog:
         self._write("request", time.monotonic(), {"body": shown})
 
     def _write(self, kind: str, at: float, rest: dict[str, Any]) -> None:
-        if self._file is not None:
-            line = {"at": at, "time": time.time(), "who": self._who, "kind": kind, **rest}
+        if self._writer is not None:
+            self._writer.put(_line(self._who, kind, at, rest))
+
+
+def _line(who: str, kind: str, at: float, rest: dict[str, Any]) -> bytes:
+    line = {"at": at, "time": time.time(), "who": who, "kind": kind, **rest}
+    return _encoder.encode(line) + b"\n"
+
+
+def _same(before: LoadReport, report: LoadReport) -> bool:
+    """Whether a report says nothing new but that its engine is there, or still stands still."""
+    news = replace(report, sequence=before.sequence, stalled_s=before.stalled_s)
+    return news == before and before.engine_index == report.engine_index
+
+
+class _Writer:
+    """Appends lines to a file, on a thread of its own."""
+
+    def __init__(self, path: str, who: str) -> None:
+        self._path = path
+        self._who = who
+        self._file = self._open()
+        self._lines: queue.Queue[bytes | None] = queue.Queue(QUEUED_MAX)
+        self._dropped = 0
+        self._torn = False
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="llumnix-event-log", daemon=True)
+        self._thread.start()
+
+    def put(self, line: bytes) -> None:
+        """Any thread. Never waits."""
+        try:
+            self._lines.put_nowait(line)
+        except queue.Full:
+            self._dropped += 1
+
+    def close(self) -> None:
+        """Writes what waits, within `CLOSE_TIMEOUT_S`, and closes the file."""
+        self._closing.set()
+        with contextlib.suppress(queue.Full):
+            self._lines.put(None, timeout=CLOSE_TIMEOUT_S)
+        self._thread.join(CLOSE_TIMEOUT_S)
+        if not self._thread.is_alive():
+            os.close(self._file)
+
+    def _open(self) -> int:
+        return os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+
+    def _run(self) -> None:
+        look_s, last_try = 0.0, False
+        while (line := self._lines.get()) is not None:
             try:
-                os.write(self._file, _encoder.encode(line) + b"\n")
+                if (now := time.monotonic()) >= look_s:
+                    self._turn_over()
+                    look_s = now + LOOK_EVERY_S
+                self._append(line)
             except OSError as error:
-                # A full disk must not stop an engine.
-                logger.error("The event log ends here (%s): %s", self._who, error.strerror)
-                self.close()
+                # A full disk must not stop an engine, nor one that is full for a while the log.
+                logger.error("The event log stands still (%s): %s", self._who, error.strerror)
+                self._dropped += 1
+                if last_try:
+                    return
+                last_try = self._closing.wait(RETRY_S)
+
+    def _append(self, line: bytes) -> None:
+        if self._torn:
+            self._put_down(b"\n")
+            self._torn = False
+        if dropped := self._dropped:
+            self._put_down(_line(self._who, "dropped", time.monotonic(), {"lines": dropped}))
+            self._dropped -= dropped
+        self._put_down(line)
+
+    def _put_down(self, line: bytes) -> None:
+        count = os.write(self._file, line)
+        if count < len(line):
+            # The disk is full. What was begun is nobody's line.
+            self._torn = True
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def _turn_over(self) -> None:
+        """Begins the file anew if it is full, or another process has."""
+        fcntl.flock(self._file, fcntl.LOCK_EX)
+        try:
+            mine = os.fstat(self._file)
+            try:
+                there = os.stat(self._path)
+            except FileNotFoundError:
+                there = None  # Somebody tidied up.
+            if there is not None and there.st_ino == mine.st_ino:
+                if there.st_size < FILE_MAX_BYTES:
+                    return
+                os.replace(self._path, f"{self._path}.1")
+        finally:
+            fcntl.flock(self._file, fcntl.LOCK_UN)
+        before, self._file = self._file, self._open()
+        os.close(before)

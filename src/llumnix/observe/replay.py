@@ -4,13 +4,13 @@ Each scheduler is fed its facts at their times, each machine of a migration its 
 scheduler whose start is not in the log are counted, not replayed.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
 import msgspec
 
-from llumnix.core.events import Decision, Fact
+from llumnix.core.events import Decision, Fact, LoadReported
 from llumnix.core.migration import (
     DestinationEvent,
     SourceEvent,
@@ -19,6 +19,7 @@ from llumnix.core.migration import (
 )
 from llumnix.core.scheduler import Scheduler
 from llumnix.core.settings import SchedulerSettings
+from llumnix.core.types import InstanceId
 from llumnix.errors import ProtocolError, UsageError
 
 DIFFERENCES_MAX = 20
@@ -38,6 +39,7 @@ class Replayed:
     decisions: int = 0
     steps: int = 0
     skipped: int = 0
+    dropped: int = 0
     differences: list[str] = field(default_factory=list)
 
 
@@ -48,6 +50,9 @@ class _Replay:
         self._schedulers: dict[str, Scheduler] = {}
         self._expected: dict[str, list[Any]] = {}
         self._machines: dict[tuple[str, str, str], Any] = {}
+        # Writers that lines of are missing, and migrations that had begun before those.
+        self._lossy: set[str] = set()
+        self._unknown: set[tuple[str, str, str]] = set()
 
     def line(self, number: int, line: dict[str, Any]) -> None:
         self._lines = number
@@ -65,6 +70,16 @@ class _Replay:
             fact = msgspec.convert(line["body"], _FACTS[line["name"]])
             self.result.facts += 1
             self._expected[who] = scheduler.handle(fact, line["at"])
+        elif kind == "again" and who in self._schedulers:
+            self.no_more(who, number)
+            scheduler = self._schedulers[who]
+            known = scheduler.view.get(InstanceId(line["instance"]))
+            if known is not None:
+                more = {"sequence": line["sequence"], "stalled_s": line["stalled_s"]}
+                report = replace(known.report, admitted=(), orders=(), **more)
+                scheduler.handle(LoadReported(report=report), line["at"])
+        elif kind == "dropped":
+            self.forget(who, line["lines"])
         elif kind == "decision" and who in self._schedulers:
             self.result.decisions += 1
             was = msgspec.convert(line["body"], _DECISIONS[line["name"]])
@@ -77,17 +92,34 @@ class _Replay:
 
     def step(self, number: int, line: dict[str, Any]) -> None:
         key = (line["who"], line["role"], line["migration"])
+        if key in self._unknown:
+            return
         make, events = _SIDES[line["role"]]
+        new = key not in self._machines
         machine = self._machines.setdefault(key, make(line["migration"]))
-        self.result.steps += 1
         try:
             action = machine.feed(events(line["event"]))
         except ProtocolError as error:
-            self.differ(number, str(error))
+            if new and line["who"] in self._lossy:
+                self._unknown.add(key)
+            else:
+                self.result.steps += 1
+                self.differ(number, str(error))
             return
+        self.result.steps += 1
         was, again = (line["state"], line["action"]), (machine.state.value, action.value)
         if was != again:
             self.differ(number, f"was {was}, is {again}")
+
+    def forget(self, who: str, lines: int) -> None:
+        """So many of its lines are missing: nothing can be said of what follows them."""
+        self.result.dropped += lines
+        self._schedulers.pop(who, None)
+        self._expected.pop(who, None)
+        self._lossy.add(who)
+        for key in [key for key in self._machines if key[0] == who]:
+            del self._machines[key]
+            self._unknown.add(key)
 
     def end(self) -> None:
         for who in list(self._expected):
@@ -106,11 +138,18 @@ class _Replay:
 def replay(path: Path) -> Replayed:
     """Replays the log; `UsageError` if the file is not one."""
     run = _Replay()
+    torn: UsageError | None = None  # By a full disk, if `dropped` lines follow.
     try:
         with path.open("rb") as file:
             for number, raw in enumerate(file, 1):
                 try:
-                    run.line(number, msgspec.json.decode(raw))
+                    line = msgspec.json.decode(raw)
+                except msgspec.DecodeError as error:
+                    torn = torn or _not_a_line(path, number, error)
+                    continue
+                try:
+                    torn = None if line["kind"] == "dropped" else torn
+                    run.line(number, line)
                 except (
                     msgspec.MsgspecError,
                     AttributeError,
@@ -119,11 +158,17 @@ def replay(path: Path) -> Replayed:
                     TypeError,
                     ValueError,
                 ) as error:
-                    raise UsageError(
-                        f"{path}, line {number}: not a line of an event log ({error}); give a file "
-                        "that `llumnix serve --event-log` wrote"
-                    ) from error
+                    raise _not_a_line(path, number, error) from error
     except OSError as error:
         raise UsageError(f"{path} cannot be read ({error.strerror})") from error
+    if torn is not None:
+        raise torn
     run.end()
     return run.result
+
+
+def _not_a_line(path: Path, number: int, error: Exception) -> UsageError:
+    return UsageError(
+        f"{path}, line {number}: not a line of an event log ({error}); give a file that "
+        "`llumnix serve --event-log` wrote"
+    )
