@@ -9,8 +9,9 @@ import torch
 
 from engine.test_transfer import Rig, kv_tensors, snapshot
 from llumnix.engine import transfer_client
-from llumnix.engine.links import Pull
+from llumnix.engine.links import Pull, TransferError
 from llumnix.engine.transfer import TransferOptions
+from llumnix.engine.transports import ReadGate
 
 SLOW = TransferOptions(staging_bytes=1, bandwidth_bytes_per_s=1.0)
 """Not a second chunk within a test."""
@@ -122,3 +123,40 @@ def test_an_error_that_nobody_foresaw_leaves_no_pull_unanswered(
     for ticket in (1, 2, 3):
         client.pull(ticket, ["unix:/nowhere"], [1], [2])
         assert "nobody" in str(rig.answer().error)
+
+
+def test_no_peer_reads_memory_that_is_held_and_holding_waits_for_those_who_read() -> None:
+    gate, reading, go_on = ReadGate(), threading.Event(), threading.Event()
+
+    def read() -> None:
+        with gate.passed():
+            reading.set()
+            go_on.wait(10)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    assert reading.wait(10)
+    holder = threading.Thread(target=lambda: gate.hold(held=True))
+    holder.start()
+    while gate._held is False:
+        pass
+    with pytest.raises(TransferError), gate.passed():
+        pass
+    assert holder.is_alive()
+    go_on.set()
+    holder.join(10)
+    reader.join(10)
+    gate.hold(held=False)
+    with gate.passed():
+        pass
+
+
+def test_a_peer_whose_memory_is_held_refuses_and_serves_later(rig: Rig) -> None:
+    peer = rig.agent(kv_tensors(1))
+    client = rig.client(rig.agent(kv_tensors(100)))
+    rig.agents[0].hold(held=True)
+    client.pull(1, [peer], [1], [2])
+    assert "not there just now" in str(rig.answer().error)
+    rig.agents[0].hold(held=False)
+    client.pull(2, [peer], [1], [2])
+    assert rig.answer().error is None

@@ -646,3 +646,22 @@ def test_one_engine_or_all_can_be_called() -> None:
     says(AsyncMPClient.call_utility_all_async, every, who="engine_calls.py")
     consensus = "await self.call_utility_all_async(method, *args)"
     says(AsyncMPClient.call_utility_consensus_async, consensus, who="engine_calls.py")
+
+
+def test_what_touches_all_kv_memory_are_calls_that_ours_can_stand_before() -> None:
+    """engine/memory_calls.py."""
+    for name, parameters in {
+        "pause_scheduler": ["self", "mode", "clear_cache"],
+        "resume_scheduler": ["self"],
+        "reset_prefix_cache": ["self", "reset_running_requests", "reset_connector"],
+        "sleep": ["self", "level", "mode"],
+        "wake_up": ["self", "tags"],
+        "release_kv_cache_memory": ["self"],
+    }.items():
+        for kind in (EngineCore, EngineCoreProc):
+            found = list(inspect.signature(getattr(kind, name)).parameters)
+            assert found == parameters, f"{kind.__name__}.{name}"
+    assert "self.pause_scheduler(" in inspect.getsource(EngineCore.sleep)
+    assert "self.resume_scheduler()" in inspect.getsource(EngineCore.wake_up)
+    assert "self.reset_prefix_cache(" in inspect.getsource(EngineCore._reset_caches)
+    assert "isinstance(result, Future)" in inspect.getsource(EngineCoreProc._invoke_utility_method)

@@ -22,7 +22,11 @@ from llumnix.observe.wire import decode, encode
 from support.no_model import engine_core
 
 LIMITS = MigrationLimits(
-    reserve_timeout_s=0.2, stage_timeout_s=0.2, verdict_again_s=0.02, silence_timeout_s=0.4
+    reserve_timeout_s=0.2,
+    stage_timeout_s=0.2,
+    progress_every_s=0.05,
+    verdict_again_s=0.02,
+    silence_timeout_s=0.4,
 )
 TURN_S = 0.001
 """By the hosts' clock, so that a loaded machine loses no message to a time-out."""

@@ -51,6 +51,8 @@ class NoModel(Executor):
             "determine_available_memory": 2**30,
             "llumnix_generator": b"",
         }
+        if method == "llumnix_hold":
+            self.agent.hold(held=args[0])
         if method == "llumnix_open":
             return [self._open(*args)]
         return [answers.get(method)]

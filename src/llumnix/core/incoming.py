@@ -103,6 +103,7 @@ class IncomingMigrations:
         self._tickets: dict[int, MigrationId] = {}
         self._ticket = 0
         self._at: Incoming | None = None  # The migration that is being dealt with.
+        self.closed: str | None = None  # why no request may come
         self.came: dict[RequestId, Came] = {}
         # Taken over with all of their KV, and no step is over: how much is settled, and since when.
         self._new: dict[RequestId, tuple[int, float]] = {}
@@ -230,6 +231,12 @@ class IncomingMigrations:
             self._at = coming
             self._look(coming, now)
 
+    def call_off(self, why: str) -> None:
+        """Declines all of them."""
+        for coming in self._still_open():
+            self._at = coming
+            self._may_end(coming, DestinationEvent.FAILED, f"the destination takes none: {why}")
+
     def settled(self) -> None:
         """What was dealt with came to an end without an exception."""
         self._at = None
@@ -246,6 +253,8 @@ class IncomingMigrations:
         return [c for c in self._open.values() if not c.machine.over]
 
     def _make_room(self, order: Reserve) -> int | Refusal:
+        if self.closed is not None:
+            return Refusal(why=f"the destination takes none: {self.closed}")
         if len(self._open) >= self._limits.incoming_max:
             return Refusal(why=f"{len(self._open)} requests are on their way there already")
         if any(c.order.request == order.request for c in self._open.values()):

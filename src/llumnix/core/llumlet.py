@@ -84,6 +84,29 @@ class Llumlet:
         """Whether a migration is under way, or a pull whose end is still to come."""
         return bool(len(self._outgoing) or len(self._incoming))
 
+    def still(self, *, leaving: bool) -> bool:
+        """Whether nothing is on its way here, and, if `leaving`, nothing on its way from here."""
+        return not len(self._incoming) and not (leaving and len(self._outgoing))
+
+    def call_off(self, why: str, now: float, *, leaving: bool) -> list[Out]:
+        """Declines all requests that are on their way here, and takes none until `welcome`. If
+        `leaving`, lets all that are on their way from here go on here, but for those that were
+        handed over."""
+        self._incoming.closed = why
+        self._incoming.call_off(why)
+        if leaving:
+            self._outgoing.closed = why
+            self._outgoing.call_off(why, now)
+        return self._take_out()
+
+    def may_leave(self) -> None:
+        """Requests may be moved away again."""
+        self._outgoing.closed = None
+
+    def welcome(self) -> None:
+        """Requests may come again."""
+        self._incoming.closed = None
+
     def deadline_s(self) -> float | None:
         """When `poll` must be called at the latest, even if the engine stands still."""
         return min(self._outgoing.deadlines() + self._incoming.deadlines(), default=None)

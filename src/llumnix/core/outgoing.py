@@ -70,6 +70,7 @@ class OutgoingMigrations:
         self._open: dict[RequestId, Outgoing] = {}
         self._ended: dict[MigrationId, SourceMachine] = {}
         self._at: Outgoing | None = None  # The migration that is being dealt with.
+        self.closed: str | None = None  # why no migration may begin
         self.moved_bytes = 0
         self.moved_s = 0.0
 
@@ -178,6 +179,15 @@ class OutgoingMigrations:
             self.look(going, now)
         self.settled()
 
+    def call_off(self, why: str, now: float) -> None:
+        """Ends all that have not been handed over; those that have wait for their verdict."""
+        for going in list(self._open.values()):
+            if going.machine.state in (*_GOING_ON, SourceState.STOPPING):
+                self._at = going
+                going.why = why
+                self._walk(going, SourceEvent.FAILED, now)
+        self.settled()
+
     def settled(self) -> None:
         """What was dealt with came to an end without an exception."""
         self._at = None
@@ -223,6 +233,8 @@ class OutgoingMigrations:
             self._walk(going, event, now)
 
     def _describe(self, order: Migrate, now: float) -> bytes | Refusal:
+        if self.closed is not None:
+            return Refusal(why=self.closed)
         if not order.address:
             return Refusal(why="its destination is still starting")
         if order.request in self._open:

@@ -14,9 +14,10 @@ import queue
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 from vllm.platforms import current_platform
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
@@ -59,6 +60,9 @@ are few and come in less than a millisecond, and going on without them would cos
 HURRY_S = 0.1
 """So long after a migration threads still take the interpreter's lock fast: the first token of what
 came should not leave later than the last one left its source."""
+CALL_OFF_MAX_S = 30.0
+"""So long a call that must find no block in use waits for the ends of moves that were called off;
+then it is made, and fails if vLLM has it fail."""
 STEP_LINE = Callable[[str, MigrationId, str, str, str], None]
 
 
@@ -91,6 +95,36 @@ class Heard:
 Item = Heard | Pulled | None
 
 
+@dataclass(frozen=True, slots=True)
+class _AfterMoves:
+    """A call that waits until nothing moves, but not beyond `until_s`, and its answer."""
+
+    call: Callable[[], Any]
+    leaving: bool
+    until_s: float
+    answer: "Future[Any]" = field(default_factory=Future)
+
+    def make(self) -> None:
+        """Makes it. What it returns may be a future of vLLM's itself."""
+        try:
+            result = self.call()
+        except Exception as error:  # noqa: BLE001 - it is for whoever asked
+            self.answer.set_exception(error)
+            return
+        if not isinstance(result, Future):
+            self.answer.set_result(result)
+        elif not result.done():
+            result.add_done_callback(self._pass_on)
+        else:
+            self._pass_on(result)
+
+    def _pass_on(self, result: "Future[Any]") -> None:
+        if (error := result.exception()) is not None:
+            self.answer.set_exception(error)
+        else:
+            self.answer.set_result(result.result())
+
+
 class LlumletHost:
     """One engine's."""
 
@@ -116,6 +150,8 @@ class LlumletHost:
         self._waiting_here = False
         self._here: queue.SimpleQueue[Pulled] = queue.SimpleQueue()
         self._orders: queue.SimpleQueue[MoveLoad] = queue.SimpleQueue()
+        self._agents: list[str] = []
+        self._after: list[_AfterMoves] = []
         self._host = f"[{host}]" if ":" in host else host  # IPv6.
         peers = seat.peers.format(engine=index, host=self._host)
         self._peers = Peers(peers, self._heard, self._beat, keys)
@@ -133,6 +169,7 @@ class LlumletHost:
             agents = self._engine.model_executor.collective_rpc(
                 "llumnix_open", args=(listen, self._seat.key, self._seat.transfer)
             )
+            self._agents = agents
             # A worker in this very process has set it.
             sys.setswitchinterval(self._calm_s)
         self._client = AgentClient(agents=agents, key=self._seat.key, on_pulled=self._pulled)
@@ -251,6 +288,8 @@ class LlumletHost:
         if busy:
             self._each("turn", lambda: self.llumlet.poll(self._polled_s))
             self._hurry_until_s = self._polled_s + HURRY_S
+        if self._after:
+            self._make_calls()
         hurry = self._polled_s < self._hurry_until_s
         if hurry is not self._hurried:
             self._hurried = hurry
@@ -281,6 +320,36 @@ class LlumletHost:
         now = time.monotonic()
         moving = self._errors.keep("report", lambda: self.llumlet.moving(now), Moving())
         return moving, self.llumlet.answered()
+
+    def after_moves(self, why: str, call: Callable[[], Any], *, leaving: bool) -> Any:
+        """Calls off all requests on their way here, and if `leaving` those on their way from here,
+        and makes the call once the last pull has ended and the last verdict has come: now, or
+        later, which a future stands for. Requests are declined until `welcome`."""
+        now = time.monotonic()
+        self._each("call-off", lambda: self.llumlet.call_off(why, now, leaving=leaving))
+        after = _AfterMoves(call, leaving, now + CALL_OFF_MAX_S)
+        self._after.append(after)
+        self._make_calls()
+        return after.answer.result() if after.answer.done() else after.answer
+
+    def welcome(self) -> None:
+        """Requests may come again."""
+        self.llumlet.welcome()
+
+    def hold_memory(self, *, held: bool) -> None:
+        """Keeps peers from reading KV blocks here, or lets them again."""
+        if self._agents:
+            self._engine.model_executor.collective_rpc("llumnix_hold", args=(held,))
+
+    def _make_calls(self) -> None:
+        now = time.monotonic()
+        for after in list(self._after):
+            if now < after.until_s and not self.llumlet.still(leaving=after.leaving):
+                continue
+            self._after.remove(after)
+            if not any(a.leaving for a in self._after):
+                self.llumlet.may_leave()
+            after.make()
 
     def leave(self, why: str) -> None:
         """Asks the frontend to have this engine emptied and stopped."""

@@ -59,6 +59,7 @@ from llumnix.engine.folders import PrivateFolder, sweep
 from llumnix.engine.host import FromOutside, HostSeat, LlumletHost
 from llumnix.engine.immovable import WORKER_EXTENSION
 from llumnix.engine.load_reader import LoadReader
+from llumnix.engine.memory_calls import MemoryCalls
 from llumnix.engine.prefix_reader import prefix_reader
 from llumnix.engine.queueing import Queueing
 from llumnix.engine.reporter import LoadReporter
@@ -99,7 +100,7 @@ class InstanceFacts:
     address: str
 
 
-class EngineInstance(EngineCoreActor):
+class EngineInstance(MemoryCalls, EngineCoreActor):
     """vLLM's engine core that reports its load."""
 
     def __init__(

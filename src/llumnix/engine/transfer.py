@@ -36,7 +36,13 @@ from llumnix.engine.links import (
     unlisten,
 )
 from llumnix.engine.transfer_client import AgentClient, Pulled
-from llumnix.engine.transports import PeerReader, TransferOptions, open_peer, serve_peer
+from llumnix.engine.transports import (
+    PeerReader,
+    ReadGate,
+    TransferOptions,
+    open_peer,
+    serve_peer,
+)
 from llumnix.errors import ProtocolError
 
 __all__ = ["AgentClient", "Pulled", "TransferOptions", "WorkerAgent"]
@@ -76,6 +82,7 @@ class WorkerAgent:
         self._key = key
         self._options = options
         self._meter = _Meter(options.bandwidth_bytes_per_s)
+        self._gate = ReadGate()
         self._listener: socket.socket | None = None
         self._closing = threading.Event()
         # Guards the three below.
@@ -90,6 +97,12 @@ class WorkerAgent:
         with self._lock:
             self._run("accept", self._accept, self._listener)
         return address
+
+    def hold(self, *, held: bool) -> None:
+        """From now on no peer reads KV blocks here, and what is being read has been; or they may
+        again. Peers that map GPU memory are not kept out: where it may go away it cannot be mapped.
+        """
+        self._gate.hold(held=held)
 
     def close(self) -> None:
         """Ends serving and pulling; pulls that run fail."""
@@ -165,7 +178,7 @@ class WorkerAgent:
             link.authenticate(self._key, connecting=False)
             hello = link.receive(_first)
             if isinstance(hello, Hello):
-                serve_peer(link, hello, self._layout, self._options)
+                serve_peer(link, hello, self._layout, self._options, self._gate)
             elif hello.version == WIRE_VERSION:
                 self._obey(link)
             else:

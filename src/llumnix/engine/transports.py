@@ -15,6 +15,7 @@ flight writes to the source's blocks, or touches the destination's.
 import contextlib
 import mmap
 import os
+import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -128,7 +129,38 @@ def chunks(
 # ---------------------------------------------------------------- the source
 
 
-def serve_peer(link: Link, hello: Hello, layout: Layout, options: TransferOptions) -> None:
+class ReadGate:
+    """Readers of this worker's KV memory pass it; while it is held none does."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._held = False
+        self._inside = 0
+
+    def hold(self, *, held: bool) -> None:
+        """Holds it, and waits until nobody is inside; or lets all in again."""
+        with self._changed:
+            self._held = held
+            self._changed.wait_for(lambda: not (self._held and self._inside))
+
+    @contextlib.contextmanager
+    def passed(self) -> Iterator[None]:
+        """Inside. TransferError while it is held."""
+        with self._changed:
+            if self._held:
+                raise TransferError("its KV memory is not there just now")
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._inside -= 1
+                self._changed.notify_all()
+
+
+def serve_peer(
+    link: Link, hello: Hello, layout: Layout, options: TransferOptions, gate: ReadGate
+) -> None:
     """Answers one reader until the link ends, with EOFError or another of LINK_ERRORS."""
     chunk_blocks = max(
         1, min(options.staging_bytes // layout.block_bytes, CHUNK_BLOCKS_MAX, layout.blocks)
@@ -165,8 +197,9 @@ def serve_peer(link: Link, hello: Hello, layout: Layout, options: TransferOption
             raise ProtocolError(f"asked for {len(ask.blocks)} blocks in half {ask.half}")
         chunk = halves[ask.half][:size]
         try:
-            memory.gather(ask.blocks, chunk)
-        except IndexError as error:
+            with gate.passed():
+                memory.gather(ask.blocks, chunk)
+        except (IndexError, TransferError) as error:
             link.send(Answer(error=str(error)))
             continue
         link.send(Answer(checksum=checksum(chunk) if ask.checksum else None))

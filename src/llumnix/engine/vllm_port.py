@@ -276,12 +276,21 @@ class VllmPort(Arrivals):
         """Requests that wait with blocks in their hands cannot be preempted by each other: the last
         gives its blocks up, as vLLM's own preemption would make it."""
         holding = self._scheduler.kv_holding_waiting
-        last = [r for r in holding if r.status in _ABLE][-1]
-        holding.remove_requests([last])
-        self._kv.free(last)
-        last.num_computed_tokens = 0
-        last.num_preemptions += 1
-        self._scheduler.waiting.prepend_request(last)
+        self._give_up([r for r in holding if r.status in _ABLE][-1])
+
+    def give_up_blocks(self) -> None:
+        """All requests that wait with blocks, since they have just come or come back, go on waiting
+        without: vLLM preempts only those that run."""
+        holding = self._scheduler.kv_holding_waiting
+        for request in reversed([r for r in holding if r.status in _ABLE]):
+            self._give_up(request)
+
+    def _give_up(self, request: Request) -> None:
+        self._scheduler.kv_holding_waiting.remove_requests([request])
+        self._kv.free(request)
+        request.num_computed_tokens = 0
+        request.num_preemptions += 1
+        self._scheduler.waiting.prepend_request(request)
 
 
 def has_prompts(batch: Any) -> bool:

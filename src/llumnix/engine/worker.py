@@ -64,6 +64,10 @@ class LlumnixWorker:
         """Has seeded requests survive prompts in chunks, on a CPU (engine/seeded.py)."""
         keep_generators(self.model_runner)
 
+    def llumnix_hold(self, held: bool) -> None:
+        """Keeps peers from reading KV blocks here, or lets them again."""
+        self._llumnix_agent.hold(held=held)
+
     def llumnix_generator(self, request: str) -> bytes | str:
         """The state of the request's seeded generator (runner V1), empty without one; a string
         says why it cannot be had."""

@@ -1,0 +1,85 @@
+"""Calls that touch all of an engine's KV memory at once, made only when nothing moves.
+
+vLLM ends or preempts an engine's requests for them and then insists that no block is in use. It
+does not know of requests that are on their way: these hold blocks too, and pulls read and write KV
+memory beside the engine. So moves are called off first, and the call waits until the last pull has
+ended.
+
+vLLM 0.32 internals relied on here (tests/house/test_vllm_migration_contract.py fails when one
+changes):
+- `EngineCore.pause_scheduler`, `sleep` (which pauses first), `wake_up` (which resumes last),
+  `release_kv_cache_memory` and `reset_prefix_cache`, which pausing calls too, are utility calls on
+  the busy loop's thread. One may return a future: its result is the answer.
+- `reset_prefix_cache(reset_running_requests=True)` preempts what runs, and raises if that leaves a
+  block in use.
+"""
+
+from concurrent.futures import Future
+from typing import Any
+
+from vllm.v1.core.sched.interface import PauseState
+
+from llumnix.engine.host import LlumletHost
+
+
+class MemoryCalls:
+    """Mixed into the engine, ahead of vLLM's class."""
+
+    _host: LlumletHost
+    scheduler: Any
+
+    def pause_scheduler(self, mode: Any = "abort", clear_cache: bool = True) -> Any:
+        """vLLM's, once nothing comes, and with `clear_cache` nothing goes."""
+        pause = super().pause_scheduler  # type: ignore[misc]
+        return self._host.after_moves(
+            "it is paused", lambda: pause(mode, clear_cache), leaving=clear_cache
+        )
+
+    def resume_scheduler(self) -> None:
+        """vLLM's; requests may come again."""
+        super().resume_scheduler()  # type: ignore[misc]
+        self._host.welcome()
+
+    def reset_prefix_cache(
+        self, reset_running_requests: bool = False, reset_connector: bool = False
+    ) -> Any:
+        """vLLM's, once nothing moves."""
+        reset = super().reset_prefix_cache  # type: ignore[misc]
+
+        def call() -> bool:
+            if reset_running_requests:
+                self._host.port.give_up_blocks()
+            return bool(reset(reset_running_requests, reset_connector))
+
+        if self.scheduler.pause_state != PauseState.UNPAUSED:
+            return call()  # Nothing comes; pausing calls it too, and wants the answer at once.
+        answer = self._host.after_moves("its caches are being reset", call, leaving=True)
+        if isinstance(answer, Future):
+            answer.add_done_callback(lambda _: self._host.welcome())
+        else:
+            self._host.welcome()
+        return answer
+
+    def sleep(self, level: int = 1, mode: Any = "abort") -> Any:
+        """vLLM's, once nothing moves and no peer reads from here."""
+        fall_asleep = super().sleep  # type: ignore[misc]
+        if level < 1:
+            return fall_asleep(level, mode)  # Pauses, no more.
+
+        def call() -> Any:
+            self._host.hold_memory(held=True)
+            return fall_asleep(level, mode)
+
+        return self._host.after_moves("it sleeps", call, leaving=True)
+
+    def release_kv_cache_memory(self) -> None:
+        """vLLM's, of an engine that is paused; no peer reads from here."""
+        self._host.hold_memory(held=True)
+        super().release_kv_cache_memory()  # type: ignore[misc]
+
+    def wake_up(self, tags: list[str] | None = None) -> bool:
+        """vLLM's; peers may read again once all memory is back."""
+        awake = bool(super().wake_up(tags))  # type: ignore[misc]
+        if awake:
+            self._host.hold_memory(held=False)
+        return awake

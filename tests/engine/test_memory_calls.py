@@ -1,0 +1,160 @@
+"""Pausing, sleeping and resetting caches while requests move: never a failure, and no pull touches
+memory that may be gone."""
+
+from collections.abc import Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from llumnix.core.messages import Handover, Stage
+from llumnix.engine.memory_calls import MemoryCalls
+from llumnix.engine.transfer_client import Pulled
+from support.hosts import Hosts
+from support.no_model import BLOCK, add
+
+SOURCE, DESTINATION = 0, 1
+PROMPT = list(range(20 * BLOCK))
+
+
+@pytest.fixture(scope="module")
+def shared(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
+    one = Hosts(tmp_path_factory.mktemp("hosts"), tiny_model)
+    for engine in one.engines:
+        engine.core.__class__ = type("Core", (MemoryCalls, type(engine.core)), {})
+        engine.core._host = engine.host
+    yield one
+    one.close()
+
+
+@pytest.fixture
+def hosts(shared: Hosts) -> Iterator[Hosts]:
+    shared.renew()
+    yield shared
+    for engine in shared.engines:
+        engine.core.abort_requests(list(engine.core.scheduler.requests))
+    shared.until_at_rest()
+
+
+class Held:
+    """Pulls at the destination: they end when the test says so, or when they are cancelled."""
+
+    def __init__(self, hosts: Hosts, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.host = hosts.engines[DESTINATION].host
+        self.open: list[int] = []
+        self.cancelled: list[int] = []
+        monkeypatch.setattr(self.host._client, "pull", lambda ticket, *_: self.open.append(ticket))
+        monkeypatch.setattr(self.host._client, "cancel", self.cancelled.append)
+
+    def end(self, error: str | None = "cancelled") -> None:
+        self.host._pulled(Pulled(ticket=self.open.pop(0), bytes=0, seconds=0.0, error=error))
+
+
+def start(hosts: Hosts, name: str = "r") -> None:
+    add(hosts.engines[SOURCE].core, name, PROMPT, 40)
+    hosts.until(lambda: hosts.tokens.get(name, [0])[0] > 2)
+    hosts.migrate(name)
+
+
+def answered(hosts: Hosts, answer: Any) -> Any:
+    if not isinstance(answer, Future):
+        return answer
+    hosts.until(answer.done)
+    return answer.result()
+
+
+def test_caches_are_reset_once_a_pull_that_was_under_way_has_ended(
+    hosts: Hosts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = Held(hosts, monkeypatch)
+    start(hosts)
+    hosts.until(lambda: held.open)
+    answer = hosts.engines[DESTINATION].core.reset_prefix_cache()
+    assert isinstance(answer, Future)
+    hosts.turn()
+    assert not answer.done()  # It is still being written to.
+    assert held.cancelled == held.open
+    held.end()
+    assert answered(hosts, answer) is True
+    hosts.until(lambda: hosts.outcomes)
+    assert "its caches are being reset" in hosts.outcomes[0].why
+    hosts.until(lambda: hosts.ended.get("r"))
+    assert hosts.tokens["r"] == [40, 0]
+
+
+@pytest.mark.parametrize("side", [SOURCE, DESTINATION])
+@pytest.mark.parametrize("moment", [Stage, Handover])
+def test_a_pause_in_the_middle_of_a_move_never_fails(
+    hosts: Hosts, monkeypatch: pytest.MonkeyPatch, side: int, moment: type
+) -> None:
+    seen: list[Any] = []
+    peers = hosts.engines[SOURCE].host._peers
+    say = peers.say
+    monkeypatch.setattr(peers, "say", lambda to, m: (seen.append(type(m)), say(to, m)))
+    start(hosts)
+    hosts.until(lambda: moment in seen)
+    core = hosts.engines[side].core
+    assert answered(hosts, core.pause_scheduler("abort")) is None  # Raises if a block is in use.
+    pool = core.scheduler.kv_cache_manager.block_pool
+    assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
+    core.resume_scheduler()
+
+
+def test_a_paused_engine_takes_no_request_and_one_that_goes_on_does(hosts: Hosts) -> None:
+    core = hosts.engines[DESTINATION].core
+    answered(hosts, core.pause_scheduler("keep"))
+    start(hosts, "a")
+    hosts.until(lambda: hosts.outcomes)
+    assert hosts.outcomes[0].why == "the destination takes none: it is paused"
+    core.resume_scheduler()
+    start(hosts, "b")
+    hosts.until(lambda: len(hosts.outcomes) == 2)
+    assert hosts.outcomes[1].taken
+
+
+def test_a_request_that_waits_with_the_blocks_it_came_with_gives_them_up(hosts: Hosts) -> None:
+    """A handover came between the pause and the reset."""
+    start(hosts)
+    destination = hosts.engines[DESTINATION]
+    hosts.until(lambda: destination.core.scheduler.kv_holding_waiting or hosts.took_over)
+    core = destination.core
+    answered(hosts, core.pause_scheduler("keep", clear_cache=False))
+    assert answered(hosts, core.reset_prefix_cache(reset_running_requests=True)) is True
+    core.resume_scheduler()
+    hosts.until(lambda: hosts.ended.get("r"))
+    assert sum(hosts.tokens["r"]) == 40
+
+
+@pytest.mark.parametrize("side", [SOURCE, DESTINATION])
+def test_memory_goes_only_when_no_pull_can_touch_it(
+    hosts: Hosts, monkeypatch: pytest.MonkeyPatch, side: int
+) -> None:
+    core, host = hosts.engines[side].core, hosts.engines[side].host
+    executor = core.model_executor
+    gate = executor.agent._gate
+    slept: list[tuple[bool, bool]] = []
+    monkeypatch.setattr(
+        executor, "sleep", lambda level: slept.append((host.llumlet.busy, gate._held))
+    )
+    start(hosts)
+    hosts.until(lambda: hosts.engines[DESTINATION].host.llumlet.busy)
+    answered(hosts, core.sleep(1, "abort"))
+    assert slept == [(False, True)]
+    assert core.wake_up() is True
+    assert not gate._held
+
+
+def test_a_call_that_waited_too_long_is_made_all_the_same(
+    hosts: Hosts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llumnix.engine.host.CALL_OFF_MAX_S", 0.05)
+    held = Held(hosts, monkeypatch)
+    start(hosts)
+    hosts.until(lambda: held.open)
+    answer = hosts.engines[DESTINATION].core.reset_prefix_cache()
+    assert answered(hosts, answer) is False  # vLLM's own answer: a block is in use.
+    held.end()
+    hosts.until(lambda: hosts.ended.get("r"))
