@@ -1,0 +1,58 @@
+"""What an engine's actor brings into its process before vLLM comes in."""
+
+import os
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from llumnix.cluster import ray_runtime
+from llumnix.cluster.engine_actor import EngineActor, pack
+from llumnix.core.settings import SchedulerSettings
+from llumnix.core.types import EngineIndex, InstanceId
+
+instance = pytest.importorskip("llumnix.engine.instance")
+
+from llumnix.core.limits import MigrationLimits  # noqa: E402
+from llumnix.engine.host import HostSeat, LlumletHost  # noqa: E402
+from llumnix.engine.transfer import TransferOptions  # noqa: E402
+from llumnix.observe.sockets import SocketKeys  # noqa: E402
+
+LLUMLET = HostSeat(
+    peers="tcp://{host}:0", agents="tcp:{host}:0", key=b"agents", limits=MigrationLimits(),
+    settings=SchedulerSettings(), transfer=TransferOptions(),
+)  # fmt: skip
+SEAT = instance.InstanceSeat(
+    instance=InstanceId("i0"), engine_index=EngineIndex(0), slot=0, slots=1, controller="",
+    llumlet=LLUMLET, event_log=None, keys=SocketKeys.make(),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("own", [None, "192.0.2.7"])
+def test_the_engine_finds_the_drivers_environment_and_its_own_hosts_address(
+    own: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "VLLM_HOST_IP"}
+    monkeypatch.setattr(os, "environ", environment | ({"VLLM_HOST_IP": own} if own else {}))
+    monkeypatch.setattr(ray_runtime, "node_address", lambda: "192.0.2.2")
+    made: dict[str, Any] = {}
+
+    def engine(seat: Any, *others: Any) -> Any:
+        made.update(seat=seat, others=others, environment=dict(os.environ))
+        return SimpleNamespace()
+
+    monkeypatch.setattr(instance, "EngineInstance", engine)
+    EngineActor({"HF_TOKEN": "secret"}, pack(SEAT, "config", True))
+    assert made["seat"] == replace(SEAT, host="192.0.2.2")
+    assert made["others"] == ("config", True)
+    assert made["environment"]["HF_TOKEN"] == "secret"
+    # What was set on that host before Ray started is that host's to say.
+    assert made["environment"]["VLLM_HOST_IP"] == (own or "192.0.2.2")
+
+
+@pytest.mark.parametrize(("host", "written"), [("192.0.2.2", "192.0.2.2"), ("::1", "[::1]")])
+def test_a_llumlet_listens_at_that_address(host: str, written: str) -> None:
+    engine: Any = None
+    made = LlumletHost(engine, EngineIndex(3), LLUMLET, host, lambda *_: None)
+    assert made._peers._listen == f"tcp://{written}:0"
