@@ -4,25 +4,26 @@ A fact crosses sockets, so its types are right, and its numbers may be anybody's
 told of it only if they make sense together: it divides by some and indexes with others.
 """
 
+from collections.abc import Callable
+from dataclasses import fields
 from math import inf
 from operator import attrgetter
 
 from llumnix.core.events import Fact, FleetReported, InstanceLost, LoadReported, RequestArrived
-from llumnix.core.load import LoadReport
+from llumnix.core.load import ClassLoad, LoadReport
 from llumnix.core.types import ENGINE_INDEX_MAX
 
 PROMPT_TOKENS_MAX = 2**40
-_COUNTS = (
-    "sequence", "kv_tokens_used", "kv_tokens_total", "prefill_tokens", "slots", "head_tokens",
-    "moving_out", "moving_out_tokens", "moving_in", "kv_token_bytes", "preemptions", "steps",
-    "finished", "finished_tokens", "moved_bytes",
-)  # fmt: skip
-_counts = attrgetter(*_COUNTS)
-_SECONDS = ("steps_s", "moved_s", "stalled_s")
-_seconds = attrgetter(*_SECONDS)
-_of_a_class = attrgetter(
-    "running", "waiting", "waiting_tokens", "waiting_shared", "waiting_prefill"
-)
+
+
+def _all_of(kind: type, of: type) -> Callable[[object], tuple[float, ...]]:
+    """Reads all fields of that kind; there is more than one."""
+    return attrgetter(*(f.name for f in fields(of) if f.type is kind))
+
+
+_counts = _all_of(int, LoadReport)
+_seconds = _all_of(float, LoadReport)
+_of_a_class = _all_of(int, ClassLoad)
 
 
 def why_malformed(fact: Fact, classes: int) -> str | None:
