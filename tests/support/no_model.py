@@ -105,8 +105,8 @@ def _done(value: Any, non_block: bool) -> Any:
     return future
 
 
-def engine_core(model: Path, *, blocks: int, ahead: bool = False, **args: Any) -> EngineCore:
-    """An engine core with that many KV blocks. `ahead`: steps are scheduled one ahead, as in
+def engine_config(model: Path, *, blocks: int, ahead: bool = False, **args: Any) -> Any:
+    """Of an engine core with that many KV blocks. `ahead`: steps are scheduled one ahead, as in
     production."""
     settings: dict[str, Any] = {
         "model": str(model),
@@ -122,14 +122,25 @@ def engine_core(model: Path, *, blocks: int, ahead: bool = False, **args: Any) -
     config = EngineArgs(**settings).create_engine_config(UsageContext.ENGINE_CONTEXT)
     config.parallel_config.worker_extension_cls = WORKER_EXTENSION
     config.scheduler_config.async_scheduling = ahead
+    return config
+
+
+def engine_core(model: Path, *, blocks: int, ahead: bool = False, **args: Any) -> EngineCore:
+    """An engine core of that kind."""
+    config = engine_config(model, blocks=blocks, ahead=ahead, **args)
     core = EngineCore(config, NoModel, log_stats=False)
     core.model_executor.core = core
     return core
 
 
+def made(core: EngineCore, name: str, prompt: list[int], tokens: int, **more: Any) -> Request:
+    """A request for it."""
+    options = SamplingParams(max_tokens=tokens, ignore_eos=True)
+    return Request(name, prompt, options, None, block_hasher=core.request_block_hasher, **more)
+
+
 def add(core: EngineCore, name: str, prompt: list[int], tokens: int, **more: Any) -> Request:
     """A request comes."""
-    options = SamplingParams(max_tokens=tokens, ignore_eos=True)
-    new = Request(name, prompt, options, None, block_hasher=core.request_block_hasher, **more)
+    new = made(core, name, prompt, tokens, **more)
     core.add_request(new)
     return new

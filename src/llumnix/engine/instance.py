@@ -176,6 +176,7 @@ class EngineInstance(MemoryCalls, EngineCoreActor):
                 self._prefixes.close()
             self._reporter.close()
             self._host.close()
+            self._log.close()
             if self._folder is not None:
                 self._folder.remove()
                 with contextlib.suppress(OSError):

@@ -1,0 +1,147 @@
+"""A whole instance without a model: vLLM's busy loop with all of ours in it."""
+
+import queue
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from vllm.v1.engine import EngineCoreRequestType
+from vllm.v1.engine.core import EngineCoreActor
+from vllm.v1.engine.utils import EngineZmqAddresses
+from vllm.v1.request import Request
+
+from llumnix.core.limits import MigrationLimits
+from llumnix.core.messages import Migrate, MigrationEnded
+from llumnix.core.settings import SchedulerSettings
+from llumnix.core.types import EngineIndex, Epoch, InstanceId, MigrationId, RequestId
+from llumnix.engine import instance as module
+from llumnix.engine.host import IN_BAND, HostSeat
+from llumnix.engine.instance import EngineInstance, InstanceSeat
+from llumnix.engine.queueing import AgingQueue
+from llumnix.engine.transfer import TransferOptions
+from llumnix.observe.wire import decode, encode
+from support.no_model import BLOCK, NoModel, engine_config, made
+
+PATIENCE_S = 60.0
+
+
+class Running:
+    """An instance whose busy loop runs on a thread, and what comes out of it."""
+
+    def __init__(self, folder: Path, model: Path, number: int) -> None:
+        seat = InstanceSeat(
+            instance=InstanceId(f"i{number}"),
+            engine_index=EngineIndex(number),
+            slot=number,
+            slots=2,
+            controller=f"ipc://{folder}/controller",
+            llumlet=HostSeat(
+                peers=f"ipc://{folder}/peer-{{engine}}",
+                agents=f"unix:{folder}/kv-{{engine}}-{{rank}}",
+                key=b"instances",
+                limits=MigrationLimits(),
+                settings=SchedulerSettings(),
+                transfer=TransferOptions(),
+            ),
+            event_log=None,
+        )
+        addresses = EngineZmqAddresses(
+            inputs=[f"ipc://{folder}/in"], outputs=[f"ipc://{folder}/out"]
+        )
+        config = engine_config(model, blocks=100, ahead=True)
+        self.engine: Any = EngineInstance(seat, config, addresses, NoModel, log_stats=False)
+        self.engine.model_executor.core = self.engine
+        self.tokens: dict[str, int] = {}
+        self.ended: set[str] = set()
+        self.outcomes: list[MigrationEnded] = []
+        self._outputs: queue.Queue[Any] = queue.Queue()
+        self.engine.output_queue = self._outputs  # Nobody else reads it then.
+        self.error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self.engine.run()
+        except BaseException as error:
+            self.error = error
+            raise
+
+    def add(self, request: Request) -> None:
+        self.engine.input_queue.put((EngineCoreRequestType.ADD, (request, 0)))
+
+    def hear(self, timeout_s: float) -> None:
+        try:
+            _, outputs = self._outputs.get(timeout=timeout_s)
+        except queue.Empty:
+            return
+        for output in outputs.outputs:
+            if output.kv_transfer_params and IN_BAND in output.kv_transfer_params:
+                message = decode(output.kv_transfer_params[IN_BAND])
+                if isinstance(message, MigrationEnded):
+                    self.outcomes.append(message)
+                continue
+            name = output.request_id
+            self.tokens[name] = self.tokens.get(name, 0) + len(output.new_token_ids)
+            if output.finish_reason is not None:
+                self.ended.add(name)
+
+    def stop(self) -> None:
+        self.engine.stop()
+        self._thread.join(PATIENCE_S)
+        assert not self._thread.is_alive()
+
+
+@pytest.fixture
+def pair(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[list[Running]]:
+    monkeypatch.setattr(EngineCoreActor, "_set_nixl_side_channel_host", staticmethod(lambda: None))
+    monkeypatch.setattr(module, "_take_devices", lambda *_: [])
+    monkeypatch.setattr(module, "_own_folder", lambda *_: None)
+    monkeypatch.setattr(module, "_start_resource_tracker", lambda: None)
+    monkeypatch.setattr(EngineInstance, "_leave_on_sigterm", lambda self: None)
+    both = [Running(tmp_path, tiny_model, number) for number in range(2)]
+    yield both
+    for one in both:
+        one.stop()
+        assert one.error is None
+
+
+def test_requests_run_move_and_end(pair: list[Running]) -> None:
+    source, destination = pair
+    assert isinstance(source.engine.scheduler.waiting, AgingQueue)
+    names = [f"r{n}" for n in range(12)]
+    tokens = 300
+    for n, name in enumerate(names):
+        source.add(made(source.engine, name, [n] * (2 * BLOCK), tokens, priority=-100 * (n % 2)))
+    while source.tokens.get("r1", 0) < 3:
+        source.hear(PATIENCE_S)
+    order = Migrate(
+        migration=MigrationId("m0"),
+        request=RequestId("r1"),
+        destination=EngineIndex(1),
+        address=destination.engine.describe().address,
+        epoch=Epoch(1),
+    )
+    source.engine.input_queue.put(
+        (EngineCoreRequestType.UTILITY, (0, 1, "llumnix_migrate", (encode(order),)))
+    )
+    done: set[str] = set()
+    while len(done) < len(names):
+        source.hear(0.01)
+        destination.hear(0.01)
+        assert source.error is None
+        assert destination.error is None
+        done = source.ended | destination.ended
+    while not source.outcomes:
+        source.hear(PATIENCE_S)
+    (outcome,) = source.outcomes
+    for name in names:
+        assert source.tokens.get(name, 0) + destination.tokens.get(name, 0) == tokens
+    assert outcome.taken == ("r1" in destination.ended)
