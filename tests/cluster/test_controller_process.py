@@ -15,6 +15,7 @@ from llumnix.cluster import controller_process
 from llumnix.cluster.controller_process import (
     FIRST_ANSWER_S,
     PING_EVERY_S,
+    TOLD_EVERY_S,
     UNANSWERED_MAX,
     ControllerProcess,
 )
@@ -177,18 +178,21 @@ def test_close_lets_it_stop_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     run(main())
 
 
-def test_what_it_could_not_handle_is_told_once(
+def test_what_it_could_not_handle_is_told_now_and_then(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def main() -> None:
         w = World(monkeypatch)
         await w.begin()
         w.answers = lambda: Pong(number=1, failed=3, story="KeyError: 'a bug'")
-        await w.until(lambda: w.loop.time() > 20)
+        await w.until(lambda: w.loop.time() > 30)
+        w.answers = lambda: Pong(number=1, failed=int(w.loop.time()), story="more")
+        await w.until(lambda: w.loop.time() > 30 + 5.5 * TOLD_EVERY_S)
         await w.process.close()
 
     with caplog.at_level(logging.ERROR, controller_process.logger.name):
         run(main())
-    told = [r.message for r in caplog.records if "could not handle 3" in r.message]
-    assert len(told) == 1
+    told = [r.message for r in caplog.records if "could not handle" in r.message]
+    assert [m for m in told if "could not handle 3 messages" in m] == told[:1]
     assert "KeyError: 'a bug'" in told[0]
+    assert 5 <= len(told) <= 7

@@ -28,6 +28,7 @@ UNANSWERED_MAX = 10
 FIRST_ANSWER_S = 60.0
 """A process that is being started may take so long until its first answer."""
 STOP_TIMEOUT_S = 1.0
+TOLD_EVERY_S = 10.0
 
 
 class ControllerEndedError(LlumnixError):
@@ -49,6 +50,7 @@ class ControllerProcess:
         self._link = link
         self._kill = kill
         self._task: asyncio.Task[None] | None = None
+        self._told: tuple[int, float] = (0, -TOLD_EVERY_S)
 
     def start(self) -> None:
         """Starts it, and keeps it running until `close`."""
@@ -79,7 +81,7 @@ class ControllerProcess:
     async def _watch(self, ended: asyncio.Future[None]) -> None:
         """Never returns; raises once it has ended or hangs."""
         loop = asyncio.get_running_loop()
-        began_s, answered, unanswered, failed = loop.time(), False, 0, 0
+        began_s, answered, unanswered = loop.time(), False, 0
         while True:
             pong, _ = await asyncio.gather(
                 self._link.ping(PING_EVERY_S), asyncio.wait({ended}, timeout=PING_EVERY_S)
@@ -89,7 +91,7 @@ class ControllerProcess:
                 raise ControllerEndedError("it has ended though nobody stopped it")
             if pong is not None:
                 answered, unanswered = True, 0
-                failed = _tell(pong, failed)
+                self._tell(pong, loop.time())
             elif answered:
                 unanswered += 1
             if unanswered >= UNANSWERED_MAX:
@@ -110,17 +112,19 @@ class ControllerProcess:
                 os.kill(pid.result(), signal.SIGKILL)
         await ray_call(self._kill, actor)
 
+    def _tell(self, pong: Pong, now: float) -> None:
+        """Tells of messages that it could not handle, as its own log may be seen by nobody."""
+        failed, told_s = self._told
+        if pong.failed == failed or now - told_s < TOLD_EVERY_S:
+            return
+        self._told = pong.failed, now
+        if pong.failed:  # Else it is another process, and has none.
+            logger.error(
+                "The controller could not handle %d messages so far, which is a bug; the last: %s",
+                pong.failed,
+                pong.story,
+            )
+
 
 class _HangsError(ControllerEndedError):
     pass
-
-
-def _tell(pong: Pong, failed: int) -> int:
-    """Tells of messages that it could not handle, as its own log may be seen by nobody."""
-    if pong.failed > failed:
-        logger.error(
-            "The controller could not handle %d messages so far, which is a bug; the last one: %s",
-            pong.failed,
-            pong.story,
-        )
-    return pong.failed
