@@ -1,6 +1,7 @@
 """A fault in one message, or in dealing with it, ends at most that message's request."""
 
 import asyncio
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -219,6 +220,25 @@ async def test_a_fault_while_giving_up_costs_the_others_nothing(
         ]
         one.take_in(packed(EngineCoreOutputs(engine_index=0, outputs=outputs)))
         assert one.due() == {"neighbour": [2]}
+
+
+async def test_a_consumer_that_cannot_be_told_of_its_failure_costs_the_others_nothing(
+    tmp_path: Path,
+) -> None:
+    async with front(tmp_path) as one:
+        one.client.on_failed = broken
+        await one.add_request("victim", 0)
+        await one.add_request("other", 1)
+        await one.client.lose(I0)
+        one.take_in(tokens(1, "other", 4))
+        found = [o async for o in heard_by_vllm(one, 2)]
+        assert found == [[], [4]]
+
+
+async def heard_by_vllm(one: Front, messages: int) -> AsyncIterator[list[int]]:
+    for _ in range(messages):
+        outputs = await asyncio.wait_for(one.client.get_output_async(), 5)
+        yield [token for output in outputs.outputs for token in output.new_token_ids]
 
 
 async def test_a_death_ends_every_stream_of_its_engine_though_one_cannot_be_dealt_with(

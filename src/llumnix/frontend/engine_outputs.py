@@ -121,9 +121,14 @@ class EngineOutputs(AsyncMPClient):
 
     async def get_output_async(self) -> EngineCoreOutputs:
         self._ensure_output_queue_task()
-        item: Any = await self.outputs_queue.get()
-        if isinstance(item, FailedRequest):
-            return self.fail(item)
-        if isinstance(item, Exception):
-            raise self._format_exception(item) from None
-        return item  # type: ignore[no-any-return]
+        while True:
+            item: Any = await self.outputs_queue.get()
+            if isinstance(item, FailedRequest):
+                try:
+                    return self.fail(item)
+                except Exception as error:  # noqa: BLE001 - the others' outputs must follow
+                    self.complaints.note("A consumer was not told of a failure", item, error)
+            elif isinstance(item, Exception):
+                raise self._format_exception(item) from None
+            else:
+                return item  # type: ignore[no-any-return]
