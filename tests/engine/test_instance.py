@@ -4,6 +4,7 @@ import queue
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from llumnix.core.settings import SchedulerSettings
 from llumnix.core.types import EngineIndex, Epoch, InstanceId, MigrationId, RequestId
 from llumnix.engine import instance as module
 from llumnix.engine.host import IN_BAND, HostSeat
-from llumnix.engine.instance import EngineInstance, InstanceSeat
+from llumnix.engine.instance import QUIET_STEPS_MAX, EngineInstance, InstanceSeat
 from llumnix.engine.queueing import AgingQueue
 from llumnix.engine.transfer import TransferOptions
 from llumnix.observe.wire import decode, encode
@@ -145,3 +146,20 @@ def test_requests_run_move_and_end(pair: list[Running]) -> None:
     for name in names:
         assert source.tokens.get(name, 0) + destination.tokens.get(name, 0) == tokens
     assert outcome.taken == ("r1" in destination.ended)
+
+
+def test_prompts_are_put_off_in_no_more_than_every_other_of_many_steps() -> None:
+    """A draining instance may send one request after the other for minutes."""
+    one: Any = object.__new__(EngineInstance)
+    quiet = [True]
+    one._host, one._quiet_left = SimpleNamespace(quiet=lambda: quiet[0]), QUIET_STEPS_MAX
+    one.scheduler = SimpleNamespace(waiting=[], running=[])
+    assert all(one._should_throttle_prefills() for _ in range(1000)), "nobody has to wait"
+    one.scheduler.waiting = ["a prompt"]
+    put_off = [one._should_throttle_prefills() for _ in range(1000)]
+    assert put_off[: QUIET_STEPS_MAX + 1] == [True] * QUIET_STEPS_MAX + [False]
+    assert sum(put_off) <= 500 + QUIET_STEPS_MAX
+    quiet[0] = False
+    assert not any(one._should_throttle_prefills() for _ in range(QUIET_STEPS_MAX))
+    quiet[0] = True
+    assert all(one._should_throttle_prefills() for _ in range(QUIET_STEPS_MAX))

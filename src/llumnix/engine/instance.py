@@ -70,7 +70,7 @@ from llumnix.observe.event_log import EventLog
 from llumnix.observe.sockets import SocketKeys
 
 QUIET_STEPS_MAX = 8
-"""So many steps in a row may do without prompts."""
+"""So many steps in a row may put prompts off, and of many steps half of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,7 +140,7 @@ class EngineInstance(MemoryCalls, EngineCoreActor):
         self._queueing = Queueing(self.scheduler, priorities)
         self._urgent = UrgentAdmission(self.scheduler, priorities)
         self._stepped_s = 0.0
-        self._quiet_steps = 0
+        self._quiet_left = QUIET_STEPS_MAX
         self._changed = True
         self._prefixes = prefix_reader(
             seat.llumlet.settings, self.scheduler, seat.instance, seat.engine_index, self._rouse
@@ -285,8 +285,14 @@ class EngineInstance(MemoryCalls, EngineCoreActor):
         return ran
 
     def _should_throttle_prefills(self) -> bool:
-        quiet = self._host.quiet() and self._quiet_steps < QUIET_STEPS_MAX
-        self._quiet_steps = self._quiet_steps + 1 if quiet else 0
+        if not self._host.quiet():
+            self._quiet_left = min(QUIET_STEPS_MAX, self._quiet_left + 1)
+            return False
+        scheduler = self.scheduler
+        if not scheduler.waiting and not any(r.is_prefill_chunk for r in scheduler.running):
+            return True  # It costs nobody anything.
+        quiet = self._quiet_left > 0
+        self._quiet_left += -1 if quiet else 1
         return quiet
 
     def _maybe_publish_request_counts(self) -> None:
