@@ -184,17 +184,15 @@ class Fleet:
 
     def _check_not_last(self, member: Member) -> None:
         """Raises `LastInstanceError` if the others could not serve in its place: one that serves
-        needs another that does, one that is coming one that does or will."""
+        needs another that does, one that is coming one that does or will. Another that hangs will
+        do, as it may only be slow: meanwhile the drained one takes requests."""
         others = [m for m in self._members.values() if m is not member]
-        if not member.counts or any(m.serves for m in others):
+        if not member.counts or any(m.state == "serving" for m in others):
             return
         if not member.serves and any(m.counts for m in others):
             return
-        hung = ", ".join(f"{m.id} is hung" for m in others if m.health.hung)
         raise LastInstanceError(
-            f"{member.id} is the only instance that serves"
-            + (f" ({hung})" if hung else "")
-            + "; POST /llumnix/v1/instances first"
+            f"{member.id} is the only instance that serves; POST /llumnix/v1/instances first"
         )
 
     # -- what the scheduler and the instances ask for ----------------------------------------------
