@@ -1,4 +1,4 @@
-"""A server with a key, in turns, with a short time to stop."""
+"""A server with keys, in turns, with a short time to stop."""
 
 import json
 import re
@@ -26,7 +26,7 @@ def guarded(tiny_model: Path, logs: Path) -> Iterator[Server]:
     server = Server(
         str(tiny_model), "--served-model-name", "tiny", *FLAGS,
         "--api-key", "secret", "--policy", "round-robin", "--shutdown-timeout", "1",
-        log=logs / "guarded.log",
+        "--admin-api-key", "root-secret", "--max-body-mb", "0.1", log=logs / "guarded.log",
     )  # fmt: skip
     server.http.headers.update(KEY)
     yield server.wait_until_serving()
@@ -43,6 +43,30 @@ def test_every_route_of_the_application_wants_the_key(guarded: Server) -> None:
         assert httpx.post(guarded.url + bare, timeout=10).status_code == 401, path
         assert httpx.get(guarded.url + bare, timeout=10).status_code == 401, path
     assert httpx.get(guarded.url + "/health", timeout=10).status_code == 200
+
+
+def test_an_ordinary_key_uses_the_model_and_an_admin_key_administers(guarded: Server) -> None:
+    for method, path in [
+        ("DELETE", "/llumnix/v1/instances/i7"), ("POST", "/llumnix/v1/instances/i7/undrain"),
+        ("GET", "/llumnix/v1/migrations/m7"),
+    ]:  # fmt: skip
+        answer = guarded.http.request(method, path)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (403, "admin_key_required")
+        admin = httpx.request(method, guarded.url + path, headers={"x-api-key": "root-secret"})
+        assert admin.status_code == 404  # There is no such instance or migration.
+    assert httpx.request("OPTIONS", guarded.url + "/metrics").status_code == 401
+    for key in ("secret", "root-secret"):
+        headers = {"x-api-key": key}
+        assert httpx.get(guarded.url + "/v1/models", headers=headers).status_code == 200
+    assert "secret" not in guarded.log
+
+
+def test_a_body_over_the_limit_is_refused_in_openais_form(guarded: Server) -> None:
+    headers = {"Content-Type": "application/json"}
+    for content in (b"1" * 200_000, iter([b"1" * 50_000] * 4)):
+        answer = guarded.http.post("/v1/completions", headers=headers, content=content)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (413, 413)
+    assert guarded.complete(max_tokens=2).status_code == 200
 
 
 def test_round_robin_takes_turns(guarded: Server) -> None:
