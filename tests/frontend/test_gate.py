@@ -96,6 +96,7 @@ def reason(answer: httpx.Response) -> tuple[int, Any]:
 PATHS = [
     "/v1/chat/completions", "/metrics", "/invocations", "/llumnix/v1/instances", "/llumnix",
     "/pause", "/score", "/docs", "/", "/healthz", "/health/", "/HEALTH", "//health", "/version",
+    "/health%2f..%2fmetrics", "/health/../metrics", "/health;x=1", "/health%00", "/%6d%65trics",
 ]  # fmt: skip
 
 
@@ -216,7 +217,8 @@ ADMINISTRATION = [
     ("GET", "/llumnix/v1/migrations/m1"), ("POST", "/sleep"), ("POST", "/pause"),
     ("POST", "/collective_rpc"), ("POST", "/start_profile"), ("POST", "/v1/load_lora_adapter"),
     ("POST", "/v1/load_lora_adapter/"), ("GET", "/server_info"), ("GET", "/metricsfoo"),
-    ("POST", "/unheard-of"), ("POST", "/inference/v1/abort_requests"), ("DELETE", "/adapters/x"),
+    ("POST", "/unheard-of"), ("POST", "/%73leep"), ("POST", "/v1%2Fload%5Flora_adapter"),
+    ("POST", "/inference/v1/abort_requests"), ("DELETE", "/adapters/x"),
 ]  # fmt: skip
 USE = [
     ("POST", "/v1/chat/completions"), ("GET", "/v1/models"), ("POST", "/tokenize"),
