@@ -1,9 +1,12 @@
 """Which of vLLM's routes an ordinary API key may use. A route that vLLM adds or renames fails here
 by name; until it is listed, only an administrator may use it."""
 
+from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
+import httpx
 import pytest
 
 pytest.importorskip("vllm")
@@ -14,6 +17,7 @@ from vllm.entrypoints.launchers.app import build_app
 
 from llumnix.frontend.access import CLIENT_PATHS, needs_admin
 from llumnix.frontend.arguments import parse
+from llumnix.frontend.server import GATE
 
 CLIENTS = {
     "/classify", "/detokenize", "/docs", "/docs/oauth2-redirect", "/generative_scoring", "/health",
@@ -51,6 +55,7 @@ def application(tiny_model: Path) -> Any:
             "--allowed-origins", '["http://a"]',
         ]  # fmt: skip
         command = parse(["serve", str(tiny_model), *words], say=lambda _: None)
+        command.args.middleware = [GATE]
         every = {t for name in vars(tasks) for t in get_args(getattr(tasks, name))}
         app = build_app(
             command.args,
@@ -91,6 +96,23 @@ def test_vllms_cors_is_configured_as_the_gates(application: Any) -> None:
         "allow_methods": args.allowed_methods,
         "allow_headers": args.allowed_headers,
     }
+
+
+async def test_a_body_that_grows_too_large_is_refused_by_vllms_own_handler(
+    application: Any,
+) -> None:
+    async def content() -> AsyncIterator[bytes]:
+        for _ in range(65):
+            yield b"1" * 1_000_000
+
+    application.state.engine_client = SimpleNamespace(stopping=False, open_http=0)
+    transport = httpx.ASGITransport(application)
+    async with httpx.AsyncClient(transport=transport, base_url="http://t") as http:
+        for path in ("/v1/completions", "/invocations", "/tokenize"):
+            headers = {"Content-Type": "application/json", "Origin": "http://a"}
+            answer = await http.post(path, headers=headers, content=content())
+            assert (answer.status_code, answer.json()["error"]["code"]) == (413, 413)
+            assert answer.headers["access-control-allow-origin"] == "http://a"
 
 
 def test_without_keys_in_its_arguments_vllm_adds_no_check_of_its_own(application: Any) -> None:
