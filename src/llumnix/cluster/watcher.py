@@ -78,7 +78,7 @@ class Watcher:
             if health.hung is None:
                 logger.warning("Instance %s is back: it reports and makes steps.", member.id)
             else:
-                logger.error("Instance %s is hung: %s.", member.id, health.hung)
+                logger.warning("Instance %s is hung: %s.", member.id, health.hung)
             self._on_health(member)
 
 
