@@ -467,6 +467,7 @@ def test_a_log_that_comes_out_the_same_is_status_0(
         "decisions": 1,
         "steps": 2,
         "skipped": 0,
+        "dropped": 0,
         "differences": [],
     }
 
