@@ -58,7 +58,9 @@ def test_an_instance_that_starts_is_counted_once(monkeypatch: pytest.MonkeyPatch
     launch = on_gpus(monkeypatch, [2], [4])
     check_one_more(launch, there=2, waiting=0)
     check_one_more(launch, there=2, waiting=1)
-    with pytest.raises(CapacityError, match=r"2 of 4 are free, 2 of them spoken for"):
+    with pytest.raises(
+        CapacityError, match=r"2 of 4 are free \(2 are wanted by instances that start\)"
+    ):
         check_one_more(launch, there=2, waiting=2)
 
 

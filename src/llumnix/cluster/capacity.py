@@ -77,10 +77,10 @@ def check_one_more(launch: EngineLaunch, *, there: int, waiting: int) -> None:
         return
     found = devices(kind, each)
     if found.places_free - waiting < 1:
-        spoken_for = f", {waiting * each} of them spoken for" if waiting else ""
+        wanted = f" ({waiting * each} are wanted by instances that start)" if waiting else ""
         raise CapacityError(
             f"one more instance needs {each} {kind}(s) on one host, and {found.free} of "
-            f"{found.total} are free{spoken_for}: DELETE an instance first, or add a host to the "
+            f"{found.total} are free{wanted}: DELETE an instance first, or add a host to the "
             "Ray cluster"
         )
 
