@@ -86,24 +86,6 @@ def answer(server: Server, path: str) -> httpx.Response | None:
         return None
 
 
-def last_event(server: Server, path: str, number: int) -> dict:
-    """A long stream in another API than completions: its instance, its last event and data."""
-    ask = f"{path} {number}"
-    body = {"model": "tiny", "stream": True, "temperature": 0}
-    if path == "/v1/responses":
-        body |= {"input": ask, "max_output_tokens": 1500, "ignore_eos": True}
-    else:
-        body |= {"messages": [{"role": "user", "content": ask}], "max_tokens": 1500}
-    seen: dict = {"instance": None, "event": None, "data": "", "path": path}
-    with httpx.stream("POST", server.url + path, json=body, timeout=120) as response:
-        seen["instance"] = response.headers.get("x-llumnix-instance")
-        for line in response.iter_lines():
-            name, _, value = line.partition(": ")
-            if name in ("event", "data"):
-                seen[name] = value
-    return seen
-
-
 def start(tiny_model: Path, log: Path, *flags: str) -> Server:
     return Server(
         str(tiny_model), "--served-model-name", "tiny", *FLAGS, *flags, log=log
@@ -134,46 +116,15 @@ def single(tiny_model: Path, logs: Path, request: pytest.FixtureRequest) -> Iter
 
 def test_a_killed_instance_takes_only_its_own_streams_and_comes_back(pair: Server) -> None:
     server = pair
-    asked: list[dict] = []
-    paths = ["/v1/responses", "/v1/messages"] * 3
-    others = [
-        threading.Thread(target=lambda p=p, n=n: asked.append(last_event(server, p, n)))
-        for n, p in enumerate(paths)
-    ]
-    prompts = {"prompt": [f"batch {n}" for n in range(6)], "max_tokens": 1900, "ignore_eos": True}
-    batch: list[httpx.Response] = []
-    others.append(
-        threading.Thread(
-            target=lambda: batch.append(
-                httpx.post(server.url + "/v1/completions", json=prompts, timeout=120)
-            )
-        )
-    )
-    for thread in others:
-        thread.start()
     with Load(server, streams=6, max_tokens=300) as load:
-        eventually(
-            lambda: (
-                {r["instance"] for r in server.requests()} == {"i0", "i1"}
-                and len(server.requests()) >= 18
-            ),
-            what="load",
-        )
+        eventually(lambda: {r["instance"] for r in server.requests()} == {"i0", "i1"}, what="load")
         victim = server.instances()["i1"]
-        here = {
-            r["id"]
-            for r in server.requests()
-            if r["instance"] == "i1" and re.fullmatch(r"\d-\d+", r["id"])
-        }
+        here = {r["id"] for r in server.requests() if r["instance"] == "i1"}
         killed = time.monotonic()
         os.kill(victim["pid"], signal.SIGKILL)
         eventually(lambda: server.instances()["i1"]["state"] != "serving", 2.0, "noticed in 2 s")
         eventually(lambda: len([s for s in load.done if s["name"] in here]) == len(here), 10)
         assert time.monotonic() - killed < 10
-        # A request of several prompts ends with the first that is lost.
-        eventually(lambda: batch, 10, "the batch ends")
-        gauge = r'vllm:num_requests_running\{engine="1".*\} 0\.0'
-        eventually(lambda: re.search(gauge, server.http.get("/metrics").text), 10, "no old gauge")
         before = len(load.done)
         eventually(lambda: len(load.done) > before + 3, what="the others go on")
         eventually(lambda: server.instances()["i1"]["state"] == "serving", 120, "comes back")
@@ -186,18 +137,9 @@ def test_a_killed_instance_takes_only_its_own_streams_and_comes_back(pair: Serve
     assert back["pid"] != victim["pid"]
     assert back["restarts"] == 1
     assert back["engine_index"] == 2
-    elsewhere = [s for s in load.done if s["instance"] == "i0"]
-    assert elsewhere
-    assert {s["tokens"] for s in elsewhere} == {300}
-    assert batch[0].status_code == 500
-    assert "The instance that ran this request died" in batch[0].json()["error"]["message"]
-    for thread in others:
-        thread.join()
-    for end in asked:
-        if end["event"] not in ("response.completed", "message_stop"):
-            assert end["event"] == "error", end
-            assert "The instance that ran this request died" in end["data"], end
-    assert any(end["event"] == "error" for end in asked)
+    others = [s for s in load.done if s["instance"] == "i0"]
+    assert others
+    assert {s["tokens"] for s in others} == {300}
 
 
 def test_with_the_controller_killed_no_request_fails_and_it_comes_back(pair: Server) -> None:
