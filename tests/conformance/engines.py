@@ -69,6 +69,7 @@ class FakeKind:
 
     long_prompt = 60
     tokens = 30
+    dead_can_be_read = False
 
     def __init__(self, depth: int) -> None:
         self.depth = depth
@@ -88,6 +89,7 @@ class RealKind:
 
     long_prompt = 300
     tokens = 40
+    dead_can_be_read = True  # Its workers' agents live on in this process.
 
     def __init__(self, engines: list[Any], prompts: Callable[[int], list[int]]) -> None:
         self.engines = engines

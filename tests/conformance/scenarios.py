@@ -92,12 +92,14 @@ def strike(kind: Any, fault: str, moment: type) -> None:
     duo.finish()
     assert struck, f"no {moment.__name__} was ever sent"
     duo.check_nothing_left()
-    _check(duo, request, expected, fault, moment)
+    _check(duo, request, expected, fault, moment, kind)
     if duo.state[neighbour] == "finished":
         assert duo.got[neighbour] == kind.expected(prompt[:20], kind.tokens)
 
 
-def _check(duo: Duo, request: Any, expected: list[int], fault: str, moment: type) -> None:
+def _check(
+    duo: Duo, request: Any, expected: list[int], fault: str, moment: type, kind: Any
+) -> None:
     got, state = duo.got[request], duo.state[request]
     assert got == expected[: len(got)], "a token is wrong, lost or repeated"
     if state == "finished":
@@ -105,8 +107,10 @@ def _check(duo: Duo, request: Any, expected: list[int], fault: str, moment: type
     if fault == "the client hangs up":
         assert state == "hung up"
     elif fault == "the source dies":
-        # Before the handover its KV dies with it; after the verdict it has none any more.
-        assert state == ("finished" if moment is Verdict else "lost") or moment is Handover
+        # Before the handover its KV dies with it; after the verdict it has none any more. In
+        # between it depends on whether the last blocks can still be read.
+        saved = moment is Verdict or (moment is Handover and kind.dead_can_be_read)
+        assert state == ("finished" if saved else "lost")
     elif fault == "the destination dies":
         assert state == ("lost" if moment is Verdict else "finished")
     else:

@@ -113,8 +113,8 @@ def test_the_blocks_of_a_handover_are_kept_until_the_verdict_though_the_client_h
         source.poll()
         assert source.said(CallOff)
         # Another client's request takes all memory that is free.
-        source.engine.add(RequestId("another"), [7] * 150, 100)
-        for _ in range(12):
+        source.engine.add(RequestId("another"), [7] * 250, 100)
+        for _ in range(30):
             source.step()
         assert [source.engine.memory[b] for b in handover.blocks[0]] == bytes_
         assert not source.said(MigrationEnded)

@@ -225,7 +225,8 @@ class OutgoingMigrations:
             going.handover = self._rest(going)
             self._walk(going, SourceEvent.DRAINED, now)
         elif now >= going.deadline_s:
-            going.why = f"the destination was silent while {state.value}"
+            if state is not SourceState.RELEASING:
+                going.why = f"the destination was silent while {state.value}"
             self._walk(going, SourceEvent.LATE, now)
         elif state is SourceState.IDLE and (
             event := next_event(going, progress, self._port, self._limits, now)
