@@ -264,3 +264,17 @@ def test_a_call_does_not_look_at_all_who_wait(
     assert fact is not None
     assert len(fact.stored) == 5
     assert len(looked) <= SWEPT_MAX + 2
+
+
+def test_two_that_change_places_between_two_reports_are_seen_to(tiny_model: Path) -> None:
+    engine = Engine(tiny_model, 40)
+    for n in range(8):
+        engine.add(f"r{n}", [n] * 5, 50, NORMAL)
+    engine.step()
+    engine.add("urgent", [9] * 5, 50, HIGH)
+    assert [c.running for c in engine.reader.read().classes] == [0, 8]
+    out = engine.scheduler.running.pop()
+    engine.scheduler._preempt_request(out, 0.0)
+    engine.step()
+    classes = engine.reader.read().classes
+    assert [(c.running, c.waiting) for c in classes] == [(1, 0), (7, 1)]
