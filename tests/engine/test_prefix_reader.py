@@ -33,7 +33,7 @@ from llumnix.core.settings import SchedulerSettings  # noqa: E402
 from llumnix.core.types import EngineIndex, InstanceId, RequestId  # noqa: E402
 from llumnix.engine import prefix_reader as prefix_reader_module  # noqa: E402
 from llumnix.engine.prefix_reader import NotedMap, PrefixReader, prefix_reader  # noqa: E402
-from llumnix.frontend.client import FleetClient  # noqa: E402
+from llumnix.frontend.prompt_blocks import prompt_blocks  # noqa: E402
 
 I0, ENGINE = InstanceId("i0"), EngineIndex(3)
 TOKENS = list(range(1000, 1384))
@@ -82,7 +82,7 @@ def prefix(engine: Any, prompt: list[int], salt: str | None = None) -> tuple[int
     """What the frontend would ask with."""
     made = engine.make(RequestId("x"), prompt, SamplingParams(max_tokens=1))
     made.cache_salt = salt
-    return FleetClient._prefix(SimpleNamespace(_hash_prefixes=True), made)
+    return prompt_blocks(made)
 
 
 def run(
@@ -253,7 +253,7 @@ def manager(size: int, blocks: int) -> KVCacheManager:
 
 def reader_of(kv: KVCacheManager) -> PrefixReader:
     reader = prefix_reader(
-        CACHE_AWARE, SimpleNamespace(kv_cache_manager=kv), I0, ENGINE, lambda: None
+        CACHE_AWARE, SimpleNamespace(kv_cache_manager=kv, running=[]), I0, ENGINE, lambda: None
     )
     assert reader is not None
     return reader
@@ -371,7 +371,7 @@ def test_what_a_request_will_find_and_share_is_told_apart() -> None:
 @pytest.mark.parametrize("policy", ["infaas++", "least-loaded", "round-robin"])
 def test_other_policies_pay_nothing(policy: str) -> None:
     kv = manager(64, 10)
-    scheduler = SimpleNamespace(kv_cache_manager=kv)
+    scheduler = SimpleNamespace(kv_cache_manager=kv, running=[])
     found = prefix_reader(SchedulerSettings(policy=policy), scheduler, I0, ENGINE, lambda: None)
     assert found is None
     assert not isinstance(kv.block_pool.cached_block_hash_to_block, NotedMap)
@@ -384,7 +384,7 @@ def unreadable(
     logger.addHandler(caplog.handler)
     caplog.set_level(logging.INFO, "llumnix.engine")
     try:
-        scheduler = SimpleNamespace(kv_cache_manager=kv)
+        scheduler = SimpleNamespace(kv_cache_manager=kv, running=[])
         assert prefix_reader(CACHE_AWARE, scheduler, I0, ENGINE, lambda: None) is None
     finally:
         logger.removeHandler(caplog.handler)
@@ -432,7 +432,7 @@ def test_everything_is_said_anew_now_and_then_and_an_idle_engine_woken(
 ) -> None:
     monkeypatch.setattr(prefix_reader_module, "SNAPSHOT_EVERY_S", 0.05)
     kv, woken = manager(64, 20), threading.Event()
-    scheduler = SimpleNamespace(kv_cache_manager=kv)
+    scheduler = SimpleNamespace(kv_cache_manager=kv, running=[])
     reader = prefix_reader(CACHE_AWARE, scheduler, I0, ENGINE, woken.set)
     assert reader is not None
     reader.start()
@@ -484,7 +484,7 @@ def test_a_preempted_request_is_named_anew(engine: Any, heard: Heard) -> None:
 # -- the frontend -------------------------------------------------------------------------------
 
 
-def asked(hash_prefixes: bool = True, **fields: Any) -> tuple[int, ...]:
+def asked(**fields: Any) -> tuple[int, ...]:
     known: dict[str, Any] = {
         "prompt_token_ids": TOKENS,
         "lora_request": None,
@@ -494,9 +494,8 @@ def asked(hash_prefixes: bool = True, **fields: Any) -> tuple[int, ...]:
         "params": SamplingParams(max_tokens=1),
         **fields,
     }
-    return FleetClient._prefix(
-        SimpleNamespace(_hash_prefixes=hash_prefixes), SimpleNamespace(**known)
-    )
+    made: Any = SimpleNamespace(**known)
+    return prompt_blocks(made)
 
 
 def test_the_frontend_asks_by_the_same_names() -> None:
@@ -506,7 +505,6 @@ def test_the_frontend_asks_by_the_same_names() -> None:
 
 
 def test_the_frontend_does_not_ask_for_what_cannot_be_found() -> None:
-    assert asked(hash_prefixes=False) == ()
     assert asked(mm_features=[object()]) == ()
     assert asked(prompt_embeds=torch.zeros(1)) == ()
     assert asked(prompt_token_ids=None) == ()
