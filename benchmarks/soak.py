@@ -1,15 +1,22 @@
-"""Migrations without end, under traffic: are all streams exact, is memory flat, is anything left?
+"""Mixed traffic without end: are all streams exact, is memory flat, is anything left?
 
-Two instances on a CPU. Streams with known answers run all the time and are moved at random,
-`--per-minute` moves a minute; others come and go beside them, some hang up. Every answer is
-compared with the undisturbed one; memory of all processes is looked at every ten seconds.
+Two instances on a CPU, four running slots each. Streams with known answers run all the time and are
+moved at random, `--per-minute` moves a minute; others come and go beside them, some urgent (and
+preempt), some hang up; every `--kill-minutes` an instance is killed. Every answer is compared with
+the undisturbed one. The memory of each process is looked at every ten seconds, and the slope after
+the first five minutes told for the controller and for the process that speaks HTTP.
 
-    python benchmarks/soak.py [--minutes 10] [--per-minute 200] [--out FILE]
+    python benchmarks/soak.py [--minutes 30] [--per-minute 60] [--kill-minutes 5] [--out FILE]
+    python benchmarks/soak.py --plot FILE.json FILE.png
 """
 
 import argparse
 import asyncio
+import itertools
+import json
+import os
 import random
+import signal
 import statistics
 import tempfile
 import time
@@ -26,21 +33,55 @@ STREAMS = 4
 TOKENS = 160
 KNOWN = 12
 SAMPLE_EVERY_S = 10.0
+SETTLED_S = 300.0
+"""From then on memory should be flat."""
+KILL_NOTICED_S = 10.0
+"""So long after a kill streams may end with an error; at any other time none may."""
+SLOPE_MAX_MB_PER_MIN = 1.0
 
 
-def memory_mb(root: int) -> float:
-    """Private memory of a process and all below it, in MB."""
-    total, todo = 0, [root]
+def processes(root: int) -> list[int]:
+    """A process and all below it."""
+    found, todo = [], [root]
     while todo:
         pid = todo.pop()
         try:
-            rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
             for task in Path(f"/proc/{pid}/task").iterdir():
                 todo += [int(c) for c in (task / "children").read_text().split()]
         except OSError:
             continue
-        total += sum(int(x.split()[1]) for x in rollup.splitlines() if x.startswith("Private"))
-    return total / 1024
+        found.append(pid)
+    return found
+
+
+def memory_mb(root: int) -> dict[str, float]:
+    """Private memory by role, in MB: `frontend`, `controller`, `engines` (with their workers), and
+    `ray` (the rest)."""
+    total = dict.fromkeys(("frontend", "controller", "engines", "ray"), 0.0)
+    for pid in processes(root):
+        try:
+            title = Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+            rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+        except OSError:
+            continue
+        role = "ray"
+        if pid == root:
+            role = "frontend"
+        elif "ray::Controller" in title:
+            role = "controller"
+        elif "ray::EngineActor" in title or "VLLM" in title:
+            role = "engines"
+        private = (int(x.split()[1]) for x in rollup.splitlines() if x.startswith("Private"))
+        total[role] += sum(private) / 1024
+    return {role: round(mb, 1) for role, mb in total.items()}
+
+
+def slope(samples: list[dict[str, Any]], role: str) -> float:
+    """MB a minute, least squares over the samples after `SETTLED_S`."""
+    points = [(s["s"] / 60, s["memory_mb"][role]) for s in samples if s["s"] >= SETTLED_S]
+    if len(points) < 2:
+        return 0.0
+    return statistics.linear_regression(*zip(*points, strict=True)).slope
 
 
 class Soak:
@@ -55,7 +96,10 @@ class Soak:
         self.outcomes: dict[str, int] = {}
         self.reasons: dict[str, int] = {}
         self.downtimes: list[float] = []
-        self.streams = self.wrong = self.hung_up = 0
+        self.errors: dict[str, int] = {}
+        self.streams = self.wrong = self.hung_up = self.urgent = self.kills = 0
+        self.cut_by_kills = self.failed = 0
+        self.killed_s = -1e9
         self.samples: list[dict[str, Any]] = []
         self.stopping = False
 
@@ -67,37 +111,51 @@ class Soak:
             "return_token_ids": True, **sampling,
         }  # fmt: skip
 
-    async def ask(self, body: dict[str, Any], name: str) -> list[int]:
+    async def ask(self, body: dict[str, Any], name: str, *, high: bool = False) -> list[int]:
+        headers = {"X-Request-Id": name}
+        if high:
+            headers["x-llumnix-priority"] = "high"
         async with self.http.post(
-            self.url + "/v1/completions", json=body, headers={"X-Request-Id": name}
+            self.url + "/v1/completions", json=body, headers=headers
         ) as answer:
             answer.raise_for_status()
             return list((await answer.json())["choices"][0]["token_ids"])
 
+    async def try_to_ask(self, body: dict[str, Any], name: str, *, high: bool) -> list[int] | None:
+        """None if it failed: that is no fault within `KILL_NOTICED_S` of a kill."""
+        self.running.add(name)
+        try:
+            return await self.ask(body, name, high=high)
+        except aiohttp.ClientError as error:
+            if time.monotonic() - self.killed_s < KILL_NOTICED_S:
+                self.cut_by_kills += 1
+            else:
+                self.failed += 1
+                self.errors[repr(error)] = self.errors.get(repr(error), 0) + 1
+            await asyncio.sleep(0.2)
+            return None
+        finally:
+            self.running.discard(name)
+
     async def known(self) -> None:
         while not self.stopping:
             number = self.dice.randrange(KNOWN)
-            name = uuid.uuid4().hex
-            self.running.add(name)
-            try:
-                found = await self.ask(self.bodies[number], name)
-            finally:
-                self.running.discard(name)
-            self.streams += 1
-            self.wrong += found != self.answers[number]
+            found = await self.try_to_ask(self.bodies[number], uuid.uuid4().hex, high=False)
+            if found is not None:
+                self.streams += 1
+                self.wrong += found != self.answers[number]
 
     async def others(self) -> None:
         while not self.stopping:
             body = {**self.body(1), "max_tokens": self.dice.randrange(5, 80)}
-            name = uuid.uuid4().hex
-            self.running.add(name)
-            task = asyncio.create_task(self.ask(body, name))
+            high = self.dice.random() < 0.3
+            self.urgent += high
+            task = asyncio.create_task(self.try_to_ask(body, uuid.uuid4().hex, high=high))
             if self.dice.random() < 0.3:
                 await asyncio.sleep(self.dice.random() * 0.3)
                 self.hung_up += not task.done()
                 task.cancel()
             await asyncio.gather(task, return_exceptions=True)
-            self.running.discard(name)
             await asyncio.sleep(self.dice.random() * 0.2)
 
     async def move(self, every_s: float) -> None:
@@ -124,23 +182,70 @@ class Soak:
         elif body.get("reason"):
             self.reasons[body["reason"]] = self.reasons.get(body["reason"], 0) + 1
 
+    async def kill(self, every_s: float) -> None:
+        """Kills the instances in turns, each once both serve."""
+        turns = itertools.cycle(("i0", "i1"))
+        due = time.monotonic()
+        while not self.stopping:
+            due += every_s
+            while time.monotonic() < due and not self.stopping:
+                await asyncio.sleep(0.5)
+            rows = await self.instances()
+            if self.stopping or any(row["state"] != "serving" for row in rows.values()):
+                continue
+            self.kills += 1
+            self.killed_s = time.monotonic()
+            os.kill(rows[next(turns)]["pid"], signal.SIGKILL)
+
     async def watch(self) -> None:
         began = time.monotonic()
         while not self.stopping:
             await asyncio.sleep(SAMPLE_EVERY_S)
             sample = {
                 "s": round(time.monotonic() - began),
-                "memory_mb": round(memory_mb(self.pid), 1),
+                "memory_mb": memory_mb(self.pid),
                 "streams": self.streams,
                 "wrong": self.wrong,
+                "failed": self.failed,
                 "migrated": self.outcomes.get("migrated", 0),
+                "kills": self.kills,
             }
             self.samples.append(sample)
             print(sample, flush=True)
 
-    async def blocks_used(self) -> list[int]:
+    async def instances(self) -> dict[str, dict[str, Any]]:
         async with self.http.get(self.url + "/llumnix/v1/instances") as answer:
-            return [i["kv_tokens_used"] for i in (await answer.json())["instances"]]
+            return {row["id"]: row for row in (await answer.json())["instances"]}
+
+    async def left(self) -> dict[str, Any]:
+        """What is left of requests that are all over: of streams, and of KV memory."""
+        async with self.http.get(self.url + "/llumnix/v1/requests") as answer:
+            requests = (await answer.json())["requests"]
+        used = [row["kv_tokens_used"] for row in (await self.instances()).values()]
+        return {"requests": len(requests), "kv_tokens": used}
+
+    def summary(self, minutes: float) -> dict[str, Any]:
+        return {
+            "minutes": minutes, "streams": self.streams, "wrong": self.wrong,
+            "failed": self.failed, "errors": self.errors, "cut_by_kills": self.cut_by_kills,
+            "kills": self.kills, "urgent": self.urgent, "hung_up": self.hung_up,
+            "outcomes": self.outcomes, "reasons": self.reasons,
+            "downtime_ms_p50": statistics.median(self.downtimes or [0.0]),
+            "slope_mb_per_min": {
+                role: round(slope(self.samples, role), 3) for role in ("frontend", "controller")
+            },
+        }  # fmt: skip
+
+
+async def traffic(soak: Soak, args: argparse.Namespace) -> None:
+    """All of it, for the time that was asked for."""
+    work = [soak.known() for _ in range(STREAMS)] + [soak.others() for _ in range(3)]
+    work += [soak.move(60 / args.per_minute), soak.watch(), soak.kill(60 * args.kill_minutes)]
+    tasks = [asyncio.create_task(w) for w in work]
+    await asyncio.sleep(args.minutes * 60)
+    soak.stopping = True
+    await asyncio.gather(*tasks)
+    await asyncio.sleep(2)
 
 
 async def main(args: argparse.Namespace) -> None:
@@ -148,8 +253,9 @@ async def main(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = write_shape("tiny", Path(temporary) / "tiny")
         write_weights(folder)
-        flags = ["--instances", "2", "--dtype", "float32"]
+        flags = ["--instances", "2", "--dtype", "float32", "--max-num-seqs", "4"]
         flags += ["--max-model-len", "4096", "--kv-cache-memory-bytes", "100000000"]
+        shared_memory = set(os.listdir("/dev/shm"))
         server = serve("llumnix", str(folder), "m", flags, Path(temporary) / "server.log")
         try:
             await server.wait_until_up()
@@ -158,28 +264,20 @@ async def main(args: argparse.Namespace) -> None:
                 soak = Soak(http, server.url, server.process.pid)
                 for body in soak.bodies:
                     soak.answers.append(await soak.ask(body, uuid.uuid4().hex))
-                work = [soak.known() for _ in range(STREAMS)] + [soak.others(), soak.others()]
-                work += [soak.move(60 / args.per_minute), soak.watch()]
-                tasks = [asyncio.create_task(w) for w in work]
-                await asyncio.sleep(args.minutes * 60)
-                soak.stopping = True
-                await asyncio.gather(*tasks)
-                await asyncio.sleep(1)
-                left = await soak.blocks_used()
-            half = len(soak.samples) // 2
-            early = statistics.fmean(s["memory_mb"] for s in soak.samples[half // 2 : half])
-            late = statistics.fmean(s["memory_mb"] for s in soak.samples[half + half // 2 :])
-            summary = {
-                "minutes": args.minutes, "streams": soak.streams, "wrong": soak.wrong,
-                "hung_up": soak.hung_up, "outcomes": soak.outcomes, "reasons": soak.reasons,
-                "downtime_ms_p50": statistics.median(soak.downtimes),
-                "memory_mb_second_quarter": early, "memory_mb_last_quarter": late,
-                "kv_tokens_left": left,
-            }  # fmt: skip
+                await traffic(soak, args)
+                left = await soak.left()
+            below = processes(server.process.pid)
+            server.stop()
+            left["processes"] = sum(Path(f"/proc/{pid}").exists() for pid in below)
+            left["shared_memory"] = sorted(set(os.listdir("/dev/shm")) - shared_memory)
+            summary = {**soak.summary(args.minutes), "left": left}
             print(summary)
             write_result(args.out, soak.samples, summary=summary)
-            assert soak.wrong == 0
-            assert left == [0, 0]
+            assert (soak.wrong, soak.failed) == (0, 0)
+            assert max(summary["slope_mb_per_min"].values()) < SLOPE_MAX_MB_PER_MIN
+            assert left == {
+                "requests": 0, "kv_tokens": [0, 0], "processes": 0, "shared_memory": []
+            }  # fmt: skip
         except BaseException:
             print(server.log.read_text()[-4000:])
             raise
@@ -187,9 +285,37 @@ async def main(args: argparse.Namespace) -> None:
             server.stop()
 
 
+def plot(raw: Path, picture: Path) -> None:
+    """Memory of the two processes that must not grow, over time."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    samples = json.loads(raw.read_text())["rows"]
+    figure, axes = pyplot.subplots(figsize=(8, 3), layout="constrained")
+    for role in ("frontend", "controller"):
+        axes.plot(
+            [s["s"] / 60 for s in samples], [s["memory_mb"][role] for s in samples], label=role
+        )
+    for before, after in itertools.pairwise(samples):
+        if after["kills"] > before["kills"]:
+            axes.axvline(after["s"] / 60, color="grey", linewidth=0.7, linestyle=":")
+    axes.set(xlabel="minutes (dotted: an instance is killed)", ylabel="private memory, MB")
+    axes.set_ylim(bottom=0)
+    axes.legend()
+    figure.savefig(picture, dpi=110)
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=10)
-    parser.add_argument("--per-minute", type=float, default=200)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument("--per-minute", type=float, default=60)
+    parser.add_argument("--kill-minutes", type=float, default=5)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/soak.json")
-    asyncio.run(main(parser.parse_args()))
+    parser.add_argument("--plot", type=Path, nargs=2, metavar=("RAW", "PICTURE"))
+    given = parser.parse_args()
+    if given.plot:
+        plot(*given.plot)
+    else:
+        asyncio.run(main(given))
