@@ -51,6 +51,17 @@ def test_what_differs_from_vllms_defaults_is_in_the_configuration(tiny_model: Pa
     assert not command.vllm_config.model_config.multimodal_config
 
 
+def test_the_demo_model_runs_in_float32_on_a_cpu(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(arguments, "prepare_demo_model", lambda say: tiny_model)
+    dtypes = [
+        str(parse(["serve", *flags], say=lambda _: None).vllm_config.model_config.dtype)
+        for flags in ([], ["--dtype", "bfloat16"])
+    ]
+    assert dtypes == ["torch.float32", "torch.bfloat16"]
+
+
 def test_n_is_bounded_as_openai_bounds_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_MAX_N_SEQUENCES", "")  # So that it is taken back afterwards.
     del os.environ["VLLM_MAX_N_SEQUENCES"]

@@ -32,7 +32,7 @@ def client(server: Server) -> openai.OpenAI:
 
 
 def test_models_names_what_is_served(client: openai.OpenAI) -> None:
-    assert [m.id for m in client.models.list()] == ["tiny"]
+    assert [m.id for m in client.models.list()] == ["tiny", "adapter"]
 
 
 def test_chat_and_its_stream_say_the_same(client: openai.OpenAI) -> None:
@@ -150,16 +150,16 @@ def test_metrics_tell_the_instances_apart(server: Server) -> None:
 
 def test_a_lora_adapter_is_loaded_into_and_removed_from_all(server: Server, lora) -> None:
     http = server.http
-    load = {"lora_name": "adapter", "lora_path": str(lora)}
+    load = {"lora_name": "second", "lora_path": str(lora)}
     assert http.post("/v1/load_lora_adapter", json=load).status_code == 200
     base = server.complete("adapted?", 12).json()["choices"][0]["text"]
-    seen = by_instance(server, "adapted?", 12, model="adapter")
+    seen = by_instance(server, "adapted?", 12, model="second")
     assert set(seen) == {"i0", "i1"}
     assert len(set(seen.values())) == 1
     assert base not in seen.values()
-    unload = {"lora_name": "adapter"}
+    unload = {"lora_name": "second"}
     assert http.post("/v1/unload_lora_adapter", json=unload).status_code == 200
-    assert server.complete("adapted?", 12, model="adapter").status_code == 404
+    assert server.complete("adapted?", 12, model="second").status_code == 404
 
 
 def test_a_stream_names_its_instance_and_is_listed_under_the_clients_id(server: Server) -> None:

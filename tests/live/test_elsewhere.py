@@ -1,4 +1,4 @@
-"""Other ways to run: the demo model, a pooling model, a Ray cluster that was there before."""
+"""Other ways to run: a pooling model, a Ray cluster that was there before."""
 
 import os
 import signal
@@ -17,18 +17,6 @@ from support.tiny_model import WIDTH
 from .conftest import FLAGS
 
 pytestmark = pytest.mark.live
-
-
-def test_without_a_model_the_demo_model_knows_the_capital_of_france(logs: Path) -> None:
-    server = Server(None, "--instances", "1", log=logs / "demo.log").wait_until_serving()
-    try:
-        line = next(line for line in server.log.splitlines() if line.startswith("  curl "))
-        answer = subprocess.run(
-            line.strip(), shell=True, capture_output=True, text=True, timeout=120, check=True
-        )
-        assert "Paris" in answer.stdout
-    finally:
-        assert server.stop() == 0
 
 
 @pytest.mark.slow

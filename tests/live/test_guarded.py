@@ -1,6 +1,7 @@
-"""A server with keys, in turns, with a short time to stop."""
+"""The demo model behind keys, with a short time to stop."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -15,23 +16,30 @@ import pytest
 
 from support.server import Server, eventually, real_time
 
-from .conftest import FLAGS
-
 pytestmark = pytest.mark.live
 KEY = {"Authorization": "Bearer secret"}
 
 
 @pytest.fixture(scope="module")
-def guarded(tiny_model: Path, logs: Path) -> Iterator[Server]:
+def guarded(logs: Path) -> Iterator[Server]:
     server = Server(
-        str(tiny_model), "--served-model-name", "tiny", *FLAGS,
-        "--api-key", "secret", "--policy", "round-robin", "--shutdown-timeout", "1",
+        None, "--instances", "1", "--api-key", "secret", "--shutdown-timeout", "1",
         "--admin-api-key", "root-secret", "--max-body-mb", "0.1", log=logs / "guarded.log",
     )  # fmt: skip
     server.http.headers.update(KEY)
     yield server.wait_until_serving()
     server.stop()
     print(server.log[-2000:])
+
+
+def test_without_a_model_the_demo_model_knows_the_capital_of_france(guarded: Server) -> None:
+    """By the line that the server prints."""
+    line = next(line for line in guarded.log.splitlines() if line.startswith("  curl "))
+    answer = subprocess.run(
+        line.strip(), shell=True, capture_output=True, text=True, timeout=120, check=True,
+        env={**os.environ, "KEY": "secret"},
+    )  # fmt: skip
+    assert "Paris" in answer.stdout
 
 
 def test_every_route_of_the_application_wants_the_key(guarded: Server) -> None:
@@ -69,11 +77,6 @@ def test_a_body_over_the_limit_is_refused_in_openais_form(guarded: Server) -> No
     assert guarded.complete(max_tokens=2).status_code == 200
 
 
-def test_round_robin_takes_turns(guarded: Server) -> None:
-    placed = [guarded.complete(max_tokens=2).headers["x-llumnix-instance"] for _ in range(6)]
-    assert placed in (["i0", "i1"] * 3, ["i1", "i0"] * 3)
-
-
 def test_status_prints_the_instances(guarded: Server) -> None:
     def status(*flags: str) -> subprocess.CompletedProcess[str]:
         words = [sys.executable, "-m", "llumnix", "status", "--url", guarded.url, *flags]
@@ -87,10 +90,11 @@ def test_status_prints_the_instances(guarded: Server) -> None:
         "INSTANCE", "STATE", "NODE", "PID", "DEVICES", "KV", "TOKENS", "RUNNING", "WAITING",
         "RESTARTS",
     ]  # fmt: skip
-    assert [line.split()[:2] for line in table[1:]] == [["i0", "serving"], ["i1", "serving"]]
+    assert [line.split()[:2] for line in table[1:]] == [["i0", "serving"]]
     body = json.loads(status("--api-key", "secret", "--json").stdout)
-    assert [i["devices"] for i in body["instances"]] == [["cpu:0"], ["cpu:1"]]
-    assert {i["kv_tokens_total"] for i in body["instances"]} != {None}
+    (only,) = body["instances"]
+    assert only["devices"] == ["cpu:auto"]
+    assert only["kv_tokens_total"] is not None
 
 
 def test_who_is_not_done_in_time_is_told_and_the_server_stops(guarded: Server) -> None:

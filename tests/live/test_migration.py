@@ -25,7 +25,7 @@ from support.streaming import (
     stream_moved,
 )
 
-from .conftest import FLAGS
+from .conftest import FLAGS, OneServer
 
 pytestmark = pytest.mark.live
 
@@ -54,50 +54,13 @@ TOOL = {"type": "function", "function": {"name": "weather", "parameters": SCHEMA
 _salts = iter(range(10**6))
 
 
-class OneServer:
-    """At most one server at a time: two engines fill this machine."""
-
-    def __init__(self) -> None:
-        self._kind: str | None = None
-        self._server: Server | None = None
-
-    def of(self, kind: str, model: Path, log: Path, *flags: str) -> Server:
-        """The running server of that kind; what ran before it is stopped."""
-        if self._kind != kind:
-            self.stop()
-            # A policy that moves nothing: here only the tests do.
-            flags = ("--served-model-name", "tiny", "--policy", "least-loaded", *flags)
-            server = Server(str(model), *flags, log=log)
-            self._server = server.wait_until_serving()
-            self._kind = kind
-        assert self._server is not None
-        return self._server
-
-    def stop(self) -> None:
-        """Stops it; it must have stood all that it was put through."""
-        server, self._server, self._kind = self._server, None, None
-        if server is not None:
-            restarts = [i["restarts"] for i in server.instances().values()]
-            assert server.stop() == 0
-            print(server.log[-3000:])
-            assert restarts == [0, 0]
-
-
-@pytest.fixture(scope="module")
-def one_server() -> Iterator[OneServer]:
-    one = OneServer()
-    yield one
-    one.stop()
+STILL = ("--policy", "least-loaded")
+"""A policy that moves nothing: here only the tests do."""
 
 
 @pytest.fixture
-def fleet(one_server: OneServer, tiny_model: Path, logs: Path, lora: Path) -> Iterator[Server]:
-    """Two instances of the tiny model, and an adapter for it."""
-    server = one_server.of(
-        "fleet", tiny_model, logs / "fleet.log", *FLAGS,
-        "--enable-lora", "--max-lora-rank", "8", "--lora-modules", f"adapter={lora}",
-        "--enable-auto-tool-choice", "--tool-call-parser", "hermes",
-    )  # fmt: skip
+def fleet(server: Server) -> Iterator[Server]:
+    """The shared server, which has nothing of a test's requests once that is over."""
     yield server
     left_clean(server)
 
@@ -106,7 +69,7 @@ def fleet(one_server: OneServer, tiny_model: Path, logs: Path, lora: Path) -> It
 def narrow(one_server: OneServer, tiny_model: Path, logs: Path) -> Iterator[Server]:
     """Two instances that take four requests at once and prefill 32 tokens a step."""
     server = one_server.of(
-        "narrow", tiny_model, logs / "narrow.log", *FLAGS, "--max-num-seqs", "4",
+        "narrow", tiny_model, logs / "narrow.log", *STILL, *FLAGS, "--max-num-seqs", "4",
         "--max-num-batched-tokens", "32", "--block-size", "32",
     )  # fmt: skip
     yield server
@@ -122,7 +85,7 @@ def tiny_gemma(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Pa
 def hybrid(one_server: OneServer, tiny_gemma: Path, logs: Path) -> Iterator[Server]:
     """Two instances of a tiny Gemma 3: layers with sliding windows beside layers without."""
     server = one_server.of(
-        "hybrid", tiny_gemma, logs / "hybrid.log", *FLAGS,
+        "hybrid", tiny_gemma, logs / "hybrid.log", *STILL, *FLAGS,
         "--max-num-batched-tokens", "32", "--block-size", "32",
     )  # fmt: skip
     yield server
@@ -474,6 +437,7 @@ def wait_for_row(server: Server, name: str) -> None:
         assert time.monotonic() < deadline, f"{name} is not listed"
 
 
+@pytest.mark.slow
 def test_in_the_middle_of_a_chunked_prefill(narrow: Server) -> None:
     body = {**RESTLESS, "prompt": LONG * 32, "max_tokens": 60}
     calm = stream(narrow, COMPLETIONS, salted(body))
@@ -503,6 +467,7 @@ def _moved_while_prefilled(
     return seen[0] == ("migrated", [0])
 
 
+@pytest.mark.slow
 def test_prompt_logprobs_stay_until_the_first_token(narrow: Server) -> None:
     body = {**RESTLESS, "prompt": LONG * 27, "max_tokens": 60, "echo": True, "logprobs": 1}
 
@@ -519,6 +484,7 @@ def test_prompt_logprobs_stay_until_the_first_token(narrow: Server) -> None:
     assert first_difference(calm, moved) is None
 
 
+@pytest.mark.slow
 def test_a_waiting_request_runs_at_once_elsewhere(narrow: Server) -> None:
     target = {**SEEDED, "prompt": "I wait for my turn.", "max_tokens": 60}
     calm = stream(narrow, COMPLETIONS, salted(target))
@@ -588,7 +554,7 @@ def test_gemma_3_270m(one_server: OneServer, logs: Path) -> None:
     except NoGemma as why:
         pytest.skip(str(why))
     server = one_server.of(
-        "270m", folder, logs / "270m.log", "--dtype", "float32",
+        "270m", folder, logs / "270m.log", *STILL, "--dtype", "float32",
         "--kv-cache-memory-bytes", "268435456", "--max-num-seqs", "4", "--max-model-len", "2048",
     )  # fmt: skip
     facts = "The river Loire flows through France for more than a thousand kilometres. "

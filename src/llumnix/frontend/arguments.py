@@ -219,6 +219,7 @@ def _choose_model(args: argparse.Namespace, defaults: argparse.Namespace, say: A
     if args.model == defaults.model or (args.model == DEMO_MODEL and not folder.is_dir()):
         args.served_model_name = args.served_model_name or [DEMO_MODEL]
         folder = prepare_demo_model(say)
+        _suit_demo(args, defaults)
     if folder.is_dir():
         if not any((folder / name).is_file() for name in _CONFIG_FILES):
             raise UsageError(
@@ -229,6 +230,14 @@ def _choose_model(args: argparse.Namespace, defaults: argparse.Namespace, say: A
         raise UsageError(
             f"{args.model}: no such folder; name a folder with a checkpoint or a model id"
         )
+
+
+def _suit_demo(args: argparse.Namespace, defaults: argparse.Namespace) -> None:
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu() and args.dtype == defaults.dtype:
+        # vLLM 0.32's bfloat16 attention for AMX was seen to give wrong answers (bare vLLM, a Xeon).
+        args.dtype = "float32"
 
 
 def _may_be_fetched(model: str) -> bool:
