@@ -218,6 +218,7 @@ ADMINISTRATION = [
     ("POST", "/collective_rpc"), ("POST", "/start_profile"), ("POST", "/v1/load_lora_adapter"),
     ("POST", "/v1/load_lora_adapter/"), ("GET", "/server_info"), ("GET", "/metricsfoo"),
     ("POST", "/unheard-of"), ("POST", "/%73leep"), ("POST", "/v1%2Fload%5Flora_adapter"),
+    ("POST", "/v1/load_lora_adapter%0A"), ("POST", "/v1/unload_lora_adapter%0A"),
     ("POST", "/inference/v1/abort_requests"), ("DELETE", "/adapters/x"),
 ]  # fmt: skip
 USE = [
