@@ -9,6 +9,8 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
+from llumnix.errors import LlumnixError
+
 T = TypeVar("T")
 
 FIRST_PAUSE_S = 1.0
@@ -27,6 +29,8 @@ async def keep_running(
     """Awaits `work()` until it returns. After an exception it is logged under the name `what`, and
     `work()` is called again after a pause that doubles with each failure in a row, up to
     `PAUSE_MAX_S`. The last of `failures_max` failures in a row is raised; None: there is no last.
+    An error of our own (`LlumnixError`) says all in its one line; others are bugs, and are logged
+    with their traceback.
     """
     loop = asyncio.get_running_loop()
     failures = 0
@@ -39,7 +43,8 @@ async def keep_running(
             if failures == failures_max:
                 raise
             pause_s = min(FIRST_PAUSE_S * 2 ** min(failures - 1, 16), PAUSE_MAX_S)
-            logger.exception(
+            log = logger.error if isinstance(error, LlumnixError) else logger.exception
+            log(
                 "%s failed unexpectedly (%s: %s); it is tried again in %.0f s.",
                 what,
                 type(error).__name__,

@@ -4,6 +4,7 @@ import queue
 import sys
 import threading
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,8 +13,9 @@ pytest.importorskip("vllm")
 from vllm import SamplingParams
 from vllm.v1.engine import EngineCoreRequestType
 
+from llumnix.core.limits import MigrationLimits
 from llumnix.engine.host import HURRY_S, LlumletHost
-from llumnix.engine.instance import QUIET_STEPS_MAX, EngineInstance
+from llumnix.engine.instance import EngineInstance
 
 WAKEUP = (EngineCoreRequestType.WAKEUP, None)
 
@@ -84,20 +86,6 @@ def test_a_shutdown_ends_the_wait() -> None:
     assert time.monotonic() < host.until_s - 4
 
 
-class Quiet:
-    """A host that wants no prompts."""
-
-    def quiet(self) -> bool:
-        return True
-
-
-def test_prompts_are_put_off_for_a_few_steps_at_a_time() -> None:
-    engine = object.__new__(EngineInstance)
-    engine._host, engine._quiet_steps = Quiet(), 0  # type: ignore[assignment]
-    asked = [engine._should_throttle_prefills() for _ in range(2 * QUIET_STEPS_MAX + 2)]
-    assert asked == 2 * ([True] * QUIET_STEPS_MAX + [False])
-
-
 def test_a_step_that_puts_prompts_off_goes_on_with_the_others(engine: Any) -> None:
     core, said = engine.core, []
     engine.add("first", list(range(3, 100)), SamplingParams(max_tokens=60, ignore_eos=True))
@@ -126,7 +114,7 @@ class Busy:
     def poll(self, now: float) -> list[Any]:
         return []
 
-    def stepped(self) -> None:
+    def begin_pulls(self) -> None:
         pass
 
 
@@ -136,6 +124,9 @@ def test_threads_take_the_lock_fast_while_a_request_moves_and_shortly_after() ->
     host, llumlet = object.__new__(LlumletHost), Busy()
     host.llumlet = host.port = llumlet  # type: ignore[assignment]
     host._here, host._calm_s, host._hurried = queue.SimpleQueue(), calm_s, False
+    host._orders, host._after = queue.SimpleQueue(), []
+    host._guarded = SimpleNamespace(retry=lambda: None)  # type: ignore[assignment]
+    host._seat = SimpleNamespace(limits=MigrationLimits())  # type: ignore[assignment]
     host._hurry_until_s, host._send = 0.0, list.clear  # type: ignore[assignment,method-assign]
     try:
         for busy in (True, False):

@@ -115,7 +115,8 @@ def test_who_is_not_done_in_time_is_told_and_the_server_stops(guarded: Server) -
     thread = threading.Thread(target=long_stream)
     thread.start()
     eventually(lambda: len(finish) > 5, 20)
-    (row,) = guarded.http.get("/llumnix/v1/requests").json()["requests"]
+    admin = {"Authorization": "Bearer root-secret"}
+    (row,) = guarded.http.get("/llumnix/v1/requests", headers=admin).json()["requests"]
     assert row["priority"] == 0
     began = time.monotonic()
     guarded.signal(signal.SIGTERM)

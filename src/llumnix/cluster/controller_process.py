@@ -87,7 +87,10 @@ class ControllerProcess:
                 self._link.ping(PING_EVERY_S), asyncio.wait({ended}, timeout=PING_EVERY_S)
             )
             if ended.done():
-                ended.result()
+                try:
+                    ended.result()
+                except ray.exceptions.RayActorError as error:
+                    raise ControllerEndedError("its process has died") from error
                 raise ControllerEndedError("it has ended though nobody stopped it")
             if pong is not None:
                 answered, unanswered = True, 0
