@@ -345,15 +345,18 @@ async def test_a_grammar_that_the_engine_cannot_compile_is_the_clients_mistake(
     async with front(tmp_path) as one:
         told: list[FailedRequest] = []
         one.client.on_failed = lambda failed: bool(told.append(failed))
-        for name in ("bad", "late"):
+        for name in ("bad", "late", "nothing"):
             await one.add_request(name, 0, sampling_params=grammar())
         await one.add_request("plain", 0)
         one.take_in(tokens(0, "late", 5))
         for name in ("bad", "late", "plain"):
             one.take_in(tokens(0, name, finish_reason=FinishReason.ERROR))
+        one.take_in(tokens(0, "nothing", 5, finish_reason=FinishReason.ERROR))
         while not one.client.outputs_queue.empty():
             await one.client.get_output_async()
-        assert [(f.request, f.status, f.why) for f in told] == [("bad", 400, BAD_GRAMMAR)]
+        assert [(f.request, f.status, f.why) for f in told] == [
+            (name, 400, BAD_GRAMMAR) for name in ("bad", "nothing")
+        ]
         assert len(one.client.streams) == 0
 
 

@@ -426,9 +426,7 @@ class FleetClient(EngineCalls):
 
     def _note_finished(self, index: EngineIndex, outputs: list[EngineCoreOutput]) -> None:
         """Closes the streams that these outputs end."""
-        for output in outputs:
-            if output.finish_reason is None:
-                continue
+        for output in (o for o in outputs if o.finish_reason is not None):
             try:
                 self._note_finish(index, output, output.finish_reason)
             except Exception as error:  # noqa: BLE001 - the other outputs must arrive
@@ -440,7 +438,8 @@ class FleetClient(EngineCalls):
         stream = self.streams.get(output.request_id)
         if stream is None:
             return
-        if reason is FinishReason.ERROR and stream.grammar and not stream.output_tokens:
+        begins = stream.grammar and stream.output_tokens <= len(output.new_token_ids)
+        if reason is FinishReason.ERROR and begins:
             self._fail(stream, BAD_GRAMMAR, HTTPStatus.BAD_REQUEST)
         if stream.session and reason is not FinishReason.ABORT:
             stream.between_inputs = True

@@ -8,8 +8,8 @@ vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when
   is all of the check, changes nothing but the parameters, and is looked up on them when
   `InputProcessor` verifies them. Parameters may carry attributes of ours; a clone need not.
 - An engine ends a request whose grammar it cannot compile with `FinishReason.ERROR`, before its
-  first token, and says no more. It ends others so whose KV did not come through a connector, or
-  whose multimodal inputs it lacks.
+  first token, and one whose first token the grammar refuses with that token; it says no more. So it
+  also ends one whose KV did not come through a connector, or whose multimodal inputs it lacks.
 """
 
 import asyncio
@@ -23,8 +23,8 @@ from vllm.v1.engine import EngineCoreRequest
 THREADS_MAX = 4
 """So many grammars are checked at a time; further ones wait."""
 BAD_GRAMMAR = (
-    "The engine cannot compile the grammar of structured_outputs, response_format or tools: "
-    "mend or simplify it."
+    "The engine cannot compile the grammar of structured_outputs, response_format or tools, or "
+    "nothing matches it: mend or simplify it."
 )
 
 
