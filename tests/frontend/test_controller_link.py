@@ -175,6 +175,24 @@ def test_a_ping_is_answered_or_not(controller: FakeController) -> None:
     asyncio.run(asyncio.wait_for(main(), 60))
 
 
+def test_a_cancellation_that_comes_together_with_the_answer_is_not_lost(tmp_path: Path) -> None:
+    async def main() -> None:
+        link = ControllerLink(f"ipc://{tmp_path}/nobody")
+        link.start()
+        link._send = lambda _: None  # type: ignore[method-assign]
+        pinging = asyncio.create_task(link.ping(60))
+        while not link._replies:
+            await asyncio.sleep(0)
+        (number,) = link._replies
+        link._heard(Pong(number=number))
+        pinging.cancel()
+        await asyncio.wait({pinging})
+        link.close()
+        assert pinging.cancelled()
+
+    asyncio.run(main())
+
+
 def test_what_the_controller_should_not_say_and_what_fails_harm_no_question(
     controller: FakeController, caplog: pytest.LogCaptureFixture
 ) -> None:

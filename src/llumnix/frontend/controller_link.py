@@ -129,7 +129,9 @@ class ControllerLink:
         self._replies[number] = reply = self._loop.create_future()
         try:
             self._send(message)
-            return await asyncio.wait_for(reply, timeout_s)
+            # `wait_for` would lose a cancellation that comes together with the answer.
+            async with asyncio.timeout(timeout_s):
+                return await reply
         except (zmq.Again, TimeoutError):
             return None
         finally:
