@@ -200,3 +200,13 @@ def test_where_everything_of_a_kind_fails_another_process_must_try(
     served._thread.join(timeout=20)
     (error,) = served.ended
     assert isinstance(error, IndexError)
+
+
+def test_a_controller_that_is_stopped_has_written_its_log(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    controller = Controller([f"ipc://{tmp_path}/c"], SchedulerSettings(), str(log))
+    controller.stop()
+    controller.run()
+    # Its process is killed from here on.
+    assert controller._log._writer is None
+    assert '"started"' in log.read_text()

@@ -16,6 +16,7 @@ def test_the_ends_of_the_logs_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path
     (logs / "a.socket").write_text("x")
     kept = kept_logs.keep_logs(tmp_path / "ray", tmp_path / "cache")
     assert {f.name: f.read_text() for f in kept.iterdir()} == {"worker-1.err": "the cause\n"}
+    assert kept.stat().st_mode & 0o077 == 0
 
 
 def test_only_the_newest_stay(tmp_path: Path) -> None:

@@ -10,8 +10,10 @@ import httpx
 import pytest
 
 from llumnix.cluster import serve as serving
+from llumnix.cluster.addresses import Addresses
 from llumnix.cluster.first_look import first_look
 from llumnix.cluster.serve import Start, curl_line
+from llumnix.config import DeploymentConfig
 from llumnix.frontend.arguments import refuse_strangers
 
 
@@ -63,6 +65,40 @@ def test_the_line_to_try_has_the_key_from_either_variable() -> None:
     assert printed(True, "http://[::]:80", generates=False) == [
         "http://[::1]:80/v1/models", "-H", "Authorization: Bearer k",
     ]  # fmt: skip
+
+
+async def test_what_fails_while_the_parts_are_made_leaves_none_of_them_open(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from llumnix.engine.launch import EngineLaunch
+    from llumnix.frontend import client, llm
+
+    done: list[str] = []
+
+    class Client:
+        def __init__(self, *_: Any, **__: Any) -> None:
+            self.start = lambda: done.append("started")
+            self.close = lambda: done.append("closed")
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no tokenizer")
+
+    monkeypatch.setattr(EngineLaunch, "of", lambda *_, **__: None)
+    monkeypatch.setattr(client, "FleetClient", Client)
+    monkeypatch.setattr(llm, "FleetLLM", fails)
+    args: Any = SimpleNamespace(
+        access=SimpleNamespace(client_digests=()),
+        disable_log_stats=True,
+        enable_log_requests=False,
+        aggregate_engine_logging=False,
+    )
+    command: Any = SimpleNamespace(args=args, vllm_config=None, deployment=DeploymentConfig())
+    log: Any = SimpleNamespace(close=lambda: done.append("log closed"))
+    addresses = Addresses.make(None)
+    with pytest.raises(RuntimeError):
+        await serving._run(command, log, addresses, Start())
+    addresses.remove()
+    assert done == ["started", "closed", "log closed"]
 
 
 def test_where_the_logs_of_lost_instances_are_is_said(

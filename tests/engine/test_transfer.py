@@ -23,6 +23,7 @@ from llumnix.engine.blocks import HostMemory, Piece, Plane, fuse, lay_out, runs,
 from llumnix.engine.blocks_cuda import pair_up, word
 from llumnix.engine.transfer import AgentClient, Pulled, TransferOptions, WorkerAgent
 from llumnix.errors import UsageError
+from support.server import unused_memory
 
 KEY = b"a key of the tests"
 BLOCKS = 24
@@ -366,7 +367,7 @@ def test_a_killed_source_fails_the_pull_and_its_successor_serves(
     rig: Rig, spawn: Callable[..., Worker]
 ) -> None:
     listen = f"unix:{rig.folder}/source"
-    shm = set(os.listdir("/dev/shm"))
+    unused = unused_memory()
     ours = kv_tensors(100)
     first = spawn(listen, 1)
     # Slow enough that the kill comes in the middle.
@@ -394,7 +395,7 @@ def test_a_killed_source_fails_the_pull_and_its_successor_serves(
     assert rig.answer().error is None
     assert torch.equal(snapshot(ours), expected)
     # SIGKILL left nothing behind.
-    assert set(os.listdir("/dev/shm")) <= shm
+    assert unused_memory() <= unused
 
 
 def test_a_peer_restarted_between_pulls_is_not_noticed(rig: Rig) -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from support.server import eventually
+from llumnix.engine.folders import is_dead
+from support.server import eventually, unused_memory
 
 pytestmark = pytest.mark.live
 
@@ -98,7 +99,9 @@ def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
 
 
 def left_behind() -> set[Path]:
-    return {*Path(tempfile.gettempdir()).glob("llumnix-*"), *Path("/dev/shm").iterdir()}
+    """What dead processes left in shared memory and among the folders for sockets."""
+    folders = Path(tempfile.gettempdir()).glob("llumnix-*")
+    return {*map(Path, unused_memory()), *filter(is_dead, folders)}
 
 
 def complaint(*words: str, run: Callable[..., tuple[int, str]] = llumnix) -> str:

@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from llumnix.engine.folders import sweep
-from support.server import Server, alive, eventually, real_time
+from support.server import Server, alive, eventually, real_time, unused_memory
 
 from .conftest import FLAGS
 
@@ -95,7 +95,7 @@ def start(tiny_model: Path, log: Path, *flags: str) -> Server:
 @pytest.fixture(scope="module")
 def pair(tiny_model: Path, logs: Path) -> Iterator[Server]:
     """Two instances, which the tests hurt one after the other; nothing of them stays behind."""
-    shared_memory = set(os.listdir("/dev/shm"))
+    unused = unused_memory()
     server = Server(str(tiny_model), "--served-model-name", "tiny", *FLAGS, log=logs / "pair.log")
     early = eventually(lambda: answer(server, "/health"), 60, "the port is listened on")
     yield server.wait_until_serving()
@@ -103,7 +103,7 @@ def pair(tiny_model: Path, logs: Path) -> Iterator[Server]:
     assert early.json()["error"]["message"].startswith("llumnix is starting")
     server.stop()
     print(server.log[-3000:])
-    eventually(lambda: set(os.listdir("/dev/shm")) <= shared_memory, 10, "no shared memory")
+    eventually(lambda: unused_memory() <= unused, 10, "no shared memory")
 
 
 @pytest.fixture
@@ -210,7 +210,7 @@ def test_instances_are_added_and_removed_while_streams_go_on(pair: Server) -> No
 def test_ctrl_c_lets_running_requests_end_and_leaves_nothing(pair: Server) -> None:
     """The last test of this pair."""
     server = pair
-    shared_memory = set(os.listdir("/dev/shm"))
+    unused = unused_memory()
     pids = server.descendants()
     assert len(pids) > 3
     results: list[dict] = []
@@ -228,7 +228,7 @@ def test_ctrl_c_lets_running_requests_end_and_leaves_nothing(pair: Server) -> No
     assert results[0]["error"] is None
     assert results[0]["tokens"] == 600
     eventually(lambda: not any(map(alive, pids)), 10, "no process is left")
-    eventually(lambda: set(os.listdir("/dev/shm")) <= shared_memory, 10, "no shared memory")
+    eventually(lambda: unused_memory() <= unused, 10, "no shared memory")
     assert "Traceback" not in server.log
 
 

@@ -130,6 +130,21 @@ def alive(pid: int) -> bool:
         return False
 
 
+def unused_memory() -> set[str]:
+    """Files of shared memory that no process has: what a dead one left. Other servers, whose files
+    come and go meanwhile, have theirs."""
+    folder = "/dev/shm/"
+    names = {folder + name for name in os.listdir(folder)}
+    used: set[str] = set()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                lines = (entry / "maps").read_text().splitlines()
+                used |= {line.rpartition(" ")[2] for line in lines if folder in line}
+                used |= {os.readlink(fd) for fd in (entry / "fd").iterdir()}
+    return names - used
+
+
 def eventually(true: Callable[[], Any], timeout_s: float = 60, what: str = "") -> Any:
     """Waits until `true()` holds, and returns what it gave."""
     deadline = time.monotonic() + timeout_s

@@ -95,6 +95,7 @@ class Controller:
         gc.collect()
         gc.freeze()
         with (
+            contextlib.closing(self._log),
             zmq.Context() as context,
             contextlib.closing(Listening(context, self._keys)) as listening,
             context.socket(zmq.ROUTER) as socket,

@@ -14,7 +14,8 @@ def keep_logs(ray_folder: Path, cache: Path) -> Path:
     drops the oldest that are there. Returns the folder; `OSError` if it cannot be written."""
     all_kept = cache / "logs"
     kept = all_kept / time.strftime("%Y-%m-%dT%H-%M-%S")
-    kept.mkdir(parents=True, exist_ok=True)
+    # Ray's session folder is for its owner only too.
+    kept.mkdir(mode=0o700, parents=True, exist_ok=True)
     for log in sorted((ray_folder / "session_latest" / "logs").glob("*.*")):
         if log.suffix in (".out", ".err", ".log") and (size := log.stat().st_size):
             with log.open("rb") as source, (kept / log.name).open("wb") as end:

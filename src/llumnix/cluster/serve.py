@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import contextlib
 import logging
 import os
 import signal
@@ -175,50 +176,52 @@ async def _run(
         addresses.frontend_output,
         log_stats=not args.disable_log_stats,
     )
-    client = FleetClient(
-        command.vllm_config,
-        {
-            "input_address": addresses.frontend_input,
-            "output_address": addresses.frontend_output,
-        },
-        ControllerLink(addresses.controller, addresses.keys),
-        deployment.slots,
-        event_log,
-        priorities_of(deployment.scheduler, keyed=bool(args.access.client_digests)),
-        hash_prefixes=POLICIES[deployment.scheduler.policy].looks_at_caches,
-        keys=addresses.keys,
-    )
-    client.start()
-    llm = FleetLLM(
-        command.vllm_config,
-        client,
-        log_stats=not args.disable_log_stats,
-        log_requests=args.enable_log_requests,
-        aggregate_engine_logging=args.aggregate_engine_logging,
-    )
-    fleet = Fleet(llm, launch, addresses, deployment)
-    start.progress.instances = lambda: [(s.id, s.state) for s in fleet.status()]
-    failed = None
-    try:
-        await fleet.check_capacity(deployment.instances)
-        fleet.start_controller()
-        await fleet.start(deployment.instances, start.say)
-        failed = asyncio.create_task(_stop_when_all_failed(fleet))
-        assert start.listener is not None
-        signals.pass_hangup_on(asyncio.get_running_loop())
-        await serve_http(llm, fleet, start.listener, args, lambda: _announce(llm, start, args))
-    except InstanceFailedError as error:
-        start.crashed = True
-        raise UsageError(str(error)) from error
-    finally:
-        start.crashed |= any(s.restarts or s.state == "failed" for s in fleet.status())
-        # What follows is short, and half of it would leave processes and files behind.
-        signals.ignore(asyncio.get_running_loop())
-        if failed is not None:
-            failed.cancel()
-        await fleet.close()
-        llm.shutdown()
-        client.close()
+    with contextlib.ExitStack() as undo:
+        undo.callback(event_log.close)
+        client = FleetClient(
+            command.vllm_config,
+            {
+                "input_address": addresses.frontend_input,
+                "output_address": addresses.frontend_output,
+            },
+            ControllerLink(addresses.controller, addresses.keys),
+            deployment.slots,
+            event_log,
+            priorities_of(deployment.scheduler, keyed=bool(args.access.client_digests)),
+            hash_prefixes=POLICIES[deployment.scheduler.policy].looks_at_caches,
+            keys=addresses.keys,
+        )
+        undo.callback(client.close)
+        client.start()
+        llm = FleetLLM(
+            command.vllm_config,
+            client,
+            log_stats=not args.disable_log_stats,
+            log_requests=args.enable_log_requests,
+            aggregate_engine_logging=args.aggregate_engine_logging,
+        )
+        undo.callback(llm.shutdown)
+        fleet = Fleet(llm, launch, addresses, deployment)
+        start.progress.instances = lambda: [(s.id, s.state) for s in fleet.status()]
+        failed = None
+        try:
+            await fleet.check_capacity(deployment.instances)
+            fleet.start_controller()
+            await fleet.start(deployment.instances, start.say)
+            failed = asyncio.create_task(_stop_when_all_failed(fleet))
+            assert start.listener is not None
+            signals.pass_hangup_on(asyncio.get_running_loop())
+            await serve_http(llm, fleet, start.listener, args, lambda: _announce(llm, start, args))
+        except InstanceFailedError as error:
+            start.crashed = True
+            raise UsageError(str(error)) from error
+        finally:
+            start.crashed |= any(s.restarts or s.state == "failed" for s in fleet.status())
+            # What follows is short, and half of it would leave processes and files behind.
+            signals.ignore(asyncio.get_running_loop())
+            if failed is not None:
+                failed.cancel()
+            await fleet.close()
     if fleet.all_failed.is_set():
         raise UsageError("every instance failed: " + "; ".join(s.why or "" for s in fleet.status()))
     say("stopped")

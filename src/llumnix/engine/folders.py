@@ -88,8 +88,8 @@ def sweep(parent: Path) -> list[Path]:
     user's. Returns what it removed."""
     removed = []
     for outer in parent.glob(PREFIX + "*"):
-        inner = [path for path in _children(outer) if _is_dead(path)]
-        dead = [outer] if _is_dead(outer) else inner
+        inner = [path for path in _children(outer) if is_dead(path)]
+        dead = [outer] if is_dead(outer) else inner
         for path in dead:
             shutil.rmtree(path, ignore_errors=True)
         if inner and not (outer / _LOCK).exists():
@@ -106,7 +106,7 @@ def _children(folder: Path) -> list[Path]:
         return []  # Another user's, or just gone.
 
 
-def _is_dead(folder: Path) -> bool:
+def is_dead(folder: Path) -> bool:
     """Whether somebody owned it and is no more."""
     try:
         if folder.is_symlink() or folder.stat().st_uid != os.geteuid():
