@@ -49,7 +49,10 @@ def test_the_schedulers_orders_move_requests() -> None:
         ended += cluster.ended
         wanted += cluster.wanted
     assert wanted > 200
-    assert len([e for e in ended if e.taken]) > wanted / 4, {e.why for e in ended}
+    # Many are short, and over before their turn comes.
+    lived = [e for e in ended if "ended" not in e.why]
+    assert len(lived) > wanted / 2
+    assert len([e for e in lived if e.taken]) > len(lived) / 2, {e.why for e in lived}
 
 
 def test_in_a_calm_world_most_migrations_end_well() -> None:

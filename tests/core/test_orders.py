@@ -19,7 +19,12 @@ from llumnix.core.messages import (
     Verdict,
 )
 from llumnix.core.port import Refusal
-from llumnix.core.setbacks import DESTINATION_PAUSE_S, REQUEST_PAUSE_S, Setbacks
+from llumnix.core.setbacks import (
+    DESTINATION_PAUSE_MAX_S,
+    DESTINATION_PAUSE_S,
+    REQUEST_PAUSE_S,
+    Setbacks,
+)
 from llumnix.core.settings import MigrationSettings, SchedulerSettings
 from llumnix.core.types import EngineIndex, Epoch, InstanceId, MigrationId, OrderId, RequestId
 from support.fake_engine import FakeEngine
@@ -233,6 +238,16 @@ def test_a_destination_that_declines_all_is_not_asked_by_each_in_turn() -> None:
         source.now = tick * 0.05
         tried += source.fail(tick) is not None
     assert tried < 10
+
+
+def test_a_destination_that_was_full_for_long_is_asked_again_soon() -> None:
+    source = Source(*range(100, 164))
+    tried = []
+    for tick in range(1, 2400):  # Two minutes.
+        source.now = tick * 0.05
+        if source.fail(tick):
+            tried.append(source.now)
+    assert max(b - a for a, b in pairwise(tried)) < DESTINATION_PAUSE_MAX_S + 0.1
 
 
 def test_a_silent_destination_is_a_failure_too() -> None:

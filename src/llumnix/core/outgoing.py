@@ -45,6 +45,7 @@ from llumnix.core.types import EngineIndex, MigrationId, RequestId
 
 _NOT_TAKEN = (SourceEvent.DECLINED, SourceEvent.LATE)
 _GOING_ON = (SourceState.RESERVING, SourceState.COPYING, SourceState.IDLE)
+_HANDED_OVER = (SourceState.DECIDING, SourceState.RELEASING)
 
 
 class OutgoingMigrations:
@@ -200,7 +201,7 @@ class OutgoingMigrations:
         going.why = f"an error at its source: {why}"
         if going.machine.over:
             self._end(going, taken=going.machine.state is SourceState.COMMITTED, now=now)
-        elif going.machine.state is SourceState.DECIDING and now >= going.deadline_s:
+        elif going.machine.state in _HANDED_OVER and now >= going.deadline_s:
             self._walk(going, SourceEvent.LATE, now)
         else:
             self._walk(going, SourceEvent.FAILED, now)

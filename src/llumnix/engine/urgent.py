@@ -4,10 +4,13 @@ vLLM's priority scheduling orders the queue, but the head of the queue waits unt
 end or get through their prompts, however unimportant they are.
 
 Rules
-- If the head of the queue cannot start in the next step, running requests of less urgent classes
-  are preempted: the least urgent class first, in it the latest arrival. Only as many as the head
-  needs, and none if even all of them would not suffice. Where only tokens of the step are short,
-  those that are in the middle of their prompts are preempted, and no others.
+- The head of the queue is the first that lacks nothing but room. One that waits for something else
+  (a grammar, a place for its LoRA adapter, its last tokens from before a preemption) is passed
+  over, as vLLM does. So is what waits with KV blocks for its client's next input.
+- If the head cannot start in the next step, running requests of less urgent classes are preempted:
+  the least urgent class first, in it the latest arrival. Only as many as the head needs, and none
+  if even all of them would not suffice. Where only tokens of the step are short, those that are in
+  the middle of their prompts are preempted, and no others.
 - Classes are the clients' own. A request that was promoted because it waited long (aging) preempts
   nobody, and once it runs nobody preempts it.
 - A preempted request is queued before all of its class that have not started, keeps its
@@ -18,19 +21,27 @@ vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when
 `reset_prefix_cache` has it; `max_num_active_reqs` and `num_waiting_for_streaming_input` bound
 `running`, `max_num_scheduled_tokens` a step; running requests are scheduled before waiting ones;
 `KVCacheManager.get_computed_blocks` and `coordinator.get_num_blocks_to_allocate` change nothing;
-`_request_blocks_can_be_freed` says whether blocks return to the pool at once.
+`_request_blocks_can_be_freed` says whether blocks return to the pool at once; a request that waits
+is skipped, and those behind it looked at, if its status is another than WAITING or PREEMPTED, if it
+has `num_stale_output_tokens` without `drop_stale_output`, or if its adapter would be one too many
+for `lora_config.max_loras`.
 """
 
 import time
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.request_queue import SchedulingPolicy
-from vllm.v1.request import Request, RequestStatus
+from vllm.v1.request import Request
 
 from llumnix.core.priorities import Priorities
 from llumnix.engine.load_reader import client_priority
+from llumnix.engine.vllm_port import ABLE
+
+PASSED_OVER_MAX = 8
+"""So many at the front of the queue are looked at for one that lacks nothing but room."""
 
 
 class UrgentAdmission:
@@ -52,16 +63,16 @@ class UrgentAdmission:
         if (
             not self._on
             or not scheduler.waiting
-            or scheduler.kv_holding_waiting
+            or any(r.status in ABLE for r in scheduler.kv_holding_waiting)
             or scheduler.pause_state != PauseState.UNPAUSED
         ):
             return 0
-        head = scheduler.waiting.peek_request()
+        front = islice(iter(scheduler.waiting), PASSED_OVER_MAX)
+        head = next((r for r in front if self._lacks_only_room(r)), None)
+        if head is None:
+            return 0
         rank = self._priorities.rank(client_priority(head))
-        if rank + 1 >= len(self._priorities) or head.status not in (
-            RequestStatus.WAITING,
-            RequestStatus.PREEMPTED,
-        ):
+        if rank + 1 >= len(self._priorities):
             return 0
         victims = self._enough(head, self._victims(rank))
         now = time.monotonic()
@@ -73,6 +84,18 @@ class UrgentAdmission:
             # It may be resumed in the very next step, which must not take it for one that ran on.
             scheduler.prev_step_scheduled_req_ids.discard(victim.request_id)
         return len(victims)
+
+    def _lacks_only_room(self, request: Request) -> bool:
+        if request.status not in ABLE:
+            return False
+        if request.num_stale_output_tokens and not request.drop_stale_output:
+            return False
+        lora, config = request.lora_request, self._scheduler.lora_config
+        if lora is None or config is None:
+            return True
+        running = [r.lora_request for r in self._scheduler.running]
+        taken = {other.lora_int_id for other in running if other is not None}
+        return lora.lora_int_id in taken or len(taken) < config.max_loras
 
     def _victims(self, rank: int) -> list[Request]:
         """Running requests that a request of class `rank` may preempt, in that order."""

@@ -51,7 +51,7 @@ WAITING_SHOWN_MAX = 8
 """Waiting requests that may be chosen to move; finding more of them costs sorting the queue."""
 STUCK_STEPS = 3
 """Steps in a row that ran nothing, after which a request that waits with blocks gives them up."""
-_ABLE = (RequestStatus.WAITING, RequestStatus.PREEMPTED)
+ABLE = (RequestStatus.WAITING, RequestStatus.PREEMPTED)
 """A request that waits in one of these could start. In others it waits for something from outside:
 the next input of a session, a grammar, a KV transfer."""
 
@@ -268,7 +268,7 @@ class VllmPort(Arrivals):
             return False
         if scheduler.num_waiting_for_streaming_input >= scheduler.max_num_active_reqs:
             return False  # Sessions have all slots.
-        able = sum(r.status in _ABLE for r in scheduler.kv_holding_waiting)
+        able = sum(r.status in ABLE for r in scheduler.kv_holding_waiting)
         # What moves hold comes back by itself, and one alone gains nothing if it gives up its own.
         return able > 1 or (able == 1 and not (self._arriving or self._pins or self._stopped))
 
@@ -276,13 +276,13 @@ class VllmPort(Arrivals):
         """Requests that wait with blocks in their hands cannot be preempted by each other: the last
         gives its blocks up, as vLLM's own preemption would make it."""
         holding = self._scheduler.kv_holding_waiting
-        self._give_up([r for r in holding if r.status in _ABLE][-1])
+        self._give_up([r for r in holding if r.status in ABLE][-1])
 
     def give_up_blocks(self) -> None:
         """All requests that wait with blocks, since they have just come or come back, go on waiting
         without: vLLM preempts only those that run."""
         holding = self._scheduler.kv_holding_waiting
-        for request in reversed([r for r in holding if r.status in _ABLE]):
+        for request in reversed([r for r in holding if r.status in ABLE]):
             self._give_up(request)
 
     def _give_up(self, request: Request) -> None:
