@@ -408,6 +408,10 @@ def test_a_running_request_can_be_preempted_between_two_steps() -> None:
         "request_queue = self.waiting",
         "num_running = len(self.running) + self.num_waiting_for_streaming_input",
         "if num_running >= self.max_num_active_reqs",
+        "ready_to_schedule = self._handle_blocked_waiting_request(request)",
+        "if request.num_stale_output_tokens and not request.drop_stale_output:",
+        "len(scheduled_loras) == self.lora_config.max_loras",
+        "request.lora_request.lora_int_id not in scheduled_loras",
         who=who,
     )
     says(
