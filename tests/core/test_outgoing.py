@@ -3,6 +3,8 @@ words in the test's hand."""
 
 from typing import TypeVar
 
+import pytest
+
 from llumnix.core.limits import MigrationLimits
 from llumnix.core.llumlet import Llumlet
 from llumnix.core.messages import (
@@ -135,6 +137,20 @@ def test_a_lost_verdict_does_not_keep_the_blocks_for_ever() -> None:
     source.hear(declined())
     source.hear(declined())
     assert not source.engine.pinned
+
+
+def test_it_is_asked_for_again_though_every_look_at_it_fails() -> None:
+    source = Source()
+    source.hand_over()
+    source.engine.abort(R)
+    source.poll()
+    for _ in range(2):
+        source.now += LIMITS.verdict_again_s
+        source.engine.progress = lambda request: 1 / 0  # type: ignore[assignment,return-value]
+        with pytest.raises(ZeroDivisionError):
+            source.poll()
+        source.out += source.llumlet.failed("an error", source.now)
+    assert len(source.said(Handover)) == 3
 
 
 def test_the_room_asked_for_holds_the_request_and_what_it_generates_meanwhile() -> None:

@@ -85,6 +85,24 @@ def test_caches_are_reset_once_a_pull_that_was_under_way_has_ended(
     assert hosts.tokens["r"] == [40, 0]
 
 
+def test_a_reset_that_is_over_lets_nothing_come_while_a_pause_waits(
+    hosts: Hosts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = Held(hosts, monkeypatch)
+    start(hosts)
+    hosts.until(lambda: held.open)
+    core = hosts.engines[DESTINATION].core
+    reset, pause = core.reset_prefix_cache(), core.pause_scheduler("keep")
+    held.end()
+    assert answered(hosts, reset) is True
+    answered(hosts, pause)
+    hosts.until(lambda: hosts.outcomes)
+    assert hosts.engines[DESTINATION].host.llumlet._incoming.closed == "it is paused"
+    core.resume_scheduler()
+    assert hosts.engines[DESTINATION].host.llumlet._incoming.closed is None
+    hosts.until(lambda: hosts.ended.get("r"))
+
+
 @pytest.mark.parametrize("side", [SOURCE, DESTINATION])
 @pytest.mark.parametrize("moment", [Stage, Handover])
 def test_a_pause_in_the_middle_of_a_move_never_fails(

@@ -138,6 +138,7 @@ class Arrivals:
     def forget(self, agents: list[str]) -> None:
         """These workers are gone."""
         self._met.discard(tuple(agents))
+        self._unmet.pop(tuple(agents), None)
         self._client.forget(agents)
 
     @property

@@ -333,8 +333,9 @@ class LlumletHost:
         return after.answer.result() if after.answer.done() else after.answer
 
     def welcome(self) -> None:
-        """Requests may come again."""
-        self.llumlet.welcome()
+        """Requests may come again, unless another call waits for them to have ended."""
+        if not self._after:
+            self.llumlet.welcome()
 
     def hold_memory(self, *, held: bool) -> None:
         """Keeps peers from reading KV blocks here, or lets them again."""
