@@ -38,6 +38,8 @@ SETTLED_S = 300.0
 KILL_NOTICED_S = 10.0
 """So long after a kill streams may end with an error; at any other time none may."""
 SLOPE_MAX_MB_PER_MIN = 1.0
+ENDED_WITHIN_S = 5.0
+"""Processes that were killed at the stop may take so long to be gone."""
 
 
 def processes(root: int) -> list[int]:
@@ -268,7 +270,12 @@ async def main(args: argparse.Namespace) -> None:
                 left = await soak.left()
             below = processes(server.process.pid)
             server.stop()
-            left["processes"] = sum(Path(f"/proc/{pid}").exists() for pid in below)
+            ended_by = time.monotonic() + ENDED_WITHIN_S
+            while (alive := [p for p in below if Path(f"/proc/{p}").exists()]) and (
+                time.monotonic() < ended_by
+            ):
+                await asyncio.sleep(0.1)
+            left["processes"] = len(alive)
             left["shared_memory"] = sorted(set(os.listdir("/dev/shm")) - shared_memory)
             summary = {**soak.summary(args.minutes), "left": left}
             print(summary)
