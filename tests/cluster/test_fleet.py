@@ -97,6 +97,19 @@ def test_an_instance_that_dies_loses_its_streams_and_is_started_again(
     play(script)
 
 
+def test_an_instance_that_cannot_be_added_is_not_listed(play: Callable[..., World]) -> None:
+    def fails(_: int) -> None:
+        raise RuntimeError("a plugin for metrics failed")
+
+    async def script(w: World) -> None:
+        w.fleet._llm.grow_metrics = fails  # type: ignore[method-assign]
+        with pytest.raises(RuntimeError):
+            await w.fleet.add()
+        assert w.states == {"i0": "serving", "i1": "serving"}
+
+    play(script)
+
+
 def test_pauses_grow_with_each_crash_and_the_fifth_in_a_row_is_the_last(
     play: Callable[..., World],
 ) -> None:

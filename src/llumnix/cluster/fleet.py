@@ -129,8 +129,8 @@ class Fleet:
                     "first, or start llumnix with a higher one"
                 )
             await self._check_room()
+            self._llm.grow_metrics(self._free_slot() + 1)
             member = self._enlist()
-            self._llm.grow_metrics(member.slot + 1)
             self._supervisor.supervise(member)
             self._changed()
         return member.status()
@@ -293,13 +293,17 @@ class Fleet:
                 logger.error("%s could not be ended: %s: %s", what, type(result).__name__, result)
 
     def _enlist(self) -> Member:
-        """A new member in the lowest slot that is free, or whose instance was given up: a slot more
-        is one more label on every metric."""
-        taken = {m.slot for m in self._members.values() if m.state != "failed" or m.run is not None}
-        slot = next(s for s in range(len(taken) + 1) if s not in taken)
+        """A new member, in the lowest free slot."""
+        slot = self._free_slot()
         member = Member(id=InstanceId(f"i{slot}"), slot=slot)
         self._members[member.id] = member
         return member
+
+    def _free_slot(self) -> int:
+        """The lowest slot that is free, or whose instance was given up: a slot more is one more
+        label on every metric."""
+        taken = {m.slot for m in self._members.values() if m.state != "failed" or m.run is not None}
+        return next(s for s in range(len(taken) + 1) if s not in taken)
 
 
 async def _ask_ray(check: Callable[[], None]) -> None:
