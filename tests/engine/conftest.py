@@ -45,3 +45,23 @@ def engine(shared_engine: Any) -> Iterator[Any]:
     yield shared_engine
     shared_engine.die()
     assert shared_engine.core.scheduler.reset_prefix_cache()
+
+
+@pytest.fixture(scope="module")
+def shared_hosts(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Two engines without a model, each with its llumlet's host (`support.hosts.Hosts`)."""
+    from support.hosts import Hosts
+
+    one = Hosts(tmp_path_factory.mktemp("hosts"), tiny_model)
+    yield one
+    one.close()
+
+
+@pytest.fixture
+def hosts(shared_hosts: Any) -> Iterator[Any]:
+    """They, with nothing in them."""
+    shared_hosts.renew()
+    yield shared_hosts
+    for engine in shared_hosts.engines:
+        engine.core.abort_requests(list(engine.core.scheduler.requests))
+    shared_hosts.until_at_rest()

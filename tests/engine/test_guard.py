@@ -2,7 +2,6 @@
 served to its end or its client is told, nothing is left behind."""
 
 import itertools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +22,13 @@ PROMPT = list(range(20 * BLOCK))
 _fresh = itertools.count(1)
 
 
-@pytest.fixture(scope="module")
-def shared(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
-    one = Hosts(tmp_path_factory.mktemp("hosts"), tiny_model)
-    yield one
-    one.close()
-
-
 @pytest.fixture
-def hosts(shared: Hosts) -> Iterator[Hosts]:
-    shared.renew()
-    for engine in shared.engines:
+def hosts(hosts: Hosts) -> Hosts:
+    """They meet each other anew in every test."""
+    for engine in hosts.engines:
         engine.host.port._met.clear()
         engine.host.port._meeting.clear()
-    yield shared
-    for engine in shared.engines:
-        engine.core.abort_requests(list(engine.core.scheduler.requests))
-    shared.until_at_rest()
+    return hosts
 
 
 class Boom(Exception):

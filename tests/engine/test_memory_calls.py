@@ -1,9 +1,7 @@
 """Pausing, sleeping and resetting caches while requests move: never a failure, and no pull touches
 memory that may be gone."""
 
-from collections.abc import Iterator
 from concurrent.futures import Future
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,22 +19,12 @@ PROMPT = list(range(20 * BLOCK))
 
 
 @pytest.fixture(scope="module")
-def shared(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
-    one = Hosts(tmp_path_factory.mktemp("hosts"), tiny_model)
-    for engine in one.engines:
+def shared_hosts(shared_hosts: Hosts) -> Hosts:
+    """With the calls that touch memory."""
+    for engine in shared_hosts.engines:
         engine.core.__class__ = type("Core", (MemoryCalls, type(engine.core)), {})
         engine.core._host = engine.host
-    yield one
-    one.close()
-
-
-@pytest.fixture
-def hosts(shared: Hosts) -> Iterator[Hosts]:
-    shared.renew()
-    yield shared
-    for engine in shared.engines:
-        engine.core.abort_requests(list(engine.core.scheduler.requests))
-    shared.until_at_rest()
+    return shared_hosts
 
 
 class Held:

@@ -1,8 +1,6 @@
 """What a request has been through goes with it, and it is counted once on its way."""
 
 import time
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,22 +24,6 @@ SOURCE, DESTINATION = 0, 1
 SLOTS = 8
 HIGH, NORMAL = -100, 0
 CLASSES = Priorities(PrioritySettings())
-
-
-@pytest.fixture(scope="module")
-def shared(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
-    one = Hosts(tmp_path_factory.mktemp("hosts"), tiny_model)
-    yield one
-    one.close()
-
-
-@pytest.fixture
-def hosts(shared: Hosts) -> Iterator[Hosts]:
-    shared.renew()
-    yield shared
-    for engine in shared.engines:
-        engine.core.abort_requests(list(engine.core.scheduler.requests))
-    shared.until_at_rest()
 
 
 def waiting_at_the_source(hosts: Hosts) -> Request:
