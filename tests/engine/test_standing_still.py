@@ -86,7 +86,6 @@ def test_a_shutdown_ends_the_wait() -> None:
     assert time.monotonic() < host.until_s - 4
 
 
-@pytest.mark.slow  # To be looked at: it failed once in a default run a step ahead.
 def test_a_step_that_puts_prompts_off_goes_on_with_the_others(engine: Any) -> None:
     core, said = engine.core, []
     engine.add("first", list(range(3, 100)), SamplingParams(max_tokens=60, ignore_eos=True))
@@ -121,7 +120,8 @@ class Busy:
 
 def test_threads_take_the_lock_fast_while_a_request_moves_and_shortly_after() -> None:
     """Its first token would else leave later than the last one left its source."""
-    calm_s = sys.getswitchinterval()
+    before_s, calm_s = sys.getswitchinterval(), 0.005  # Another host here may be in a hurry.
+    sys.setswitchinterval(calm_s)
     host, llumlet = object.__new__(LlumletHost), Busy()
     host.llumlet = host.port = llumlet  # type: ignore[assignment]
     host._here, host._calm_s, host._hurried = queue.SimpleQueue(), calm_s, False
@@ -138,4 +138,4 @@ def test_threads_take_the_lock_fast_while_a_request_moves_and_shortly_after() ->
         host.poll()
         assert sys.getswitchinterval() == calm_s
     finally:
-        sys.setswitchinterval(calm_s)
+        sys.setswitchinterval(before_s)
