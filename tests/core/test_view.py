@@ -199,6 +199,20 @@ def test_a_silent_instance_leaves_the_heap_and_comes_back_with_its_next_report()
 # -- drains
 
 
+@pytest.mark.parametrize("told", [False, True])
+def test_what_an_earlier_run_was_worth_does_not_speak_for_the_present_one(told: bool) -> None:
+    """Its heap's entry looks as current as the first of the new run does."""
+    s = scheduler()
+    tell(s, 0.0, report(0, 1), report(1, 1, used=9_000))
+    assert place(s, 0.0, "first", tokens=0) == "i0"
+    if told:
+        s.handle(InstanceLost(instance=InstanceId("i0"), engine_index=EngineIndex(0)), 0.1)
+    again = replace(report(0, 1, accepting=False), engine_index=EngineIndex(2))
+    tell(s, 0.3, again)
+    s.view.check(0.3)
+    assert place(s, 0.3, "second") == "i1"
+
+
 def test_an_instance_that_was_just_decided_to_drain_gets_nothing_more() -> None:
     s = scheduler()
     tell(s, 0.0, report(0, 1), report(1, 1, running=40, used=4000))

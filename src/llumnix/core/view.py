@@ -133,6 +133,7 @@ class ClusterView:
         self._destinations: dict[OrderId, InstanceId] = {}
         self._heaps: dict[tuple[Order, int], list[_Ranked]] = {}
         self._turn = 0
+        self._versions = 0  # Of all instances and their runs: no version ever comes again.
 
     def __iter__(self) -> Iterator[InstanceView]:
         return iter(self._instances.values())
@@ -308,7 +309,8 @@ class ClusterView:
     def _changed(self, known: InstanceView) -> None:
         known.load = derive(known.report, known.booked, known.booked_tokens, known.booked_cached)
         known.freeness = known.load.freeness(self.priorities) if known.accepting else float("-inf")
-        known.version += 1
+        self._versions += 1
+        known.version = self._versions
         if known.accepting:
             for key, heap in list(self._heaps.items()):
                 if len(heap) >= self._heap_max:
