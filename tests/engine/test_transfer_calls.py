@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -123,6 +124,26 @@ def test_an_error_that_nobody_foresaw_leaves_no_pull_unanswered(
     for ticket in (1, 2, 3):
         client.pull(ticket, ["unix:/nowhere"], [1], [2])
         assert "nobody" in str(rig.answer().error)
+
+
+def test_a_pull_that_is_sent_as_its_link_dies_is_answered(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody listens on that link any more, who would answer for it."""
+    connect = transfer_client._Line._connect
+
+    def dies(line: Any) -> Any:
+        link = connect(line)
+        link.stop()
+        line._listener.join()
+        return link
+
+    monkeypatch.setattr(transfer_client._Line, "_connect", dies)
+    client = rig.client(rig.agent(kv_tensors(100)))
+    client.pull(1, [rig.agent(kv_tensors(1))], [0], [5])
+    pulled = rig.answer()
+    assert pulled.ticket == 1
+    assert "the agent closed the link" in str(pulled.error)
 
 
 def test_no_peer_reads_memory_that_is_held_and_holding_waits_for_those_who_read() -> None:
