@@ -22,9 +22,11 @@ from llumnix.frontend.client import FleetClient
 from llumnix.frontend.engine_outputs import COMPLAIN_EVERY_S, Complaints, FailedRequest
 from llumnix.frontend.grammars import BAD_GRAMMAR
 from llumnix.frontend.migrations import (
+    CALL_PAUSE_S,
     CALL_TRIES_MAX,
     ENGINE_DIED,
     FATE_ASKED_MAX,
+    FATE_POLL_S,
     Migrations,
     Place,
 )
@@ -325,6 +327,7 @@ async def test_a_call_leaves_nothing_behind_whoever_gives_it_up(tmp_path: Path) 
         with pytest.raises(asyncio.CancelledError):
             await tired
         assert not calls & set(one.client.utility_results)
+        assert not any(one.client._calls.values())
 
 
 async def test_an_answer_without_a_result_fails_its_call(tmp_path: Path) -> None:
@@ -380,9 +383,20 @@ async def test_without_an_engine_that_takes_requests_they_are_refused_with_503(
 
 
 @pytest.fixture
-def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    pause = asyncio.sleep
-    monkeypatch.setattr("llumnix.frontend.migrations.asyncio.sleep", lambda _: pause(0))
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Those that would have been made, in seconds: none is."""
+    pause, asked_s = asyncio.sleep, []
+
+    def note(seconds: float) -> Any:
+        if seconds:
+            asked_s.append(seconds)
+        return pause(0)
+
+    monkeypatch.setattr("llumnix.frontend.migrations.asyncio.sleep", note)
+    return asked_s
+
+
+GROWING_S = [CALL_PAUSE_S * 2**n for n in range(CALL_TRIES_MAX)]
 
 
 async def moving(one: Front, answers: dict[str, Any]) -> list[str]:
@@ -420,19 +434,21 @@ async def settle(one: Front) -> None:
     [(Exception("no such method"), CALL_TRIES_MAX), ("undecided", FATE_ASKED_MAX), ("declined", 1)],
 )
 async def test_a_fate_that_is_never_told_ends_the_stream(
-    tmp_path: Path, no_pauses: None, answer: Any, asked: int
+    tmp_path: Path, pauses: list[float], answer: Any, asked: int
 ) -> None:
     async with front(tmp_path) as one:
         called = await moving(one, {"llumnix_fate": answer})
         await one.client.lose(I0)
         await settle(one)
         assert called.count("llumnix_fate") == asked
+        if isinstance(answer, Exception):
+            assert [s for s in pauses if s != FATE_POLL_S] == GROWING_S
         assert one.due() == {"mover": ["error"]}
         assert one.client.migrations.recent()[0]["outcome"] == "lost"
 
 
 async def test_a_source_that_cannot_be_told_of_a_death_loses_only_what_it_moved_there(
-    tmp_path: Path, no_pauses: None
+    tmp_path: Path, pauses: list[float]
 ) -> None:
     async with front(tmp_path) as one:
         await one.add_request("stays", 0)
@@ -440,6 +456,7 @@ async def test_a_source_that_cannot_be_told_of_a_death_loses_only_what_it_moved_
         await one.client.lose(I1)
         await settle(one)
         assert called.count("llumnix_engine_lost") == CALL_TRIES_MAX
+        assert pauses == GROWING_S
         assert one.due() == {"mover": ["error"]}
         assert one.client.streams.get("stays") is not None
 
