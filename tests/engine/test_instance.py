@@ -16,6 +16,7 @@ from vllm.v1.engine.core import EngineCoreActor
 from vllm.v1.engine.utils import EngineZmqAddresses
 from vllm.v1.request import Request
 
+from llumnix.core.events import LoadReported
 from llumnix.core.limits import MigrationLimits
 from llumnix.core.messages import Migrate, MigrationEnded
 from llumnix.core.settings import SchedulerSettings
@@ -57,6 +58,8 @@ class Running:
         config = engine_config(model, blocks=100, ahead=True)
         self.engine: Any = EngineInstance(seat, config, addresses, NoModel, log_stats=False)
         self.engine.model_executor.core = self.engine
+        self.admitted: set[str] = set()
+        self._note_reports()
         self.tokens: dict[str, int] = {}
         self.ended: set[str] = set()
         self.outcomes: list[MigrationEnded] = []
@@ -65,6 +68,16 @@ class Running:
         self.error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
+
+    def _note_reports(self) -> None:
+        push = self.engine._reporter._push
+
+        def noted(fact: Any) -> bool:
+            if isinstance(fact, LoadReported):
+                self.admitted |= set(fact.report.admitted)
+            return bool(push(fact))
+
+        self.engine._reporter._push = noted
 
     def _run(self) -> None:
         try:
@@ -146,6 +159,7 @@ def test_requests_run_move_and_end(pair: list[Running]) -> None:
     for name in names:
         assert source.tokens.get(name, 0) + destination.tokens.get(name, 0) == tokens
     assert outcome.taken == ("r1" in destination.ended)
+    assert source.admitted >= set(names), "the scheduler books each of them until it is reported"
 
 
 def test_prompts_are_put_off_in_no_more_than_every_other_of_many_steps() -> None:
