@@ -727,6 +727,29 @@ def test_an_engine_that_falls_silent_is_called_hung_and_loses_its_streams_later(
     play(script)
 
 
+def test_a_new_run_is_not_called_silent_for_the_silence_of_the_one_before(
+    play: Callable[..., World],
+) -> None:
+    async def script(w: World) -> None:
+        w.report(0)
+        await asyncio.sleep(LOOK_EVERY_S)
+        for sequence in range(1, LOST_LOOKS + 2):
+            w.report(sequence, only="i0")
+            await asyncio.sleep(LOOK_EVERY_S)
+        assert w.states["i1"] == "hung"
+        w.kill("i1")
+        await asyncio.sleep(1.5 * LOOK_EVERY_S)
+        assert w.states["i1"] == "serving"
+        w.hold("i1", 2)
+        w.client.link.reports = [r for r in w.client.link.reports or [] if r.instance == "i0"]
+        await asyncio.sleep(SILENT_LOOKS * LOOK_EVERY_S)
+        assert w.states["i1"] == "serving"
+        (held,) = (n for engine, n in w.client.held.items() if engine > 1)
+        assert held == 2
+
+    play(script)
+
+
 def test_nothing_is_concluded_without_a_controller_or_while_engines_are_paused(
     play: Callable[..., World],
 ) -> None:

@@ -34,7 +34,14 @@ from vllm.v1.core.sched.request_queue import (  # noqa: E402
     create_request_queue,
 )
 from vllm.v1.core.sched.scheduler import Scheduler  # noqa: E402
-from vllm.v1.engine import EngineCoreRequest, async_llm, core, core_client  # noqa: E402
+from vllm.v1.engine import (  # noqa: E402
+    EngineCoreEvent,
+    EngineCoreOutputs,
+    EngineCoreRequest,
+    async_llm,
+    core,
+    core_client,
+)
 from vllm.v1.engine.async_llm import AsyncLLM  # noqa: E402
 from vllm.v1.engine.core import EngineCoreActor, EngineCoreProc  # noqa: E402
 from vllm.v1.engine.core_client import AsyncMPClient, MPClient  # noqa: E402
@@ -47,6 +54,7 @@ from vllm.v1.kv_cache_interface import (  # noqa: E402
     KVCacheSpecKind,
     KVCacheTensor,
 )
+from vllm.v1.metrics.stats import IterationStats  # noqa: E402
 from vllm.v1.request import Request, RequestStatus  # noqa: E402
 
 from llumnix.engine.prefix_reader import NotedMap  # noqa: E402
@@ -378,6 +386,13 @@ def test_in_a_step_with_a_preemption_nobody_starts() -> None:
         "request_queue = self.waiting",
         who="engine/load_reader.py's read()",
     )
+
+
+def test_outputs_and_events_bear_the_engines_monotonic_clock() -> None:
+    who = "frontend/engine_clock.py"
+    says(EngineCoreOutputs.__post_init__, "self.timestamp = time.monotonic()", who=who)
+    says(EngineCoreEvent.new_event, "time.monotonic() if timestamp is None", who=who)
+    says(IterationStats.update_from_output, "engine_core_timestamp - req_stats.last_t", who=who)
 
 
 def test_the_next_in_the_queue_starts_once_all_its_tokens_fit() -> None:

@@ -420,6 +420,7 @@ class FleetClient(EngineCalls):
             outputs.scheduler_stats = None
             return
         outputs.engine_index = engine.slot
+        engine.clock.translate(outputs, time.monotonic())
         if outputs.outputs:
             outputs.outputs = self.migrations.hear(index, outputs.outputs)
             self._note_finished(index, outputs.outputs)

@@ -1,9 +1,10 @@
 """One engine, as the frontend knows it."""
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from llumnix.core.types import EngineIndex, InstanceId
+from llumnix.frontend.engine_clock import EngineClock
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -17,6 +18,7 @@ class Engine:
     ready: asyncio.Future[None]
     address: str = ""
     accepting: bool = True
+    clock: EngineClock = field(default_factory=EngineClock)
 
     @property
     def takes_requests(self) -> bool:

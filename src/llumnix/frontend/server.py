@@ -17,6 +17,7 @@ from vllm.entrypoints.launchers.api_server.entry import build_and_serve
 
 from llumnix.errors import LlumnixError
 from llumnix.frontend.control import InstanceControl, control_app
+from llumnix.frontend.http_protocol import HttpProtocol
 from llumnix.frontend.listener import Listener
 from llumnix.frontend.llm import FleetLLM
 from llumnix.observe.console import say
@@ -44,7 +45,9 @@ async def serve(
     gc.set_threshold(GARBAGE_EVERY)
     llm.on_stopping = _arm_second_signal(asyncio.get_running_loop(), llm)
     serving = _once(listener, announce)
-    rest = await build_and_serve(llm, listener.url, listener.socket, args, callback_notify=serving)
+    rest = await build_and_serve(
+        llm, listener.url, listener.socket, args, callback_notify=serving, http=HttpProtocol
+    )
     try:
         # A client that never ends its request, or never reads the answer, must not keep us.
         await asyncio.wait_for(rest, HTTP_CLOSE_TIMEOUT_S)

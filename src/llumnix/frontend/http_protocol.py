@@ -1,0 +1,76 @@
+"""HTTP as uvicorn speaks it, with two differences.
+
+An answer's head travels with the beginning of its body where both are there at once: one packet,
+and one wakeup of the client, instead of two. A method that HTTP does not know is answered with 405
+as an error in OpenAI's form; uvicorn calls it an invalid request.
+
+uvicorn 0.54 internals relied on here (tests/frontend/test_http_protocol.py fails when one changes):
+`HttpToolsProtocol.on_headers_complete` makes `self.cycle`, which writes the head and each part of
+the body with one `transport.write` each and uses no more of its transport than `write`, `close` and
+`is_closing`; what the parser cannot read is answered by `send_400_response`.
+"""
+
+import asyncio
+import json
+import sys
+
+import httptools
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+METHODS = "DELETE, GET, HEAD, OPTIONS, PATCH, POST, PUT"
+
+
+class HttpProtocol(HttpToolsProtocol):
+    """One connection of a client."""
+
+    def on_headers_complete(self) -> None:
+        earlier = self.cycle
+        super().on_headers_complete()
+        if self.cycle is not earlier:
+            self.cycle.transport = _HeadWithBody(self.transport)  # type: ignore[assignment]
+
+    def send_400_response(self, msg: str) -> None:
+        if not isinstance(sys.exception(), httptools.HttpParserInvalidMethodError):
+            super().send_400_response(msg)
+            return
+        message = f"Unknown HTTP method: use one of {METHODS}."
+        kind = "invalid_request_error"
+        error = {"message": message, "type": kind, "param": None, "code": 405}
+        body = json.dumps({"error": error}).encode()
+        head = (
+            f"allow: {METHODS}\r\ncontent-type: application/json\r\n"
+            f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+        )
+        self.transport.write(STATUS_LINE[405] + head.encode() + body)
+        self.transport.close()
+
+
+class _HeadWithBody:
+    """The transport of one answer. Its first write waits for the second, but not beyond the present
+    turn of the event loop: a stream's head reaches the client before its first token."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self._loop = asyncio.get_running_loop()
+        self._head: bytes | None = None
+        self._begun = False
+
+    def write(self, data: bytes) -> None:
+        if self._begun:
+            head, self._head = self._head, None
+            self._transport.write(head + data if head else data)
+        else:
+            self._begun, self._head = True, data
+            self._loop.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        if self._head:
+            head, self._head = self._head, None
+            self._transport.write(head)
+
+    def close(self) -> None:
+        self._flush()
+        self._transport.close()
+
+    def is_closing(self) -> bool:
+        return self._transport.is_closing()

@@ -1,0 +1,125 @@
+"""Answers as they leave on the wire: how many packets, and what unknown methods get."""
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+import uvicorn
+
+from llumnix.frontend.http_protocol import HttpProtocol
+
+Answer = Callable[[Any], Awaitable[None]]
+OK = {"type": "http.response.start", "status": 200}
+
+
+class Wire(asyncio.Transport):
+    """Notes each write; a TCP connection of a client otherwise."""
+
+    def __init__(self) -> None:
+        super().__init__({"peername": ("127.0.0.1", 1), "sockname": ("127.0.0.1", 2)})
+        self.packets: list[bytes] = []
+        self.closed = False
+
+    def write(self, data: Any) -> None:
+        assert not self.closed, "a write after the close is lost"
+        self.packets.append(bytes(data))
+
+    def close(self) -> None:
+        self.closed = True
+
+    def is_closing(self) -> bool:
+        return self.closed
+
+    def pause_reading(self) -> None:
+        pass
+
+    def resume_reading(self) -> None:
+        pass
+
+
+async def ask(answer: Answer, *requests: bytes) -> Wire:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await answer(send)
+
+    config = uvicorn.Config(app, http=HttpProtocol, log_config=None, lifespan="off", ws="none")
+    server = uvicorn.Server(config)
+    config.load()
+    protocol = HttpProtocol(config, server.server_state, {})
+    wire = Wire()
+    protocol.connection_made(wire)
+    for request in requests:
+        protocol.data_received(request)
+    while server.server_state.tasks:
+        await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    protocol.connection_lost(ConnectionResetError())
+    return wire
+
+
+def request(method: str = "GET", version: str = "1.1") -> bytes:
+    return f"{method} / HTTP/{version}\r\nhost: x\r\n\r\n".encode()
+
+
+async def whole(send: Any) -> None:
+    await send({**OK, "headers": [(b"content-length", b"2")]})
+    await send({"type": "http.response.body", "body": b"hi"})
+
+
+async def in_parts(send: Any) -> None:
+    await send(OK)
+    for part in (b"one", b"two"):
+        await asyncio.sleep(0.001)
+        await send({"type": "http.response.body", "body": part, "more_body": True})
+    await send({"type": "http.response.body"})
+
+
+async def headless(send: Any) -> None:
+    await send({"type": "http.response.start", "status": 204})
+    await send({"type": "http.response.body"})
+
+
+async def test_head_and_body_of_a_whole_answer_are_one_packet() -> None:
+    wire = await ask(whole, request())
+    (packet,) = wire.packets
+    assert packet.startswith(b"HTTP/1.1 200 OK\r\n")
+    assert packet.endswith(b"\r\n\r\nhi")
+    assert not wire.closed
+
+
+async def test_the_head_of_a_stream_does_not_wait_for_its_first_part() -> None:
+    head, *parts = (await ask(in_parts, request())).packets
+    assert head.endswith(b"\r\n\r\n")
+    assert parts == [b"3\r\none\r\n", b"3\r\ntwo\r\n", b"0\r\n\r\n"]
+
+
+@pytest.mark.parametrize("answer", [whole, in_parts, headless])
+async def test_nothing_is_lost_where_the_connection_is_closed_at_once(answer: Answer) -> None:
+    to_head = await ask(answer, request("HEAD", version="1.0"))
+    assert to_head.closed
+    assert b"".join(to_head.packets).endswith(b"\r\n\r\n")
+    wire = await ask(answer, request(version="1.0"))
+    assert wire.closed
+    assert b"".join(wire.packets).startswith(b"HTTP/1.1 20")
+    ends = {whole: b"hi", in_parts: b"0\r\n\r\n", headless: b"\r\n\r\n"}
+    assert wire.packets[-1].endswith(ends[answer])
+
+
+@pytest.mark.parametrize("answer", [whole, headless])
+async def test_answers_to_pipelined_requests_keep_their_order(answer: Answer) -> None:
+    wire = await ask(answer, request() + request("HEAD") + request())
+    assert b"".join(wire.packets).count(b"HTTP/1.1 20") == 3
+    if answer is whole:
+        assert [packet.endswith(b"hi") for packet in wire.packets] == [True, False, True]
+
+
+async def test_an_unknown_method_is_405_and_rubbish_is_400() -> None:
+    (packet,) = (await ask(whole, request("BREW"))).packets
+    head, body = packet.split(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 405 Method Not Allowed")
+    assert b"allow: DELETE, GET" in head
+    assert json.loads(body)["error"]["code"] == 405
+    wire = await ask(whole, b"GET / HTTP/1.1\r\nno header\r\n\r\n")
+    assert wire.closed
+    assert wire.packets[0].startswith(b"HTTP/1.1 400")
