@@ -8,6 +8,8 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from vllm.v1.core.sched.interface import PauseState
+
 from llumnix.core.messages import Handover, Stage
 from llumnix.engine.memory_calls import MemoryCalls
 from llumnix.engine.transfer_client import Pulled
@@ -87,6 +89,22 @@ def test_a_reset_that_is_over_lets_nothing_come_while_a_pause_waits(
     hosts.until(lambda: hosts.outcomes)
     assert hosts.engines[DESTINATION].host.llumlet._incoming.closed == "it is paused"
     core.resume_scheduler()
+    assert hosts.engines[DESTINATION].host.llumlet._incoming.closed is None
+    hosts.until(lambda: hosts.ended.get("r"))
+
+
+def test_who_resumes_last_is_right_though_the_pause_still_waits(
+    hosts: Hosts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = Held(hosts, monkeypatch)
+    start(hosts)
+    hosts.until(lambda: held.open)
+    core = hosts.engines[DESTINATION].core
+    answers = [core.pause_scheduler("keep"), core.resume_scheduler()]
+    assert not any(answer.done() for answer in answers)
+    held.end()
+    assert [answered(hosts, answer) for answer in answers] == [None, None]
+    assert core.scheduler.pause_state == PauseState.UNPAUSED
     assert hosts.engines[DESTINATION].host.llumlet._incoming.closed is None
     hosts.until(lambda: hosts.ended.get("r"))
 

@@ -11,7 +11,7 @@ from vllm.config import StructuredOutputsConfig
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 
-from llumnix.frontend.grammars import GrammarChecks
+from llumnix.frontend.grammars import THREADS_MAX, GrammarChecks
 
 MODEL: Any = SimpleNamespace(is_diffusion=False)
 
@@ -63,8 +63,32 @@ async def test_a_bad_grammar_is_refused_as_by_vllm() -> None:
         await checks().check(params)
 
 
-async def test_a_request_without_a_grammar_needs_no_thread() -> None:
+async def test_a_request_without_a_grammar_needs_no_thread(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("llumnix.frontend.grammars.threading.Thread", None)
+    await checks().check(SamplingParams())
+    await checks().check(object())
+
+
+async def test_checks_are_bounded_and_hold_no_stop_whoever_leaves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    may, running = threading.Event(), []
+
+    def slow(self: SamplingParams, *_: Any) -> None:
+        running.append(threading.current_thread())
+        assert may.wait(30)
+
+    monkeypatch.setattr(SamplingParams, "_validate_structured_outputs", slow)
     one = checks()
-    await one.check(SamplingParams())
-    await one.check(object())
-    assert not one._threads._threads
+    asked = [asyncio.ensure_future(one.check(choosing("a"))) for _ in range(3 * THREADS_MAX)]
+    await asyncio.sleep(0.05)
+    for check in asked[:THREADS_MAX]:
+        check.cancel()  # Their checks go on, and count.
+    await asyncio.sleep(0.05)
+    assert len(running) == THREADS_MAX
+    assert all(thread.daemon for thread in running)
+    may.set()
+    await asyncio.gather(*asked, return_exceptions=True)
+    assert len(running) == 3 * THREADS_MAX

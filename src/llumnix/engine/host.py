@@ -332,6 +332,14 @@ class LlumletHost:
         self._make_calls()
         return after.answer.result() if after.answer.done() else after.answer
 
+    def after_calls(self, call: Callable[[], Any]) -> Any:
+        """Makes a call once those that wait for moves have been made; see `after_moves`."""
+        if not self._after:
+            return call()
+        after = _AfterMoves(call, leaving=False, until_s=0.0)
+        self._after.append(after)
+        return after.answer
+
     def welcome(self) -> None:
         """Requests may come again, unless another call waits for them to have ended."""
         if not self._after:
@@ -344,10 +352,11 @@ class LlumletHost:
 
     def _make_calls(self) -> None:
         now = time.monotonic()
-        for after in list(self._after):
+        while self._after:
+            after = self._after[0]
             if now < after.until_s and not self.llumlet.still(leaving=after.leaving):
-                continue
-            self._after.remove(after)
+                break  # The others came later.
+            del self._after[0]
             if not any(a.leaving for a in self._after):
                 self.llumlet.may_leave()
             after.make()

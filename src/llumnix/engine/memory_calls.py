@@ -35,10 +35,15 @@ class MemoryCalls:
             "it is paused", lambda: pause(mode, clear_cache), leaving=clear_cache
         )
 
-    def resume_scheduler(self) -> None:
-        """vLLM's; requests may come again."""
-        super().resume_scheduler()  # type: ignore[misc]
-        self._host.welcome()
+    def resume_scheduler(self) -> Any:
+        """vLLM's, once earlier pauses have begun; requests may come again."""
+        resume = super().resume_scheduler  # type: ignore[misc]
+
+        def call() -> None:
+            resume()
+            self._host.welcome()
+
+        return self._host.after_calls(call)
 
     def reset_prefix_cache(
         self, reset_running_requests: bool = False, reset_connector: bool = False

@@ -13,7 +13,8 @@ vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when
 """
 
 import asyncio
-from concurrent.futures import ThreadPoolExecutor
+import contextlib
+import threading
 from typing import Any
 
 from vllm.config import ModelConfig, StructuredOutputsConfig, VllmConfig
@@ -37,19 +38,37 @@ class GrammarChecks:
         self._model = model
         self._settings = settings
         self._tokenizer = tokenizer
-        self._threads = ThreadPoolExecutor(THREADS_MAX, thread_name_prefix="llumnix-grammar")
+        self._turns = asyncio.Semaphore(THREADS_MAX)
 
     async def check(self, params: Any) -> None:
         """Raises what vLLM raises for a bad grammar. Of a good one vLLM then asks nothing more."""
         if not isinstance(params, SamplingParams) or params.structured_outputs is None:
             return
-        await asyncio.get_running_loop().run_in_executor(
-            self._threads,
-            params._validate_structured_outputs,
-            self._model,
-            self._settings,
-            self._tokenizer,
-        )
+        await self._turns.acquire()
+        loop = asyncio.get_running_loop()
+        checked: asyncio.Future[None] = loop.create_future()
+
+        def ended(error: BaseException | None) -> None:
+            self._turns.release()
+            if checked.done():
+                return  # Its client has left.
+            if error is None:
+                checked.set_result(None)
+            else:
+                checked.set_exception(error)
+
+        def run() -> None:
+            error: BaseException | None = None
+            try:
+                params._validate_structured_outputs(self._model, self._settings, self._tokenizer)
+            except BaseException as raised:  # noqa: BLE001 - for whoever waits
+                error = raised
+            with contextlib.suppress(RuntimeError):  # The loop is closed: nobody waits.
+                loop.call_soon_threadsafe(ended, error)
+
+        # No thread of a pool: Python would wait for it at the end, and a check may take minutes.
+        threading.Thread(target=run, name="llumnix-grammar", daemon=True).start()
+        await checked
         params._validate_structured_outputs = _checked  # type: ignore[method-assign]
 
 
