@@ -14,6 +14,7 @@ os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
 from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 from vllm.lora.request import LoRARequest
+from vllm.platforms import current_platform
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.core.sched.output import SchedulerOutput  # noqa: F401
 from vllm.v1.engine import EngineCoreRequest
@@ -63,7 +64,8 @@ class RealEngine:
         self.config = config
         self.core = EngineCore(config, Executor.get_class(config), log_stats=False)
         self.processor = InputProcessor(config)
-        self.rpc("llumnix_keep_generators")
+        if current_platform.is_cpu():  # As the host does.
+            self.rpc("llumnix_keep_generators")
         self.finished: queue.Queue[Pulled] = queue.Queue()
         self.agents = self.rpc(
             "llumnix_open",
