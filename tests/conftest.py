@@ -1,3 +1,4 @@
+import signal
 from pathlib import Path
 
 import hypothesis
@@ -8,6 +9,9 @@ from support.tiny_model import make_tiny_model
 # A busy machine is no failure of the code.
 hypothesis.settings.register_profile("house", deadline=None)
 hypothesis.settings.load_profile("house")
+
+# Under nohup the processes that tests start would not stop at SIGHUP, rightly.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")
