@@ -82,7 +82,7 @@ def respond(client: openai.OpenAI, **more: Any) -> Any:
 
 
 def message(client: anthropic.Anthropic, **more: Any) -> Any:
-    settings = {"model": NAME, "messages": ASK, "max_tokens": 48, "temperature": 0}
+    settings = {"model": NAME, "messages": ASK, "max_tokens": 48}
     return client.messages.create(**settings | more)
 
 
@@ -242,6 +242,11 @@ def rows(bare: Served, ours: Served, model: str) -> tuple[list[Row], list[Row]]:
     of the second kind with the reason in the last place."""
     compared: list[Row] = []
     left_out: list[Row] = []
+    for client, ask in (("openai SDK", sdk), ("anthropic SDK", messages)):
+        answers, mine = ask(bare), ask(ours)
+        for case, answer in answers.items():
+            same = _same(answer, mine[case])
+            compared.append((client, case, _brief(answer), _brief(mine[case]), same))
     for suite in SUITES:
         theirs, mine = comply(bare, suite), comply(ours, suite)
         for case in sorted(theirs | mine):
@@ -252,11 +257,6 @@ def rows(bare: Served, ours: Served, model: str) -> tuple[list[Row], list[Row]]:
                 compared.append((*row, _same(said["status"], ours_said)))
             else:
                 left_out.append((*row, "; ".join(said.get("errors", []))[:160]))
-    for client, ask in (("openai SDK", sdk), ("anthropic SDK", messages)):
-        answers, mine = ask(bare), ask(ours)
-        for case, answer in answers.items():
-            same = _same(answer, mine[case])
-            compared.append((client, case, _brief(answer), _brief(mine[case]), same))
     counted, mine = bench(bare, model), bench(ours, model)
     for case, count in counted.items():
         compared.append(("vllm bench serve", case, count, mine[case], _same(count, mine[case])))
