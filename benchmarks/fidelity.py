@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from common import ROOT, markdown, write_result
-from llumnix.core.policies.presets import POLICIES
+from llumnix.core.scheduling.presets import POLICIES
 from llumnix.core.settings import SchedulerSettings
 from llumnix.core.types import RequestId
 from llumnix.sim.batching import EngineOptions, Job

@@ -27,9 +27,9 @@ from llumnix.core.events import (
     RequestArrived,
     Tick,
 )
-from llumnix.core.load import ClassLoad, LoadReport
 from llumnix.core.prefixes import BLOCK_TOKENS
-from llumnix.core.scheduler import Scheduler
+from llumnix.core.scheduling.load import ClassLoad, LoadReport
+from llumnix.core.scheduling.scheduler import Scheduler
 from llumnix.core.settings import SchedulerSettings
 from llumnix.core.types import EngineIndex, InstanceId, OrderId, RequestId
 

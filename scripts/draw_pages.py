@@ -1,5 +1,5 @@
-"""Fills pages of docs/ from the code, between their markers: the two tables of core/migration.py as
-diagrams, the knobs of core/settings.py and the policies as tables.
+"""Fills pages of docs/ from the code, between their markers: the two tables of
+core/migration/tables.py as diagrams, the knobs of core/settings.py and the policies as tables.
 
 `python scripts/draw_pages.py` writes the pages; with `--check` it writes nothing, and exits with
 1 if one is not up to date.
@@ -13,8 +13,8 @@ from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from llumnix.core.migration import DESTINATION, SOURCE, destination_machine, source_machine
-from llumnix.core.policies.presets import POLICIES
+from llumnix.core.migration.tables import DESTINATION, SOURCE, destination_machine, source_machine
+from llumnix.core.scheduling.presets import POLICIES
 from llumnix.core.settings import PriorityClass, SchedulerSettings
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"

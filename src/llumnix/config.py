@@ -16,7 +16,7 @@ from typing import Any, get_type_hints
 import msgspec
 import yaml
 
-from llumnix.core.policies.presets import POLICIES
+from llumnix.core.scheduling.presets import POLICIES
 from llumnix.core.settings import PriorityClass, SchedulerSettings
 from llumnix.errors import UsageError
 

@@ -17,8 +17,8 @@ from llumnix import cli
 from llumnix.cli import main
 from llumnix.config import knobs
 from llumnix.core.events import LoadReported, RequestArrived
-from llumnix.core.load import LoadReport
-from llumnix.core.scheduler import Scheduler
+from llumnix.core.scheduling.load import LoadReport
+from llumnix.core.scheduling.scheduler import Scheduler
 from llumnix.core.settings import SchedulerSettings
 from llumnix.core.types import EngineIndex, InstanceId, MigrationId, RequestId
 from llumnix.observe.event_log import EventLog

@@ -5,13 +5,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llumnix.core.events import Dispatch, InstanceLost, LoadReported, NoInstance, RequestArrived
-from llumnix.core.load import ClassLoad, LoadReport
-from llumnix.core.policies.dispatch import AHEAD_TOKENS
-from llumnix.core.policies.presets import POLICIES
-from llumnix.core.scheduler import Scheduler, urgency
+from llumnix.core.scheduling.dispatch import AHEAD_TOKENS
+from llumnix.core.scheduling.load import ClassLoad, LoadReport
+from llumnix.core.scheduling.presets import POLICIES
+from llumnix.core.scheduling.scheduler import Scheduler, urgency
+from llumnix.core.scheduling.view import BOOKING_LIFETIME_S, STALE_AFTER_S
 from llumnix.core.settings import SchedulerSettings
 from llumnix.core.types import EngineIndex, InstanceId, RequestId
-from llumnix.core.view import BOOKING_LIFETIME_S, STALE_AFTER_S
 
 TOTAL = 10_000
 

@@ -1,6 +1,6 @@
 """When an engine that has not died counts as hung."""
 
-from llumnix.core.policies.hang import (
+from llumnix.core.supervision.hang import (
     LOST_LOOKS,
     SILENT_LOOKS,
     STALLED_AFTER_S,

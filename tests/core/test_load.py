@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llumnix.core.load import ClassLoad, Load, LoadReport, derive
-from llumnix.core.policies.presets import POLICIES
 from llumnix.core.priorities import NUMBER_MAX, Priorities
-from llumnix.core.scheduler import priorities_of
+from llumnix.core.scheduling.load import ClassLoad, Load, LoadReport, derive
+from llumnix.core.scheduling.presets import POLICIES
+from llumnix.core.scheduling.scheduler import priorities_of
 from llumnix.core.settings import (
     HIGH,
     NORMAL,

@@ -16,9 +16,9 @@ from llumnix.core.events import (
     RequestArrived,
     Tick,
 )
-from llumnix.core.load import ClassLoad, LoadReport
-from llumnix.core.policies.presets import POLICIES
-from llumnix.core.scheduler import Scheduler
+from llumnix.core.scheduling.load import ClassLoad, LoadReport
+from llumnix.core.scheduling.presets import POLICIES
+from llumnix.core.scheduling.scheduler import Scheduler
 from llumnix.core.settings import ScalingSettings, SchedulerSettings
 from llumnix.core.types import EngineIndex, InstanceId, RequestId
 from llumnix.errors import ProtocolError

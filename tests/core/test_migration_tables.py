@@ -2,7 +2,7 @@
 
 import pytest
 
-from llumnix.core.migration import (
+from llumnix.core.migration.tables import (
     DESTINATION,
     SOURCE,
     DestinationEvent,

@@ -6,7 +6,6 @@ from itertools import pairwise
 import pytest
 
 from llumnix.core.events import MoveLimit, MoveLoad
-from llumnix.core.llumlet import Llumlet
 from llumnix.core.messages import (
     Handover,
     Migrate,
@@ -18,8 +17,9 @@ from llumnix.core.messages import (
     ToPeer,
     Verdict,
 )
-from llumnix.core.port import Refusal
-from llumnix.core.setbacks import (
+from llumnix.core.migration.llumlet import Llumlet
+from llumnix.core.migration.port import Refusal
+from llumnix.core.migration.setbacks import (
     DESTINATION_PAUSE_MAX_S,
     DESTINATION_PAUSE_S,
     REQUEST_PAUSE_S,
@@ -287,7 +287,7 @@ def test_one_that_ended_or_was_preempted_meanwhile_has_not_failed_to_move() -> N
 def test_a_move_that_goes_well_ends_the_pause_of_its_destination(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("llumnix.core.setbacks.SETBACKS_MAX", 2)
+    monkeypatch.setattr("llumnix.core.migration.setbacks.SETBACKS_MAX", 2)
     setbacks = Setbacks()
     setbacks.declined(RequestId("a"), THERE, 0.0)
     assert setbacks.pauses(None, THERE, 0.1)

@@ -7,12 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llumnix.core.events import LoadReported, MoveLimit, MoveLoad, Tick
-from llumnix.core.load import ClassLoad, LoadReport
-from llumnix.core.policies.victim import Candidate, choose_victim
-from llumnix.core.scheduler import Scheduler
+from llumnix.core.migration.victim import Candidate, choose_victim
+from llumnix.core.scheduling.load import ClassLoad, LoadReport
+from llumnix.core.scheduling.scheduler import Scheduler
+from llumnix.core.scheduling.view import FRUITLESS_S, ORDER_LIFETIME_S
 from llumnix.core.settings import MigrationSettings, SchedulerSettings
 from llumnix.core.types import EngineIndex, InstanceId, OrderId, RequestId
-from llumnix.core.view import FRUITLESS_S, ORDER_LIFETIME_S
 
 TOTAL = 10_000
 FIXED = MigrationSettings(source_below=48.0, destination_above=100.0, gain_min=8.0)

@@ -13,14 +13,6 @@ from llumnix.core.events import (
     PrefixesChanged,
     RequestArrived,
 )
-from llumnix.core.load import ClassLoad, LoadReport
-from llumnix.core.policies.dispatch import (
-    AHEAD_TOKENS,
-    BATCH,
-    COMPUTED_WEIGHT,
-    REQUEST_SHARE,
-    REQUEST_TOKENS,
-)
 from llumnix.core.prefixes import (
     BLOCK_TOKENS,
     PREFIX_BLOCKS_MAX,
@@ -29,7 +21,15 @@ from llumnix.core.prefixes import (
     extend,
     root,
 )
-from llumnix.core.scheduler import Scheduler
+from llumnix.core.scheduling.dispatch import (
+    AHEAD_TOKENS,
+    BATCH,
+    COMPUTED_WEIGHT,
+    REQUEST_SHARE,
+    REQUEST_TOKENS,
+)
+from llumnix.core.scheduling.load import ClassLoad, LoadReport
+from llumnix.core.scheduling.scheduler import Scheduler
 from llumnix.core.settings import SchedulerSettings
 from llumnix.core.types import EngineIndex, InstanceId, RequestId
 

@@ -1,6 +1,6 @@
 """When a crashed instance is started again."""
 
-from llumnix.core.policies.restart import (
+from llumnix.core.supervision.restart import (
     CRASHES_MAX,
     HEALTHY_AFTER_S,
     GiveUp,

@@ -16,9 +16,9 @@ from llumnix.core.events import (
     RequestArrived,
     UndrainInstance,
 )
-from llumnix.core.load import ClassLoad, LoadReport
-from llumnix.core.policies.scaling import RETRY_FIRST_S, RETRY_MAX_S, ROW_ENDS_AFTER_S
-from llumnix.core.scheduler import Scheduler
+from llumnix.core.scheduling.load import ClassLoad, LoadReport
+from llumnix.core.scheduling.scaling import RETRY_FIRST_S, RETRY_MAX_S, ROW_ENDS_AFTER_S
+from llumnix.core.scheduling.scheduler import Scheduler
 from llumnix.core.settings import ScalingSettings, SchedulerSettings
 from llumnix.core.types import EngineIndex, InstanceId, RequestId
 

@@ -16,13 +16,11 @@ from llumnix.core.events import (
     RequestArrived,
     Tick,
 )
-from llumnix.core.load import ClassLoad, LoadReport
-from llumnix.core.policies.dispatch import by_freeness, by_start
-from llumnix.core.policies.presets import POLICIES
-from llumnix.core.scheduler import Scheduler
-from llumnix.core.settings import MigrationSettings, SchedulerSettings
-from llumnix.core.types import EngineIndex, InstanceId, OrderId, RequestId
-from llumnix.core.view import (
+from llumnix.core.scheduling.dispatch import by_freeness, by_start
+from llumnix.core.scheduling.load import ClassLoad, LoadReport
+from llumnix.core.scheduling.presets import POLICIES
+from llumnix.core.scheduling.scheduler import Scheduler
+from llumnix.core.scheduling.view import (
     BOOKING_LIFETIME_S,
     BOOKINGS_MAX,
     DRAIN_LIFETIME_S,
@@ -31,6 +29,8 @@ from llumnix.core.view import (
     STALLED_AFTER_S,
     ClusterView,
 )
+from llumnix.core.settings import MigrationSettings, SchedulerSettings
+from llumnix.core.types import EngineIndex, InstanceId, OrderId, RequestId
 
 TOTAL = 10_000
 BEAT_S = 0.1

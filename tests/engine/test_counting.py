@@ -12,9 +12,9 @@ pytest.importorskip("vllm")
 from vllm import SamplingParams
 from vllm.v1.request import Request, RequestStatus
 
-from llumnix.core.load import ClassLoad
 from llumnix.core.prefixes import BLOCK_TOKENS
 from llumnix.core.priorities import Priorities
+from llumnix.core.scheduling.load import ClassLoad
 from llumnix.core.settings import PrioritySettings
 from llumnix.core.types import EngineIndex, InstanceId, RequestId
 from llumnix.engine import prefix_reader

@@ -14,7 +14,7 @@ from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.serial_utils import MsgpackEncoder
 
-from llumnix.core.port import Refusal
+from llumnix.core.migration.port import Refusal
 from llumnix.core.types import RequestId
 from llumnix.engine.arrivals import FED_MAX
 from llumnix.engine.vllm_port import VllmPort

@@ -10,9 +10,9 @@ pytest.importorskip("vllm")
 from vllm.v1.engine import EngineCoreEventType
 from vllm.v1.request import Request
 
-from llumnix.core.llumlet import Moving
-from llumnix.core.load import Load, LoadReport, derive
+from llumnix.core.migration.llumlet import Moving
 from llumnix.core.priorities import Priorities
+from llumnix.core.scheduling.load import Load, LoadReport, derive
 from llumnix.core.settings import PrioritySettings
 from llumnix.core.types import EngineIndex, InstanceId
 from llumnix.engine.load_reader import LoadReader, Numbers, client_priority

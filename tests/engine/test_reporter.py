@@ -7,8 +7,8 @@ import pytest
 import zmq
 
 from llumnix.core.events import LoadReported, MoveLoad
-from llumnix.core.llumlet import Moving
-from llumnix.core.load import ClassLoad, LoadReport
+from llumnix.core.migration.llumlet import Moving
+from llumnix.core.scheduling.load import ClassLoad, LoadReport
 from llumnix.core.types import EngineIndex, InstanceId, OrderId, RequestId
 from llumnix.engine.load_reader import Numbers
 from llumnix.engine.reporter import HEARTBEAT_S, REPORT_EVERY_S, LoadReporter

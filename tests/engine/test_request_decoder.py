@@ -20,7 +20,7 @@ from vllm.v1.serial_utils import (
     MsgpackEncoder,
 )
 
-from llumnix.core.port import Refusal
+from llumnix.core.migration.port import Refusal
 from llumnix.core.types import RequestId
 from llumnix.engine.arrivals import Arrivals
 from llumnix.engine.request_decoder import RequestDecoder

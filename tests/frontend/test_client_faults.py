@@ -15,8 +15,8 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason, Ut
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.metrics.stats import SchedulerStats
 
-from llumnix.core.arbiter import Arbiter
 from llumnix.core.messages import LeaveWanted, MigrationEnded, MigrationWanted, TookOver
+from llumnix.core.streams.table import Arbiter
 from llumnix.core.types import EngineIndex, Epoch, MigrationId, RequestId
 from llumnix.frontend.client import FleetClient
 from llumnix.frontend.engine_outputs import COMPLAIN_EVERY_S, Complaints, FailedRequest

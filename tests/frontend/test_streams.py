@@ -1,6 +1,6 @@
 """The table of open streams."""
 
-from llumnix.core.arbiter import Ledger
+from llumnix.core.streams.table import Ledger
 from llumnix.core.types import EngineIndex, InstanceId, RequestId
 from llumnix.frontend.streams import Stream, Streams
 

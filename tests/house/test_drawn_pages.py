@@ -6,7 +6,7 @@ from types import ModuleType
 
 import pytest
 
-from llumnix.core.migration import DESTINATION, SOURCE
+from llumnix.core.migration.tables import DESTINATION, SOURCE
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "draw_pages.py"
 

@@ -22,9 +22,9 @@ from llumnix.core.events import (
     RequestArrived,
     Tick,
 )
-from llumnix.core.load import ClassLoad, LoadReport
-from llumnix.core.policies.presets import POLICIES
-from llumnix.core.scheduler import Scheduler
+from llumnix.core.scheduling.load import ClassLoad, LoadReport
+from llumnix.core.scheduling.presets import POLICIES
+from llumnix.core.scheduling.scheduler import Scheduler
 from llumnix.core.settings import SchedulerSettings
 from llumnix.core.types import EngineIndex, InstanceId, MigrationId, RequestId
 from llumnix.errors import UsageError

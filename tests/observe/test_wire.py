@@ -19,7 +19,6 @@ from llumnix.core.events import (
     RequestArrived,
     UndrainInstance,
 )
-from llumnix.core.load import ClassLoad, LoadReport
 from llumnix.core.messages import (
     CallOff,
     Handover,
@@ -37,6 +36,7 @@ from llumnix.core.messages import (
     TookOver,
     Verdict,
 )
+from llumnix.core.scheduling.load import ClassLoad, LoadReport
 from llumnix.core.types import EngineIndex, Epoch, InstanceId, MigrationId, OrderId, RequestId
 from llumnix.errors import ProtocolError
 from llumnix.observe.wire import Loads, LoadsAsked, Message, Ping, Pong, decode, encode

@@ -8,9 +8,17 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from llumnix.core.arbiter import AbortAt, Arbiter, AskFate, Effect, Moved, StreamLost, TellLost
-from llumnix.core.llumlet import Llumlet
 from llumnix.core.messages import MigrationEnded, Out, PeerMessage, TookOver, ToPeer
+from llumnix.core.migration.llumlet import Llumlet
+from llumnix.core.streams.table import (
+    AbortAt,
+    Arbiter,
+    AskFate,
+    Effect,
+    Moved,
+    StreamLost,
+    TellLost,
+)
 from llumnix.core.types import EngineIndex, RequestId
 
 Said = tuple[RequestId, list[int], bool, Any]

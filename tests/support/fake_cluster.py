@@ -14,10 +14,8 @@ import random
 from collections import deque
 from dataclasses import dataclass, field
 
-from llumnix.core.arbiter import AbortAt, Arbiter, AskFate, Effect, Moved, StreamLost, TellLost
 from llumnix.core.events import MoveLimit, MoveLoad
 from llumnix.core.limits import MigrationLimits
-from llumnix.core.llumlet import Llumlet
 from llumnix.core.messages import (
     COPIES,
     Handover,
@@ -28,7 +26,17 @@ from llumnix.core.messages import (
     TookOver,
     ToPeer,
 )
-from llumnix.core.migration import OnStep
+from llumnix.core.migration.llumlet import Llumlet
+from llumnix.core.migration.tables import OnStep
+from llumnix.core.streams.table import (
+    AbortAt,
+    Arbiter,
+    AskFate,
+    Effect,
+    Moved,
+    StreamLost,
+    TellLost,
+)
 from llumnix.core.types import EngineIndex, InstanceId, OrderId, RequestId
 from support.fake_engine import FakeEngine, Said, undisturbed
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from llumnix.core.messages import Blocks
-from llumnix.core.port import Movable, Phase, Progress, Refusal
+from llumnix.core.migration.port import Movable, Phase, Progress, Refusal
 from llumnix.core.types import EngineIndex, RequestId
 
 NOTHING = -1

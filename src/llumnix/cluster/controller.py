@@ -29,7 +29,7 @@ from llumnix.core.events import (
     RequestArrived,
     Tick,
 )
-from llumnix.core.scheduler import STORY_MAX, Scheduler, urgency
+from llumnix.core.scheduling.scheduler import STORY_MAX, Scheduler, urgency
 from llumnix.core.settings import SchedulerSettings
 from llumnix.core.types import EngineIndex
 from llumnix.errors import ProtocolError

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 
 from llumnix.cluster.runs import Run
 from llumnix.core.events import DrainedBy
-from llumnix.core.policies.hang import HangPolicy, Health
-from llumnix.core.policies.restart import RestartPolicy
+from llumnix.core.supervision.hang import HangPolicy, Health
+from llumnix.core.supervision.restart import RestartPolicy
 from llumnix.core.types import InstanceId
 from llumnix.frontend.control import InstanceStatus
 

@@ -11,8 +11,8 @@ from collections.abc import Awaitable, Callable
 
 from llumnix.cluster.member import Member
 from llumnix.cluster.runs import Runs
-from llumnix.core.policies.hang import HangPolicy, Health
-from llumnix.core.policies.restart import GiveUp, RestartAfter
+from llumnix.core.supervision.hang import HangPolicy, Health
+from llumnix.core.supervision.restart import GiveUp, RestartAfter
 from llumnix.core.types import InstanceId
 from llumnix.frontend.client import FleetClient
 from llumnix.tasks import keep_running

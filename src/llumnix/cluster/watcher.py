@@ -1,4 +1,4 @@
-"""Watches for engines that have not died and do nothing all the same (core/policies/hang.py).
+"""Watches for engines that have not died and do nothing all the same (core/supervision/hang.py).
 
 A hung engine is told of, gets no requests while another serves, and if it is silent its streams are
 ended. It is left running: whoever wants it replaced acts where `on_health` is called.
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from llumnix.cluster.member import Member
-from llumnix.core.policies.hang import LOOK_EVERY_S, Health
+from llumnix.core.supervision.hang import LOOK_EVERY_S, Health
 from llumnix.core.types import EngineIndex
 from llumnix.frontend.client import FleetClient
 

@@ -1,1 +1,1 @@
-"""The pure core: facts in, decisions out. No I/O, no clock, no randomness, standard library."""
+"""The vocabulary: ids, knobs, reports, facts and decisions, messages; and the rooms that use it."""

@@ -7,7 +7,7 @@ carries its reason (`why`).
 from dataclasses import dataclass, field
 from typing import Literal
 
-from llumnix.core.load import LoadReport
+from llumnix.core.scheduling.load import LoadReport
 from llumnix.core.types import EngineIndex, InstanceId, OrderId, RequestId
 
 
@@ -111,7 +111,7 @@ class MoveLimit:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MoveLoad:
     """The source's llumlet is to move one request to the destination. It picks which, since only it
-    knows them (core/policies/victim.py). `limits`: of each class that may be moved.
+    knows them (core/migration/victim.py). `limits`: of each class that may be moved.
     `source_sequence`: of the source's load report that the order was computed from."""
 
     order: OrderId

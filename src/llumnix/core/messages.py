@@ -1,8 +1,8 @@
 """What frontends and llumlets say to each other about migrations.
 
-All may be lost, come late or come twice between llumlets; core/llumlet.py stands it. Between a
-frontend and an engine the order holds and nothing is lost while both live. Token counts in tokens,
-sizes in bytes, times in seconds.
+All may be lost, come late or come twice between llumlets; core/migration/llumlet.py stands it.
+Between a frontend and an engine the order holds and nothing is lost while both live. Token counts
+in tokens, sizes in bytes, times in seconds.
 """
 
 from dataclasses import dataclass, field

@@ -1,8 +1,8 @@
 """What the scheduler can be told: every knob once, with unit, default and check.
 
 `--scheduler-config FILE` is this tree as YAML, and docs/scheduler.md lists it from here. A knob
-that is null follows from what is observed (`core/observed.py`), from the policy, or from another
-knob, as its text says.
+that is null follows from what is observed (`core/scheduling/observed.py`), from the policy, or from
+another knob, as its text says.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""The seam of core/port.py on vLLM's engine, one half: requests that come in.
+"""The seam of core/migration/port.py on vLLM's engine, one half: requests that come in.
 
 What it relies on inside vLLM stands in engine/vllm_port.py, the other half, beside that:
 `EngineCore.batch_queue` holds the steps in flight, `request_block_hasher` hashes blocks,
@@ -18,7 +18,7 @@ from vllm.v1.engine.core import EngineCore
 from vllm.v1.request import Request, RequestStatus
 
 from llumnix.core.messages import Blocks
-from llumnix.core.port import Refusal
+from llumnix.core.migration.port import Refusal
 from llumnix.core.types import EngineIndex, RequestId
 from llumnix.engine.grammars import Grammars
 from llumnix.engine.immovable import why_engine_cannot

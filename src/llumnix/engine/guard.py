@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from llumnix.core.port import EnginePort, Refusal
+from llumnix.core.migration.port import EnginePort, Refusal
 from llumnix.core.types import RequestId
 
 logger = logging.getLogger("llumnix.engine")

@@ -25,7 +25,6 @@ from vllm.v1.engine.core import EngineCoreProc
 
 from llumnix.core.events import MoveLoad
 from llumnix.core.limits import MigrationLimits
-from llumnix.core.llumlet import Llumlet, Moving
 from llumnix.core.messages import (
     FrontendMessage,
     Handover,
@@ -37,7 +36,8 @@ from llumnix.core.messages import (
     Reserve,
     ToPeer,
 )
-from llumnix.core.port import EnginePort
+from llumnix.core.migration.llumlet import Llumlet, Moving
+from llumnix.core.migration.port import EnginePort
 from llumnix.core.settings import SchedulerSettings
 from llumnix.core.types import EngineIndex, MigrationId, OrderId, RequestId
 from llumnix.engine.cores import SWITCH_INTERVAL_S

@@ -28,8 +28,8 @@ from typing import Any
 
 from vllm.v1.request import Request, RequestStatus
 
-from llumnix.core.load import ClassLoad
 from llumnix.core.priorities import Priorities
+from llumnix.core.scheduling.load import ClassLoad
 
 _ANSWERED = (
     RequestStatus.FINISHED_STOPPED,

@@ -1,7 +1,8 @@
 """Llumlets talk to each other directly: one socket to hear on, one to each peer to speak on.
 
-What is said may be lost (a peer that is gone, a full queue); core/llumlet.py stands that. Messages
-are handed over on a thread, which also gives the clock a beat while the engine stands still.
+What is said may be lost (a peer that is gone, a full queue); core/migration/llumlet.py stands that.
+Messages are handed over on a thread, which also gives the clock a beat while the engine stands
+still.
 """
 
 import logging

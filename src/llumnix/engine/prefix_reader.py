@@ -49,8 +49,8 @@ from vllm.v1.core.kv_cache_utils import make_block_hash_with_group_id, resolve_b
 from vllm.v1.request import Request
 
 from llumnix.core.events import PrefixesChanged
-from llumnix.core.policies.presets import POLICIES
 from llumnix.core.prefixes import BLOCK_TOKENS, PREFIX_BLOCKS_MAX, chain, root
+from llumnix.core.scheduling.presets import POLICIES
 from llumnix.core.settings import SchedulerSettings
 from llumnix.core.types import EngineIndex, InstanceId
 

@@ -22,8 +22,8 @@ from dataclasses import dataclass
 import zmq
 
 from llumnix.core.events import LoadReported, MoveLoad, PrefixesChanged
-from llumnix.core.llumlet import Moving
-from llumnix.core.load import LoadReport
+from llumnix.core.migration.llumlet import Moving
+from llumnix.core.scheduling.load import LoadReport
 from llumnix.core.types import EngineIndex, InstanceId, OrderId, RequestId
 from llumnix.engine.load_reader import Numbers
 from llumnix.errors import ProtocolError

@@ -1,4 +1,4 @@
-"""The seam of core/port.py on vLLM's engine: reads and moves requests between two steps.
+"""The seam of core/migration/port.py on vLLM's engine: reads and moves requests between two steps.
 
 Everything here happens on the engine core's own thread, so nothing is locked. It touches vLLM's
 scheduler from outside; no class of vLLM's is replaced.
@@ -38,8 +38,8 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.serial_utils import MsgpackEncoder
 
 from llumnix.core.messages import Blocks
-from llumnix.core.pace import Pace
-from llumnix.core.port import Movable, Phase, Progress, Refusal
+from llumnix.core.migration.port import Movable, Phase, Progress, Refusal
+from llumnix.core.migration.timing import Pace
 from llumnix.core.types import RequestId
 from llumnix.engine.arrivals import Arrivals, Rest
 from llumnix.engine.immovable import why_request_cannot

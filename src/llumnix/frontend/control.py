@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
-from llumnix.core.load import derive
+from llumnix.core.scheduling.load import derive
 from llumnix.core.types import EngineIndex, InstanceId
 from llumnix.errors import (
     CapacityError,

@@ -24,7 +24,7 @@ from llumnix.core.events import (
     RequestArrived,
     ScalingDecision,
 )
-from llumnix.core.load import LoadReport
+from llumnix.core.scheduling.load import LoadReport
 from llumnix.core.types import RequestId
 from llumnix.errors import ProtocolError
 from llumnix.observe.sockets import SocketKeys, connect

@@ -14,13 +14,21 @@ from typing import Any, Protocol
 from vllm.v1.engine import EngineCoreOutput
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from llumnix.core.arbiter import AbortAt, Arbiter, AskFate, Effect, Moved, StreamLost, TellLost
 from llumnix.core.messages import (
     LeaveWanted,
     MigrationEnded,
     MigrationWanted,
     StageDone,
     TookOver,
+)
+from llumnix.core.streams.table import (
+    AbortAt,
+    Arbiter,
+    AskFate,
+    Effect,
+    Moved,
+    StreamLost,
+    TellLost,
 )
 from llumnix.core.types import EngineIndex, InstanceId, MigrationId, RequestId
 from llumnix.errors import (

@@ -11,7 +11,7 @@ from llumnix.core.types import EngineIndex, InstanceId, RequestId
 @dataclass(slots=True, kw_only=True)
 class Stream:
     """One sequence on its way to a client. Token counts in tokens, `started_s` monotonic. `ledger`:
-    of core/arbiter.py; `instance` and `engine_index` follow its owner.
+    of core/streams/table.py; `instance` and `engine_index` follow its owner.
 
     `grammar`: an engine that cannot begin it has found a bad grammar. `logprobs`: its client wants
     log-probabilities. `pooling`: it asks for an embedding or a score.

@@ -11,13 +11,13 @@ from typing import Any, get_args
 import msgspec
 
 from llumnix.core.events import Decision, Fact, LoadReported
-from llumnix.core.migration import (
+from llumnix.core.migration.tables import (
     DestinationEvent,
     SourceEvent,
     destination_machine,
     source_machine,
 )
-from llumnix.core.scheduler import Scheduler
+from llumnix.core.scheduling.scheduler import Scheduler
 from llumnix.core.settings import SchedulerSettings
 from llumnix.core.types import InstanceId
 from llumnix.errors import ProtocolError, UsageError

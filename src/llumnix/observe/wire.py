@@ -22,7 +22,6 @@ from llumnix.core.events import (
     RequestArrived,
     UndrainInstance,
 )
-from llumnix.core.load import LoadReport
 from llumnix.core.messages import (
     CallOff,
     Handover,
@@ -39,6 +38,7 @@ from llumnix.core.messages import (
     TookOver,
     Verdict,
 )
+from llumnix.core.scheduling.load import LoadReport
 from llumnix.errors import ProtocolError
 
 

@@ -20,8 +20,8 @@ from bisect import insort
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from llumnix.core.load import ClassLoad
 from llumnix.core.priorities import Priorities
+from llumnix.core.scheduling.load import ClassLoad
 from llumnix.core.types import RequestId
 from llumnix.sim.memory import Memory
 from llumnix.sim.profile import Profile

@@ -2,9 +2,9 @@
 a network, a fleet and clients that are modelled.
 
 Rules
-- What decides is the code that serves: core/scheduler.py in the controller's place, core/llumlet.py
-  beside each engine, core/arbiter.py in the frontend's (sim/frontend.py). This file carries out
-  what they decide.
+- What decides is the code that serves: core/scheduling/scheduler.py in the controller's place,
+  core/migration/llumlet.py beside each engine, core/streams/table.py in the frontend's
+  (sim/frontend.py). This file carries out what they decide.
 - One heap of events, ordered by time and by when they were made: a run is the same for the same
   seed.
 - A message takes `hop_s`. An engine deals with what came during a step when the step is over.
@@ -31,11 +31,11 @@ from llumnix.core.events import (
     UndrainInstance,
 )
 from llumnix.core.limits import MigrationLimits
-from llumnix.core.llumlet import Llumlet
-from llumnix.core.load import LoadReport
 from llumnix.core.messages import Out, PeerMessage, ToPeer
-from llumnix.core.policies.presets import POLICIES
-from llumnix.core.scheduler import Scheduler, priorities_of
+from llumnix.core.migration.llumlet import Llumlet
+from llumnix.core.scheduling.load import LoadReport
+from llumnix.core.scheduling.presets import POLICIES
+from llumnix.core.scheduling.scheduler import Scheduler, priorities_of
 from llumnix.core.settings import SchedulerSettings
 from llumnix.core.types import EngineIndex, InstanceId, MigrationId, RequestId
 from llumnix.sim.batching import Batch, EngineOptions, Job

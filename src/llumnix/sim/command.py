@@ -16,7 +16,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from llumnix.config import read_settings
-from llumnix.core.policies.presets import POLICIES
+from llumnix.core.scheduling.presets import POLICIES
 from llumnix.core.settings import SchedulerSettings
 from llumnix.errors import UsageError
 from llumnix.sim.batching import EngineOptions

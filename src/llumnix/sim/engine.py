@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from llumnix.core.messages import Blocks
-from llumnix.core.port import Movable, Phase, Progress, Refusal
+from llumnix.core.migration.port import Movable, Phase, Progress, Refusal
 from llumnix.core.priorities import Priorities
 from llumnix.core.types import EngineIndex, RequestId
 from llumnix.sim.batching import Batching, EngineOptions, Job, Sequence

@@ -8,7 +8,7 @@ import random
 from dataclasses import dataclass
 
 from llumnix.core.messages import PeerMessage
-from llumnix.core.scheduler import Scheduler
+from llumnix.core.scheduling.scheduler import Scheduler
 from llumnix.core.types import EngineIndex, RequestId
 from llumnix.errors import LlumnixError, UsageError
 from llumnix.sim.cluster import Cluster

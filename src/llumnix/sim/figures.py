@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from llumnix.core.policies.presets import POLICIES
+from llumnix.core.scheduling.presets import POLICIES
 from llumnix.errors import UsageError
 from llumnix.sim.report_data import (
     Details,

@@ -5,7 +5,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from llumnix.core.arbiter import (
+from llumnix.core.events import Dispatch, RequestArrived
+from llumnix.core.messages import Migrate, MigrationEnded, MigrationWanted, TookOver
+from llumnix.core.streams.table import (
     AbortAt,
     Arbiter,
     AskFate,
@@ -15,8 +17,6 @@ from llumnix.core.arbiter import (
     StreamLost,
     TellLost,
 )
-from llumnix.core.events import Dispatch, RequestArrived
-from llumnix.core.messages import Migrate, MigrationEnded, MigrationWanted, TookOver
 from llumnix.core.types import EngineIndex, InstanceId, MigrationId, RequestId
 from llumnix.sim.batching import Job
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from llumnix.core.arbiter import AbortAt, Arbiter, AskFate, Moved, StreamLost, TellLost
 from llumnix.core.limits import TAIL_MAX
 from llumnix.core.messages import Migrate, MigrationEnded, TookOver
+from llumnix.core.streams.table import AbortAt, Arbiter, AskFate, Moved, StreamLost, TellLost
 from llumnix.core.types import EngineIndex, Epoch, MigrationId, RequestId
 from llumnix.errors import ProtocolError
 

@@ -23,8 +23,8 @@ from llumnix.core.events import (
     ScalingDecision,
     UndrainInstance,
 )
+from llumnix.core.scheduling.view import ClusterView
 from llumnix.core.settings import ScalingSettings
-from llumnix.core.view import ClusterView
 
 TARGET = 1.25
 """A change must leave the mean freeness this many times the lower bound."""

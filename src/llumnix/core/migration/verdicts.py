@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 from llumnix.core.limits import REMEMBERED_MAX
 from llumnix.core.messages import CallOff, Handover, Out, Stage, Stopping, ToPeer, Verdict
-from llumnix.core.migration import (
+from llumnix.core.migration.port import EnginePort, Phase
+from llumnix.core.migration.tables import (
     DestinationAction,
     DestinationEvent,
     DestinationMachine,
     DestinationState,
 )
-from llumnix.core.port import EnginePort, Phase
 from llumnix.core.types import EngineIndex, MigrationId
 
 

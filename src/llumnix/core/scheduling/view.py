@@ -31,9 +31,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from llumnix.core.load import Load, LoadReport, derive
-from llumnix.core.observed import Observed
 from llumnix.core.priorities import Priorities
+from llumnix.core.scheduling.load import Load, LoadReport, derive
+from llumnix.core.scheduling.observed import Observed
 from llumnix.core.settings import MigrationSettings
 from llumnix.core.types import EngineIndex, InstanceId, OrderId, RequestId
 

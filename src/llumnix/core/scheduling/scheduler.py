@@ -20,14 +20,14 @@ from llumnix.core.events import (
     Tick,
     UndrainInstance,
 )
-from llumnix.core.malformed import why_malformed
-from llumnix.core.policies.dispatch import DISPATCH_POLICIES, Soonest
-from llumnix.core.policies.pairing import Pairing
-from llumnix.core.policies.presets import POLICIES
-from llumnix.core.policies.scaling import Scaling
 from llumnix.core.priorities import Priorities
+from llumnix.core.scheduling.dispatch import DISPATCH_POLICIES, Soonest
+from llumnix.core.scheduling.malformed import why_malformed
+from llumnix.core.scheduling.pairing import Pairing
+from llumnix.core.scheduling.presets import POLICIES
+from llumnix.core.scheduling.scaling import Scaling
+from llumnix.core.scheduling.view import ClusterView
 from llumnix.core.settings import SchedulerSettings
-from llumnix.core.view import ClusterView
 from llumnix.errors import ProtocolError
 
 STORY_MAX = 300

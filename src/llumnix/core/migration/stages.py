@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 
 from llumnix.core.limits import MigrationLimits
 from llumnix.core.messages import Handover, Migrate, StageDone
-from llumnix.core.migration import SourceEvent, SourceMachine
-from llumnix.core.port import EnginePort, Phase, Progress
+from llumnix.core.migration.port import EnginePort, Phase, Progress
+from llumnix.core.migration.tables import SourceEvent, SourceMachine
 
 
 @dataclass(slots=True, kw_only=True)

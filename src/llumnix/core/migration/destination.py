@@ -1,8 +1,8 @@
-"""Migrations to one engine: walks the destination's machine of core/migration.py.
+"""Migrations to one engine: walks the destination's machine of core/migration/tables.py.
 
 Rules
 - `incoming_max` of them for the engine; one request once.
-- What was decided is remembered and never changed (core/verdicts.py).
+- What was decided is remembered and never changed (core/migration/verdicts.py).
 - Blocks that are being written are not given away: an aborted migration whose pull is under way has
   it cancelled, and keeps its room until that has ended.
 - A pull may take as long as it takes. Meanwhile the source is told every `progress_every_s` that it
@@ -38,7 +38,8 @@ from llumnix.core.messages import (
     ToPeer,
     Verdict,
 )
-from llumnix.core.migration import (
+from llumnix.core.migration.port import EnginePort, Phase, Refusal
+from llumnix.core.migration.tables import (
     DestinationAction,
     DestinationEvent,
     DestinationMachine,
@@ -46,10 +47,9 @@ from llumnix.core.migration import (
     OnStep,
     destination_machine,
 )
-from llumnix.core.pace import one_more_fits
-from llumnix.core.port import EnginePort, Phase, Refusal
+from llumnix.core.migration.timing import one_more_fits
+from llumnix.core.migration.verdicts import Decided, Verdicts
 from llumnix.core.types import EngineIndex, MigrationId, RequestId
-from llumnix.core.verdicts import Decided, Verdicts
 from llumnix.errors import ProtocolError
 
 QUIET_MAX_S = 0.1

@@ -1,4 +1,4 @@
-"""Migrations away from one engine: walks the source's machine of core/migration.py.
+"""Migrations away from one engine: walks the source's machine of core/migration/tables.py.
 
 Rules
 - One migration of a request at a time, `outgoing_max` of them for the engine.
@@ -30,7 +30,10 @@ from llumnix.core.messages import (
     ToPeer,
     Verdict,
 )
-from llumnix.core.migration import (
+from llumnix.core.migration.port import EnginePort, Phase, Refusal
+from llumnix.core.migration.setbacks import Setbacks
+from llumnix.core.migration.stages import Outgoing, next_event
+from llumnix.core.migration.tables import (
     OnStep,
     SourceAction,
     SourceEvent,
@@ -38,9 +41,6 @@ from llumnix.core.migration import (
     SourceState,
     source_machine,
 )
-from llumnix.core.port import EnginePort, Phase, Refusal
-from llumnix.core.setbacks import Setbacks
-from llumnix.core.stages import Outgoing, next_event
 from llumnix.core.types import EngineIndex, MigrationId, RequestId
 
 _NOT_TAKEN = (SourceEvent.DECLINED, SourceEvent.LATE)

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llumnix.core.events import MoveLoad
-from llumnix.core.incoming import IncomingMigrations
 from llumnix.core.limits import MigrationLimits
 from llumnix.core.messages import (
     CallOff,
@@ -24,12 +23,13 @@ from llumnix.core.messages import (
     Stopping,
     Verdict,
 )
-from llumnix.core.migration import OnStep
-from llumnix.core.orders import Orders
-from llumnix.core.outgoing import OutgoingMigrations
-from llumnix.core.port import EnginePort
+from llumnix.core.migration.destination import IncomingMigrations
+from llumnix.core.migration.orders import Orders
+from llumnix.core.migration.port import EnginePort
+from llumnix.core.migration.setbacks import Setbacks
+from llumnix.core.migration.source import OutgoingMigrations
+from llumnix.core.migration.tables import OnStep
 from llumnix.core.priorities import Priorities
-from llumnix.core.setbacks import Setbacks
 from llumnix.core.settings import SchedulerSettings
 from llumnix.core.types import EngineIndex, MigrationId, OrderId
 

@@ -6,7 +6,6 @@ from typing import TypeVar
 import pytest
 
 from llumnix.core.limits import MigrationLimits
-from llumnix.core.llumlet import Llumlet
 from llumnix.core.messages import (
     CallOff,
     FromDestination,
@@ -23,6 +22,7 @@ from llumnix.core.messages import (
     ToPeer,
     Verdict,
 )
+from llumnix.core.migration.llumlet import Llumlet
 from llumnix.core.types import EngineIndex, Epoch, MigrationId, RequestId
 from support.fake_engine import FakeEngine
 

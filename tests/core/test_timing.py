@@ -5,12 +5,12 @@ from typing import Any
 import pytest
 
 from conformance.engines import FakeKind
-from llumnix.core.incoming import QUIET_MAX_S
 from llumnix.core.limits import MigrationLimits
-from llumnix.core.llumlet import Llumlet
 from llumnix.core.messages import CallOff, Handover, PeerMessage, Stage, Staged, Stopping
-from llumnix.core.pace import LATE_MAX, Pace, one_more_fits
-from llumnix.core.port import Phase
+from llumnix.core.migration.destination import QUIET_MAX_S
+from llumnix.core.migration.llumlet import Llumlet
+from llumnix.core.migration.port import Phase
+from llumnix.core.migration.timing import LATE_MAX, Pace, one_more_fits
 from llumnix.core.types import RequestId
 from support.duo import Duo
 from support.fake_engine import STEP_S, undisturbed

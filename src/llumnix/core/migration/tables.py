@@ -13,7 +13,7 @@ Rules
 - Every event in every state is in the table. What is not there is a bug, and raises with the story.
 
 No I/O, no clock: who hosts a machine feeds it events and carries out the actions it names
-(core/llumlet.py). docs/migration.md is drawn from these tables (scripts/draw_pages.py).
+(core/migration/llumlet.py). docs/migration.md is drawn from these tables (scripts/draw_pages.py).
 """
 
 import enum

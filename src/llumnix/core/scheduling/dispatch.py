@@ -8,10 +8,10 @@ from collections.abc import Callable
 from typing import Protocol
 
 from llumnix.core.events import RequestArrived
-from llumnix.core.load import Load
 from llumnix.core.prefixes import BLOCK_TOKENS, PrefixIndex
+from llumnix.core.scheduling.load import Load
+from llumnix.core.scheduling.view import ClusterView, InstanceView, Order
 from llumnix.core.types import InstanceId
-from llumnix.core.view import ClusterView, InstanceView, Order
 
 AHEAD_TOKENS = 512
 """Fewer tokens of prompts take about as long as a decode step or two: no reason to go where less

@@ -12,7 +12,8 @@ Rules
   round, which are computed from the same report, know of each other. Of several that came during
   one step those of the newest report count.
 - A wish that a frontend does not grant lapses after `WISH_LIFETIME_S`.
-- A request whose move failed is left alone for a while (core/setbacks.py): others get their turn.
+- A request whose move failed is left alone for a while (core/migration/setbacks.py): others get
+  their turn.
 - A user's order is not held to the limits of a wish.
 """
 
@@ -20,13 +21,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llumnix.core.events import MoveLimit, MoveLoad
-from llumnix.core.incoming import IncomingMigrations
 from llumnix.core.messages import Migrate, MigrationWanted, Out, ToFrontend
-from llumnix.core.outgoing import OutgoingMigrations
-from llumnix.core.policies.victim import Candidate, choose_victim
-from llumnix.core.port import EnginePort, Phase, Refusal
+from llumnix.core.migration.destination import IncomingMigrations
+from llumnix.core.migration.port import EnginePort, Phase, Refusal
+from llumnix.core.migration.setbacks import Setbacks
+from llumnix.core.migration.source import OutgoingMigrations
+from llumnix.core.migration.victim import Candidate, choose_victim
 from llumnix.core.priorities import Priorities
-from llumnix.core.setbacks import Setbacks
 from llumnix.core.types import EngineIndex, OrderId, RequestId
 
 WISH_LIFETIME_S = 1.0

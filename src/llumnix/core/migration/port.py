@@ -1,4 +1,4 @@
-"""The seam between migrations and an engine: what core/llumlet.py asks of it.
+"""The seam between migrations and an engine: what core/migration/llumlet.py asks of it.
 
 All calls come on the engine's own thread, between two of its steps, and return at once. The real
 engine implements it in engine/vllm_port.py, a fake one in tests/support/fake_engine.py, and one

@@ -26,11 +26,11 @@ from itertools import islice, takewhile
 
 from llumnix.core.events import MoveLimit, MoveLoad
 from llumnix.core.limits import MigrationLimits
-from llumnix.core.load import ratio
 from llumnix.core.priorities import Priorities
+from llumnix.core.scheduling.load import ratio
+from llumnix.core.scheduling.view import ClusterView, InstanceView
 from llumnix.core.settings import MigrationSettings
 from llumnix.core.types import InstanceId, OrderId
-from llumnix.core.view import ClusterView, InstanceView
 
 STOP_STEPS = 1.0
 """What a move costs the request beyond the copy: about one step in which nobody computes it."""

@@ -1,0 +1,1 @@
+"""How a request moves: two tables of transitions, and what walks them."""

@@ -1,0 +1,1 @@
+"""What the controller believes of every instance, and what it decides."""

@@ -1,0 +1,1 @@
+"""Which engine owns each stream."""

@@ -1,0 +1,1 @@
+"""When an engine counts as hung, and when an instance is started again."""
