@@ -15,8 +15,8 @@ from llumnix.core.types import EngineIndex, InstanceId
 instance = pytest.importorskip("llumnix.engine.instance")
 
 from llumnix.core.limits import MigrationLimits  # noqa: E402
-from llumnix.engine.host import HostSeat, LlumletHost  # noqa: E402
-from llumnix.engine.transfer import TransferOptions  # noqa: E402
+from llumnix.engine.kv.agent import TransferOptions  # noqa: E402
+from llumnix.engine.migration.host import HostSeat, LlumletHost  # noqa: E402
 from llumnix.observe.sockets import SocketKeys  # noqa: E402
 
 LLUMLET = HostSeat(

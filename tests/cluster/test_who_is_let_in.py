@@ -13,8 +13,8 @@ from llumnix.cluster.controller import Controller
 from llumnix.core.messages import CallOff
 from llumnix.core.settings import SchedulerSettings
 from llumnix.core.types import EngineIndex, InstanceId, MigrationId
-from llumnix.engine.peers import Peers
-from llumnix.engine.reporter import LoadReporter
+from llumnix.engine.migration.peers import Peers
+from llumnix.engine.reporting.reporter import LoadReporter
 from llumnix.frontend.controller_link import ControllerLink
 from llumnix.observe.sockets import Listening, SocketKeys, connect
 from llumnix.observe.wire import Ping, Pong, decode, encode

@@ -14,7 +14,7 @@ from conformance.engines import RealKind
 from conformance.scenarios import FAULTS, strike
 from conformance.test_exactness import CASES, options, run, story
 from llumnix.core.messages import Handover, Stage, Stopping, Verdict
-from llumnix.engine.transfer import TransferOptions
+from llumnix.engine.kv.agent import TransferOptions
 from support.gemma import make_tiny_gemma
 from support.real_engine import RealEngine
 

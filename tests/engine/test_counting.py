@@ -17,17 +17,17 @@ from llumnix.core.priorities import Priorities
 from llumnix.core.scheduling.load import ClassLoad
 from llumnix.core.settings import PrioritySettings
 from llumnix.core.types import EngineIndex, InstanceId, RequestId
-from llumnix.engine import prefix_reader
-from llumnix.engine.load_reader import LoadReader
-from llumnix.engine.prefix_reader import (
+from llumnix.engine.migration.vllm_source import VllmPort
+from llumnix.engine.queueing import Queueing
+from llumnix.engine.reporting import prefix_reader
+from llumnix.engine.reporting.load_reader import LoadReader
+from llumnix.engine.reporting.prefix_reader import (
     ENDED_MAX,
     SWEPT_MAX,
     WALKED_MAX,
     NotedMap,
     PrefixReader,
 )
-from llumnix.engine.queueing import Queueing
-from llumnix.engine.vllm_port import VllmPort
 from support.no_model import BLOCK, add, engine_core
 
 CLASSES = Priorities(PrioritySettings())
@@ -175,7 +175,7 @@ def test_a_request_that_is_handed_over_counts_as_running_until_it_has_left(
     assert (after[1].running, after[1].waiting) == (2, 0)
 
 
-# -- which prefixes are kept: engine/prefix_reader.py
+# -- which prefixes are kept: engine/reporting/prefix_reader.py
 
 
 class Named:

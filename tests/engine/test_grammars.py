@@ -16,8 +16,8 @@ from vllm.v1.serial_utils import MsgpackEncoder
 
 from llumnix.core.migration.port import Refusal
 from llumnix.core.types import RequestId
-from llumnix.engine.arrivals import FED_MAX
-from llumnix.engine.vllm_port import VllmPort
+from llumnix.engine.migration.vllm_destination import FED_MAX
+from llumnix.engine.migration.vllm_source import VllmPort
 from support.no_model import engine_core
 
 R = RequestId("r")

@@ -10,9 +10,9 @@ import pytest
 pytest.importorskip("vllm")
 
 from llumnix.core.types import EngineIndex, MigrationId
-from llumnix.engine.guard import LOG_EVERY_S, TRIES_MAX, ErrorLog
-from llumnix.engine.peers import Peers
-from llumnix.engine.vllm_port import VllmPort
+from llumnix.engine.migration.guard import LOG_EVERY_S, TRIES_MAX, ErrorLog
+from llumnix.engine.migration.peers import Peers
+from llumnix.engine.migration.vllm_source import VllmPort
 from support.hosts import Hosts
 from support.no_model import BLOCK, add
 

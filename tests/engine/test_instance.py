@@ -22,10 +22,10 @@ from llumnix.core.messages import Migrate, MigrationEnded
 from llumnix.core.settings import SchedulerSettings
 from llumnix.core.types import EngineIndex, Epoch, InstanceId, MigrationId, RequestId
 from llumnix.engine import instance as module
-from llumnix.engine.host import IN_BAND, HostSeat
 from llumnix.engine.instance import QUIET_STEPS_MAX, EngineInstance, InstanceSeat
+from llumnix.engine.kv.agent import TransferOptions
+from llumnix.engine.migration.host import IN_BAND, HostSeat
 from llumnix.engine.queueing import AgingQueue
-from llumnix.engine.transfer import TransferOptions
 from llumnix.observe.wire import decode, encode
 from support.no_model import BLOCK, NoModel, engine_config, made
 

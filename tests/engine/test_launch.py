@@ -11,8 +11,8 @@ from vllm.v1.executor.ray_utils import WORKER_SPECIFIC_ENV_VARS
 
 from llumnix.config import ADMIN_API_KEY_VARIABLE
 from llumnix.engine import launch
-from llumnix.engine.host import HostSeat
 from llumnix.engine.launch import EngineLaunch
+from llumnix.engine.migration.host import HostSeat
 
 SECRETS = {
     "HF_TOKEN": "hf-secret",

@@ -9,8 +9,8 @@ from concurrent.futures import Future
 import msgspec
 import pytest
 
-from llumnix.engine import links
-from llumnix.engine.links import LINK_ERRORS, AuthenticationError, Command, Link, connect, listen
+from llumnix.engine.kv import links
+from llumnix.engine.kv.links import LINK_ERRORS, AuthenticationError, Command, Link, connect, listen
 from llumnix.errors import ProtocolError
 
 KEY = secrets.token_bytes(32)

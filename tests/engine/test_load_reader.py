@@ -15,7 +15,7 @@ from llumnix.core.priorities import Priorities  # noqa: E402
 from llumnix.core.scheduling.load import ClassLoad  # noqa: E402
 from llumnix.core.settings import PrioritySettings  # noqa: E402
 from llumnix.core.types import RequestId  # noqa: E402
-from llumnix.engine.load_reader import LoadReader, Numbers  # noqa: E402
+from llumnix.engine.reporting.load_reader import LoadReader, Numbers  # noqa: E402
 
 from .conftest import BLOCK, BLOCKS  # noqa: E402
 

@@ -11,8 +11,8 @@ pytest.importorskip("vllm")
 from vllm.v1.core.sched.interface import PauseState
 
 from llumnix.core.messages import Handover, Stage
+from llumnix.engine.kv.agent_client import Pulled
 from llumnix.engine.memory_calls import MemoryCalls
-from llumnix.engine.transfer_client import Pulled
 from support.hosts import Hosts
 from support.no_model import BLOCK, add
 
@@ -174,7 +174,7 @@ def test_memory_goes_only_when_no_pull_can_touch_it(
 def test_a_call_that_waited_too_long_is_made_all_the_same(
     hosts: Hosts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llumnix.engine.host.CALL_OFF_MAX_S", 0.05)
+    monkeypatch.setattr("llumnix.engine.migration.host.CALL_OFF_MAX_S", 0.05)
     held = Held(hosts, monkeypatch)
     start(hosts)
     hosts.until(lambda: held.open)

@@ -15,8 +15,8 @@ from llumnix.core.priorities import Priorities
 from llumnix.core.scheduling.load import Load, LoadReport, derive
 from llumnix.core.settings import PrioritySettings
 from llumnix.core.types import EngineIndex, InstanceId
-from llumnix.engine.load_reader import LoadReader, Numbers, client_priority
 from llumnix.engine.queueing import has_waited, waited_s
+from llumnix.engine.reporting.load_reader import LoadReader, Numbers, client_priority
 from support.hosts import HostedEngine, Hosts
 from support.no_model import BLOCK, add
 

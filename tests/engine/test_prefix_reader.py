@@ -31,8 +31,8 @@ from llumnix.core.events import PrefixesChanged  # noqa: E402
 from llumnix.core.prefixes import BLOCK_TOKENS, PrefixIndex, chain, root  # noqa: E402
 from llumnix.core.settings import SchedulerSettings  # noqa: E402
 from llumnix.core.types import EngineIndex, InstanceId, RequestId  # noqa: E402
-from llumnix.engine import prefix_reader as prefix_reader_module  # noqa: E402
-from llumnix.engine.prefix_reader import NotedMap, PrefixReader, prefix_reader  # noqa: E402
+from llumnix.engine.reporting import prefix_reader as prefix_reader_module  # noqa: E402
+from llumnix.engine.reporting.prefix_reader import NotedMap, PrefixReader, prefix_reader  # noqa: E402
 from llumnix.frontend.prompt_blocks import prompt_blocks  # noqa: E402
 
 I0, ENGINE = InstanceId("i0"), EngineIndex(3)

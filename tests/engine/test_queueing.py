@@ -19,13 +19,13 @@ from llumnix.core.scheduling.load import ClassLoad  # noqa: E402
 from llumnix.core.settings import PriorityClass, PrioritySettings  # noqa: E402
 from llumnix.core.types import RequestId  # noqa: E402
 from llumnix.engine import queueing  # noqa: E402
-from llumnix.engine.load_reader import LoadReader, client_priority  # noqa: E402
 from llumnix.engine.queueing import (  # noqa: E402
     AGED_MAX,
     LOOK_EVERY_S,
     Queueing,
     queue_by_arrival,
 )
+from llumnix.engine.reporting.load_reader import LoadReader, client_priority  # noqa: E402
 
 AGING_S = 0.1
 CLASSES = Priorities(PrioritySettings(aging_s=AGING_S))

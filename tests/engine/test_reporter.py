@@ -10,8 +10,8 @@ from llumnix.core.events import LoadReported, MoveLoad
 from llumnix.core.migration.llumlet import Moving
 from llumnix.core.scheduling.load import ClassLoad, LoadReport
 from llumnix.core.types import EngineIndex, InstanceId, OrderId, RequestId
-from llumnix.engine.load_reader import Numbers
-from llumnix.engine.reporter import HEARTBEAT_S, REPORT_EVERY_S, LoadReporter
+from llumnix.engine.reporting.load_reader import Numbers
+from llumnix.engine.reporting.reporter import HEARTBEAT_S, REPORT_EVERY_S, LoadReporter
 from llumnix.observe.wire import decode
 
 PATIENCE_MS = 20_000

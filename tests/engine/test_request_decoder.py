@@ -22,9 +22,9 @@ from vllm.v1.serial_utils import (
 
 from llumnix.core.migration.port import Refusal
 from llumnix.core.types import RequestId
-from llumnix.engine.arrivals import Arrivals
-from llumnix.engine.request_decoder import RequestDecoder
-from llumnix.engine.transfer_client import AgentClient
+from llumnix.engine.kv.agent_client import AgentClient
+from llumnix.engine.migration.request_decoder import RequestDecoder
+from llumnix.engine.migration.vllm_destination import Arrivals
 from llumnix.errors import ProtocolError
 
 ran: list[str] = []

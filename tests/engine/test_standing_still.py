@@ -14,8 +14,8 @@ from vllm import SamplingParams
 from vllm.v1.engine import EngineCoreRequestType
 
 from llumnix.core.limits import MigrationLimits
-from llumnix.engine.host import HURRY_S, LlumletHost
 from llumnix.engine.instance import EngineInstance
+from llumnix.engine.migration.host import HURRY_S, LlumletHost
 
 WAKEUP = (EngineCoreRequestType.WAKEUP, None)
 

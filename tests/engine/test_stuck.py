@@ -13,7 +13,7 @@ from vllm import SamplingParams
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.request import Request, RequestStatus, StreamingUpdate
 
-from llumnix.engine.vllm_port import STUCK_STEPS, VllmPort
+from llumnix.engine.migration.vllm_source import STUCK_STEPS, VllmPort
 from support.no_model import BLOCK, add, engine_core
 
 STEPS_MAX = 200

@@ -57,8 +57,8 @@ from vllm.v1.kv_cache_interface import (  # noqa: E402
 from vllm.v1.metrics.stats import IterationStats  # noqa: E402
 from vllm.v1.request import Request, RequestStatus  # noqa: E402
 
-from llumnix.engine.prefix_reader import NotedMap  # noqa: E402
 from llumnix.engine.queueing import AgingQueue  # noqa: E402
+from llumnix.engine.reporting.prefix_reader import NotedMap  # noqa: E402
 from llumnix.frontend.stream_ends import ERROR_ITEM  # noqa: E402
 
 
@@ -352,11 +352,11 @@ def test_the_scheduler_counts_what_we_report() -> None:
     assert "self.block_size = block_size" in source(Scheduler.__init__)
 
 
-# -- what is read off the scheduler: engine/load_reader.py
+# -- what is read off the scheduler: engine/reporting/load_reader.py
 
 
 def test_the_scheduler_knows_every_request_that_is_not_finished() -> None:
-    who = "engine/load_reader.py"
+    who = "engine/reporting/load_reader.py"
     says(Scheduler.add_request, "self.requests[request.request_id] = request", who=who)
     says(Scheduler._free_blocks, "del self.requests[request.request_id]", who=who)
     says(
@@ -384,7 +384,7 @@ def test_in_a_step_with_a_preemption_nobody_starts() -> None:
         "preempted_reqs.append(preempted_req)",
         "if not preempted_reqs and self._pause_state",
         "request_queue = self.waiting",
-        who="engine/load_reader.py's read()",
+        who="engine/reporting/load_reader.py's read()",
     )
 
 
@@ -396,7 +396,7 @@ def test_outputs_and_events_bear_the_engines_monotonic_clock() -> None:
 
 
 def test_the_next_in_the_queue_starts_once_all_its_tokens_fit() -> None:
-    who = "engine/load_reader.py's head_tokens"
+    who = "engine/reporting/load_reader.py's head_tokens"
     fits = "full_sequence_must_fit=self.scheduler_reserve_full_isl"
     says(Scheduler.schedule, "request = request_queue.peek_request()", fits, who=who)
     parameters = inspect.signature(KVCacheManager.allocate_slots).parameters
@@ -455,7 +455,7 @@ def test_a_prompt_in_chunks_says_so_until_its_last() -> None:
         Scheduler._update_after_schedule,
         "request.num_computed_tokens += num_scheduled_token",
         "request.is_prefill_chunk = request.num_computed_tokens < (",
-        who="engine/load_reader.py's prefill_tokens",
+        who="engine/reporting/load_reader.py's prefill_tokens",
     )
 
 
@@ -464,28 +464,30 @@ def test_a_request_that_has_ended_keeps_what_we_count() -> None:
     known = request("a")
     known.append_output_token_ids([5, 6])
     known.status = RequestStatus.FINISHED_STOPPED
-    assert {n for n in ours if not hasattr(known, n)} == set(), "engine/load_reader.py"
+    assert {n for n in ours if not hasattr(known, n)} == set(), "engine/reporting/load_reader.py"
     assert (known.num_tokens, known.num_output_tokens, known.num_preemptions) == (5, 2, 0)
     for method in (Scheduler._free_request, Scheduler._free_blocks, Scheduler._free_request_blocks):
         assert not re.search(r"request\.(_output|num_|status =)", source(method)), method
     finished = {s.name for s in RequestStatus if RequestStatus.is_finished(s)}
     answered = {"FINISHED_STOPPED", "FINISHED_LENGTH_CAPPED", "FINISHED_REPETITION"}
     others = {"FINISHED_ABORTED", "FINISHED_IGNORED", "FINISHED_ERROR"}
-    assert finished == answered | others, "is the new end an answer? (engine/load_reader.py)"
+    assert finished == answered | others, (
+        "is the new end an answer? (engine/reporting/load_reader.py)"
+    )
 
 
 def test_blocks_that_only_the_cache_holds_are_free() -> None:
     kv = manager()
     one = request("a", range(64))
     assert kv.allocate_slots(one, 64) is not None
-    assert kv.block_pool.get_num_free_blocks() == 10 - 1 - 4, "engine/load_reader.py"
+    assert kv.block_pool.get_num_free_blocks() == 10 - 1 - 4, "engine/reporting/load_reader.py"
     kv.free(one)
-    assert kv.block_pool.get_num_free_blocks() == 10 - 1, "engine/load_reader.py"
+    assert kv.block_pool.get_num_free_blocks() == 10 - 1, "engine/reporting/load_reader.py"
     assert kv.get_computed_blocks(request("b", range(65)))[1] == 64
 
 
 def test_all_kv_tensors_are_views_of_one_allocation() -> None:
-    """engine/load_reader.py takes one of their sizes for all."""
+    """engine/reporting/load_reader.py takes one of their sizes for all."""
     path = Path(vllm.__file__).parent / "v1/worker/utils.py"
     text = " ".join(path.read_text().split())
     assert "sizes = {tensor.size for tensor in kv_cache_config.kv_cache_tensors}" in text
@@ -540,7 +542,7 @@ def test_the_scheduler_knows_its_queue_by_its_methods_alone() -> None:
     says(Scheduler.schedule, first, who=who)
 
 
-# -- the prefix cache: engine/prefix_reader.py
+# -- the prefix cache: engine/reporting/prefix_reader.py
 
 
 def test_what_enters_and_leaves_the_prefix_cache_goes_through_its_map() -> None:
@@ -567,7 +569,7 @@ def test_what_enters_and_leaves_the_prefix_cache_goes_through_its_map() -> None:
     assert all(noted.get_one_block(key) is None for key in keys)
     kv.free(other)
     assert kv.reset_prefix_cache()
-    assert pool.cached_block_hash_to_block is not noted, "engine/prefix_reader.py"
+    assert pool.cached_block_hash_to_block is not noted, "engine/reporting/prefix_reader.py"
 
 
 def test_block_hashes_are_seen_in_the_size_of_a_group() -> None:
@@ -577,8 +579,9 @@ def test_block_hashes_are_seen_in_the_size_of_a_group() -> None:
 
 
 def test_what_tells_blocks_apart_is_what_we_name_them_by() -> None:
-    """engine/prefix_reader.py and frontend/client.py: the tokens, adapter and salt, or nothing."""
-    who = "engine/prefix_reader.py"
+    """engine/reporting/prefix_reader.py and frontend/client.py: the tokens, adapter and salt, or
+    nothing."""
+    who = "engine/reporting/prefix_reader.py"
     says(
         kv_cache_utils.generate_block_hash_extra_keys,
         "start_token_idx == 0 and request.cache_salt",
@@ -597,7 +600,7 @@ def test_what_tells_blocks_apart_is_what_we_name_them_by() -> None:
 
 def test_who_waits_has_computed_nothing() -> None:
     """Unless it came with a move."""
-    who = "engine/load_reader.py"
+    who = "engine/reporting/load_reader.py"
     assert request("a").num_computed_tokens == 0, who
     says(Scheduler._preempt_request, "request.num_computed_tokens = 0", who=who)
 
@@ -612,7 +615,7 @@ def test_the_groups_of_layers_are_named_by_kind() -> None:
         "full_attention", "mla_attention", "sink_full_attention",  # These look at all of a prompt.
         "sliding_window", "sliding_window_mla", "mamba", "chunked_local_attention",
         "encoder_only_attention", "cross_attention", "unknown",
-    }, "does the new kind look at the whole prompt? (engine/prefix_reader.py)"  # fmt: skip
+    }, "does the new kind look at the whole prompt? (prefix_reader.py)"  # fmt: skip
 
 
 def test_an_idle_engine_that_is_woken_looks_around() -> None:
@@ -622,12 +625,12 @@ def test_an_idle_engine_that_is_woken_looks_around() -> None:
         "while not self.has_work() and self.is_running():",
         "self._notify_idle_state_callbacks()",
         "req = self.input_queue.get(block=block)",
-        who="engine/prefix_reader.py",
+        who="engine/reporting/prefix_reader.py",
     )
     says(
         EngineCoreProc._handle_client_request,
         "if request_type == EngineCoreRequestType.WAKEUP: return",
-        who="engine/prefix_reader.py",
+        who="engine/reporting/prefix_reader.py",
     )
 
 
@@ -663,12 +666,13 @@ def test_prometheus_labels_engines_by_a_fixed_list() -> None:
 
 
 def test_nothing_on_our_sockets_is_unpickled_unless_asked_for() -> None:
-    """engine/request_decoder.py does not even then: a request comes from another engine."""
+    """engine/migration/request_decoder.py does not even then: a request comes from another
+    engine."""
     from vllm import envs
     from vllm.v1.serial_utils import MsgpackDecoder
 
     assert envs.VLLM_ALLOW_INSECURE_SERIALIZATION is False
-    who = "engine/request_decoder.py"
+    who = "engine/migration/request_decoder.py"
     says(MsgpackDecoder.__init__, "ext_hook=self.ext_hook", who=who)
     says(
         MsgpackDecoder.ext_hook,

@@ -51,8 +51,8 @@ from vllm.v1.worker.gpu.states import RequestState  # noqa: E402
 from vllm.v1.worker.gpu_input_batch import CachedRequestState  # noqa: E402
 from vllm.v1.worker.worker_base import WorkerWrapperBase  # noqa: E402
 
-from llumnix.engine import immovable  # noqa: E402
-from llumnix.engine.tokens import Gathered, Grown, Prompt, take_packed  # noqa: E402
+from llumnix.engine.migration import unsupported  # noqa: E402
+from llumnix.engine.migration.packed_tokens import Gathered, Grown, Prompt, take_packed  # noqa: E402
 
 BLOCK = 4
 ROOT = Path(vllm.__file__).parent
@@ -124,7 +124,7 @@ def manager(blocks: int = 10) -> KVCacheManager:
     return KVCacheManager(config, 64, scheduler_block_size=BLOCK, hash_block_size=BLOCK)
 
 
-# -- the scheduler: engine/vllm_port.py, engine/arrivals.py
+# -- the scheduler: engine/migration/vllm_source.py, engine/migration/vllm_destination.py
 
 
 def test_the_scheduler_has_what_the_port_reads() -> None:
@@ -134,7 +134,7 @@ def test_the_scheduler_has_what_the_port_reads() -> None:
         "max_num_active_reqs", "prev_step_scheduled_req_ids", "requests",
         "reset_preempted_req_ids", "running", "structured_output_manager", "waiting",
     }  # fmt: skip
-    has(Scheduler, names, "engine/vllm_port.py, arrivals.py")
+    has(Scheduler, names, "engine/migration/vllm_source.py, vllm_destination.py")
     assert "__slots__" not in vars(Scheduler), "engine/instance.py shadows its has_requests()"
 
 
@@ -149,7 +149,7 @@ def test_requests_that_hold_kv_go_first_and_are_not_prefilled_again() -> None:
         "num_new_tokens = request.num_tokens - num_computed_tokens",
         "elif request.status == RequestStatus.PREEMPTED: scheduled_resumed_reqs.append(request)",
         "req_to_new_blocks[request_id] = self.kv_cache_manager.get_blocks(request_id)",
-        who="engine/vllm_port.py",
+        who="engine/migration/vllm_source.py",
     )
     known = request()
     known.status, known.num_computed_tokens = RequestStatus.PREEMPTED, 3
@@ -170,7 +170,7 @@ def test_workers_are_told_of_requests_that_were_taken_out() -> None:
         "self.prev_step_scheduled_req_ids.update(num_scheduled_tokens.keys())",
         "preempted_req_ids=self.reset_preempted_req_ids",
         "finished_req_ids=self.finished_req_ids",
-        who="vllm_port.rest",
+        who="vllm_source.rest",
     )
     says(
         Scheduler._make_cached_request_data,
@@ -184,12 +184,12 @@ def test_workers_are_told_of_requests_that_were_taken_out() -> None:
         in_file(RUNNER_V2, "finish_requests"),
         "finished_req_ids = finished_req_ids.union(preempted_req_ids)",
         "self._remove_request(req_id)",
-        who="vllm_port.rest",
+        who="vllm_source.rest",
     )
 
 
 def test_preemption_sets_what_ours_sets() -> None:
-    """vllm_port._relieve makes a request give up its blocks as this does."""
+    """vllm_source._relieve makes a request give up its blocks as this does."""
     says(
         Scheduler._preempt_request,
         "self._free_request_blocks(request)",
@@ -197,7 +197,7 @@ def test_preemption_sets_what_ours_sets() -> None:
         "request.num_preemptions += 1",
         "self.waiting.prepend_request(request)",
         "self.reset_preempted_req_ids.add(request.request_id)",
-        who="vllm_port._relieve",
+        who="vllm_source._relieve",
     )
 
 
@@ -208,7 +208,7 @@ def test_what_keeps_a_request_that_holds_blocks_from_starting() -> None:
         "if self._pause_state == PauseState.PAUSED_ALL:",
         "num_running = len(self.running) + self.num_waiting_for_streaming_input"
         " if num_running >= self.max_num_active_reqs: break",
-        who="vllm_port._deadlocked",
+        who="vllm_source._deadlocked",
     )
     blocked = {s for s in RequestStatus if Scheduler._is_blocked_waiting_status(s)}
     assert not blocked & {RequestStatus.WAITING, RequestStatus.PREEMPTED}
@@ -219,7 +219,7 @@ def test_counters_of_what_is_in_flight_return_to_zero() -> None:
         Scheduler._update_after_schedule,
         "request.num_computed_tokens += num_scheduled_token"
         " request.num_in_flight_tokens += num_scheduled_token",
-        who="vllm_port.progress",
+        who="vllm_source.progress",
     )
     says(
         Scheduler.update_from_output,
@@ -228,16 +228,16 @@ def test_counters_of_what_is_in_flight_return_to_zero() -> None:
         "if request is None or request.is_finished():",
         "if status_before_stop == RequestStatus.RUNNING: stopped_running_reqs.add(request)",
         "self.running = remove_all(self.running, stopped_running_reqs)",
-        who="vllm_port.stop",
+        who="vllm_source.stop",
     )
     up, down = "request.num_output_placeholders += ", "request.num_output_placeholders -= "
-    says(AsyncScheduler._update_after_schedule, up, who="vllm_port.progress")
-    says(AsyncScheduler._update_request_with_output, down, who="vllm_port.progress")
+    says(AsyncScheduler._update_after_schedule, up, who="vllm_source.progress")
+    says(AsyncScheduler._update_request_with_output, down, who="vllm_source.progress")
 
 
 @pytest.mark.parametrize("status", [RequestStatus.RUNNING, RequestStatus.PREEMPTED])
 def test_a_request_in_no_queue_can_be_finished(status: RequestStatus) -> None:
-    """vllm_port.release, and an abort while a request is stopped."""
+    """vllm_source.release, and an abort while a request is stopped."""
     known, freed = request(), []
     known.status = status
     scheduler = SimpleNamespace(
@@ -321,13 +321,13 @@ def test_blocks_are_freed_behind_a_sliding_window_by_computed_tokens() -> None:
 
 
 def test_every_field_of_a_request_on_the_wire_was_considered() -> None:
-    from llumnix.engine.vllm_port import VllmPort
+    from llumnix.engine.migration.vllm_source import VllmPort
 
     call = source(VllmPort.describe).split("EngineCoreRequest(")[1].split("))")[0]
     filled = set(re.findall(r"(\w+)=", call))
-    # Refused when set (engine/immovable.py): prompt_embeds, prompt_is_token_ids, resumable. Read
-    # by data-parallel waves: current_wave; by the frontend: external_req_id; on entry:
-    # abort_immediately.
+    # Refused when set (engine/migration/unsupported.py): prompt_embeds, prompt_is_token_ids,
+    # resumable. Read by data-parallel waves: current_wave; by the frontend: external_req_id; on
+    # entry: abort_immediately.
     left_out = {
         "abort_immediately", "current_wave", "external_req_id", "prompt_embeds",
         "prompt_is_token_ids", "resumable",
@@ -377,7 +377,7 @@ def test_a_request_is_made_and_fed_like_the_engines_own() -> None:
     assert len(new.block_hashes) == 1, "block hashes follow the tokens"
     assert new.take_prefill_stats() is not None
     assert new.prefill_stats is None, "Rest.cached: None once the client was told"
-    assert Request.__eq__ is object.__eq__, "vllm_port.stop finds it by identity"
+    assert Request.__eq__ is object.__eq__, "vllm_source.stop finds it by identity"
 
 
 def test_a_request_keeps_the_lists_of_its_tokens() -> None:
@@ -389,7 +389,7 @@ def test_a_request_keeps_the_lists_of_its_tokens() -> None:
     assert new.prompt_token_ids is prompt
     assert isinstance(new._all_token_ids, Grown)
     assert new._all_token_ids == [1, 2, 3, 4, 5]
-    says(Scheduler.schedule, "req._all_token_ids,", who="engine/tokens.py")
+    says(Scheduler.schedule, "req._all_token_ids,", who="engine/migration/packed_tokens.py")
 
 
 def test_runner_v2_takes_packed_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -416,8 +416,12 @@ def test_runner_v2_takes_packed_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
         tokens.apply_write()
     assert written == [[1, 2, 3]] * 2
     says(RequestState.add_request, "self.all_token_ids.stage_write(req_idx, 0, all_token_ids)",
-        who="engine/tokens.py")  # fmt: skip
-    says(RequestState.__init__, "self.all_token_ids = StagedWriteTensor(", who="engine/tokens.py")
+        who="engine/migration/packed_tokens.py")  # fmt: skip
+    says(
+        RequestState.__init__,
+        "self.all_token_ids = StagedWriteTensor(",
+        who="engine/migration/packed_tokens.py",
+    )
     take_packed(SimpleNamespace())
 
 
@@ -462,22 +466,26 @@ def test_grammars_are_compiled_aside_and_fed_token_by_token() -> None:
 
 
 def test_what_cannot_be_moved_is_still_known_by_its_names() -> None:
-    text = source(immovable)
+    text = source(unsupported)
 
     def read(prefix: str) -> list[str]:
         return re.findall(rf"\b{prefix}\.(\w+)", text)
 
-    has(VllmConfig, {*read("config"), "use_v2_model_runner"}, "engine/immovable.py, arrivals.py")
-    has(ParallelConfig, read("parallel"), "engine/immovable.py")
-    has(Scheduler, read("scheduler"), "engine/immovable.py")
-    has(request(), read("request"), "engine/immovable.py")
-    has(SamplingParams(), read("params"), "engine/immovable.py")
+    has(
+        VllmConfig,
+        {*read("config"), "use_v2_model_runner"},
+        "engine/migration/unsupported.py, vllm_destination.py",
+    )
+    has(ParallelConfig, read("parallel"), "engine/migration/unsupported.py")
+    has(Scheduler, read("scheduler"), "engine/migration/unsupported.py")
+    has(request(), read("request"), "engine/migration/unsupported.py")
+    has(SamplingParams(), read("params"), "engine/migration/unsupported.py")
     assert hasattr(ModelConfig, "is_diffusion")
     assert '"generate"' in inspect.getsource(inspect.getmodule(ModelConfig)), "a runner's name"  # type: ignore[arg-type]
     assert "self.runner_type = " in inspect.getsource(ModelConfig)
 
 
-# -- workers: engine/worker.py
+# -- workers: engine/migration/worker.py
 
 
 def test_the_worker_extension_is_mixed_in() -> None:
@@ -486,9 +494,9 @@ def test_the_worker_extension_is_mixed_in() -> None:
         "worker_extension_cls not in worker_class.__bases__",
         "assert not hasattr(worker_class, attr)",
         "worker_class.__bases__ = worker_class.__bases__ + (worker_extension_cls,",
-        who="engine/worker.py",
+        who="engine/migration/worker.py",
     )
-    has(CacheConfig, ["num_gpu_blocks"], "engine/worker.py")
+    has(CacheConfig, ["num_gpu_blocks"], "engine/migration/worker.py")
     for path in (RUNNER_V1, RUNNER_V2):
         assert re.search(r"self\.kv_caches\b.* = \[", (ROOT / path).read_text()), path
         assert "self.device = device" in (ROOT / path).read_text(), path
@@ -496,7 +504,7 @@ def test_the_worker_extension_is_mixed_in() -> None:
 
 
 def test_every_field_of_runner_v1s_request_was_considered() -> None:
-    from llumnix.engine.worker import LlumnixWorker
+    from llumnix.engine.migration.worker import LlumnixWorker
 
     text = source(LlumnixWorker._install).split("CachedRequestState(")[1]
     filled = set(re.findall(r"(\w+)=", text))
@@ -530,21 +538,21 @@ def test_runner_v1_resumes_a_request_from_what_we_put_there() -> None:
 
 
 def test_the_batched_copy_takes_what_we_give() -> None:
-    """engine/blocks_cuda.py; the operator itself is in vLLM's CUDA builds only."""
+    """engine/kv/blocks_cuda.py; the operator itself is in vLLM's CUDA builds only."""
     from vllm import _custom_ops
 
     call = "torch.ops._C_cache_ops.swap_blocks_batch(src_ptrs, dst_ptrs, sizes,"
     says(_custom_ops.swap_blocks_batch, f"{call} is_src_access_order_any)", who="blocks_cuda.py")
 
 
-# -- the engine core: engine/instance.py, engine/host.py
+# -- the engine core: engine/instance.py, engine/migration/host.py
 
 
 def test_the_engine_core_has_what_we_read() -> None:
     names = "vllm_config scheduler model_executor batch_queue request_block_hasher abort_requests"
-    has(EngineCore, names.split(), "engine/arrivals.py, instance.py")
+    has(EngineCore, names.split(), "engine/migration/vllm_destination.py, instance.py")
     ours = "input_queue output_queue shutdown_state _process_engine_step _handle_client_request"
-    has(EngineCoreProc, ours.split(), "engine/host.py, instance.py")
+    has(EngineCoreProc, ours.split(), "engine/migration/host.py, instance.py")
 
 
 def test_our_pairs_reach_the_engines_own_thread() -> None:
@@ -589,7 +597,7 @@ def test_an_engine_can_stand_still_between_its_input_and_its_step() -> None:
 
 
 def test_a_step_brings_the_oldest_batch_home_when_nothing_is_scheduled() -> None:
-    """instance._landing_only, and the fences of engine/arrivals.py."""
+    """instance._landing_only, and the fences of engine/migration/vllm_destination.py."""
     says(
         EngineCore.step_with_batch_queue,
         "if self.scheduler.has_requests(): scheduler_output = self.scheduler.schedule(",

@@ -18,7 +18,7 @@ DOGS = "A dog ran over the hill and barked at the wind. " * 14
 TOLD_WITHIN_S = 0.5
 """The blocks are told with the step that made them, which the answer may outrun by a little."""
 SNAPSHOT_EVERY_S = 60.0
-"""engine/prefix_reader.py's."""
+"""engine/reporting/prefix_reader.py's."""
 
 
 @pytest.fixture(scope="module")

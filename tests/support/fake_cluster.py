@@ -5,9 +5,9 @@ Everything that happens is drawn from one seed. The production code under test i
 one live owner, no block leaked, no token lost, repeated or out of order, no block of a prefix cache
 with the bytes of other tokens, no stream lost that an engine goes on with.
 
-An engine hears through the two queues that engine/host.py has: what comes from outside waits in one
-for the end of the engine's step; finished pulls wait in the other, which is emptied right after the
-step, and so ahead of what came before them.
+An engine hears through the two queues that engine/migration/host.py has: what comes from outside
+waits in one for the end of the engine's step; finished pulls wait in the other, which is emptied
+right after the step, and so ahead of what came before them.
 """
 
 import random

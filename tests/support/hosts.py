@@ -14,10 +14,10 @@ from llumnix.core.messages import Migrate, MigrationEnded, TookOver
 from llumnix.core.priorities import Priorities
 from llumnix.core.settings import SchedulerSettings
 from llumnix.core.types import EngineIndex, Epoch, MigrationId, RequestId
-from llumnix.engine import host
-from llumnix.engine.host import IN_BAND, FromOutside, HostSeat, LlumletHost
+from llumnix.engine.kv.agent import TransferOptions
+from llumnix.engine.migration import host
+from llumnix.engine.migration.host import IN_BAND, FromOutside, HostSeat, LlumletHost
 from llumnix.engine.queueing import Queueing
-from llumnix.engine.transfer import TransferOptions
 from llumnix.observe.wire import decode, encode
 from support.no_model import engine_core
 

@@ -20,8 +20,8 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 from vllm.v1.request import Request
 
-from llumnix.engine.immovable import WORKER_EXTENSION
-from llumnix.engine.transfer import TransferOptions, WorkerAgent
+from llumnix.engine.kv.agent import TransferOptions, WorkerAgent
+from llumnix.engine.migration.unsupported import WORKER_EXTENSION
 
 BLOCK = 16
 TOKEN = 7

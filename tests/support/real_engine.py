@@ -23,10 +23,10 @@ from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.executor import Executor
 
 from llumnix.core.types import RequestId
-from llumnix.engine.immovable import WORKER_EXTENSION
-from llumnix.engine.transfer import TransferOptions
-from llumnix.engine.transfer_client import AgentClient, Pulled
-from llumnix.engine.vllm_port import VllmPort
+from llumnix.engine.kv.agent import TransferOptions
+from llumnix.engine.kv.agent_client import AgentClient, Pulled
+from llumnix.engine.migration.unsupported import WORKER_EXTENSION
+from llumnix.engine.migration.vllm_source import VllmPort
 from support.duo import Said
 
 KEY = b"conformance"

@@ -11,7 +11,7 @@ from llumnix.observe.sockets import SocketKeys
 class Addresses:
     """ZMQ addresses of one deployment. `folder` goes with us.
     `peers` and `agents` are where llumlets and workers listen, with `{engine}`, `{rank}` and
-    `{host}` for each to fill in; `agents` is in the form of engine/transfer.py. `keys`: what our
+    `{host}` for each to fill in; `agents` is in the form of engine/kv/agent.py. `keys`: what our
     processes know each other by, None where only the user can open the sockets."""
 
     folder: PrivateFolder

@@ -26,10 +26,10 @@ from llumnix.cluster.ray_calls import off_loop, ray_call
 from llumnix.config import DeploymentConfig
 from llumnix.core.limits import MigrationLimits
 from llumnix.core.types import ENGINE_INDEX_MAX, EngineIndex, InstanceId
-from llumnix.engine.host import HostSeat
 from llumnix.engine.instance import InstanceFacts, InstanceSeat
+from llumnix.engine.kv.agent import TransferOptions
 from llumnix.engine.launch import EngineLaunch
-from llumnix.engine.transfer import TransferOptions
+from llumnix.engine.migration.host import HostSeat
 from llumnix.errors import LlumnixError
 from llumnix.frontend.client import FleetClient
 

@@ -15,9 +15,9 @@ class MigrationLimits:
 
     `stage_timeout_s`: how long a source waits for a destination's next word about a stage, which
     says every `progress_every_s` that it is still pulling. A pull itself has no bound but that
-    each of its chunks has one (engine/links.py): it ends for certain, and long requests move over
-    slow links too. `near_s`: how long a destination stands still for a handover that is overdue,
-    and a source waits for prompts in flight before it announces one."""
+    each of its chunks has one (engine/kv/links.py): it ends for certain, and long requests move
+    over slow links too. `near_s`: how long a destination stands still for a handover that is
+    overdue, and a source waits for prompts in flight before it announces one."""
 
     reserve_timeout_s: float = 5.0
     stage_timeout_s: float = 30.0

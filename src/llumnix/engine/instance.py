@@ -56,15 +56,15 @@ from llumnix.core.priorities import Priorities
 from llumnix.core.types import EngineIndex, InstanceId, MigrationId, RequestId
 from llumnix.engine.cores import share_of_cores
 from llumnix.engine.folders import PrivateFolder, sweep
-from llumnix.engine.host import FromOutside, HostSeat, LlumletHost
-from llumnix.engine.immovable import WORKER_EXTENSION
-from llumnix.engine.load_reader import LoadReader
 from llumnix.engine.memory_calls import MemoryCalls
-from llumnix.engine.prefix_reader import prefix_reader
+from llumnix.engine.migration.host import FromOutside, HostSeat, LlumletHost
+from llumnix.engine.migration.unsupported import WORKER_EXTENSION
+from llumnix.engine.migration.vllm_source import has_prompts
 from llumnix.engine.queueing import Queueing
-from llumnix.engine.reporter import LoadReporter
+from llumnix.engine.reporting.load_reader import LoadReader
+from llumnix.engine.reporting.prefix_reader import prefix_reader
+from llumnix.engine.reporting.reporter import LoadReporter
 from llumnix.engine.urgent import UrgentAdmission
-from llumnix.engine.vllm_port import has_prompts
 from llumnix.engine.vllm_sockets import secure
 from llumnix.observe.event_log import EventLog
 from llumnix.observe.sockets import SocketKeys

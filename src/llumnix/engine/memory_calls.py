@@ -19,7 +19,7 @@ from typing import Any
 
 from vllm.v1.core.sched.interface import PauseState
 
-from llumnix.engine.host import LlumletHost
+from llumnix.engine.migration.host import LlumletHost
 
 
 class MemoryCalls:

@@ -39,8 +39,8 @@ def one_request() -> Iterator[None]:
 
 
 def prompt_blocks(request: EngineCoreRequest) -> tuple[int, ...]:
-    """The prompt's blocks as engine/prefix_reader.py names them; none if the request would not look
-    for them."""
+    """The prompt's blocks as engine/reporting/prefix_reader.py names them; none if the request
+    would not look for them."""
     tokens, lora = request.prompt_token_ids, request.lora_request
     embedded = request.mm_features or request.prompt_embeds is not None
     if not tokens or embedded or request.params.skip_reading_prefix_cache:

@@ -20,8 +20,9 @@ from dataclasses import dataclass, field
 import msgspec
 import torch
 
-from llumnix.engine.blocks import lay_out
-from llumnix.engine.links import (
+from llumnix.engine.kv.agent_client import AgentClient, Pulled
+from llumnix.engine.kv.blocks import lay_out
+from llumnix.engine.kv.links import (
     LINK_ERRORS,
     WIRE_VERSION,
     Cancel,
@@ -35,8 +36,7 @@ from llumnix.engine.links import (
     listen,
     unlisten,
 )
-from llumnix.engine.transfer_client import AgentClient, Pulled
-from llumnix.engine.transports import (
+from llumnix.engine.kv.transports import (
     PeerReader,
     ReadGate,
     TransferOptions,

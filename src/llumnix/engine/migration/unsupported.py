@@ -8,7 +8,7 @@ from typing import Any
 
 from vllm.v1.request import Request
 
-WORKER_EXTENSION = "llumnix.engine.worker.LlumnixWorker"
+WORKER_EXTENSION = "llumnix.engine.migration.worker.LlumnixWorker"
 
 
 def ours(config: Any) -> bool:

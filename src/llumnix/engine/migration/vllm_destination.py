@@ -1,7 +1,7 @@
 """The seam of core/migration/port.py on vLLM's engine, one half: requests that come in.
 
-What it relies on inside vLLM stands in engine/vllm_port.py, the other half, beside that:
-`EngineCore.batch_queue` holds the steps in flight, `request_block_hasher` hashes blocks,
+What it relies on inside vLLM stands in engine/migration/vllm_source.py, the other half, beside
+that: `EngineCore.batch_queue` holds the steps in flight, `request_block_hasher` hashes blocks,
 `StructuredOutputManager.accept_tokens` advances a compiled grammar
 (tests/house/test_vllm_migration_contract.py).
 """
@@ -20,14 +20,14 @@ from vllm.v1.request import Request, RequestStatus
 from llumnix.core.messages import Blocks
 from llumnix.core.migration.port import Refusal
 from llumnix.core.types import EngineIndex, RequestId
-from llumnix.engine.grammars import Grammars
-from llumnix.engine.immovable import why_engine_cannot
-from llumnix.engine.load_reader import client_priority
+from llumnix.engine.kv.agent_client import AgentClient
+from llumnix.engine.migration.grammars import Grammars
+from llumnix.engine.migration.packed_tokens import Prompt
+from llumnix.engine.migration.request_decoder import RequestDecoder
+from llumnix.engine.migration.unsupported import why_engine_cannot
+from llumnix.engine.migration.worker import RunnerState
 from llumnix.engine.queueing import has_waited, queue_by_arrival
-from llumnix.engine.request_decoder import RequestDecoder
-from llumnix.engine.tokens import Prompt
-from llumnix.engine.transfer_client import AgentClient
-from llumnix.engine.worker import RunnerState
+from llumnix.engine.reporting.load_reader import client_priority
 from llumnix.errors import ProtocolError
 
 ABSENT = -1

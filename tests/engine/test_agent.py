@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 import torch
 
-from llumnix.engine import links, transports
-from llumnix.engine.blocks import HostMemory, Piece, Plane, fuse, lay_out, runs, view
-from llumnix.engine.blocks_cuda import pair_up, word
-from llumnix.engine.transfer import AgentClient, Pulled, TransferOptions, WorkerAgent
+from llumnix.engine.kv import links, transports
+from llumnix.engine.kv.agent import AgentClient, Pulled, TransferOptions, WorkerAgent
+from llumnix.engine.kv.blocks import HostMemory, Piece, Plane, fuse, lay_out, runs, view
+from llumnix.engine.kv.blocks_cuda import pair_up, word
 from llumnix.errors import UsageError
 from support.server import unused_memory
 
@@ -589,7 +589,7 @@ def test_gpu_blocks_arrive_bit_by_bit(
     if transport != "gpu":
         open_peer = transports.open_peer
         monkeypatch.setattr(
-            "llumnix.engine.transfer.open_peer",
+            "llumnix.engine.kv.agent.open_peer",
             lambda *args: open_peer(*args, map_gpu=False),
         )
     made: list[type] = []
@@ -625,7 +625,7 @@ def test_gpu_blocks_arrive_bit_by_bit(
 
 
 def test_copies_of_blocks_that_follow_each_other_on_both_sides_are_one() -> None:
-    from llumnix.engine.blocks_cuda import addresses
+    from llumnix.engine.kv.blocks_cuda import addresses
 
     far = torch.zeros(3, 16, 4, dtype=torch.int64)
     near = torch.zeros(3, 32, 4, dtype=torch.int64)
@@ -639,7 +639,7 @@ def test_copies_of_blocks_that_follow_each_other_on_both_sides_are_one() -> None
 
 
 def test_blocks_that_do_not_lie_end_to_end_are_copied_one_by_one() -> None:
-    from llumnix.engine.blocks_cuda import addresses
+    from llumnix.engine.kv.blocks_cuda import addresses
 
     far = torch.zeros(2, 16, 8, dtype=torch.int32)[:, :, :4]
     near = torch.zeros(2, 16, 4, dtype=torch.int32)

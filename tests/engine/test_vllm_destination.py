@@ -22,7 +22,7 @@ from vllm.v1.kv_cache_interface import (
 from vllm.v1.request import Request
 
 from llumnix.core.types import RequestId
-from llumnix.engine.arrivals import Arrivals, Arriving, Rest
+from llumnix.engine.migration.vllm_destination import Arrivals, Arriving, Rest
 
 SIZE, WINDOW = 16, 128
 TOKENS = list(range(1000, 1400))

@@ -41,12 +41,12 @@ from llumnix.core.migration.port import EnginePort
 from llumnix.core.settings import SchedulerSettings
 from llumnix.core.types import EngineIndex, MigrationId, OrderId, RequestId
 from llumnix.engine.cores import SWITCH_INTERVAL_S
-from llumnix.engine.guard import ErrorLog, GuardedPort
-from llumnix.engine.immovable import ours, why_engine_cannot
-from llumnix.engine.peers import Peers
-from llumnix.engine.transfer import TransferOptions
-from llumnix.engine.transfer_client import AgentClient, Pulled
-from llumnix.engine.vllm_port import VllmPort
+from llumnix.engine.kv.agent import TransferOptions
+from llumnix.engine.kv.agent_client import AgentClient, Pulled
+from llumnix.engine.migration.guard import ErrorLog, GuardedPort
+from llumnix.engine.migration.peers import Peers
+from llumnix.engine.migration.unsupported import ours, why_engine_cannot
+from llumnix.engine.migration.vllm_source import VllmPort
 from llumnix.errors import ProtocolError
 from llumnix.observe.sockets import SocketKeys
 from llumnix.observe.wire import decode, encode
@@ -69,7 +69,7 @@ STEP_LINE = Callable[[str, MigrationId, str, str, str], None]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostSeat:
     """Where a llumlet and its workers listen: `peers` a ZMQ address, `agents` in the form of
-    engine/transfer.py, both with `{engine}` and `{host}` to be filled in here, the latter with
+    engine/kv/agent.py, both with `{engine}` and `{host}` to be filled in here, the latter with
     `{rank}` too. `key` opens the workers to each other. `settings`: the scheduler's."""
 
     peers: str

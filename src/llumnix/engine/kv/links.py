@@ -23,7 +23,7 @@ from typing import TypeAlias, TypeVar
 
 import msgspec
 
-from llumnix.engine.proofs import AuthenticationError, Connection, Tags, check, ends_of
+from llumnix.engine.kv.proofs import AuthenticationError, Connection, Tags, check, ends_of
 from llumnix.errors import LlumnixError, ProtocolError, UsageError
 
 CONNECT_TIMEOUT_S = 5.0

@@ -18,8 +18,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from llumnix.engine.blocks import Bytes, Layout, Piece, Plane, fuse, view
-from llumnix.engine.links import Exported, PieceAt, TransferError
+from llumnix.engine.kv.blocks import Bytes, Layout, Piece, Plane, fuse, view
+from llumnix.engine.kv.links import Exported, PieceAt, TransferError
 
 _WORDS = ((8, torch.int64), (4, torch.int32), (2, torch.int16), (1, torch.uint8))
 

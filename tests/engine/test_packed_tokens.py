@@ -5,7 +5,7 @@ import pickle
 import msgspec
 import numpy as np
 
-from llumnix.engine.tokens import Gathered, Prompt
+from llumnix.engine.migration.packed_tokens import Gathered, Prompt
 
 IDS = [3, 1, 4, 1, 5, 99_999, 2**31 - 1]
 

@@ -22,9 +22,9 @@ import msgspec
 import torch
 
 from llumnix.engine.cores import SWITCH_INTERVAL_S
+from llumnix.engine.kv.agent import TransferOptions, WorkerAgent
+from llumnix.engine.migration.packed_tokens import take_packed
 from llumnix.engine.seeded import keep_generators
-from llumnix.engine.tokens import take_packed
-from llumnix.engine.transfer import TransferOptions, WorkerAgent
 
 
 class RunnerState(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,5 +1,5 @@
 """How the two ends of one connection prove to each other that they hold the same key, and how each
-message that follows is tagged: HMAC-SHA256 throughout. engine/links.py says when."""
+message that follows is tagged: HMAC-SHA256 throughout. engine/kv/links.py says when."""
 
 import hmac
 import socket

@@ -25,7 +25,7 @@ from llumnix.core.events import LoadReported, MoveLoad, PrefixesChanged
 from llumnix.core.migration.llumlet import Moving
 from llumnix.core.scheduling.load import LoadReport
 from llumnix.core.types import EngineIndex, InstanceId, OrderId, RequestId
-from llumnix.engine.load_reader import Numbers
+from llumnix.engine.reporting.load_reader import Numbers
 from llumnix.errors import ProtocolError
 from llumnix.observe.sockets import SocketKeys, connect
 from llumnix.observe.wire import Message, decode, encode

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from llumnix.engine.links import (
+from llumnix.engine.kv.links import (
     LINK_ERRORS,
     WIRE_VERSION,
     Cancel,

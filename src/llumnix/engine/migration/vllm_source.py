@@ -41,11 +41,11 @@ from llumnix.core.messages import Blocks
 from llumnix.core.migration.port import Movable, Phase, Progress, Refusal
 from llumnix.core.migration.timing import Pace
 from llumnix.core.types import RequestId
-from llumnix.engine.arrivals import Arrivals, Rest
-from llumnix.engine.immovable import why_request_cannot
-from llumnix.engine.load_reader import client_priority
+from llumnix.engine.kv.agent_client import AgentClient
+from llumnix.engine.migration.unsupported import why_request_cannot
+from llumnix.engine.migration.vllm_destination import Arrivals, Rest
 from llumnix.engine.queueing import waited_s
-from llumnix.engine.transfer_client import AgentClient
+from llumnix.engine.reporting.load_reader import client_priority
 
 WAITING_SHOWN_MAX = 8
 """Waiting requests that may be chosen to move; finding more of them costs sorting the queue."""

@@ -26,8 +26,8 @@ from typing import Protocol
 import msgspec
 import numpy as np
 
-from llumnix.engine.blocks import Bytes, HostMemory, KvMemory, Layout
-from llumnix.engine.links import (
+from llumnix.engine.kv.blocks import Bytes, HostMemory, KvMemory, Layout
+from llumnix.engine.kv.links import (
     LINK_ERRORS,
     WIRE_VERSION,
     Answer,
@@ -113,7 +113,7 @@ def open_memory(layout: Layout) -> KvMemory:
     if layout.device.type == "cpu":
         return HostMemory(layout)
     # Imported where it is used: most of its functions exist only in torch's CUDA builds.
-    from llumnix.engine.blocks_cuda import CudaMemory
+    from llumnix.engine.kv.blocks_cuda import CudaMemory
 
     return CudaMemory(layout)
 
@@ -215,7 +215,7 @@ def _choose(
     gpus = hello.device == layout.device.type == "cuda"
     # A process cannot map what it exported itself.
     if shared and gpus and hello.map_gpu and hello.pid != os.getpid():
-        from llumnix.engine.blocks_cuda import export
+        from llumnix.engine.kv.blocks_cuda import export
 
         # Some allocators of GPU memory cannot share it.
         with contextlib.suppress(RuntimeError):
@@ -379,7 +379,7 @@ class MappedReader(_LinkedReader):
     def __init__(
         self, link: Link, layout: Layout, welcome: Welcome, options: TransferOptions
     ) -> None:
-        from llumnix.engine.blocks_cuda import MappedPeer
+        from llumnix.engine.kv.blocks_cuda import MappedPeer
 
         super().__init__(link, layout, welcome, options)
         self._mapped = MappedPeer(

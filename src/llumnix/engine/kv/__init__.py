@@ -1,0 +1,1 @@
+"""KV blocks from worker to worker, usable without the rest of llumnix."""

@@ -1,0 +1,1 @@
+"""The llumlet in its engine, and its port on vLLM."""
