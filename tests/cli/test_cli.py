@@ -113,7 +113,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 
 def refusal(message: str, kind: str = "invalid_request_error") -> dict[str, Any]:
-    """An error as frontend/control.py writes it."""
+    """An error as frontend/http/routes.py writes it."""
     return {"error": {"message": message, "type": kind, "param": None, "code": 400}}
 
 

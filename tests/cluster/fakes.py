@@ -14,7 +14,7 @@ from llumnix.config import DeploymentConfig
 from llumnix.core.events import FleetReported
 from llumnix.core.scheduling.load import LoadReport
 from llumnix.core.types import EngineIndex, InstanceId
-from llumnix.frontend.engine_state import EngineState
+from llumnix.frontend.engines.state import EngineState
 
 I0, I1, I2 = InstanceId("i0"), InstanceId("i1"), InstanceId("i2")
 

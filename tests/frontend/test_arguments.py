@@ -14,8 +14,8 @@ from vllm.exceptions import VLLMValidationError
 from llumnix.cluster.first_look import first_look
 from llumnix.errors import UsageError
 from llumnix.frontend import arguments
-from llumnix.frontend.access import Access, digests
 from llumnix.frontend.arguments import ServeCommand, parse, settle_variables
+from llumnix.frontend.http.access import Access, digests
 
 
 def parsed(model: Path, *flags: str) -> ServeCommand:

@@ -19,7 +19,7 @@ from llumnix.core.messages import LeaveWanted, MigrationEnded, MigrationWanted, 
 from llumnix.core.streams.table import Arbiter
 from llumnix.core.types import EngineIndex, Epoch, MigrationId, RequestId
 from llumnix.frontend.client import FleetClient
-from llumnix.frontend.engine_outputs import COMPLAIN_EVERY_S, Complaints, FailedRequest
+from llumnix.frontend.engines.outputs import COMPLAIN_EVERY_S, Complaints, FailedRequest
 from llumnix.frontend.grammars import BAD_GRAMMAR
 from llumnix.frontend.migrations import (
     CALL_PAUSE_S,

@@ -13,8 +13,8 @@ from vllm.lora.request import LoRARequest
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from llumnix.core.types import EngineIndex
-from llumnix.frontend.engine_calls import LONG_TIMEOUT_S, SHORT_TIMEOUT_S, EngineCalls
-from llumnix.frontend.engine_state import CALLS_MAX, EngineState
+from llumnix.frontend.engines.calls import LONG_TIMEOUT_S, SHORT_TIMEOUT_S, EngineCalls
+from llumnix.frontend.engines.state import CALLS_MAX, EngineState
 from support.virtual_time import run
 
 E0, E1, E2 = EngineIndex(0), EngineIndex(1), EngineIndex(2)

@@ -7,7 +7,7 @@ import pytest
 from vllm.v1.engine import EngineCoreEvent, EngineCoreEventType, EngineCoreOutput, EngineCoreOutputs
 
 from llumnix.core.types import EngineIndex
-from llumnix.frontend.engine_clock import ONE_CLOCK_S, WINDOW_S, EngineClock
+from llumnix.frontend.engines.clock import ONE_CLOCK_S, WINDOW_S, EngineClock
 from support.frontend import front, packed
 
 UPTIMES_S = [-500_000.0, -0.5, 3.0, 2_000_000.0]

@@ -16,10 +16,10 @@ pytest.importorskip("vllm")
 from starlette.middleware.cors import CORSMiddleware
 
 from llumnix.core.types import InstanceId
-from llumnix.frontend.access import Access, digests, needs_admin
 from llumnix.frontend.context import HttpRequest, current_http_request
-from llumnix.frontend.control import control_app
-from llumnix.frontend.gate import Gate
+from llumnix.frontend.http.access import Access, digests, needs_admin
+from llumnix.frontend.http.gate import Gate
+from llumnix.frontend.http.routes import control_app
 
 PAGE = "http://page.example"
 KEY = {"Authorization": "Bearer secret"}

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import uvicorn
 
-from llumnix.frontend.http_protocol import HttpProtocol
+from llumnix.frontend.http.protocol import HttpProtocol
 
 Answer = Callable[[Any], Awaitable[None]]
 OK = {"type": "http.response.start", "status": 200}

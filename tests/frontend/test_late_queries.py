@@ -5,8 +5,8 @@ import asyncio
 from vllm.pooling_params import LateInteractionParams, PoolingParams
 
 from llumnix.core.types import EngineIndex, InstanceId
-from llumnix.frontend.engines import Engine
-from llumnix.frontend.late_queries import QUERIES_MAX, LateQueries
+from llumnix.frontend.engines.engine import Engine
+from llumnix.frontend.engines.late_queries import QUERIES_MAX, LateQueries
 
 
 def about(query: str, mode: str = "score_doc") -> PoolingParams:

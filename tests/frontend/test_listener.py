@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from llumnix.errors import UsageError
-from llumnix.frontend.listener import ListenAddress, Listener, StartProgress
+from llumnix.frontend.http.listener import ListenAddress, Listener, StartProgress
 
 NO_TLS = dict.fromkeys(("ssl_keyfile", "ssl_certfile", "ssl_ca_certs", "ssl_ciphers"))
 

@@ -11,7 +11,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
 from vllm.v1.engine.parallel_sampling import ParentRequest
 
-from llumnix.frontend.engine_outputs import FailedRequest
+from llumnix.frontend.engines.outputs import FailedRequest
 from llumnix.frontend.llm import FleetLLM, RequestLostError
 from support.frontend import request
 

@@ -12,8 +12,8 @@ from vllm.entrypoints.openai.responses.api_router import _convert_stream_to_sse_
 from vllm.entrypoints.openai.responses.protocol import StreamingResponsesResponse
 from vllm.exceptions import GracefulHTTPError
 
+from llumnix.frontend.http.stream_ends import adapt
 from llumnix.frontend.llm import RequestLostError
-from llumnix.frontend.stream_ends import adapt
 
 LOST = "The instance that ran this request died. Please send the request again."
 

@@ -59,7 +59,7 @@ from vllm.v1.request import Request, RequestStatus  # noqa: E402
 
 from llumnix.engine.queueing import AgingQueue  # noqa: E402
 from llumnix.engine.reporting.prefix_reader import NotedMap  # noqa: E402
-from llumnix.frontend.stream_ends import ERROR_ITEM  # noqa: E402
+from llumnix.frontend.http.stream_ends import ERROR_ITEM  # noqa: E402
 
 
 def source(of: object) -> str:
@@ -142,8 +142,8 @@ def test_every_call_to_one_engine_was_considered() -> None:
 
 
 def test_one_task_reads_what_engines_send_and_one_method_hands_it_on() -> None:
-    """frontend/engine_outputs.py replaces both."""
-    who = "frontend/engine_outputs.py"
+    """frontend/engines/outputs.py replaces both."""
+    who = "frontend/engines/outputs.py"
     says(
         AsyncMPClient._ensure_output_queue_task,
         "resources.output_queue_task is not None",
@@ -201,7 +201,7 @@ def test_grammars_are_checked_in_one_place_that_can_be_called_elsewhere() -> Non
 
 
 def test_failed_streams_of_two_routes_end_where_we_say_how() -> None:
-    who = "frontend/stream_ends.py"
+    who = "frontend/http/stream_ends.py"
     says(OpenAIServingResponses.create_responses, "self._create_responses(", who=who)
     says(
         OpenAIServingResponses._create_responses, "return self.responses_stream_generator(", who=who
@@ -232,7 +232,7 @@ def test_late_interaction_goes_by_the_checksum_of_the_query() -> None:
     says(
         late_interaction.get_late_interaction_engine_index,
         'return zlib.crc32(query_key.encode("utf-8")) % num_engines',
-        who="frontend/late_queries.py",
+        who="frontend/engines/late_queries.py",
     )
 
 
@@ -389,7 +389,7 @@ def test_in_a_step_with_a_preemption_nobody_starts() -> None:
 
 
 def test_outputs_and_events_bear_the_engines_monotonic_clock() -> None:
-    who = "frontend/engine_clock.py"
+    who = "frontend/engines/clock.py"
     says(EngineCoreOutputs.__post_init__, "self.timestamp = time.monotonic()", who=who)
     says(EngineCoreEvent.new_event, "time.monotonic() if timestamp is None", who=who)
     says(IterationStats.update_from_output, "engine_core_timestamp - req_stats.last_t", who=who)
@@ -731,8 +731,8 @@ def test_the_file_through_which_workers_meet_has_a_name_that_can_be_changed() ->
 
 
 def test_what_an_engine_is_told_about_standing_still_and_adapters() -> None:
-    """frontend/engine_state.py, and engine_calls.py for the errors."""
-    who = "engine_state.py"
+    """frontend/engines/state.py, and engines/calls.py for the errors."""
+    who = "engines/state.py"
     calls = (
         "pause_scheduler", "resume_scheduler", "sleep", "wake_up", "release_kv_cache_memory",
         "add_lora", "remove_lora", "pin_lora",
@@ -749,4 +749,4 @@ def test_what_an_engine_is_told_about_standing_still_and_adapters() -> None:
     says(AsyncMPClient.wake_up_async, 'call_utility_all_async("wake_up", tags)', who=who)
     for name in ("pause_scheduler", "resume_scheduler", "sleep", "release_kv_cache_memory"):
         says(getattr(AsyncMPClient, f"{name}_async"), f'"{name}"', who=who)
-    says(create_error_response, "status_code = exc.http_status", who="engine_calls.py")
+    says(create_error_response, "status_code = exc.http_status", who="engines/calls.py")

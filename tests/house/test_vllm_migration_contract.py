@@ -647,13 +647,13 @@ def test_outputs_leave_in_order_with_our_messages_among_them() -> None:
 
 
 def test_one_engine_or_all_can_be_called() -> None:
-    """frontend/engine_calls.py."""
+    """frontend/engines/calls.py."""
     parameter = inspect.signature(AsyncMPClient._call_utility_async).parameters["engine"]
     assert parameter.kind is inspect.Parameter.KEYWORD_ONLY
     every = "self._call_utility_async(method, *args, engine=engine) for engine in self.core_engines"
-    says(AsyncMPClient.call_utility_all_async, every, who="engine_calls.py")
+    says(AsyncMPClient.call_utility_all_async, every, who="engines/calls.py")
     consensus = "await self.call_utility_all_async(method, *args)"
-    says(AsyncMPClient.call_utility_consensus_async, consensus, who="engine_calls.py")
+    says(AsyncMPClient.call_utility_consensus_async, consensus, who="engines/calls.py")
 
 
 def test_what_touches_all_kv_memory_are_calls_that_ours_can_stand_before() -> None:

@@ -15,9 +15,9 @@ from starlette.middleware.cors import CORSMiddleware
 from vllm import tasks
 from vllm.entrypoints.launchers.app import build_app
 
-from llumnix.frontend.access import CLIENT_PATHS, needs_admin
 from llumnix.frontend.arguments import parse
-from llumnix.frontend.server import GATE
+from llumnix.frontend.http.access import CLIENT_PATHS, needs_admin
+from llumnix.frontend.http.server import GATE
 
 CLIENTS = {
     "/classify", "/detokenize", "/docs", "/docs/oauth2-redirect", "/generative_scoring", "/health",
@@ -76,7 +76,7 @@ def test_every_route_of_vllms_is_listed(application: Any) -> None:
     } == CLIENTS & paths
     assert {p for p in paths if needs_admin("GET", p)} == ADMINISTRATORS & paths
     unlisted = paths - CLIENTS - ADMINISTRATORS
-    assert unlisted == set(), "say in frontend/access.py and here who may use them"
+    assert unlisted == set(), "say in frontend/http/access.py and here who may use them"
     assert len(ADMINISTRATORS - paths) <= 2, ADMINISTRATORS - paths
 
 

@@ -43,7 +43,7 @@ from llumnix.errors import (
     UnknownInstanceError,
     UsageError,
 )
-from llumnix.frontend.control import InstanceStatus
+from llumnix.frontend.http.routes import InstanceStatus
 from llumnix.frontend.llm import FleetLLM
 from llumnix.tasks import keep_running
 

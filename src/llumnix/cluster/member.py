@@ -8,7 +8,7 @@ from llumnix.core.events import DrainedBy
 from llumnix.core.supervision.hang import HangPolicy, Health
 from llumnix.core.supervision.restart import RestartPolicy
 from llumnix.core.types import InstanceId
-from llumnix.frontend.control import InstanceStatus
+from llumnix.frontend.http.routes import InstanceStatus
 
 DRAIN_TIMEOUT_S = 300.0
 """What a drained instance still holds after this long is cut off, unless who asked for the drain

@@ -26,7 +26,7 @@ from llumnix.frontend.arguments import (
     refuse_strangers,
     settle_variables,
 )
-from llumnix.frontend.listener import ListenAddress, Listener, StartProgress
+from llumnix.frontend.http.listener import ListenAddress, Listener, StartProgress
 from llumnix.observe.console import say
 from llumnix.observe.event_log import EventLog
 from llumnix.observe.sockets import check_encryption
@@ -166,8 +166,8 @@ async def _run(
     from llumnix.engine.launch import EngineLaunch
     from llumnix.frontend.client import FleetClient
     from llumnix.frontend.controller_link import ControllerLink
+    from llumnix.frontend.http.server import serve as serve_http
     from llumnix.frontend.llm import FleetLLM
-    from llumnix.frontend.server import serve as serve_http
 
     args, deployment = command.args, command.deployment
     launch = EngineLaunch.of(

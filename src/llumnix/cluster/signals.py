@@ -2,8 +2,8 @@
 
 While it starts, the first one interrupts it, and the others do nothing: half a clean-up would
 leave Ray's processes and files behind. While it serves, SIGINT and SIGTERM are vLLM's
-(frontend/server.py), and SIGHUP, which comes when the terminal goes, counts as SIGTERM. While it
-cleans up, they do nothing.
+(frontend/http/server.py), and SIGHUP, which comes when the terminal goes, counts as SIGTERM. While
+it cleans up, they do nothing.
 """
 
 import asyncio

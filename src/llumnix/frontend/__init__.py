@@ -1,1 +1,1 @@
-"""HTTP: vLLM's own OpenAI application over our engine client."""
+"""vLLM's engine client over many engines: places requests, follows streams, grants migrations."""

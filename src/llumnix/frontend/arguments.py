@@ -27,8 +27,8 @@ from llumnix.config import (
 )
 from llumnix.demo import DEMO_MODEL, prepare_demo_model
 from llumnix.errors import UsageError
-from llumnix.frontend.access import Access, digests
 from llumnix.frontend.checks import check_server_args
+from llumnix.frontend.http.access import Access, digests
 
 SHUTDOWN_TIMEOUT_S = 30
 CPU_KV_CACHE_BYTES = 2**30

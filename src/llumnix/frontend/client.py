@@ -42,12 +42,12 @@ from llumnix.core.priorities import Priorities
 from llumnix.core.types import EngineIndex, InstanceId, RequestId
 from llumnix.frontend.context import HttpRequest, current_http_request
 from llumnix.frontend.controller_link import ControllerLink
-from llumnix.frontend.engine_calls import EngineCalls
-from llumnix.frontend.engine_outputs import Complaints, FailedRequest
-from llumnix.frontend.engine_state import EngineState
-from llumnix.frontend.engines import Engine
+from llumnix.frontend.engines.calls import EngineCalls
+from llumnix.frontend.engines.engine import Engine
+from llumnix.frontend.engines.late_queries import LateQueries
+from llumnix.frontend.engines.outputs import Complaints, FailedRequest
+from llumnix.frontend.engines.state import EngineState
 from llumnix.frontend.grammars import BAD_GRAMMAR, may_only_fail_at_grammar
-from llumnix.frontend.late_queries import LateQueries
 from llumnix.frontend.migrations import Migrations, Place
 from llumnix.frontend.prompt_blocks import prompt_blocks
 from llumnix.frontend.streams import Stream, Streams

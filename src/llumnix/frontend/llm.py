@@ -36,9 +36,9 @@ from vllm.v1.executor import Executor
 from vllm.v1.metrics.loggers import StatLoggerManager, load_stat_logger_plugin_factories
 
 from llumnix.core.types import RequestId
-from llumnix.frontend.ahead import Adding, Outputs
 from llumnix.frontend.client import FleetClient
-from llumnix.frontend.engine_outputs import FailedRequest
+from llumnix.frontend.early_add import Adding, Outputs
+from llumnix.frontend.engines.outputs import FailedRequest
 from llumnix.frontend.grammars import GrammarChecks
 from llumnix.frontend.migrations import GAVE_UP
 from llumnix.frontend.output_guard import guard

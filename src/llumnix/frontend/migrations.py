@@ -37,7 +37,7 @@ from llumnix.errors import (
     UnknownRequestError,
     UsageError,
 )
-from llumnix.frontend.engine_outputs import Complaints
+from llumnix.frontend.engines.outputs import Complaints
 from llumnix.frontend.streams import Stream, Streams
 from llumnix.observe.event_log import EventLog
 from llumnix.observe.wire import decode, encode

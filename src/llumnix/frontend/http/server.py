@@ -16,16 +16,16 @@ from collections.abc import Awaitable, Callable
 from vllm.entrypoints.launchers.api_server.entry import build_and_serve
 
 from llumnix.errors import LlumnixError
-from llumnix.frontend.control import InstanceControl, control_app
-from llumnix.frontend.http_protocol import HttpProtocol
-from llumnix.frontend.listener import Listener
+from llumnix.frontend.http.listener import Listener
+from llumnix.frontend.http.protocol import HttpProtocol
+from llumnix.frontend.http.routes import InstanceControl, control_app
 from llumnix.frontend.llm import FleetLLM
 from llumnix.observe.console import say
 
 logger = logging.getLogger("llumnix.frontend")
 
 HTTP_CLOSE_TIMEOUT_S = 5.0
-GATE = "llumnix.frontend.gate.Gate"
+GATE = "llumnix.frontend.http.gate.Gate"
 GARBAGE_EVERY = 10_000
 """So many new objects between two looks for garbage, not Python's 700 (3.11, 3.12): the looks take
 time, and requests leave little (some 16 kB each)."""

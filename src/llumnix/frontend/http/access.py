@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 
-from llumnix.frontend.listener import LIVE_PATH
+from llumnix.frontend.http.listener import LIVE_PATH
 
 OPEN_PATHS = ("/health", LIVE_PATH)
 READS = ("GET", "HEAD", "OPTIONS")

@@ -2,7 +2,7 @@
 
 Rules
 - A call to all goes to every engine that has joined. One that is brought up joins once it is in the
-  state of the others (engine_state.py); one that dies meanwhile is left out.
+  state of the others (engines/state.py); one that dies meanwhile is left out.
 - Every call to all is bounded in time. An engine that does not answer is named in the error; what
   the others did stands.
 - An adapter is loaded on all engines or on none.
@@ -28,8 +28,8 @@ from vllm.v1.engine import EngineCoreRequestType
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from llumnix.core.types import EngineIndex
-from llumnix.frontend.engine_outputs import EngineOutputs
-from llumnix.frontend.engine_state import EngineState
+from llumnix.frontend.engines.outputs import EngineOutputs
+from llumnix.frontend.engines.state import EngineState
 
 logger = logging.getLogger("llumnix.frontend")
 

@@ -4,7 +4,7 @@ import asyncio
 from dataclasses import dataclass, field
 
 from llumnix.core.types import EngineIndex, InstanceId
-from llumnix.frontend.engine_clock import EngineClock
+from llumnix.frontend.engines.clock import EngineClock
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

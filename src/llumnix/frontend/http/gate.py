@@ -23,12 +23,12 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llumnix.errors import UsageError
-from llumnix.frontend.access import Access, Caller, Refusal, is_json
 from llumnix.frontend.context import HttpRequest, current_http_request
-from llumnix.frontend.control import openai_error
-from llumnix.frontend.listener import LIVE_PATH
+from llumnix.frontend.http.access import Access, Caller, Refusal, is_json
+from llumnix.frontend.http.listener import LIVE_PATH
+from llumnix.frontend.http.routes import openai_error
+from llumnix.frontend.http.stream_ends import adapt
 from llumnix.frontend.llm import FleetLLM
-from llumnix.frontend.stream_ends import adapt
 
 RETRY_AFTER_S = 1
 PRIORITY_HEADER = "x-llumnix-priority"

@@ -14,7 +14,7 @@ from vllm.pooling_params import PoolingParams
 from vllm.v1.pool.late_interaction import get_late_interaction_engine_index
 
 from llumnix.core.types import EngineIndex
-from llumnix.frontend.engines import Engine
+from llumnix.frontend.engines.engine import Engine
 
 QUERIES_MAX = 4096
 """So many queries are remembered, the last ones."""

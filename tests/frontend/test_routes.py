@@ -11,7 +11,7 @@ pytest.importorskip("vllm")
 
 from llumnix.core.types import EngineIndex, InstanceId
 from llumnix.errors import CapacityError, LastInstanceError
-from llumnix.frontend.control import DRAIN_TIMEOUT_MAX_S, InstanceStatus, control_app
+from llumnix.frontend.http.routes import DRAIN_TIMEOUT_MAX_S, InstanceStatus, control_app
 
 
 class Control:

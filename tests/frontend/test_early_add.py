@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from llumnix.frontend.ahead import Adding, Outputs
+from llumnix.frontend.early_add import Adding, Outputs
 
 
 class Engine:

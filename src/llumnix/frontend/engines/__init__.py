@@ -1,0 +1,1 @@
+"""What the frontend knows of each engine, and how it calls and hears them."""
