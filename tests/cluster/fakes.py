@@ -9,7 +9,7 @@ import pytest
 
 from llumnix.cluster import fleet as fleet_module
 from llumnix.cluster.fleet import Fleet
-from llumnix.cluster.member import Member
+from llumnix.cluster.supervision.member import Member
 from llumnix.config import DeploymentConfig
 from llumnix.core.events import FleetReported
 from llumnix.core.scheduling.load import LoadReport

@@ -1,4 +1,4 @@
-"""Whether there is room for an instance (cluster/capacity.py)."""
+"""Whether there is room for an instance (cluster/supervision/capacity.py)."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -7,8 +7,8 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from llumnix.cluster import capacity
-from llumnix.cluster.capacity import GIB, check_one_more, check_start
+from llumnix.cluster.supervision import capacity
+from llumnix.cluster.supervision.capacity import GIB, check_one_more, check_start
 from llumnix.errors import CapacityError
 
 

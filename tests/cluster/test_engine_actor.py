@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from llumnix.cluster import ray_runtime
-from llumnix.cluster.engine_actor import EngineActor, pack
+from llumnix.cluster.supervision.engine_actor import EngineActor, pack
 from llumnix.core.settings import SchedulerSettings
 from llumnix.core.types import EngineIndex, InstanceId
 

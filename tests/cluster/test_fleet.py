@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("vllm")
 
 from llumnix.cluster.fleet import REPORT_EVERY_S
-from llumnix.cluster.member import DRAIN_TIMEOUT_S
+from llumnix.cluster.supervision.member import DRAIN_TIMEOUT_S
 from llumnix.core.events import AddInstances, DrainInstance, FleetReported, UndrainInstance
 from llumnix.core.scheduling.scheduler import Scheduler
 from llumnix.core.supervision.hang import LOOK_EVERY_S, LOST_LOOKS, SILENT_LOOKS

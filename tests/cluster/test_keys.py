@@ -3,7 +3,7 @@
 import pickle
 from types import SimpleNamespace
 
-from llumnix.cluster.runs import Runs
+from llumnix.cluster.supervision.runs import Runs
 from llumnix.config import DeploymentConfig
 from llumnix.core.settings import key_digest
 

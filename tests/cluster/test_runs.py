@@ -14,8 +14,9 @@ pytest.importorskip("vllm")
 
 import ray
 
-from llumnix.cluster import ray_calls, runs
-from llumnix.cluster.runs import Run, Runs
+from llumnix.cluster import ray_calls
+from llumnix.cluster.supervision import runs
+from llumnix.cluster.supervision.runs import Run, Runs
 from llumnix.config import DeploymentConfig
 from llumnix.core.types import InstanceId
 

@@ -1,1 +1,1 @@
-"""Ray: where instances and the controller run, and who starts them again."""
+"""The processes of a deployment: Ray, the fleet, the controller; how they start and stop."""

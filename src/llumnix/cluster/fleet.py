@@ -1,7 +1,7 @@
 """The fleet: all instances of a deployment, and the orders of users, scheduler and signals.
 
-What is done with each instance is cluster/supervisor.py's part; Ray places the actors, and one of a
-new run of an instance is a new actor with a new engine index.
+What is done with each instance is cluster/supervision/supervisor.py's part; Ray places the actors,
+and one of a new run of an instance is a new actor with a new engine index.
 """
 
 import asyncio
@@ -16,14 +16,14 @@ from ray.util.scheduling_strategies import (
 )
 
 from llumnix.cluster.addresses import Addresses
-from llumnix.cluster.capacity import check_one_more, check_start
 from llumnix.cluster.controller import Controller
 from llumnix.cluster.controller_process import ControllerProcess
-from llumnix.cluster.member import DRAIN_TIMEOUT_S, Drain, Member
 from llumnix.cluster.ray_calls import ray_call
-from llumnix.cluster.runs import Runs
-from llumnix.cluster.supervisor import Supervisor
-from llumnix.cluster.watcher import Watcher
+from llumnix.cluster.supervision.capacity import check_one_more, check_start
+from llumnix.cluster.supervision.member import DRAIN_TIMEOUT_S, Drain, Member
+from llumnix.cluster.supervision.runs import Runs
+from llumnix.cluster.supervision.supervisor import Supervisor
+from llumnix.cluster.supervision.watcher import Watcher
 from llumnix.config import DeploymentConfig
 from llumnix.core.events import (
     AddInstances,

@@ -21,8 +21,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from llumnix.cluster import ray_runtime
 from llumnix.cluster.addresses import Addresses
-from llumnix.cluster.engine_actor import EngineActor, pack
 from llumnix.cluster.ray_calls import off_loop, ray_call
+from llumnix.cluster.supervision.engine_actor import EngineActor, pack
 from llumnix.config import DeploymentConfig
 from llumnix.core.limits import MigrationLimits
 from llumnix.core.types import ENGINE_INDEX_MAX, EngineIndex, InstanceId

@@ -9,8 +9,8 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 
-from llumnix.cluster.member import Member
-from llumnix.cluster.runs import Runs
+from llumnix.cluster.supervision.member import Member
+from llumnix.cluster.supervision.runs import Runs
 from llumnix.core.supervision.hang import HangPolicy, Health
 from llumnix.core.supervision.restart import GiveUp, RestartAfter
 from llumnix.core.types import InstanceId

@@ -10,7 +10,7 @@ import socket
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from llumnix.cluster.member import Member
+from llumnix.cluster.supervision.member import Member
 from llumnix.core.supervision.hang import LOOK_EVERY_S, Health
 from llumnix.core.types import EngineIndex
 from llumnix.frontend.client import FleetClient

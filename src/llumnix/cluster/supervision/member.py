@@ -3,7 +3,7 @@
 import asyncio
 from dataclasses import dataclass, field
 
-from llumnix.cluster.runs import Run
+from llumnix.cluster.supervision.runs import Run
 from llumnix.core.events import DrainedBy
 from llumnix.core.supervision.hang import HangPolicy, Health
 from llumnix.core.supervision.restart import RestartPolicy

@@ -1,0 +1,1 @@
+"""How one instance is started, watched, started again and ended."""
