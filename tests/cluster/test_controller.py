@@ -23,7 +23,7 @@ from llumnix.core.events import (
 from llumnix.core.scheduling.load import ClassLoad, LoadReport
 from llumnix.core.settings import SchedulerSettings
 from llumnix.core.types import EngineIndex, InstanceId, RequestId
-from llumnix.observe.wire import Loads, LoadsAsked, Message, Ping, Pong, decode, encode
+from llumnix.wire import Loads, LoadsAsked, Message, Ping, Pong, decode, encode
 
 ANSWER_TIMEOUT_MS = 20_000
 

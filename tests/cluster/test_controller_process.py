@@ -19,8 +19,8 @@ from llumnix.cluster.controller_process import (
     UNANSWERED_MAX,
     ControllerProcess,
 )
-from llumnix.observe.wire import Pong
 from llumnix.tasks import PAUSE_MAX_S
+from llumnix.wire import Pong
 from support.virtual_time import run
 
 

@@ -17,7 +17,7 @@ instance = pytest.importorskip("llumnix.engine.instance")
 from llumnix.core.limits import MigrationLimits  # noqa: E402
 from llumnix.engine.kv.agent import TransferOptions  # noqa: E402
 from llumnix.engine.migration.host import HostSeat, LlumletHost  # noqa: E402
-from llumnix.observe.sockets import SocketKeys  # noqa: E402
+from llumnix.sockets import SocketKeys  # noqa: E402
 
 LLUMLET = HostSeat(
     peers="tcp://{host}:0", agents="tcp:{host}:0", key=b"agents", limits=MigrationLimits(),

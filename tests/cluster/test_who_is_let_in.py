@@ -16,8 +16,8 @@ from llumnix.core.types import EngineIndex, InstanceId, MigrationId
 from llumnix.engine.migration.peers import Peers
 from llumnix.engine.reporting.reporter import LoadReporter
 from llumnix.frontend.controller_link import ControllerLink
-from llumnix.observe.sockets import Listening, SocketKeys, connect
-from llumnix.observe.wire import Ping, Pong, decode, encode
+from llumnix.sockets import Listening, SocketKeys, connect
+from llumnix.wire import Ping, Pong, decode, encode
 
 WAIT_MS = 10_000
 QUIET_MS = 300

@@ -26,7 +26,7 @@ from llumnix.engine.instance import QUIET_STEPS_MAX, EngineInstance, InstanceSea
 from llumnix.engine.kv.agent import TransferOptions
 from llumnix.engine.migration.host import IN_BAND, HostSeat
 from llumnix.engine.queueing import AgingQueue
-from llumnix.observe.wire import decode, encode
+from llumnix.wire import decode, encode
 from support.no_model import BLOCK, NoModel, engine_config, made
 
 PATIENCE_S = 60.0

@@ -12,7 +12,7 @@ from llumnix.core.scheduling.load import ClassLoad, LoadReport
 from llumnix.core.types import EngineIndex, InstanceId, OrderId, RequestId
 from llumnix.engine.reporting.load_reader import Numbers
 from llumnix.engine.reporting.reporter import HEARTBEAT_S, REPORT_EVERY_S, LoadReporter
-from llumnix.observe.wire import decode
+from llumnix.wire import decode
 
 PATIENCE_MS = 20_000
 """For what must come; nothing waits for it to pass."""

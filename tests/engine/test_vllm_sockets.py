@@ -10,7 +10,7 @@ pytest.importorskip("vllm")
 from vllm.v1.engine import core
 
 from llumnix.engine.vllm_sockets import secure
-from llumnix.observe.sockets import Listening, SocketKeys
+from llumnix.sockets import Listening, SocketKeys
 
 WAIT_MS = 10_000
 

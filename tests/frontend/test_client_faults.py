@@ -31,7 +31,7 @@ from llumnix.frontend.migrations import (
     Place,
 )
 from llumnix.frontend.streams import Streams
-from llumnix.observe.wire import encode
+from llumnix.wire import encode
 from support.frontend import Front, front, packed, ready_payload, tokens
 
 I0, I1, I2 = EngineIndex(0), EngineIndex(1), EngineIndex(2)

@@ -12,7 +12,7 @@ from llumnix.core.priorities import Priorities
 from llumnix.core.settings import PrioritySettings
 from llumnix.frontend.client import FleetClient
 from llumnix.observe.event_log import EventLog
-from llumnix.observe.sockets import SocketKeys, connect
+from llumnix.sockets import SocketKeys, connect
 from support.server import free_port
 
 WAIT_MS = 10_000

@@ -12,7 +12,7 @@ import zmq
 from llumnix.core.events import AddInstances, Dispatch, RequestArrived, ScalingDecision
 from llumnix.core.types import EngineIndex, InstanceId, RequestId
 from llumnix.frontend.controller_link import REPLY_TIMEOUT_S, ControllerLink
-from llumnix.observe.wire import Message, Ping, Pong, decode, encode
+from llumnix.wire import Message, Ping, Pong, decode, encode
 
 
 class FakeController:

@@ -19,8 +19,8 @@ import zmq
 from llumnix.core.events import InstanceLost, RequestArrived
 from llumnix.core.messages import CallOff, Reserve
 from llumnix.core.types import EngineIndex, Epoch, InstanceId, MigrationId, RequestId
-from llumnix.observe.sockets import SocketKeys, connect
-from llumnix.observe.wire import LoadsAsked, Ping, encode
+from llumnix.sockets import SocketKeys, connect
+from llumnix.wire import LoadsAsked, Ping, encode
 from support.server import Server, eventually
 from support.streaming import first_difference, stream, stream_moved
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import zmq
 
+from llumnix import sockets
 from llumnix.errors import LlumnixError, UsageError
-from llumnix.observe import sockets
-from llumnix.observe.sockets import Listening, SocketKeys, check_secured, connect
+from llumnix.sockets import Listening, SocketKeys, check_secured, connect
 
 WAIT_MS = 10_000
 QUIET_MS = 300

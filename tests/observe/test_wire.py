@@ -39,7 +39,7 @@ from llumnix.core.messages import (
 from llumnix.core.scheduling.load import ClassLoad, LoadReport
 from llumnix.core.types import EngineIndex, Epoch, InstanceId, MigrationId, OrderId, RequestId
 from llumnix.errors import ProtocolError
-from llumnix.observe.wire import Loads, LoadsAsked, Message, Ping, Pong, decode, encode
+from llumnix.wire import Loads, LoadsAsked, Message, Ping, Pong, decode, encode
 
 REPORT = LoadReport(
     instance=InstanceId("i0"),

@@ -18,7 +18,7 @@ from llumnix.engine.kv.agent import TransferOptions
 from llumnix.engine.migration import host
 from llumnix.engine.migration.host import IN_BAND, FromOutside, HostSeat, LlumletHost
 from llumnix.engine.queueing import Queueing
-from llumnix.observe.wire import decode, encode
+from llumnix.wire import decode, encode
 from support.no_model import engine_core
 
 LIMITS = MigrationLimits(

@@ -4,7 +4,7 @@ import socket
 from dataclasses import dataclass
 
 from llumnix.engine.folders import PrivateFolder
-from llumnix.observe.sockets import SocketKeys
+from llumnix.sockets import SocketKeys
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

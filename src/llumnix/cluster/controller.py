@@ -34,8 +34,8 @@ from llumnix.core.settings import SchedulerSettings
 from llumnix.core.types import EngineIndex
 from llumnix.errors import ProtocolError
 from llumnix.observe.event_log import EventLog
-from llumnix.observe.sockets import Listening, SocketKeys
-from llumnix.observe.wire import Loads, LoadsAsked, Message, Ping, Pong, decode, encode
+from llumnix.sockets import Listening, SocketKeys
+from llumnix.wire import Loads, LoadsAsked, Message, Ping, Pong, decode, encode
 
 logger = logging.getLogger("llumnix.controller")
 

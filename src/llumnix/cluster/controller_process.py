@@ -17,8 +17,8 @@ import ray
 from llumnix.cluster.ray_calls import off_loop, ray_call
 from llumnix.errors import LlumnixError
 from llumnix.frontend.controller_link import ControllerLink
-from llumnix.observe.wire import Pong
 from llumnix.tasks import keep_running
+from llumnix.wire import Pong
 
 logger = logging.getLogger("llumnix.controller")
 

@@ -29,7 +29,7 @@ from llumnix.frontend.arguments import (
 from llumnix.frontend.http.listener import ListenAddress, Listener, StartProgress
 from llumnix.observe.console import say
 from llumnix.observe.event_log import EventLog
-from llumnix.observe.sockets import check_encryption
+from llumnix.sockets import check_encryption
 
 
 class Start:

@@ -67,7 +67,7 @@ from llumnix.engine.reporting.reporter import LoadReporter
 from llumnix.engine.urgent import UrgentAdmission
 from llumnix.engine.vllm_sockets import secure
 from llumnix.observe.event_log import EventLog
-from llumnix.observe.sockets import SocketKeys
+from llumnix.sockets import SocketKeys
 
 QUIET_STEPS_MAX = 8
 """So many steps in a row may put prompts off, and of many steps half of them."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from vllm.v1.engine import core
 
-from llumnix.observe.sockets import SocketKeys, check_secured, connecting_options
+from llumnix.sockets import SocketKeys, check_secured, connecting_options
 
 
 def secure(keys: SocketKeys) -> None:

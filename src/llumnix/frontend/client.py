@@ -52,7 +52,7 @@ from llumnix.frontend.migrations import Migrations, Place
 from llumnix.frontend.prompt_blocks import prompt_blocks
 from llumnix.frontend.streams import Stream, Streams
 from llumnix.observe.event_log import EventLog
-from llumnix.observe.sockets import Listening, SocketKeys, check_secured
+from llumnix.sockets import Listening, SocketKeys, check_secured
 
 STOPPING = "The server is stopping."
 

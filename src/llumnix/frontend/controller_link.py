@@ -27,8 +27,8 @@ from llumnix.core.events import (
 from llumnix.core.scheduling.load import LoadReport
 from llumnix.core.types import RequestId
 from llumnix.errors import ProtocolError
-from llumnix.observe.sockets import SocketKeys, connect
-from llumnix.observe.wire import Loads, LoadsAsked, Message, Ping, Pong, decode, encode
+from llumnix.sockets import SocketKeys, connect
+from llumnix.wire import Loads, LoadsAsked, Message, Ping, Pong, decode, encode
 
 logger = logging.getLogger("llumnix.frontend")
 

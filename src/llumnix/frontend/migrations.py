@@ -40,7 +40,7 @@ from llumnix.errors import (
 from llumnix.frontend.engines.outputs import Complaints
 from llumnix.frontend.streams import Stream, Streams
 from llumnix.observe.event_log import EventLog
-from llumnix.observe.wire import decode, encode
+from llumnix.wire import decode, encode
 
 IN_BAND = "llumnix"
 LISTED_MAX = 1000

@@ -1,1 +1,1 @@
-"""What is said between processes, and what is kept of it."""
+"""The event log and its replay, and lines to the user."""

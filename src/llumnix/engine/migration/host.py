@@ -48,8 +48,8 @@ from llumnix.engine.migration.peers import Peers
 from llumnix.engine.migration.unsupported import ours, why_engine_cannot
 from llumnix.engine.migration.vllm_source import VllmPort
 from llumnix.errors import ProtocolError
-from llumnix.observe.sockets import SocketKeys
-from llumnix.observe.wire import decode, encode
+from llumnix.sockets import SocketKeys
+from llumnix.wire import decode, encode
 
 IN_BAND = "llumnix"
 """Key under which an output carries a message of ours in its `kv_transfer_params`."""

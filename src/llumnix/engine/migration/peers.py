@@ -15,8 +15,8 @@ import zmq
 
 from llumnix.core.messages import PeerMessage
 from llumnix.errors import ProtocolError
-from llumnix.observe.sockets import Listening, SocketKeys, connect
-from llumnix.observe.wire import decode, encode
+from llumnix.sockets import Listening, SocketKeys, connect
+from llumnix.wire import decode, encode
 
 logger = logging.getLogger("llumnix.engine")
 

@@ -27,8 +27,8 @@ from llumnix.core.scheduling.load import LoadReport
 from llumnix.core.types import EngineIndex, InstanceId, OrderId, RequestId
 from llumnix.engine.reporting.load_reader import Numbers
 from llumnix.errors import ProtocolError
-from llumnix.observe.sockets import SocketKeys, connect
-from llumnix.observe.wire import Message, decode, encode
+from llumnix.sockets import SocketKeys, connect
+from llumnix.wire import Message, decode, encode
 
 logger = logging.getLogger("llumnix.engine")
 
