@@ -23,9 +23,9 @@ from common import ROOT, markdown, write_result
 from llumnix.core.scheduling.presets import POLICIES
 from llumnix.core.settings import SchedulerSettings
 from llumnix.core.types import RequestId
-from llumnix.sim.batching import EngineOptions, Job
-from llumnix.sim.cluster import Cluster, Setup
-from llumnix.sim.profile import Profile, load_profile
+from llumnix.sim.model.batching import EngineOptions, Job
+from llumnix.sim.model.cluster import Cluster, Setup
+from llumnix.sim.model.profile import Profile, load_profile
 from llumnix.sim.simulate import figures_of
 
 FIGURES = (

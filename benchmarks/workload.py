@@ -1,5 +1,5 @@
-"""Requests for benchmarks, sent to a server. llumnix/sim/workload.py draws them, for the simulator
-too."""
+"""Requests for benchmarks, sent to a server. llumnix/sim/workloads/workload.py draws them, for the
+simulator too."""
 
 import asyncio
 import json
@@ -13,7 +13,7 @@ import aiohttp
 
 from common import median
 from llumnix.sim.summary import spread
-from llumnix.sim.workload import PAIRS, Arrival, Workload
+from llumnix.sim.workloads.workload import PAIRS, Arrival, Workload
 
 __all__ = ["PAIRS", "Arrival", "Workload"]
 

@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import ROOT, write_result
 from common import markdown as markdown
 from llumnix.core.settings import SchedulerSettings
-from llumnix.sim.batching import EngineOptions
-from llumnix.sim.profile import load_profile
+from llumnix.sim.model.batching import EngineOptions
+from llumnix.sim.model.profile import load_profile
 from llumnix.sim.simulate import Run, Spec, runs
 
 PROFILE = load_profile("a10-llama-7b")

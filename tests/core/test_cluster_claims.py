@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 
 from llumnix.core.settings import MigrationSettings, PrioritySettings, SchedulerSettings
 from llumnix.core.types import InstanceId, RequestId
-from llumnix.sim.batching import EngineOptions, Job
-from llumnix.sim.cluster import Cluster, Setup
-from llumnix.sim.faults import check_owners, check_view, come_to_rest
-from llumnix.sim.profile import Profile
+from llumnix.sim.model.batching import EngineOptions, Job
+from llumnix.sim.model.cluster import Cluster, Setup
+from llumnix.sim.model.faults import check_owners, check_view, come_to_rest
+from llumnix.sim.model.profile import Profile
 
 SMALL = Profile(
     name="small",

@@ -14,7 +14,7 @@ from vllm.v1.engine.core import EngineCore
 from llumnix.cli import main
 from llumnix.engine.profiler import Sample, Step
 from llumnix.errors import UsageError
-from llumnix.sim.profile import Profile, load_profile
+from llumnix.sim.model.profile import Profile, load_profile
 from llumnix.sim.profiling import fit
 
 

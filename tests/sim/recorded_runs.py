@@ -19,9 +19,9 @@ from llumnix.core.settings import (
     ScalingSettings,
     SchedulerSettings,
 )
-from llumnix.sim.batching import EngineOptions, Job
-from llumnix.sim.faults import Faults
-from llumnix.sim.profile import Profile
+from llumnix.sim.model.batching import EngineOptions, Job
+from llumnix.sim.model.faults import Faults
+from llumnix.sim.model.profile import Profile
 from llumnix.sim.simulate import Spec
 
 PROFILE = Profile(

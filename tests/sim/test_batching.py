@@ -5,9 +5,9 @@ import pytest
 from llumnix.core.priorities import Priorities
 from llumnix.core.settings import PrioritySettings
 from llumnix.core.types import RequestId
-from llumnix.sim.batching import Batch, Batching, EngineOptions, Job
-from llumnix.sim.memory import Memory
-from llumnix.sim.profile import Profile
+from llumnix.sim.model.batching import Batch, Batching, EngineOptions, Job
+from llumnix.sim.model.memory import Memory
+from llumnix.sim.model.profile import Profile
 
 PROFILE = Profile(
     name="round",

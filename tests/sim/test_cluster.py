@@ -9,9 +9,9 @@ import pytest
 from llumnix.core.settings import ScalingSettings, SchedulerSettings
 from llumnix.core.types import RequestId
 from llumnix.errors import UsageError
-from llumnix.sim.batching import EngineOptions, Job
-from llumnix.sim.cluster import Cluster, Setup
-from llumnix.sim.faults import (
+from llumnix.sim.model.batching import EngineOptions, Job
+from llumnix.sim.model.cluster import Cluster, Setup
+from llumnix.sim.model.faults import (
     BrokenPromiseError,
     Faults,
     check_owners,
@@ -19,7 +19,7 @@ from llumnix.sim.faults import (
     check_view,
     come_to_rest,
 )
-from llumnix.sim.profile import Profile, load_profile, profile_names, save_profile
+from llumnix.sim.model.profile import Profile, load_profile, profile_names, save_profile
 from llumnix.sim.simulate import Run, Spec, alone, fewest, parse_bound, run_one, runs
 
 SMALL = replace(load_profile("a10-llama-7b"), kv_tokens=4096, start_s=5.0)

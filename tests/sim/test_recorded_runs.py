@@ -38,10 +38,10 @@ from llumnix.core.events import (
     UndrainInstance,
 )
 from llumnix.core.types import InstanceId
-from llumnix.sim.batching import Job
-from llumnix.sim.cluster import Cluster
-from llumnix.sim.faults import Trouble, check_view, come_to_rest
-from llumnix.sim.frontend import Move
+from llumnix.sim.model.batching import Job
+from llumnix.sim.model.clients import Move
+from llumnix.sim.model.cluster import Cluster
+from llumnix.sim.model.faults import Trouble, check_view, come_to_rest
 from sim.recorded_runs import RUNS
 
 FOLDER = Path(__file__).parent / "recorded"

@@ -11,8 +11,7 @@ import pytest
 from plotly.offline import get_plotlyjs
 
 from llumnix.errors import UsageError
-from llumnix.sim.report import told, write_report
-from llumnix.sim.report_data import (
+from llumnix.sim.report.data import (
     POINTS_MAX,
     Run,
     distribution,
@@ -22,8 +21,9 @@ from llumnix.sim.report_data import (
     settings_of,
     thin,
 )
+from llumnix.sim.report.page import told, write_report
+from llumnix.sim.report.timeline import ARCS_MAX, drawable, timeline, wrapped
 from llumnix.sim.summary import t_975
-from llumnix.sim.timeline import ARCS_MAX, drawable, timeline, wrapped
 from sim.fake_result import fake_result
 
 SMALL = {"rates": (2.0, 4.0), "seeds": 2, "instances": 6, "samples": 20}

@@ -18,8 +18,8 @@ from llumnix.core.types import EngineIndex, InstanceId, RequestId
 from llumnix.errors import UsageError
 from llumnix.frontend.streams import Stream
 from llumnix.observe.event_log import EventLog
-from llumnix.sim.traces import CLIENTS, FILES, read_clients
-from llumnix.sim.workload import PAIRS, TRACES, Arrival, Workload, requests_of
+from llumnix.sim.workloads.traces import CLIENTS, FILES, read_clients
+from llumnix.sim.workloads.workload import PAIRS, TRACES, Arrival, Workload, requests_of
 
 TABLE = {
     "S": (128, 38, 113, 413, 1464),

@@ -3,7 +3,8 @@
 All processes of a deployment append to the same file (on their own host); a line is written with
 one call, so lines never mix. `at` is the writer's monotonic clock in seconds, `time` the wall
 clock; lines of one writer (`who`) are in the order in which things happened. observe/replay.py
-runs the pure core on it again, and its requests are a trace for the simulator (sim/traces.py).
+runs the pure core on it again, and its requests are a trace for the simulator
+(sim/workloads/traces.py).
 
 Rules
 - A thread writes, so that a slow disk holds up no engine, frontend or controller. `QUEUED_MAX`

@@ -1,1 +1,1 @@
-"""Virtual time: the scheduler's core on simulated instances, and the workloads for it."""
+"""`llumnix simulate` and `llumnix profile`: the commands, and a simulator behind them."""

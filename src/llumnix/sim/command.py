@@ -19,13 +19,13 @@ from llumnix.config import read_settings
 from llumnix.core.scheduling.presets import POLICIES
 from llumnix.core.settings import SchedulerSettings
 from llumnix.errors import UsageError
-from llumnix.sim.batching import EngineOptions
-from llumnix.sim.faults import Faults
-from llumnix.sim.profile import load_profile, profile_names
+from llumnix.sim.model.batching import EngineOptions
+from llumnix.sim.model.faults import Faults
+from llumnix.sim.model.profile import load_profile, profile_names
 from llumnix.sim.simulate import Run, Spec, fewest, parse_bound, runs
 from llumnix.sim.summary import told
-from llumnix.sim.traces import FOLDER_VARIABLE
-from llumnix.sim.workload import TRACES, requests_of
+from llumnix.sim.workloads.traces import FOLDER_VARIABLE
+from llumnix.sim.workloads.workload import TRACES, requests_of
 
 POINTS_MAX = 200
 REQUESTS = 1000
@@ -74,7 +74,7 @@ def simulate(argv: list[str]) -> int:
 
 def _check_report(path: Path) -> None:
     """Before the runs, not after them."""
-    from llumnix.sim.figures import plotly
+    from llumnix.sim.report.figures import plotly
 
     plotly()
     if not path.absolute().parent.is_dir() or path.is_dir():
@@ -83,7 +83,7 @@ def _check_report(path: Path) -> None:
 
 def _show(result: dict[str, Any], args: argparse.Namespace) -> None:
     if args.report:
-        from llumnix.sim.report import write_report
+        from llumnix.sim.report.page import write_report
 
         told = {"profile": args.profile, "command": "llumnix simulate " + shlex.join(sys.argv[2:])}
         write_report({**result, "told": told}, args.report)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llumnix.errors import UsageError
-from llumnix.sim.profile import Profile, save_profile
+from llumnix.sim.model.profile import Profile, save_profile
 
 
 def profile(argv: list[str]) -> int:

@@ -25,12 +25,12 @@ from llumnix.core.scheduling.scheduler import priorities_of
 from llumnix.core.settings import SchedulerSettings
 from llumnix.core.types import InstanceId, RequestId
 from llumnix.errors import UsageError
-from llumnix.sim.batching import EngineOptions, Job
-from llumnix.sim.cluster import Cluster, Setup
-from llumnix.sim.faults import Faults, Trouble, check_view, come_to_rest
-from llumnix.sim.profile import Profile
+from llumnix.sim.model.batching import EngineOptions, Job
+from llumnix.sim.model.cluster import Cluster, Setup
+from llumnix.sim.model.faults import Faults, Trouble, check_view, come_to_rest
+from llumnix.sim.model.profile import Profile
 from llumnix.sim.summary import satisfied, spread
-from llumnix.sim.workload import Workload
+from llumnix.sim.workloads.workload import Workload
 
 SAMPLES = 400
 """Looks at the instances during the time of arrivals, evenly."""

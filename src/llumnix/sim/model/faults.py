@@ -11,7 +11,7 @@ from llumnix.core.messages import PeerMessage
 from llumnix.core.scheduling.scheduler import Scheduler
 from llumnix.core.types import EngineIndex, RequestId
 from llumnix.errors import LlumnixError, UsageError
-from llumnix.sim.cluster import Cluster
+from llumnix.sim.model.cluster import Cluster
 
 CONTROLLER_BACK_S = 1.0
 LATE_S = 0.2

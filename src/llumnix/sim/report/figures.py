@@ -12,7 +12,7 @@ from typing import Any
 
 from llumnix.core.scheduling.presets import POLICIES
 from llumnix.errors import UsageError
-from llumnix.sim.report_data import (
+from llumnix.sim.report.data import (
     Details,
     Setting,
     bucket,

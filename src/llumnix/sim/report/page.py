@@ -1,6 +1,6 @@
 """The report of a simulation: one HTML page that needs nothing else, for a browser of today.
 
-`write_report` takes the result that report_data.py describes. The page is put together here
+`write_report` takes the result that data.py describes. The page is put together here
 (heading, tables) from figures.py and timeline.py (plots), page.css (colours, light and dark) and
 page.js (what is shown: setting, policies, decision log). plotly.js is written into it once; the
 page's content security policy lets nothing be fetched.
@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from llumnix.errors import UsageError
-from llumnix.sim import figures
-from llumnix.sim.report_data import (
+from llumnix.sim.report import figures
+from llumnix.sim.report.data import (
     Details,
     Estimate,
     Setting,
@@ -30,7 +30,7 @@ from llumnix.sim.report_data import (
     settings_of,
     waited,
 )
-from llumnix.sim.timeline import ARCS_MAX, drawable, timeline
+from llumnix.sim.report.timeline import ARCS_MAX, drawable, timeline
 
 REFERENCE = "llumnix"
 """The policy that ratios refer to, if it was simulated; else the first."""
@@ -83,7 +83,7 @@ COLUMNS = (
 
 
 def write_report(result: Mapping[str, Any], path: Path) -> None:
-    """Writes the page of a simulation's result (`report_data.Result`).
+    """Writes the page of a simulation's result (`data.Result`).
 
     Raises UsageError if plotly is not installed or the file cannot be written."""
     plotly = figures.plotly()
@@ -129,7 +129,7 @@ _PAGE = """<!doctype html>
 
 
 def _file(name: str) -> str:
-    return files("llumnix.sim").joinpath(name).read_text(encoding="utf-8")
+    return files("llumnix.sim.report").joinpath(name).read_text(encoding="utf-8")
 
 
 def _embedded(data: Any) -> str:

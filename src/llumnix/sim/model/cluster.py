@@ -4,11 +4,11 @@ a network, a fleet and clients that are modelled.
 Rules
 - What decides is the code that serves: core/scheduling/scheduler.py in the controller's place,
   core/migration/llumlet.py beside each engine, core/streams/table.py in the frontend's
-  (sim/frontend.py). This file carries out what they decide.
+  (sim/model/clients.py). This file carries out what they decide.
 - One heap of events, ordered by time and by when they were made: a run is the same for the same
   seed.
 - A message takes `hop_s`. An engine deals with what came during a step when the step is over.
-- Faults and checks (sim/faults.py) are apart, and look in from outside.
+- Faults and checks (sim/model/faults.py) are apart, and look in from outside.
 """
 
 import heapq
@@ -38,11 +38,11 @@ from llumnix.core.scheduling.presets import POLICIES
 from llumnix.core.scheduling.scheduler import Scheduler, priorities_of
 from llumnix.core.settings import SchedulerSettings
 from llumnix.core.types import EngineIndex, InstanceId, MigrationId, RequestId
-from llumnix.sim.batching import Batch, EngineOptions, Job
-from llumnix.sim.engine import SimEngine
-from llumnix.sim.frontend import Frontend
-from llumnix.sim.network import Network
-from llumnix.sim.profile import Profile
+from llumnix.sim.model.batching import Batch, EngineOptions, Job
+from llumnix.sim.model.clients import Frontend
+from llumnix.sim.model.engine import SimEngine
+from llumnix.sim.model.network import Network
+from llumnix.sim.model.profile import Profile
 
 REPORT_AT_LEAST_S = 0.1
 FLEET_EVERY_S = 0.5

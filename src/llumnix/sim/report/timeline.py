@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from llumnix.sim.figures import Figure, count_axis, figure, queues, times_of
-from llumnix.sim.report_data import (
+from llumnix.sim.report.data import (
     DecisionLine,
     Details,
     MigrationSpan,
@@ -24,6 +23,7 @@ from llumnix.sim.report_data import (
     thin,
     waited,
 )
+from llumnix.sim.report.figures import Figure, count_axis, figure, queues, times_of
 
 ARCS_MAX = 2_000
 """Of more, so many are drawn, evenly picked."""

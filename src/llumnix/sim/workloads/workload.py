@@ -1,6 +1,7 @@
 """The requests of a run, drawn before it begins: when each comes, how long its parts are.
 
-Lengths are drawn from a synthetic pair (input-output) or taken from a trace (sim/traces.py).
+Lengths are drawn from a synthetic pair (input-output) or taken from a trace
+(sim/workloads/traces.py).
 
 Pairs: S, M and L are Table 1 of Llumnix (OSDI 2024): K on {1, ..., 2m-1} with P(K = k) proportional
 to k^-alpha, length = min(6144, ceil(s K)); s gives the table's mean in expectation. sharegpt and
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llumnix.errors import UsageError
-from llumnix.sim.traces import (
+from llumnix.sim.workloads.traces import (
     CLIENTS,
     FILES,
     ClientFile,

@@ -75,13 +75,13 @@ class Profile:
 
 def profile_names() -> list[str]:
     """Those that come with llumnix."""
-    found = files("llumnix.sim").joinpath("profiles").iterdir()
+    found = files("llumnix.sim.model").joinpath("profiles").iterdir()
     return sorted(p.name.removesuffix(".json") for p in found if p.name.endswith(".json"))
 
 
 def load_profile(name: str) -> Profile:
     """By name, or from a file."""
-    inside = files("llumnix.sim").joinpath("profiles", f"{name}.json")
+    inside = files("llumnix.sim.model").joinpath("profiles", f"{name}.json")
     if name in profile_names():
         return _profile(json.loads(inside.read_text()), name)
     path = Path(name)

@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from llumnix.errors import UsageError
-from llumnix.sim.logged import logged
+from llumnix.sim.workloads.event_log import logged
 
 FOLDER_VARIABLE = "LLUMNIX_TRACES"
 FILES_KEPT_MAX = 16

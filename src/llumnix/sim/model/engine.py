@@ -11,8 +11,8 @@ from llumnix.core.messages import Blocks
 from llumnix.core.migration.port import Movable, Phase, Progress, Refusal
 from llumnix.core.priorities import Priorities
 from llumnix.core.types import EngineIndex, RequestId
-from llumnix.sim.batching import Batching, EngineOptions, Job, Sequence
-from llumnix.sim.profile import Profile
+from llumnix.sim.model.batching import Batching, EngineOptions, Job, Sequence
+from llumnix.sim.model.profile import Profile
 
 WAITING_SHOWN = 8
 """Of those that wait, so many are offered for a move."""

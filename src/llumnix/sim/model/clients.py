@@ -18,10 +18,10 @@ from llumnix.core.streams.table import (
     TellLost,
 )
 from llumnix.core.types import EngineIndex, InstanceId, MigrationId, RequestId
-from llumnix.sim.batching import Job
+from llumnix.sim.model.batching import Job
 
 if TYPE_CHECKING:
-    from llumnix.sim.cluster import Cluster, Instance
+    from llumnix.sim.model.cluster import Cluster, Instance
 
 RETRY_S = 0.05
 """How soon a request that no instance takes is placed again."""

@@ -23,8 +23,8 @@ from dataclasses import dataclass, field
 from llumnix.core.priorities import Priorities
 from llumnix.core.scheduling.load import ClassLoad
 from llumnix.core.types import RequestId
-from llumnix.sim.memory import Memory
-from llumnix.sim.profile import Profile
+from llumnix.sim.model.memory import Memory
+from llumnix.sim.model.profile import Profile
 
 STARTED_S = 1e11
 LOOK_EVERY_S = 0.5
