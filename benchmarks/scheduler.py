@@ -28,7 +28,7 @@ from llumnix.core.events import (
     Tick,
 )
 from llumnix.core.prefixes import BLOCK_TOKENS
-from llumnix.core.scheduling.load import ClassLoad, LoadReport
+from llumnix.core.reports import ClassLoad, LoadReport
 from llumnix.core.scheduling.scheduler import Scheduler
 from llumnix.core.settings import SchedulerSettings
 from llumnix.core.types import EngineIndex, InstanceId, OrderId, RequestId

@@ -38,7 +38,7 @@ from llumnix.core.messages import (
     TookOver,
     Verdict,
 )
-from llumnix.core.scheduling.load import LoadReport
+from llumnix.core.reports import LoadReport
 from llumnix.errors import ProtocolError
 
 

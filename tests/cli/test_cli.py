@@ -17,7 +17,7 @@ from llumnix import cli
 from llumnix.cli import main
 from llumnix.config import knobs
 from llumnix.core.events import LoadReported, RequestArrived
-from llumnix.core.scheduling.load import LoadReport
+from llumnix.core.reports import LoadReport
 from llumnix.core.scheduling.scheduler import Scheduler
 from llumnix.core.settings import SchedulerSettings
 from llumnix.core.types import EngineIndex, InstanceId, MigrationId, RequestId

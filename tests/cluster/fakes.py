@@ -12,7 +12,7 @@ from llumnix.cluster.fleet import Fleet
 from llumnix.cluster.supervision.member import Member
 from llumnix.config import DeploymentConfig
 from llumnix.core.events import FleetReported
-from llumnix.core.scheduling.load import LoadReport
+from llumnix.core.reports import LoadReport
 from llumnix.core.types import EngineIndex, InstanceId
 from llumnix.frontend.engines.state import EngineState
 

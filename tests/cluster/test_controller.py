@@ -20,7 +20,7 @@ from llumnix.core.events import (
     RequestArrived,
     Tick,
 )
-from llumnix.core.scheduling.load import ClassLoad, LoadReport
+from llumnix.core.reports import ClassLoad, LoadReport
 from llumnix.core.settings import SchedulerSettings
 from llumnix.core.types import EngineIndex, InstanceId, RequestId
 from llumnix.wire import Loads, LoadsAsked, Message, Ping, Pong, decode, encode

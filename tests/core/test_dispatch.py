@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llumnix.core.events import Dispatch, InstanceLost, LoadReported, NoInstance, RequestArrived
+from llumnix.core.reports import ClassLoad, LoadReport
 from llumnix.core.scheduling.dispatch import AHEAD_TOKENS
-from llumnix.core.scheduling.load import ClassLoad, LoadReport
 from llumnix.core.scheduling.presets import POLICIES
 from llumnix.core.scheduling.scheduler import Scheduler, urgency
 from llumnix.core.scheduling.view import BOOKING_LIFETIME_S, STALE_AFTER_S

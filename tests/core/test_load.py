@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llumnix.core.priorities import NUMBER_MAX, Priorities
-from llumnix.core.scheduling.load import ClassLoad, Load, LoadReport, derive
-from llumnix.core.scheduling.presets import POLICIES
-from llumnix.core.scheduling.scheduler import priorities_of
+from llumnix.core.reports import ClassLoad, LoadReport
+from llumnix.core.scheduling.load import Load, derive
+from llumnix.core.scheduling.presets import POLICIES, priorities_of
 from llumnix.core.settings import (
     HIGH,
     NORMAL,

@@ -16,7 +16,7 @@ from llumnix.core.events import (
     RequestArrived,
     Tick,
 )
-from llumnix.core.scheduling.load import ClassLoad, LoadReport
+from llumnix.core.reports import ClassLoad, LoadReport
 from llumnix.core.scheduling.presets import POLICIES
 from llumnix.core.scheduling.scheduler import Scheduler
 from llumnix.core.settings import ScalingSettings, SchedulerSettings

@@ -2,12 +2,12 @@
 
 import pytest
 
+from llumnix.core.machine import Machine
 from llumnix.core.migration.tables import (
     DESTINATION,
     SOURCE,
     DestinationEvent,
     DestinationState,
-    Machine,
     SourceAction,
     SourceEvent,
     SourceState,

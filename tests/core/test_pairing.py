@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from llumnix.core.events import LoadReported, MoveLimit, MoveLoad, Tick
 from llumnix.core.migration.victim import Candidate, choose_victim
-from llumnix.core.scheduling.load import ClassLoad, LoadReport
+from llumnix.core.reports import ClassLoad, LoadReport
 from llumnix.core.scheduling.scheduler import Scheduler
 from llumnix.core.scheduling.view import FRUITLESS_S, ORDER_LIFETIME_S
 from llumnix.core.settings import MigrationSettings, SchedulerSettings

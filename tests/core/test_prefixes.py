@@ -13,14 +13,8 @@ from llumnix.core.events import (
     PrefixesChanged,
     RequestArrived,
 )
-from llumnix.core.prefixes import (
-    BLOCK_TOKENS,
-    PREFIX_BLOCKS_MAX,
-    PrefixIndex,
-    chain,
-    extend,
-    root,
-)
+from llumnix.core.prefixes import BLOCK_TOKENS, PREFIX_BLOCKS_MAX, chain, extend, root
+from llumnix.core.reports import ClassLoad, LoadReport
 from llumnix.core.scheduling.dispatch import (
     AHEAD_TOKENS,
     BATCH,
@@ -28,7 +22,7 @@ from llumnix.core.scheduling.dispatch import (
     REQUEST_SHARE,
     REQUEST_TOKENS,
 )
-from llumnix.core.scheduling.load import ClassLoad, LoadReport
+from llumnix.core.scheduling.prefix_index import PrefixIndex
 from llumnix.core.scheduling.scheduler import Scheduler
 from llumnix.core.settings import SchedulerSettings
 from llumnix.core.types import EngineIndex, InstanceId, RequestId

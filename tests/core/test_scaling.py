@@ -16,7 +16,7 @@ from llumnix.core.events import (
     RequestArrived,
     UndrainInstance,
 )
-from llumnix.core.scheduling.load import ClassLoad, LoadReport
+from llumnix.core.reports import ClassLoad, LoadReport
 from llumnix.core.scheduling.scaling import RETRY_FIRST_S, RETRY_MAX_S, ROW_ENDS_AFTER_S
 from llumnix.core.scheduling.scheduler import Scheduler
 from llumnix.core.settings import ScalingSettings, SchedulerSettings

@@ -16,8 +16,8 @@ from llumnix.core.events import (
     RequestArrived,
     Tick,
 )
+from llumnix.core.reports import ClassLoad, LoadReport
 from llumnix.core.scheduling.dispatch import by_freeness, by_start
-from llumnix.core.scheduling.load import ClassLoad, LoadReport
 from llumnix.core.scheduling.presets import POLICIES
 from llumnix.core.scheduling.scheduler import Scheduler
 from llumnix.core.scheduling.view import (

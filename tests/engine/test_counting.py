@@ -14,7 +14,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from llumnix.core.prefixes import BLOCK_TOKENS
 from llumnix.core.priorities import Priorities
-from llumnix.core.scheduling.load import ClassLoad
+from llumnix.core.reports import ClassLoad
 from llumnix.core.settings import PrioritySettings
 from llumnix.core.types import EngineIndex, InstanceId, RequestId
 from llumnix.engine.migration.vllm_source import VllmPort

@@ -12,7 +12,7 @@ from vllm import SamplingParams  # noqa: E402
 from vllm.v1.request import RequestStatus  # noqa: E402
 
 from llumnix.core.priorities import Priorities  # noqa: E402
-from llumnix.core.scheduling.load import ClassLoad  # noqa: E402
+from llumnix.core.reports import ClassLoad  # noqa: E402
 from llumnix.core.settings import PrioritySettings  # noqa: E402
 from llumnix.core.types import RequestId  # noqa: E402
 from llumnix.engine.reporting.load_reader import LoadReader, Numbers  # noqa: E402

@@ -10,9 +10,9 @@ pytest.importorskip("vllm")
 from vllm.v1.engine import EngineCoreEventType
 from vllm.v1.request import Request
 
-from llumnix.core.migration.llumlet import Moving
 from llumnix.core.priorities import Priorities
-from llumnix.core.scheduling.load import Load, LoadReport, derive
+from llumnix.core.reports import LoadReport, Moving
+from llumnix.core.scheduling.load import Load, derive
 from llumnix.core.settings import PrioritySettings
 from llumnix.core.types import EngineIndex, InstanceId
 from llumnix.engine.queueing import has_waited, waited_s

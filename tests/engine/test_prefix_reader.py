@@ -28,7 +28,8 @@ from vllm.v1.kv_cache_interface import (  # noqa: E402
 from vllm.v1.request import Request, RequestStatus  # noqa: E402
 
 from llumnix.core.events import PrefixesChanged  # noqa: E402
-from llumnix.core.prefixes import BLOCK_TOKENS, PrefixIndex, chain, root  # noqa: E402
+from llumnix.core.prefixes import BLOCK_TOKENS, chain, root  # noqa: E402
+from llumnix.core.scheduling.prefix_index import PrefixIndex  # noqa: E402
 from llumnix.core.settings import SchedulerSettings  # noqa: E402
 from llumnix.core.types import EngineIndex, InstanceId, RequestId  # noqa: E402
 from llumnix.engine.reporting import prefix_reader as prefix_reader_module  # noqa: E402

@@ -15,7 +15,7 @@ from vllm.v1.core.sched.request_queue import (  # noqa: E402
 from vllm.v1.request import Request, RequestStatus  # noqa: E402
 
 from llumnix.core.priorities import Priorities  # noqa: E402
-from llumnix.core.scheduling.load import ClassLoad  # noqa: E402
+from llumnix.core.reports import ClassLoad  # noqa: E402
 from llumnix.core.settings import PriorityClass, PrioritySettings  # noqa: E402
 from llumnix.core.types import RequestId  # noqa: E402
 from llumnix.engine import queueing  # noqa: E402

@@ -7,8 +7,7 @@ import pytest
 import zmq
 
 from llumnix.core.events import LoadReported, MoveLoad
-from llumnix.core.migration.llumlet import Moving
-from llumnix.core.scheduling.load import ClassLoad, LoadReport
+from llumnix.core.reports import ClassLoad, LoadReport, Moving
 from llumnix.core.types import EngineIndex, InstanceId, OrderId, RequestId
 from llumnix.engine.reporting.load_reader import Numbers
 from llumnix.engine.reporting.reporter import HEARTBEAT_S, REPORT_EVERY_S, LoadReporter

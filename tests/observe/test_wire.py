@@ -36,7 +36,7 @@ from llumnix.core.messages import (
     TookOver,
     Verdict,
 )
-from llumnix.core.scheduling.load import ClassLoad, LoadReport
+from llumnix.core.reports import ClassLoad, LoadReport
 from llumnix.core.types import EngineIndex, Epoch, InstanceId, MigrationId, OrderId, RequestId
 from llumnix.errors import ProtocolError
 from llumnix.wire import Loads, LoadsAsked, Message, Ping, Pong, decode, encode

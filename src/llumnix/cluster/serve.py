@@ -15,8 +15,7 @@ from llumnix.cluster import ray_runtime, signals
 from llumnix.cluster.addresses import Addresses
 from llumnix.cluster.first_look import first_look, has_key, help_text
 from llumnix.cluster.kept_logs import keep_logs
-from llumnix.core.scheduling.presets import POLICIES
-from llumnix.core.scheduling.scheduler import priorities_of
+from llumnix.core.scheduling.presets import POLICIES, priorities_of
 from llumnix.demo import cache_folder
 from llumnix.engine.folders import sweep
 from llumnix.errors import InstanceFailedError, UsageError

@@ -7,7 +7,7 @@ carries its reason (`why`).
 from dataclasses import dataclass, field
 from typing import Literal
 
-from llumnix.core.scheduling.load import LoadReport
+from llumnix.core.reports import LoadReport
 from llumnix.core.types import EngineIndex, InstanceId, OrderId, RequestId
 
 

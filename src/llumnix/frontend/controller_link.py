@@ -24,7 +24,7 @@ from llumnix.core.events import (
     RequestArrived,
     ScalingDecision,
 )
-from llumnix.core.scheduling.load import LoadReport
+from llumnix.core.reports import LoadReport
 from llumnix.core.types import RequestId
 from llumnix.errors import ProtocolError
 from llumnix.sockets import SocketKeys, connect

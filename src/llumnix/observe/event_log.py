@@ -29,7 +29,7 @@ from typing import Any
 import msgspec
 
 from llumnix.core.events import Decision, Fact, LoadReported, PrefixesChanged, Tick
-from llumnix.core.scheduling.load import LoadReport
+from llumnix.core.reports import LoadReport
 from llumnix.core.settings import SchedulerSettings
 from llumnix.core.types import InstanceId, MigrationId
 

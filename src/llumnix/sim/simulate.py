@@ -21,7 +21,7 @@ from typing import Any
 
 from llumnix.core.events import Decision, Dispatch, Fact, MoveLoad, NoInstance
 from llumnix.core.prefixes import BLOCK_TOKENS
-from llumnix.core.scheduling.scheduler import priorities_of
+from llumnix.core.scheduling.presets import priorities_of
 from llumnix.core.settings import SchedulerSettings
 from llumnix.core.types import InstanceId, RequestId
 from llumnix.errors import UsageError

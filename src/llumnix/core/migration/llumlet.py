@@ -5,7 +5,6 @@ after every step, and what comes out is to be sent. It does no I/O and reads no 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from llumnix.core.events import MoveLoad
 from llumnix.core.limits import MigrationLimits
@@ -30,22 +29,9 @@ from llumnix.core.migration.setbacks import Setbacks
 from llumnix.core.migration.source import OutgoingMigrations
 from llumnix.core.migration.tables import OnStep
 from llumnix.core.priorities import Priorities
+from llumnix.core.reports import Moving
 from llumnix.core.settings import SchedulerSettings
 from llumnix.core.types import EngineIndex, MigrationId, OrderId
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Moving:
-    """What a report says of moves: requests on their way out, how many of them wait and hold no KV,
-    the KV tokens that the others hold here, requests on their way in, and the running totals of
-    bytes moved away and the seconds it took."""
-
-    out: int = 0
-    out_waiting: int = 0
-    out_tokens: int = 0
-    coming: int = 0
-    moved_bytes: int = 0
-    moved_s: float = 0.0
 
 
 class Llumlet:

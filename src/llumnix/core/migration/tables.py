@@ -12,16 +12,16 @@ Rules
   ended meanwhile: what the destination reads for it, and enters in its prefix cache, is right.
 - Every event in every state is in the table. What is not there is a bug, and raises with the story.
 
-No I/O, no clock: who hosts a machine feeds it events and carries out the actions it names
-(core/migration/llumlet.py). docs/migration.md is drawn from these tables (scripts/draw_pages.py).
+No I/O, no clock: who hosts a machine (core/machine.py) feeds it events and carries out the actions
+it names (core/migration/llumlet.py). docs/migration.md is drawn from these tables
+(scripts/draw_pages.py).
 """
 
 import enum
 from collections.abc import Callable
-from typing import Generic, TypeVar
 
+from llumnix.core.machine import Machine
 from llumnix.core.types import MigrationId
-from llumnix.errors import ProtocolError
 
 OnStep = Callable[[str, MigrationId, str, str, str], None]
 """Told of every transition: role, migration, event, new state, action."""
@@ -281,49 +281,6 @@ DESTINATION: dict[
         DE.SOURCE_LOST: (D.ABORTED, DA.NOTHING),
     },
 }
-
-StateT = TypeVar("StateT", bound=enum.Enum)
-EventT = TypeVar("EventT", bound=enum.Enum)
-ActionT = TypeVar("ActionT", bound=enum.Enum)
-HISTORY_MAX = 64
-
-
-class Machine(Generic[StateT, EventT, ActionT]):
-    """One table being walked through."""
-
-    def __init__(
-        self,
-        name: str,
-        table: dict[StateT, dict[EventT, tuple[StateT, ActionT]]],
-        start: StateT,
-        ends: tuple[StateT, ...],
-    ) -> None:
-        self.name = name
-        self.state = start
-        self.history: list[tuple[EventT, StateT]] = []
-        self._table = table
-        self._start = start
-        self._ends = ends
-
-    @property
-    def over(self) -> bool:
-        """Whether a final state was reached."""
-        return self.state in self._ends
-
-    def feed(self, event: EventT) -> ActionT:
-        """Takes in an event and returns what to do; `ProtocolError` if it cannot happen here."""
-        known = self._table[self.state].get(event)
-        if known is None:
-            story = " ".join(f"-[{e.value}]-> {s.value}" for e, s in self.history)
-            raise ProtocolError(
-                f"migration {self.name}: '{event.value}' cannot happen in state "
-                f"'{self.state.value}' (story: {self._start.value} {story})"
-            )
-        self.state, action = known
-        self.history.append((event, self.state))
-        del self.history[:-HISTORY_MAX]
-        return action
-
 
 SourceMachine = Machine[SourceState, SourceEvent, SourceAction]
 DestinationMachine = Machine[DestinationState, DestinationEvent, DestinationAction]

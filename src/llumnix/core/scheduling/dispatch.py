@@ -8,8 +8,9 @@ from collections.abc import Callable
 from typing import Protocol
 
 from llumnix.core.events import RequestArrived
-from llumnix.core.prefixes import BLOCK_TOKENS, PrefixIndex
+from llumnix.core.prefixes import BLOCK_TOKENS
 from llumnix.core.scheduling.load import Load
+from llumnix.core.scheduling.prefix_index import PrefixIndex
 from llumnix.core.scheduling.view import ClusterView, InstanceView, Order
 from llumnix.core.types import InstanceId
 

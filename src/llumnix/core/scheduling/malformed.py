@@ -10,7 +10,7 @@ from math import inf
 from operator import attrgetter
 
 from llumnix.core.events import Fact, FleetReported, InstanceLost, LoadReported, RequestArrived
-from llumnix.core.scheduling.load import ClassLoad, LoadReport
+from llumnix.core.reports import ClassLoad, LoadReport
 from llumnix.core.types import ENGINE_INDEX_MAX
 
 PROMPT_TOKENS_MAX = 2**40

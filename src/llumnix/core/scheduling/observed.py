@@ -9,7 +9,7 @@ Rules
 
 from dataclasses import dataclass
 
-from llumnix.core.scheduling.load import LoadReport
+from llumnix.core.reports import LoadReport
 from llumnix.core.settings import PAPER_BLOCK_TOKENS, MigrationSettings, ScalingSettings
 
 HALF_LIFE_REQUESTS = 2000

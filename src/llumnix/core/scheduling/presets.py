@@ -1,6 +1,9 @@
 """The policies by name: what each does of dispatching, balancing and making room."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from llumnix.core.priorities import Priorities
+from llumnix.core.settings import SchedulerSettings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,3 +64,14 @@ POLICIES: dict[str, Preset] = {
         text="the instances in turn, and requests stay",
     ),
 }
+
+
+def priorities_of(settings: SchedulerSettings, *, keyed: bool = False) -> Priorities:
+    """The classes as the policy treats them: without headroom unless it makes room. `keyed`: the
+    server has API keys."""
+    given, preset = settings.priorities, POLICIES[settings.policy]
+    if preset.headroom:
+        return Priorities(given, keyed=keyed)
+    bare = tuple(replace(c, headroom=0.0) for c in given.classes)
+    given = replace(given, classes=bare)
+    return Priorities(given, alike=not preset.priorities, keyed=keyed)

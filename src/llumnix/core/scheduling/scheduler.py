@@ -4,8 +4,6 @@ It sees instances, not requests or engines: whoever hosts it (the controller's p
 a test) passes the time in and carries the decisions out.
 """
 
-from dataclasses import replace
-
 from llumnix.core.events import (
     Decision,
     Dispatch,
@@ -20,11 +18,10 @@ from llumnix.core.events import (
     Tick,
     UndrainInstance,
 )
-from llumnix.core.priorities import Priorities
 from llumnix.core.scheduling.dispatch import DISPATCH_POLICIES, Soonest
 from llumnix.core.scheduling.malformed import why_malformed
 from llumnix.core.scheduling.pairing import Pairing
-from llumnix.core.scheduling.presets import POLICIES
+from llumnix.core.scheduling.presets import POLICIES, priorities_of
 from llumnix.core.scheduling.scaling import Scaling
 from llumnix.core.scheduling.view import ClusterView
 from llumnix.core.settings import SchedulerSettings
@@ -113,17 +110,6 @@ class Scheduler:
             index.clear(fact.instance)
         index.remove(fact.instance, fact.removed)
         index.store(fact.instance, fact.stored)
-
-
-def priorities_of(settings: SchedulerSettings, *, keyed: bool = False) -> Priorities:
-    """The classes as the policy treats them: without headroom unless it makes room. `keyed`: the
-    server has API keys."""
-    given, preset = settings.priorities, POLICIES[settings.policy]
-    if preset.headroom:
-        return Priorities(given, keyed=keyed)
-    bare = tuple(replace(c, headroom=0.0) for c in given.classes)
-    given = replace(given, classes=bare)
-    return Priorities(given, alike=not preset.priorities, keyed=keyed)
 
 
 def urgency(fact: object) -> tuple[int, int]:

@@ -32,7 +32,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from llumnix.core.priorities import Priorities
-from llumnix.core.scheduling.load import Load, LoadReport, derive
+from llumnix.core.reports import LoadReport
+from llumnix.core.scheduling.load import Load, derive
 from llumnix.core.scheduling.observed import Observed
 from llumnix.core.settings import MigrationSettings
 from llumnix.core.types import EngineIndex, InstanceId, OrderId, RequestId

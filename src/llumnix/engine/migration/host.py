@@ -36,8 +36,9 @@ from llumnix.core.messages import (
     Reserve,
     ToPeer,
 )
-from llumnix.core.migration.llumlet import Llumlet, Moving
+from llumnix.core.migration.llumlet import Llumlet
 from llumnix.core.migration.port import EnginePort
+from llumnix.core.reports import Moving
 from llumnix.core.settings import SchedulerSettings
 from llumnix.core.types import EngineIndex, MigrationId, OrderId, RequestId
 from llumnix.engine.cores import SWITCH_INTERVAL_S

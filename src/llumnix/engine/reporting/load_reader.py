@@ -29,7 +29,7 @@ from typing import Any
 from vllm.v1.request import Request, RequestStatus
 
 from llumnix.core.priorities import Priorities
-from llumnix.core.scheduling.load import ClassLoad
+from llumnix.core.reports import ClassLoad
 
 _ANSWERED = (
     RequestStatus.FINISHED_STOPPED,

@@ -22,8 +22,7 @@ from dataclasses import dataclass
 import zmq
 
 from llumnix.core.events import LoadReported, MoveLoad, PrefixesChanged
-from llumnix.core.migration.llumlet import Moving
-from llumnix.core.scheduling.load import LoadReport
+from llumnix.core.reports import LoadReport, Moving
 from llumnix.core.types import EngineIndex, InstanceId, OrderId, RequestId
 from llumnix.engine.reporting.load_reader import Numbers
 from llumnix.errors import ProtocolError

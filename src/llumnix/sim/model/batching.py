@@ -21,7 +21,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from llumnix.core.priorities import Priorities
-from llumnix.core.scheduling.load import ClassLoad
+from llumnix.core.reports import ClassLoad
 from llumnix.core.types import RequestId
 from llumnix.sim.model.memory import Memory
 from llumnix.sim.model.profile import Profile

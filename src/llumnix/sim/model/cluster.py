@@ -33,9 +33,9 @@ from llumnix.core.events import (
 from llumnix.core.limits import MigrationLimits
 from llumnix.core.messages import Out, PeerMessage, ToPeer
 from llumnix.core.migration.llumlet import Llumlet
-from llumnix.core.scheduling.load import LoadReport
-from llumnix.core.scheduling.presets import POLICIES
-from llumnix.core.scheduling.scheduler import Scheduler, priorities_of
+from llumnix.core.reports import LoadReport
+from llumnix.core.scheduling.presets import POLICIES, priorities_of
+from llumnix.core.scheduling.scheduler import Scheduler
 from llumnix.core.settings import SchedulerSettings
 from llumnix.core.types import EngineIndex, InstanceId, MigrationId, RequestId
 from llumnix.sim.model.batching import Batch, EngineOptions, Job
