@@ -16,7 +16,8 @@ from llumnix.core.scheduling.load import Load, derive
 from llumnix.core.settings import PrioritySettings
 from llumnix.core.types import EngineIndex, InstanceId
 from llumnix.engine.queueing import has_waited, waited_s
-from llumnix.engine.reporting.load_reader import LoadReader, Numbers, client_priority
+from llumnix.engine.readings import client_priority
+from llumnix.engine.reporting.load_reader import LoadReader, Numbers
 from support.hosts import HostedEngine, Hosts
 from support.no_model import BLOCK, add
 

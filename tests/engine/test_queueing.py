@@ -25,7 +25,8 @@ from llumnix.engine.queueing import (  # noqa: E402
     Queueing,
     queue_by_arrival,
 )
-from llumnix.engine.reporting.load_reader import LoadReader, client_priority  # noqa: E402
+from llumnix.engine.readings import client_priority  # noqa: E402
+from llumnix.engine.reporting.load_reader import LoadReader  # noqa: E402
 
 AGING_S = 0.1
 CLASSES = Priorities(PrioritySettings(aging_s=AGING_S))

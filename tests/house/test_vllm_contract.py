@@ -487,7 +487,7 @@ def test_blocks_that_only_the_cache_holds_are_free() -> None:
 
 
 def test_all_kv_tensors_are_views_of_one_allocation() -> None:
-    """engine/reporting/load_reader.py takes one of their sizes for all."""
+    """engine/readings.py takes one of their sizes for all."""
     path = Path(vllm.__file__).parent / "v1/worker/utils.py"
     text = " ".join(path.read_text().split())
     assert "sizes = {tensor.size for tensor in kv_cache_config.kv_cache_tensors}" in text

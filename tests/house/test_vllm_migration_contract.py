@@ -625,7 +625,7 @@ def test_a_step_may_put_prompts_off() -> None:
     )
     has(EngineCore, ["_should_throttle_prefills"], "instance._should_throttle_prefills")
     fields = {field.name for field in dataclasses.fields(SchedulerOutput)}
-    assert {"total_num_scheduled_tokens", "num_scheduled_tokens"} <= fields, "has_prompts"
+    assert {"total_num_scheduled_tokens", "num_scheduled_tokens"} <= fields, "engine/readings.py"
 
 
 def test_outputs_leave_in_order_with_our_messages_among_them() -> None:

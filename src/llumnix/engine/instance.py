@@ -59,8 +59,8 @@ from llumnix.engine.folders import PrivateFolder, sweep
 from llumnix.engine.memory_calls import MemoryCalls
 from llumnix.engine.migration.host import FromOutside, HostSeat, LlumletHost
 from llumnix.engine.migration.unsupported import WORKER_EXTENSION
-from llumnix.engine.migration.vllm_source import has_prompts
 from llumnix.engine.queueing import Queueing
+from llumnix.engine.readings import has_prompts
 from llumnix.engine.reporting.load_reader import LoadReader
 from llumnix.engine.reporting.prefix_reader import prefix_reader
 from llumnix.engine.reporting.reporter import LoadReporter

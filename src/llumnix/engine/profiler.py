@@ -27,7 +27,7 @@ from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.executor import Executor
 
 from llumnix.demo import prepare_demo_model
-from llumnix.engine.reporting.load_reader import token_bytes
+from llumnix.engine.readings import token_bytes
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 CONTEXTS = (32, 256, 1024, 4096, 16384)

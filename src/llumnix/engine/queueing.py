@@ -29,7 +29,7 @@ from vllm.v1.core.sched.request_queue import FCFSRequestQueue, RequestQueue, Sch
 from vllm.v1.request import Request, RequestStatus
 
 from llumnix.core.priorities import Priorities
-from llumnix.engine.reporting.load_reader import client_priority
+from llumnix.engine.readings import client_priority
 
 LOOK_EVERY_S = 0.5
 AGED_MAX = 100

@@ -38,7 +38,7 @@ from vllm.v1.request import Request
 
 from llumnix.core.priorities import Priorities
 from llumnix.engine.migration.vllm_source import ABLE
-from llumnix.engine.reporting.load_reader import client_priority
+from llumnix.engine.readings import client_priority
 
 PASSED_OVER_MAX = 8
 """So many at the front of the queue are looked at for one that lacks nothing but room."""

@@ -27,7 +27,7 @@ from llumnix.engine.migration.request_decoder import RequestDecoder
 from llumnix.engine.migration.unsupported import why_engine_cannot
 from llumnix.engine.migration.worker import RunnerState
 from llumnix.engine.queueing import has_waited, queue_by_arrival
-from llumnix.engine.reporting.load_reader import client_priority
+from llumnix.engine.readings import client_priority
 from llumnix.errors import ProtocolError
 
 ABSENT = -1

@@ -45,7 +45,7 @@ from llumnix.engine.kv.agent_client import AgentClient
 from llumnix.engine.migration.unsupported import why_request_cannot
 from llumnix.engine.migration.vllm_destination import Arrivals, Rest
 from llumnix.engine.queueing import waited_s
-from llumnix.engine.reporting.load_reader import client_priority
+from llumnix.engine.readings import client_priority, has_prompts
 
 WAITING_SHOWN_MAX = 8
 """Waiting requests that may be chosen to move; finding more of them costs sorting the queue."""
@@ -291,11 +291,6 @@ class VllmPort(Arrivals):
         request.num_computed_tokens = 0
         request.num_preemptions += 1
         self._scheduler.waiting.prepend_request(request)
-
-
-def has_prompts(batch: Any) -> bool:
-    """Whether a step computes prompts (or checks drafts). `batch`: vLLM's `SchedulerOutput`."""
-    return bool(batch.total_num_scheduled_tokens > len(batch.num_scheduled_tokens))
 
 
 def _is_seeded(request: Request) -> bool:

@@ -17,8 +17,6 @@ vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when
   its answer too) beyond the `num_computed_tokens` that are scheduled so far are left.
 - `kv_cache_manager.block_pool.get_num_free_blocks()`, `scheduler.block_size` in tokens.
 - `Request.num_computed_tokens` of one that waits is what a move brought along, else 0.
-- `scheduler.kv_cache_config` is one worker's: every tensor of it has the `size` in bytes of the
-  whole allocation, which `num_blocks` share; `kv_cache_groups[i].kv_cache_spec.block_size`.
 """
 
 from collections.abc import Callable
@@ -30,6 +28,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from llumnix.core.priorities import Priorities
 from llumnix.core.reports import ClassLoad
+from llumnix.engine.readings import client_priority, token_bytes
 
 _ANSWERED = (
     RequestStatus.FINISHED_STOPPED,
@@ -259,19 +258,3 @@ class _Known:
     rank: int
     preemptions: int
     waits: tuple[int, int, int] | None = None
-
-
-def token_bytes(scheduler: Any) -> int:
-    """The bytes of one token's KV, over all layers and all of the instance's workers."""
-    config = scheduler.kv_cache_config
-    # Every tensor is a view of one allocation, and a token has its place in a block of each group.
-    allocated = max((tensor.size for tensor in config.kv_cache_tensors), default=0)
-    block_bytes = allocated // max(1, config.num_blocks)
-    groups = (group.kv_cache_spec.block_size for group in config.kv_cache_groups)
-    one = sum(block_bytes // tokens for tokens in groups)
-    return int(one * scheduler.parallel_config.tensor_parallel_size)
-
-
-def client_priority(request: Request) -> int:
-    """The number that its client gave it; vLLM's is lower once it has waited for long."""
-    return int(getattr(request, "llumnix_priority", request.priority))

@@ -1,0 +1,33 @@
+"""What more than one part of the engine's process reads off vLLM's objects.
+
+vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when one changes, for
+steps tests/house/test_vllm_migration_contract.py):
+- `scheduler.kv_cache_config` is one worker's: every tensor of it has the `size` in bytes of the
+  whole allocation, which `num_blocks` share; `kv_cache_groups[i].kv_cache_spec.block_size`.
+- `SchedulerOutput`: `total_num_scheduled_tokens`, and `num_scheduled_tokens` by request.
+"""
+
+from typing import Any
+
+from vllm.v1.request import Request
+
+
+def token_bytes(scheduler: Any) -> int:
+    """The bytes of one token's KV, over all layers and all of the instance's workers."""
+    config = scheduler.kv_cache_config
+    # Every tensor is a view of one allocation, and a token has its place in a block of each group.
+    allocated = max((tensor.size for tensor in config.kv_cache_tensors), default=0)
+    block_bytes = allocated // max(1, config.num_blocks)
+    groups = (group.kv_cache_spec.block_size for group in config.kv_cache_groups)
+    one = sum(block_bytes // tokens for tokens in groups)
+    return int(one * scheduler.parallel_config.tensor_parallel_size)
+
+
+def client_priority(request: Request) -> int:
+    """The number that its client gave it; vLLM's is lower once it has waited for long."""
+    return int(getattr(request, "llumnix_priority", request.priority))
+
+
+def has_prompts(batch: Any) -> bool:
+    """Whether a step computes prompts (or checks drafts). `batch`: vLLM's `SchedulerOutput`."""
+    return bool(batch.total_num_scheduled_tokens > len(batch.num_scheduled_tokens))
