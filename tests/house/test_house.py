@@ -1,6 +1,7 @@
 """Rules of the house that no tool checks."""
 
 import re
+from collections import Counter
 from pathlib import Path
 
 import llumnix
@@ -40,6 +41,17 @@ def test_every_flag_is_in_the_readme() -> None:
 def test_a_file_is_one_sitting() -> None:
     long = {f.name: n for f in SOURCES if (n := len(f.read_text().splitlines())) > 450}
     assert long == {}
+
+
+def test_a_room_has_at_most_twelve_files() -> None:
+    rooms = Counter(str(f.parent) for f in SOURCES if f.name != "__init__.py")
+    assert {name: n for name, n in rooms.items() if n > 12} == {}
+
+
+def test_a_room_says_in_one_sentence_what_is_found_there_and_exports_nothing() -> None:
+    rooms = [f for f in SOURCES if f.name == "__init__.py" and f.parent.name != "llumnix"]
+    others = [f for f in rooms if not re.fullmatch(r'"""[^\n]+\."""\n', f.read_text())]
+    assert others == []
 
 
 def test_every_file_says_what_it_is() -> None:

@@ -1,1 +1,1 @@
-"""What the frontend knows of each engine, and how it calls and hears them."""
+"""How the frontend calls engines, and what it knows of each."""
