@@ -22,7 +22,7 @@ from common import percentile, write_result
 from llumnix.core.events import (
     Dispatch,
     LoadReported,
-    MoveLoad,
+    MoveOrder,
     PrefixesChanged,
     RequestArrived,
     Tick,
@@ -158,7 +158,7 @@ class Cluster:
         decisions = self.scheduler.handle(Tick(), self.now)
         took = time.perf_counter() - began
         for decision in decisions:
-            assert isinstance(decision, MoveLoad)
+            assert isinstance(decision, MoveOrder)
             self.orders.setdefault(decision.source_engine, []).append(decision.order)
         return took, len(decisions)
 

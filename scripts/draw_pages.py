@@ -25,17 +25,21 @@ Table = dict[Any, dict[Any, tuple[Any, enum.Enum]]]
 def diagram(table: Table, start: enum.Enum) -> str:
     """A table as a Mermaid diagram. Events with the same end and action share an arrow; those that
     change nothing and do nothing have none."""
-    lines = ["stateDiagram-v2", f"    [*] --> {start.value}"]
+    lines = ["stateDiagram-v2"]
+    # Mermaid's names of states have no spaces.
+    names = {state: state.value.replace(" ", "_") for state in table}
+    lines += [f'    state "{s.value}" as {name}' for s, name in names.items() if s.value != name]
+    lines.append(f"    [*] --> {names[start]}")
     for state, row in table.items():
         arrows: dict[tuple[str, str], list[str]] = {}
         for event, (after, action) in row.items():
             if after is not state or action.value != "-":
-                arrows.setdefault((after.value, action.value), []).append(event.value)
+                arrows.setdefault((names[after], action.value), []).append(event.value)
         for (after, action), events in arrows.items():
             done = "" if action == "-" else f" / {action}"
-            lines.append(f"    {state.value} --> {after}: {' or '.join(events)}{done}")
+            lines.append(f"    {names[state]} --> {after}: {' or '.join(events)}{done}")
         if all(after is state for after, _ in row.values()):
-            lines.append(f"    {state.value} --> [*]")
+            lines.append(f"    {names[state]} --> [*]")
     return "\n".join(lines)
 
 

@@ -16,25 +16,25 @@ from llumnix.core.events import (
     FleetReported,
     InstanceLost,
     LoadReported,
-    MoveLoad,
+    MoveOrder,
     NoInstance,
     PrefixesChanged,
     RequestArrived,
     UndrainInstance,
 )
 from llumnix.core.messages import (
-    CallOff,
+    CancelMigration,
+    DrainRequested,
     Handover,
-    LeaveWanted,
+    HandoverAnnounced,
     Migrate,
     MigrationEnded,
-    MigrationWanted,
+    MigrationRequested,
     Reserve,
     Reserved,
     Stage,
     Staged,
     StageProgress,
-    Stopping,
     TookOver,
     Verdict,
 )
@@ -83,7 +83,7 @@ Message = (
     | FleetReported
     | Dispatch
     | NoInstance
-    | MoveLoad
+    | MoveOrder
     | AddInstances
     | DrainInstance
     | UndrainInstance
@@ -94,17 +94,17 @@ Message = (
     | Migrate
     | Reserve
     | Stage
-    | Stopping
+    | HandoverAnnounced
     | Handover
-    | CallOff
+    | CancelMigration
     | Reserved
     | Staged
     | StageProgress
     | Verdict
     | TookOver
     | MigrationEnded
-    | MigrationWanted
-    | LeaveWanted
+    | MigrationRequested
+    | DrainRequested
 )
 _CLASSES: dict[str, type] = {c.__name__: c for c in get_args(Message)}
 _encoder = msgspec.msgpack.Encoder()

@@ -446,9 +446,13 @@ def log(tmp_path: Path) -> Path:
         writer.fact(fact, 1.0)
         for decision in decisions:
             writer.decision(decision, 1.0)
-    writer.step("source", MigrationId("m0"), "reserved", "idle", "see what is left")
+    writer.step("source", MigrationId("m0"), "reserved", "between stages", "see what is left")
     writer.step(
-        "source", MigrationId("m0"), "gone", "aborted", "let it go on, tell the destination"
+        "source",
+        MigrationId("m0"),
+        "request ended",
+        "aborted",
+        "let it go on, tell the destination",
     )
     writer.close()
     return path
@@ -475,11 +479,12 @@ def test_a_log_that_comes_out_the_same_is_status_0(
 def test_a_log_that_comes_out_otherwise_is_status_1_with_the_differences(
     log: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    log.write_text(log.read_text().replace('"idle"', '"stopping"'))
+    log.write_text(log.read_text().replace('"between stages"', '"stopping"'))
     assert main(["replay", str(log)]) == 1
     assert capsys.readouterr().out == (
         "2 facts, 1 decision and 2 migration steps run again: 1 difference\n"
-        "line 5: was ('stopping', 'see what is left'), is ('idle', 'see what is left')\n"
+        "line 6: was ('stopping', 'see what is left'), "
+        "is ('between stages', 'see what is left')\n"
     )
     assert main(["replay", str(log), "--json"]) == 1
 
@@ -487,7 +492,8 @@ def test_a_log_that_comes_out_otherwise_is_status_1_with_the_differences(
 def test_facts_without_their_schedulers_start_are_left_out(
     log: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    log.write_text("".join(log.read_text().splitlines(keepends=True)[1:3]))
+    version, _, *facts = log.read_text().splitlines(keepends=True)[:4]
+    log.write_text("".join([version, *facts]))
     assert main(["replay", str(log)]) == 0
     assert capsys.readouterr().out == (
         "0 facts, 0 decisions and 0 migration steps run again: no difference\n"

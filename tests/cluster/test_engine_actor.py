@@ -16,14 +16,14 @@ instance = pytest.importorskip("llumnix.engine.instance")
 
 from llumnix.core.limits import MigrationLimits  # noqa: E402
 from llumnix.engine.kv.agent import TransferOptions  # noqa: E402
-from llumnix.engine.migration.host import HostSeat, LlumletHost  # noqa: E402
+from llumnix.engine.migration.host import LlumletConfig, LlumletHost  # noqa: E402
 from llumnix.sockets import SocketKeys  # noqa: E402
 
-LLUMLET = HostSeat(
+LLUMLET = LlumletConfig(
     peers="tcp://{host}:0", agents="tcp:{host}:0", key=b"agents", limits=MigrationLimits(),
     settings=SchedulerSettings(), transfer=TransferOptions(),
 )  # fmt: skip
-SEAT = instance.InstanceSeat(
+SEAT = instance.InstanceConfig(
     instance=InstanceId("i0"), engine_index=EngineIndex(0), slot=0, slots=1, controller="",
     llumlet=LLUMLET, event_log=None, keys=SocketKeys.make(),
 )  # fmt: skip

@@ -15,6 +15,6 @@ def test_neither_keys_nor_their_digests_go_to_engines(tmp_path) -> None:
     assert key_digest("a-key") in config.scheduler.priorities.key_caps
     addresses = SimpleNamespace(controller="ipc://c", peers="ipc://p", agents="ipc://a", keys=None)
     runs = Runs(SimpleNamespace(), SimpleNamespace(), addresses, config)  # type: ignore[arg-type]
-    sent = pickle.dumps(runs._seat)
+    sent = pickle.dumps(runs._llumlet)
     assert b"high" in sent
     assert key_digest("a-key").encode() not in sent

@@ -10,7 +10,7 @@ import zmq
 
 from llumnix.cluster.addresses import _free_ports
 from llumnix.cluster.controller import Controller
-from llumnix.core.messages import CallOff
+from llumnix.core.messages import CancelMigration
 from llumnix.core.settings import SchedulerSettings
 from llumnix.core.types import EngineIndex, InstanceId, MigrationId
 from llumnix.engine.migration.peers import Peers
@@ -77,11 +77,11 @@ def test_a_llumlet_hears_members_alone(speaker: Callable[..., Any]) -> None:
             peers.bind()
             peers.start()
             stack.callback(peers.close)
-        forged = encode(CallOff(migration=MigrationId("forged"), why=""))
+        forged = encode(CancelMigration(migration=MigrationId("forged"), why=""))
         for keys in (None, STRANGER):
             speaker(zmq.PUSH, hearing.address, keys).send(forged, zmq.NOBLOCK)
-        ours = CallOff(migration=MigrationId("ours"), why="")
-        saying.say(hearing.address, ours)
+        ours = CancelMigration(migration=MigrationId("ours"), why="")
+        saying.send(hearing.address, ours)
         assert came.wait(WAIT_MS / 1e3)
         assert not threading.Event().wait(QUIET_MS / 1e3)
     assert heard == [ours]

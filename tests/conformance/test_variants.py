@@ -13,7 +13,7 @@ from vllm import envs
 from conformance.engines import RealKind
 from conformance.scenarios import FAULTS, strike
 from conformance.test_exactness import CASES, options, run, story
-from llumnix.core.messages import Handover, Stage, Stopping, Verdict
+from llumnix.core.messages import Handover, HandoverAnnounced, Stage, Verdict
 from llumnix.engine.kv.agent import TransferOptions
 from support.gemma import make_tiny_gemma
 from support.real_engine import RealEngine
@@ -86,7 +86,7 @@ def test_a_migration_stands(variant: RealKind, fault: str, moment: type) -> None
     strike(variant, fault, moment)
 
 
-@pytest.mark.parametrize("moment", [Stopping, Handover])
+@pytest.mark.parametrize("moment", [HandoverAnnounced, Handover])
 def test_a_full_batch_takes_back_what_was_not_taken(variant: RealKind, moment: type) -> None:
     """Eight run, four wait, and the one that was taken out comes back."""
     prompt = [(11 * i) % 400 + 60 for i in range(200)]
@@ -97,15 +97,15 @@ def test_a_full_batch_takes_back_what_was_not_taken(variant: RealKind, moment: t
     duo.turn_until(lambda: len(duo.got[names[0]]) >= 3)
 
     def before(message: Any) -> None:
-        announced = any(isinstance(m, Stopping) for m in duo.delivered)
+        announced = any(isinstance(m, HandoverAnnounced) for m in duo.delivered)
         if isinstance(message, moment) and announced:
             duo.fail_pulls = True
-            duo.now += 100 if moment is Stopping else 0
+            duo.now += 100 if moment is HandoverAnnounced else 0
 
     duo.before = before
     assert duo.migrate(names[0])
     duo.turn_until(lambda: duo.ended)
-    assert not duo.ended[0].taken or moment is Stopping
+    assert not duo.ended[0].taken or moment is HandoverAnnounced
     duo.finish()
     told = [[t for t in story(duo, name) if isinstance(t, tuple)] for name in names]
     assert told == [[t for t in expected if isinstance(t, tuple)]] * 12

@@ -8,15 +8,15 @@ import pytest
 
 from llumnix.core.limits import TAIL_MAX, MigrationLimits
 from llumnix.core.messages import (
-    CallOff,
+    CancelMigration,
     Handover,
+    HandoverAnnounced,
     Out,
     PeerMessage,
     Reserve,
     Stage,
     Staged,
     StageProgress,
-    Stopping,
     ToFrontend,
     TookOver,
     ToPeer,
@@ -123,7 +123,7 @@ def test_what_a_stage_brought_can_be_found_only_after_the_sources_next_word() ->
     assert there.cached_tokens == 20  # Not what is being pulled.
     there.pull()
     assert there.cached_tokens == 20
-    there.hear(Stopping(migration=M, in_s=0.01))
+    there.hear(HandoverAnnounced(migration=M, in_s=0.01))
     assert there.cached_tokens == 32
     there.engine.check_cache()
 
@@ -133,7 +133,7 @@ def test_nothing_of_a_stage_is_found_if_the_source_called_it_off_while_it_was_re
     there.stage(1, 0, 32)
     there.source.memory = [[7] * 4 for _ in there.source.memory]  # Preempted, and overwritten.
     there.pull()
-    there.hear(CallOff(migration=M, why="it was preempted meanwhile"))
+    there.hear(CancelMigration(migration=M, why="it was preempted meanwhile"))
     assert there.cached_tokens == 0
     assert there.engine.blocks_used() == 0
 
@@ -211,7 +211,7 @@ def test_a_pull_that_nobody_wants_any_more_is_cancelled_and_gives_its_room_back(
     there = Destination()
     there.stage(1, 0, 32)
     ticket = there.pulls[0][0]
-    there.hear(CallOff(migration=M, why="it ended meanwhile"))
+    there.hear(CancelMigration(migration=M, why="it ended meanwhile"))
     assert there.cancelled == [ticket]
     assert there.engine.blocks_used() > 0  # It may still be written to.
     there.pull("cancelled")
@@ -225,7 +225,7 @@ def test_a_pull_that_nobody_wants_any_more_is_cancelled_and_gives_its_room_back(
 @pytest.mark.parametrize("here", [True, False])
 def test_a_handover_that_is_not_remembered_is_answered_each_time(here: bool) -> None:
     there = Destination()
-    there.hear(CallOff(migration=M, why=""))
+    there.hear(CancelMigration(migration=M, why=""))
     there.llumlet._incoming._verdicts._decided.clear()  # As 4,096 others would have had it.
     if here:
         there.engine.add(R, PROMPT, 10)

@@ -36,7 +36,10 @@ def test_every_state_is_reached_and_every_open_one_can_end(table, start, ends) -
                 todo.append(state)
     assert reached == set(table)
     for state in set(table) - set(ends):
-        assert any(next_ in ends for next_, _ in table[state].values()) or state.value == "idle"
+        assert (
+            any(next_ in ends for next_, _ in table[state].values())
+            or state.value == "between stages"
+        )
 
 
 @pytest.mark.parametrize(("table", "start", "ends"), TABLES)
@@ -52,7 +55,7 @@ def test_after_the_handover_only_a_word_about_the_destination_resumes_the_source
         if action is SourceAction.RESUME
     }
     assert resuming == {SourceEvent.DECLINED, SourceEvent.GRANTED}
-    assert SOURCE[SourceState.DECIDING][SourceEvent.LATE][0] is SourceState.DECIDING
+    assert SOURCE[SourceState.DECIDING][SourceEvent.TIMED_OUT][0] is SourceState.DECIDING
 
 
 def test_what_is_not_in_the_table_raises_with_the_whole_story() -> None:
@@ -63,7 +66,7 @@ def test_what_is_not_in_the_table_raises_with_the_whole_story() -> None:
         machine.feed(SourceEvent.TAKEN)
     assert str(error.value) == (
         "migration m7 (source): 'taken' cannot happen in state 'copying' (story: reserving "
-        "-[reserved]-> idle -[more]-> copying)"
+        "-[reserved]-> between stages -[more]-> copying)"
     )
 
 
@@ -77,5 +80,5 @@ def test_a_destination_decides_once() -> None:
     ):
         machine.feed(event)
     assert machine.over
-    machine.feed(DestinationEvent.CALLED_OFF)
+    machine.feed(DestinationEvent.CANCELLED)
     assert machine.state is DestinationState.COMMITTED

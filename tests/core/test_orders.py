@@ -5,12 +5,12 @@ from itertools import pairwise
 
 import pytest
 
-from llumnix.core.events import MoveLimit, MoveLoad
+from llumnix.core.events import MoveLimit, MoveOrder
 from llumnix.core.messages import (
     Handover,
     Migrate,
     MigrationEnded,
-    MigrationWanted,
+    MigrationRequested,
     Out,
     Reserve,
     ToFrontend,
@@ -49,10 +49,10 @@ class Source:
         self.now = 0.0
         self.ended: list[MigrationEnded] = []
 
-    def order(self, sequence: int, *, most: int = 10**6, to: EngineIndex = THERE) -> MoveLoad:
+    def order(self, sequence: int, *, most: int = 10**6, to: EngineIndex = THERE) -> MoveOrder:
         limit = MoveLimit(rank=1, tokens_min=0, tokens_wanted=0, tokens_max=most, waiting_max=0)
         self.orders += 1
-        return MoveLoad(
+        return MoveOrder(
             order=OrderId(self.orders),
             source=InstanceId("i0"),
             source_engine=HERE,
@@ -63,13 +63,13 @@ class Source:
             source_sequence=sequence,
         )
 
-    def take(self, *orders: MoveLoad) -> list[RequestId]:
+    def take(self, *orders: MoveOrder) -> list[RequestId]:
         return self.wanted(self.llumlet.orders(orders, self.now))
 
     def wanted(self, out: list[Out]) -> list[RequestId]:
         messages = [o.message for o in out if isinstance(o, ToFrontend)]
         self.ended += [m for m in messages if isinstance(m, MigrationEnded)]
-        return [m.request for m in messages if isinstance(m, MigrationWanted)]
+        return [m.request for m in messages if isinstance(m, MigrationRequested)]
 
     def migrate(self, request: str, *, to: EngineIndex = THERE, wanted: bool = True) -> list[Out]:
         self.epoch += 1

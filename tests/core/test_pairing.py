@@ -6,7 +6,7 @@ from dataclasses import replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llumnix.core.events import LoadReported, MoveLimit, MoveLoad, Tick
+from llumnix.core.events import LoadReported, MoveLimit, MoveOrder, Tick
 from llumnix.core.migration.victim import Candidate, choose_victim
 from llumnix.core.reports import ClassLoad, LoadReport
 from llumnix.core.scheduling.scheduler import Scheduler
@@ -54,13 +54,13 @@ def tell(s: Scheduler, *reports: LoadReport, now: float = 0.0) -> None:
         s.handle(LoadReported(report=r), now)
 
 
-def moves(s: Scheduler, now: float = 0.0) -> list[MoveLoad]:
+def moves(s: Scheduler, now: float = 0.0) -> list[MoveOrder]:
     decided = s.handle(Tick(), now)
-    assert all(isinstance(d, MoveLoad) and d.why for d in decided)
+    assert all(isinstance(d, MoveOrder) and d.why for d in decided)
     return decided  # type: ignore[return-value]
 
 
-def pairs(decided: list[MoveLoad]) -> list[tuple[str, str]]:
+def pairs(decided: list[MoveOrder]) -> list[tuple[str, str]]:
     return [(d.source, d.destination) for d in decided]
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from llumnix.core.limits import MigrationLimits
 from llumnix.core.messages import (
-    CallOff,
+    CancelMigration,
     FromDestination,
     Handover,
     Migrate,
@@ -91,7 +91,7 @@ def test_a_preemption_during_a_copy_ends_the_move_and_says_so() -> None:
     assert source.said(Stage)
     source.engine.preempt_somebody()
     source.poll()
-    assert [m.why for m in source.said(CallOff)] == ["it was preempted meanwhile"]
+    assert [m.why for m in source.said(CancelMigration)] == ["it was preempted meanwhile"]
     ended = source.said(MigrationEnded)
     assert [(e.taken, e.why) for e in ended] == [(False, "it was preempted meanwhile")]
     assert not source.engine.pinned
@@ -113,7 +113,7 @@ def test_the_blocks_of_a_handover_are_kept_until_the_verdict_though_the_client_h
         bytes_ = [list(source.engine.memory[b]) for b in handover.blocks[0]]
         source.engine.abort(R)
         source.poll()
-        assert source.said(CallOff)
+        assert source.said(CancelMigration)
         # Another client's request takes all memory that is free.
         source.engine.add(RequestId("another"), [7] * 250, 100)
         for _ in range(30):
@@ -167,10 +167,12 @@ def test_a_stage_has_as_long_as_the_destination_says_that_it_goes_on() -> None:
         source.now += LIMITS.stage_timeout_s - 1
         source.poll()
         source.hear(StageProgress(migration=M, stage=1))
-    assert not source.said(CallOff)
+    assert not source.said(CancelMigration)
     source.now += LIMITS.stage_timeout_s
     source.poll()
-    assert [m.why for m in source.said(CallOff)] == ["the destination was silent while copying"]
+    assert [m.why for m in source.said(CancelMigration)] == [
+        "the destination was silent while copying"
+    ]
 
 
 def test_progress_of_a_stage_that_is_over_changes_nothing() -> None:

@@ -6,11 +6,18 @@ import pytest
 
 from conformance.engines import FakeKind
 from llumnix.core.limits import MigrationLimits
-from llumnix.core.messages import CallOff, Handover, PeerMessage, Stage, Staged, Stopping
-from llumnix.core.migration.destination import QUIET_MAX_S
+from llumnix.core.messages import (
+    CancelMigration,
+    Handover,
+    HandoverAnnounced,
+    PeerMessage,
+    Stage,
+    Staged,
+)
+from llumnix.core.migration.destination import DEFER_PREFILLS_MAX_S
 from llumnix.core.migration.llumlet import Llumlet
 from llumnix.core.migration.port import Phase
-from llumnix.core.migration.timing import LATE_MAX, Pace, one_more_fits
+from llumnix.core.migration.timing import LATE_MAX, StepTimer, one_more_fits
 from llumnix.core.types import RequestId
 from support.duo import Duo
 from support.fake_engine import STEP_S, undisturbed
@@ -36,30 +43,30 @@ def arrived() -> tuple[Duo, Llumlet]:
     return duo, duo.llumlets[1]
 
 
-def announced(depth: int = 0) -> tuple[Duo, Stopping]:
+def announced(depth: int = 0) -> tuple[Duo, HandoverAnnounced]:
     """Two engines, and what the first has just sent to the second."""
     duo, request = started(depth)
     assert duo.migrate(request)
-    while not (told := [m for _, m in duo.wire if isinstance(m, Stopping)]):
+    while not (told := [m for _, m in duo.wire if isinstance(m, HandoverAnnounced)]):
         duo.turn()
     duo.deliver()
     return duo, told[0]
 
 
 def test_a_prompt_among_the_steps_does_not_change_the_pace() -> None:
-    pace = Pace()
-    assert pace.step_s == 0
+    step_timer = StepTimer()
+    assert step_timer.step_s == 0
     for seconds in (0.01, 0.01, 0.2, 0.01):
-        pace.took(seconds)
-    assert pace.step_s == 0.01
+        step_timer.record_step(seconds)
+    assert step_timer.step_s == 0.01
 
 
 def test_steps_that_are_known_to_have_prompts_do_not_count_at_all() -> None:
-    pace = Pace()
-    pace.took(0.01)
+    step_timer = StepTimer()
+    step_timer.record_step(0.01)
     for _ in range(20):
-        pace.took(0.2, prompts=True)
-    assert pace.step_s == 0.01
+        step_timer.record_step(0.2, prompts=True)
+    assert step_timer.step_s == 0.01
 
 
 @pytest.mark.parametrize("due_ms", range(5, 60))
@@ -82,7 +89,7 @@ def test_the_handover_is_announced_one_step_before_the_request_is_stopped(depth:
     (handover,) = (m for m in duo.delivered if isinstance(m, Handover))
     outputs = handover.first_output + len(handover.outputs)
     assert outputs == before.outputs + 1 + depth
-    again = [m.in_s for m in duo.delivered if isinstance(m, Stopping)][1:]
+    again = [m.in_s for m in duo.delivered if isinstance(m, HandoverAnnounced)][1:]
     assert again == [STEP_S] * depth
 
 
@@ -90,16 +97,16 @@ def test_the_handover_is_announced_one_step_before_the_request_is_stopped(depth:
 def test_no_prompts_should_be_computed_while_a_handover_is_near(depth: int) -> None:
     duo, request = started(depth)
     source, there = duo.llumlets[0], duo.llumlets[1]
-    wanted: dict[type, list[bool]] = {Stage: [], Staged: [], Stopping: [], Handover: []}
+    wanted: dict[type, list[bool]] = {Stage: [], Staged: [], HandoverAnnounced: [], Handover: []}
 
     def before(message: PeerMessage) -> None:
-        if isinstance(message, Staged | Stopping | Handover):
-            wanted[type(message)].append(there.quiet(duo.now))
+        if isinstance(message, Staged | HandoverAnnounced | Handover):
+            wanted[type(message)].append(there.defer_prefills(duo.now))
         elif isinstance(message, Stage) and message.stage == 1:
-            wanted[Stage].append(there.quiet(duo.now))
-        if isinstance(message, Stopping):
+            wanted[Stage].append(there.defer_prefills(duo.now))
+        if isinstance(message, HandoverAnnounced):
             phase = duo.engines[0].port.progress(request).phase
-            assert source.quiet(duo.now) or phase is Phase.STOPPED
+            assert source.defer_prefills(duo.now) or phase is Phase.STOPPED
 
     duo.before = before
     assert duo.migrate(request)
@@ -115,12 +122,12 @@ def test_nor_until_the_first_step_of_a_request_that_came_is_over(depth: int) -> 
     duo, request = started(depth)
     assert duo.migrate(request)
     port, there = duo.engines[1].port, duo.llumlets[1]
-    duo.turn_until(lambda: there.quiet(duo.now))
+    duo.turn_until(lambda: there.defer_prefills(duo.now))
     quiet_steps, scheduled = [], port._schedule
 
     def schedule() -> Any:
         before = request in port.requests and not port.requests[request].in_flight
-        quiet_steps.append((before, there.quiet(duo.now)))
+        quiet_steps.append((before, there.defer_prefills(duo.now)))
         return scheduled()
 
     port._schedule = schedule
@@ -131,21 +138,21 @@ def test_nor_until_the_first_step_of_a_request_that_came_is_over(depth: int) -> 
     first = next(i for i, (here, _) in enumerate(quiet_steps) if here)
     assert all(quiet for _, quiet in quiet_steps[: first + 1 + depth])
     assert not any(quiet for _, quiet in quiet_steps[first + 1 + depth :])
-    assert not there.quiet(duo.now)
+    assert not there.defer_prefills(duo.now)
 
 
 def test_a_request_that_came_and_gets_no_step_keeps_prompts_out_for_a_while_only() -> None:
     duo, there = arrived()
-    assert there.quiet(duo.now)
-    assert not there.quiet(duo.now + 2 * QUIET_MAX_S)
-    assert not there.quiet(duo.now)
+    assert there.defer_prefills(duo.now)
+    assert not there.defer_prefills(duo.now + 2 * DEFER_PREFILLS_MAX_S)
+    assert not there.defer_prefills(duo.now)
 
 
 def test_orders_may_forget_who_came_before_its_first_step() -> None:
     """They do once a move has paid."""
     duo, there = arrived()
-    there._incoming.came.clear()
-    assert there.quiet(duo.now)
+    there._incoming.recent_arrivals.clear()
+    assert there.defer_prefills(duo.now)
 
 
 def test_a_source_that_says_nothing_more_keeps_prompts_out_for_a_while_only() -> None:
@@ -153,9 +160,9 @@ def test_a_source_that_says_nothing_more_keeps_prompts_out_for_a_while_only() ->
     there = duo.llumlets[1]
     duo.before = lambda message: False if isinstance(message, Staged) else None
     assert duo.migrate(request)
-    duo.turn_until(lambda: there.quiet(duo.now))
+    duo.turn_until(lambda: there.defer_prefills(duo.now))
     assert there.busy
-    assert not there.quiet(duo.now + 2 * QUIET_MAX_S)
+    assert not there.defer_prefills(duo.now + 2 * DEFER_PREFILLS_MAX_S)
 
 
 def test_a_request_that_came_in_the_middle_of_its_prompt_puts_none_off() -> None:
@@ -169,7 +176,7 @@ def test_a_request_that_came_in_the_middle_of_its_prompt_puts_none_off() -> None
     progress = port.progress(request)
     assert duo.ended[0].taken
     assert 0 < progress.settled < progress.tokens - 1, "the set-up: in the middle"
-    assert not there.quiet(duo.now)
+    assert not there.defer_prefills(duo.now)
 
 
 def test_prompts_in_flight_are_let_end_before_it_is_announced() -> None:
@@ -178,7 +185,7 @@ def test_prompts_in_flight_are_let_end_before_it_is_announced() -> None:
     hushed, announced_amid_prompts = [], []
 
     def before(message: PeerMessage) -> None:
-        if isinstance(message, Stopping):
+        if isinstance(message, HandoverAnnounced):
             announced_amid_prompts.append(port.prompts_in_flight)
 
     duo.before = before
@@ -187,7 +194,7 @@ def test_prompts_in_flight_are_let_end_before_it_is_announced() -> None:
         if not hushed:
             duo.add(f"short {duo.now}", list(range(12)), 1)
         duo.turn()
-        if port.prompts_in_flight and source.quiet(duo.now):
+        if port.prompts_in_flight and source.defer_prefills(duo.now):
             assert not announced_amid_prompts
             hushed.append(duo.now)
     assert hushed
@@ -210,7 +217,7 @@ def test_an_engine_that_never_stops_computing_prompts_hands_over_all_the_same() 
 def test_it_is_handed_over_even_if_nobody_heard_the_announcement() -> None:
     duo = FakeKind(1).duo()
     request = duo.add("r", PROMPT, 30)
-    duo.before = lambda message: False if isinstance(message, Stopping) else None
+    duo.before = lambda message: False if isinstance(message, HandoverAnnounced) else None
     duo.turn_until(lambda: len(duo.got[request]) >= 3)
     assert duo.migrate(request)
     duo.finish()
@@ -247,12 +254,12 @@ def test_the_time_counts_from_when_the_announcement_arrived() -> None:
     assert there.hold_s(due_s, now) == pytest.approx(due_s + NEAR_S - now)
 
 
-def after_a_while(duo: Duo, message: Stopping) -> float:
+def after_a_while(duo: Duo, message: HandoverAnnounced) -> float:
     return duo.now + message.in_s + NEAR_S
 
 
 def called_off(duo: Duo, message: PeerMessage) -> float:
-    duo.llumlets[1].receive(CallOff(migration=message.migration, why="it ended"), duo.now)
+    duo.llumlets[1].receive(CancelMigration(migration=message.migration, why="it ended"), duo.now)
     return duo.now
 
 

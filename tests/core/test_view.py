@@ -12,7 +12,7 @@ from llumnix.core.events import (
     Fact,
     InstanceLost,
     LoadReported,
-    MoveLoad,
+    MoveOrder,
     RequestArrived,
     Tick,
 )
@@ -381,7 +381,7 @@ def test_the_view_agrees_with_itself_after_every_fact(
                 fact = replace(fact, engine_index=engine)
                 runs[number] += 1
         decided = s.handle(fact, now)
-        event(f"an order: {any(isinstance(d, MoveLoad) for d in decided)}")
+        event(f"an order: {any(isinstance(d, MoveOrder) for d in decided)}")
         s.view.check(now)
 
 

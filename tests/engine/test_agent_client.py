@@ -113,14 +113,14 @@ def test_an_error_that_nobody_foresaw_leaves_no_pull_unanswered(
 ) -> None:
     monkeypatch.setattr(threading, "excepthook", lambda _: None)  # It is told, loudly.
     client = rig.client(rig.agent(kv_tensors(100)))
-    send = agent_client._Line._send
+    send = agent_client.AgentConnection._send
 
-    def raising(line: agent_client._Line, order: Pull) -> None:
+    def raising(line: agent_client.AgentConnection, order: Pull) -> None:
         if order.ticket == 1:
             raise KeyError("nobody")
         send(line, order)
 
-    monkeypatch.setattr(agent_client._Line, "_send", raising)
+    monkeypatch.setattr(agent_client.AgentConnection, "_send", raising)
     for ticket in (1, 2, 3):
         client.pull(ticket, ["unix:/nowhere"], [1], [2])
         assert "nobody" in str(rig.answer().error)
@@ -130,7 +130,7 @@ def test_a_pull_that_is_sent_as_its_link_dies_is_answered(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nobody listens on that link any more, who would answer for it."""
-    connect = agent_client._Line._connect
+    connect = agent_client.AgentConnection._connect
 
     def dies(line: Any) -> Any:
         link = connect(line)
@@ -138,7 +138,7 @@ def test_a_pull_that_is_sent_as_its_link_dies_is_answered(
         line._listener.join()
         return link
 
-    monkeypatch.setattr(agent_client._Line, "_connect", dies)
+    monkeypatch.setattr(agent_client.AgentConnection, "_connect", dies)
     client = rig.client(rig.agent(kv_tensors(100)))
     client.pull(1, [rig.agent(kv_tensors(1))], [0], [5])
     pulled = rig.answer()

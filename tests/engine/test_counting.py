@@ -25,8 +25,8 @@ from llumnix.engine.reporting.prefix_reader import (
     ENDED_MAX,
     SWEPT_MAX,
     WALKED_MAX,
-    NotedMap,
     PrefixReader,
+    RecordingBlockMap,
 )
 from support.no_model import BLOCK, add, engine_core
 
@@ -52,7 +52,7 @@ class Engine:
 
     def add(self, name: str, prompt: list[int], tokens: int, priority: int) -> Request:
         made = add(self.core, name, prompt, tokens, priority=priority)
-        self.reader.came(made)
+        self.reader.arrived(made)
         return made
 
     def abort(self, name: str) -> None:
@@ -61,7 +61,7 @@ class Engine:
 
     def step(self) -> None:
         _, ran = self.core.step_fn()
-        self.port.stepped(ran)
+        self.port.between_steps(ran)
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -85,7 +85,7 @@ def test_it_counts_as_one_that_has_just_begun(tiny_model: Path, seed: int) -> No
             engine.port.stop(stopped[-1])
         elif do in ("resume", "release") and stopped:
             name = stopped.pop(0)
-            engine.port.rest(name, 0)
+            engine.port.handover_state(name, 0)
             getattr(engine.port, do)(name)
         else:
             continue
@@ -167,7 +167,7 @@ def test_a_request_that_is_handed_over_counts_as_running_until_it_has_left(
     engine.port.stop(RequestId("a"))
     engine.port.stop(RequestId("waits"))
     assert engine.reader.read().classes == before
-    engine.port.rest(RequestId("a"), 0)
+    engine.port.handover_state(RequestId("a"), 0)
     assert engine.reader.read().classes == before
     for name in ("a", "waits"):
         engine.port.release(RequestId(name))
@@ -198,7 +198,7 @@ class Named:
             made, len(prompt) - hit, num_new_computed_tokens=hit, new_computed_blocks=found
         )
         made.num_computed_tokens = len(prompt)
-        self.reader.follow(made)
+        self.reader.track(made)
         return made
 
     def end(self, request: Request) -> None:
@@ -234,9 +234,9 @@ def test_a_call_goes_over_a_bounded_number_of_blocks_though_all_are_known(
         pass
     named.running += [named.computed(f"n{n}", [*prompt, n]) for n in range(100)]
     walked: list[Any] = []
-    real = NotedMap.get_one_block
+    real = RecordingBlockMap.get_one_block
     monkeypatch.setattr(
-        NotedMap, "get_one_block", lambda self, key: walked.append(key) or real(self, key)
+        RecordingBlockMap, "get_one_block", lambda self, key: walked.append(key) or real(self, key)
     )
     calls = 1
     named.reader.read(at_once=True)
@@ -255,7 +255,7 @@ def test_a_call_does_not_look_at_all_who_wait(
     named = Named(tiny_model, 40)
     for n in range(2000):
         made = Request(f"r{n}", [n] * 80, SamplingParams(max_tokens=9), None)
-        named.reader.follow(made)
+        named.reader.track(made)
     looked: list[int] = []
     real = Request.is_finished
     monkeypatch.setattr(Request, "is_finished", lambda self: looked.append(1) or real(self))

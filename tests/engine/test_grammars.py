@@ -55,7 +55,7 @@ class Engine:
         core: Any = engine_core(model, blocks=100)
         self.manager = Manager(core.scheduler.structured_output_manager)
         core.scheduler.structured_output_manager = self.manager
-        client: Any = SimpleNamespace(meet=lambda *_: None, ranks=1)
+        client: Any = SimpleNamespace(open_links=lambda *_: None, ranks=1)
         self.port = VllmPort(core, [], client, lambda *_: None)
         self.port._met.add(("there",))
 

@@ -82,8 +82,8 @@ def test_undisturbed_it_moves(hosts: Hosts) -> None:
 
 CALLS = [
     (SOURCE, name)
-    for name in ("describe", "agents", "progress", "outputs", "pin", "unpin", "stop", "rest",
-                 "release", "begin_pulls", "_rpc")
+    for name in ("describe", "agents", "progress", "outputs", "pin", "unpin", "stop",
+                 "handover_state", "release", "begin_pulls", "_rpc")
 ] + [
     (DESTINATION, name)
     for name in ("reserve", "ready", "reach", "pull", "commit", "progress", "met", "begin_pulls",
@@ -142,7 +142,7 @@ def test_whatever_message_cannot_be_sent(
     hosts: Hosts, monkeypatch: pytest.MonkeyPatch, side: int, spared: int
 ) -> None:
     peers = hosts.engines[side].host._peers
-    raising = Raising(peers.say, 1, spared)
+    raising = Raising(peers.send, 1, spared)
     monkeypatch.setattr(peers, "say", raising)
     moved(hosts)
     if raising.struck:
@@ -198,13 +198,13 @@ def test_the_death_of_a_peer_reaches_every_migration_though_one_of_them_fails(
 
 
 def test_more_peers_than_zmq_has_sockets_by_itself(tmp_path: Path) -> None:
-    from llumnix.core.messages import CallOff
+    from llumnix.core.messages import CancelMigration
 
     peers = Peers(f"ipc://{tmp_path}/peer", lambda m: None, lambda: None)
     peers.bind()
     try:
         for n in range(1100):
-            peers.say(f"inproc://{n}", CallOff(migration=MigrationId("m"), why=""))
+            peers.send(f"inproc://{n}", CancelMigration(migration=MigrationId("m"), why=""))
         assert len(peers._speaking) == 1100
     finally:
         peers.start()
@@ -213,11 +213,11 @@ def test_more_peers_than_zmq_has_sockets_by_itself(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("address", ["", "nonsense", "ipc://" + "x" * 300])
 def test_what_is_said_to_no_address_is_lost(tmp_path: Path, address: str) -> None:
-    from llumnix.core.messages import CallOff
+    from llumnix.core.messages import CancelMigration
 
     peers = Peers(f"ipc://{tmp_path}/peer", lambda m: None, lambda: None)
     peers.bind()
-    peers.say(address, CallOff(migration=MigrationId("m"), why=""))
+    peers.send(address, CancelMigration(migration=MigrationId("m"), why=""))
     assert not peers._speaking
     peers.start()
     peers.close()

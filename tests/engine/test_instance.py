@@ -22,9 +22,9 @@ from llumnix.core.messages import Migrate, MigrationEnded
 from llumnix.core.settings import SchedulerSettings
 from llumnix.core.types import EngineIndex, Epoch, InstanceId, MigrationId, RequestId
 from llumnix.engine import instance as module
-from llumnix.engine.instance import QUIET_STEPS_MAX, EngineInstance, InstanceSeat
+from llumnix.engine.instance import DEFER_PREFILLS_STEPS_MAX, EngineInstance, InstanceConfig
 from llumnix.engine.kv.agent import TransferOptions
-from llumnix.engine.migration.host import IN_BAND, HostSeat
+from llumnix.engine.migration.host import IN_BAND, LlumletConfig
 from llumnix.engine.queueing import AgingQueue
 from llumnix.wire import decode, encode
 from support.no_model import BLOCK, NoModel, engine_config, made
@@ -36,13 +36,13 @@ class Running:
     """An instance whose busy loop runs on a thread, and what comes out of it."""
 
     def __init__(self, folder: Path, model: Path, number: int) -> None:
-        seat = InstanceSeat(
+        seat = InstanceConfig(
             instance=InstanceId(f"i{number}"),
             engine_index=EngineIndex(number),
             slot=number,
             slots=2,
             controller=f"ipc://{folder}/controller",
-            llumlet=HostSeat(
+            llumlet=LlumletConfig(
                 peers=f"ipc://{folder}/peer-{{engine}}",
                 agents=f"unix:{folder}/kv-{{engine}}-{{rank}}",
                 key=b"instances",
@@ -166,14 +166,14 @@ def test_prompts_are_put_off_in_no_more_than_every_other_of_many_steps() -> None
     """A draining instance may send one request after the other for minutes."""
     one: Any = object.__new__(EngineInstance)
     quiet = [True]
-    one._host, one._quiet_left = SimpleNamespace(quiet=lambda: quiet[0]), QUIET_STEPS_MAX
+    one._host, one._quiet_left = SimpleNamespace(quiet=lambda: quiet[0]), DEFER_PREFILLS_STEPS_MAX
     one.scheduler = SimpleNamespace(waiting=[], running=[])
     assert all(one._should_throttle_prefills() for _ in range(1000)), "nobody has to wait"
     one.scheduler.waiting = ["a prompt"]
     put_off = [one._should_throttle_prefills() for _ in range(1000)]
-    assert put_off[: QUIET_STEPS_MAX + 1] == [True] * QUIET_STEPS_MAX + [False]
-    assert sum(put_off) <= 500 + QUIET_STEPS_MAX
+    assert put_off[: DEFER_PREFILLS_STEPS_MAX + 1] == [True] * DEFER_PREFILLS_STEPS_MAX + [False]
+    assert sum(put_off) <= 500 + DEFER_PREFILLS_STEPS_MAX
     quiet[0] = False
-    assert not any(one._should_throttle_prefills() for _ in range(QUIET_STEPS_MAX))
+    assert not any(one._should_throttle_prefills() for _ in range(DEFER_PREFILLS_STEPS_MAX))
     quiet[0] = True
-    assert all(one._should_throttle_prefills() for _ in range(QUIET_STEPS_MAX))
+    assert all(one._should_throttle_prefills() for _ in range(DEFER_PREFILLS_STEPS_MAX))

@@ -12,7 +12,7 @@ from vllm.v1.executor.ray_utils import WORKER_SPECIFIC_ENV_VARS
 from llumnix.config import ADMIN_API_KEY_VARIABLE
 from llumnix.engine import launch
 from llumnix.engine.launch import EngineLaunch
-from llumnix.engine.migration.host import HostSeat
+from llumnix.engine.migration.host import LlumletConfig
 
 SECRETS = {
     "HF_TOKEN": "hf-secret",
@@ -73,5 +73,5 @@ def test_an_instances_workers_talk_on_loopback_alone(launched: Any) -> None:
 
 def test_the_agents_key_is_not_shown() -> None:
     fields = dict.fromkeys(("limits", "settings", "transfer"))
-    seat = HostSeat(peers="", agents="", key=b"agents-secret", **fields)  # type: ignore[arg-type]
+    seat = LlumletConfig(peers="", agents="", key=b"agents-secret", **fields)  # type: ignore[arg-type]
     assert "secret" not in repr(seat)

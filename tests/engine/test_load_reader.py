@@ -15,7 +15,7 @@ from llumnix.core.priorities import Priorities  # noqa: E402
 from llumnix.core.reports import ClassLoad  # noqa: E402
 from llumnix.core.settings import PrioritySettings  # noqa: E402
 from llumnix.core.types import RequestId  # noqa: E402
-from llumnix.engine.reporting.load_reader import LoadReader, Numbers  # noqa: E402
+from llumnix.engine.reporting.load_reader import EngineCounts, LoadReader  # noqa: E402
 
 from .conftest import BLOCK, BLOCKS  # noqa: E402
 
@@ -68,11 +68,11 @@ class Count:
                 self.finished_tokens += self.generated[name]
                 del self.tokens[name]
 
-    def numbers(self) -> Numbers:
+    def numbers(self) -> EngineCounts:
         waiting = [n for n in self.tokens if n not in self._running()]
         waiting.sort(key=lambda n: (not self.urgent[n], self.order.index(n)))
         pool = self.scheduler.kv_cache_manager.block_pool
-        return Numbers(
+        return EngineCounts(
             kv_tokens_used=sum(b.ref_cnt > 0 for b in pool.blocks if not b.is_null) * BLOCK,
             kv_tokens_total=BLOCKS * BLOCK,
             prefill_tokens=sum(map(self._left, self._running() - self.said)),
@@ -127,7 +127,7 @@ def test_the_numbers_agree_with_a_count_at_every_step(
             prompt = [dice.randrange(3, 500) for _ in range(dice.randrange(50, 250))]
             name = f"r{seed}-{len(count.order)}"
             count.add(name, prompt, dice.randrange(1, 200), urgent=dice.random() < 0.3)
-            reader.came()
+            reader.arrived()
         if count.tokens and dice.random() < 0.01:
             count.abort(dice.choice(sorted(count.tokens)))
         numbers = reader.read()
@@ -173,7 +173,7 @@ def test_of_those_who_wait_what_is_found_is_not_computed_and_what_is_shared_take
         asked.append(request.request_id)
         return answers[request.request_id]
 
-    reader.found = found
+    reader.cached_tokens = found
     for name, length in (("a", 5 * BLOCK), ("b", 3 * BLOCK), ("c", 20)):
         engine.add_core_request(
             engine.make(RequestId(name), list(range(length)), SamplingParams(max_tokens=1))
@@ -186,7 +186,7 @@ def test_of_those_who_wait_what_is_found_is_not_computed_and_what_is_shared_take
         waiting_prefill=BLOCK + (3 * BLOCK - 50) + 4,
     )
     assert numbers.head_tokens == 5 * BLOCK
-    reader.came()
+    reader.arrived()
     reader.read()
     assert sorted(asked) == ["a", "b", "c"], "once each"
     for name in answers:

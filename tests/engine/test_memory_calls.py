@@ -116,7 +116,7 @@ def test_a_pause_in_the_middle_of_a_move_never_fails(
 ) -> None:
     seen: list[Any] = []
     peers = hosts.engines[SOURCE].host._peers
-    say = peers.say
+    say = peers.send
     monkeypatch.setattr(peers, "say", lambda to, m: (seen.append(type(m)), say(to, m)))
     start(hosts)
     hosts.until(lambda: moment in seen)

@@ -33,7 +33,7 @@ from llumnix.core.scheduling.prefix_index import PrefixIndex  # noqa: E402
 from llumnix.core.settings import SchedulerSettings  # noqa: E402
 from llumnix.core.types import EngineIndex, InstanceId, RequestId  # noqa: E402
 from llumnix.engine.reporting import prefix_reader as prefix_reader_module  # noqa: E402
-from llumnix.engine.reporting.prefix_reader import NotedMap, PrefixReader, prefix_reader  # noqa: E402
+from llumnix.engine.reporting.prefix_reader import PrefixReader, RecordingBlockMap, prefix_reader  # noqa: E402
 from llumnix.frontend.prompt_blocks import prompt_blocks  # noqa: E402
 
 I0, ENGINE = InstanceId("i0"), EngineIndex(3)
@@ -94,7 +94,7 @@ def run(
     made = engine.make(RequestId(name), prompt, options)
     made.cache_salt = salt
     engine.add_core_request(made)
-    heard.reader.follow(engine.core.scheduler.requests[made.request_id])
+    heard.reader.track(engine.core.scheduler.requests[made.request_id])
     answer: list[int] = []
     while not engine.idle():
         heard.listen()
@@ -198,7 +198,7 @@ def test_many_blocks_that_are_known_hide_no_new_ones(
     longer = [*prompt, *prompt_of(64, 2)]
     made = engine.make(RequestId("b"), longer, SamplingParams(max_tokens=1))
     engine.add_core_request(made)
-    heard.reader.follow(engine.core.scheduler.requests["b"])
+    heard.reader.track(engine.core.scheduler.requests["b"])
     while not engine.idle():
         engine.step()
     fact = heard.listen()
@@ -213,7 +213,7 @@ def test_what_is_not_asked_for_again_at_once_is_told_in_time(engine: Any, heard:
     run(engine, heard, "a", prompt_of(200, 1))
     made = engine.make(RequestId("b"), prompt_of(200, 2), SamplingParams(max_tokens=1))
     engine.add_core_request(made)
-    heard.reader.follow(engine.core.scheduler.requests["b"])
+    heard.reader.track(engine.core.scheduler.requests["b"])
     while not engine.idle():
         engine.step()
     heard.reader._read_s = time.monotonic() + 3600
@@ -230,7 +230,7 @@ def test_many_blocks_are_named_over_several_calls(
             for k, n in enumerate("ab")]  # fmt: skip
     for one in made:
         engine.add_core_request(one)
-        heard.reader.follow(engine.core.scheduler.requests[one.request_id])
+        heard.reader.track(engine.core.scheduler.requests[one.request_id])
     while not engine.idle():
         engine.step()
     told = 0
@@ -267,7 +267,7 @@ def compute(reader: PrefixReader, kv: KVCacheManager, one: Request, **found: Any
     )
     if slots is not None:
         one.num_computed_tokens = one.num_tokens
-        reader.follow(one)
+        reader.track(one)
     return slots
 
 
@@ -341,7 +341,7 @@ def test_in_every_block_size_the_hits_are_vllms_own(
         found = kv.coordinator.find_longest_cache_hit(one.block_hashes, one.num_tokens - 1)[1]
         if holders == sorted(holders, key=lambda n: (n is None, n == 0)):  # No holes.
             held = sum(bool(n) for n in holders)
-            assert reader.found(one) == (found, held * size)
+            assert reader.cached_tokens(one) == (found, held * size)
 
 
 def holders_of(kv: Any, one: Request) -> list[int | None]:
@@ -357,13 +357,13 @@ def test_what_a_request_will_find_and_share_is_told_apart() -> None:
     first = request("a", beginning, 16, None, None)
     compute(reader, kv, first)
     again = request("b", [*beginning[:96], *range(300, 400)], 16, None, None)
-    assert reader.found(again) == (96, 96)
-    assert reader.found(first) == (144, 144), "the last token is computed in any case"
+    assert reader.cached_tokens(again) == (96, 96)
+    assert reader.cached_tokens(first) == (144, 144), "the last token is computed in any case"
     kv.free(first)
-    assert reader.found(again) == (96, 0)
-    assert reader.found(request("c", [9] * 50, 16, None, None)) == (0, 0)
+    assert reader.cached_tokens(again) == (96, 0)
+    assert reader.cached_tokens(request("c", [9] * 50, 16, None, None)) == (0, 0)
     again.skip_reading_prefix_cache = True
-    assert reader.found(again) == (0, 0)
+    assert reader.cached_tokens(again) == (0, 0)
 
 
 # -- whether, and when --------------------------------------------------------------------------
@@ -375,7 +375,7 @@ def test_other_policies_pay_nothing(policy: str) -> None:
     scheduler = SimpleNamespace(kv_cache_manager=kv, running=[])
     found = prefix_reader(SchedulerSettings(policy=policy), scheduler, I0, ENGINE, lambda: None)
     assert found is None
-    assert not isinstance(kv.block_pool.cached_block_hash_to_block, NotedMap)
+    assert not isinstance(kv.block_pool.cached_block_hash_to_block, RecordingBlockMap)
 
 
 def unreadable(
@@ -391,7 +391,7 @@ def unreadable(
         logger.removeHandler(caplog.handler)
     (line,) = caplog.messages[-1:]
     assert caplog.records[-1].levelno == level
-    assert not isinstance(kv.block_pool.cached_block_hash_to_block, NotedMap)
+    assert not isinstance(kv.block_pool.cached_block_hash_to_block, RecordingBlockMap)
     return line
 
 
@@ -469,7 +469,7 @@ def test_a_preempted_request_is_named_anew(engine: Any, heard: Heard) -> None:
     prompt = prompt_of(200, 3)
     made = engine.make(RequestId("a"), prompt, SamplingParams(max_tokens=20, ignore_eos=True))
     engine.add_core_request(made)
-    heard.reader.follow(engine.core.scheduler.requests["a"])
+    heard.reader.track(engine.core.scheduler.requests["a"])
     for _ in range(3):
         engine.step()
         heard.listen()

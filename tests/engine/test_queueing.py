@@ -304,7 +304,7 @@ def test_in_an_engine_it_runs_before_the_urgent_ones(engine: Any, clock: Clock, 
         made = engine.make(RequestId(name), list(range(3, 103)), options)
         made.priority = priority
         engine.add_core_request(made)
-        reader.came()
+        reader.arrived()
 
     def step() -> None:
         if ager is not None:

@@ -24,7 +24,7 @@ from llumnix.core.migration.port import Refusal
 from llumnix.core.types import RequestId
 from llumnix.engine.kv.agent_client import AgentClient
 from llumnix.engine.migration.request_decoder import RequestDecoder
-from llumnix.engine.migration.vllm_destination import Arrivals
+from llumnix.engine.migration.vllm_destination import VllmDestination
 from llumnix.errors import ProtocolError
 
 ran: list[str] = []
@@ -100,7 +100,7 @@ def test_what_is_no_request_is_refused() -> None:
 
 @pytest.mark.parametrize("agents", [[], ["tcp:192.0.2.9:1"] * 2])
 def test_a_source_with_another_number_of_workers_is_refused(agents: list[str]) -> None:
-    arrivals = object.__new__(Arrivals)
+    arrivals = object.__new__(VllmDestination)
     arrivals._never = None
     arrivals._arriving = {}
     arrivals._client = AgentClient(agents=["unix:/one"], key=b"", on_pulled=lambda pulled: None)

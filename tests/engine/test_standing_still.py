@@ -15,7 +15,7 @@ from vllm.v1.engine import EngineCoreRequestType
 
 from llumnix.core.limits import MigrationLimits
 from llumnix.engine.instance import EngineInstance
-from llumnix.engine.migration.host import HURRY_S, LlumletHost
+from llumnix.engine.migration.host import FAST_SWITCH_S, LlumletHost
 
 WAKEUP = (EngineCoreRequestType.WAKEUP, None)
 
@@ -124,17 +124,17 @@ def test_threads_take_the_lock_fast_while_a_request_moves_and_shortly_after() ->
     sys.setswitchinterval(calm_s)
     host, llumlet = object.__new__(LlumletHost), Busy()
     host.llumlet = host.port = llumlet  # type: ignore[assignment]
-    host._here, host._calm_s, host._hurried = queue.SimpleQueue(), calm_s, False
+    host._here, host._default_switch_s, host._fast_switch = queue.SimpleQueue(), calm_s, False
     host._orders, host._after = queue.SimpleQueue(), []
     host._guarded = SimpleNamespace(retry=lambda: None)  # type: ignore[assignment]
-    host._seat = SimpleNamespace(limits=MigrationLimits())  # type: ignore[assignment]
-    host._hurry_until_s, host._send = 0.0, list.clear  # type: ignore[assignment,method-assign]
+    host._config = SimpleNamespace(limits=MigrationLimits())  # type: ignore[assignment]
+    host._fast_until_s, host._send = 0.0, list.clear  # type: ignore[assignment,method-assign]
     try:
         for busy in (True, False):
             llumlet.busy = busy
             host.poll()
             assert sys.getswitchinterval() < calm_s / 2
-        time.sleep(2 * HURRY_S)
+        time.sleep(2 * FAST_SWITCH_S)
         host.poll()
         assert sys.getswitchinterval() == calm_s
     finally:

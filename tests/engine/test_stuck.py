@@ -29,7 +29,7 @@ class Engine:
 
     def step(self) -> None:
         _, ran = self.core.step_fn()
-        self.port.stepped(ran)
+        self.port.between_steps(ran)
         self.port.begin_pulls()
 
     def take_out(self, *requests: Request) -> None:
@@ -40,7 +40,7 @@ class Engine:
         while any(r.num_in_flight_tokens for r in requests):
             self.step()
         for name in names:
-            self.port.rest(name, 0)
+            self.port.handover_state(name, 0)
             self.port.resume(name)
 
     def until_all_have_ended(self) -> int:

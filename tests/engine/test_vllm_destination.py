@@ -22,7 +22,11 @@ from vllm.v1.kv_cache_interface import (
 from vllm.v1.request import Request
 
 from llumnix.core.types import RequestId
-from llumnix.engine.migration.vllm_destination import Arrivals, Arriving, Rest
+from llumnix.engine.migration.vllm_destination import (
+    HandoverState,
+    ReservedRequest,
+    VllmDestination,
+)
 
 SIZE, WINDOW = 16, 128
 TOKENS = list(range(1000, 1400))
@@ -50,15 +54,15 @@ def test_what_its_source_no_longer_had_is_not_found(gaps: bool) -> None:
     kv = manager()
     new = request("a", TOKENS)
     assert kv.allocate_slots(new, len(TOKENS), delay_cache_blocks=True) is not None
-    arrivals = object.__new__(Arrivals)
+    arrivals = object.__new__(VllmDestination)
     waiting = SimpleNamespace(prepend_request=lambda request: None)
     arrivals._scheduler = SimpleNamespace(
         requests={}, prev_step_scheduled_req_ids=set(), kv_holding_waiting=waiting, waiting=waiting
     )
     arrivals._kv, arrivals._v1, arrivals.on_commit = kv, False, lambda request: None
-    arrivals._arriving = {RequestId("a"): Arriving(request=new, agents=(), gaps=gaps)}
-    rest = msgspec.msgpack.encode(Rest(cached=None, preemptions=0, generator=b""))
-    assert arrivals.commit(RequestId("a"), len(TOKENS), rest) is None
+    arrivals._arriving = {RequestId("a"): ReservedRequest(request=new, agents=(), gaps=gaps)}
+    handed = msgspec.msgpack.encode(HandoverState(cached=None, preemptions=0, generator=b""))
+    assert arrivals.commit(RequestId("a"), len(TOKENS), handed) is None
     lengths = range(2 * SIZE, len(TOKENS) - SIZE, SIZE)
     hits = [kv.get_computed_blocks(request(f"b{n}", TOKENS[:n]))[1] for n in lengths]
     assert any(hits) is not gaps

@@ -15,7 +15,7 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason, Ut
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.metrics.stats import SchedulerStats
 
-from llumnix.core.messages import LeaveWanted, MigrationEnded, MigrationWanted, TookOver
+from llumnix.core.messages import DrainRequested, MigrationEnded, MigrationRequested, TookOver
 from llumnix.core.streams.table import Arbiter
 from llumnix.core.types import EngineIndex, Epoch, MigrationId, RequestId
 from llumnix.frontend.client import FleetClient
@@ -72,8 +72,8 @@ ODD_PAYLOADS = st.one_of(
             took_over("nobody"),
             ended("victim", taken=True),
             ended("nobody", taken=False),
-            encode(MigrationWanted(request=RequestId("victim"), destination=I2, why="x")),
-            encode(LeaveWanted(request=RequestId(""), why="x")),
+            encode(MigrationRequested(request=RequestId("victim"), destination=I2, why="x")),
+            encode(DrainRequested(request=RequestId(""), why="x")),
         ]
     ),
 )  # fmt: skip
@@ -181,7 +181,7 @@ async def test_a_handler_that_raises_ends_one_request(
         await one.add_request("other", 1)
         order = one.client.migrations._arbiter.begin(RequestId("victim"), I2, "there")
         assert order is not None
-        wish = encode(MigrationWanted(request=RequestId("victim"), destination=I2, why="x"))
+        wish = encode(MigrationRequested(request=RequestId("victim"), destination=I2, why="x"))
         monkeypatch.setattr(*HANDLERS[handler], broken)
         outputs = [
             EngineCoreOutput("neighbour", [1]),

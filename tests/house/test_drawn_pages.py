@@ -37,7 +37,7 @@ def test_a_page_that_is_out_of_date_is_found_and_drawn_again(
     script: ModuleType, docs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, old, new in (
-        ("migration.md", "reserving --> idle", "reserving --> copying"),
+        ("migration.md", "reserving --> between_stages", "reserving --> copying"),
         ("scheduler.md", "| `migration.tick_s` | 0.05 |", "| `migration.tick_s` | 5 |"),
     ):
         page = docs / name
@@ -60,4 +60,4 @@ def test_every_state_is_drawn(script: ModuleType) -> None:
     for name, table in (("source", SOURCE), ("destination", DESTINATION)):
         drawing = script.drawings()[name]
         for state in table:
-            assert f"{state.value} --> " in drawing
+            assert f"{state.value.replace(' ', '_')} --> " in drawing

@@ -58,7 +58,7 @@ from vllm.v1.metrics.stats import IterationStats  # noqa: E402
 from vllm.v1.request import Request, RequestStatus  # noqa: E402
 
 from llumnix.engine.queueing import AgingQueue  # noqa: E402
-from llumnix.engine.reporting.prefix_reader import NotedMap  # noqa: E402
+from llumnix.engine.reporting.prefix_reader import RecordingBlockMap  # noqa: E402
 from llumnix.frontend.http.stream_ends import ERROR_ITEM  # noqa: E402
 
 
@@ -548,7 +548,7 @@ def test_the_scheduler_knows_its_queue_by_its_methods_alone() -> None:
 def test_what_enters_and_leaves_the_prefix_cache_goes_through_its_map() -> None:
     kv = manager()
     pool = kv.block_pool
-    noted = pool.cached_block_hash_to_block = NotedMap(pool.cached_block_hash_to_block)
+    noted = pool.cached_block_hash_to_block = RecordingBlockMap(pool.cached_block_hash_to_block)
     twins = [request(n, range(40), cache_salt="salt") for n in "ab"]
     for twin in twins:
         assert kv.allocate_slots(twin, 40) is not None

@@ -170,7 +170,7 @@ def test_workers_are_told_of_requests_that_were_taken_out() -> None:
         "self.prev_step_scheduled_req_ids.update(num_scheduled_tokens.keys())",
         "preempted_req_ids=self.reset_preempted_req_ids",
         "finished_req_ids=self.finished_req_ids",
-        who="vllm_source.rest",
+        who="vllm_source.handover_state",
     )
     says(
         Scheduler._make_cached_request_data,
@@ -184,12 +184,12 @@ def test_workers_are_told_of_requests_that_were_taken_out() -> None:
         in_file(RUNNER_V2, "finish_requests"),
         "finished_req_ids = finished_req_ids.union(preempted_req_ids)",
         "self._remove_request(req_id)",
-        who="vllm_source.rest",
+        who="vllm_source.handover_state",
     )
 
 
 def test_preemption_sets_what_ours_sets() -> None:
-    """vllm_source._relieve makes a request give up its blocks as this does."""
+    """vllm_source._break_deadlock makes a request give up its blocks as this does."""
     says(
         Scheduler._preempt_request,
         "self._free_request_blocks(request)",
@@ -197,7 +197,7 @@ def test_preemption_sets_what_ours_sets() -> None:
         "request.num_preemptions += 1",
         "self.waiting.prepend_request(request)",
         "self.reset_preempted_req_ids.add(request.request_id)",
-        who="vllm_source._relieve",
+        who="vllm_source._break_deadlock",
     )
 
 
@@ -376,7 +376,7 @@ def test_a_request_is_made_and_fed_like_the_engines_own() -> None:
     assert (list(new.output_token_ids), new.num_tokens, new.num_output_tokens) == ([4, 5], 5, 2)
     assert len(new.block_hashes) == 1, "block hashes follow the tokens"
     assert new.take_prefill_stats() is not None
-    assert new.prefill_stats is None, "Rest.cached: None once the client was told"
+    assert new.prefill_stats is None, "HandoverState.cached: None once the client was told"
     assert Request.__eq__ is object.__eq__, "vllm_source.stop finds it by identity"
 
 
@@ -560,7 +560,7 @@ def test_our_pairs_reach_the_engines_own_thread() -> None:
         EngineCoreProc._process_input_queue,
         "self.input_queue.get(block=block) self._handle_client_request(*req)",
         "self.input_queue.get_nowait() self._handle_client_request(*req)",
-        who="host._from_outside",
+        who="host._enqueue",
     )
     takes(EngineCoreProc._handle_client_request, "request_type", "request", who="instance.py")
     says(

@@ -17,7 +17,7 @@ import pytest
 import zmq
 
 from llumnix.core.events import InstanceLost, RequestArrived
-from llumnix.core.messages import CallOff, Reserve
+from llumnix.core.messages import CancelMigration, Reserve
 from llumnix.core.types import EngineIndex, Epoch, InstanceId, MigrationId, RequestId
 from llumnix.sockets import SocketKeys, connect
 from llumnix.wire import LoadsAsked, Ping, encode
@@ -164,7 +164,7 @@ def packets() -> list[bytes]:
     )  # fmt: skip
     lost = InstanceLost(instance=InstanceId("i0"), engine_index=EngineIndex(60000))
     arrived = RequestArrived(request=request, prompt_tokens=8, priority=0)
-    ours = [reserve, lost, arrived, CallOff(migration=move, why=""), LoadsAsked(number=1)]
+    ours = [reserve, lost, arrived, CancelMigration(migration=move, why=""), LoadsAsked(number=1)]
     odd = [b"ENGINE_CORE_DEAD", b"", b"\xc1", bytes(100), b"\x00", b"\x93\xc0\xc0\xc0", b"READY"]
     return [encode(m) for m in (*ours, Ping(number=1))] + odd
 

@@ -29,7 +29,7 @@ from llumnix.core.settings import SchedulerSettings
 from llumnix.core.types import EngineIndex, InstanceId, MigrationId, RequestId
 from llumnix.errors import UsageError
 from llumnix.observe import event_log
-from llumnix.observe.event_log import EventLog
+from llumnix.observe.event_log import LOG_VERSION, EventLog
 from llumnix.observe.replay import DIFFERENCES_MAX, Replayed, replay
 from support.fake_cluster import Cluster, World
 
@@ -183,7 +183,7 @@ def test_another_policy_is_found(tmp_path: Path) -> None:
     path = tmp_path / "log"
     record(path, "least-loaded")
     found = lines(path)
-    found[0]["settings"]["policy"] = "round-robin"
+    found[number_of(found, kind="started")]["settings"]["policy"] = "round-robin"
     write(path, found)
     assert len(replay(path).differences) == ARRIVALS - 1  # That nobody is there is the same.
 
@@ -210,7 +210,7 @@ def test_the_steps_of_rough_worlds_come_out_the_same(tmp_path: Path) -> None:
     for seed in range(5):
         path = tmp_path / f"log-{seed}"
         record_steps(path, seed)
-        found = lines(path)
+        found = lines(path)[1:]
         assert {(line["kind"], line["role"]) for line in found} == {
             ("step", "source"),
             ("step", "destination"),
@@ -235,14 +235,14 @@ def test_a_dropped_step_is_found_with_the_story(tmp_path: Path) -> None:
     path = tmp_path / "log"
     log = EventLog(str(path), who="engine 0")
     for event, state, action in [
-        ("reserved", "idle", "see what is left"),
-        ("drained", "deciding", "send the rest, ask for the verdict"),
+        ("reserved", "between stages", "see what is left"),
+        ("steps landed", "deciding", "send the rest, ask for the verdict"),
     ]:
         log.step("source", MigrationId("m0"), event, state, action)
     log.close()
     assert replay(path).differences == [
-        "line 2: migration m0 (source): 'drained' cannot happen in state 'idle' "
-        "(story: reserving -[reserved]-> idle)"
+        "line 3: migration m0 (source): 'steps landed' cannot happen in state 'between stages' "
+        "(story: reserving -[reserved]-> between stages)"
     ]
 
 
@@ -273,9 +273,10 @@ def test_lines_of_several_processes_never_mix(tmp_path: Path) -> None:
         writer.join(120)
     assert [w.exitcode for w in writers] == [0] * WRITERS
     found = lines(path)
-    assert len(found) == WRITERS * LINES_EACH
+    assert [n for n, line in enumerate(found) if line["kind"] == "log"] == [0]
+    assert len(found) == 1 + WRITERS * LINES_EACH
     for name in names:
-        mine = [line["body"]["report"] for line in found if line["who"] == name]
+        mine = [line["body"]["report"] for line in found[1:] if line["who"] == name]
         assert [r["sequence"] for r in mine] == list(range(LINES_EACH))
         assert all(len(r["admitted"]) == r["sequence"] % 40 for r in mine)
     assert replay(path) == Replayed(skipped=WRITERS * LINES_EACH)
@@ -289,7 +290,7 @@ def test_a_writer_without_a_path_writes_nothing(
     log.started(SchedulerSettings())
     log.fact(FACTS[1], 0.0)
     log.decision(NoInstance(request=RequestId("r"), why="none"), 0.0)
-    log.step("source", MigrationId("m0"), "reserved", "idle", "see what is left")
+    log.step("source", MigrationId("m0"), "reserved", "between stages", "see what is left")
     log.migration({"id": "m0"})
     log.close()
     assert list(tmp_path.iterdir()) == []
@@ -302,7 +303,7 @@ def test_a_closed_writer_writes_nothing_more(tmp_path: Path) -> None:
     log.close()
     log.migration({"id": "m1"})
     log.close()
-    assert [line["body"] for line in lines(path)] == [{"id": "m0"}]
+    assert [line["body"] for line in lines(path)[1:]] == [{"id": "m0"}]
     assert replay(path) == Replayed()
 
 
@@ -334,9 +335,9 @@ def test_a_fact_of_another_shape_is_named(tmp_path: Path) -> None:
     path = tmp_path / "log"
     record(path, "least-loaded")
     found = lines(path)
-    found[1]["body"] = {"request": 5}
+    found[2]["body"] = {"request": 5}
     write(path, found)
-    with pytest.raises(UsageError, match="line 2: not a line of an event log"):
+    with pytest.raises(UsageError, match="line 3: not a line of an event log"):
         replay(path)
 
 
@@ -344,6 +345,48 @@ def test_what_cannot_be_read_is_said(tmp_path: Path) -> None:
     for path in (tmp_path / "none", tmp_path):
         with pytest.raises(UsageError, match=r"cannot be read \("):
             replay(path)
+
+
+# -- its version
+
+
+def test_a_log_of_an_older_llumnix_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    record(path, "least-loaded")
+    write(path, lines(path)[1:])
+    with pytest.raises(UsageError) as error:
+        replay(path)
+    assert str(error.value) == (
+        f"{path} is an event log of version 1, and this llumnix replays version {LOG_VERSION}; "
+        "replay it with the llumnix that wrote it"
+    )
+
+
+def test_a_log_of_a_newer_llumnix_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    record(path, "least-loaded")
+    found = lines(path)
+    found[0]["version"] = LOG_VERSION + 1
+    write(path, found)
+    with pytest.raises(UsageError, match=f"of version {LOG_VERSION + 1}, and"):
+        replay(path)
+
+
+def test_an_older_log_is_put_aside_and_not_appended_to(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    record(path, "least-loaded")
+    write(path, older := lines(path)[1:])
+    record(path, "least-loaded")
+    assert lines(tmp_path / "log.1") == older
+    assert replay(path) == Replayed(facts=len(FACTS), decisions=ARRIVALS)
+
+
+def test_a_file_that_is_no_log_is_never_put_aside(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    path.write_text("notes of somebody\n")
+    record(path, "least-loaded")
+    assert [p.name for p in tmp_path.iterdir()] == ["log"]
+    assert path.read_text().startswith("notes of somebody\n")
 
 
 # -- what is left out
@@ -404,7 +447,7 @@ def test_an_idle_deployment_writes_next_to_nothing(tmp_path: Path) -> None:
             log.fact(report(engine, n), n * 0.1)
         log.fact(Tick(), n * 0.1, answered=False)
     log.close()
-    assert len(lines(path)) == 2
+    assert len(lines(path)) == 1 + 2
 
 
 def test_an_engine_that_was_idle_for_long_is_not_replayed_as_one_that_stood_still(
@@ -452,7 +495,7 @@ def test_what_a_slow_disk_has_no_room_for_is_counted_and_nobody_waits(
     log.close()
     found = lines(path)
     assert [line["lines"] for line in found if line["kind"] == "dropped"] == [400]
-    assert len(found) == 1 + 1 + 100
+    assert len(found) == 1 + 1 + 1 + 100
     assert replay(path).dropped == 400
 
 
@@ -471,15 +514,21 @@ def test_a_full_disk_ends_the_log_for_a_while_only(
     monkeypatch.setattr(event_log.os, "write", write_some)
     path = tmp_path / "log"
     log = EventLog(str(path), who="engine 0")
-    log.step("source", MigrationId("m0"), "reserved", "idle", "see what is left")
-    while not path.read_bytes():
+    log.step("source", MigrationId("m0"), "reserved", "between stages", "see what is left")
+    while path.read_bytes().count(b"\n") < 2:
         pass
     full[0] = True
-    log.step("source", MigrationId("m0"), "near", "idle", "say when the handover will be")
+    log.step(
+        "source",
+        MigrationId("m0"),
+        "nearly done",
+        "between stages",
+        "say when the handover will be",
+    )
     assert failed.wait(60)
     full[0] = False
     log.step("source", MigrationId("m0"), "last", "stopping", "take it out of the batch")
-    log.step("source", MigrationId("m1"), "reserved", "idle", "see what is left")
+    log.step("source", MigrationId("m1"), "reserved", "between stages", "see what is left")
     log.close()
     replayed = replay(path)
     assert (replayed.differences, replayed.dropped, replayed.steps) == ([], 1, 2)
@@ -500,10 +549,16 @@ def test_a_file_that_is_full_is_begun_anew_and_the_one_before_kept(
     kept = sorted(f.name for f in tmp_path.iterdir())
     assert kept == ["log", "log.1"]
     assert all((tmp_path / name).stat().st_size < 11_000 for name in kept)
-    found = lines(tmp_path / "log.1") + lines(path)
+    for name in kept:
+        assert lines(tmp_path / name)[0]["version"] == LOG_VERSION
+    found = [*lines(tmp_path / "log.1"), *lines(path)]
     last = []
     for log in range(2):
-        numbers = [line["body"]["id"] for line in found if line["who"] == f"engine {log}"]
+        numbers = [
+            line["body"]["id"]
+            for line in found
+            if line["who"] == f"engine {log}" and line["kind"] != "log"
+        ]
         if numbers:
             last.append(numbers[-1])
             assert numbers == list(range(numbers[0], numbers[-1] + 1)), "no hole"

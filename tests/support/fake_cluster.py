@@ -14,13 +14,13 @@ import random
 from collections import deque
 from dataclasses import dataclass, field
 
-from llumnix.core.events import MoveLimit, MoveLoad
+from llumnix.core.events import MoveLimit, MoveOrder
 from llumnix.core.limits import MigrationLimits
 from llumnix.core.messages import (
     COPIES,
     Handover,
     MigrationEnded,
-    MigrationWanted,
+    MigrationRequested,
     Out,
     PeerMessage,
     TookOver,
@@ -212,7 +212,7 @@ class Cluster:
         order = OrderId(self.next_order)
         self.next_order += 1
         self.orders.setdefault(source, set()).add(order)
-        load = MoveLoad(
+        load = MoveOrder(
             order=order,
             source=InstanceId(f"i{source}"),
             source_engine=source,
@@ -353,7 +353,7 @@ class Cluster:
             case ("llumlet", MigrationEnded() as ended):
                 self.ended.append(ended)
                 self._perform(self.arbiter.ended(ended))
-            case ("llumlet", MigrationWanted(request=request, destination=to)):
+            case ("llumlet", MigrationRequested(request=request, destination=to)):
                 self.wanted += 1
                 ledger = self.arbiter.get(request)
                 if ledger is not None and ledger.owner == index and to in self.engines:

@@ -351,7 +351,7 @@ class FakeEngine:
         known.stopped = True
         (self.waiting if known in self.waiting else self.running).remove(known)
 
-    def rest(self, request: RequestId, start: int) -> tuple[int, Blocks, bytes]:
+    def handover_state(self, request: RequestId, start: int) -> tuple[int, Blocks, bytes]:
         known = self.requests[request]
         assert known.stopped
         assert not known.in_flight

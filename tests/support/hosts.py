@@ -16,7 +16,7 @@ from llumnix.core.settings import SchedulerSettings
 from llumnix.core.types import EngineIndex, Epoch, MigrationId, RequestId
 from llumnix.engine.kv.agent import TransferOptions
 from llumnix.engine.migration import host
-from llumnix.engine.migration.host import IN_BAND, FromOutside, HostSeat, LlumletHost
+from llumnix.engine.migration.host import IN_BAND, HostItem, LlumletConfig, LlumletHost
 from llumnix.engine.queueing import Queueing
 from llumnix.wire import decode, encode
 from support.no_model import engine_core
@@ -47,7 +47,7 @@ class HostedEngine:
         self.host = LlumletHost(
             self.core,
             EngineIndex(number),
-            HostSeat(
+            LlumletConfig(
                 peers=f"ipc://{folder}/peer-{{engine}}",
                 agents=f"unix:{folder}/kv-{{engine}}-{{rank}}",
                 key=KEY,
@@ -69,16 +69,16 @@ class HostedEngine:
         """As `run_busy_loop` does, with our hooks in it."""
         while not self.core.input_queue.empty():
             kind, item = self.core.input_queue.get()
-            assert kind is FromOutside
+            assert kind is HostItem
             self.host.handle(item)
         self.host.poll()
         if step:
             outputs, ran = self.core.step_fn()
             for output in (outputs or {}).items():
                 self.core.output_queue.put(output)
-            self.host.port.stepped(ran)
+            self.host.port.between_steps(ran)
             self.host.poll()
-        self.host.quiet()
+        self.host.defer_prefills()
         self.host.hold_s(None)
         self.host.moving()
 

@@ -121,9 +121,9 @@ class RealEngine:
     def step(self) -> list[Said]:
         began = time.monotonic()
         outputs, ran = self.core.step_fn()
-        self.port.pace.took(time.monotonic() - began)
+        self.port.step_timer.record_step(time.monotonic() - began)
         self.core.post_step(True)
-        self.port.stepped(ran)
+        self.port.between_steps(ran)
         self.port.begin_pulls()
         said: list[Said] = []
         for batch in (outputs or {}).values():
@@ -149,7 +149,7 @@ class RealEngine:
                 # A moment's patience: a test's clock must not run away from a real copy.
                 done = self.finished.get(timeout=0.002)
                 if done.ticket < 0:
-                    self.port.met(done.ticket, done.error)
+                    self.port.linked(done.ticket, done.error)
                     continue
                 found.append((done.ticket, done.error, done.bytes, done.seconds))
         return found

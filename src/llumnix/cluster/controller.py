@@ -23,7 +23,7 @@ from llumnix.core.events import (
     FleetReported,
     InstanceLost,
     LoadReported,
-    MoveLoad,
+    MoveOrder,
     NoInstance,
     PrefixesChanged,
     RequestArrived,
@@ -194,7 +194,7 @@ class Controller:
         for decision in decisions:
             self._log.decision(decision, now)
             to: bytes | None = sender
-            if isinstance(decision, MoveLoad):
+            if isinstance(decision, MoveOrder):
                 to = self._engines.get(decision.source_engine)
             elif not isinstance(decision, Dispatch | NoInstance):
                 logger.info("%s", decision)

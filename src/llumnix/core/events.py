@@ -109,7 +109,7 @@ class MoveLimit:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MoveLoad:
+class MoveOrder:
     """The source's llumlet is to move one request to the destination. It picks which, since only it
     knows them (core/migration/victim.py). `limits`: of each class that may be moved.
     `source_sequence`: of the source's load report that the order was computed from."""
@@ -149,4 +149,4 @@ class UndrainInstance:
 
 
 ScalingDecision = AddInstances | DrainInstance | UndrainInstance
-Decision = Dispatch | NoInstance | MoveLoad | ScalingDecision
+Decision = Dispatch | NoInstance | MoveOrder | ScalingDecision

@@ -25,7 +25,7 @@ benchmarks compare with."""
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Migrate:
     """Move this request to that engine, under this epoch. `address`: where its llumlet listens.
-    `copy`: one of `COPIES`. `wanted`: the source's llumlet asked for it (`MigrationWanted`), and
+    `copy`: one of `COPIES`. `wanted`: the source's llumlet asked for it (`MigrationRequested`), and
     not a user."""
 
     migration: MigrationId
@@ -73,7 +73,7 @@ class Stage:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Stopping:
+class HandoverAnnounced:
     """The handover follows in about `in_s`: so long the request's last steps here will take. Said
     while there is one more to come, and again, if steps are in flight, when it was taken out."""
 
@@ -100,7 +100,7 @@ class Handover:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CallOff:
+class CancelMigration:
     """The source will not go on with it."""
 
     migration: MigrationId
@@ -148,7 +148,7 @@ class Verdict:
     seconds: float = 0.0
 
 
-FromSource = Reserve | Stage | Stopping | Handover | CallOff
+FromSource = Reserve | Stage | HandoverAnnounced | Handover | CancelMigration
 FromDestination = Reserved | Staged | StageProgress | Verdict
 PeerMessage = FromSource | FromDestination
 
@@ -192,7 +192,7 @@ class MigrationEnded:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MigrationWanted:
+class MigrationRequested:
     """From the source: the scheduler ordered it to give load away, and this request should go
     there. The frontend decides whether it does, and orders that."""
 
@@ -202,7 +202,7 @@ class MigrationWanted:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LeaveWanted:
+class DrainRequested:
     """From an engine whose process was told to end: it should be emptied and stopped. `request`:
     empty; every message in band has one."""
 
@@ -210,7 +210,7 @@ class LeaveWanted:
     why: str
 
 
-FrontendMessage = TookOver | MigrationEnded | MigrationWanted | LeaveWanted
+FrontendMessage = TookOver | MigrationEnded | MigrationRequested | DrainRequested
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

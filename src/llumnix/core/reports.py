@@ -85,7 +85,7 @@ class LoadReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Moving:
+class MoveCounts:
     """What a report says of moves: requests on their way out, how many of them wait and hold no KV,
     the KV tokens that the others hold here, requests on their way in, and the running totals of
     bytes moved away and the seconds it took."""
@@ -93,6 +93,6 @@ class Moving:
     out: int = 0
     out_waiting: int = 0
     out_tokens: int = 0
-    coming: int = 0
+    incoming: int = 0
     moved_bytes: int = 0
     moved_s: float = 0.0

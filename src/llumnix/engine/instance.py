@@ -57,7 +57,7 @@ from llumnix.core.types import EngineIndex, InstanceId, MigrationId, RequestId
 from llumnix.engine.cores import share_of_cores
 from llumnix.engine.folders import PrivateFolder, sweep
 from llumnix.engine.memory_calls import MemoryCalls
-from llumnix.engine.migration.host import FromOutside, HostSeat, LlumletHost
+from llumnix.engine.migration.host import HostItem, LlumletConfig, LlumletHost
 from llumnix.engine.migration.unsupported import WORKER_EXTENSION
 from llumnix.engine.queueing import Queueing
 from llumnix.engine.readings import has_prompts
@@ -69,12 +69,12 @@ from llumnix.engine.vllm_sockets import secure
 from llumnix.observe.event_log import EventLog
 from llumnix.sockets import SocketKeys
 
-QUIET_STEPS_MAX = 8
+DEFER_PREFILLS_STEPS_MAX = 8
 """So many steps in a row may put prompts off, and of many steps half of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class InstanceSeat:
+class InstanceConfig:
     """Which run of which instance this is. `slot` of `slots`: its place among the instances that
     share a CPU host's cores. `controller`: ZMQ address. `event_log`: the file to append to. `host`:
     this host's address in the cluster, which is known only here. `keys`: of all sockets on TCP."""
@@ -84,7 +84,7 @@ class InstanceSeat:
     slot: int
     slots: int
     controller: str
-    llumlet: HostSeat
+    llumlet: LlumletConfig
     event_log: str | None
     host: str = ""
     keys: SocketKeys | None = None
@@ -105,49 +105,53 @@ class EngineInstance(MemoryCalls, EngineCoreActor):
 
     def __init__(
         self,
-        seat: InstanceSeat,
+        config: InstanceConfig,
         vllm_config: VllmConfig,
         addresses: EngineZmqAddresses,
         executor_class: type[Executor],
         log_stats: bool,
     ) -> None:
-        self._seat = seat
-        self._folder = _own_folder(seat.engine_index)
+        self._instance_config = config
+        self._folder = _own_folder(config.engine_index)
         _start_resource_tracker()
-        self._devices = _take_devices(seat, vllm_config.parallel_config.world_size)
-        _tell_apart(vllm_config, seat.engine_index)
+        self._devices = _take_devices(config, vllm_config.parallel_config.world_size)
+        _tell_apart(vllm_config, config.engine_index)
         if not vllm_config.parallel_config.worker_extension_cls:
             vllm_config.parallel_config.worker_extension_cls = WORKER_EXTENSION
-        if seat.keys is not None:
-            secure(seat.keys)
+        if config.keys is not None:
+            secure(config.keys)
         super().__init__(
-            vllm_config, True, addresses, executor_class, log_stats, dp_rank=seat.engine_index
+            vllm_config, True, addresses, executor_class, log_stats, dp_rank=config.engine_index
         )
-        self._log = EventLog(seat.event_log, who=f"engine {seat.engine_index} {os.getpid()}")
+        self._log = EventLog(config.event_log, who=f"engine {config.engine_index} {os.getpid()}")
         self._host = LlumletHost(
-            self, seat.engine_index, seat.llumlet, seat.host, self._log.step, seat.keys
+            self, config.engine_index, config.llumlet, config.host, self._log.step, config.keys
         )
         self._host.start()
         self._reporter = LoadReporter(
-            instance=seat.instance,
-            engine_index=seat.engine_index,
-            controller=seat.controller,
+            instance=config.instance,
+            engine_index=config.engine_index,
+            controller=config.controller,
             on_order=self._host.order,
-            keys=seat.keys,
+            keys=config.keys,
         )
-        priorities = Priorities(seat.llumlet.settings.priorities)
+        priorities = Priorities(config.llumlet.settings.priorities)
         slots = self.scheduler.max_num_active_reqs
         self._queueing = Queueing(self.scheduler, priorities)
         self._urgent = UrgentAdmission(self.scheduler, priorities)
         self._stepped_s = 0.0
-        self._quiet_left = QUIET_STEPS_MAX
+        self._deferrals_left = DEFER_PREFILLS_STEPS_MAX
         self._changed = True
         self._prefixes = prefix_reader(
-            seat.llumlet.settings, self.scheduler, seat.instance, seat.engine_index, self._rouse
+            config.llumlet.settings,
+            self.scheduler,
+            config.instance,
+            config.engine_index,
+            self._rouse,
         )
         self._reader = LoadReader(self.scheduler, slots, priorities)
         if self._prefixes is not None:
-            self._reader.found = self._prefixes.found
+            self._reader.cached_tokens = self._prefixes.cached_tokens
         self._reader.taken_out = self._host.port.taken_out
         self._host.port.on_commit = self._is_here
         self._leave_on_sigterm()
@@ -219,13 +223,13 @@ class EngineInstance(MemoryCalls, EngineCoreActor):
         if self.scheduler.requests.get(request.request_id) is request:
             self._is_here(request)
         else:
-            self._reader.changed()
+            self._reader.mark_changed()
 
     def _is_here(self, request: Request) -> None:
         """A request came, new or from another engine."""
-        self._reader.came(request)
+        self._reader.arrived(request)
         if self._prefixes is not None:
-            self._prefixes.follow(request)
+            self._prefixes.track(request)
 
     def abort_requests(self, request_ids: list[str]) -> None:
         self._host.client_gone(request_ids)
@@ -247,7 +251,7 @@ class EngineInstance(MemoryCalls, EngineCoreActor):
     def _handle_client_request(self, request_type: Any, request: Any) -> None:
         self._changed = True
         self._reporter.worked()
-        if request_type is FromOutside:
+        if request_type is HostItem:
             self._host.handle(request)
         else:
             super()._handle_client_request(request_type, request)
@@ -264,7 +268,7 @@ class EngineInstance(MemoryCalls, EngineCoreActor):
 
     def _process_engine_step(self) -> bool:
         began = time.monotonic()
-        pace = self._host.port.pace
+        pace = self._host.port.step_timer
         landing = bool(self.batch_queue)
         prompts = landing and has_prompts(self.batch_queue[-1][1])
         if landing and self._host.hold_s(self._stepped_s + pace.step_s):
@@ -276,24 +280,24 @@ class EngineInstance(MemoryCalls, EngineCoreActor):
         now = time.monotonic()
         self._changed = True
         self._reporter.stepped(now - began if ran else None)
-        self._host.port.stepped(ran)
+        self._host.port.between_steps(ran)
         if landing:
-            pace.took(now - self._stepped_s, prompts=prompts)
+            pace.record_step(now - self._stepped_s, prompts=prompts)
         elif ran and not self.batch_queue:
-            pace.took(now - began)
+            pace.record_step(now - began)
         self._stepped_s = now
         return ran
 
     def _should_throttle_prefills(self) -> bool:
-        if not self._host.quiet():
-            self._quiet_left = min(QUIET_STEPS_MAX, self._quiet_left + 1)
+        if not self._host.defer_prefills():
+            self._deferrals_left = min(DEFER_PREFILLS_STEPS_MAX, self._deferrals_left + 1)
             return False
         scheduler = self.scheduler
         if not scheduler.waiting and not any(r.is_prefill_chunk for r in scheduler.running):
             return True  # It costs nobody anything.
-        quiet = self._quiet_left > 0
-        self._quiet_left += -1 if quiet else 1
-        return quiet
+        deferred = self._deferrals_left > 0
+        self._deferrals_left += -1 if deferred else 1
+        return deferred
 
     def _maybe_publish_request_counts(self) -> None:
         self._host.poll()
@@ -340,7 +344,7 @@ def _landing_only(scheduler: Any) -> Iterator[None]:
         del scheduler.has_requests
 
 
-def _take_devices(seat: InstanceSeat, world_size: int) -> list[str]:
+def _take_devices(config: InstanceConfig, world_size: int) -> list[str]:
     """The devices that this process was given, after it took its share of a CPU host's cores."""
     if not current_platform.is_cpu():
         visible = os.environ.get(current_platform.device_control_env_var, "")
@@ -349,7 +353,7 @@ def _take_devices(seat: InstanceSeat, world_size: int) -> list[str]:
 
     cores = [cpu.id for cpu in sorted(get_allowed_cpu_list(), key=lambda c: (c.numa_node, c.id))]
     if "VLLM_CPU_OMP_THREADS_BIND" not in os.environ:
-        share = share_of_cores(cores, seat.slot, seat.slots, world_size)
+        share = share_of_cores(cores, config.slot, config.slots, world_size)
         if share is not None:
             os.environ["VLLM_CPU_OMP_THREADS_BIND"] = share
     bound = os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "auto")

@@ -15,9 +15,9 @@ from vllm.v1.engine import EngineCoreOutput
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from llumnix.core.messages import (
-    LeaveWanted,
+    DrainRequested,
     MigrationEnded,
-    MigrationWanted,
+    MigrationRequested,
     StageDone,
     TookOver,
 )
@@ -184,7 +184,7 @@ class Migrations:
         stream: Stream,
         place: Place,
         copy: str = "staged",
-        wanted: MigrationWanted | None = None,
+        wanted: MigrationRequested | None = None,
     ) -> Migration:
         """Moves a stream's request there; returns when that has ended, one way or another.
         `copy`: one of core/messages.py's `COPIES`. `wanted`: by its source; None: by a user."""
@@ -299,9 +299,9 @@ class Migrations:
             if (known := self._listed.get(message.migration)) is not None:
                 known.tokens_before = message.outputs
             self._perform(self._arbiter.took_over(engine_index, message), due)
-        elif isinstance(message, MigrationWanted):
+        elif isinstance(message, MigrationRequested):
             self._wanted(engine_index, message)
-        elif isinstance(message, LeaveWanted):
+        elif isinstance(message, DrainRequested):
             self._engines.leave_wanted(engine_index, message.why)
         elif isinstance(message, MigrationEnded):
             self._perform(self._arbiter.ended(message), due)
@@ -316,7 +316,7 @@ class Migrations:
                 elif stream is None or stream.engine_index != migration.source_engine:
                     self._end(migration, "migrated", "")
 
-    def _wanted(self, engine_index: EngineIndex, message: MigrationWanted) -> None:
+    def _wanted(self, engine_index: EngineIndex, message: MigrationRequested) -> None:
         """A source chose a request to give away: orders it, if it is still there to be moved. If
         not, the source's wish lapses."""
         stream = self._streams.get(message.request)

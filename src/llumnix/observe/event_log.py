@@ -7,6 +7,9 @@ runs the pure core on it again, and its requests are a trace for the simulator
 (sim/workloads/traces.py).
 
 Rules
+- The first line of a file names the version of its lines (`LOG_VERSION`), so that a replay can
+  refuse a file whose names mean nothing to it. A file of another version is not appended to but
+  renamed to PATH.1.
 - A thread writes, so that a slow disk holds up no engine, frontend or controller. `QUEUED_MAX`
   lines wait for it. What finds no place there, or no room on the disk, is counted, and a line
   `dropped` says how many are missing once there is room again, which is tried every `RETRY_S`.
@@ -24,6 +27,7 @@ import queue
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -36,10 +40,14 @@ from llumnix.core.types import InstanceId, MigrationId
 logger = logging.getLogger("llumnix")
 _encoder = msgspec.json.Encoder()
 
+LOG_VERSION = 2
+"""Raised whenever the name or the meaning of a fact, a decision or a migration's event changes.
+Files of version 1 have no such line."""
 QUEUED_MAX = 20_000
 RETRY_S = 5.0
 CLOSE_TIMEOUT_S = 2.0
 FILE_MAX_BYTES = 2**30
+FIRST_LINE_BYTES_MAX = 1000
 LOOK_EVERY_S = 1.0
 """Between two looks at the file's size, and at whether another process has begun it anew."""
 
@@ -128,6 +136,24 @@ def _line(who: str, kind: str, at: float, rest: dict[str, Any]) -> bytes:
     return _encoder.encode(line) + b"\n"
 
 
+def log_version(path: str | Path) -> int | None:
+    """The version of the event log at `path`; None if it is empty, or no event log. OSError if it
+    cannot be read."""
+    if not Path(path).is_file():
+        return None
+    with open(path, "rb") as file:
+        first = file.readline(FIRST_LINE_BYTES_MAX)
+    try:
+        line = msgspec.json.decode(first, type=dict[str, Any])
+    except msgspec.DecodeError:
+        # Version 1 could begin with a line of any length.
+        return 1 if first.startswith(b'{"at":') else None
+    if line.get("kind") == "log":
+        version = line.get("version")
+        return version if isinstance(version, int) else None
+    return 1 if {"at", "who", "kind"} <= line.keys() else None
+
+
 def _same(before: LoadReport, report: LoadReport) -> bool:
     """Whether a report says nothing new but that its engine is there, or still stands still."""
     news = replace(report, sequence=before.sequence, stalled_s=before.stalled_s)
@@ -165,7 +191,19 @@ class _Writer:
             os.close(self._file)
 
     def _open(self) -> int:
-        return os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        """The file to append to. Its first line is there."""
+        with contextlib.suppress(FileNotFoundError):
+            if log_version(self._path) not in (None, LOG_VERSION):
+                os.replace(self._path, f"{self._path}.1")
+        file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            if not os.fstat(file).st_size:
+                more = {"version": LOG_VERSION}
+                os.write(file, _line(self._who, "log", time.monotonic(), more))
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)
+        return file
 
     def _run(self) -> None:
         look_s, last_try = 0.0, False

@@ -1,7 +1,8 @@
 """Runs the pure core again on an event log, and compares what it decides with what was decided.
 
 Each scheduler is fed its facts at their times, each machine of a migration its events. Facts of a
-scheduler whose start is not in the log are counted, not replayed.
+scheduler whose start is not in the log are counted, not replayed. A log of another version is
+refused, since its names of messages and events mean nothing here.
 """
 
 from dataclasses import dataclass, field, replace
@@ -21,6 +22,7 @@ from llumnix.core.scheduling.scheduler import Scheduler
 from llumnix.core.settings import SchedulerSettings
 from llumnix.core.types import InstanceId
 from llumnix.errors import ProtocolError, UsageError
+from llumnix.observe.event_log import LOG_VERSION, log_version
 
 DIFFERENCES_MAX = 20
 _FACTS: dict[str, type] = {c.__name__: c for c in get_args(Fact)}
@@ -136,10 +138,16 @@ class _Replay:
 
 
 def replay(path: Path) -> Replayed:
-    """Replays the log; `UsageError` if the file is not one."""
+    """Replays the log; `UsageError` if the file is not one, or one of another version."""
     run = _Replay()
     torn: UsageError | None = None  # By a full disk, if `dropped` lines follow.
     try:
+        version = log_version(path)
+        if version is not None and version != LOG_VERSION:
+            raise UsageError(
+                f"{path} is an event log of version {version}, and this llumnix replays version "
+                f"{LOG_VERSION}; replay it with the llumnix that wrote it"
+            )
         with path.open("rb") as file:
             for number, raw in enumerate(file, 1):
                 try:

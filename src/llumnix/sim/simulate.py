@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from llumnix.core.events import Decision, Dispatch, Fact, MoveLoad, NoInstance
+from llumnix.core.events import Decision, Dispatch, Fact, MoveOrder, NoInstance
 from llumnix.core.prefixes import BLOCK_TOKENS
 from llumnix.core.scheduling.presets import priorities_of
 from llumnix.core.settings import SchedulerSettings
@@ -86,7 +86,7 @@ class Spec:
             folder=self.folder,
         )
         classes = priorities_of(self.scheduler)
-        urgent = classes.asked(0, classes.classes[0].name)
+        urgent = classes.resolve(0, classes.classes[0].name)
         shared = max(BLOCK_TOKENS, block)
         return [
             Job(
@@ -172,7 +172,7 @@ class Decisions:
             if self._dispatches > DECISIONS_MAX // 4:
                 return
             kind, text = "dispatch", f"{what.request} to {what.instance}"
-        elif isinstance(what, MoveLoad):
+        elif isinstance(what, MoveOrder):
             kind, text = "move", f"{what.source} to {what.destination}"
         else:
             kind = type(what).__name__.removesuffix("Instances").removesuffix("Instance").lower()

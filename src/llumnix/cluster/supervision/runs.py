@@ -26,10 +26,10 @@ from llumnix.cluster.supervision.engine_actor import EngineActor, pack
 from llumnix.config import DeploymentConfig
 from llumnix.core.limits import MigrationLimits
 from llumnix.core.types import ENGINE_INDEX_MAX, EngineIndex, InstanceId
-from llumnix.engine.instance import InstanceFacts, InstanceSeat
+from llumnix.engine.instance import InstanceConfig, InstanceFacts
 from llumnix.engine.kv.agent import TransferOptions
 from llumnix.engine.launch import EngineLaunch
-from llumnix.engine.migration.host import HostSeat
+from llumnix.engine.migration.host import LlumletConfig
 from llumnix.errors import LlumnixError
 from llumnix.frontend.client import FleetClient
 
@@ -80,7 +80,7 @@ class Runs:
         self._slots = config.slots
         self.event_log = config.event_log and str(Path(config.event_log).absolute())
         limit = config.migration_bandwidth
-        self._seat = HostSeat(
+        self._llumlet = LlumletConfig(
             peers=addresses.peers,
             agents=addresses.agents,
             key=secrets.token_bytes(32),
@@ -99,13 +99,13 @@ class Runs:
         self._client.expect(instance, index, slot)
         # Not before it is in the state of the others.
         self._client.accept(index, False)
-        seat = InstanceSeat(
+        config = InstanceConfig(
             instance=instance,
             engine_index=index,
             slot=slot,
             slots=max(self._slots, slot + 1),
             controller=self._controller,
-            llumlet=self._seat,
+            llumlet=self._llumlet,
             event_log=self.event_log,
             keys=self._keys,
         )
@@ -113,7 +113,7 @@ class Runs:
         launch = self._launch
         # Here, since the event loop may change the configuration while the thread works.
         arguments = pack(
-            seat, launch.vllm_config, launch.addresses, launch.executor_class, launch.log_stats
+            config, launch.vllm_config, launch.addresses, launch.executor_class, launch.log_stats
         )
         run.made = asyncio.ensure_future(off_loop(self._make, run, instance, arguments))
         run.made.add_done_callback(_seen)

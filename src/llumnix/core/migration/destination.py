@@ -23,8 +23,9 @@ from dataclasses import dataclass, field
 
 from llumnix.core.limits import REMEMBERED_MAX, TAIL_MAX, MigrationLimits
 from llumnix.core.messages import (
-    CallOff,
+    CancelMigration,
     Handover,
+    HandoverAnnounced,
     Out,
     PeerMessage,
     Reserve,
@@ -32,7 +33,6 @@ from llumnix.core.messages import (
     Stage,
     Staged,
     StageProgress,
-    Stopping,
     ToFrontend,
     TookOver,
     ToPeer,
@@ -52,7 +52,7 @@ from llumnix.core.migration.verdicts import Decided, Verdicts
 from llumnix.core.types import EngineIndex, MigrationId, RequestId
 from llumnix.errors import ProtocolError
 
-QUIET_MAX_S = 0.1
+DEFER_PREFILLS_MAX_S = 0.1
 """So long prompts wait for a source's next word, and for the first step of a request that came: the
 one may hang, the other have to wait for a slot."""
 _AWAITED = (DestinationState.READY, DestinationState.COMMITTING)
@@ -63,7 +63,7 @@ class Incoming:
     """One migration to here. `ticket`: of the pull that is under way. `staged_s`: when the last
     stage was here. `due_s`: when the source said that its handover would be."""
 
-    order: Reserve
+    reservation: Reserve
     machine: DestinationMachine
     began_s: float
     deadline_s: float
@@ -81,7 +81,7 @@ class Incoming:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Came:
+class RecentArrival:
     """A request that was taken over: when, and how long its move took, in seconds."""
 
     at_s: float
@@ -104,7 +104,7 @@ class IncomingMigrations:
         self._ticket = 0
         self._at: Incoming | None = None  # The migration that is being dealt with.
         self.closed: str | None = None  # why no request may come
-        self.came: dict[RequestId, Came] = {}
+        self.recent_arrivals: dict[RequestId, RecentArrival] = {}
         # Taken over with all of their KV, and no step is over: how much is settled, and since when.
         self._new: dict[RequestId, tuple[int, float]] = {}
 
@@ -115,41 +115,41 @@ class IncomingMigrations:
         """When each of them wants to be looked at."""
         return [c.deadline_s for c in self._open.values() if not c.machine.over]
 
-    def reserve(self, order: Reserve, now: float) -> None:
+    def reserve(self, reservation: Reserve, now: float) -> None:
         """Has room for a request, or declines it."""
-        if order.migration in self._open:
+        if reservation.migration in self._open:
             return  # It came twice.
-        if (verdict := self._verdicts.get(order.migration)) is not None:
-            self._say(order.source, order.address, verdict)
+        if (verdict := self._verdicts.get(reservation.migration)) is not None:
+            self._say(reservation.source, reservation.address, verdict)
             return
-        coming = Incoming(
-            order=order,
-            machine=destination_machine(order.migration),
+        incoming = Incoming(
+            reservation=reservation,
+            machine=destination_machine(reservation.migration),
             began_s=now,
             deadline_s=now + self._limits.silence_timeout_s,
-            outputs=len(order.outputs),
-            tail=order.outputs[-TAIL_MAX:],
+            outputs=len(reservation.outputs),
+            tail=reservation.outputs[-TAIL_MAX:],
         )
-        hit = self._make_room(order)
+        hit = self._make_room(reservation)
         if isinstance(hit, Refusal):
-            coming.why = hit.why
-            self._walk(coming, DestinationEvent.FAILED)
-            self._decide(coming, taken=False)
+            incoming.why = hit.why
+            self._walk(incoming, DestinationEvent.FAILED)
+            self._decide(incoming, taken=False)
             return
-        coming.hit = hit
-        self._open[order.migration] = self._at = coming
-        self._look(coming, now)
+        incoming.hit = hit
+        self._open[reservation.migration] = self._at = incoming
+        self._advance(incoming, now)
 
-    def quiet(self, now: float) -> bool:
+    def defer_prefills(self, now: float) -> bool:
         """Whether the next step should compute no prompts: a request may come before its end, or
         has come and waits for its first token."""
         for request, (settled, since_s) in list(self._new.items()):
             progress = self._port.progress(request)
             ended = progress.settled != settled or progress.phase is Phase.GONE
-            if ended or now > since_s + QUIET_MAX_S:
+            if ended or now > since_s + DEFER_PREFILLS_MAX_S:
                 del self._new[request]
         return bool(self._new) or any(
-            c.staged_s is not None and now <= c.staged_s + QUIET_MAX_S
+            c.staged_s is not None and now <= c.staged_s + DEFER_PREFILLS_MAX_S
             for c in self._open.values()
             if not c.machine.over
         )
@@ -169,73 +169,76 @@ class IncomingMigrations:
         return min(due) + self._limits.near_s - now
 
     def receive(
-        self, message: Stage | Stopping | Handover | CallOff, now: float, heard_s: float
+        self,
+        message: Stage | HandoverAnnounced | Handover | CancelMigration,
+        now: float,
+        heard_s: float,
     ) -> None:
         """Takes in what a source said, which arrived at `heard_s`."""
-        self._at = coming = self._open.get(message.migration)
-        if coming is None or coming.machine.over:
+        self._at = incoming = self._open.get(message.migration)
+        if incoming is None or incoming.machine.over:
             self._verdicts.receive(message)
-        elif isinstance(message, CallOff):
-            self._may_end(coming, DestinationEvent.CALLED_OFF, message.why)
-        elif isinstance(message, Stopping):
-            if coming.machine.state is DestinationState.READY:
-                self._walk(coming, DestinationEvent.STOPPING)
-                coming.due_s = heard_s + message.in_s
-                if coming.last is not None:
+        elif isinstance(message, CancelMigration):
+            self._may_end(incoming, DestinationEvent.CANCELLED, message.why)
+        elif isinstance(message, HandoverAnnounced):
+            if incoming.machine.state is DestinationState.READY:
+                self._walk(incoming, DestinationEvent.ANNOUNCED)
+                incoming.due_s = heard_s + message.in_s
+                if incoming.last is not None:
                     # Now, while the request still runs there: of a long one it takes milliseconds.
-                    self._port.cache(coming.order.request, coming.last.end)
-        elif coming.machine.state is DestinationState.COMMITTING:
+                    self._port.cache(incoming.reservation.request, incoming.last.end)
+        elif incoming.machine.state is DestinationState.COMMITTING:
             if isinstance(message, Handover):
-                self._walk(coming, DestinationEvent.HANDOVER)
-        elif isinstance(message, Handover) or message.stage > coming.stage:
-            self._go_on(coming, message, now)
+                self._walk(incoming, DestinationEvent.HANDOVER)
+        elif isinstance(message, Handover) or message.stage > incoming.stage:
+            self._go_on(incoming, message, now)
 
     def pulled(self, ticket: int, error: str | None, size: int, seconds: float, now: float) -> None:
         """A pull that the port began is over. `size` in bytes."""
-        coming = self._open.get(self._tickets.pop(ticket, MigrationId("")))
-        if coming is None or coming.ticket != ticket:
+        incoming = self._open.get(self._tickets.pop(ticket, MigrationId("")))
+        if incoming is None or incoming.ticket != ticket:
             raise ProtocolError(f"nobody waits for the end of pull {ticket}")
-        self._at = coming
-        coming.ticket, coming.bytes, coming.seconds = None, size, seconds
-        if coming.machine.over:
-            self._free(coming)
+        self._at = incoming
+        incoming.ticket, incoming.bytes, incoming.seconds = None, size, seconds
+        if incoming.machine.over:
+            self._free(incoming)
         elif error is not None:
-            self._may_end(coming, DestinationEvent.FAILED, error)
+            self._may_end(incoming, DestinationEvent.FAILED, error)
         else:
-            self._have_it(coming, now)
+            self._have_it(incoming, now)
 
     def client_gone(self, requests: list[str]) -> None:
         """The frontend aborted these requests here."""
-        for coming in self._still_open():
-            if coming.order.request in requests:
-                self._at = coming
-                self._may_end(coming, DestinationEvent.CLIENT_GONE, "its client hung up")
+        for incoming in self._still_open():
+            if incoming.reservation.request in requests:
+                self._at = incoming
+                self._may_end(incoming, DestinationEvent.CLIENT_GONE, "its client hung up")
 
     def engine_lost(self, engine: EngineIndex) -> None:
         """A source died."""
-        for coming in self._still_open():
-            if coming.order.source == engine:
-                self._at = coming
-                self._may_end(coming, DestinationEvent.SOURCE_LOST, "the source died")
+        for incoming in self._still_open():
+            if incoming.reservation.source == engine:
+                self._at = incoming
+                self._may_end(incoming, DestinationEvent.SOURCE_LOST, "the source died")
 
     def fate(self, migration: MigrationId) -> str:
         """`taken`, `declined` or `undecided`. One never heard of is declined from now on."""
-        coming = self._open.get(migration)
-        if coming is not None and not coming.machine.over:
+        incoming = self._open.get(migration)
+        if incoming is not None and not incoming.machine.over:
             return "undecided"
         return self._verdicts.fate(migration)
 
     def poll(self, now: float) -> None:
         """Looks at every one of them."""
-        for coming in self._still_open():
-            self._at = coming
-            self._look(coming, now)
+        for incoming in self._still_open():
+            self._at = incoming
+            self._advance(incoming, now)
 
-    def call_off(self, why: str) -> None:
+    def cancel_all(self, why: str) -> None:
         """Declines all of them."""
-        for coming in self._still_open():
-            self._at = coming
-            self._may_end(coming, DestinationEvent.FAILED, f"the destination takes none: {why}")
+        for incoming in self._still_open():
+            self._at = incoming
+            self._may_end(incoming, DestinationEvent.FAILED, f"the destination takes none: {why}")
 
     def settled(self) -> None:
         """What was dealt with came to an end without an exception."""
@@ -243,180 +246,188 @@ class IncomingMigrations:
 
     def failed(self, why: str) -> None:
         """An exception came out of what was being dealt with: ends that migration, if any."""
-        coming, self._at = self._at, None
-        if coming is not None and not coming.machine.over:
-            self._may_end(coming, DestinationEvent.FAILED, f"an error at its destination: {why}")
+        incoming, self._at = self._at, None
+        if incoming is not None and not incoming.machine.over:
+            self._may_end(incoming, DestinationEvent.FAILED, f"an error at its destination: {why}")
 
     # -- one of them -------------------------------------------------------------------------------
 
     def _still_open(self) -> list[Incoming]:
         return [c for c in self._open.values() if not c.machine.over]
 
-    def _make_room(self, order: Reserve) -> int | Refusal:
+    def _make_room(self, reservation: Reserve) -> int | Refusal:
         if self.closed is not None:
             return Refusal(why=f"the destination takes none: {self.closed}")
         if len(self._open) >= self._limits.incoming_max:
             return Refusal(why=f"{len(self._open)} requests are on their way there already")
-        if any(c.order.request == order.request for c in self._open.values()):
+        if any(c.reservation.request == reservation.request for c in self._open.values()):
             return Refusal(why="it is on its way there already")
         return self._port.reserve(
-            order.request, order.body, order.outputs, order.tokens, order.agents
+            reservation.request,
+            reservation.body,
+            reservation.outputs,
+            reservation.tokens,
+            reservation.agents,
         )
 
-    def _look(self, coming: Incoming, now: float) -> None:
-        if coming.machine.state is DestinationState.PREPARING:
-            ready = self._port.ready(coming.order.request)
+    def _advance(self, incoming: Incoming, now: float) -> None:
+        if incoming.machine.state is DestinationState.PREPARING:
+            ready = self._port.ready(incoming.reservation.request)
             if isinstance(ready, Refusal):
-                self._may_end(coming, DestinationEvent.FAILED, ready.why)
+                self._may_end(incoming, DestinationEvent.FAILED, ready.why)
                 return
             if ready:
-                self._walk(coming, DestinationEvent.PREPARED)
-                self._answer(coming, Reserved(migration=coming.order.migration, hit=coming.hit))
-                return
-        if now >= coming.deadline_s and coming.ticket is not None:
-            coming.deadline_s = now + self._limits.progress_every_s
-            if self._walk(coming, DestinationEvent.LATE) is DestinationAction.SAY_PROGRESS:
+                self._walk(incoming, DestinationEvent.PREPARED)
                 self._answer(
-                    coming,
-                    StageProgress(migration=coming.order.migration, stage=coming.stage),
+                    incoming, Reserved(migration=incoming.reservation.migration, hit=incoming.hit)
                 )
-        elif now >= coming.deadline_s:
-            why = f"the source was silent while {coming.machine.state.value}"
-            self._may_end(coming, DestinationEvent.LATE, why)
+                return
+        if now >= incoming.deadline_s and incoming.ticket is not None:
+            incoming.deadline_s = now + self._limits.progress_every_s
+            if self._walk(incoming, DestinationEvent.TIMED_OUT) is DestinationAction.SAY_PROGRESS:
+                self._answer(
+                    incoming,
+                    StageProgress(migration=incoming.reservation.migration, stage=incoming.stage),
+                )
+        elif now >= incoming.deadline_s:
+            why = f"the source was silent while {incoming.machine.state.value}"
+            self._may_end(incoming, DestinationEvent.TIMED_OUT, why)
 
-    def _go_on(self, coming: Incoming, message: Stage | Handover, now: float) -> None:
-        new = message.outputs[max(0, coming.outputs - message.first_output) :]
-        coming.outputs += len(new)
-        coming.tail = [*coming.tail, *new][-TAIL_MAX:]
-        coming.last = message
-        coming.deadline_s = now + self._limits.silence_timeout_s
+    def _go_on(self, incoming: Incoming, message: Stage | Handover, now: float) -> None:
+        new = message.outputs[max(0, incoming.outputs - message.first_output) :]
+        incoming.outputs += len(new)
+        incoming.tail = [*incoming.tail, *new][-TAIL_MAX:]
+        incoming.last = message
+        incoming.deadline_s = now + self._limits.silence_timeout_s
         if isinstance(message, Stage):
-            coming.stage = message.stage
-            self._walk(coming, DestinationEvent.STAGE)
+            incoming.stage = message.stage
+            self._walk(incoming, DestinationEvent.STAGE)
             slots = message.tokens
         else:
-            self._walk(coming, DestinationEvent.HANDOVER)
+            self._walk(incoming, DestinationEvent.HANDOVER)
             # And for the next steps: it holds blocks, so nobody could take any from it to go on.
-            slots = self._computed(coming) and self._computed(coming) + self._port.block_tokens
-        refusal = self._port.reach(coming.order.request, slots, new)
+            slots = self._computed(incoming) and self._computed(incoming) + self._port.block_tokens
+        refusal = self._port.reach(incoming.reservation.request, slots, new)
         if refusal is not None:
-            self._may_end(coming, DestinationEvent.FAILED, refusal.why)
+            self._may_end(incoming, DestinationEvent.FAILED, refusal.why)
         elif message.end > message.start:
-            coming.deadline_s = now + self._limits.progress_every_s
-            self._pull(coming, message)
+            incoming.deadline_s = now + self._limits.progress_every_s
+            self._pull(incoming, message)
             if isinstance(message, Stage):
-                self._port.cache(coming.order.request, message.start)
+                self._port.cache(incoming.reservation.request, message.start)
         else:
-            coming.bytes, coming.seconds = 0, 0.0
-            self._have_it(coming, now)
+            incoming.bytes, incoming.seconds = 0, 0.0
+            self._have_it(incoming, now)
 
-    def _pull(self, coming: Incoming, message: Stage | Handover) -> None:
-        order = coming.order
+    def _pull(self, incoming: Incoming, message: Stage | Handover) -> None:
+        reservation = incoming.reservation
         self._ticket += 1
-        coming.ticket = self._ticket
-        self._tickets[self._ticket] = order.migration
+        incoming.ticket = self._ticket
+        self._tickets[self._ticket] = reservation.migration
         self._port.pull(
-            order.request,
+            reservation.request,
             self._ticket,
-            order.source,
-            order.agents,
+            reservation.source,
+            reservation.agents,
             message.start,
             message.end,
             message.blocks,
         )
 
-    def _have_it(self, coming: Incoming, now: float) -> None:
+    def _have_it(self, incoming: Incoming, now: float) -> None:
         """What the source's last word named is here."""
-        migration = coming.order.migration
-        coming.deadline_s = now + self._limits.silence_timeout_s
-        if self._walk(coming, DestinationEvent.PULLED) is DestinationAction.INSTALL:
-            self._install(coming, now)
+        migration = incoming.reservation.migration
+        incoming.deadline_s = now + self._limits.silence_timeout_s
+        if self._walk(incoming, DestinationEvent.PULLED) is DestinationAction.INSTALL:
+            self._install(incoming, now)
         else:
-            coming.staged_s = now
+            incoming.staged_s = now
             self._answer(
-                coming,
+                incoming,
                 Staged(
                     migration=migration,
-                    stage=coming.stage,
-                    bytes=coming.bytes,
-                    seconds=coming.seconds,
+                    stage=incoming.stage,
+                    bytes=incoming.bytes,
+                    seconds=incoming.seconds,
                 ),
             )
 
-    def _install(self, coming: Incoming, now: float) -> None:
-        order, handover = coming.order, coming.last
+    def _install(self, incoming: Incoming, now: float) -> None:
+        reservation, handover = incoming.reservation, incoming.last
         assert isinstance(handover, Handover)
-        refusal = self._port.commit(order.request, self._computed(coming), handover.state)
+        refusal = self._port.commit(reservation.request, self._computed(incoming), handover.state)
         if refusal is not None:
-            self._may_end(coming, DestinationEvent.FAILED, refusal.why)
+            self._may_end(incoming, DestinationEvent.FAILED, refusal.why)
             return
-        self._walk(coming, DestinationEvent.INSTALLED)
-        del self._open[order.migration]
-        self.came[order.request] = Came(at_s=now, took_s=now - coming.began_s)
-        if len(self.came) > REMEMBERED_MAX:
-            del self.came[next(iter(self.came))]
+        self._walk(incoming, DestinationEvent.INSTALLED)
+        del self._open[reservation.migration]
+        self.recent_arrivals[reservation.request] = RecentArrival(
+            at_s=now, took_s=now - incoming.began_s
+        )
+        if len(self.recent_arrivals) > REMEMBERED_MAX:
+            del self.recent_arrivals[next(iter(self.recent_arrivals))]
         took = TookOver(
-            migration=order.migration,
-            request=order.request,
-            epoch=order.epoch,
-            outputs=coming.outputs,
-            tail=coming.tail,
+            migration=reservation.migration,
+            request=reservation.request,
+            epoch=reservation.epoch,
+            outputs=incoming.outputs,
+            tail=incoming.tail,
         )
         self._out.append(ToFrontend(message=took))
-        self._decide(coming, taken=True)
-        progress = self._port.progress(order.request)
+        self._decide(incoming, taken=True)
+        progress = self._port.progress(reservation.request)
         if progress.settled and progress.settled + 1 >= progress.tokens:
-            self._new[order.request] = progress.settled, now
+            self._new[reservation.request] = progress.settled, now
 
-    def _computed(self, coming: Incoming) -> int:
+    def _computed(self, incoming: Incoming) -> int:
         """The tokens whose KV is here after the handover: what the source had computed, or what was
         here before if that is more."""
-        assert isinstance(coming.last, Handover)
-        return max(coming.last.end, coming.hit)
+        assert isinstance(incoming.last, Handover)
+        return max(incoming.last.end, incoming.hit)
 
-    def _may_end(self, coming: Incoming, event: DestinationEvent, why: str) -> None:
+    def _may_end(self, incoming: Incoming, event: DestinationEvent, why: str) -> None:
         """Feeds an event that may end it; if it does, frees what it held and says so."""
-        if self._walk(coming, event) is not DestinationAction.DROP:
+        if self._walk(incoming, event) is not DestinationAction.DROP:
             return
-        coming.why = why
-        self._decide(coming, taken=False)
-        if coming.ticket is None:
-            self._free(coming)
+        incoming.why = why
+        self._decide(incoming, taken=False)
+        if incoming.ticket is None:
+            self._free(incoming)
         else:
-            self._port.cancel(coming.ticket)
+            self._port.cancel(incoming.ticket)
 
-    def _free(self, coming: Incoming) -> None:
-        self._port.drop(coming.order.request)
-        del self._open[coming.order.migration]
+    def _free(self, incoming: Incoming) -> None:
+        self._port.drop(incoming.reservation.request)
+        del self._open[incoming.reservation.migration]
 
-    def _decide(self, coming: Incoming, *, taken: bool) -> None:
-        order = coming.order
+    def _decide(self, incoming: Incoming, *, taken: bool) -> None:
+        reservation = incoming.reservation
         verdict = Verdict(
-            migration=order.migration,
+            migration=reservation.migration,
             taken=taken,
-            why=coming.why,
-            bytes=coming.bytes,
-            seconds=coming.seconds,
+            why=incoming.why,
+            bytes=incoming.bytes,
+            seconds=incoming.seconds,
         )
         self._verdicts.remember(
             Decided(
                 verdict=verdict,
-                machine=coming.machine,
-                source=order.source,
-                address=order.address,
+                machine=incoming.machine,
+                source=reservation.source,
+                address=reservation.address,
             )
         )
-        self._answer(coming, verdict)
+        self._answer(incoming, verdict)
 
-    def _walk(self, coming: Incoming, event: DestinationEvent) -> DestinationAction:
-        action = coming.machine.feed(event)
-        state = coming.machine.state.value
-        name = coming.order.migration
+    def _walk(self, incoming: Incoming, event: DestinationEvent) -> DestinationAction:
+        action = incoming.machine.feed(event)
+        state = incoming.machine.state.value
+        name = incoming.reservation.migration
         self._on_step("destination", name, event.value, state, action.value)
         return action
 
-    def _answer(self, coming: Incoming, message: PeerMessage) -> None:
-        self._say(coming.order.source, coming.order.address, message)
+    def _answer(self, incoming: Incoming, message: PeerMessage) -> None:
+        self._say(incoming.reservation.source, incoming.reservation.address, message)
 
     def _say(self, engine: EngineIndex, address: str, message: PeerMessage) -> None:
         self._out.append(ToPeer(engine=engine, address=address, message=message))

@@ -6,11 +6,12 @@ after every step, and what comes out is to be sent. It does no I/O and reads no 
 
 from collections.abc import Sequence
 
-from llumnix.core.events import MoveLoad
+from llumnix.core.events import MoveOrder
 from llumnix.core.limits import MigrationLimits
 from llumnix.core.messages import (
-    CallOff,
+    CancelMigration,
     Handover,
+    HandoverAnnounced,
     Migrate,
     Out,
     PeerMessage,
@@ -19,7 +20,6 @@ from llumnix.core.messages import (
     Stage,
     Staged,
     StageProgress,
-    Stopping,
     Verdict,
 )
 from llumnix.core.migration.destination import IncomingMigrations
@@ -29,7 +29,7 @@ from llumnix.core.migration.setbacks import Setbacks
 from llumnix.core.migration.source import OutgoingMigrations
 from llumnix.core.migration.tables import OnStep
 from llumnix.core.priorities import Priorities
-from llumnix.core.reports import Moving
+from llumnix.core.reports import MoveCounts
 from llumnix.core.settings import SchedulerSettings
 from llumnix.core.types import EngineIndex, MigrationId, OrderId
 
@@ -74,15 +74,15 @@ class Llumlet:
         """Whether nothing is on its way here, and, if `leaving`, nothing on its way from here."""
         return not len(self._incoming) and not (leaving and len(self._outgoing))
 
-    def call_off(self, why: str, now: float, *, leaving: bool) -> list[Out]:
+    def cancel_all(self, why: str, now: float, *, leaving: bool) -> list[Out]:
         """Declines all requests that are on their way here, and takes none until `welcome`. If
         `leaving`, lets all that are on their way from here go on here, but for those that were
         handed over."""
         self._incoming.closed = why
-        self._incoming.call_off(why)
+        self._incoming.cancel_all(why)
         if leaving:
             self._outgoing.closed = why
-            self._outgoing.call_off(why, now)
+            self._outgoing.cancel_all(why, now)
         return self._take_out()
 
     def may_leave(self) -> None:
@@ -97,14 +97,14 @@ class Llumlet:
         """When `poll` must be called at the latest, even if the engine stands still."""
         return min(self._outgoing.deadlines() + self._incoming.deadlines(), default=None)
 
-    def moving(self, now: float) -> Moving:
+    def moving(self, now: float) -> MoveCounts:
         """What the next load report says of moves."""
         out, waiting, tokens = self._orders.moving(now)
-        return Moving(
+        return MoveCounts(
             out=out,
             out_waiting=waiting,
             out_tokens=tokens,
-            coming=len(self._incoming),
+            incoming=len(self._incoming),
             moved_bytes=self._outgoing.moved_bytes,
             moved_s=self._outgoing.moved_s,
         )
@@ -117,11 +117,11 @@ class Llumlet:
         """A load report of that number has said all that `moving` and `answered` told last."""
         self._orders.reported(sequence)
 
-    def order(self, order: MoveLoad, now: float) -> list[Out]:
+    def order(self, order: MoveOrder, now: float) -> list[Out]:
         """The scheduler wants load moved away from here."""
         return self.orders([order], now)
 
-    def orders(self, orders: Sequence[MoveLoad], now: float) -> list[Out]:
+    def orders(self, orders: Sequence[MoveOrder], now: float) -> list[Out]:
         """The same, of all orders that have come since the last look: an engine may have been in
         one step all the while. Older ones among them are not carried out."""
         self._orders.take(orders, now)
@@ -141,16 +141,16 @@ class Llumlet:
         match message:
             case Reserve():
                 self._incoming.reserve(message, now)
-            case Stage() | Stopping() | Handover() | CallOff():
+            case Stage() | HandoverAnnounced() | Handover() | CancelMigration():
                 self._incoming.receive(message, now, now if heard_s is None else heard_s)
             case Reserved() | Staged() | StageProgress() | Verdict():
                 self._outgoing.receive(message, now)
         return self._take_out()
 
-    def quiet(self, now: float) -> bool:
+    def defer_prefills(self, now: float) -> bool:
         """Whether the engine's next step should compute no prompts: a handover is near, or has just
         been."""
-        return self._outgoing.quiet() or self._incoming.quiet(now)
+        return self._outgoing.defer_prefills() or self._incoming.defer_prefills(now)
 
     def hold_s(self, free_s: float, now: float) -> float:
         """How long the engine, whose steps in flight end at `free_s`, should begin none: a request

@@ -112,7 +112,7 @@ class EnginePort(Protocol):
         """Takes it out of the batch or the queue; it keeps its blocks."""
         ...
 
-    def rest(self, request: RequestId, start: int) -> tuple[int, Blocks, bytes]:
+    def handover_state(self, request: RequestId, start: int) -> tuple[int, Blocks, bytes]:
         """Of a stopped request with nothing in flight: the tokens computed, the blocks from token
         `start` on, and what else the destination needs."""
         ...

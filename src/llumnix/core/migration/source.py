@@ -5,16 +5,17 @@ Rules
 - A request that finished, was aborted or was preempted meanwhile is not moved.
 - An exception ends the migration that it came from, and no other: before the handover the request
   goes on here, after it the destination's verdict is still awaited.
-- All blocks that were named to the destination stay pinned until the migration is over, which after
-  the handover is the verdict. So each further word of the source (`Stage`, `Stopping`, `Handover`)
-  proves that what the destination pulled before it are the bytes of this request.
+- Every block that was named to the destination stays pinned until the migration is over: after the
+  handover, until the verdict. So when the destination hears the source again (`Stage`,
+  `HandoverAnnounced`, `Handover`), all that it pulled before were the bytes of this request.
 """
 
 from llumnix.core.limits import REMEMBERED_MAX, MigrationLimits
 from llumnix.core.messages import (
-    CallOff,
+    CancelMigration,
     FromDestination,
     Handover,
+    HandoverAnnounced,
     Migrate,
     MigrationEnded,
     Out,
@@ -25,7 +26,6 @@ from llumnix.core.messages import (
     Staged,
     StageDone,
     StageProgress,
-    Stopping,
     ToFrontend,
     ToPeer,
     Verdict,
@@ -43,8 +43,8 @@ from llumnix.core.migration.tables import (
 )
 from llumnix.core.types import EngineIndex, MigrationId, RequestId
 
-_NOT_TAKEN = (SourceEvent.DECLINED, SourceEvent.LATE)
-_GOING_ON = (SourceState.RESERVING, SourceState.COPYING, SourceState.IDLE)
+_NOT_TAKEN = (SourceEvent.DECLINED, SourceEvent.TIMED_OUT)
+_GOING_ON = (SourceState.RESERVING, SourceState.COPYING, SourceState.BETWEEN_STAGES)
 _HANDED_OVER = (SourceState.DECIDING, SourceState.RELEASING)
 
 
@@ -86,41 +86,41 @@ class OutgoingMigrations:
         """When each of them wants to be looked at."""
         return [g.deadline_s for g in self._open.values()]
 
-    def quiet(self) -> bool:
+    def defer_prefills(self) -> bool:
         """Whether the next step should compute no prompts: it has to be as long as was said."""
         return any(
-            g.machine.state is SourceState.IDLE
-            and (g.near_at is not None or g.hushed_until_s is not None)
+            g.machine.state is SourceState.BETWEEN_STAGES
+            and (g.announced_at_tokens is not None or g.prefill_wait_until_s is not None)
             for g in self._open.values()
         )
 
-    def begin(self, order: Migrate, now: float) -> None:
+    def begin(self, grant: Migrate, now: float) -> None:
         """Asks the destination for room, or says at once why the request cannot be moved."""
-        described = self._describe(order, now)
+        described = self._describe(grant, now)
         if isinstance(described, Refusal):
-            self.refuse(order, described)
+            self.refuse(grant, described)
             return
-        progress = self._port.progress(order.request)
-        outputs = self._port.outputs(order.request, 0)
-        without_kv = progress.phase is Phase.WAITING or order.copy == "recompute"
+        progress = self._port.progress(grant.request)
+        outputs = self._port.outputs(grant.request, 0)
+        without_kv = progress.phase is Phase.WAITING or grant.copy == "recompute"
         ahead = self._limits.ahead_tokens(self._port.block_tokens)
-        going = Outgoing(
-            order=order,
-            machine=source_machine(order.migration),
+        outgoing = Outgoing(
+            grant=grant,
+            machine=source_machine(grant.migration),
             began_s=now,
             deadline_s=now + self._limits.reserve_timeout_s,
             preemptions=progress.preemptions,
             outputs_sent=len(outputs),
         )
-        self._open[order.request] = self._at = going
+        self._open[grant.request] = self._at = outgoing
         self._send(
-            going,
+            outgoing,
             Reserve(
-                migration=order.migration,
-                request=order.request,
+                migration=grant.migration,
+                request=grant.request,
                 source=self._engine,
                 address=self._address,
-                epoch=order.epoch,
+                epoch=grant.epoch,
                 body=described,
                 outputs=outputs,
                 tokens=0 if without_kv else progress.tokens + ahead,
@@ -128,65 +128,65 @@ class OutgoingMigrations:
             ),
         )
 
-    def refuse(self, order: Migrate, refusal: Refusal) -> None:
+    def refuse(self, grant: Migrate, refusal: Refusal) -> None:
         """Tells the frontend that the migration does not begin."""
         ended = MigrationEnded(
-            migration=order.migration, request=order.request, taken=False, why=refusal.why
+            migration=grant.migration, request=grant.request, taken=False, why=refusal.why
         )
         self._out.append(ToFrontend(message=ended))
 
     def receive(self, message: FromDestination, now: float) -> None:
         """Takes in what a destination said."""
-        going = next(
-            (g for g in self._open.values() if g.order.migration == message.migration), None
+        outgoing = next(
+            (g for g in self._open.values() if g.grant.migration == message.migration), None
         )
-        self._at = going
-        if going is None:
+        self._at = outgoing
+        if outgoing is None:
             self._after_the_end(message)
         elif isinstance(message, Reserved):
-            if going.machine.state is SourceState.RESERVING:
-                going.done = message.hit
-            self._walk(going, SourceEvent.RESERVED, now)
-            self.look(going, now)
+            if outgoing.machine.state is SourceState.RESERVING:
+                outgoing.done = message.hit
+            self._walk(outgoing, SourceEvent.RESERVED, now)
+            self.advance(outgoing, now)
         elif isinstance(message, Verdict):
-            if message.taken and going.handover is not None:
-                self._note_stage(going, going.handover.end, message, now)
-            if going.machine.state is not SourceState.RELEASING:
-                going.why = message.why
-            self._walk(going, SourceEvent.TAKEN if message.taken else SourceEvent.DECLINED, now)
-        elif message.stage != going.stage or going.machine.state is not SourceState.COPYING:
+            if message.taken and outgoing.handover is not None:
+                self._note_stage(outgoing, outgoing.handover.end, message, now)
+            if outgoing.machine.state is not SourceState.RELEASING:
+                outgoing.why = message.why
+            self._walk(outgoing, SourceEvent.TAKEN if message.taken else SourceEvent.DECLINED, now)
+        elif message.stage != outgoing.stage or outgoing.machine.state is not SourceState.COPYING:
             pass  # It was late, or came twice.
         elif isinstance(message, StageProgress):
-            self._walk(going, SourceEvent.PROGRESS, now)
+            self._walk(outgoing, SourceEvent.PROGRESS, now)
         else:
-            self._note_stage(going, going.stage_end, message, now)
-            going.done = going.stage_end
-            self._walk(going, SourceEvent.STAGED, now)
-            self.look(going, now)
+            self._note_stage(outgoing, outgoing.stage_end, message, now)
+            outgoing.done = outgoing.stage_end
+            self._walk(outgoing, SourceEvent.STAGED, now)
+            self.advance(outgoing, now)
 
     def engine_lost(self, engine: EngineIndex, granted: set[MigrationId], now: float) -> None:
         """A destination died; for `granted` the frontend gave this engine a fresh epoch."""
-        for going in [g for g in self._open.values() if g.order.destination == engine]:
-            self._at = going
-            going.why = "the destination died"
-            mine = going.order.migration in granted
-            self._walk(going, SourceEvent.GRANTED if mine else SourceEvent.FORFEITED, now)
+        for outgoing in [g for g in self._open.values() if g.grant.destination == engine]:
+            self._at = outgoing
+            outgoing.why = "the destination died"
+            mine = outgoing.grant.migration in granted
+            self._walk(outgoing, SourceEvent.GRANTED if mine else SourceEvent.FORFEITED, now)
         self.settled()
 
     def poll(self, now: float) -> None:
         """Looks at every one of them."""
-        for going in list(self._open.values()):
-            self._at = going
-            self.look(going, now)
+        for outgoing in list(self._open.values()):
+            self._at = outgoing
+            self.advance(outgoing, now)
         self.settled()
 
-    def call_off(self, why: str, now: float) -> None:
+    def cancel_all(self, why: str, now: float) -> None:
         """Ends all that have not been handed over; those that have wait for their verdict."""
-        for going in list(self._open.values()):
-            if going.machine.state in (*_GOING_ON, SourceState.STOPPING):
-                self._at = going
-                going.why = why
-                self._walk(going, SourceEvent.FAILED, now)
+        for outgoing in list(self._open.values()):
+            if outgoing.machine.state in (*_GOING_ON, SourceState.STOPPING):
+                self._at = outgoing
+                outgoing.why = why
+                self._walk(outgoing, SourceEvent.FAILED, now)
         self.settled()
 
     def settled(self) -> None:
@@ -195,59 +195,59 @@ class OutgoingMigrations:
 
     def failed(self, why: str, now: float) -> None:
         """An exception came out of what was being dealt with: ends that migration, if any."""
-        going, self._at = self._at, None
-        if going is None or self._open.get(going.order.request) is not going:
+        outgoing, self._at = self._at, None
+        if outgoing is None or self._open.get(outgoing.grant.request) is not outgoing:
             return
-        going.why = f"an error at its source: {why}"
-        if going.machine.over:
-            self._end(going, taken=going.machine.state is SourceState.COMMITTED, now=now)
-        elif going.machine.state in _HANDED_OVER and now >= going.deadline_s:
-            self._walk(going, SourceEvent.LATE, now)
+        outgoing.why = f"an error at its source: {why}"
+        if outgoing.machine.over:
+            self._end(outgoing, taken=outgoing.machine.state is SourceState.COMMITTED, now=now)
+        elif outgoing.machine.state in _HANDED_OVER and now >= outgoing.deadline_s:
+            self._walk(outgoing, SourceEvent.TIMED_OUT, now)
         else:
-            self._walk(going, SourceEvent.FAILED, now)
-            if not going.machine.over:
+            self._walk(outgoing, SourceEvent.FAILED, now)
+            if not outgoing.machine.over:
                 # Others are looked at first, if it should fail again.
-                self._open[going.order.request] = self._open.pop(going.order.request)
+                self._open[outgoing.grant.request] = self._open.pop(outgoing.grant.request)
 
-    def look(self, going: Outgoing, now: float) -> None:
+    def advance(self, outgoing: Outgoing, now: float) -> None:
         """What has become of the request, and what follows from it."""
-        if going.machine.over:
+        if outgoing.machine.over:
             return
-        state = going.machine.state
-        progress = self._port.progress(going.order.request)
+        state = outgoing.machine.state
+        progress = self._port.progress(outgoing.grant.request)
         if progress.phase is Phase.GONE and state is not SourceState.RELEASING:
-            going.why = "it ended meanwhile"
-            self._walk(going, SourceEvent.GONE, now)
-        elif state in _GOING_ON and progress.preemptions != going.preemptions:
-            going.why = "it was preempted meanwhile"
-            self._walk(going, SourceEvent.GONE, now)
+            outgoing.why = "it ended meanwhile"
+            self._walk(outgoing, SourceEvent.REQUEST_ENDED, now)
+        elif state in _GOING_ON and progress.preemptions != outgoing.preemptions:
+            outgoing.why = "it was preempted meanwhile"
+            self._walk(outgoing, SourceEvent.REQUEST_ENDED, now)
         elif state is SourceState.STOPPING and not progress.in_flight:
             # Before the machine says that it is handed over: until then it may be taken back.
-            going.handover = self._rest(going)
-            self._walk(going, SourceEvent.DRAINED, now)
-        elif now >= going.deadline_s:
+            outgoing.handover = self._make_handover(outgoing)
+            self._walk(outgoing, SourceEvent.STEPS_LANDED, now)
+        elif now >= outgoing.deadline_s:
             if state is not SourceState.RELEASING:
-                going.why = f"the destination was silent while {state.value}"
-            self._walk(going, SourceEvent.LATE, now)
-        elif state is SourceState.IDLE and (
-            event := next_event(going, progress, self._port, self._limits, now)
+                outgoing.why = f"the destination was silent while {state.value}"
+            self._walk(outgoing, SourceEvent.TIMED_OUT, now)
+        elif state is SourceState.BETWEEN_STAGES and (
+            event := next_event(outgoing, progress, self._port, self._limits, now)
         ):
-            self._walk(going, event, now)
+            self._walk(outgoing, event, now)
 
-    def _describe(self, order: Migrate, now: float) -> bytes | Refusal:
+    def _describe(self, grant: Migrate, now: float) -> bytes | Refusal:
         if self.closed is not None:
             return Refusal(why=self.closed)
-        if not order.address:
+        if not grant.address:
             return Refusal(why="its destination is still starting")
-        if order.request in self._open:
+        if grant.request in self._open:
             return Refusal(why="it is being moved already")
         if len(self._open) >= self._limits.outgoing_max:
             return Refusal(why=f"{len(self._open)} requests are being moved away already")
-        if self._port.progress(order.request).phase is Phase.GONE:
+        if self._port.progress(grant.request).phase is Phase.GONE:
             return Refusal(why="it has ended")
-        described = self._port.describe(order.request)
+        described = self._port.describe(grant.request)
         if isinstance(described, Refusal):
-            self._setbacks.stuck(order.request, now, for_ever=described.for_ever)
+            self._setbacks.stuck(grant.request, now, for_ever=described.for_ever)
         return described
 
     def _after_the_end(self, message: FromDestination) -> None:
@@ -259,68 +259,72 @@ class OutgoingMigrations:
             event = SourceEvent.TAKEN if message.taken else SourceEvent.DECLINED
         machine.feed(event)
 
-    def _note_stage(self, going: Outgoing, end: int, pulled: Staged | Verdict, now: float) -> None:
-        ms = round((now - going.stage_began_s) * 1e3, 3)
-        tokens = max(0, end - going.done)
-        going.stages.append(StageDone(tokens=tokens, bytes=pulled.bytes, ms=ms))
+    def _note_stage(
+        self, outgoing: Outgoing, end: int, pulled: Staged | Verdict, now: float
+    ) -> None:
+        ms = round((now - outgoing.stage_began_s) * 1e3, 3)
+        tokens = max(0, end - outgoing.done)
+        outgoing.stages.append(StageDone(tokens=tokens, bytes=pulled.bytes, ms=ms))
         self.moved_bytes += pulled.bytes
         self.moved_s += pulled.seconds
 
-    def _walk(self, going: Outgoing, event: SourceEvent, now: float) -> None:
-        action = going.machine.feed(event)
-        order = going.order
-        state = going.machine.state.value
-        self._on_step("source", order.migration, event.value, state, action.value)
-        if going.machine.over:
-            self._learn(going, event, action, now)
+    def _walk(self, outgoing: Outgoing, event: SourceEvent, now: float) -> None:
+        action = outgoing.machine.feed(event)
+        grant = outgoing.grant
+        state = outgoing.machine.state.value
+        self._on_step("source", grant.migration, event.value, state, action.value)
+        if outgoing.machine.over:
+            self._learn(outgoing, event, action, now)
         match action:
             case SourceAction.NOTHING:
                 pass
             case SourceAction.REST | SourceAction.WAIT:
-                going.deadline_s = now + self._limits.stage_timeout_s
+                outgoing.deadline_s = now + self._limits.stage_timeout_s
             case SourceAction.STAGE:
-                self._stage(going, now)
+                self._stage(outgoing, now)
             case SourceAction.ANNOUNCE:
-                self._announce(going, now)
+                self._announce(outgoing, now)
             case SourceAction.STOP:
-                self._port.stop(order.request)
-                going.stopped_s = now
-                going.deadline_s = now + self._limits.stage_timeout_s
-                if self._port.progress(order.request).in_flight:
+                self._port.stop(grant.request)
+                outgoing.stopped_s = now
+                outgoing.deadline_s = now + self._limits.stage_timeout_s
+                if self._port.progress(grant.request).in_flight:
                     in_s = self._port.step_s
-                    self._send(going, Stopping(migration=order.migration, in_s=in_s))
-                self.look(going, now)
+                    self._send(outgoing, HandoverAnnounced(migration=grant.migration, in_s=in_s))
+                self.advance(outgoing, now)
             case SourceAction.HAND_OVER:
-                self._hand_over(going, now)
+                self._hand_over(outgoing, now)
             case SourceAction.ASK_AGAIN:
-                assert going.handover is not None
-                going.deadline_s = now + self._limits.verdict_again_s
-                self._send(going, going.handover)
+                assert outgoing.handover is not None
+                outgoing.deadline_s = now + self._limits.verdict_again_s
+                self._send(outgoing, outgoing.handover)
             case SourceAction.RELEASE:
-                self._port.unpin(order.request)
-                self._port.release(order.request)
-                self._end(going, taken=True, now=now)
+                self._port.unpin(grant.request)
+                self._port.release(grant.request)
+                self._end(outgoing, taken=True, now=now)
             case SourceAction.RESUME:
-                self._port.resume(order.request)
-                self._end(going, taken=False, now=now)
+                self._port.resume(grant.request)
+                self._end(outgoing, taken=False, now=now)
             case SourceAction.STAY:
-                self._end(going, taken=False, now=now)
-            case SourceAction.CALL_OFF:
-                self._call_off(going)
-                self._end(going, taken=False, now=now)
+                self._end(outgoing, taken=False, now=now)
+            case SourceAction.CANCEL:
+                self._send_cancel(outgoing)
+                self._end(outgoing, taken=False, now=now)
             case SourceAction.KEEP_BLOCKS:
-                going.deadline_s = now + self._limits.verdict_again_s
-                self._call_off(going)
+                outgoing.deadline_s = now + self._limits.verdict_again_s
+                self._send_cancel(outgoing)
             case SourceAction.FREE_BLOCKS:
-                self._end(going, taken=False, now=now)
+                self._end(outgoing, taken=False, now=now)
             case SourceAction.TAKE_BACK:
-                self._port.resume(order.request)
-                self._call_off(going)
-                self._end(going, taken=False, now=now)
+                self._port.resume(grant.request)
+                self._send_cancel(outgoing)
+                self._end(outgoing, taken=False, now=now)
 
-    def _learn(self, going: Outgoing, event: SourceEvent, action: SourceAction, now: float) -> None:
+    def _learn(
+        self, outgoing: Outgoing, event: SourceEvent, action: SourceAction, now: float
+    ) -> None:
         """What a migration that is over says of the next ones."""
-        request, destination = going.order.request, going.order.destination
+        request, destination = outgoing.grant.request, outgoing.grant.destination
         if action is SourceAction.RELEASE:
             self._setbacks.moved(request, destination)
         elif event is SourceEvent.FAILED:
@@ -328,22 +332,22 @@ class OutgoingMigrations:
         elif event in _NOT_TAKEN and action is not SourceAction.FREE_BLOCKS:
             self._setbacks.declined(request, destination, now)
 
-    def _stage(self, going: Outgoing, now: float) -> None:
-        progress = self._port.progress(going.order.request)
+    def _stage(self, outgoing: Outgoing, now: float) -> None:
+        progress = self._port.progress(outgoing.grant.request)
         block = self._port.block_tokens
-        going.stage += 1
-        going.stage_end = progress.settled // block * block
-        going.stage_began_s = now
-        going.deadline_s = now + self._limits.stage_timeout_s
-        blocks = self._port.pin(going.order.request, going.done, going.stage_end)
-        first, outputs = self._new_outputs(going)
+        outgoing.stage += 1
+        outgoing.stage_end = progress.settled // block * block
+        outgoing.stage_began_s = now
+        outgoing.deadline_s = now + self._limits.stage_timeout_s
+        blocks = self._port.pin(outgoing.grant.request, outgoing.done, outgoing.stage_end)
+        first, outputs = self._new_outputs(outgoing)
         self._send(
-            going,
+            outgoing,
             Stage(
-                migration=going.order.migration,
-                stage=going.stage,
-                start=going.done,
-                end=going.stage_end,
+                migration=outgoing.grant.migration,
+                stage=outgoing.stage,
+                start=outgoing.done,
+                end=outgoing.stage_end,
                 blocks=blocks,
                 first_output=first,
                 outputs=outputs,
@@ -351,28 +355,28 @@ class OutgoingMigrations:
             ),
         )
 
-    def _announce(self, going: Outgoing, now: float) -> None:
-        progress = self._port.progress(going.order.request)
+    def _announce(self, outgoing: Outgoing, now: float) -> None:
+        progress = self._port.progress(outgoing.grant.request)
         # The step that it will be stopped after; and if they are queued, the one behind that.
         steps = 2 if progress.in_flight else 1
         in_s = steps * self._port.step_s
-        going.near_at = progress.settled
-        going.near_until_s = now + in_s + self._limits.near_s
-        self._send(going, Stopping(migration=going.order.migration, in_s=in_s))
+        outgoing.announced_at_tokens = progress.settled
+        outgoing.announced_until_s = now + in_s + self._limits.near_s
+        self._send(outgoing, HandoverAnnounced(migration=outgoing.grant.migration, in_s=in_s))
 
-    def _rest(self, going: Outgoing) -> Handover:
-        end, blocks, state = self._port.rest(going.order.request, going.done)
-        if going.order.copy == "recompute":
-            going.done, end, blocks = 0, 0, [[] for _ in blocks]
-        if end > going.done:
-            self._port.pin(going.order.request, going.done, end)
-        first, outputs = self._new_outputs(going)
+    def _make_handover(self, outgoing: Outgoing) -> Handover:
+        end, blocks, state = self._port.handover_state(outgoing.grant.request, outgoing.done)
+        if outgoing.grant.copy == "recompute":
+            outgoing.done, end, blocks = 0, 0, [[] for _ in blocks]
+        if end > outgoing.done:
+            self._port.pin(outgoing.grant.request, outgoing.done, end)
+        first, outputs = self._new_outputs(outgoing)
         return Handover(
-            migration=going.order.migration,
-            request=going.order.request,
+            migration=outgoing.grant.migration,
+            request=outgoing.grant.request,
             source=self._engine,
             address=self._address,
-            start=min(going.done, end),
+            start=min(outgoing.done, end),
             end=end,
             blocks=blocks,
             first_output=first,
@@ -380,40 +384,40 @@ class OutgoingMigrations:
             state=state,
         )
 
-    def _hand_over(self, going: Outgoing, now: float) -> None:
-        assert going.handover is not None
-        going.stage_began_s = now
-        going.deadline_s = now + self._limits.verdict_again_s
-        self._send(going, going.handover)
+    def _hand_over(self, outgoing: Outgoing, now: float) -> None:
+        assert outgoing.handover is not None
+        outgoing.stage_began_s = now
+        outgoing.deadline_s = now + self._limits.verdict_again_s
+        self._send(outgoing, outgoing.handover)
 
-    def _call_off(self, going: Outgoing) -> None:
-        self._send(going, CallOff(migration=going.order.migration, why=going.why))
+    def _send_cancel(self, outgoing: Outgoing) -> None:
+        self._send(outgoing, CancelMigration(migration=outgoing.grant.migration, why=outgoing.why))
 
-    def _new_outputs(self, going: Outgoing) -> tuple[int, list[int]]:
-        first = going.outputs_sent
-        outputs = self._port.outputs(going.order.request, first)
-        going.outputs_sent += len(outputs)
+    def _new_outputs(self, outgoing: Outgoing) -> tuple[int, list[int]]:
+        first = outgoing.outputs_sent
+        outputs = self._port.outputs(outgoing.grant.request, first)
+        outgoing.outputs_sent += len(outputs)
         return first, outputs
 
-    def _end(self, going: Outgoing, *, taken: bool, now: float) -> None:
-        order = going.order
-        self._port.unpin(order.request)
-        del self._open[order.request]
-        self._ended[order.migration] = going.machine
+    def _end(self, outgoing: Outgoing, *, taken: bool, now: float) -> None:
+        grant = outgoing.grant
+        self._port.unpin(grant.request)
+        del self._open[grant.request]
+        self._ended[grant.migration] = outgoing.machine
         if len(self._ended) > REMEMBERED_MAX:
             del self._ended[next(iter(self._ended))]
-        down = None if going.stopped_s is None else round((now - going.stopped_s) * 1e3, 3)
+        down = None if outgoing.stopped_s is None else round((now - outgoing.stopped_s) * 1e3, 3)
         ended = MigrationEnded(
-            migration=order.migration,
-            request=order.request,
+            migration=grant.migration,
+            request=grant.request,
             taken=taken,
-            why=going.why,
-            stages=going.stages,
+            why=outgoing.why,
+            stages=outgoing.stages,
             downtime_ms=down,
-            total_ms=round((now - going.began_s) * 1e3, 3),
+            total_ms=round((now - outgoing.began_s) * 1e3, 3),
         )
         self._out.append(ToFrontend(message=ended))
 
-    def _send(self, going: Outgoing, message: PeerMessage) -> None:
-        to, address = going.order.destination, going.order.address
+    def _send(self, outgoing: Outgoing, message: PeerMessage) -> None:
+        to, address = outgoing.grant.destination, outgoing.grant.address
         self._out.append(ToPeer(engine=to, address=address, message=message))

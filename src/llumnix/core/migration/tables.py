@@ -34,7 +34,7 @@ class SourceState(enum.Enum):
     """The destination was asked for room; the request goes on here."""
     COPYING = "copying"
     """The destination pulls settled blocks; the request goes on here."""
-    IDLE = "idle"
+    BETWEEN_STAGES = "between stages"
     """Between two stages: is there more, and does it pay? The request goes on here."""
     STOPPING = "stopping"
     """Out of the batch; steps that were in flight come home."""
@@ -59,11 +59,12 @@ class SourceEvent(enum.Enum):
     """The stage's blocks are on their way."""
     MORE = "more"
     """Another stage pays."""
-    NEAR = "near"
+    NEARLY_DONE = "nearly done"
     """What is left is small enough to stop for it, after one more step."""
     LAST = "last"
     """It is time to stop."""
-    DRAINED = "drained"
+    STEPS_LANDED = "steps landed"
+    """The steps that were in flight with the request have ended."""
     TAKEN = "taken"
     """Verdict: the destination owns it."""
     DECLINED = "declined"
@@ -72,9 +73,9 @@ class SourceEvent(enum.Enum):
     """The destination is dead and never took over; the frontend gave this engine a fresh epoch."""
     FORFEITED = "forfeited"
     """The destination is dead, but had taken over before."""
-    GONE = "gone"
+    REQUEST_ENDED = "request ended"
     """The request finished, was aborted or was preempted here."""
-    LATE = "late"
+    TIMED_OUT = "timed out"
     FAILED = "failed"
     """This engine met an error while it dealt with the migration."""
 
@@ -95,7 +96,7 @@ class SourceAction(enum.Enum):
     RELEASE = "free it here"
     RESUME = "put it back into the batch"
     STAY = "let it go on"
-    CALL_OFF = "let it go on, tell the destination"
+    CANCEL = "let it go on, tell the destination"
     TAKE_BACK = "put it back into the batch, tell the destination"
 
 
@@ -124,15 +125,15 @@ class DestinationEvent(enum.Enum):
     PULLED = "pulled"
     FAILED = "failed"
     """No room, or the blocks could not be pulled."""
-    STOPPING = "stopping"
+    ANNOUNCED = "announced"
     """The handover is near, and due at a time."""
     HANDOVER = "handover"
     INSTALLED = "installed"
     """The request with all its state is in this engine's queue."""
-    CALLED_OFF = "called off"
+    CANCELLED = "cancelled"
     CLIENT_GONE = "client gone"
     SOURCE_LOST = "source lost"
-    LATE = "late"
+    TIMED_OUT = "timed out"
 
 
 class DestinationAction(enum.Enum):
@@ -162,45 +163,45 @@ _TARDY = {
 
 SOURCE: dict[SourceState, dict[SourceEvent, tuple[SourceState, SourceAction]]] = {
     S.RESERVING: {
-        SE.RESERVED: (S.IDLE, SA.REST),
+        SE.RESERVED: (S.BETWEEN_STAGES, SA.REST),
         SE.DECLINED: (S.ABORTED, SA.STAY),
         SE.GRANTED: (S.ABORTED, SA.STAY),
         SE.FORFEITED: (S.ABORTED, SA.STAY),
-        SE.GONE: (S.ABORTED, SA.CALL_OFF),
-        SE.LATE: (S.ABORTED, SA.CALL_OFF),
-        SE.FAILED: (S.ABORTED, SA.CALL_OFF),
+        SE.REQUEST_ENDED: (S.ABORTED, SA.CANCEL),
+        SE.TIMED_OUT: (S.ABORTED, SA.CANCEL),
+        SE.FAILED: (S.ABORTED, SA.CANCEL),
     },
     S.COPYING: {
         SE.RESERVED: (S.COPYING, SA.NOTHING),
-        SE.STAGED: (S.IDLE, SA.REST),
+        SE.STAGED: (S.BETWEEN_STAGES, SA.REST),
         SE.PROGRESS: (S.COPYING, SA.WAIT),
         SE.DECLINED: (S.ABORTED, SA.STAY),
         SE.GRANTED: (S.ABORTED, SA.STAY),
         SE.FORFEITED: (S.ABORTED, SA.STAY),
-        SE.GONE: (S.ABORTED, SA.CALL_OFF),
-        SE.LATE: (S.ABORTED, SA.CALL_OFF),
-        SE.FAILED: (S.ABORTED, SA.CALL_OFF),
+        SE.REQUEST_ENDED: (S.ABORTED, SA.CANCEL),
+        SE.TIMED_OUT: (S.ABORTED, SA.CANCEL),
+        SE.FAILED: (S.ABORTED, SA.CANCEL),
     },
-    S.IDLE: {
-        SE.RESERVED: (S.IDLE, SA.NOTHING),
+    S.BETWEEN_STAGES: {
+        SE.RESERVED: (S.BETWEEN_STAGES, SA.NOTHING),
         SE.MORE: (S.COPYING, SA.STAGE),
-        SE.NEAR: (S.IDLE, SA.ANNOUNCE),
+        SE.NEARLY_DONE: (S.BETWEEN_STAGES, SA.ANNOUNCE),
         SE.LAST: (S.STOPPING, SA.STOP),
         SE.DECLINED: (S.ABORTED, SA.STAY),
         SE.GRANTED: (S.ABORTED, SA.STAY),
         SE.FORFEITED: (S.ABORTED, SA.STAY),
-        SE.GONE: (S.ABORTED, SA.CALL_OFF),
-        SE.LATE: (S.ABORTED, SA.CALL_OFF),
-        SE.FAILED: (S.ABORTED, SA.CALL_OFF),
+        SE.REQUEST_ENDED: (S.ABORTED, SA.CANCEL),
+        SE.TIMED_OUT: (S.ABORTED, SA.CANCEL),
+        SE.FAILED: (S.ABORTED, SA.CANCEL),
     },
     S.STOPPING: {
         SE.RESERVED: (S.STOPPING, SA.NOTHING),
-        SE.DRAINED: (S.DECIDING, SA.HAND_OVER),
+        SE.STEPS_LANDED: (S.DECIDING, SA.HAND_OVER),
         SE.DECLINED: (S.ABORTED, SA.RESUME),
         SE.GRANTED: (S.ABORTED, SA.RESUME),
         SE.FORFEITED: (S.ABORTED, SA.RESUME),  # It cannot have taken over what it never got.
-        SE.GONE: (S.ABORTED, SA.CALL_OFF),
-        SE.LATE: (S.STOPPING, SA.REST),  # The engine's own steps always come home.
+        SE.REQUEST_ENDED: (S.ABORTED, SA.CANCEL),
+        SE.TIMED_OUT: (S.STOPPING, SA.REST),  # The engine's own steps always come home.
         SE.FAILED: (S.ABORTED, SA.TAKE_BACK),
     },
     S.DECIDING: {
@@ -209,8 +210,8 @@ SOURCE: dict[SourceState, dict[SourceEvent, tuple[SourceState, SourceAction]]] =
         SE.DECLINED: (S.ABORTED, SA.RESUME),
         SE.GRANTED: (S.ABORTED, SA.RESUME),
         SE.FORFEITED: (S.COMMITTED, SA.RELEASE),
-        SE.GONE: (S.RELEASING, SA.KEEP_BLOCKS),
-        SE.LATE: (S.DECIDING, SA.ASK_AGAIN),
+        SE.REQUEST_ENDED: (S.RELEASING, SA.KEEP_BLOCKS),
+        SE.TIMED_OUT: (S.DECIDING, SA.ASK_AGAIN),
         SE.FAILED: (S.DECIDING, SA.NOTHING),  # The destination decides.
     },
     S.RELEASING: {
@@ -219,7 +220,7 @@ SOURCE: dict[SourceState, dict[SourceEvent, tuple[SourceState, SourceAction]]] =
         SE.DECLINED: (S.ABORTED, SA.FREE_BLOCKS),
         SE.GRANTED: (S.ABORTED, SA.FREE_BLOCKS),
         SE.FORFEITED: (S.ABORTED, SA.FREE_BLOCKS),
-        SE.LATE: (S.RELEASING, SA.ASK_AGAIN),
+        SE.TIMED_OUT: (S.RELEASING, SA.ASK_AGAIN),
         SE.FAILED: (S.RELEASING, SA.NOTHING),
     },
     S.COMMITTED: {event: (S.COMMITTED, action) for event, action in _TARDY.items()},
@@ -232,42 +233,42 @@ DESTINATION: dict[
     D.PREPARING: {
         DE.PREPARED: (D.READY, DA.SAY_RESERVED),
         DE.FAILED: (D.ABORTED, DA.DROP),
-        DE.CALLED_OFF: (D.ABORTED, DA.DROP),
+        DE.CANCELLED: (D.ABORTED, DA.DROP),
         DE.CLIENT_GONE: (D.ABORTED, DA.DROP),
         DE.SOURCE_LOST: (D.ABORTED, DA.DROP),
-        DE.LATE: (D.ABORTED, DA.DROP),
+        DE.TIMED_OUT: (D.ABORTED, DA.DROP),
     },
     D.READY: {
         DE.STAGE: (D.PULLING, DA.PULL),
-        DE.STOPPING: (D.READY, DA.MAKE_WAY),
+        DE.ANNOUNCED: (D.READY, DA.MAKE_WAY),
         DE.HANDOVER: (D.COMMITTING, DA.PULL_REST),
         DE.FAILED: (D.ABORTED, DA.DROP),
-        DE.CALLED_OFF: (D.ABORTED, DA.DROP),
+        DE.CANCELLED: (D.ABORTED, DA.DROP),
         DE.CLIENT_GONE: (D.ABORTED, DA.DROP),
         DE.SOURCE_LOST: (D.ABORTED, DA.DROP),
-        DE.LATE: (D.ABORTED, DA.DROP),
+        DE.TIMED_OUT: (D.ABORTED, DA.DROP),
     },
     D.PULLING: {
         DE.PULLED: (D.READY, DA.SAY_STAGED),
         DE.FAILED: (D.ABORTED, DA.DROP),
-        DE.CALLED_OFF: (D.ABORTED, DA.DROP),
+        DE.CANCELLED: (D.ABORTED, DA.DROP),
         DE.CLIENT_GONE: (D.ABORTED, DA.DROP),
         DE.SOURCE_LOST: (D.ABORTED, DA.DROP),
-        DE.LATE: (D.PULLING, DA.SAY_PROGRESS),  # Each pull ends, one way or another.
+        DE.TIMED_OUT: (D.PULLING, DA.SAY_PROGRESS),  # Each pull ends, one way or another.
     },
     D.COMMITTING: {
         DE.HANDOVER: (D.COMMITTING, DA.NOTHING),  # Asked again; the verdict is on its way.
         DE.PULLED: (D.COMMITTING, DA.INSTALL),
         DE.INSTALLED: (D.COMMITTED, DA.TAKE_OVER),
         DE.FAILED: (D.ABORTED, DA.DROP),
-        DE.CALLED_OFF: (D.ABORTED, DA.DROP),
+        DE.CANCELLED: (D.ABORTED, DA.DROP),
         DE.CLIENT_GONE: (D.ABORTED, DA.DROP),
         DE.SOURCE_LOST: (D.COMMITTING, DA.NOTHING),  # What was asked for may still arrive.
-        DE.LATE: (D.COMMITTING, DA.NOTHING),
+        DE.TIMED_OUT: (D.COMMITTING, DA.NOTHING),
     },
     D.COMMITTED: {
         DE.HANDOVER: (D.COMMITTED, DA.SAY_VERDICT),
-        DE.CALLED_OFF: (D.COMMITTED, DA.NOTHING),  # Only its client can have gone.
+        DE.CANCELLED: (D.COMMITTED, DA.NOTHING),  # Only its client can have gone.
         DE.CLIENT_GONE: (D.COMMITTED, DA.NOTHING),  # The engine's own abort sees to it.
         DE.SOURCE_LOST: (D.COMMITTED, DA.NOTHING),
     },
@@ -276,7 +277,7 @@ DESTINATION: dict[
         DE.PULLED: (D.ABORTED, DA.NOTHING),
         DE.FAILED: (D.ABORTED, DA.NOTHING),
         DE.HANDOVER: (D.ABORTED, DA.SAY_VERDICT),
-        DE.CALLED_OFF: (D.ABORTED, DA.NOTHING),
+        DE.CANCELLED: (D.ABORTED, DA.NOTHING),
         DE.CLIENT_GONE: (D.ABORTED, DA.NOTHING),
         DE.SOURCE_LOST: (D.ABORTED, DA.NOTHING),
     },

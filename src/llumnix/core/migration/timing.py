@@ -16,14 +16,14 @@ LATE_MAX = 0.5
 gap for the request that moves, and a longer one for all that run where it goes."""
 
 
-class Pace:
+class StepTimer:
     """One engine's. `step_s`: of a step without prompts, of late; 0 before the first."""
 
     def __init__(self) -> None:
         self._recent: deque[float] = deque(maxlen=RECENT_STEPS)
         self.step_s = 0.0
 
-    def took(self, seconds: float, *, prompts: bool = False) -> None:
+    def record_step(self, seconds: float, *, prompts: bool = False) -> None:
         """A step has ended; `prompts`: it is known to have computed some."""
         if not prompts:
             self._recent.append(seconds)

@@ -10,7 +10,15 @@ Rules
 from dataclasses import dataclass
 
 from llumnix.core.limits import REMEMBERED_MAX
-from llumnix.core.messages import CallOff, Handover, Out, Stage, Stopping, ToPeer, Verdict
+from llumnix.core.messages import (
+    CancelMigration,
+    Handover,
+    HandoverAnnounced,
+    Out,
+    Stage,
+    ToPeer,
+    Verdict,
+)
 from llumnix.core.migration.port import EnginePort, Phase
 from llumnix.core.migration.tables import (
     DestinationAction,
@@ -58,9 +66,9 @@ class Verdicts:
             self.remember(Decided(verdict=verdict))
         return "taken" if verdict.taken else "declined"
 
-    def receive(self, message: Stage | Stopping | Handover | CallOff) -> None:
+    def receive(self, message: Stage | HandoverAnnounced | Handover | CancelMigration) -> None:
         """What a source says of a migration that is over, or was never known."""
-        if isinstance(message, Stopping):
+        if isinstance(message, HandoverAnnounced):
             return
         decided = self._decided.get(message.migration)
         if decided is None:
@@ -75,12 +83,12 @@ class Verdicts:
         event = {
             Stage: DestinationEvent.STAGE,
             Handover: DestinationEvent.HANDOVER,
-            CallOff: DestinationEvent.CALLED_OFF,
+            CancelMigration: DestinationEvent.CANCELLED,
         }[type(message)]
         if machine.feed(event) is DestinationAction.SAY_VERDICT and decided.source is not None:
             self._say(decided.source, decided.address, decided.verdict)
 
-    def _decide_unknown(self, message: Stage | Handover | CallOff) -> Decided:
+    def _decide_unknown(self, message: Stage | Handover | CancelMigration) -> Decided:
         """Its reservation was lost, comes later, or was forgotten: it will not be made."""
         phase = Phase.GONE
         if isinstance(message, Handover):

@@ -24,7 +24,7 @@ Rules
 from collections.abc import Iterable, Iterator
 from itertools import islice, takewhile
 
-from llumnix.core.events import MoveLimit, MoveLoad
+from llumnix.core.events import MoveLimit, MoveOrder
 from llumnix.core.limits import MigrationLimits
 from llumnix.core.priorities import Priorities
 from llumnix.core.scheduling.load import ratio
@@ -51,7 +51,7 @@ class Pairing:
         self._balance = balance
         self._orders = 0
 
-    def round(self, view: ClusterView, now: float) -> list[MoveLoad]:
+    def round(self, view: ClusterView, now: float) -> list[MoveOrder]:
         """The moves that help now; books them in the view."""
         takers = [v for v in view if v.accepting and v.answers(now)]
         decided = list(self._drains(view, takers, now))
@@ -63,7 +63,7 @@ class Pairing:
 
     def _drains(
         self, view: ClusterView, takers: list[InstanceView], now: float
-    ) -> Iterator[MoveLoad]:
+    ) -> Iterator[MoveOrder]:
         leaving = [v for v in view if not v.accepting and v.answers(now)]
         for source in leaving:
             report = source.report
@@ -85,7 +85,7 @@ class Pairing:
 
     def _balances(
         self, view: ClusterView, takers: list[InstanceView], now: float
-    ) -> Iterator[MoveLoad]:
+    ) -> Iterator[MoveOrder]:
         below, above = view.thresholds
         most = self._settings.moves_max
         # Pairs sort faster than keys are called for; ids differ, so views are never compared.
@@ -144,7 +144,7 @@ class Pairing:
 
     def _into_headroom(
         self, view: ClusterView, takers: list[InstanceView], now: float
-    ) -> Iterator[MoveLoad]:
+    ) -> Iterator[MoveOrder]:
         """Who waits for memory, and would fit nowhere else, goes where there is some but for
         headroom."""
         most, below, kept = self._settings.moves_max, view.thresholds[0], view.priorities.headroom
@@ -179,7 +179,7 @@ class Pairing:
 
     def _queues(
         self, view: ClusterView, takers: list[InstanceView], now: float
-    ) -> Iterator[MoveLoad]:
+    ) -> Iterator[MoveOrder]:
         """Evens out queues: who waits longest for memory gives those behind its head away."""
         most, last = self._settings.moves_max, len(view.priorities) - 1
         blocked = [v for v in takers if v.freeness < 0]
@@ -259,11 +259,11 @@ class Pairing:
         limits: tuple[MoveLimit, ...],
         why: str,
         now: float,
-    ) -> MoveLoad:
+    ) -> MoveOrder:
         order = OrderId(self._orders)
         self._orders += 1
         view.ordered(order, source.report.instance, destination.report.instance, now)
-        return MoveLoad(
+        return MoveOrder(
             order=order,
             source=source.report.instance,
             source_engine=source.report.engine_index,

@@ -81,14 +81,14 @@ class WorkerAgent:
         self._listen = listen
         self._key = key
         self._options = options
-        self._meter = _Meter(options.bandwidth_bytes_per_s)
+        self._limiter = RateLimiter(options.bandwidth_bytes_per_s)
         self._gate = ReadGate()
         self._listener: socket.socket | None = None
         self._closing = threading.Event()
         # Guards the three below.
         self._lock = threading.Lock()
         self._links: set[Link] = set()
-        self._pullers: dict[str, _Puller] = {}
+        self._pullers: dict[str, PeerPuller] = {}
         self._threads: set[threading.Thread] = set()
 
     def start(self) -> str:
@@ -231,16 +231,16 @@ class WorkerAgent:
         if refused is not None:
             job.report(0, 0.0, refused)
 
-    def _new_puller(self, peer: str) -> "_Puller":
+    def _new_puller(self, peer: str) -> "PeerPuller":
         """Under the lock. RuntimeError if there is no thread for it."""
-        puller = _Puller(peer, lambda: open_peer(peer, self._key, self._layout, self._options))
+        puller = PeerPuller(peer, lambda: open_peer(peer, self._key, self._layout, self._options))
         self._run("pull", self._pull_from, puller)
         self._pullers[peer] = puller
         return puller
 
-    def _pull_from(self, puller: "_Puller") -> None:
+    def _pull_from(self, puller: "PeerPuller") -> None:
         try:
-            puller.run(self._meter)
+            puller.run(self._limiter)
         finally:
             # Also if the thread dies of an error that nobody foresaw: the next pull starts anew.
             with self._lock:
@@ -267,7 +267,7 @@ class _Job:
             self.link.stop()
 
 
-class _Puller:
+class PeerPuller:
     """Pulls from one peer, one pull after the other. It outlives the peer's restarts."""
 
     def __init__(self, peer: str, connect: Callable[[], PeerReader]) -> None:
@@ -311,11 +311,11 @@ class _Puller:
         if (reader := self._reader) is not None:
             reader.stop()
 
-    def run(self, meter: "_Meter") -> None:
+    def run(self, limiter: "RateLimiter") -> None:
         """Pulls until forgotten."""
         try:
             while (job := self._next()) is not None:
-                self._one(job, meter)
+                self._one(job, limiter)
         finally:
             self._drop()
 
@@ -336,12 +336,12 @@ class _Puller:
         for job in waiting:
             job.report(0, 0.0, f"{self.peer}: pulling from it broke off")
 
-    def _one(self, job: _Job, meter: "_Meter") -> None:
+    def _one(self, job: _Job, limiter: "RateLimiter") -> None:
         started_s = time.monotonic()
         moved = 0
         error: str | None = "an error that nobody foresaw; the worker's log has it"
         try:
-            moved = self._pull(job, meter)
+            moved = self._pull(job, limiter)
             error = None
         except (*LINK_ERRORS, IndexError, RuntimeError) as failure:
             # RuntimeError is what CUDA raises.
@@ -351,9 +351,9 @@ class _Puller:
             told = None if error is None else f"{self.peer}: {error}"
             job.report(moved, time.monotonic() - started_s, told)
 
-    def _pull(self, job: _Job, meter: "_Meter") -> int:
-        def pace(size: int) -> None:
-            meter.take(size, job.unwanted)
+    def _pull(self, job: _Job, limiter: "RateLimiter") -> int:
+        def throttle(size: int) -> None:
+            limiter.take(size, job.unwanted)
             self._check_wanted(job)
 
         self._check_wanted(job)
@@ -364,7 +364,7 @@ class _Puller:
             self._reader = self._connect()
         if not job.order.source:
             return 0  # Only the connection was wanted.
-        return self._reader.pull(job.order.source, job.order.destination, pace)
+        return self._reader.pull(job.order.source, job.order.destination, throttle)
 
     def _check_wanted(self, job: _Job) -> None:
         if self._forgotten.is_set():
@@ -378,7 +378,7 @@ class _Puller:
             self._reader = None
 
 
-class _Meter:
+class RateLimiter:
     """A token bucket of one chunk: each starts when those before it are paid for."""
 
     def __init__(self, bytes_per_s: float | None) -> None:

@@ -68,21 +68,21 @@ class AgentClient:
         self._reporter = threading.Thread(
             target=self._report, name="llumnix-kv-report", daemon=True
         )
-        self._lines = [
-            _Line(rank=rank, agent=agent, key=key, on_done=self._done)
+        self._agents = [
+            AgentConnection(rank=rank, agent=agent, key=key, on_done=self._done)
             for rank, agent in enumerate(agents)
         ]
 
     @property
     def ranks(self) -> int:
         """How many agents it tells, and so how many a peer must have."""
-        return len(self._lines)
+        return len(self._agents)
 
     def start(self) -> None:
         """Begins to take orders."""
         self._reporter.start()
-        for line in self._lines:
-            line.start()
+        for agent in self._agents:
+            agent.start()
 
     def pull(
         self, ticket: int, peers: list[str], source: list[int], destination: list[int]
@@ -99,7 +99,7 @@ class AgentClient:
         else:
             self._reports.put(Pulled(ticket=ticket, bytes=0, seconds=0.0, error=None))
 
-    def meet(self, ticket: int, peers: list[str]) -> None:
+    def open_links(self, ticket: int, peers: list[str]) -> None:
         """Opens the connections that pulls from these peers will use, which takes long the first
         time (0.1 s where GPU memory is mapped). Reported like a pull of nothing."""
         self._order(ticket, peers, [], [])
@@ -107,37 +107,37 @@ class AgentClient:
     def _order(
         self, ticket: int, peers: list[str], source: list[int], destination: list[int]
     ) -> None:
-        if len(peers) != len(self._lines):
-            raise ValueError(f"{len(peers)} peers for {len(self._lines)} ranks")
+        if len(peers) != len(self._agents):
+            raise ValueError(f"{len(peers)} peers for {len(self._agents)} ranks")
         with self._lock:
             if self._closed:
                 raise RuntimeError("the client is closed")
             if ticket in self._joining:
                 raise ValueError(f"a pull with ticket {ticket} runs already")
             self._joining[ticket] = _Joining(ranks=set(range(len(peers))))
-        for line, peer in zip(self._lines, peers, strict=True):
-            line.tell(Pull(ticket=ticket, peer=peer, source=source, destination=destination))
+        for agent, peer in zip(self._agents, peers, strict=True):
+            agent.tell(Pull(ticket=ticket, peer=peer, source=source, destination=destination))
 
     def cancel(self, ticket: int) -> None:
         """Ends a pull soon: at once if it waits, with its next chunk if it runs. It is reported
         like any other, nearly always as failed."""
-        for line in self._lines:
-            line.tell(Cancel(ticket=ticket))
+        for agent in self._agents:
+            agent.tell(Cancel(ticket=ticket))
 
     def forget(self, peers: list[str]) -> None:
         """Drops what the agents hold of peers that are gone; pulls from them fail."""
-        for line in self._lines:
-            line.tell(Forget(peers=peers))
+        for agent in self._agents:
+            agent.tell(Forget(peers=peers))
 
     def close(self) -> None:
         """Ends all threads; a pull that runs is reported as failed. Not from `on_pulled`."""
         with self._lock:
             self._closed = True
         end_s = time.monotonic() + CLOSE_TIMEOUT_S
-        for line in self._lines:
-            line.stop()
-        for line in self._lines:
-            line.join(end_s)
+        for agent in self._agents:
+            agent.stop()
+        for agent in self._agents:
+            agent.join(end_s)
         with self._lock:
             left = list(self._joining)
             self._joining.clear()
@@ -177,7 +177,7 @@ class AgentClient:
             self._on_pulled(pulled)
 
 
-class _Line:
+class AgentConnection:
     """The line to one agent: a thread that tells, and one that listens while there is a link."""
 
     def __init__(

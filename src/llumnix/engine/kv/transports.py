@@ -51,7 +51,7 @@ DMA_CHUNK_FACTOR = 32
 """The same where the copy engines do it, which costs none."""
 SAME_HOST = ("auto", "tcp")
 
-Pace = Callable[[int], None]
+Throttle = Callable[[int], None]
 """Called before each chunk with its bytes: waits for bandwidth, raises TransferError to end it."""
 
 _asks = msgspec.msgpack.Decoder(Ask)
@@ -84,7 +84,7 @@ class TransferOptions:
 class PeerReader(Protocol):
     """An open connection to one peer, to read its KV blocks. One thread; `stop` by any."""
 
-    def pull(self, source: Sequence[int], destination: Sequence[int], pace: Pace) -> int:
+    def pull(self, source: Sequence[int], destination: Sequence[int], throttle: Throttle) -> int:
         """Copies the peer's blocks `source` into ours, `destination`. Returns bytes copied."""
 
     def ended(self) -> bool:
@@ -348,14 +348,14 @@ class StagedReader(_LinkedReader):
         finally:
             os.close(fd)
 
-    def pull(self, source: Sequence[int], destination: Sequence[int], pace: Pace) -> int:
+    def pull(self, source: Sequence[int], destination: Sequence[int], throttle: Throttle) -> int:
         """See `PeerReader`."""
         self._check(source, destination)
         waiting: tuple[Sequence[int], int] | None = None
         turns = len(self._halves)
         block_bytes = self._layout.block_bytes
         for number, (theirs, ours) in enumerate(chunks(source, destination, self._chunk_blocks)):
-            pace(len(ours) * block_bytes)
+            throttle(len(ours) * block_bytes)
             self._ask(theirs, number % turns)
             if waiting is not None:
                 self._take(*waiting)
@@ -392,11 +392,11 @@ class MappedReader(_LinkedReader):
         self._gpu_chunk = max(1, factor * options.staging_bytes // layout.block_bytes)
         self._memory = open_memory(layout) if options.checksums else None
 
-    def pull(self, source: Sequence[int], destination: Sequence[int], pace: Pace) -> int:
+    def pull(self, source: Sequence[int], destination: Sequence[int], throttle: Throttle) -> int:
         """See `PeerReader`."""
         self._check(source, destination)
         for theirs, ours in chunks(source, destination, self._gpu_chunk):
-            pace(len(ours) * self._layout.block_bytes)
+            throttle(len(ours) * self._layout.block_bytes)
             self._mapped.pull(theirs, ours)
         if self._memory is not None:
             self._verify(self._memory, source, destination)

@@ -23,12 +23,12 @@ from vllm.platforms import current_platform
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.engine.core import EngineCoreProc
 
-from llumnix.core.events import MoveLoad
+from llumnix.core.events import MoveOrder
 from llumnix.core.limits import MigrationLimits
 from llumnix.core.messages import (
+    DrainRequested,
     FrontendMessage,
     Handover,
-    LeaveWanted,
     Migrate,
     MigrationEnded,
     Out,
@@ -38,7 +38,7 @@ from llumnix.core.messages import (
 )
 from llumnix.core.migration.llumlet import Llumlet
 from llumnix.core.migration.port import EnginePort
-from llumnix.core.reports import Moving
+from llumnix.core.reports import MoveCounts
 from llumnix.core.settings import SchedulerSettings
 from llumnix.core.types import EngineIndex, MigrationId, OrderId, RequestId
 from llumnix.engine.cores import SWITCH_INTERVAL_S
@@ -46,7 +46,7 @@ from llumnix.engine.kv.agent import TransferOptions
 from llumnix.engine.kv.agent_client import AgentClient, Pulled
 from llumnix.engine.migration.guard import ErrorLog, GuardedPort
 from llumnix.engine.migration.peers import Peers
-from llumnix.engine.migration.unsupported import ours, why_engine_cannot
+from llumnix.engine.migration.unsupported import engine_unsupported, ours
 from llumnix.engine.migration.vllm_source import VllmPort
 from llumnix.errors import ProtocolError
 from llumnix.sockets import SocketKeys
@@ -55,10 +55,10 @@ from llumnix.wire import decode, encode
 IN_BAND = "llumnix"
 """Key under which an output carries a message of ours in its `kv_transfer_params`."""
 BEAT_EVERY_S = 0.05
-REST_WAIT_S = 0.003
+FINAL_PULL_WAIT_S = 0.003
 """How long the engine waits on the spot for the last blocks of a request that stands still: they
 are few and come in less than a millisecond, and going on without them would cost it a step."""
-HURRY_S = 0.1
+FAST_SWITCH_S = 0.1
 """So long after a migration threads still take the interpreter's lock fast: the first token of what
 came should not leave later than the last one left its source."""
 CALL_OFF_MAX_S = 30.0
@@ -68,7 +68,7 @@ STEP_LINE = Callable[[str, MigrationId, str, str, str], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HostSeat:
+class LlumletConfig:
     """Where a llumlet and its workers listen: `peers` a ZMQ address, `agents` in the form of
     engine/kv/agent.py, both with `{engine}` and `{host}` to be filled in here, the latter with
     `{rank}` too. `key` opens the workers to each other. `settings`: the scheduler's."""
@@ -81,19 +81,19 @@ class HostSeat:
     transfer: TransferOptions
 
 
-class FromOutside:
+class HostItem:
     """Kind of what we put into the engine's input queue."""
 
 
 @dataclass(frozen=True, slots=True)
-class Heard:
+class ReceivedMessage:
     """What a peer said, and when that arrived: the engine may be in a step, and look later."""
 
     message: PeerMessage
     at_s: float
 
 
-Item = Heard | Pulled | None
+Item = ReceivedMessage | Pulled | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +133,7 @@ class LlumletHost:
         self,
         engine: EngineCoreProc,
         index: EngineIndex,
-        seat: HostSeat,
+        config: LlumletConfig,
         host: str,
         on_step: STEP_LINE,
         keys: SocketKeys | None = None,
@@ -141,21 +141,21 @@ class LlumletHost:
         """`host`: this host's address in the cluster."""
         self._engine = engine
         self._index = index
-        self._seat = seat
+        self._config = config
         self._on_step = on_step
         self._polled_s = 0.0
-        self._calm_s = sys.getswitchinterval()
-        self._hurry_until_s = 0.0
-        self._hurried = False
+        self._default_switch_s = sys.getswitchinterval()
+        self._fast_until_s = 0.0
+        self._fast_switch = False
         self._agents_of: dict[EngineIndex, list[str]] = {}
         self._waiting_here = False
         self._here: queue.SimpleQueue[Pulled] = queue.SimpleQueue()
-        self._orders: queue.SimpleQueue[MoveLoad] = queue.SimpleQueue()
+        self._orders: queue.SimpleQueue[MoveOrder] = queue.SimpleQueue()
         self._agents: list[str] = []
         self._after: list[_AfterMoves] = []
         self._host = f"[{host}]" if ":" in host else host  # IPv6.
-        peers = seat.peers.format(engine=index, host=self._host)
-        self._peers = Peers(peers, self._heard, self._beat, keys)
+        peers = config.peers.format(engine=index, host=self._host)
+        self._peers = Peers(peers, self._received, self._beat, keys)
         self._errors = ErrorLog()
 
     def start(self) -> None:
@@ -165,15 +165,15 @@ class LlumletHost:
         if current_platform.is_cpu() and ours(config):
             self._engine.model_executor.collective_rpc("llumnix_keep_generators")
         agents: list[str] = []
-        if why_engine_cannot(config, self._engine.scheduler) is None:
-            listen = self._seat.agents.format(engine=self._index, host=self._host, rank="{rank}")
+        if engine_unsupported(config, self._engine.scheduler) is None:
+            listen = self._config.agents.format(engine=self._index, host=self._host, rank="{rank}")
             agents = self._engine.model_executor.collective_rpc(
-                "llumnix_open", args=(listen, self._seat.key, self._seat.transfer)
+                "llumnix_open", args=(listen, self._config.key, self._config.transfer)
             )
             self._agents = agents
             # A worker in this very process has set it.
-            sys.setswitchinterval(self._calm_s)
-        self._client = AgentClient(agents=agents, key=self._seat.key, on_pulled=self._pulled)
+            sys.setswitchinterval(self._default_switch_s)
+        self._client = AgentClient(agents=agents, key=self._config.key, on_pulled=self._pulled)
         self._client.start()
         self.port = VllmPort(self._engine, agents, self._client, self._pull_failed)
         self._guarded = GuardedPort(
@@ -183,9 +183,9 @@ class LlumletHost:
             self._index,
             self._peers.address,
             cast("EnginePort", self._guarded),
-            self._seat.limits,
+            self._config.limits,
             self._on_step,
-            self._seat.settings,
+            self._config.settings,
         )
         self._peers.start()
 
@@ -203,8 +203,8 @@ class LlumletHost:
 
     def handle(self, item: Item) -> None:
         """What came through the input queue."""
-        if isinstance(item, Heard) and isinstance(item.message, Handover):
-            self._attempt("handover", partial(self._take_rest, item))
+        if isinstance(item, ReceivedMessage) and isinstance(item.message, Handover):
+            self._attempt("handover", partial(self._take_handover, item))
         else:
             self._attempt("message", partial(self._take, item))
         self.poll()
@@ -232,7 +232,7 @@ class LlumletHost:
 
     def _each(self, what: str, call: Callable[[], list[Out]]) -> None:
         """Makes a call that looks at all migrations: again, if one of them failed in it."""
-        limits = self._seat.limits
+        limits = self._config.limits
         for _ in range(limits.outgoing_max + limits.incoming_max + 1):
             if self._attempt(what, lambda: self._send(call())):
                 break
@@ -245,7 +245,7 @@ class LlumletHost:
         if isinstance(item, Pulled):
             if item.ticket >= 0:
                 return self.llumlet.pulled(item.ticket, item.error, item.bytes, item.seconds, now)
-            self.port.met(item.ticket, item.error)
+            self.port.linked(item.ticket, item.error)
             return []
         if item is None:
             return []
@@ -254,18 +254,18 @@ class LlumletHost:
             self._agents_of[message.source] = message.agents
         return self.llumlet.receive(message, now, item.at_s)
 
-    def _take_rest(self, handover: Heard) -> None:
+    def _take_handover(self, handover: ReceivedMessage) -> None:
         """Takes a handover in, and gives its pull a moment to end."""
         before = self.port.last_ticket
         self._waiting_here = True
         try:
             self._take(handover)
-            self._wait_for_rest(before)
+            self._wait_for_final_pull(before)
         finally:
             self._waiting_here = False
 
-    def _wait_for_rest(self, before: int) -> None:
-        deadline_s = time.monotonic() + REST_WAIT_S
+    def _wait_for_final_pull(self, before: int) -> None:
+        deadline_s = time.monotonic() + FINAL_PULL_WAIT_S
         wanted = self.port.last_ticket
         while wanted != before and not self.port.pulls_wait:
             try:
@@ -288,13 +288,13 @@ class LlumletHost:
         busy = self.llumlet.busy
         if busy:
             self._each("turn", lambda: self.llumlet.poll(self._polled_s))
-            self._hurry_until_s = self._polled_s + HURRY_S
+            self._fast_until_s = self._polled_s + FAST_SWITCH_S
         if self._after:
             self._make_calls()
-        hurry = self._polled_s < self._hurry_until_s
-        if hurry is not self._hurried:
-            self._hurried = hurry
-            sys.setswitchinterval(SWITCH_INTERVAL_S if hurry else self._calm_s)
+        fast = self._polled_s < self._fast_until_s
+        if fast is not self._fast_switch:
+            self._fast_switch = fast
+            sys.setswitchinterval(SWITCH_INTERVAL_S if fast else self._default_switch_s)
 
     def _take_orders(self) -> None:
         orders = []
@@ -311,15 +311,17 @@ class LlumletHost:
         free_s = now if ends_s is None else max(now, ends_s)
         return self._errors.keep("timing", lambda: self.llumlet.hold_s(free_s, now), 0.0)
 
-    def quiet(self) -> bool:
+    def defer_prefills(self) -> bool:
         """Whether the engine's next step should compute no prompts."""
         now = time.monotonic()
-        return self._errors.keep("timing", lambda: self.llumlet.quiet(now), otherwise=False)
+        return self._errors.keep(
+            "timing", lambda: self.llumlet.defer_prefills(now), otherwise=False
+        )
 
-    def moving(self) -> tuple[Moving, tuple[OrderId, ...]]:
+    def moving(self) -> tuple[MoveCounts, tuple[OrderId, ...]]:
         """What the next load report says of moves, and the orders it answers."""
         now = time.monotonic()
-        moving = self._errors.keep("report", lambda: self.llumlet.moving(now), Moving())
+        moving = self._errors.keep("report", lambda: self.llumlet.moving(now), MoveCounts())
         return moving, self.llumlet.answered()
 
     def after_moves(self, why: str, call: Callable[[], Any], *, leaving: bool) -> Any:
@@ -327,7 +329,7 @@ class LlumletHost:
         and makes the call once the last pull has ended and the last verdict has come: now, or
         later, which a future stands for. Requests are declined until `welcome`."""
         now = time.monotonic()
-        self._each("call-off", lambda: self.llumlet.call_off(why, now, leaving=leaving))
+        self._each("call-off", lambda: self.llumlet.cancel_all(why, now, leaving=leaving))
         after = _AfterMoves(call, leaving, now + CALL_OFF_MAX_S)
         self._after.append(after)
         self._make_calls()
@@ -364,7 +366,7 @@ class LlumletHost:
 
     def leave(self, why: str) -> None:
         """Asks the frontend to have this engine emptied and stopped."""
-        self._tell_frontend(LeaveWanted(request=RequestId(""), why=why))
+        self._tell_frontend(DrainRequested(request=RequestId(""), why=why))
 
     def migrate(self, order: bytes) -> None:
         """A frontend's order (`Migrate`)."""
@@ -392,7 +394,7 @@ class LlumletHost:
             "peer's death",
             lambda: self.llumlet.engine_lost(EngineIndex(engine), names, time.monotonic()),
         )
-        self._peers.forget(address)
+        self._peers.disconnect(address)
         if (agents := self._agents_of.pop(EngineIndex(engine), None)) is not None:
             self.port.forget(agents)
 
@@ -405,8 +407,8 @@ class LlumletHost:
         for item in out:
             if isinstance(item, ToPeer):
                 # As if it was lost on its way, if that fails.
-                say = partial(self._peers.say, item.address, item.message)
-                self._errors.keep("message", say, None)
+                send = partial(self._peers.send, item.address, item.message)
+                self._errors.keep("message", send, None)
             else:
                 self._tell_frontend(item.message)
 
@@ -424,27 +426,27 @@ class LlumletHost:
 
     # -- on other threads
 
-    def order(self, order: MoveLoad) -> None:
+    def order(self, order: MoveOrder) -> None:
         """The scheduler wants load moved away."""
         # Not through the input queue: of those that come during one step only the newest count.
         self._orders.put(order)
-        self._from_outside(None)
+        self._enqueue(None)
 
-    def _heard(self, message: PeerMessage) -> None:
-        self._from_outside(Heard(message, time.monotonic()))
+    def _received(self, message: PeerMessage) -> None:
+        self._enqueue(ReceivedMessage(message, time.monotonic()))
 
-    def _from_outside(self, item: Item) -> None:
-        self._engine.input_queue.put_nowait((FromOutside, item))  # type: ignore[arg-type]
+    def _enqueue(self, item: Item) -> None:
+        self._engine.input_queue.put_nowait((HostItem, item))  # type: ignore[arg-type]
 
     def _pulled(self, pulled: Pulled) -> None:
         # In this order: who stops waiting looks once more after that.
         self._here.put(pulled)
         if not self._waiting_here:
-            self._from_outside(None)
+            self._enqueue(None)
 
     def _pull_failed(self, ticket: int, why: str) -> None:
         self._pulled(Pulled(ticket=ticket, bytes=0, seconds=0.0, error=why))
 
     def _beat(self) -> None:
         if self.llumlet.busy and time.monotonic() - self._polled_s > BEAT_EVERY_S:
-            self._from_outside(None)
+            self._enqueue(None)

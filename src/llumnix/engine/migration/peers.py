@@ -46,9 +46,9 @@ class Peers:
         self._keys = keys
         self._on_message = on_message
         self._on_beat = on_beat
-        self._speaking: dict[str, zmq.Socket] = {}
+        self._outgoing: dict[str, zmq.Socket] = {}
         self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._hear, name="llumnix-peers", daemon=True)
+        self._thread = threading.Thread(target=self._receive, name="llumnix-peers", daemon=True)
         self.address = ""
         self._lost_count = 0
         self._log_lost_s = 0.0
@@ -58,10 +58,10 @@ class Peers:
         self._context = zmq.Context()
         self._context.set(zmq.MAX_SOCKETS, PEERS_MAX)
         self._listening = Listening(self._context, self._keys)
-        self._hearing = self._context.socket(zmq.PULL)
-        self._hearing.setsockopt(zmq.RCVHWM, QUEUED_MAX)
-        self._listening.bind(self._hearing, self._listen)
-        self.address = self._hearing.getsockopt_string(zmq.LAST_ENDPOINT)
+        self._incoming = self._context.socket(zmq.PULL)
+        self._incoming.setsockopt(zmq.RCVHWM, QUEUED_MAX)
+        self._listening.bind(self._incoming, self._listen)
+        self.address = self._incoming.getsockopt_string(zmq.LAST_ENDPOINT)
 
     def start(self) -> None:
         """Begins to hear."""
@@ -71,13 +71,13 @@ class Peers:
         """Ends both."""
         self._closing.set()
         self._thread.join(CLOSE_TIMEOUT_S)
-        self._hearing.close(0)
-        for socket in self._speaking.values():
+        self._incoming.close(0)
+        for socket in self._outgoing.values():
             socket.close(0)
         self._listening.close()
         self._context.term()
 
-    def say(self, address: str, message: PeerMessage) -> None:
+    def send(self, address: str, message: PeerMessage) -> None:
         """Sends, or loses it: no address, no socket or a full queue end nothing but a migration.
         The engine's thread only."""
         try:
@@ -86,7 +86,7 @@ class Peers:
             self._lost(type(message).__name__, address, error)
 
     def _socket_to(self, address: str) -> zmq.Socket:
-        socket = self._speaking.get(address)
+        socket = self._outgoing.get(address)
         if socket is None:
             socket = self._context.socket(zmq.PUSH)
             try:
@@ -96,7 +96,7 @@ class Peers:
             except zmq.ZMQError:
                 socket.close(0)
                 raise
-            self._speaking[address] = socket
+            self._outgoing[address] = socket
         return socket
 
     def _lost(self, kind: str, address: str, error: zmq.ZMQError) -> None:
@@ -110,19 +110,19 @@ class Peers:
             kind, address, error, self._lost_count,
         )  # fmt: skip
 
-    def forget(self, address: str) -> None:
+    def disconnect(self, address: str) -> None:
         """A peer is gone for good. The engine's thread only."""
-        socket = self._speaking.pop(address, None)
+        socket = self._outgoing.pop(address, None)
         if socket is not None:
             socket.close(0)
 
-    def _hear(self) -> None:
+    def _receive(self) -> None:
         while not self._closing.is_set():
-            if not self._hearing.poll(BEAT_MS):
+            if not self._incoming.poll(BEAT_MS):
                 self._on_beat()
                 continue
             try:
-                message = decode(self._hearing.recv())
+                message = decode(self._incoming.recv())
             except ProtocolError as error:
                 logger.error("From another llumlet: %s", error)
                 continue

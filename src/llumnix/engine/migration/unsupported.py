@@ -16,7 +16,7 @@ def ours(config: Any) -> bool:
     return bool(config.parallel_config.worker_extension_cls == WORKER_EXTENSION)
 
 
-def why_engine_cannot(config: Any, scheduler: Any) -> str | None:
+def engine_unsupported(config: Any, scheduler: Any) -> str | None:
     """Why no request of such an engine can be moved; None if they can."""
     parallel, model = config.parallel_config, config.model_config
     reasons = (
@@ -47,7 +47,7 @@ def why_engine_cannot(config: Any, scheduler: Any) -> str | None:
     return None
 
 
-def why_request_cannot(request: Request) -> str | None:
+def request_unsupported(request: Request) -> str | None:
     """Why this request cannot be moved; None if it can."""
     params = request.sampling_params
     if request.pooling_params is not None or params is None:

@@ -24,7 +24,7 @@ from llumnix.engine.kv.agent_client import AgentClient
 from llumnix.engine.migration.grammars import Grammars
 from llumnix.engine.migration.packed_tokens import Prompt
 from llumnix.engine.migration.request_decoder import RequestDecoder
-from llumnix.engine.migration.unsupported import why_engine_cannot
+from llumnix.engine.migration.unsupported import engine_unsupported
 from llumnix.engine.migration.worker import RunnerState
 from llumnix.engine.queueing import has_waited, queue_by_arrival
 from llumnix.engine.readings import client_priority
@@ -37,7 +37,7 @@ FED_MAX = 256
 """Tokens that a grammar is fed between two steps."""
 
 
-class Rest(msgspec.Struct, frozen=True, kw_only=True):
+class HandoverState(msgspec.Struct, frozen=True, kw_only=True):
     """What a handover carries beside tokens and blocks. `cached`: prompt tokens that the source
     found in its prefix cache, None if the client was told already. `waited_s`: how long it has
     waited without KV; `priority`: the number that it is queued under. `events`: what the client's
@@ -53,7 +53,7 @@ class Rest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 @dataclass(slots=True, kw_only=True)
-class Arriving:
+class ReservedRequest:
     """A request on its way in. `here`: tokens whose KV is in this engine; `pulling`: those it will
     be when the pull under way has ended; `gaps`: some of those before have no blocks; `unfed`:
     tokens that its grammar was not fed yet; `fence`: the steps that were in flight when it last got
@@ -69,7 +69,7 @@ class Arriving:
 
 
 @dataclass(slots=True, kw_only=True)
-class Waiting:
+class DeferredPull:
     """A pull that must not begin before the steps in flight have ended: one of them may still
     write into a block that was freed under it and is now ours."""
 
@@ -80,7 +80,7 @@ class Waiting:
     destination: list[int]
 
 
-class Arrivals:
+class VllmDestination:
     """The destination's half of `EnginePort`, for one engine core."""
 
     def __init__(
@@ -92,14 +92,14 @@ class Arrivals:
         self._pool = self._kv.block_pool
         self._client = client
         self._pull_failed = pull_failed
-        self._never = why_engine_cannot(core.vllm_config, self._scheduler)
+        self._never = engine_unsupported(core.vllm_config, self._scheduler)
         self._v1 = not core.vllm_config.use_v2_model_runner
-        self._arriving: dict[RequestId, Arriving] = {}
-        self._waiting: list[Waiting] = []
+        self._arriving: dict[RequestId, ReservedRequest] = {}
+        self._waiting: list[DeferredPull] = []
         self._decoder = RequestDecoder()
-        self._meeting: dict[int, tuple[str, ...]] = {}
-        self._met: set[tuple[str, ...]] = set()
-        self._unmet: dict[tuple[str, ...], str] = {}
+        self._linking: dict[int, tuple[str, ...]] = {}
+        self._linked: set[tuple[str, ...]] = set()
+        self._link_errors: dict[tuple[str, ...], str] = {}
         self._tickets = 0
         self._grammars = Grammars(self._scheduler.structured_output_manager)
         self.last_ticket = 0
@@ -125,20 +125,20 @@ class Arrivals:
                 except Exception as error:  # noqa: BLE001 - the pull failed, whatever it is
                     self._pull_failed(pull.ticket, f"{type(error).__name__}: {error}")
 
-    def met(self, ticket: int, error: str | None) -> None:
+    def linked(self, ticket: int, error: str | None) -> None:
         """A meeting (a negative ticket) with a source's workers has ended."""
-        agents = self._meeting.pop(ticket, None)
+        agents = self._linking.pop(ticket, None)
         if agents is None:
             return  # It could not be begun with all of them.
         if error is not None:
-            self._unmet[agents] = error
+            self._link_errors[agents] = error
         else:
-            self._met.add(agents)
+            self._linked.add(agents)
 
     def forget(self, agents: list[str]) -> None:
         """These workers are gone."""
-        self._met.discard(tuple(agents))
-        self._unmet.pop(tuple(agents), None)
+        self._linked.discard(tuple(agents))
+        self._link_errors.pop(tuple(agents), None)
         self._client.forget(agents)
 
     @property
@@ -172,14 +172,14 @@ class Arrivals:
             described.prompt_token_ids = Prompt(described.prompt_token_ids)
         new = Request.from_engine_core_request(described, self._core.request_block_hasher)
         self.arrived(new)
-        coming = Arriving(request=new, agents=tuple(agents))
-        if coming.agents not in self._met and coming.agents not in self._meeting.values():
-            self._unmet.pop(coming.agents, None)
+        incoming = ReservedRequest(request=new, agents=tuple(agents))
+        if incoming.agents not in self._linked and incoming.agents not in self._linking.values():
+            self._link_errors.pop(incoming.agents, None)
             self._tickets += 1
-            self._client.meet(-self._tickets, agents)
-            self._meeting[-self._tickets] = coming.agents
+            self._client.open_links(-self._tickets, agents)
+            self._linking[-self._tickets] = incoming.agents
         if new.use_structured_output:
-            coming.unfed.extend(outputs)
+            incoming.unfed.extend(outputs)
             self._grammars.begin(new)
         else:
             new.append_output_token_ids(outputs)
@@ -196,35 +196,35 @@ class Arrivals:
             )
             if slots is None:
                 return self._no_room(tokens)
-            new.num_computed_tokens = coming.here = hit
-            coming.fence = list(self._core.batch_queue or ())
-        self._arriving[request] = coming
-        return coming.here
+            new.num_computed_tokens = incoming.here = hit
+            incoming.fence = list(self._core.batch_queue or ())
+        self._arriving[request] = incoming
+        return incoming.here
 
     def ready(self, request: RequestId) -> bool | Refusal:
-        coming = self._arriving[request]
+        incoming = self._arriving[request]
         if request in self._scheduler.finished_req_ids:
             return False  # The workers still have to hear that it left the last time.
-        if coming.agents not in self._met:
-            why = self._unmet.get(coming.agents)
+        if incoming.agents not in self._linked:
+            why = self._link_errors.get(incoming.agents)
             return Refusal(why=f"its blocks cannot be read: {why}") if why else False
-        structured = coming.request.structured_output_request
+        structured = incoming.request.structured_output_request
         if structured is None:
             return True
         if not structured.is_grammar_ready:
             return False
         if isinstance(structured.grammar, Exception):
             return Refusal(why=f"its grammar does not compile there ({structured.grammar})")
-        return self._feed(coming, FED_MAX)
+        return self._feed(incoming, FED_MAX)
 
     def reach(self, request: RequestId, tokens: int, outputs: list[int]) -> Refusal | None:
-        coming = self._arriving[request]
-        new = coming.request
-        coming.here = max(coming.here, coming.pulling)
-        new.num_computed_tokens = coming.here
+        incoming = self._arriving[request]
+        new = incoming.request
+        incoming.here = max(incoming.here, incoming.pulling)
+        new.num_computed_tokens = incoming.here
         if new.use_structured_output:
-            coming.unfed += outputs
-            fed = self._feed(coming, len(coming.unfed))
+            incoming.unfed += outputs
+            fed = self._feed(incoming, len(incoming.unfed))
             if isinstance(fed, Refusal):
                 return fed
         else:
@@ -234,7 +234,7 @@ class Arrivals:
         if need > 0 and self._kv.allocate_slots(new, need, delay_cache_blocks=True) is None:
             return self._no_room(tokens)
         if self._pool.get_num_free_blocks() != free:
-            coming.fence = list(self._core.batch_queue or ())
+            incoming.fence = list(self._core.batch_queue or ())
         return None
 
     def pull(
@@ -247,9 +247,9 @@ class Arrivals:
         end: int,
         blocks: Blocks,
     ) -> None:
-        coming = self._arriving[request]
-        coming.pulling = end
-        coming.gaps |= any(ABSENT in group for group in blocks)
+        incoming = self._arriving[request]
+        incoming.pulling = end
+        incoming.gaps |= any(ABSENT in group for group in blocks)
         self.last_ticket = ticket
         mine, _ = self._blocks(request, start, end)
         pairs = [
@@ -259,8 +259,8 @@ class Arrivals:
             if theirs != ABSENT and ours != ABSENT
         ]
         froms, tos = [p[0] for p in pairs], [p[1] for p in pairs]
-        pull = Waiting(
-            steps=coming.fence, ticket=ticket, agents=agents, source=froms, destination=tos
+        pull = DeferredPull(
+            steps=incoming.fence, ticket=ticket, agents=agents, source=froms, destination=tos
         )
         if self._in_flight(pull.steps):
             self._waiting.append(pull)
@@ -276,35 +276,35 @@ class Arrivals:
             self._pull_failed(ticket, "it was called off before it began")
 
     def cache(self, request: RequestId, tokens: int) -> None:
-        coming = self._arriving[request]
-        if not coming.gaps:
-            self._kv.cache_blocks(coming.request, min(tokens, coming.request.num_tokens))
+        incoming = self._arriving[request]
+        if not incoming.gaps:
+            self._kv.cache_blocks(incoming.request, min(tokens, incoming.request.num_tokens))
 
     def commit(self, request: RequestId, computed: int, state: bytes) -> Refusal | None:
-        coming = self._arriving[request]
-        new = coming.request
+        incoming = self._arriving[request]
+        new = incoming.request
         try:
-            rest = msgspec.msgpack.decode(state, type=Rest)
+            handed = msgspec.msgpack.decode(state, type=HandoverState)
         except msgspec.MsgspecError as error:
             return Refusal(why=f"its state cannot be read there: {error}")
-        if coming.unfed:
+        if incoming.unfed:
             return Refusal(why="its grammar was not ready there")
         new.num_computed_tokens = computed
-        new.num_preemptions = rest.preemptions
+        new.num_preemptions = handed.preemptions
         now = time.monotonic()
-        has_waited(new, rest.waited_s, now)
+        has_waited(new, handed.waited_s, now)
         new.events = [
             EngineCoreEvent.new_event(EngineCoreEventType(kind), now - ago_s)
-            for kind, ago_s in rest.events
+            for kind, ago_s in handed.events
         ]
-        if rest.priority is not None:
-            new.llumnix_priority, new.priority = client_priority(new), rest.priority
-        if rest.cached is None:
+        if handed.priority is not None:
+            new.llumnix_priority, new.priority = client_priority(new), handed.priority
+        if handed.cached is None:
             new.prefill_stats = None
         elif computed:
-            new.prefill_stats.set(new.num_prompt_tokens, rest.cached, 0)
+            new.prefill_stats.set(new.num_prompt_tokens, handed.cached, 0)
         if computed:
-            if coming.gaps:
+            if incoming.gaps:
                 # What the source did not have is not here either, and must not be found.
                 self._kv.remove_skipped_blocks(request, computed)
             self._kv.cache_blocks(new, computed)
@@ -312,7 +312,7 @@ class Arrivals:
             self._kv.free(new)
         started = bool(computed or new.num_output_tokens)
         new.status = RequestStatus.PREEMPTED if started else RequestStatus.WAITING
-        if started and self._v1 and (why := self._install(new, computed, rest.generator)):
+        if started and self._v1 and (why := self._install(new, computed, handed.generator)):
             # Some workers may have it by now.
             self._scheduler.finished_req_ids.add(request)
             return Refusal(why=f"its state cannot be installed there: {why}")
@@ -369,19 +369,19 @@ class Arrivals:
         else:
             queue_by_arrival(self._scheduler.waiting, request)
 
-    def _feed(self, coming: Arriving, most: int) -> bool | Refusal:
+    def _feed(self, incoming: ReservedRequest, most: int) -> bool | Refusal:
         """Tells its grammar what it has generated, token by token, as the source's was told;
         whether that was all of it."""
-        new, manager = coming.request, self._scheduler.structured_output_manager
+        new, manager = incoming.request, self._scheduler.structured_output_manager
         structured = new.structured_output_request
         if not structured.is_grammar_ready:
             return False
-        for _ in range(min(most, len(coming.unfed))):
-            token = coming.unfed.popleft()
+        for _ in range(min(most, len(incoming.unfed))):
+            token = incoming.unfed.popleft()
             new.append_output_token_ids([token])
             if not manager.accept_tokens(new, [token]):
                 return Refusal(why="its grammar there does not accept what it has generated")
-        return not coming.unfed
+        return not incoming.unfed
 
     def _in_flight(self, steps: list[Any]) -> bool:
         """Whether any of these steps has not come home yet."""

@@ -39,11 +39,11 @@ from vllm.v1.serial_utils import MsgpackEncoder
 
 from llumnix.core.messages import Blocks
 from llumnix.core.migration.port import Movable, Phase, Progress, Refusal
-from llumnix.core.migration.timing import Pace
+from llumnix.core.migration.timing import StepTimer
 from llumnix.core.types import RequestId
 from llumnix.engine.kv.agent_client import AgentClient
-from llumnix.engine.migration.unsupported import why_request_cannot
-from llumnix.engine.migration.vllm_destination import Arrivals, Rest
+from llumnix.engine.migration.unsupported import request_unsupported
+from llumnix.engine.migration.vllm_destination import HandoverState, VllmDestination
 from llumnix.engine.queueing import waited_s
 from llumnix.engine.readings import client_priority, has_prompts
 
@@ -56,9 +56,8 @@ ABLE = (RequestStatus.WAITING, RequestStatus.PREEMPTED)
 the next input of a session, a grammar, a KV transfer."""
 
 
-class VllmPort(Arrivals):
-    """Implements `EnginePort` for one engine core; `agents` are its own workers'. `pace` has to be
-    told how long its steps take."""
+class VllmPort(VllmDestination):
+    """Implements `EnginePort` for one engine core. `agents`: addresses of its workers' agents."""
 
     def __init__(
         self,
@@ -68,7 +67,7 @@ class VllmPort(Arrivals):
         pull_failed: Callable[[int, str], None],
     ) -> None:
         super().__init__(core, client, pull_failed)
-        self.pace = Pace()
+        self.step_timer = StepTimer()
         self._agents = agents
         self._stopped: set[RequestId] = set()
         self._pins: dict[RequestId, list[Any]] = {}
@@ -76,7 +75,7 @@ class VllmPort(Arrivals):
         self._stuck_steps = 0
         self._encoder = MsgpackEncoder()
 
-    def stepped(self, ran: bool) -> None:
+    def between_steps(self, ran: bool) -> None:
         """A step of the engine has ended. `ran`: whether it ran the model."""
         if ran or not self._deadlocked():
             self._stuck_steps = 0
@@ -84,11 +83,11 @@ class VllmPort(Arrivals):
         self._stuck_steps += 1
         if self._stuck_steps >= STUCK_STEPS:
             self._stuck_steps = 0
-            self._relieve()
+            self._break_deadlock()
 
     @property
     def step_s(self) -> float:
-        return self.pace.step_s
+        return self.step_timer.step_s
 
     @property
     def prompts_in_flight(self) -> bool:
@@ -113,12 +112,12 @@ class VllmPort(Arrivals):
             priority=client_priority(known),
             tokens=-(-known.num_tokens // self.block_tokens) * self.block_tokens,
             waiting=waiting,
-            busy=prefilling or why_request_cannot(known) is not None,
+            busy=prefilling or request_unsupported(known) is not None,
         )
 
     def describe(self, request: RequestId) -> bytes | Refusal:
         known = self._scheduler.requests[request]
-        why = self._never or why_request_cannot(known)
+        why = self._never or request_unsupported(known)
         if why is not None:
             return Refusal(why=why)
         structured = known.structured_output_request
@@ -204,7 +203,7 @@ class VllmPort(Arrivals):
         known = map(self._scheduler.requests.get, self._stopped)
         return [r for r in known if r is not None and r.num_computed_tokens]
 
-    def rest(self, request: RequestId, start: int) -> tuple[int, Blocks, bytes]:
+    def handover_state(self, request: RequestId, start: int) -> tuple[int, Blocks, bytes]:
         known = self._scheduler.requests[request]
         generator = b""
         if known.status == RequestStatus.RUNNING:
@@ -218,7 +217,7 @@ class VllmPort(Arrivals):
         computed = known.num_computed_tokens
         ids, _ = self._blocks(request, min(start, computed), computed)
         now = time.monotonic()
-        rest = Rest(
+        state = HandoverState(
             cached=known.prefill_stats and known.prefill_stats.num_cached_tokens,
             preemptions=known.num_preemptions,
             generator=generator,
@@ -226,7 +225,7 @@ class VllmPort(Arrivals):
             priority=known.priority,
             events=[(int(e.type), now - e.timestamp) for e in known.events],
         )
-        return computed, ids, msgspec.msgpack.encode(rest)
+        return computed, ids, msgspec.msgpack.encode(state)
 
     def resume(self, request: RequestId) -> None:
         was_stopped = request in self._stopped
@@ -272,7 +271,7 @@ class VllmPort(Arrivals):
         # What moves hold comes back by itself, and one alone gains nothing if it gives up its own.
         return able > 1 or (able == 1 and not (self._arriving or self._pins or self._stopped))
 
-    def _relieve(self) -> None:
+    def _break_deadlock(self) -> None:
         """Requests that wait with blocks in their hands cannot be preempted by each other: the last
         gives its blocks up, as vLLM's own preemption would make it."""
         holding = self._scheduler.kv_holding_waiting

@@ -38,7 +38,7 @@ _ANSWERED = (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Numbers:
+class EngineCounts:
     """What an engine counts: the fields of `LoadReport` with the same names."""
 
     kv_tokens_used: int
@@ -63,49 +63,49 @@ class LoadReader:
         self._scheduler = scheduler
         self._slots = slots
         self._priorities = priorities
-        self.found: Callable[[Request], tuple[int, int]] = lambda request: (0, 0)
+        self.cached_tokens: Callable[[Request], tuple[int, int]] = lambda request: (0, 0)
         self.taken_out: Callable[[], list[Request]] = list
         self._block = int(scheduler.block_size)
         self._token_bytes = token_bytes(scheduler)
         self._seen: tuple[Any, ...] = ()
-        self._known: dict[str, _Known] = {}
-        self._running: dict[str, _Known] = {}
-        self._sessions: dict[str, _Known] = {}  # Those that wait.
-        # Of each class: requests that wait, and what `_Known.waits` says of them, added up.
+        self._known: dict[str, CountedRequest] = {}
+        self._running: dict[str, CountedRequest] = {}
+        self._sessions: dict[str, CountedRequest] = {}  # Those that wait.
+        # Of each class: requests that wait, and what `CountedRequest.waits` says of them, added up.
         self._queued = [[0] * 4 for _ in range(len(priorities))]
         self._new: list[Request] = []
         self._left_out: list[str] = []
         self._unsure = True
         self._classes: tuple[ClassLoad, ...] = ()
         self._prompts: list[Request] = []
-        self._last: Numbers | None = None
-        self._came = 0
+        self._last: EngineCounts | None = None
+        self._changes = 0
         self._preemptions = 0
         self._finished = 0
         self._finished_tokens = 0
 
-    def came(self, request: Request | None = None) -> None:
+    def arrived(self, request: Request | None = None) -> None:
         """A request arrived or moved in. Without one: any may have come or left, and who is there
         is compared with who was."""
-        self._came += 1
+        self._changes += 1
         if request is None:
             self._unsure = True
         else:
             self._new.append(request)
 
-    def changed(self) -> None:
+    def mark_changed(self) -> None:
         """A session got another input, which nothing else shows."""
-        self._came += 1
+        self._changes += 1
 
     def left(self, names: list[str]) -> None:
         """These were aborted. (Others that leave the queue are found, but that takes longer.)"""
         self._left_out += [name for name in names if name in self._known]
 
-    def read(self) -> Numbers:
+    def read(self) -> EngineCounts:
         """The load of now."""
         scheduler = self._scheduler
         seen = (
-            self._came,
+            self._changes,
             len(scheduler.requests),
             len(scheduler.waiting),
             len(scheduler.kv_holding_waiting),
@@ -127,7 +127,7 @@ class LoadReader:
             and now == (last.kv_tokens_used, last.prefill_tokens, last.head_tokens)
         ):
             return last
-        self._last = Numbers(
+        self._last = EngineCounts(
             kv_tokens_used=used,
             kv_tokens_total=total * self._block,
             prefill_tokens=now[1],
@@ -182,7 +182,7 @@ class LoadReader:
             for r, (w, t, s, p) in zip(running, self._queued, strict=True)
         )
 
-    def _look_again(self, known: "_Known") -> None:
+    def _look_again(self, known: "CountedRequest") -> None:
         """Whether it waits, and is counted so, or has left."""
         name = known.request.request_id
         if self._known.get(name) is not known:
@@ -193,7 +193,7 @@ class LoadReader:
         elif name not in self._running and known.waits is None:
             self._begins_to_wait(known)
 
-    def _begins_to_wait(self, known: "_Known") -> None:
+    def _begins_to_wait(self, known: "CountedRequest") -> None:
         request = known.request
         self._preemptions += request.num_preemptions - known.preemptions
         known.preemptions = request.num_preemptions
@@ -202,13 +202,13 @@ class LoadReader:
             self._sessions[request.request_id] = known
         self._queue(known, 1)
 
-    def _waits_no_more(self, known: "_Known") -> None:
+    def _waits_no_more(self, known: "CountedRequest") -> None:
         if known.waits is not None:
             self._queue(known, -1)
             known.waits = None
             self._sessions.pop(known.request.request_id, None)
 
-    def _queue(self, known: "_Known", sign: int) -> None:
+    def _queue(self, known: "CountedRequest", sign: int) -> None:
         assert known.waits is not None
         mine = self._queued[known.rank]
         for n, value in enumerate((1, *known.waits)):
@@ -220,26 +220,26 @@ class LoadReader:
         self._prompts = [r for r in self._prompts if r.is_prefill_chunk]
         return sum(int(r.num_tokens - r.num_computed_tokens) for r in self._prompts)
 
-    def _know(self, request: Request) -> "_Known":
+    def _know(self, request: Request) -> "CountedRequest":
         known = self._known.get(request.request_id)
         if known is None or known.request is not request:
             if known is not None:
                 self._left(known)  # And another came under its id.
             rank = self._priorities.rank(client_priority(request))
-            known = _Known(request=request, rank=rank, preemptions=request.num_preemptions)
+            known = CountedRequest(request=request, rank=rank, preemptions=request.num_preemptions)
             self._known[request.request_id] = known
         return known
 
     def _wanted(self, request: Request) -> tuple[int, int, int]:
         """What is counted of a request that begins to wait. One that was preempted is taken to lose
         what it had, which memory is too short for."""
-        cached, held = (0, 0) if request.num_preemptions else self.found(request)
+        cached, held = (0, 0) if request.num_preemptions else self.cached_tokens(request)
         moved = int(request.num_computed_tokens)
         tokens = int(request.num_tokens)
         # The last token is computed in any case.
         return self.needed(request), max(held, moved), tokens - min(max(cached, moved), tokens - 1)
 
-    def _left(self, known: "_Known") -> None:
+    def _left(self, known: "CountedRequest") -> None:
         request = known.request
         self._waits_no_more(known)
         self._preemptions += request.num_preemptions - known.preemptions
@@ -249,7 +249,7 @@ class LoadReader:
 
 
 @dataclass(slots=True, kw_only=True)
-class _Known:
+class CountedRequest:
     """A request that was counted: its class, its preemptions so far, and, if it waits, what is
     counted of it: tokens, those that are in use already, and those to compute. (A session's tokens
     become more while it waits.)"""

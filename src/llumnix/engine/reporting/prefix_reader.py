@@ -72,7 +72,7 @@ CLOSE_TIMEOUT_S = 2.0
 _WHOLE_PROMPT = ("full_attention", "mla_attention", "sink_full_attention")
 
 
-class NotedMap(BlockHashToBlockMap):
+class RecordingBlockMap(BlockHashToBlockMap):
     """vLLM's map of what is in its prefix cache, which notes the keys of what was dropped."""
 
     def __init__(self, before: BlockHashToBlockMap) -> None:
@@ -86,7 +86,7 @@ class NotedMap(BlockHashToBlockMap):
 
 
 @dataclass(slots=True, eq=False)
-class _Followed:
+class TrackedRequest:
     """A request whose blocks are named as they are computed: so many are, up to the hash `after`.
     `start`: the hash that its chain starts from; `preemptions`: how many it has had."""
 
@@ -119,8 +119,8 @@ class PrefixReader:
         self._size: int = manager.block_size
         # What is named at a time: a block of ours, or vLLM's if that is larger.
         self._unit = max(self._size, BLOCK_TOKENS)
-        self._followed: dict[str, _Followed] = {}
-        self._ended: deque[_Followed] = deque(maxlen=ENDED_MAX)
+        self._tracked: dict[str, TrackedRequest] = {}
+        self._ended: deque[TrackedRequest] = deque(maxlen=ENDED_MAX)
         self._names_left = self._walk_left = self._turn = 0
         # Our names of what is kept, by vLLM's key of the last block under them.
         self._names: dict[bytes, tuple[int, ...]] = {}
@@ -146,15 +146,15 @@ class PrefixReader:
         self._closing.set()
         self._thread.join(CLOSE_TIMEOUT_S)
 
-    def follow(self, request: Request) -> None:
+    def track(self, request: Request) -> None:
         """A request came, new or from another engine. The engine's thread only."""
         if request.mm_features or request.prompt_embeds is not None or request.resumable:
             return
         lora = request.lora_request
         start = root(lora.lora_name if lora else None, request.cache_salt)
-        self._followed[request.request_id] = _Followed(request, start, start)
+        self._tracked[request.request_id] = TrackedRequest(request, start, start)
 
-    def found(self, request: Request) -> tuple[int, int]:
+    def cached_tokens(self, request: Request) -> tuple[int, int]:
         """How many leading tokens of a request are in the cache, and how many of them are in blocks
         that requests hold; the last token is never looked for. By bisection: a cache drops a prompt
         from its end, mostly, and who holds a block holds those before it. The engine's thread
@@ -211,8 +211,8 @@ class PrefixReader:
             cleared=cleared,
         )
 
-    def _take_map(self) -> NotedMap:
-        noted = NotedMap(self._pool.cached_block_hash_to_block)
+    def _take_map(self) -> RecordingBlockMap:
+        noted = RecordingBlockMap(self._pool.cached_block_hash_to_block)
         self._pool.cached_block_hash_to_block = noted
         return noted
 
@@ -222,8 +222,8 @@ class PrefixReader:
         self._cleared |= bool(self.kept or self._removed)
         for known in (self._names, self.kept, self._stored, self._removed):
             known.clear()
-        for followed in chained(self._followed.values(), self._ended):
-            followed.named, followed.after = 0, followed.start
+        for tracked in chained(self._tracked.values(), self._ended):
+            tracked.named, tracked.after = 0, tracked.start
 
     def _look_at_dropped(self) -> None:
         dropped, self._map.dropped = self._map.dropped, []
@@ -245,49 +245,49 @@ class PrefixReader:
         self._turn += 1
         for n in range(len(running)):
             request = running[(n + self._turn) % len(running)]
-            followed = self._followed.get(request.request_id)
-            if followed is not None and followed.request is request:
-                done = self._advance(followed) and done
-        for name in list(islice(self._followed, None if whole else SWEPT_MAX)):
-            followed = self._followed.pop(name)
-            if followed.request.is_finished():
-                self._ended.append(followed)
+            tracked = self._tracked.get(request.request_id)
+            if tracked is not None and tracked.request is request:
+                done = self._advance(tracked) and done
+        for name in list(islice(self._tracked, None if whole else SWEPT_MAX)):
+            tracked = self._tracked.pop(name)
+            if tracked.request.is_finished():
+                self._ended.append(tracked)
                 continue
-            self._followed[name] = followed  # Behind the others.
+            self._tracked[name] = tracked  # Behind the others.
             if whole:
-                done = self._advance(followed) and done
+                done = self._advance(tracked) and done
         while self._ended and self._advance(self._ended[0]):
             self._ended.popleft()
         self.more = bool(self._ended) or not done
 
-    def _advance(self, followed: _Followed) -> bool:
+    def _advance(self, tracked: TrackedRequest) -> bool:
         """Names blocks of one request; whether all that it has computed are."""
-        request = followed.request
-        if followed.preemptions != request.num_preemptions:
-            followed.preemptions = request.num_preemptions
-            followed.named, followed.after = 0, followed.start
-        if request.num_computed_tokens < (followed.named + 1) * self._unit:
+        request = tracked.request
+        if tracked.preemptions != request.num_preemptions:
+            tracked.preemptions = request.num_preemptions
+            tracked.named, tracked.after = 0, tracked.start
+        if request.num_computed_tokens < (tracked.named + 1) * self._unit:
             return True
         unit, finished = self._unit, request.is_finished()
         end = min(request.num_computed_tokens, request.num_tokens, NAMED_TOKENS_MAX)
         hashes = resolve_block_hashes(request.block_hashes, self._pool.hash_block_size, self._size)
-        while (followed.named + 1) * unit <= end:
+        while (tracked.named + 1) * unit <= end:
             if self._names_left <= 0 or self._walk_left <= 0:
                 return False
             self._walk_left -= 1
-            begin, ended = followed.named * unit, (followed.named + 1) * unit
+            begin, ended = tracked.named * unit, (tracked.named + 1) * unit
             key = make_block_hash_with_group_id(hashes[ended // self._size - 1], self._group)
             here = self._map.get_one_block(key) is not None
             if not here and not finished:
                 return True  # The next step enters it.
             ends = self._names.get(key) if here else None
             if ends is None:
-                ends = chain(followed.after, request.all_token_ids[begin:ended])
+                ends = chain(tracked.after, request.all_token_ids[begin:ended])
                 self._names_left -= len(ends)
                 if here:
                     self._keep(key, ends)
-            followed.named += 1
-            followed.after = ends[-1]
+            tracked.named += 1
+            tracked.after = ends[-1]
         return True
 
     def _keep(self, key: bytes, ends: tuple[int, ...]) -> None:

@@ -21,10 +21,10 @@ from dataclasses import dataclass
 
 import zmq
 
-from llumnix.core.events import LoadReported, MoveLoad, PrefixesChanged
-from llumnix.core.reports import LoadReport, Moving
+from llumnix.core.events import LoadReported, MoveOrder, PrefixesChanged
+from llumnix.core.reports import LoadReport, MoveCounts
 from llumnix.core.types import EngineIndex, InstanceId, OrderId, RequestId
-from llumnix.engine.reporting.load_reader import Numbers
+from llumnix.engine.reporting.load_reader import EngineCounts
 from llumnix.errors import ProtocolError
 from llumnix.sockets import SocketKeys, connect
 from llumnix.wire import Message, decode, encode
@@ -56,7 +56,7 @@ class LoadReporter:
         instance: InstanceId,
         engine_index: EngineIndex,
         controller: str,
-        on_order: Callable[[MoveLoad], None],
+        on_order: Callable[[MoveOrder], None],
         keys: SocketKeys | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -66,15 +66,15 @@ class LoadReporter:
         self._engine_index = engine_index
         self._controller = controller
         self._keys = keys
-        self._numbers: Numbers | None = None
-        self._moving = Moving()
+        self._counts: EngineCounts | None = None
+        self._moving = MoveCounts()
         self._orders: list[OrderId] = []
         self._steps = _Steps()
         # When the engine last ended a step or began to work; None while it waits for work.
         self._progress_s: float | None = None
-        self._sent: tuple[Numbers | None, Moving] = None, Moving()
+        self._sent: tuple[EngineCounts | None, MoveCounts] = None, MoveCounts()
         self._admitted: list[RequestId] = []
-        # So many of them are in the numbers.
+        # So many of them are in the counts.
         self._covered = 0
         self._accepting = True
         self._sequence = 0
@@ -129,8 +129,8 @@ class LoadReporter:
 
     def offer(
         self,
-        numbers: Numbers,
-        moving: Moving,
+        counts: EngineCounts,
+        moving: MoveCounts,
         orders: tuple[OrderId, ...],
         *,
         at_once: bool = False,
@@ -139,11 +139,11 @@ class LoadReporter:
         says something of moves. Returns the number of the last report. The busy loop's thread
         only."""
         with self._sending:
-            self._numbers, self._moving, self._covered = numbers, moving, len(self._admitted)
+            self._counts, self._moving, self._covered = counts, moving, len(self._admitted)
             self._orders += orders
             before, moving_before = self._sent
             of_moves = self._orders or moving != moving_before
-            changed = numbers != before or self._covered
+            changed = counts != before or self._covered
             if of_moves or (changed and (at_once or self.due())):
                 self._send()
             return self._sequence
@@ -166,29 +166,29 @@ class LoadReporter:
                     self._send()
 
     def _send(self) -> None:
-        if self._numbers is None:
+        if self._counts is None:
             return
         now = self._clock()
         self._sequence += 1
         admitted, orders, moving = self._admitted[: self._covered], self._orders, self._moving
-        self._sent = self._numbers, moving
+        self._sent = self._counts, moving
         report = LoadReport(
             instance=self._instance,
             engine_index=self._engine_index,
             sequence=self._sequence,
-            **{name: getattr(self._numbers, name) for name in Numbers.__slots__},
+            **{name: getattr(self._counts, name) for name in EngineCounts.__slots__},
             admitted=tuple(admitted),
             accepting=self._accepting,
             moving_out=moving.out,
             moving_out_tokens=moving.out_tokens,
             moving_out_waiting=moving.out_waiting,
-            moving_in=moving.coming,
+            moving_in=moving.incoming,
             moved_bytes=moving.moved_bytes,
             moved_s=moving.moved_s,
             orders=tuple(orders),
             steps=self._steps.count,
             steps_s=self._steps.seconds,
-            stalled_s=self._stalled_s(self._numbers, now),
+            stalled_s=self._stalled_s(self._counts, now),
         )
         self._take_orders()
         if not self._push(LoadReported(report=report)):
@@ -199,9 +199,9 @@ class LoadReporter:
         self._covered = 0
         orders.clear()
 
-    def _stalled_s(self, numbers: Numbers, now: float) -> float:
+    def _stalled_s(self, counts: EngineCounts, now: float) -> float:
         since_s = self._progress_s
-        there = bool(self._admitted) or any(c.running or c.waiting for c in numbers.classes)
+        there = bool(self._admitted) or any(c.running or c.waiting for c in counts.classes)
         return now - since_s if there and since_s is not None else 0.0
 
     def _push(self, message: Message) -> bool:
@@ -219,5 +219,5 @@ class LoadReporter:
             except ProtocolError as error:
                 logger.error("From the controller: %s", error)
                 continue
-            if isinstance(message, MoveLoad):
+            if isinstance(message, MoveOrder):
                 self._on_order(message)

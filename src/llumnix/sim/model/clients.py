@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llumnix.core.events import Dispatch, RequestArrived
-from llumnix.core.messages import Migrate, MigrationEnded, MigrationWanted, TookOver
+from llumnix.core.messages import Migrate, MigrationEnded, MigrationRequested, TookOver
 from llumnix.core.streams.table import (
     AbortAt,
     Arbiter,
@@ -168,7 +168,7 @@ class Frontend:
         """What an engine's llumlet says."""
         if isinstance(message, TookOver):
             self._perform(self.arbiter.took_over(index, message))
-        elif isinstance(message, MigrationWanted):
+        elif isinstance(message, MigrationRequested):
             self._wanted(index, message)
         elif isinstance(message, MigrationEnded):
             self._perform(self.arbiter.ended(message))
@@ -184,7 +184,7 @@ class Frontend:
         self._began = {m: move for m, move in self._began.items() if move.source != instance.id}
         self._perform(self.arbiter.engine_lost(instance.index, others))
 
-    def _wanted(self, index: EngineIndex, message: MigrationWanted) -> None:
+    def _wanted(self, index: EngineIndex, message: MigrationRequested) -> None:
         stream = self.streams.get(message.request)
         names = [self._cluster.name_of(i) for i in (index, message.destination)]
         if stream is None or None in names or stream.ledger.owner != index:

@@ -25,7 +25,7 @@ from llumnix.core.events import (
     FleetReported,
     InstanceLost,
     LoadReported,
-    MoveLoad,
+    MoveOrder,
     PrefixesChanged,
     Tick,
     UndrainInstance,
@@ -283,7 +283,7 @@ class Cluster:
     def _receive(self, index: EngineIndex, message: PeerMessage) -> None:
         self.llumlet(index, lambda it, now: it.receive(message, now))
 
-    def _order(self, index: EngineIndex, order: MoveLoad) -> None:
+    def _order(self, index: EngineIndex, order: MoveOrder) -> None:
         self.llumlet(index, lambda it, now: it.order(order, now))
 
     # -- the controller
@@ -305,7 +305,7 @@ class Cluster:
             if self.now - instance.reported_s >= REPORT_AT_LEAST_S:
                 self._report(instance)
         for decision in self.decide(Tick()):
-            assert isinstance(decision, MoveLoad)
+            assert isinstance(decision, MoveOrder)
             index = decision.source_engine
             self.tell_engine(index, self._order, decision)
         self.at(self.now + self.setup.scheduler.migration.tick_s, self._tick)
@@ -332,7 +332,7 @@ class Cluster:
             moving_out=moving.out,
             moving_out_tokens=moving.out_tokens,
             moving_out_waiting=moving.out_waiting,
-            moving_in=moving.coming,
+            moving_in=moving.incoming,
             orders=answered,
             moved_bytes=moving.moved_bytes,
             moved_s=moving.moved_s,

@@ -127,7 +127,7 @@ class SimEngine(Batching):
         seq.stopped = True
         self._classes = None
 
-    def rest(self, request: RequestId, start: int) -> tuple[int, Blocks, bytes]:
+    def handover_state(self, request: RequestId, start: int) -> tuple[int, Blocks, bytes]:
         return self.requests[request].computed, [[]], b""
 
     def resume(self, request: RequestId) -> None:
