@@ -57,7 +57,7 @@ class Engine:
         core.scheduler.structured_output_manager = self.manager
         client: Any = SimpleNamespace(open_links=lambda *_: None, ranks=1)
         self.port = VllmPort(core, [], client, lambda *_: None)
-        self.port._met.add(("there",))
+        self.port._linked.add(("there",))
 
     def reserve(self, outputs: list[int]) -> None:
         params = SamplingParams(

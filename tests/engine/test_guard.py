@@ -26,8 +26,8 @@ _fresh = itertools.count(1)
 def hosts(hosts: Hosts) -> Hosts:
     """They meet each other anew in every test."""
     for engine in hosts.engines:
-        engine.host.port._met.clear()
-        engine.host.port._meeting.clear()
+        engine.host.port._linked.clear()
+        engine.host.port._linking.clear()
     return hosts
 
 

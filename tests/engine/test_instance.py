@@ -166,7 +166,10 @@ def test_prompts_are_put_off_in_no_more_than_every_other_of_many_steps() -> None
     """A draining instance may send one request after the other for minutes."""
     one: Any = object.__new__(EngineInstance)
     quiet = [True]
-    one._host, one._quiet_left = SimpleNamespace(quiet=lambda: quiet[0]), DEFER_PREFILLS_STEPS_MAX
+    one._host, one._deferrals_left = (
+        SimpleNamespace(defer_prefills=lambda: quiet[0]),
+        DEFER_PREFILLS_STEPS_MAX,
+    )
     one.scheduler = SimpleNamespace(waiting=[], running=[])
     assert all(one._should_throttle_prefills() for _ in range(1000)), "nobody has to wait"
     one.scheduler.waiting = ["a prompt"]

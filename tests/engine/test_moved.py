@@ -120,7 +120,7 @@ class Counting:
 
 def no_verdict(hosts: Hosts, monkeypatch: pytest.MonkeyPatch) -> None:
     """The handover is made, and what becomes of it stays unknown."""
-    monkeypatch.setattr(hosts.engines[DESTINATION].host._peers, "say", lambda *_: None)
+    monkeypatch.setattr(hosts.engines[DESTINATION].host._peers, "send", lambda *_: None)
 
 
 def test_a_running_request_that_is_handed_over_is_taken_off_once(
