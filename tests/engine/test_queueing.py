@@ -14,14 +14,13 @@ from vllm.v1.core.sched.request_queue import (  # noqa: E402
 )
 from vllm.v1.request import Request, RequestStatus  # noqa: E402
 
-from llumnix.core.priorities import Priorities  # noqa: E402
+from llumnix.core.priorities import AGING_LOOK_EVERY_S, Priorities  # noqa: E402
 from llumnix.core.reports import ClassLoad  # noqa: E402
 from llumnix.core.settings import PriorityClass, PrioritySettings  # noqa: E402
 from llumnix.core.types import RequestId  # noqa: E402
 from llumnix.engine import queueing  # noqa: E402
 from llumnix.engine.queueing import (  # noqa: E402
     AGED_MAX,
-    LOOK_EVERY_S,
     Queueing,
     queue_by_arrival,
 )
@@ -44,7 +43,7 @@ class Clock:
 
     def later(self) -> None:
         """Long enough for whoever was there to age, and for the next look."""
-        self.now_s += LOOK_EVERY_S + AGING_S
+        self.now_s += AGING_LOOK_EVERY_S + AGING_S
 
 
 @pytest.fixture
@@ -117,7 +116,7 @@ def test_one_that_a_step_passes_over_goes_on_waiting(clock: Clock) -> None:
         assert line.waiting.pop_request() is low
         line.waiting.prepend_requests([low])
         clock.now_s += AGING_S / 900
-    clock.now_s += LOOK_EVERY_S
+    clock.now_s += AGING_LOOK_EVERY_S
     assert line.order() == ["low"]
     assert low.priority == HIGH
     assert len(line.waiting._due) + len(line.waiting._heap) < 200
@@ -127,10 +126,10 @@ def test_it_looks_only_so_often(clock: Clock) -> None:
     line = Line(clock)
     line.queueing.look()
     low = line.add("low", NORMAL)
-    clock.now_s += LOOK_EVERY_S * 0.9
+    clock.now_s += AGING_LOOK_EVERY_S * 0.9
     line.queueing.look()
     assert low.priority == NORMAL
-    clock.now_s += LOOK_EVERY_S * 0.2
+    clock.now_s += AGING_LOOK_EVERY_S * 0.2
     line.queueing.look()
     assert low.priority == HIGH
 
@@ -257,7 +256,7 @@ def test_a_step_costs_no_more_with_ten_thousand_waiting(
     while line.queueing._queue.age():  # type: ignore[union-attr]
         pass
     Counted.compared = 0
-    clock.now_s += LOOK_EVERY_S
+    clock.now_s += AGING_LOOK_EVERY_S
     line.queueing.look()
     back = line.make("preempted")
     back.num_preemptions = 1

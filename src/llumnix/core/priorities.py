@@ -7,6 +7,7 @@ it; the last class takes the rest.
 
 from bisect import bisect_left
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from llumnix.core.settings import PrioritySettings, key_digest
 from llumnix.errors import UsageError
@@ -16,6 +17,19 @@ _TIERS = {"priority": 0, "flex": -1}
 class."""
 NUMBER_MAX = 2**31 - 1
 """Whatever is less urgent still is served last all the same."""
+AGING_LOOK_EVERY_S = 0.5
+"""An engine looks so often at its queue for requests that have waited for `aging_s`."""
+STARTED_S = 1e11
+"""The arrival of a request that was preempted is put back by this: to before the epoch, so that it
+goes before all that arrived since, and can be told from them."""
+
+
+class QueueKey(NamedTuple):
+    """Where a request stands in its engine's queue: the lowest is served first. Of those that run
+    the highest is preempted first."""
+
+    priority: int
+    arrived_s: float
 
 
 class Priorities:
@@ -77,6 +91,16 @@ class Priorities:
     def aged(self, priority: int, waited_s: float) -> int:
         """The number that a request is queued under after it has waited so long."""
         return min(priority, self._numbers[0]) if waited_s >= self.aging_s else priority
+
+    def queue_key(
+        self, priority: int, arrived_s: float, *, waited_s: float, preempted: bool
+    ) -> QueueKey:
+        """The key of a request that begins to wait, or has waited for so long. One that was
+        preempted goes before all of its class that have not started, since its client is in the
+        middle of a stream. `arrived_s`: as it is, or put back already."""
+        if preempted and arrived_s > -STARTED_S / 2:
+            arrived_s -= STARTED_S
+        return QueueKey(self.aged(priority, waited_s), arrived_s)
 
     def share(self, rank: int) -> float:
         """The headroom of that class, as a share of an instance's KV memory."""

@@ -1,4 +1,4 @@
-"""Queue order inside an engine, beyond what vLLM's priority scheduling does by itself.
+"""Queue order inside an engine: aging, and preempted requests first.
 
 Rules
 - A request that has waited for `aging_s` is queued as the most urgent class, so none starves. What
@@ -28,15 +28,11 @@ from typing import Any
 from vllm.v1.core.sched.request_queue import FCFSRequestQueue, RequestQueue, SchedulingPolicy
 from vllm.v1.request import Request, RequestStatus
 
-from llumnix.core.priorities import Priorities
+from llumnix.core.priorities import AGING_LOOK_EVERY_S, Priorities
 from llumnix.engine.readings import client_priority
 
-LOOK_EVERY_S = 0.5
 AGED_MAX = 100
 """Requests whose place one look changes; the rest follow at the next step."""
-STARTED_S = 1e11
-"""What a request's arrival is put back by once it was preempted: to before the epoch, so that it
-shows in the sign."""
 _SLACK = 64
 """A heap is built anew when more of it than of the queue, and so many beyond, is out of date."""
 
@@ -65,9 +61,12 @@ class AgingQueue(RequestQueue):
             request.llumnix_waits = now, request.num_preemptions
         request.llumnix_priority = client_priority(request)
         waited_s = now - request.llumnix_waits[0]
-        request.priority = self._priorities.aged(request.priority, waited_s)
-        if request.num_preemptions and request.arrival_time > 0:
-            request.arrival_time -= STARTED_S
+        request.priority, request.arrival_time = self._priorities.queue_key(
+            request.priority,
+            request.arrival_time,
+            waited_s=waited_s,
+            preempted=bool(request.num_preemptions),
+        )
         self._enter(request)
         if self._aged(request) != request.priority:
             due_s = request.llumnix_waits[0] + self._priorities.aging_s
@@ -195,7 +194,7 @@ class Queueing:
         """Between two steps: queues those anew that have waited for long."""
         if self._queue is not None and self._clock() >= self._next_s:
             more = self._queue.age() == AGED_MAX
-            self._next_s = self._clock() + (0.0 if more else LOOK_EVERY_S)
+            self._next_s = self._clock() + (0.0 if more else AGING_LOOK_EVERY_S)
 
 
 def waited_s(request: Request, now: float) -> float:

@@ -20,14 +20,11 @@ from bisect import insort
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from llumnix.core.priorities import Priorities
+from llumnix.core.priorities import AGING_LOOK_EVERY_S, Priorities, QueueKey
 from llumnix.core.reports import ClassLoad
 from llumnix.core.types import RequestId
 from llumnix.sim.model.memory import Memory
 from llumnix.sim.model.profile import Profile
-
-STARTED_S = 1e11
-LOOK_EVERY_S = 0.5
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -61,7 +58,7 @@ class Sequence:
     when it began to wait, and how many of them others held."""
 
     job: Job
-    turn: tuple[int, float]
+    turn: QueueKey
     queued_s: float
     outputs: int = 0
     computed: int = 0
@@ -117,7 +114,7 @@ class Batching:
         self.steps = 0
         self.steps_s = 0.0
         self._priorities = priorities
-        self._queue: list[tuple[tuple[int, float], int, Sequence]] = []
+        self._queue: list[tuple[QueueKey, int, Sequence]] = []
         self._count = 0
         self._next_look_s = 0.0
         self._classes: tuple[ClassLoad, ...] | None = None
@@ -127,7 +124,7 @@ class Batching:
 
     def add(self, job: Job, now: float) -> None:
         """A new request."""
-        seq = Sequence(job=job, turn=(job.priority, job.arrived_s), queued_s=now)
+        seq = Sequence(job=job, turn=QueueKey(job.priority, job.arrived_s), queued_s=now)
         self.requests[job.id] = seq
         self._enqueue(seq)
 
@@ -271,7 +268,7 @@ class Batching:
         slots, blocks, tokens = self._missing(head)
         chosen = []
         for seq in sorted(self.running, key=lambda s: s.turn, reverse=True):
-            if max(slots, blocks, tokens) <= 0 or priorities.rank(seq.turn[0]) <= rank:
+            if max(slots, blocks, tokens) <= 0 or priorities.rank(seq.turn.priority) <= rank:
                 break
             need, new = self._wanted(seq)
             if slots > 0 or blocks > 0 or new > 1:
@@ -373,21 +370,21 @@ class Batching:
         seq.held, seq.blocks, seq.computed = [], 0, 0
 
     def _enqueue(self, seq: Sequence) -> None:
-        priority, arrived_s = seq.turn
-        if seq.preemptions and arrived_s > -STARTED_S / 2:
-            seq.turn = (priority, arrived_s - STARTED_S)
+        seq.turn = self._priorities.queue_key(
+            *seq.turn, waited_s=0.0, preempted=bool(seq.preemptions)
+        )
         self._count += 1
         insort(self._queue, (seq.turn, self._count, seq))
         self._classes = None
 
     def _look(self, now: float) -> None:
         """Queues anew who has waited for long."""
-        self._next_look_s = now + LOOK_EVERY_S
+        self._next_look_s = now + AGING_LOOK_EVERY_S
         changed = False
         for _, _, seq in self._queue:
             priority = self._priorities.aged(seq.job.priority, now - seq.queued_s)
-            if priority != seq.turn[0]:
-                seq.turn, changed = (priority, seq.turn[1]), True
+            if priority != seq.turn.priority:
+                seq.turn, changed = seq.turn._replace(priority=priority), True
         if changed:
             self._queue = sorted((seq.turn, count, seq) for _, count, seq in self._queue)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from llumnix.core.messages import Blocks
 from llumnix.core.migration.port import Movable, Phase, Progress, Refusal
-from llumnix.core.priorities import Priorities
+from llumnix.core.priorities import Priorities, QueueKey
 from llumnix.core.types import EngineIndex, RequestId
 from llumnix.sim.model.batching import Batching, EngineOptions, Job, Sequence
 from llumnix.sim.model.profile import Profile
@@ -152,7 +152,7 @@ class SimEngine(Batching):
         if request in self.requests or request in self.arriving:
             return Refusal(why="it has not quite left here yet")
         job = self._job_of(request)
-        seq = Sequence(job=job, turn=(job.priority, job.arrived_s), queued_s=job.arrived_s)
+        seq = Sequence(job=job, turn=QueueKey(job.priority, job.arrived_s), queued_s=job.arrived_s)
         seq.outputs = len(outputs)
         if not self._grow(seq, tokens):
             return Refusal(why=f"no room for {tokens} tokens")
