@@ -9,21 +9,24 @@ import pytest
 
 from llumnix.cluster import ray_runtime
 from llumnix.cluster.supervision.engine_actor import EngineActor, pack
-from llumnix.core.settings import SchedulerSettings
+from llumnix.core.settings import PrioritySettings
 from llumnix.core.types import EngineIndex, InstanceId
 
 instance = pytest.importorskip("llumnix.engine.instance")
 
 from llumnix.core.limits import MigrationLimits  # noqa: E402
+from llumnix.core.priorities import Priorities  # noqa: E402
 from llumnix.engine.kv.agent import TransferOptions  # noqa: E402
-from llumnix.engine.migration.host import LlumletConfig, LlumletHost  # noqa: E402
+from llumnix.engine.launch import InstanceConfig, LlumletConfig  # noqa: E402
+from llumnix.engine.migration.host import LlumletHost  # noqa: E402
 from llumnix.sockets import SocketKeys  # noqa: E402
 
 LLUMLET = LlumletConfig(
     peers="tcp://{host}:0", agents="tcp:{host}:0", key=b"agents", limits=MigrationLimits(),
-    settings=SchedulerSettings(), transfer=TransferOptions(),
+    transfer=TransferOptions(), priorities=Priorities(PrioritySettings()), payback=10.0,
+    looks_at_caches=False,
 )  # fmt: skip
-SEAT = instance.InstanceConfig(
+CONFIG = InstanceConfig(
     instance=InstanceId("i0"), engine_index=EngineIndex(0), slot=0, slots=1, controller="",
     llumlet=LLUMLET, event_log=None, keys=SocketKeys.make(),
 )  # fmt: skip
@@ -38,13 +41,13 @@ def test_the_engine_finds_the_drivers_environment_and_its_own_hosts_address(
     monkeypatch.setattr(ray_runtime, "node_address", lambda: "192.0.2.2")
     made: dict[str, Any] = {}
 
-    def engine(seat: Any, *others: Any) -> Any:
-        made.update(seat=seat, others=others, environment=dict(os.environ))
+    def engine(config: Any, *others: Any) -> Any:
+        made.update(config=config, others=others, environment=dict(os.environ))
         return SimpleNamespace()
 
     monkeypatch.setattr(instance, "EngineInstance", engine)
-    EngineActor({"HF_TOKEN": "secret"}, pack(SEAT, "config", True))
-    assert made["seat"] == replace(SEAT, host="192.0.2.2")
+    EngineActor({"HF_TOKEN": "secret"}, pack(CONFIG, "config", True))
+    assert replace(made["config"], llumlet=LLUMLET) == replace(CONFIG, host="192.0.2.2")
     assert made["others"] == ("config", True)
     assert made["environment"]["HF_TOKEN"] == "secret"
     # What was set on that host before Ray started is that host's to say.

@@ -25,14 +25,11 @@ from llumnix.core.migration.setbacks import (
     REQUEST_PAUSE_S,
     Setbacks,
 )
-from llumnix.core.settings import MigrationSettings, SchedulerSettings
 from llumnix.core.types import EngineIndex, Epoch, InstanceId, MigrationId, OrderId, RequestId
 from support.fake_engine import FakeEngine
 
 HERE, THERE, ELSEWHERE = EngineIndex(0), EngineIndex(1), EngineIndex(2)
-SETTINGS = SchedulerSettings(
-    migration=MigrationSettings(source_below=48, destination_above=100, payback=4)
-)
+PAYBACK = 4.0
 
 
 class Source:
@@ -43,7 +40,7 @@ class Source:
         for number, length in enumerate(prompts):
             self.engine.add(RequestId(f"r{number}"), list(range(length)), 10**6)
         self.engine.step()
-        self.llumlet = Llumlet(HERE, "here", self.engine, settings=SETTINGS)
+        self.llumlet = Llumlet(HERE, "here", self.engine, payback=PAYBACK)
         self.orders = 0
         self.epoch = 0
         self.now = 0.0

@@ -216,7 +216,7 @@ def test_requests_that_ended_are_not_kept_where_more_is_computed_than_can_be_nam
             prompt = [k, n, *range(64 * BLOCK - 2)]
             named.end(named.computed(f"r{k}-{n}", prompt))
         named.reader.read()
-        assert len(named.reader._followed) + len(named.reader._ended) <= ENDED_MAX + 20
+        assert len(named.reader._tracked) + len(named.reader._ended) <= ENDED_MAX + 20
     assert len(named.reader._ended) > ENDED_MAX - 20
     while named.reader.read(at_once=True) or named.reader.more:
         pass

@@ -143,14 +143,14 @@ def test_whatever_message_cannot_be_sent(
 ) -> None:
     peers = hosts.engines[side].host._peers
     raising = Raising(peers.send, 1, spared)
-    monkeypatch.setattr(peers, "say", raising)
+    monkeypatch.setattr(peers, "send", raising)
     moved(hosts)
     if raising.struck:
         assert len(hosts.outcomes) == 1
     check(hosts)
 
 
-@pytest.mark.parametrize("call", ["receive", "poll", "pulled", "quiet", "hold_s", "moving"])
+@pytest.mark.parametrize("call", ["receive", "poll", "pulled", "defer_prefills", "hold_s", "moving"])
 @pytest.mark.parametrize("side", [SOURCE, DESTINATION])
 def test_whatever_turn_of_the_llumlet_fails(
     hosts: Hosts, monkeypatch: pytest.MonkeyPatch, side: int, call: str
@@ -172,7 +172,7 @@ def test_an_order_without_an_address_is_declined_and_opens_nothing(hosts: Hosts)
     hosts.migrate("r")
     hosts.engines[DESTINATION].host._peers.address = address
     assert not source.host.llumlet.busy
-    assert "" not in source_peers._speaking
+    assert "" not in source_peers._outgoing
     hosts.until_at_rest()
     (outcome,) = hosts.outcomes
     assert (outcome.taken, outcome.why) == (False, "its destination is still starting")
@@ -205,7 +205,7 @@ def test_more_peers_than_zmq_has_sockets_by_itself(tmp_path: Path) -> None:
     try:
         for n in range(1100):
             peers.send(f"inproc://{n}", CancelMigration(migration=MigrationId("m"), why=""))
-        assert len(peers._speaking) == 1100
+        assert len(peers._outgoing) == 1100
     finally:
         peers.start()
         peers.close()
@@ -218,7 +218,7 @@ def test_what_is_said_to_no_address_is_lost(tmp_path: Path, address: str) -> Non
     peers = Peers(f"ipc://{tmp_path}/peer", lambda m: None, lambda: None)
     peers.bind()
     peers.send(address, CancelMigration(migration=MigrationId("m"), why=""))
-    assert not peers._speaking
+    assert not peers._outgoing
     peers.start()
     peers.close()
 

@@ -19,12 +19,14 @@ from vllm.v1.request import Request
 from llumnix.core.events import LoadReported
 from llumnix.core.limits import MigrationLimits
 from llumnix.core.messages import Migrate, MigrationEnded
-from llumnix.core.settings import SchedulerSettings
+from llumnix.core.priorities import Priorities
+from llumnix.core.settings import PrioritySettings
 from llumnix.core.types import EngineIndex, Epoch, InstanceId, MigrationId, RequestId
 from llumnix.engine import instance as module
-from llumnix.engine.instance import DEFER_PREFILLS_STEPS_MAX, EngineInstance, InstanceConfig
+from llumnix.engine.instance import DEFER_PREFILLS_STEPS_MAX, EngineInstance
 from llumnix.engine.kv.agent import TransferOptions
-from llumnix.engine.migration.host import IN_BAND, LlumletConfig
+from llumnix.engine.launch import InstanceConfig, LlumletConfig
+from llumnix.engine.migration.host import IN_BAND
 from llumnix.engine.queueing import AgingQueue
 from llumnix.wire import decode, encode
 from support.no_model import BLOCK, NoModel, engine_config, made
@@ -36,7 +38,7 @@ class Running:
     """An instance whose busy loop runs on a thread, and what comes out of it."""
 
     def __init__(self, folder: Path, model: Path, number: int) -> None:
-        seat = InstanceConfig(
+        instance = InstanceConfig(
             instance=InstanceId(f"i{number}"),
             engine_index=EngineIndex(number),
             slot=number,
@@ -47,7 +49,9 @@ class Running:
                 agents=f"unix:{folder}/kv-{{engine}}-{{rank}}",
                 key=b"instances",
                 limits=MigrationLimits(),
-                settings=SchedulerSettings(),
+                priorities=Priorities(PrioritySettings()),
+                payback=10.0,
+                looks_at_caches=False,
                 transfer=TransferOptions(),
             ),
             event_log=None,
@@ -56,7 +60,7 @@ class Running:
             inputs=[f"ipc://{folder}/in"], outputs=[f"ipc://{folder}/out"]
         )
         config = engine_config(model, blocks=100, ahead=True)
-        self.engine: Any = EngineInstance(seat, config, addresses, NoModel, log_stats=False)
+        self.engine: Any = EngineInstance(instance, config, addresses, NoModel, log_stats=False)
         self.engine.model_executor.core = self.engine
         self.admitted: set[str] = set()
         self._note_reports()

@@ -11,8 +11,7 @@ from vllm.v1.executor.ray_utils import WORKER_SPECIFIC_ENV_VARS
 
 from llumnix.config import ADMIN_API_KEY_VARIABLE
 from llumnix.engine import launch
-from llumnix.engine.launch import EngineLaunch
-from llumnix.engine.migration.host import LlumletConfig
+from llumnix.engine.launch import EngineLaunch, LlumletConfig
 
 SECRETS = {
     "HF_TOKEN": "hf-secret",
@@ -72,6 +71,6 @@ def test_an_instances_workers_talk_on_loopback_alone(launched: Any) -> None:
 
 
 def test_the_agents_key_is_not_shown() -> None:
-    fields = dict.fromkeys(("limits", "settings", "transfer"))
-    seat = LlumletConfig(peers="", agents="", key=b"agents-secret", **fields)  # type: ignore[arg-type]
-    assert "secret" not in repr(seat)
+    fields = dict.fromkeys(("limits", "transfer", "priorities", "payback", "looks_at_caches"))
+    config = LlumletConfig(peers="", agents="", key=b"agents-secret", **fields)  # type: ignore[arg-type]
+    assert "secret" not in repr(config)

@@ -117,7 +117,7 @@ def test_a_pause_in_the_middle_of_a_move_never_fails(
     seen: list[Any] = []
     peers = hosts.engines[SOURCE].host._peers
     say = peers.send
-    monkeypatch.setattr(peers, "say", lambda to, m: (seen.append(type(m)), say(to, m)))
+    monkeypatch.setattr(peers, "send", lambda to, m: (seen.append(type(m)), say(to, m)))
     start(hosts)
     hosts.until(lambda: moment in seen)
     core = hosts.engines[side].core

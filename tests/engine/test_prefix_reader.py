@@ -30,7 +30,6 @@ from vllm.v1.request import Request, RequestStatus  # noqa: E402
 from llumnix.core.events import PrefixesChanged  # noqa: E402
 from llumnix.core.prefixes import BLOCK_TOKENS, chain, root  # noqa: E402
 from llumnix.core.scheduling.prefix_index import PrefixIndex  # noqa: E402
-from llumnix.core.settings import SchedulerSettings  # noqa: E402
 from llumnix.core.types import EngineIndex, InstanceId, RequestId  # noqa: E402
 from llumnix.engine.reporting import prefix_reader as prefix_reader_module  # noqa: E402
 from llumnix.engine.reporting.prefix_reader import PrefixReader, RecordingBlockMap, prefix_reader  # noqa: E402
@@ -38,7 +37,6 @@ from llumnix.frontend.prompt_blocks import prompt_blocks  # noqa: E402
 
 I0, ENGINE = InstanceId("i0"), EngineIndex(3)
 TOKENS = list(range(1000, 1384))
-CACHE_AWARE = SchedulerSettings(policy="llumnix")
 
 
 class Heard:
@@ -72,7 +70,7 @@ class Heard:
 def heard(engine: Any) -> Iterator[Heard]:
     """The reader of a whole engine, as engine/instance.py makes and reads it."""
     scheduler = engine.core.scheduler
-    reader = prefix_reader(CACHE_AWARE, scheduler, I0, ENGINE, lambda: None)
+    reader = prefix_reader(scheduler, I0, ENGINE, lambda: None)
     assert reader is not None
     reader.start()
     yield Heard(reader)
@@ -185,7 +183,7 @@ def test_the_reader_keeps_no_more_names_than_there_are_blocks(engine: Any, heard
     assert len(reader.kept) == len(reader._names)
     assert engine.core.scheduler.reset_prefix_cache()
     heard.listen()
-    assert (reader._names, reader.kept, reader._followed) == ({}, {}, {})
+    assert (reader._names, reader.kept, reader._tracked) == ({}, {}, {})
     assert reader._map.dropped == []
 
 
@@ -205,7 +203,7 @@ def test_many_blocks_that_are_known_hide_no_new_ones(
     assert fact is not None
     assert len(fact.stored) == 1
     assert heard.blocks(prefix(engine, longer)) == 6
-    assert (heard.reader._followed, heard.reader.more) == ({}, False)
+    assert (heard.reader._tracked, heard.reader.more) == ({}, False)
 
 
 def test_what_is_not_asked_for_again_at_once_is_told_in_time(engine: Any, heard: Heard) -> None:
@@ -238,7 +236,7 @@ def test_many_blocks_are_named_over_several_calls(
         told += heard.listen() is not None
     assert told == 5
     assert [heard.blocks(prefix(engine, prompt_of(340, k))) for k in range(2)] == [5, 5]
-    assert heard.reader._followed == {}
+    assert heard.reader._tracked == {}
 
 
 # -- vLLM's cache alone, in other sizes ---------------------------------------------------------
@@ -254,7 +252,7 @@ def manager(size: int, blocks: int) -> KVCacheManager:
 
 def reader_of(kv: KVCacheManager) -> PrefixReader:
     reader = prefix_reader(
-        CACHE_AWARE, SimpleNamespace(kv_cache_manager=kv, running=[]), I0, ENGINE, lambda: None
+        SimpleNamespace(kv_cache_manager=kv, running=[]), I0, ENGINE, lambda: None
     )
     assert reader is not None
     return reader
@@ -369,15 +367,6 @@ def test_what_a_request_will_find_and_share_is_told_apart() -> None:
 # -- whether, and when --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("policy", ["infaas++", "least-loaded", "round-robin"])
-def test_other_policies_pay_nothing(policy: str) -> None:
-    kv = manager(64, 10)
-    scheduler = SimpleNamespace(kv_cache_manager=kv, running=[])
-    found = prefix_reader(SchedulerSettings(policy=policy), scheduler, I0, ENGINE, lambda: None)
-    assert found is None
-    assert not isinstance(kv.block_pool.cached_block_hash_to_block, RecordingBlockMap)
-
-
 def unreadable(
     kv: KVCacheManager, caplog: pytest.LogCaptureFixture, level: int = logging.WARNING
 ) -> str:
@@ -386,7 +375,7 @@ def unreadable(
     caplog.set_level(logging.INFO, "llumnix.engine")
     try:
         scheduler = SimpleNamespace(kv_cache_manager=kv, running=[])
-        assert prefix_reader(CACHE_AWARE, scheduler, I0, ENGINE, lambda: None) is None
+        assert prefix_reader(scheduler, I0, ENGINE, lambda: None) is None
     finally:
         logger.removeHandler(caplog.handler)
     (line,) = caplog.messages[-1:]
@@ -434,7 +423,7 @@ def test_everything_is_said_anew_now_and_then_and_an_idle_engine_woken(
     monkeypatch.setattr(prefix_reader_module, "SNAPSHOT_EVERY_S", 0.05)
     kv, woken = manager(64, 20), threading.Event()
     scheduler = SimpleNamespace(kv_cache_manager=kv, running=[])
-    reader = prefix_reader(CACHE_AWARE, scheduler, I0, ENGINE, woken.set)
+    reader = prefix_reader(scheduler, I0, ENGINE, woken.set)
     assert reader is not None
     reader.start()
     assert compute(reader, kv, request("a", TOKENS, 64, None, None)) is not None

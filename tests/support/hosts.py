@@ -12,11 +12,12 @@ from vllm.v1.engine import FinishReason
 from llumnix.core.limits import MigrationLimits
 from llumnix.core.messages import Migrate, MigrationEnded, TookOver
 from llumnix.core.priorities import Priorities
-from llumnix.core.settings import SchedulerSettings
+from llumnix.core.settings import PrioritySettings
 from llumnix.core.types import EngineIndex, Epoch, MigrationId, RequestId
 from llumnix.engine.kv.agent import TransferOptions
+from llumnix.engine.launch import LlumletConfig
 from llumnix.engine.migration import host
-from llumnix.engine.migration.host import IN_BAND, HostItem, LlumletConfig, LlumletHost
+from llumnix.engine.migration.host import IN_BAND, HostItem, LlumletHost
 from llumnix.engine.queueing import Queueing
 from llumnix.wire import decode, encode
 from support.no_model import engine_core
@@ -52,14 +53,16 @@ class HostedEngine:
                 agents=f"unix:{folder}/kv-{{engine}}-{{rank}}",
                 key=KEY,
                 limits=LIMITS,
-                settings=SchedulerSettings(),
+                priorities=Priorities(PrioritySettings()),
+                payback=10.0,
+                looks_at_caches=False,
                 transfer=TransferOptions(checksums=True),
             ),
             "127.0.0.1",
             lambda *_: None,
         )
         self.host.start()
-        Queueing(self.core.scheduler, Priorities(SchedulerSettings().priorities))
+        Queueing(self.core.scheduler, Priorities(PrioritySettings()))
 
     def close(self) -> None:
         self.host.close()

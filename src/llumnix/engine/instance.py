@@ -52,42 +52,24 @@ from vllm.v1.engine.utils import EngineZmqAddresses
 from vllm.v1.executor import Executor, multiproc_executor, uniproc_executor
 from vllm.v1.request import Request
 
-from llumnix.core.priorities import Priorities
-from llumnix.core.types import EngineIndex, InstanceId, MigrationId, RequestId
+from llumnix.core.types import EngineIndex, MigrationId, RequestId
 from llumnix.engine.cores import share_of_cores
 from llumnix.engine.folders import PrivateFolder, sweep
+from llumnix.engine.launch import InstanceConfig
 from llumnix.engine.memory_calls import MemoryCalls
-from llumnix.engine.migration.host import HostItem, LlumletConfig, LlumletHost
+from llumnix.engine.migration.host import HostItem, LlumletHost
 from llumnix.engine.migration.unsupported import WORKER_EXTENSION
 from llumnix.engine.queueing import Queueing
 from llumnix.engine.readings import has_prompts
 from llumnix.engine.reporting.load_reader import LoadReader
-from llumnix.engine.reporting.prefix_reader import prefix_reader
+from llumnix.engine.reporting.prefix_reader import PrefixReader, prefix_reader
 from llumnix.engine.reporting.reporter import LoadReporter
 from llumnix.engine.urgent import UrgentAdmission
 from llumnix.engine.vllm_sockets import secure
 from llumnix.observe.event_log import EventLog
-from llumnix.sockets import SocketKeys
 
 DEFER_PREFILLS_STEPS_MAX = 8
 """So many steps in a row may put prompts off, and of many steps half of them."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class InstanceConfig:
-    """Which run of which instance this is. `slot` of `slots`: its place among the instances that
-    share a CPU host's cores. `controller`: ZMQ address. `event_log`: the file to append to. `host`:
-    this host's address in the cluster, which is known only here. `keys`: of all sockets on TCP."""
-
-    instance: InstanceId
-    engine_index: EngineIndex
-    slot: int
-    slots: int
-    controller: str
-    llumlet: LlumletConfig
-    event_log: str | None
-    host: str = ""
-    keys: SocketKeys | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,20 +117,18 @@ class EngineInstance(MemoryCalls, EngineCoreActor):
             on_order=self._host.order,
             keys=config.keys,
         )
-        priorities = Priorities(config.llumlet.settings.priorities)
+        priorities = config.llumlet.priorities
         slots = self.scheduler.max_num_active_reqs
         self._queueing = Queueing(self.scheduler, priorities)
         self._urgent = UrgentAdmission(self.scheduler, priorities)
         self._stepped_s = 0.0
         self._deferrals_left = DEFER_PREFILLS_STEPS_MAX
         self._changed = True
-        self._prefixes = prefix_reader(
-            config.llumlet.settings,
-            self.scheduler,
-            config.instance,
-            config.engine_index,
-            self._rouse,
-        )
+        self._prefixes: PrefixReader | None = None
+        if config.llumlet.looks_at_caches:
+            self._prefixes = prefix_reader(
+                self.scheduler, config.instance, config.engine_index, self._rouse
+            )
         self._reader = LoadReader(self.scheduler, slots, priorities)
         if self._prefixes is not None:
             self._reader.cached_tokens = self._prefixes.cached_tokens

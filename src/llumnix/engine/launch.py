@@ -1,4 +1,4 @@
-"""What it takes to start one engine of this deployment, without knowing Ray.
+"""What one engine of this deployment is started with, without knowing Ray.
 
 vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
 `Executor.get_class`, `EngineZmqAddresses`, `ray_env.get_env_vars_to_copy` (the names of variables
@@ -19,6 +19,11 @@ from vllm.v1.executor import Executor
 from vllm.v1.executor.ray_utils import WORKER_SPECIFIC_ENV_VARS
 
 from llumnix.config import ADMIN_API_KEY_VARIABLE
+from llumnix.core.limits import MigrationLimits
+from llumnix.core.priorities import Priorities
+from llumnix.core.types import EngineIndex, InstanceId
+from llumnix.engine.kv.transports import TransferOptions
+from llumnix.sockets import SocketKeys
 
 _ALSO = {"LD_PRELOAD", "NUMEXPR_MAX_THREADS", "PYTHONPATH"}
 _ALSO_PREFIXES = ("TORCHINDUCTOR_", "HF_", "LLUMNIX_")
@@ -31,6 +36,35 @@ _BEFORE_PYTHON = re.compile(r"(LD_|PYTHON|MALLOC_|NUMEXPR_).*")
 """What is read as a process starts, or by what Ray itself imports there."""
 
 LOOPBACK_INTERFACE = "lo"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LlumletConfig:
+    """What all llumlets of a deployment share. No API key is in it."""
+
+    peers: str  # ZMQ address to listen at; `{engine}` and `{host}` are filled in by the engine
+    agents: str  # the same of its workers (engine/kv/links.py), with `{rank}` too
+    key: bytes = field(repr=False)  # by which the workers' agents know each other
+    limits: MigrationLimits
+    transfer: TransferOptions
+    priorities: Priorities  # the classes as the policy treats them
+    payback: float  # a request that was moved stays for that many times what its move took
+    looks_at_caches: bool  # the policy wants to know what is in prefix caches
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InstanceConfig:
+    """Which run of which instance an engine is, and where it finds the others."""
+
+    instance: InstanceId
+    engine_index: EngineIndex
+    slot: int  # its place among the instances that share a CPU host's cores,
+    slots: int  # of so many
+    controller: str  # ZMQ address
+    llumlet: LlumletConfig
+    event_log: str | None  # the file to append to
+    host: str = ""  # this host's address in the cluster, known only there
+    keys: SocketKeys | None = None  # of all sockets on TCP
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,8 +29,8 @@ class EngineActor:
         from llumnix.engine.instance import EngineInstance
 
         # Ray has checked who may start an actor, and only such a one can call this.
-        seat, *others = pickle.loads(arguments)  # noqa: S301
-        self._engine = EngineInstance(replace(seat, host=host), *others)
+        config, *others = pickle.loads(arguments)  # noqa: S301
+        self._engine = EngineInstance(replace(config, host=host), *others)
 
     def describe(self) -> Any:
         """Where it lives; answers once the engine is ready."""

@@ -25,11 +25,11 @@ from llumnix.cluster.ray_calls import off_loop, ray_call
 from llumnix.cluster.supervision.engine_actor import EngineActor, pack
 from llumnix.config import DeploymentConfig
 from llumnix.core.limits import MigrationLimits
+from llumnix.core.scheduling.presets import POLICIES, priorities_of
 from llumnix.core.types import ENGINE_INDEX_MAX, EngineIndex, InstanceId
-from llumnix.engine.instance import InstanceConfig, InstanceFacts
+from llumnix.engine.instance import InstanceFacts
 from llumnix.engine.kv.agent import TransferOptions
-from llumnix.engine.launch import EngineLaunch
-from llumnix.engine.migration.host import LlumletConfig
+from llumnix.engine.launch import EngineLaunch, InstanceConfig, LlumletConfig
 from llumnix.errors import LlumnixError
 from llumnix.frontend.client import FleetClient
 
@@ -79,14 +79,16 @@ class Runs:
         self._keys = addresses.keys
         self._slots = config.slots
         self.event_log = config.event_log and str(Path(config.event_log).absolute())
-        limit = config.migration_bandwidth
+        limit, settings = config.migration_bandwidth, config.scheduler.without_keys()
         self._llumlet = LlumletConfig(
             peers=addresses.peers,
             agents=addresses.agents,
             key=secrets.token_bytes(32),
             limits=MigrationLimits(),
-            settings=config.scheduler.without_keys(),
             transfer=TransferOptions(bandwidth_bytes_per_s=limit and limit * 1e6),
+            priorities=priorities_of(settings),
+            payback=settings.migration.payback,
+            looks_at_caches=POLICIES[settings.policy].looks_at_caches,
         )
         self._started = 0
 

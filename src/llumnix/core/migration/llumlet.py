@@ -30,13 +30,14 @@ from llumnix.core.migration.source import OutgoingMigrations
 from llumnix.core.migration.tables import OnStep
 from llumnix.core.priorities import Priorities
 from llumnix.core.reports import MoveCounts
-from llumnix.core.settings import SchedulerSettings
+from llumnix.core.settings import MigrationSettings, PrioritySettings
 from llumnix.core.types import EngineIndex, MigrationId, OrderId
 
 
 class Llumlet:
     """One engine's. `address`: where other llumlets send to it. `on_step` is told of every
-    transition of every machine. `settings`: the deployment's."""
+    transition of every machine. `payback`: a request that came here stays for that many times what
+    its move took."""
 
     def __init__(
         self,
@@ -45,7 +46,9 @@ class Llumlet:
         port: EnginePort,
         limits: MigrationLimits | None = None,
         on_step: OnStep = lambda *_: None,
-        settings: SchedulerSettings | None = None,
+        *,
+        priorities: Priorities | None = None,
+        payback: float = MigrationSettings().payback,
     ) -> None:
         limits = limits or MigrationLimits()
         self._out: list[Out] = []
@@ -54,11 +57,10 @@ class Llumlet:
             engine, address, port, limits, self._out, on_step, setbacks
         )
         self._incoming = IncomingMigrations(port, limits, self._out, on_step)
-        settings = settings or SchedulerSettings()
         self._orders = Orders(
             port,
-            Priorities(settings.priorities),
-            settings.migration.payback,
+            priorities or Priorities(PrioritySettings()),
+            payback,
             self._outgoing,
             self._incoming,
             self._out,

@@ -24,7 +24,6 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.engine.core import EngineCoreProc
 
 from llumnix.core.events import MoveOrder
-from llumnix.core.limits import MigrationLimits
 from llumnix.core.messages import (
     DrainRequested,
     FrontendMessage,
@@ -39,11 +38,10 @@ from llumnix.core.messages import (
 from llumnix.core.migration.llumlet import Llumlet
 from llumnix.core.migration.port import EnginePort
 from llumnix.core.reports import MoveCounts
-from llumnix.core.settings import SchedulerSettings
 from llumnix.core.types import EngineIndex, MigrationId, OrderId, RequestId
 from llumnix.engine.cores import SWITCH_INTERVAL_S
-from llumnix.engine.kv.agent import TransferOptions
 from llumnix.engine.kv.agent_client import AgentClient, Pulled
+from llumnix.engine.launch import LlumletConfig
 from llumnix.engine.migration.guard import ErrorLog, GuardedPort
 from llumnix.engine.migration.peers import Peers
 from llumnix.engine.migration.unsupported import engine_unsupported, ours
@@ -65,20 +63,6 @@ CALL_OFF_MAX_S = 30.0
 """So long a call that must find no block in use waits for the ends of moves that were called off;
 then it is made, and fails if vLLM has it fail."""
 STEP_LINE = Callable[[str, MigrationId, str, str, str], None]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LlumletConfig:
-    """Where a llumlet and its workers listen: `peers` a ZMQ address, `agents` in the form of
-    engine/kv/agent.py, both with `{engine}` and `{host}` to be filled in here, the latter with
-    `{rank}` too. `key` opens the workers to each other. `settings`: the scheduler's."""
-
-    peers: str
-    agents: str
-    key: bytes = field(repr=False)
-    limits: MigrationLimits
-    settings: SchedulerSettings
-    transfer: TransferOptions
 
 
 class HostItem:
@@ -185,7 +169,8 @@ class LlumletHost:
             cast("EnginePort", self._guarded),
             self._config.limits,
             self._on_step,
-            self._config.settings,
+            priorities=self._config.priorities,
+            payback=self._config.payback,
         )
         self._peers.start()
 

@@ -50,8 +50,6 @@ from vllm.v1.request import Request
 
 from llumnix.core.events import PrefixesChanged
 from llumnix.core.prefixes import BLOCK_TOKENS, PREFIX_BLOCKS_MAX, chain, root
-from llumnix.core.scheduling.presets import POLICIES
-from llumnix.core.settings import SchedulerSettings
 from llumnix.core.types import EngineIndex, InstanceId
 
 logger = logging.getLogger("llumnix.engine")
@@ -312,16 +310,12 @@ def _note(h: int, done: dict[int, None], undone: dict[int, None]) -> None:
 
 
 def prefix_reader(
-    settings: SchedulerSettings,
     scheduler: Any,
     instance: InstanceId,
     engine_index: EngineIndex,
     wake: Callable[[], None],
 ) -> PrefixReader | None:
-    """For an engine core with this scheduler; None if the policy does not ask for it, or this
-    engine cannot tell."""
-    if not POLICIES[settings.policy].looks_at_caches:
-        return None
+    """For an engine core with this scheduler; None if this engine cannot tell."""
     why = None
     kv = scheduler.kv_cache_manager
     groups = [n for n, (kind, _) in enumerate(kv.kv_cache_event_metadata) if kind in _WHOLE_PROMPT]

@@ -375,7 +375,14 @@ class Cluster:
             self.frontend.jobs.__getitem__,
             self._pull,
         )
-        llumlet = Llumlet(index, "", engine, MigrationLimits(), settings=self.setup.scheduler)
+        llumlet = Llumlet(
+            index,
+            "",
+            engine,
+            MigrationLimits(),
+            priorities=self.priorities,
+            payback=self.setup.scheduler.migration.payback,
+        )
         instance = Instance(id=name, index=index, engine=engine, llumlet=llumlet)
         self.instances[name] = self.by_engine[index] = instance
         self._report(instance)
