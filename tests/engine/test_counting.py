@@ -17,7 +17,7 @@ from llumnix.core.priorities import Priorities
 from llumnix.core.reports import ClassLoad
 from llumnix.core.settings import PrioritySettings
 from llumnix.core.types import EngineIndex, InstanceId, RequestId
-from llumnix.engine.migration.vllm_source import VllmPort
+from llumnix.engine.migration.vllm_port import VllmPort
 from llumnix.engine.queueing import Queueing
 from llumnix.engine.reporting import prefix_reader
 from llumnix.engine.reporting.load_reader import LoadReader
@@ -46,9 +46,8 @@ class Engine:
         self.reader = self.new_reader()
 
     def new_reader(self) -> LoadReader:
-        made = LoadReader(self.scheduler, 8, CLASSES)
-        made.taken_out = self.port.taken_out
-        return made
+        taken_out = self.port.source.taken_out
+        return LoadReader(self.scheduler, 8, CLASSES, taken_out=taken_out)
 
     def add(self, name: str, prompt: list[int], tokens: int, priority: int) -> Request:
         made = add(self.core, name, prompt, tokens, priority=priority)

@@ -17,7 +17,7 @@ from vllm.v1.serial_utils import MsgpackEncoder
 from llumnix.core.migration.port import Refusal
 from llumnix.core.types import RequestId
 from llumnix.engine.migration.vllm_destination import FED_MAX
-from llumnix.engine.migration.vllm_source import VllmPort
+from llumnix.engine.migration.vllm_port import VllmPort
 from support.no_model import engine_core
 
 R = RequestId("r")
@@ -57,7 +57,7 @@ class Engine:
         core.scheduler.structured_output_manager = self.manager
         client: Any = SimpleNamespace(open_links=lambda *_: None, ranks=1)
         self.port = VllmPort(core, [], client, lambda *_: None)
-        self.port._linked.add(("there",))
+        self.port.destination._linked.add(("there",))
 
     def reserve(self, outputs: list[int]) -> None:
         params = SamplingParams(

@@ -12,7 +12,7 @@ pytest.importorskip("vllm")
 from llumnix.core.types import EngineIndex, MigrationId
 from llumnix.engine.migration.guard import LOG_EVERY_S, TRIES_MAX, ErrorLog
 from llumnix.engine.migration.peers import Peers
-from llumnix.engine.migration.vllm_source import VllmPort
+from llumnix.engine.migration.vllm_port import VllmPort
 from support.hosts import Hosts
 from support.no_model import BLOCK, add
 
@@ -26,8 +26,8 @@ _fresh = itertools.count(1)
 def hosts(hosts: Hosts) -> Hosts:
     """They meet each other anew in every test."""
     for engine in hosts.engines:
-        engine.host.port._linked.clear()
-        engine.host.port._linking.clear()
+        engine.host.port.destination._linked.clear()
+        engine.host.port.destination._linking.clear()
     return hosts
 
 
@@ -83,11 +83,11 @@ def test_undisturbed_it_moves(hosts: Hosts) -> None:
 CALLS = [
     (SOURCE, name)
     for name in ("describe", "agents", "progress", "outputs", "pin", "unpin", "stop",
-                 "handover_state", "release", "begin_pulls", "_rpc")
+                 "handover_state", "release", "begin_pulls", "rpc")
 ] + [
     (DESTINATION, name)
-    for name in ("reserve", "ready", "reach", "pull", "commit", "progress", "met", "begin_pulls",
-                 "_rpc", "_queue")
+    for name in ("reserve", "ready", "reach", "pull", "commit", "progress", "linked",
+                 "begin_pulls", "rpc", "queue")
 ]  # fmt: skip
 
 
@@ -98,11 +98,12 @@ def test_whatever_call_of_the_port_fails(
 ) -> None:
     port = hosts.engines[side].host.port
     assert times < TRIES_MAX, "cleaning up is given up then"
-    raising = Raising(getattr(port, name), times, spared)
-    monkeypatch.setattr(port, name, raising)
+    called = next(part for part in (port, port.destination, port.core) if hasattr(part, name))
+    raising = Raising(getattr(called, name), times, spared)
+    monkeypatch.setattr(called, name, raising)
     moved(hosts)
     if not raising.struck:
-        assert spared or name == "_rpc", f"{name} was never called: {hosts.outcomes}"
+        assert spared or name == "rpc", f"{name} was never called: {hosts.outcomes}"
         pytest.skip("it is not called as often")
     check(hosts)
 
@@ -150,7 +151,9 @@ def test_whatever_message_cannot_be_sent(
     check(hosts)
 
 
-@pytest.mark.parametrize("call", ["receive", "poll", "pulled", "defer_prefills", "hold_s", "moving"])
+@pytest.mark.parametrize(
+    "call", ["receive", "poll", "pulled", "defer_prefills", "hold_s", "moving"]
+)
 @pytest.mark.parametrize("side", [SOURCE, DESTINATION])
 def test_whatever_turn_of_the_llumlet_fails(
     hosts: Hosts, monkeypatch: pytest.MonkeyPatch, side: int, call: str

@@ -165,7 +165,6 @@ def test_of_those_who_wait_what_is_found_is_not_computed_and_what_is_shared_take
     engine: Any,
 ) -> None:
     scheduler = engine.core.scheduler
-    reader = LoadReader(scheduler, 4, PRIORITIES)
     asked: list[str] = []
     answers = {"a": (4 * BLOCK, BLOCK), "b": (50, 0), "c": (16, 16)}
 
@@ -173,7 +172,7 @@ def test_of_those_who_wait_what_is_found_is_not_computed_and_what_is_shared_take
         asked.append(request.request_id)
         return answers[request.request_id]
 
-    reader.cached_tokens = found
+    reader = LoadReader(scheduler, 4, PRIORITIES, cached_tokens=found)
     for name, length in (("a", 5 * BLOCK), ("b", 3 * BLOCK), ("c", 20)):
         engine.add_core_request(
             engine.make(RequestId(name), list(range(length)), SamplingParams(max_tokens=1))

@@ -38,7 +38,7 @@ def waiting_at_the_source(hosts: Hosts) -> Request:
 def moved(hosts: Hosts) -> Request:
     """The request at its destination."""
     seen: list[Request] = []
-    hosts.engines[DESTINATION].host.port.on_commit = seen.append
+    hosts.engines[DESTINATION].host.port.destination._on_commit = seen.append
     hosts.migrate("r")
     hosts.until(lambda: "r" in hosts.took_over)
     return seen[0]
@@ -99,8 +99,8 @@ class Counting:
 
     def __init__(self, engine: HostedEngine) -> None:
         self.engine = engine
-        self.reader = LoadReader(engine.core.scheduler, SLOTS, CLASSES)
-        self.reader.taken_out = engine.host.port.taken_out
+        taken_out = engine.host.port.source.taken_out
+        self.reader = LoadReader(engine.core.scheduler, SLOTS, CLASSES, taken_out=taken_out)
 
     def load(self) -> Load:
         numbers = self.reader.read()
@@ -136,7 +136,7 @@ def test_a_running_request_that_is_handed_over_is_taken_off_once(
     hosts.migrate("r")
     hosts.until(lambda: source.host.llumlet.busy and _reserved(source))
     no_verdict(hosts, monkeypatch)
-    hosts.until(lambda: "r" in source.host.port._stopped)
+    hosts.until(lambda: "r" in source.host.port.source._stopped)
     during = count.load()
     assert (during.batch, during.waiting, during.queued) == (2, 0, 0)
     monkeypatch.undo()

@@ -101,7 +101,7 @@ def test_what_is_no_request_is_refused() -> None:
 @pytest.mark.parametrize("agents", [[], ["tcp:192.0.2.9:1"] * 2])
 def test_a_source_with_another_number_of_workers_is_refused(agents: list[str]) -> None:
     arrivals = object.__new__(VllmDestination)
-    arrivals._never = None
+    arrivals._core = SimpleNamespace(unsupported=None)  # type: ignore[assignment]
     arrivals._arriving = {}
     arrivals._client = AgentClient(agents=["unix:/one"], key=b"", on_pulled=lambda pulled: None)
     scheduler = SimpleNamespace(running=[], kv_holding_waiting=[], requests={})

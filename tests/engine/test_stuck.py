@@ -13,7 +13,7 @@ from vllm import SamplingParams
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.request import Request, RequestStatus, StreamingUpdate
 
-from llumnix.engine.migration.vllm_source import STUCK_STEPS, VllmPort
+from llumnix.engine.migration.vllm_port import STUCK_STEPS, VllmPort
 from support.no_model import BLOCK, add, engine_core
 
 STEPS_MAX = 200
@@ -30,7 +30,7 @@ class Engine:
     def step(self) -> None:
         _, ran = self.core.step_fn()
         self.port.between_steps(ran)
-        self.port.begin_pulls()
+        self.port.destination.begin_pulls()
 
     def take_out(self, *requests: Request) -> None:
         """As moves that came to nothing leave them: they wait with their KV."""
@@ -81,7 +81,7 @@ def test_whatever_comes_between_two_steps_costs_nobody_its_kv(tiny_model: Path) 
     engine = Engine(tiny_model, 18, ahead=False)
     a, b = two_that_lack_a_block(engine)
     for _ in range(10 * STUCK_STEPS):
-        engine.port.begin_pulls()
+        engine.port.destination.begin_pulls()
     assert (a.num_computed_tokens, b.num_computed_tokens) == (9 * BLOCK, 9 * BLOCK)
 
 

@@ -22,8 +22,8 @@ from vllm.v1.kv_cache_interface import (
 from vllm.v1.request import Request
 
 from llumnix.core.types import RequestId
+from llumnix.engine.migration.vllm_core import HandoverState, VllmCore
 from llumnix.engine.migration.vllm_destination import (
-    HandoverState,
     ReservedRequest,
     VllmDestination,
 )
@@ -54,12 +54,15 @@ def test_what_its_source_no_longer_had_is_not_found(gaps: bool) -> None:
     kv = manager()
     new = request("a", TOKENS)
     assert kv.allocate_slots(new, len(TOKENS), delay_cache_blocks=True) is not None
-    arrivals = object.__new__(VllmDestination)
     waiting = SimpleNamespace(prepend_request=lambda request: None)
-    arrivals._scheduler = SimpleNamespace(
+    core = object.__new__(VllmCore)
+    core.kv, core.runner_v1 = kv, False
+    core.scheduler = SimpleNamespace(
         requests={}, prev_step_scheduled_req_ids=set(), kv_holding_waiting=waiting, waiting=waiting
     )
-    arrivals._kv, arrivals._v1, arrivals.on_commit = kv, False, lambda request: None
+    arrivals = object.__new__(VllmDestination)
+    arrivals._core, arrivals._kv, arrivals._scheduler = core, kv, core.scheduler
+    arrivals._on_commit = lambda request: None
     arrivals._arriving = {RequestId("a"): ReservedRequest(request=new, agents=(), gaps=gaps)}
     handed = msgspec.msgpack.encode(HandoverState(cached=None, preemptions=0, generator=b""))
     assert arrivals.commit(RequestId("a"), len(TOKENS), handed) is None

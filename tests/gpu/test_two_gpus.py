@@ -109,8 +109,8 @@ def compared(kind: RealKind, monkeypatch: pytest.MonkeyPatch) -> list[int]:
             request: Any, computed: int, state: bytes, engine=engine, other=other, commit=commit
         ) -> Any:
             result = commit(request, computed, state)
-            mine = engine.port._blocks(request, 0, computed)[0]
-            theirs = other.port._blocks(request, 0, computed)[0]
+            mine = engine.port.core.blocks(request, 0, computed)[0]
+            theirs = other.port.core.blocks(request, 0, computed)[0]
             for ours, source in zip(mine, theirs, strict=True):
                 here = engine.rpc("llumnix_read", ours)[0]
                 there = other.rpc("llumnix_read", source)[0]

@@ -189,7 +189,7 @@ def test_workers_are_told_of_requests_that_were_taken_out() -> None:
 
 
 def test_preemption_sets_what_ours_sets() -> None:
-    """vllm_source._break_deadlock makes a request give up its blocks as this does."""
+    """vllm_port._break_deadlock makes a request give up its blocks as this does."""
     says(
         Scheduler._preempt_request,
         "self._free_request_blocks(request)",
@@ -197,7 +197,7 @@ def test_preemption_sets_what_ours_sets() -> None:
         "request.num_preemptions += 1",
         "self.waiting.prepend_request(request)",
         "self.reset_preempted_req_ids.add(request.request_id)",
-        who="vllm_source._break_deadlock",
+        who="vllm_port._break_deadlock",
     )
 
 
@@ -208,7 +208,7 @@ def test_what_keeps_a_request_that_holds_blocks_from_starting() -> None:
         "if self._pause_state == PauseState.PAUSED_ALL:",
         "num_running = len(self.running) + self.num_waiting_for_streaming_input"
         " if num_running >= self.max_num_active_reqs: break",
-        who="vllm_source._deadlocked",
+        who="vllm_port._deadlocked",
     )
     blocked = {s for s in RequestStatus if Scheduler._is_blocked_waiting_status(s)}
     assert not blocked & {RequestStatus.WAITING, RequestStatus.PREEMPTED}
@@ -321,9 +321,9 @@ def test_blocks_are_freed_behind_a_sliding_window_by_computed_tokens() -> None:
 
 
 def test_every_field_of_a_request_on_the_wire_was_considered() -> None:
-    from llumnix.engine.migration.vllm_source import VllmPort
+    from llumnix.engine.migration.vllm_source import VllmSource
 
-    call = source(VllmPort.describe).split("EngineCoreRequest(")[1].split("))")[0]
+    call = source(VllmSource.describe).split("EngineCoreRequest(")[1].split("))")[0]
     filled = set(re.findall(r"(\w+)=", call))
     # Refused when set (engine/migration/unsupported.py): prompt_embeds, prompt_is_token_ids,
     # resumable. Read by data-parallel waves: current_wave; by the frontend: external_req_id; on

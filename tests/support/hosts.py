@@ -94,10 +94,10 @@ class HostedEngine:
             scheduler.requests
             or scheduler.finished_req_ids
             or held
-            or port._arriving
-            or port._pins
-            or port._stopped
-            or port._places
+            or port.destination._arriving
+            or port.source._pins
+            or port.source._stopped
+            or port.source._places
             or self.host.llumlet.busy
         )
 

@@ -26,7 +26,8 @@ from llumnix.core.types import RequestId
 from llumnix.engine.kv.agent import TransferOptions
 from llumnix.engine.kv.agent_client import AgentClient, Pulled
 from llumnix.engine.migration.unsupported import WORKER_EXTENSION
-from llumnix.engine.migration.vllm_source import VllmPort
+from llumnix.engine.migration.vllm_core import note_reasoning
+from llumnix.engine.migration.vllm_port import VllmPort
 from support.duo import Said
 
 KEY = b"conformance"
@@ -112,7 +113,7 @@ class RealEngine:
 
     def add_core_request(self, made: EngineCoreRequest) -> None:
         new, wave = self.core.preprocess_add_request(made)
-        self.port.arrived(new)
+        note_reasoning(new)
         self.core.add_request(new, wave)
 
     def abort(self, request: RequestId) -> None:
@@ -124,7 +125,7 @@ class RealEngine:
         self.port.step_timer.record_step(time.monotonic() - began)
         self.core.post_step(True)
         self.port.between_steps(ran)
-        self.port.begin_pulls()
+        self.port.destination.begin_pulls()
         said: list[Said] = []
         for batch in (outputs or {}).values():
             for output in batch.outputs:
@@ -149,7 +150,7 @@ class RealEngine:
                 # A moment's patience: a test's clock must not run away from a real copy.
                 done = self.finished.get(timeout=0.002)
                 if done.ticket < 0:
-                    self.port.linked(done.ticket, done.error)
+                    self.port.destination.linked(done.ticket, done.error)
                     continue
                 found.append((done.ticket, done.error, done.bytes, done.seconds))
         return found
@@ -159,21 +160,29 @@ class RealEngine:
         return pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
 
     def requests_held(self) -> int:
-        return len(self.core.scheduler.requests) + len(self.port._arriving) + len(self.port._pins)
+        return (
+            len(self.core.scheduler.requests)
+            + len(self.port.destination._arriving)
+            + len(self.port.source._pins)
+        )
 
     def runs(self, request: RequestId) -> bool:
         scheduler = self.core.scheduler
         known = scheduler.requests.get(request)
-        return known is not None and not known.is_finished() and request not in self.port._stopped
+        return (
+            known is not None
+            and not known.is_finished()
+            and request not in self.port.source._stopped
+        )
 
     def die(self) -> None:
         """Forgets everything, as a new process in its place would have."""
         self.core.abort_requests(list(self.core.scheduler.requests))
-        for name in list(self.port._pins):
+        for name in list(self.port.source._pins):
             self.port.unpin(name)
         while not self.idle():
             self.step()
-        while self.port._arriving:
-            self.port.drop(next(iter(self.port._arriving)))
+        while self.port.destination._arriving:
+            self.port.drop(next(iter(self.port.destination._arriving)))
         self.pulls()
         self.renew()

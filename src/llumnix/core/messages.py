@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 
 from llumnix.core.types import EngineIndex, Epoch, MigrationId, RequestId
 
+ABSENT = -1
+"""In place of a block that the source does not keep any more (outside a sliding window)."""
 Blocks = list[list[int]]
-"""Ids of KV blocks for a range of tokens, one list for each group of layers; -1 where the group
-keeps none any more (outside a sliding window)."""
+"""Ids of KV blocks for a range of tokens, one list for each group of layers. May hold `ABSENT`."""
 
 COPIES = ("staged", "blocking", "recompute")
 """How a request's KV gets to its destination: copied while the request goes on; copied after it was

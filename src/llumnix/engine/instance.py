@@ -59,6 +59,7 @@ from llumnix.engine.launch import InstanceConfig
 from llumnix.engine.memory_calls import MemoryCalls
 from llumnix.engine.migration.host import HostItem, LlumletHost
 from llumnix.engine.migration.unsupported import WORKER_EXTENSION
+from llumnix.engine.migration.vllm_core import note_reasoning
 from llumnix.engine.queueing import Queueing
 from llumnix.engine.readings import has_prompts
 from llumnix.engine.reporting.load_reader import LoadReader
@@ -107,7 +108,13 @@ class EngineInstance(MemoryCalls, EngineCoreActor):
         )
         self._log = EventLog(config.event_log, who=f"engine {config.engine_index} {os.getpid()}")
         self._host = LlumletHost(
-            self, config.engine_index, config.llumlet, config.host, self._log.step, config.keys
+            self,
+            config.engine_index,
+            config.llumlet,
+            config.host,
+            self._log.step,
+            config.keys,
+            self._is_here,
         )
         self._host.start()
         self._reporter = LoadReporter(
@@ -129,11 +136,10 @@ class EngineInstance(MemoryCalls, EngineCoreActor):
             self._prefixes = prefix_reader(
                 self.scheduler, config.instance, config.engine_index, self._rouse
             )
-        self._reader = LoadReader(self.scheduler, slots, priorities)
-        if self._prefixes is not None:
-            self._reader.cached_tokens = self._prefixes.cached_tokens
-        self._reader.taken_out = self._host.port.taken_out
-        self._host.port.on_commit = self._is_here
+        cached = {} if self._prefixes is None else {"cached_tokens": self._prefixes.cached_tokens}
+        self._reader = LoadReader(
+            self.scheduler, slots, priorities, taken_out=self._host.port.source.taken_out, **cached
+        )
         self._leave_on_sigterm()
 
     def describe(self) -> InstanceFacts:
@@ -197,7 +203,7 @@ class EngineInstance(MemoryCalls, EngineCoreActor):
 
     def add_request(self, request: Request, request_wave: int = 0) -> None:
         self._reporter.admit(RequestId(request.request_id))
-        self._host.port.arrived(request)
+        note_reasoning(request)
         super().add_request(request, request_wave)
         # A session of streamed inputs may have taken it in, or been ended by it.
         if self.scheduler.requests.get(request.request_id) is request:

@@ -9,7 +9,11 @@ steps tests/house/test_vllm_migration_contract.py):
 
 from typing import Any
 
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
+
+ABLE = (RequestStatus.WAITING, RequestStatus.PREEMPTED)
+"""A request that waits in one of these could start. In others it waits for something from outside:
+the next input of a session, a grammar, a KV transfer."""
 
 
 def token_bytes(scheduler: Any) -> int:

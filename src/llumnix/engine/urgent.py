@@ -37,8 +37,7 @@ from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.request import Request
 
 from llumnix.core.priorities import Priorities
-from llumnix.engine.migration.vllm_source import ABLE
-from llumnix.engine.readings import client_priority
+from llumnix.engine.readings import ABLE, client_priority
 
 PASSED_OVER_MAX = 8
 """So many at the front of the queue are looked at for one that lacks nothing but room."""

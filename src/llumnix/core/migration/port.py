@@ -1,7 +1,7 @@
 """The seam between migrations and an engine: what core/migration/llumlet.py asks of it.
 
 All calls come on the engine's own thread, between two of its steps, and return at once. The real
-engine implements it in engine/migration/vllm_source.py, a fake one in tests/support/fake_engine.py,
+engine implements it in engine/migration/vllm_port.py, a fake one in tests/support/fake_engine.py,
 and one suite of scenarios holds both to the same behaviour (tests/conformance).
 """
 

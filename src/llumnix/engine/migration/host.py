@@ -22,6 +22,7 @@ from typing import Any, cast
 from vllm.platforms import current_platform
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.engine.core import EngineCoreProc
+from vllm.v1.request import Request
 
 from llumnix.core.events import MoveOrder
 from llumnix.core.messages import (
@@ -45,7 +46,7 @@ from llumnix.engine.launch import LlumletConfig
 from llumnix.engine.migration.guard import ErrorLog, GuardedPort
 from llumnix.engine.migration.peers import Peers
 from llumnix.engine.migration.unsupported import engine_unsupported, ours
-from llumnix.engine.migration.vllm_source import VllmPort
+from llumnix.engine.migration.vllm_port import VllmPort
 from llumnix.errors import ProtocolError
 from llumnix.sockets import SocketKeys
 from llumnix.wire import decode, encode
@@ -121,12 +122,15 @@ class LlumletHost:
         host: str,
         on_step: STEP_LINE,
         keys: SocketKeys | None = None,
+        on_commit: Callable[[Request], None] = lambda request: None,
     ) -> None:
-        """`host`: this host's address in the cluster."""
+        """`host`: this host's address in the cluster. `on_commit` is given a request that has moved
+        in, before it is queued."""
         self._engine = engine
         self._index = index
         self._config = config
         self._on_step = on_step
+        self._on_commit = on_commit
         self._polled_s = 0.0
         self._default_switch_s = sys.getswitchinterval()
         self._fast_until_s = 0.0
@@ -159,7 +163,7 @@ class LlumletHost:
             sys.setswitchinterval(self._default_switch_s)
         self._client = AgentClient(agents=agents, key=self._config.key, on_pulled=self._pulled)
         self._client.start()
-        self.port = VllmPort(self._engine, agents, self._client, self._pull_failed)
+        self.port = VllmPort(self._engine, agents, self._client, self._pull_failed, self._on_commit)
         self._guarded = GuardedPort(
             cast("EnginePort", self.port), self._errors, self._pull_failed, self._lost
         )
@@ -230,7 +234,7 @@ class LlumletHost:
         if isinstance(item, Pulled):
             if item.ticket >= 0:
                 return self.llumlet.pulled(item.ticket, item.error, item.bytes, item.seconds, now)
-            self.port.linked(item.ticket, item.error)
+            self.port.destination.linked(item.ticket, item.error)
             return []
         if item is None:
             return []
@@ -241,7 +245,7 @@ class LlumletHost:
 
     def _take_handover(self, handover: ReceivedMessage) -> None:
         """Takes a handover in, and gives its pull a moment to end."""
-        before = self.port.last_ticket
+        before = self.port.destination.last_ticket
         self._waiting_here = True
         try:
             self._take(handover)
@@ -251,8 +255,8 @@ class LlumletHost:
 
     def _wait_for_final_pull(self, before: int) -> None:
         deadline_s = time.monotonic() + FINAL_PULL_WAIT_S
-        wanted = self.port.last_ticket
-        while wanted != before and not self.port.pulls_wait:
+        wanted = self.port.destination.last_ticket
+        while wanted != before and not self.port.destination.pulls_wait:
             try:
                 pulled = self._here.get(timeout=max(0.0, deadline_s - time.monotonic()))
             except queue.Empty:
@@ -267,7 +271,7 @@ class LlumletHost:
         self._guarded.retry()
         while not self._here.empty():
             self._attempt_pulled(self._here.get())
-        self._attempt("pull", self.port.begin_pulls)
+        self._attempt("pull", self.port.destination.begin_pulls)
         if not self._orders.empty():
             self._attempt("order", self._take_orders)
         busy = self.llumlet.busy
@@ -381,7 +385,7 @@ class LlumletHost:
         )
         self._peers.disconnect(address)
         if (agents := self._agents_of.pop(EngineIndex(engine), None)) is not None:
-            self.port.forget(agents)
+            self.port.destination.forget(agents)
 
     def client_gone(self, requests: list[str]) -> None:
         """A frontend aborts these requests."""

@@ -1,9 +1,13 @@
-"""The seam of core/migration/port.py on vLLM's engine, one half: requests that come in.
+"""The seam of core/migration/port.py on vLLM's engine, one half: requests that move in.
 
-What it relies on inside vLLM stands in engine/migration/vllm_source.py, the other half, beside
-that: `EngineCore.batch_queue` holds the steps in flight, `request_block_hasher` hashes blocks,
-`StructuredOutputManager.accept_tokens` advances a compiled grammar
-(tests/house/test_vllm_migration_contract.py).
+vLLM 0.32 internals relied on here, beside those of vllm_core.py
+(tests/house/test_vllm_migration_contract.py fails when one changes):
+- `Scheduler.finished_req_ids`: requests that the workers still have to hear the end of.
+- `EngineCore.request_block_hasher` hashes blocks.
+- `KVCacheManager`: `get_computed_blocks`, `allocate_slots(delay_cache_blocks=True)`,
+  `cache_blocks`, `remove_skipped_blocks`, `free`. Slots ahead are got with `num_new_tokens`, never
+  by raising `num_computed_tokens` past what is here: sliding-window groups free blocks by it.
+- `StructuredOutputManager.accept_tokens` advances a compiled grammar.
 """
 
 import time
@@ -14,42 +18,23 @@ from typing import Any
 
 import msgspec
 from vllm.v1.engine import EngineCoreEvent, EngineCoreEventType
-from vllm.v1.engine.core import EngineCore
 from vllm.v1.request import Request, RequestStatus
 
-from llumnix.core.messages import Blocks
+from llumnix.core.messages import ABSENT, Blocks
 from llumnix.core.migration.port import Refusal
 from llumnix.core.types import EngineIndex, RequestId
 from llumnix.engine.kv.agent_client import AgentClient
 from llumnix.engine.migration.grammars import Grammars
 from llumnix.engine.migration.packed_tokens import Prompt
 from llumnix.engine.migration.request_decoder import RequestDecoder
-from llumnix.engine.migration.unsupported import engine_unsupported
+from llumnix.engine.migration.vllm_core import HandoverState, VllmCore, note_reasoning
 from llumnix.engine.migration.worker import RunnerState
-from llumnix.engine.queueing import has_waited, queue_by_arrival
+from llumnix.engine.queueing import has_waited
 from llumnix.engine.readings import client_priority
 from llumnix.errors import ProtocolError
 
-ABSENT = -1
-
-
 FED_MAX = 256
 """Tokens that a grammar is fed between two steps."""
-
-
-class HandoverState(msgspec.Struct, frozen=True, kw_only=True):
-    """What a handover carries beside tokens and blocks. `cached`: prompt tokens that the source
-    found in its prefix cache, None if the client was told already. `waited_s`: how long it has
-    waited without KV; `priority`: the number that it is queued under. `events`: what the client's
-    statistics were not told yet, and how many seconds ago it was: the clocks of two hosts have
-    nothing in common."""
-
-    cached: int | None
-    preemptions: int
-    generator: bytes
-    waited_s: float = 0.0
-    priority: int | None = None
-    events: list[tuple[int, float]] = []
 
 
 @dataclass(slots=True, kw_only=True)
@@ -84,42 +69,41 @@ class VllmDestination:
     """The destination's half of `EnginePort`, for one engine core."""
 
     def __init__(
-        self, core: EngineCore, client: AgentClient, pull_failed: Callable[[int, str], None]
+        self,
+        core: VllmCore,
+        client: AgentClient,
+        pull_failed: Callable[[int, str], None],
+        on_commit: Callable[[Request], None],
     ) -> None:
         self._core = core
-        self._scheduler: Any = core.scheduler
-        self._kv = self._scheduler.kv_cache_manager
-        self._pool = self._kv.block_pool
+        self._scheduler = core.scheduler
+        self._kv = core.kv
         self._client = client
         self._pull_failed = pull_failed
-        self._never = engine_unsupported(core.vllm_config, self._scheduler)
-        self._v1 = not core.vllm_config.use_v2_model_runner
+        self._on_commit = on_commit
         self._arriving: dict[RequestId, ReservedRequest] = {}
-        self._waiting: list[DeferredPull] = []
+        self._deferred: list[DeferredPull] = []
         self._decoder = RequestDecoder()
+        # Links to the workers of a source, by their addresses: those that are being opened (by the
+        # ticket of that), those that are open, and why the others are not.
         self._linking: dict[int, tuple[str, ...]] = {}
         self._linked: set[tuple[str, ...]] = set()
         self._link_errors: dict[tuple[str, ...], str] = {}
-        self._tickets = 0
+        self._link_tickets = 0
         self._grammars = Grammars(self._scheduler.structured_output_manager)
         self.last_ticket = 0
-        self.on_commit: Callable[[Request], None] = lambda request: None
-        self.block_tokens: int = self._scheduler.block_size
 
     # -- what the host tells it
 
-    def arrived(self, request: Request) -> None:
-        """A new request came in. Notes whether its reasoning had ended before its first token: the
-        engine overwrites that, and a destination must start from it."""
-        structured = request.structured_output_request
-        if structured is not None:
-            structured.llumnix_reasoning_ended = structured.reasoning_ended
+    def holds(self) -> bool:
+        """Whether requests on their way here hold blocks."""
+        return bool(self._arriving)
 
     def begin_pulls(self) -> None:
         """Between two steps: pulls that waited for one that has ended begin."""
-        for pull in list(self._waiting):
+        for pull in list(self._deferred):
             if not self._in_flight(pull.steps):
-                self._waiting.remove(pull)
+                self._deferred.remove(pull)
                 try:
                     self._client.pull(pull.ticket, pull.agents, pull.source, pull.destination)
                 except Exception as error:  # noqa: BLE001 - the pull failed, whatever it is
@@ -144,7 +128,7 @@ class VllmDestination:
     @property
     def pulls_wait(self) -> bool:
         """Whether a pull waits for a step."""
-        return bool(self._waiting)
+        return bool(self._deferred)
 
     # -- arrivals
 
@@ -153,8 +137,8 @@ class VllmDestination:
     ) -> int | Refusal:
         scheduler = self._scheduler
         taken = len(scheduler.running) + len(scheduler.kv_holding_waiting) + len(self._arriving)
-        if self._never is not None:
-            return Refusal(why=self._never)
+        if self._core.unsupported is not None:
+            return Refusal(why=self._core.unsupported)
         if request in scheduler.requests:
             return Refusal(why="it has not quite left there since its last visit")
         if taken >= scheduler.max_num_active_reqs:
@@ -170,14 +154,14 @@ class VllmDestination:
             return Refusal(why=f"it cannot be read there: {error}")
         if described.prompt_token_ids is not None:
             described.prompt_token_ids = Prompt(described.prompt_token_ids)
-        new = Request.from_engine_core_request(described, self._core.request_block_hasher)
-        self.arrived(new)
+        new = Request.from_engine_core_request(described, self._core.engine.request_block_hasher)
+        note_reasoning(new)
         incoming = ReservedRequest(request=new, agents=tuple(agents))
         if incoming.agents not in self._linked and incoming.agents not in self._linking.values():
             self._link_errors.pop(incoming.agents, None)
-            self._tickets += 1
-            self._client.open_links(-self._tickets, agents)
-            self._linking[-self._tickets] = incoming.agents
+            self._link_tickets += 1
+            self._client.open_links(-self._link_tickets, agents)
+            self._linking[-self._link_tickets] = incoming.agents
         if new.use_structured_output:
             incoming.unfed.extend(outputs)
             self._grammars.begin(new)
@@ -197,7 +181,7 @@ class VllmDestination:
             if slots is None:
                 return self._no_room(tokens)
             new.num_computed_tokens = incoming.here = hit
-            incoming.fence = list(self._core.batch_queue or ())
+            incoming.fence = self._core.steps_in_flight()
         self._arriving[request] = incoming
         return incoming.here
 
@@ -230,11 +214,11 @@ class VllmDestination:
         else:
             new.append_output_token_ids(outputs)
         need = tokens - new.num_computed_tokens
-        free = self._pool.get_num_free_blocks()
+        free = self._core.pool.get_num_free_blocks()
         if need > 0 and self._kv.allocate_slots(new, need, delay_cache_blocks=True) is None:
             return self._no_room(tokens)
-        if self._pool.get_num_free_blocks() != free:
-            incoming.fence = list(self._core.batch_queue or ())
+        if self._core.pool.get_num_free_blocks() != free:
+            incoming.fence = self._core.steps_in_flight()
         return None
 
     def pull(
@@ -251,7 +235,7 @@ class VllmDestination:
         incoming.pulling = end
         incoming.gaps |= any(ABSENT in group for group in blocks)
         self.last_ticket = ticket
-        mine, _ = self._blocks(request, start, end)
+        mine, _ = self._core.blocks(request, start, end)
         pairs = [
             (theirs, ours)
             for group, own in zip(blocks, mine, strict=True)
@@ -263,16 +247,16 @@ class VllmDestination:
             steps=incoming.fence, ticket=ticket, agents=agents, source=froms, destination=tos
         )
         if self._in_flight(pull.steps):
-            self._waiting.append(pull)
+            self._deferred.append(pull)
         else:
             self._client.pull(ticket, agents, froms, tos)
 
     def cancel(self, ticket: int) -> None:
-        waiting = next((pull for pull in self._waiting if pull.ticket == ticket), None)
+        waiting = next((pull for pull in self._deferred if pull.ticket == ticket), None)
         if waiting is None:
             self._client.cancel(ticket)
         else:
-            self._waiting.remove(waiting)
+            self._deferred.remove(waiting)
             self._pull_failed(ticket, "it was called off before it began")
 
     def cache(self, request: RequestId, tokens: int) -> None:
@@ -312,13 +296,17 @@ class VllmDestination:
             self._kv.free(new)
         started = bool(computed or new.num_output_tokens)
         new.status = RequestStatus.PREEMPTED if started else RequestStatus.WAITING
-        if started and self._v1 and (why := self._install(new, computed, handed.generator)):
+        if (
+            started
+            and self._core.runner_v1
+            and (why := self._install(new, computed, handed.generator))
+        ):
             # Some workers may have it by now.
             self._scheduler.finished_req_ids.add(request)
             return Refusal(why=f"its state cannot be installed there: {why}")
-        self.on_commit(new)
+        self._on_commit(new)
         # Last, and nothing that could fail behind it: what is refused must not be in any queue.
-        self._queue(new)
+        self._core.queue(new)
         self._scheduler.requests[request] = new
         del self._arriving[request]
         return None
@@ -334,7 +322,7 @@ class VllmDestination:
             blocks=[list(group) for group in blocks],
             generator=generator,
         )
-        answers = self._rpc(
+        answers = self._core.rpc(
             "llumnix_install",
             msgspec.msgpack.encode(runner),
             new.sampling_params,
@@ -344,30 +332,6 @@ class VllmDestination:
 
     def drop(self, request: RequestId) -> None:
         self._kv.free(self._arriving.pop(request).request)
-
-    # -- both halves
-
-    def _blocks(self, request: RequestId, start: int, end: int) -> tuple[Blocks, list[Any]]:
-        """The blocks of tokens [start, end) in each group: their ids, and those that are real."""
-        ids: Blocks = []
-        real: list[Any] = []
-        groups = self._scheduler.kv_cache_config.kv_cache_groups
-        for group, blocks in zip(groups, self._kv.get_blocks(request).blocks, strict=False):
-            size = group.kv_cache_spec.block_size
-            chosen = blocks[start // size : -(-end // size)]
-            ids.append([ABSENT if b.is_null else b.block_id for b in chosen])
-            real += [b for b in chosen if not b.is_null]
-        return ids, real
-
-    def _queue(self, request: Request) -> None:
-        """Queues it with the KV that it has: one that has started goes first."""
-        self._scheduler.prev_step_scheduled_req_ids.discard(request.request_id)
-        if request.num_computed_tokens:
-            self._scheduler.kv_holding_waiting.prepend_request(request)
-        elif request.num_output_tokens:
-            self._scheduler.waiting.prepend_request(request)
-        else:
-            queue_by_arrival(self._scheduler.waiting, request)
 
     def _feed(self, incoming: ReservedRequest, most: int) -> bool | Refusal:
         """Tells its grammar what it has generated, token by token, as the source's was told;
@@ -385,13 +349,9 @@ class VllmDestination:
 
     def _in_flight(self, steps: list[Any]) -> bool:
         """Whether any of these steps has not come home yet."""
-        flying = [id(entry) for entry in self._core.batch_queue or ()]
+        flying = [id(entry) for entry in self._core.steps_in_flight()]
         return any(id(step) in flying for step in steps)
 
     def _no_room(self, tokens: int) -> Refusal:
-        free = self._pool.get_num_free_blocks() * self.block_tokens
+        free = self._core.pool.get_num_free_blocks() * self._core.block_tokens
         return Refusal(why=f"no room: {tokens} tokens are needed there, {free} are free")
-
-    def _rpc(self, method: str, *args: Any) -> list[Any]:
-        answers: list[Any] = self._core.model_executor.collective_rpc(method, args=args)
-        return answers

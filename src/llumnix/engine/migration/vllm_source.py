@@ -1,102 +1,75 @@
-"""The seam of core/migration/port.py on vLLM's engine: reads and moves requests between two steps.
+"""The seam of core/migration/port.py on vLLM's engine, one half: requests that move away.
 
-Everything here happens on the engine core's own thread, so nothing is locked. It touches vLLM's
-scheduler from outside; no class of vLLM's is replaced.
-
-vLLM 0.32 internals relied on here (tests/house/test_vllm_migration_contract.py fails when one
-changes):
-- `Scheduler`: `requests`, `running`, `waiting`, `kv_holding_waiting`, `deferred_waiting`,
-  `max_num_active_reqs` (the limit of `running`, asked at every admission),
-  `finished_req_ids`, `reset_preempted_req_ids` (frees runner V2's slot of a request that was
-  taken out), `prev_step_scheduled_req_ids` (runner V1 wants all tokens of a resumed request that
-  is not in it), `_inflight_prefills`, `finish_requests` (emits nothing).
-- `pause_state`; with PAUSED_ALL nothing is scheduled. `num_waiting_for_streaming_input` sessions
-  wait for their next input in `kv_holding_waiting` and keep their slots. A step that schedules
-  nothing is in `batch_queue` too, with `total_num_scheduled_tokens` 0.
-- A request in `kv_holding_waiting` with status PREEMPTED, computed tokens and blocks is scheduled
-  with what is left to compute, which for a decoding request is one token: no prefill.
+vLLM 0.32 internals relied on here, beside those of vllm_core.py
+(tests/house/test_vllm_migration_contract.py fails when one changes):
+- `Scheduler`: `requests`, `running`, `deferred_waiting`, `max_num_active_reqs` (the limit of
+  `running`, asked at every admission), `reset_preempted_req_ids` (frees runner V2's slot of a
+  request that was taken out), `_inflight_prefills`, `finish_requests` (emits nothing).
 - `Request`: `num_computed_tokens` runs ahead by `num_in_flight_tokens`; `num_output_placeholders`
-  counts tokens that asynchronous scheduling has not seen yet. With both at 0 the KV of all
-  computed tokens is written and all output tokens are known.
-- `KVCacheManager`: `get_computed_blocks`, `allocate_slots(delay_cache_blocks=True)`,
-  `cache_blocks`, `free`, `get_blocks`; `BlockPool.touch` and `free_blocks` count references.
-  Slots ahead are got with `num_new_tokens`, never by raising `num_computed_tokens` past what is
-  here: sliding-window groups free blocks by it.
+  counts tokens that asynchronous scheduling has not seen yet. With both at 0 the KV of all computed
+  tokens is written and all output tokens are known.
+- `BlockPool.touch` and `free_blocks` count references.
 """
 
 import time
-from collections.abc import Callable
 from itertools import islice
 from typing import Any
 
 import msgspec
 from vllm.sampling_params import SamplingType
-from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.engine import EngineCoreRequest
-from vllm.v1.engine.core import EngineCore
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.serial_utils import MsgpackEncoder
 
 from llumnix.core.messages import Blocks
 from llumnix.core.migration.port import Movable, Phase, Progress, Refusal
-from llumnix.core.migration.timing import StepTimer
 from llumnix.core.types import RequestId
-from llumnix.engine.kv.agent_client import AgentClient
 from llumnix.engine.migration.unsupported import request_unsupported
-from llumnix.engine.migration.vllm_destination import HandoverState, VllmDestination
+from llumnix.engine.migration.vllm_core import HandoverState, VllmCore
 from llumnix.engine.queueing import waited_s
-from llumnix.engine.readings import client_priority, has_prompts
+from llumnix.engine.readings import client_priority
 
 WAITING_SHOWN_MAX = 8
 """Waiting requests that may be chosen to move; finding more of them costs sorting the queue."""
-STUCK_STEPS = 3
-"""Steps in a row that ran nothing, after which a request that waits with blocks gives them up."""
-ABLE = (RequestStatus.WAITING, RequestStatus.PREEMPTED)
-"""A request that waits in one of these could start. In others it waits for something from outside:
-the next input of a session, a grammar, a KV transfer."""
 
 
-class VllmPort(VllmDestination):
-    """Implements `EnginePort` for one engine core. `agents`: addresses of its workers' agents."""
+class VllmSource:
+    """The source's half of `EnginePort`, for one engine core. `agents`: of its own workers."""
 
-    def __init__(
-        self,
-        core: EngineCore,
-        agents: list[str],
-        client: AgentClient,
-        pull_failed: Callable[[int, str], None],
-    ) -> None:
-        super().__init__(core, client, pull_failed)
-        self.step_timer = StepTimer()
+    def __init__(self, core: VllmCore, agents: list[str]) -> None:
+        self._core = core
+        self._scheduler = core.scheduler
         self._agents = agents
         self._stopped: set[RequestId] = set()
         self._pins: dict[RequestId, list[Any]] = {}
         self._places: set[RequestId] = set()
-        self._stuck_steps = 0
         self._encoder = MsgpackEncoder()
 
-    def between_steps(self, ran: bool) -> None:
-        """A step of the engine has ended. `ran`: whether it ran the model."""
-        if ran or not self._deadlocked():
-            self._stuck_steps = 0
-            return
-        self._stuck_steps += 1
-        if self._stuck_steps >= STUCK_STEPS:
-            self._stuck_steps = 0
-            self._break_deadlock()
+    def holds(self) -> bool:
+        """Whether requests that move away hold blocks."""
+        return bool(self._pins or self._stopped)
 
-    @property
-    def step_s(self) -> float:
-        return self.step_timer.step_s
-
-    @property
-    def prompts_in_flight(self) -> bool:
-        return any(has_prompts(batch) for _, batch, _ in self._core.batch_queue or ())
-
-    # -- source
+    def progress(self, request: RequestId) -> Progress:
+        known = self._scheduler.requests.get(request)
+        if known is None or known.is_finished():
+            self._forget(request)
+            return Progress(phase=Phase.GONE)
+        phase = Phase.RUNNING
+        if request in self._stopped:
+            phase = Phase.STOPPED
+        elif known.status != RequestStatus.RUNNING and not known.num_computed_tokens:
+            phase = Phase.WAITING
+        return Progress(
+            phase=phase,
+            settled=max(0, known.num_computed_tokens - known.num_in_flight_tokens),
+            in_flight=known.num_in_flight_tokens > 0 or known.num_output_placeholders > 0,
+            tokens=known.num_tokens,
+            outputs=known.num_output_tokens,
+            preemptions=known.num_preemptions,
+        )
 
     def movable(self) -> list[Movable]:
-        if self._never is not None:
+        if self._core.unsupported is not None:
             return []
         waiting = [
             self._movable(r, waiting=True)
@@ -110,14 +83,14 @@ class VllmPort(VllmDestination):
         return Movable(
             request=RequestId(known.request_id),
             priority=client_priority(known),
-            tokens=-(-known.num_tokens // self.block_tokens) * self.block_tokens,
+            tokens=-(-known.num_tokens // self._core.block_tokens) * self._core.block_tokens,
             waiting=waiting,
             busy=prefilling or request_unsupported(known) is not None,
         )
 
     def describe(self, request: RequestId) -> bytes | Refusal:
         known = self._scheduler.requests[request]
-        why = self._never or request_unsupported(known)
+        why = self._core.unsupported or request_unsupported(known)
         if why is not None:
             return Refusal(why=why)
         structured = known.structured_output_request
@@ -148,43 +121,24 @@ class VllmPort(VllmDestination):
     def agents(self) -> list[str]:
         return self._agents
 
-    def progress(self, request: RequestId) -> Progress:
-        known = self._scheduler.requests.get(request)
-        if known is None or known.is_finished():
-            self._forget(request)
-            return Progress(phase=Phase.GONE)
-        phase = Phase.RUNNING
-        if request in self._stopped:
-            phase = Phase.STOPPED
-        elif known.status != RequestStatus.RUNNING and not known.num_computed_tokens:
-            phase = Phase.WAITING
-        return Progress(
-            phase=phase,
-            settled=max(0, known.num_computed_tokens - known.num_in_flight_tokens),
-            in_flight=known.num_in_flight_tokens > 0 or known.num_output_placeholders > 0,
-            tokens=known.num_tokens,
-            outputs=known.num_output_tokens,
-            preemptions=known.num_preemptions,
-        )
-
     def outputs(self, request: RequestId, first: int) -> list[int]:
         return list(self._scheduler.requests[request].output_token_ids[first:])
 
     def pin(self, request: RequestId, start: int, end: int) -> Blocks:
-        ids, blocks = self._blocks(request, start, end)
+        ids, blocks = self._core.blocks(request, start, end)
         pins = self._pins.setdefault(request, [])
         if start and not pins:
             # Those before them too, so that all are freed together: else the end of the request
             # could outlive its beginning in the prefix cache.
-            blocks = self._blocks(request, 0, start)[1] + blocks
-        self._pool.touch(blocks)
+            blocks = self._core.blocks(request, 0, start)[1] + blocks
+        self._core.pool.touch(blocks)
         pins += blocks
         return ids
 
     def unpin(self, request: RequestId) -> None:
         blocks = self._pins.pop(request, None)
         if blocks:
-            self._pool.free_blocks(reversed(blocks))
+            self._core.pool.free_blocks(reversed(blocks))
 
     def stop(self, request: RequestId) -> None:
         known = self._scheduler.requests[request]
@@ -210,12 +164,12 @@ class VllmPort(VllmDestination):
             known.status = RequestStatus.PREEMPTED
             self._scheduler.reset_preempted_req_ids.add(request)
             self._give_up_place(request)
-        if self._v1 and known.num_output_tokens and _is_seeded(known):
-            generator = self._rpc("llumnix_generator", request)[0]
+        if self._core.runner_v1 and known.num_output_tokens and _is_seeded(known):
+            generator = self._core.rpc("llumnix_generator", request)[0]
             if isinstance(generator, str):
                 raise RuntimeError(f"its generator's state cannot be read: {generator}")
         computed = known.num_computed_tokens
-        ids, _ = self._blocks(request, min(start, computed), computed)
+        ids, _ = self._core.blocks(request, min(start, computed), computed)
         now = time.monotonic()
         state = HandoverState(
             cached=known.prefill_stats and known.prefill_stats.num_cached_tokens,
@@ -234,7 +188,7 @@ class VllmPort(VllmDestination):
         if not was_stopped or known is None or known.is_finished():
             return
         if known.status != RequestStatus.RUNNING:
-            self._queue(known)
+            self._core.queue(known)
         elif known not in self._scheduler.running:
             self._scheduler.running.append(known)
 
@@ -257,39 +211,6 @@ class VllmPort(VllmDestination):
         if request in self._places:
             self._places.remove(request)
             self._scheduler.max_num_active_reqs += 1
-
-    def _deadlocked(self) -> bool:
-        """Whether nothing runs because requests that wait hold the KV memory that each of them
-        lacks."""
-        scheduler = self._scheduler
-        flying = any(b.total_num_scheduled_tokens for _, b, _ in self._core.batch_queue or ())
-        if flying or scheduler.running or scheduler.pause_state == PauseState.PAUSED_ALL:
-            return False
-        if scheduler.num_waiting_for_streaming_input >= scheduler.max_num_active_reqs:
-            return False  # Sessions have all slots.
-        able = sum(r.status in ABLE for r in scheduler.kv_holding_waiting)
-        # What moves hold comes back by itself, and one alone gains nothing if it gives up its own.
-        return able > 1 or (able == 1 and not (self._arriving or self._pins or self._stopped))
-
-    def _break_deadlock(self) -> None:
-        """Requests that wait with blocks in their hands cannot be preempted by each other: the last
-        gives its blocks up, as vLLM's own preemption would make it."""
-        holding = self._scheduler.kv_holding_waiting
-        self._give_up([r for r in holding if r.status in ABLE][-1])
-
-    def give_up_blocks(self) -> None:
-        """All requests that wait with blocks, since they have just come or come back, go on waiting
-        without: vLLM preempts only those that run."""
-        holding = self._scheduler.kv_holding_waiting
-        for request in reversed([r for r in holding if r.status in ABLE]):
-            self._give_up(request)
-
-    def _give_up(self, request: Request) -> None:
-        self._scheduler.kv_holding_waiting.remove_requests([request])
-        self._kv.free(request)
-        request.num_computed_tokens = 0
-        request.num_preemptions += 1
-        self._scheduler.waiting.prepend_request(request)
 
 
 def _is_seeded(request: Request) -> bool:

@@ -55,16 +55,24 @@ class EngineCounts:
 
 
 class LoadReader:
-    """Of one engine core. `found` says how many of a request's tokens are in the prefix cache, and
-    how many of them requests hold. It is asked when the request begins to wait. `taken_out` gives
-    those that moves have taken out of the batch."""
+    """Of one engine core. `cached_tokens` says how many of a request's tokens are in the prefix
+    cache, and how many of them requests hold. It is asked when the request begins to wait.
+    `taken_out` gives the requests that moves have taken out of the batch."""
 
-    def __init__(self, scheduler: Any, slots: int, priorities: Priorities) -> None:
+    def __init__(
+        self,
+        scheduler: Any,
+        slots: int,
+        priorities: Priorities,
+        *,
+        cached_tokens: Callable[[Request], tuple[int, int]] = lambda request: (0, 0),
+        taken_out: Callable[[], list[Request]] = list,
+    ) -> None:
         self._scheduler = scheduler
         self._slots = slots
         self._priorities = priorities
-        self.cached_tokens: Callable[[Request], tuple[int, int]] = lambda request: (0, 0)
-        self.taken_out: Callable[[], list[Request]] = list
+        self._cached_tokens = cached_tokens
+        self._taken_out = taken_out
         self._block = int(scheduler.block_size)
         self._token_bytes = token_bytes(scheduler)
         self._seen: tuple[Any, ...] = ()
@@ -110,7 +118,7 @@ class LoadReader:
             len(scheduler.waiting),
             len(scheduler.kv_holding_waiting),
             # Two may have changed places since.
-            [*map(id, scheduler.running), *map(id, self.taken_out())],
+            [*map(id, scheduler.running), *map(id, self._taken_out())],
         )
         pool = scheduler.kv_cache_manager.block_pool
         total = pool.num_gpu_blocks - 1  # One block is vLLM's placeholder, never handed out.
@@ -154,7 +162,7 @@ class LoadReader:
             self._know(request)
         running = [0] * len(self._priorities)
         before, self._running, self._prompts = self._running, {}, []
-        for request in chain(self._scheduler.running, self.taken_out()):
+        for request in chain(self._scheduler.running, self._taken_out()):
             known = self._running[request.request_id] = self._know(request)
             self._waits_no_more(known)
             running[known.rank] += 1
@@ -233,7 +241,7 @@ class LoadReader:
     def _wanted(self, request: Request) -> tuple[int, int, int]:
         """What is counted of a request that begins to wait. One that was preempted is taken to lose
         what it had, which memory is too short for."""
-        cached, held = (0, 0) if request.num_preemptions else self.cached_tokens(request)
+        cached, held = (0, 0) if request.num_preemptions else self._cached_tokens(request)
         moved = int(request.num_computed_tokens)
         tokens = int(request.num_tokens)
         # The last token is computed in any case.

@@ -1,0 +1,93 @@
+"""What both halves of the seam (vllm_source.py, vllm_destination.py) ask of vLLM's engine core.
+
+vLLM 0.32 internals relied on here (tests/house/test_vllm_migration_contract.py fails when one
+changes):
+- `EngineCore.batch_queue` holds the steps in flight; `model_executor.collective_rpc` calls a method
+  of every worker.
+- `Scheduler.kv_holding_waiting`: requests that wait with KV blocks. One with status PREEMPTED,
+  computed tokens and blocks is scheduled with what is left to compute, which for a decoding request
+  is one token: no prefill. `waiting`: those without blocks.
+- `Scheduler.prev_step_scheduled_req_ids`: runner V1 wants all tokens of a resumed request that is
+  not in it.
+- `KVCacheManager.get_blocks`, block by block of each group; a block that `is_null` was given up.
+"""
+
+from typing import Any
+
+import msgspec
+from vllm.v1.engine.core import EngineCore
+from vllm.v1.request import Request
+
+from llumnix.core.messages import ABSENT, Blocks
+from llumnix.core.types import RequestId
+from llumnix.engine.migration.unsupported import engine_unsupported
+from llumnix.engine.queueing import queue_by_arrival
+
+
+class HandoverState(msgspec.Struct, frozen=True, kw_only=True):
+    """What a handover carries beside tokens and blocks."""
+
+    cached: int | None
+    """Prompt tokens that the source found in its prefix cache; None if the client was told."""
+    preemptions: int
+    generator: bytes
+    """State of the request's seeded generator, empty without one."""
+    waited_s: float = 0.0
+    """How long it has waited without KV."""
+    priority: int | None = None
+    """The number that it is queued under."""
+    events: list[tuple[int, float]] = []
+    """What the client's statistics were not told yet: kind, and how many seconds ago. The clocks of
+    two hosts have nothing in common, so no time of one is of use to the other."""
+
+
+class VllmCore:
+    """One engine core. Its own thread only."""
+
+    def __init__(self, engine: EngineCore) -> None:
+        self.engine = engine
+        self.scheduler: Any = engine.scheduler
+        self.kv = self.scheduler.kv_cache_manager
+        self.pool = self.kv.block_pool
+        self.block_tokens: int = self.scheduler.block_size
+        self.unsupported = engine_unsupported(engine.vllm_config, self.scheduler)
+        self.runner_v1 = not engine.vllm_config.use_v2_model_runner
+
+    def blocks(self, request: RequestId, start: int, end: int) -> tuple[Blocks, list[Any]]:
+        """The blocks of tokens [start, end) in each group: their ids, and those that are real."""
+        ids: Blocks = []
+        real: list[Any] = []
+        groups = self.scheduler.kv_cache_config.kv_cache_groups
+        for group, blocks in zip(groups, self.kv.get_blocks(request).blocks, strict=False):
+            size = group.kv_cache_spec.block_size
+            chosen = blocks[start // size : -(-end // size)]
+            ids.append([ABSENT if b.is_null else b.block_id for b in chosen])
+            real += [b for b in chosen if not b.is_null]
+        return ids, real
+
+    def queue(self, request: Request) -> None:
+        """Queues it with the KV that it has. One that has started goes first."""
+        self.scheduler.prev_step_scheduled_req_ids.discard(request.request_id)
+        if request.num_computed_tokens:
+            self.scheduler.kv_holding_waiting.prepend_request(request)
+        elif request.num_output_tokens:
+            self.scheduler.waiting.prepend_request(request)
+        else:
+            queue_by_arrival(self.scheduler.waiting, request)
+
+    def steps_in_flight(self) -> list[Any]:
+        """The entries of the batch queue."""
+        return list(self.engine.batch_queue or ())
+
+    def rpc(self, method: str, *args: Any) -> list[Any]:
+        """Every worker's answer."""
+        answers: list[Any] = self.engine.model_executor.collective_rpc(method, args=args)
+        return answers
+
+
+def note_reasoning(request: Request) -> None:
+    """Of a new request: keeps whether its reasoning had ended before its first token. The engine
+    overwrites that, and a destination must start from it."""
+    structured = request.structured_output_request
+    if structured is not None:
+        structured.llumnix_reasoning_ended = structured.reasoning_ended
