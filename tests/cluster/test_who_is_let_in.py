@@ -12,9 +12,9 @@ from llumnix.cluster.addresses import _free_ports
 from llumnix.cluster.controller import Controller
 from llumnix.core.messages import CancelMigration
 from llumnix.core.settings import SchedulerSettings
-from llumnix.core.types import EngineIndex, InstanceId, MigrationId
+from llumnix.core.types import MigrationId
 from llumnix.engine.migration.peers import Peers
-from llumnix.engine.reporting.reporter import LoadReporter
+from llumnix.engine.reporting.controller_socket import ControllerSocket
 from llumnix.frontend.controller_link import ControllerLink
 from llumnix.sockets import Listening, SocketKeys, connect
 from llumnix.wire import Ping, Pong, decode, encode
@@ -95,15 +95,12 @@ async def test_frontend_and_engine_reach_a_controller_that_wants_keys() -> None:
             where = controller.getsockopt_string(zmq.LAST_ENDPOINT)
             link = ControllerLink(where, KEYS)
             link.start()
-            reporter = LoadReporter(
-                instance=InstanceId("i0"), engine_index=EngineIndex(0), controller=where,
-                on_order=lambda order: None, keys=KEYS,
-            )  # fmt: skip
-            reporter.start()
+            engine = ControllerSocket(where, KEYS)
+            engine.open()
             try:
-                for socket in (link._socket, reporter._socket):
+                for socket in (link._socket, engine._socket):
                     assert socket.poll(WAIT_MS, zmq.POLLOUT), "the line never came up"
             finally:
-                reporter.close()
+                engine.close()
                 link.close()
         guard.close()

@@ -18,7 +18,7 @@ from vllm.v1.request import Request
 
 from llumnix.core.events import LoadReported
 from llumnix.core.limits import MigrationLimits
-from llumnix.core.messages import Migrate, MigrationEnded
+from llumnix.core.messages import IN_BAND, Migrate, MigrationEnded
 from llumnix.core.priorities import Priorities
 from llumnix.core.settings import PrioritySettings
 from llumnix.core.types import EngineIndex, Epoch, InstanceId, MigrationId, RequestId
@@ -26,7 +26,6 @@ from llumnix.engine import instance as module
 from llumnix.engine.instance import DEFER_PREFILLS_STEPS_MAX, EngineInstance
 from llumnix.engine.kv.agent import TransferOptions
 from llumnix.engine.launch import InstanceConfig, LlumletConfig
-from llumnix.engine.migration.host import IN_BAND
 from llumnix.engine.queueing import AgingQueue
 from llumnix.wire import decode, encode
 from support.no_model import BLOCK, NoModel, engine_config, made
@@ -74,14 +73,14 @@ class Running:
         self._thread.start()
 
     def _note_reports(self) -> None:
-        push = self.engine._reporter._push
+        send = self.engine._controller.send
 
         def noted(fact: Any) -> bool:
             if isinstance(fact, LoadReported):
                 self.admitted |= set(fact.report.admitted)
-            return bool(push(fact))
+            return bool(send(fact))
 
-        self.engine._reporter._push = noted
+        self.engine._controller.send = noted
 
     def _run(self) -> None:
         try:
@@ -164,6 +163,17 @@ def test_requests_run_move_and_end(pair: list[Running]) -> None:
         assert source.tokens.get(name, 0) + destination.tokens.get(name, 0) == tokens
     assert outcome.taken == ("r1" in destination.ended)
     assert source.admitted >= set(names), "the scheduler books each of them until it is reported"
+
+
+def test_orders_are_carried_out_between_any_two_steps() -> None:
+    """Whether or not a report goes out."""
+    one: Any = object.__new__(EngineInstance)
+    carried_out: list[Any] = []
+    one._controller = SimpleNamespace(poll=lambda: ["an order"])
+    one._host = SimpleNamespace(poll=carried_out.append)
+    one._queueing, one._changed = SimpleNamespace(look=lambda: None), False
+    one._maybe_publish_request_counts()
+    assert carried_out == [["an order"]]
 
 
 def test_prompts_are_put_off_in_no_more_than_every_other_of_many_steps() -> None:

@@ -174,7 +174,7 @@ def test_memory_goes_only_when_no_pull_can_touch_it(
 def test_a_call_that_waited_too_long_is_made_all_the_same(
     hosts: Hosts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llumnix.engine.migration.host.CALL_OFF_MAX_S", 0.05)
+    monkeypatch.setattr("llumnix.engine.waiting_calls.MOVES_END_MAX_S", 0.05)
     held = Held(hosts, monkeypatch)
     start(hosts)
     hosts.until(lambda: held.open)

@@ -1,5 +1,6 @@
-"""What a llumlet tells the controller, and how often."""
+"""What an engine tells the controller, how often, and how orders reach it."""
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,9 +10,10 @@ import zmq
 from llumnix.core.events import LoadReported, MoveOrder
 from llumnix.core.reports import ClassLoad, LoadReport, MoveCounts
 from llumnix.core.types import EngineIndex, InstanceId, OrderId, RequestId
+from llumnix.engine.reporting.controller_socket import ControllerSocket
 from llumnix.engine.reporting.load_reader import EngineCounts
 from llumnix.engine.reporting.reporter import HEARTBEAT_S, REPORT_EVERY_S, LoadReporter
-from llumnix.wire import decode
+from llumnix.wire import Ping, decode, encode
 
 PATIENCE_MS = 20_000
 """For what must come; nothing waits for it to pass."""
@@ -34,11 +36,18 @@ class Controller:
         self.socket = zmq.Context.instance().socket(zmq.ROUTER)
         self.socket.setsockopt(zmq.LINGER, 0)
         self.socket.bind(address)
+        self.engine = b""
+
+    def send(self, *payloads: bytes) -> None:
+        """To the engine that was heard last."""
+        for payload in payloads:
+            self.socket.send_multipart([self.engine, payload])
 
     def next(self) -> LoadReport:
         """The next report, which must come."""
         assert self.socket.poll(PATIENCE_MS), "no report came"
-        message = decode(self.socket.recv_multipart()[1])
+        self.engine, payload = self.socket.recv_multipart()
+        message = decode(payload)
         assert isinstance(message, LoadReported)
         return message.report
 
@@ -50,13 +59,15 @@ class Pair:
         self.clock = Clock()
         self.controller = Controller(address)
         self.orders: list[MoveOrder] = []
+        self.socket = ControllerSocket(address)
         self.reporter = LoadReporter(
             instance=InstanceId("i"),
             engine_index=EngineIndex(0),
-            controller=address,
+            controller=self.socket,
             on_order=self.orders.append,
             clock=self.clock,
         )
+        self.socket.open()
         self.reporter.start()
         self.reporter.offer(numbers(0), MoveCounts(), ())
         self.heartbeat()  # Tried again until it is connected.
@@ -91,7 +102,16 @@ def pair(tmp_path: Path) -> Iterator[Pair]:
     one = Pair(f"ipc://{tmp_path}/controller")
     yield one
     one.reporter.close()
+    one.socket.close()
     one.controller.socket.close()
+
+
+def an_order(number: int, sequence: int = 0) -> MoveOrder:
+    return MoveOrder(
+        order=OrderId(number), source=InstanceId("i"), source_engine=EngineIndex(0),
+        destination=InstanceId("j"), destination_engine=EngineIndex(1), limits=(), why="drawn",
+        source_sequence=sequence,
+    )  # fmt: skip
 
 
 def numbers(used: int, running: int = 0) -> EngineCounts:
@@ -171,3 +191,47 @@ def test_an_idle_engine_that_hangs_in_its_first_step_is_not_older_than_that_step
     pair.reporter.worked()
     pair.reporter.admit(RequestId("r"))
     assert pair.heartbeat().stalled_s == pytest.approx(HEARTBEAT_S, abs=1e-4)
+
+
+# -- orders --------------------------------------------------------------------------------------
+
+
+def test_orders_are_there_at_the_next_look_and_what_makes_no_sense_is_passed_over(
+    tmp_path: Path,
+) -> None:
+    """No report has to go out first: the busy loop looks before and after every step."""
+    address = f"ipc://{tmp_path}/controller"
+    controller, engine = Controller(address), ControllerSocket(address)
+    engine.open()
+    try:
+        assert engine.poll() == []
+        while not engine.send(Ping(number=0)):
+            pass  # It is not connected yet.
+        controller.engine = controller.socket.recv_multipart()[0]
+        orders = [an_order(1, 4), an_order(2, 5)]
+        controller.send(encode(orders[0]), b"nonsense", encode(Ping(number=1)), encode(orders[1]))
+        found: list[MoveOrder] = []
+        while len(found) < 2:
+            assert engine._socket.poll(PATIENCE_MS), "no order came"
+            found += engine.poll()
+        assert found == orders
+        assert engine.poll() == []
+    finally:
+        engine.close()
+        controller.socket.close()
+
+
+def test_without_a_controller_nothing_is_queued(tmp_path: Path) -> None:
+    engine = ControllerSocket(f"ipc://{tmp_path}/nobody")
+    engine.open()
+    assert not engine.send(Ping(number=0))
+    engine.close()
+
+
+def test_an_engine_that_stands_still_gets_its_orders_from_the_second_thread(pair: Pair) -> None:
+    pair.controller.send(encode(an_order(7)))
+    end_s = time.monotonic() + PATIENCE_MS / 1e3
+    while not pair.orders:
+        assert time.monotonic() < end_s, "no order came"
+        time.sleep(0.01)
+    assert [order.order for order in pair.orders] == [7]

@@ -16,6 +16,7 @@ from vllm.v1.engine import EngineCoreRequestType
 from llumnix.core.limits import MigrationLimits
 from llumnix.engine.instance import EngineInstance
 from llumnix.engine.migration.host import FAST_SWITCH_S, LlumletHost
+from llumnix.engine.waiting_calls import WaitingCalls
 
 WAKEUP = (EngineCoreRequestType.WAKEUP, None)
 
@@ -123,9 +124,10 @@ def test_threads_take_the_lock_fast_while_a_request_moves_and_shortly_after() ->
     before_s, calm_s = sys.getswitchinterval(), 0.005  # Another host here may be in a hurry.
     sys.setswitchinterval(calm_s)
     host, llumlet = object.__new__(LlumletHost), Busy()
-    host.llumlet = host.port = llumlet  # type: ignore[assignment]
+    host.llumlet = llumlet  # type: ignore[assignment]
+    host.port = SimpleNamespace(destination=llumlet)  # type: ignore[assignment]
     host._here, host._default_switch_s, host._fast_switch = queue.SimpleQueue(), calm_s, False
-    host._orders, host._after = queue.SimpleQueue(), []
+    host._orders, host._calls = queue.SimpleQueue(), WaitingCalls(llumlet)  # type: ignore[arg-type]
     host._guarded = SimpleNamespace(retry=lambda: None)  # type: ignore[assignment]
     host._config = SimpleNamespace(limits=MigrationLimits())  # type: ignore[assignment]
     host._fast_until_s, host._send = 0.0, list.clear  # type: ignore[assignment,method-assign]

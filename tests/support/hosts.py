@@ -10,14 +10,14 @@ from typing import Any
 from vllm.v1.engine import FinishReason
 
 from llumnix.core.limits import MigrationLimits
-from llumnix.core.messages import Migrate, MigrationEnded, TookOver
+from llumnix.core.messages import IN_BAND, Migrate, MigrationEnded, TookOver
 from llumnix.core.priorities import Priorities
 from llumnix.core.settings import PrioritySettings
 from llumnix.core.types import EngineIndex, Epoch, MigrationId, RequestId
 from llumnix.engine.kv.agent import TransferOptions
 from llumnix.engine.launch import LlumletConfig
 from llumnix.engine.migration import host
-from llumnix.engine.migration.host import IN_BAND, HostItem, LlumletHost
+from llumnix.engine.migration.host import HostItem, LlumletHost
 from llumnix.engine.queueing import Queueing
 from llumnix.wire import decode, encode
 from support.no_model import engine_core

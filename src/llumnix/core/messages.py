@@ -14,6 +14,9 @@ ABSENT = -1
 Blocks = list[list[int]]
 """Ids of KV blocks for a range of tokens, one list for each group of layers. May hold `ABSENT`."""
 
+IN_BAND = "llumnix"
+"""Key under which an output of an engine carries a message to its frontend, in the
+`kv_transfer_params`."""
 COPIES = ("staged", "blocking", "recompute")
 """How a request's KV gets to its destination: copied while the request goes on; copied after it was
 stopped; not at all, but computed again from its tokens. The latter two are what others do, and what

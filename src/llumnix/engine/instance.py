@@ -62,6 +62,7 @@ from llumnix.engine.migration.unsupported import WORKER_EXTENSION
 from llumnix.engine.migration.vllm_core import note_reasoning
 from llumnix.engine.queueing import Queueing
 from llumnix.engine.readings import has_prompts
+from llumnix.engine.reporting.controller_socket import ControllerSocket
 from llumnix.engine.reporting.load_reader import LoadReader
 from llumnix.engine.reporting.prefix_reader import PrefixReader, prefix_reader
 from llumnix.engine.reporting.reporter import LoadReporter
@@ -117,12 +118,12 @@ class EngineInstance(MemoryCalls, EngineCoreActor):
             self._is_here,
         )
         self._host.start()
+        self._controller = ControllerSocket(config.controller, config.keys)
         self._reporter = LoadReporter(
             instance=config.instance,
             engine_index=config.engine_index,
-            controller=config.controller,
+            controller=self._controller,
             on_order=self._host.order,
-            keys=config.keys,
         )
         priorities = config.llumlet.priorities
         slots = self.scheduler.max_num_active_reqs
@@ -153,6 +154,7 @@ class EngineInstance(MemoryCalls, EngineCoreActor):
 
     def run(self) -> None:
         """The engine's busy loop; returns once the engine was asked to stop."""
+        self._controller.open()
         self._reporter.start()
         if self._prefixes is not None:
             self._prefixes.start()
@@ -165,6 +167,7 @@ class EngineInstance(MemoryCalls, EngineCoreActor):
             if self._prefixes is not None:
                 self._prefixes.close()
             self._reporter.close()
+            self._controller.close()
             self._host.close()
             self._log.close()
             if self._folder is not None:
@@ -253,26 +256,30 @@ class EngineInstance(MemoryCalls, EngineCoreActor):
                 break
 
     def _process_engine_step(self) -> bool:
-        began = time.monotonic()
-        pace = self._host.port.step_timer
+        began_s = time.monotonic()
         landing = bool(self.batch_queue)
         prompts = landing and has_prompts(self.batch_queue[-1][1])
-        if landing and self._host.hold_s(self._stepped_s + pace.step_s):
+        if landing and self._host.hold_s(self._stepped_s + self._host.port.step_s):
             with _landing_only(self.scheduler):
                 ran = bool(super()._process_engine_step())
         else:
             self._urgent.make_room()
             ran = bool(super()._process_engine_step())
+        self._count_step(began_s, ran, landing=landing, prompts=prompts)
+        return ran
+
+    def _count_step(self, began_s: float, ran: bool, *, landing: bool, prompts: bool) -> None:
+        """A step has ended. `ran`: a model ran in it. `landing`: it had begun when the one before
+        ended. `prompts`: it is known to have computed some."""
         now = time.monotonic()
         self._changed = True
-        self._reporter.stepped(now - began if ran else None)
+        self._reporter.stepped(now - began_s if ran else None)
         self._host.port.between_steps(ran)
         if landing:
-            pace.record_step(now - self._stepped_s, prompts=prompts)
+            self._host.port.step_timer.record_step(now - self._stepped_s, prompts=prompts)
         elif ran and not self.batch_queue:
-            pace.record_step(now - began)
+            self._host.port.step_timer.record_step(now - began_s)
         self._stepped_s = now
-        return ran
 
     def _should_throttle_prefills(self) -> bool:
         if not self._host.defer_prefills():
@@ -286,9 +293,13 @@ class EngineInstance(MemoryCalls, EngineCoreActor):
         return deferred
 
     def _maybe_publish_request_counts(self) -> None:
-        self._host.poll()
+        self.turn()
+
+    def turn(self) -> None:
+        """All that is ours between two steps, before each and after each."""
+        self._host.poll(self._controller.poll())
         self._queueing.look()
-        # vLLM calls it before a step too, when mostly nothing has come since the one before.
+        # Before a step mostly nothing has come since the one before.
         if self._changed and self._reporter.due():
             self._offer()
 
@@ -301,9 +312,8 @@ class EngineInstance(MemoryCalls, EngineCoreActor):
 
     def _offer(self, idle: bool = False) -> None:
         self._changed = False
-        numbers = self._reader.read()
         moving, orders = self._host.moving()
-        sequence = self._reporter.offer(numbers, moving, orders, at_once=idle)
+        sequence = self._reporter.offer(self._reader.read(), moving, orders, at_once=idle)
         self._host.llumlet.reported(sequence)
         self._tell_prefixes()
 
@@ -313,7 +323,7 @@ class EngineInstance(MemoryCalls, EngineCoreActor):
             return False
         fact = self._prefixes.read(at_once=at_once)
         if fact is not None:
-            self._reporter.tell(fact)
+            self._controller.send(fact)
         return self._prefixes.more
 
 

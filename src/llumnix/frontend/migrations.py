@@ -15,6 +15,7 @@ from vllm.v1.engine import EngineCoreOutput
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from llumnix.core.messages import (
+    IN_BAND,
     DrainRequested,
     MigrationEnded,
     MigrationRequested,
@@ -42,7 +43,6 @@ from llumnix.frontend.streams import Stream, Streams
 from llumnix.observe.event_log import EventLog
 from llumnix.wire import decode, encode
 
-IN_BAND = "llumnix"
 LISTED_MAX = 1000
 FATE_POLL_S = 0.02
 FATE_ASKED_MAX = 3000

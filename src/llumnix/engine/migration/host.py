@@ -13,9 +13,8 @@ order; `EngineCoreOutput.kv_transfer_params`, which may hold anything that msgpa
 import queue
 import sys
 import time
-from collections.abc import Callable
-from concurrent.futures import Future
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
@@ -26,6 +25,7 @@ from vllm.v1.request import Request
 
 from llumnix.core.events import MoveOrder
 from llumnix.core.messages import (
+    IN_BAND,
     DrainRequested,
     FrontendMessage,
     Handover,
@@ -47,12 +47,11 @@ from llumnix.engine.migration.guard import ErrorLog, GuardedPort
 from llumnix.engine.migration.peers import Peers
 from llumnix.engine.migration.unsupported import engine_unsupported, ours
 from llumnix.engine.migration.vllm_port import VllmPort
+from llumnix.engine.waiting_calls import WaitingCalls
 from llumnix.errors import ProtocolError
 from llumnix.sockets import SocketKeys
 from llumnix.wire import decode, encode
 
-IN_BAND = "llumnix"
-"""Key under which an output carries a message of ours in its `kv_transfer_params`."""
 BEAT_EVERY_S = 0.05
 FINAL_PULL_WAIT_S = 0.003
 """How long the engine waits on the spot for the last blocks of a request that stands still: they
@@ -60,9 +59,6 @@ are few and come in less than a millisecond, and going on without them would cos
 FAST_SWITCH_S = 0.1
 """So long after a migration threads still take the interpreter's lock fast: the first token of what
 came should not leave later than the last one left its source."""
-CALL_OFF_MAX_S = 30.0
-"""So long a call that must find no block in use waits for the ends of moves that were called off;
-then it is made, and fails if vLLM has it fail."""
 STEP_LINE = Callable[[str, MigrationId, str, str, str], None]
 
 
@@ -79,36 +75,6 @@ class ReceivedMessage:
 
 
 Item = ReceivedMessage | Pulled | None
-
-
-@dataclass(frozen=True, slots=True)
-class _AfterMoves:
-    """A call that waits until nothing moves, but not beyond `until_s`, and its answer."""
-
-    call: Callable[[], Any]
-    leaving: bool
-    until_s: float
-    answer: "Future[Any]" = field(default_factory=Future)
-
-    def make(self) -> None:
-        """Makes it. What it returns may be a future of vLLM's itself."""
-        try:
-            result = self.call()
-        except Exception as error:  # noqa: BLE001 - it is for whoever asked
-            self.answer.set_exception(error)
-            return
-        if not isinstance(result, Future):
-            self.answer.set_result(result)
-        elif not result.done():
-            result.add_done_callback(self._pass_on)
-        else:
-            self._pass_on(result)
-
-    def _pass_on(self, result: "Future[Any]") -> None:
-        if (error := result.exception()) is not None:
-            self.answer.set_exception(error)
-        else:
-            self.answer.set_result(result.result())
 
 
 class LlumletHost:
@@ -140,7 +106,6 @@ class LlumletHost:
         self._here: queue.SimpleQueue[Pulled] = queue.SimpleQueue()
         self._orders: queue.SimpleQueue[MoveOrder] = queue.SimpleQueue()
         self._agents: list[str] = []
-        self._after: list[_AfterMoves] = []
         self._host = f"[{host}]" if ":" in host else host  # IPv6.
         peers = config.peers.format(engine=index, host=self._host)
         self._peers = Peers(peers, self._received, self._beat, keys)
@@ -176,6 +141,7 @@ class LlumletHost:
             priorities=self._config.priorities,
             payback=self._config.payback,
         )
+        self._calls = WaitingCalls(self.llumlet)
         self._peers.start()
 
     def close(self) -> None:
@@ -265,31 +231,37 @@ class LlumletHost:
             if pulled.ticket == wanted:
                 break
 
-    def poll(self) -> None:
-        """Between any two steps."""
-        self._polled_s = time.monotonic()
+    def poll(self, orders: Sequence[MoveOrder] = ()) -> None:
+        """Between any two steps, and after each message. `orders`: the scheduler's, just come."""
+        now = self._polled_s = time.monotonic()
         self._guarded.retry()
         while not self._here.empty():
             self._attempt_pulled(self._here.get())
         self._attempt("pull", self.port.destination.begin_pulls)
-        if not self._orders.empty():
-            self._attempt("order", self._take_orders)
-        busy = self.llumlet.busy
-        if busy:
-            self._each("turn", lambda: self.llumlet.poll(self._polled_s))
-            self._fast_until_s = self._polled_s + FAST_SWITCH_S
-        if self._after:
-            self._make_calls()
-        fast = self._polled_s < self._fast_until_s
+        self._take_orders(orders)
+        if self.llumlet.busy:
+            self._each("turn", lambda: self.llumlet.poll(now))
+            self._fast_until_s = now + FAST_SWITCH_S
+        if self._calls:
+            self._calls.make(now)
+        self._switch_threads(now)
+
+    def _take_orders(self, orders: Sequence[MoveOrder]) -> None:
+        came = []
+        while not self._orders.empty():
+            came.append(self._orders.get())
+        came += orders
+        if came:
+            take = partial(self.llumlet.orders, came, self._polled_s)
+            self._attempt("order", lambda: self._send(take()))
+
+    def _switch_threads(self, now: float) -> None:
+        """Lets threads have the interpreter's lock fast while a request moves, and a little after
+        that."""
+        fast = now < self._fast_until_s
         if fast is not self._fast_switch:
             self._fast_switch = fast
             sys.setswitchinterval(SWITCH_INTERVAL_S if fast else self._default_switch_s)
-
-    def _take_orders(self) -> None:
-        orders = []
-        while not self._orders.empty():
-            orders.append(self._orders.get())
-        self._send(self.llumlet.orders(orders, self._polled_s))
 
     def hold_s(self, ends_s: float | None) -> float:
         """How long the engine should begin no step, for a handover is near; 0: not at all.
@@ -314,44 +286,26 @@ class LlumletHost:
         return moving, self.llumlet.answered()
 
     def after_moves(self, why: str, call: Callable[[], Any], *, leaving: bool) -> Any:
-        """Calls off all requests on their way here, and if `leaving` those on their way from here,
-        and makes the call once the last pull has ended and the last verdict has come: now, or
-        later, which a future stands for. Requests are declined until `welcome`."""
+        """Cancels all moves to here, and if `leaving` those from here, and makes the call once the
+        last pull has ended and the last verdict has come: now, or later, which a future stands for.
+        Requests are declined until `welcome`."""
         now = time.monotonic()
-        self._each("call-off", lambda: self.llumlet.cancel_all(why, now, leaving=leaving))
-        after = _AfterMoves(call, leaving, now + CALL_OFF_MAX_S)
-        self._after.append(after)
-        self._make_calls()
-        return after.answer.result() if after.answer.done() else after.answer
+        self._each("cancellation", lambda: self.llumlet.cancel_all(why, now, leaving=leaving))
+        return self._calls.wait(call, now, leaving=leaving)
 
     def after_calls(self, call: Callable[[], Any]) -> Any:
         """Makes a call once those that wait for moves have been made; see `after_moves`."""
-        if not self._after:
-            return call()
-        after = _AfterMoves(call, leaving=False, until_s=0.0)
-        self._after.append(after)
-        return after.answer
+        return self._calls.follow(call)
 
     def welcome(self) -> None:
         """Requests may come again, unless another call waits for them to have ended."""
-        if not self._after:
+        if not self._calls:
             self.llumlet.welcome()
 
     def hold_memory(self, *, held: bool) -> None:
         """Keeps peers from reading KV blocks here, or lets them again."""
         if self._agents:
             self._engine.model_executor.collective_rpc("llumnix_hold", args=(held,))
-
-    def _make_calls(self) -> None:
-        now = time.monotonic()
-        while self._after:
-            after = self._after[0]
-            if now < after.until_s and not self.llumlet.still(leaving=after.leaving):
-                break  # The others came later.
-            del self._after[0]
-            if not any(a.leaving for a in self._after):
-                self.llumlet.may_leave()
-            after.make()
 
     def leave(self, why: str) -> None:
         """Asks the frontend to have this engine emptied and stopped."""
@@ -416,8 +370,8 @@ class LlumletHost:
     # -- on other threads
 
     def order(self, order: MoveOrder) -> None:
-        """The scheduler wants load moved away."""
-        # Not through the input queue: of those that come during one step only the newest count.
+        """The scheduler wants load moved away: an order that came while the engine stood still, or
+        during a long step."""
         self._orders.put(order)
         self._enqueue(None)
 

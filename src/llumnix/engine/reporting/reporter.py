@@ -1,35 +1,26 @@
-"""The llumlet's line to the controller: pushes the engine's load, takes orders to move it.
+"""When the engine's load is reported to the controller, and what a report says.
 
-The engine's busy loop hands its numbers over between steps, and what changed is sent there and
-then, on that thread, but not more often than every `REPORT_EVERY_S`: where steps are so short, that
-thread has no time to spare. (A thread of its own would have to wait for the
-interpreter's lock, which the busy loop holds while it polls for its workers' answer, and make the
-loop wait in turn.) An engine that is about to stand still says so at once. A second thread only
-repeats the last report when nothing was sent for `HEARTBEAT_S`. With the controller gone, reports
-are dropped, not queued: the next one says it all. What the controller has sent is taken in whenever
-a report goes out.
-
-The second thread also says how long the engine has stood still with requests, so that an engine
-that hangs is told apart from one that has no news.
+Rules
+- The busy loop hands its counts over between steps, and reports go out there and then, on its own
+  thread. A second thread would contend for the interpreter's lock and delay steps.
+- A report goes out if something has changed, but no more often than every `REPORT_EVERY_S`: where
+  steps are that short, the busy loop has no time to spare. What says something of moves goes out at
+  once, and so does the last change before an engine stands still.
+- A second thread, which mostly sleeps, repeats the last report when nothing was sent for
+  `HEARTBEAT_S`. It also says how long the engine has stood still with requests, so that an engine
+  that hangs can be told from one that has no news.
 """
 
-import logging
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import zmq
-
-from llumnix.core.events import LoadReported, MoveOrder, PrefixesChanged
+from llumnix.core.events import LoadReported, MoveOrder
 from llumnix.core.reports import LoadReport, MoveCounts
 from llumnix.core.types import EngineIndex, InstanceId, OrderId, RequestId
+from llumnix.engine.reporting.controller_socket import ControllerSocket
 from llumnix.engine.reporting.load_reader import EngineCounts
-from llumnix.errors import ProtocolError
-from llumnix.sockets import SocketKeys, connect
-from llumnix.wire import Message, decode, encode
-
-logger = logging.getLogger("llumnix.engine")
 
 REPORT_EVERY_S = 0.02
 HEARTBEAT_S = 0.1
@@ -47,25 +38,27 @@ class _Steps:
 
 
 class LoadReporter:
-    """Reports of one run of one instance's engine. `on_order` is given what the controller orders,
-    on any thread. `clock`: monotonic, in seconds."""
+    """Reports of one run of one instance's engine."""
 
     def __init__(
         self,
         *,
         instance: InstanceId,
         engine_index: EngineIndex,
-        controller: str,
+        controller: ControllerSocket,
         on_order: Callable[[MoveOrder], None],
-        keys: SocketKeys | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`on_order` is given the orders that came while the engine stood still, on the second
+        thread. `clock`: monotonic, in seconds."""
         self._on_order = on_order
         self._clock = clock
         self._instance = instance
         self._engine_index = engine_index
         self._controller = controller
-        self._keys = keys
+        # Guards all that follows but admitted requests, steps and progress, to which the busy loop
+        # alone adds.
+        self._lock = threading.Lock()
         self._counts: EngineCounts | None = None
         self._moving = MoveCounts()
         self._orders: list[OrderId] = []
@@ -80,26 +73,16 @@ class LoadReporter:
         self._sequence = 0
         self._sent_s = 0.0
         self._closing = threading.Event()
-        # A ZMQ socket may be used by one thread at a time only.
-        self._sending = threading.Lock()
         self._thread = threading.Thread(target=self._beat, name="llumnix-heartbeat", daemon=True)
 
     def start(self) -> None:
-        """Connects and begins to report."""
-        self._context = zmq.Context()
-        self._socket = self._context.socket(zmq.DEALER)
-        # IMMEDIATE: with no controller connected, sending fails at once instead of queueing.
-        self._socket.setsockopt(zmq.IMMEDIATE, 1)
-        self._socket.setsockopt(zmq.LINGER, 0)
-        connect(self._socket, self._controller, self._keys)
+        """Begins to report."""
         self._thread.start()
 
     def close(self) -> None:
         """Ends the reporting."""
         self._closing.set()
         self._thread.join(CLOSE_TIMEOUT_S)
-        self._socket.close()
-        self._context.term()
 
     def admit(self, request: RequestId) -> None:
         """Notes that a request reached the engine. The busy loop's thread only."""
@@ -135,10 +118,10 @@ class LoadReporter:
         *,
         at_once: bool = False,
     ) -> int:
-        """Reports the numbers of now if anything changed, and a report is due, wanted `at_once`, or
+        """Reports the counts of now if anything changed, and a report is due, wanted `at_once`, or
         says something of moves. Returns the number of the last report. The busy loop's thread
         only."""
-        with self._sending:
+        with self._lock:
             self._counts, self._moving, self._covered = counts, moving, len(self._admitted)
             self._orders += orders
             before, moving_before = self._sent
@@ -148,29 +131,26 @@ class LoadReporter:
                 self._send()
             return self._sequence
 
-    def tell(self, fact: PrefixesChanged) -> None:
-        """Passes on what changed in the prefix cache. The busy loop's thread only."""
-        with self._sending:
-            self._push(fact)
-
     def accept(self, accepting: bool) -> None:
         """Says whether the instance takes new requests. Any thread."""
-        with self._sending:
+        with self._lock:
             self._accepting = accepting
             self._send()
 
     def _beat(self) -> None:
         while not self._closing.wait(HEARTBEAT_S):
-            with self._sending:
+            with self._lock:
                 if self._clock() - self._sent_s >= HEARTBEAT_S:
                     self._send()
+            for order in self._controller.poll():
+                self._on_order(order)
 
     def _send(self) -> None:
         if self._counts is None:
             return
         now = self._clock()
         self._sequence += 1
-        admitted, orders, moving = self._admitted[: self._covered], self._orders, self._moving
+        admitted, moving = self._admitted[: self._covered], self._moving
         self._sent = self._counts, moving
         report = LoadReport(
             instance=self._instance,
@@ -185,39 +165,20 @@ class LoadReporter:
             moving_in=moving.incoming,
             moved_bytes=moving.moved_bytes,
             moved_s=moving.moved_s,
-            orders=tuple(orders),
+            orders=tuple(self._orders),
             steps=self._steps.count,
             steps_s=self._steps.seconds,
             stalled_s=self._stalled_s(self._counts, now),
         )
-        self._take_orders()
-        if not self._push(LoadReported(report=report)):
+        if not self._controller.send(LoadReported(report=report)):
             return
         self._sent_s = now
         # Named once. The busy loop may add to the list in the meantime; what it added stays.
         del self._admitted[: self._covered]
         self._covered = 0
-        orders.clear()
+        self._orders.clear()
 
     def _stalled_s(self, counts: EngineCounts, now: float) -> float:
         since_s = self._progress_s
         there = bool(self._admitted) or any(c.running or c.waiting for c in counts.classes)
         return now - since_s if there and since_s is not None else 0.0
-
-    def _push(self, message: Message) -> bool:
-        try:
-            self._socket.send(encode(message), zmq.NOBLOCK)
-        except zmq.Again:
-            return False
-        return True
-
-    def _take_orders(self) -> None:
-        # To ask is cheaper than an exception.
-        while int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN:
-            try:
-                message = decode(self._socket.recv(zmq.NOBLOCK))
-            except ProtocolError as error:
-                logger.error("From the controller: %s", error)
-                continue
-            if isinstance(message, MoveOrder):
-                self._on_order(message)
