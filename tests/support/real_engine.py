@@ -81,6 +81,24 @@ class RealEngine:
     def rpc(self, method: str, *args: Any) -> list[Any]:
         return self.core.model_executor.collective_rpc(method, args=args)
 
+    def bytes_of(self, blocks: list[int]) -> list[bytes]:
+        """What these blocks hold on the first worker, one string for each tensor."""
+
+        def read(worker: Any) -> list[bytes]:
+            # In the worker's process, to which functions of a test go by value.
+            import torch
+
+            from llumnix.engine.migration.worker import distinct
+
+            count, found = worker.cache_config.num_gpu_blocks, []
+            for tensor in distinct(worker.model_runner.kv_caches):
+                rows = tensor.reshape(count, -1, *tensor.shape[1:])[torch.tensor(blocks)]
+                found.append(rows.contiguous().cpu().view(torch.uint8).numpy().tobytes())
+            return found
+
+        answers: list[list[bytes]] = self.core.model_executor.collective_rpc(read)
+        return answers[0]
+
     def renew(self) -> None:
         self.port = VllmPort(self.core, self.agents, self.client, self._pull_failed)
 

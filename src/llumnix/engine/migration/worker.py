@@ -52,7 +52,7 @@ class LlumnixWorker:
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         take_packed(self.model_runner)
         self._llumnix_agent = WorkerAgent(
-            tensors=list(_distinct(self.model_runner.kv_caches)),
+            tensors=list(distinct(self.model_runner.kv_caches)),
             blocks=self.cache_config.num_gpu_blocks,
             listen=listen.format(rank=self.rank),
             key=key,
@@ -113,17 +113,8 @@ class LlumnixWorker:
             lora_request=lora_request,
         )
 
-    def llumnix_read(self, blocks: list[int]) -> list[bytes]:
-        """The bytes of these blocks, one string for each tensor: for tests that compare caches."""
-        count = self.cache_config.num_gpu_blocks
-        found = []
-        for tensor in _distinct(self.model_runner.kv_caches):
-            rows = tensor.reshape(count, -1, *tensor.shape[1:])[torch.tensor(blocks)]
-            found.append(rows.contiguous().cpu().view(torch.uint8).numpy().tobytes())
-        return found
 
-
-def _distinct(tensors: Any) -> Iterator[torch.Tensor]:
+def distinct(tensors: Any) -> Iterator[torch.Tensor]:
     """All tensors in nested lists, each memory once."""
     seen: set[int] = set()
     todo = [tensors]
