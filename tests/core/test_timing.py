@@ -14,7 +14,7 @@ from llumnix.core.messages import (
     Stage,
     Staged,
 )
-from llumnix.core.migration.destination import DEFER_PREFILLS_MAX_S
+from llumnix.core.migration.arrivals import DEFER_PREFILLS_MAX_S
 from llumnix.core.migration.llumlet import Llumlet
 from llumnix.core.migration.port import Phase
 from llumnix.core.migration.timing import LATE_MAX, StepTimer, one_more_fits

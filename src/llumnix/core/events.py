@@ -13,14 +13,14 @@ from llumnix.core.types import EngineIndex, InstanceId, OrderId, RequestId
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestArrived:
-    """A frontend asks where to put a request. `prompt_tokens`: tokens. `priority`: vLLM's, lower
-    is served earlier. `prefix`: hashes of the prompt's leading blocks (core/prefixes.py), left out
-    where nobody wants them."""
+    """A frontend asks where to put a request."""
 
     request: RequestId
     prompt_tokens: int
-    priority: int = 0
-    prefix: tuple[int, ...] = ()
+    priority: int = 0  # vLLM's number, lower is served earlier
+    prefix: tuple[
+        int, ...
+    ] = ()  # hashes of the prompt's leading blocks (core/prefixes.py), if wanted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,14 +32,13 @@ class LoadReported:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrefixesChanged:
-    """Blocks that this run of an instance's engine began or ceased to keep in its prefix cache.
-    `cleared`: it dropped all that it had, before those `stored`."""
+    """What changed in the prefix cache of this run of an instance's engine."""
 
     instance: InstanceId
     engine_index: EngineIndex
-    stored: tuple[int, ...] = ()
-    removed: tuple[int, ...] = ()
-    cleared: bool = False
+    stored: tuple[int, ...] = ()  # blocks that it keeps from now on
+    removed: tuple[int, ...] = ()  # blocks that it does not keep any more
+    cleared: bool = False  # it dropped all that it had, before those `stored`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +51,7 @@ class InstanceLost:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tick:
-    """Time has passed: it may be right to move load."""
+    """Time has passed. Load may have to be moved."""
 
 
 DrainedBy = Literal["user", "signal", "scheduler"]
@@ -67,11 +66,9 @@ class FleetReported:
     starting: int  # instances, those that are started again included
     serving: tuple[InstanceId, ...]
     draining: tuple[InstanceId, ...]
-    drained_by: dict[InstanceId, DrainedBy] = field(default_factory=dict)
-    """Who asked for the drain of each of `draining`."""
+    drained_by: dict[InstanceId, DrainedBy] = field(default_factory=dict)  # for each of `draining`
     given_up: int = 0
-    """Running total of instances that were given up: they could not be started, or crashed too
-    often in a row."""
+    """Running total of instances that could not be started, or crashed too often in a row."""
 
 
 Fact = RequestArrived | LoadReported | PrefixesChanged | InstanceLost | Tick | FleetReported
@@ -97,36 +94,33 @@ class NoInstance:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MoveLimit:
-    """Which requests of one class (`rank`) may be moved: running ones of `tokens_min` to
-    `tokens_max` KV tokens, preferably at least `tokens_wanted`; waiting ones that need at most
-    `waiting_max`."""
+    """Which requests of one class may be moved, by their KV tokens."""
 
-    rank: int
-    tokens_min: int
-    tokens_wanted: int
-    tokens_max: int
-    waiting_max: int
+    rank: int  # of the class
+    tokens_min: int  # of a running request, at least
+    tokens_wanted: int  # the same, if there is one
+    tokens_max: int  # of a running request, at most
+    waiting_max: int  # that a waiting request needs, at most
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MoveOrder:
-    """The source's llumlet is to move one request to the destination. It picks which, since only it
-    knows them (core/migration/victim.py). `limits`: of each class that may be moved.
-    `source_sequence`: of the source's load report that the order was computed from."""
+    """The source's llumlet is to move one request to the destination. It picks the request, since
+    only it knows them (core/migration/victim.py)."""
 
     order: OrderId
     source: InstanceId
     source_engine: EngineIndex
     destination: InstanceId
     destination_engine: EngineIndex
-    limits: tuple[MoveLimit, ...]
+    limits: tuple[MoveLimit, ...]  # one for each class that may be moved
     why: str
-    source_sequence: int = 0
+    source_sequence: int = 0  # of the source's load report that the order was computed from
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AddInstances:
-    """Start that many more."""
+    """Start that many more instances."""
 
     count: int
     why: str

@@ -11,25 +11,22 @@ sent them all."""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MigrationLimits:
-    """Of every migration: times in seconds, counts in migrations, stages and blocks.
+    """Of every migration. A pull itself has no bound but that of each of its chunks
+    (engine/kv/links.py): it ends for certain, and long requests move over slow links too."""
 
-    `stage_timeout_s`: how long a source waits for a destination's next word about a stage, which
-    says every `progress_every_s` that it is still pulling. A pull itself has no bound but that
-    each of its chunks has one (engine/kv/links.py): it ends for certain, and long requests move
-    over slow links too. `near_s`: how long a destination stands still for a handover that is
-    overdue, and a source waits for prompts in flight before it announces one."""
-
-    reserve_timeout_s: float = 5.0
-    stage_timeout_s: float = 30.0
-    progress_every_s: float = 5.0
-    verdict_again_s: float = 0.25
-    silence_timeout_s: float = 60.0
+    reserve_timeout_s: float = 5.0  # how long a source waits for room
+    stage_timeout_s: float = 30.0  # how long it waits for the next message about a stage
+    progress_every_s: float = 5.0  # a destination that still pulls says so this often
+    verdict_again_s: float = 0.25  # a handover without a verdict is sent again after this time
+    silence_timeout_s: float = 60.0  # how long a destination waits for its source
     near_s: float = 0.02
-    outgoing_max: int = 4
-    incoming_max: int = 4
-    stages_max: int = 8
-    rest_blocks_max: int = 2
+    """How long a destination stands still for a handover that is overdue, and how long a source
+    waits for prompts in flight before it announces one."""
+    outgoing_max: int = 4  # migrations from one engine at a time
+    incoming_max: int = 4  # and to one
+    stages_max: int = 8  # of one migration
+    rest_blocks_max: int = 2  # so few blocks are left for the handover
 
     def ahead_tokens(self, block_tokens: int) -> int:
-        """Slots that a destination has in reserve, so that the handover needs no new ones."""
+        """Slots that a destination has in reserve, so that a handover needs no new blocks."""
         return (self.rest_blocks_max + 1) * block_tokens

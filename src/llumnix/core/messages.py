@@ -1,8 +1,10 @@
 """What frontends and llumlets say to each other about migrations.
 
-All may be lost, come late or come twice between llumlets; core/migration/llumlet.py stands it.
-Between a frontend and an engine the order holds and nothing is lost while both live. Token counts
-in tokens, sizes in bytes, times in seconds.
+Between llumlets every message may be lost, come late or come twice; core/migration/llumlet.py
+stands that. Between a frontend and an engine messages stay in order, and none is lost while both
+live.
+
+Token counts are in tokens, sizes in bytes, times in seconds.
 """
 
 from dataclasses import dataclass, field
@@ -18,9 +20,9 @@ IN_BAND = "llumnix"
 """Key under which an output of an engine carries a message to its frontend, in the
 `kv_transfer_params`."""
 COPIES = ("staged", "blocking", "recompute")
-"""How a request's KV gets to its destination: copied while the request goes on; copied after it was
-stopped; not at all, but computed again from its tokens. The latter two are what others do, and what
-benchmarks compare with."""
+"""How a request's KV gets to its destination: copied while the request goes on; copied after the
+request was stopped; not copied but computed again from its tokens. The latter two are what others
+do, and what benchmarks compare with."""
 
 
 # -- frontend to the source's llumlet
@@ -28,17 +30,15 @@ benchmarks compare with."""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Migrate:
-    """Move this request to that engine, under this epoch. `address`: where its llumlet listens.
-    `copy`: one of `COPIES`. `wanted`: the source's llumlet asked for it (`MigrationRequested`), and
-    not a user."""
+    """Move this request to that engine."""
 
     migration: MigrationId
     request: RequestId
     destination: EngineIndex
-    address: str
-    epoch: Epoch
-    copy: str = "staged"
-    wanted: bool = False
+    address: str  # where the destination's llumlet listens
+    epoch: Epoch  # under which the destination will own it
+    copy: str = "staged"  # one of `COPIES`
+    wanted: bool = False  # the source's llumlet asked for it (`MigrationRequested`), not a user
 
 
 # -- source to destination
@@ -46,66 +46,63 @@ class Migrate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reserve:
-    """Have room for this request. `body`: the request as the engine's binding wrote it; `outputs`:
-    what it has generated so far; `tokens`: slots wanted now; `agents`: where the source's workers
-    let their blocks be read, one for each rank."""
+    """Have room for this request."""
 
     migration: MigrationId
     request: RequestId
     source: EngineIndex
-    address: str
+    address: str  # where the source's llumlet listens
     epoch: Epoch
-    body: bytes
-    outputs: list[int]
-    tokens: int
-    agents: list[str]
+    body: bytes  # the request, as the engine's port wrote it
+    outputs: list[int]  # tokens generated so far
+    tokens: int  # slots wanted now; 0 if no KV will come
+    agents: list[str]  # where the source's workers let their blocks be read, one for each rank
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
-    """Pull the blocks of tokens [start, end), and have slots for `tokens`. `outputs` are those
-    generated since the source's last word, the first of them number `first_output`."""
+    """Pull the blocks of tokens [start, end)."""
 
     migration: MigrationId
-    stage: int
+    stage: int  # 1 for the first
     start: int
     end: int
     blocks: Blocks
-    first_output: int
-    outputs: list[int]
-    tokens: int
+    first_output: int  # number of the first of `outputs`
+    outputs: list[int]  # tokens generated since the source's last message
+    tokens: int  # slots to have
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HandoverAnnounced:
-    """The handover follows in about `in_s`: so long the request's last steps here will take. Said
-    while there is one more to come, and again, if steps are in flight, when it was taken out."""
+    """The handover will follow soon. Sent one step before the request is taken out of its batch,
+    and once more then if steps with it are still in flight."""
 
     migration: MigrationId
-    in_s: float
+    in_s: float  # how long the request's last steps at the source will take
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Handover:
-    """The rest: tokens [start, end), where `end` is all that was computed. `state`: what else the
-    binding needs. Answered with a verdict, and sent again until it is. `request`, `source`,
-    `address`: as in `Reserve`, for a destination that has forgotten it."""
+    """Pull the rest, tokens [start, end), and own the request. Sent again until a verdict comes."""
 
     migration: MigrationId
-    request: RequestId
+    request: (
+        RequestId  # this and the next two as in `Reserve`, for a destination that has forgotten it
+    )
     source: EngineIndex
     address: str
     start: int
-    end: int
+    end: int  # all that was computed
     blocks: Blocks
-    first_output: int
+    first_output: int  # number of the first of `outputs`
     outputs: list[int]
-    state: bytes
+    state: bytes  # what else the engine's port needs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CancelMigration:
-    """The source will not go on with it."""
+    """The source gives the migration up."""
 
     migration: MigrationId
     why: str
@@ -116,10 +113,10 @@ class CancelMigration:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reserved:
-    """There is room. `hit`: tokens that need not be copied, for they are here already."""
+    """There is room."""
 
     migration: MigrationId
-    hit: int
+    hit: int  # tokens whose KV is here already and need not be copied
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,13 +139,12 @@ class StageProgress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """`taken`: the destination owns the request, else it never will. Once said, never changed.
-    `bytes`, `seconds`: of the last pull."""
+    """What the destination has decided. It never changes."""
 
     migration: MigrationId
-    taken: bool
+    taken: bool  # the destination owns the request; else it never will
     why: str
-    bytes: int = 0
+    bytes: int = 0  # of the last pull
     seconds: float = 0.0
 
 
@@ -162,19 +158,18 @@ PeerMessage = FromSource | FromDestination
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TookOver:
-    """From the destination, before its first token of the request: it owns it now, and goes on
-    after `outputs` generated tokens, the last few of which are `tail`."""
+    """From the destination, before its first token of the request: the destination owns it now."""
 
     migration: MigrationId
     request: RequestId
     epoch: Epoch
-    outputs: int
-    tail: list[int]
+    outputs: int  # tokens generated before; the destination goes on after them
+    tail: list[int]  # the last few of them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageDone:
-    """What one stage moved and how long that took."""
+    """What one stage moved, and how long that took."""
 
     tokens: int
     bytes: int
@@ -183,22 +178,21 @@ class StageDone:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MigrationEnded:
-    """From the source: how it ended. `downtime_ms`: from out of the source's batch to ready in the
-    destination's queue, as the source saw it."""
+    """From the source: how the migration ended."""
 
     migration: MigrationId
     request: RequestId
     taken: bool
     why: str
     stages: list[StageDone] = field(default_factory=list)
-    downtime_ms: float | None = None
+    downtime_ms: float | None = None  # from out of the source's batch to the verdict, seen there
     total_ms: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MigrationRequested:
-    """From the source: the scheduler ordered it to give load away, and this request should go
-    there. The frontend decides whether it does, and orders that."""
+    """From the source: the scheduler ordered it to give load away, and this request should go. The
+    frontend decides, and answers with `Migrate`."""
 
     request: RequestId
     destination: EngineIndex
@@ -207,10 +201,9 @@ class MigrationRequested:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DrainRequested:
-    """From an engine whose process was told to end: it should be emptied and stopped. `request`:
-    empty; every message in band has one."""
+    """From an engine whose process was told to end: it should be emptied and stopped."""
 
-    request: RequestId
+    request: RequestId  # empty; every message in band has one
     why: str
 
 

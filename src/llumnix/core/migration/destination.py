@@ -1,25 +1,19 @@
 """Migrations to one engine: walks the destination's machine of core/migration/tables.py.
 
 Rules
-- `incoming_max` of them for the engine; one request once.
-- What was decided is remembered and never changed (core/migration/verdicts.py).
-- Blocks that are being written are not given away: an aborted migration whose pull is under way has
-  it cancelled, and keeps its room until that has ended.
+- At most `incoming_max` migrations for the engine, and one for each request.
+- A verdict is remembered and never changed (core/migration/verdicts.py).
+- Blocks that are being written are not given away. A migration that is aborted during a pull has
+  the pull cancelled, and keeps its room until the pull has ended.
 - A pull may take as long as it takes. Meanwhile the source is told every `progress_every_s` that it
   goes on.
-- An exception ends the migration that it came from, and no other: declined, unless it was decided.
-- What a stage brought enters the prefix cache once the source has said another word: the source
-  keeps all blocks that it named until the migration is over, so a word that came after the pull
-  proves that nobody had overwritten them. What a handover brought enters with the request: these
-  blocks the source keeps until the verdict.
-- The engine's steps are timed for a handover that was announced; one that is overdue by `near_s` is
-  not waited for any more. Once the first stage is here, and there is little left to come, steps
-  should compute no prompts: one that did could be under way when the handover comes. Nor should the
-  first step of the request here, whose end it waits for, nor one that is begun before that end:
-  what comes of a step is looked at once the next is under way, and prompts take long to launch.
+- An exception ends the migration that it came from, and no other. The migration is declined, unless
+  it was decided already.
+- What a stage brought enters the prefix cache when the source is heard again. The source keeps all
+  blocks that it named until the migration is over, so a later message proves that nobody had
+  overwritten them while they were read. What a handover brought enters with the request, since the
+  source keeps those blocks until the verdict.
 """
-
-from dataclasses import dataclass, field
 
 from llumnix.core.limits import REMEMBERED_MAX, TAIL_MAX, MigrationLimits
 from llumnix.core.messages import (
@@ -38,58 +32,28 @@ from llumnix.core.messages import (
     ToPeer,
     Verdict,
 )
-from llumnix.core.migration.port import EnginePort, Phase, Refusal
+from llumnix.core.migration.arrivals import (
+    FirstSteps,
+    Incoming,
+    RecentArrival,
+    hold_s,
+    message_awaited,
+)
+from llumnix.core.migration.port import EnginePort, Refusal
 from llumnix.core.migration.tables import (
     DestinationAction,
     DestinationEvent,
-    DestinationMachine,
     DestinationState,
     OnStep,
     destination_machine,
 )
-from llumnix.core.migration.timing import one_more_fits
 from llumnix.core.migration.verdicts import Decided, Verdicts
 from llumnix.core.types import EngineIndex, MigrationId, RequestId
 from llumnix.errors import ProtocolError
 
-DEFER_PREFILLS_MAX_S = 0.1
-"""So long prompts wait for a source's next word, and for the first step of a request that came: the
-one may hang, the other have to wait for a slot."""
-_AWAITED = (DestinationState.READY, DestinationState.COMMITTING)
-
-
-@dataclass(slots=True, kw_only=True)
-class Incoming:
-    """One migration to here. `ticket`: of the pull that is under way. `staged_s`: when the last
-    stage was here. `due_s`: when the source said that its handover would be."""
-
-    reservation: Reserve
-    machine: DestinationMachine
-    began_s: float
-    deadline_s: float
-    hit: int = 0
-    stage: int = 0
-    outputs: int = 0
-    tail: list[int] = field(default_factory=list)
-    ticket: int | None = None
-    last: Stage | Handover | None = None
-    staged_s: float | None = None
-    due_s: float | None = None
-    bytes: int = 0
-    seconds: float = 0.0
-    why: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RecentArrival:
-    """A request that was taken over: when, and how long its move took, in seconds."""
-
-    at_s: float
-    took_s: float
-
 
 class IncomingMigrations:
-    """All of one engine's."""
+    """All migrations to one engine."""
 
     def __init__(
         self, port: EnginePort, limits: MigrationLimits, out: list[Out], on_step: OnStep
@@ -102,23 +66,22 @@ class IncomingMigrations:
         self._verdicts = Verdicts(port, out)
         self._tickets: dict[int, MigrationId] = {}
         self._ticket = 0
-        self._at: Incoming | None = None  # The migration that is being dealt with.
+        self._at: Incoming | None = None  # the migration that is being dealt with
         self.closed: str | None = None  # why no request may come
         self.recent_arrivals: dict[RequestId, RecentArrival] = {}
-        # Taken over with all of their KV, and no step is over: how much is settled, and since when.
-        self._new: dict[RequestId, tuple[int, float]] = {}
+        self._first_steps = FirstSteps(port)
 
     def __len__(self) -> int:
         return len(self._open)
 
     def deadlines(self) -> list[float]:
         """When each of them wants to be looked at."""
-        return [c.deadline_s for c in self._open.values() if not c.machine.over]
+        return [incoming.deadline_s for incoming in self._still_open()]
 
     def reserve(self, reservation: Reserve, now: float) -> None:
-        """Has room for a request, or declines it."""
+        """Makes room for a request, or declines it."""
         if reservation.migration in self._open:
-            return  # It came twice.
+            return  # The message came twice.
         if (verdict := self._verdicts.get(reservation.migration)) is not None:
             self._say(reservation.source, reservation.address, verdict)
             return
@@ -143,30 +106,13 @@ class IncomingMigrations:
     def defer_prefills(self, now: float) -> bool:
         """Whether the next step should compute no prompts: a request may come before its end, or
         has come and waits for its first token."""
-        for request, (settled, since_s) in list(self._new.items()):
-            progress = self._port.progress(request)
-            ended = progress.settled != settled or progress.phase is Phase.GONE
-            if ended or now > since_s + DEFER_PREFILLS_MAX_S:
-                del self._new[request]
-        return bool(self._new) or any(
-            c.staged_s is not None and now <= c.staged_s + DEFER_PREFILLS_MAX_S
-            for c in self._open.values()
-            if not c.machine.over
-        )
+        awaited = any(message_awaited(incoming, now) for incoming in self._still_open())
+        return self._first_steps.awaited(now) or awaited
 
     def hold_s(self, free_s: float, now: float) -> float:
-        """How long to begin no step for the sake of the next handover, which a step begun at
-        `free_s` would keep waiting; 0 if none was announced, or one more step fits in."""
-        due = [
-            c.due_s
-            for c in self._open.values()
-            if c.due_s is not None
-            and c.machine.state in _AWAITED
-            and now < c.due_s + self._limits.near_s
-        ]
-        if not due or one_more_fits(free_s, self._port.step_s, min(due)):
-            return 0.0
-        return min(due) + self._limits.near_s - now
+        """How long to begin no step, since one begun at `free_s` would keep the next handover
+        waiting."""
+        return hold_s(self._open.values(), free_s, self._port.step_s, self._limits, now)
 
     def receive(
         self,
@@ -174,7 +120,7 @@ class IncomingMigrations:
         now: float,
         heard_s: float,
     ) -> None:
-        """Takes in what a source said, which arrived at `heard_s`."""
+        """Takes in a source's message, which arrived at `heard_s`."""
         self._at = incoming = self._open.get(message.migration)
         if incoming is None or incoming.machine.over:
             self._verdicts.receive(message)
@@ -185,7 +131,7 @@ class IncomingMigrations:
                 self._walk(incoming, DestinationEvent.ANNOUNCED)
                 incoming.due_s = heard_s + message.in_s
                 if incoming.last is not None:
-                    # Now, while the request still runs there: of a long one it takes milliseconds.
+                    # While the request still runs there: for a long one it takes milliseconds.
                     self._port.cache(incoming.reservation.request, incoming.last.end)
         elif incoming.machine.state is DestinationState.COMMITTING:
             if isinstance(message, Handover):
@@ -222,30 +168,31 @@ class IncomingMigrations:
                 self._may_end(incoming, DestinationEvent.SOURCE_LOST, "the source died")
 
     def fate(self, migration: MigrationId) -> str:
-        """`taken`, `declined` or `undecided`. One never heard of is declined from now on."""
+        """`taken`, `declined` or `undecided`. A migration that was never heard of is declined from
+        now on."""
         incoming = self._open.get(migration)
         if incoming is not None and not incoming.machine.over:
             return "undecided"
         return self._verdicts.fate(migration)
 
     def poll(self, now: float) -> None:
-        """Looks at every one of them."""
+        """Looks at every migration."""
         for incoming in self._still_open():
             self._at = incoming
             self._advance(incoming, now)
 
     def cancel_all(self, why: str) -> None:
-        """Declines all of them."""
+        """Declines all that are not decided."""
         for incoming in self._still_open():
             self._at = incoming
             self._may_end(incoming, DestinationEvent.FAILED, f"the destination takes none: {why}")
 
     def settled(self) -> None:
-        """What was dealt with came to an end without an exception."""
+        """What was being dealt with is done, without an exception."""
         self._at = None
 
     def failed(self, why: str) -> None:
-        """An exception came out of what was being dealt with: ends that migration, if any."""
+        """An exception came out of what was being dealt with. Ends that migration, if any."""
         incoming, self._at = self._at, None
         if incoming is not None and not incoming.machine.over:
             self._may_end(incoming, DestinationEvent.FAILED, f"an error at its destination: {why}")
@@ -253,14 +200,14 @@ class IncomingMigrations:
     # -- one of them -------------------------------------------------------------------------------
 
     def _still_open(self) -> list[Incoming]:
-        return [c for c in self._open.values() if not c.machine.over]
+        return [incoming for incoming in self._open.values() if not incoming.machine.over]
 
     def _make_room(self, reservation: Reserve) -> int | Refusal:
         if self.closed is not None:
             return Refusal(why=f"the destination takes none: {self.closed}")
         if len(self._open) >= self._limits.incoming_max:
             return Refusal(why=f"{len(self._open)} requests are on their way there already")
-        if any(c.reservation.request == reservation.request for c in self._open.values()):
+        if any(other.reservation.request == reservation.request for other in self._open.values()):
             return Refusal(why="it is on its way there already")
         return self._port.reserve(
             reservation.request,
@@ -293,6 +240,21 @@ class IncomingMigrations:
             why = f"the source was silent while {incoming.machine.state.value}"
             self._may_end(incoming, DestinationEvent.TIMED_OUT, why)
 
+    # Output tokens are numbered from 0, and those below `incoming.outputs` are known. The message
+    # brings tokens from `first_output` on. It may repeat known ones and skips none, since each
+    # message with tokens is answered before the next one is sent. So the new ones begin at place
+    # `incoming.outputs - first_output` of the message.
+    #
+    # Slots are wanted, in tokens,
+    # - for a stage: what the source says. That is all its tokens, and as many more as it may
+    #   generate until the handover, so that the handover needs no new blocks
+    #   (`MigrationLimits.ahead_tokens`).
+    # - for a handover with KV: all computed tokens and one more block. The request arrives holding
+    #   blocks, and vLLM preempts only requests that run. Without a slot for its next token it would
+    #   wait, and nobody could take its blocks.
+    # - for a handover without KV, of a request that waited or is computed anew: none. It starts
+    #   like any other that waits.
+
     def _go_on(self, incoming: Incoming, message: Stage | Handover, now: float) -> None:
         new = message.outputs[max(0, incoming.outputs - message.first_output) :]
         incoming.outputs += len(new)
@@ -305,8 +267,8 @@ class IncomingMigrations:
             slots = message.tokens
         else:
             self._walk(incoming, DestinationEvent.HANDOVER)
-            # And for the next steps: it holds blocks, so nobody could take any from it to go on.
-            slots = self._computed(incoming) and self._computed(incoming) + self._port.block_tokens
+            computed = self._computed(incoming)
+            slots = computed + self._port.block_tokens if computed else 0
         refusal = self._port.reach(incoming.reservation.request, slots, new)
         if refusal is not None:
             self._may_end(incoming, DestinationEvent.FAILED, refusal.why)
@@ -314,6 +276,7 @@ class IncomingMigrations:
             incoming.deadline_s = now + self._limits.progress_every_s
             self._pull(incoming, message)
             if isinstance(message, Stage):
+                # What the stages before it brought: the source has been heard again.
                 self._port.cache(incoming.reservation.request, message.start)
         else:
             incoming.bytes, incoming.seconds = 0, 0.0
@@ -335,7 +298,7 @@ class IncomingMigrations:
         )
 
     def _have_it(self, incoming: Incoming, now: float) -> None:
-        """What the source's last word named is here."""
+        """The blocks that the source's last message named are here."""
         migration = incoming.reservation.migration
         incoming.deadline_s = now + self._limits.silence_timeout_s
         if self._walk(incoming, DestinationEvent.PULLED) is DestinationAction.INSTALL:
@@ -375,18 +338,17 @@ class IncomingMigrations:
         )
         self._out.append(ToFrontend(message=took))
         self._decide(incoming, taken=True)
-        progress = self._port.progress(reservation.request)
-        if progress.settled and progress.settled + 1 >= progress.tokens:
-            self._new[reservation.request] = progress.settled, now
+        self._first_steps.came(reservation.request, now)
 
     def _computed(self, incoming: Incoming) -> int:
         """The tokens whose KV is here after the handover: what the source had computed, or what was
-        here before if that is more."""
+        here before, if that is more."""
         assert isinstance(incoming.last, Handover)
         return max(incoming.last.end, incoming.hit)
 
     def _may_end(self, incoming: Incoming, event: DestinationEvent, why: str) -> None:
-        """Feeds an event that may end it; if it does, frees what it held and says so."""
+        """Feeds an event that may end the migration. If it does, frees its room and tells the
+        source."""
         if self._walk(incoming, event) is not DestinationAction.DROP:
             return
         incoming.why = why

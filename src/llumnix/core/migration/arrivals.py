@@ -1,0 +1,103 @@
+"""When an engine gives way to a request that comes: it computes no prompts, or begins no step.
+
+Rules
+- The engine times its steps for a handover that was announced. One that is overdue by `near_s` is
+  not waited for any more.
+- Steps should compute no prompts while one would make a request that moves wait for it: between a
+  stage and the source's next message, and until the first step of the request here has ended. The
+  step after that one is begun before the end of the first is looked at, so it counts too.
+- Prompts wait for `DEFER_PREFILLS_MAX_S` at most, since the source may hang, and a request that
+  came may have to wait for a slot.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from llumnix.core.limits import MigrationLimits
+from llumnix.core.messages import Handover, Reserve, Stage
+from llumnix.core.migration.port import EnginePort, Phase
+from llumnix.core.migration.tables import DestinationMachine, DestinationState
+from llumnix.core.migration.timing import one_more_fits
+from llumnix.core.types import RequestId
+
+DEFER_PREFILLS_MAX_S = 0.1
+_AWAITED = (DestinationState.READY, DestinationState.COMMITTING)
+
+
+@dataclass(slots=True, kw_only=True)
+class Incoming:
+    """One migration to here."""
+
+    reservation: Reserve
+    machine: DestinationMachine
+    began_s: float
+    deadline_s: float  # when it is looked at next, even if no message comes
+    hit: int = 0  # tokens that were here already
+    stage: int = 0  # number of the last stage
+    outputs: int = 0  # generated tokens that are known here
+    tail: list[int] = field(default_factory=list)  # the last few of them
+    ticket: int | None = None  # of the pull that is under way
+    last: Stage | Handover | None = None  # the last message that named blocks
+    staged_s: float | None = None  # when the last stage was here
+    due_s: float | None = None  # when the source said that its handover would be
+    bytes: int = 0  # of the last pull
+    seconds: float = 0.0
+    why: str = ""  # why it was declined
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecentArrival:
+    """A request that was taken over."""
+
+    at_s: float
+    took_s: float  # how long its move took
+
+
+class FirstSteps:
+    """Requests that came with all of their KV, and whose first step here has not ended."""
+
+    def __init__(self, port: EnginePort) -> None:
+        self._port = port
+        # Tokens that were settled when it came, and since when it is here.
+        self._new: dict[RequestId, tuple[int, float]] = {}
+
+    def came(self, request: RequestId, now: float) -> None:
+        """A request was taken over, with its KV or without."""
+        progress = self._port.progress(request)
+        if progress.settled and progress.settled + 1 >= progress.tokens:
+            self._new[request] = progress.settled, now
+
+    def awaited(self, now: float) -> bool:
+        """Whether there are any."""
+        for request, (settled, since_s) in list(self._new.items()):
+            progress = self._port.progress(request)
+            ended = progress.settled != settled or progress.phase is Phase.GONE
+            if ended or now > since_s + DEFER_PREFILLS_MAX_S:
+                del self._new[request]
+        return bool(self._new)
+
+
+def message_awaited(incoming: Incoming, now: float) -> bool:
+    """Whether its source is about to say more, so that a prompt would keep the request waiting."""
+    return incoming.staged_s is not None and now <= incoming.staged_s + DEFER_PREFILLS_MAX_S
+
+
+def hold_s(
+    all_incoming: Iterable[Incoming],
+    free_s: float,
+    step_s: float,
+    limits: MigrationLimits,
+    now: float,
+) -> float:
+    """How long to begin no step, since one of `step_s` that is begun at `free_s` would keep the
+    next handover waiting. 0 if none was announced, or one more step fits in."""
+    due = [
+        incoming.due_s
+        for incoming in all_incoming
+        if incoming.due_s is not None
+        and incoming.machine.state in _AWAITED
+        and now < incoming.due_s + limits.near_s
+    ]
+    if not due or one_more_fits(free_s, step_s, min(due)):
+        return 0.0
+    return min(due) + limits.near_s - now
