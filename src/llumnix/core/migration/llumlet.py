@@ -1,7 +1,7 @@
 """The llumlet: migrations from and to one engine, and the scheduler's orders to move load.
 
-It is hosted on the engine's own thread: messages and facts go in between steps, `poll` is called
-after every step, and what comes out is to be sent. It does no I/O and reads no clock.
+It lives on the engine's own thread. Messages and facts go in between steps, `poll` is called after
+every step, and what comes out is to be sent. It does no I/O and reads no clock.
 """
 
 from collections.abc import Sequence
@@ -35,9 +35,9 @@ from llumnix.core.types import EngineIndex, MigrationId, OrderId
 
 
 class Llumlet:
-    """One engine's. `address`: where other llumlets send to it. `on_step` is told of every
-    transition of every machine. `payback`: a request that came here stays for that many times what
-    its move took."""
+    """The llumlet of one engine. `address`: where other llumlets send to it. `on_step` is told of
+    every transition of every machine. `payback`: a request that came here stays for that many times
+    what its move took."""
 
     def __init__(
         self,
@@ -69,17 +69,17 @@ class Llumlet:
 
     @property
     def busy(self) -> bool:
-        """Whether a migration is under way, or a pull whose end is still to come."""
+        """Whether a migration is under way, or a pull that has not ended."""
         return bool(len(self._outgoing) or len(self._incoming))
 
     def still(self, *, leaving: bool) -> bool:
-        """Whether nothing is on its way here, and, if `leaving`, nothing on its way from here."""
+        """Whether no request is on its way here and, if `leaving`, none on its way from here."""
         return not len(self._incoming) and not (leaving and len(self._outgoing))
 
     def cancel_all(self, why: str, now: float, *, leaving: bool) -> list[Out]:
         """Declines all requests that are on their way here, and takes none until `welcome`. If
-        `leaving`, lets all that are on their way from here go on here, but for those that were
-        handed over."""
+        `leaving`, requests on their way from here go on here, but for those that were handed over.
+        """
         self._incoming.closed = why
         self._incoming.cancel_all(why)
         if leaving:
@@ -112,11 +112,11 @@ class Llumlet:
         )
 
     def answered(self) -> tuple[OrderId, ...]:
-        """The scheduler's orders that the next load report names."""
+        """The orders that the next load report names."""
         return self._orders.take_answered()
 
     def reported(self, sequence: int) -> None:
-        """A load report of that number has said all that `moving` and `answered` told last."""
+        """The load report of that number has told what `moving` and `answered` returned last."""
         self._orders.reported(sequence)
 
     def order(self, order: MoveOrder, now: float) -> list[Out]:
@@ -124,13 +124,13 @@ class Llumlet:
         return self.orders([order], now)
 
     def orders(self, orders: Sequence[MoveOrder], now: float) -> list[Out]:
-        """The same, of all orders that have come since the last look: an engine may have been in
-        one step all the while. Older ones among them are not carried out."""
+        """The same, of all orders that have come since the last call, during one long step perhaps.
+        Only those of the newest round are carried out."""
         self._orders.take(orders, now)
         return self._take_out()
 
     def migrate(self, order: Migrate, now: float) -> list[Out]:
-        """Begins to move a request away; `MigrationEnded` tells the end, whatever it is."""
+        """Begins to move a request away. `MigrationEnded` tells how it ended, in any case."""
         refusal = self._orders.start(order)
         if refusal is None:
             self._outgoing.begin(order, now)
@@ -139,7 +139,7 @@ class Llumlet:
         return self._take_out()
 
     def receive(self, message: PeerMessage, now: float, heard_s: float | None = None) -> list[Out]:
-        """Takes in what another llumlet sent. `heard_s`: when it arrived, if that was earlier."""
+        """Takes in another llumlet's message. `heard_s`: when it arrived, if that was earlier."""
         match message:
             case Reserve():
                 self._incoming.reserve(message, now)
@@ -150,19 +150,20 @@ class Llumlet:
         return self._take_out()
 
     def defer_prefills(self, now: float) -> bool:
-        """Whether the engine's next step should compute no prompts: a handover is near, or has just
-        been."""
+        """Whether the engine's next step should compute no prompts, since a handover is near or has
+        just been."""
         return self._outgoing.defer_prefills() or self._incoming.defer_prefills(now)
 
     def hold_s(self, free_s: float, now: float) -> float:
-        """How long the engine, whose steps in flight end at `free_s`, should begin none: a request
-        is about to come that would have to wait for it. 0: not at all."""
+        """How long the engine, whose steps in flight end at `free_s`, should begin none, since a
+        request that is about to come would have to wait for it. 0 if it may begin one."""
         return self._incoming.hold_s(free_s, now)
 
     def pulled(
         self, ticket: int, error: str | None, size: int, seconds: float, now: float
     ) -> list[Out]:
-        """A pull that the port began is over (`error` None: all is here). `size` in bytes."""
+        """A pull that the port began is over. Without an `error` all blocks are here. `size` in
+        bytes."""
         self._incoming.pulled(ticket, error, size, seconds, now)
         return self._take_out()
 
@@ -179,20 +180,20 @@ class Llumlet:
         return self._take_out()
 
     def fate(self, migration: MigrationId) -> str:
-        """What this destination has decided: `taken`, `declined` or `undecided`. One that it never
-        heard of is declined from now on."""
+        """What this destination has decided: `taken`, `declined` or `undecided`. A migration that
+        it never heard of is declined from now on."""
         return self._incoming.fate(migration)
 
     def poll(self, now: float) -> list[Out]:
-        """Looks at requests and deadlines; called between any two steps."""
+        """Looks at requests and deadlines. Called between any two steps."""
         self._outgoing.poll(now)
         self._incoming.poll(now)
         return self._take_out()
 
     def failed(self, why: str, now: float) -> list[Out]:
-        """Any of the calls above ended with an exception, which `why` tells: ends the migration
-        that was being dealt with as well as can be, and no other. What is to be sent, also of what
-        came before the exception."""
+        """One of the calls above ended with an exception, which `why` tells. Ends the migration
+        that was being dealt with, and no other. Returns what is to be sent, that from before the
+        exception included."""
         self._outgoing.failed(why, now)
         self._incoming.failed(why)
         return self._take_out()

@@ -35,19 +35,18 @@ PENDING_MOVE_LIFETIME_S = 1.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PendingMove:
-    """A request that was chosen for a destination. `tokens_max`: as large as it may be by the time
-    it starts."""
+    """A request that was chosen for a destination, and whose grant has not come."""
 
     destination: EngineIndex
     waiting: bool
     tokens: int
-    tokens_max: int
-    until_s: float
+    tokens_max: int  # it may grow to this until the grant comes
+    until_s: float  # then it lapses
 
 
 class Orders:
-    """One engine's. `payback`: a request that came here stays for that many times what its move
-    took."""
+    """Those to one engine. `payback`: a request that came here stays for that many times what its
+    move took."""
 
     def __init__(
         self,
@@ -68,14 +67,14 @@ class Orders:
         self._pending_moves: dict[RequestId, PendingMove] = {}
         self._setbacks = setbacks
         self._answered: list[OrderId] = []
-        # Of the last order that was carried out: the report that it was computed from, and the one
-        # that told of it, None before that.
+        # Numbers of two load reports: the one from which the last order that was carried out was
+        # computed, and the first that told of that order, None until it goes out.
         self._carried_from = -1
         self._told_in: int | None = 0
 
     def take(self, orders: Sequence[MoveOrder], now: float) -> None:
-        """For each order picks a request within its limits and asks for it; nothing if there is
-        none, or the order is not fresh."""
+        """For each order picks a request within its limits and asks for its move. Does nothing if
+        there is no such request, or the order is not fresh."""
         self._answered += [order.order for order in orders]
         newest = max(order.source_sequence for order in orders)
         for order in orders:
@@ -83,7 +82,7 @@ class Orders:
                 self._carry_out(order, now)
 
     def reported(self, sequence: int) -> None:
-        """A load report of that number has told of all that was carried out."""
+        """The load report of that number has told of all that was carried out."""
         if self._told_in is None:
             self._told_in = sequence
 
@@ -113,7 +112,8 @@ class Orders:
         self._out.append(ToFrontend(message=wanted))
 
     def start(self, order: Migrate) -> Refusal | None:
-        """A request is about to be moved: if it was chosen here, is it still as it was chosen?"""
+        """A grant has come. Refuses it if the request was chosen here and has changed too much
+        since."""
         pending = self._pending_moves.pop(order.request, None)
         if pending is None or not order.wanted:
             return None
@@ -125,16 +125,16 @@ class Orders:
         return None
 
     def moving(self, now: float) -> tuple[int, int, int]:
-        """How many requests are on their way out, wishes included; how many of them wait and hold
-        no KV; the KV tokens that the others hold."""
+        """Counts of requests on their way out, pending moves included: all of them, those that wait
+        and hold no KV, and the KV tokens that the others hold."""
         if not self._pending_moves and not len(self._outgoing):
-            return 0, 0, 0  # Asked at every step, and nearly always so.
+            return 0, 0, 0  # Nearly always, and asked at every step.
         self._pending_moves = {r: w for r, w in self._pending_moves.items() if w.until_s > now}
         tokens = sum(w.tokens for w in self._pending_moves.values() if not w.waiting)
         waiting = sum(w.waiting for w in self._pending_moves.values())
         for request in self._outgoing.requests():
             progress = self._port.progress(request)
-            # No more than is computed: in the middle of its prompt it holds little of it.
+            # What is computed, not all its tokens: in the middle of its prompt it holds little KV.
             tokens += progress.settled
             waiting += progress.phase is not Phase.RUNNING and not progress.settled
         return len(self._pending_moves) + len(self._outgoing), waiting, tokens

@@ -1,8 +1,8 @@
 """The seam between migrations and an engine: what core/migration/llumlet.py asks of it.
 
 All calls come on the engine's own thread, between two of its steps, and return at once. The real
-engine implements it in engine/migration/vllm_port.py, a fake one in tests/support/fake_engine.py,
-and one suite of scenarios holds both to the same behaviour (tests/conformance).
+engine implements it in engine/migration/vllm_port.py, a fake one in tests/support/fake_engine.py.
+One suite of scenarios holds both to the same behaviour (tests/conformance).
 """
 
 import enum
@@ -15,10 +15,10 @@ from llumnix.core.types import EngineIndex, RequestId
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refusal:
-    """It cannot be done, and why."""
+    """A call that cannot be carried out."""
 
     why: str
-    for_ever: bool = False  # it never will be possible for that request
+    for_ever: bool = False  # it will never be possible for that request
 
 
 class Phase(enum.Enum):
@@ -35,40 +35,35 @@ class Phase(enum.Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """How far a request is, in tokens. `settled`: computed by steps that are over; `in_flight`:
-    whether a step with it is under way; `tokens`: prompt and output; `outputs`: generated;
-    `preemptions`: how often it lost its KV."""
+    """How far a request is, in tokens."""
 
     phase: Phase
-    settled: int = 0
-    in_flight: bool = False
-    tokens: int = 0
-    outputs: int = 0
-    preemptions: int = 0
+    settled: int = 0  # computed by steps that are over
+    in_flight: bool = False  # a step with it is under way
+    tokens: int = 0  # prompt and output
+    outputs: int = 0  # generated
+    preemptions: int = 0  # how often it lost its KV
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Movable:
-    """A request that could leave its engine. `priority`: vLLM's number, as its client has it;
-    `tokens`: of KV, in whole blocks, that it holds or, if it is `waiting`, needs to start. `busy`:
-    it cannot be moved well just now (in the middle of its prompt, for one)."""
+    """A request that could leave its engine."""
 
     request: RequestId
-    priority: int
-    tokens: int
+    priority: int  # vLLM's number, as its client has it
+    tokens: int  # of KV, in whole blocks, that it holds or, if it waits, needs to start
     waiting: bool
-    busy: bool = False
+    busy: bool = False  # better not moved just now: it is in the middle of its prompt, for one
 
 
 class EnginePort(Protocol):
-    """One engine, seen from its migrations. `block_tokens`: size of a block, of the largest group
-    of layers if they differ."""
+    """One engine, seen from its migrations."""
 
-    block_tokens: int
+    block_tokens: int  # size of a block, of the largest group of layers if they differ
 
     @property
     def step_s(self) -> float:
-        """How long a step without prompts takes, of late."""
+        """How long a step without prompts has taken lately."""
         ...
 
     @property
@@ -79,8 +74,8 @@ class EnginePort(Protocol):
     # -- source
 
     def movable(self) -> list[Movable]:
-        """The requests that could be moved: a few of those that wait, in the order in which they
-        will be served, and all that run."""
+        """The requests that could be moved: the first few of those that wait, in the order in which
+        they will be served, and all that run."""
         ...
 
     def describe(self, request: RequestId) -> bytes | Refusal:
@@ -92,16 +87,16 @@ class EnginePort(Protocol):
         ...
 
     def progress(self, request: RequestId) -> Progress:
-        """How far it is."""
+        """How far the request is."""
         ...
 
     def outputs(self, request: RequestId, first: int) -> list[int]:
-        """The tokens it has generated, from number `first` on."""
+        """The tokens that it has generated, from number `first` on."""
         ...
 
     def pin(self, request: RequestId, start: int, end: int) -> Blocks:
         """Keeps the blocks of tokens [start, end) as they are until `unpin`, whatever becomes of
-        the request. May be called several times."""
+        the request. Several calls add up."""
         ...
 
     def unpin(self, request: RequestId) -> None:
@@ -109,20 +104,20 @@ class EnginePort(Protocol):
         ...
 
     def stop(self, request: RequestId) -> None:
-        """Takes it out of the batch or the queue; it keeps its blocks."""
+        """Takes the request out of the batch or the queue. It keeps its blocks."""
         ...
 
     def handover_state(self, request: RequestId, start: int) -> tuple[int, Blocks, bytes]:
-        """Of a stopped request with nothing in flight: the tokens computed, the blocks from token
-        `start` on, and what else the destination needs."""
+        """Of a stopped request with nothing in flight: the number of computed tokens, the blocks
+        from token `start` on, and what else the destination needs."""
         ...
 
     def resume(self, request: RequestId) -> None:
-        """Puts a stopped request back, KV and all; nothing if it has ended."""
+        """Puts a stopped request back, with its KV. Does nothing if it has ended."""
         ...
 
     def release(self, request: RequestId) -> None:
-        """Frees a stopped request without a word to its client; nothing if it has ended."""
+        """Frees a stopped request and tells its client nothing. Does nothing if it has ended."""
         ...
 
     # -- destination
@@ -130,16 +125,16 @@ class EnginePort(Protocol):
     def reserve(
         self, request: RequestId, body: bytes, outputs: list[int], tokens: int, agents: list[str]
     ) -> int | Refusal:
-        """Takes in the request and has slots for `tokens` (none for a request that waits: 0).
-        `agents`: where its blocks will be read. Returns how many of its tokens are here already."""
+        """Makes room for the request, with slots for `tokens`; 0 if no KV will come. `agents`:
+        where its blocks will be read. Returns how many of its tokens are here already."""
         ...
 
     def ready(self, request: RequestId) -> bool | Refusal:
-        """Whether everything but KV is there to run it, and the way to its blocks is open."""
+        """Whether everything but its KV is here, and its source's blocks can be read."""
         ...
 
     def reach(self, request: RequestId, tokens: int, outputs: list[int]) -> Refusal | None:
-        """Has slots for `tokens`, and appends newly generated tokens."""
+        """Gets slots for `tokens`, and appends newly generated tokens."""
         ...
 
     def pull(
@@ -152,23 +147,24 @@ class EnginePort(Protocol):
         end: int,
         blocks: Blocks,
     ) -> None:
-        """Begins to copy the blocks of tokens [start, end) here. The host reports the end of it to
+        """Begins to copy the blocks of tokens [start, end) to here. The host reports the end to
         `Llumlet.pulled`, once for each ticket."""
         ...
 
     def cancel(self, ticket: int) -> None:
-        """Nobody wants this pull any more: ends it soon. Its end is reported all the same, once
+        """Ends a pull soon that nobody wants any more. Its end is reported all the same, when
         nothing is written any more."""
         ...
 
     def cache(self, request: RequestId, tokens: int) -> None:
-        """The KV of its first `tokens` tokens is known to be right: others may find it here."""
+        """The KV of its first `tokens` tokens is known to be right, so that other requests may find
+        it."""
         ...
 
     def commit(self, request: RequestId, computed: int, state: bytes) -> Refusal | None:
-        """Queues it, first in line, with `computed` tokens of KV."""
+        """Queues the request with `computed` tokens of KV, first in line."""
         ...
 
     def drop(self, request: RequestId) -> None:
-        """Frees all that `reserve` and what followed took. Not called while a pull is under way."""
+        """Frees all that `reserve` and later calls took. Not called while a pull is under way."""
         ...

@@ -1,20 +1,24 @@
 """Moves that failed, and for how long they are not asked for again.
 
 Rules
-- A request that a destination declined, or was silent about, is not sent there again for a while:
-  `REQUEST_PAUSE_S`, and twice as long after each failure in a row, at most `PAUSE_MAX_S`.
-- Nor is any other request, for a shorter while (`DESTINATION_PAUSE_S`, twice as long each time, at
-  most `DESTINATION_PAUSE_MAX_S`), or a destination that declines all would be asked by each in
-  turn. One that was full gets room from one step to the next. A move that goes well ends that.
-- A request that its own engine cannot move is not chosen again for a while, and if it never can,
-  never again.
+- A request that a destination declined, or was silent about, is not sent there again for
+  `REQUEST_PAUSE_S`, and for twice as long after each further failure in a row, at most
+  `PAUSE_MAX_S`.
+- No other request is sent there either, for a shorter while: `DESTINATION_PAUSE_S`, twice as long
+  each time, at most `DESTINATION_PAUSE_MAX_S`. Otherwise each request in turn would ask a
+  destination that declines all. A destination that was full gets room from one step to the next, so
+  the while is short. A move that goes well ends it.
+- A request that its own engine cannot move is not chosen again for a while, and never again if it
+  never can be.
 - A request that finished or was preempted meanwhile has not failed to move.
-- Users' orders are carried out all the same.
+- Moves that a user asks for are tried all the same.
 """
 
 from dataclasses import dataclass
 from math import inf
 
+from llumnix.core.messages import Migrate
+from llumnix.core.migration.tables import SourceAction, SourceEvent
 from llumnix.core.types import EngineIndex, RequestId
 
 REQUEST_PAUSE_S = 2.0
@@ -24,42 +28,51 @@ DESTINATION_PAUSE_MAX_S = 4.0
 SETBACKS_MAX = 4096
 """Requests and destinations that are remembered; the oldest are forgotten first."""
 
+_NOT_TAKEN = (SourceEvent.DECLINED, SourceEvent.TIMED_OUT)
 _Key = tuple[RequestId | None, EngineIndex | None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Setback:
-    """So many failures in a row; no new try before `until_s`."""
-
-    failures: int
-    until_s: float
+    failures: int  # in a row
+    until_s: float  # no new try before
 
 
 class Setbacks:
-    """One engine's."""
+    """Those of one engine's requests."""
 
     def __init__(self) -> None:
         self._known: dict[_Key, _Setback] = {}
 
+    def learn(self, grant: Migrate, event: SourceEvent, action: SourceAction, now: float) -> None:
+        """A migration has ended with this event and this action."""
+        if action is SourceAction.RELEASE:
+            self.moved(grant.request, grant.destination)
+        elif event is SourceEvent.FAILED:
+            self.stuck(grant.request, now)
+        elif event in _NOT_TAKEN and action is not SourceAction.FREE_BLOCKS:
+            self.declined(grant.request, grant.destination, now)
+
     def declined(self, request: RequestId, destination: EngineIndex, now: float) -> None:
-        """The destination would not have it, or said nothing."""
+        """The destination declined the request, or was silent."""
         self._note((request, destination), REQUEST_PAUSE_S, PAUSE_MAX_S, now)
         self._note((None, destination), DESTINATION_PAUSE_S, DESTINATION_PAUSE_MAX_S, now)
 
     def stuck(self, request: RequestId, now: float, *, for_ever: bool = False) -> None:
-        """This engine cannot move it away, wherever it should go."""
+        """This engine cannot move the request, wherever it should go."""
         if for_ever:
             self._note((request, None), inf, inf, now)
         else:
             self._note((request, None), REQUEST_PAUSE_S, PAUSE_MAX_S, now)
 
     def moved(self, request: RequestId, destination: EngineIndex) -> None:
-        """It went well."""
+        """The request has moved."""
         self._known.pop((request, destination), None)
         self._known.pop((None, destination), None)
 
     def pauses(self, request: RequestId | None, destination: EngineIndex, now: float) -> bool:
-        """Whether the request should not be sent there now; None: nothing should."""
+        """Whether the request should not be sent there now. None asks whether any request should
+        not."""
         keys = [(request, destination)]
         if request is not None:
             keys.append((request, None))  # type: ignore[arg-type]

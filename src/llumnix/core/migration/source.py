@@ -1,10 +1,10 @@
 """Migrations away from one engine: walks the source's machine of core/migration/tables.py.
 
 Rules
-- One migration of a request at a time, `outgoing_max` of them for the engine.
-- A request that finished, was aborted or was preempted meanwhile is not moved.
-- An exception ends the migration that it came from, and no other: before the handover the request
-  goes on here, after it the destination's verdict is still awaited.
+- At most `outgoing_max` migrations for the engine, and one for each request.
+- A request that finishes, is aborted or is preempted meanwhile is not moved.
+- An exception ends the migration that it came from, and no other. Before the handover the request
+  goes on here; after it the destination's verdict is still awaited.
 - Every block that was named to the destination stays pinned until the migration is over: after the
   handover, until the verdict. So when the destination hears the source again (`Stage`,
   `HandoverAnnounced`, `Handover`), all that it pulled before were the bytes of this request.
@@ -32,7 +32,7 @@ from llumnix.core.messages import (
 )
 from llumnix.core.migration.port import EnginePort, Phase, Refusal
 from llumnix.core.migration.setbacks import Setbacks
-from llumnix.core.migration.stages import Outgoing, next_event
+from llumnix.core.migration.stages import GOING_ON, Outgoing, next_event
 from llumnix.core.migration.tables import (
     OnStep,
     SourceAction,
@@ -43,13 +43,11 @@ from llumnix.core.migration.tables import (
 )
 from llumnix.core.types import EngineIndex, MigrationId, RequestId
 
-_NOT_TAKEN = (SourceEvent.DECLINED, SourceEvent.TIMED_OUT)
-_GOING_ON = (SourceState.RESERVING, SourceState.COPYING, SourceState.BETWEEN_STAGES)
 _HANDED_OVER = (SourceState.DECIDING, SourceState.RELEASING)
 
 
 class OutgoingMigrations:
-    """All of one engine's."""
+    """All migrations away from one engine."""
 
     def __init__(
         self,
@@ -70,7 +68,7 @@ class OutgoingMigrations:
         self._on_step = on_step
         self._open: dict[RequestId, Outgoing] = {}
         self._ended: dict[MigrationId, SourceMachine] = {}
-        self._at: Outgoing | None = None  # The migration that is being dealt with.
+        self._at: Outgoing | None = None  # the migration that is being dealt with
         self.closed: str | None = None  # why no migration may begin
         self.moved_bytes = 0
         self.moved_s = 0.0
@@ -79,19 +77,23 @@ class OutgoingMigrations:
         return len(self._open)
 
     def requests(self) -> list[RequestId]:
-        """Those on their way."""
+        """The requests on their way."""
         return list(self._open)
 
     def deadlines(self) -> list[float]:
-        """When each of them wants to be looked at."""
-        return [g.deadline_s for g in self._open.values()]
+        """When each migration wants to be looked at."""
+        return [outgoing.deadline_s for outgoing in self._open.values()]
 
     def defer_prefills(self) -> bool:
-        """Whether the next step should compute no prompts: it has to be as long as was said."""
+        """Whether the next step should compute no prompts, since it has to be as long as was
+        announced."""
         return any(
-            g.machine.state is SourceState.BETWEEN_STAGES
-            and (g.announced_at_tokens is not None or g.prefill_wait_until_s is not None)
-            for g in self._open.values()
+            outgoing.machine.state is SourceState.BETWEEN_STAGES
+            and (
+                outgoing.announced_at_tokens is not None
+                or outgoing.prefill_wait_until_s is not None
+            )
+            for outgoing in self._open.values()
         )
 
     def begin(self, grant: Migrate, now: float) -> None:
@@ -136,11 +138,10 @@ class OutgoingMigrations:
         self._out.append(ToFrontend(message=ended))
 
     def receive(self, message: FromDestination, now: float) -> None:
-        """Takes in what a destination said."""
-        outgoing = next(
-            (g for g in self._open.values() if g.grant.migration == message.migration), None
+        """Takes in a destination's message."""
+        self._at = outgoing = next(
+            (o for o in self._open.values() if o.grant.migration == message.migration), None
         )
-        self._at = outgoing
         if outgoing is None:
             self._after_the_end(message)
         elif isinstance(message, Reserved):
@@ -155,7 +156,7 @@ class OutgoingMigrations:
                 outgoing.why = message.why
             self._walk(outgoing, SourceEvent.TAKEN if message.taken else SourceEvent.DECLINED, now)
         elif message.stage != outgoing.stage or outgoing.machine.state is not SourceState.COPYING:
-            pass  # It was late, or came twice.
+            pass  # The message was late, or came twice.
         elif isinstance(message, StageProgress):
             self._walk(outgoing, SourceEvent.PROGRESS, now)
         else:
@@ -165,8 +166,9 @@ class OutgoingMigrations:
             self.advance(outgoing, now)
 
     def engine_lost(self, engine: EngineIndex, granted: set[MigrationId], now: float) -> None:
-        """A destination died; for `granted` the frontend gave this engine a fresh epoch."""
-        for outgoing in [g for g in self._open.values() if g.grant.destination == engine]:
+        """A destination died. For the migrations in `granted` the frontend gave this engine a fresh
+        epoch."""
+        for outgoing in [o for o in self._open.values() if o.grant.destination == engine]:
             self._at = outgoing
             outgoing.why = "the destination died"
             mine = outgoing.grant.migration in granted
@@ -174,27 +176,27 @@ class OutgoingMigrations:
         self.settled()
 
     def poll(self, now: float) -> None:
-        """Looks at every one of them."""
+        """Looks at every migration."""
         for outgoing in list(self._open.values()):
             self._at = outgoing
             self.advance(outgoing, now)
         self.settled()
 
     def cancel_all(self, why: str, now: float) -> None:
-        """Ends all that have not been handed over; those that have wait for their verdict."""
+        """Ends all migrations before their handover. Later ones wait for their verdict."""
         for outgoing in list(self._open.values()):
-            if outgoing.machine.state in (*_GOING_ON, SourceState.STOPPING):
+            if outgoing.machine.state in (*GOING_ON, SourceState.STOPPING):
                 self._at = outgoing
                 outgoing.why = why
                 self._walk(outgoing, SourceEvent.FAILED, now)
         self.settled()
 
     def settled(self) -> None:
-        """What was dealt with came to an end without an exception."""
+        """What was being dealt with is done, without an exception."""
         self._at = None
 
     def failed(self, why: str, now: float) -> None:
-        """An exception came out of what was being dealt with: ends that migration, if any."""
+        """An exception came out of what was being dealt with. Ends that migration, if any."""
         outgoing, self._at = self._at, None
         if outgoing is None or self._open.get(outgoing.grant.request) is not outgoing:
             return
@@ -206,33 +208,22 @@ class OutgoingMigrations:
         else:
             self._walk(outgoing, SourceEvent.FAILED, now)
             if not outgoing.machine.over:
-                # Others are looked at first, if it should fail again.
+                # If it fails again, the others have been looked at.
                 self._open[outgoing.grant.request] = self._open.pop(outgoing.grant.request)
 
     def advance(self, outgoing: Outgoing, now: float) -> None:
-        """What has become of the request, and what follows from it."""
+        """Looks at the request, and does what follows from its progress."""
         if outgoing.machine.over:
             return
-        state = outgoing.machine.state
         progress = self._port.progress(outgoing.grant.request)
-        if progress.phase is Phase.GONE and state is not SourceState.RELEASING:
-            outgoing.why = "it ended meanwhile"
-            self._walk(outgoing, SourceEvent.REQUEST_ENDED, now)
-        elif state in _GOING_ON and progress.preemptions != outgoing.preemptions:
-            outgoing.why = "it was preempted meanwhile"
-            self._walk(outgoing, SourceEvent.REQUEST_ENDED, now)
-        elif state is SourceState.STOPPING and not progress.in_flight:
+        event, why = next_event(outgoing, progress, self._port, self._limits, now)
+        if event is None:
+            return
+        outgoing.why = why or outgoing.why
+        if event is SourceEvent.STEPS_LANDED:
             # Before the machine says that it is handed over: until then it may be taken back.
             outgoing.handover = self._make_handover(outgoing)
-            self._walk(outgoing, SourceEvent.STEPS_LANDED, now)
-        elif now >= outgoing.deadline_s:
-            if state is not SourceState.RELEASING:
-                outgoing.why = f"the destination was silent while {state.value}"
-            self._walk(outgoing, SourceEvent.TIMED_OUT, now)
-        elif state is SourceState.BETWEEN_STAGES and (
-            event := next_event(outgoing, progress, self._port, self._limits, now)
-        ):
-            self._walk(outgoing, event, now)
+        self._walk(outgoing, event, now)
 
     def _describe(self, grant: Migrate, now: float) -> bytes | Refusal:
         if self.closed is not None:
@@ -274,7 +265,7 @@ class OutgoingMigrations:
         state = outgoing.machine.state.value
         self._on_step("source", grant.migration, event.value, state, action.value)
         if outgoing.machine.over:
-            self._learn(outgoing, event, action, now)
+            self._setbacks.learn(outgoing.grant, event, action, now)
         match action:
             case SourceAction.NOTHING:
                 pass
@@ -293,11 +284,10 @@ class OutgoingMigrations:
                     self._send(outgoing, HandoverAnnounced(migration=grant.migration, in_s=in_s))
                 self.advance(outgoing, now)
             case SourceAction.HAND_OVER:
+                outgoing.stage_began_s = now
                 self._hand_over(outgoing, now)
             case SourceAction.ASK_AGAIN:
-                assert outgoing.handover is not None
-                outgoing.deadline_s = now + self._limits.verdict_again_s
-                self._send(outgoing, outgoing.handover)
+                self._hand_over(outgoing, now)
             case SourceAction.RELEASE:
                 self._port.unpin(grant.request)
                 self._port.release(grant.request)
@@ -319,18 +309,6 @@ class OutgoingMigrations:
                 self._port.resume(grant.request)
                 self._send_cancel(outgoing)
                 self._end(outgoing, taken=False, now=now)
-
-    def _learn(
-        self, outgoing: Outgoing, event: SourceEvent, action: SourceAction, now: float
-    ) -> None:
-        """What a migration that is over says of the next ones."""
-        request, destination = outgoing.grant.request, outgoing.grant.destination
-        if action is SourceAction.RELEASE:
-            self._setbacks.moved(request, destination)
-        elif event is SourceEvent.FAILED:
-            self._setbacks.stuck(request, now)
-        elif event in _NOT_TAKEN and action is not SourceAction.FREE_BLOCKS:
-            self._setbacks.declined(request, destination, now)
 
     def _stage(self, outgoing: Outgoing, now: float) -> None:
         progress = self._port.progress(outgoing.grant.request)
@@ -357,7 +335,7 @@ class OutgoingMigrations:
 
     def _announce(self, outgoing: Outgoing, now: float) -> None:
         progress = self._port.progress(outgoing.grant.request)
-        # The step that it will be stopped after; and if they are queued, the one behind that.
+        # It is stopped after one more step. If a step is in flight, the one behind it has it too.
         steps = 2 if progress.in_flight else 1
         in_s = steps * self._port.step_s
         outgoing.announced_at_tokens = progress.settled
@@ -386,7 +364,6 @@ class OutgoingMigrations:
 
     def _hand_over(self, outgoing: Outgoing, now: float) -> None:
         assert outgoing.handover is not None
-        outgoing.stage_began_s = now
         outgoing.deadline_s = now + self._limits.verdict_again_s
         self._send(outgoing, outgoing.handover)
 

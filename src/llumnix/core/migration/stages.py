@@ -16,7 +16,10 @@ from dataclasses import dataclass, field
 from llumnix.core.limits import MigrationLimits
 from llumnix.core.messages import Handover, Migrate, StageDone
 from llumnix.core.migration.port import EnginePort, Phase, Progress
-from llumnix.core.migration.tables import SourceEvent, SourceMachine
+from llumnix.core.migration.tables import SourceEvent, SourceMachine, SourceState
+
+GOING_ON = (SourceState.RESERVING, SourceState.COPYING, SourceState.BETWEEN_STAGES)
+"""States in which the request is in its source's batch or queue."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -44,10 +47,30 @@ class Outgoing:
 
 def next_event(
     outgoing: Outgoing, progress: Progress, port: EnginePort, limits: MigrationLimits, now: float
+) -> tuple[SourceEvent | None, str]:
+    """What has happened to a migration by the look of its request and the time, if anything, and
+    why it is bad news."""
+    state = outgoing.machine.state
+    if progress.phase is Phase.GONE and state is not SourceState.RELEASING:
+        return SourceEvent.REQUEST_ENDED, "it ended meanwhile"
+    if state in GOING_ON and progress.preemptions != outgoing.preemptions:
+        return SourceEvent.REQUEST_ENDED, "it was preempted meanwhile"
+    if state is SourceState.STOPPING and not progress.in_flight:
+        return SourceEvent.STEPS_LANDED, ""
+    if now >= outgoing.deadline_s:
+        silent = f"the destination was silent while {state.value}"
+        return SourceEvent.TIMED_OUT, "" if state is SourceState.RELEASING else silent
+    if state is SourceState.BETWEEN_STAGES:
+        return _next_stage(outgoing, progress, port, limits, now), ""
+    return None, ""
+
+
+def _next_stage(
+    outgoing: Outgoing, progress: Progress, port: EnginePort, limits: MigrationLimits, now: float
 ) -> SourceEvent | None:
-    """Another stage, the last one, or neither yet?"""
+    """Another stage, the handover, or neither yet?"""
     if outgoing.announced_at_tokens is not None:
-        # An engine that was paused settles nothing more.
+        # The time counts too, since an engine that was paused settles nothing more.
         due = progress.settled > outgoing.announced_at_tokens or now >= outgoing.announced_until_s
         return SourceEvent.LAST if due else None
     if progress.phase is Phase.WAITING or outgoing.grant.copy != "staged":
@@ -65,7 +88,7 @@ def next_event(
 def _nearly_done(
     outgoing: Outgoing, port: EnginePort, limits: MigrationLimits, now: float
 ) -> SourceEvent | None:
-    """To be announced, once the next steps are of a length that is known."""
+    """Announces the handover once the length of the next steps is known."""
     if not port.prompts_in_flight:
         return SourceEvent.NEARLY_DONE
     if outgoing.prefill_wait_until_s is None:

@@ -1,20 +1,20 @@
 """The protocol of one migration, as two tables of transitions.
 
 Rules
-- The request has one owner at any time. Until the handover that is the source; after it, whom the
-  destination's verdict names. The destination decides once, and remembers.
-- The source stops a request only for its last tokens, and resumes it only when it knows that the
-  destination will not run it: by the destination's own verdict, or, if that engine is dead, by a
+- A request has one owner at any time. Until the handover that is the source; after it, the one that
+  the destination's verdict names. The destination decides once, and remembers.
+- The source stops a request only for its last tokens. It resumes it only when it knows that the
+  destination will not run it: by the destination's own verdict or, if that engine is dead, by a
   fresh epoch from the frontend, which grants all epochs. Silence is never an answer: a handover
   without a verdict is sent again.
 - Before the handover either side may give up on its own, whatever the other believes.
-- The source keeps the blocks that its handover names until the verdict, also if the request has
-  ended meanwhile: what the destination reads for it, and enters in its prefix cache, is right.
-- Every event in every state is in the table. What is not there is a bug, and raises with the story.
+- The source keeps the blocks that its handover names until the verdict, even if the request has
+  ended meanwhile. So what the destination reads for it, and enters in its prefix cache, is right.
+- Every event that can happen in a state is in the table. Any other is a bug, and raises with the
+  story.
 
-No I/O, no clock: who hosts a machine (core/machine.py) feeds it events and carries out the actions
-it names (core/migration/llumlet.py). docs/migration.md is drawn from these tables
-(scripts/draw_pages.py).
+No I/O and no clock: core/migration/source.py and destination.py feed the machines (core/machine.py)
+and carry out the actions. docs/migration.md is drawn from these tables (scripts/draw_pages.py).
 """
 
 import enum
@@ -31,22 +31,23 @@ class SourceState(enum.Enum):
     """Where the engine that gives a request away stands."""
 
     RESERVING = "reserving"
-    """The destination was asked for room; the request goes on here."""
+    """The destination was asked for room. The request goes on here."""
     COPYING = "copying"
-    """The destination pulls settled blocks; the request goes on here."""
+    """The destination pulls settled blocks. The request goes on here."""
     BETWEEN_STAGES = "between stages"
-    """Between two stages: is there more, and does it pay? The request goes on here."""
+    """The last stage has ended: does another one pay? The request goes on here."""
     STOPPING = "stopping"
-    """Out of the batch; steps that were in flight come home."""
+    """The request is out of the batch. Steps that were in flight with it have still to end."""
     DECIDING = "deciding"
-    """Handed over; the destination's verdict is awaited. Nobody resumes it meanwhile."""
+    """The request was handed over, and the destination's verdict is awaited. Nobody resumes it
+    meanwhile."""
     RELEASING = "releasing"
-    """It has ended here after the handover. The destination may still read its blocks, which are
-    kept until the verdict."""
+    """The request has ended here after the handover. Its blocks are kept until the verdict, since
+    the destination may still read them."""
     COMMITTED = "committed"
-    """The destination owns it; nothing is left here."""
+    """The destination owns the request. Nothing is left here."""
     ABORTED = "aborted"
-    """It goes on here, or has ended here."""
+    """The request goes on here, or has ended here."""
 
 
 class SourceEvent(enum.Enum):
@@ -60,9 +61,9 @@ class SourceEvent(enum.Enum):
     MORE = "more"
     """Another stage pays."""
     NEARLY_DONE = "nearly done"
-    """What is left is small enough to stop for it, after one more step."""
+    """What is left is small enough to stop the request for it, after one more step."""
     LAST = "last"
-    """It is time to stop."""
+    """It is time to stop the request."""
     STEPS_LANDED = "steps landed"
     """The steps that were in flight with the request have ended."""
     TAKEN = "taken"
@@ -104,13 +105,13 @@ class DestinationState(enum.Enum):
     """Where the engine that takes a request in stands."""
 
     PREPARING = "preparing"
-    """Room is reserved; something else (a grammar) is not ready."""
+    """Room is reserved. Something else, a grammar for one, is not ready."""
     READY = "ready"
-    """Waits for the source's next word."""
+    """Waits for the source's next message."""
     PULLING = "pulling"
     """Pulls the blocks of a stage."""
     COMMITTING = "committing"
-    """Pulls the rest; will decide when that is done."""
+    """Pulls the rest, and decides when that is done."""
     COMMITTED = "committed"
     """Owns the request. Final, and remembered."""
     ABORTED = "aborted"
@@ -126,7 +127,7 @@ class DestinationEvent(enum.Enum):
     FAILED = "failed"
     """No room, or the blocks could not be pulled."""
     ANNOUNCED = "announced"
-    """The handover is near, and due at a time."""
+    """The source has said when its handover will be."""
     HANDOVER = "handover"
     INSTALLED = "installed"
     """The request with all its state is in this engine's queue."""
@@ -156,7 +157,7 @@ S, SE, SA = SourceState, SourceEvent, SourceAction
 D, DE, DA = DestinationState, DestinationEvent, DestinationAction
 
 _TARDY = {
-    # What may still arrive when all is over: answers that crossed, or came twice.
+    # What may still arrive when all is over: answers that crossed the end, or came twice.
     event: SA.NOTHING
     for event in (SE.RESERVED, SE.TAKEN, SE.DECLINED, SE.GRANTED, SE.FORFEITED)
 }

@@ -1,10 +1,10 @@
 """How long an engine's steps take, and whether one more fits in before a handover.
 
 Rules
-- A step is guessed to be as long as the median of the last few. Those with prompts do not count
-  where that is known, for near a handover none are computed.
-- One more step is begun if it would end no more than `LATE_MAX` of a step after the handover. If
-  not, the engine stands still until then, for less than the rest of a step.
+- The next step is expected to take the median of the last few. Steps that are known to have
+  computed prompts do not count, since near a handover none are computed.
+- One more step is begun if it would end no later than `LATE_MAX` of a step after the handover.
+  Otherwise the engine stands still until then, for less than the rest of a step.
 """
 
 import statistics
@@ -12,19 +12,19 @@ from collections import deque
 
 RECENT_STEPS = 9
 LATE_MAX = 0.5
-"""With a half, that step ends nearer to the handover than it would begin. Less would be a shorter
-gap for the request that moves, and a longer one for all that run where it goes."""
+"""In steps. With a half, the step ends nearer to the handover than it would begin. With less, the
+request that moves would wait less, and all that run at its destination longer."""
 
 
 class StepTimer:
-    """One engine's. `step_s`: of a step without prompts, of late; 0 before the first."""
+    """The steps of one engine."""
 
     def __init__(self) -> None:
         self._recent: deque[float] = deque(maxlen=RECENT_STEPS)
-        self.step_s = 0.0
+        self.step_s = 0.0  # of a step without prompts; 0 before the first
 
     def record_step(self, seconds: float, *, prompts: bool = False) -> None:
-        """A step has ended; `prompts`: it is known to have computed some."""
+        """A step has ended. `prompts`: it is known to have computed some."""
         if not prompts:
             self._recent.append(seconds)
             self.step_s = statistics.median(self._recent)

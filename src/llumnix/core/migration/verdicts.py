@@ -1,10 +1,11 @@
-"""What a destination has decided about migrations, for those who ask again.
+"""What a destination has decided about migrations, for sources that ask again.
 
 Rules
-- A verdict is remembered and never changed: a handover that comes again gets the same one, and a
-  migration that was declined before it was heard of stays declined.
-- The last `REMEMBERED_MAX` are remembered. A handover of one that is not gets an answer too, or its
-  source would ask for ever: it was taken if the request is here, and else it will not be any more.
+- A verdict is remembered and never changed. A handover that comes again gets the same one, and a
+  migration that was declined before its reservation came stays declined.
+- The last `REMEMBERED_MAX` verdicts are remembered. A handover whose migration is not among them
+  gets an answer too, or its source would ask for ever: it was taken if the request is here, and
+  else it never will be.
 """
 
 from dataclasses import dataclass
@@ -31,16 +32,16 @@ from llumnix.core.types import EngineIndex, MigrationId
 
 @dataclass(slots=True, kw_only=True)
 class Decided:
-    """What became of one. No machine: it was not known here when it was decided."""
+    """One migration that was decided."""
 
     verdict: Verdict
-    machine: DestinationMachine | None = None
+    machine: DestinationMachine | None = None  # None: its reservation never came
     source: EngineIndex | None = None
     address: str = ""
 
 
 class Verdicts:
-    """One engine's."""
+    """Those of one engine."""
 
     def __init__(self, port: EnginePort, out: list[Out]) -> None:
         self._port = port
@@ -48,18 +49,18 @@ class Verdicts:
         self._decided: dict[MigrationId, Decided] = {}
 
     def get(self, migration: MigrationId) -> Verdict | None:
-        """What was decided, if it is remembered."""
+        """The verdict, if it is remembered."""
         decided = self._decided.get(migration)
         return None if decided is None else decided.verdict
 
     def remember(self, decided: Decided) -> None:
-        """For good, or until `REMEMBERED_MAX` others came."""
+        """Keeps a verdict until `REMEMBERED_MAX` others have come."""
         self._decided[decided.verdict.migration] = decided
         if len(self._decided) > REMEMBERED_MAX:
             del self._decided[next(iter(self._decided))]
 
     def fate(self, migration: MigrationId) -> str:
-        """`taken` or `declined`. One never heard of is declined from now on."""
+        """`taken` or `declined`. A migration that was never heard of is declined from now on."""
         verdict = self.get(migration)
         if verdict is None:
             verdict = Verdict(migration=migration, taken=False, why="its source died")
@@ -67,7 +68,7 @@ class Verdicts:
         return "taken" if verdict.taken else "declined"
 
     def receive(self, message: Stage | HandoverAnnounced | Handover | CancelMigration) -> None:
-        """What a source says of a migration that is over, or was never known."""
+        """Takes in a message about a migration that is over, or was never known."""
         if isinstance(message, HandoverAnnounced):
             return
         decided = self._decided.get(message.migration)
@@ -79,7 +80,7 @@ class Verdicts:
                 self._say(message.source, message.address, decided.verdict)
             return
         if machine.state is DestinationState.COMMITTED and isinstance(message, Stage):
-            return  # It came twice.
+            return  # The message came twice.
         event = {
             Stage: DestinationEvent.STAGE,
             Handover: DestinationEvent.HANDOVER,
@@ -89,7 +90,8 @@ class Verdicts:
             self._say(decided.source, decided.address, decided.verdict)
 
     def _decide_unknown(self, message: Stage | Handover | CancelMigration) -> Decided:
-        """Its reservation was lost, comes later, or was forgotten: it will not be made."""
+        """Its reservation was lost, or will come later, or was forgotten. It will not be made any
+        more."""
         phase = Phase.GONE
         if isinstance(message, Handover):
             phase = self._port.progress(message.request).phase

@@ -1,12 +1,12 @@
 """Which request of a source is moved.
 
 Rules
-- A request that waits and that the destination has room for goes first, the first in line: it has
-  nothing to copy, and runs there at once.
-- Among those that run: of the least urgent class that has any; of these the shortest that gives the
-  source the relief it wants, or, if none does, the longest.
-- Not one that is in the middle of its prompt, that is on its way already, or that has not paid for
-  its last move yet.
+- A request that waits goes first, the one that is first in line, if the destination has room for
+  it: it has nothing to copy, and runs there at once.
+- Among those that run, one of the least urgent class that has any. Of these the shortest that gives
+  the source the relief it wants, or the longest if none does.
+- None that is in the middle of its prompt, that is on its way already, or that has not stayed long
+  enough since its last move.
 """
 
 from collections.abc import Sequence
@@ -18,18 +18,17 @@ from llumnix.core.types import RequestId
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """A request that could be moved. `rank`: of its class; `tokens`: its KV, or what it needs to
-    start if it is `waiting`. `resting`: not to be moved now."""
+    """A request that could be moved."""
 
     request: RequestId
-    rank: int
-    tokens: int
+    rank: int  # of its class
+    tokens: int  # of KV that it holds or, if it waits, needs to start
     waiting: bool = False
-    resting: bool = False
+    resting: bool = False  # not to be moved now
 
 
 def choose_victim(candidates: Sequence[Candidate], limits: Sequence[MoveLimit]) -> Candidate | None:
-    """The request to move; None if no candidate is within the limits. `candidates`: those that wait
+    """The request to move, or None if no candidate is within the limits. Candidates that wait stand
     in the order in which they will be served."""
     by_rank = {limit.rank: limit for limit in limits}
     running: dict[int, list[Candidate]] = {}
