@@ -1,25 +1,48 @@
-"""Which of a CPU host's cores an instance computes on.
+"""Which devices an instance computes on: on a CPU host, which of its cores.
 
 vLLM binds an engine's threads to all cores that the process may use, less one for the scheduler.
 Several engines on one host would then all sit on the same cores, so each gets a share of its own.
+
+vLLM 0.32 internals relied on here: `current_platform`, `get_allowed_cpu_list`.
 """
 
+import os
 from collections.abc import Sequence
 
 SWITCH_INTERVAL_S = 0.0005
-"""For Python's interpreter lock while an engine has a migration under way, and in workers that are
-processes of their own. Main threads compute or spin, and a migration's thread that wakes would wait
-for the lock ten times as long by default. Always on, it made an engine's steps longer: each message
-to or from vLLM's own threads broke in on them."""
+"""How long a thread waits for Python's interpreter lock while its engine has a migration under way,
+and in workers that are processes of their own. Main threads compute or spin, and by default a
+migration's thread that wakes would wait ten times as long. Always on, it made an engine's steps
+longer, since each message to or from vLLM's own threads broke in on them."""
+
+
+def take_devices(slot: int, slots: int, world_size: int) -> list[str]:
+    """The devices that this process was given. On a CPU host it takes its share of the cores
+    first."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        visible = os.environ.get(current_platform.device_control_env_var, "")
+        return [f"{current_platform.device_type}:{d}" for d in visible.split(",") if d]
+    from vllm.utils.cpu_resource_utils import get_allowed_cpu_list
+
+    cores = [cpu.id for cpu in sorted(get_allowed_cpu_list(), key=lambda c: (c.numa_node, c.id))]
+    if "VLLM_CPU_OMP_THREADS_BIND" not in os.environ:
+        share = share_of_cores(cores, slot, slots, world_size)
+        if share is not None:
+            os.environ["VLLM_CPU_OMP_THREADS_BIND"] = share
+    bound = os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "auto")
+    return [f"cpu:{share}" for share in bound.split("|")]
 
 
 def share_of_cores(cores: Sequence[int], slot: int, slots: int, ranks: int) -> str | None:
-    """Value for VLLM_CPU_OMP_THREADS_BIND: the cores of instance `slot` of `slots`.
+    """Value for VLLM_CPU_OMP_THREADS_BIND: the cores of instance `slot` of `slots`, as vLLM wants
+    them (`0,1|2,3`).
 
-    `cores` are the host's usable ones in an order that keeps neighbours together. `ranks`: the
-    instance's worker processes (tensor x pipeline parallel), which share its cores out in turn,
-    written as vLLM wants it: `0,1|2,3`. None leaves the choice to vLLM (one instance has the host
-    to itself). With more instances than cores they take turns on them.
+    `cores` are the host's usable ones, in an order that keeps neighbours together. `ranks`: the
+    instance's worker processes (tensor x pipeline parallel), which divide its cores. None leaves
+    the choice to vLLM, when one instance has the host to itself. With more instances than cores,
+    several share a core.
     """
     if slots <= 1 and ranks == 1:
         return None

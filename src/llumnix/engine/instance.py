@@ -8,7 +8,7 @@ vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when
   after every step, and `_notify_idle_state_callbacks()` before it waits for work: the places to
   read the scheduler's state with no lock.
 - `EngineCore.add_request(request, request_wave)` takes in every request on that same thread.
-- `EngineCoreProc._handle_client_request(kind, content)` gets whatever lies in the input queue, and
+- `EngineCoreProc._handle_client_request(kind, content)` gets all that lies in the input queue, and
   `abort_requests(ids)` every abort, on that same thread. A utility call finds any method of ours by
   name. `worker_extension_cls` names a class for the workers.
 - `EngineCore.step_with_batch_queue()` schedules only if `scheduler.has_requests()`, and otherwise
@@ -26,8 +26,8 @@ vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when
 - `shutdown_state` and a WAKEUP in `input_queue` end the busy loop from another thread; a WAKEUP
   alone makes an idle one call `_notify_idle_state_callbacks()` once more.
 
-Ray calls the constructor, then `run()` (which ends only with the engine) and, on the second of the
-actor's two threads, the short methods.
+Ray calls the constructor, then `run()`, which ends only with the engine, and the short methods on
+the second of the actor's two threads.
 """
 
 import contextlib
@@ -45,7 +45,6 @@ from typing import Any
 from uuid import uuid4
 
 from vllm.config import VllmConfig
-from vllm.platforms import current_platform
 from vllm.v1.engine import EngineCoreRequestType
 from vllm.v1.engine.core import EngineCoreActor, EngineShutdownState
 from vllm.v1.engine.utils import EngineZmqAddresses
@@ -53,7 +52,7 @@ from vllm.v1.executor import Executor, multiproc_executor, uniproc_executor
 from vllm.v1.request import Request
 
 from llumnix.core.types import EngineIndex, MigrationId, RequestId
-from llumnix.engine.cores import share_of_cores
+from llumnix.engine.cores import take_devices
 from llumnix.engine.folders import PrivateFolder, sweep
 from llumnix.engine.launch import InstanceConfig
 from llumnix.engine.memory_calls import MemoryCalls
@@ -71,21 +70,21 @@ from llumnix.engine.vllm_sockets import secure
 from llumnix.observe.event_log import EventLog
 
 DEFER_PREFILLS_STEPS_MAX = 8
-"""So many steps in a row may put prompts off, and of many steps half of them."""
+"""Prompts are deferred in at most so many steps in a row, and in at most half of many steps."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InstanceFacts:
-    """Where an instance lives. `address`: where its llumlet listens to others."""
+    """Where an instance lives."""
 
     node: str
     pid: int
     devices: list[str]
-    address: str
+    address: str  # where its llumlet listens to others
 
 
 class EngineInstance(MemoryCalls, EngineCoreActor):
-    """vLLM's engine core that reports its load."""
+    """vLLM's engine core with a llumlet, which reports its load."""
 
     def __init__(
         self,
@@ -98,7 +97,8 @@ class EngineInstance(MemoryCalls, EngineCoreActor):
         self._instance_config = config
         self._folder = _own_folder(config.engine_index)
         _start_resource_tracker()
-        self._devices = _take_devices(config, vllm_config.parallel_config.world_size)
+        world_size = vllm_config.parallel_config.world_size
+        self._devices = take_devices(config.slot, config.slots, world_size)
         _tell_apart(vllm_config, config.engine_index)
         if not vllm_config.parallel_config.worker_extension_cls:
             vllm_config.parallel_config.worker_extension_cls = WORKER_EXTENSION
@@ -144,7 +144,7 @@ class EngineInstance(MemoryCalls, EngineCoreActor):
         self._leave_on_sigterm()
 
     def describe(self) -> InstanceFacts:
-        """Where it lives; answers once the engine is ready."""
+        """Where the instance lives. Answers once the engine is ready."""
         return InstanceFacts(
             node=socket.gethostname(),
             pid=os.getpid(),
@@ -153,7 +153,7 @@ class EngineInstance(MemoryCalls, EngineCoreActor):
         )
 
     def run(self) -> None:
-        """The engine's busy loop; returns once the engine was asked to stop."""
+        """The engine's busy loop. Returns once the engine was asked to stop."""
         self._controller.open()
         self._reporter.start()
         if self._prefixes is not None:
@@ -173,7 +173,7 @@ class EngineInstance(MemoryCalls, EngineCoreActor):
             if self._folder is not None:
                 self._folder.remove()
                 with contextlib.suppress(OSError):
-                    self._folder.path.parent.rmdir()  # On another host, the last one out.
+                    self._folder.path.parent.rmdir()  # On another host, if it is the last one.
 
     def accept(self, accepting: bool) -> None:
         """Says in every report from now on whether new requests are welcome."""
@@ -181,7 +181,7 @@ class EngineInstance(MemoryCalls, EngineCoreActor):
 
     def _leave_on_sigterm(self) -> None:
         """A SIGTERM means: move everything away, then stop. A second one is Ray's, and ends the
-        process at once. vLLM's workers, which are there already, stay deaf to it
+        process at once. vLLM's workers, which have been started already, ignore it
         (cluster/signals.py)."""
         if threading.current_thread() is not threading.main_thread():
             return  # Not in a Ray actor.
@@ -195,7 +195,7 @@ class EngineInstance(MemoryCalls, EngineCoreActor):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
     def stop(self) -> None:
-        """Aborts what runs and ends the busy loop."""
+        """Aborts what runs, and ends the busy loop."""
         self.vllm_config.shutdown_timeout = 0
         self.shutdown_state = EngineShutdownState.REQUESTED
         self._rouse()
@@ -215,7 +215,7 @@ class EngineInstance(MemoryCalls, EngineCoreActor):
             self._reader.mark_changed()
 
     def _is_here(self, request: Request) -> None:
-        """A request came, new or from another engine."""
+        """A request came: a new one, or one from another engine."""
         self._reader.arrived(request)
         if self._prefixes is not None:
             self._prefixes.track(request)
@@ -247,8 +247,8 @@ class EngineInstance(MemoryCalls, EngineCoreActor):
 
     def _process_input_queue(self) -> None:
         super()._process_input_queue()
-        # Rather than begin a step that a request about to come would have to wait for, it stands
-        # still; what comes meanwhile is dealt with.
+        # A request that is about to come would have to wait for a step that is begun now. So the
+        # engine stands still, and deals with what comes meanwhile.
         while not self.batch_queue and self.is_running() and (wait_s := self._host.hold_s(None)):
             try:
                 self._handle_client_request(*self.input_queue.get(timeout=wait_s))
@@ -287,13 +287,10 @@ class EngineInstance(MemoryCalls, EngineCoreActor):
             return False
         scheduler = self.scheduler
         if not scheduler.waiting and not any(r.is_prefill_chunk for r in scheduler.running):
-            return True  # It costs nobody anything.
+            return True  # No prompt is there to be deferred.
         deferred = self._deferrals_left > 0
         self._deferrals_left += -1 if deferred else 1
         return deferred
-
-    def _maybe_publish_request_counts(self) -> None:
-        self.turn()
 
     def turn(self) -> None:
         """All that is ours between two steps, before each and after each."""
@@ -302,6 +299,8 @@ class EngineInstance(MemoryCalls, EngineCoreActor):
         # Before a step mostly nothing has come since the one before.
         if self._changed and self._reporter.due():
             self._offer()
+
+    _maybe_publish_request_counts = turn  # as vLLM calls it
 
     def _notify_idle_state_callbacks(self) -> None:
         self._reporter.rests()
@@ -318,7 +317,8 @@ class EngineInstance(MemoryCalls, EngineCoreActor):
         self._tell_prefixes()
 
     def _tell_prefixes(self, *, at_once: bool = False) -> bool:
-        """Passes on what changed in the prefix cache, up to a bound; whether there is more."""
+        """Passes on what changed in the prefix cache, up to a bound. Returns whether there is
+        more."""
         if self._prefixes is None:
             return False
         fact = self._prefixes.read(at_once=at_once)
@@ -329,10 +329,11 @@ class EngineInstance(MemoryCalls, EngineCoreActor):
 
 @contextlib.contextmanager
 def _landing_only(scheduler: Any) -> Iterator[None]:
-    """While it lasts, a step brings home the oldest batch in flight and schedules no new one.
+    """While it lasts, a step takes in the oldest batch in flight and schedules no new one.
 
     With asynchronous scheduling the next step is in the queue before this one has ended, and a
-    request that arrives now would wait for both."""
+    request that arrives now would wait for both.
+    """
     scheduler.has_requests = lambda: False
     try:
         yield
@@ -340,26 +341,10 @@ def _landing_only(scheduler: Any) -> Iterator[None]:
         del scheduler.has_requests
 
 
-def _take_devices(config: InstanceConfig, world_size: int) -> list[str]:
-    """The devices that this process was given, after it took its share of a CPU host's cores."""
-    if not current_platform.is_cpu():
-        visible = os.environ.get(current_platform.device_control_env_var, "")
-        return [f"{current_platform.device_type}:{d}" for d in visible.split(",") if d]
-    from vllm.utils.cpu_resource_utils import get_allowed_cpu_list
-
-    cores = [cpu.id for cpu in sorted(get_allowed_cpu_list(), key=lambda c: (c.numa_node, c.id))]
-    if "VLLM_CPU_OMP_THREADS_BIND" not in os.environ:
-        share = share_of_cores(cores, config.slot, config.slots, world_size)
-        if share is not None:
-            os.environ["VLLM_CPU_OMP_THREADS_BIND"] = share
-    bound = os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "auto")
-    return [f"cpu:{share}" for share in bound.split("|")]
-
-
 def _own_folder(engine_index: EngineIndex) -> PrivateFolder | None:
-    """vLLM's own Unix sockets, and the file through which its workers meet, go into a folder of
-    this engine's inside the deployment's. Another host lacks that; if somebody else put one there
-    that is called so, a new one is made."""
+    """A folder of this engine's inside the deployment's, for vLLM's own Unix sockets and the file
+    through which its workers meet. On another host the deployment's folder is made; if somebody
+    else has put one there under that name, a new one is made elsewhere."""
     shared = os.environ.get("VLLM_RPC_BASE_PATH")
     if shared is None:
         return None
@@ -376,9 +361,9 @@ def _own_folder(engine_index: EngineIndex) -> PrivateFolder | None:
 
 
 def _start_resource_tracker() -> None:
-    """Starts Python's resource tracker, which removes shared memory when all who use it are dead,
-    in a session of its own: when an actor dies, Ray kills its process group, and the tracker with
-    it would leave everything behind. vLLM's workers inherit it."""
+    """Starts Python's resource tracker, which removes shared memory once all its users are dead, in
+    a session of its own. When an actor dies, Ray kills its process group; a tracker in that group
+    would leave everything behind. vLLM's workers inherit the tracker."""
     spawn = util.spawnv_passfds
 
     def apart(path: bytes, args: list[str], fds: list[int]) -> int:

@@ -1,10 +1,10 @@
-"""Compiles the grammars of requests that move in, beside the engine's thread.
+"""Compiles the grammars of requests that move in, away from the engine's thread.
 
 vLLM 0.32 internals relied on here (tests/house/test_vllm_migration_contract.py fails when one
 changes): `StructuredOutputManager.grammar_init` builds the one backend at its first call, which may
-take long (tables of the whole vocabulary), then has the grammar compiled on `executor`, a pool of
-threads, and leaves a future of it in `request.structured_output_request.grammar`. The engine core
-calls it on the thread that takes requests in.
+take long (tables of the whole vocabulary). Then it has the grammar compiled on `executor`, a pool
+of threads, and leaves a future of it in `request.structured_output_request.grammar`. The engine
+core calls it on the thread that takes requests in.
 """
 
 import threading
@@ -15,7 +15,7 @@ from vllm.v1.request import Request
 
 
 class Grammars:
-    """Of one engine core."""
+    """Those of one engine core."""
 
     def __init__(self, manager: Any) -> None:
         self._manager = manager
@@ -23,7 +23,8 @@ class Grammars:
             self._one_at_a_time()
 
     def _one_at_a_time(self) -> None:
-        """The engine core's own thread may be there at the same time, and both would build it."""
+        """Lets one thread at a time in. The engine core's own thread may call it too, and both
+        would build the backend."""
         lock, init = threading.Lock(), self._manager.grammar_init
 
         def grammar_init(request: Request) -> None:
@@ -33,7 +34,8 @@ class Grammars:
         self._manager.llumnix_lock, self._manager.grammar_init = lock, grammar_init
 
     def begin(self, request: Request) -> None:
-        """Begins to compile; until that is done, or has failed, its grammar is not ready."""
+        """Begins to compile. Until that is done or has failed, the request's grammar is not
+        ready."""
         waiting: Future[Any] = Future()
         request.structured_output_request.grammar = waiting
         self._manager.executor.submit(self._init, request, waiting)

@@ -1,9 +1,9 @@
 """Keeps exceptions of migrations away from the engine's busy loop, which they would end.
 
 Rules
-- What has an answer for it is refused: `describe`, `reserve`, `ready`, `reach`, `commit`.
+- A call that can be refused is: `describe`, `reserve`, `ready`, `reach`, `commit`.
 - A pull that cannot begin has failed.
-- Cleaning up is tried again, `TRIES_MAX` times, between the next steps.
+- Cleaning up is tried again between the next steps, `TRIES_MAX` times in all.
 - A request that cannot be put back into the batch is freed, and its client told.
 - Any other exception goes on to the host, which has the migration ended (`Llumlet.failed`).
 """
@@ -27,7 +27,7 @@ KINDS_MAX = 100
 
 
 class ErrorLog:
-    """Logs exceptions, each kind of them at most every `LOG_EVERY_S`."""
+    """Logs exceptions, each kind at most every `LOG_EVERY_S`."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -35,7 +35,7 @@ class ErrorLog:
         self._left_out: dict[tuple[str, str], int] = {}
 
     def note(self, what: str, error: Exception) -> str:
-        """Logs that `what` ended with this exception, and returns the reason in a line."""
+        """Logs that `what` ended with this exception. Returns the reason, in one line."""
         kind, now = (what, type(error).__name__), self._clock()
         why = f"{kind[1]}: {error}"
         if now - self._logged.get(kind, -LOG_EVERY_S) < LOG_EVERY_S:
@@ -130,7 +130,7 @@ class GuardedPort:
             self._lost(request)
 
     def retry(self) -> None:
-        """Between two steps: cleans up what could not be before."""
+        """Between two steps, cleans up what could not be cleaned up before."""
         again, self._again = self._again, []
         for name, request, tries in again:
             self._clean(name, request, tries)

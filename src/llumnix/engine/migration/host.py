@@ -1,8 +1,9 @@
 """Hosts the llumlet beside its engine: carries messages in and out, on the engine's own thread.
 
-What comes from other threads (peers, finished pulls, the beat) goes through the engine's input
-queue, so it is dealt with in order with requests and aborts, between two steps, and wakes an engine
-that stands still.
+What comes from other threads (messages of peers, finished pulls, the beat) goes through the
+engine's input queue. So it is dealt with between two steps, in one order with requests and aborts,
+and wakes an engine that stands still. Finished pulls are taken in first: a room that is kept for a
+pull, or a source that waits for its verdict, waits for nothing else.
 
 vLLM 0.32 internals relied on here (tests/house/test_vllm_migration_contract.py fails when one
 changes): `EngineCoreProc.input_queue`, a queue of (kind, content) pairs that the busy loop empties
@@ -54,31 +55,31 @@ from llumnix.wire import decode, encode
 
 BEAT_EVERY_S = 0.05
 FINAL_PULL_WAIT_S = 0.003
-"""How long the engine waits on the spot for the last blocks of a request that stands still: they
-are few and come in less than a millisecond, and going on without them would cost it a step."""
+"""How long the engine waits on the spot for the last blocks of a request that stands still. They
+are few and come in less than a millisecond; to go on without them would cost the request a step."""
 FAST_SWITCH_S = 0.1
-"""So long after a migration threads still take the interpreter's lock fast: the first token of what
-came should not leave later than the last one left its source."""
+"""For so long after a migration threads still take the interpreter's lock fast, so that the first
+token at the destination does not leave later than the last one left its source."""
 STEP_LINE = Callable[[str, MigrationId, str, str, str], None]
 
 
 class HostItem:
-    """Kind of what we put into the engine's input queue."""
+    """The kind of what the host puts into the engine's input queue."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReceivedMessage:
-    """What a peer said, and when that arrived: the engine may be in a step, and look later."""
+    """A peer's message. The engine may be in a step when it arrives, and look at it later."""
 
     message: PeerMessage
-    at_s: float
+    at_s: float  # when it arrived
 
 
 Item = ReceivedMessage | Pulled | None
 
 
 class LlumletHost:
-    """One engine's."""
+    """The host of one engine's llumlet."""
 
     def __init__(
         self,
@@ -112,7 +113,7 @@ class LlumletHost:
         self._errors = ErrorLog()
 
     def start(self) -> None:
-        """Opens the workers and the line to the peers. Before the busy loop runs."""
+        """Opens the workers' agents and the sockets to the peers. Before the busy loop runs."""
         self._peers.bind()
         config = self._engine.vllm_config
         if current_platform.is_cpu() and ours(config):
@@ -124,7 +125,7 @@ class LlumletHost:
                 "llumnix_open", args=(listen, self._config.key, self._config.transfer)
             )
             self._agents = agents
-            # A worker in this very process has set it.
+            # A worker in this very process has changed it.
             sys.setswitchinterval(self._default_switch_s)
         self._client = AgentClient(agents=agents, key=self._config.key, on_pulled=self._pulled)
         self._client.start()
@@ -145,7 +146,7 @@ class LlumletHost:
         self._peers.start()
 
     def close(self) -> None:
-        """Ends all of it."""
+        """Closes what `start` opened."""
         self._client.close()
         self._peers.close()
 
@@ -157,7 +158,7 @@ class LlumletHost:
     # -- on the engine's thread
 
     def handle(self, item: Item) -> None:
-        """What came through the input queue."""
+        """Deals with what came through the input queue."""
         if isinstance(item, ReceivedMessage) and isinstance(item.message, Handover):
             self._attempt("handover", partial(self._take_handover, item))
         else:
@@ -165,7 +166,8 @@ class LlumletHost:
         self.poll()
 
     def _attempt(self, what: str, call: Callable[[], None]) -> bool:
-        """Whether it went well; an exception ends the migration that it came from, at most."""
+        """Makes the call. An exception ends the migration that it came from, at most; then it
+        returns False."""
         try:
             call()
         except Exception as error:  # noqa: BLE001 - else it ends the engine with all its streams
@@ -174,7 +176,8 @@ class LlumletHost:
         return True
 
     def _attempt_pulled(self, pulled: Pulled) -> None:
-        """Takes in the end of a pull, which comes once: its room is kept until then."""
+        """Takes in the end of a pull. It comes only once, and the pull's room is kept until
+        then."""
         take = partial(self._take, pulled)
         if not self._attempt("pull", take):
             self._attempt("pull", take)
@@ -186,7 +189,8 @@ class LlumletHost:
         return out
 
     def _each(self, what: str, call: Callable[[], list[Out]]) -> None:
-        """Makes a call that looks at all migrations: again, if one of them failed in it."""
+        """Makes a call that looks at all migrations, and again for each of them that fails in
+        it."""
         limits = self._config.limits
         for _ in range(limits.outgoing_max + limits.incoming_max + 1):
             if self._attempt(what, lambda: self._send(call())):
@@ -210,7 +214,7 @@ class LlumletHost:
         return self.llumlet.receive(message, now, item.at_s)
 
     def _take_handover(self, handover: ReceivedMessage) -> None:
-        """Takes a handover in, and gives its pull a moment to end."""
+        """Takes in a handover, and gives its pull a moment to end."""
         before = self.port.destination.last_ticket
         self._waiting_here = True
         try:
@@ -264,8 +268,8 @@ class LlumletHost:
             sys.setswitchinterval(SWITCH_INTERVAL_S if fast else self._default_switch_s)
 
     def hold_s(self, ends_s: float | None) -> float:
-        """How long the engine should begin no step, for a handover is near; 0: not at all.
-        `ends_s`: when the step in flight will have ended, if there is one."""
+        """How long the engine should begin no step, since a handover is near; 0 if it may begin
+        one. `ends_s`: when the step in flight will have ended, if there is one."""
         if not self.llumlet.busy:
             return 0.0
         now = time.monotonic()
@@ -280,7 +284,7 @@ class LlumletHost:
         )
 
     def moving(self) -> tuple[MoveCounts, tuple[OrderId, ...]]:
-        """What the next load report says of moves, and the orders it answers."""
+        """What the next load report says of moves, and the orders that it answers."""
         now = time.monotonic()
         moving = self._errors.keep("report", lambda: self.llumlet.moving(now), MoveCounts())
         return moving, self.llumlet.answered()
@@ -303,7 +307,7 @@ class LlumletHost:
             self.llumlet.welcome()
 
     def hold_memory(self, *, held: bool) -> None:
-        """Keeps peers from reading KV blocks here, or lets them again."""
+        """Keeps peers from reading KV blocks here, or lets them read again."""
         if self._agents:
             self._engine.model_executor.collective_rpc("llumnix_hold", args=(held,))
 
@@ -349,21 +353,21 @@ class LlumletHost:
     def _send(self, out: list[Out]) -> None:
         for item in out:
             if isinstance(item, ToPeer):
-                # As if it was lost on its way, if that fails.
+                # If that fails, it is as if the message was lost on its way.
                 send = partial(self._peers.send, item.address, item.message)
                 self._errors.keep("message", send, None)
             else:
                 self._tell_frontend(item.message)
 
     def _tell_frontend(self, message: FrontendMessage) -> None:
-        # In band, so that it stands in one order with the tokens of the same engine.
+        # In band, so that it stays in order with the tokens of the same engine.
         output = EngineCoreOutput(
             message.request, [], kv_transfer_params={IN_BAND: encode(message)}
         )
         self._engine.output_queue.put_nowait((0, EngineCoreOutputs(outputs=[output])))
 
     def _lost(self, request: RequestId) -> None:
-        """A request of this engine cannot go on: its client is told."""
+        """A request of this engine cannot go on. Tells its client."""
         output = EngineCoreOutput(request, [], finish_reason=FinishReason.ERROR)
         self._engine.output_queue.put_nowait((0, EngineCoreOutputs(outputs=[output])))
 
@@ -382,7 +386,7 @@ class LlumletHost:
         self._engine.input_queue.put_nowait((HostItem, item))  # type: ignore[arg-type]
 
     def _pulled(self, pulled: Pulled) -> None:
-        # In this order: who stops waiting looks once more after that.
+        # In this order, since the engine looks into the queue once more after it stops waiting.
         self._here.put(pulled)
         if not self._waiting_here:
             self._enqueue(None)

@@ -1,16 +1,16 @@
-"""Token ids of requests that move in, packed: nobody has to look at each of them on their way.
+"""Token ids of requests that move in, packed, so that nothing on their way looks at each of them.
 
-vLLM's scheduler gives a request's prompt and all its tokens to the workers with its first step, as
-lists of numbers; to worker processes they are pickled. Runner V2 turns the latter into an array. A
-request that has moved in stands still meanwhile, and with 32,000 tokens each of these takes one to
-three milliseconds.
+With a request's first step vLLM's scheduler gives its prompt and all its tokens to the workers, as
+lists of numbers. For worker processes they are pickled, and runner V2 turns the latter into an
+array. With 32,000 tokens each of these takes one to three milliseconds, and a request that has
+moved in waits for all of them.
 
 vLLM 0.32 internals relied on here (tests/house/test_vllm_migration_contract.py fails when one
 changes): `Request` takes the list of its prompt as it is, and begins the list of all its tokens
-with a `copy()` of it, which it only appends to. Runner V2's `req_states.all_token_ids` collects
-the tokens of a step's new requests in `_staged_write_contents`, by `extend`, gives all of that to
-`write_contents` (None: there is another way, which is left as it is), which assigns it to an int32
-array, and clears it.
+with a `copy()` of it, to which it only appends. Runner V2's `req_states.all_token_ids` collects the
+tokens of a step's new requests in `_staged_write_contents`, by `extend`. It gives all of that to
+`write_contents`, which assigns it to an int32 array, and clears it. If `write_contents` is None it
+goes another way, which is left as it is.
 """
 
 from array import array
@@ -21,14 +21,14 @@ import numpy as np
 
 
 class Prompt(list[int]):
-    """A prompt, of token ids below 2**31, that must not change. `packed`: as int32."""
+    """A prompt of token ids below 2**31, which must not change. `packed`: the same as int32."""
 
     def __init__(self, ids: Iterable[int], packed: bytes | None = None) -> None:
         super().__init__(ids)
         self.packed = _pack(self) if packed is None else packed
 
     def copy(self) -> "Grown":
-        """A list of the same, to be appended to."""
+        """A list of the same tokens, to be appended to."""
         return Grown(self)
 
     def __reduce__(self) -> tuple[Any, tuple[bytes]]:
@@ -36,7 +36,8 @@ class Prompt(list[int]):
 
 
 class Grown(list[int]):
-    """A prompt and what was appended to it. Pickled with its prompt, it costs what was appended."""
+    """A prompt, and what was appended to it. Pickled beside its prompt, it costs only what was
+    appended."""
 
     def __init__(self, prompt: Prompt, more: Iterable[int] = ()) -> None:
         super().__init__(prompt)
@@ -45,11 +46,11 @@ class Grown(list[int]):
 
     @property
     def packed(self) -> bytes:
-        """All of it, as int32."""
+        """All its tokens as int32."""
         return self._prompt.packed + _pack(self._more())
 
     def copy(self) -> Self:
-        """Another one."""
+        """A list of the same tokens."""
         return type(self)(self._prompt, self._more())
 
     def __reduce__(self) -> tuple[Any, tuple[Prompt, list[int]]]:
@@ -60,13 +61,13 @@ class Grown(list[int]):
 
 
 class Gathered(array):  # type: ignore[type-arg]
-    """Tokens on their way to runner V2's memory: what a list would be there, but packed."""
+    """Tokens on their way to runner V2's memory. It stands in for a list there, and is packed."""
 
     def __new__(cls) -> Self:
         return super().__new__(cls, "i")
 
     def extend(self, ids: Iterable[int]) -> None:
-        """Appends them; those that are packed as they are."""
+        """Appends tokens, packed ones as they are."""
         if isinstance(ids, Prompt | Grown):
             self.frombytes(ids.packed)
         elif isinstance(ids, list):
@@ -75,7 +76,7 @@ class Gathered(array):  # type: ignore[type-arg]
             super().extend(ids)
 
     def clear(self) -> None:
-        """Drops all of them."""
+        """Drops all tokens."""
         del self[:]
 
 

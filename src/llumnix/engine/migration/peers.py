@@ -1,8 +1,7 @@
-"""Llumlets talk to each other directly: one socket to hear on, one to each peer to speak on.
+"""Sockets between llumlets: one to receive on, and one to each peer to send on.
 
-What is said may be lost (a peer that is gone, a full queue); core/migration/llumlet.py stands that.
-Messages are handed over on a thread, which also gives the clock a beat while the engine stands
-still.
+A message may be lost: its peer may be gone, or a queue full. core/migration/llumlet.py stands that.
+Messages are received on a thread, which also gives the clock a beat while the engine stands still.
 """
 
 import logging
@@ -26,14 +25,13 @@ PEERS_MAX = 4096
 QUEUED_MAX = 1000
 CLOSE_TIMEOUT_S = 2.0
 LOG_EVERY_S = 10.0
-"""What is lost is logged no more often."""
+"""Lost messages are logged no more often."""
 _KINDS = get_args(PeerMessage)
 
 
 class Peers:
-    """One llumlet's line to all others. `listen`: a ZMQ address; `tcp://HOST:0` picks a port.
-    `keys`: what llumlets on TCP know each other by. `on_message` and `on_beat` are called on a
-    thread of its own."""
+    """One llumlet's sockets. `listen`: a ZMQ address; `tcp://HOST:0` picks a port. `keys`: those by
+    which llumlets on TCP know each other. `on_message` and `on_beat` are called on its thread."""
 
     def __init__(
         self,
@@ -54,7 +52,7 @@ class Peers:
         self._log_lost_s = 0.0
 
     def bind(self) -> None:
-        """Takes its address; what is said to it from now on waits."""
+        """Takes its address. What is sent there from now on waits."""
         self._context = zmq.Context()
         self._context.set(zmq.MAX_SOCKETS, PEERS_MAX)
         self._listening = Listening(self._context, self._keys)
@@ -64,11 +62,11 @@ class Peers:
         self.address = self._incoming.getsockopt_string(zmq.LAST_ENDPOINT)
 
     def start(self) -> None:
-        """Begins to hear."""
+        """Begins to receive."""
         self._thread.start()
 
     def close(self) -> None:
-        """Ends both."""
+        """Closes all sockets."""
         self._closing.set()
         self._thread.join(CLOSE_TIMEOUT_S)
         self._incoming.close(0)
@@ -78,8 +76,8 @@ class Peers:
         self._context.term()
 
     def send(self, address: str, message: PeerMessage) -> None:
-        """Sends, or loses it: no address, no socket or a full queue end nothing but a migration.
-        The engine's thread only."""
+        """Sends a message, or loses it: no address, no socket and a full queue end at most a
+        migration. The engine's thread only."""
         try:
             self._socket_to(address).send(encode(message), zmq.NOBLOCK)
         except zmq.ZMQError as error:
@@ -111,7 +109,7 @@ class Peers:
         )  # fmt: skip
 
     def disconnect(self, address: str) -> None:
-        """A peer is gone for good. The engine's thread only."""
+        """Closes the socket to a peer that is gone for good. The engine's thread only."""
         socket = self._outgoing.pop(address, None)
         if socket is not None:
             socket.close(0)

@@ -1,7 +1,7 @@
-"""What cannot be moved, and why: asked before a migration begins, so that it stays where it is.
+"""What cannot be moved, and why. It is asked before a migration begins, so that the request stays.
 
 vLLM 0.32 internals relied on here (tests/house/test_vllm_migration_contract.py fails when one
-changes): the names of the configuration's fields, of the scheduler's and of `Request`'s.
+changes): the names of fields of the configuration, the scheduler and `Request`.
 """
 
 from typing import Any
@@ -12,12 +12,12 @@ WORKER_EXTENSION = "llumnix.engine.migration.worker.LlumnixWorker"
 
 
 def ours(config: Any) -> bool:
-    """Whether an engine's workers carry our extension, not one of the user's."""
+    """Whether an engine's workers carry our extension, and not one of the user's."""
     return bool(config.parallel_config.worker_extension_cls == WORKER_EXTENSION)
 
 
 def engine_unsupported(config: Any, scheduler: Any) -> str | None:
-    """Why no request of such an engine can be moved; None if they can."""
+    """Why no request of such an engine can be moved, or None."""
     parallel, model = config.parallel_config, config.model_config
     reasons = (
         (
@@ -48,7 +48,7 @@ def engine_unsupported(config: Any, scheduler: Any) -> str | None:
 
 
 def request_unsupported(request: Request) -> str | None:
-    """Why this request cannot be moved; None if it can."""
+    """Why this request cannot be moved, or None."""
     params = request.sampling_params
     if request.pooling_params is not None or params is None:
         return "it asks for an embedding or a score"

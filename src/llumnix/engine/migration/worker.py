@@ -6,12 +6,12 @@ changes):
   worker's own thread, between two of its steps.
 - `model_runner.kv_caches`: the KV tensors of all layers, possibly nested, possibly several of one
   storage; dimension 0 counts blocks (times a factor), and all groups share the blocks' numbers.
-- Model runner V1 alone: `model_runner.requests[id]` is a `CachedRequestState`, which a resumed
-  request must find there, with its output tokens and its seeded generator. Runner V2 gets all that
-  from the scheduler.
-- `collective_rpc` raises at the first worker whose call failed, and leaves the answers of those
-  behind it unread, for the next call to take as its own. So what a running engine calls answers
-  with its error instead of raising.
+- Only in model runner V1: `model_runner.requests[id]` is a `CachedRequestState`, which must be
+  there when a request is resumed, with its output tokens and its seeded generator. Runner V2 gets
+  all that from the scheduler.
+- `collective_rpc` raises at the first worker whose call failed. The answers of the workers behind
+  it stay unread, and the next call takes them for its own. So methods that a running engine calls
+  return their error instead of raising it.
 """
 
 import sys
@@ -28,15 +28,14 @@ from llumnix.engine.seeded import keep_generators
 
 
 class RunnerState(msgspec.Struct, frozen=True, kw_only=True):
-    """What runner V1 keeps of a request beside its KV. `generator`: the state of its seeded
-    generator, empty without one."""
+    """What runner V1 keeps of a request beside its KV."""
 
     request: str
     prompt: list[int]
     outputs: list[int]
-    computed: int
+    computed: int  # tokens with KV
     blocks: list[list[int]]
-    generator: bytes
+    generator: bytes  # the state of its seeded generator, empty without one
 
 
 class LlumnixWorker:
@@ -47,8 +46,8 @@ class LlumnixWorker:
     rank: int
 
     def llumnix_open(self, listen: str, key: bytes, options: TransferOptions) -> str:
-        """Begins to serve this worker's KV blocks; returns the address. `listen` has a `{rank}`."""
-        # Else a thread of the agent waits up to 5 ms for the interpreter whenever it wakes.
+        """Begins to serve this worker's KV blocks. Returns the address. `listen` has a `{rank}`."""
+        # By default a thread of the agent would wait up to 5 ms for the interpreter's lock.
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         take_packed(self.model_runner)
         self._llumnix_agent = WorkerAgent(
@@ -61,15 +60,15 @@ class LlumnixWorker:
         return self._llumnix_agent.start()
 
     def llumnix_keep_generators(self) -> None:
-        """Has seeded requests survive prompts in chunks, on a CPU (engine/seeded.py)."""
+        """On a CPU, lets seeded requests survive prompts in chunks (engine/seeded.py)."""
         keep_generators(self.model_runner)
 
     def llumnix_hold(self, held: bool) -> None:
-        """Keeps peers from reading KV blocks here, or lets them again."""
+        """Keeps peers from reading KV blocks here, or lets them read again."""
         self._llumnix_agent.hold(held=held)
 
     def llumnix_generator(self, request: str) -> bytes | str:
-        """The state of the request's seeded generator (runner V1), empty without one; a string
+        """The state of the request's seeded generator in runner V1, empty without one. A string
         says why it cannot be had."""
         try:
             state = self.model_runner.requests.get(request)
@@ -79,8 +78,8 @@ class LlumnixWorker:
             return f"{type(error).__name__}: {error}"
 
     def llumnix_install(self, state: bytes, sampling_params: Any, lora_request: Any) -> str | None:
-        """Gives runner V1 a request that it will be asked to resume (`state`: `RunnerState`), or
-        says why it cannot."""
+        """Gives runner V1 a request that it will be asked to resume. `state`: a `RunnerState`,
+        encoded. Returns why it cannot be given, or None."""
         try:
             self._install(state, sampling_params, lora_request)
         except Exception as error:  # noqa: BLE001 - see above
