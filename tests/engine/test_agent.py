@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from llumnix.engine.kv import links, transports
+from llumnix.engine.kv import links, readers, transports
 from llumnix.engine.kv.agent import AgentClient, Pulled, TransferOptions, WorkerAgent
 from llumnix.engine.kv.blocks import HostMemory, Piece, Plane, fuse, lay_out, runs, view
 from llumnix.engine.kv.blocks_cuda import pair_up, word
@@ -587,13 +587,13 @@ def test_gpu_blocks_arrive_bit_by_bit(
     checksums: bool,
 ) -> None:
     if transport != "gpu":
-        open_peer = transports.open_peer
+        open_peer = readers.open_peer
         monkeypatch.setattr(
             "llumnix.engine.kv.agent.open_peer",
             lambda *args: open_peer(*args, map_gpu=False),
         )
     made: list[type] = []
-    for reader in (transports.MappedReader, transports.StagedReader):
+    for reader in (readers.MappedReader, readers.StagedReader):
         init = reader.__init__
         monkeypatch.setattr(
             reader, "__init__", lambda s, *a, init=init: (init(s, *a), made.append(type(s)))[0]
@@ -615,7 +615,7 @@ def test_gpu_blocks_arrive_bit_by_bit(
         client.pull(ticket, [worker.address], source, destination)
         assert rig.answer().error is None
         assert torch.equal(snapshot(ours), expected)
-    assert set(made) == {transports.MappedReader if transport == "gpu" else transports.StagedReader}
+    assert set(made) == {readers.MappedReader if transport == "gpu" else readers.StagedReader}
     # No GPU of another rank's may lose memory to a context of this worker's.
     worker.told.send_bytes(b"contexts?")
     assert [i for i, has in enumerate(worker.told.recv_bytes()) if has] == [peers_gpu]

@@ -1,9 +1,8 @@
-"""Private folders for sockets and logs: short enough for a socket's path, and swept once their
-owner is dead.
+"""Private folders for sockets and logs, which are swept once their owner is dead.
 
-The process that makes a folder holds a lock in it for as long as it lives. Whoever gets the lock
-knows that the owner was killed, also in another container with the same /tmp, where its process id
-says nothing.
+Their names are short enough for a socket's path. The process that makes a folder holds a lock in it
+for as long as it lives. Another process that gets the lock knows that the owner is dead. That holds
+in another container with the same /tmp too, where a process id says nothing.
 """
 
 import contextlib

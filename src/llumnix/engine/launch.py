@@ -28,12 +28,12 @@ from llumnix.sockets import SocketKeys
 _ALSO = {"LD_PRELOAD", "NUMEXPR_MAX_THREADS", "PYTHONPATH"}
 _ALSO_PREFIXES = ("TORCHINDUCTOR_", "HF_", "LLUMNIX_")
 _KEYS = {"VLLM_API_KEY", ADMIN_API_KEY_VARIABLE}
-"""The frontend's business alone."""
+"""Only for the frontend."""
 _NEVER = {"OMP_NUM_THREADS", "RANK", "VLLM_PORT", *_KEYS, *WORKER_SPECIFIC_ENV_VARS}
 _OF_ONE_HOST = re.compile(r"VLLM_.*_(HOST|IP)|MOONCAKE_REQUESTER_LOCAL_HOSTNAME")
-"""vLLM's variables that name the host itself, to itself or to others: of no use anywhere else."""
+"""vLLM's variables that name the host itself. They are of no use anywhere else."""
 _BEFORE_PYTHON = re.compile(r"(LD_|PYTHON|MALLOC_|NUMEXPR_).*")
-"""What is read as a process starts, or by what Ray itself imports there."""
+"""Variables that are read as a process starts, or by what Ray itself imports there."""
 
 LOOPBACK_INTERFACE = "lo"
 
@@ -69,19 +69,18 @@ class InstanceConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineLaunch:
-    """The arguments of `EngineInstance` that all instances share. `device`: Ray's name of the
-    devices that one instance needs `devices_per_instance` of; None on a CPU host. `environment`
-    may hold secrets, so it travels in memory alone; `environment_before`: what the interpreter
-    itself reads, which Ray must set as it starts the process."""
+    """The arguments of `EngineInstance` that all instances share, and their environment."""
 
     vllm_config: VllmConfig
     addresses: EngineZmqAddresses
     executor_class: Any
     log_stats: bool
-    device: str | None
+    device: str | None  # Ray's name of its devices; None on a CPU host
     devices_per_instance: int
     environment: dict[str, str] = field(default_factory=dict, repr=False)
+    """May hold secrets, so it travels in memory alone."""
     environment_before: dict[str, str] = field(default_factory=dict, repr=False)
+    """What the interpreter itself reads. Ray must set it as it starts the process."""
 
     @classmethod
     def of(
@@ -106,8 +105,8 @@ class EngineLaunch:
 
 
 def _inside_one_host(vllm_config: VllmConfig) -> dict[str, str]:
-    """Keeps the talk of one instance's workers, pickles among it, on loopback. By default torch
-    listens at the address that the host's name has."""
+    """Keeps what one instance's workers say to each other, pickles among it, on loopback. By
+    default torch listens at the address of the host's name."""
     libraries = ["GLOO_SOCKET_IFNAME"]
     if vllm_config.kv_transfer_config is None:  # A connector may use NCCL between hosts.
         libraries.append("NCCL_SOCKET_IFNAME")

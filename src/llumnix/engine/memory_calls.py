@@ -1,15 +1,15 @@
 """Calls that touch all of an engine's KV memory at once, made only when nothing moves.
 
-vLLM ends or preempts an engine's requests for them and then insists that no block is in use. It
-does not know of requests that are on their way: these hold blocks too, and pulls read and write KV
-memory beside the engine. So moves are called off first, and the call waits until the last pull has
-ended.
+For these calls vLLM ends or preempts an engine's requests, and then insists that no block is in
+use. It does not know of requests that are on their way: these hold blocks too, and their pulls read
+and write KV memory beside the engine. So migrations are cancelled first, and the call waits until
+the last pull has ended.
 
 vLLM 0.32 internals relied on here (tests/house/test_vllm_migration_contract.py fails when one
 changes):
 - `EngineCore.pause_scheduler`, `sleep` (which pauses first), `wake_up` (which resumes last),
   `release_kv_cache_memory` and `reset_prefix_cache`, which pausing calls too, are utility calls on
-  the busy loop's thread. One may return a future: its result is the answer.
+  the busy loop's thread. If one returns a future, the future's result is the answer.
 - `reset_prefix_cache(reset_running_requests=True)` preempts what runs, and raises if that leaves a
   block in use.
 """
@@ -29,14 +29,15 @@ class MemoryCalls:
     scheduler: Any
 
     def pause_scheduler(self, mode: Any = "abort", clear_cache: bool = True) -> Any:
-        """vLLM's, once nothing comes, and with `clear_cache` nothing goes."""
+        """vLLM's, once no request is on its way here and, with `clear_cache`, none on its way from
+        here."""
         pause = super().pause_scheduler  # type: ignore[misc]
         return self._host.after_moves(
             "it is paused", lambda: pause(mode, clear_cache), leaving=clear_cache
         )
 
     def resume_scheduler(self) -> Any:
-        """vLLM's, once earlier pauses have begun; requests may come again."""
+        """vLLM's, once earlier pauses have begun. Requests may come again."""
         resume = super().resume_scheduler  # type: ignore[misc]
 
         def call() -> None:
@@ -57,7 +58,7 @@ class MemoryCalls:
             return bool(reset(reset_running_requests, reset_connector))
 
         if self.scheduler.pause_state != PauseState.UNPAUSED:
-            return call()  # Nothing comes; pausing calls it too, and wants the answer at once.
+            return call()  # Nothing comes. Pausing calls it too, and wants the answer at once.
         answer = self._host.after_moves("its caches are being reset", call, leaving=True)
         if isinstance(answer, Future):
             answer.add_done_callback(lambda _: self._host.welcome())
@@ -69,7 +70,7 @@ class MemoryCalls:
         """vLLM's, once nothing moves and no peer reads from here."""
         fall_asleep = super().sleep  # type: ignore[misc]
         if level < 1:
-            return fall_asleep(level, mode)  # Pauses, no more.
+            return fall_asleep(level, mode)  # It only pauses.
 
         def call() -> Any:
             self._host.hold_memory(held=True)
@@ -78,12 +79,12 @@ class MemoryCalls:
         return self._host.after_moves("it sleeps", call, leaving=True)
 
     def release_kv_cache_memory(self) -> None:
-        """vLLM's, of an engine that is paused; no peer reads from here."""
+        """vLLM's, of an engine that is paused. From now on no peer reads from here."""
         self._host.hold_memory(held=True)
         super().release_kv_cache_memory()  # type: ignore[misc]
 
     def wake_up(self, tags: list[str] | None = None) -> bool:
-        """vLLM's; peers may read again once all memory is back."""
+        """vLLM's. Peers may read again once all memory is back."""
         awake = bool(super().wake_up(tags))  # type: ignore[misc]
         if awake:
             self._host.hold_memory(held=False)

@@ -1,8 +1,8 @@
 """Times the steps of one real engine: what `llumnix profile` fits a profile to.
 
 The engine core runs in this process, its workers as they always do. A scenario adds requests of
-random tokens, whose batches are known beforehand, and measures the time between outputs, which is
-that of a step with and without asynchronous scheduling.
+random tokens, whose batches are known beforehand. It measures the time between outputs, which is
+that of a step, with and without asynchronous scheduling.
 
 vLLM 0.32 internals relied on here (tests/engine/test_profiler.py fails when one changes):
 `EngineCore(config, executor_class, log_stats)`, its `step_fn()`, which returns the outputs by
@@ -33,43 +33,42 @@ BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 CONTEXTS = (32, 256, 1024, 4096, 16384)
 PROMPTS = (16, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 DECODED = 14
-"""Steps of a scenario of decoding, once all its prompts are computed; the first few are not
-counted."""
+"""Steps of a scenario of decoding, once all its prompts are computed."""
 SETTLED = 4
+"""The first of them, which are not counted."""
 FILL = 0.9
-"""Of the KV memory, that a scenario may take."""
+"""The share of the KV memory that a scenario may take."""
 FIRST_TOKEN, LAST_TOKEN = 300, 30000
 STEPS_MAX = 10_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """What one step computes: prompts as (tokens, tokens before them), and requests that decode
-    with that many tokens of KV in all."""
+    """What one step computes."""
 
-    prompts: tuple[tuple[int, int], ...] = ()
-    decodes: int = 0
-    context: int = 0
+    prompts: tuple[tuple[int, int], ...] = ()  # of each: tokens, and tokens before them
+    decodes: int = 0  # requests that decode
+    context: int = 0  # tokens of KV of these, in all
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """Steps one after another, and how long they took, in seconds: the median of some runs."""
+    """Steps one after another, and how long they took."""
 
     steps: tuple[Step, ...]
-    seconds: float
+    seconds: float  # the median of some runs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """One engine. `start_s`: from nothing to ready."""
+    """One engine."""
 
     model: str
     device: str
     kv_tokens: int
     block_tokens: int
     kv_token_bytes: int
-    start_s: float
+    start_s: float  # from nothing to ready
     samples: list[Sample]
 
 

@@ -1,16 +1,17 @@
 """Queue order inside an engine: aging, and preempted requests first.
 
 Rules
-- A request that has waited for `aging_s` is queued as the most urgent class, so none starves. What
-  it waited on other instances counts: a move carries it along.
+- A request that has waited for `aging_s` is queued as the most urgent class, so that none starves.
+  The time that it waited on other instances counts: a move carries it along.
 - A preempted request goes before all of its class that have not started, and is preempted again
-  last: its client is in the middle of a stream. (vLLM does so where it serves first come first
-  served; by priority it would queue it behind all that came earlier.) From then on it waits anew.
+  last, since its client is in the middle of a stream. vLLM does so where it serves first come first
+  served; by priority it would queue the request behind all that came earlier. The request's wait
+  begins anew.
 
-The queue is of our own, since vLLM's can change a request's place only by looking at all of them:
-with thousands in it, and at every step that preempts, that took longer than the step. Here each
-change takes time in the logarithm of the queue's length, and so does a look, for each request that
-has aged meanwhile, of which it takes `AGED_MAX` at most.
+The queue is our own, since vLLM's changes a request's place only by looking at all requests. With
+thousands in it that took longer than a step, at every step that preempts. Here each change takes
+time in the logarithm of the queue's length. So does a look, for each request that has aged
+meanwhile, of which it takes `AGED_MAX` at most.
 
 vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
 `scheduler.waiting` is used by the methods of `RequestQueue` alone; by priority it is ordered by
@@ -32,9 +33,9 @@ from llumnix.core.priorities import AGING_LOOK_EVERY_S, Priorities
 from llumnix.engine.readings import client_priority
 
 AGED_MAX = 100
-"""Requests whose place one look changes; the rest follow at the next step."""
+"""Requests whose place one look changes at most. The rest follow at the next step."""
 _SLACK = 64
-"""A heap is built anew when more of it than of the queue, and so many beyond, is out of date."""
+"""A heap is built anew when it has twice as many entries as the queue, and so many more."""
 
 Entry = list
 """In the queue's heap: priority, arrival, a number that differs, the request, or None in its place
@@ -49,7 +50,7 @@ class AgingQueue(RequestQueue):
         self._clock = clock
         self._heap: list[Any] = []
         self._entries: dict[str, Any] = {}
-        # When each of them will have aged, soonest first: seconds, the number of its entry, its id.
+        # When each request will have aged, soonest first: seconds, number of its entry, its id.
         self._due: list[tuple[float, int, str]] = []
         self._number = 0
 
@@ -76,7 +77,7 @@ class AgingQueue(RequestQueue):
                 heapq.heapify(self._due)
 
     def _aged(self, request: Request) -> int:
-        """The number that it is queued under once it has waited for long."""
+        """The number that a request is queued under once it has waited for long."""
         return self._priorities.aged(request.priority, self._priorities.aging_s)
 
     def _enter(self, request: Request) -> None:
@@ -86,16 +87,17 @@ class AgingQueue(RequestQueue):
         heapq.heappush(self._heap, entry)
 
     def _waits_as(self, due: tuple[float, int, str]) -> Request | None:
-        """The request, if it has waited in one place since."""
+        """The request, if it still waits with that entry."""
         entry = self._entries.get(due[2])
         return None if entry is None or entry[2] != due[1] else entry[3]
 
     def _take(self, request: Request) -> None:
-        """It leaves; its entry stays where it is, without it."""
+        """Takes a request out. Its entry stays where it is, without it."""
         self._entries.pop(request.request_id)[3] = None
 
     def _trim(self) -> None:
-        """Has a request that waits at the top."""
+        """Drops entries without a request from the top, and rebuilds the heap if most are
+        without."""
         while self._heap and self._heap[0][3] is None:
             heapq.heappop(self._heap)
         if len(self._heap) > 2 * len(self._entries) + _SLACK:
@@ -103,8 +105,8 @@ class AgingQueue(RequestQueue):
             heapq.heapify(self._heap)
 
     def age(self) -> int:
-        """Queues those that have waited for long as the most urgent class; how many, `AGED_MAX` at
-        the most."""
+        """Queues the requests that have waited for long as the most urgent class, `AGED_MAX` at
+        most. Returns how many."""
         now, aged = self._clock(), 0
         while self._due and self._due[0][0] <= now and aged < AGED_MAX:
             due = heapq.heappop(self._due)
@@ -117,21 +119,21 @@ class AgingQueue(RequestQueue):
         return aged
 
     def pop_request(self) -> Request:
-        """Takes out the first."""
+        """Takes out the first request."""
         request = self.peek_request()
         self._take(request)
         self._trim()
         return request
 
     def peek_request(self) -> Request:
-        """The first."""
+        """The first request."""
         self._trim()
         if not self._heap:
             raise IndexError("peek from an empty queue")
         return self._heap[0][3]
 
     def prepend_request(self, request: Request) -> None:
-        """As `add_request`: its place does not depend on when it is queued."""
+        """As `add_request`, since its place does not depend on when it is queued."""
         self.add_request(request)
 
     def prepend_requests(self, requests: Iterable[Request]) -> None:
@@ -140,7 +142,7 @@ class AgingQueue(RequestQueue):
             self.add_request(request)
 
     def remove_request(self, request: Request) -> None:
-        """Takes one out; ValueError if it is not in it."""
+        """Takes a request out. ValueError if it is not there."""
         entry = self._entries.get(request.request_id)
         if entry is None or entry[3] is not request:
             raise ValueError(f"{request.request_id} is not in the queue")
@@ -148,7 +150,7 @@ class AgingQueue(RequestQueue):
         self._trim()
 
     def remove_requests(self, requests: Iterable[Request]) -> None:
-        """Takes out those of them that are in it."""
+        """Takes out those of the requests that are there."""
         for request in requests:
             entry = self._entries.get(request.request_id)
             if entry is not None and entry[3] is request:
@@ -162,7 +164,7 @@ class AgingQueue(RequestQueue):
         return len(self._entries)
 
     def __iter__(self) -> Iterator[Request]:
-        """In their order; the first few are found without looking at the rest. Not while it
+        """In order. The first few are found without looking at the rest. Not while the queue
         changes."""
         heap = self._heap
         edge = [(heap[0], 0)] if heap else []
@@ -176,8 +178,7 @@ class AgingQueue(RequestQueue):
 
 
 class Queueing:
-    """Of one engine core: puts a queue of ours in place of the scheduler's, if that goes by
-    priority."""
+    """Puts a queue of ours in place of a scheduler's, if that goes by priority."""
 
     def __init__(
         self, scheduler: Any, priorities: Priorities, clock: Callable[[], float] = time.monotonic
@@ -191,14 +192,14 @@ class Queueing:
             scheduler.waiting = self._queue
 
     def look(self) -> None:
-        """Between two steps: queues those anew that have waited for long."""
+        """Between two steps, queues requests anew that have waited for long."""
         if self._queue is not None and self._clock() >= self._next_s:
             more = self._queue.age() == AGED_MAX
             self._next_s = self._clock() + (0.0 if more else AGING_LOOK_EVERY_S)
 
 
 def waited_s(request: Request, now: float) -> float:
-    """For how long it has waited without KV blocks, over all instances; 0 if it runs."""
+    """How long a request has waited without KV blocks, over all instances. 0 if it runs."""
     waits = _waits(request)
     if waits is None or request.num_computed_tokens or waits[1] != request.num_preemptions:
         return 0.0
@@ -206,13 +207,14 @@ def waited_s(request: Request, now: float) -> float:
 
 
 def has_waited(request: Request, seconds: float, now: float) -> None:
-    """It came from another instance, where it waited that long. Before it is queued."""
+    """Notes that a request waited that long on another instance. Before it is queued."""
     request.llumnix_waits = now - seconds, request.num_preemptions
 
 
 def queue_by_arrival(queue: RequestQueue, request: Request) -> None:
-    """Queues one that has not started yet, and came by a move or stayed after one. Where vLLM
-    serves first come first served it goes behind all that came before it, wherever that was."""
+    """Queues a request that has not started, and that came by a move or stayed after one. Where
+    vLLM serves first come first served, it goes behind all that arrived before it, on any
+    instance."""
     if not isinstance(queue, FCFSRequestQueue):
         queue.add_request(request)
         return
@@ -227,5 +229,5 @@ def queue_by_arrival(queue: RequestQueue, request: Request) -> None:
 
 
 def _waits(request: Request) -> tuple[float, int] | None:
-    """Since when it waits (seconds), and its preemptions by then."""
+    """Since when a request waits (seconds), and its preemptions by then."""
     return getattr(request, "llumnix_waits", None)

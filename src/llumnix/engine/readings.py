@@ -19,7 +19,7 @@ the next input of a session, a grammar, a KV transfer."""
 def token_bytes(scheduler: Any) -> int:
     """The bytes of one token's KV, over all layers and all of the instance's workers."""
     config = scheduler.kv_cache_config
-    # Every tensor is a view of one allocation, and a token has its place in a block of each group.
+    # Every tensor is a view of one allocation. A token has its place in a block of each group.
     allocated = max((tensor.size for tensor in config.kv_cache_tensors), default=0)
     block_bytes = allocated // max(1, config.num_blocks)
     groups = (group.kv_cache_spec.block_size for group in config.kv_cache_groups)
@@ -28,7 +28,8 @@ def token_bytes(scheduler: Any) -> int:
 
 
 def client_priority(request: Request) -> int:
-    """The number that its client gave it; vLLM's is lower once it has waited for long."""
+    """The priority that its client gave a request. vLLM's own number is lower once it has waited
+    for long."""
     return int(getattr(request, "llumnix_priority", request.priority))
 
 

@@ -1,14 +1,14 @@
-"""Seeded requests on CPU workers, while their prompts are computed in chunks.
+"""Keeps seeded requests on CPU workers alive while their prompts are computed in chunks.
 
-vLLM draws a token after every chunk of a prompt, throws it away and turns the request's generator
-back by its offset. A CPU's generator has no offset: turning it back raises, and the engine ends,
-with it every request. Here no token is drawn from a request's own generator before its last chunk,
+After every chunk of a prompt vLLM draws a token, throws it away and turns the request's generator
+back by its offset. A CPU's generator has no offset. Turning it back raises, and the engine ends
+with all its requests. Here no token is drawn from a request's own generator before its last chunk,
 so that nothing has to be turned back.
 
-vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
-model runner V1 draws in `_sample`, with the generators of `input_batch.generators` (one dictionary
-from step to step, by the request's index), and turns back in `_bookkeeping_sync`, which follows in
-the same step, those in that dictionary whose index `discard_request_mask` marks.
+vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when one changes): model
+runner V1 draws in `_sample`, with the generators of `input_batch.generators`, one dictionary from
+step to step, by the request's index. In `_bookkeeping_sync`, which follows in the same step, it
+turns back those of them whose index `discard_request_mask` marks.
 """
 
 from typing import Any
@@ -17,7 +17,8 @@ import numpy as np
 
 
 def keep_generators(runner: Any) -> None:
-    """From now on this runner leaves the generators of requests alone whose prompts go on."""
+    """From now on this runner leaves a generator alone while its request is in the middle of its
+    prompt."""
     sample, settle = runner._sample, runner._bookkeeping_sync
     aside: dict[int, Any] = {}
 

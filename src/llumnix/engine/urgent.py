@@ -4,17 +4,17 @@ vLLM's priority scheduling orders the queue, but the head of the queue waits unt
 end or get through their prompts, however unimportant they are.
 
 Rules
-- The head of the queue is the first that lacks nothing but room. One that waits for something else
-  (a grammar, a place for its LoRA adapter, its last tokens from before a preemption) is passed
-  over, as vLLM does. So is what waits with KV blocks for its client's next input.
+- The head of the queue is the first request that lacks nothing but room. One that waits for
+  something else (a grammar, a place for its LoRA adapter, its last tokens from before a preemption)
+  is passed over, as vLLM does. So is one that waits with KV blocks for its client's next input.
 - If the head cannot start in the next step, running requests of less urgent classes are preempted:
-  the least urgent class first, in it the latest arrival. Only as many as the head needs, and none
-  if even all of them would not suffice. Where only tokens of the step are short, those that are in
-  the middle of their prompts are preempted, and no others.
-- Classes are the clients' own. A request that was promoted because it waited long (aging) preempts
-  nobody, and once it runs nobody preempts it.
-- A preempted request is queued before all of its class that have not started, keeps its
-  prefix cache entries while memory lasts, and may be moved to another instance like any that waits.
+  the least urgent class first, and in it the latest arrival. Only as many as the head needs, and
+  none if even all of them would not suffice. Where only tokens of the step are short, only requests
+  in the middle of their prompts are preempted.
+- Classes are the clients' own. A request that was promoted since it waited long (aging) preempts no
+  other, and is not preempted once it runs.
+- A preempted request is queued before all of its class that have not started. It keeps its prefix
+  cache entries while memory lasts, and may be moved to another instance like any that waits.
 
 vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
 `Scheduler._preempt_request` takes a request that was taken out of `running` between two steps, as
@@ -44,7 +44,7 @@ PASSED_OVER_MAX = 8
 
 
 class UrgentAdmission:
-    """Of one engine core. Works only with priority scheduling and at least two classes."""
+    """For one engine core. Works only with priority scheduling and at least two classes."""
 
     def __init__(self, scheduler: Any, priorities: Priorities) -> None:
         self._scheduler = scheduler
@@ -56,8 +56,8 @@ class UrgentAdmission:
         )
 
     def make_room(self) -> int:
-        """Lets the head of the queue start in the next step, if it is urgent enough; the number of
-        requests that were preempted for it. Between two steps."""
+        """Lets the head of the queue start in the next step, if it is urgent enough. Between two
+        steps. Returns how many requests were preempted for it."""
         scheduler = self._scheduler
         if (
             not self._on
@@ -80,7 +80,7 @@ class UrgentAdmission:
             scheduler._preempt_request(
                 victim, now, drop_stale_output=scheduler.requires_kv_delivery
             )
-            # It may be resumed in the very next step, which must not take it for one that ran on.
+            # The next step may resume it, and must not take it for one that ran on.
             scheduler.prev_step_scheduled_req_ids.discard(victim.request_id)
         return len(victims)
 
@@ -107,8 +107,8 @@ class UrgentAdmission:
         return sorted(found, key=lambda r: (r.priority, r.arrival_time), reverse=True)
 
     def _enough(self, head: Request, victims: list[Request]) -> list[Request]:
-        """As many of them, in their order, as `head` needs to start; none if it can start, or could
-        not even after all of them."""
+        """As many of the victims, in their order, as `head` needs to start. None if it can start
+        anyway, or could not even after all of them."""
         missing = self._missing(head)
         chosen: list[Request] = []
         for victim in victims:
@@ -162,7 +162,8 @@ class UrgentAdmission:
         )
 
     def _freed(self, victim: Request) -> "Amount":
-        """What the next step has more without `victim`: blocks that only it holds count."""
+        """What the next step has more without `victim`, of whose blocks only those count that no
+        other request holds."""
         groups = self._scheduler.kv_cache_manager.get_blocks(victim.request_id).blocks
         own = sum(b.ref_cnt == 1 and not b.is_null for group in groups for b in group)
         wanted = self._wanted(victim)

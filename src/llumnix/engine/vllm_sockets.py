@@ -1,9 +1,11 @@
 """Keys for the ZMQ sockets over which vLLM's engine core talks to the frontend.
 
+vLLM has no setting for keys.
+
 vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
 `EngineCoreProc.process_input_sockets` and `process_output_sockets`, each on a thread of its own,
-make a `zmq.Context` and pass it to `make_zmq_socket`, which they look up in their module, for every
-socket; all of these connect. vLLM has no setting for keys.
+make a `zmq.Context`. For every socket they pass it to `make_zmq_socket`, which they look up in
+their module. All of these sockets connect.
 """
 
 from typing import Any

@@ -1,12 +1,12 @@
-"""KV blocks from worker to worker: the agent in each worker, and the engine's client of them.
+"""KV blocks from worker to worker: the agent in each worker process.
 
 The destination drives. An engine's `AgentClient` tells the agents of its own workers, one for each
-tensor-parallel rank, which blocks to pull from which peers; each agent pulls on threads of its
-own, beside the model's. The source's engine takes no part, its workers' agents only answer.
+tensor-parallel rank, which blocks to pull from which peers. Each agent pulls on threads of its own,
+beside the model's. The source's engine takes no part; its workers' agents only answer.
 
 A pull that has ended, well or not, writes no more: its destination blocks are the caller's again.
-It is the caller who sees to it that no step in flight writes to the source's blocks, or touches
-the destination's. What is written before a pull fails is unspecified.
+The caller makes sure that no step in flight writes to the source's blocks or touches the
+destination's. What is written before a pull fails is unspecified.
 """
 
 import logging
@@ -36,24 +36,19 @@ from llumnix.engine.kv.links import (
     listen,
     unlisten,
 )
-from llumnix.engine.kv.transports import (
-    PeerReader,
-    ReadGate,
-    TransferOptions,
-    open_peer,
-    serve_peer,
-)
+from llumnix.engine.kv.readers import PeerReader, open_peer
+from llumnix.engine.kv.transports import ReadGate, TransferOptions, serve_peer
 from llumnix.errors import ProtocolError
 
 __all__ = ["AgentClient", "Pulled", "TransferOptions", "WorkerAgent"]
 
 CLOSE_TIMEOUT_S = 2.0
 LINKS_MAX = 256
-"""Connections that an agent serves at a time; one more is closed at once."""
+"""Connections that an agent serves at a time. One more is closed at once."""
 PULLS_QUEUED_MAX = 1024
-"""Pulls that wait for one peer; one more fails."""
+"""Pulls that wait for one peer. One more fails."""
 ACCEPT_PAUSE_S = 0.1
-"""Wait after a failure to accept: it is the process that is out of files, say."""
+"""Wait after a failure to accept, for one because the process has too many open files."""
 
 _log = logging.getLogger(__name__)
 _first = msgspec.msgpack.Decoder(Hello | Command)
@@ -61,7 +56,7 @@ _orders = msgspec.msgpack.Decoder(Pull | Cancel | Forget)
 
 
 class WorkerAgent:
-    """Lives in a worker process: serves this worker's KV blocks to peers and pulls theirs."""
+    """Lives in a worker process: serves this worker's KV blocks to peers, and pulls theirs."""
 
     def __init__(
         self,
@@ -99,9 +94,9 @@ class WorkerAgent:
         return address
 
     def hold(self, *, held: bool) -> None:
-        """From now on no peer reads KV blocks here, and what is being read has been; or they may
-        again. Peers that map GPU memory are not kept out: where it may go away it cannot be mapped.
-        """
+        """Keeps peers from reading KV blocks here, once the reads under way have ended, or lets
+        them read again. Peers that map GPU memory are not kept out: memory that may go away cannot
+        be mapped."""
         self._gate.hold(held=held)
 
     def close(self) -> None:
@@ -242,7 +237,7 @@ class WorkerAgent:
         try:
             puller.run(self._limiter)
         finally:
-            # Also if the thread dies of an error that nobody foresaw: the next pull starts anew.
+            # Even if the thread dies of an unforeseen error, so that the next pull starts anew.
             with self._lock:
                 if self._pullers.get(puller.peer) is puller:
                     del self._pullers[puller.peer]
@@ -251,24 +246,24 @@ class WorkerAgent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Job:
-    """A pull, and the client's link that wants its end. `unwanted` ends it with its next chunk."""
+    """A pull."""
 
     order: Pull
-    link: Link
-    unwanted: threading.Event = field(default_factory=threading.Event)
+    link: Link  # of the client that wants to hear its end
+    unwanted: threading.Event = field(default_factory=threading.Event)  # ends it at its next chunk
 
     def report(self, size: int, seconds: float, error: str | None) -> None:
-        """Tells the client. A client that is gone needs no answer."""
+        """Tells the client how it ended. A client that is gone needs no answer."""
         done = Done(ticket=self.order.ticket, bytes=size, seconds=seconds, error=error)
         try:
             self.link.send(done)
         except OSError:
-            # Part of the message may be out, and the link is of no more use.
+            # Part of the message may have been sent, so the link is of no more use.
             self.link.stop()
 
 
 class PeerPuller:
-    """Pulls from one peer, one pull after the other. It outlives the peer's restarts."""
+    """Pulls from one peer, one pull after the other. It outlives restarts of the peer."""
 
     def __init__(self, peer: str, connect: Callable[[], PeerReader]) -> None:
         self.peer = peer
@@ -290,7 +285,7 @@ class PeerPuller:
             return True
 
     def cancel(self, link: Link, ticket: int) -> _Job | None:
-        """Has a pull of this client end with its next chunk; returns it if it only waited."""
+        """Ends a pull of this client at its next chunk. One that only waits is returned instead."""
         with self._changed:
             for job in self._jobs:
                 if job.link is link and job.order.ticket == ticket:
@@ -302,7 +297,8 @@ class PeerPuller:
             return None
 
     def forget(self) -> None:
-        """Fails what runs and what waits, and ends `run`. The last call to this object."""
+        """Fails the pull that runs and those that wait, and ends `run`. The last call to this
+        object."""
         with self._changed:
             self._forgotten.set()
             if self._current is not None:
@@ -329,7 +325,7 @@ class PeerPuller:
             return self._current
 
     def drain(self) -> None:
-        """Fails what still waits, after `run`."""
+        """Fails the pulls that still wait, after `run`."""
         with self._changed:
             waiting = list(self._jobs)
             self._jobs.clear()
@@ -379,7 +375,7 @@ class PeerPuller:
 
 
 class RateLimiter:
-    """A token bucket of one chunk: each starts when those before it are paid for."""
+    """A token bucket of one chunk: each chunk starts when those before it are paid for."""
 
     def __init__(self, bytes_per_s: float | None) -> None:
         self._bytes_per_s = bytes_per_s

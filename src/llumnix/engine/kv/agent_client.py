@@ -28,14 +28,12 @@ _dones = msgspec.msgpack.Decoder(Done)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pulled:
-    """How a pull ended, over all ranks. Only without an `error` are all blocks there."""
+    """How a pull ended, over all ranks."""
 
     ticket: int
-    bytes: int
-    """Over all ranks; of those that failed, none."""
-    seconds: float
-    """Of the slowest rank, from the pull's turn to its end."""
-    error: str | None
+    bytes: int  # of the ranks that did not fail
+    seconds: float  # of the slowest rank, from the pull's turn to its end
+    error: str | None  # None: all blocks are there
 
 
 @dataclass(slots=True, kw_only=True)
@@ -75,7 +73,7 @@ class AgentClient:
 
     @property
     def ranks(self) -> int:
-        """How many agents it tells, and so how many a peer must have."""
+        """How many agents there are, and so how many a peer must have."""
         return len(self._agents)
 
     def start(self) -> None:
@@ -100,8 +98,8 @@ class AgentClient:
             self._reports.put(Pulled(ticket=ticket, bytes=0, seconds=0.0, error=None))
 
     def open_links(self, ticket: int, peers: list[str]) -> None:
-        """Opens the connections that pulls from these peers will use, which takes long the first
-        time (0.1 s where GPU memory is mapped). Reported like a pull of nothing."""
+        """Opens the connections that pulls from these peers will use. That takes long the first
+        time, 0.1 s where GPU memory is mapped. Its end is reported like that of a pull."""
         self._order(ticket, peers, [], [])
 
     def _order(
@@ -119,18 +117,19 @@ class AgentClient:
             agent.tell(Pull(ticket=ticket, peer=peer, source=source, destination=destination))
 
     def cancel(self, ticket: int) -> None:
-        """Ends a pull soon: at once if it waits, with its next chunk if it runs. It is reported
-        like any other, nearly always as failed."""
+        """Ends a pull soon: at once if it waits, at its next chunk if it runs. It is reported like
+        any other, nearly always as failed."""
         for agent in self._agents:
             agent.tell(Cancel(ticket=ticket))
 
     def forget(self, peers: list[str]) -> None:
-        """Drops what the agents hold of peers that are gone; pulls from them fail."""
+        """Drops what the agents hold of peers that are gone. Pulls from them fail."""
         for agent in self._agents:
             agent.tell(Forget(peers=peers))
 
     def close(self) -> None:
-        """Ends all threads; a pull that runs is reported as failed. Not from `on_pulled`."""
+        """Ends all threads. A pull that runs is reported as failed. Not to be called from
+        `on_pulled`."""
         with self._lock:
             self._closed = True
         end_s = time.monotonic() + CLOSE_TIMEOUT_S
@@ -142,7 +141,7 @@ class AgentClient:
             left = list(self._joining)
             self._joining.clear()
             for ticket in left:
-                # Where a thread of ours still waits for a connection that nobody answers.
+                # A thread of ours still waits for a connection that is not answered.
                 self._reports.put(
                     Pulled(ticket=ticket, bytes=0, seconds=0.0, error="the client was closed")
                 )
@@ -178,7 +177,8 @@ class AgentClient:
 
 
 class AgentConnection:
-    """The line to one agent: a thread that tells, and one that listens while there is a link."""
+    """The connection to one agent: a thread that sends orders, and one that listens while there is
+    a link."""
 
     def __init__(
         self, *, rank: int, agent: str, key: bytes, on_done: Callable[[int, Done], None]
@@ -195,13 +195,13 @@ class AgentConnection:
         self._running: set[int] = set()
         self._stopped = False
         self._broken = ""
-        """Why the teller has ended for good."""
+        """Why the sending thread has ended for good."""
         self._teller = threading.Thread(
             target=self._tell, name=f"llumnix-kv-tell-{rank}", daemon=True
         )
 
     def start(self) -> None:
-        """Begins to tell."""
+        """Begins to send orders."""
         self._teller.start()
 
     def tell(self, order: Pull | Cancel | Forget) -> None:
@@ -214,7 +214,7 @@ class AgentConnection:
             self._fail(order.ticket, self._broken)
 
     def stop(self) -> None:
-        """Fails what runs and what waits, and ends both threads."""
+        """Fails the pulls that run and wait, and ends both threads."""
         with self._lock:
             self._stopped = True
             if self._link is not None:
@@ -241,7 +241,7 @@ class AgentConnection:
             raise
 
     def _break(self, order: Pull | Cancel | Forget | None, why: str) -> None:
-        """An error that nobody foresaw ends the teller: pulls are answered all the same."""
+        """An unforeseen error ends the sending thread. Pulls are answered all the same."""
         with self._lock:
             self._broken = why
         while True:
@@ -263,7 +263,7 @@ class AgentConnection:
                 return  # The pull has failed with its link.
             link = self._connect()
         with self._lock:
-            # Checked and noted in one step: from here on the listener answers for the ticket.
+            # Checked and noted under one lock. From here on the listener answers for the ticket.
             if self._link is not link:
                 raise EOFError("the agent closed the link")
             if isinstance(order, Pull):
@@ -271,7 +271,7 @@ class AgentConnection:
         try:
             link.send(order)
         except OSError:
-            # The listener wakes, and fails all that ran on this link.
+            # The listener wakes, and fails all pulls of this link.
             link.stop()
 
     def _connect(self) -> Link:

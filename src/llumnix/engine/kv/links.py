@@ -1,15 +1,16 @@
 """Links between KV transfer agents: addresses, authentication, and messages with a time limit.
 
 A link is one stream socket (Unix or TCP). Before anything else is read, each end proves that it
-holds the key that all agents of a deployment share: an HMAC over its role, both ends' addresses as
-the sockets have them, and a fresh random number of either side. A proof is therefore good for one
-connection in one direction: it can neither be sent back to who made it nor passed on to a third
-party. From then on every message carries a tag, made with a key of this one connection, so that
-nobody in between can add, change, repeat or leave out one. The bytes of KV blocks have no tag, and
-nothing is encrypted. Messages are msgpack of a closed set of classes; nothing is ever unpickled.
+holds the key that all agents of a deployment share. A proof is an HMAC over the end's role, both
+ends' addresses as the sockets have them, and a fresh random number of either side. So it is good
+for one connection in one direction: it can neither be sent back to its maker nor passed on to a
+third party. From then on every message carries a tag, made with a key of this one connection, so
+that no one in between can add, change, repeat or leave out a message. The bytes of KV blocks have
+no tag, and nothing is encrypted. Messages are msgpack of a closed set of classes; nothing is ever
+unpickled.
 
-Every wait has a bound, except the wait for the next request on an idle link, which ends when
-either side shuts the link down.
+Every wait has a bound, except the wait for the next request on an idle link. That ends when either
+side shuts the link down.
 """
 
 import contextlib
@@ -28,7 +29,7 @@ from llumnix.errors import LlumnixError, ProtocolError, UsageError
 
 CONNECT_TIMEOUT_S = 5.0
 CHUNK_TIMEOUT_S = 10.0
-"""Within this time a message, or the bytes of one chunk, must have gone over or come in whole."""
+"""Within this time a whole message, or the bytes of one chunk, must have been sent or received."""
 MESSAGE_BYTES_MAX = 16 * 2**20
 PROOF_BYTES_MAX = 256
 """The longest message that is read of a peer that has proved nothing yet."""
@@ -45,7 +46,7 @@ class TransferError(LlumnixError):
 
 
 LINK_ERRORS = (OSError, EOFError, msgspec.MsgspecError, LlumnixError)
-"""All that a peer can cause by its death, silence or nonsense. Time-outs are OSErrors."""
+"""What a peer can cause by its death, by silence or by nonsense. Time-outs are OSErrors."""
 
 
 class Challenge(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -185,7 +186,7 @@ class Link:
 
     def authenticate(self, key: bytes, *, connecting: bool) -> None:
         """Each end proves to the other that it holds the key, the connecting end first.
-        AuthenticationError if the keys differ, or if somebody stands in between."""
+        AuthenticationError if the keys differ, or if a third party stands in between."""
         ends = ends_of(self._socket, connecting=connecting)
         ours = secrets.token_bytes(NONCE_BYTES)
         if connecting:
@@ -225,7 +226,7 @@ class Link:
         poll.poll()
 
     def ended(self) -> bool:
-        """Has the peer gone? Of a link on which nothing is to be read now."""
+        """Whether the peer has gone. For a link on which nothing is to be read now."""
         poll = select.poll()
         poll.register(self._socket, select.POLLIN)
         return self.stopped or bool(poll.poll(0))

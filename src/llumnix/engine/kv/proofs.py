@@ -1,5 +1,7 @@
-"""How the two ends of one connection prove to each other that they hold the same key, and how each
-message that follows is tagged: HMAC-SHA256 throughout. engine/kv/links.py says when."""
+"""Proofs that the two ends of a connection hold the same key, and tags of the messages that follow.
+
+All are HMAC-SHA256. engine/kv/links.py says when they are made.
+"""
 
 import hmac
 import socket
@@ -57,6 +59,7 @@ class Tags:
 
 
 def check(proof: bytes, expected: bytes) -> None:
+    """AuthenticationError if the proof is another than expected."""
     if not hmac.compare_digest(proof, expected):
         raise AuthenticationError("the other end does not hold our key")
 

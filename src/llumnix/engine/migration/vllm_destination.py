@@ -39,24 +39,21 @@ FED_MAX = 256
 
 @dataclass(slots=True, kw_only=True)
 class ReservedRequest:
-    """A request on its way in. `here`: tokens whose KV is in this engine; `pulling`: those it will
-    be when the pull under way has ended; `gaps`: some of those before have no blocks; `unfed`:
-    tokens that its grammar was not fed yet; `fence`: the steps that were in flight when it last got
-    blocks."""
+    """A request on its way in."""
 
     request: Request
-    agents: tuple[str, ...]
-    here: int = 0
-    pulling: int = 0
-    gaps: bool = False
-    unfed: deque[int] = field(default_factory=deque)
-    fence: list[Any] = field(default_factory=list)
+    agents: tuple[str, ...]  # of its source's workers
+    here: int = 0  # tokens whose KV is in this engine
+    pulling: int = 0  # the same, once the pull under way has ended
+    gaps: bool = False  # some of those tokens have no blocks
+    unfed: deque[int] = field(default_factory=deque)  # tokens that its grammar was not fed yet
+    fence: list[Any] = field(default_factory=list)  # steps in flight when it last got blocks
 
 
 @dataclass(slots=True, kw_only=True)
 class DeferredPull:
-    """A pull that must not begin before the steps in flight have ended: one of them may still
-    write into a block that was freed under it and is now ours."""
+    """A pull that must not begin before some steps have ended. One of them may still write into a
+    block that was freed under it and is now a reserved request's."""
 
     steps: list[Any]
     ticket: int
@@ -100,7 +97,7 @@ class VllmDestination:
         return bool(self._arriving)
 
     def begin_pulls(self) -> None:
-        """Between two steps: pulls that waited for one that has ended begin."""
+        """Between two steps, begins the pulls whose steps have ended."""
         for pull in list(self._deferred):
             if not self._in_flight(pull.steps):
                 self._deferred.remove(pull)
@@ -110,24 +107,25 @@ class VllmDestination:
                     self._pull_failed(pull.ticket, f"{type(error).__name__}: {error}")
 
     def linked(self, ticket: int, error: str | None) -> None:
-        """A meeting (a negative ticket) with a source's workers has ended."""
+        """The links to a source's workers are open, or cannot be opened. Their tickets are
+        negative."""
         agents = self._linking.pop(ticket, None)
         if agents is None:
-            return  # It could not be begun with all of them.
+            return  # It could not be begun with all workers.
         if error is not None:
             self._link_errors[agents] = error
         else:
             self._linked.add(agents)
 
     def forget(self, agents: list[str]) -> None:
-        """These workers are gone."""
+        """Drops the links to a source's workers, which are gone."""
         self._linked.discard(tuple(agents))
         self._link_errors.pop(tuple(agents), None)
         self._client.forget(agents)
 
     @property
     def pulls_wait(self) -> bool:
-        """Whether a pull waits for a step."""
+        """Whether a pull waits for a step to end."""
         return bool(self._deferred)
 
     # -- arrivals
@@ -188,7 +186,7 @@ class VllmDestination:
     def ready(self, request: RequestId) -> bool | Refusal:
         incoming = self._arriving[request]
         if request in self._scheduler.finished_req_ids:
-            return False  # The workers still have to hear that it left the last time.
+            return False  # The workers have still to hear that it left the last time.
         if incoming.agents not in self._linked:
             why = self._link_errors.get(incoming.agents)
             return Refusal(why=f"its blocks cannot be read: {why}") if why else False
@@ -305,14 +303,15 @@ class VllmDestination:
             self._scheduler.finished_req_ids.add(request)
             return Refusal(why=f"its state cannot be installed there: {why}")
         self._on_commit(new)
-        # Last, and nothing that could fail behind it: what is refused must not be in any queue.
+        # Last, since nothing may fail after it: a refused request must not be in any queue.
         self._core.queue(new)
         self._scheduler.requests[request] = new
         del self._arriving[request]
         return None
 
     def _install(self, new: Request, computed: int, generator: bytes) -> str | None:
-        """Gives the workers' runners (V1) what they keep of a request; why they cannot take it."""
+        """Gives the workers' runners (V1) what they keep of a request. Returns why one cannot take
+        it, or None."""
         blocks = self._kv.get_blocks(new.request_id).get_block_ids()
         runner = RunnerState(
             request=new.request_id,
@@ -334,8 +333,8 @@ class VllmDestination:
         self._kv.free(self._arriving.pop(request).request)
 
     def _feed(self, incoming: ReservedRequest, most: int) -> bool | Refusal:
-        """Tells its grammar what it has generated, token by token, as the source's was told;
-        whether that was all of it."""
+        """Feeds a request's grammar what it has generated, token by token, as the source's was fed.
+        Returns whether that was all."""
         new, manager = incoming.request, self._scheduler.structured_output_manager
         structured = new.structured_output_request
         if not structured.is_grammar_ready:
@@ -348,7 +347,7 @@ class VllmDestination:
         return not incoming.unfed
 
     def _in_flight(self, steps: list[Any]) -> bool:
-        """Whether any of these steps has not come home yet."""
+        """Whether any of these steps has not ended yet."""
         flying = [id(entry) for entry in self._core.steps_in_flight()]
         return any(id(step) in flying for step in steps)
 

@@ -30,7 +30,7 @@ from llumnix.engine.queueing import waited_s
 from llumnix.engine.readings import client_priority
 
 WAITING_SHOWN_MAX = 8
-"""Waiting requests that may be chosen to move; finding more of them costs sorting the queue."""
+"""Waiting requests that may be chosen to move. To find more the queue would have to be sorted."""
 
 
 class VllmSource:
@@ -42,7 +42,7 @@ class VllmSource:
         self._agents = agents
         self._stopped: set[RequestId] = set()
         self._pins: dict[RequestId, list[Any]] = {}
-        self._places: set[RequestId] = set()
+        self._places: set[RequestId] = set()  # that stopped requests keep in the batch
         self._encoder = MsgpackEncoder()
 
     def holds(self) -> bool:
@@ -128,8 +128,8 @@ class VllmSource:
         ids, blocks = self._core.blocks(request, start, end)
         pins = self._pins.setdefault(request, [])
         if start and not pins:
-            # Those before them too, so that all are freed together: else the end of the request
-            # could outlive its beginning in the prefix cache.
+            # The blocks before `start` too, so that all are freed together. Otherwise the end of
+            # the request could outlive its beginning in the prefix cache.
             blocks = self._core.blocks(request, 0, start)[1] + blocks
         self._core.pool.touch(blocks)
         pins += blocks
@@ -153,7 +153,7 @@ class VllmSource:
         self._scheduler._inflight_prefills.discard(known)
 
     def taken_out(self) -> list[Request]:
-        """Requests with KV that moves have taken out of the batch."""
+        """The requests with KV that moves have taken out of the batch."""
         known = map(self._scheduler.requests.get, self._stopped)
         return [r for r in known if r is not None and r.num_computed_tokens]
 
@@ -197,13 +197,13 @@ class VllmSource:
         self._scheduler.finish_requests(request, RequestStatus.FINISHED_ABORTED)
 
     def _forget(self, request: RequestId) -> None:
-        """It is not stopped any more."""
+        """The request is not stopped any more."""
         self._stopped.discard(request)
         self._give_up_place(request)
 
     def _keep_place(self, request: RequestId) -> None:
-        """Until its last step is home the request may have to go back into the batch, and its
-        worker's slot is taken: nobody may be admitted in its stead."""
+        """Until its last step has ended, the request may have to go back into the batch, and its
+        slot in the workers is taken. No other may be admitted in its place."""
         self._places.add(request)
         self._scheduler.max_num_active_reqs -= 1
 

@@ -1,12 +1,13 @@
 """Reads an engine's load off vLLM's scheduler, on the engine's own thread, between two steps.
 
-Requests are counted only when one came, went, began to run or was preempted; in between nothing but
-KV memory, time and what prompts have left changes. A count looks at those that run and at those
-that came, left or changed sides since the count before, and never at the whole queue. A request
-that was preempted is seen to have been once it waits, or when it leaves.
-
-A request that was taken out of the batch to be handed over counts as running until it has left: the
-report says apart how many are on their way out.
+Rules
+- Requests are counted only when one came, left, began to run or was preempted. In between nothing
+  changes but KV memory, time and what is left of prompts.
+- A count looks at the requests that run and at those that came, left or changed sides since the
+  last count. It never looks at the whole queue.
+- A preemption is counted once the request waits again, or has left.
+- A request that was taken out of the batch to be handed over counts as running until it has left.
+  The report says apart how many requests are on their way out.
 
 vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
 - `scheduler.requests` holds all that are not finished; `running`, `waiting` and
@@ -39,7 +40,7 @@ _ANSWERED = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineCounts:
-    """What an engine counts: the fields of `LoadReport` with the same names."""
+    """What an engine counts. The fields are those of `LoadReport` with the same names."""
 
     kv_tokens_used: int
     kv_tokens_total: int
@@ -78,8 +79,8 @@ class LoadReader:
         self._seen: tuple[Any, ...] = ()
         self._known: dict[str, CountedRequest] = {}
         self._running: dict[str, CountedRequest] = {}
-        self._sessions: dict[str, CountedRequest] = {}  # Those that wait.
-        # Of each class: requests that wait, and what `CountedRequest.waits` says of them, added up.
+        self._sessions: dict[str, CountedRequest] = {}  # those that wait
+        # For each class: the requests that wait, and the sums of what `CountedRequest.waits` says.
         self._queued = [[0] * 4 for _ in range(len(priorities))]
         self._new: list[Request] = []
         self._left_out: list[str] = []
@@ -93,8 +94,8 @@ class LoadReader:
         self._finished_tokens = 0
 
     def arrived(self, request: Request | None = None) -> None:
-        """A request arrived or moved in. Without one: any may have come or left, and who is there
-        is compared with who was."""
+        """A request arrived or moved in. Without one, any may have come or left, and all that are
+        there are compared with those that were."""
         self._changes += 1
         if request is None:
             self._unsure = True
@@ -106,7 +107,8 @@ class LoadReader:
         self._changes += 1
 
     def left(self, names: list[str]) -> None:
-        """These were aborted. (Others that leave the queue are found, but that takes longer.)"""
+        """These requests were aborted. Others that leave the queue are found too, but that takes
+        longer."""
         self._left_out += [name for name in names if name in self._known]
 
     def read(self) -> EngineCounts:
@@ -117,7 +119,7 @@ class LoadReader:
             len(scheduler.requests),
             len(scheduler.waiting),
             len(scheduler.kv_holding_waiting),
-            # Two may have changed places since.
+            # By identity, since two may have changed places.
             [*map(id, scheduler.running), *map(id, self._taken_out())],
         )
         pool = scheduler.kv_cache_manager.block_pool
@@ -191,7 +193,7 @@ class LoadReader:
         )
 
     def _look_again(self, known: "CountedRequest") -> None:
-        """Whether it waits, and is counted so, or has left."""
+        """Counts a request among those that wait if it does, or as one that has left."""
         name = known.request.request_id
         if self._known.get(name) is not known:
             return
@@ -232,15 +234,15 @@ class LoadReader:
         known = self._known.get(request.request_id)
         if known is None or known.request is not request:
             if known is not None:
-                self._left(known)  # And another came under its id.
+                self._left(known)  # Another one came under its id.
             rank = self._priorities.rank(client_priority(request))
             known = CountedRequest(request=request, rank=rank, preemptions=request.num_preemptions)
             self._known[request.request_id] = known
         return known
 
     def _wanted(self, request: Request) -> tuple[int, int, int]:
-        """What is counted of a request that begins to wait. One that was preempted is taken to lose
-        what it had, which memory is too short for."""
+        """What is counted of a request that begins to wait. One that was preempted is expected to
+        lose its blocks, since memory is short."""
         cached, held = (0, 0) if request.num_preemptions else self._cached_tokens(request)
         moved = int(request.num_computed_tokens)
         tokens = int(request.num_tokens)
@@ -258,11 +260,11 @@ class LoadReader:
 
 @dataclass(slots=True, kw_only=True)
 class CountedRequest:
-    """A request that was counted: its class, its preemptions so far, and, if it waits, what is
-    counted of it: tokens, those that are in use already, and those to compute. (A session's tokens
-    become more while it waits.)"""
+    """A request that was counted."""
 
     request: Request
-    rank: int
-    preemptions: int
+    rank: int  # of its class
+    preemptions: int  # so far
     waits: tuple[int, int, int] | None = None
+    """What is counted of it while it waits: tokens, those that are in use already, and those to
+    compute. A session's tokens become more while it waits."""

@@ -1,25 +1,26 @@
 """Reads which prefixes an engine's cache keeps, on the engine's own thread, between two steps.
 
-vLLM's hashes of blocks mean nothing to another process, so the blocks of every request are named by
-our chain (core/prefixes.py) as they are computed, and with each name goes vLLM's key of the last
-block under it: while that one is in vLLM's map, those before it are too.
+vLLM's hashes of blocks mean nothing to another process. So the blocks of every request are named by
+our chain (core/prefixes.py) as they are computed. With each name goes vLLM's key of the last block
+under it: while that block is in vLLM's map, those before it are too.
 
-vLLM's own events of its cache (`kv_events`) say the same, at some 30 µs a block of 16 tokens: a
-hundred times what is needed to follow a request and to note what was dropped.
+vLLM's own events of its cache (`kv_events`) say the same, at some 30 µs for a block of 16 tokens.
+To follow each request and note what was dropped costs a hundredth of that.
 
 Rules
-- What covers more than tokens (images, embeddings) is left out, and sessions of streamed inputs.
-- Of a block of vLLM's that is larger than ours all of ours are kept, though a prompt that shares
-  only the first of them will not find them.
-- The first fact, and one every `SNAPSHOT_EVERY_S`, says everything anew (`cleared`): a controller
-  that Ray has just started learns it, and what was lost on the way is made good. An engine that
-  stands still is woken for it.
-- A call names `NAMES_MAX` blocks anew, goes over `WALKED_MAX` and tells `HASHES_MAX` at most; the
-  rest follow. It looks at those that run, and at `SWEPT_MAX` of the others, so that it finds those
-  that ended between two calls. Before an engine stands still all is told.
+- Requests whose content is more than tokens (images, embeddings) are left out, and so are sessions
+  of streamed inputs.
+- If a block of vLLM's is larger than ours, all of our blocks in it are kept, though a prompt that
+  shares only the first of them will not find it.
+- The first fact, and one every `SNAPSHOT_EVERY_S`, says everything anew (`cleared`). So a
+  controller that Ray has just started learns it, and what was lost on the way is made good. An
+  engine that stands still is woken for it.
+- A call names `NAMES_MAX` blocks, goes over `WALKED_MAX` and tells `HASHES_MAX` at most. The rest
+  follows with the next calls. It looks at the requests that run, and at `SWEPT_MAX` of the others
+  to find those that ended between two calls. Before an engine stands still all is told.
 - Where more is computed than can be named, requests that have ended are forgotten beyond
-  `ENDED_MAX`: a prompt that is not known here is found less often, no more.
-- Of a model with several groups of layers the first whose layers look at the whole prompt counts.
+  `ENDED_MAX`. Their prompts are found less often, no more.
+- Of a model with several groups of layers, the first whose layers look at the whole prompt counts.
 
 vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
 - `BlockPool.cached_block_hash_to_block` maps each block's key to the blocks that are in the cache,
@@ -65,13 +66,13 @@ SWEPT_MAX = 64
 ENDED_MAX = 256
 HASHES_MAX = 8192
 NAMED_TOKENS_MAX = PREFIX_BLOCKS_MAX * BLOCK_TOKENS
-"""Nobody asks for what lies beyond in a prompt."""
+"""What lies beyond in a prompt is never asked for."""
 CLOSE_TIMEOUT_S = 2.0
 _WHOLE_PROMPT = ("full_attention", "mla_attention", "sink_full_attention")
 
 
 class RecordingBlockMap(BlockHashToBlockMap):
-    """vLLM's map of what is in its prefix cache, which notes the keys of what was dropped."""
+    """vLLM's map of what is in its prefix cache. It records the keys of what was dropped."""
 
     def __init__(self, before: BlockHashToBlockMap) -> None:
         self._cache = before._cache
@@ -85,19 +86,18 @@ class RecordingBlockMap(BlockHashToBlockMap):
 
 @dataclass(slots=True, eq=False)
 class TrackedRequest:
-    """A request whose blocks are named as they are computed: so many are, up to the hash `after`.
-    `start`: the hash that its chain starts from; `preemptions`: how many it has had."""
+    """A request whose blocks are named as they are computed."""
 
     request: Request
-    start: int
-    after: int
-    named: int = 0
-    preemptions: int = 0
+    start: int  # the hash that its chain starts from
+    after: int  # the hash of the last block that was named
+    named: int = 0  # blocks
+    preemptions: int = 0  # so far; after another one the blocks are named anew
 
 
 class PrefixReader:
-    """Of one engine core. `wake` makes it call `read` soon; `running` are its requests that run.
-    `more`: the last call did not get to the end of what is to be said."""
+    """The reader of one engine core. `wake` makes the core call `read` soon. `running`: the
+    requests that run. `more`: the last call did not get to the end of what is to be told."""
 
     def __init__(
         self,
@@ -122,9 +122,9 @@ class PrefixReader:
         self._names_left = self._walk_left = self._turn = 0
         # Our names of what is kept, by vLLM's key of the last block under them.
         self._names: dict[bytes, tuple[int, ...]] = {}
-        # How many keys keep each: two if an adapter was loaded anew.
+        # How many keys keep each name: two if an adapter was loaded anew.
         self.kept: dict[int, int] = {}
-        # Not yet told. In order, so that of a long prompt the beginning is told first.
+        # What has still to be told, in order, so that the beginning of a long prompt comes first.
         self._stored: dict[int, None] = {}
         self._removed: dict[int, None] = {}
         self._cleared = True
@@ -136,7 +136,7 @@ class PrefixReader:
         self._map = self._take_map()
 
     def start(self) -> None:
-        """Begins to say everything anew from time to time."""
+        """Begins to have everything told anew from time to time."""
         self._thread.start()
 
     def close(self) -> None:
@@ -153,10 +153,10 @@ class PrefixReader:
         self._tracked[request.request_id] = TrackedRequest(request, start, start)
 
     def cached_tokens(self, request: Request) -> tuple[int, int]:
-        """How many leading tokens of a request are in the cache, and how many of them are in blocks
-        that requests hold; the last token is never looked for. By bisection: a cache drops a prompt
-        from its end, mostly, and who holds a block holds those before it. The engine's thread
-        only."""
+        """How many leading tokens of a request are in the cache, and how many of those are in
+        blocks that requests hold. The last token is never looked for. By bisection, since a cache
+        mostly drops a prompt from its end, and a request that holds a block holds those before it.
+        The engine's thread only."""
         if request.skip_reading_prefix_cache:
             return 0, 0
         get, group = self._pool.cached_block_hash_to_block.get_one_block, self._group
@@ -172,8 +172,8 @@ class PrefixReader:
         return cached * self._size, held * self._size
 
     def read(self, *, at_once: bool = False) -> PrefixesChanged | None:
-        """What has changed since the last call, up to a bound; None if nothing has, or if that was
-        just now and `at_once` is not wanted. The engine's thread only."""
+        """What has changed since the last call, up to a bound. None if nothing has, or if the last
+        call was just now and `at_once` is not wanted. The engine's thread only."""
         now = time.monotonic()
         if not at_once and now - self._read_s < READ_EVERY_S:
             return None
@@ -239,7 +239,7 @@ class PrefixReader:
         self._names_left, self._walk_left = NAMES_MAX, WALKED_MAX
         running = self._running()
         done = True
-        # In turns, so that the last ones are named too if there is too much for one call.
+        # Beginning with another one each time, so that the last are named too.
         self._turn += 1
         for n in range(len(running)):
             request = running[(n + self._turn) % len(running)]
@@ -251,7 +251,7 @@ class PrefixReader:
             if tracked.request.is_finished():
                 self._ended.append(tracked)
                 continue
-            self._tracked[name] = tracked  # Behind the others.
+            self._tracked[name] = tracked  # behind the others
             if whole:
                 done = self._advance(tracked) and done
         while self._ended and self._advance(self._ended[0]):
@@ -259,7 +259,7 @@ class PrefixReader:
         self.more = bool(self._ended) or not done
 
     def _advance(self, tracked: TrackedRequest) -> bool:
-        """Names blocks of one request; whether all that it has computed are."""
+        """Names blocks of one request. Returns whether all that it has computed are named."""
         request = tracked.request
         if tracked.preemptions != request.num_preemptions:
             tracked.preemptions = request.num_preemptions
@@ -302,7 +302,7 @@ class PrefixReader:
 
 
 def _note(h: int, done: dict[int, None], undone: dict[int, None]) -> None:
-    """Something is to be told, or its contrary no more."""
+    """Something is to be told. If its contrary was, neither is any more."""
     if h in undone:
         del undone[h]
     else:
@@ -315,7 +315,7 @@ def prefix_reader(
     engine_index: EngineIndex,
     wake: Callable[[], None],
 ) -> PrefixReader | None:
-    """For an engine core with this scheduler; None if this engine cannot tell."""
+    """A reader for an engine core with this scheduler, or None if this engine cannot tell."""
     why = None
     kv = scheduler.kv_cache_manager
     groups = [n for n, (kind, _) in enumerate(kv.kv_cache_event_metadata) if kind in _WHOLE_PROMPT]
