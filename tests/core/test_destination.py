@@ -160,6 +160,41 @@ def test_the_tail_of_a_take_over_is_of_all_that_was_generated() -> None:
     assert (took.outputs, took.tail) == (5, [200, 201, 202, 203, 204])
 
 
+def slots_asked_for(there: Destination) -> list[int]:
+    """From now on, by `reach`."""
+    asked: list[int] = []
+    reach = there.engine.reach
+    there.engine.reach = lambda r, tokens, new: (asked.append(tokens), reach(r, tokens, new))[1]  # type: ignore[method-assign]
+    return asked
+
+
+def test_a_request_that_comes_with_its_blocks_has_one_more_to_go_on() -> None:
+    """It holds blocks and waits for its first step: no other could make room for it."""
+    there = Destination()
+    there.stage(1, 0, 32)
+    there.pull()
+    asked = slots_asked_for(there)
+    there.handover(32, 42, 0, [200, 201, 202])
+    assert asked == [42 + there.engine.block_tokens]
+
+
+def test_a_request_that_comes_without_kv_asks_for_no_blocks() -> None:
+    """It waited, or is computed anew: it starts like any other that waits."""
+    there = Destination()
+    asked = slots_asked_for(there)
+    there.handover(0, 0, 0, [200])
+    assert asked == [0]
+
+
+def test_outputs_that_are_told_twice_count_once() -> None:
+    there = Destination(outputs=[200, 201])
+    there.stage(1, 0, 32, [200, 201, 202])  # From number 0 on.
+    there.pull()
+    there.handover(32, 44, 2, [202, 203, 204])
+    there.pull()
+    assert there.engine.requests[R].outputs == [200, 201, 202, 203, 204]
+
+
 def test_the_tail_has_an_end() -> None:
     there = Destination(outputs=list(range(TAIL_MAX)))
     there.handover(0, 0, TAIL_MAX, [1001, 1002])

@@ -106,7 +106,7 @@ def _children(folder: Path) -> list[Path]:
 
 
 def is_dead(folder: Path) -> bool:
-    """Whether somebody owned it and is no more."""
+    """Whether the folder had an owner, and the owner is dead."""
     try:
         if folder.is_symlink() or folder.stat().st_uid != os.geteuid():
             return False

@@ -152,7 +152,7 @@ class EnginePort(Protocol):
         ...
 
     def cancel(self, ticket: int) -> None:
-        """Ends a pull soon that nobody wants any more. Its end is reported all the same, when
+        """Ends a pull soon that is not wanted any more. Its end is reported all the same, when
         nothing is written any more."""
         ...
 

@@ -202,7 +202,7 @@ SOURCE: dict[SourceState, dict[SourceEvent, tuple[SourceState, SourceAction]]] =
         SE.GRANTED: (S.ABORTED, SA.RESUME),
         SE.FORFEITED: (S.ABORTED, SA.RESUME),  # It cannot have taken over what it never got.
         SE.REQUEST_ENDED: (S.ABORTED, SA.CANCEL),
-        SE.TIMED_OUT: (S.STOPPING, SA.REST),  # The engine's own steps always come home.
+        SE.TIMED_OUT: (S.STOPPING, SA.REST),  # The engine's own steps always end.
         SE.FAILED: (S.ABORTED, SA.TAKE_BACK),
     },
     S.DECIDING: {

@@ -255,7 +255,7 @@ class VllmDestination:
             self._client.cancel(ticket)
         else:
             self._deferred.remove(waiting)
-            self._pull_failed(ticket, "it was called off before it began")
+            self._pull_failed(ticket, "it was cancelled before it began")
 
     def cache(self, request: RequestId, tokens: int) -> None:
         incoming = self._arriving[request]

@@ -34,7 +34,7 @@ class ControllerSocket:
         connect(self._socket, self._address, self._keys)
 
     def close(self) -> None:
-        """Nobody may call it any more."""
+        """Closes it for good."""
         self._socket.close()
         self._context.term()
 
