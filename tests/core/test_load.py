@@ -303,3 +303,27 @@ def test_who_has_waited_is_queued_as_the_most_urgent() -> None:
 def test_age_makes_nobody_less_urgent(number: int, waited_s: float) -> None:
     assert PRIORITIES.aged(number, waited_s) <= number
     assert not math.isinf(PRIORITIES.aged(number, waited_s))
+
+
+# -- the order of a queue
+
+
+@pytest.mark.parametrize("epoch_s", [0.0, 1.7e9])
+def test_a_preempted_request_goes_first_in_its_class_and_is_put_back_only_once(
+    epoch_s: float,
+) -> None:
+    """Times count from a run's start in the simulator, and from 1970 in an engine."""
+    fresh = PRIORITIES.queue_key(0, max(0.0, epoch_s - 9), waited_s=0, preempted=False)
+    once = PRIORITIES.queue_key(0, epoch_s, waited_s=0, preempted=True)
+    assert once < fresh
+    assert PRIORITIES.queue_key(*once, waited_s=0, preempted=True) == once
+    later = PRIORITIES.queue_key(0, epoch_s + 10, waited_s=0, preempted=True)
+    assert once < later < fresh, "among them, the earlier first"
+    urgent = PRIORITIES.queue_key(-100, epoch_s + 99, waited_s=0, preempted=False)
+    assert urgent < once, "no class goes before a more urgent one"
+
+
+def test_a_request_that_has_waited_for_long_is_queued_as_the_most_urgent_class() -> None:
+    young = PRIORITIES.queue_key(0, 5.0, waited_s=PRIORITIES.aging_s - 0.1, preempted=False)
+    old = PRIORITIES.queue_key(0, 5.0, waited_s=PRIORITIES.aging_s, preempted=False)
+    assert (young.priority, old.priority) == (0, -100)
