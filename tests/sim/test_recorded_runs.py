@@ -33,7 +33,7 @@ from llumnix.core.events import (
     Dispatch,
     DrainInstance,
     MoveLimit,
-    MoveLoad,
+    MoveOrder,
     NoInstance,
     UndrainInstance,
 )
@@ -66,7 +66,7 @@ def limits(each: Iterable[MoveLimit]) -> str:
 DECISIONS: dict[type, tuple[str, Callable[[Any], tuple[Any, ...]]]] = {
     Dispatch: ("dispatch", lambda d: (d.request, d.instance, d.engine_index)),
     NoInstance: ("nowhere", lambda d: (d.request,)),
-    MoveLoad: (
+    MoveOrder: (
         "move",
         lambda d: (
             *(d.order, d.source, d.source_engine, d.destination, d.destination_engine),
