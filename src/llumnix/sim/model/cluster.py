@@ -30,7 +30,6 @@ from llumnix.core.events import (
     Tick,
     UndrainInstance,
 )
-from llumnix.core.limits import MigrationLimits
 from llumnix.core.messages import Out, PeerMessage, ToPeer
 from llumnix.core.migration.llumlet import Llumlet
 from llumnix.core.reports import LoadReport
@@ -375,14 +374,8 @@ class Cluster:
             self.frontend.jobs.__getitem__,
             self._pull,
         )
-        llumlet = Llumlet(
-            index,
-            "",
-            engine,
-            MigrationLimits(),
-            priorities=self.priorities,
-            payback=self.setup.scheduler.migration.payback,
-        )
+        payback = self.setup.scheduler.migration.payback
+        llumlet = Llumlet(index, "", engine, priorities=self.priorities, payback=payback)
         instance = Instance(id=name, index=index, engine=engine, llumlet=llumlet)
         self.instances[name] = self.by_engine[index] = instance
         self._report(instance)
