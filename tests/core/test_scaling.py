@@ -220,6 +220,18 @@ def test_an_instance_that_scaling_drains_gets_no_request_from_then_on() -> None:
     assert back == UndrainInstance(instance=decided.instance, why=back.why)
 
 
+def test_a_drain_counts_before_the_fleet_has_heard_of_it() -> None:
+    """Its next report may have been made before: it drains no second instance, and under load that
+    drain is the first to be taken back."""
+    f = Fleet(down_after_s=0.0, settle_s=0.0)
+    f.serving = ["i0", "i1", "i2"]
+    (drained,) = f.second(i0=IDLE, i1=IDLE, i2=IDLE)
+    assert isinstance(drained, DrainInstance)
+    assert f.second(i0=IDLE, i1=IDLE, i2=IDLE) == []
+    (back,) = f.until(3, i0=FULL, i1=FULL, i2=FULL)
+    assert back == UndrainInstance(instance=drained.instance, why=back.why)
+
+
 def starts_of(f: Fleet, seconds: int, started: Callable[[], None]) -> list[float]:
     """When instances were started within so many seconds, each of which ends as `started` says."""
     found = []

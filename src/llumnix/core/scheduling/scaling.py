@@ -15,6 +15,7 @@ Rules
 """
 
 import math
+from dataclasses import replace
 
 from llumnix.core.events import (
     AddInstances,
@@ -50,6 +51,7 @@ class Scaling:
         if most is None:
             return []
         least = self._settings.instances_min or 1
+        fleet = _with_drains_decided(fleet, view)
         there = len(fleet.serving) + fleet.starting
         if fleet.starting:
             self._changed_s = now
@@ -123,6 +125,20 @@ class _Failures:
                 pause_s = RETRY_FIRST_S * 2 ** min(self._in_a_row - 2, 16)
                 self.pause_until_s = now + min(pause_s, RETRY_MAX_S)
         self._total = given_up
+
+
+def _with_drains_decided(fleet: FleetReported, view: ClusterView) -> FleetReported:
+    """The fleet once it has begun the drains that this scheduler decided: a report that was made
+    before the fleet heard of a drain still lists that instance among those that serve."""
+    drains = tuple(i for i in fleet.serving if (v := view.get(i)) is not None and v.drain_decided)
+    if not drains:
+        return fleet
+    return replace(
+        fleet,
+        serving=tuple(i for i in fleet.serving if i not in drains),
+        draining=fleet.draining + drains,
+        drained_by={**fleet.drained_by, **dict.fromkeys(drains, "scheduler")},
+    )
 
 
 def _since(since_s: float | None, holds: bool, now: float) -> float | None:

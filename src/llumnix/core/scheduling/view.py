@@ -101,6 +101,11 @@ class InstanceView:
         return self.report.kv_tokens_used + self.booked_tokens
 
     @property
+    def drain_decided(self) -> bool:
+        """Whether the scheduler decided to drain it and no report shows it yet."""
+        return self.drain_decided_s is not None
+
+    @property
     def accepting(self) -> bool:
         """Whether it takes requests, as far as is known and decided."""
         return self.report.accepting and self.drain_decided_s is None
