@@ -4,14 +4,14 @@ A policy is asked with the view and answers one instance with the reason, or Non
 takes requests. It may keep state of its own, but it sees no clock and no dice.
 """
 
-from collections.abc import Callable
-from typing import Protocol
+from abc import ABC, abstractmethod
+from typing import ClassVar, NamedTuple
 
-from llumnix.core.events import RequestArrived
+from llumnix.core.events import PrefixesChanged, RequestArrived
 from llumnix.core.prefixes import BLOCK_TOKENS
 from llumnix.core.scheduling.load import Load
 from llumnix.core.scheduling.prefix_index import PrefixIndex
-from llumnix.core.scheduling.view import ClusterView, InstanceView, Order
+from llumnix.core.scheduling.view import ClusterView, InstanceView
 from llumnix.core.types import InstanceId
 
 AHEAD_TOKENS = 512
@@ -23,44 +23,55 @@ COMPUTED_WEIGHT = 2
 REQUEST_TOKENS = 600
 REQUEST_SHARE = 0.3
 BATCH = 4
-SOONEST = "soonest: after {ahead} tokens, {freeness:.0f} tokens a request"
 
 
-class DispatchPolicy(Protocol):
+class Choice(NamedTuple):
+    """An answer to a request: the instance, the reason, and how many tokens of the prompt are known
+    to be in its prefix cache."""
+
+    instance: InstanceView
+    why: str
+    cached: int = 0
+
+
+class DispatchPolicy(ABC):
     """One rule of placing requests."""
 
-    def choose(
-        self, view: ClusterView, request: RequestArrived, now: float
-    ) -> tuple[InstanceView, str] | None:
-        """Returns an instance and why it."""
-        ...
+    looks_at_caches: ClassVar[bool] = False
+    """Whether it wants to know what is in the instances' prefix caches."""
+
+    @abstractmethod
+    def choose(self, view: ClusterView, request: RequestArrived, now: float) -> Choice | None:
+        """Returns an instance and why it; None if no instance takes requests."""
+
+    def learn(self, fact: PrefixesChanged) -> None:  # noqa: B027 - optional
+        """Takes in what changed in an instance's prefix cache."""
+
+    def forget(self, instance: InstanceId) -> None:  # noqa: B027 - optional
+        """This run of the instance is over, and its prefix cache with it."""
 
 
-class RoundRobin:
+class RoundRobin(DispatchPolicy):
     """The instances in turn, whatever their load."""
 
     def __init__(self) -> None:
         self._last = InstanceId("")
 
-    def choose(
-        self, view: ClusterView, request: RequestArrived, now: float
-    ) -> tuple[InstanceView, str] | None:
+    def choose(self, view: ClusterView, request: RequestArrived, now: float) -> Choice | None:
         chosen = view.next_after(self._last, now)
         if chosen is None:
             return None
         self._last = chosen.report.instance
-        return chosen, "round-robin: its turn"
+        return Choice(chosen, "round-robin: its turn")
 
 
-class LeastLoaded:
+class LeastLoaded(DispatchPolicy):
     """Fewest requests (dispatches in flight included), then fewest KV tokens, then in turn."""
 
     def __init__(self) -> None:
         self._last = InstanceId("")
 
-    def choose(
-        self, view: ClusterView, request: RequestArrived, now: float
-    ) -> tuple[InstanceView, str] | None:
+    def choose(self, view: ClusterView, request: RequestArrived, now: float) -> Choice | None:
         candidates = view.candidates(now)
         if not candidates:
             return None
@@ -68,7 +79,8 @@ class LeastLoaded:
         tied = [v for v in candidates if (v.requests, v.tokens) == lowest]
         chosen = next((v for v in tied if v.report.instance > self._last), tied[0])
         self._last = chosen.report.instance
-        return chosen, f"least-loaded: {lowest[0]} requests, {lowest[1]} KV tokens"
+        why = f"least-loaded: {lowest[0]} requests, {lowest[1]} KV tokens"
+        return Choice(chosen, why)
 
 
 def by_freeness(known: InstanceView, rank: int, view: ClusterView) -> tuple[float, ...]:
@@ -94,36 +106,19 @@ def by_start(known: InstanceView, rank: int, view: ClusterView) -> tuple[float, 
     return max(0.0, full), short, ahead, -freeness, -known.turn
 
 
-class Best:
-    """The first in one order of the instances. `why`: a format of `freeness`, in tokens a request,
-    and of `ahead`, the tokens to compute before the request's own."""
+class HighestFreeness(DispatchPolicy):
+    """The highest freeness as a newcomer of the request's class meets it."""
 
-    def __init__(self, order: Order, why: str) -> None:
-        self._order = order
-        self._why = why
-
-    def choose(
-        self, view: ClusterView, request: RequestArrived, now: float
-    ) -> tuple[InstanceView, str] | None:
+    def choose(self, view: ClusterView, request: RequestArrived, now: float) -> Choice | None:
         rank = view.priorities.rank(request.priority)
-        chosen = view.best(self._order, rank, now)
+        chosen = view.best(by_freeness, rank, now)
         if chosen is None:
             return None
-        return chosen, _explain(self._why, chosen, rank, view)
+        freeness = chosen.load.freeness_for(rank, view.priorities)
+        return Choice(chosen, f"freest: {freeness:.0f} tokens a request")
 
 
-def _explain(why: str, chosen: InstanceView, rank: int, view: ClusterView) -> str:
-    load = chosen.load
-    freeness = load.freeness_for(rank, view.priorities)
-    return why.format(freeness=freeness, ahead=load.ahead_of(rank))
-
-
-def freest() -> Best:
-    """The highest freeness as a newcomer of the request's class meets it."""
-    return Best(by_freeness, "freest: {freeness:.0f} tokens a request")
-
-
-class Soonest:
+class Soonest(DispatchPolicy):
     """Where the request starts soonest, and disturbs the fewest: memory is not short, and the
     fewest tokens of prompts are still to be computed, its own included as far as they are not in
     the instance's prefix cache; of several alike the freest.
@@ -144,36 +139,53 @@ class Soonest:
     Of idle instances a long prompt of which the warmest has no more than the next in turn goes to
     the latter, so that all their caches fill and not one alone."""
 
+    looks_at_caches = True
+
     def __init__(self) -> None:
-        self.index = PrefixIndex()
-        self._soonest = Best(by_start, SOONEST)
+        self._index = PrefixIndex()
         self._last = InstanceId("")
 
-    def choose(
-        self, view: ClusterView, request: RequestArrived, now: float
-    ) -> tuple[InstanceView, str] | None:
-        found = self._soonest.choose(view, request, now)
-        if found is None or not request.prefix:
-            return found
-        best, _ = found
-        here = self.index.hit(best.report.instance, request.prefix)
-        holders = self.index.hits(request.prefix, HOLDERS_MAX, above=here)
-        if holders:
-            return self._worth(holders, best, here, view, request, now) or found
-        idle = not best.load.batch and not best.load.waiting
-        if not idle or request.prompt_tokens - here * BLOCK_TOKENS < AHEAD_TOKENS:
-            return found
+    def choose(self, view: ClusterView, request: RequestArrived, now: float) -> Choice | None:
+        rank = view.priorities.rank(request.priority)
+        best, here = view.best(by_start, rank, now), 0
+        if best is None:
+            return None
+        if request.prefix:
+            here = self._index.hit(best.report.instance, request.prefix)
+            holders = self._index.hits(request.prefix, HOLDERS_MAX, above=here)
+            if holders:
+                found = self._worth(holders, best, here, view, request, now)
+                if found is not None:
+                    return found
+            elif not best.load.batch and not best.load.waiting:
+                best, here = self._next_idle(best, here, view, request, now)
+        load = best.load
+        freeness = load.freeness_for(rank, view.priorities)
+        why = f"soonest: after {load.ahead_of(rank)} tokens, {freeness:.0f} tokens a request"
+        return Choice(best, why, _tokens(here, request.prompt_tokens))
+
+    def learn(self, fact: PrefixesChanged) -> None:
+        if fact.cleared:
+            self._index.clear(fact.instance)
+        self._index.remove(fact.instance, fact.removed)
+        self._index.store(fact.instance, fact.stored)
+
+    def forget(self, instance: InstanceId) -> None:
+        self._index.clear(instance)
+
+    def _next_idle(
+        self, best: InstanceView, here: int, view: ClusterView, request: RequestArrived, now: float
+    ) -> tuple[InstanceView, int]:
+        """The instance that follows in turn, and its hit in blocks, if much of the prompt is to be
+        computed and the two are alike; else `best`, which is idle, and its own hit, `here`."""
+        if request.prompt_tokens - here * BLOCK_TOKENS < AHEAD_TOKENS:
+            return best, here
         rank = view.priorities.rank(request.priority)
         other = view.next_after(self._last, now) or best
         self._last = other.report.instance
         alike = by_start(other, rank, view)[:-1] == by_start(best, rank, view)[:-1]
-        if alike and self.index.hit(other.report.instance, request.prefix) >= here:
-            best = other
-        return best, _explain(SOONEST, best, rank, view)
-
-    def cached(self, instance: InstanceId, request: RequestArrived) -> int:
-        """The tokens of its prompt that do not have to be computed there."""
-        return _tokens(self.index.hit(instance, request.prefix), request.prompt_tokens)
+        there = self._index.hit(other.report.instance, request.prefix) if alike else -1
+        return (other, there) if there >= here else (best, here)
 
     def _worth(
         self,
@@ -183,7 +195,7 @@ class Soonest:
         view: ClusterView,
         request: RequestArrived,
         now: float,
-    ) -> tuple[InstanceView, str] | None:
+    ) -> Choice | None:
         """The instance whose hit is worth most, if it is better than the best without, whose own
         is `here`. `holders`: hits in blocks."""
         rank, prompt = view.priorities.rank(request.priority), request.prompt_tokens
@@ -203,7 +215,8 @@ class Soonest:
             kept = view.priorities.headroom(load.total, load.running, above=rank)
             return kept > 0 and load.freeness_for(rank, view.priorities) < view.thresholds[0]
 
-        found, lowest = None, cost(best.load, _tokens(here, prompt))
+        found: Choice | None = None
+        lowest = cost(best.load, _tokens(here, prompt))
         best_closed = closed(best.load)
         for instance, blocks in holders.items():
             known, hit = view.get(instance), _tokens(blocks, prompt)
@@ -212,7 +225,8 @@ class Soonest:
             mine = cost(known.load, hit)
             if mine < lowest and (best_closed or not closed(known.load)):
                 lowest = mine
-                found = known, f"soonest: {hit} of {prompt} tokens are in its cache"
+                why = f"soonest: {hit} of {prompt} tokens are in its cache"
+                found = Choice(known, why, hit)
         return found
 
 
@@ -221,9 +235,9 @@ def _tokens(blocks: int, prompt: int) -> int:
     return max(0, min(blocks * BLOCK_TOKENS, prompt - 1))
 
 
-DISPATCH_POLICIES: dict[str, Callable[[], DispatchPolicy]] = {
+DISPATCH_POLICIES: dict[str, type[DispatchPolicy]] = {
     "soonest": Soonest,
-    "freest": freest,
+    "freest": HighestFreeness,
     "round-robin": RoundRobin,
     "least-loaded": LeastLoaded,
 }

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 from llumnix.core.priorities import Priorities
+from llumnix.core.scheduling.dispatch import DISPATCH_POLICIES
 from llumnix.core.settings import SchedulerSettings
 
 
@@ -21,7 +22,7 @@ class Preset:
     @property
     def looks_at_caches(self) -> bool:
         """Whether dispatch wants to know what is in the instances' prefix caches."""
-        return self.dispatch == "soonest"
+        return DISPATCH_POLICIES[self.dispatch].looks_at_caches
 
 
 POLICIES: dict[str, Preset] = {

@@ -18,7 +18,7 @@ from llumnix.core.events import (
     Tick,
     UndrainInstance,
 )
-from llumnix.core.scheduling.dispatch import DISPATCH_POLICIES, Soonest
+from llumnix.core.scheduling.dispatch import DISPATCH_POLICIES
 from llumnix.core.scheduling.malformed import why_malformed
 from llumnix.core.scheduling.pairing import Pairing
 from llumnix.core.scheduling.presets import POLICIES, priorities_of
@@ -59,10 +59,10 @@ class Scheduler:
                 return list(self._pairing.round(self.view, now))
             case InstanceLost(instance=instance, engine_index=engine_index):
                 self.view.lose(instance, engine_index)
-                if isinstance(self._dispatch, Soonest):
-                    self._dispatch.index.clear(instance)
-            case PrefixesChanged():
-                self._learn(fact)
+                self._dispatch.forget(instance)
+            case PrefixesChanged(instance=instance, engine_index=engine_index):
+                if not self.view.is_over(instance, engine_index):
+                    self._dispatch.learn(fact)
             case FleetReported():
                 return self._scale(fact, now)
         return []
@@ -71,24 +71,20 @@ class Scheduler:
         found = self._dispatch.choose(self.view, fact, now)
         if found is None:
             return NoInstance(request=fact.request, why="no instance that takes requests is known")
-        chosen, why = found
-        report = chosen.report
-        cached = 0
-        if isinstance(self._dispatch, Soonest):
-            cached = self._dispatch.cached(report.instance, fact)
+        report = found.instance.report
         self.view.book(
             report.instance,
             fact.request,
             fact.prompt_tokens,
             now,
             priority=fact.priority,
-            cached=cached,
+            cached=found.cached,
         )
         return Dispatch(
             request=fact.request,
             instance=report.instance,
             engine_index=report.engine_index,
-            why=why,
+            why=found.why,
         )
 
     def _scale(self, fact: FleetReported, now: float) -> list[Decision]:
@@ -99,17 +95,6 @@ class Scheduler:
             elif isinstance(decision, UndrainInstance):
                 self.view.undrain(decision.instance)
         return list(decisions)
-
-    def _learn(self, fact: PrefixesChanged) -> None:
-        if not isinstance(self._dispatch, Soonest):
-            return
-        if self.view.is_over(fact.instance, fact.engine_index):
-            return
-        index = self._dispatch.index
-        if fact.cleared:
-            index.clear(fact.instance)
-        index.remove(fact.instance, fact.removed)
-        index.store(fact.instance, fact.stored)
 
 
 def urgency(fact: object) -> tuple[int, int]:
