@@ -6,10 +6,13 @@ from hypothesis import strategies as st
 
 from llumnix.core.events import Dispatch, InstanceLost, LoadReported, NoInstance, RequestArrived
 from llumnix.core.reports import ClassLoad, LoadReport
-from llumnix.core.scheduling.dispatch import AHEAD_TOKENS
 from llumnix.core.scheduling.presets import POLICIES
 from llumnix.core.scheduling.scheduler import Scheduler, urgency
-from llumnix.core.scheduling.view import BOOKING_LIFETIME_S, STALE_AFTER_S
+from llumnix.core.scheduling.tuning import (
+    BOOKING_LIFETIME_S,
+    PREFILL_QUANTUM_TOKENS,
+    STALE_AFTER_S,
+)
 from llumnix.core.settings import SchedulerSettings
 from llumnix.core.types import EngineIndex, InstanceId, RequestId
 
@@ -125,22 +128,24 @@ def test_least_loaded_counts_running_and_waiting_then_tokens() -> None:
 
 def test_llumnix_goes_where_the_fewest_prompts_are_before_it_not_where_most_memory_is() -> None:
     s = scheduler("llumnix")
-    s.handle(report("i0", running=1, used=10, prefill=2 * AHEAD_TOKENS), 0.0)
+    s.handle(report("i0", running=1, used=10, prefill=2 * PREFILL_QUANTUM_TOKENS), 0.0)
     s.handle(report("i1", engine=1, running=9, used=3000), 0.0)
-    s.handle(report("i2", engine=2, waiting=1, waiting_tokens=AHEAD_TOKENS), 0.0)
-    assert [place(s, r, tokens=1 + AHEAD_TOKENS) for r in "abc"] == ["i1", "i2", "i1"]
+    s.handle(report("i2", engine=2, waiting=1, waiting_tokens=PREFILL_QUANTUM_TOKENS), 0.0)
+    assert [place(s, r, tokens=1 + PREFILL_QUANTUM_TOKENS) for r in "abc"] == ["i1", "i2", "i1"]
 
 
 def test_a_few_tokens_before_it_are_no_reason_to_go_where_less_memory_is() -> None:
     s = scheduler("llumnix")
-    s.handle(report("i0", running=1, used=10, prefill=AHEAD_TOKENS - 1), 0.0)
+    s.handle(report("i0", running=1, used=10, prefill=PREFILL_QUANTUM_TOKENS - 1), 0.0)
     s.handle(report("i1", engine=1, running=9, used=3000), 0.0)
     assert place(s, "r") == "i0"
 
 
 def test_who_is_less_urgent_and_waits_is_not_before_it() -> None:
     s = scheduler("llumnix")
-    s.handle(report("i0", running=1, used=10, waiting=1, waiting_tokens=AHEAD_TOKENS), 0.0)
+    s.handle(
+        report("i0", running=1, used=10, waiting=1, waiting_tokens=PREFILL_QUANTUM_TOKENS), 0.0
+    )
     s.handle(report("i1", engine=1, running=9, used=3000), 0.0)
     urgent = RequestArrived(request=RequestId("u"), prompt_tokens=10, priority=-100)
     (decision,) = s.handle(urgent, 0.0)
@@ -151,7 +156,7 @@ def test_who_is_less_urgent_and_waits_is_not_before_it() -> None:
 def test_llumnix_goes_where_there_is_room_whatever_is_before_it() -> None:
     """Who gives requests away for want of memory takes none, though one would fit."""
     s = scheduler("llumnix")
-    s.handle(report("i0", running=1, used=100, prefill=2 * AHEAD_TOKENS), 0.0)
+    s.handle(report("i0", running=1, used=100, prefill=2 * PREFILL_QUANTUM_TOKENS), 0.0)
     s.handle(report("i1", engine=1, running=9, used=TOTAL - 200), 0.0)
     assert place(s, "r") == "i0"
 
@@ -186,7 +191,7 @@ def test_llumnix_takes_the_freest_where_no_prompt_is_before_it() -> None:
 
 def test_infaas_goes_to_the_freest_whatever_prompts_are_before_it() -> None:
     s = scheduler("infaas++")
-    s.handle(report("i0", running=1, used=10, prefill=2 * AHEAD_TOKENS), 0.0)
+    s.handle(report("i0", running=1, used=10, prefill=2 * PREFILL_QUANTUM_TOKENS), 0.0)
     s.handle(report("i1", engine=1, running=9, used=3000), 0.0)
     assert place(s, "r") == "i0"
 
@@ -196,7 +201,7 @@ def test_a_burst_spreads_before_any_report_covers_it(policy: str) -> None:
     s = scheduler(policy)
     for n in range(4):
         s.handle(report(f"i{n}", engine=n), 0.0)
-    placed = [place(s, f"r{n}", tokens=AHEAD_TOKENS // 10) for n in range(40)]
+    placed = [place(s, f"r{n}", tokens=PREFILL_QUANTUM_TOKENS // 10) for n in range(40)]
     assert {i: placed.count(i) for i in placed} == {"i0": 10, "i1": 10, "i2": 10, "i3": 10}
 
 
@@ -366,7 +371,9 @@ def test_the_urgent_one_gets_the_best_place_though_it_came_last() -> None:
     s.handle(report("i0", running=1, used=100), 0.0)
     s.handle(report("i1", engine=1, running=20, used=5000), 0.0)
     came = [
-        RequestArrived(request=RequestId(name), prompt_tokens=3 * AHEAD_TOKENS, priority=priority)
+        RequestArrived(
+            request=RequestId(name), prompt_tokens=3 * PREFILL_QUANTUM_TOKENS, priority=priority
+        )
         for name, priority in (("normal", 0), ("urgent", -100))
     ]
     placed = {}

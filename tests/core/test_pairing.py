@@ -10,7 +10,7 @@ from llumnix.core.events import LoadReported, MoveLimit, MoveLoad, Tick
 from llumnix.core.migration.victim import Candidate, choose_victim
 from llumnix.core.reports import ClassLoad, LoadReport
 from llumnix.core.scheduling.scheduler import Scheduler
-from llumnix.core.scheduling.view import FRUITLESS_S, ORDER_LIFETIME_S
+from llumnix.core.scheduling.tuning import FRUITLESS_S, ORDER_LIFETIME_S
 from llumnix.core.settings import MigrationSettings, SchedulerSettings
 from llumnix.core.types import EngineIndex, InstanceId, OrderId, RequestId
 

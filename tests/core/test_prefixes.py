@@ -15,15 +15,15 @@ from llumnix.core.events import (
 )
 from llumnix.core.prefixes import BLOCK_TOKENS, PREFIX_BLOCKS_MAX, chain, extend, root
 from llumnix.core.reports import ClassLoad, LoadReport
-from llumnix.core.scheduling.dispatch import (
-    AHEAD_TOKENS,
-    BATCH,
-    COMPUTED_WEIGHT,
-    REQUEST_SHARE,
-    REQUEST_TOKENS,
-)
 from llumnix.core.scheduling.prefix_index import PrefixIndex
 from llumnix.core.scheduling.scheduler import Scheduler
+from llumnix.core.scheduling.tuning import (
+    HALF_WEIGHT_BATCH,
+    NEIGHBOUR_PROMPT_SHARE,
+    NEIGHBOUR_TOKENS,
+    PREFILL_QUANTUM_TOKENS,
+    PREFILL_WEIGHT,
+)
 from llumnix.core.settings import SchedulerSettings
 from llumnix.core.types import EngineIndex, InstanceId, RequestId
 
@@ -223,9 +223,16 @@ def test_a_hit_decides_against_a_somewhat_freer_instance() -> None:
 def test_a_hit_is_not_worth_a_batch_that_is_much_larger(tokens: int, beside: int) -> None:
     """Each request more there weighs as much as so many tokens, more if the prompt is long, and
     less among many."""
-    saved = COMPUTED_WEIGHT * (tokens - tokens % BLOCK_TOKENS)
-    each = (REQUEST_TOKENS + REQUEST_SHARE * tokens) * BATCH / (BATCH + beside)
-    few, many = int((saved - AHEAD_TOKENS) / each), int((saved + AHEAD_TOKENS) / each) + 1
+    saved = PREFILL_WEIGHT * (tokens - tokens % BLOCK_TOKENS)
+    each = (
+        (NEIGHBOUR_TOKENS + NEIGHBOUR_PROMPT_SHARE * tokens)
+        * HALF_WEIGHT_BATCH
+        / (HALF_WEIGHT_BATCH + beside)
+    )
+    few, many = (
+        int((saved - PREFILL_QUANTUM_TOKENS) / each),
+        int((saved + PREFILL_QUANTUM_TOKENS) / each) + 1,
+    )
     for more, instance in ((0, "i1"), (few, "i1"), (many, "i0")):
         s = cluster(
             report(0, running=beside, kv_tokens_used=10),

@@ -17,8 +17,8 @@ from llumnix.core.events import (
     UndrainInstance,
 )
 from llumnix.core.reports import ClassLoad, LoadReport
-from llumnix.core.scheduling.scaling import RETRY_FIRST_S, RETRY_MAX_S, ROW_ENDS_AFTER_S
 from llumnix.core.scheduling.scheduler import Scheduler
+from llumnix.core.scheduling.tuning import RETRY_FIRST_S, RETRY_MAX_S, ROW_ENDS_AFTER_S
 from llumnix.core.settings import ScalingSettings, SchedulerSettings
 from llumnix.core.types import EngineIndex, InstanceId, RequestId
 

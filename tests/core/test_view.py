@@ -16,19 +16,21 @@ from llumnix.core.events import (
     RequestArrived,
     Tick,
 )
+from llumnix.core.limits import STALLED_AFTER_S
 from llumnix.core.reports import ClassLoad, LoadReport
 from llumnix.core.scheduling.dispatch import by_freeness, by_start
 from llumnix.core.scheduling.presets import POLICIES
 from llumnix.core.scheduling.scheduler import Scheduler
-from llumnix.core.scheduling.view import (
+from llumnix.core.scheduling.tuning import (
     BOOKING_LIFETIME_S,
     BOOKINGS_MAX,
     DRAIN_LIFETIME_S,
+    HEAP_ENTRIES_MORE,
+    HEAP_ENTRIES_PER_INSTANCE,
     ORDER_LIFETIME_S,
     STALE_AFTER_S,
-    STALLED_AFTER_S,
-    ClusterView,
 )
+from llumnix.core.scheduling.view import ClusterView
 from llumnix.core.settings import MigrationSettings, SchedulerSettings
 from llumnix.core.types import EngineIndex, InstanceId, OrderId, RequestId
 
@@ -292,7 +294,7 @@ def test_heaps_are_bounded_whatever_is_asked_for_afterwards(asked: tuple[int, ..
         if beat % 20 == 0:
             for priority in asked:
                 place(s, now, f"{beat} {priority}", priority=priority)
-        assert entries(s.view) <= 2 * (8 * 4 + 64)
+        assert entries(s.view) <= 2 * (HEAP_ENTRIES_PER_INSTANCE * 4 + HEAP_ENTRIES_MORE)
 
 
 def test_heaps_follow_the_thresholds() -> None:

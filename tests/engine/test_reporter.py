@@ -7,10 +7,11 @@ import pytest
 import zmq
 
 from llumnix.core.events import LoadReported, MoveLoad
+from llumnix.core.limits import HEARTBEAT_S
 from llumnix.core.reports import ClassLoad, LoadReport, Moving
 from llumnix.core.types import EngineIndex, InstanceId, OrderId, RequestId
 from llumnix.engine.reporting.load_reader import Numbers
-from llumnix.engine.reporting.reporter import HEARTBEAT_S, REPORT_EVERY_S, LoadReporter
+from llumnix.engine.reporting.reporter import REPORT_EVERY_S, LoadReporter
 from llumnix.wire import decode
 
 PATIENCE_MS = 20_000

@@ -11,18 +11,16 @@ from llumnix.core.events import PrefixesChanged, RequestArrived
 from llumnix.core.prefixes import BLOCK_TOKENS
 from llumnix.core.scheduling.load import Load
 from llumnix.core.scheduling.prefix_index import PrefixIndex
+from llumnix.core.scheduling.tuning import (
+    HALF_WEIGHT_BATCH,
+    HOLDERS_MAX,
+    NEIGHBOUR_PROMPT_SHARE,
+    NEIGHBOUR_TOKENS,
+    PREFILL_QUANTUM_TOKENS,
+    PREFILL_WEIGHT,
+)
 from llumnix.core.scheduling.view import ClusterView, InstanceView
 from llumnix.core.types import InstanceId
-
-AHEAD_TOKENS = 512
-"""Fewer tokens of prompts take about as long as a decode step or two: no reason to go where less
-memory is free."""
-HOLDERS_MAX = 8
-"""So many instances that have the most of a prompt in their caches are looked at."""
-COMPUTED_WEIGHT = 2
-REQUEST_TOKENS = 600
-REQUEST_SHARE = 0.3
-BATCH = 4
 
 
 class Choice(NamedTuple):
@@ -91,13 +89,13 @@ def by_freeness(known: InstanceView, rank: int, view: ClusterView) -> tuple[floa
 
 def by_start(known: InstanceView, rank: int, view: ClusterView) -> tuple[float, ...]:
     """First those that have memory: the fewest tokens to compute before a newcomer's own, in
-    `AHEAD_TOKENS`, then the highest freeness. Then those where only the headroom of more urgent
-    classes is left, last those so short of it that they give requests away, each the least short
-    first. Of several alike, mostly because they stand idle, the one that was dispatched to last:
-    it is the warmest."""
+    `PREFILL_QUANTUM_TOKENS`, then the highest freeness. Then those where only the headroom of more
+    urgent classes is left, last those so short of it that they give requests away, each the least
+    short first. Of several alike, mostly because they stand idle, the one that was dispatched to
+    last: it is the warmest."""
     load = known.load
     freeness = load.freeness_for(rank, view.priorities)
-    ahead = load.ahead_of(rank) // AHEAD_TOKENS
+    ahead = load.ahead_of(rank) // PREFILL_QUANTUM_TOKENS
     short = view.thresholds[0] - freeness
     if short <= 0:
         return 0.0, 0.0, ahead, -freeness, -known.turn
@@ -123,18 +121,18 @@ class Soonest(DispatchPolicy):
     fewest tokens of prompts are still to be computed, its own included as far as they are not in
     the instance's prefix cache; of several alike the freest.
 
-    With a hit elsewhere a token to compute weighs `COMPUTED_WEIGHT` times as much as one to wait
+    With a hit elsewhere a token to compute weighs `PREFILL_WEIGHT` times as much as one to wait
     for, and once more for each request that waits there: to compute what another has delays
     everybody there, and takes room in its cache. Where all have queues, to keep to the caches is
     what makes them shorter.
     A hit is worth memory that is short: tokens that are missing to start weigh as much as tokens to
     wait for, and less the more requests run there, of which one will soon end. It is not worth the
     headroom of more urgent classes, nor a full batch, nor one with many more requests, each of
-    which makes every step longer: each weighs as much as `REQUEST_TOKENS` to wait for, and
-    `REQUEST_SHARE` of the prompt, since who shares a long prefix has a long context.
+    which makes every step longer: each weighs as much as `NEIGHBOUR_TOKENS` to wait for, and
+    `NEIGHBOUR_PROMPT_SHARE` of the prompt, since who shares a long prefix has a long context.
     Otherwise a popular prefix would gather its requests on one instance while others stand idle.
-    With `BATCH` requests where it would go else each weighs half of that, and so on: among many,
-    a few more are chance.
+    With `HALF_WEIGHT_BATCH` requests where it would go else each weighs half of that, and so on:
+    among many, a few more are chance.
 
     Of idle instances a long prompt of which the warmest has no more than the next in turn goes to
     the latter, so that all their caches fill and not one alone."""
@@ -178,7 +176,7 @@ class Soonest(DispatchPolicy):
     ) -> tuple[InstanceView, int]:
         """The instance that follows in turn, and its hit in blocks, if much of the prompt is to be
         computed and the two are alike; else `best`, which is idle, and its own hit, `here`."""
-        if request.prompt_tokens - here * BLOCK_TOKENS < AHEAD_TOKENS:
+        if request.prompt_tokens - here * BLOCK_TOKENS < PREFILL_QUANTUM_TOKENS:
             return best, here
         rank = view.priorities.rank(request.priority)
         other = view.next_after(self._last, now) or best
@@ -200,14 +198,18 @@ class Soonest(DispatchPolicy):
         is `here`. `holders`: hits in blocks."""
         rank, prompt = view.priorities.rank(request.priority), request.prompt_tokens
         others = best.load.batch + best.load.waiting
-        each = (REQUEST_TOKENS + REQUEST_SHARE * prompt) * BATCH / (BATCH + others)
+        each = (
+            (NEIGHBOUR_TOKENS + NEIGHBOUR_PROMPT_SHARE * prompt)
+            * HALF_WEIGHT_BATCH
+            / (HALF_WEIGHT_BATCH + others)
+        )
 
         def cost(load: Load, hit: int) -> float:
-            new = (COMPUTED_WEIGHT + load.waiting) * (prompt - hit)
+            new = (PREFILL_WEIGHT + load.waiting) * (prompt - hit)
             beside = each * (load.batch + load.waiting)
             missing = max(0.0, prompt - hit - load.spare_for(0, view.priorities))
-            freed = missing * BATCH / (BATCH + load.batch)
-            return (load.ahead_of(rank) + freed + new + beside) // AHEAD_TOKENS
+            freed = missing * HALF_WEIGHT_BATCH / (HALF_WEIGHT_BATCH + load.batch)
+            return (load.ahead_of(rank) + freed + new + beside) // PREFILL_QUANTUM_TOKENS
 
         def closed(load: Load) -> bool:
             if load.slots and load.batch + load.waiting >= load.slots:

@@ -10,20 +10,21 @@ Rules
 from dataclasses import dataclass
 
 from llumnix.core.reports import LoadReport
-from llumnix.core.settings import PAPER_BLOCK_TOKENS, MigrationSettings, ScalingSettings
-
-HALF_LIFE_REQUESTS = 2000
-HALF_LIFE_STEPS = 500
-HALF_LIFE_BYTES = 2**30
-ENOUGH_REQUESTS = 20
-PAPER_THRESHOLD = 3.0 * PAPER_BLOCK_TOKENS
-PAPER_SCALE_LOW, PAPER_SCALE_HIGH = 10.0 * PAPER_BLOCK_TOKENS, 60.0 * PAPER_BLOCK_TOKENS
-SOURCE_SHARE, DESTINATION_SHARE = 0.125, 0.5
-"""Of the mean answer's length: below the first an instance gives away, above the second it
-takes."""
-SOURCE_MIN = 16.0
-LOW_SHARE, HIGH_SHARE = 0.5, 2.0
-"""Likewise, for scaling."""
+from llumnix.core.scheduling.tuning import (
+    DESTINATION_SHARE,
+    ENOUGH_REQUESTS,
+    HALF_LIFE_BYTES,
+    HALF_LIFE_REQUESTS,
+    HALF_LIFE_STEPS,
+    PAPER_SCALE_HIGH,
+    PAPER_SCALE_LOW,
+    PAPER_THRESHOLD,
+    SCALE_HIGH_SHARE,
+    SCALE_LOW_SHARE,
+    SOURCE_MIN_STEPS,
+    SOURCE_SHARE,
+)
+from llumnix.core.settings import MigrationSettings, ScalingSettings
 
 
 @dataclass(slots=True)
@@ -96,7 +97,7 @@ class Observed:
         answer = self.answer_tokens
         if answer is None:
             return PAPER_THRESHOLD, PAPER_THRESHOLD
-        source = max(SOURCE_MIN, SOURCE_SHARE * answer)
+        source = max(SOURCE_MIN_STEPS, SOURCE_SHARE * answer)
         return source, source * DESTINATION_SHARE / SOURCE_SHARE
 
     def scaling_thresholds(self, settings: ScalingSettings) -> tuple[float, float]:
@@ -106,5 +107,5 @@ class Observed:
         answer = self.answer_tokens
         if answer is None:
             return PAPER_SCALE_LOW, PAPER_SCALE_HIGH
-        low = max(SOURCE_MIN, LOW_SHARE * answer)
-        return low, low * HIGH_SHARE / LOW_SHARE
+        low = max(SOURCE_MIN_STEPS, SCALE_LOW_SHARE * answer)
+        return low, low * SCALE_HIGH_SHARE / SCALE_LOW_SHARE

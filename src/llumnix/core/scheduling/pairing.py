@@ -28,19 +28,14 @@ from llumnix.core.events import MoveLimit, MoveLoad
 from llumnix.core.limits import MigrationLimits
 from llumnix.core.priorities import Priorities
 from llumnix.core.scheduling.load import ratio
+from llumnix.core.scheduling.tuning import ORDERS_MAX, STOP_STEPS, TRIES_MAX
 from llumnix.core.scheduling.view import ClusterView, InstanceView
 from llumnix.core.settings import MigrationSettings
 from llumnix.core.types import InstanceId, OrderId
 
-STOP_STEPS = 1.0
-"""What a move costs the request beyond the copy: about one step in which nobody computes it."""
 LIMITS = MigrationLimits()
 DRAIN_MOVES_MAX = LIMITS.outgoing_max
 """Moves away from an instance that is being emptied at a time: as many as its engine takes."""
-ORDERS_MAX = 64
-"""Orders of one round; the next round comes soon."""
-TRIES_MAX = 4
-"""Destinations that one source is tried with in a round, in each order of looking at them."""
 
 
 class Pairing:

@@ -24,15 +24,14 @@ from llumnix.core.events import (
     ScalingDecision,
     UndrainInstance,
 )
+from llumnix.core.scheduling.tuning import (
+    RETRY_FIRST_S,
+    RETRY_MAX_S,
+    ROW_ENDS_AFTER_S,
+    TARGET_RATIO,
+)
 from llumnix.core.scheduling.view import ClusterView
 from llumnix.core.settings import ScalingSettings
-
-TARGET = 1.25
-"""A change must leave the mean freeness this many times the lower bound."""
-RETRY_FIRST_S = 10.0
-RETRY_MAX_S = 600.0
-ROW_ENDS_AFTER_S = 1800.0
-"""Longer than the longest pause and a start together, or a row would never go beyond it."""
 
 
 class Scaling:
@@ -73,7 +72,7 @@ class Scaling:
         seen = f"mean freeness {mean:.0f}"
         if self._below_since_s is not None and there < most:
             if now - self._below_since_s >= self._settings.up_after_s:
-                short = math.ceil((TARGET * low * requests - spare) / size)
+                short = math.ceil((TARGET_RATIO * low * requests - spare) / size)
                 count = max(1, min(short, most - there))
                 return self._grow(count, fleet, now, f"{seen} is below {low:.0f}")
         elif (
@@ -82,7 +81,7 @@ class Scaling:
             and now - self._changed_s >= self._settings.settle_s
             and there > least
             and not fleet.draining
-            and (spare - size) / max(1, requests) > TARGET * low
+            and (spare - size) / max(1, requests) > TARGET_RATIO * low
         ):
             self._above_since_s = None
             self._changed_s = now

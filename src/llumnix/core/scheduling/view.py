@@ -31,27 +31,27 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from llumnix.core.limits import STALLED_AFTER_S
 from llumnix.core.priorities import Priorities
 from llumnix.core.reports import LoadReport
 from llumnix.core.scheduling.load import Load, derive
 from llumnix.core.scheduling.observed import Observed
+from llumnix.core.scheduling.tuning import (
+    BOOKING_LIFETIME_S,
+    BOOKINGS_MAX,
+    DRAIN_LIFETIME_S,
+    FRUITLESS_S,
+    HEAP_ENTRIES_MORE,
+    HEAP_ENTRIES_PER_INSTANCE,
+    ORDER_LIFETIME_S,
+    STALE_AFTER_S,
+    THRESHOLD_STEP,
+)
 from llumnix.core.settings import MigrationSettings
 from llumnix.core.types import EngineIndex, InstanceId, OrderId, RequestId
 
 Order = Callable[["InstanceView", int, "ClusterView"], tuple[float, ...]]
 """How good an instance is for a newcomer of a class; the lowest is the best."""
-
-BOOKING_LIFETIME_S = 5.0
-BOOKINGS_MAX = 10_000
-"""Of one instance, the oldest lapse first: more only pile up where nothing answers."""
-ORDER_LIFETIME_S = 2.0
-FRUITLESS_S = 0.5
-STALE_AFTER_S = 2.0
-STALLED_AFTER_S = 1.0
-DRAIN_LIFETIME_S = 5.0
-THRESHOLD_STEP = 0.05
-"""Thresholds follow the observed answers in steps of this share. Sort keys depend on them, so a
-change makes all heaps anew."""
 
 
 class Booking(NamedTuple):
@@ -366,7 +366,7 @@ class ClusterView:
 
     @property
     def _heap_max(self) -> int:
-        return 8 * len(self._instances) + 64
+        return HEAP_ENTRIES_PER_INSTANCE * len(self._instances) + HEAP_ENTRIES_MORE
 
     def check(self, now: float) -> None:
         """Raises `AssertionError` with the story if what is kept here does not agree with itself.

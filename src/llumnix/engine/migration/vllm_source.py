@@ -37,6 +37,7 @@ from vllm.v1.engine.core import EngineCore
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.serial_utils import MsgpackEncoder
 
+from llumnix.core.limits import WAITING_SHOWN_MAX
 from llumnix.core.messages import Blocks
 from llumnix.core.migration.port import Movable, Phase, Progress, Refusal
 from llumnix.core.migration.timing import Pace
@@ -47,8 +48,6 @@ from llumnix.engine.migration.vllm_destination import Arrivals, Rest
 from llumnix.engine.queueing import waited_s
 from llumnix.engine.readings import client_priority, has_prompts
 
-WAITING_SHOWN_MAX = 8
-"""Waiting requests that may be chosen to move; finding more of them costs sorting the queue."""
 STUCK_STEPS = 3
 """Steps in a row that ran nothing, after which a request that waits with blocks gives them up."""
 ABLE = (RequestStatus.WAITING, RequestStatus.PREEMPTED)

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import zmq
 
 from llumnix.core.events import LoadReported, MoveLoad, PrefixesChanged
+from llumnix.core.limits import HEARTBEAT_S
 from llumnix.core.reports import LoadReport, Moving
 from llumnix.core.types import EngineIndex, InstanceId, OrderId, RequestId
 from llumnix.engine.reporting.load_reader import Numbers
@@ -32,7 +33,6 @@ from llumnix.wire import Message, decode, encode
 logger = logging.getLogger("llumnix.engine")
 
 REPORT_EVERY_S = 0.02
-HEARTBEAT_S = 0.1
 CLOSE_TIMEOUT_S = 2.0
 ADMITTED_MAX = 10_000
 """Requests named in one report at the most; the bookings of the rest lapse by themselves."""

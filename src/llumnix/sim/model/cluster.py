@@ -30,7 +30,12 @@ from llumnix.core.events import (
     Tick,
     UndrainInstance,
 )
-from llumnix.core.limits import MigrationLimits
+from llumnix.core.limits import (
+    DRAIN_POLL_S,
+    FLEET_REPORT_EVERY_S,
+    HEARTBEAT_S,
+    MigrationLimits,
+)
 from llumnix.core.messages import Out, PeerMessage, ToPeer
 from llumnix.core.migration.llumlet import Llumlet
 from llumnix.core.reports import LoadReport
@@ -44,10 +49,7 @@ from llumnix.sim.model.engine import SimEngine
 from llumnix.sim.model.network import Network
 from llumnix.sim.model.profile import Profile
 
-REPORT_AT_LEAST_S = 0.1
-FLEET_EVERY_S = 0.5
 FATE_POLL_S = 0.05
-EMPTY_POLL_S = 0.05
 
 Wire = Callable[["Cluster", EngineIndex, PeerMessage], None]
 Recorder = Callable[[float, Fact | Decision], None]
@@ -302,7 +304,7 @@ class Cluster:
 
     def _tick(self) -> None:
         for instance in self.instances.values():
-            if self.now - instance.reported_s >= REPORT_AT_LEAST_S:
+            if self.now - instance.reported_s >= HEARTBEAT_S:
                 self._report(instance)
         for decision in self.decide(Tick()):
             assert isinstance(decision, MoveLoad)
@@ -317,7 +319,7 @@ class Cluster:
         moving = llumlet.moving(self.now)
         answered = llumlet.answered()
         said = (memory.free, engine.classes(), moving, instance.state)
-        fresh = self.now - instance.reported_s < REPORT_AT_LEAST_S
+        fresh = self.now - instance.reported_s < HEARTBEAT_S
         if said == instance.said and fresh and not instance.admitted and not answered:
             return
         instance.said, instance.reported_s = said, self.now
@@ -392,7 +394,7 @@ class Cluster:
     def _stop_if_empty(self, instance: Instance) -> None:
         """An instance that was emptied ends, once its last words have been heard."""
         if self.frontend.has_business_with(instance):
-            self._later(EMPTY_POLL_S, lambda: self._wake(instance))
+            self._later(DRAIN_POLL_S, lambda: self._wake(instance))
         else:
             self._lose(instance)
 
@@ -427,7 +429,7 @@ class Cluster:
                     self.drain(name, "scheduler")
                 case UndrainInstance(instance=name):
                     self._set_state(name, "serving")
-        self.at(self.now + FLEET_EVERY_S, self._tell_fleet)
+        self.at(self.now + FLEET_REPORT_EVERY_S, self._tell_fleet)
 
     def drain(self, name: InstanceId, by: DrainedBy = "user") -> None:
         """An instance is to be emptied, then stopped."""

@@ -7,6 +7,7 @@ scheduling. Tokens have no values: their number is what is moved and checked.
 from collections.abc import Callable
 from typing import Any
 
+from llumnix.core.limits import WAITING_SHOWN_MAX
 from llumnix.core.messages import Blocks
 from llumnix.core.migration.port import Movable, Phase, Progress, Refusal
 from llumnix.core.priorities import Priorities
@@ -14,8 +15,6 @@ from llumnix.core.types import EngineIndex, RequestId
 from llumnix.sim.model.batching import Batching, EngineOptions, Job, Sequence
 from llumnix.sim.model.profile import Profile
 
-WAITING_SHOWN = 8
-"""Of those that wait, so many are offered for a move."""
 _TOKEN = [0]
 
 
@@ -72,7 +71,7 @@ class SimEngine(Batching):
     # -- source
 
     def movable(self) -> list[Movable]:
-        shown = [seq for _, _, seq in self._queue[:WAITING_SHOWN]]
+        shown = [seq for _, _, seq in self._queue[:WAITING_SHOWN_MAX]]
         return [
             Movable(
                 request=seq.job.id,
