@@ -37,6 +37,21 @@ class Load(NamedTuple):
     running: tuple[int, ...]
     ahead: tuple[int, ...]
 
+    @property
+    def free(self) -> int:
+        """Tokens of memory that are not used; below zero if more are promised than there are."""
+        return self.total - self.used
+
+    @property
+    def has_slot(self) -> bool:
+        """Whether one more request could run, as far as slots go."""
+        return not self.slots or self.batch < self.slots
+
+    @property
+    def is_blocked(self) -> bool:
+        """Whether the head of the queue cannot start, for want of memory or of a slot."""
+        return self.head > max(0, self.free)
+
     def ahead_of(self, rank: int) -> int:
         """Tokens to compute before those of a newcomer of a class."""
         ahead = self.ahead

@@ -27,14 +27,13 @@ from itertools import islice, takewhile
 from llumnix.core.events import MoveLimit, MoveLoad
 from llumnix.core.limits import MigrationLimits
 from llumnix.core.priorities import Priorities
-from llumnix.core.scheduling.load import ratio
-from llumnix.core.scheduling.tuning import ORDERS_MAX, STOP_STEPS, TRIES_MAX
+from llumnix.core.scheduling.gain import GainRule, room_in
+from llumnix.core.scheduling.tuning import ORDERS_MAX, TRIES_MAX
 from llumnix.core.scheduling.view import ClusterView, InstanceView
 from llumnix.core.settings import MigrationSettings
 from llumnix.core.types import InstanceId, OrderId
 
-LIMITS = MigrationLimits()
-DRAIN_MOVES_MAX = LIMITS.outgoing_max
+DRAIN_MOVES_MAX = MigrationLimits().outgoing_max
 """Moves away from an instance that is being emptied at a time: as many as its engine takes."""
 
 
@@ -69,9 +68,9 @@ class Pairing:
                     left > 0
                     and slots > 0
                     and _coming(destination) < DRAIN_MOVES_MAX
-                    and _has_slot(destination)
+                    and destination.load.has_slot
                 ):
-                    limits = _anything(_room(destination), len(view.priorities))
+                    limits = _anything(room_in(destination), len(view.priorities))
                     if not limits:
                         break
                     why = f"{report.instance} is being emptied"
@@ -89,22 +88,28 @@ class Pairing:
         sources = list(islice(movable, ORDERS_MAX))
         if not sources:
             return
-        takers = [v for v in takers if not v.load.waiting and _coming(v) < most and _has_slot(v)]
+        takers = [v for v in takers if not v.load.waiting and _coming(v) < most and v.load.has_slot]
         freest = sorted((-v.freeness, v.report.instance, v) for v in takers if v.freeness > above)
         roomiest: list[_Place] = []
-        if any(_is_blocked(v) for v in sources):
+        if any(v.load.is_blocked for v in sources):
             roomiest = sorted(
                 (-_room_above(v, below, view.priorities), v.report.instance, v)
                 for v in takers
                 if v.freeness >= below
             )
+        rule = GainRule(
+            priorities=view.priorities,
+            threshold=below,
+            gain_min=self._settings.gain_min,
+            copy_steps=view.observed.move_steps_per_token(),
+        )
         taken: set[InstanceId] = set()
         for source in sources:
             found, head = None, source.report.head_tokens
-            if _is_blocked(source):
+            if source.load.is_blocked:
                 with_room = takewhile(lambda place: -place[0] >= head, roomiest)  # noqa: B023
-                found = self._first_gain(view, source, with_room, taken)
-            found = found or self._first_gain(view, source, freest, taken)
+                found = self._first_gain(rule, source, with_room, taken)
+            found = found or self._first_gain(rule, source, freest, taken)
             if found is not None:
                 destination, limits = found
                 taken.add(destination.report.instance)
@@ -118,22 +123,16 @@ class Pairing:
 
     def _first_gain(
         self,
-        view: ClusterView,
+        rule: GainRule,
         source: InstanceView,
         places: Iterable["_Place"],
         taken: set[InstanceId],
     ) -> tuple[InstanceView, tuple[MoveLimit, ...]] | None:
         """The first destination that is not taken and that the source gains from, and what may go
         there."""
-        below, cost = view.thresholds[0], view.observed.move_steps_per_token()
         free = (v for _, i, v in places if i not in taken and i not in source.fruitless)
         for destination in islice(free, TRIES_MAX):
-            limits = tuple(
-                limit
-                for rank in range(len(view.priorities))
-                if (limit := self._limit(source, destination, rank, view.priorities, below, cost))
-            )
-            if limits:
+            if limits := rule.limits(source, destination):
                 return destination, limits
         return None
 
@@ -143,14 +142,14 @@ class Pairing:
         """Who waits for memory, and would fit nowhere else, goes where there is some but for
         headroom."""
         most, below, kept = self._settings.moves_max, view.thresholds[0], view.priorities.headroom
-        blocked = [v for v in takers if _is_blocked(v) and _has_slot(v)]
+        blocked = [v for v in takers if v.load.is_blocked and v.load.has_slot]
         sources = sorted(
             (v for v in blocked if not _leaving(v)), key=lambda v: (v.freeness, v.report.instance)
         )
         if not sources:
             return
-        others = [v for v in takers if not v.load.waiting and _has_slot(v)]
-        elsewhere = max((_room(v) for v in others if v.freeness >= below), default=0)
+        others = [v for v in takers if not v.load.waiting and v.load.has_slot]
+        elsewhere = max((room_in(v) for v in others if v.freeness >= below), default=0)
         rooms = []
         for known in others:
             if known.freeness >= below or not kept(known.load.total, known.load.running):
@@ -158,7 +157,7 @@ class Pairing:
             if _coming(known) < most and not _leaving(known):
                 # No headroom is kept from the most urgent class.
                 spare = known.load.spare_for(0, view.priorities) - below * (known.load.batch + 1)
-                rooms.append((min(int(spare), _room(known)), known.report.instance, known))
+                rooms.append((min(int(spare), room_in(known)), known.report.instance, known))
         rooms.sort()  # Ids differ, so views are never compared.
         for source in sources[:ORDERS_MAX]:
             head = source.load.head
@@ -202,50 +201,6 @@ class Pairing:
             )
             yield self._order(view, source, destination, limits, why, now)
 
-    def _limit(
-        self,
-        source: InstanceView,
-        destination: InstanceView,
-        rank: int,
-        priorities: Priorities,
-        below: float,
-        cost: float,
-    ) -> MoveLimit | None:
-        """Which requests of that class the pair gains from moving, if any."""
-        classes = source.report.classes
-        movable = rank < len(classes) and classes[rank].running > 0
-        waits = rank < len(classes) and classes[rank].waiting > 0
-        if not movable and not waits:
-            return None
-        least = source.freeness + self._settings.gain_min + STOP_STEPS
-        floor = max(least, below, 0.0)
-        given = source.load.spare_after(rank, -1, priorities)
-        taken = destination.load.spare_after(rank, 1, priorities)
-        given_batch, taken_batch = max(1, source.load.batch - 1), destination.load.batch + 1
-        room = _room(destination)
-        waiting_max = low = high = wanted = 0
-        if waits:
-            waiting_max = max(0, min(room, int(taken - floor * taken_batch)))
-        if movable:
-            low = max(1, _at_least(given, given_batch, source.load.total, least, cost))
-            even = (ratio(taken, taken_batch) - given / given_batch) / (
-                1 / taken_batch + 1 / given_batch
-            )
-            most = (taken - floor * taken_batch) / (1 + cost * taken_batch)
-            high = max(0, min(room, int(min(most, even))))
-            # What lets the head of the queue in, or lifts the source out of its trouble.
-            relieved = 0.0 if source.load.head else below * given_batch
-            wanted = max(0, int(relieved - given))
-        if (not movable or high < low) and not waiting_max:
-            return None
-        return MoveLimit(
-            rank=rank,
-            tokens_min=low,
-            tokens_wanted=wanted,
-            tokens_max=high,
-            waiting_max=waiting_max,
-        )
-
     def _order(
         self,
         view: ClusterView,
@@ -282,29 +237,10 @@ def _coming(known: InstanceView) -> int:
     return known.report.moving_in + len(known.incoming)
 
 
-def _has_slot(known: InstanceView) -> bool:
-    return not known.load.slots or known.load.batch < known.load.slots
-
-
-def _free(known: InstanceView) -> int:
-    return known.load.total - known.load.used
-
-
-def _is_blocked(known: InstanceView) -> bool:
-    """Whether the head of its queue cannot start, for want of memory or of a slot."""
-    return known.load.head > max(0, _free(known))
-
-
 def _room_above(destination: InstanceView, below: float, priorities: Priorities) -> int:
     """The largest request, in KV tokens, after which its freeness is not below that threshold."""
     spare = destination.load.spare(priorities) - below * (destination.load.batch + 1)
-    return min(int(spare), _room(destination))
-
-
-def _room(destination: InstanceView) -> int:
-    """The largest request, in KV tokens, that finds room there now, with the blocks that a
-    migration wants in reserve."""
-    return _free(destination) - LIMITS.ahead_tokens(destination.report.block_tokens)
+    return min(int(spare), room_in(destination))
 
 
 def _waiting(source: InstanceView, tokens: int) -> tuple[MoveLimit, ...]:
@@ -325,15 +261,3 @@ def _anything(room: int, classes: int) -> tuple[MoveLimit, ...]:
         MoveLimit(rank=r, tokens_min=0, tokens_wanted=0, tokens_max=room, waiting_max=room)
         for r in range(classes)
     )
-
-
-def _at_least(spare: float, batch: int, total: int, least: float, cost: float) -> int:
-    """The smallest request, in tokens, without which the giver's freeness is at least `least`, and
-    `cost` more for each of its tokens. `spare`, `batch`: the giver's without the request, but with
-    its tokens."""
-    if least <= 0:
-        return int((least - spare) / max(1e-9, 1 - cost)) + 1 if spare < least else 0
-    short, rise = least * batch - spare, 1 - cost * batch
-    if short <= 0:
-        return 0
-    return int(short / rise) + 1 if rise > 0 else total + 1
