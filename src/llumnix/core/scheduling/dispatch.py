@@ -81,27 +81,77 @@ class LeastLoaded(DispatchPolicy):
         return Choice(chosen, why)
 
 
-def by_freeness(known: InstanceView, rank: int, view: ClusterView) -> tuple[float, ...]:
-    """The highest freeness first, as a newcomer of that class meets it; of several alike, the one
-    that has waited longest for a dispatch."""
-    return -known.load.freeness_for(rank, view.priorities), known.turn
+class FreenessKey(NamedTuple):
+    """Sort key: the highest freeness first. On a tie the instance that has waited longest for a
+    dispatch."""
+
+    minus_freeness: float
+    last_dispatch: float
 
 
-def by_start(known: InstanceView, rank: int, view: ClusterView) -> tuple[float, ...]:
-    """First those that have memory: the fewest tokens to compute before a newcomer's own, in
-    `PREFILL_QUANTUM_TOKENS`, then the highest freeness. Then those where only the headroom of more
-    urgent classes is left, last those so short of it that they give requests away, each the least
-    short first. Of several alike, mostly because they stand idle, the one that was dispatched to
-    last: it is the warmest."""
-    load = known.load
+def by_freeness(known: InstanceView, rank: int, view: ClusterView) -> FreenessKey:
+    """The place of an instance for a new request of that class."""
+    return FreenessKey(-known.load.freeness_for(rank, view.priorities), known.turn)
+
+
+class StartKey(NamedTuple):
+    """Sort key: where a new request starts soonest.
+
+    Instances with memory come first: the fewest queued tokens, then the highest freeness. Then come
+    those that have nothing left but the headroom of more urgent classes, and last those without
+    even that, each the least short first. On a tie, which is mostly among idle instances, the one
+    that was dispatched to last: its caches are the warmest."""
+
+    short_without_headroom: float  # what its freeness lacks to the threshold, headroom not kept
+    short: float  # what its freeness lacks to the threshold of sources
+    prefill_quanta: float  # queued before the request, in `PREFILL_QUANTUM_TOKENS`
+    minus_freeness: float
+    minus_last_dispatch: float
+
+
+def by_start(known: InstanceView, rank: int, view: ClusterView) -> StartKey:
+    """The place of an instance for a new request of that class."""
+    load, threshold = known.load, view.thresholds[0]
     freeness = load.freeness_for(rank, view.priorities)
-    ahead = load.ahead_of(rank) // PREFILL_QUANTUM_TOKENS
-    short = view.thresholds[0] - freeness
+    quanta = load.ahead_of(rank) // PREFILL_QUANTUM_TOKENS
+    short = threshold - freeness
     if short <= 0:
-        return 0.0, 0.0, ahead, -freeness, -known.turn
+        return StartKey(0.0, 0.0, quanta, -freeness, -known.turn)
     # No headroom is kept from the most urgent class.
-    full = view.thresholds[0] - load.freeness_for(0, view.priorities) if rank else short
-    return max(0.0, full), short, ahead, -freeness, -known.turn
+    full = threshold - load.freeness_for(0, view.priorities) if rank else short
+    return StartKey(max(0.0, full), short, quanta, -freeness, -known.turn)
+
+
+class PlacementCost(NamedTuple):
+    """What it costs to place a request on one instance, in tokens of prompts to wait for.
+
+    A request of p tokens comes to an instance that has h of them in its prefix cache, runs b
+    requests and has w waiting. The instance that is best without a look at caches has n requests.
+
+        queued   tokens of prompts that are computed before it
+        memory   m B / (B + b), where m tokens of memory are missing to start it
+        prefill  (PREFILL_WEIGHT + w) (p - h)
+        batch    (NEIGHBOUR_TOKENS + NEIGHBOUR_PROMPT_SHARE p) B / (B + n) (b + w)
+
+    `memory`: it waits until requests end, and of many one ends sooner than of few.
+    `prefill`: to compute what another instance has takes its own time, and room in the cache here,
+    and delays each request that waits here. Where all have queues, to keep to the caches is what
+    makes them shorter.
+    `batch`: each request beside it makes every step longer, and longer still if contexts are long,
+    as they are where a long prefix is shared. Without this term a popular prefix would gather its
+    requests on one instance while others stand idle. Among many requests a few more are chance, so
+    that each weighs less. B is `HALF_WEIGHT_BATCH`."""
+
+    queued: float
+    memory: float
+    prefill: float
+    batch: float
+
+    @property
+    def quanta(self) -> float:
+        """The sum, in `PREFILL_QUANTUM_TOKENS`: less of a difference decides nothing."""
+        tokens = self.queued + self.memory + self.prefill + self.batch
+        return tokens // PREFILL_QUANTUM_TOKENS
 
 
 class HighestFreeness(DispatchPolicy):
@@ -117,25 +167,14 @@ class HighestFreeness(DispatchPolicy):
 
 
 class Soonest(DispatchPolicy):
-    """Where the request starts soonest, and disturbs the fewest: memory is not short, and the
-    fewest tokens of prompts are still to be computed, its own included as far as they are not in
-    the instance's prefix cache; of several alike the freest.
+    """Where the request starts soonest and disturbs the fewest: the first by `StartKey`, or an
+    instance that has more of the prompt in its prefix cache, if its `PlacementCost` is lower.
 
-    With a hit elsewhere a token to compute weighs `PREFILL_WEIGHT` times as much as one to wait
-    for, and once more for each request that waits there: to compute what another has delays
-    everybody there, and takes room in its cache. Where all have queues, to keep to the caches is
-    what makes them shorter.
-    A hit is worth memory that is short: tokens that are missing to start weigh as much as tokens to
-    wait for, and less the more requests run there, of which one will soon end. It is not worth the
-    headroom of more urgent classes, nor a full batch, nor one with many more requests, each of
-    which makes every step longer: each weighs as much as `NEIGHBOUR_TOKENS` to wait for, and
-    `NEIGHBOUR_PROMPT_SHARE` of the prompt, since who shares a long prefix has a long context.
-    Otherwise a popular prefix would gather its requests on one instance while others stand idle.
-    With `HALF_WEIGHT_BATCH` requests where it would go else each weighs half of that, and so on:
-    among many, a few more are chance.
+    A hit is worth memory that is short, but neither the headroom of more urgent classes nor an
+    instance without a free slot.
 
-    Of idle instances a long prompt of which the warmest has no more than the next in turn goes to
-    the latter, so that all their caches fill and not one alone."""
+    A long prompt that no other instance has more of goes, of idle instances, to the next in turn
+    and not to the warmest, so that the caches of all fill and not one alone."""
 
     looks_at_caches = True
 
@@ -194,42 +233,53 @@ class Soonest(DispatchPolicy):
         request: RequestArrived,
         now: float,
     ) -> Choice | None:
-        """The instance whose hit is worth most, if it is better than the best without, whose own
-        is `here`. `holders`: hits in blocks."""
+        """The holder that costs least, if it costs less than `best`, whose own hit is `here`; None
+        if none does. `holders`: hits in blocks."""
         rank, prompt = view.priorities.rank(request.priority), request.prompt_tokens
         others = best.load.batch + best.load.waiting
-        each = (
-            (NEIGHBOUR_TOKENS + NEIGHBOUR_PROMPT_SHARE * prompt)
-            * HALF_WEIGHT_BATCH
-            / (HALF_WEIGHT_BATCH + others)
-        )
-
-        def cost(load: Load, hit: int) -> float:
-            new = (PREFILL_WEIGHT + load.waiting) * (prompt - hit)
-            beside = each * (load.batch + load.waiting)
-            missing = max(0.0, prompt - hit - load.spare_for(0, view.priorities))
-            freed = missing * HALF_WEIGHT_BATCH / (HALF_WEIGHT_BATCH + load.batch)
-            return (load.ahead_of(rank) + freed + new + beside) // PREFILL_QUANTUM_TOKENS
-
-        def closed(load: Load) -> bool:
-            if load.slots and load.batch + load.waiting >= load.slots:
-                return True
-            kept = view.priorities.headroom(load.total, load.running, above=rank)
-            return kept > 0 and load.freeness_for(rank, view.priorities) < view.thresholds[0]
-
+        each = _each_neighbour(prompt, others)
         found: Choice | None = None
-        lowest = cost(best.load, _tokens(here, prompt))
-        best_closed = closed(best.load)
+        lowest = _cost(best.load, prompt, _tokens(here, prompt), each, rank, view).quanta
+        best_closed = _is_closed(best.load, rank, view)
         for instance, blocks in holders.items():
             known, hit = view.get(instance), _tokens(blocks, prompt)
             if known is None or not known.accepting or not known.answers(now):
                 continue
-            mine = cost(known.load, hit)
-            if mine < lowest and (best_closed or not closed(known.load)):
-                lowest = mine
+            quanta = _cost(known.load, prompt, hit, each, rank, view).quanta
+            if quanta < lowest and (best_closed or not _is_closed(known.load, rank, view)):
+                lowest = quanta
                 why = f"soonest: {hit} of {prompt} tokens are in its cache"
                 found = Choice(known, why, hit)
         return found
+
+
+def _each_neighbour(prompt: int, others: int) -> float:
+    """What each request beside a prompt weighs. `others`: requests at the best instance without a
+    look at caches."""
+    alone = NEIGHBOUR_TOKENS + NEIGHBOUR_PROMPT_SHARE * prompt
+    return alone * HALF_WEIGHT_BATCH / (HALF_WEIGHT_BATCH + others)
+
+
+def _cost(
+    load: Load, prompt: int, hit: int, each: float, rank: int, view: ClusterView
+) -> PlacementCost:
+    """Of a prompt on an instance that has `hit` tokens of it."""
+    missing = max(0.0, prompt - hit - load.spare_for(0, view.priorities))
+    return PlacementCost(
+        queued=load.ahead_of(rank),
+        memory=missing * HALF_WEIGHT_BATCH / (HALF_WEIGHT_BATCH + load.batch),
+        prefill=(PREFILL_WEIGHT + load.waiting) * (prompt - hit),
+        batch=each * (load.batch + load.waiting),
+    )
+
+
+def _is_closed(load: Load, rank: int, view: ClusterView) -> bool:
+    """Whether no hit is worth going there: no slot is free, or what is left is the headroom of more
+    urgent classes."""
+    if load.slots and load.batch + load.waiting >= load.slots:
+        return True
+    kept = view.priorities.headroom(load.total, load.running, above=rank)
+    return kept > 0 and load.freeness_for(rank, view.priorities) < view.thresholds[0]
 
 
 def _tokens(blocks: int, prompt: int) -> int:
