@@ -12,10 +12,10 @@ from vllm import SamplingParams  # noqa: E402
 from vllm.v1.request import RequestStatus  # noqa: E402
 
 from llumnix.core.priorities import Priorities  # noqa: E402
-from llumnix.core.reports import ClassLoad  # noqa: E402
+from llumnix.core.reports import ClassLoad, EngineCounts  # noqa: E402
 from llumnix.core.settings import PrioritySettings  # noqa: E402
 from llumnix.core.types import RequestId  # noqa: E402
-from llumnix.engine.reporting.load_reader import LoadReader, Numbers  # noqa: E402
+from llumnix.engine.reporting.load_reader import LoadReader  # noqa: E402
 
 from .conftest import BLOCK, BLOCKS  # noqa: E402
 
@@ -68,11 +68,11 @@ class Count:
                 self.finished_tokens += self.generated[name]
                 del self.tokens[name]
 
-    def numbers(self) -> Numbers:
+    def numbers(self) -> EngineCounts:
         waiting = [n for n in self.tokens if n not in self._running()]
         waiting.sort(key=lambda n: (not self.urgent[n], self.order.index(n)))
         pool = self.scheduler.kv_cache_manager.block_pool
-        return Numbers(
+        return EngineCounts(
             kv_tokens_used=sum(b.ref_cnt > 0 for b in pool.blocks if not b.is_null) * BLOCK,
             kv_tokens_total=BLOCKS * BLOCK,
             prefill_tokens=sum(map(self._left, self._running() - self.said)),

@@ -8,9 +8,8 @@ import zmq
 
 from llumnix.core.events import LoadReported, MoveLoad
 from llumnix.core.limits import HEARTBEAT_S
-from llumnix.core.reports import ClassLoad, LoadReport, Moving
+from llumnix.core.reports import ClassLoad, EngineCounts, LoadReport, MoveCounts
 from llumnix.core.types import EngineIndex, InstanceId, OrderId, RequestId
-from llumnix.engine.reporting.load_reader import Numbers
 from llumnix.engine.reporting.reporter import REPORT_EVERY_S, LoadReporter
 from llumnix.wire import decode
 
@@ -59,19 +58,19 @@ class Pair:
             clock=self.clock,
         )
         self.reporter.start()
-        self.reporter.offer(numbers(0), Moving(), ())
+        self.reporter.offer(numbers(0), MoveCounts(), ())
         self.heartbeat()  # Tried again until it is connected.
 
     def offer(
         self,
         used: int,
-        moving: Moving | None = None,
+        moving: MoveCounts | None = None,
         orders: tuple[OrderId, ...] = (),
         *,
         running: int = 0,
         at_once: bool = False,
     ) -> None:
-        self.reporter.offer(numbers(used, running), moving or Moving(), orders, at_once=at_once)
+        self.reporter.offer(numbers(used, running), moving or MoveCounts(), orders, at_once=at_once)
 
     def heartbeat(self) -> LoadReport:
         """What the second thread says after a silence."""
@@ -95,8 +94,8 @@ def pair(tmp_path: Path) -> Iterator[Pair]:
     one.controller.socket.close()
 
 
-def numbers(used: int, running: int = 0) -> Numbers:
-    return Numbers(
+def numbers(used: int, running: int = 0) -> EngineCounts:
+    return EngineCounts(
         kv_tokens_used=used, kv_tokens_total=1000, prefill_tokens=0, block_tokens=1, slots=8,
         classes=(ClassLoad(running=running),), head_tokens=0, kv_token_bytes=1, preemptions=0,
         finished=0, finished_tokens=0,
@@ -116,9 +115,9 @@ def test_steps_that_follow_fast_share_a_report_and_the_last_word_is_told(pair: P
 
 def test_what_says_something_of_moves_does_not_wait(pair: Pair) -> None:
     pair.offer(1, at_once=True)
-    pair.offer(2, Moving(out=1))
-    pair.offer(3, Moving(out=1), (OrderId(7),))
-    pair.offer(4, Moving(out=1))
+    pair.offer(2, MoveCounts(out=1))
+    pair.offer(3, MoveCounts(out=1), (OrderId(7),))
+    pair.offer(4, MoveCounts(out=1))
     _, moving, order, last = pair.until(9)
     assert (moving.moving_out, moving.kv_tokens_used) == (1, 2)
     assert (order.orders, order.kv_tokens_used) == ((7,), 3)

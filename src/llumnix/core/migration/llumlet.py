@@ -29,7 +29,7 @@ from llumnix.core.migration.setbacks import Setbacks
 from llumnix.core.migration.source import OutgoingMigrations
 from llumnix.core.migration.tables import OnStep
 from llumnix.core.priorities import Priorities
-from llumnix.core.reports import Moving
+from llumnix.core.reports import MoveCounts
 from llumnix.core.settings import SchedulerSettings
 from llumnix.core.types import EngineIndex, MigrationId, OrderId
 
@@ -97,14 +97,14 @@ class Llumlet:
         """When `poll` must be called at the latest, even if the engine stands still."""
         return min(self._outgoing.deadlines() + self._incoming.deadlines(), default=None)
 
-    def moving(self, now: float) -> Moving:
+    def moving(self, now: float) -> MoveCounts:
         """What the next load report says of moves."""
         out, waiting, tokens = self._orders.moving(now)
-        return Moving(
+        return MoveCounts(
             out=out,
             out_waiting=waiting,
             out_tokens=tokens,
-            coming=len(self._incoming),
+            incoming=len(self._incoming),
             moved_bytes=self._outgoing.moved_bytes,
             moved_s=self._outgoing.moved_s,
         )

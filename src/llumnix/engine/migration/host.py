@@ -38,7 +38,7 @@ from llumnix.core.messages import (
 )
 from llumnix.core.migration.llumlet import Llumlet
 from llumnix.core.migration.port import EnginePort
-from llumnix.core.reports import Moving
+from llumnix.core.reports import MoveCounts
 from llumnix.core.settings import SchedulerSettings
 from llumnix.core.types import EngineIndex, MigrationId, OrderId, RequestId
 from llumnix.engine.cores import SWITCH_INTERVAL_S
@@ -316,10 +316,10 @@ class LlumletHost:
         now = time.monotonic()
         return self._errors.keep("timing", lambda: self.llumlet.quiet(now), otherwise=False)
 
-    def moving(self) -> tuple[Moving, tuple[OrderId, ...]]:
+    def moving(self) -> tuple[MoveCounts, tuple[OrderId, ...]]:
         """What the next load report says of moves, and the orders it answers."""
         now = time.monotonic()
-        moving = self._errors.keep("report", lambda: self.llumlet.moving(now), Moving())
+        moving = self._errors.keep("report", lambda: self.llumlet.moving(now), MoveCounts())
         return moving, self.llumlet.answered()
 
     def after_moves(self, why: str, call: Callable[[], Any], *, leaving: bool) -> Any:

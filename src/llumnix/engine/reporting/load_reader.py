@@ -27,7 +27,7 @@ from typing import Any
 from vllm.v1.request import Request, RequestStatus
 
 from llumnix.core.priorities import Priorities
-from llumnix.core.reports import ClassLoad
+from llumnix.core.reports import ClassLoad, EngineCounts
 from llumnix.engine.readings import client_priority, token_bytes
 
 _ANSWERED = (
@@ -35,23 +35,6 @@ _ANSWERED = (
     RequestStatus.FINISHED_LENGTH_CAPPED,
     RequestStatus.FINISHED_REPETITION,
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Numbers:
-    """What an engine counts: the fields of `LoadReport` with the same names."""
-
-    kv_tokens_used: int
-    kv_tokens_total: int
-    prefill_tokens: int
-    block_tokens: int
-    slots: int
-    classes: tuple[ClassLoad, ...]
-    head_tokens: int
-    kv_token_bytes: int
-    preemptions: int
-    finished: int
-    finished_tokens: int
 
 
 class LoadReader:
@@ -78,7 +61,7 @@ class LoadReader:
         self._unsure = True
         self._classes: tuple[ClassLoad, ...] = ()
         self._prompts: list[Request] = []
-        self._last: Numbers | None = None
+        self._last: EngineCounts | None = None
         self._came = 0
         self._preemptions = 0
         self._finished = 0
@@ -101,7 +84,7 @@ class LoadReader:
         """These were aborted. (Others that leave the queue are found, but that takes longer.)"""
         self._left_out += [name for name in names if name in self._known]
 
-    def read(self) -> Numbers:
+    def read(self) -> EngineCounts:
         """The load of now."""
         scheduler = self._scheduler
         seen = (
@@ -127,7 +110,7 @@ class LoadReader:
             and now == (last.kv_tokens_used, last.prefill_tokens, last.head_tokens)
         ):
             return last
-        self._last = Numbers(
+        self._last = EngineCounts(
             kv_tokens_used=used,
             kv_tokens_total=total * self._block,
             prefill_tokens=now[1],

@@ -23,9 +23,8 @@ import zmq
 
 from llumnix.core.events import LoadReported, MoveLoad, PrefixesChanged
 from llumnix.core.limits import HEARTBEAT_S
-from llumnix.core.reports import LoadReport, Moving
+from llumnix.core.reports import EngineCounts, MoveCounts, compose_report
 from llumnix.core.types import EngineIndex, InstanceId, OrderId, RequestId
-from llumnix.engine.reporting.load_reader import Numbers
 from llumnix.errors import ProtocolError
 from llumnix.sockets import SocketKeys, connect
 from llumnix.wire import Message, decode, encode
@@ -66,13 +65,13 @@ class LoadReporter:
         self._engine_index = engine_index
         self._controller = controller
         self._keys = keys
-        self._numbers: Numbers | None = None
-        self._moving = Moving()
+        self._numbers: EngineCounts | None = None
+        self._moving = MoveCounts()
         self._orders: list[OrderId] = []
         self._steps = _Steps()
         # When the engine last ended a step or began to work; None while it waits for work.
         self._progress_s: float | None = None
-        self._sent: tuple[Numbers | None, Moving] = None, Moving()
+        self._sent: tuple[EngineCounts | None, MoveCounts] = None, MoveCounts()
         self._admitted: list[RequestId] = []
         # So many of them are in the numbers.
         self._covered = 0
@@ -129,8 +128,8 @@ class LoadReporter:
 
     def offer(
         self,
-        numbers: Numbers,
-        moving: Moving,
+        numbers: EngineCounts,
+        moving: MoveCounts,
         orders: tuple[OrderId, ...],
         *,
         at_once: bool = False,
@@ -172,20 +171,15 @@ class LoadReporter:
         self._sequence += 1
         admitted, orders, moving = self._admitted[: self._covered], self._orders, self._moving
         self._sent = self._numbers, moving
-        report = LoadReport(
+        report = compose_report(
+            self._numbers,
+            moving,
             instance=self._instance,
             engine_index=self._engine_index,
             sequence=self._sequence,
-            **{name: getattr(self._numbers, name) for name in Numbers.__slots__},
-            admitted=tuple(admitted),
+            admitted=admitted,
             accepting=self._accepting,
-            moving_out=moving.out,
-            moving_out_tokens=moving.out_tokens,
-            moving_out_waiting=moving.out_waiting,
-            moving_in=moving.coming,
-            moved_bytes=moving.moved_bytes,
-            moved_s=moving.moved_s,
-            orders=tuple(orders),
+            orders=orders,
             steps=self._steps.count,
             steps_s=self._steps.seconds,
             stalled_s=self._stalled_s(self._numbers, now),
@@ -199,7 +193,7 @@ class LoadReporter:
         self._covered = 0
         orders.clear()
 
-    def _stalled_s(self, numbers: Numbers, now: float) -> float:
+    def _stalled_s(self, numbers: EngineCounts, now: float) -> float:
         since_s = self._progress_s
         there = bool(self._admitted) or any(c.running or c.waiting for c in numbers.classes)
         return now - since_s if there and since_s is not None else 0.0

@@ -38,7 +38,7 @@ from llumnix.core.limits import (
 )
 from llumnix.core.messages import Out, PeerMessage, ToPeer
 from llumnix.core.migration.llumlet import Llumlet
-from llumnix.core.reports import LoadReport
+from llumnix.core.reports import compose_report
 from llumnix.core.scheduling.presets import POLICIES, priorities_of
 from llumnix.core.scheduling.scheduler import Scheduler
 from llumnix.core.settings import SchedulerSettings
@@ -325,21 +325,18 @@ class Cluster:
         instance.said, instance.reported_s = said, self.now
         instance.sequence += 1
         llumlet.reported(instance.sequence)
-        report = LoadReport(
+        report = compose_report(
+            engine.counts(),
+            moving,
             instance=instance.id,
             engine_index=instance.index,
             sequence=instance.sequence,
-            admitted=tuple(instance.admitted),
+            admitted=instance.admitted,
             accepting=instance.state == "serving",
-            moving_out=moving.out,
-            moving_out_tokens=moving.out_tokens,
-            moving_out_waiting=moving.out_waiting,
-            moving_in=moving.coming,
             orders=answered,
-            moved_bytes=moving.moved_bytes,
-            moved_s=moving.moved_s,
+            steps=engine.steps,
+            steps_s=engine.steps_s,
             stalled_s=self.now - instance.turned_s if instance.stepping else 0.0,
-            **engine.counts(),
         )
         instance.admitted = []
         self.decide(LoadReported(report=report))

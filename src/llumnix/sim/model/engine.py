@@ -5,12 +5,12 @@ scheduling. Tokens have no values: their number is what is moved and checked.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 from llumnix.core.limits import WAITING_SHOWN_MAX
 from llumnix.core.messages import Blocks
 from llumnix.core.migration.port import Movable, Phase, Progress, Refusal
 from llumnix.core.priorities import Priorities
+from llumnix.core.reports import EngineCounts
 from llumnix.core.types import EngineIndex, RequestId
 from llumnix.sim.model.batching import Batching, EngineOptions, Job, Sequence
 from llumnix.sim.model.profile import Profile
@@ -41,24 +41,22 @@ class SimEngine(Batching):
         """Whether it has nothing to do and holds nothing."""
         return not self.requests and not self.arriving and not self._orphans
 
-    def counts(self) -> dict[str, Any]:
+    def counts(self) -> EngineCounts:
         """What a load report says of the engine itself."""
         block = self.block_tokens
-        return {
-            "kv_tokens_used": (self.memory.total - self.memory.free) * block,
-            "kv_tokens_total": self.memory.total * block,
-            "prefill_tokens": self.prefill_tokens(),
-            "block_tokens": block,
-            "slots": self.options.slots,
-            "classes": self.classes(),
-            "head_tokens": self.head_tokens(),
-            "kv_token_bytes": self.profile.kv_token_bytes,
-            "preemptions": self.preemptions,
-            "steps": self.steps,
-            "steps_s": self.steps_s,
-            "finished": self.finished,
-            "finished_tokens": self.finished_tokens,
-        }
+        return EngineCounts(
+            kv_tokens_used=(self.memory.total - self.memory.free) * block,
+            kv_tokens_total=self.memory.total * block,
+            prefill_tokens=self.prefill_tokens(),
+            block_tokens=block,
+            slots=self.options.slots,
+            classes=self.classes(),
+            head_tokens=self.head_tokens(),
+            kv_token_bytes=self.profile.kv_token_bytes,
+            preemptions=self.preemptions,
+            finished=self.finished,
+            finished_tokens=self.finished_tokens,
+        )
 
     @property
     def step_s(self) -> float:
