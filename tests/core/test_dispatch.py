@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from llumnix.core.events import Dispatch, InstanceLost, LoadReported, NoInstance, RequestArrived
 from llumnix.core.reports import ClassLoad, LoadReport
 from llumnix.core.scheduling.presets import POLICIES
-from llumnix.core.scheduling.scheduler import Scheduler, urgency
+from llumnix.core.scheduling.scheduler import Scheduler, handling_key
 from llumnix.core.scheduling.tuning import (
     BOOKING_LIFETIME_S,
     PREFILL_QUANTUM_TOKENS,
@@ -350,7 +350,7 @@ def test_news_of_instances_is_handled_before_the_requests_that_came_with_it() ->
     s = scheduler()
     s.handle(report("i0"), 0.0)
     decided = []
-    for fact in sorted([arrived, lost, report("i1", engine=1)], key=urgency):
+    for fact in sorted([arrived, lost, report("i1", engine=1)], key=handling_key):
         decided += s.handle(fact, 0.0)
     (decision,) = decided
     assert isinstance(decision, Dispatch)
@@ -363,7 +363,7 @@ def test_of_requests_that_came_together_the_more_urgent_is_placed_first() -> Non
         RequestArrived(request=RequestId(name), prompt_tokens=1, priority=priority)
         for name, priority in (("a", 0), ("b", -100), ("c", 0), ("d", -7), ("e", -100))
     ]
-    assert [fact.request for fact in sorted(came, key=urgency)] == ["b", "e", "d", "a", "c"]
+    assert [fact.request for fact in sorted(came, key=handling_key)] == ["b", "e", "d", "a", "c"]
 
 
 def test_the_urgent_one_gets_the_best_place_though_it_came_last() -> None:
@@ -377,7 +377,7 @@ def test_the_urgent_one_gets_the_best_place_though_it_came_last() -> None:
         for name, priority in (("normal", 0), ("urgent", -100))
     ]
     placed = {}
-    for fact in sorted(came, key=urgency):
+    for fact in sorted(came, key=handling_key):
         (decision,) = s.handle(fact, 0.0)
         placed[fact.request] = decision.instance
     assert placed == {"urgent": "i0", "normal": "i1"}

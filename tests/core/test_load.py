@@ -80,12 +80,12 @@ def test_a_newcomer_is_computed_after_all_that_is_known_of_prompts() -> None:
     """Of those that run, were dispatched and not reported yet, or wait and are no less urgent."""
     known = report(running=2, prefill_tokens=700, waiting=2, waiting_tokens=3000, head=500)
     load = derive(known, (0, 1), 20)
-    assert (load.ahead_of(1), load.ahead_of(0)) == (3720, 720)
+    assert (load.queued_prefill_before(1), load.queued_prefill_before(0)) == (3720, 720)
 
 
 def test_what_those_who_wait_have_in_the_cache_need_not_be_computed_before_a_newcomer() -> None:
     load = derive(report(waiting=2, waiting_tokens=3000, waiting_prefill=200), (), 0)
-    assert (load.ahead_of(1), load.queued) == (200, 3000)
+    assert (load.queued_prefill_before(1), load.queued) == (200, 3000)
 
 
 def test_what_those_who_wait_share_is_in_use_already() -> None:
@@ -161,7 +161,7 @@ loads = st.builds(
     waiting=st.integers(0, 20),
     slots=st.sampled_from([0, 32]),
     running=st.tuples(st.integers(0, 3), st.integers(0, 40)),
-    ahead=st.tuples(st.integers(0, 4000), st.integers(0, 20_000)),
+    queued_prefill=st.tuples(st.integers(0, 4000), st.integers(0, 20_000)),
 )
 
 
@@ -205,26 +205,26 @@ def test_a_requests_class_follows_from_its_number() -> None:
 
 
 def test_vllms_number_wins_then_the_class_by_name_then_the_tier() -> None:
-    assert PRIORITIES.asked(-7, "high", "priority") == -7
-    assert PRIORITIES.asked(0, "normal", "priority") == 0
-    assert PRIORITIES.asked(0, "high") == -100
-    assert PRIORITIES.asked(0, None, "priority") == -100
-    assert [PRIORITIES.asked(0, None, t) for t in ("auto", "default", "flex", "scale")] == [0] * 4
+    assert PRIORITIES.resolve(-7, "high", "priority") == -7
+    assert PRIORITIES.resolve(0, "normal", "priority") == 0
+    assert PRIORITIES.resolve(0, "high") == -100
+    assert PRIORITIES.resolve(0, None, "priority") == -100
+    assert [PRIORITIES.resolve(0, None, t) for t in ("auto", "default", "flex", "scale")] == [0] * 4
 
 
 def test_flex_is_the_least_urgent_class_where_there_is_one_below_the_usual() -> None:
     batch = PriorityClass(name="batch", priority=50)
     with_batch = Priorities(PrioritySettings(classes=(HIGH, NORMAL, batch)))
-    assert with_batch.asked(0, None, "flex") == 50
+    assert with_batch.resolve(0, None, "flex") == 50
 
 
 def test_a_key_gets_no_more_than_its_cap_whatever_it_asks_for() -> None:
     capped = Priorities(PrioritySettings(key_caps={"k": "normal"}))
-    assert [capped.asked(*a, key="k") for a in ((-500,), (0, "high"), (0, None, "priority"))] == (
+    assert [capped.resolve(*a, key="k") for a in ((-500,), (0, "high"), (0, None, "priority"))] == (
         [0, 0, 0]
     )
-    assert capped.asked(9, key="k") == 9
-    assert capped.asked(-50, key="other") == -50
+    assert capped.resolve(9, key="k") == 9
+    assert capped.resolve(-50, key="other") == -50
 
 
 ASKS = ((-500,), (-7,), (0, "high"), (0, None, "priority"))
@@ -233,19 +233,19 @@ ASKS = ((-500,), (-7,), (0, "high"), (0, None, "priority"))
 def test_on_a_server_with_keys_more_than_usual_is_for_the_keys_that_it_was_granted_to() -> None:
     keyed = Priorities(PrioritySettings(key_caps={"granted": "high"}), keyed=True)
     for key in ("other", None, key_digest("granted"), "sha256:", ""):
-        assert [keyed.asked(*a, key=key) for a in ASKS] == [0, 0, 0, 0]
-    assert [keyed.asked(*a, key="granted") for a in ASKS] == [-100, -7, -100, -100]
-    assert keyed.asked(9, key="other") == 9
+        assert [keyed.resolve(*a, key=key) for a in ASKS] == [0, 0, 0, 0]
+    assert [keyed.resolve(*a, key="granted") for a in ASKS] == [-100, -7, -100, -100]
+    assert keyed.resolve(9, key="other") == 9
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_every_policy_holds_to_it(policy: str) -> None:
     keyed = priorities_of(SchedulerSettings(policy=policy), keyed=True)
-    assert [keyed.asked(*a, key="other") for a in ASKS] == [0, 0, 0, 0]
+    assert [keyed.resolve(*a, key="other") for a in ASKS] == [0, 0, 0, 0]
 
 
 def test_on_a_server_without_keys_everybody_may_ask_for_any_class() -> None:
-    assert [PRIORITIES.asked(*a, key="whatever") for a in ASKS] == [-100, -7, -100, -100]
+    assert [PRIORITIES.resolve(*a, key="whatever") for a in ASKS] == [-100, -7, -100, -100]
 
 
 @pytest.mark.parametrize("keyed", [True, False])
@@ -255,8 +255,8 @@ def test_the_default_cap_is_what_the_settings_say(keyed: bool) -> None:
         classes=(HIGH, soon, NORMAL), default_cap="soon", key_caps={"little": "normal"}
     )
     priorities = Priorities(some, keyed=keyed)
-    assert [priorities.asked(*a) for a in ASKS] == [-20, -7, -20, -20]
-    assert [priorities.asked(*a, key="little") for a in ASKS] == [0, 0, 0, 0]
+    assert [priorities.resolve(*a) for a in ASKS] == [-20, -7, -20, -20]
+    assert [priorities.resolve(*a, key="little") for a in ASKS] == [0, 0, 0, 0]
 
 
 def test_a_cap_leaves_a_request_that_asks_for_nothing_as_it_is() -> None:
@@ -264,12 +264,12 @@ def test_a_cap_leaves_a_request_that_asks_for_nothing_as_it_is() -> None:
     odd = PrioritySettings(
         classes=(HIGH, PriorityClass(name="rest", priority=30)), key_caps={"granted": "high"}
     )
-    assert Priorities(odd, keyed=True).asked(0, key="other") == 0
+    assert Priorities(odd, keyed=True).resolve(0, key="other") == 0
 
 
 def test_no_number_is_beyond_the_classes() -> None:
-    assert PRIORITIES.asked(-(2**70)) == -100
-    assert PRIORITIES.asked(2**70) == NUMBER_MAX
+    assert PRIORITIES.resolve(-(2**70)) == -100
+    assert PRIORITIES.resolve(2**70) == NUMBER_MAX
 
 
 def test_keys_are_kept_as_digests_and_not_shown() -> None:
@@ -281,7 +281,7 @@ def test_keys_are_kept_as_digests_and_not_shown() -> None:
     given = PrioritySettings(key_caps={key_digest("s3cret"): "high"})
     assert given == kept
     keyed = Priorities(given, keyed=True)
-    assert keyed.asked(-100, key="s3cret") == -100
+    assert keyed.resolve(-100, key="s3cret") == -100
 
 
 def test_whoever_needs_no_keys_gets_none() -> None:

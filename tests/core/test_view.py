@@ -18,7 +18,7 @@ from llumnix.core.events import (
 )
 from llumnix.core.limits import STALLED_AFTER_S
 from llumnix.core.reports import ClassLoad, LoadReport
-from llumnix.core.scheduling.dispatch import by_freeness, by_start
+from llumnix.core.scheduling.dispatch import earliest_start_key, highest_freeness_key
 from llumnix.core.scheduling.presets import POLICIES
 from llumnix.core.scheduling.scheduler import Scheduler
 from llumnix.core.scheduling.tuning import (
@@ -389,7 +389,7 @@ def test_the_view_agrees_with_itself_after_every_fact(
 
 @given(
     st.lists(st.tuples(st.integers(0, 3), st.integers(0, TOTAL), st.integers(0, 30)), min_size=5),
-    st.sampled_from([by_start, by_freeness]),
+    st.sampled_from([earliest_start_key, highest_freeness_key]),
     st.sampled_from([0, 1]),
 )
 def test_the_top_of_a_heap_is_the_best_by_brute_force(drawn, order, rank) -> None:

@@ -29,7 +29,7 @@ from llumnix.core.events import (
     RequestArrived,
     Tick,
 )
-from llumnix.core.scheduling.scheduler import STORY_MAX, Scheduler, urgency
+from llumnix.core.scheduling.scheduler import STORY_MAX, Scheduler, handling_key
 from llumnix.core.settings import SchedulerSettings
 from llumnix.core.types import EngineIndex
 from llumnix.errors import ProtocolError
@@ -133,7 +133,7 @@ class Controller:
                 break
             except ProtocolError as error:
                 self._refused.note(error)
-        return sorted(taken, key=lambda pair: urgency(pair[1]))
+        return sorted(taken, key=lambda pair: handling_key(pair[1]))
 
     def _guarded(self, what: Message | Tick, work: Callable[[], None]) -> None:
         """Does what one message asks for. What fails ends at most that, and is seen; `FAILURES_MAX`

@@ -20,19 +20,19 @@ NUMBER_MAX = 2**31 - 1
 
 class Priorities:
     """The classes of one deployment, most urgent first. A class is named by its place, `rank`.
-    `alike`: whatever is asked for, all requests are treated alike. `keyed`: the server has API
-    keys, so a class that is more urgent than usual is for those that it was granted to."""
+    `ignore_priorities`: all requests are treated alike, whatever they ask for. `keyed`: the server
+    has API keys, so a class that is more urgent than usual is for those that it was granted to."""
 
     def __init__(
-        self, settings: PrioritySettings, *, alike: bool = False, keyed: bool = False
+        self, settings: PrioritySettings, *, ignore_priorities: bool = False, keyed: bool = False
     ) -> None:
-        self._alike = alike
+        self._ignore_priorities = ignore_priorities
         self.classes = tuple(sorted(settings.classes, key=lambda c: c.priority))
         self._numbers = [c.priority for c in self.classes]
         self._headrooms = [c.headroom for c in self.classes]
         self._with_headroom = [(r, h) for r, h in enumerate(self._headrooms) if h]
         self.aging_s = settings.aging_s
-        self.preempt = settings.preempt and not alike
+        self.preempt = settings.preempt and not ignore_priorities
         numbers = {c.name: c.priority for c in self.classes}
         self._caps = {key: numbers[name] for key, name in settings.key_caps.items()}
         self._default_cap = 0 if keyed else self._numbers[0]
@@ -54,13 +54,13 @@ class Priorities:
         names = ", ".join(c.name for c in self.classes)
         raise UsageError(f"no priority class {name!r}; there are: {names}")
 
-    def asked(
+    def resolve(
         self, number: int, name: str | None = None, tier: str | None = None, key: str | None = None
     ) -> int:
         """The number that a request runs under: no more urgent than its cap, nor than the most
         urgent class. `number`: vLLM's own field, which wins if it is not 0; `name`: of a class;
         `tier`: OpenAI's `service_tier`; `key`: the API key, which may have a cap of its own."""
-        if self._alike:
+        if self._ignore_priorities:
             return 0
         if number == 0 and name is not None:
             number = self.classes[self.rank_named(name)].priority

@@ -343,8 +343,8 @@ class FleetClient(EngineCalls):
     def _priority(self, number: int, http: HttpRequest | None) -> int:
         """The number that the request runs under; `number`: vLLM's own field."""
         if http is None:
-            return self.priorities.asked(number)
-        return self.priorities.asked(number, http.priority_class, http.service_tier, http.key)
+            return self.priorities.resolve(number)
+        return self.priorities.resolve(number, http.priority_class, http.service_tier, http.key)
 
     async def _continue(self, stream: Stream, request: EngineCoreRequest) -> None:
         """A session's next input, or its end, goes where the first went."""

@@ -86,7 +86,7 @@ class Spec:
             folder=self.folder,
         )
         classes = priorities_of(self.scheduler)
-        urgent = classes.asked(0, classes.classes[0].name)
+        urgent = classes.resolve(0, classes.classes[0].name)
         shared = max(BLOCK_TOKENS, block)
         return [
             Job(

@@ -89,9 +89,9 @@ class FreenessKey(NamedTuple):
     last_dispatch: float
 
 
-def by_freeness(known: InstanceView, rank: int, view: ClusterView) -> FreenessKey:
+def highest_freeness_key(known: InstanceView, rank: int, view: ClusterView) -> FreenessKey:
     """The place of an instance for a new request of that class."""
-    return FreenessKey(-known.load.freeness_for(rank, view.priorities), known.turn)
+    return FreenessKey(-known.load.freeness_for(rank, view.priorities), known.last_dispatch)
 
 
 class StartKey(NamedTuple):
@@ -109,17 +109,17 @@ class StartKey(NamedTuple):
     minus_last_dispatch: float
 
 
-def by_start(known: InstanceView, rank: int, view: ClusterView) -> StartKey:
+def earliest_start_key(known: InstanceView, rank: int, view: ClusterView) -> StartKey:
     """The place of an instance for a new request of that class."""
     load, threshold = known.load, view.thresholds[0]
     freeness = load.freeness_for(rank, view.priorities)
-    quanta = load.ahead_of(rank) // PREFILL_QUANTUM_TOKENS
+    quanta = load.queued_prefill_before(rank) // PREFILL_QUANTUM_TOKENS
     short = threshold - freeness
     if short <= 0:
-        return StartKey(0.0, 0.0, quanta, -freeness, -known.turn)
+        return StartKey(0.0, 0.0, quanta, -freeness, -known.last_dispatch)
     # No headroom is kept from the most urgent class.
     full = threshold - load.freeness_for(0, view.priorities) if rank else short
-    return StartKey(max(0.0, full), short, quanta, -freeness, -known.turn)
+    return StartKey(max(0.0, full), short, quanta, -freeness, -known.last_dispatch)
 
 
 class PlacementCost(NamedTuple):
@@ -159,14 +159,14 @@ class HighestFreeness(DispatchPolicy):
 
     def choose(self, view: ClusterView, request: RequestArrived, now: float) -> Choice | None:
         rank = view.priorities.rank(request.priority)
-        chosen = view.best(by_freeness, rank, now)
+        chosen = view.best(highest_freeness_key, rank, now)
         if chosen is None:
             return None
         freeness = chosen.load.freeness_for(rank, view.priorities)
         return Choice(chosen, f"freest: {freeness:.0f} tokens a request")
 
 
-class Soonest(DispatchPolicy):
+class EarliestStart(DispatchPolicy):
     """Where the request starts soonest and disturbs the fewest: the first by `StartKey`, or an
     instance that has more of the prompt in its prefix cache, if its `PlacementCost` is lower.
 
@@ -184,7 +184,7 @@ class Soonest(DispatchPolicy):
 
     def choose(self, view: ClusterView, request: RequestArrived, now: float) -> Choice | None:
         rank = view.priorities.rank(request.priority)
-        best, here = view.best(by_start, rank, now), 0
+        best, here = view.best(earliest_start_key, rank, now), 0
         if best is None:
             return None
         if request.prefix:
@@ -196,9 +196,9 @@ class Soonest(DispatchPolicy):
                     return found
             elif not best.load.batch and not best.load.waiting:
                 best, here = self._next_idle(best, here, view, request, now)
-        load = best.load
-        freeness = load.freeness_for(rank, view.priorities)
-        why = f"soonest: after {load.ahead_of(rank)} tokens, {freeness:.0f} tokens a request"
+        queued = best.load.queued_prefill_before(rank)
+        freeness = best.load.freeness_for(rank, view.priorities)
+        why = f"soonest: after {queued} tokens, {freeness:.0f} tokens a request"
         return Choice(best, why, _tokens(here, request.prompt_tokens))
 
     def learn(self, fact: PrefixesChanged) -> None:
@@ -220,7 +220,8 @@ class Soonest(DispatchPolicy):
         rank = view.priorities.rank(request.priority)
         other = view.next_after(self._last, now) or best
         self._last = other.report.instance
-        alike = by_start(other, rank, view)[:-1] == by_start(best, rank, view)[:-1]
+        mine, its = (earliest_start_key(v, rank, view) for v in (best, other))
+        alike = mine[:-1] == its[:-1]
         there = self._index.hit(other.report.instance, request.prefix) if alike else -1
         return (other, there) if there >= here else (best, here)
 
@@ -266,7 +267,7 @@ def _cost(
     """Of a prompt on an instance that has `hit` tokens of it."""
     missing = max(0.0, prompt - hit - load.spare_for(0, view.priorities))
     return PlacementCost(
-        queued=load.ahead_of(rank),
+        queued=load.queued_prefill_before(rank),
         memory=missing * HALF_WEIGHT_BATCH / (HALF_WEIGHT_BATCH + load.batch),
         prefill=(PREFILL_WEIGHT + load.waiting) * (prompt - hit),
         batch=each * (load.batch + load.waiting),
@@ -288,7 +289,7 @@ def _tokens(blocks: int, prompt: int) -> int:
 
 
 DISPATCH_POLICIES: dict[str, type[DispatchPolicy]] = {
-    "soonest": Soonest,
+    "soonest": EarliestStart,
     "freest": HighestFreeness,
     "round-robin": RoundRobin,
     "least-loaded": LeastLoaded,

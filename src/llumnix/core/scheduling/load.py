@@ -23,8 +23,9 @@ class Load(NamedTuple):
     without those about to be free and with those of dispatches on their way and of the rest of
     prompts; `head`, `queued`: tokens that the head of the queue needs, and that all who wait need,
     `shared` of which are in use already;
-    `batch` runs or will, `waiting` waits; `slots`: see the report; `running`, `ahead`: the batch,
-    and tokens to compute before a newcomer's, by class, most urgent first."""
+    `batch` runs or will, `waiting` waits; `slots`: see the report; `running`,
+    `queued_prefill`: the batch, and tokens to compute before a newcomer's, by class, most urgent
+    first."""
 
     total: int
     used: int
@@ -35,7 +36,7 @@ class Load(NamedTuple):
     waiting: int
     slots: int
     running: tuple[int, ...]
-    ahead: tuple[int, ...]
+    queued_prefill: tuple[int, ...]
 
     @property
     def free(self) -> int:
@@ -52,10 +53,10 @@ class Load(NamedTuple):
         """Whether the head of the queue cannot start, for want of memory or of a slot."""
         return self.head > max(0, self.free)
 
-    def ahead_of(self, rank: int) -> int:
+    def queued_prefill_before(self, rank: int) -> int:
         """Tokens to compute before those of a newcomer of a class."""
-        ahead = self.ahead
-        return ahead[rank] if rank < len(ahead) else ahead[-1]
+        queued = self.queued_prefill
+        return queued[rank] if rank < len(queued) else queued[-1]
 
     def spare(self, priorities: Priorities) -> float:
         """Tokens that nobody uses, virtually or not; below zero if more are wanted than there
@@ -115,14 +116,16 @@ def derive(
     are in its prefix cache."""
     coming = report.prefill_tokens + booked_tokens
     computed = coming - booked_cached
-    waiting, queued, shared, by_class, ahead = 0, 0, 0, [], [] if report.classes else [computed]
+    waiting = queued = shared = 0
+    by_class: list[int] = []
+    queued_prefill = [] if report.classes else [computed]
     for rank, known in enumerate(report.classes):
         waiting += known.waiting
         queued += known.waiting_tokens
         shared += known.waiting_shared
         computed += known.waiting_prefill
         by_class.append(known.running + (booked[rank] if booked else 0))
-        ahead.append(computed)
+        queued_prefill.append(computed)
     used = max(0, report.kv_tokens_used - report.moving_out_tokens) + coming
     queued = max(queued, report.head_tokens)
     leaving = report.moving_out - report.moving_out_waiting
@@ -141,5 +144,5 @@ def derive(
         waiting=max(0, waiting - report.moving_out_waiting),
         slots=report.slots,
         running=tuple(by_class),
-        ahead=tuple(ahead),
+        queued_prefill=tuple(queued_prefill),
     )

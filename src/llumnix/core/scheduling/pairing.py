@@ -62,12 +62,12 @@ class Pairing:
         for source in leaving:
             report = source.report
             left = report.running + report.waiting - report.moving_out - len(source.orders)
-            slots = DRAIN_MOVES_MAX - _leaving(source)
+            slots = DRAIN_MOVES_MAX - moves_out(source)
             for destination in sorted(takers, key=lambda v: (-v.freeness, v.report.instance)):
                 while (
                     left > 0
                     and slots > 0
-                    and _coming(destination) < DRAIN_MOVES_MAX
+                    and moves_in(destination) < DRAIN_MOVES_MAX
                     and destination.load.has_slot
                 ):
                     limits = _anything(room_in(destination), len(view.priorities))
@@ -84,11 +84,13 @@ class Pairing:
         most = self._settings.moves_max
         # Pairs sort faster than keys are called for; ids differ, so views are never compared.
         low = sorted((v.freeness, v.report.instance, v) for v in takers if v.freeness < below)
-        movable = (v for _, _, v in low if _leaving(v) < most and v.load.batch + v.load.waiting)
+        movable = (v for _, _, v in low if moves_out(v) < most and v.load.batch + v.load.waiting)
         sources = list(islice(movable, ORDERS_MAX))
         if not sources:
             return
-        takers = [v for v in takers if not v.load.waiting and _coming(v) < most and v.load.has_slot]
+        takers = [
+            v for v in takers if not v.load.waiting and moves_in(v) < most and v.load.has_slot
+        ]
         freest = sorted((-v.freeness, v.report.instance, v) for v in takers if v.freeness > above)
         roomiest: list[_Place] = []
         if any(v.load.is_blocked for v in sources):
@@ -144,7 +146,7 @@ class Pairing:
         most, below, kept = self._settings.moves_max, view.thresholds[0], view.priorities.headroom
         blocked = [v for v in takers if v.load.is_blocked and v.load.has_slot]
         sources = sorted(
-            (v for v in blocked if not _leaving(v)), key=lambda v: (v.freeness, v.report.instance)
+            (v for v in blocked if not moves_out(v)), key=lambda v: (v.freeness, v.report.instance)
         )
         if not sources:
             return
@@ -154,7 +156,7 @@ class Pairing:
         for known in others:
             if known.freeness >= below or not kept(known.load.total, known.load.running):
                 continue
-            if _coming(known) < most and not _leaving(known):
+            if moves_in(known) < most and not moves_out(known):
                 # No headroom is kept from the most urgent class.
                 spare = known.load.spare_for(0, view.priorities) - below * (known.load.batch + 1)
                 rooms.append((min(int(spare), room_in(known)), known.report.instance, known))
@@ -177,13 +179,13 @@ class Pairing:
         """Evens out queues: who waits longest for memory gives those behind its head away."""
         most, last = self._settings.moves_max, len(view.priorities) - 1
         blocked = [v for v in takers if v.freeness < 0]
-        sources = [v for v in blocked if v.load.waiting > 1 and _leaving(v) < most]
+        sources = [v for v in blocked if v.load.waiting > 1 and moves_out(v) < most]
         if not sources:
             return
         spare = {v.report.instance: v.load.spare_for(last, view.priorities) for v in blocked}
         sources.sort(key=lambda v: (spare[v.report.instance], v.report.instance))
         destinations = sorted(
-            (v for v in blocked if _coming(v) < most and _leaving(v) == 0),
+            (v for v in blocked if moves_in(v) < most and moves_out(v) == 0),
             key=lambda v: (-spare[v.report.instance], v.report.instance),
         )
         for source, destination in list(zip(sources, destinations, strict=False))[:ORDERS_MAX]:
@@ -229,11 +231,11 @@ _Place = tuple[float, InstanceId, InstanceView]
 """A destination with what it is sorted by, the best first."""
 
 
-def _leaving(known: InstanceView) -> int:
+def moves_out(known: InstanceView) -> int:
     return known.report.moving_out + len(known.orders)
 
 
-def _coming(known: InstanceView) -> int:
+def moves_in(known: InstanceView) -> int:
     return known.report.moving_in + len(known.incoming)
 
 

@@ -75,4 +75,4 @@ def priorities_of(settings: SchedulerSettings, *, keyed: bool = False) -> Priori
         return Priorities(given, keyed=keyed)
     bare = tuple(replace(c, headroom=0.0) for c in given.classes)
     given = replace(given, classes=bare)
-    return Priorities(given, alike=not preset.priorities, keyed=keyed)
+    return Priorities(given, ignore_priorities=not preset.priorities, keyed=keyed)

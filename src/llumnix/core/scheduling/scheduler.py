@@ -97,7 +97,7 @@ class Scheduler:
         return list(decisions)
 
 
-def urgency(fact: object) -> tuple[int, int]:
+def handling_key(fact: object) -> tuple[int, int]:
     """Sorts what came in at the same time: what is known of the instances first, then the requests,
     the more urgent first (and, as sorting is stable, first come first within a class)."""
     return (1, fact.priority) if isinstance(fact, RequestArrived) else (0, 0)

@@ -50,7 +50,7 @@ from llumnix.core.scheduling.tuning import (
 from llumnix.core.settings import MigrationSettings
 from llumnix.core.types import EngineIndex, InstanceId, OrderId, RequestId
 
-Order = Callable[["InstanceView", int, "ClusterView"], tuple[float, ...]]
+SortKey = Callable[["InstanceView", int, "ClusterView"], tuple[float, ...]]
 """How good an instance is for a newcomer of a class; the lowest is the best."""
 
 
@@ -68,7 +68,8 @@ class Booking(NamedTuple):
 class InstanceView:
     """One instance as the scheduler sees it. `load` and `freeness` follow from the rest;
     `version` counts their changes. `orders`: to move load away from here that no report covers, and
-    when they were made; `incoming`: those that bring load here. `turn`: the last dispatch to it."""
+    when they were made; `incoming`: those that bring load here. `last_dispatch`: its
+    number among all."""
 
     report: LoadReport
     load: Load
@@ -82,7 +83,7 @@ class InstanceView:
     """Destinations for which it had nothing to move, and when it said so."""
     freeness: float = 0.0
     version: int = 0
-    turn: int = 0
+    last_dispatch: int = 0
     bookings: dict[RequestId, Booking] = field(default_factory=dict)
     booked: list[int] = field(default_factory=list)
     booked_tokens: int = 0
@@ -137,8 +138,8 @@ class ClusterView:
         self._ended: dict[InstanceId, EngineIndex] = {}
         self._ids: list[InstanceId] = []
         self._destinations: dict[OrderId, InstanceId] = {}
-        self._heaps: dict[tuple[Order, int], list[_Ranked]] = {}
-        self._turn = 0
+        self._heaps: dict[tuple[SortKey, int], list[_Ranked]] = {}
+        self._dispatches = 0
         self._versions = 0  # Of all instances and their runs: no version ever comes again.
 
     def __iter__(self) -> Iterator[InstanceView]:
@@ -231,8 +232,8 @@ class ClusterView:
         known.booked[rank] += 1
         known.booked_tokens += tokens
         known.booked_cached += cached
-        self._turn += 1
-        known.turn = self._turn
+        self._dispatches += 1
+        known.last_dispatch = self._dispatches
         self._changed(known)
 
     def ordered(
@@ -343,7 +344,7 @@ class ClusterView:
                 silent = known
         return silent
 
-    def best(self, order: Order, rank: int, now: float) -> InstanceView | None:
+    def best(self, order: SortKey, rank: int, now: float) -> InstanceView | None:
         """The first in that order for a newcomer of that class."""
         heap = self._heaps.get((order, rank))
         if heap is None:
@@ -395,7 +396,7 @@ class ClusterView:
             top = None if best is None else key(best, rank, self)
             assert top == first, f"{top} is on top of a heap, {first} is the best"
 
-    def _push(self, heap: "list[_Ranked]", order: Order, rank: int, known: InstanceView) -> None:
+    def _push(self, heap: "list[_Ranked]", order: SortKey, rank: int, known: InstanceView) -> None:
         place = order(known, rank, self)
         heapq.heappush(heap, (place, known.report.instance, known.version))
 
