@@ -31,7 +31,7 @@ from support.fake_engine import FakeEngine
 
 HERE, THERE, ELSEWHERE = EngineIndex(0), EngineIndex(1), EngineIndex(2)
 SETTINGS = SchedulerSettings(
-    migration=MigrationSettings(source_below=48, destination_above=100, payback=4)
+    migration=MigrationSettings(source_below=48, destination_above=100, min_stay=4)
 )
 
 

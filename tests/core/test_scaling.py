@@ -29,7 +29,12 @@ class Fleet:
     """A scheduler and the fleet that it is told of, second by second."""
 
     def __init__(self, least: int = 1, most: int = 4, **more: float) -> None:
-        given = {"low": 100.0, "high": 1000.0, "up_after_s": 2.0, "down_after_s": 10.0}
+        given = {
+            "freeness_low": 100.0,
+            "freeness_high": 1000.0,
+            "up_after_s": 2.0,
+            "down_after_s": 10.0,
+        }
         self.scheduler = Scheduler(
             SchedulerSettings(
                 scaling=ScalingSettings(
@@ -169,8 +174,8 @@ def test_one_drain_at_a_time_and_none_while_one_starts() -> None:
 
 
 def test_nothing_is_emptied_that_would_be_missed() -> None:
-    """Above `high` now, but below `low` without it."""
-    f = Fleet(low=100.0, high=110.0)
+    """Above `freeness_high` now, but below `freeness_low` without it."""
+    f = Fleet(freeness_low=100.0, freeness_high=110.0)
     f.serving = ["i0", "i1"]
     assert f.until(60, i0=(4000, 50), i1=(4000, 50)) == []
 
@@ -223,7 +228,7 @@ def test_an_instance_that_scaling_drains_gets_no_request_from_then_on() -> None:
 def test_a_drain_counts_before_the_fleet_has_heard_of_it() -> None:
     """Its next report may have been made before: it drains no second instance, and under load that
     drain is the first to be taken back."""
-    f = Fleet(down_after_s=0.0, settle_s=0.0)
+    f = Fleet(down_after_s=0.0, cooldown_s=0.0)
     f.serving = ["i0", "i1", "i2"]
     (drained,) = f.second(i0=IDLE, i1=IDLE, i2=IDLE)
     assert isinstance(drained, DrainInstance)

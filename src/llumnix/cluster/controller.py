@@ -82,7 +82,7 @@ class Controller:
         self._log = EventLog(event_log, who=f"controller {os.getpid()}")
         self._log.started(settings)
         self._scheduler = Scheduler(settings)
-        self._tick_s = settings.migration.tick_s
+        self._tick_s = settings.migration.interval_s
         self._engines: dict[EngineIndex, bytes] = {}
         self._refused = Told("messages that make no sense were refused", traceback=False)
         self._failed = Told("messages could not be handled, which is a bug", traceback=True)

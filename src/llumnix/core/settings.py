@@ -17,9 +17,10 @@ PAPER_BLOCK_TOKENS = 16
 """The paper's thresholds are in blocks of this many tokens a request."""
 
 
-def knob(default: Any, unit: str, help: str) -> Any:
-    """A field with what its user needs to know."""
-    return field(default=default, metadata={"unit": unit, "help": help})
+def knob(default: Any, unit: str, help: str, *, was: str | None = None) -> Any:
+    """A field with what its user needs to know. `was`: its name in the release before, which a
+    configuration file may still use in this one."""
+    return field(default=default, metadata={"unit": unit, "help": help, "was": was})
 
 
 def _check(path: str, value: float | None, low: float, high: float | None = None) -> None:
@@ -141,7 +142,9 @@ class MigrationSettings:
     balance: bool | None = knob(
         None, "true or false", "Move requests to balance the load. null: as the policy has it."
     )
-    tick_s: float = knob(0.05, "s", "Time between two rounds of pairing instances.")
+    interval_s: float = knob(
+        0.05, "s", "Time between two rounds of pairing instances.", was="tick_s"
+    )
     source_below: float | None = knob(
         None,
         "tokens a request",
@@ -155,19 +158,20 @@ class MigrationSettings:
         "decode steps",
         "The lower freeness of the pair must rise by this much beyond the move's own cost.",
     )
-    payback: float = knob(
+    min_stay: float = knob(
         10.0,
         "times a move's duration",
         "A request that was moved stays for this long at least.",
+        was="payback",
     )
     moves_max: int = knob(
         1, "migrations", "Moves away from one instance at a time. A drain takes its engine's limit."
     )
 
     def __post_init__(self) -> None:
-        _check("migration.tick_s", self.tick_s, 0.001, 10)
+        _check("migration.interval_s", self.interval_s, 0.001, 10)
         _check("migration.gain_min", self.gain_min, 0)
-        _check("migration.payback", self.payback, 0)
+        _check("migration.min_stay", self.min_stay, 0)
         _check("migration.moves_max", self.moves_max, 1, MigrationLimits().outgoing_max)
         low, high = self.source_below, self.destination_above
         if (low is None) != (high is None):
@@ -186,20 +190,26 @@ class ScalingSettings:
 
     instances_min: int | None = knob(None, "instances", "Never fewer (--min-instances).")
     instances_max: int | None = knob(None, "instances", "Never more (--max-instances).")
-    low: float | None = knob(
+    freeness_low: float | None = knob(
         None,
         "tokens a request",
         "Below this mean freeness of normal requests one more is started. null: observed.",
+        was="low",
     )
-    high: float | None = knob(None, "tokens a request", "Above it one is drained. null: observed.")
-    up_after_s: float = knob(2.0, "s", "How long it must be below `low`.")
-    down_after_s: float = knob(30.0, "s", "How long it must be above `high`.")
-    settle_s: float = knob(
-        10.0, "s", "After a change nothing is drained for this long once all that start are up."
+    freeness_high: float | None = knob(
+        None, "tokens a request", "Above it one is drained. null: observed.", was="high"
+    )
+    up_after_s: float = knob(2.0, "s", "How long it must be below `freeness_low`.")
+    down_after_s: float = knob(30.0, "s", "How long it must be above `freeness_high`.")
+    cooldown_s: float = knob(
+        10.0,
+        "s",
+        "After a change nothing is drained for this long once all that start are up.",
+        was="settle_s",
     )
 
     def __post_init__(self) -> None:
-        for name in ("up_after_s", "down_after_s", "settle_s"):
+        for name in ("up_after_s", "down_after_s", "cooldown_s"):
             _check(f"scaling.{name}", getattr(self, name), 0)
         _check("scaling.instances_min", self.instances_min, 1)
         _check("scaling.instances_max", self.instances_max, 1)
@@ -210,10 +220,15 @@ class ScalingSettings:
                 f"--max-instances {self.instances_max} is below --min-instances "
                 f"{self.instances_min}"
             )
-        if (self.low is None) != (self.high is None):
-            raise UsageError("scaling: give both low and high, or neither of them")
-        if self.low is not None and self.high is not None and self.high <= self.low:
-            raise UsageError(f"scaling: high ({self.high:g}) must be above low ({self.low:g})")
+        low, high = self.freeness_low, self.freeness_high
+        if (low is None) != (high is None):
+            raise UsageError(
+                "scaling: give both freeness_low and freeness_high, or neither of them"
+            )
+        if low is not None and high is not None and high <= low:
+            raise UsageError(
+                f"scaling: freeness_high ({high:g}) must be above freeness_low ({low:g})"
+            )
 
     @property
     def on(self) -> bool:

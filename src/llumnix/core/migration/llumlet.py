@@ -58,7 +58,7 @@ class Llumlet:
         self._orders = Orders(
             port,
             Priorities(settings.priorities),
-            settings.migration.payback,
+            settings.migration.min_stay,
             self._outgoing,
             self._incoming,
             self._out,

@@ -102,8 +102,8 @@ class Observed:
 
     def scaling_thresholds(self, settings: ScalingSettings) -> tuple[float, float]:
         """The mean freeness is kept between these; in tokens a request."""
-        if settings.low is not None and settings.high is not None:
-            return settings.low, settings.high
+        if settings.freeness_low is not None and settings.freeness_high is not None:
+            return settings.freeness_low, settings.freeness_high
         answer = self.answer_tokens
         if answer is None:
             return PAPER_SCALE_LOW, PAPER_SCALE_HIGH

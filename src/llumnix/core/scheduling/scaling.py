@@ -78,7 +78,7 @@ class Scaling:
         elif (
             self._above_since_s is not None
             and now - self._above_since_s >= self._settings.down_after_s
-            and now - self._changed_s >= self._settings.settle_s
+            and now - self._changed_s >= self._settings.cooldown_s
             and there > least
             and not fleet.draining
             and (spare - size) / max(1, requests) > TARGET_RATIO * low

@@ -310,7 +310,7 @@ class Cluster:
             assert isinstance(decision, MoveLoad)
             index = decision.source_engine
             self.tell_engine(index, self._order, decision)
-        self.at(self.now + self.setup.scheduler.migration.tick_s, self._tick)
+        self.at(self.now + self.setup.scheduler.migration.interval_s, self._tick)
 
     def _report(self, instance: Instance) -> None:
         """Pushes the load if it has changed, or if it was long ago."""
