@@ -1,8 +1,8 @@
-"""What the scheduler can be told: every knob once, with unit, default and check.
+"""The scheduler's settings: every knob once, with unit, default and check.
 
-`--scheduler-config FILE` is this tree as YAML, and docs/scheduler.md lists it from here. A knob
-that is null follows from what is observed (`core/scheduling/observed.py`), from the policy, or from
-another knob, as its text says.
+`--scheduler-config FILE` is this tree as YAML, and the table in docs/scheduler.md is drawn from it.
+A knob that is null follows from what is observed (`core/scheduling/observed.py`), from the policy,
+or from another knob, as its text says.
 """
 
 import hashlib
@@ -14,11 +14,11 @@ from llumnix.core.limits import MigrationLimits
 from llumnix.errors import UsageError
 
 PAPER_BLOCK_TOKENS = 16
-"""The paper's thresholds are in blocks of this many tokens a request."""
+"""The paper's thresholds are in blocks of this many tokens for each request."""
 
 
 def knob(default: Any, unit: str, help: str, *, was: str | None = None) -> Any:
-    """A field with what its user needs to know. `was`: its name in the release before, which a
+    """A field with what a user needs to know. `was`: its name in the release before, which a
     configuration file may still use in this one."""
     return field(default=default, metadata={"unit": unit, "help": help, "was": was})
 
@@ -33,13 +33,13 @@ def _check(path: str, value: float | None, low: float, high: float | None = None
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PriorityClass:
-    """One class of requests. `priority`: vLLM's number, lower is served earlier. `headroom`: share
-    of an instance's KV memory (0 to 1) that is kept free while a request of the class runs there,
-    so that it decodes as fast as on an instance of its own."""
+    """One class of requests."""
 
     name: str
-    priority: int
+    priority: int  # vLLM's number; lower is served earlier
     headroom: float = 0.0
+    """Share of an instance's KV memory (0 to 1) that is kept free while a request of the class runs
+    there, so that it decodes as fast as on an instance of its own."""
 
     def __post_init__(self) -> None:
         if not self.name or not self.name.replace("-", "").replace("_", "").isalnum():
@@ -55,7 +55,7 @@ _DIGEST = "sha256:"
 
 
 def key_digest(key: str) -> str:
-    """What an API key is kept as: `sha256:` and its digest in hex digits."""
+    """The form in which an API key is kept: `sha256:` and its digest in hex digits."""
     return _DIGEST + hashlib.sha256(key.encode()).hexdigest()
 
 
@@ -66,7 +66,7 @@ NORMAL = PriorityClass(name="normal", priority=0)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrioritySettings:
-    """Who goes first."""
+    """Which requests go first, and who may ask for that."""
 
     classes: tuple[PriorityClass, ...] = knob(
         (HIGH, NORMAL),
@@ -95,7 +95,7 @@ class PrioritySettings:
             "help": "The most urgent class that requests with this key get.",
         },
     )
-    """Kept as digests alone, however they were given."""
+    """Keys are kept as digests, however they were given."""
 
     def __post_init__(self) -> None:
         _check("priorities.aging_s", self.aging_s, 0.1)
@@ -238,7 +238,7 @@ class ScalingSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerSettings:
-    """All of it."""
+    """All settings of the scheduler."""
 
     policy: str = knob("llumnix", "a policy's name", "How requests are scheduled (--policy).")
     priorities: PrioritySettings = field(default_factory=PrioritySettings)
@@ -246,5 +246,5 @@ class SchedulerSettings:
     scaling: ScalingSettings = field(default_factory=ScalingSettings)
 
     def without_keys(self) -> "SchedulerSettings":
-        """For whoever has nothing to do with API keys, that is everybody but the frontend."""
+        """The settings without API keys, for all processes but the frontend, which checks them."""
         return replace(self, priorities=replace(self.priorities, key_caps={}))

@@ -1,7 +1,7 @@
 """Where a new request goes.
 
-A policy is asked with the view and answers one instance with the reason, or None if no instance
-takes requests. It may keep state of its own, but it sees no clock and no dice.
+A policy is asked with the view, and answers with one instance and the reason, or with None if no
+instance takes requests. It may keep state of its own, but it sees no clock and no dice.
 """
 
 from abc import ABC, abstractmethod
@@ -24,33 +24,32 @@ from llumnix.core.types import InstanceId
 
 
 class Choice(NamedTuple):
-    """An answer to a request: the instance, the reason, and how many tokens of the prompt are known
-    to be in its prefix cache."""
+    """A policy's answer."""
 
     instance: InstanceView
     why: str
-    cached: int = 0
+    cached: int = 0  # tokens of the prompt that are known to be in its prefix cache
 
 
 class DispatchPolicy(ABC):
-    """One rule of placing requests."""
+    """A rule of placing requests."""
 
     looks_at_caches: ClassVar[bool] = False
     """Whether it wants to know what is in the instances' prefix caches."""
 
     @abstractmethod
     def choose(self, view: ClusterView, request: RequestArrived, now: float) -> Choice | None:
-        """Returns an instance and why it; None if no instance takes requests."""
+        """Where the request goes; None if no instance takes requests."""
 
     def learn(self, fact: PrefixesChanged) -> None:  # noqa: B027 - optional
-        """Takes in what changed in an instance's prefix cache."""
+        """Takes in what has changed in an instance's prefix cache."""
 
     def forget(self, instance: InstanceId) -> None:  # noqa: B027 - optional
         """This run of the instance is over, and its prefix cache with it."""
 
 
 class RoundRobin(DispatchPolicy):
-    """The instances in turn, whatever their load."""
+    """The instances in turn, regardless of their load."""
 
     def __init__(self) -> None:
         self._last = InstanceId("")
@@ -64,7 +63,8 @@ class RoundRobin(DispatchPolicy):
 
 
 class LeastLoaded(DispatchPolicy):
-    """Fewest requests (dispatches in flight included), then fewest KV tokens, then in turn."""
+    """The fewest requests, dispatches in flight included, then the fewest KV tokens, then in
+    turn."""
 
     def __init__(self) -> None:
         self._last = InstanceId("")
@@ -82,35 +82,37 @@ class LeastLoaded(DispatchPolicy):
 
 
 class FreenessKey(NamedTuple):
-    """Sort key: the highest freeness first. On a tie the instance that has waited longest for a
-    dispatch."""
+    """Sort key: the highest freeness first. On a tie, the instance whose last dispatch is longest
+    ago."""
 
     minus_freeness: float
     last_dispatch: float
 
 
 def highest_freeness_key(known: InstanceView, rank: int, view: ClusterView) -> FreenessKey:
-    """The place of an instance for a new request of that class."""
+    """The key of an instance for a new request of that class."""
     return FreenessKey(-known.load.freeness_for(rank, view.priorities), known.last_dispatch)
 
 
 class StartKey(NamedTuple):
     """Sort key: where a new request starts soonest.
 
-    Instances with memory come first: the fewest queued tokens, then the highest freeness. Then come
-    those that have nothing left but the headroom of more urgent classes, and last those without
-    even that, each the least short first. On a tie, which is mostly among idle instances, the one
-    that was dispatched to last: its caches are the warmest."""
+    - Instances with free memory come first. Of these the fewest queued tokens of prompts decide,
+      then the highest freeness.
+    - Then come those with nothing left but the headroom of more urgent classes, and last those
+      without even that, each the least short first.
+    - On a tie, which is mostly among idle instances, the most recently used one, since its caches
+      are the warmest."""
 
-    short_without_headroom: float  # what its freeness lacks to the threshold, headroom not kept
-    short: float  # what its freeness lacks to the threshold of sources
-    prefill_quanta: float  # queued before the request, in `PREFILL_QUANTUM_TOKENS`
+    short_without_headroom: float  # the same as `short` if headroom were not kept free
+    short: float  # decode steps of freeness that are missing to the threshold of sources
+    prefill_quanta: float  # tokens queued before the request, in `PREFILL_QUANTUM_TOKENS`
     minus_freeness: float
     minus_last_dispatch: float
 
 
 def earliest_start_key(known: InstanceView, rank: int, view: ClusterView) -> StartKey:
-    """The place of an instance for a new request of that class."""
+    """The key of an instance for a new request of that class."""
     load, threshold = known.load, view.thresholds[0]
     freeness = load.freeness_for(rank, view.priorities)
     quanta = load.queued_prefill_before(rank) // PREFILL_QUANTUM_TOKENS
@@ -133,14 +135,15 @@ class PlacementCost(NamedTuple):
         prefill  (PREFILL_WEIGHT + w) (p - h)
         batch    (NEIGHBOUR_TOKENS + NEIGHBOUR_PROMPT_SHARE p) B / (B + n) (b + w)
 
-    `memory`: it waits until requests end, and of many one ends sooner than of few.
-    `prefill`: to compute what another instance has takes its own time, and room in the cache here,
-    and delays each request that waits here. Where all have queues, to keep to the caches is what
-    makes them shorter.
-    `batch`: each request beside it makes every step longer, and longer still if contexts are long,
-    as they are where a long prefix is shared. Without this term a popular prefix would gather its
-    requests on one instance while others stand idle. Among many requests a few more are chance, so
-    that each weighs less. B is `HALF_WEIGHT_BATCH`."""
+    `memory`: the request waits until others end, and of many one ends sooner than of few.
+    `prefill`: a token that is computed again takes time and room in the cache here, and delays each
+    waiting request. So where all instances have queues, requests keep to the caches, which makes
+    the queues shorter.
+    `batch`: each request makes the steps of the others longer, and longer still with a long
+    context, as requests with a long shared prefix have. Without this term a popular prefix would
+    gather its requests on one instance while others are idle. Among many requests a few more are
+    chance, so that each weighs less.
+    B is `HALF_WEIGHT_BATCH`."""
 
     queued: float
     memory: float
@@ -149,13 +152,13 @@ class PlacementCost(NamedTuple):
 
     @property
     def quanta(self) -> float:
-        """The sum, in `PREFILL_QUANTUM_TOKENS`: less of a difference decides nothing."""
+        """The sum in `PREFILL_QUANTUM_TOKENS`, because smaller differences decide nothing."""
         tokens = self.queued + self.memory + self.prefill + self.batch
         return tokens // PREFILL_QUANTUM_TOKENS
 
 
 class HighestFreeness(DispatchPolicy):
-    """The highest freeness as a newcomer of the request's class meets it."""
+    """The highest freeness for the request's class."""
 
     def choose(self, view: ClusterView, request: RequestArrived, now: float) -> Choice | None:
         rank = view.priorities.rank(request.priority)
@@ -167,14 +170,15 @@ class HighestFreeness(DispatchPolicy):
 
 
 class EarliestStart(DispatchPolicy):
-    """Where the request starts soonest and disturbs the fewest: the first by `StartKey`, or an
-    instance that has more of the prompt in its prefix cache, if its `PlacementCost` is lower.
+    """Where the request starts soonest and disturbs the fewest: the first instance by `StartKey`,
+    or one that has more of the prompt in its prefix cache, if its `PlacementCost` is lower.
 
-    A hit is worth memory that is short, but neither the headroom of more urgent classes nor an
-    instance without a free slot.
+    A hit may decide for an instance that is short of memory. It may not decide for one that has no
+    free slot, or nothing left but the headroom of more urgent classes, unless the first instance is
+    like that too.
 
-    A long prompt that no other instance has more of goes, of idle instances, to the next in turn
-    and not to the warmest, so that the caches of all fill and not one alone."""
+    If the first instance is idle and no other has more of a long prompt, the next idle instance in
+    turn takes it instead, so that the caches of all fill, and not one alone."""
 
     looks_at_caches = True
 
@@ -191,7 +195,7 @@ class EarliestStart(DispatchPolicy):
             here = self._index.hit(best.report.instance, request.prefix)
             holders = self._index.hits(request.prefix, HOLDERS_MAX, above=here)
             if holders:
-                found = self._worth(holders, best, here, view, request, now)
+                found = self._cheapest_holder(holders, best, here, view, request, now)
                 if found is not None:
                     return found
             elif not best.load.batch and not best.load.waiting:
@@ -213,8 +217,8 @@ class EarliestStart(DispatchPolicy):
     def _next_idle(
         self, best: InstanceView, here: int, view: ClusterView, request: RequestArrived, now: float
     ) -> tuple[InstanceView, int]:
-        """The instance that follows in turn, and its hit in blocks, if much of the prompt is to be
-        computed and the two are alike; else `best`, which is idle, and its own hit, `here`."""
+        """The next instance in turn and its hit in blocks, if it is as good as `best`, which is
+        idle, and much of the prompt is to be computed; else `best` and its own hit, `here`."""
         if request.prompt_tokens - here * BLOCK_TOKENS < PREFILL_QUANTUM_TOKENS:
             return best, here
         rank = view.priorities.rank(request.priority)
@@ -225,7 +229,7 @@ class EarliestStart(DispatchPolicy):
         there = self._index.hit(other.report.instance, request.prefix) if alike else -1
         return (other, there) if there >= here else (best, here)
 
-    def _worth(
+    def _cheapest_holder(
         self,
         holders: dict[InstanceId, int],
         best: InstanceView,
@@ -234,8 +238,8 @@ class EarliestStart(DispatchPolicy):
         request: RequestArrived,
         now: float,
     ) -> Choice | None:
-        """The holder that costs least, if it costs less than `best`, whose own hit is `here`; None
-        if none does. `holders`: hits in blocks."""
+        """The holder of the lowest cost; None if `best`, whose own hit is `here`, costs no more.
+        `holders`: their hits in blocks."""
         rank, prompt = view.priorities.rank(request.priority), request.prompt_tokens
         others = best.load.batch + best.load.waiting
         each = _each_neighbour(prompt, others)
@@ -255,8 +259,8 @@ class EarliestStart(DispatchPolicy):
 
 
 def _each_neighbour(prompt: int, others: int) -> float:
-    """What each request beside a prompt weighs. `others`: requests at the best instance without a
-    look at caches."""
+    """What each request on the same instance weighs. `others`: requests on the instance that is
+    best without a look at caches."""
     alone = NEIGHBOUR_TOKENS + NEIGHBOUR_PROMPT_SHARE * prompt
     return alone * HALF_WEIGHT_BATCH / (HALF_WEIGHT_BATCH + others)
 
@@ -264,7 +268,8 @@ def _each_neighbour(prompt: int, others: int) -> float:
 def _cost(
     load: Load, prompt: int, hit: int, each: float, rank: int, view: ClusterView
 ) -> PlacementCost:
-    """Of a prompt on an instance that has `hit` tokens of it."""
+    """The cost of a prompt on an instance that has `hit` tokens of it. `each`: what each request
+    there weighs."""
     missing = max(0.0, prompt - hit - load.spare_for(0, view.priorities))
     return PlacementCost(
         queued=load.queued_prefill_before(rank),
@@ -275,8 +280,8 @@ def _cost(
 
 
 def _is_closed(load: Load, rank: int, view: ClusterView) -> bool:
-    """Whether no hit is worth going there: no slot is free, or what is left is the headroom of more
-    urgent classes."""
+    """Whether no hit may decide for the instance: it has no free slot, or nothing left but the
+    headroom of more urgent classes."""
     if load.slots and load.batch + load.waiting >= load.slots:
         return True
     kept = view.priorities.headroom(load.total, load.running, above=rank)
@@ -284,7 +289,7 @@ def _is_closed(load: Load, rank: int, view: ClusterView) -> bool:
 
 
 def _tokens(blocks: int, prompt: int) -> int:
-    """What is found of a prompt, whose last token is computed in any case."""
+    """Tokens of the prompt in a hit of that many blocks. The last token is computed in any case."""
     return max(0, min(blocks * BLOCK_TOKENS, prompt - 1))
 
 

@@ -13,8 +13,9 @@ Afterwards the two have the freeness
 
     F_s = (S + t) / b        F_d = (D - t) / c
 
-and the copy has taken k t steps. `least` is what the lower freeness must rise to: the source's of
-now, `gain_min`, and `STOP_STEPS`, in which no engine computes the request.
+and the copy has taken k t steps. `least` is what the lower freeness must rise to, so that
+no move raises the highest load: the source's of now, `gain_min`, and `STOP_STEPS`, in which no
+engine computes the request.
 
     F_s >= least + k t   <=>   t >= (least b - S) / (1 - k b)
 

@@ -1,24 +1,21 @@
 """Which instance gives load to which: the periodic round of pairing.
 
 Rules
-- Sources are the instances of a freeness below one threshold, the lowest first; destinations those
-  above another, the highest first. Each source gets the first destination that is still free and
-  that it gains from, of the first `TRIES_MAX`. One for which it had nothing to move a moment ago is
-  passed over. Between the two thresholds an instance is left alone.
-- A move is ordered only if it helps after its own cost: projected to its end, the lower freeness of
-  the two is higher than now by what the copy and the stop take, in decode steps, and by `gain_min`.
-  So no move raises the highest load. Nor may the two change places: the destination stays the
-  freer, and above the threshold of sources, or one that runs there would be preempted.
-- A blocked queue is a virtual usage, so its instance gives requests away until the head fits. If
-  the destination has room for the request that waits, that goes: it has no KV to copy. Freeness is
-  not room (few requests have much of it and may hold all memory), so a head that waits for memory
-  first looks where there is the most room, between the thresholds too.
-- Who waits for memory, and fits nowhere else, goes into the headroom of urgent requests.
-- Queues are evened out among those that are blocked: the longest gives to the shortest, no more
-  than makes the two alike.
-- An instance that is being emptied gives all it has, to whoever has room, several at a time.
-- Whoever has moves under way, decided here and not reported yet included, is left alone up to its
-  limit.
+- Sources are the instances of a freeness below one threshold, the lowest first. Destinations are
+  those above another threshold, the highest first. In between an instance is left alone.
+- Each source gets the first destination that is still free and that it gains from (gain.py), of the
+  first `TRIES_MAX`. A destination for which it had nothing to move a moment ago is passed over.
+- A blocked queue counts as virtual usage, so its instance gives requests away until the head fits.
+  If the destination has room for the head, the head goes: it has no KV to copy.
+- Freeness is not room: an instance with few requests may have much of the one and none of the
+  other. So a head that waits for memory first looks for the most room, between the thresholds too.
+- A request that waits for memory, and fits nowhere else, goes into the headroom of urgent requests.
+- Blocked instances even out their queues: the longest gives to the shortest, no more than makes the
+  two alike.
+- An instance that is being emptied gives all it has, several requests at a time, to any that has
+  room.
+- Balancing leaves an instance alone that takes part in `moves_max` moves, orders that are not
+  reported yet included. A drain has its engine's limit.
 """
 
 from collections.abc import Iterable, Iterator
@@ -34,11 +31,11 @@ from llumnix.core.settings import MigrationSettings
 from llumnix.core.types import InstanceId, OrderId
 
 DRAIN_MOVES_MAX = MigrationLimits().outgoing_max
-"""Moves away from an instance that is being emptied at a time: as many as its engine takes."""
+"""Moves at a time away from an instance that is being emptied: as many as its engine takes."""
 
 
 class Pairing:
-    """Decides moves. `balance`: also between instances that stay."""
+    """Decides moves. `balance`: also between instances that go on serving."""
 
     def __init__(self, settings: MigrationSettings, *, balance: bool) -> None:
         self._settings = settings
@@ -46,7 +43,7 @@ class Pairing:
         self._orders = 0
 
     def round(self, view: ClusterView, now: float) -> list[MoveLoad]:
-        """The moves that help now; books them in the view."""
+        """The moves that help now, recorded in the view."""
         takers = [v for v in view if v.accepting and v.answers(now)]
         decided = list(self._drains(view, takers, now))
         if self._balance:
@@ -82,7 +79,7 @@ class Pairing:
     ) -> Iterator[MoveLoad]:
         below, above = view.thresholds
         most = self._settings.moves_max
-        # Pairs sort faster than keys are called for; ids differ, so views are never compared.
+        # Tuples sort faster than a key function; ids differ, so that views are never compared.
         low = sorted((v.freeness, v.report.instance, v) for v in takers if v.freeness < below)
         movable = (v for _, _, v in low if moves_out(v) < most and v.load.batch + v.load.waiting)
         sources = list(islice(movable, ORDERS_MAX))
@@ -92,7 +89,7 @@ class Pairing:
             v for v in takers if not v.load.waiting and moves_in(v) < most and v.load.has_slot
         ]
         freest = sorted((-v.freeness, v.report.instance, v) for v in takers if v.freeness > above)
-        roomiest: list[_Place] = []
+        roomiest: list[_Ranked] = []
         if any(v.load.is_blocked for v in sources):
             roomiest = sorted(
                 (-_room_above(v, below, view.priorities), v.report.instance, v)
@@ -109,7 +106,7 @@ class Pairing:
         for source in sources:
             found, head = None, source.report.head_tokens
             if source.load.is_blocked:
-                with_room = takewhile(lambda place: -place[0] >= head, roomiest)  # noqa: B023
+                with_room = takewhile(lambda it: -it[0] >= head, roomiest)  # noqa: B023
                 found = self._first_gain(rule, source, with_room, taken)
             found = found or self._first_gain(rule, source, freest, taken)
             if found is not None:
@@ -127,12 +124,12 @@ class Pairing:
         self,
         rule: GainRule,
         source: InstanceView,
-        places: Iterable["_Place"],
+        ranked: Iterable["_Ranked"],
         taken: set[InstanceId],
     ) -> tuple[InstanceView, tuple[MoveLimit, ...]] | None:
-        """The first destination that is not taken and that the source gains from, and what may go
-        there."""
-        free = (v for _, i, v in places if i not in taken and i not in source.fruitless)
+        """The first destination that is not taken and that the source gains from, with the limits
+        of the move."""
+        free = (v for _, i, v in ranked if i not in taken and i not in source.fruitless)
         for destination in islice(free, TRIES_MAX):
             if limits := rule.limits(source, destination):
                 return destination, limits
@@ -141,8 +138,8 @@ class Pairing:
     def _into_headroom(
         self, view: ClusterView, takers: list[InstanceView], now: float
     ) -> Iterator[MoveLoad]:
-        """Who waits for memory, and would fit nowhere else, goes where there is some but for
-        headroom."""
+        """Moves requests that wait for memory, and fit nowhere else, to where only headroom is
+        left."""
         most, below, kept = self._settings.moves_max, view.thresholds[0], view.priorities.headroom
         blocked = [v for v in takers if v.load.is_blocked and v.load.has_slot]
         sources = sorted(
@@ -160,7 +157,7 @@ class Pairing:
                 # No headroom is kept from the most urgent class.
                 spare = known.load.spare_for(0, view.priorities) - below * (known.load.batch + 1)
                 rooms.append((min(int(spare), room_in(known)), known.report.instance, known))
-        rooms.sort()  # Ids differ, so views are never compared.
+        rooms.sort()  # Ids differ, so that views are never compared.
         for source in sources[:ORDERS_MAX]:
             head = source.load.head
             if elsewhere < head and rooms and head <= rooms[-1][0]:
@@ -176,7 +173,7 @@ class Pairing:
     def _queues(
         self, view: ClusterView, takers: list[InstanceView], now: float
     ) -> Iterator[MoveLoad]:
-        """Evens out queues: who waits longest for memory gives those behind its head away."""
+        """Evens out queues: the instance with the longest gives away requests behind its head."""
         most, last = self._settings.moves_max, len(view.priorities) - 1
         blocked = [v for v in takers if v.freeness < 0]
         sources = [v for v in blocked if v.load.waiting > 1 and moves_out(v) < most]
@@ -227,26 +224,29 @@ class Pairing:
         )
 
 
-_Place = tuple[float, InstanceId, InstanceView]
-"""A destination with what it is sorted by, the best first."""
+_Ranked = tuple[float, InstanceId, InstanceView]
+"""What a destination is sorted by, its id, and itself; the best comes first."""
 
 
 def moves_out(known: InstanceView) -> int:
+    """Moves away from an instance, orders that are not reported yet included."""
     return known.report.moving_out + len(known.orders)
 
 
 def moves_in(known: InstanceView) -> int:
+    """Moves to an instance, likewise."""
     return known.report.moving_in + len(known.incoming)
 
 
 def _room_above(destination: InstanceView, below: float, priorities: Priorities) -> int:
-    """The largest request, in KV tokens, after which its freeness is not below that threshold."""
+    """The largest request, in KV tokens, that leaves the destination's freeness at the threshold or
+    above."""
     spare = destination.load.spare(priorities) - below * (destination.load.batch + 1)
     return min(int(spare), room_in(destination))
 
 
 def _waiting(source: InstanceView, tokens: int) -> tuple[MoveLimit, ...]:
-    """Only what waits, of up to so many tokens."""
+    """Limits that let only waiting requests go, of up to so many tokens."""
     return tuple(
         MoveLimit(rank=r, tokens_min=0, tokens_wanted=0, tokens_max=0, waiting_max=tokens)
         for r, known in enumerate(source.report.classes)
@@ -255,8 +255,8 @@ def _waiting(source: InstanceView, tokens: int) -> tuple[MoveLimit, ...]:
 
 
 def _anything(room: int, classes: int) -> tuple[MoveLimit, ...]:
-    """For an instance that is being emptied: whatever there is memory for. Neither headroom nor the
-    length of a queue may keep it from being emptied."""
+    """Limits of a drain: any request that there is memory for. Neither headroom nor the length of a
+    queue may keep an instance from being emptied."""
     if room <= 0:
         return ()
     return tuple(

@@ -1,7 +1,7 @@
 """The scheduler: one mutator that takes facts and returns decisions.
 
-It sees instances, not requests or engines: whoever hosts it (the controller's process, a simulator,
-a test) passes the time in and carries the decisions out.
+It sees instances, not requests or engines. Its host (the controller's process, the simulator, a
+test) passes the time in and carries the decisions out.
 """
 
 from llumnix.core.events import (
@@ -28,7 +28,7 @@ from llumnix.core.settings import SchedulerSettings
 from llumnix.errors import ProtocolError
 
 STORY_MAX = 300
-"""Characters of a refused fact that its error tells."""
+"""Characters of a refused fact that the error shows."""
 
 
 class Scheduler:
@@ -45,8 +45,8 @@ class Scheduler:
         self._scaling = Scaling(settings.scaling)
 
     def handle(self, fact: Fact, now: float) -> list[Decision]:
-        """Takes in one fact at time `now` (seconds, monotonic) and returns what to do.
-        `ProtocolError`, and nothing has changed, if it makes no sense."""
+        """Takes in one fact at time `now` (seconds, monotonic) and returns what to do. A fact that
+        makes no sense changes nothing and raises `ProtocolError`."""
         why = why_malformed(fact, len(self.view.priorities))
         if why is not None:
             raise ProtocolError(f"refused, since it says {why}: {str(fact)[:STORY_MAX]}")
@@ -98,6 +98,6 @@ class Scheduler:
 
 
 def handling_key(fact: object) -> tuple[int, int]:
-    """Sorts what came in at the same time: what is known of the instances first, then the requests,
-    the more urgent first (and, as sorting is stable, first come first within a class)."""
+    """Sort key for facts that arrived together: news of instances first, then requests, the more
+    urgent first. Sorting is stable, so that within a class the first to come is the first."""
     return (1, fact.priority) if isinstance(fact, RequestArrived) else (0, 0)
