@@ -70,7 +70,7 @@ def place(s: Scheduler, request: str, now: float = 0.0, tokens: int = 10) -> str
 
 
 @every_policy
-def test_with_no_instance_known_it_says_so(policy: str) -> None:
+def test_without_a_known_instance_the_answer_is_no_instance(policy: str) -> None:
     arrived = RequestArrived(request=RequestId("r"), prompt_tokens=1)
     (decision,) = scheduler(policy).handle(arrived, 0.0)
     assert decision == NoInstance(
@@ -141,7 +141,7 @@ def test_a_few_tokens_before_it_are_no_reason_to_go_where_less_memory_is() -> No
     assert place(s, "r") == "i0"
 
 
-def test_who_is_less_urgent_and_waits_is_not_before_it() -> None:
+def test_waiting_requests_that_are_less_urgent_are_not_computed_before_it() -> None:
     s = scheduler("llumnix")
     s.handle(
         report("i0", running=1, used=10, waiting=1, waiting_tokens=PREFILL_QUANTUM_TOKENS), 0.0
@@ -154,7 +154,7 @@ def test_who_is_less_urgent_and_waits_is_not_before_it() -> None:
 
 
 def test_llumnix_goes_where_there_is_room_whatever_is_before_it() -> None:
-    """Who gives requests away for want of memory takes none, though one would fit."""
+    """An instance that gives requests away for want of memory takes none, though one would fit."""
     s = scheduler("llumnix")
     s.handle(report("i0", running=1, used=100, prefill=2 * PREFILL_QUANTUM_TOKENS), 0.0)
     s.handle(report("i1", engine=1, running=9, used=TOTAL - 200), 0.0)
@@ -259,7 +259,7 @@ def test_a_new_run_starts_without_the_old_ones_bookings() -> None:
 
 
 @every_policy
-def test_who_takes_no_requests_gets_none(policy: str) -> None:
+def test_an_instance_that_does_not_accept_gets_no_request(policy: str) -> None:
     s = scheduler(policy)
     s.handle(report("i0", accepting=False), 0.0)
     s.handle(report("i1", engine=1, running=99), 0.0)
@@ -269,7 +269,7 @@ def test_who_takes_no_requests_gets_none(policy: str) -> None:
 
 
 @every_policy
-def test_the_silent_get_requests_only_when_all_are_silent(policy: str) -> None:
+def test_silent_instances_get_requests_only_if_all_are_silent(policy: str) -> None:
     s = scheduler(policy)
     s.handle(report("i0"), 0.0)
     s.handle(report("i1", engine=1, running=9), STALE_AFTER_S + 1)
@@ -281,7 +281,7 @@ def test_the_silent_get_requests_only_when_all_are_silent(policy: str) -> None:
 def test_least_loaded_never_leaves_a_gap_that_it_could_have_filled(
     loads: list[int], arrivals: int
 ) -> None:
-    """Whoever got a request ends with no more than one above any other's final count."""
+    """An instance that got a request ends with at most one more than any other."""
     s = scheduler("least-loaded")
     for n, running in enumerate(loads):
         s.handle(report(f"i{n}", engine=n, running=running), 0.0)

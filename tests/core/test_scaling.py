@@ -120,7 +120,7 @@ def test_a_large_shortage_starts_as_many_as_it_takes() -> None:
     assert decided.count == 4, "1.25 x 100 tokens for each of 320 requests are four instances"
 
 
-def test_what_is_starting_counts_so_that_one_shortage_is_answered_once() -> None:
+def test_starting_instances_count_so_that_one_shortage_is_answered_once() -> None:
     f = Fleet(most=8)
     f.serving = ["i0"]
     assert f.until(5, i0=FULL)
@@ -151,7 +151,7 @@ def test_plenty_that_lasts_empties_the_one_with_the_fewest_requests() -> None:
     assert f.now >= 10
 
 
-def test_of_several_alike_the_youngest_is_emptied() -> None:
+def test_on_a_tie_the_newest_instance_is_drained() -> None:
     f = Fleet()
     f.serving = ["i0", "i1"]
     (decided,) = f.until(30, i0=IDLE, i1=IDLE)
@@ -173,7 +173,7 @@ def test_one_drain_at_a_time_and_none_while_one_starts() -> None:
     assert f.until(60, i0=IDLE, i1=IDLE) == []
 
 
-def test_nothing_is_emptied_that_would_be_missed() -> None:
+def test_no_instance_is_drained_that_would_be_missed() -> None:
     """Above `freeness_high` now, but below `freeness_low` without it."""
     f = Fleet(freeness_low=100.0, freeness_high=110.0)
     f.serving = ["i0", "i1"]
@@ -189,7 +189,7 @@ def test_an_instance_that_was_given_up_is_made_up_for() -> None:
 
 
 @pytest.mark.parametrize("by", ["user", "signal"])
-def test_a_drain_that_somebody_else_asked_for_is_not_taken_back(by: DrainedBy) -> None:
+def test_a_drain_of_a_user_or_a_signal_is_not_taken_back(by: DrainedBy) -> None:
     """At the minimum another is started in its place; under load too."""
     f = Fleet(least=2)
     f.serving, f.draining, f.drained_by = ["i0"], ["i1"], by
@@ -201,7 +201,7 @@ def test_a_drain_that_somebody_else_asked_for_is_not_taken_back(by: DrainedBy) -
     assert isinstance(decided, AddInstances)
 
 
-def test_a_drain_of_which_nobody_says_who_asked_for_it_is_not_taken_back() -> None:
+def test_a_drain_without_a_known_origin_is_not_taken_back() -> None:
     f = Fleet(least=2)
     f.serving = ["i0"]
     f.second(i0=IDLE)
@@ -278,7 +278,7 @@ def test_the_first_that_is_given_up_is_made_up_for_at_once_and_so_is_one_long_af
         assert f.until(int(ROW_ENDS_AFTER_S) + 1, i0=IDLE, i1=IDLE) == []
 
 
-def test_it_waits_for_everybodys_report() -> None:
+def test_scaling_waits_until_all_instances_have_reported() -> None:
     f = Fleet()
     f.serving = ["i0", "i1"]
     assert f.until(20, i0=FULL) == []

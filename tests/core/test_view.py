@@ -129,7 +129,7 @@ def test_an_engine_that_goes_on_gets_requests_again() -> None:
     assert place(b.s, b.now, "s") == "i0"
 
 
-def test_where_none_answers_requests_are_placed_all_the_same() -> None:
+def test_if_no_instance_answers_requests_are_placed_all_the_same() -> None:
     s = scheduler()
     for sequence in (1, 2):
         now = (sequence - 1) * 2 * STALLED_AFTER_S
@@ -144,7 +144,7 @@ def test_an_engine_without_work_makes_no_steps_and_does_not_stand_still() -> Non
     assert s.view[InstanceId("i0")].stalled_s == 0
 
 
-def test_what_was_sent_to_an_engine_that_hangs_does_not_lapse() -> None:
+def test_dispatches_to_an_engine_that_hangs_do_not_lapse() -> None:
     b = Beats()
     b.next()
     assert place(b.s, b.now) == "i0"
@@ -202,7 +202,7 @@ def test_a_silent_instance_leaves_the_heap_and_comes_back_with_its_next_report()
 
 
 @pytest.mark.parametrize("told", [False, True])
-def test_what_an_earlier_run_was_worth_does_not_speak_for_the_present_one(told: bool) -> None:
+def test_a_heap_entry_of_an_earlier_run_does_not_count_for_the_present_one(told: bool) -> None:
     """Its heap's entry looks as current as the first of the new run does."""
     s = scheduler()
     tell(s, 0.0, report(0, 1), report(1, 1, used=9_000))

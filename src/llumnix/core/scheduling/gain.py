@@ -13,30 +13,31 @@ Afterwards the two have the freeness
 
     F_s = (S + t) / b        F_d = (D - t) / c
 
-and the copy has taken k t steps. `least` is what the lower freeness must rise to, so that
-no move raises the highest load: the source's of now, `gain_min`, and `STOP_STEPS`, in which no
-engine computes the request.
+and the copy has taken k t steps. The lower freeness must rise to `least`, so that no move raises
+the highest load: the source's of now, `gain_min`, and `STOP_STEPS`, in which no engine computes the
+request. So `tokens_min` is the smallest t with
 
     F_s >= least + k t   <=>   t >= (least b - S) / (1 - k b)
 
-is `tokens_min`. No t suffices if k b >= 1: the batch loses more to the copy than it gains.
+If k b >= 1 there is none: the batch loses more to the copy than it gains. `tokens_max` is the
+largest t that fits into the destination's free memory, with
 
     F_d >= floor + k t   <=>   t <= (D - floor c) / (1 + k c)
     F_d >= F_s           <=>   t <= (D / c - S / b) / (1 / c + 1 / b)
 
-and the destination's free memory bound `tokens_max`. `floor` is the largest of `least`, the
-threshold of sources, and 0: a destination that falls below that threshold would give requests away
-itself, and one below 0 would preempt. Without the second bound the two could change places, and the
-next round would move the request back.
+`floor` is the largest of `least`, the threshold of sources, and 0: below that threshold the
+destination would give requests away itself, and below 0 it would preempt. Without the second
+condition the two could change places, and the next round would move the request back.
 
-`tokens_wanted` is what ends the source's trouble. If the head of its queue is blocked, that is
-S + t >= 0, which lets the head start, else F_s >= threshold, so t >= threshold b - S.
+`tokens_wanted` is the smallest t that ends the source's trouble. If a request waits at the head of
+its queue, that is S + t >= 0, so that the head can start; else F_s >= threshold, which is
+t >= threshold b - S.
 
 A shortage is not divided by the batch (load.py): where `least` is 0 or below, F_s = S + t, and
 `tokens_min` is (least - S) / (1 - k).
 
-A waiting request has no KV, so that it costs no copy and relieves the source of its own needs
-alone. It only must fit: F_d >= floor, so t <= D - floor c, which is `waiting_max`.
+A waiting request has no KV to copy. It must only fit: `waiting_max` is the largest t with
+F_d >= floor, which is t <= D - floor c.
 """
 
 from dataclasses import dataclass
