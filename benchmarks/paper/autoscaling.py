@@ -45,8 +45,8 @@ def run(policy: str, rate: float, low: int, requests: int, seed: int) -> Spec:
     scaling = ScalingSettings(
         instances_min=1,
         instances_max=16,
-        low=float(low * PAPER_BLOCK_TOKENS),
-        high=float((low + 50) * PAPER_BLOCK_TOKENS),
+        freeness_low=float(low * PAPER_BLOCK_TOKENS),
+        freeness_high=float((low + 50) * PAPER_BLOCK_TOKENS),
         down_after_s=10.0,
     )
     settings = SchedulerSettings(scaling=scaling)

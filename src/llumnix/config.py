@@ -6,6 +6,7 @@ core/settings.py's: `read_settings` reads them from a YAML file and puts the fla
 """
 
 import ipaddress
+import logging
 import os
 import re
 from collections.abc import Sequence
@@ -19,6 +20,8 @@ import yaml
 from llumnix.core.scheduling.presets import POLICIES
 from llumnix.core.settings import PriorityClass, SchedulerSettings
 from llumnix.errors import UsageError
+
+logger = logging.getLogger("llumnix.config")
 
 BODY_MAX_MB = 64
 """vLLM takes audio of up to 25 MB; as many bytes again are left for a few photographs in base64."""
@@ -216,7 +219,7 @@ def read_settings(path: str | None) -> SchedulerSettings:
         line = " ".join(str(error).split())
         raise UsageError(f"--scheduler-config {path} is not YAML: {line}") from error
     try:
-        _check_names(tree, SchedulerSettings, "")
+        _check_names(tree, SchedulerSettings, "", path)
         settings = msgspec.convert(tree, SchedulerSettings)
     except msgspec.ValidationError as error:
         raise UsageError(f"--scheduler-config {path}: {error}") from error
@@ -237,20 +240,41 @@ def _check_appendable(path: Path) -> None:
         raise UsageError(f"--event-log {path} cannot be written; name a file that can")
 
 
-def _check_names(tree: Any, kind: Any, where: str) -> None:
-    """Raises `UsageError` on a key that is no knob: a typo must not pass for a setting."""
+def _check_names(tree: Any, kind: Any, where: str, file: str) -> None:
+    """Raises `UsageError` on a key that is no knob: a typo must not pass for a setting. Renames
+    knobs in `tree` that have their former names, with a warning that names the file."""
     if not isinstance(tree, dict):
         raise UsageError(f"{where or 'the file'}: expected `knob: value` lines, not {tree!r}")
+    _rename(tree, kind, where, file)
     known = get_type_hints(kind)
     for name, value in tree.items():
         path = f"{where}.{name}" if where else str(name)
         if name not in known:
             raise UsageError(f"no knob {path}; there are: {', '.join(known)}")
         if is_dataclass(known[name]):
-            _check_names(value, known[name], path)
+            _check_names(value, known[name], path, file)
         elif name == "classes" and isinstance(value, list):
             for number, each in enumerate(value):
-                _check_names(each, PriorityClass, f"{path}[{number}]")
+                _check_names(each, PriorityClass, f"{path}[{number}]", file)
+
+
+def _rename(tree: dict[Any, Any], kind: Any, where: str, file: str) -> None:
+    """Gives knobs their present names."""
+    for f in fields(kind):
+        was = f.metadata.get("was")
+        if was is None or was not in tree:
+            continue
+        old, new = f"{where}.{was}", f"{where}.{f.name}"
+        if f.name in tree:
+            raise UsageError(f"{old} is the former name of {new}; give that alone")
+        logger.warning(
+            "--scheduler-config %s: %s is now called %s; the next release does not know the old "
+            "name.",
+            file,
+            old,
+            new,
+        )
+        tree[f.name] = tree.pop(was)
 
 
 def _priority_class(text: str) -> PriorityClass:

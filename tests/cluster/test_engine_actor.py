@@ -23,7 +23,7 @@ from llumnix.sockets import SocketKeys  # noqa: E402
 
 LLUMLET = LlumletConfig(
     peers="tcp://{host}:0", agents="tcp:{host}:0", key=b"agents", limits=MigrationLimits(),
-    transfer=TransferOptions(), priorities=Priorities(PrioritySettings()), payback=10.0,
+    transfer=TransferOptions(), priorities=Priorities(PrioritySettings()), min_stay=10.0,
     looks_at_caches=False,
 )  # fmt: skip
 CONFIG = InstanceConfig(

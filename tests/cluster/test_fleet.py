@@ -9,9 +9,9 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from llumnix.cluster.fleet import REPORT_EVERY_S
 from llumnix.cluster.supervision.member import DRAIN_TIMEOUT_S
 from llumnix.core.events import AddInstances, DrainInstance, FleetReported, UndrainInstance
+from llumnix.core.limits import FLEET_REPORT_EVERY_S
 from llumnix.core.scheduling.scheduler import Scheduler
 from llumnix.core.supervision.hang import LOOK_EVERY_S, LOST_LOOKS, SILENT_LOOKS
 from llumnix.errors import CapacityError, ConflictError, InstanceFailedError, LastInstanceError
@@ -517,7 +517,7 @@ def test_the_scheduler_is_told_at_once_who_asked_for_each_drain(
     async def script(w: World) -> None:
         for instance in ("i1", "i2", "i3"):
             w.hold(instance, 1)
-        await asyncio.sleep(REPORT_EVERY_S / 2)
+        await asyncio.sleep(FLEET_REPORT_EVERY_S / 2)
         before = len(w.client.link.told)
         await w.fleet.drain(I1, "a user's order")
         w.client.on_leave(I2, "a SIGTERM")

@@ -1,5 +1,6 @@
 """What a user writes into --scheduler-config and the flags beside it."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ def test_a_file_sets_what_it_names_and_leaves_the_rest(tmp_path: Path) -> None:
     path = written(
         tmp_path,
         "policy: cache-aware\n"
-        "migration: {tick_s: 0.1, balance: true}\n"
+        "migration: {interval_s: 0.1, balance: true}\n"
         "priorities:\n"
         "  classes:\n"
         "    - {name: gold, priority: -5, headroom: 0.5}\n"
@@ -35,7 +36,7 @@ def test_a_file_sets_what_it_names_and_leaves_the_rest(tmp_path: Path) -> None:
         "  key_caps: {abc: rest}\n",
     )
     found = read_settings(path)
-    assert (found.policy, found.migration.tick_s, found.migration.balance) == (
+    assert (found.policy, found.migration.interval_s, found.migration.balance) == (
         "cache-aware", 0.1, True,
     )  # fmt: skip
     assert found.priorities.classes == (
@@ -66,9 +67,9 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
     ("text", "named"),
     [
         ("migrations: {}", "no knob migrations; there are: policy, priorities, migration, scaling"),
-        ("migration: {tick: 1}", "no knob migration.tick; there are: balance, tick_s"),
-        ("migration: {tick_s: fast}", "`$.migration.tick_s`"),
-        ("migration: {tick_s: 99}", "migration.tick_s: 99 must be between 0.001 and 10"),
+        ("migration: {tick: 1}", "no knob migration.tick; there are: balance, interval_s"),
+        ("migration: {interval_s: fast}", "`$.migration.interval_s`"),
+        ("migration: {interval_s: 99}", "migration.interval_s: 99 must be between 0.001 and 10"),
         ("migration: 5", "migration: expected `knob: value` lines"),
         ("- a", "the file: expected `knob: value` lines"),
         ("a: [", "is not YAML"),
@@ -78,7 +79,14 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
             "migration: {source_below: 5, destination_above: 4}",
             "destination_above (4) must not be below source_below (5)",
         ),
-        ("scaling: {low: 5, high: 5}", "high (5) must be above low (5)"),
+        (
+            "scaling: {freeness_low: 5, freeness_high: 5}",
+            "freeness_high (5) must be above freeness_low (5)",
+        ),
+        (
+            "scaling: {settle_s: 5, cooldown_s: 6}",
+            "scaling.settle_s is the former name of scaling.cooldown_s; give that alone",
+        ),
         ("scaling: {instances_min: 2}", "--min-instances needs --max-instances"),
         ("priorities: {classes: []}", "name at least one class"),
         ("priorities: {classes: [{name: a, priority: 0, room: 1}]}", "no knob priorities.classes"),
@@ -98,6 +106,28 @@ def test_what_is_wrong_is_named(tmp_path: Path, text: str, named: str) -> None:
         DeploymentConfig(scheduler_config=path)
     assert named in str(raised.value)
     assert f"--scheduler-config {path}" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("migration: {tick_s: 0.1}", "migration: {interval_s: 0.1}"),
+        ("migration: {payback: 3}", "migration: {min_stay: 3}"),
+        ("scaling: {low: 7, high: 9}", "scaling: {freeness_low: 7, freeness_high: 9}"),
+        ("scaling: {settle_s: 5}", "scaling: {cooldown_s: 5}"),
+    ],
+)
+def test_a_knobs_former_name_is_taken_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, old: str, new: str
+) -> None:
+    expected = read_settings(written(tmp_path, new))
+    assert expected != SchedulerSettings()
+    assert caplog.messages == []
+    assert read_settings(written(tmp_path, old)) == expected
+    part, *names = re.findall(r"[a-z_]+", new)
+    assert [re.search(r"now called (\S+);", m)[1] for m in caplog.messages] == [
+        f"{part}.{name}" for name in names
+    ]
 
 
 def test_a_file_that_is_not_there_is_named() -> None:

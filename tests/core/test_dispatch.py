@@ -6,10 +6,13 @@ from hypothesis import strategies as st
 
 from llumnix.core.events import Dispatch, InstanceLost, LoadReported, NoInstance, RequestArrived
 from llumnix.core.reports import ClassLoad, LoadReport
-from llumnix.core.scheduling.dispatch import AHEAD_TOKENS
 from llumnix.core.scheduling.presets import POLICIES
-from llumnix.core.scheduling.scheduler import Scheduler, urgency
-from llumnix.core.scheduling.view import BOOKING_LIFETIME_S, STALE_AFTER_S
+from llumnix.core.scheduling.scheduler import Scheduler, handling_key
+from llumnix.core.scheduling.tuning import (
+    BOOKING_LIFETIME_S,
+    PREFILL_QUANTUM_TOKENS,
+    STALE_AFTER_S,
+)
 from llumnix.core.settings import SchedulerSettings
 from llumnix.core.types import EngineIndex, InstanceId, RequestId
 
@@ -67,7 +70,7 @@ def place(s: Scheduler, request: str, now: float = 0.0, tokens: int = 10) -> str
 
 
 @every_policy
-def test_with_no_instance_known_it_says_so(policy: str) -> None:
+def test_without_a_known_instance_the_answer_is_no_instance(policy: str) -> None:
     arrived = RequestArrived(request=RequestId("r"), prompt_tokens=1)
     (decision,) = scheduler(policy).handle(arrived, 0.0)
     assert decision == NoInstance(
@@ -125,22 +128,24 @@ def test_least_loaded_counts_running_and_waiting_then_tokens() -> None:
 
 def test_llumnix_goes_where_the_fewest_prompts_are_before_it_not_where_most_memory_is() -> None:
     s = scheduler("llumnix")
-    s.handle(report("i0", running=1, used=10, prefill=2 * AHEAD_TOKENS), 0.0)
+    s.handle(report("i0", running=1, used=10, prefill=2 * PREFILL_QUANTUM_TOKENS), 0.0)
     s.handle(report("i1", engine=1, running=9, used=3000), 0.0)
-    s.handle(report("i2", engine=2, waiting=1, waiting_tokens=AHEAD_TOKENS), 0.0)
-    assert [place(s, r, tokens=1 + AHEAD_TOKENS) for r in "abc"] == ["i1", "i2", "i1"]
+    s.handle(report("i2", engine=2, waiting=1, waiting_tokens=PREFILL_QUANTUM_TOKENS), 0.0)
+    assert [place(s, r, tokens=1 + PREFILL_QUANTUM_TOKENS) for r in "abc"] == ["i1", "i2", "i1"]
 
 
 def test_a_few_tokens_before_it_are_no_reason_to_go_where_less_memory_is() -> None:
     s = scheduler("llumnix")
-    s.handle(report("i0", running=1, used=10, prefill=AHEAD_TOKENS - 1), 0.0)
+    s.handle(report("i0", running=1, used=10, prefill=PREFILL_QUANTUM_TOKENS - 1), 0.0)
     s.handle(report("i1", engine=1, running=9, used=3000), 0.0)
     assert place(s, "r") == "i0"
 
 
-def test_who_is_less_urgent_and_waits_is_not_before_it() -> None:
+def test_waiting_requests_that_are_less_urgent_are_not_computed_before_it() -> None:
     s = scheduler("llumnix")
-    s.handle(report("i0", running=1, used=10, waiting=1, waiting_tokens=AHEAD_TOKENS), 0.0)
+    s.handle(
+        report("i0", running=1, used=10, waiting=1, waiting_tokens=PREFILL_QUANTUM_TOKENS), 0.0
+    )
     s.handle(report("i1", engine=1, running=9, used=3000), 0.0)
     urgent = RequestArrived(request=RequestId("u"), prompt_tokens=10, priority=-100)
     (decision,) = s.handle(urgent, 0.0)
@@ -149,9 +154,9 @@ def test_who_is_less_urgent_and_waits_is_not_before_it() -> None:
 
 
 def test_llumnix_goes_where_there_is_room_whatever_is_before_it() -> None:
-    """Who gives requests away for want of memory takes none, though one would fit."""
+    """An instance that gives requests away for want of memory takes none, though one would fit."""
     s = scheduler("llumnix")
-    s.handle(report("i0", running=1, used=100, prefill=2 * AHEAD_TOKENS), 0.0)
+    s.handle(report("i0", running=1, used=100, prefill=2 * PREFILL_QUANTUM_TOKENS), 0.0)
     s.handle(report("i1", engine=1, running=9, used=TOTAL - 200), 0.0)
     assert place(s, "r") == "i0"
 
@@ -186,7 +191,7 @@ def test_llumnix_takes_the_freest_where_no_prompt_is_before_it() -> None:
 
 def test_infaas_goes_to_the_freest_whatever_prompts_are_before_it() -> None:
     s = scheduler("infaas++")
-    s.handle(report("i0", running=1, used=10, prefill=2 * AHEAD_TOKENS), 0.0)
+    s.handle(report("i0", running=1, used=10, prefill=2 * PREFILL_QUANTUM_TOKENS), 0.0)
     s.handle(report("i1", engine=1, running=9, used=3000), 0.0)
     assert place(s, "r") == "i0"
 
@@ -196,7 +201,7 @@ def test_a_burst_spreads_before_any_report_covers_it(policy: str) -> None:
     s = scheduler(policy)
     for n in range(4):
         s.handle(report(f"i{n}", engine=n), 0.0)
-    placed = [place(s, f"r{n}", tokens=AHEAD_TOKENS // 10) for n in range(40)]
+    placed = [place(s, f"r{n}", tokens=PREFILL_QUANTUM_TOKENS // 10) for n in range(40)]
     assert {i: placed.count(i) for i in placed} == {"i0": 10, "i1": 10, "i2": 10, "i3": 10}
 
 
@@ -254,7 +259,7 @@ def test_a_new_run_starts_without_the_old_ones_bookings() -> None:
 
 
 @every_policy
-def test_who_takes_no_requests_gets_none(policy: str) -> None:
+def test_an_instance_that_does_not_accept_gets_no_request(policy: str) -> None:
     s = scheduler(policy)
     s.handle(report("i0", accepting=False), 0.0)
     s.handle(report("i1", engine=1, running=99), 0.0)
@@ -264,7 +269,7 @@ def test_who_takes_no_requests_gets_none(policy: str) -> None:
 
 
 @every_policy
-def test_the_silent_get_requests_only_when_all_are_silent(policy: str) -> None:
+def test_silent_instances_get_requests_only_if_all_are_silent(policy: str) -> None:
     s = scheduler(policy)
     s.handle(report("i0"), 0.0)
     s.handle(report("i1", engine=1, running=9), STALE_AFTER_S + 1)
@@ -276,7 +281,7 @@ def test_the_silent_get_requests_only_when_all_are_silent(policy: str) -> None:
 def test_least_loaded_never_leaves_a_gap_that_it_could_have_filled(
     loads: list[int], arrivals: int
 ) -> None:
-    """Whoever got a request ends with no more than one above any other's final count."""
+    """An instance that got a request ends with at most one more than any other."""
     s = scheduler("least-loaded")
     for n, running in enumerate(loads):
         s.handle(report(f"i{n}", engine=n, running=running), 0.0)
@@ -345,7 +350,7 @@ def test_news_of_instances_is_handled_before_the_requests_that_came_with_it() ->
     s = scheduler()
     s.handle(report("i0"), 0.0)
     decided = []
-    for fact in sorted([arrived, lost, report("i1", engine=1)], key=urgency):
+    for fact in sorted([arrived, lost, report("i1", engine=1)], key=handling_key):
         decided += s.handle(fact, 0.0)
     (decision,) = decided
     assert isinstance(decision, Dispatch)
@@ -358,7 +363,7 @@ def test_of_requests_that_came_together_the_more_urgent_is_placed_first() -> Non
         RequestArrived(request=RequestId(name), prompt_tokens=1, priority=priority)
         for name, priority in (("a", 0), ("b", -100), ("c", 0), ("d", -7), ("e", -100))
     ]
-    assert [fact.request for fact in sorted(came, key=urgency)] == ["b", "e", "d", "a", "c"]
+    assert [fact.request for fact in sorted(came, key=handling_key)] == ["b", "e", "d", "a", "c"]
 
 
 def test_the_urgent_one_gets_the_best_place_though_it_came_last() -> None:
@@ -366,11 +371,13 @@ def test_the_urgent_one_gets_the_best_place_though_it_came_last() -> None:
     s.handle(report("i0", running=1, used=100), 0.0)
     s.handle(report("i1", engine=1, running=20, used=5000), 0.0)
     came = [
-        RequestArrived(request=RequestId(name), prompt_tokens=3 * AHEAD_TOKENS, priority=priority)
+        RequestArrived(
+            request=RequestId(name), prompt_tokens=3 * PREFILL_QUANTUM_TOKENS, priority=priority
+        )
         for name, priority in (("normal", 0), ("urgent", -100))
     ]
     placed = {}
-    for fact in sorted(came, key=urgency):
+    for fact in sorted(came, key=handling_key):
         (decision,) = s.handle(fact, 0.0)
         placed[fact.request] = decision.instance
     assert placed == {"urgent": "i0", "normal": "i1"}

@@ -1,9 +1,9 @@
 """When an engine that has not died counts as hung."""
 
+from llumnix.core.limits import STALLED_AFTER_S
 from llumnix.core.supervision.hang import (
     LOST_LOOKS,
     SILENT_LOOKS,
-    STALLED_AFTER_S,
     STOPPED_LOOKS,
     HangPolicy,
 )

@@ -80,15 +80,15 @@ def test_a_newcomer_is_computed_after_all_that_is_known_of_prompts() -> None:
     """Of those that run, were dispatched and not reported yet, or wait and are no less urgent."""
     known = report(running=2, prefill_tokens=700, waiting=2, waiting_tokens=3000, head=500)
     load = derive(known, (0, 1), 20)
-    assert (load.ahead_of(1), load.ahead_of(0)) == (3720, 720)
+    assert (load.queued_prefill_before(1), load.queued_prefill_before(0)) == (3720, 720)
 
 
-def test_what_those_who_wait_have_in_the_cache_need_not_be_computed_before_a_newcomer() -> None:
+def test_cached_tokens_of_waiting_requests_are_not_computed_before_a_newcomer() -> None:
     load = derive(report(waiting=2, waiting_tokens=3000, waiting_prefill=200), (), 0)
-    assert (load.ahead_of(1), load.queued) == (200, 3000)
+    assert (load.queued_prefill_before(1), load.queued) == (200, 3000)
 
 
-def test_what_those_who_wait_share_is_in_use_already() -> None:
+def test_shared_tokens_of_waiting_requests_are_in_use_already() -> None:
     """For a newcomer. Where else they might go, they need all of it."""
     one = report(used=5000, running=3, waiting=1, waiting_tokens=3000, head=3000)
     shared = replace(one.classes[1], waiting_shared=2500)
@@ -125,7 +125,7 @@ def test_headroom_is_no_obstacle_to_a_newcomer_of_the_same_class() -> None:
     assert load.freeness_for(normal, PRIORITIES) == 8000 - 8800
 
 
-def test_a_newcomer_is_served_after_all_who_wait() -> None:
+def test_a_newcomer_is_served_after_all_waiting_requests() -> None:
     load = derive(report(used=4000, running=8, waiting=2, waiting_tokens=3000, head=500), (), 0)
     assert load.freeness_for(1, PRIORITIES) == 300
 
@@ -161,7 +161,7 @@ loads = st.builds(
     waiting=st.integers(0, 20),
     slots=st.sampled_from([0, 32]),
     running=st.tuples(st.integers(0, 3), st.integers(0, 40)),
-    ahead=st.tuples(st.integers(0, 4000), st.integers(0, 20_000)),
+    queued_prefill=st.tuples(st.integers(0, 4000), st.integers(0, 20_000)),
 )
 
 
@@ -239,7 +239,7 @@ def test_on_a_server_with_keys_more_than_usual_is_for_the_keys_that_it_was_grant
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_every_policy_holds_to_it(policy: str) -> None:
+def test_every_policy_keeps_to_the_caps_of_keys(policy: str) -> None:
     keyed = priorities_of(SchedulerSettings(policy=policy), keyed=True)
     assert [keyed.resolve(*a, key="other") for a in ASKS] == [0, 0, 0, 0]
 
@@ -284,7 +284,7 @@ def test_keys_are_kept_as_digests_and_not_shown() -> None:
     assert keyed.resolve(-100, key="s3cret") == -100
 
 
-def test_whoever_needs_no_keys_gets_none() -> None:
+def test_settings_without_keys_have_all_the_rest() -> None:
     all_of_it = SchedulerSettings(
         policy="infaas++", priorities=PrioritySettings(key_caps={"k": "high"}, aging_s=5.0)
     )
@@ -293,14 +293,14 @@ def test_whoever_needs_no_keys_gets_none() -> None:
     assert (without.policy, without.priorities.aging_s) == ("infaas++", 5.0)
 
 
-def test_who_has_waited_is_queued_as_the_most_urgent() -> None:
+def test_a_request_that_has_waited_is_queued_as_the_most_urgent() -> None:
     assert PRIORITIES.aged(0, 29.9) == 0
     assert PRIORITIES.aged(0, 30.0) == -100
     assert PRIORITIES.aged(-500, 30.0) == -500
 
 
 @given(st.integers(-1000, 1000), st.floats(0, 100))
-def test_age_makes_nobody_less_urgent(number: int, waited_s: float) -> None:
+def test_age_makes_no_request_less_urgent(number: int, waited_s: float) -> None:
     assert PRIORITIES.aged(number, waited_s) <= number
     assert not math.isinf(PRIORITIES.aged(number, waited_s))
 

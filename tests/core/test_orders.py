@@ -29,7 +29,7 @@ from llumnix.core.types import EngineIndex, Epoch, InstanceId, MigrationId, Orde
 from support.fake_engine import FakeEngine
 
 HERE, THERE, ELSEWHERE = EngineIndex(0), EngineIndex(1), EngineIndex(2)
-PAYBACK = 4.0
+MIN_STAY = 4.0
 
 
 class Source:
@@ -40,7 +40,7 @@ class Source:
         for number, length in enumerate(prompts):
             self.engine.add(RequestId(f"r{number}"), list(range(length)), 10**6)
         self.engine.step()
-        self.llumlet = Llumlet(HERE, "here", self.engine, payback=PAYBACK)
+        self.llumlet = Llumlet(HERE, "here", self.engine, min_stay=MIN_STAY)
         self.orders = 0
         self.epoch = 0
         self.now = 0.0

@@ -1,4 +1,4 @@
-"""Who gives load to whom, and which request goes: rules as claims."""
+"""Which instance gives load to which, and which request goes: rules as claims."""
 
 from collections import Counter
 from dataclasses import replace
@@ -10,7 +10,7 @@ from llumnix.core.events import LoadReported, MoveLimit, MoveOrder, Tick
 from llumnix.core.migration.victim import Candidate, choose_victim
 from llumnix.core.reports import ClassLoad, LoadReport
 from llumnix.core.scheduling.scheduler import Scheduler
-from llumnix.core.scheduling.view import FRUITLESS_S, ORDER_LIFETIME_S
+from llumnix.core.scheduling.tuning import FRUITLESS_S, ORDER_LIFETIME_S
 from llumnix.core.settings import MigrationSettings, SchedulerSettings
 from llumnix.core.types import EngineIndex, InstanceId, OrderId, RequestId
 
@@ -82,7 +82,7 @@ def test_between_the_thresholds_an_instance_is_left_alone() -> None:
     assert moves(s) == []
 
 
-def test_who_has_moves_under_way_gets_no_further_order() -> None:
+def test_an_instance_with_a_move_under_way_gets_no_further_order() -> None:
     s = scheduler()
     tell(s, load(0, 9900), load(1, 1000))
     assert len(moves(s)) == 1
@@ -93,7 +93,7 @@ def test_who_has_moves_under_way_gets_no_further_order() -> None:
     assert len(moves(s, now=1.0)) == 1
 
 
-def test_an_order_that_nobody_answers_lapses() -> None:
+def test_an_order_that_no_report_names_lapses() -> None:
     s = scheduler()
     tell(s, load(0, 9900), load(1, 1000))
     assert len(moves(s)) == 1
@@ -111,7 +111,7 @@ def test_a_destination_whose_source_fell_silent_is_free_again() -> None:
     assert pairs(moves(s, now=late)) == [("i2", "i1")]
 
 
-def test_the_silent_take_no_part() -> None:
+def test_silent_instances_take_no_part_in_moves() -> None:
     s = scheduler()
     tell(s, load(0, 9900), now=0.0)
     tell(s, load(1, 1000), now=5.0)
@@ -192,7 +192,7 @@ def test_a_request_that_waits_for_a_slot_goes_where_one_is_free() -> None:
     assert order.limits[0].waiting_max >= 500
 
 
-def test_two_that_wait_do_not_go_to_the_same_place() -> None:
+def test_two_waiting_requests_do_not_go_to_the_same_instance() -> None:
     s = scheduler()
     tell(s, load(0, 9600, running=1, head=3000), load(1, 9700, running=1, head=3000))
     tell(s, load(2, 4000, running=40), load(3, 3000, running=50))
@@ -234,19 +234,19 @@ def test_a_request_that_waits_goes_into_the_headroom_of_urgent_ones() -> None:
     assert 500 <= waits.waiting_max < 8000
 
 
-def test_it_stays_if_that_would_crowd_urgent_ones_out() -> None:
+def test_a_waiting_request_stays_if_it_would_crowd_urgent_ones_out() -> None:
     s = scheduler()
     tell(s, load(0, 9900, head=500), load(1, 9200, high=1))
     assert moves(s) == []
 
 
-def test_it_stays_if_it_fits_where_it_is() -> None:
+def test_a_waiting_request_stays_if_it_fits_where_it_is() -> None:
     s = scheduler()
     tell(s, load(0, 3000, high=1, head=500), load(1, 2000, high=1))
     assert moves(s) == []
 
 
-def test_it_stays_out_of_headroom_if_it_fits_anywhere_else() -> None:
+def test_a_waiting_request_stays_out_of_headroom_if_it_fits_elsewhere() -> None:
     s = scheduler()
     tell(s, load(0, 9900, head=300), load(1, 9300), load(2, 2000, high=1))
     assert moves(s) == []

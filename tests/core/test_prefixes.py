@@ -15,15 +15,15 @@ from llumnix.core.events import (
 )
 from llumnix.core.prefixes import BLOCK_TOKENS, PREFIX_BLOCKS_MAX, chain, extend, root
 from llumnix.core.reports import ClassLoad, LoadReport
-from llumnix.core.scheduling.dispatch import (
-    AHEAD_TOKENS,
-    BATCH,
-    COMPUTED_WEIGHT,
-    REQUEST_SHARE,
-    REQUEST_TOKENS,
-)
 from llumnix.core.scheduling.prefix_index import PrefixIndex
 from llumnix.core.scheduling.scheduler import Scheduler
+from llumnix.core.scheduling.tuning import (
+    HALF_WEIGHT_BATCH,
+    NEIGHBOUR_PROMPT_SHARE,
+    NEIGHBOUR_TOKENS,
+    PREFILL_QUANTUM_TOKENS,
+    PREFILL_WEIGHT,
+)
 from llumnix.core.settings import SchedulerSettings
 from llumnix.core.types import EngineIndex, InstanceId, RequestId
 
@@ -223,9 +223,16 @@ def test_a_hit_decides_against_a_somewhat_freer_instance() -> None:
 def test_a_hit_is_not_worth_a_batch_that_is_much_larger(tokens: int, beside: int) -> None:
     """Each request more there weighs as much as so many tokens, more if the prompt is long, and
     less among many."""
-    saved = COMPUTED_WEIGHT * (tokens - tokens % BLOCK_TOKENS)
-    each = (REQUEST_TOKENS + REQUEST_SHARE * tokens) * BATCH / (BATCH + beside)
-    few, many = int((saved - AHEAD_TOKENS) / each), int((saved + AHEAD_TOKENS) / each) + 1
+    saved = PREFILL_WEIGHT * (tokens - tokens % BLOCK_TOKENS)
+    each = (
+        (NEIGHBOUR_TOKENS + NEIGHBOUR_PROMPT_SHARE * tokens)
+        * HALF_WEIGHT_BATCH
+        / (HALF_WEIGHT_BATCH + beside)
+    )
+    few, many = (
+        int((saved - PREFILL_QUANTUM_TOKENS) / each),
+        int((saved + PREFILL_QUANTUM_TOKENS) / each) + 1,
+    )
     for more, instance in ((0, "i1"), (few, "i1"), (many, "i0")):
         s = cluster(
             report(0, running=beside, kv_tokens_used=10),
@@ -281,7 +288,7 @@ def test_a_hit_is_not_worth_the_headroom_of_urgent_requests(urgent: int, instanc
 
 @pytest.mark.parametrize(("waiting", "instance"), [(1, "i0"), (4, "i1")])
 def test_where_all_have_queues_a_hit_is_worth_a_longer_one(waiting: int, instance: str) -> None:
-    """What is computed anew delays all who wait."""
+    """Tokens that are computed again delay all waiting requests."""
     other, longer = 500 * waiting, 500 * waiting + 2200
     s = cluster(
         report(0, running=1, waiting=waiting, waiting_tokens=other),
@@ -291,7 +298,7 @@ def test_where_all_have_queues_a_hit_is_worth_a_longer_one(waiting: int, instanc
     assert where(s) == instance
 
 
-def test_who_would_disturb_urgent_requests_anyway_goes_to_the_hit() -> None:
+def test_a_request_that_disturbs_urgent_ones_anyway_goes_to_the_hit() -> None:
     both = {"running": 1, "urgent": 1, "kv_tokens_used": 5000}
     s = cluster(report(0, **both), report(1, **both))
     s.handle(kept(1, 640), 0.0)
@@ -306,7 +313,7 @@ def test_a_hit_is_not_worth_an_instance_without_a_free_slot(slots: int, instance
     assert where(s, tokens=len(PROMPT)) == instance
 
 
-def test_with_no_hit_it_is_where_it_starts_soonest() -> None:
+def test_without_a_hit_a_request_goes_where_it_starts_soonest() -> None:
     full, free = report(0, running=9, kv_tokens_used=900), report(1, running=1, kv_tokens_used=90)
     assert place(cluster(full, free)).why.startswith("soonest: ")
     for what in ({"prefix": False}, {"tokens": 63}):  # Not one whole block.
@@ -332,7 +339,7 @@ def test_long_prompts_that_none_has_fill_all_caches_in_turn() -> None:
     assert told("u", 22, 2000) == "i2"
 
 
-def test_a_conversation_that_grows_by_long_turns_stays_where_most_of_it_is() -> None:
+def test_a_conversation_of_long_turns_stays_where_most_of_it_is_cached() -> None:
     """Where it is is the warmest too, and the next one in turn is idle as well."""
     s = cluster(report(0), report(1))
     places = []
@@ -364,7 +371,7 @@ def test_a_prefix_that_all_keep_is_spread() -> None:
     assert {i: placed.count(i) for i in INSTANCES} == dict.fromkeys(INSTANCES, 10)
 
 
-def test_who_takes_no_requests_or_is_silent_gets_none_for_a_hit() -> None:
+def test_a_hit_decides_for_no_instance_that_is_silent_or_does_not_accept() -> None:
     s = cluster(report(0), report(1, accepting=False))
     s.handle(kept(1, 640), 0.0)
     assert where(s) == "i0"
@@ -412,7 +419,7 @@ def test_some_other_policies_look_at_prefixes_too(policy: str) -> None:
 
 
 @pytest.mark.parametrize("policy", ["infaas++", "least-loaded", "round-robin"])
-def test_the_rest_does_not(policy: str) -> None:
+def test_the_other_policies_do_not_look_at_prefixes(policy: str) -> None:
     s = cluster(report(0), report(1, running=1), policy=policy)
     s.handle(kept(1, 1280), 0.0)
     assert where(s, tokens=2000) == "i0"

@@ -17,8 +17,8 @@ from llumnix.core.events import (
     UndrainInstance,
 )
 from llumnix.core.reports import ClassLoad, LoadReport
-from llumnix.core.scheduling.scaling import RETRY_FIRST_S, RETRY_MAX_S, ROW_ENDS_AFTER_S
 from llumnix.core.scheduling.scheduler import Scheduler
+from llumnix.core.scheduling.tuning import RETRY_FIRST_S, RETRY_MAX_S, ROW_ENDS_AFTER_S
 from llumnix.core.settings import ScalingSettings, SchedulerSettings
 from llumnix.core.types import EngineIndex, InstanceId, RequestId
 
@@ -29,7 +29,12 @@ class Fleet:
     """A scheduler and the fleet that it is told of, second by second."""
 
     def __init__(self, least: int = 1, most: int = 4, **more: float) -> None:
-        given = {"low": 100.0, "high": 1000.0, "up_after_s": 2.0, "down_after_s": 10.0}
+        given = {
+            "freeness_low": 100.0,
+            "freeness_high": 1000.0,
+            "up_after_s": 2.0,
+            "down_after_s": 10.0,
+        }
         self.scheduler = Scheduler(
             SchedulerSettings(
                 scaling=ScalingSettings(
@@ -115,7 +120,7 @@ def test_a_large_shortage_starts_as_many_as_it_takes() -> None:
     assert decided.count == 4, "1.25 x 100 tokens for each of 320 requests are four instances"
 
 
-def test_what_is_starting_counts_so_that_one_shortage_is_answered_once() -> None:
+def test_starting_instances_count_so_that_one_shortage_is_answered_once() -> None:
     f = Fleet(most=8)
     f.serving = ["i0"]
     assert f.until(5, i0=FULL)
@@ -146,7 +151,7 @@ def test_plenty_that_lasts_empties_the_one_with_the_fewest_requests() -> None:
     assert f.now >= 10
 
 
-def test_of_several_alike_the_youngest_is_emptied() -> None:
+def test_on_a_tie_the_newest_instance_is_drained() -> None:
     f = Fleet()
     f.serving = ["i0", "i1"]
     (decided,) = f.until(30, i0=IDLE, i1=IDLE)
@@ -168,9 +173,9 @@ def test_one_drain_at_a_time_and_none_while_one_starts() -> None:
     assert f.until(60, i0=IDLE, i1=IDLE) == []
 
 
-def test_nothing_is_emptied_that_would_be_missed() -> None:
-    """Above `high` now, but below `low` without it."""
-    f = Fleet(low=100.0, high=110.0)
+def test_no_instance_is_drained_that_would_be_missed() -> None:
+    """Above `freeness_high` now, but below `freeness_low` without it."""
+    f = Fleet(freeness_low=100.0, freeness_high=110.0)
     f.serving = ["i0", "i1"]
     assert f.until(60, i0=(4000, 50), i1=(4000, 50)) == []
 
@@ -184,7 +189,7 @@ def test_an_instance_that_was_given_up_is_made_up_for() -> None:
 
 
 @pytest.mark.parametrize("by", ["user", "signal"])
-def test_a_drain_that_somebody_else_asked_for_is_not_taken_back(by: DrainedBy) -> None:
+def test_a_drain_of_a_user_or_a_signal_is_not_taken_back(by: DrainedBy) -> None:
     """At the minimum another is started in its place; under load too."""
     f = Fleet(least=2)
     f.serving, f.draining, f.drained_by = ["i0"], ["i1"], by
@@ -196,7 +201,7 @@ def test_a_drain_that_somebody_else_asked_for_is_not_taken_back(by: DrainedBy) -
     assert isinstance(decided, AddInstances)
 
 
-def test_a_drain_of_which_nobody_says_who_asked_for_it_is_not_taken_back() -> None:
+def test_a_drain_without_a_known_origin_is_not_taken_back() -> None:
     f = Fleet(least=2)
     f.serving = ["i0"]
     f.second(i0=IDLE)
@@ -218,6 +223,18 @@ def test_an_instance_that_scaling_drains_gets_no_request_from_then_on() -> None:
     f.serving, f.draining = ["i0"], ["i1"]
     (back,) = f.until(10, i0=FULL, i1=IDLE)
     assert back == UndrainInstance(instance=decided.instance, why=back.why)
+
+
+def test_a_drain_counts_before_the_fleet_has_heard_of_it() -> None:
+    """Its next report may have been made before: it drains no second instance, and under load that
+    drain is the first to be taken back."""
+    f = Fleet(down_after_s=0.0, cooldown_s=0.0)
+    f.serving = ["i0", "i1", "i2"]
+    (drained,) = f.second(i0=IDLE, i1=IDLE, i2=IDLE)
+    assert isinstance(drained, DrainInstance)
+    assert f.second(i0=IDLE, i1=IDLE, i2=IDLE) == []
+    (back,) = f.until(3, i0=FULL, i1=FULL, i2=FULL)
+    assert back == UndrainInstance(instance=drained.instance, why=back.why)
 
 
 def starts_of(f: Fleet, seconds: int, started: Callable[[], None]) -> list[float]:
@@ -261,7 +278,7 @@ def test_the_first_that_is_given_up_is_made_up_for_at_once_and_so_is_one_long_af
         assert f.until(int(ROW_ENDS_AFTER_S) + 1, i0=IDLE, i1=IDLE) == []
 
 
-def test_it_waits_for_everybodys_report() -> None:
+def test_scaling_waits_until_all_instances_have_reported() -> None:
     f = Fleet()
     f.serving = ["i0", "i1"]
     assert f.until(20, i0=FULL) == []

@@ -16,19 +16,21 @@ from llumnix.core.events import (
     RequestArrived,
     Tick,
 )
+from llumnix.core.limits import STALLED_AFTER_S
 from llumnix.core.reports import ClassLoad, LoadReport
-from llumnix.core.scheduling.dispatch import by_freeness, by_start
+from llumnix.core.scheduling.dispatch import earliest_start_key, highest_freeness_key
 from llumnix.core.scheduling.presets import POLICIES
 from llumnix.core.scheduling.scheduler import Scheduler
-from llumnix.core.scheduling.view import (
+from llumnix.core.scheduling.tuning import (
     BOOKING_LIFETIME_S,
     BOOKINGS_MAX,
     DRAIN_LIFETIME_S,
+    HEAP_ENTRIES_MORE,
+    HEAP_ENTRIES_PER_INSTANCE,
     ORDER_LIFETIME_S,
     STALE_AFTER_S,
-    STALLED_AFTER_S,
-    ClusterView,
 )
+from llumnix.core.scheduling.view import ClusterView
 from llumnix.core.settings import MigrationSettings, SchedulerSettings
 from llumnix.core.types import EngineIndex, InstanceId, OrderId, RequestId
 
@@ -127,7 +129,7 @@ def test_an_engine_that_goes_on_gets_requests_again() -> None:
     assert place(b.s, b.now, "s") == "i0"
 
 
-def test_where_none_answers_requests_are_placed_all_the_same() -> None:
+def test_if_no_instance_answers_requests_are_placed_all_the_same() -> None:
     s = scheduler()
     for sequence in (1, 2):
         now = (sequence - 1) * 2 * STALLED_AFTER_S
@@ -142,7 +144,7 @@ def test_an_engine_without_work_makes_no_steps_and_does_not_stand_still() -> Non
     assert s.view[InstanceId("i0")].stalled_s == 0
 
 
-def test_what_was_sent_to_an_engine_that_hangs_does_not_lapse() -> None:
+def test_dispatches_to_an_engine_that_hangs_do_not_lapse() -> None:
     b = Beats()
     b.next()
     assert place(b.s, b.now) == "i0"
@@ -200,7 +202,7 @@ def test_a_silent_instance_leaves_the_heap_and_comes_back_with_its_next_report()
 
 
 @pytest.mark.parametrize("told", [False, True])
-def test_what_an_earlier_run_was_worth_does_not_speak_for_the_present_one(told: bool) -> None:
+def test_a_heap_entry_of_an_earlier_run_does_not_count_for_the_present_one(told: bool) -> None:
     """Its heap's entry looks as current as the first of the new run does."""
     s = scheduler()
     tell(s, 0.0, report(0, 1), report(1, 1, used=9_000))
@@ -292,7 +294,7 @@ def test_heaps_are_bounded_whatever_is_asked_for_afterwards(asked: tuple[int, ..
         if beat % 20 == 0:
             for priority in asked:
                 place(s, now, f"{beat} {priority}", priority=priority)
-        assert entries(s.view) <= 2 * (8 * 4 + 64)
+        assert entries(s.view) <= 2 * (HEAP_ENTRIES_PER_INSTANCE * 4 + HEAP_ENTRIES_MORE)
 
 
 def test_heaps_follow_the_thresholds() -> None:
@@ -387,7 +389,7 @@ def test_the_view_agrees_with_itself_after_every_fact(
 
 @given(
     st.lists(st.tuples(st.integers(0, 3), st.integers(0, TOTAL), st.integers(0, 30)), min_size=5),
-    st.sampled_from([by_start, by_freeness]),
+    st.sampled_from([earliest_start_key, highest_freeness_key]),
     st.sampled_from([0, 1]),
 )
 def test_the_top_of_a_heap_is_the_best_by_brute_force(drawn, order, rank) -> None:

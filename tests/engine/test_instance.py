@@ -49,7 +49,7 @@ class Running:
                 key=b"instances",
                 limits=MigrationLimits(),
                 priorities=Priorities(PrioritySettings()),
-                payback=10.0,
+                min_stay=10.0,
                 looks_at_caches=False,
                 transfer=TransferOptions(),
             ),

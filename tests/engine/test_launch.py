@@ -71,6 +71,6 @@ def test_an_instances_workers_talk_on_loopback_alone(launched: Any) -> None:
 
 
 def test_the_agents_key_is_not_shown() -> None:
-    fields = dict.fromkeys(("limits", "transfer", "priorities", "payback", "looks_at_caches"))
+    fields = dict.fromkeys(("limits", "transfer", "priorities", "min_stay", "looks_at_caches"))
     config = LlumletConfig(peers="", agents="", key=b"agents-secret", **fields)  # type: ignore[arg-type]
     assert "secret" not in repr(config)

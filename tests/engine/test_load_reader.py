@@ -12,10 +12,10 @@ from vllm import SamplingParams  # noqa: E402
 from vllm.v1.request import RequestStatus  # noqa: E402
 
 from llumnix.core.priorities import Priorities  # noqa: E402
-from llumnix.core.reports import ClassLoad  # noqa: E402
+from llumnix.core.reports import ClassLoad, EngineCounts  # noqa: E402
 from llumnix.core.settings import PrioritySettings  # noqa: E402
 from llumnix.core.types import RequestId  # noqa: E402
-from llumnix.engine.reporting.load_reader import EngineCounts, LoadReader  # noqa: E402
+from llumnix.engine.reporting.load_reader import LoadReader  # noqa: E402
 
 from .conftest import BLOCK, BLOCKS  # noqa: E402
 

@@ -11,13 +11,13 @@ from vllm.v1.engine import EngineCoreEventType
 from vllm.v1.request import Request
 
 from llumnix.core.priorities import Priorities
-from llumnix.core.reports import LoadReport, MoveCounts
+from llumnix.core.reports import MoveCounts, compose_report
 from llumnix.core.scheduling.load import Load, derive
 from llumnix.core.settings import PrioritySettings
 from llumnix.core.types import EngineIndex, InstanceId
 from llumnix.engine.queueing import has_waited, waited_s
 from llumnix.engine.readings import client_priority
-from llumnix.engine.reporting.load_reader import EngineCounts, LoadReader
+from llumnix.engine.reporting.load_reader import LoadReader
 from support.hosts import HostedEngine, Hosts
 from support.no_model import BLOCK, add
 
@@ -105,15 +105,8 @@ class Counting:
     def load(self) -> Load:
         numbers = self.reader.read()
         moving: MoveCounts = self.engine.host.moving()[0]
-        report = LoadReport(
-            instance=InstanceId("i0"),
-            engine_index=EngineIndex(0),
-            sequence=1,
-            moving_out=moving.out,
-            moving_out_tokens=moving.out_tokens,
-            moving_out_waiting=moving.out_waiting,
-            moving_in=moving.incoming,
-            **{name: getattr(numbers, name) for name in EngineCounts.__slots__},
+        report = compose_report(
+            numbers, moving, instance=InstanceId("i0"), engine_index=EngineIndex(0), sequence=1
         )
         return derive(report, (), 0)
 

@@ -8,11 +8,11 @@ import pytest
 import zmq
 
 from llumnix.core.events import LoadReported, MoveOrder
-from llumnix.core.reports import ClassLoad, LoadReport, MoveCounts
+from llumnix.core.limits import HEARTBEAT_S
+from llumnix.core.reports import ClassLoad, EngineCounts, LoadReport, MoveCounts
 from llumnix.core.types import EngineIndex, InstanceId, OrderId, RequestId
 from llumnix.engine.reporting.controller_socket import ControllerSocket
-from llumnix.engine.reporting.load_reader import EngineCounts
-from llumnix.engine.reporting.reporter import HEARTBEAT_S, REPORT_EVERY_S, LoadReporter
+from llumnix.engine.reporting.reporter import REPORT_EVERY_S, LoadReporter
 from llumnix.wire import Ping, decode, encode
 
 PATIENCE_MS = 20_000

@@ -38,7 +38,7 @@ def test_a_page_that_is_out_of_date_is_found_and_drawn_again(
 ) -> None:
     for name, old, new in (
         ("migration.md", "reserving --> between_stages", "reserving --> copying"),
-        ("scheduler.md", "| `migration.tick_s` | 0.05 |", "| `migration.tick_s` | 5 |"),
+        ("scheduler.md", "| `migration.interval_s` | 0.05 |", "| `migration.interval_s` | 5 |"),
     ):
         page = docs / name
         today = page.read_text()

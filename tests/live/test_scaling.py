@@ -12,7 +12,7 @@ from .test_scheduler import NARROW, PATH, body
 
 pytestmark = [pytest.mark.live, pytest.mark.slow]
 
-CONFIG = "scaling: {up_after_s: 0.5, down_after_s: 3, settle_s: 1}\n"
+CONFIG = "scaling: {up_after_s: 0.5, down_after_s: 3, cooldown_s: 1}\n"
 STREAMS = 6
 
 

@@ -126,13 +126,18 @@ THREE_CLASSES = PrioritySettings(
     aging_s=4.0,
 )
 MANY_MOVES = MigrationSettings(
-    source_below=40.0, destination_above=80.0, moves_max=3, gain_min=1.0, tick_s=0.02, payback=1.0
+    source_below=40.0,
+    destination_above=80.0,
+    moves_max=3,
+    gain_min=1.0,
+    interval_s=0.02,
+    min_stay=1.0,
 )
 MOST_MOVES = replace(
-    MANY_MOVES, source_below=500.0, destination_above=500.0, gain_min=0.0, payback=0.0
+    MANY_MOVES, source_below=500.0, destination_above=500.0, gain_min=0.0, min_stay=0.0
 )
 SCALES = ScalingSettings(
-    instances_min=1, instances_max=5, up_after_s=1.0, down_after_s=4.0, settle_s=2.0
+    instances_min=1, instances_max=5, up_after_s=1.0, down_after_s=4.0, cooldown_s=2.0
 )
 
 RUNS = {
@@ -218,7 +223,7 @@ RUNS = {
     ),
     "faults_scaling": Case(
         spec=spec(
-            scheduler=scheduler(scaling=replace(SCALES, down_after_s=1.0, settle_s=0.0)),
+            scheduler=scheduler(scaling=replace(SCALES, down_after_s=1.0, cooldown_s=0.0)),
             profile=SLOW_LINKS,
             engine=EngineOptions(chunked=False, prefix_caching=False),
             faults=Faults(instance_s=10, client_s=2, link=0.15),

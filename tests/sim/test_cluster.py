@@ -142,7 +142,7 @@ def test_the_checks_see_a_request_on_two_engines_and_one_that_was_forgotten() ->
 
 
 def test_the_load_decides_the_number_of_instances() -> None:
-    scaling = ScalingSettings(instances_min=1, instances_max=6, down_after_s=5.0, settle_s=2.0)
+    scaling = ScalingSettings(instances_min=1, instances_max=6, down_after_s=5.0, cooldown_s=2.0)
     spec = replace(
         SPEC,
         scheduler=SchedulerSettings(scaling=scaling),

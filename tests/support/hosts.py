@@ -54,7 +54,7 @@ class HostedEngine:
                 key=KEY,
                 limits=LIMITS,
                 priorities=Priorities(PrioritySettings()),
-                payback=10.0,
+                min_stay=10.0,
                 looks_at_caches=False,
                 transfer=TransferOptions(checksums=True),
             ),

@@ -1,10 +1,12 @@
 """The controller's process: hosts the pure scheduler behind one ZMQ socket.
 
-It keeps nothing that the next reports would not tell a successor, so it may be started anew at any
-time (cluster/controller_process.py). Frontends and llumlets connect to an address that outlives it.
-Whatever has arrived is handled at once, the news of instances before the requests, the urgent
-requests before the others. A message that makes no sense is refused, one that brings a bug to light
-ends at most itself; both are counted, and told at most every `TOLD_EVERY_S`.
+- A successor learns all that this process keeps from the next reports, so that it may be restarted
+  at any time (cluster/controller_process.py). Frontends and llumlets connect to an address that
+  outlives it.
+- All messages that have arrived are handled together: news of instances first, then requests, the
+  more urgent first.
+- A message that makes no sense is refused. A message that brings a bug to light ends at most
+  itself. Both are counted, and logged at most every `TOLD_EVERY_S`.
 """
 
 import contextlib
@@ -29,7 +31,7 @@ from llumnix.core.events import (
     RequestArrived,
     Tick,
 )
-from llumnix.core.scheduling.scheduler import STORY_MAX, Scheduler, urgency
+from llumnix.core.scheduling.scheduler import STORY_MAX, Scheduler, handling_key
 from llumnix.core.settings import SchedulerSettings
 from llumnix.core.types import EngineIndex
 from llumnix.errors import ProtocolError
@@ -47,7 +49,7 @@ _FACTS = (RequestArrived, LoadReported, PrefixesChanged, InstanceLost, FleetRepo
 
 
 class Told:
-    """Counts what goes wrong, and tells of it at once, but not too often."""
+    """Counts errors of one kind and logs them: the first at once, then every `TOLD_EVERY_S`."""
 
     def __init__(self, what: str, *, traceback: bool) -> None:
         self._what = what
@@ -57,7 +59,7 @@ class Told:
         self.story = ""
 
     def note(self, error: Exception) -> None:
-        """One more."""
+        """Counts one more."""
         self.count += 1
         self.story = f"{type(error).__name__}: {error}"[:STORY_MAX]
         now = time.monotonic()
@@ -82,7 +84,7 @@ class Controller:
         self._log = EventLog(event_log, who=f"controller {os.getpid()}")
         self._log.started(settings)
         self._scheduler = Scheduler(settings)
-        self._tick_s = settings.migration.tick_s
+        self._tick_s = settings.migration.interval_s
         self._engines: dict[EngineIndex, bytes] = {}
         self._refused = Told("messages that make no sense were refused", traceback=False)
         self._failed = Told("messages could not be handled, which is a bug", traceback=True)
@@ -90,8 +92,8 @@ class Controller:
         self._stopping = False
 
     def run(self) -> None:
-        """Serves until `stop`, or until a bug ends it, for another to learn all anew."""
-        # What was imported stays: to look through it for garbage would hold up a dispatch for long.
+        """Serves until `stop`, or until a bug ends it."""
+        # A garbage collection that looks through all that was imported would delay a dispatch.
         gc.collect()
         gc.freeze()
         with (
@@ -115,7 +117,7 @@ class Controller:
                     self._guarded(Tick(), partial(self._decide, b"", Tick()))
 
     def pid(self) -> int:
-        """Of this process."""
+        """The id of this process."""
         return os.getpid()
 
     def stop(self) -> None:
@@ -123,7 +125,7 @@ class Controller:
         self._stopping = True
 
     def _taken(self) -> list[tuple[bytes, Message]]:
-        """All that has arrived, in the order to handle it."""
+        """The messages that have arrived, in the order in which to handle them."""
         taken: list[tuple[bytes, Message]] = []
         for _ in range(TAKEN_AT_ONCE_MAX):
             try:
@@ -133,11 +135,11 @@ class Controller:
                 break
             except ProtocolError as error:
                 self._refused.note(error)
-        return sorted(taken, key=lambda pair: urgency(pair[1]))
+        return sorted(taken, key=lambda pair: handling_key(pair[1]))
 
     def _guarded(self, what: Message | Tick, work: Callable[[], None]) -> None:
-        """Does what one message asks for. What fails ends at most that, and is seen; `FAILURES_MAX`
-        of one kind in a row end the process, for what is kept here may be broken."""
+        """Handles one message. A failure ends at most that message, and is logged. `FAILURES_MAX`
+        messages of one kind that fail in a row end the process, since its state may be broken."""
         kind = type(what).__name__
         try:
             work()
@@ -166,7 +168,7 @@ class Controller:
                 try:
                     self._decide(sender, message)
                 except Exception:
-                    # Its frontend places it by itself, and waits for nothing.
+                    # With this answer the frontend places the request by itself at once.
                     why = "the controller failed on it"
                     self._send(sender, NoInstance(request=request, why=why))
                     raise
@@ -187,7 +189,7 @@ class Controller:
                 raise ProtocolError(f"not for the controller: {str(message)[:STORY_MAX]}")
 
     def _decide(self, sender: bytes, fact: Fact) -> None:
-        """Handles a fact and sends each decision to who carries it out."""
+        """Handles a fact, and sends each decision to the process that carries it out."""
         now = time.monotonic()
         decisions = self._scheduler.handle(fact, now)
         self._log.fact(fact, now, answered=bool(decisions))

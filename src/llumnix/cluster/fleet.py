@@ -33,6 +33,7 @@ from llumnix.core.events import (
     ScalingDecision,
     UndrainInstance,
 )
+from llumnix.core.limits import FLEET_REPORT_EVERY_S
 from llumnix.core.types import InstanceId
 from llumnix.engine.launch import EngineLaunch
 from llumnix.errors import (
@@ -49,7 +50,6 @@ from llumnix.tasks import keep_running
 
 logger = logging.getLogger("llumnix.fleet")
 
-REPORT_EVERY_S = 0.5
 CLOSE_TIMEOUT_S = 5.0
 
 
@@ -229,7 +229,7 @@ class Fleet:
             )
             # `wait_for` would lose a cancellation that comes together with news.
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(REPORT_EVERY_S):
+                async with asyncio.timeout(FLEET_REPORT_EVERY_S):
                     await self._news.wait()
 
     def _perform(self, decision: ScalingDecision) -> None:

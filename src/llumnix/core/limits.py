@@ -1,4 +1,4 @@
-"""Bounds of migrations, each declared once."""
+"""Bounds that several rooms share, or live code and the simulator, each declared once."""
 
 from dataclasses import dataclass
 
@@ -7,6 +7,18 @@ REMEMBERED_MAX = 4096
 TAIL_MAX = 512
 """Last generated tokens that a take-over repeats, for a frontend whose source died before it had
 sent them all."""
+HEARTBEAT_S = 0.1
+"""An engine reports its load at least as often, though nothing has changed."""
+STALLED_AFTER_S = 1.0
+"""An engine that has requests and completes no step for longer stands still: it counts as hung, and
+the scheduler leaves it alone."""
+FLEET_REPORT_EVERY_S = 0.5
+"""The fleet tells the scheduler what there is at least as often, though nothing has changed."""
+DRAIN_POLL_S = 0.05
+"""How soon it is looked again whether an instance that is being emptied is empty."""
+WAITING_SHOWN_MAX = 8
+"""Waiting requests of an engine that may be chosen to move; to find more takes a sort of its
+queue."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

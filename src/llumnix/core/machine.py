@@ -1,7 +1,7 @@
 """A table of transitions being walked through: an event in a state gives a new state and an action.
 
-Whoever has a machine feeds it events and carries out the actions it names. An event that a state
-does not name is a bug, and raises with the story.
+The owner of a machine feeds it events, and carries out the actions that it names. An event that a
+state does not name is a bug, and raises with the story.
 """
 
 import enum

@@ -1,9 +1,9 @@
 """The names of prefixes, by which dispatch knows what is in the instances' caches.
 
 A prefix is named by the chain of its blocks: the hash of a block covers the hash of the block
-before it, so one number stands for all tokens up to there. Frontends hash prompts, llumlets what
-their engine computes, both with `chain`; the engines' own hashes, which differ from
-process to process, stay at home.
+before it, so that one number stands for all tokens up to there. Frontends hash prompts with
+`chain`, and llumlets hash what their engine computes. An engine's own hashes are of no use here,
+since they differ from process to process.
 """
 
 import hashlib
@@ -11,15 +11,15 @@ from array import array
 from collections.abc import Sequence
 
 BLOCK_TOKENS = 64
-"""Tokens in one of our blocks: coarser than most engines', since a short hit is worth little and
-every block costs an entry. An engine's block size must divide it or be a multiple of it."""
+"""Tokens in a block that is named. Blocks are larger than most engines', since a short hit is worth
+little and every block costs an entry. An engine's block size must divide this or be a multiple."""
 PREFIX_BLOCKS_MAX = 512
-"""Blocks of a prompt that are looked up; what lies beyond them counts as new."""
+"""Blocks of a prompt that are looked up; the rest of the prompt counts as new."""
 
 
 def root(*keys: str | None) -> int:
-    """What a chain starts from: requests that differ in these (LoRA adapter, cache salt) share no
-    blocks."""
+    """The hash that a chain starts from. `keys`: LoRA adapter, cache salt; requests that differ in
+    one share no blocks."""
     return _number("\0".join(k or "" for k in keys).encode())
 
 

@@ -1,8 +1,8 @@
-"""Classes of requests: whose turn it is, and who gets room to run fast.
+"""Classes of requests: which are served first, and which have memory kept free for them.
 
 A request carries one number, vLLM's priority (lower is served earlier). Its class follows from that
-number, so nothing else has to travel: the first class, most urgent first, whose number is not below
-it; the last class takes the rest.
+number, so that nothing else has to travel: the first class, most urgent first, whose number is not
+below it. The last class takes the rest.
 """
 
 from bisect import bisect_left
@@ -13,10 +13,10 @@ from llumnix.core.settings import PrioritySettings, key_digest
 from llumnix.errors import UsageError
 
 _TIERS = {"priority": 0, "flex": -1}
-"""OpenAI's service tiers that ask for more or less than usual: the most and the least urgent
-class."""
+"""OpenAI's service tiers that ask for more or less than usual, and the place of the class that
+they ask for: the most or the least urgent."""
 NUMBER_MAX = 2**31 - 1
-"""Whatever is less urgent still is served last all the same."""
+"""The least urgent number; higher ones count as this."""
 AGING_LOOK_EVERY_S = 0.5
 """An engine looks so often at its queue for requests that have waited for `aging_s`."""
 STARTED_S = 1e11
@@ -72,8 +72,8 @@ class Priorities:
         self, number: int, name: str | None = None, tier: str | None = None, key: str | None = None
     ) -> int:
         """The number that a request runs under: no more urgent than its cap, nor than the most
-        urgent class. `number`: vLLM's own field, which wins if it is not 0; `name`: of a class;
-        `tier`: OpenAI's `service_tier`; `key`: the API key, which may have a cap of its own."""
+        urgent class. `number`: vLLM's own field, which wins unless it is 0. `name`: of a class.
+        `tier`: OpenAI's `service_tier`. `key`: the API key, which may have a cap of its own."""
         if self._ignore_priorities:
             return 0
         if number == 0 and name is not None:
@@ -89,7 +89,7 @@ class Priorities:
         return min(max(number, cap, self._numbers[0]), NUMBER_MAX)
 
     def aged(self, priority: int, waited_s: float) -> int:
-        """The number that a request is queued under after it has waited so long."""
+        """The number that a request is queued under once it has waited for that long."""
         return min(priority, self._numbers[0]) if waited_s >= self.aging_s else priority
 
     def queue_key(
@@ -103,12 +103,12 @@ class Priorities:
         return QueueKey(self.aged(priority, waited_s), arrived_s)
 
     def share(self, rank: int) -> float:
-        """The headroom of that class, as a share of an instance's KV memory."""
+        """The headroom of that class: a share of an instance's KV memory."""
         return self._headrooms[rank]
 
     def headroom(self, total: int, running: Sequence[int], above: int | None = None) -> float:
-        """Tokens kept free on an instance of `total` KV tokens with that many requests of each
-        class running. With `above`, only for classes more urgent than that rank."""
+        """Tokens to keep free on an instance of `total` KV tokens that runs that many requests of
+        each class. `above`: only for classes that are more urgent than this rank."""
         share = 0.0
         ranks = len(running) if above is None else min(above, len(running))
         for rank, headroom in self._with_headroom:

@@ -1,6 +1,7 @@
 """What an instance reports of itself: what its engine counted (tokens, requests, seconds, running
 totals), and nothing derived."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from llumnix.core.types import EngineIndex, InstanceId, OrderId, RequestId
@@ -8,65 +9,81 @@ from llumnix.core.types import EngineIndex, InstanceId, OrderId, RequestId
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClassLoad:
-    """The requests of one priority class: how many run, how many wait, and the KV tokens that those
-    need to start. As of when they began to wait: the tokens of those that are in use already, by
-    running requests that share them, and the tokens that they have to compute."""
+    """The requests of one priority class on one instance, and KV tokens of those that wait. The
+    last two are as of when each request began to wait."""
 
-    running: int = 0
-    waiting: int = 0
-    waiting_tokens: int = 0
-    waiting_shared: int = 0
-    waiting_prefill: int = 0
+    running: int = 0  # requests in the batch
+    waiting: int = 0  # requests in the queue
+    waiting_tokens: int = 0  # needed to start all that wait
+    waiting_shared: int = 0  # the part that running requests hold already, as a shared prefix
+    waiting_prefill: int = 0  # the part that has to be computed: it is not in the prefix cache
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineCounts:
+    """What an engine counts: the fields of `LoadReport` with the same names."""
+
+    kv_tokens_used: int
+    kv_tokens_total: int
+    prefill_tokens: int
+    block_tokens: int
+    slots: int
+    classes: tuple[ClassLoad, ...]
+    head_tokens: int
+    kv_token_bytes: int
+    preemptions: int
+    finished: int
+    finished_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoveCounts:
+    """What a llumlet counts of moves."""
+
+    out: int = 0  # requests on their way out
+    out_waiting: int = 0  # those of them that wait, and hold no KV
+    out_tokens: int = 0  # KV tokens that the others hold here
+    incoming: int = 0  # requests on their way in
+    moved_bytes: int = 0  # running total of what was moved away
+    moved_s: float = 0.0  # running total of the seconds that it took
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadReport:
-    """One instance's load at one moment.
-
-    `sequence` grows by one a report within one run of the engine (`engine_index`).
-    `kv_tokens_used` and `kv_tokens_total` are whole blocks' worth of tokens; blocks that only the
-    prefix cache holds count as free. `prefill_tokens`: what requests that run have still to compute
-    of their prompts, and have no KV memory for yet. `block_tokens`: size of a block. `slots`:
-    requests that can run at a time, 0 for no limit. `classes`: most urgent first. `head_tokens`:
-    what the request that is next in the queue needs to start, 0 if none waits. `admitted` are the
-    requests that reached the engine since the report before: they are running or waiting now, or
-    already over. `accepting` is false while the instance is being emptied. `moving_out` requests
-    are on their way to other instances, with `moving_out_tokens` here that will be free, and
-    `moving_out_waiting` of them wait (the others count as running until they have left);
-    `moving_in` are on their way here, their room in use already. `orders`: those of the scheduler
-    that were carried out, or found impossible, since the report before. `kv_token_bytes`: what a
-    token of KV takes, on all workers of the engine. `stalled_s`: seconds since the engine completed
-    a step, while it has requests; 0 without any.
-
-    Running totals of this run: `preemptions`; `steps` and the seconds they took; requests
-    `finished` and the tokens they had generated; bytes moved away and the seconds that took."""
+    """One instance's load at one moment. Tokens in use or in all are whole blocks' worth."""
 
     instance: InstanceId
-    engine_index: EngineIndex
-    sequence: int
-    kv_tokens_used: int
+    engine_index: EngineIndex  # which run of the instance's engine it is
+    sequence: int  # grows by one a report within this run
+    kv_tokens_used: int  # blocks that only the prefix cache holds count as free
     kv_tokens_total: int
-    prefill_tokens: int = 0
-    block_tokens: int = 1
-    slots: int = 0
-    classes: tuple[ClassLoad, ...] = ()
-    head_tokens: int = 0
+    prefill_tokens: int = 0  # of running requests' prompts, neither computed nor with memory yet
+    block_tokens: int = 1  # size of a block
+    slots: int = 0  # requests that can run at a time; 0 for no limit
+    classes: tuple[ClassLoad, ...] = ()  # most urgent first
+    head_tokens: int = 0  # what the first request in the queue needs to start; 0 if none waits
     admitted: tuple[RequestId, ...] = ()
-    accepting: bool = True
-    moving_out: int = 0
-    moving_out_tokens: int = 0
-    moving_out_waiting: int = 0
-    moving_in: int = 0
+    """Requests that reached the engine since the report before. They run or wait now, or are over
+    already."""
+    accepting: bool = True  # false while the instance is being emptied
+    moving_out: int = 0  # requests on their way to other instances
+    moving_out_tokens: int = 0  # held here, and free once those have left
+    moving_out_waiting: int = 0  # those that wait; the others count as running until they have left
+    moving_in: int = 0  # requests on their way here; their room is in use already
     orders: tuple[OrderId, ...] = ()
-    kv_token_bytes: int = 0
+    """Orders of the scheduler that were carried out, or found impossible, since the report
+    before."""
+    kv_token_bytes: int = 0  # what a token of KV takes, on all workers of the engine
+    # Running totals of this run:
     preemptions: int = 0
     steps: int = 0
     steps_s: float = 0.0
-    finished: int = 0
-    finished_tokens: int = 0
-    moved_bytes: int = 0
+    finished: int = 0  # requests with an answer
+    finished_tokens: int = 0  # in those answers
+    moved_bytes: int = 0  # moved away
     moved_s: float = 0.0
-    stalled_s: float = 0.0
+    # Not a total:
+    stalled_s: float = 0.0  # since the last step was completed; 0 without requests
 
     @property
     def kv_tokens_free(self) -> int:
@@ -84,15 +101,46 @@ class LoadReport:
         return sum(c.waiting for c in self.classes)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MoveCounts:
-    """What a report says of moves: requests on their way out, how many of them wait and hold no KV,
-    the KV tokens that the others hold here, requests on their way in, and the running totals of
-    bytes moved away and the seconds it took."""
-
-    out: int = 0
-    out_waiting: int = 0
-    out_tokens: int = 0
-    incoming: int = 0
-    moved_bytes: int = 0
-    moved_s: float = 0.0
+def compose_report(
+    counts: EngineCounts,
+    moves: MoveCounts,
+    *,
+    instance: InstanceId,
+    engine_index: EngineIndex,
+    sequence: int,
+    admitted: Iterable[RequestId] = (),
+    accepting: bool = True,
+    orders: Iterable[OrderId] = (),
+    steps: int = 0,
+    steps_s: float = 0.0,
+    stalled_s: float = 0.0,
+) -> LoadReport:
+    """The one place where a report is put together, of what the engine and its llumlet counted."""
+    return LoadReport(
+        instance=instance,
+        engine_index=engine_index,
+        sequence=sequence,
+        kv_tokens_used=counts.kv_tokens_used,
+        kv_tokens_total=counts.kv_tokens_total,
+        prefill_tokens=counts.prefill_tokens,
+        block_tokens=counts.block_tokens,
+        slots=counts.slots,
+        classes=counts.classes,
+        head_tokens=counts.head_tokens,
+        admitted=tuple(admitted),
+        accepting=accepting,
+        moving_out=moves.out,
+        moving_out_tokens=moves.out_tokens,
+        moving_out_waiting=moves.out_waiting,
+        moving_in=moves.incoming,
+        orders=tuple(orders),
+        kv_token_bytes=counts.kv_token_bytes,
+        preemptions=counts.preemptions,
+        steps=steps,
+        steps_s=steps_s,
+        finished=counts.finished,
+        finished_tokens=counts.finished_tokens,
+        moved_bytes=moves.moved_bytes,
+        moved_s=moves.moved_s,
+        stalled_s=stalled_s,
+    )

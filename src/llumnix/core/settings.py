@@ -1,8 +1,8 @@
-"""What the scheduler can be told: every knob once, with unit, default and check.
+"""The scheduler's settings: every knob once, with unit, default and check.
 
-`--scheduler-config FILE` is this tree as YAML, and docs/scheduler.md lists it from here. A knob
-that is null follows from what is observed (`core/scheduling/observed.py`), from the policy, or from
-another knob, as its text says.
+`--scheduler-config FILE` is this tree as YAML, and the table in docs/scheduler.md is drawn from it.
+A knob that is null follows from what is observed (`core/scheduling/observed.py`), from the policy,
+or from another knob, as its text says.
 """
 
 import hashlib
@@ -14,12 +14,13 @@ from llumnix.core.limits import MigrationLimits
 from llumnix.errors import UsageError
 
 PAPER_BLOCK_TOKENS = 16
-"""The paper's thresholds are in blocks of this many tokens a request."""
+"""The paper's thresholds are in blocks of this many tokens for each request."""
 
 
-def knob(default: Any, unit: str, help: str) -> Any:
-    """A field with what its user needs to know."""
-    return field(default=default, metadata={"unit": unit, "help": help})
+def knob(default: Any, unit: str, help: str, *, was: str | None = None) -> Any:
+    """A field with what a user needs to know. `was`: its name in the release before, which a
+    configuration file may still use in this one."""
+    return field(default=default, metadata={"unit": unit, "help": help, "was": was})
 
 
 def _check(path: str, value: float | None, low: float, high: float | None = None) -> None:
@@ -32,13 +33,13 @@ def _check(path: str, value: float | None, low: float, high: float | None = None
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PriorityClass:
-    """One class of requests. `priority`: vLLM's number, lower is served earlier. `headroom`: share
-    of an instance's KV memory (0 to 1) that is kept free while a request of the class runs there,
-    so that it decodes as fast as on an instance of its own."""
+    """One class of requests."""
 
     name: str
-    priority: int
+    priority: int  # vLLM's number; lower is served earlier
     headroom: float = 0.0
+    """Share of an instance's KV memory (0 to 1) that is kept free while a request of the class runs
+    there, so that it decodes as fast as on an instance of its own."""
 
     def __post_init__(self) -> None:
         if not self.name or not self.name.replace("-", "").replace("_", "").isalnum():
@@ -54,7 +55,7 @@ _DIGEST = "sha256:"
 
 
 def key_digest(key: str) -> str:
-    """What an API key is kept as: `sha256:` and its digest in hex digits."""
+    """The form in which an API key is kept: `sha256:` and its digest in hex digits."""
     return _DIGEST + hashlib.sha256(key.encode()).hexdigest()
 
 
@@ -65,7 +66,7 @@ NORMAL = PriorityClass(name="normal", priority=0)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrioritySettings:
-    """Who goes first."""
+    """Which requests go first, and who may ask for that."""
 
     classes: tuple[PriorityClass, ...] = knob(
         (HIGH, NORMAL),
@@ -94,7 +95,7 @@ class PrioritySettings:
             "help": "The most urgent class that requests with this key get.",
         },
     )
-    """Kept as digests alone, however they were given."""
+    """Keys are kept as digests, however they were given."""
 
     def __post_init__(self) -> None:
         _check("priorities.aging_s", self.aging_s, 0.1)
@@ -141,7 +142,9 @@ class MigrationSettings:
     balance: bool | None = knob(
         None, "true or false", "Move requests to balance the load. null: as the policy has it."
     )
-    tick_s: float = knob(0.05, "s", "Time between two rounds of pairing instances.")
+    interval_s: float = knob(
+        0.05, "s", "Time between two rounds of pairing instances.", was="tick_s"
+    )
     source_below: float | None = knob(
         None,
         "tokens a request",
@@ -155,19 +158,20 @@ class MigrationSettings:
         "decode steps",
         "The lower freeness of the pair must rise by this much beyond the move's own cost.",
     )
-    payback: float = knob(
+    min_stay: float = knob(
         10.0,
         "times a move's duration",
         "A request that was moved stays for this long at least.",
+        was="payback",
     )
     moves_max: int = knob(
         1, "migrations", "Moves away from one instance at a time. A drain takes its engine's limit."
     )
 
     def __post_init__(self) -> None:
-        _check("migration.tick_s", self.tick_s, 0.001, 10)
+        _check("migration.interval_s", self.interval_s, 0.001, 10)
         _check("migration.gain_min", self.gain_min, 0)
-        _check("migration.payback", self.payback, 0)
+        _check("migration.min_stay", self.min_stay, 0)
         _check("migration.moves_max", self.moves_max, 1, MigrationLimits().outgoing_max)
         low, high = self.source_below, self.destination_above
         if (low is None) != (high is None):
@@ -186,20 +190,26 @@ class ScalingSettings:
 
     instances_min: int | None = knob(None, "instances", "Never fewer (--min-instances).")
     instances_max: int | None = knob(None, "instances", "Never more (--max-instances).")
-    low: float | None = knob(
+    freeness_low: float | None = knob(
         None,
         "tokens a request",
         "Below this mean freeness of normal requests one more is started. null: observed.",
+        was="low",
     )
-    high: float | None = knob(None, "tokens a request", "Above it one is drained. null: observed.")
-    up_after_s: float = knob(2.0, "s", "How long it must be below `low`.")
-    down_after_s: float = knob(30.0, "s", "How long it must be above `high`.")
-    settle_s: float = knob(
-        10.0, "s", "After a change nothing is drained for this long once all that start are up."
+    freeness_high: float | None = knob(
+        None, "tokens a request", "Above it one is drained. null: observed.", was="high"
+    )
+    up_after_s: float = knob(2.0, "s", "How long it must be below `freeness_low`.")
+    down_after_s: float = knob(30.0, "s", "How long it must be above `freeness_high`.")
+    cooldown_s: float = knob(
+        10.0,
+        "s",
+        "After a change nothing is drained for this long once all that start are up.",
+        was="settle_s",
     )
 
     def __post_init__(self) -> None:
-        for name in ("up_after_s", "down_after_s", "settle_s"):
+        for name in ("up_after_s", "down_after_s", "cooldown_s"):
             _check(f"scaling.{name}", getattr(self, name), 0)
         _check("scaling.instances_min", self.instances_min, 1)
         _check("scaling.instances_max", self.instances_max, 1)
@@ -210,10 +220,15 @@ class ScalingSettings:
                 f"--max-instances {self.instances_max} is below --min-instances "
                 f"{self.instances_min}"
             )
-        if (self.low is None) != (self.high is None):
-            raise UsageError("scaling: give both low and high, or neither of them")
-        if self.low is not None and self.high is not None and self.high <= self.low:
-            raise UsageError(f"scaling: high ({self.high:g}) must be above low ({self.low:g})")
+        low, high = self.freeness_low, self.freeness_high
+        if (low is None) != (high is None):
+            raise UsageError(
+                "scaling: give both freeness_low and freeness_high, or neither of them"
+            )
+        if low is not None and high is not None and high <= low:
+            raise UsageError(
+                f"scaling: freeness_high ({high:g}) must be above freeness_low ({low:g})"
+            )
 
     @property
     def on(self) -> bool:
@@ -223,7 +238,7 @@ class ScalingSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerSettings:
-    """All of it."""
+    """All settings of the scheduler."""
 
     policy: str = knob("llumnix", "a policy's name", "How requests are scheduled (--policy).")
     priorities: PrioritySettings = field(default_factory=PrioritySettings)
@@ -231,5 +246,5 @@ class SchedulerSettings:
     scaling: ScalingSettings = field(default_factory=ScalingSettings)
 
     def without_keys(self) -> "SchedulerSettings":
-        """For whoever has nothing to do with API keys, that is everybody but the frontend."""
+        """The settings without API keys, for all processes but the frontend, which checks them."""
         return replace(self, priorities=replace(self.priorities, key_caps={}))

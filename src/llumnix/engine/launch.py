@@ -48,7 +48,7 @@ class LlumletConfig:
     limits: MigrationLimits
     transfer: TransferOptions
     priorities: Priorities  # the classes as the policy treats them
-    payback: float  # a request that was moved stays for that many times what its move took
+    min_stay: float  # a request that was moved stays for that many times what its move took
     looks_at_caches: bool  # the policy wants to know what is in prefix caches
 
 

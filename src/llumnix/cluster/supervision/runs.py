@@ -87,7 +87,7 @@ class Runs:
             limits=MigrationLimits(),
             transfer=TransferOptions(bandwidth_bytes_per_s=limit and limit * 1e6),
             priorities=priorities_of(settings),
-            payback=settings.migration.payback,
+            min_stay=settings.migration.min_stay,
             looks_at_caches=POLICIES[settings.policy].looks_at_caches,
         )
         self._started = 0

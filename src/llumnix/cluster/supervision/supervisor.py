@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable
 
 from llumnix.cluster.supervision.member import Member
 from llumnix.cluster.supervision.runs import Runs
+from llumnix.core.limits import DRAIN_POLL_S
 from llumnix.core.supervision.hang import HangPolicy, Health
 from llumnix.core.supervision.restart import GiveUp, RestartAfter
 from llumnix.core.types import InstanceId
@@ -21,7 +22,6 @@ logger = logging.getLogger("llumnix.fleet")
 
 FAILURES_MAX = 10
 """Unexpected failures in a row, with pauses between of three minutes in all."""
-DRAIN_POLL_S = 0.05
 
 
 class Supervisor:

@@ -36,8 +36,8 @@ from llumnix.core.types import EngineIndex, MigrationId, OrderId
 
 class Llumlet:
     """The llumlet of one engine. `address`: where other llumlets send to it. `on_step` is told of
-    every transition of every machine. `payback`: a request that came here stays for that many times
-    what its move took."""
+    every transition of every machine. `min_stay`: a request that came here stays for that many
+    times what its move took."""
 
     def __init__(
         self,
@@ -48,7 +48,7 @@ class Llumlet:
         on_step: OnStep = lambda *_: None,
         *,
         priorities: Priorities | None = None,
-        payback: float = MigrationSettings().payback,
+        min_stay: float = MigrationSettings().min_stay,
     ) -> None:
         limits = limits or MigrationLimits()
         self._out: list[Out] = []
@@ -60,7 +60,7 @@ class Llumlet:
         self._orders = Orders(
             port,
             priorities or Priorities(PrioritySettings()),
-            payback,
+            min_stay,
             self._outgoing,
             self._incoming,
             self._out,

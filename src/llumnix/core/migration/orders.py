@@ -45,14 +45,14 @@ class PendingMove:
 
 
 class Orders:
-    """Those to one engine. `payback`: a request that came here stays for that many times what its
+    """Those to one engine. `min_stay`: a request that came here stays for that many times what its
     move took."""
 
     def __init__(
         self,
         port: EnginePort,
         priorities: Priorities,
-        payback: float,
+        min_stay: float,
         outgoing: OutgoingMigrations,
         incoming: IncomingMigrations,
         out: list[Out],
@@ -60,7 +60,7 @@ class Orders:
     ) -> None:
         self._port = port
         self._priorities = priorities
-        self._payback = payback
+        self._min_stay = min_stay
         self._outgoing = outgoing
         self._incoming = incoming
         self._out = out
@@ -147,7 +147,7 @@ class Orders:
 
     def _candidates(self, destination: EngineIndex, now: float) -> list[Candidate]:
         came = self._incoming.recent_arrivals
-        paid = [r for r, c in came.items() if now - c.at_s >= self._payback * c.took_s]
+        paid = [r for r, c in came.items() if now - c.at_s >= self._min_stay * c.took_s]
         for request in paid:
             del came[request]
         outgoing = self._outgoing.requests()

@@ -1,14 +1,14 @@
 """The one place where load is derived from what an instance reports of itself (core/reports.py).
 
 Rules
-- Virtual usage, in tokens: what is in use, what the rest of prompts that are being computed will
-  take, what the head of the queue needs to start, and the headroom of each class that runs there.
-  Requests behind the head count as nothing, except for dispatch, where all of them will be served
-  before the newcomer.
-- Freeness F = (total - virtual usage) / batch size, in tokens a request, which is in decode steps:
-  how many more the batch can take before memory runs out. Below zero it is not divided, so that one
-  more request or token never raises it.
-- An instance that is being emptied has a request of infinite size: its freeness is -inf.
+- Virtual usage, in tokens: KV in use, what the rest of prompts that are being computed will take,
+  what the head of the queue needs to start, and the headroom of each class that runs there.
+- Requests behind the head count as nothing, except for a newcomer, which is a request that is being
+  dispatched: they are served before it.
+- Freeness F in decode steps: (total - virtual usage) / batch. Each running request takes a token a
+  step, so F is how many steps the batch can take before memory runs out. A shortage is not divided
+  by the batch, so that one more request or token never raises F.
+- An instance that is being emptied has a request of infinite size, and so a freeness of -inf.
 """
 
 from collections.abc import Sequence
@@ -19,37 +19,46 @@ from llumnix.core.reports import LoadReport
 
 
 class Load(NamedTuple):
-    """What follows from a report and the decisions that it does not cover yet. `used`: KV tokens,
-    without those about to be free and with those of dispatches on their way and of the rest of
-    prompts; `head`, `queued`: tokens that the head of the queue needs, and that all who wait need,
-    `shared` of which are in use already;
-    `batch` runs or will, `waiting` waits; `slots`: see the report; `running`, `ahead`: the batch,
-    and tokens to compute before a newcomer's, by class, most urgent first."""
+    """The load of one instance: its report, and decisions that the report does not cover yet."""
 
-    total: int
-    used: int
-    head: int
-    queued: int
-    shared: int
-    batch: int
-    waiting: int
-    slots: int
-    running: tuple[int, ...]
-    ahead: tuple[int, ...]
+    total: int  # KV tokens in all
+    used: int  # KV tokens in use, or about to be
+    head: int  # tokens that the head of the queue needs; all that are free if it waits for a slot
+    queued: int  # tokens that all waiting requests need
+    shared: int  # the part of `queued` that is in use already
+    batch: int  # requests that run, or are about to
+    waiting: int  # requests that wait
+    slots: int  # requests that can run at a time; 0 for no limit
+    running: tuple[int, ...]  # the batch by class, most urgent first
+    queued_prefill: tuple[int, ...]  # tokens to compute before a newcomer's, by its class
 
-    def ahead_of(self, rank: int) -> int:
-        """Tokens to compute before those of a newcomer of a class."""
-        ahead = self.ahead
-        return ahead[rank] if rank < len(ahead) else ahead[-1]
+    @property
+    def free(self) -> int:
+        """Tokens of memory that are not used; below zero if more are promised than there are."""
+        return self.total - self.used
+
+    @property
+    def has_slot(self) -> bool:
+        """Whether one more request could run, as far as slots go."""
+        return not self.slots or self.batch < self.slots
+
+    @property
+    def is_blocked(self) -> bool:
+        """Whether the head of the queue cannot start, for want of memory or of a slot."""
+        return self.head > max(0, self.free)
+
+    def queued_prefill_before(self, rank: int) -> int:
+        """Tokens of prompts that are computed before those of a newcomer of that class."""
+        queued = self.queued_prefill
+        return queued[rank] if rank < len(queued) else queued[-1]
 
     def spare(self, priorities: Priorities) -> float:
-        """Tokens that nobody uses, virtually or not; below zero if more are wanted than there
-        are."""
+        """Tokens beyond the virtual usage; below zero if more are wanted than there are."""
         return self.total - self.used - self.head - priorities.headroom(self.total, self.running)
 
     def spare_after(self, rank: int, requests: int, priorities: Priorities) -> float:
-        """`spare` after that many requests of a class have come, or left if below 0, their tokens
-        left out of account."""
+        """`spare` after that many requests of a class have come (below 0: have left). Their tokens
+        are left out, so that only the headroom of the class may change it."""
         spare = self.spare(priorities)
         if rank >= len(self.running):
             return spare
@@ -63,24 +72,24 @@ class Load(NamedTuple):
         return ratio(self.spare(priorities), self.batch)
 
     def freeness_for(self, rank: int, priorities: Priorities) -> float:
-        """F as a newcomer of a class meets it: all who wait are served before it, and only the
-        headroom of more urgent classes is none of its."""
+        """Freeness for a newcomer of that class. It counts all waiting requests, which are served
+        before the newcomer, and only the headroom of more urgent classes, which it may not use."""
         spare = self.spare_for(rank, priorities)
         others = self.batch + self.waiting
         freeness = ratio(spare, others)
         if self.slots and others >= self.slots:
-            # It would wait for a slot, however much memory is free.
+            # A newcomer would wait for a slot, however much memory is free.
             return min(freeness, (self.slots - 1 - others) * self.total / self.slots)
         return freeness
 
     def spare_for(self, rank: int, priorities: Priorities) -> float:
-        """Tokens that would be left for a newcomer of a class."""
+        """Tokens of memory that are left for a newcomer of that class."""
         reserved = priorities.headroom(self.total, self.running, above=rank)
         return self.total - self.used - (self.queued - self.shared) - reserved
 
     def changed(self, rank: int, requests: int, tokens: int) -> "Load":
-        """After that many requests of a class, of `tokens` together, have come; below 0: have
-        left."""
+        """The load after that many requests of a class, of `tokens` together, have come (below 0:
+        have left)."""
         running = tuple(n + requests * (r == rank) for r, n in enumerate(self.running))
         return self._replace(
             used=self.used + tokens, batch=max(0, self.batch + requests), running=running
@@ -88,43 +97,57 @@ class Load(NamedTuple):
 
 
 def ratio(spare: float, requests: int) -> float:
-    """Tokens a request; a shortage is not shared out."""
+    """Tokens for each request; a shortage is not divided."""
     return spare / max(1, requests) if spare > 0 else spare
 
 
 def derive(
     report: LoadReport, booked: Sequence[int], booked_tokens: int, booked_cached: int = 0
 ) -> Load:
-    """The load of an instance with dispatches on their way that its report does not cover yet:
+    """The load of an instance, with dispatches on their way to it that its report does not cover:
     `booked` of each class, with `booked_tokens` tokens in their prompts, `booked_cached` of which
-    are in its prefix cache."""
-    coming = report.prefill_tokens + booked_tokens
-    computed = coming - booked_cached
-    waiting, queued, shared, by_class, ahead = 0, 0, 0, [], [] if report.classes else [computed]
+    are in its prefix cache.
+
+        used    KV in use
+                - what is held by requests on their way out, which will be free
+                + the rest of running prompts, which vLLM gives memory to chunk by chunk
+                + the prompts of dispatches on their way
+        batch   running requests and dispatches on their way
+                - running requests on their way out
+                + requests on their way in, whose memory is in use already
+        queued_prefill, for a newcomer of class r
+                the rest of running prompts, and prompts on their way, less their cached tokens
+                + what waiting requests of class r and more urgent ones have to compute
+
+    A head of the queue that waits for a slot makes the instance full: whatever memory is free is of
+    no use, so the head is taken to need all of it beside its own tokens."""
+    prefill = report.prefill_tokens + booked_tokens
+    computed = prefill - booked_cached
+    waiting = queued = shared = 0
+    by_class: list[int] = []
+    queued_prefill = [] if report.classes else [computed]
     for rank, known in enumerate(report.classes):
         waiting += known.waiting
         queued += known.waiting_tokens
         shared += known.waiting_shared
         computed += known.waiting_prefill
         by_class.append(known.running + (booked[rank] if booked else 0))
-        ahead.append(computed)
-    used = max(0, report.kv_tokens_used - report.moving_out_tokens) + coming
-    queued = max(queued, report.head_tokens)
+        queued_prefill.append(computed)
+    used = max(0, report.kv_tokens_used - report.moving_out_tokens) + prefill
     leaving = report.moving_out - report.moving_out_waiting
     batch = max(0, sum(by_class) - leaving) + report.moving_in
     head = report.head_tokens
     if head and report.slots and batch >= report.slots:
-        # It waits for a slot, so whatever memory is free is of no use to it.
         head += max(0, report.kv_tokens_total - used)
     return Load(
         total=report.kv_tokens_total,
         used=used,
         head=head,
-        queued=queued,
+        queued=max(queued, report.head_tokens),
         shared=shared,
         batch=batch,
         waiting=max(0, waiting - report.moving_out_waiting),
         slots=report.slots,
         running=tuple(by_class),
-        ahead=tuple(ahead),
+        queued_prefill=tuple(queued_prefill),
     )

@@ -1,7 +1,7 @@
 """What is wrong with a fact that no part of llumnix would send.
 
-A fact crosses sockets, so its types are right, and its numbers may be anybody's. The scheduler is
-told of it only if they make sense together: it divides by some and indexes with others.
+A fact crosses sockets. Its types are checked there, its numbers are not. The scheduler divides by
+some of them and indexes with others, so it takes a fact only if its numbers make sense.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ PROMPT_TOKENS_MAX = 2**40
 
 
 def _all_of(kind: type, of: type) -> Callable[[object], tuple[float, ...]]:
-    """Reads all fields of that kind; there is more than one."""
+    """Reads all fields of that kind; a class has several."""
     return attrgetter(*(f.name for f in fields(of) if f.type is kind))
 
 
@@ -27,7 +27,8 @@ _of_a_class = _all_of(int, ClassLoad)
 
 
 def why_malformed(fact: Fact, classes: int) -> str | None:
-    """What is wrong with it, if anything. `classes`: of requests, in this deployment."""
+    """What is wrong with the fact, if anything. `classes`: how many classes of requests there
+    are."""
     match fact:
         case LoadReported(report=report):
             return _report(report, classes)

@@ -1,41 +1,42 @@
-"""What the scheduler learns of its requests and instances, and the thresholds that follow.
+"""Decaying means of answer length, step time and copy cost, and the thresholds derived from them.
 
 Rules
-- Everything is a mean that forgets: old observations lose half their weight every so many new ones.
-- Before enough was observed the paper's fixed thresholds hold.
-- Freeness is in decode steps, so a threshold is a number of steps. An instance is in trouble if its
-  memory ends before enough of its requests do; that horizon is a share of the mean answer's length.
+- An old observation loses half its weight for every so many new ones.
+- Before `ENOUGH_REQUESTS` answers have ended, the paper's fixed thresholds hold.
+- Freeness is in decode steps, and so is a threshold. An instance is in trouble if its memory ends
+  before enough of its requests do, so that thresholds are shares of the mean answer's length.
 """
 
 from dataclasses import dataclass
 
 from llumnix.core.reports import LoadReport
-from llumnix.core.settings import PAPER_BLOCK_TOKENS, MigrationSettings, ScalingSettings
-
-HALF_LIFE_REQUESTS = 2000
-HALF_LIFE_STEPS = 500
-HALF_LIFE_BYTES = 2**30
-ENOUGH_REQUESTS = 20
-PAPER_THRESHOLD = 3.0 * PAPER_BLOCK_TOKENS
-PAPER_SCALE_LOW, PAPER_SCALE_HIGH = 10.0 * PAPER_BLOCK_TOKENS, 60.0 * PAPER_BLOCK_TOKENS
-SOURCE_SHARE, DESTINATION_SHARE = 0.125, 0.5
-"""Of the mean answer's length: below the first an instance gives away, above the second it
-takes."""
-SOURCE_MIN = 16.0
-LOW_SHARE, HIGH_SHARE = 0.5, 2.0
-"""Likewise, for scaling."""
+from llumnix.core.scheduling.tuning import (
+    DESTINATION_SHARE,
+    ENOUGH_REQUESTS,
+    HALF_LIFE_BYTES,
+    HALF_LIFE_REQUESTS,
+    HALF_LIFE_STEPS,
+    PAPER_SCALE_HIGH,
+    PAPER_SCALE_LOW,
+    PAPER_THRESHOLD,
+    SCALE_HIGH_SHARE,
+    SCALE_LOW_SHARE,
+    SOURCE_MIN_STEPS,
+    SOURCE_SHARE,
+)
+from llumnix.core.settings import MigrationSettings, ScalingSettings
 
 
 @dataclass(slots=True)
 class Mean:
-    """A sum over a count, both forgetting: halved whenever the count has reached `half_life`."""
+    """A decaying mean: sum and count are halved whenever the count has reached `half_life`."""
 
     half_life: float
     total: float = 0.0
     count: float = 0.0
 
     def add(self, total: float, count: float) -> None:
-        """Takes in `count` more observations."""
+        """Takes in `count` more observations that add up to `total`."""
         if count <= 0:
             return
         self.total += total
@@ -45,12 +46,12 @@ class Mean:
             self.count /= 2
 
     def value(self, default: float) -> float:
-        """The mean, or `default` of nothing."""
+        """The mean; `default` before the first observation."""
         return self.total / self.count if self.count else default
 
 
 class Observed:
-    """Means over all instances; fed with each report and the one before it."""
+    """Means over all instances, fed with each report and the report before it."""
 
     def __init__(self) -> None:
         self._answers = Mean(HALF_LIFE_REQUESTS)
@@ -59,7 +60,7 @@ class Observed:
         self._token_bytes = 0
 
     def take(self, report: LoadReport, before: LoadReport | None) -> None:
-        """One instance's next report. `before`: of the same run of its engine."""
+        """Takes in one instance's next report. `before`: the last one of the same run."""
         if before is None:
             return
         finished = report.finished - before.finished
@@ -75,7 +76,7 @@ class Observed:
 
     @property
     def answer_tokens(self) -> float | None:
-        """Mean length of an answer, in tokens; None before enough of them have ended."""
+        """Mean length of an answer, in tokens; None before enough answers have ended."""
         return self._answers.value(0) if self._answers.count >= ENOUGH_REQUESTS else None
 
     @property
@@ -84,27 +85,27 @@ class Observed:
         return self._steps.value(0.0)
 
     def move_steps_per_token(self) -> float:
-        """What it costs to move one token of KV, in decode steps; 0 before the first move."""
+        """Decode steps that it takes to copy one token of KV; 0 before the first move."""
         step_s = self.step_s
         return self._moves.value(0.0) * self._token_bytes / step_s if step_s else 0.0
 
     def migration_thresholds(self, settings: MigrationSettings) -> tuple[float, float]:
-        """Below the first an instance is a source, above the second a destination; in tokens a
-        request."""
+        """Freeness, in decode steps, below which an instance is a source, and above which it is a
+        destination."""
         if settings.source_below is not None and settings.destination_above is not None:
             return settings.source_below, settings.destination_above
         answer = self.answer_tokens
         if answer is None:
             return PAPER_THRESHOLD, PAPER_THRESHOLD
-        source = max(SOURCE_MIN, SOURCE_SHARE * answer)
+        source = max(SOURCE_MIN_STEPS, SOURCE_SHARE * answer)
         return source, source * DESTINATION_SHARE / SOURCE_SHARE
 
     def scaling_thresholds(self, settings: ScalingSettings) -> tuple[float, float]:
-        """The mean freeness is kept between these; in tokens a request."""
-        if settings.low is not None and settings.high is not None:
-            return settings.low, settings.high
+        """The bounds of the mean freeness, in decode steps."""
+        if settings.freeness_low is not None and settings.freeness_high is not None:
+            return settings.freeness_low, settings.freeness_high
         answer = self.answer_tokens
         if answer is None:
             return PAPER_SCALE_LOW, PAPER_SCALE_HIGH
-        low = max(SOURCE_MIN, LOW_SHARE * answer)
-        return low, low * HIGH_SHARE / LOW_SHARE
+        low = max(SOURCE_MIN_STEPS, SCALE_LOW_SHARE * answer)
+        return low, low * SCALE_HIGH_SHARE / SCALE_LOW_SHARE

@@ -1,24 +1,21 @@
 """Which instance gives load to which: the periodic round of pairing.
 
 Rules
-- Sources are the instances of a freeness below one threshold, the lowest first; destinations those
-  above another, the highest first. Each source gets the first destination that is still free and
-  that it gains from, of the first `TRIES_MAX`. One for which it had nothing to move a moment ago is
-  passed over. Between the two thresholds an instance is left alone.
-- A move is ordered only if it helps after its own cost: projected to its end, the lower freeness of
-  the two is higher than now by what the copy and the stop take, in decode steps, and by `gain_min`.
-  So no move raises the highest load. Nor may the two change places: the destination stays the
-  freer, and above the threshold of sources, or one that runs there would be preempted.
-- A blocked queue is a virtual usage, so its instance gives requests away until the head fits. If
-  the destination has room for the request that waits, that goes: it has no KV to copy. Freeness is
-  not room (few requests have much of it and may hold all memory), so a head that waits for memory
-  first looks where there is the most room, between the thresholds too.
-- Who waits for memory, and fits nowhere else, goes into the headroom of urgent requests.
-- Queues are evened out among those that are blocked: the longest gives to the shortest, no more
-  than makes the two alike.
-- An instance that is being emptied gives all it has, to whoever has room, several at a time.
-- Whoever has moves under way, decided here and not reported yet included, is left alone up to its
-  limit.
+- Sources are the instances of a freeness below one threshold, the lowest first. Destinations are
+  those above another threshold, the highest first. In between an instance is left alone.
+- Each source gets the first destination that is still free and that it gains from (gain.py), of the
+  first `TRIES_MAX`. A destination for which it had nothing to move a moment ago is passed over.
+- A blocked queue counts as virtual usage, so its instance gives requests away until the head fits.
+  If the destination has room for the head, the head goes: it has no KV to copy.
+- Freeness is not room: an instance with few requests may have much of the one and none of the
+  other. So a head that waits for memory first looks for the most room, between the thresholds too.
+- A request that waits for memory, and fits nowhere else, goes into the headroom of urgent requests.
+- Blocked instances even out their queues: the longest gives to the shortest, no more than makes the
+  two alike.
+- An instance that is being emptied gives all it has, several requests at a time, to any that has
+  room.
+- Balancing leaves an instance alone that takes part in `moves_max` moves, orders that are not
+  reported yet included. A drain has its engine's limit.
 """
 
 from collections.abc import Iterable, Iterator
@@ -27,24 +24,18 @@ from itertools import islice, takewhile
 from llumnix.core.events import MoveLimit, MoveOrder
 from llumnix.core.limits import MigrationLimits
 from llumnix.core.priorities import Priorities
-from llumnix.core.scheduling.load import ratio
+from llumnix.core.scheduling.gain import GainRule, room_in
+from llumnix.core.scheduling.tuning import ORDERS_MAX, TRIES_MAX
 from llumnix.core.scheduling.view import ClusterView, InstanceView
 from llumnix.core.settings import MigrationSettings
 from llumnix.core.types import InstanceId, OrderId
 
-STOP_STEPS = 1.0
-"""What a move costs the request beyond the copy: about one step in which nobody computes it."""
-LIMITS = MigrationLimits()
-DRAIN_MOVES_MAX = LIMITS.outgoing_max
-"""Moves away from an instance that is being emptied at a time: as many as its engine takes."""
-ORDERS_MAX = 64
-"""Orders of one round; the next round comes soon."""
-TRIES_MAX = 4
-"""Destinations that one source is tried with in a round, in each order of looking at them."""
+DRAIN_MOVES_MAX = MigrationLimits().outgoing_max
+"""Moves at a time away from an instance that is being emptied: as many as its engine takes."""
 
 
 class Pairing:
-    """Decides moves. `balance`: also between instances that stay."""
+    """Decides moves. `balance`: also between instances that go on serving."""
 
     def __init__(self, settings: MigrationSettings, *, balance: bool) -> None:
         self._settings = settings
@@ -52,7 +43,7 @@ class Pairing:
         self._orders = 0
 
     def round(self, view: ClusterView, now: float) -> list[MoveOrder]:
-        """The moves that help now; books them in the view."""
+        """The moves that help now, recorded in the view."""
         takers = [v for v in view if v.accepting and v.answers(now)]
         decided = list(self._drains(view, takers, now))
         if self._balance:
@@ -68,15 +59,15 @@ class Pairing:
         for source in leaving:
             report = source.report
             left = report.running + report.waiting - report.moving_out - len(source.orders)
-            slots = DRAIN_MOVES_MAX - _leaving(source)
+            slots = DRAIN_MOVES_MAX - moves_out(source)
             for destination in sorted(takers, key=lambda v: (-v.freeness, v.report.instance)):
                 while (
                     left > 0
                     and slots > 0
-                    and _coming(destination) < DRAIN_MOVES_MAX
-                    and _has_slot(destination)
+                    and moves_in(destination) < DRAIN_MOVES_MAX
+                    and destination.load.has_slot
                 ):
-                    limits = _anything(_room(destination), len(view.priorities))
+                    limits = _anything(room_in(destination), len(view.priorities))
                     if not limits:
                         break
                     why = f"{report.instance} is being emptied"
@@ -88,28 +79,36 @@ class Pairing:
     ) -> Iterator[MoveOrder]:
         below, above = view.thresholds
         most = self._settings.moves_max
-        # Pairs sort faster than keys are called for; ids differ, so views are never compared.
+        # Tuples sort faster than a key function; ids differ, so that views are never compared.
         low = sorted((v.freeness, v.report.instance, v) for v in takers if v.freeness < below)
-        movable = (v for _, _, v in low if _leaving(v) < most and v.load.batch + v.load.waiting)
+        movable = (v for _, _, v in low if moves_out(v) < most and v.load.batch + v.load.waiting)
         sources = list(islice(movable, ORDERS_MAX))
         if not sources:
             return
-        takers = [v for v in takers if not v.load.waiting and _coming(v) < most and _has_slot(v)]
+        takers = [
+            v for v in takers if not v.load.waiting and moves_in(v) < most and v.load.has_slot
+        ]
         freest = sorted((-v.freeness, v.report.instance, v) for v in takers if v.freeness > above)
-        roomiest: list[_Place] = []
-        if any(_is_blocked(v) for v in sources):
+        roomiest: list[_Ranked] = []
+        if any(v.load.is_blocked for v in sources):
             roomiest = sorted(
                 (-_room_above(v, below, view.priorities), v.report.instance, v)
                 for v in takers
                 if v.freeness >= below
             )
+        rule = GainRule(
+            priorities=view.priorities,
+            threshold=below,
+            gain_min=self._settings.gain_min,
+            copy_steps=view.observed.move_steps_per_token(),
+        )
         taken: set[InstanceId] = set()
         for source in sources:
             found, head = None, source.report.head_tokens
-            if _is_blocked(source):
-                with_room = takewhile(lambda place: -place[0] >= head, roomiest)  # noqa: B023
-                found = self._first_gain(view, source, with_room, taken)
-            found = found or self._first_gain(view, source, freest, taken)
+            if source.load.is_blocked:
+                with_room = takewhile(lambda it: -it[0] >= head, roomiest)  # noqa: B023
+                found = self._first_gain(rule, source, with_room, taken)
+            found = found or self._first_gain(rule, source, freest, taken)
             if found is not None:
                 destination, limits = found
                 taken.add(destination.report.instance)
@@ -123,48 +122,42 @@ class Pairing:
 
     def _first_gain(
         self,
-        view: ClusterView,
+        rule: GainRule,
         source: InstanceView,
-        places: Iterable["_Place"],
+        ranked: Iterable["_Ranked"],
         taken: set[InstanceId],
     ) -> tuple[InstanceView, tuple[MoveLimit, ...]] | None:
-        """The first destination that is not taken and that the source gains from, and what may go
-        there."""
-        below, cost = view.thresholds[0], view.observed.move_steps_per_token()
-        free = (v for _, i, v in places if i not in taken and i not in source.fruitless)
+        """The first destination that is not taken and that the source gains from, with the limits
+        of the move."""
+        free = (v for _, i, v in ranked if i not in taken and i not in source.fruitless)
         for destination in islice(free, TRIES_MAX):
-            limits = tuple(
-                limit
-                for rank in range(len(view.priorities))
-                if (limit := self._limit(source, destination, rank, view.priorities, below, cost))
-            )
-            if limits:
+            if limits := rule.limits(source, destination):
                 return destination, limits
         return None
 
     def _into_headroom(
         self, view: ClusterView, takers: list[InstanceView], now: float
     ) -> Iterator[MoveOrder]:
-        """Who waits for memory, and would fit nowhere else, goes where there is some but for
-        headroom."""
+        """Moves requests that wait for memory, and fit nowhere else, to where only headroom is
+        left."""
         most, below, kept = self._settings.moves_max, view.thresholds[0], view.priorities.headroom
-        blocked = [v for v in takers if _is_blocked(v) and _has_slot(v)]
+        blocked = [v for v in takers if v.load.is_blocked and v.load.has_slot]
         sources = sorted(
-            (v for v in blocked if not _leaving(v)), key=lambda v: (v.freeness, v.report.instance)
+            (v for v in blocked if not moves_out(v)), key=lambda v: (v.freeness, v.report.instance)
         )
         if not sources:
             return
-        others = [v for v in takers if not v.load.waiting and _has_slot(v)]
-        elsewhere = max((_room(v) for v in others if v.freeness >= below), default=0)
+        others = [v for v in takers if not v.load.waiting and v.load.has_slot]
+        elsewhere = max((room_in(v) for v in others if v.freeness >= below), default=0)
         rooms = []
         for known in others:
             if known.freeness >= below or not kept(known.load.total, known.load.running):
                 continue
-            if _coming(known) < most and not _leaving(known):
+            if moves_in(known) < most and not moves_out(known):
                 # No headroom is kept from the most urgent class.
                 spare = known.load.spare_for(0, view.priorities) - below * (known.load.batch + 1)
-                rooms.append((min(int(spare), _room(known)), known.report.instance, known))
-        rooms.sort()  # Ids differ, so views are never compared.
+                rooms.append((min(int(spare), room_in(known)), known.report.instance, known))
+        rooms.sort()  # Ids differ, so that views are never compared.
         for source in sources[:ORDERS_MAX]:
             head = source.load.head
             if elsewhere < head and rooms and head <= rooms[-1][0]:
@@ -180,16 +173,16 @@ class Pairing:
     def _queues(
         self, view: ClusterView, takers: list[InstanceView], now: float
     ) -> Iterator[MoveOrder]:
-        """Evens out queues: who waits longest for memory gives those behind its head away."""
+        """Evens out queues: the instance with the longest gives away requests behind its head."""
         most, last = self._settings.moves_max, len(view.priorities) - 1
         blocked = [v for v in takers if v.freeness < 0]
-        sources = [v for v in blocked if v.load.waiting > 1 and _leaving(v) < most]
+        sources = [v for v in blocked if v.load.waiting > 1 and moves_out(v) < most]
         if not sources:
             return
         spare = {v.report.instance: v.load.spare_for(last, view.priorities) for v in blocked}
         sources.sort(key=lambda v: (spare[v.report.instance], v.report.instance))
         destinations = sorted(
-            (v for v in blocked if _coming(v) < most and _leaving(v) == 0),
+            (v for v in blocked if moves_in(v) < most and moves_out(v) == 0),
             key=lambda v: (-spare[v.report.instance], v.report.instance),
         )
         for source, destination in list(zip(sources, destinations, strict=False))[:ORDERS_MAX]:
@@ -206,50 +199,6 @@ class Pairing:
                 f"{destination.load.queued} on {destination.report.instance}"
             )
             yield self._order(view, source, destination, limits, why, now)
-
-    def _limit(
-        self,
-        source: InstanceView,
-        destination: InstanceView,
-        rank: int,
-        priorities: Priorities,
-        below: float,
-        cost: float,
-    ) -> MoveLimit | None:
-        """Which requests of that class the pair gains from moving, if any."""
-        classes = source.report.classes
-        movable = rank < len(classes) and classes[rank].running > 0
-        waits = rank < len(classes) and classes[rank].waiting > 0
-        if not movable and not waits:
-            return None
-        least = source.freeness + self._settings.gain_min + STOP_STEPS
-        floor = max(least, below, 0.0)
-        given = source.load.spare_after(rank, -1, priorities)
-        taken = destination.load.spare_after(rank, 1, priorities)
-        given_batch, taken_batch = max(1, source.load.batch - 1), destination.load.batch + 1
-        room = _room(destination)
-        waiting_max = low = high = wanted = 0
-        if waits:
-            waiting_max = max(0, min(room, int(taken - floor * taken_batch)))
-        if movable:
-            low = max(1, _at_least(given, given_batch, source.load.total, least, cost))
-            even = (ratio(taken, taken_batch) - given / given_batch) / (
-                1 / taken_batch + 1 / given_batch
-            )
-            most = (taken - floor * taken_batch) / (1 + cost * taken_batch)
-            high = max(0, min(room, int(min(most, even))))
-            # What lets the head of the queue in, or lifts the source out of its trouble.
-            relieved = 0.0 if source.load.head else below * given_batch
-            wanted = max(0, int(relieved - given))
-        if (not movable or high < low) and not waiting_max:
-            return None
-        return MoveLimit(
-            rank=rank,
-            tokens_min=low,
-            tokens_wanted=wanted,
-            tokens_max=high,
-            waiting_max=waiting_max,
-        )
 
     def _order(
         self,
@@ -275,45 +224,29 @@ class Pairing:
         )
 
 
-_Place = tuple[float, InstanceId, InstanceView]
-"""A destination with what it is sorted by, the best first."""
+_Ranked = tuple[float, InstanceId, InstanceView]
+"""What a destination is sorted by, its id, and itself; the best comes first."""
 
 
-def _leaving(known: InstanceView) -> int:
+def moves_out(known: InstanceView) -> int:
+    """Moves away from an instance, orders that are not reported yet included."""
     return known.report.moving_out + len(known.orders)
 
 
-def _coming(known: InstanceView) -> int:
+def moves_in(known: InstanceView) -> int:
+    """Moves to an instance, likewise."""
     return known.report.moving_in + len(known.incoming)
 
 
-def _has_slot(known: InstanceView) -> bool:
-    return not known.load.slots or known.load.batch < known.load.slots
-
-
-def _free(known: InstanceView) -> int:
-    return known.load.total - known.load.used
-
-
-def _is_blocked(known: InstanceView) -> bool:
-    """Whether the head of its queue cannot start, for want of memory or of a slot."""
-    return known.load.head > max(0, _free(known))
-
-
 def _room_above(destination: InstanceView, below: float, priorities: Priorities) -> int:
-    """The largest request, in KV tokens, after which its freeness is not below that threshold."""
+    """The largest request, in KV tokens, that leaves the destination's freeness at the threshold or
+    above."""
     spare = destination.load.spare(priorities) - below * (destination.load.batch + 1)
-    return min(int(spare), _room(destination))
-
-
-def _room(destination: InstanceView) -> int:
-    """The largest request, in KV tokens, that finds room there now, with the blocks that a
-    migration wants in reserve."""
-    return _free(destination) - LIMITS.ahead_tokens(destination.report.block_tokens)
+    return min(int(spare), room_in(destination))
 
 
 def _waiting(source: InstanceView, tokens: int) -> tuple[MoveLimit, ...]:
-    """Only what waits, of up to so many tokens."""
+    """Limits that let only waiting requests go, of up to so many tokens."""
     return tuple(
         MoveLimit(rank=r, tokens_min=0, tokens_wanted=0, tokens_max=0, waiting_max=tokens)
         for r, known in enumerate(source.report.classes)
@@ -322,23 +255,11 @@ def _waiting(source: InstanceView, tokens: int) -> tuple[MoveLimit, ...]:
 
 
 def _anything(room: int, classes: int) -> tuple[MoveLimit, ...]:
-    """For an instance that is being emptied: whatever there is memory for. Neither headroom nor the
-    length of a queue may keep it from being emptied."""
+    """Limits of a drain: any request that there is memory for. Neither headroom nor the length of a
+    queue may keep an instance from being emptied."""
     if room <= 0:
         return ()
     return tuple(
         MoveLimit(rank=r, tokens_min=0, tokens_wanted=0, tokens_max=room, waiting_max=room)
         for r in range(classes)
     )
-
-
-def _at_least(spare: float, batch: int, total: int, least: float, cost: float) -> int:
-    """The smallest request, in tokens, without which the giver's freeness is at least `least`, and
-    `cost` more for each of its tokens. `spare`, `batch`: the giver's without the request, but with
-    its tokens."""
-    if least <= 0:
-        return int((least - spare) / max(1e-9, 1 - cost)) + 1 if spare < least else 0
-    short, rise = least * batch - spare, 1 - cost * batch
-    if short <= 0:
-        return 0
-    return int(short / rise) + 1 if rise > 0 else total + 1

@@ -1,4 +1,4 @@
-"""Which instance keeps which prefix in its cache: what dispatch knows of them."""
+"""Which instance has which blocks of prompts in its prefix cache, as far as dispatch knows."""
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
@@ -7,23 +7,25 @@ from llumnix.core.types import InstanceId
 
 
 class PrefixIndex:
-    """The blocks that each instance keeps. Searches take them to keep no block without those before
-    it, for engines drop the end of a prompt first; where one does, it finds less or nothing."""
+    """The blocks that each instance keeps.
+
+    Engines drop the end of a prompt first, so searches rely on an instance that keeps a block to
+    keep those before it too. If one does not, a search finds less of the prompt, or nothing."""
 
     def __init__(self) -> None:
-        # Those that came to keep a block last are last.
+        # Of each block, in the order in which they stored it.
         self._holders: dict[int, dict[InstanceId, None]] = {}
         self._kept: dict[InstanceId, set[int]] = {}
 
     def store(self, instance: InstanceId, hashes: Iterable[int]) -> None:
-        """It keeps these now."""
+        """The instance keeps these blocks now."""
         kept = self._kept.setdefault(instance, set())
         for h in hashes:
             kept.add(h)
             self._holders.setdefault(h, {})[instance] = None
 
     def remove(self, instance: InstanceId, hashes: Iterable[int]) -> None:
-        """It ceased to keep these."""
+        """The instance no longer keeps these blocks."""
         kept = self._kept.get(instance, set())
         for h in hashes:
             if h in kept:
@@ -34,7 +36,7 @@ class PrefixIndex:
                     del self._holders[h]
 
     def clear(self, instance: InstanceId) -> None:
-        """It keeps nothing."""
+        """The instance keeps no block any more."""
         self.remove(instance, list(self._kept.get(instance, ())))
         self._kept.pop(instance, None)
 
@@ -47,9 +49,9 @@ class PrefixIndex:
         return blocks if kept.issuperset(prefix[:blocks]) else 1
 
     def hits(self, prefix: Sequence[int], most: int, above: int = 0) -> dict[InstanceId, int]:
-        """The instances that keep the most leading blocks of the prefix, more than `above` and at
-        most `most` of them: the more blocks the earlier, and of as many the later it came to keep
-        them."""
+        """The instances that keep the most leading blocks of the prefix, and how many blocks. At
+        most `most` instances, each with more than `above` blocks. The longest hit comes first; on a
+        tie the instance that stored it last does."""
         found: dict[InstanceId, int] = {}
         holders = self._holders
         blocks = _leading(len(prefix), lambda n: prefix[n] in holders)
@@ -66,5 +68,6 @@ class PrefixIndex:
 
 
 def _leading(count: int, holds: Callable[[int], bool]) -> int:
-    """How many of the numbers below `count` come before the first for which it does not hold."""
+    """The first number below `count` for which `holds` is false, else `count`; once it is false, it
+    stays so."""
     return bisect_left(range(count), True, key=lambda n: not holds(n))

@@ -1,27 +1,26 @@
-"""The policies by name: what each does of dispatching, balancing and making room."""
+"""The policies by name: how each dispatches, whether it balances, and whether it keeps headroom."""
 
 from dataclasses import dataclass, replace
 
 from llumnix.core.priorities import Priorities
+from llumnix.core.scheduling.dispatch import DISPATCH_POLICIES
 from llumnix.core.settings import SchedulerSettings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preset:
-    """`dispatch`: one of `DISPATCH_POLICIES`. `balance`: moves running requests to balance the
-    load. `headroom`: classes get the headroom that they are set to; without it they only go
-    first. `priorities`: there are urgent requests at all."""
+    """What a policy does."""
 
-    dispatch: str
-    balance: bool
-    headroom: bool
-    text: str
-    priorities: bool = True
+    dispatch: str  # one of `DISPATCH_POLICIES`
+    balance: bool  # moves running requests to balance the load
+    headroom: bool  # keeps the headroom of urgent classes free; else those only go first
+    text: str  # for docs/scheduler.md: "a new request goes to ..."
+    priorities: bool = True  # false: all requests are treated alike
 
     @property
     def looks_at_caches(self) -> bool:
-        """Whether dispatch wants to know what is in the instances' prefix caches."""
-        return self.dispatch == "soonest"
+        """Whether dispatch looks at what is in the instances' prefix caches."""
+        return DISPATCH_POLICIES[self.dispatch].looks_at_caches
 
 
 POLICIES: dict[str, Preset] = {
@@ -67,8 +66,8 @@ POLICIES: dict[str, Preset] = {
 
 
 def priorities_of(settings: SchedulerSettings, *, keyed: bool = False) -> Priorities:
-    """The classes as the policy treats them: without headroom unless it makes room. `keyed`: the
-    server has API keys."""
+    """The classes as the policy treats them: without headroom unless it keeps headroom free.
+    `keyed`: the server has API keys."""
     given, preset = settings.priorities, POLICIES[settings.policy]
     if preset.headroom:
         return Priorities(given, keyed=keyed)

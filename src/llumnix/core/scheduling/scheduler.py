@@ -1,7 +1,7 @@
 """The scheduler: one mutator that takes facts and returns decisions.
 
-It sees instances, not requests or engines: whoever hosts it (the controller's process, a simulator,
-a test) passes the time in and carries the decisions out.
+It sees instances, not requests or engines. Its host (the controller's process, the simulator, a
+test) passes the time in and carries the decisions out.
 """
 
 from llumnix.core.events import (
@@ -18,7 +18,7 @@ from llumnix.core.events import (
     Tick,
     UndrainInstance,
 )
-from llumnix.core.scheduling.dispatch import DISPATCH_POLICIES, Soonest
+from llumnix.core.scheduling.dispatch import DISPATCH_POLICIES
 from llumnix.core.scheduling.malformed import why_malformed
 from llumnix.core.scheduling.pairing import Pairing
 from llumnix.core.scheduling.presets import POLICIES, priorities_of
@@ -28,7 +28,7 @@ from llumnix.core.settings import SchedulerSettings
 from llumnix.errors import ProtocolError
 
 STORY_MAX = 300
-"""Characters of a refused fact that its error tells."""
+"""Characters of a refused fact that the error shows."""
 
 
 class Scheduler:
@@ -45,8 +45,8 @@ class Scheduler:
         self._scaling = Scaling(settings.scaling)
 
     def handle(self, fact: Fact, now: float) -> list[Decision]:
-        """Takes in one fact at time `now` (seconds, monotonic) and returns what to do.
-        `ProtocolError`, and nothing has changed, if it makes no sense."""
+        """Takes in one fact at time `now` (seconds, monotonic) and returns what to do. A fact that
+        makes no sense changes nothing and raises `ProtocolError`."""
         why = why_malformed(fact, len(self.view.priorities))
         if why is not None:
             raise ProtocolError(f"refused, since it says {why}: {str(fact)[:STORY_MAX]}")
@@ -59,10 +59,10 @@ class Scheduler:
                 return list(self._pairing.round(self.view, now))
             case InstanceLost(instance=instance, engine_index=engine_index):
                 self.view.lose(instance, engine_index)
-                if isinstance(self._dispatch, Soonest):
-                    self._dispatch.index.clear(instance)
-            case PrefixesChanged():
-                self._learn(fact)
+                self._dispatch.forget(instance)
+            case PrefixesChanged(instance=instance, engine_index=engine_index):
+                if not self.view.is_over(instance, engine_index):
+                    self._dispatch.learn(fact)
             case FleetReported():
                 return self._scale(fact, now)
         return []
@@ -71,24 +71,20 @@ class Scheduler:
         found = self._dispatch.choose(self.view, fact, now)
         if found is None:
             return NoInstance(request=fact.request, why="no instance that takes requests is known")
-        chosen, why = found
-        report = chosen.report
-        cached = 0
-        if isinstance(self._dispatch, Soonest):
-            cached = self._dispatch.cached(report.instance, fact)
+        report = found.instance.report
         self.view.book(
             report.instance,
             fact.request,
             fact.prompt_tokens,
             now,
             priority=fact.priority,
-            cached=cached,
+            cached=found.cached,
         )
         return Dispatch(
             request=fact.request,
             instance=report.instance,
             engine_index=report.engine_index,
-            why=why,
+            why=found.why,
         )
 
     def _scale(self, fact: FleetReported, now: float) -> list[Decision]:
@@ -100,19 +96,8 @@ class Scheduler:
                 self.view.undrain(decision.instance)
         return list(decisions)
 
-    def _learn(self, fact: PrefixesChanged) -> None:
-        if not isinstance(self._dispatch, Soonest):
-            return
-        if self.view.is_over(fact.instance, fact.engine_index):
-            return
-        index = self._dispatch.index
-        if fact.cleared:
-            index.clear(fact.instance)
-        index.remove(fact.instance, fact.removed)
-        index.store(fact.instance, fact.stored)
 
-
-def urgency(fact: object) -> tuple[int, int]:
-    """Sorts what came in at the same time: what is known of the instances first, then the requests,
-    the more urgent first (and, as sorting is stable, first come first within a class)."""
+def handling_key(fact: object) -> tuple[int, int]:
+    """Sort key for facts that arrived together: news of instances first, then requests, the more
+    urgent first. Sorting is stable, so that within a class the first to come is the first."""
     return (1, fact.priority) if isinstance(fact, RequestArrived) else (0, 0)

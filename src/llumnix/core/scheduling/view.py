@@ -1,28 +1,28 @@
-"""What the scheduler believes of every instance: the last report, and decisions in flight.
+"""What the scheduler believes of every instance: its last report, and the decisions in flight.
 
 Rules
-- Only reports make an instance known: a scheduler that starts anew learns all from the next ones.
-- A dispatch books itself on its instance until a report names the request as admitted, so that a
-  burst spreads instead of landing on the one that last looked empty. A booking that no report
-  ever covers (the client hung up first) lapses after `BOOKING_LIFETIME_S`.
-- An order to move load is in flight until its source's report names it, and lapses after
-  `ORDER_LIFETIME_S`. Meanwhile its source and its destination are not looked at again.
-- An order that its source answered without moving anything is fruitless: balancing does not pair
-  the two again for `FRUITLESS_S`.
-- A report of an older run of an engine, or one that was overtaken, changes nothing.
-- An instance answers if it has reported within `STALE_AFTER_S`, and its engine has not stood still
-  with work for longer than `STALLED_AFTER_S`: an engine that hangs goes on to report, with the same
-  numbers. One that does not answer gets requests only if no instance answers, and takes no part in
-  moves. What is in flight there does not lapse before its engine has gone on for a whole lifetime.
+- Only reports make an instance known, so that a restarted scheduler learns all from the next ones.
+  A report of an ended run of an engine, or one that was overtaken, changes nothing.
+- A dispatch is booked on its instance until a report names the request as admitted, so that a burst
+  spreads. A booking lapses after `BOOKING_LIFETIME_S`: the client may have left in between.
+- A move order is in flight until its source's report names it, and lapses after `ORDER_LIFETIME_S`.
+- If a source answered an order without moving anything, balancing does not pair the two instances
+  again for `FRUITLESS_S`.
+- An instance answers if its last report is at most `STALE_AFTER_S` old and its engine has not stood
+  still for longer than `STALLED_AFTER_S`: an engine that hangs goes on to report the same numbers.
+  An instance that does not answer gets requests only if none answers, and takes no part in moves.
+- What is in flight on an instance lapses only once its engine has gone on for a whole lifetime.
 - An instance that the scheduler decided to drain takes nothing from then on. If it still accepts
   after `DRAIN_LIFETIME_S`, the fleet did not do it.
 
-`best` keeps a heap of (sort key, instance, version) for each sort key and class that was asked
-for. An entry counts while its version is the instance's. A change raises the version and pushes one
-entry; older ones go stale where they lie, and `best` drops them from the top. So each instance that
-takes requests has its current entry in each heap, unless `best` dropped it because the instance did
-not answer; its next report pushes it again. Bound: a heap of `8 n + 64` entries is dropped, and
-made anew when it is next asked for, so that one for which nobody asks takes no memory.
+`best` keeps a heap of (key, instance, version) for each sort key and class that was asked for. An
+entry counts while its version is the instance's. A change raises the version and pushes one entry;
+older ones go stale where they lie, and `best` drops them from the top.
+Invariant: each accepting instance has its current entry in each heap, unless `best` dropped it
+because the instance did not answer. Its next report pushes it again. So what is left on top is the
+minimum over all instances that answer.
+Bound: a heap of `_heap_max` entries is dropped, and made anew when it is next asked for, so that a
+heap for which nobody asks takes no memory.
 """
 
 import heapq
@@ -31,110 +31,107 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from llumnix.core.limits import STALLED_AFTER_S
 from llumnix.core.priorities import Priorities
 from llumnix.core.reports import LoadReport
 from llumnix.core.scheduling.load import Load, derive
 from llumnix.core.scheduling.observed import Observed
+from llumnix.core.scheduling.tuning import (
+    BOOKING_LIFETIME_S,
+    BOOKINGS_MAX,
+    DRAIN_LIFETIME_S,
+    FRUITLESS_S,
+    HEAP_ENTRIES_MORE,
+    HEAP_ENTRIES_PER_INSTANCE,
+    ORDER_LIFETIME_S,
+    STALE_AFTER_S,
+    THRESHOLD_STEP,
+)
 from llumnix.core.settings import MigrationSettings
 from llumnix.core.types import EngineIndex, InstanceId, OrderId, RequestId
 
-Order = Callable[["InstanceView", int, "ClusterView"], tuple[float, ...]]
-"""How good an instance is for a newcomer of a class; the lowest is the best."""
-
-BOOKING_LIFETIME_S = 5.0
-BOOKINGS_MAX = 10_000
-"""Of one instance, the oldest lapse first: more only pile up where nothing answers."""
-ORDER_LIFETIME_S = 2.0
-FRUITLESS_S = 0.5
-STALE_AFTER_S = 2.0
-STALLED_AFTER_S = 1.0
-DRAIN_LIFETIME_S = 5.0
-THRESHOLD_STEP = 0.05
-"""Thresholds follow the observed answers in steps of this share. Sort keys depend on them, so a
-change makes all heaps anew."""
+SortKey = Callable[["InstanceView", int, "ClusterView"], tuple[float, ...]]
+"""The place of an instance for a new request of a class; the lowest is the best."""
 
 
 class Booking(NamedTuple):
-    """A dispatch that no report covers yet. `tokens`: of its prompt; `cached`: of these in the
-    instance's prefix cache; `rank`: its class; `made_s`: when, in seconds."""
+    """A dispatch that no report covers yet."""
 
-    tokens: int
-    cached: int
-    rank: int
+    tokens: int  # of its prompt
+    cached: int  # of these, in the instance's prefix cache
+    rank: int  # its class
     made_s: float
 
 
 @dataclass(slots=True, kw_only=True)
 class InstanceView:
-    """One instance as the scheduler sees it. `load` and `freeness` follow from the rest;
-    `version` counts their changes. `orders`: to move load away from here that no report covers, and
-    when they were made; `incoming`: those that bring load here. `turn`: the last dispatch to it."""
+    """One instance as the scheduler sees it."""
 
     report: LoadReport
-    load: Load
+    load: Load  # follows from the report and the bookings
+    freeness: float = 0.0  # follows from the load; -inf unless it accepts requests
+    version: int = 0  # of load and freeness; never the same twice, in no run of any instance
     seen_s: float  # when the last report came
-    stepped_s: (
-        float  # when its engine last completed a step or had nothing to do, as of that report
-    )
+    stepped_s: float  # when its engine last ended a step or had no work, as of that report
     goes_on_since_s: float  # when its engine last stood still, or when it became known
-    drain_decided_s: float | None = None  # the scheduler's own, until a report shows it
-    fruitless: dict[InstanceId, float] = field(default_factory=dict)
-    """Destinations for which it had nothing to move, and when it said so."""
-    freeness: float = 0.0
-    version: int = 0
-    turn: int = 0
+    drain_decided_s: float | None = None  # by the scheduler, until a report shows it
+    last_dispatch: int = 0  # number of the last dispatch to it, among all
     bookings: dict[RequestId, Booking] = field(default_factory=dict)
-    booked: list[int] = field(default_factory=list)
+    booked: list[int] = field(default_factory=list)  # bookings of each class
     booked_tokens: int = 0
     booked_cached: int = 0
     orders: dict[OrderId, float] = field(default_factory=dict)
+    """Orders in flight to move load away from here, and when they were made."""
     incoming: dict[OrderId, float] = field(default_factory=dict)
+    """Orders in flight to move load here, likewise."""
+    fruitless: dict[InstanceId, float] = field(default_factory=dict)
+    """Destinations for which it had nothing to move, and when it said so."""
 
     @property
     def requests(self) -> int:
-        """Requests on the instance, those on their way included."""
+        """Requests that run, wait, or are on their way here."""
         return self.report.running + self.report.waiting + len(self.bookings)
 
     @property
     def tokens(self) -> int:
-        """KV tokens in use, those of prompts on their way included."""
+        """KV tokens in use or wanted by prompts on their way here."""
         return self.report.kv_tokens_used + self.booked_tokens
 
     @property
     def accepting(self) -> bool:
-        """Whether it takes requests, as far as is known and decided."""
+        """Whether it takes requests, as reported and decided."""
         return self.report.accepting and self.drain_decided_s is None
 
     @property
     def stalled_s(self) -> float:
-        """How long its engine stood still with work, in seconds, as of the last report."""
+        """Seconds for which its engine has stood still with work, as of the last report."""
         return self.seen_s - self.stepped_s
 
     def answers(self, now: float) -> bool:
-        """Whether it has reported lately, and its engine does not stand still."""
+        """Whether it has reported lately and its engine goes on."""
         return now - self.seen_s <= STALE_AFTER_S and self.stalled_s <= STALLED_AFTER_S
 
     def lapsed(self, made_s: float, lifetime_s: float, now: float) -> bool:
-        """Whether its engine has gone on for so long without a word of what was made then."""
+        """Whether its engine has gone on for so long since then, though no report told of it."""
         return now - max(made_s, self.goes_on_since_s) >= lifetime_s
 
 
 class ClusterView:
-    """All instances, by id. Mutated by the scheduler alone. `thresholds`: freeness below which an
-    instance gives load away, and above which it takes some."""
+    """All instances by id, changed by the scheduler alone."""
 
     def __init__(self, priorities: Priorities, migration: MigrationSettings) -> None:
         self.priorities = priorities
         self._migration = migration
         self.observed = Observed()
+        # Freeness below which an instance gives load away, and above which it takes some.
         self.thresholds = self.observed.migration_thresholds(migration)
         self._instances: dict[InstanceId, InstanceView] = {}
-        self._ended: dict[InstanceId, EngineIndex] = {}
-        self._ids: list[InstanceId] = []
-        self._destinations: dict[OrderId, InstanceId] = {}
-        self._heaps: dict[tuple[Order, int], list[_Ranked]] = {}
-        self._turn = 0
-        self._versions = 0  # Of all instances and their runs: no version ever comes again.
+        self._ended: dict[InstanceId, EngineIndex] = {}  # the newest run that is over
+        self._ids: list[InstanceId] = []  # sorted
+        self._destinations: dict[OrderId, InstanceId] = {}  # of orders in flight
+        self._heaps: dict[tuple[SortKey, int], list[_Ranked]] = {}
+        self._dispatches = 0  # so far
+        self._versions = 0  # given out so far
 
     def __iter__(self) -> Iterator[InstanceView]:
         return iter(self._instances.values())
@@ -153,12 +150,11 @@ class ClusterView:
         return self._instances.get(instance)
 
     def is_over(self, instance: InstanceId, engine_index: EngineIndex) -> bool:
-        """Whether that run of the instance has ended: what it says counts no more."""
+        """Whether that run of the instance has ended, so that its reports count no more."""
         known = self._instances.get(instance)
-        newest = self._ended.get(instance, -1)
-        return engine_index <= newest or (
-            known is not None and engine_index < known.report.engine_index
-        )
+        if known is not None and engine_index < known.report.engine_index:
+            return True
+        return engine_index <= self._ended.get(instance, -1)
 
     # -- what changes it
 
@@ -190,7 +186,7 @@ class ClusterView:
         known.report, known.seen_s = report, now
         for request in report.admitted:
             self._unbook(known, request)
-        # In the order they were made, so the lapsed ones come first.
+        # Bookings are in the order in which they were made, so that the lapsed ones come first.
         while known.bookings:
             oldest = next(iter(known.bookings))
             if not known.lapsed(known.bookings[oldest].made_s, BOOKING_LIFETIME_S, now):
@@ -216,9 +212,9 @@ class ClusterView:
         priority: int = 0,
         cached: int = 0,
     ) -> None:
-        """Counts a dispatch that was just decided."""
+        """Records a dispatch that was just decided."""
         known = self._instances[instance]
-        self._unbook(known, request)  # The frontend asks again if it could not send it there.
+        self._unbook(known, request)  # A frontend asks again if it could not send it.
         if len(known.bookings) >= BOOKINGS_MAX:
             self._unbook(known, next(iter(known.bookings)))
         rank = self.priorities.rank(priority)
@@ -226,34 +222,34 @@ class ClusterView:
         known.booked[rank] += 1
         known.booked_tokens += tokens
         known.booked_cached += cached
-        self._turn += 1
-        known.turn = self._turn
+        self._dispatches += 1
+        known.last_dispatch = self._dispatches
         self._changed(known)
 
     def ordered(
         self, order: OrderId, source: InstanceId, destination: InstanceId, now: float
     ) -> None:
-        """Notes an order to move load that was just decided."""
+        """Records a move order that was just decided."""
         self._instances[source].orders[order] = now
         self._instances[destination].incoming[order] = now
         self._destinations[order] = destination
 
     def drain(self, instance: InstanceId, now: float) -> None:
-        """Notes that it was just decided to drain an instance."""
+        """Records that the scheduler just decided to drain an instance."""
         known = self._instances.get(instance)
         if known is not None:
             known.drain_decided_s = now
             self._changed(known)
 
     def undrain(self, instance: InstanceId) -> None:
-        """Notes that it was just decided to take a drain back."""
+        """Records that the scheduler just decided to take a drain back."""
         known = self._instances.get(instance)
         if known is not None and known.drain_decided_s is not None:
             known.drain_decided_s = None
             self._changed(known)
 
     def lose(self, instance: InstanceId, engine_index: EngineIndex) -> None:
-        """Forgets this run of the instance, and whatever it may still say."""
+        """This run of the instance is over: forgets it, and whatever it may still report."""
         self._ended[instance] = max(engine_index, self._ended.get(instance, engine_index))
         known = self._instances.get(instance)
         if known is not None and known.report.engine_index <= engine_index:
@@ -269,7 +265,7 @@ class ClusterView:
         del self._ids[bisect_right(self._ids, instance) - 1]
         for order in list(known.orders):
             self._settle(known, order)
-        # Their bound has become less.
+        # With one instance less the bound is lower.
         self._heaps = {k: h for k, h in self._heaps.items() if len(h) <= self._heap_max}
 
     def _unbook(self, known: InstanceView, request: RequestId) -> None:
@@ -280,7 +276,7 @@ class ClusterView:
             known.booked_cached -= booking.cached
 
     def _settle(self, source: InstanceView, order: OrderId, now: float | None = None) -> None:
-        """An order is no longer in flight. `now`: its source answered it."""
+        """An order is no longer in flight. `now`: set if its source answered it."""
         if source.orders.pop(order, None) is None:
             return
         name = self._destinations.pop(order)
@@ -296,11 +292,12 @@ class ClusterView:
                 self._settle(known, order)
         for order, made_s in list(known.incoming.items()):
             if now - made_s >= ORDER_LIFETIME_S:
-                del known.incoming[order]  # Its source does not answer.
+                del known.incoming[order]  # whatever became of its source
         known.fruitless = {i: s for i, s in known.fruitless.items() if now - s < FRUITLESS_S}
 
     def _follow_answers(self) -> None:
-        """Takes new thresholds if they have changed enough to make all heaps anew."""
+        """Takes new thresholds if they have changed by `THRESHOLD_STEP`, and drops all heaps, whose
+        sort keys depend on them."""
         thresholds = self.observed.migration_thresholds(self._migration)
         changed = zip(thresholds, self.thresholds, strict=True)
         if any(abs(new - old) > THRESHOLD_STEP * old for new, old in changed):
@@ -322,12 +319,12 @@ class ClusterView:
     # -- what is asked of it
 
     def candidates(self, now: float) -> list[InstanceView]:
-        """Those that take requests, in order of id; those that do not answer only if none does."""
+        """The accepting instances that answer, by id; if none answers, all that accept."""
         accepting = [v for i in self._ids if (v := self._instances[i]).accepting]
         return [v for v in accepting if v.answers(now)] or accepting
 
     def next_after(self, instance: InstanceId, now: float) -> InstanceView | None:
-        """The one that takes requests and follows in order of id, the first after the last."""
+        """The candidate whose id follows; after the last comes the first."""
         start = bisect_right(self._ids, instance)
         silent = None
         for place in range(len(self._ids)):
@@ -338,36 +335,33 @@ class ClusterView:
                 silent = known
         return silent
 
-    def best(self, order: Order, rank: int, now: float) -> InstanceView | None:
-        """The first in that order for a newcomer of that class."""
-        heap = self._heaps.get((order, rank))
+    def best(self, sort_key: SortKey, rank: int, now: float) -> InstanceView | None:
+        """The candidate with the lowest key for a new request of that class."""
+        heap = self._heaps.get((sort_key, rank))
         if heap is None:
-            heap = self._heaps[order, rank] = []
+            heap = self._heaps[sort_key, rank] = []
             for known in self._instances.values():
                 if known.accepting:
-                    self._push(heap, order, rank, known)
+                    self._push(heap, sort_key, rank, known)
         while heap:
             _, instance, version = heap[0]
             best = self._instances.get(instance)
-            # One that does not answer is put back by its next report.
+            # An instance that does not answer is put back by its next report.
             if best is not None and best.version == version and best.answers(now):
                 return best
             heapq.heappop(heap)
-        return min(
-            self.candidates(now),
-            key=lambda v: order(v, rank, self),
-            default=None,
-        )
+        return min(self.candidates(now), key=lambda v: sort_key(v, rank, self), default=None)
 
     @property
     def _heap_max(self) -> int:
-        return 8 * len(self._instances) + 64
+        return HEAP_ENTRIES_PER_INSTANCE * len(self._instances) + HEAP_ENTRIES_MORE
 
     def check(self, now: float) -> None:
-        """Raises `AssertionError` with the story if what is kept here does not agree with itself.
-        For tests and the simulator: it looks at everything."""
+        """Raises `AssertionError` with the story if what is kept here does not agree with itself:
+        ids, sums of bookings, both ends of each order, and each heap beside brute force. For tests
+        and the simulator."""
         assert self._ids == sorted(self._instances), f"ids {self._ids}"
-        ordered: dict[OrderId, InstanceId] = {}
+        ordered: dict[OrderId, InstanceId | None] = {}
         for name, known in self._instances.items():
             booked = known.bookings.values()
             ranks = [sum(b.rank == r for b in booked) for r in range(len(self.priorities))]
@@ -376,9 +370,7 @@ class ClusterView:
             assert told == (ranks, sums), f"{name}: {told} booked, and bookings {known.bookings}"
             load = derive(known.report, known.booked, *sums)
             assert known.load == load, f"{name}: {known.load} is kept, {load} follows"
-            for order in known.orders:
-                assert order in self._destinations, f"order {order} of {name} goes nowhere"
-                ordered[order] = self._destinations[order]
+            ordered |= {order: self._destinations.get(order) for order in known.orders}
         assert ordered == self._destinations, f"{ordered}, and destinations {self._destinations}"
         for name, known in self._instances.items():
             for order in known.incoming:
@@ -390,17 +382,16 @@ class ClusterView:
             top = None if best is None else key(best, rank, self)
             assert top == first, f"{top} is on top of a heap, {first} is the best"
 
-    def _push(self, heap: "list[_Ranked]", order: Order, rank: int, known: InstanceView) -> None:
-        place = order(known, rank, self)
-        heapq.heappush(heap, (place, known.report.instance, known.version))
+    def _push(self, heap: "list[_Ranked]", key: SortKey, rank: int, known: InstanceView) -> None:
+        heapq.heappush(heap, (key(known, rank, self), known.report.instance, known.version))
 
 
 _Ranked = tuple[tuple[float, ...], InstanceId, int]
-"""An instance's place in an order, and the version of it that had that place."""
+"""An entry of a heap: sort key, instance, and the version that had this key."""
 
 
 def _note_steps(known: InstanceView, report: LoadReport, now: float) -> None:
-    """Whether the next report shows that the engine goes on, by its own word or its steps."""
+    """Records whether the next report shows an engine that goes on, by `stalled_s` or by steps."""
     if not report.running or report.steps != known.report.steps:
         known.stepped_s = now
     known.stepped_s = min(known.stepped_s, now - report.stalled_s)

@@ -12,7 +12,8 @@ Rules
 
 from dataclasses import dataclass, field
 
-STALLED_AFTER_S = 1.0
+from llumnix.core.limits import STALLED_AFTER_S
+
 LOOK_EVERY_S = 0.25
 SILENT_LOOKS = 4
 STOPPED_LOOKS = 3

@@ -140,7 +140,7 @@ class LlumletHost:
             self._config.limits,
             self._on_step,
             priorities=self._config.priorities,
-            payback=self._config.payback,
+            min_stay=self._config.min_stay,
         )
         self._calls = WaitingCalls(self.llumlet)
         self._peers.start()
@@ -284,7 +284,7 @@ class LlumletHost:
         )
 
     def moving(self) -> tuple[MoveCounts, tuple[OrderId, ...]]:
-        """What the next load report says of moves, and the orders that it answers."""
+        """What the next load report says of moves, and the orders it answers."""
         now = time.monotonic()
         moving = self._errors.keep("report", lambda: self.llumlet.moving(now), MoveCounts())
         return moving, self.llumlet.answered()

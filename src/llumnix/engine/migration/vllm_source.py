@@ -21,6 +21,7 @@ from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.serial_utils import MsgpackEncoder
 
+from llumnix.core.limits import WAITING_SHOWN_MAX
 from llumnix.core.messages import Blocks
 from llumnix.core.migration.port import Movable, Phase, Progress, Refusal
 from llumnix.core.types import RequestId
@@ -28,9 +29,6 @@ from llumnix.engine.migration.unsupported import request_unsupported
 from llumnix.engine.migration.vllm_core import HandoverState, VllmCore
 from llumnix.engine.queueing import waited_s
 from llumnix.engine.readings import client_priority
-
-WAITING_SHOWN_MAX = 8
-"""Waiting requests that may be chosen to move. To find more the queue would have to be sorted."""
 
 
 class VllmSource:

@@ -28,7 +28,7 @@ from typing import Any
 from vllm.v1.request import Request, RequestStatus
 
 from llumnix.core.priorities import Priorities
-from llumnix.core.reports import ClassLoad
+from llumnix.core.reports import ClassLoad, EngineCounts
 from llumnix.engine.readings import client_priority, token_bytes
 
 _ANSWERED = (
@@ -36,23 +36,6 @@ _ANSWERED = (
     RequestStatus.FINISHED_LENGTH_CAPPED,
     RequestStatus.FINISHED_REPETITION,
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineCounts:
-    """What an engine counts. The fields are those of `LoadReport` with the same names."""
-
-    kv_tokens_used: int
-    kv_tokens_total: int
-    prefill_tokens: int
-    block_tokens: int
-    slots: int
-    classes: tuple[ClassLoad, ...]
-    head_tokens: int
-    kv_token_bytes: int
-    preemptions: int
-    finished: int
-    finished_tokens: int
 
 
 class LoadReader:

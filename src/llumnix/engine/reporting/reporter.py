@@ -17,13 +17,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from llumnix.core.events import LoadReported, MoveOrder
-from llumnix.core.reports import LoadReport, MoveCounts
+from llumnix.core.limits import HEARTBEAT_S
+from llumnix.core.reports import EngineCounts, MoveCounts, compose_report
 from llumnix.core.types import EngineIndex, InstanceId, OrderId, RequestId
 from llumnix.engine.reporting.controller_socket import ControllerSocket
-from llumnix.engine.reporting.load_reader import EngineCounts
 
 REPORT_EVERY_S = 0.02
-HEARTBEAT_S = 0.1
 CLOSE_TIMEOUT_S = 2.0
 ADMITTED_MAX = 10_000
 """Requests named in one report at the most; the bookings of the rest lapse by themselves."""
@@ -152,20 +151,15 @@ class LoadReporter:
         self._sequence += 1
         admitted, moving = self._admitted[: self._covered], self._moving
         self._sent = self._counts, moving
-        report = LoadReport(
+        report = compose_report(
+            self._counts,
+            moving,
             instance=self._instance,
             engine_index=self._engine_index,
             sequence=self._sequence,
-            **{name: getattr(self._counts, name) for name in EngineCounts.__slots__},
-            admitted=tuple(admitted),
+            admitted=admitted,
             accepting=self._accepting,
-            moving_out=moving.out,
-            moving_out_tokens=moving.out_tokens,
-            moving_out_waiting=moving.out_waiting,
-            moving_in=moving.incoming,
-            moved_bytes=moving.moved_bytes,
-            moved_s=moving.moved_s,
-            orders=tuple(self._orders),
+            orders=self._orders,
             steps=self._steps.count,
             steps_s=self._steps.seconds,
             stalled_s=self._stalled_s(self._counts, now),

@@ -30,9 +30,14 @@ from llumnix.core.events import (
     Tick,
     UndrainInstance,
 )
+from llumnix.core.limits import (
+    DRAIN_POLL_S,
+    FLEET_REPORT_EVERY_S,
+    HEARTBEAT_S,
+)
 from llumnix.core.messages import Out, PeerMessage, ToPeer
 from llumnix.core.migration.llumlet import Llumlet
-from llumnix.core.reports import LoadReport
+from llumnix.core.reports import compose_report
 from llumnix.core.scheduling.presets import POLICIES, priorities_of
 from llumnix.core.scheduling.scheduler import Scheduler
 from llumnix.core.settings import SchedulerSettings
@@ -43,10 +48,7 @@ from llumnix.sim.model.engine import SimEngine
 from llumnix.sim.model.network import Network
 from llumnix.sim.model.profile import Profile
 
-REPORT_AT_LEAST_S = 0.1
-FLEET_EVERY_S = 0.5
 FATE_POLL_S = 0.05
-EMPTY_POLL_S = 0.05
 
 Wire = Callable[["Cluster", EngineIndex, PeerMessage], None]
 Recorder = Callable[[float, Fact | Decision], None]
@@ -301,13 +303,13 @@ class Cluster:
 
     def _tick(self) -> None:
         for instance in self.instances.values():
-            if self.now - instance.reported_s >= REPORT_AT_LEAST_S:
+            if self.now - instance.reported_s >= HEARTBEAT_S:
                 self._report(instance)
         for decision in self.decide(Tick()):
             assert isinstance(decision, MoveOrder)
             index = decision.source_engine
             self.tell_engine(index, self._order, decision)
-        self.at(self.now + self.setup.scheduler.migration.tick_s, self._tick)
+        self.at(self.now + self.setup.scheduler.migration.interval_s, self._tick)
 
     def _report(self, instance: Instance) -> None:
         """Pushes the load if it has changed, or if it was long ago."""
@@ -316,27 +318,24 @@ class Cluster:
         moving = llumlet.moving(self.now)
         answered = llumlet.answered()
         said = (memory.free, engine.classes(), moving, instance.state)
-        fresh = self.now - instance.reported_s < REPORT_AT_LEAST_S
+        fresh = self.now - instance.reported_s < HEARTBEAT_S
         if said == instance.said and fresh and not instance.admitted and not answered:
             return
         instance.said, instance.reported_s = said, self.now
         instance.sequence += 1
         llumlet.reported(instance.sequence)
-        report = LoadReport(
+        report = compose_report(
+            engine.counts(),
+            moving,
             instance=instance.id,
             engine_index=instance.index,
             sequence=instance.sequence,
-            admitted=tuple(instance.admitted),
+            admitted=instance.admitted,
             accepting=instance.state == "serving",
-            moving_out=moving.out,
-            moving_out_tokens=moving.out_tokens,
-            moving_out_waiting=moving.out_waiting,
-            moving_in=moving.incoming,
             orders=answered,
-            moved_bytes=moving.moved_bytes,
-            moved_s=moving.moved_s,
+            steps=engine.steps,
+            steps_s=engine.steps_s,
             stalled_s=self.now - instance.turned_s if instance.stepping else 0.0,
-            **engine.counts(),
         )
         instance.admitted = []
         self.decide(LoadReported(report=report))
@@ -374,8 +373,8 @@ class Cluster:
             self.frontend.jobs.__getitem__,
             self._pull,
         )
-        payback = self.setup.scheduler.migration.payback
-        llumlet = Llumlet(index, "", engine, priorities=self.priorities, payback=payback)
+        min_stay = self.setup.scheduler.migration.min_stay
+        llumlet = Llumlet(index, "", engine, priorities=self.priorities, min_stay=min_stay)
         instance = Instance(id=name, index=index, engine=engine, llumlet=llumlet)
         self.instances[name] = self.by_engine[index] = instance
         self._report(instance)
@@ -392,7 +391,7 @@ class Cluster:
     def _stop_if_empty(self, instance: Instance) -> None:
         """An instance that was emptied ends, once its last words have been heard."""
         if self.frontend.has_business_with(instance):
-            self._later(EMPTY_POLL_S, lambda: self._wake(instance))
+            self._later(DRAIN_POLL_S, lambda: self._wake(instance))
         else:
             self._lose(instance)
 
@@ -427,7 +426,7 @@ class Cluster:
                     self.drain(name, "scheduler")
                 case UndrainInstance(instance=name):
                     self._set_state(name, "serving")
-        self.at(self.now + FLEET_EVERY_S, self._tell_fleet)
+        self.at(self.now + FLEET_REPORT_EVERY_S, self._tell_fleet)
 
     def drain(self, name: InstanceId, by: DrainedBy = "user") -> None:
         """An instance is to be emptied, then stopped."""

@@ -5,17 +5,16 @@ scheduling. Tokens have no values: their number is what is moved and checked.
 """
 
 from collections.abc import Callable
-from typing import Any
 
+from llumnix.core.limits import WAITING_SHOWN_MAX
 from llumnix.core.messages import Blocks
 from llumnix.core.migration.port import Movable, Phase, Progress, Refusal
 from llumnix.core.priorities import Priorities, QueueKey
+from llumnix.core.reports import EngineCounts
 from llumnix.core.types import EngineIndex, RequestId
 from llumnix.sim.model.batching import Batching, EngineOptions, Job, Sequence
 from llumnix.sim.model.profile import Profile
 
-WAITING_SHOWN = 8
-"""Of those that wait, so many are offered for a move."""
 _TOKEN = [0]
 
 
@@ -42,24 +41,22 @@ class SimEngine(Batching):
         """Whether it has nothing to do and holds nothing."""
         return not self.requests and not self.arriving and not self._orphans
 
-    def counts(self) -> dict[str, Any]:
+    def counts(self) -> EngineCounts:
         """What a load report says of the engine itself."""
         block = self.block_tokens
-        return {
-            "kv_tokens_used": (self.memory.total - self.memory.free) * block,
-            "kv_tokens_total": self.memory.total * block,
-            "prefill_tokens": self.prefill_tokens(),
-            "block_tokens": block,
-            "slots": self.options.slots,
-            "classes": self.classes(),
-            "head_tokens": self.head_tokens(),
-            "kv_token_bytes": self.profile.kv_token_bytes,
-            "preemptions": self.preemptions,
-            "steps": self.steps,
-            "steps_s": self.steps_s,
-            "finished": self.finished,
-            "finished_tokens": self.finished_tokens,
-        }
+        return EngineCounts(
+            kv_tokens_used=(self.memory.total - self.memory.free) * block,
+            kv_tokens_total=self.memory.total * block,
+            prefill_tokens=self.prefill_tokens(),
+            block_tokens=block,
+            slots=self.options.slots,
+            classes=self.classes(),
+            head_tokens=self.head_tokens(),
+            kv_token_bytes=self.profile.kv_token_bytes,
+            preemptions=self.preemptions,
+            finished=self.finished,
+            finished_tokens=self.finished_tokens,
+        )
 
     @property
     def step_s(self) -> float:
@@ -72,7 +69,7 @@ class SimEngine(Batching):
     # -- source
 
     def movable(self) -> list[Movable]:
-        shown = [seq for _, _, seq in self._queue[:WAITING_SHOWN]]
+        shown = [seq for _, _, seq in self._queue[:WAITING_SHOWN_MAX]]
         return [
             Movable(
                 request=seq.job.id,
