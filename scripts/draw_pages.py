@@ -1,5 +1,5 @@
-"""Fills pages of docs/ from the code, between their markers: the two tables of
-core/migration/tables.py as diagrams, the knobs of core/settings.py and the policies as tables.
+"""Fills pages of docs/ from the code, between their markers: the tables of core/migration/tables.py
+and core/streams/states.py as diagrams, the knobs of core/settings.py and the policies as tables.
 
 `python scripts/draw_pages.py` writes the pages; with `--check` it writes nothing, and exits with
 1 if one is not up to date.
@@ -16,9 +16,14 @@ from typing import Any, get_type_hints
 from llumnix.core.migration.tables import DESTINATION, SOURCE, destination_machine, source_machine
 from llumnix.core.scheduling.presets import POLICIES
 from llumnix.core.settings import PriorityClass, SchedulerSettings
+from llumnix.core.streams.states import STREAM, stream_machine
+from llumnix.core.types import RequestId
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-PAGES = {"migration.md": ("source", "destination"), "scheduler.md": ("knobs", "policies")}
+PAGES = {
+    "migration.md": ("source", "destination", "stream"),
+    "scheduler.md": ("knobs", "policies"),
+}
 Table = dict[Any, dict[Any, tuple[Any, enum.Enum]]]
 
 
@@ -80,6 +85,7 @@ def drawings() -> dict[str, str]:
     return {
         "source": mermaid.format(diagram(SOURCE, source_machine("").state)),
         "destination": mermaid.format(diagram(DESTINATION, destination_machine("").state)),
+        "stream": mermaid.format(diagram(STREAM, stream_machine(RequestId("")).state)),
         "knobs": "\n".join(knobs()),
         "policies": "\n".join(policies()),
     }

@@ -95,12 +95,13 @@ class FakeRay:
         monkeypatch.setattr(ray, "remote", lambda _: remote)
         monkeypatch.setattr(ray, "kill", lambda _: self.call("kill"))
         self.accepting: list[bool] = []
-        client: Any = SimpleNamespace(
+        engines = SimpleNamespace(
             expect=lambda *_: None,
             locate=lambda *_: None,
             accept=lambda _, accepting: self.accepting.append(accepting),
-            connected=self._connected,
+            ready=self._connected,
         )
+        client: Any = SimpleNamespace(engines=engines)
         launch: Any = SimpleNamespace(
             device=device,
             devices_per_instance=1,

@@ -19,7 +19,7 @@ def hang_up(duo: Duo, request: Any) -> None:
 
 def finish_there(duo: Duo, request: Any) -> None:
     """The source runs on to the request's end before anything else happens."""
-    source = duo.arbiter.get(request).owner
+    source = duo.streams.get(request).owner
     while duo.state[request] == "open" and duo.engines[source].runs(request):
         duo.step(source)
 
@@ -31,8 +31,8 @@ def preempt(duo: Duo, request: Any) -> None:
 
 
 def destination_dies(duo: Duo, request: Any) -> None:
-    grant = duo.arbiter.get(request).grant
-    duo.kill(grant.destination if grant else duo.arbiter.get(request).owner)
+    grant = duo.streams.get(request).grant
+    duo.kill(grant.destination if grant else duo.streams.get(request).owner)
 
 
 def source_dies(duo: Duo, request: Any) -> None:

@@ -117,7 +117,7 @@ def run(
             )
         )
         duo.migrate(request, **how)
-        duo.turn_until(lambda: duo.arbiter.get(request) is None or not _going(duo, request))
+        duo.turn_until(lambda: duo.streams.get(request) is None or not _going(duo, request))
     duo.finish()
     duo.check_nothing_left()
     assert duo.state[request] == "finished"
@@ -126,15 +126,15 @@ def run(
 
 
 def _going(duo: Duo, request: Any) -> bool:
-    ledger = duo.arbiter.get(request)
-    return ledger is not None and ledger.grant is not None
+    stream = duo.streams.get(request)
+    return stream is not None and stream.grant is not None
 
 
 def _with_lora(duo: Duo, params: SamplingParams, lora: LoRARequest) -> Any:
     request = duo.add("moved", [1], options(max_tokens=1))
     duo.finish()
     duo.got[request], duo.extras[request], duo.state[request] = [], [], "open"
-    duo.arbiter.open(request, 0)  # type: ignore[arg-type]
+    duo.streams.placed(duo.streams.open(request, None), 0)  # type: ignore[arg-type]
     duo.engines[0].add(request, PROMPT, params, lora)  # type: ignore[index,call-arg]
     return request
 

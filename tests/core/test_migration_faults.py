@@ -1,4 +1,4 @@
-"""The two machines, the llumlet and the arbiter in a rough world, many seeds long."""
+"""The two machines, the llumlet and the table of streams in a rough world, many seeds long."""
 
 import os
 

@@ -1,54 +1,116 @@
-"""Who owns a stream: the arbiter's rules as claims, one by one."""
+"""Which engine owns a stream: the rules of the table of streams as claims, one by one."""
 
 import pytest
 
 from llumnix.core.limits import TAIL_MAX
-from llumnix.core.messages import Migrate, MigrationEnded, TookOver
-from llumnix.core.streams.table import AbortAt, Arbiter, AskFate, Moved, StreamLost, TellLost
-from llumnix.core.types import EngineIndex, Epoch, MigrationId, RequestId
+from llumnix.core.messages import Migrate
+from llumnix.core.streams.effects import AskFate, Moved, TellLost
+from llumnix.core.streams.states import StreamState as S
+from llumnix.core.streams.stream import Refusal
+from llumnix.core.streams.table import (
+    DESTINATION_DIED,
+    SOURCE_DIED,
+    SOURCE_DIED_AFTER,
+    StreamTable,
+)
+from llumnix.core.types import Epoch, MigrationId, RequestId
 from llumnix.errors import ProtocolError
+from support.stream_table import (
+    DESTINATION,
+    SOURCE,
+    THIRD,
+    R,
+    Table,
+    abort,
+    aborted,
+    goes_to,
+    lost,
+    migrated,
+    moving,
+    orphaned,
+)
 
-R = RequestId("r")
-SOURCE, DESTINATION, THIRD = EngineIndex(0), EngineIndex(1), EngineIndex(2)
+# -- from the request's arrival to its end
 
 
-def moving(outputs: int = 0) -> tuple[Arbiter[str], Migrate]:
-    """A stream on its way from `SOURCE` to `DESTINATION`; `outputs` tokens have arrived."""
-    arbiter: Arbiter[str] = Arbiter()
-    arbiter.open(R, SOURCE)
-    if outputs:
-        arbiter.offer(SOURCE, R, outputs, "before")
-    order = arbiter.begin(R, DESTINATION, "there")
-    assert order is not None
-    return arbiter, order
+def test_a_stream_is_owned_once_its_engine_is_chosen() -> None:
+    table = Table()
+    stream = table.open(R, "info")
+    assert (stream.state, stream.owner, stream.info) == (S.PLACING, None, "info")
+    assert table.hear(SOURCE, 1, "too early") == ([], [])
+    assert table.grant(R, DESTINATION, "there") is Refusal.NOT_RUNNING
+    assert table.placed(stream, SOURCE)
+    assert (stream.state, stream.owner, stream.last_owner) == (S.OWNED, SOURCE, SOURCE)
 
 
-def took(order: Migrate, outputs: int, tail: list[int] | None = None) -> TookOver:
-    """The destination's word that it goes on after `outputs` tokens (by default all in `tail`)."""
-    return TookOver(
-        migration=order.migration,
-        request=order.request,
-        epoch=order.epoch,
-        outputs=outputs,
-        tail=list(range(outputs)) if tail is None else tail,
+def test_a_stream_that_is_closed_while_it_is_placed_goes_to_no_engine() -> None:
+    table = Table()
+    stream = table.open(R, "info")
+    assert table.shut() == []
+    assert not table.placed(stream, SOURCE)
+    again = table.open(R, "the same name")
+    assert not table.placed(stream, SOURCE)
+    assert table.placed(again, THIRD)
+    assert [table.count(e) for e in (SOURCE, THIRD)] == [0, 1]
+
+
+def test_a_request_has_one_stream_at_a_time() -> None:
+    table = Table()
+    table.open_on(SOURCE)
+    with pytest.raises(ProtocolError, match="stream r is open already"):
+        table.open(R, "again")
+
+
+def test_streams_are_found_by_request_and_by_engine() -> None:
+    table = Table()
+    a, b, c = (
+        table.open_on(engine, RequestId(name))
+        for name, engine in (("a", SOURCE), ("b", DESTINATION), ("c", DESTINATION))
     )
+    assert (len(table), list(table)) == (3, [a, b, c])
+    assert (table.count(DESTINATION), table.on(DESTINATION)) == (2, [b, c])
+    assert table.close(b.request) == (b, [DESTINATION])
+    assert table.close(b.request) is None
+    assert (b.owner, b.last_owner) == (None, DESTINATION)
+    assert table.on(DESTINATION) == [c]
+    table.close(c.request)
+    assert (table.count(DESTINATION), table.on(DESTINATION)) == (0, [])
+    assert (table.get(a.request), table.get(c.request)) == (a, None)
+    table.check()
 
 
-def ended(order: Migrate, *, taken: bool) -> MigrationEnded:
-    """The source's word."""
-    return MigrationEnded(migration=order.migration, request=order.request, taken=taken, why="")
+def test_a_stream_that_moves_is_counted_where_it_is() -> None:
+    table, order = moving()
+    table.take(order, 0)
+    assert [table.count(e) for e in (SOURCE, DESTINATION)] == [0, 1]
+    assert (table.one().owner, table.one().last_owner) == (DESTINATION, DESTINATION)
 
 
-def goes_to(arbiter: Arbiter[str], engine: EngineIndex) -> bool:
-    """Whether the engine's tokens are the stream's."""
-    return arbiter.offer(engine, R, 1, "probe")[0] == ["probe"]
+def test_a_stream_that_ends_names_both_engines_that_may_hold_it() -> None:
+    table, order = moving()
+    assert table.shut() == [SOURCE, DESTINATION]
+    assert table.shut() is None
+    assert table.end(order, taken=True) == []
+    assert table.get(R) is None
 
 
-# -- begin
+def test_a_stream_that_ends_at_rest_names_its_owner() -> None:
+    table, order = moving()
+    table.take(order, 0)
+    assert table.shut() == [DESTINATION]
+
+
+def test_the_dead_hold_nothing() -> None:
+    table, _ = moving()
+    table.lose(SOURCE, DESTINATION)
+    assert table.shut() == [DESTINATION]
+
+
+# -- grant
 
 
 def test_an_order_carries_an_epoch_that_was_never_granted_before() -> None:
-    arbiter, first = moving()
+    table, first = moving()
     assert first == Migrate(
         migration=MigrationId("m0"),
         request=R,
@@ -57,8 +119,10 @@ def test_an_order_carries_an_epoch_that_was_never_granted_before() -> None:
         epoch=Epoch(1),
         copy="staged",
     )
-    arbiter.ended(ended(first, taken=False))
-    second = arbiter.begin(R, THIRD, "elsewhere", "blocking")
+    assert table.of(first.migration) is table.one()
+    table.end(first, taken=False)
+    assert table.of(first.migration) is None
+    second = table.grant(R, THIRD, "elsewhere", "blocking", wanted=True)
     assert second == Migrate(
         migration=MigrationId("m1"),
         request=R,
@@ -66,318 +130,402 @@ def test_an_order_carries_an_epoch_that_was_never_granted_before() -> None:
         address="elsewhere",
         epoch=Epoch(2),
         copy="blocking",
+        wanted=True,
     )
 
 
-def test_no_order_for_a_request_that_is_on_its_way() -> None:
-    arbiter, _ = moving()
-    assert arbiter.begin(R, THIRD, "elsewhere") is None
+def test_no_order_for_a_request_that_is_being_moved() -> None:
+    table, order = moving()
+    assert table.grant(R, THIRD, "elsewhere") is Refusal.MOVING
+    table.lose(SOURCE, DESTINATION)  # Its destination is being asked.
+    assert table.grant(R, THIRD, "elsewhere") is Refusal.MOVING
+    assert table.one().grant is order
 
 
-def test_no_order_to_the_engine_that_has_it() -> None:
-    arbiter: Arbiter[str] = Arbiter()
-    arbiter.open(R, SOURCE)
-    assert arbiter.begin(R, SOURCE, "here") is None
+def test_no_order_to_the_engine_that_has_it_or_to_a_dead_one() -> None:
+    table = Table()
+    table.open_on(SOURCE)
+    assert table.grant(R, SOURCE, "here") is Refusal.THERE
+    table.lose(DESTINATION, SOURCE)
+    assert table.grant(R, DESTINATION, "there") is Refusal.ENGINE_DEAD
+    assert table.one().state is S.OWNED
 
 
-def test_no_order_for_a_stream_that_is_not_there() -> None:
-    arbiter, _ = moving()
-    assert arbiter.begin(RequestId("other"), DESTINATION, "there") is None
-    arbiter.close(R)
-    assert arbiter.begin(R, DESTINATION, "there") is None
+def test_no_order_for_a_stream_that_no_engine_has() -> None:
+    table, _ = moving()
+    assert table.grant(RequestId("other"), DESTINATION, "there") is Refusal.NOT_RUNNING
+    table.shut()
+    assert table.grant(R, DESTINATION, "there") is Refusal.NOT_RUNNING
 
 
 def test_two_frontends_never_name_a_migration_alike() -> None:
     names = set()
-    for name in ("m", "f1-m"):
-        arbiter: Arbiter[str] = Arbiter(name)
-        arbiter.open(R, SOURCE)
-        order = arbiter.begin(R, DESTINATION, "there")
-        assert order is not None
+    for client in (0, 1):
+        table: StreamTable[str, str] = StreamTable(client)
+        table.placed(table.open(R, ""), SOURCE)
+        order = table.grant(R, DESTINATION, "there")
+        assert isinstance(order, Migrate)
         names.add(order.migration)
-    assert names == {"m0", "f1-m0"}
+    assert names == {"m0", "m1-0"}
 
 
 # -- whose tokens count
 
 
 def test_the_owners_tokens_pass_and_are_counted() -> None:
-    arbiter: Arbiter[str] = Arbiter()
-    ledger = arbiter.open(R, SOURCE)
-    assert arbiter.offer(SOURCE, R, 2, "two") == (["two"], [])
-    assert arbiter.offer(SOURCE, R, 1, "one") == (["one"], [])
-    assert (ledger.outputs, list(arbiter.on(SOURCE))) == (3, [R])
+    table = Table()
+    stream = table.open_on(SOURCE)
+    assert table.hear(SOURCE, 2, "two") == (["two"], [])
+    assert table.hear(SOURCE, 1, "one") == (["one"], [])
+    assert (stream.outputs, table.on(SOURCE)) == (3, [stream])
 
 
-def test_tokens_of_anybody_else_are_dropped() -> None:
-    arbiter, _ = moving()
-    ledger = arbiter.get(R)
+def test_tokens_of_any_other_engine_are_dropped() -> None:
+    table, _ = moving()
     for engine in (DESTINATION, THIRD):  # The destination has not taken over yet.
-        assert arbiter.offer(engine, R, 1, "not mine") == ([], [])
-    assert ledger is not None
-    assert (ledger.outputs, ledger.held) == (0, [])
+        assert table.hear(engine, 1, "not mine") == ([], [])
+    assert (table.one().outputs, table.one().held) == (0, [])
+
+
+def test_while_tokens_are_awaited_those_of_a_third_engine_are_dropped() -> None:
+    table, order = moving(outputs=1)
+    table.take(order, 2)
+    assert table.hear(THIRD, 1, "not mine") == ([], [])
+    assert (table.one().outputs, table.one().held) == (1, [])
 
 
 def test_tokens_of_a_stream_that_is_closed_are_dropped() -> None:
-    arbiter, _ = moving()
-    arbiter.close(R)
-    assert arbiter.offer(SOURCE, R, 1, "late") == ([], [])
+    table, _ = moving()
+    table.shut()
+    assert table.hear(SOURCE, 1, "late") == ([], [])
 
 
 def test_the_next_owners_tokens_follow_the_sources_last_in_order() -> None:
-    arbiter, order = moving(outputs=1)
-    assert arbiter.took_over(DESTINATION, took(order, 3)) == []
-    assert arbiter.offer(DESTINATION, R, 1, "fourth") == ([], [])
-    assert arbiter.offer(SOURCE, R, 1, "second") == (["second"], [])
-    assert arbiter.offer(DESTINATION, R, 2, "fifth, sixth") == ([], [])
-    passed, effects = arbiter.offer(SOURCE, R, 1, "third")
+    table, order = moving(outputs=1)
+    assert table.take(order, 3) == []
+    assert table.hear(DESTINATION, 1, "fourth") == ([], [])
+    assert table.hear(SOURCE, 1, "second") == (["second"], [])
+    assert table.hear(DESTINATION, 2, "fifth, sixth") == ([], [])
+    passed, effects = table.hear(SOURCE, 1, "third")
     assert passed == ["third"]
-    assert effects == [Moved(request=R, owner=DESTINATION, held=("fourth", "fifth, sixth"))]
-    ledger = arbiter.get(R)
-    assert ledger is not None
-    assert (ledger.owner, ledger.epoch, ledger.outputs) == (DESTINATION, order.epoch, 6)
-    assert goes_to(arbiter, DESTINATION)
-    assert not goes_to(arbiter, SOURCE)
+    held = ("fourth", "fifth, sixth")
+    assert effects == [Moved(request=R, owner=DESTINATION, held=held), migrated(order)]
+    stream = table.one()
+    assert (stream.owner, stream.epoch, stream.outputs) == (DESTINATION, order.epoch, 6)
+    assert goes_to(table, DESTINATION)
+    assert not goes_to(table, SOURCE)
 
 
 def test_a_take_over_after_the_sources_last_token_moves_the_stream_at_once() -> None:
-    arbiter, order = moving(outputs=3)
-    assert arbiter.took_over(DESTINATION, took(order, 3)) == [Moved(request=R, owner=DESTINATION)]
+    table, order = moving(outputs=3)
+    assert table.take(order, 3) == [Moved(request=R, owner=DESTINATION), migrated(order)]
 
 
 def test_the_sources_own_word_does_not_move_the_stream() -> None:
     """Heard before or after the take-over: the destination's word alone counts."""
-    arbiter, order = moving(outputs=3)
-    assert arbiter.ended(ended(order, taken=True)) == []
-    assert goes_to(arbiter, SOURCE)
-    arbiter, order = moving(outputs=3)
-    arbiter.took_over(DESTINATION, took(order, 3))
-    assert arbiter.ended(ended(order, taken=True)) == []
-    assert goes_to(arbiter, DESTINATION)
+    table, order = moving(outputs=3)
+    assert table.end(order, taken=True) == []
+    assert goes_to(table, SOURCE)
+    table, order = moving(outputs=3)
+    table.take(order, 3)
+    assert table.end(order, taken=True) == []
+    assert goes_to(table, DESTINATION)
 
 
 def test_a_migration_that_failed_leaves_the_stream_where_it_was() -> None:
-    arbiter, order = moving(outputs=1)
-    assert arbiter.ended(ended(order, taken=False)) == []
-    assert goes_to(arbiter, SOURCE)
-    assert arbiter.begin(R, DESTINATION, "there") is not None
+    table, order = moving(outputs=1)
+    assert table.end(order, taken=False, why="no room") == [aborted(order, "no room")]
+    assert goes_to(table, SOURCE)
+    assert table.order().epoch > order.epoch
+
+
+def test_an_order_that_the_source_could_not_take_in_leaves_the_stream_where_it_was() -> None:
+    table, order = moving(outputs=1)
+    assert table.refuse(order, "odd") == [aborted(order, "odd")]
+    assert table.refuse(order, "odd") == []
+    assert table.one().state is S.OWNED
+    assert goes_to(table, SOURCE)
+
+
+@pytest.mark.parametrize("heard", ["let go", "took over", "source lost", "closed"])
+def test_a_refusal_counts_only_if_nothing_else_was_heard_of_the_migration(heard: str) -> None:
+    table, order = moving(outputs=1)
+    match heard:
+        case "let go":
+            table.end(order, taken=True)
+        case "took over":
+            table.take(order, 2)
+        case "source lost":
+            table.lose(SOURCE, DESTINATION)
+        case "closed":
+            table.shut()
+    before = table.get(R) and table.one().state
+    assert table.refuse(order, "odd") == []
+    assert (table.get(R) and table.one().state) == before
+    table.check()
+
+
+def test_a_refused_order_whose_destination_died_is_over_too() -> None:
+    table, order = moving(outputs=1)
+    table.lose(DESTINATION, SOURCE)
+    assert table.refuse(order, "odd") == [aborted(order, "odd")]
+    assert table.one().revoked == set()
+    table.check()
 
 
 def test_a_request_can_move_on_and_back() -> None:
-    arbiter, order = moving()
-    arbiter.took_over(DESTINATION, took(order, 0))
-    back = arbiter.begin(R, SOURCE, "here")
-    assert back is not None
-    assert arbiter.took_over(SOURCE, took(back, 0)) == [Moved(request=R, owner=SOURCE)]
+    table, order = moving()
+    table.take(order, 0)
+    back = table.order(SOURCE, "here")
+    assert table.take(back, 0) == [Moved(request=R, owner=SOURCE), migrated(back)]
     assert back.epoch > order.epoch
-    assert goes_to(arbiter, SOURCE)
+    assert goes_to(table, SOURCE)
 
 
 def test_more_tokens_than_the_take_over_says_is_an_error_with_the_story() -> None:
-    arbiter, order = moving(outputs=4)
+    table, order = moving(outputs=4)
     with pytest.raises(ProtocolError) as error:
-        arbiter.took_over(DESTINATION, took(order, 3))
+        table.take(order, 3)
     assert str(error.value) == "r: engine 0 sent 4 tokens, but engine 1 goes on after 3"
-    arbiter, order = moving(outputs=2)
-    arbiter.took_over(DESTINATION, took(order, 3))
+    table.check()
+    table, order = moving(outputs=2)
+    table.take(order, 3)
     with pytest.raises(ProtocolError, match="engine 0 sent 4 tokens, but engine 1 goes on after 3"):
-        arbiter.offer(SOURCE, R, 2, "one too many")
+        table.hear(SOURCE, 2, "one too many")
+    table.check()
 
 
 # -- take-overs that do not count
 
 
 def test_a_take_over_of_a_closed_stream_is_aborted() -> None:
-    arbiter, order = moving()
-    arbiter.close(R)
-    assert arbiter.took_over(DESTINATION, took(order, 0)) == [
-        AbortAt(engine=DESTINATION, request=R)
-    ]
+    table, order = moving()
+    table.shut()
+    assert table.take(order, 0) == abort(DESTINATION)
 
 
 def test_a_take_over_under_a_stale_epoch_is_aborted() -> None:
-    arbiter, order = moving()
-    arbiter.ended(ended(order, taken=False))
-    assert arbiter.took_over(DESTINATION, took(order, 0)) == [
-        AbortAt(engine=DESTINATION, request=R)
-    ]
-    arbiter.begin(R, THIRD, "elsewhere")
-    assert arbiter.took_over(DESTINATION, took(order, 0)) == [
-        AbortAt(engine=DESTINATION, request=R)
-    ]
-    assert goes_to(arbiter, SOURCE)
+    table, order = moving()
+    table.end(order, taken=False)
+    assert table.take(order, 0) == abort(DESTINATION)
+    table.order(THIRD, "elsewhere")
+    assert table.take(order, 0) == abort(DESTINATION)
+    assert goes_to(table, SOURCE)
 
 
 # -- the destination dies
 
 
 def test_a_destination_that_died_before_it_took_over_loses_its_grant_to_the_source() -> None:
-    arbiter, order = moving(outputs=1)
-    assert arbiter.engine_lost(DESTINATION, [SOURCE, THIRD]) == [
+    table, order = moving(outputs=1)
+    assert table.lose(DESTINATION, SOURCE, THIRD) == [
         TellLost(engine=SOURCE, lost=DESTINATION, granted=(order.migration,)),
         TellLost(engine=THIRD, lost=DESTINATION, granted=()),
     ]
-    ledger = arbiter.get(R)
-    assert ledger is not None
-    assert ledger.grant is None
-    assert (ledger.owner, ledger.epoch) == (SOURCE, order.epoch + 1)
-    assert goes_to(arbiter, SOURCE)
+    stream = table.one()
+    assert (stream.grant, stream.revoked) == (None, {order.migration})
+    assert (stream.owner, stream.epoch) == (SOURCE, order.epoch + 1)
+    assert goes_to(table, SOURCE)
 
 
 def test_a_grant_that_was_revoked_stays_revoked() -> None:
-    arbiter, order = moving(outputs=1)
-    arbiter.engine_lost(DESTINATION, [SOURCE])
-    assert arbiter.took_over(DESTINATION, took(order, 1)) == [
-        AbortAt(engine=DESTINATION, request=R)
-    ]
-    assert arbiter.ended(ended(order, taken=False)) == []
-    again = arbiter.begin(R, THIRD, "elsewhere")
-    assert again is not None
-    assert again.epoch > order.epoch + 1
-    assert goes_to(arbiter, SOURCE)
+    table, order = moving(outputs=1)
+    table.lose(DESTINATION, SOURCE)
+    assert table.take(order, 1) == abort(DESTINATION)
+    assert table.of(order.migration) is table.one()
+    assert table.end(order, taken=False, why="gone") == [aborted(order, "gone")]
+    assert table.of(order.migration) is None
+    assert table.order(THIRD, "elsewhere").epoch > order.epoch + 1
+    assert goes_to(table, SOURCE)
 
 
 def test_a_destination_that_died_after_it_took_over_takes_the_stream_with_it() -> None:
-    arbiter, order = moving(outputs=1)
-    arbiter.took_over(DESTINATION, took(order, 2))  # The source's last token is still out.
-    assert arbiter.engine_lost(DESTINATION, [SOURCE]) == [
+    table, order = moving(outputs=1)
+    table.take(order, 2)  # The source's last token is still out.
+    assert table.lose(DESTINATION, SOURCE) == [
         TellLost(engine=SOURCE, lost=DESTINATION, granted=()),
-        StreamLost(request=R),
+        *abort(SOURCE),
+        lost(order),
+        orphaned(),
     ]
 
 
 def test_a_take_over_that_died_unheard_ends_the_stream_once_the_source_says_so() -> None:
     """The destination took over, told the source and died; its word to the frontend was lost."""
-    arbiter, order = moving(outputs=1)
-    assert StreamLost(request=R) not in arbiter.engine_lost(DESTINATION, [SOURCE])
-    assert arbiter.ended(ended(order, taken=True)) == [StreamLost(request=R)]
-    assert arbiter.ended(ended(order, taken=True)) == []
+    table, order = moving(outputs=1)
+    assert orphaned() not in table.lose(DESTINATION, SOURCE)
+    assert table.end(order, taken=True) == [*abort(SOURCE), lost(order), orphaned()]
+    assert table.end(order, taken=True) == []
 
 
 def test_a_take_over_that_died_unheard_ends_the_stream_when_the_source_had_said_so() -> None:
-    arbiter, order = moving(outputs=1)
-    assert arbiter.ended(ended(order, taken=True)) == []
-    assert arbiter.engine_lost(DESTINATION, [SOURCE]) == [
+    table, order = moving(outputs=1)
+    assert table.end(order, taken=True) == []
+    assert table.lose(DESTINATION, SOURCE) == [
         TellLost(engine=SOURCE, lost=DESTINATION, granted=()),
-        StreamLost(request=R),
+        *abort(SOURCE),
+        lost(order),
+        orphaned(),
     ]
 
 
+def test_a_take_over_that_died_unheard_ends_the_stream_also_while_it_is_granted_anew() -> None:
+    """The source says so only after the frontend has ordered the next move."""
+    table, first = moving(outputs=1)
+    table.lose(DESTINATION, SOURCE, THIRD)
+    second = table.order(THIRD, "elsewhere")
+    assert table.end(first, taken=True) == [
+        *abort(SOURCE, THIRD),
+        lost(first),
+        lost(second),
+        orphaned(),
+    ]
+    assert table.end(second, taken=False) == []
+    assert table.take(second, 1) == abort(THIRD)
+
+
+def test_a_source_that_has_moved_a_request_had_kept_it_when_the_destination_before_died() -> None:
+    """Its word of the first migration is still on its way, or died with it."""
+    table, first = moving(outputs=1)
+    table.lose(DESTINATION, SOURCE, THIRD)
+    second = table.order(THIRD, "elsewhere")
+    assert table.take(second, 1) == [
+        Moved(request=R, owner=THIRD),
+        aborted(first, DESTINATION_DIED),
+        migrated(second),
+    ]
+    assert table.end(first, taken=False) == []
+    assert goes_to(table, THIRD)
+
+
 def test_a_revoked_grant_is_of_no_account_after_the_streams_end() -> None:
-    arbiter, order = moving()
-    arbiter.engine_lost(DESTINATION, [SOURCE])
-    arbiter.close(R)
-    assert arbiter.ended(ended(order, taken=True)) == []
+    table, order = moving()
+    table.lose(DESTINATION, SOURCE)
+    table.shut()
+    assert table.end(order, taken=True) == []
 
 
 # -- the source dies
 
 
 def test_a_stream_that_was_not_moving_dies_with_its_engine() -> None:
-    arbiter: Arbiter[str] = Arbiter()
-    arbiter.open(R, SOURCE)
-    assert arbiter.engine_lost(SOURCE, [THIRD]) == [
+    table = Table()
+    stream = table.open_on(SOURCE)
+    assert table.lose(SOURCE, THIRD) == [
         TellLost(engine=THIRD, lost=SOURCE, granted=()),
-        StreamLost(request=R),
+        orphaned(),
     ]
+    assert (stream.owner, stream.last_owner, table.count(SOURCE)) == (None, SOURCE, 0)
+    assert table.hear(SOURCE, 1, "from the grave") == ([], [])
+    assert table.shut() == []
+
+
+def test_streams_of_other_engines_hear_nothing_of_a_death() -> None:
+    table = Table()
+    table.open_on(SOURCE)
+    assert table.lose(THIRD, SOURCE) == [TellLost(engine=SOURCE, lost=THIRD, granted=())]
+    assert goes_to(table, SOURCE)
 
 
 def test_a_source_that_died_unanswered_leaves_the_destination_to_be_asked() -> None:
-    arbiter, order = moving(outputs=1)
-    assert arbiter.engine_lost(SOURCE, [DESTINATION]) == [
-        TellLost(engine=DESTINATION, lost=SOURCE, granted=()),
-        AskFate(engine=DESTINATION, migration=order.migration),
+    for said in (False, True):  # By the source, that it let the request go.
+        table, order = moving(outputs=1)
+        if said:
+            table.end(order, taken=True)
+        assert table.lose(SOURCE, DESTINATION) == [
+            TellLost(engine=DESTINATION, lost=SOURCE, granted=()),
+            AskFate(engine=DESTINATION, migration=order.migration),
+        ]
+        assert table.end(order, taken=False) == []  # What the dead say does not count.
+
+
+@pytest.mark.parametrize("fate", ["declined", "undecided"])
+def test_declined_then_means_that_the_stream_is_lost_and_so_does_no_answer(fate: str) -> None:
+    table, order = moving(outputs=1)
+    table.lose(SOURCE, DESTINATION)
+    assert table.tell(order, fate) == [
+        *abort(DESTINATION),
+        lost(order, SOURCE_DIED),
+        orphaned(SOURCE_DIED),
     ]
-
-
-def test_declined_then_means_that_the_stream_is_lost() -> None:
-    arbiter, order = moving(outputs=1)
-    arbiter.engine_lost(SOURCE, [DESTINATION])
-    assert arbiter.fate(order.migration, "declined") == [StreamLost(request=R)]
 
 
 def test_taken_then_moves_the_stream_with_what_the_source_did_not_send() -> None:
-    arbiter, order = moving(outputs=2)
-    arbiter.engine_lost(SOURCE, [DESTINATION])
-    assert arbiter.took_over(DESTINATION, took(order, 5, [13, 14, 15])) == [
-        Moved(request=R, owner=DESTINATION, missing=(13, 14, 15))
+    table, order = moving(outputs=2)
+    table.lose(SOURCE, DESTINATION)
+    assert table.take(order, 5, [13, 14, 15]) == [
+        Moved(request=R, owner=DESTINATION, missing=(13, 14, 15)),
+        migrated(order, SOURCE_DIED),
     ]
-    assert arbiter.fate(order.migration, "taken") == []
-    ledger = arbiter.get(R)
-    assert ledger is not None
-    assert (ledger.owner, ledger.outputs, ledger.source_dead) == (DESTINATION, 5, False)
-    assert goes_to(arbiter, DESTINATION)
+    assert table.tell(order, "taken") == []
+    stream = table.one()
+    assert (stream.owner, stream.outputs, stream.state) == (DESTINATION, 5, S.OWNED)
+    assert goes_to(table, DESTINATION)
 
 
 def test_only_what_is_missing_is_taken_from_the_tail() -> None:
-    arbiter, order = moving(outputs=4)
-    arbiter.engine_lost(SOURCE, [DESTINATION])
-    assert arbiter.took_over(DESTINATION, took(order, 5, [13, 14, 15])) == [
-        Moved(request=R, owner=DESTINATION, missing=(15,))
-    ]
-    arbiter, order = moving(outputs=5)
-    arbiter.engine_lost(SOURCE, [DESTINATION])
-    assert arbiter.took_over(DESTINATION, took(order, 5, [13, 14, 15])) == [
-        Moved(request=R, owner=DESTINATION)
-    ]
+    for outputs, missing in ((4, (15,)), (5, ())):
+        table, order = moving(outputs=outputs)
+        table.lose(SOURCE, DESTINATION)
+        assert table.take(order, 5, [13, 14, 15])[0] == Moved(
+            request=R, owner=DESTINATION, missing=missing
+        )
 
 
 def test_a_source_that_died_after_the_take_over_moves_the_stream_with_all_that_was_held() -> None:
-    arbiter, order = moving(outputs=2)
-    arbiter.took_over(DESTINATION, took(order, 4, [11, 12, 13, 14]))
-    arbiter.offer(DESTINATION, R, 1, "fifth")
-    assert arbiter.engine_lost(SOURCE, [DESTINATION]) == [
+    table, order = moving(outputs=2)
+    table.take(order, 4, [11, 12, 13, 14])
+    table.hear(DESTINATION, 1, "fifth")
+    assert table.lose(SOURCE, DESTINATION) == [
         TellLost(engine=DESTINATION, lost=SOURCE, granted=()),
         Moved(request=R, owner=DESTINATION, missing=(13, 14), held=("fifth",)),
+        migrated(order, SOURCE_DIED_AFTER),
     ]
-    ledger = arbiter.get(R)
-    assert ledger is not None
-    assert ledger.outputs == 5
+    assert table.one().outputs == 5
 
 
 def test_a_tail_that_is_too_short_loses_the_stream() -> None:
-    arbiter, order = moving(outputs=1)
-    arbiter.engine_lost(SOURCE, [DESTINATION])
     tail = list(range(TAIL_MAX))
-    assert arbiter.took_over(DESTINATION, took(order, TAIL_MAX + 2, tail)) == [
-        AbortAt(engine=DESTINATION, request=R),
-        StreamLost(request=R),
+    table, order = moving(outputs=1)
+    table.lose(SOURCE, DESTINATION)
+    assert table.take(order, TAIL_MAX + 2, tail) == [
+        *abort(DESTINATION),
+        lost(order, SOURCE_DIED),
+        orphaned(SOURCE_DIED),
+    ]
+    table, order = moving(outputs=1)
+    table.take(order, TAIL_MAX + 2, tail)
+    assert table.lose(SOURCE, DESTINATION)[1:] == [
+        *abort(DESTINATION),
+        lost(order, SOURCE_DIED_AFTER),
+        orphaned(SOURCE_DIED_AFTER),
+    ]
+
+
+def test_a_source_that_said_too_much_before_it_died_loses_the_stream() -> None:
+    table, order = moving(outputs=4)
+    table.lose(SOURCE, DESTINATION)
+    assert table.take(order, 3) == [
+        *abort(DESTINATION),
+        lost(order, SOURCE_DIED),
+        orphaned(SOURCE_DIED),
     ]
 
 
 def test_with_both_engines_dead_the_stream_is_lost() -> None:
-    arbiter, order = moving(outputs=1)
-    arbiter.engine_lost(SOURCE, [DESTINATION])
-    assert arbiter.engine_lost(DESTINATION, []) == [StreamLost(request=R)]
-    arbiter.close(R)
-    assert arbiter.fate(order.migration, "declined") == []
+    table, order = moving(outputs=1)
+    table.lose(SOURCE, DESTINATION)
+    assert table.lose(DESTINATION) == [lost(order), orphaned()]
+    table.shut()
+    assert table.tell(order, "declined") == []
 
 
-def test_an_answer_that_nobody_waits_for_changes_nothing() -> None:
-    arbiter, order = moving(outputs=1)
-    assert arbiter.fate(order.migration, "declined") == []  # The source lives.
-    assert arbiter.fate(MigrationId("m99"), "declined") == []
-    assert goes_to(arbiter, SOURCE)
-
-
-# -- close
-
-
-def test_a_stream_that_ends_names_both_who_may_hold_it() -> None:
-    arbiter, order = moving()
-    assert arbiter.close(R) == [SOURCE, DESTINATION]
-    assert arbiter.close(R) == []
-    assert arbiter.ended(ended(order, taken=True)) == []
-    assert arbiter.get(R) is None
-
-
-def test_a_stream_that_ends_at_rest_names_its_owner() -> None:
-    arbiter, order = moving()
-    arbiter.took_over(DESTINATION, took(order, 0))
-    assert arbiter.close(R) == [DESTINATION]
-
-
-def test_the_dead_hold_nothing() -> None:
-    arbiter, _ = moving()
-    arbiter.engine_lost(SOURCE, [DESTINATION])
-    assert arbiter.close(R) == [DESTINATION]
+def test_an_answer_that_was_not_asked_for_changes_nothing() -> None:
+    table, order = moving(outputs=1)
+    assert table.tell(order, "declined") == []  # The source lives.
+    table.lose(SOURCE, DESTINATION)
+    assert table.tell(order, "taken") == []  # Its `TookOver` says all.
+    assert table.one().state is S.ASKING
+    table, order = moving(outputs=1)
+    assert table.fate(MigrationId("m99"), "declined") == ()
+    assert goes_to(table, SOURCE)

@@ -15,22 +15,26 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason, Ut
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.metrics.stats import SchedulerStats
 
-from llumnix.core.messages import DrainRequested, MigrationEnded, MigrationRequested, TookOver
-from llumnix.core.streams.table import Arbiter
+from llumnix.core.messages import (
+    DrainRequested,
+    Migrate,
+    MigrationEnded,
+    MigrationRequested,
+    TookOver,
+)
+from llumnix.core.streams.effects import Orphaned
+from llumnix.core.streams.table import StreamTable
 from llumnix.core.types import EngineIndex, Epoch, MigrationId, RequestId
-from llumnix.frontend.client import FleetClient
-from llumnix.frontend.engines.outputs import COMPLAIN_EVERY_S, Complaints, FailedRequest
-from llumnix.frontend.grammars import BAD_GRAMMAR
-from llumnix.frontend.migrations import (
+from llumnix.frontend.engines.calls import (
     CALL_PAUSE_S,
     CALL_TRIES_MAX,
-    ENGINE_DIED,
     FATE_ASKED_MAX,
     FATE_POLL_S,
-    Migrations,
-    Place,
 )
-from llumnix.frontend.streams import Streams
+from llumnix.frontend.engines.outputs import COMPLAIN_EVERY_S, Complaints, FailedRequest
+from llumnix.frontend.grammars import BAD_GRAMMAR
+from llumnix.frontend.streams.client import ENGINE_DIED, StreamClient
+from llumnix.frontend.streams.migration_records import MigrationRecords
 from llumnix.wire import encode
 from support.frontend import Front, front, packed, ready_payload, tokens
 
@@ -160,14 +164,15 @@ def broken(*_: Any, **__: Any) -> Any:
 
 
 HANDLERS = {
-    "a message of a llumlet": (Migrations, "_hear_llumlet"),
-    "a wish to move": (Migrations, "_wanted"),
-    "a take-over": (Arbiter, "took_over"),
-    "tokens of a request that moves": (Arbiter, "offer"),
-    "what follows": (Migrations, "_perform_one"),
-    "a move": (Migrations, "_move"),
-    "a finish": (FleetClient, "_note_finish"),
-    "the table of streams": (Streams, "move"),
+    "a message of a llumlet": (StreamClient, "_receive_llumlet"),
+    "a wish to move": (StreamClient, "_migration_wanted"),
+    "a take-over": (StreamTable, "took_over"),
+    "tokens of a request that moves": (StreamTable, "_receive_moving"),
+    "what follows": (StreamClient, "_perform_one"),
+    "a move": (StreamClient, "_moved"),
+    "a finish": (StreamClient, "_note_finish"),
+    "a change of owner": (StreamTable, "_flip"),
+    "the records of migrations": (MigrationRecords, "took_over"),
 }
 
 
@@ -179,8 +184,8 @@ async def test_a_handler_that_raises_ends_one_request(
         for name in ("victim", "neighbour"):
             await one.add_request(name, 0)
         await one.add_request("other", 1)
-        order = one.client.migrations._arbiter.begin(RequestId("victim"), I2, "there")
-        assert order is not None
+        order = one.client.streams.grant(RequestId("victim"), I2, "there")
+        assert isinstance(order, Migrate)
         wish = encode(MigrationRequested(request=RequestId("victim"), destination=I2, why="x"))
         monkeypatch.setattr(*HANDLERS[handler], broken)
         outputs = [
@@ -203,7 +208,7 @@ async def test_a_handler_that_raises_ends_one_request(
         assert due["neighbour"] == [1, 2, 3]
         assert due["other"] == [4]
         assert "error" in due["victim"]
-        assert one.client.streams.get("victim") is None
+        assert one.client.streams.get(RequestId("victim")) is None
         assert one.client.complaints.counts
         # It may be there already.
         assert any(b"victim" in b"".join(sent) for sent in await one.heard(2))
@@ -215,7 +220,7 @@ async def test_a_fault_while_giving_up_costs_the_others_nothing(
     async with front(tmp_path) as one:
         for name in ("victim", "neighbour"):
             await one.add_request(name, 0)
-        monkeypatch.setattr(Migrations, "_hear_llumlet", broken)
+        monkeypatch.setattr(StreamClient, "_receive_llumlet", broken)
         monkeypatch.setattr(one.client, "end", broken)
         outputs = [
             EngineCoreOutput("victim", [], kv_transfer_params={"llumnix": b""}),
@@ -250,14 +255,14 @@ async def test_a_death_ends_every_stream_of_its_engine_though_one_cannot_be_deal
     async with front(tmp_path) as one:
         for name in ("a", "b", "c"):
             await one.add_request(name, 0)
-        lose = Migrations._lose
+        orphaned = StreamClient._orphaned
 
-        def odd(self: Migrations, request: RequestId) -> None:
-            if request == "b":
+        def odd(self: StreamClient, effect: Orphaned) -> None:
+            if effect.request == "b":
                 raise RuntimeError("odd")
-            lose(self, request)
+            orphaned(self, effect)
 
-        monkeypatch.setattr(Migrations, "_lose", odd)
+        monkeypatch.setattr(StreamClient, "_orphaned", odd)
         await one.client.lose(I0)
         assert one.due() == {"a": ["error"], "b": ["error"], "c": ["error"]}
         assert [type(fact).__name__ for fact in one.link.told] == ["InstanceLost"]
@@ -267,13 +272,12 @@ async def test_a_source_that_said_too_much_and_died_ends_its_stream_alone(tmp_pa
     async with front(tmp_path) as one:
         for name in ("victim", "neighbour"):
             await one.add_request(name, 0)
-        migrations = one.client.migrations
-        order = migrations._arbiter.begin(RequestId("victim"), I1, "there")
-        assert order is not None
+        order = one.client.streams.grant(RequestId("victim"), I1, "there")
+        assert isinstance(order, Migrate)
         one.take_in(in_band(1, "victim", took_over("victim", order.epoch, outputs=9)))
-        ledger = migrations._arbiter.get(RequestId("victim"))
-        assert ledger is not None
-        ledger.outputs = 10  # As no engine of ours would have it.
+        stream = one.client.streams.get(RequestId("victim"))
+        assert stream is not None
+        stream.outputs = 10  # As no engine of ours would have it.
         await one.client.lose(I0)
         assert one.due() == {"victim": ["error"], "neighbour": ["error"]}
 
@@ -283,7 +287,7 @@ async def test_a_source_that_said_too_much_and_died_ends_its_stream_alone(tmp_pa
 
 async def test_an_engine_that_announces_itself_badly_keeps_no_other_out(tmp_path: Path) -> None:
     async with front(tmp_path) as one:
-        one.client.expect("i2", I2, 2)  # type: ignore[arg-type]
+        one.client.engines.expect("i2", I2, 2)  # type: ignore[arg-type]
         one.client.stats_update_address = "tcp://elsewhere"  # vLLM asserts that they agree.
         odd = one.connect(zmq.DEALER, "input_address", 2)
         blocks = one.client.vllm_config.cache_config.num_gpu_blocks
@@ -296,7 +300,7 @@ async def test_an_engine_that_announces_itself_badly_keeps_no_other_out(tmp_path
         stranger = one.connect(zmq.DEALER, "input_address")
         stranger.send(ready_payload())
         odd.send(ready_payload())
-        await asyncio.wait_for(one.client.connected(I2), 5)
+        await asyncio.wait_for(one.client.engines.ready(I2), 5)
         assert counts[told] == 2
         odd.send(ready_payload(max_model_len=1))  # Again: whoever it is, it changes nothing.
         await one.add_engine(3)
@@ -373,7 +377,7 @@ async def test_without_an_engine_that_takes_requests_they_are_refused_with_503(
 ) -> None:
     async with front(tmp_path) as one:
         one.client.ensure_served()
-        one.client.accept(I0, accepting=False)
+        one.client.engines.accept(I0, accepting=False)
         one.client.ensure_served()
         await one.client.lose(I1)
         with pytest.raises(GracefulHTTPError, match="No instance serves") as refused:
@@ -394,7 +398,7 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
             asked_s.append(seconds)
         return pause(0)
 
-    monkeypatch.setattr("llumnix.frontend.migrations.asyncio.sleep", note)
+    monkeypatch.setattr("llumnix.frontend.engines.calls.asyncio.sleep", note)
     return asked_s
 
 
@@ -415,18 +419,18 @@ async def moving(one: Front, answers: dict[str, Any]) -> list[str]:
 
     await one.add_request("mover", 0)
     one.client.call_engine = call  # type: ignore[method-assign]
-    migrations = one.client.migrations
-    stream = one.client.streams.get("mover")
+    stream = one.client.streams.get(RequestId("mover"))
+    target = one.client.engines.target(I1)
     assert stream is not None
-    place = Place(instance=one.client._engines[I1].instance, engine_index=I1, address="there")
-    migrations.later(migrations.migrate(stream, place))
+    assert target is not None
+    one.client.start_task(one.client.migrate(stream, target))
     await asyncio.sleep(0)
     return called
 
 
 async def settle(one: Front) -> None:
     for _ in range(10 * FATE_ASKED_MAX):
-        if not one.client.migrations._tasks:
+        if not one.client._tasks:
             return
         await asyncio.sleep(0)
 
@@ -460,7 +464,7 @@ async def test_a_source_that_cannot_be_told_of_a_death_loses_only_what_it_moved_
         assert called.count("llumnix_engine_lost") == CALL_TRIES_MAX
         assert pauses == GROWING_S
         assert one.due() == {"mover": ["error"]}
-        assert one.client.streams.get("stays") is not None
+        assert one.client.streams.get(RequestId("stays")) is not None
 
 
 async def test_gauges_of_an_engine_that_is_lost_go_to_zero(tmp_path: Path) -> None:

@@ -12,8 +12,9 @@ from vllm.exceptions import GracefulHTTPError
 from vllm.lora.request import LoRARequest
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from llumnix.core.types import EngineIndex
+from llumnix.core.types import EngineIndex, InstanceId
 from llumnix.frontend.engines.calls import LONG_TIMEOUT_S, SHORT_TIMEOUT_S, EngineCalls
+from llumnix.frontend.engines.directory import EngineDirectory
 from llumnix.frontend.engines.state import CALLS_MAX, EngineState
 from support.virtual_time import run
 
@@ -27,16 +28,13 @@ class Calls(EngineCalls):
     def __init__(self, *engines: EngineIndex) -> None:
         self.core_engines = [e.to_bytes(2, "little") for e in engines]
         self.loop = asyncio.get_running_loop()
+        self.engines = EngineDirectory()
+        for engine in engines:
+            self.engines.expect(InstanceId(f"i{engine}"), engine, engine)
         self.told = EngineState()
         self.told.joined = set(engines)
         self.made: list[tuple[EngineIndex, str, tuple[Any, ...]]] = []
         self.answers: dict[tuple[EngineIndex, str], Any] = {}
-
-    def knows(self, engine_index: EngineIndex) -> bool:
-        return True
-
-    def name_of(self, engine_index: EngineIndex) -> str:
-        return f"i{engine_index}"
 
     async def call_engine(self, engine_index: EngineIndex, method: str, *args: Any) -> Any:
         self.made.append((engine_index, method, args))

@@ -52,20 +52,20 @@ async def test_health_and_new_requests_agree_whatever_the_instances_do(tmp_path:
             assert found[-1] == await request(one, f"r{next(names)}")
 
         await both()  # None is there.
-        one.client.expect(InstanceId("i9"), EngineIndex(9), 2)
+        one.client.engines.expect(InstanceId("i9"), EngineIndex(9), 2)
         await both()  # One starts.
         await one.add_engine(0)
         await one.add_engine(1)
         await both()
-        one.client.accept(i0, False)
+        one.client.engines.accept(i0, False)
         await both()
-        one.client.accept(i1, False)
+        one.client.engines.accept(i1, False)
         await both()  # Both drain: alive, and closed to new requests.
-        one.client.accept(i0, True)
+        one.client.engines.accept(i0, True)
         await both()
         await one.client.lose(i0)
         await both()
-        one.client.accept(i1, True)
+        one.client.engines.accept(i1, True)
         await both()
         assert await health(one.client, stopping=True) == 503
     assert found == [503, 503, 200, 200, 503, 200, 503, 200]

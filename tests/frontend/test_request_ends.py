@@ -24,8 +24,7 @@ class LLM(FleetLLM):
     def __init__(self) -> None:
         self.output_processor = OutputProcessor(None, log_stats=False)
         self.aborted: list[str] = []
-        migrations = SimpleNamespace(later=lambda work: work.close())
-        client = SimpleNamespace(migrations=migrations, ensure_served=lambda: None)
+        client = SimpleNamespace(start_task=lambda work: work.close(), ensure_served=lambda: None)
         self.engine_core: Any = client
         self.log_requests = False
 

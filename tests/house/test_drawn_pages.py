@@ -7,6 +7,7 @@ from types import ModuleType
 import pytest
 
 from llumnix.core.migration.tables import DESTINATION, SOURCE
+from llumnix.core.streams.states import STREAM
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "draw_pages.py"
 
@@ -57,7 +58,7 @@ def test_a_page_without_markers_is_refused(script: ModuleType, docs: Path) -> No
 
 
 def test_every_state_is_drawn(script: ModuleType) -> None:
-    for name, table in (("source", SOURCE), ("destination", DESTINATION)):
+    for name, table in (("source", SOURCE), ("destination", DESTINATION), ("stream", STREAM)):
         drawing = script.drawings()[name]
         for state in table:
             assert f"{state.value.replace(' ', '_')} --> " in drawing

@@ -107,20 +107,20 @@ def test_the_version_is_the_one_that_was_read() -> None:
 
 
 def test_the_client_has_every_attribute_that_vllms_own_sets() -> None:
-    """frontend/client.py replaces both constructors."""
-    from llumnix.frontend.client import FleetClient
+    """frontend/engines/sockets.py replaces both constructors."""
+    from llumnix.frontend.engines.sockets import EngineSockets
 
     def attributes(cls: type) -> set[str]:
         return set(re.findall(r"self\.(\w+)(?:: [^=\n]+)? = ", source(cls.__init__)))
 
     stock = attributes(MPClient) | attributes(AsyncMPClient)
-    assert stock == attributes(FleetClient) & stock, stock - attributes(FleetClient)
+    assert stock == attributes(EngineSockets) & stock, stock - attributes(EngineSockets)
 
 
 def test_the_clients_methods_take_an_engine() -> None:
     for name in ("_send_input", "_call_utility_async"):
         parameters = inspect.signature(getattr(AsyncMPClient, name)).parameters
-        assert "engine" in parameters, f"AsyncMPClient.{name} takes no engine (frontend/client.py)"
+        assert "engine" in parameters, f"AsyncMPClient.{name} takes no engine (engines/sockets.py)"
 
 
 def test_every_call_to_one_engine_was_considered() -> None:
@@ -241,7 +241,7 @@ def test_a_grammar_that_does_not_compile_ends_its_request_with_an_error() -> Non
         Scheduler.update_from_output,
         "error_req_ids = set(self.grammar_compile_error_reqs)",
         "self.finish_requests( error_req_ids, RequestStatus.FINISHED_ERROR",
-        who="frontend/client.py's BAD_GRAMMAR",
+        who="frontend/streams/client.py's BAD_GRAMMAR",
     )
 
 
@@ -313,7 +313,7 @@ def test_the_engine_actor_is_told_addresses_and_runs_until_asked() -> None:
 
 def test_an_engine_cores_sockets_are_made_where_we_give_them_keys() -> None:
     """engine/vllm_sockets.py stands in for `make_zmq_socket` of that module, and sets its context's
-    defaults; frontend/client.py sets those of its own context."""
+    defaults; frontend/engines/sockets.py sets those of its own context."""
     who = "engine/vllm_sockets.py"
     makes = {
         "process_input_sockets": "make_zmq_socket( ctx, input_address, zmq.DEALER,",

@@ -635,7 +635,7 @@ def test_outputs_leave_in_order_with_our_messages_among_them() -> None:
         EngineCoreProc.process_output_sockets,
         "output = self.output_queue.get()",
         "client_index, outputs = output outputs.engine_index = engine_index",
-        who="frontend/migrations.py",
+        who="frontend/streams/client.py",
     )
     message = {"llumnix": b"\x00\xff"}
     told = EngineCoreOutputs(outputs=[EngineCoreOutput("r", [], kv_transfer_params=message)])

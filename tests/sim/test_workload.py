@@ -7,16 +7,15 @@ import statistics
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from llumnix.core.events import RequestArrived
 from llumnix.core.settings import SchedulerSettings
-from llumnix.core.types import EngineIndex, InstanceId, RequestId
+from llumnix.core.types import InstanceId, RequestId
 from llumnix.errors import UsageError
-from llumnix.frontend.streams import Stream
+from llumnix.frontend.streams.info import FleetStreams, StreamInfo, shown
 from llumnix.observe.event_log import EventLog
 from llumnix.sim.workloads.traces import CLIENTS, FILES, read_clients
 from llumnix.sim.workloads.workload import PAIRS, TRACES, Arrival, Workload, requests_of
@@ -240,17 +239,15 @@ def test_an_event_log_is_a_trace(tmp_path: Path, name: str) -> None:
         ("lost its engine", 0, 0.7, 20, 5, "error"),
     )
     for request, priority, came_s, prompt, output, reason in ended:
-        stream = Stream(
-            request=RequestId(request),
+        info = StreamInfo(
             client_id=request,
-            instance=InstanceId("i0"),
-            engine_index=EngineIndex(0),
             prompt_tokens=prompt,
             priority=priority,
             started_s=now_s + came_s,
-            ledger=SimpleNamespace(outputs=output),
         )
-        log.request(stream.shown(reason))
+        stream = FleetStreams().open(RequestId(request), info)
+        stream.outputs = output
+        log.request(shown(stream, InstanceId("i0"), reason))
     log.close()
     trace = str(tmp_path / name)
     assert requests_of(trace, None) == 2

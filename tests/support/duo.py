@@ -5,20 +5,14 @@ between. The same scenarios thus run on an engine without a model and on vLLM's.
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from llumnix.core.messages import MigrationEnded, Out, PeerMessage, TookOver, ToPeer
 from llumnix.core.migration.llumlet import Llumlet
-from llumnix.core.streams.table import (
-    AbortAt,
-    Arbiter,
-    AskFate,
-    Effect,
-    Moved,
-    StreamLost,
-    TellLost,
-)
+from llumnix.core.streams.effects import Abort, AskFate, Effect, Moved, Orphaned, TellLost
+from llumnix.core.streams.stream import Refusal
+from llumnix.core.streams.table import StreamTable
 from llumnix.core.types import EngineIndex, RequestId
 
 Said = tuple[RequestId, list[int], bool, Any]
@@ -50,7 +44,7 @@ class Duo:
 
     def __init__(self, make: Callable[[int, "Duo"], TestEngine]) -> None:
         self.now = 0.0
-        self.arbiter: Arbiter[Said] = Arbiter()
+        self.streams: StreamTable[None, Said] = StreamTable()
         self.engines: dict[EngineIndex, TestEngine] = {}
         self.llumlets: dict[EngineIndex, Llumlet] = {}
         self.addresses: dict[str, EngineIndex] = {}
@@ -76,26 +70,26 @@ class Duo:
     def add(self, request: str, prompt: Prompt, options: Any, on: int = 0) -> RequestId:
         name = RequestId(request)
         self.got[name], self.extras[name], self.state[name] = [], [], "open"
-        self.arbiter.open(name, EngineIndex(on))
+        self.streams.placed(self.streams.open(name, None), EngineIndex(on))
         self.engines[EngineIndex(on)].add(name, prompt, options)
         return name
 
     def migrate(self, request: RequestId, to: int | None = None, copy: str = "staged") -> bool:
-        ledger = self.arbiter.get(request)
-        if ledger is None:
+        stream = self.streams.get(request)
+        if stream is None or stream.owner is None:
             return False
         if to is None:
-            to = next(i for i in self.engines if i != ledger.owner)
-        order = self.arbiter.begin(request, EngineIndex(to), f"engine {to}", copy)
-        if order is None:
+            to = next(i for i in self.engines if i != stream.owner)
+        order = self.streams.grant(request, EngineIndex(to), f"engine {to}", copy)
+        if isinstance(order, Refusal):
             return False
-        self._send(ledger.owner, self.llumlets[ledger.owner].migrate(order, self.now))
+        self._send(stream.owner, self.llumlets[stream.owner].migrate(order, self.now))
         return True
 
     def hang_up(self, request: RequestId) -> None:
         if self.state[request] == "open":
             self.state[request] = "hung up"
-            self._abort(self.arbiter.close(request), request)
+            self._close(request)
 
     def kill(self, index: int, successor: bool = True) -> None:
         """The engine dies; an empty one takes its hardware under a new index."""
@@ -104,7 +98,7 @@ class Duo:
         del self.llumlets[lost]
         engine.die()
         self.wire = deque((to, m) for to, m in self.wire if to != lost)
-        self._perform(self.arbiter.engine_lost(lost, list(self.engines)))
+        self._perform(self.streams.engine_lost(lost, list(self.engines)))
         if successor:
             self._join(EngineIndex(max([*self.engines, lost]) + 1), engine)
 
@@ -178,8 +172,10 @@ class Duo:
 
     def _hear(self, index: EngineIndex, said: Said) -> None:
         request, tokens = said[0], said[1]
-        outputs, effects = self.arbiter.offer(index, request, len(tokens), said)
-        for output in outputs:
+        due: list[Said] = []
+        effects = self.streams.receive(index, request, len(tokens), said, due)
+        self.streams.check()
+        for output in due:
             self._client_gets(output)
         self._perform(effects)
 
@@ -190,10 +186,11 @@ class Duo:
         self.extras[request].append(extra)
         if finished:
             self.state[request] = "finished"
-            self._abort(self.arbiter.close(request), request)
+            self._close(request)
 
-    def _abort(self, engines: list[EngineIndex], request: RequestId) -> None:
-        for index in engines:
+    def _close(self, request: RequestId) -> None:
+        closed = self.streams.close(request)
+        for index in closed[1] if closed else ():
             self.orders.append((index, ("abort", request)))
 
     def _obey(self, index: EngineIndex, order: tuple) -> None:
@@ -211,30 +208,31 @@ class Duo:
                 if fate == "undecided":
                     self.orders.append((index, order))
                 else:
-                    self._perform(self.arbiter.fate(migration, fate))
+                    self._perform(self.streams.fate(migration, fate))
 
     def _send(self, index: EngineIndex, out: list[Out]) -> None:
         for item in out:
             if isinstance(item, ToPeer):
                 self.wire.append((item.engine, item.message))
             elif isinstance(item.message, TookOver):
-                self._perform(self.arbiter.took_over(index, item.message))
+                self._perform(self.streams.took_over(index, item.message))
             else:
                 self.ended.append(item.message)
-                self._perform(self.arbiter.ended(item.message))
+                self._perform(self.streams.ended(item.message))
 
-    def _perform(self, effects: list[Effect]) -> None:
+    def _perform(self, effects: Sequence[Effect]) -> None:
+        self.streams.check()
         for effect in effects:
             match effect:
-                case AbortAt(engine=engine, request=request):
-                    self._abort([engine], request)
+                case Abort(engine=engine, request=request):
+                    self.orders.append((engine, ("abort", request)))
                 case TellLost(engine=engine, lost=lost, granted=granted):
                     self.orders.append((engine, ("lost", lost, granted)))
                 case AskFate(engine=engine, migration=migration):
                     self.orders.append((engine, ("fate", migration)))
-                case StreamLost(request=request):
+                case Orphaned(request=request):
                     self.state[request] = "lost"
-                    self.arbiter.close(request)
+                    self._close(request)
                 case Moved(request=request, missing=missing, held=held):
                     if missing:
                         self._client_gets((request, list(missing), False, None))

@@ -1,9 +1,10 @@
 """Engines, their llumlets and one frontend over links that lose, delay, repeat and reorder.
 
-Everything that happens is drawn from one seed. The production code under test is the llumlet
-(with both machines) and the arbiter; this file is only the world around them, and the checkers:
-one live owner, no block leaked, no token lost, repeated or out of order, no block of a prefix cache
-with the bytes of other tokens, no stream lost that an engine goes on with.
+Everything that happens is drawn from one seed. The production code under test is the llumlet (with
+both machines) and the table of streams; this file is only the world around them, and the checkers:
+a table of streams that agrees with itself after every event, one live owner, no block leaked, no
+token lost, repeated or out of order, no block of a prefix cache with the bytes of other tokens, no
+stream lost that an engine goes on with.
 
 An engine hears through the two queues that engine/migration/host.py has: what comes from outside
 waits in one for the end of the engine's step; finished pulls wait in the other, which is emptied
@@ -12,6 +13,7 @@ right after the step, and so ahead of what came before them.
 
 import random
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from llumnix.core.events import MoveLimit, MoveOrder
@@ -28,15 +30,9 @@ from llumnix.core.messages import (
 )
 from llumnix.core.migration.llumlet import Llumlet
 from llumnix.core.migration.tables import OnStep
-from llumnix.core.streams.table import (
-    AbortAt,
-    Arbiter,
-    AskFate,
-    Effect,
-    Moved,
-    StreamLost,
-    TellLost,
-)
+from llumnix.core.streams.effects import Abort, AskFate, Effect, Moved, Orphaned, TellLost
+from llumnix.core.streams.stream import Refusal
+from llumnix.core.streams.table import StreamTable
 from llumnix.core.types import EngineIndex, InstanceId, OrderId, RequestId
 from support.fake_engine import FakeEngine, Said, undisturbed
 
@@ -92,7 +88,7 @@ class Cluster:
         self.world = world
         self.on_step = on_step
         self.now = 0.0
-        self.arbiter: Arbiter[Said] = Arbiter()
+        self.streams: StreamTable[None, Said] = StreamTable()
         self.engines: dict[EngineIndex, FakeEngine] = {}
         self.llumlets: dict[EngineIndex, Llumlet] = {}
         self.wire: list[tuple[EngineIndex, PeerMessage]] = []
@@ -146,7 +142,7 @@ class Cluster:
         client = Client(prompt=prompt, max_tokens=count, expected=undisturbed(prompt, count))
         self.clients[request] = client
         index = self.random.choice(list(self.engines))
-        self.arbiter.open(request, index)
+        self.streams.placed(self.streams.open(request, None), index)
         self.to_engine[index].append(("add", request, prompt, client.max_tokens))
 
     def run(self) -> None:
@@ -188,14 +184,14 @@ class Cluster:
         if not open_:
             return
         request = self.random.choice(open_)
-        ledger = self.arbiter.get(request)
+        stream = self.streams.get(request)
         to = self.random.choice(list(self.engines))
-        if ledger is None or ledger.owner not in self.engines:
+        if stream is None or stream.owner is None or stream.owner not in self.engines:
             return
         how = "staged" if self.random.random() < self.world.staged else self.random.choice(COPIES)
-        order = self.arbiter.begin(request, to, f"engine {to}", how)
-        if order is not None:
-            self.to_engine[ledger.owner].append(("migrate", order))
+        order = self.streams.grant(request, to, f"engine {to}", how)
+        if not isinstance(order, Refusal):
+            self.to_engine[stream.owner].append(("migrate", order))
 
     def _order_load(self) -> None:
         """As the scheduler would, but with limits that are drawn."""
@@ -225,8 +221,7 @@ class Cluster:
 
     def _hang_up(self, request: RequestId) -> None:
         self.clients[request].state = "hung up"
-        for engine in self.arbiter.close(request):
-            self.to_engine[engine].append(("abort", request))
+        self._close(request)
 
     def _crash(self, index: EngineIndex) -> None:
         self.crashed = True
@@ -234,7 +229,7 @@ class Cluster:
         del self.to_engine[index], self.to_frontend[index], self.finished[index]
         for pull in [p for p in self.pulls if p[0] == index]:
             self.pulls.remove(pull)
-        self._perform(self.arbiter.engine_lost(index, list(self.engines)))
+        self._perform(self.streams.engine_lost(index, list(self.engines)))
         self.asking = [a for a in self.asking if a.engine != index]
         self._start(EngineIndex(self.next_engine))
         self.next_engine += 1
@@ -344,24 +339,26 @@ class Cluster:
     def _frontend_hears(self, index: EngineIndex, message: tuple) -> None:
         match message:
             case ("said", (request, tokens, _) as said):
-                outputs, effects = self.arbiter.offer(index, request, len(tokens), said)
-                for output in outputs:
+                due: list[Said] = []
+                effects = self.streams.receive(index, request, len(tokens), said, due)
+                self.streams.check()
+                for output in due:
                     self._client_gets(output)
                 self._perform(effects)
             case ("llumlet", TookOver() as took):
-                self._perform(self.arbiter.took_over(index, took))
+                self._perform(self.streams.took_over(index, took))
             case ("llumlet", MigrationEnded() as ended):
                 self.ended.append(ended)
-                self._perform(self.arbiter.ended(ended))
+                self._perform(self.streams.ended(ended))
             case ("llumlet", MigrationRequested(request=request, destination=to)):
                 self.wanted += 1
-                ledger = self.arbiter.get(request)
-                if ledger is not None and ledger.owner == index and to in self.engines:
-                    order = self.arbiter.begin(request, to, f"engine {to}", wanted=True)
-                    if order is not None:
+                stream = self.streams.get(request)
+                if stream is not None and stream.owner == index and to in self.engines:
+                    order = self.streams.grant(request, to, f"engine {to}", wanted=True)
+                    if not isinstance(order, Refusal):
                         self.to_engine[index].append(("migrate", order))
             case ("fate", migration, fate):
-                self._perform(self.arbiter.fate(migration, fate))
+                self._perform(self.streams.fate(migration, fate))
 
     def _client_gets(self, said: Said) -> None:
         request, tokens, finished = said
@@ -371,23 +368,29 @@ class Cluster:
         assert client.got == client.expected[: len(client.got)], f"{request}: a gap or a repeat"
         if finished:
             client.state = "finished"
-            for engine in self.arbiter.close(request):
-                self.to_engine[engine].append(("abort", request))
+            self._close(request)
 
-    def _perform(self, effects: list[Effect]) -> None:
+    def _close(self, request: RequestId) -> None:
+        closed = self.streams.close(request)
+        for engine in closed[1] if closed else ():
+            self.to_engine[engine].append(("abort", request))
+        self.streams.check()
+
+    def _perform(self, effects: Sequence[Effect]) -> None:
+        self.streams.check()
         for effect in effects:
             match effect:
-                case AbortAt(engine=engine, request=request):
+                case Abort(engine=engine, request=request):
                     if engine in self.to_engine:
                         self.to_engine[engine].append(("abort", request))
                 case TellLost(engine=engine, lost=lost, granted=granted):
                     self.to_engine[engine].append(("lost", lost, granted))
                 case AskFate():
                     self.asking.append(effect)
-                case StreamLost(request=request):
+                case Orphaned(request=request):
                     self._check_lost(request)
                     self.clients[request].state = "lost"
-                    self.arbiter.close(request)
+                    self._close(request)
                 case Moved(request=request, missing=missing, held=held):
                     if missing:
                         self._client_gets((request, list(missing), False))
@@ -426,6 +429,7 @@ class Cluster:
 
     def _check_rest(self) -> None:
         assert self._at_rest(), "something never came to rest"
+        assert not len(self.streams), "a stream is still open"
         for request, client in self.clients.items():
             assert client.state != "open", f"{request} was forgotten"
             if client.state == "finished":

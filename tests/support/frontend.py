@@ -133,10 +133,10 @@ class Front:
 
     async def add_engine(self, index: int) -> None:
         """Engine `index` of instance `i<index>` announces itself."""
-        self.client.expect(InstanceId(f"i{index}"), EngineIndex(index), index)
+        self.client.engines.expect(InstanceId(f"i{index}"), EngineIndex(index), index)
         self.engines[index] = self.connect(zmq.DEALER, "input_address", index)
         self.engines[index].send(ready_payload())
-        await asyncio.wait_for(self.client.connected(EngineIndex(index)), 5)
+        await asyncio.wait_for(self.client.engines.ready(EngineIndex(index)), 5)
 
     async def add_request(self, name: str, engine: int, **fields: Any) -> None:
         self.link.where = engine

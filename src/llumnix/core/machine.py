@@ -43,7 +43,7 @@ class Machine(Generic[StateT, EventT, ActionT]):
         if known is None:
             story = " ".join(f"-[{e.value}]-> {s.value}" for e, s in self.history)
             raise ProtocolError(
-                f"migration {self.name}: '{event.value}' cannot happen in state "
+                f"{self.name}: '{event.value}' cannot happen in state "
                 f"'{self.state.value}' (story: {self._start.value} {story})"
             )
         self.state, action = known

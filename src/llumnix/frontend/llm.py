@@ -40,9 +40,9 @@ from llumnix.frontend.client import FleetClient
 from llumnix.frontend.early_add import Adding, Outputs
 from llumnix.frontend.engines.outputs import FailedRequest
 from llumnix.frontend.grammars import GrammarChecks
-from llumnix.frontend.migrations import GAVE_UP
 from llumnix.frontend.output_guard import guard
 from llumnix.frontend.prompt_blocks import one_request
+from llumnix.frontend.streams.client import GAVE_UP
 
 logger = logging.getLogger("llumnix.frontend")
 
@@ -137,7 +137,7 @@ class FleetLLM(AsyncLLM):
             )
         if state.parent_req is not None:  # The other `n` - 1 sequences have lost their consumer.
             others = self.abort(state.parent_req.request_id, internal=True)
-            self.engine_core.migrations.later(others)
+            self.engine_core.start_task(others)
         # An output cannot end these: for pooling there is none, and a session goes on after it.
         elif state.detokenizer is None or state.streaming_input:
             self.output_processor.abort_requests([failed.request], internal=True)
@@ -147,7 +147,7 @@ class FleetLLM(AsyncLLM):
 
     def _give_up(self, request: str, error: Exception) -> None:
         """One of its outputs could not be processed."""
-        self.engine_core.migrations.give_up(RequestId(request), error)
+        self.engine_core.give_up(RequestId(request), error)
         # Its stream may have ended before, and then nobody else tells the consumer.
         state = self.output_processor.request_states.get(request)
         failed = FailedRequest(request=request, slot=0, why=GAVE_UP)

@@ -98,9 +98,9 @@ class Runs:
             raise LlumnixError("65,536 engines were started; restart llumnix to start more")
         index = EngineIndex(self._started)
         self._started += 1
-        self._client.expect(instance, index, slot)
+        self._client.engines.expect(instance, index, slot)
         # Not before it is in the state of the others.
-        self._client.accept(index, False)
+        self._client.engines.accept(index, False)
         config = InstanceConfig(
             instance=instance,
             engine_index=index,
@@ -186,9 +186,9 @@ class Runs:
         except ray.exceptions.RayError as error:
             logged = await asyncio.to_thread(ray_runtime.error_logged, str(error))
             return logged or _reason(error)
-        self._client.locate(run.engine_index, run.facts.address)
+        self._client.engines.locate(run.engine_index, run.facts.address)
         run.ended = asyncio.create_task(_until_ended(run.actor))
-        connected = asyncio.create_task(self._client.connected(run.engine_index))
+        connected = asyncio.create_task(self._client.engines.ready(run.engine_index))
         try:
             await asyncio.wait({run.ended, connected}, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -198,7 +198,7 @@ class Runs:
     def accept(self, run: Run, accepting: bool) -> None:
         """Says whether it takes new requests, to the frontend and in its own reports. Not waited
         for: an engine may be dying right now."""
-        self._client.accept(run.engine_index, accepting)
+        self._client.engines.accept(run.engine_index, accepting)
         if run.accepting != accepting:
             run.accepting = accepting
             if run.telling is None or run.telling.done():

@@ -288,11 +288,13 @@ SourceMachine = Machine[SourceState, SourceEvent, SourceAction]
 DestinationMachine = Machine[DestinationState, DestinationEvent, DestinationAction]
 
 
-def source_machine(name: str) -> SourceMachine:
+def source_machine(migration: str) -> SourceMachine:
     """A source that has just asked for room."""
-    return Machine(f"{name} (source)", SOURCE, S.RESERVING, (S.COMMITTED, S.ABORTED))
+    name = f"migration {migration} (source)"
+    return Machine(name, SOURCE, S.RESERVING, (S.COMMITTED, S.ABORTED))
 
 
-def destination_machine(name: str) -> DestinationMachine:
+def destination_machine(migration: str) -> DestinationMachine:
     """A destination that has just reserved room."""
-    return Machine(f"{name} (destination)", DESTINATION, D.PREPARING, (D.COMMITTED, D.ABORTED))
+    name = f"migration {migration} (destination)"
+    return Machine(name, DESTINATION, D.PREPARING, (D.COMMITTED, D.ABORTED))

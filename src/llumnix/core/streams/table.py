@@ -1,130 +1,125 @@
-"""Who owns each stream: the frontend's part in migrations, and the one place that grants epochs.
+"""All streams of one frontend, which engine owns each, and the one place that grants epochs.
 
-Rules
-- A stream takes tokens from its owner alone. What a destination says before the source's last
-  tokens have arrived is held back, and follows them; what anybody else says is dropped.
-- A destination becomes the owner by `TookOver` under the epoch it was granted, and no other way.
-- A destination that died before it took over loses its grant for good, and the owner gets a fresh
-  epoch. A source that died during a migration does not end the stream until the destination has
-  said what it decided.
+The protocol (core/streams/states.py) says what may happen to a stream. `StreamTable` feeds it,
+keeps the records (core/streams/stream.py), and answers each event with the effects
+(core/streams/effects.py) that the frontend has to carry out, in order.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Generic
 
 from llumnix.core.messages import Migrate, MigrationEnded, TookOver
-from llumnix.core.types import EngineIndex, Epoch, MigrationId, RequestId
+from llumnix.core.streams.effects import (
+    Abort,
+    AskFate,
+    Effect,
+    GrantEnded,
+    Moved,
+    Orphaned,
+    TellLost,
+)
+from llumnix.core.streams.states import StreamAction, StreamEvent, StreamState, stream_machine
+from llumnix.core.streams.stream import Info, Output, Refusal, Stream
+from llumnix.core.types import EngineIndex, MigrationId, RequestId
 from llumnix.errors import ProtocolError
 
-Output = TypeVar("Output")
-FIRST_EPOCH = Epoch(0)
+ENGINE_DIED = "the engine that ran it died"
+DESTINATION_DIED = "the destination died"
+SOURCE_DIED = "the source died during the migration"
+SOURCE_DIED_AFTER = "the source died after the handover"
+NO_EFFECTS: tuple[Effect, ...] = ()
 
 
-@dataclass(slots=True, kw_only=True)
-class Ledger(Generic[Output]):
-    """One stream. `outputs`: generated tokens that were accepted. `held`: what the next owner said
-    before its time. `source_dead`: the owner died and the destination is being asked. `released`:
-    the owner has let go of it."""
+class StreamTable(Generic[Info, Output]):
+    """The open streams. `client`: the number of this frontend, which tells the ids of its
+    migrations from those of others."""
 
-    owner: EngineIndex
-    epoch: Epoch = FIRST_EPOCH
-    last_epoch: Epoch = FIRST_EPOCH
-    outputs: int = 0
-    grant: Migrate | None = None
-    takeover: TookOver | None = None
-    held: list[tuple[int, Output]] = field(default_factory=list)
-    source_dead: bool = False
-    released: bool = False
-
-    def next_epoch(self) -> Epoch:
-        """An epoch that was never granted before."""
-        self.last_epoch = Epoch(self.last_epoch + 1)
-        return self.last_epoch
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AbortAt:
-    """Have the engine abort the request."""
-
-    engine: EngineIndex
-    request: RequestId
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TellLost:
-    """Tell the engine that another one died, and for which migrations to that it has a fresh
-    epoch."""
-
-    engine: EngineIndex
-    lost: EngineIndex
-    granted: tuple[MigrationId, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AskFate:
-    """Ask the engine what it decided (`Llumlet.fate`), until it has."""
-
-    engine: EngineIndex
-    migration: MigrationId
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StreamLost:
-    """No engine runs the request any more."""
-
-    request: RequestId
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Moved:
-    """The stream has a new owner. `missing`: tokens that the old one generated and never sent;
-    `held`: what the new one said meanwhile. Both are due to the client, in this order."""
-
-    request: RequestId
-    owner: EngineIndex
-    missing: tuple[int, ...] = ()
-    held: tuple[object, ...] = ()
-
-
-Effect = AbortAt | TellLost | AskFate | StreamLost | Moved
-
-
-class Arbiter(Generic[Output]):
-    """All streams of one frontend. `name` keeps its migrations' ids apart from other frontends'."""
-
-    def __init__(self, name: str = "m") -> None:
-        self._name = name
-        self._count = 0
-        self._streams: dict[RequestId, Ledger[Output]] = {}
-        self._migrating: dict[MigrationId, RequestId] = {}
-        self._revoked: dict[MigrationId, RequestId] = {}
+    def __init__(self, client: int = 0) -> None:
+        self._prefix = f"m{client}-" if client else "m"
+        self._granted = 0
+        self._streams: dict[RequestId, Stream[Info, Output]] = {}
+        self._by_engine: dict[EngineIndex, dict[RequestId, Stream[Info, Output]]] = {}
+        self._by_migration: dict[MigrationId, Stream[Info, Output]] = {}
         self._dead: set[EngineIndex] = set()
 
-    def open(self, request: RequestId, owner: EngineIndex) -> Ledger[Output]:
-        """A new stream."""
-        ledger: Ledger[Output] = Ledger(owner=owner)
-        self._streams[request] = ledger
-        return ledger
+    # -- looking
 
-    def get(self, request: RequestId) -> Ledger[Output] | None:
-        """The open stream's ledger."""
+    def get(self, request: RequestId) -> Stream[Info, Output] | None:
+        """The open stream of that request."""
         return self._streams.get(request)
 
-    def close(self, request: RequestId) -> list[EngineIndex]:
-        """The stream is over. Returns who may still hold the request: the owner, and where it was
-        going."""
-        ledger = self._streams.pop(request, None)
-        if ledger is None:
-            return []
-        self._revoked = {m: r for m, r in self._revoked.items() if r != request}
-        holders = [ledger.owner]
-        if ledger.grant is not None:
-            self._migrating.pop(ledger.grant.migration, None)
-            holders.append(ledger.grant.destination)
-        return [e for e in holders if e not in self._dead]
+    def of(self, migration: MigrationId) -> Stream[Info, Output] | None:
+        """The open stream that has this grant, or had it revoked and not yet heard of its end."""
+        return self._by_migration.get(migration)
 
-    def begin(
+    def on(self, engine: EngineIndex) -> list[Stream[Info, Output]]:
+        """The streams that an engine owns."""
+        return list(self._by_engine.get(engine, {}).values())
+
+    def count(self, engine: EngineIndex) -> int:
+        """How many streams an engine owns."""
+        return len(self._by_engine.get(engine, ()))
+
+    def __iter__(self) -> Iterator[Stream[Info, Output]]:
+        """All open streams, also those that are being placed."""
+        return iter(list(self._streams.values()))
+
+    def __len__(self) -> int:
+        return len(self._streams)
+
+    # -- from the request's arrival to its end
+
+    def open(self, request: RequestId, info: Info) -> Stream[Info, Output]:
+        """A new stream, which an engine has to be found for."""
+        if request in self._streams:
+            raise ProtocolError(f"stream {request} is open already")
+        machine = stream_machine(request)
+        stream: Stream[Info, Output] = Stream(request=request, info=info, machine=machine)
+        self._streams[request] = stream
+        return stream
+
+    def placed(self, stream: Stream[Info, Output], engine: EngineIndex) -> bool:
+        """This engine gets the request. False if the stream was closed meanwhile."""
+        if self._streams.get(stream.request) is not stream:
+            return False
+        stream.machine.feed(StreamEvent.PLACED)
+        self._own(stream, engine)
+        return True
+
+    def receive(
+        self,
+        engine: EngineIndex,
+        request: RequestId,
+        tokens: int,
+        output: Output,
+        due: list[Output],
+    ) -> Sequence[Effect]:
+        """What an engine said of a request, with `tokens` new tokens. It is added to `due` if the
+        client is to get it now."""
+        # Once a token, hence the list that is passed in: here nothing is allocated.
+        stream = self._streams.get(request)
+        if stream is None:
+            return NO_EFFECTS
+        if stream.owner == engine and stream.takeover is None:
+            stream.outputs += tokens
+            due.append(output)
+            return NO_EFFECTS
+        return self._receive_moving(stream, engine, tokens, output, due)
+
+    def close(self, request: RequestId) -> tuple[Stream[Info, Output], list[EngineIndex]] | None:
+        """The stream is over. Returns it, and the engines that may still hold the request."""
+        stream = self._streams.pop(request, None)
+        if stream is None:
+            return None
+        holders = self._holders(stream)
+        self._drop_grant(stream)
+        self._drop_revoked(stream)
+        self._own(stream, None)
+        return stream, holders
+
+    # -- migrations
+
+    def grant(
         self,
         request: RequestId,
         destination: EngineIndex,
@@ -132,170 +127,248 @@ class Arbiter(Generic[Output]):
         copy: str = "staged",
         *,
         wanted: bool = False,
-    ) -> Migrate | None:
-        """Grants the next epoch to a destination (`wanted`: by the source's llumlet); None if the
-        stream is not there, is on its way already, or is there already, or if either engine is
-        dead."""
-        ledger = self._streams.get(request)
-        if ledger is None or ledger.grant is not None or ledger.owner == destination:
-            return None
-        if {ledger.owner, destination} & self._dead:
-            return None
-        migration = MigrationId(f"{self._name}{self._count}")
-        self._count += 1
-        ledger.grant = Migrate(
+    ) -> Migrate | Refusal:
+        """Grants the next epoch to a destination, whose llumlet listens at `address`. Returns the
+        order for the source. `wanted`: the source's llumlet asked for it, not a user."""
+        stream = self._streams.get(request)
+        if stream is None or stream.owner is None:
+            return Refusal.NOT_RUNNING
+        if stream.owner == destination:
+            return Refusal.THERE
+        if stream.grant is not None:
+            return Refusal.MOVING
+        if destination in self._dead:
+            return Refusal.ENGINE_DEAD
+        stream.machine.feed(StreamEvent.GRANT)
+        migration = MigrationId(f"{self._prefix}{self._granted}")
+        self._granted += 1
+        stream.grant = Migrate(
             migration=migration,
             request=request,
             destination=destination,
             address=address,
-            epoch=ledger.next_epoch(),
+            epoch=stream.next_epoch(),
             copy=copy,
             wanted=wanted,
         )
-        self._migrating[migration] = request
-        return ledger.grant
+        self._by_migration[migration] = stream
+        return stream.grant
 
-    def offer(
-        self, engine: EngineIndex, request: RequestId, tokens: int, output: Output
-    ) -> tuple[list[Output], list[Effect]]:
-        """What an engine said of a request, with `tokens` new tokens: returns what to pass on now,
-        and what follows from it."""
-        ledger = self._streams.get(request)
-        if ledger is None:
-            return [], []
-        if ledger.owner == engine:
-            ledger.outputs += tokens
-            if ledger.takeover is None:
-                return [output], []
-            return [output], self._flip_if_due(request, ledger)
-        if ledger.takeover is not None and ledger.grant and ledger.grant.destination == engine:
-            ledger.held.append((tokens, output))
-        return [], []
-
-    def took_over(self, engine: EngineIndex, message: TookOver) -> list[Effect]:
+    def took_over(self, engine: EngineIndex, message: TookOver) -> Sequence[Effect]:
         """A destination says that it owns the request."""
-        ledger = self._streams.get(message.request)
-        grant = ledger.grant if ledger is not None else None
-        if ledger is None or grant is None or grant.epoch != message.epoch:
-            return [AbortAt(engine=engine, request=message.request)]
-        ledger.takeover = message
-        if ledger.source_dead:
-            return self._flip_without_source(message.request, ledger)
-        return self._flip_if_due(message.request, ledger)
+        stream = self._streams.get(message.request)
+        if stream is None or stream.grant is None or stream.grant.epoch != message.epoch:
+            return [Abort(engine=engine, request=message.request)]
+        if stream.state is not StreamState.ASKING:
+            _check_count(stream, message, stream.outputs)
+        action = stream.machine.feed(StreamEvent.TOOK_OVER)
+        stream.takeover = message
+        if action is StreamAction.FILL:
+            return self._fill(stream, SOURCE_DIED)
+        return self._flip(stream) if stream.outputs == message.outputs else NO_EFFECTS
 
-    def ended(self, message: MigrationEnded) -> list[Effect]:
-        """The source says how its migration ended. A take-over is settled by the destination's own
-        word, unless it died before that was heard: then nobody has the request any more."""
-        revoked = self._revoked.pop(message.migration, None)
-        if message.taken and revoked is not None:
-            return [StreamLost(request=revoked)]
-        request = self._migrating.get(message.migration)
-        ledger = self._streams.get(request) if request is not None else None
-        if ledger is not None and message.taken:
-            ledger.released = True
-        elif ledger is not None and not ledger.source_dead:
-            del self._migrating[message.migration]
-            ledger.grant = None
-        return []
+    def ended(self, message: MigrationEnded) -> Sequence[Effect]:
+        """The source says how its migration ended. The destination's own word settles a take-over,
+        unless it died before that was heard: then no engine has the request any more."""
+        migration = message.migration
+        stream = self._by_migration.get(migration)
+        if stream is None or stream.state is StreamState.ASKING:
+            return NO_EFFECTS  # The stream has moved or ended, or the source died after this word.
+        if migration in stream.revoked:
+            if message.taken:
+                stream.machine.feed(StreamEvent.REVOKED_BUT_TAKEN)
+                return self._orphan(stream, ENGINE_DIED)
+            stream.revoked.remove(migration)
+            del self._by_migration[migration]
+        elif message.taken:
+            stream.machine.feed(StreamEvent.LET_GO)
+            return NO_EFFECTS
+        else:
+            stream.machine.feed(StreamEvent.KEPT)
+            self._drop_grant(stream)
+        return [GrantEnded(migration=migration, outcome="aborted", why=message.why)]
 
-    def engine_lost(self, engine: EngineIndex, others: Iterable[EngineIndex]) -> list[Effect]:
-        """An engine died: nothing of what it still says counts. `others`: those that live; all are
-        told, since a migration may outlive its stream."""
+    def refused(self, migration: MigrationId, why: str) -> Sequence[Effect]:
+        """The source could not take the order in, and says no more of it. Of no account if anything
+        else was heard of the migration."""
+        stream = self._by_migration.get(migration)
+        if stream is None:
+            return NO_EFFECTS
+        if stream.state is not StreamState.GRANTED and migration not in stream.revoked:
+            return NO_EFFECTS
+        return self.ended(
+            MigrationEnded(migration=migration, request=stream.request, taken=False, why=why)
+        )
+
+    def fate(self, migration: MigrationId, fate: str) -> Sequence[Effect]:
+        """A destination answered `AskFate`, or does not answer. `taken` needs no action, since its
+        `TookOver` came before."""
+        stream = self._by_migration.get(migration)
+        if stream is None or stream.state is not StreamState.ASKING or fate == "taken":
+            return NO_EFFECTS
+        stream.machine.feed(StreamEvent.DECLINED)
+        return self._orphan(stream, SOURCE_DIED)
+
+    def engine_lost(self, engine: EngineIndex, living: Iterable[EngineIndex]) -> Sequence[Effect]:
+        """An engine died: nothing of what it still says counts. All `living` engines are told,
+        since a migration may outlive its stream."""
         self._dead.add(engine)
         effects: list[Effect] = []
         granted: dict[EngineIndex, list[MigrationId]] = {}
-        for request, ledger in list(self._streams.items()):
-            if ledger.grant is not None and ledger.grant.destination == engine:
-                effects += self._destination_lost(request, ledger, granted)
-            elif ledger.owner == engine:
-                effects += self._source_lost(request, ledger)
-        told: list[Effect] = [
-            TellLost(engine=e, lost=engine, granted=tuple(granted.get(e, ()))) for e in others
-        ]
-        return told + effects
-
-    def fate(self, migration: MigrationId, fate: str) -> list[Effect]:
-        """A destination answered `AskFate` with a decision. `taken` needs no action: its `TookOver`
-        came before."""
-        request = self._migrating.get(migration)
-        ledger = self._streams.get(request) if request is not None else None
-        if request is None or ledger is None or not ledger.source_dead or fate == "taken":
-            return []
-        return [StreamLost(request=request)]
-
-    def on(self, engine: EngineIndex) -> Iterable[RequestId]:
-        """The streams that an engine owns."""
-        return [r for r, ledger in self._streams.items() if ledger.owner == engine]
+        for stream in self:
+            if stream.grant is not None and stream.grant.destination == engine:
+                effects += self._destination_lost(stream, stream.grant, granted)
+            elif stream.owner == engine:
+                effects += self._owner_lost(stream)
+        told = [TellLost(engine=e, lost=engine, granted=tuple(granted.get(e, ()))) for e in living]
+        return [*told, *effects]
 
     # -- one stream
 
-    def _flip_if_due(self, request: RequestId, ledger: Ledger[Output]) -> list[Effect]:
-        assert ledger.takeover is not None
-        if ledger.outputs > ledger.takeover.outputs:
-            raise ProtocolError(
-                f"{request}: engine {ledger.owner} sent {ledger.outputs} tokens, but engine "
-                f"{ledger.grant and ledger.grant.destination} goes on after "
-                f"{ledger.takeover.outputs}"
-            )
-        if ledger.outputs < ledger.takeover.outputs:
-            return []
-        return [self._flip(request, ledger, ())]
-
-    def _flip_without_source(self, request: RequestId, ledger: Ledger[Output]) -> list[Effect]:
-        """The old owner is dead: what it did not send comes from the take-over's own list. If the
-        two do not fit together the stream is lost, and no other of the dead engine's."""
-        takeover, grant = ledger.takeover, ledger.grant
-        assert takeover is not None
-        assert grant is not None
-        count = takeover.outputs - ledger.outputs
-        if not 0 <= count <= len(takeover.tail) or grant.destination in self._dead:
-            return [
-                AbortAt(engine=grant.destination, request=request),
-                StreamLost(request=request),
-            ]
-        missing = tuple(takeover.tail[-count:]) if count else ()
-        ledger.outputs += count
-        return [self._flip(request, ledger, missing)]
-
-    def _flip(self, request: RequestId, ledger: Ledger[Output], missing: tuple[int, ...]) -> Effect:
-        assert ledger.grant is not None
-        ledger.owner, ledger.epoch = ledger.grant.destination, ledger.grant.epoch
-        self._migrating.pop(ledger.grant.migration, None)
-        held = ledger.held
-        ledger.outputs += sum(tokens for tokens, _ in held)
-        ledger.grant = ledger.takeover = None
-        ledger.held, ledger.source_dead, ledger.released = [], False, False
-        return Moved(
-            request=request,
-            owner=ledger.owner,
-            missing=missing,
-            held=tuple(output for _, output in held),
-        )
+    def _receive_moving(
+        self,
+        stream: Stream[Info, Output],
+        engine: EngineIndex,
+        tokens: int,
+        output: Output,
+        due: list[Output],
+    ) -> Sequence[Effect]:
+        """Tokens of a stream that was taken over, or of an engine that does not own it."""
+        takeover, grant = stream.takeover, stream.grant
+        if takeover is None or grant is None:
+            return NO_EFFECTS
+        if grant.destination == engine:
+            stream.held.append((tokens, output))
+        elif stream.owner == engine:
+            _check_count(stream, takeover, stream.outputs + tokens)
+            stream.outputs += tokens
+            due.append(output)
+            if stream.outputs == takeover.outputs:
+                return self._flip(stream)
+        return NO_EFFECTS
 
     def _destination_lost(
         self,
-        request: RequestId,
-        ledger: Ledger[Output],
+        stream: Stream[Info, Output],
+        grant: Migrate,
         granted: dict[EngineIndex, list[MigrationId]],
-    ) -> list[Effect]:
-        grant = ledger.grant
-        assert grant is not None
-        source_told = granted.setdefault(ledger.owner, [])
-        if ledger.takeover is not None or ledger.released or ledger.source_dead:
-            # It took over and died with it, or both engines are gone.
-            return [StreamLost(request=request)]
-        source_told.append(grant.migration)
-        self._revoked[grant.migration] = request
-        self._migrating.pop(grant.migration, None)
-        ledger.grant, ledger.epoch = None, ledger.next_epoch()
-        return []
+    ) -> Sequence[Effect]:
+        """Notes in `granted`, by source, a migration whose source gets a fresh epoch."""
+        action = stream.machine.feed(StreamEvent.DESTINATION_LOST)
+        if action is not StreamAction.REVOKE:
+            return self._orphan(stream, ENGINE_DIED)
+        assert stream.owner is not None
+        granted.setdefault(stream.owner, []).append(grant.migration)
+        stream.revoked.add(grant.migration)
+        stream.grant, stream.epoch = None, stream.next_epoch()
+        return NO_EFFECTS
 
-    def _source_lost(self, request: RequestId, ledger: Ledger[Output]) -> list[Effect]:
-        if ledger.grant is None:
-            return [StreamLost(request=request)]
-        ledger.source_dead = True
-        if ledger.takeover is not None:
-            return self._flip_without_source(request, ledger)
+    def _owner_lost(self, stream: Stream[Info, Output]) -> Sequence[Effect]:
+        action, grant = stream.machine.feed(StreamEvent.OWNER_LOST), stream.grant
+        if action is StreamAction.FILL:
+            return self._fill(stream, SOURCE_DIED_AFTER)
+        if action is StreamAction.ASK and grant is not None:
+            return [AskFate(engine=grant.destination, migration=grant.migration)]
+        return self._orphan(stream, ENGINE_DIED)
+
+    def _fill(self, stream: Stream[Info, Output], why: str) -> Sequence[Effect]:
+        """The owner is dead: what it did not send comes out of the take-over's tail. If the two do
+        not fit together this stream is lost, and no other of the dead engine's."""
+        takeover = stream.takeover
+        assert takeover is not None
+        count = takeover.outputs - stream.outputs
+        if not 0 <= count <= len(takeover.tail):
+            stream.machine.feed(StreamEvent.GAP)
+            return self._orphan(stream, why)
+        stream.outputs += count
+        return self._flip(stream, tuple(takeover.tail[-count:]) if count else (), why)
+
+    def _flip(
+        self, stream: Stream[Info, Output], missing: tuple[int, ...] = (), why: str = ""
+    ) -> Sequence[Effect]:
+        """All tokens up to the take-over are passed on: the destination owns the stream."""
+        grant, held = stream.grant, stream.held
+        assert grant is not None
+        stream.machine.feed(StreamEvent.CAUGHT_UP)
+        # The old owner had the request to give away: no destination before this one took it.
+        revoked = sorted(stream.revoked)
+        self._drop_grant(stream)
+        self._drop_revoked(stream)
+        self._own(stream, grant.destination)
+        stream.epoch = grant.epoch
+        stream.outputs += sum(tokens for tokens, _ in held)
+        outputs = tuple(output for _, output in held)
         return [
-            AskFate(engine=ledger.grant.destination, migration=ledger.grant.migration),
+            Moved(request=stream.request, owner=grant.destination, missing=missing, held=outputs),
+            *(GrantEnded(migration=m, outcome="aborted", why=DESTINATION_DIED) for m in revoked),
+            GrantEnded(migration=grant.migration, outcome="migrated", why=why),
         ]
+
+    def _orphan(self, stream: Stream[Info, Output], why: str) -> Sequence[Effect]:
+        """No engine runs the request; those that live abort what they may still hold of it."""
+        aborts = [Abort(engine=e, request=stream.request) for e in self._holders(stream)]
+        migrations = sorted(stream.revoked)
+        if stream.grant is not None:
+            migrations.append(stream.grant.migration)
+        self._drop_grant(stream)
+        self._drop_revoked(stream)
+        self._own(stream, None)
+        ended = [GrantEnded(migration=m, outcome="lost", why=why) for m in migrations]
+        return [*aborts, *ended, Orphaned(request=stream.request, why=why)]
+
+    def _holders(self, stream: Stream[Info, Output]) -> list[EngineIndex]:
+        """The living engines that may have the request: its owner, and where it was going."""
+        going = stream.grant.destination if stream.grant is not None else None
+        return [e for e in (stream.owner, going) if e is not None and e not in self._dead]
+
+    def _own(self, stream: Stream[Info, Output], engine: EngineIndex | None) -> None:
+        if stream.owner is not None:
+            mine = self._by_engine[stream.owner]
+            del mine[stream.request]
+            if not mine:
+                del self._by_engine[stream.owner]
+        stream.owner = engine
+        if engine is not None:
+            stream.last_owner = engine
+            self._by_engine.setdefault(engine, {})[stream.request] = stream
+
+    def _drop_grant(self, stream: Stream[Info, Output]) -> None:
+        if stream.grant is not None:
+            del self._by_migration[stream.grant.migration]
+        stream.grant = stream.takeover = None
+        stream.held = []
+
+    def _drop_revoked(self, stream: Stream[Info, Output]) -> None:
+        for migration in stream.revoked:
+            del self._by_migration[migration]
+        stream.revoked.clear()
+
+    # -- for tests and the simulator
+
+    def check(self) -> None:
+        """What must hold between two events, of each stream and of the indexes; AssertionError."""
+        by_engine: dict[EngineIndex, set[RequestId]] = {}
+        by_migration: dict[MigrationId, RequestId] = {}
+        for request, stream in self._streams.items():
+            assert stream.request == request, f"{stream.request} is kept as {request}"
+            try:
+                stream.check(self._dead)
+            except AssertionError as error:
+                raise AssertionError(f"{request}, {stream.state.value}: {error}") from error
+            if stream.owner is not None:
+                by_engine.setdefault(stream.owner, set()).add(request)
+            grants = [stream.grant.migration] if stream.grant is not None else []
+            for migration in (*stream.revoked, *grants):
+                assert migration not in by_migration, f"{migration} is granted twice"
+                by_migration[migration] = request
+        assert {e: set(mine) for e, mine in self._by_engine.items()} == by_engine, "by engine"
+        assert {m: s.request for m, s in self._by_migration.items()} == by_migration, "by migration"
+
+
+def _check_count(stream: Stream[Info, Output], takeover: TookOver, outputs: int) -> None:
+    """The old owner may not say more than what the new one goes on after."""
+    if outputs > takeover.outputs:
+        raise ProtocolError(
+            f"{stream.request}: engine {stream.owner} sent {outputs} tokens, but engine "
+            f"{stream.grant and stream.grant.destination} goes on after {takeover.outputs}"
+        )

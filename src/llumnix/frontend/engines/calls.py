@@ -6,6 +6,7 @@ Rules
 - Every call to all is bounded in time. An engine that does not answer is named in the error; what
   the others did stands.
 - An adapter is loaded on all engines or on none.
+- What a migration hangs on is asked or told again if a call fails, so often and no more.
 
 vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
 `AsyncMPClient._call_utility_async(method, *args, engine)`, replaced here, calls one engine by its
@@ -27,8 +28,8 @@ from vllm.lora.request import LoRARequest
 from vllm.v1.engine import EngineCoreRequestType
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from llumnix.core.types import EngineIndex
-from llumnix.frontend.engines.outputs import EngineOutputs
+from llumnix.core.types import EngineIndex, MigrationId
+from llumnix.frontend.engines.sockets import EngineSockets
 from llumnix.frontend.engines.state import EngineState
 
 logger = logging.getLogger("llumnix.frontend")
@@ -38,25 +39,26 @@ SHORT_TIMEOUT_S = 10.0
 LONG_TIMEOUT_S = 600.0
 """For calls that move weights or wait for requests to end."""
 LOOK_EVERY_S = 1.0
+FATE_POLL_S = 0.02
+FATE_ASKED_MAX = 3000
+"""So often a destination is asked what it decided: for a minute. It waits for one pull at most,
+from a source that is dead."""
+CALL_TRIES_MAX = 5
+CALL_PAUSE_S = 0.1
+"""After the first failure of a call that must not be lost; each further pause is twice as long."""
 LONG = frozenset({
     "add_lora", "collective_rpc", "compute_weight_checksums", "pause_scheduler", "pin_lora",
     "profile", "release_kv_cache_memory", "remove_lora", "save_sharded_state", "sleep", "wake_up",
 })  # fmt: skip
 
 
-class EngineCalls(EngineOutputs):
-    """The calling half of the fleet's client. The other half says which engines it `knows`."""
+class EngineCalls(EngineSockets):
+    """The calling half of the fleet's client."""
 
-    _calls: dict[EngineIndex, set[asyncio.Future[Any]]]
-    told: EngineState
-
-    def knows(self, engine_index: EngineIndex) -> bool:
-        """Whether the engine is there, or was started and will be."""
-        raise NotImplementedError
-
-    def name_of(self, engine_index: EngineIndex) -> str:
-        """The instance that the engine is a run of."""
-        raise NotImplementedError
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.told = EngineState()
+        self._calls: dict[EngineIndex, set[asyncio.Future[Any]]] = {}
 
     async def bring_up(self, engine_index: EngineIndex) -> str | None:
         """Brings a new engine into the state of the others, and has it join them. Returns None, or
@@ -71,7 +73,7 @@ class EngineCalls(EngineOutputs):
                 except EngineDeadError:
                     return "it died while it was brought into the state of the others"
                 except Exception as error:  # noqa: BLE001 - vLLM's for a failed call
-                    name, what = self.name_of(engine_index), f"{type(error).__name__}: {error}"
+                    name, what = self.engines.name(engine_index), f"{type(error).__name__}: {error}"
                     if method not in ("add_lora", "pin_lora"):
                         return f"it could not be brought into the state of the others: {what}"
                     # A request for the adapter loads it, or fails and says why.
@@ -86,7 +88,9 @@ class EngineCalls(EngineOutputs):
 
     async def _call_utility_async(self, method: str, *args: Any, engine: bytes) -> Any:
         engine_index = EngineIndex(int.from_bytes(engine, "little"))
-        if not engine or not self.knows(engine_index):  # Lost since our caller listed the engines.
+        if (
+            not engine or engine_index not in self.engines
+        ):  # Lost since our caller listed the engines.
             raise EngineDeadError()
         call_id = uuid.uuid1().int >> 64
         answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
@@ -107,6 +111,42 @@ class EngineCalls(EngineOutputs):
             if not answer.done():
                 answer.set_exception(EngineDeadError())
 
+    async def tell_lost(
+        self, engine_index: EngineIndex, lost: EngineIndex, granted: list[MigrationId]
+    ) -> bool:
+        """Tells an engine that another one died, and for which migrations to that it has a fresh
+        epoch. Returns False if it could not be told and lives."""
+        address = self.engines.address(lost)
+        for attempt in range(CALL_TRIES_MAX):
+            try:
+                await self.call_engine(engine_index, "llumnix_engine_lost", lost, address, granted)
+            except EngineDeadError:
+                return True  # It died too, and that is told on its own.
+            except Exception as error:  # noqa: BLE001 - vLLM raises a bare Exception
+                self.complaints.note("An engine was not told of a death", repr(error))
+                await asyncio.sleep(CALL_PAUSE_S * 2**attempt)
+            else:
+                return True
+        return False
+
+    async def ask_fate(self, engine_index: EngineIndex, migration: MigrationId) -> str | None:
+        """Asks a destination what it decided, until there is an answer: `taken` or `declined`;
+        `undecided` if it gives none. None if it died, which is told on its own."""
+        fate, failures, asked = "undecided", 0, 0
+        while fate == "undecided" and failures < CALL_TRIES_MAX and asked < FATE_ASKED_MAX:
+            asked += 1
+            try:
+                fate = await self.call_engine(engine_index, "llumnix_fate", migration)
+            except EngineDeadError:
+                return None
+            except Exception as error:  # noqa: BLE001 - vLLM raises a bare Exception
+                self.complaints.note("An engine did not say a fate", repr(error))
+                await asyncio.sleep(CALL_PAUSE_S * 2**failures)
+                failures += 1
+            if fate == "undecided":
+                await asyncio.sleep(FATE_POLL_S)
+        return fate
+
     async def call_utility_async(self, method: str, *args: Any) -> Any:
         """Calls all engines; what they answer must agree, and that is returned."""
         return await self.call_utility_consensus_async(method, *args)
@@ -119,7 +159,7 @@ class EngineCalls(EngineOutputs):
         answers = await self._call_joined(method, args)
         first, *others = answers.values()
         if any(answer != first for answer in others):
-            said = ", ".join(f"{self.name_of(e)}: {answer}" for e, answer in answers.items())
+            said = ", ".join(f"{self.engines.name(e)}: {answer}" for e, answer in answers.items())
             raise GracefulHTTPError(
                 f"The instances differ in {method} ({said}).", HTTPStatus.INTERNAL_SERVER_ERROR
             )
@@ -171,10 +211,10 @@ class EngineCalls(EngineOutputs):
         elif answers:
             self.told.note(method, args, list(answers.values()))
         if unanswered:
-            who = ", ".join(map(self.name_of, unanswered))
+            who = ", ".join(map(self.engines.name, unanswered))
             raise GracefulHTTPError(
                 f"{method}: no answer from {who} (GET /llumnix/v1/instances shows whether it hangs)"
-                + (f"; done on {', '.join(map(self.name_of, answers))}." if answers else "."),
+                + (f"; done on {', '.join(map(self.engines.name, answers))}." if answers else "."),
                 HTTPStatus.GATEWAY_TIMEOUT,
             )
         if failures:
@@ -207,7 +247,7 @@ class EngineCalls(EngineOutputs):
                 async with asyncio.timeout(SHORT_TIMEOUT_S):
                     await self.call_engine(engine_index, "remove_lora", adapter)
             except Exception as error:  # noqa: BLE001 - vLLM's for a failed call
-                name = self.name_of(engine_index)
+                name = self.engines.name(engine_index)
                 logger.warning("Instance %s keeps adapter %d: %s", name, adapter, error)
 
     async def get_supported_tasks_async(self) -> Any:

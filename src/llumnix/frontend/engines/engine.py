@@ -9,15 +9,14 @@ from llumnix.frontend.engines.clock import EngineClock
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Engine:
-    """One run of one instance's engine, as this frontend knows it. `slot` labels its metrics:
-    small, and the same for all runs of an instance. `address`: where its llumlet listens."""
+    """One run of one instance's engine."""
 
     instance: InstanceId
     engine_index: EngineIndex
-    slot: int
-    ready: asyncio.Future[None]
-    address: str = ""
-    accepting: bool = True
+    slot: int  # labels its metrics: small, and the same for all runs of an instance
+    ready: asyncio.Future[None]  # done once it has announced itself
+    address: str = ""  # where its llumlet listens; empty until that is known
+    accepting: bool = True  # whether new requests may go there, once it is ready
     clock: EngineClock = field(default_factory=EngineClock)
 
     @property

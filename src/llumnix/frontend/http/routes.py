@@ -21,7 +21,8 @@ from llumnix.errors import (
     UsageError,
 )
 from llumnix.frontend.client import FleetClient
-from llumnix.frontend.migrations import Place
+from llumnix.frontend.engines.directory import EngineTarget
+from llumnix.frontend.streams.info import find
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,27 +90,27 @@ class MigrationOrder(BaseModel):
     copy_kv: Literal["staged", "blocking", "recompute"] = Field("staged", alias="copy")
 
 
-async def _destination(client: FleetClient, order: MigrationOrder) -> Place:
+async def _destination(client: FleetClient, order: MigrationOrder) -> EngineTarget:
     """The engine of the named instance, or of the one with the most free KV memory."""
-    stream, wanted = client.migrations.find(order.request_id), order.destination
-    places = client.places()
+    stream, wanted = find(client.streams, order.request_id), order.destination
+    targets = client.engines.targets()
     if wanted is not None:
-        for place in places:
-            if place.instance == wanted:
-                return place
-        names = ", ".join(p.instance for p in places) or "none"
+        for target in targets:
+            if target.instance == wanted:
+                return target
+        names = ", ".join(t.instance for t in targets) or "none"
         raise UnknownInstanceError(f"no instance {wanted} takes requests; there are: {names}")
-    others = [p for p in places if p.engine_index != stream.engine_index]
+    others = [t for t in targets if t.engine_index != stream.owner]
     if not others:
         raise ConflictError(
             "there is no other instance to move it to; POST /llumnix/v1/instances first"
         )
     reports = {r.engine_index: r for r in await client.link.loads() or ()}
 
-    def free(place: Place) -> tuple[int, int]:
-        report = reports.get(place.engine_index)
+    def free(target: EngineTarget) -> tuple[int, int]:
+        report = reports.get(target.engine_index)
         tokens = report.kv_tokens_total - report.kv_tokens_used if report else 0
-        return tokens, -client.in_flight(place.engine_index)
+        return tokens, -client.in_flight(target.engine_index)
 
     return max(others, key=free)
 
@@ -174,15 +175,16 @@ def control_app(client: FleetClient, control: InstanceControl, *, docs: bool = T
         return {
             "requests": [
                 {
-                    "id": stream.client_id,
+                    "id": stream.info.client_id,
                     "request": stream.request,
-                    "instance": stream.instance,
-                    "prompt_tokens": stream.prompt_tokens,
-                    "output_tokens": stream.output_tokens,
-                    "priority": stream.priority,
-                    "age_s": round(client.streams.age_s(stream), 3),
+                    "instance": client.engines.name(stream.owner),
+                    "prompt_tokens": stream.info.prompt_tokens,
+                    "output_tokens": stream.outputs,
+                    "priority": stream.info.priority,
+                    "age_s": round(stream.info.age_s, 3),
                 }
                 for stream in client.streams
+                if stream.owner is not None
             ]
         }
 
@@ -191,9 +193,9 @@ def control_app(client: FleetClient, control: InstanceControl, *, docs: bool = T
         """Moves a request to another instance (the one with the most free KV memory if none is
         named); answers when that has ended. `outcome`: migrated, aborted (it goes on where it
         was, or has ended; `reason` says why) or lost."""
-        place = await _destination(client, order)
-        stream = client.migrations.find(order.request_id)  # It may have ended meanwhile.
-        return (await client.migrations.migrate(stream, place, order.copy_kv)).shown()
+        target = await _destination(client, order)
+        stream = find(client.streams, order.request_id)  # It may have ended meanwhile.
+        return (await client.migrate(stream, target, order.copy_kv)).shown()
 
     @app.get("/llumnix/v1/migrations")
     async def migrations() -> dict[str, Any]:

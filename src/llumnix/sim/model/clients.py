@@ -1,22 +1,15 @@
 """The frontend and its clients in virtual time: it places requests, follows their streams, grants
-migrations their epochs. The production arbiter decides who owns a stream."""
+migrations their epochs. The production table of streams says which engine owns each."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llumnix.core.events import Dispatch, RequestArrived
 from llumnix.core.messages import Migrate, MigrationEnded, MigrationRequested, TookOver
-from llumnix.core.streams.table import (
-    AbortAt,
-    Arbiter,
-    AskFate,
-    Effect,
-    Ledger,
-    Moved,
-    StreamLost,
-    TellLost,
-)
+from llumnix.core.streams.effects import Abort, AskFate, Effect, Moved, Orphaned, TellLost
+from llumnix.core.streams.stream import Refusal
+from llumnix.core.streams.table import StreamTable
 from llumnix.core.types import EngineIndex, InstanceId, MigrationId, RequestId
 from llumnix.sim.model.batching import Job
 
@@ -28,14 +21,6 @@ RETRY_S = 0.05
 
 Token = tuple[RequestId, bool]
 """One more token of a request, and whether it is the last."""
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class Stream:
-    """One client's stream."""
-
-    job: Job
-    ledger: Ledger[Token]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,9 +42,8 @@ class Frontend:
     """All clients' one frontend."""
 
     def __init__(self, cluster: "Cluster") -> None:
-        self.arbiter: Arbiter[Token] = Arbiter()
+        self.streams: StreamTable[Job, Token] = StreamTable()
         self.jobs: dict[RequestId, Job] = {}
-        self.streams: dict[RequestId, Stream] = {}
         self.moves: list[Move] = []
         self.ended = 0
         self._cluster = cluster
@@ -97,8 +81,7 @@ class Frontend:
         if index is None:
             cluster.at(cluster.now + RETRY_S, self._place, job)
             return
-        ledger = self.arbiter.open(job.id, index)
-        self.streams[job.id] = Stream(job=job, ledger=ledger)
+        self.streams.placed(self.streams.open(job.id, job), index)
         cluster.tell_engine(index, self._add, job)
 
     def _ask(self, job: Job) -> EngineIndex | None:
@@ -110,97 +93,92 @@ class Frontend:
 
     def _by_itself(self) -> EngineIndex | None:
         """Without a controller it places by itself: fewest of its own first."""
-        counts = dict.fromkeys(self._cluster.serving(), 0)
-        for stream in self.streams.values():
-            if stream.ledger.owner in counts:
-                counts[stream.ledger.owner] += 1
-        return min(counts, key=lambda i: (counts[i], i), default=None)
+        serving = self._cluster.serving()
+        return min(serving, key=lambda i: (self.streams.count(i), i), default=None)
 
     def _add(self, index: EngineIndex, job: Job) -> None:
-        if job.id in self.streams:
+        if self.streams.get(job.id) is not None:
             self._cluster.admit(index, job)
 
     def hang_up(self, request: RequestId) -> None:
         """The client goes away."""
-        if request in self.streams:
-            self._close(self.streams[request].job, "hung up")
+        self._close(request, "hung up")
 
-    def _close(self, job: Job, error: str, done_at: EngineIndex | None = None) -> None:
+    def _close(self, request: RequestId, error: str, done_at: EngineIndex | None = None) -> None:
         """The stream is over. `done_at` has said its last token, and keeps nothing of it."""
-        del self.streams[job.id]
+        closed = self.streams.close(request)
+        if closed is None:
+            return
+        stream, holders = closed
         self.ended += 1
-        job.error = error
-        for engine in self.arbiter.close(job.id):
+        stream.info.error = error
+        for engine in holders:
             if engine != done_at:
-                self._cluster.tell_engine(engine, self._cluster.abort, job.id)
+                self._cluster.tell_engine(engine, self._cluster.abort, request)
 
     # -- what engines say
 
     def hear(self, index: EngineIndex, said: list[Token]) -> None:
         """Tokens of one step, one for each of these requests."""
-        streams = self.streams
+        due: list[Token] = []
         for token in said:
-            stream = streams.get(token[0])
-            if stream is None:
-                continue
-            ledger = stream.ledger
-            if ledger.owner == index and ledger.takeover is None:
-                ledger.outputs += 1
-                self._client_gets(stream.job, token[1], index)
-            else:
-                due, effects = self.arbiter.offer(index, token[0], 1, token)
-                for _, over in due:
-                    self._client_gets(stream.job, over, index)
+            effects = self.streams.receive(index, token[0], 1, token, due)
+            if due:
+                self._client_gets(due.pop(), index)
+            if effects:
                 self._perform(effects)
 
-    def _client_gets(self, job: Job, over: bool, index: EngineIndex | None) -> None:
-        assert job.id in self.streams, f"{job.id} got a token after its end"
+    def _client_gets(self, token: Token, index: EngineIndex | None) -> None:
+        request, over = token
+        stream = self.streams.get(request)
+        assert stream is not None, f"{request} got a token after its end"
+        job = stream.info
         job.got += 1
         if job.first_s is None:
             job.first_s = self._cluster.now
         if over:
             job.ended_s = self._cluster.now
-            self._close(job, "", done_at=index)
+            self._close(request, "", done_at=index)
 
     # -- migrations
 
     def hear_llumlet(self, index: EngineIndex, message: Any) -> None:
         """What an engine's llumlet says."""
         if isinstance(message, TookOver):
-            self._perform(self.arbiter.took_over(index, message))
+            self._perform(self.streams.took_over(index, message))
         elif isinstance(message, MigrationRequested):
             self._wanted(index, message)
         elif isinstance(message, MigrationEnded):
-            self._perform(self.arbiter.ended(message))
+            self._perform(self.streams.ended(message))
             self._note(message)
 
     def has_business_with(self, instance: "Instance") -> bool:
         """Whether streams are there, or moves from there whose end it has not heard of."""
-        streams = any(True for _ in self.arbiter.on(instance.index))
-        return streams or any(m.source == instance.id for m in self._began.values())
+        moves = any(m.source == instance.id for m in self._began.values())
+        return moves or self.streams.count(instance.index) > 0
 
     def engine_lost(self, instance: "Instance", others: list[EngineIndex]) -> None:
         """An instance's engine is gone."""
         self._began = {m: move for m, move in self._began.items() if move.source != instance.id}
-        self._perform(self.arbiter.engine_lost(instance.index, others))
+        self._perform(self.streams.engine_lost(instance.index, others))
 
     def _wanted(self, index: EngineIndex, message: MigrationRequested) -> None:
         stream = self.streams.get(message.request)
         names = [self._cluster.name_of(i) for i in (index, message.destination)]
-        if stream is None or None in names or stream.ledger.owner != index:
+        if stream is None or None in names or stream.owner != index:
             return
-        order = self.arbiter.begin(
+        order = self.streams.grant(
             message.request, message.destination, f"engine {message.destination}", wanted=True
         )
-        if order is not None:
+        if not isinstance(order, Refusal):
             self._began[order.migration] = Move(
                 t_s=self._cluster.now,
                 ended_s=self._cluster.now,
                 request=message.request,
                 source=InstanceId(str(names[0])),
                 destination=InstanceId(str(names[1])),
-                tokens=stream.job.prompt + stream.job.got,
-                waiting=stream.job.first_s is None,
+                tokens=stream.info.prompt + stream.info.got,
+                waiting=stream.info.first_s is None,
                 outcome="under way",
                 why=message.why,
             )
@@ -228,31 +206,30 @@ class Frontend:
         )
         self.jobs[message.request].moves += message.taken
 
-    def _perform(self, effects: list[Effect]) -> None:
+    def _perform(self, effects: Sequence[Effect]) -> None:
         cluster = self._cluster
         for effect in effects:
             match effect:
-                case AbortAt(engine=engine, request=request):
+                case Abort(engine=engine, request=request):
                     cluster.tell_engine(engine, cluster.abort, request)
                 case TellLost(engine=engine, lost=lost, granted=granted):
                     cluster.tell_engine(engine, self._tell_lost, lost, set(granted))
                 case AskFate(engine=engine, migration=migration):
                     cluster.tell_engine(engine, cluster.fate, migration, self._hear_fate)
-                case StreamLost(request=request):
-                    if (stream := self.streams.get(request)) is not None:
-                        self._close(stream.job, "its engine died")
-                case Moved(request=request, missing=missing, held=held):
-                    self._moved(request, len(missing), held)
+                case Orphaned(request=request):
+                    self._close(request, "its engine died")
+                case Moved():
+                    self._moved(effect)
 
-    def _moved(self, request: RequestId, missing: int, held: tuple[Any, ...]) -> None:
-        job, owner = self.jobs[request], self.streams[request].ledger.owner
-        for _ in range(missing):
-            self._client_gets(job, False, None)
-        for _, over in held:
-            self._client_gets(job, over, owner)
+    def _moved(self, moved: Moved) -> None:
+        for _ in moved.missing:
+            self._client_gets((moved.request, False), None)
+        held: Any = moved.held
+        for token in held:
+            self._client_gets(token, moved.owner)
 
     def _tell_lost(self, index: EngineIndex, lost: EngineIndex, granted: set[MigrationId]) -> None:
         self._cluster.llumlet(index, lambda it, now: it.engine_lost(lost, granted, now))
 
     def _hear_fate(self, migration: MigrationId, fate: str) -> None:
-        self._perform(self.arbiter.fate(migration, fate))
+        self._perform(self.streams.fate(migration, fate))

@@ -1,5 +1,5 @@
-"""A whole deployment in virtual time: the production scheduler, llumlets and arbiter, with engines,
-a network, a fleet and clients that are modelled.
+"""A whole deployment in virtual time: the production scheduler, llumlets and table of streams, with
+engines, a network, a fleet and clients that are modelled.
 
 Rules
 - What decides is the code that serves: core/scheduling/scheduler.py in the controller's place,

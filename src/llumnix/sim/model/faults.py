@@ -1,7 +1,8 @@
 """What goes wrong in a simulated cluster, and what must hold all the same.
 
 Faults are drawn with dice of their own, so a seed brings the same ones. Checks look in from
-outside: `check_owners` may be called at any time, `check_rest` once everything has ended.
+outside: `check_owners` and `check_streams` may be called at any time, `check_rest` once everything
+has ended.
 """
 
 import random
@@ -111,12 +112,14 @@ class Trouble:
         cluster.scheduler = Scheduler(cluster.setup.scheduler)
 
     def _client(self, cluster: Cluster) -> None:
-        if cluster.frontend.streams:
+        names = sorted(stream.request for stream in cluster.frontend.streams)
+        if names:
             self.hung_up += 1
-            cluster.frontend.hang_up(self._dice.choice(sorted(cluster.frontend.streams)))
+            cluster.frontend.hang_up(self._dice.choice(names))
 
     def _check(self, cluster: Cluster) -> None:
         check_owners(cluster)
+        check_streams(cluster)
         if cluster.now < self._until_s:
             cluster.at(cluster.now + CHECK_EVERY_S, self._check, cluster)
 
@@ -127,6 +130,14 @@ def check_view(scheduler: Scheduler, now: float) -> None:
         scheduler.view.check(now)
     except AssertionError as error:
         raise BrokenPromiseError(f"the scheduler's view at {now:.3f} s: {error}") from error
+
+
+def check_streams(cluster: Cluster) -> None:
+    """The frontend's table of streams agrees with itself."""
+    try:
+        cluster.frontend.streams.check()
+    except AssertionError as error:
+        raise BrokenPromiseError(f"the streams at {cluster.now:.3f} s: {error}") from error
 
 
 def check_owners(cluster: Cluster) -> None:
@@ -163,7 +174,8 @@ def _at_rest(cluster: Cluster) -> bool:
 def check_rest(cluster: Cluster) -> None:
     """Every request has ended, with exactly its tokens unless its client hung up or its engine
     died; nothing is left anywhere."""
-    left = []
+    check_streams(cluster)
+    left = [f"{stream.request} is still open" for stream in cluster.frontend.streams]
     for job in cluster.frontend.jobs.values():
         if job.ended_s is None and not job.error:
             left.append(f"{job.id} was forgotten")

@@ -1,0 +1,73 @@
+"""The record of one stream."""
+
+import enum
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from llumnix.core.messages import Migrate, TookOver
+from llumnix.core.streams.states import MOVING, UNOWNED, StreamMachine, StreamState
+from llumnix.core.types import EngineIndex, Epoch, MigrationId, RequestId
+
+Info = TypeVar("Info")
+Output = TypeVar("Output")
+FIRST_EPOCH = Epoch(0)
+
+
+class Refusal(enum.Enum):
+    """Why a request is not moved. The value completes "request … "."""
+
+    NOT_RUNNING = "is on no engine"
+    THERE = "is there already"
+    MOVING = "is being moved already"
+    ENGINE_DEAD = "cannot be moved to an engine that has died"
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Stream(Generic[Info, Output]):
+    """One stream. `StreamTable` alone writes its fields, all but what `info` holds."""
+
+    request: RequestId
+    info: Info  # what the frontend knows of it; opaque here
+    machine: StreamMachine
+    owner: EngineIndex | None = None  # None in the states `UNOWNED`, and once it is closed
+    last_owner: EngineIndex | None = None  # the engine that ran it last; None while placing
+    epoch: Epoch = FIRST_EPOCH  # the owner's
+    last_epoch: Epoch = FIRST_EPOCH  # the highest that was ever granted
+    outputs: int = 0  # tokens passed on to the client
+    grant: Migrate | None = None  # in the states `MOVING`
+    takeover: TookOver | None = None  # while holding
+    held: list[tuple[int, Output]] = field(default_factory=list)  # number of tokens, output
+    revoked: set[MigrationId] = field(default_factory=set)  # whose source may still say "taken"
+
+    @property
+    def state(self) -> StreamState:
+        """Where it stands."""
+        return self.machine.state
+
+    def next_epoch(self) -> Epoch:
+        """Grants an epoch that was never granted before."""
+        self.last_epoch = Epoch(self.last_epoch + 1)
+        return self.last_epoch
+
+    def check(self, dead: AbstractSet[EngineIndex]) -> None:
+        """What must hold between two events; AssertionError. `dead`: engines that died."""
+        state, grant, takeover = self.state, self.grant, self.takeover
+        holding = state is StreamState.HOLDING
+        assert (self.owner is None) == (state in UNOWNED), f"owner {self.owner}"
+        assert (grant is not None) == (state in MOVING), f"grant {grant}"
+        assert (takeover is not None) == holding, f"take-over {takeover}"
+        assert holding or not self.held, f"{len(self.held)} outputs are held"
+        assert state not in UNOWNED or not self.revoked, f"revoked {self.revoked}"
+        if takeover is not None:
+            counts = f"{self.outputs} of {takeover.outputs} tokens"
+            assert self.outputs < takeover.outputs, f"{counts} were passed on, and none is awaited"
+        if self.owner is not None:
+            assert self.owner == self.last_owner, f"owner {self.owner}, last {self.last_owner}"
+            died = self.owner in dead
+            assert died == (state is StreamState.ASKING), f"owner {self.owner} died: {died}"
+        if grant is not None:
+            assert grant.destination != self.owner, f"it moves to its owner {self.owner}"
+            assert grant.destination not in dead, f"destination {grant.destination} died"
+            assert self.epoch < grant.epoch, f"epochs: grant {grant.epoch}, owner {self.epoch}"
+        assert self.epoch <= self.last_epoch, f"epochs: {self.epoch}, last {self.last_epoch}"

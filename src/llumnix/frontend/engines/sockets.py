@@ -1,0 +1,121 @@
+"""The two sockets over which a frontend and all engines talk, and who announces itself there.
+
+vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
+- `AsyncMPClient` binds one ROUTER socket, over which it sends to any engine by ZMQ identity
+  (`_send_input(..., engine)`, `_call_utility_async(..., engine)`), and one PULL socket, on which
+  outputs arrive with their `engine_index`. Its encoder, decoder and queue are used as they are; its
+  constructor, which waits for a fixed set of engines, is replaced.
+- An engine announces itself on the ROUTER socket with its READY payload, at any time, once.
+"""
+
+import asyncio
+import weakref
+from typing import Any
+
+import zmq
+import zmq.asyncio
+from vllm.config import VllmConfig
+from vllm.utils.network_utils import make_zmq_socket
+from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.engine.core_client import BackgroundResources
+from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
+
+from llumnix.core.types import EngineIndex
+from llumnix.frontend.engines.directory import EngineDirectory
+from llumnix.frontend.engines.outputs import Complaints, EngineOutputs
+from llumnix.sockets import Listening, SocketKeys, check_secured
+
+
+class EngineSockets(EngineOutputs):
+    """The listening half of the fleet's client. `slots`: how many instances have metrics."""
+
+    engines: EngineDirectory
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        addresses: dict[str, str],
+        slots: int,
+        keys: SocketKeys | None = None,
+    ) -> None:
+        # Stands in for the constructors of MPClient and AsyncMPClient: the same attributes, with
+        # the engines left out. The contract test compares the two sets of attributes.
+        self.vllm_config = vllm_config
+        self._renderer = None
+        self._effective_attention_block_sizes: set[int | None] = set()
+        self._kv_event_sources = {}
+        sync_context = zmq.Context(io_threads=2)
+        self.ctx = zmq.asyncio.Context(sync_context)
+        self._listening = Listening(sync_context, keys)
+        for option, value in self._listening.options().items():
+            self.ctx.setsockopt(option, value)
+        self.resources = BackgroundResources(ctx=sync_context)
+        self._finalizer = weakref.finalize(self, self.resources)
+        self.engines_running = False
+        self.stats_update_address = None
+        self.input_socket = self.resources.input_socket = make_zmq_socket(
+            self.ctx, addresses["input_address"], zmq.ROUTER, bind=True
+        )
+        self.resources.output_socket = make_zmq_socket(
+            self.ctx, addresses["output_address"], zmq.PULL
+        )
+        check_secured(self.input_socket, keys)
+        check_secured(self.resources.output_socket, keys)
+        self.encoder = MsgpackEncoder()
+        self.decoder = MsgpackDecoder(EngineCoreOutputs)
+        self.engine_ranks_managed = list(range(slots))
+        self.core_engines: list[bytes] = []
+        self.core_engine = b""
+        self.utility_results: dict[int, asyncio.Future[Any]] = {}
+        self.client_count = 1
+        self.client_index = 0
+        self.outputs_queue: asyncio.Queue[EngineCoreOutputs | Exception] = asyncio.Queue()
+        self._engine_status: dict[int, dict] = {}
+
+        self.engines = EngineDirectory()
+        self.complaints = Complaints()
+        self._greeter: asyncio.Task[None] | None = None
+
+    def listen(self) -> None:
+        """Begins to listen for engines and their outputs; call it with the event loop running."""
+        self.loop = asyncio.get_running_loop()
+        self._ensure_output_queue_task()
+        self._greeter = asyncio.create_task(self._greet(), name="llumnix-engine-greeter")
+
+    def close_sockets(self) -> None:
+        """Ends that, and closes the sockets."""
+        if self._greeter is not None:
+            self._greeter.cancel()
+        self._listening.close()
+        self.shutdown()
+
+    async def _greet(self) -> None:
+        while True:
+            frames = await self.input_socket.recv_multipart()
+            try:
+                self._let_in(frames[0], frames[-1])
+            except Exception as error:  # noqa: BLE001 - else no engine would be let in any more
+                self.complaints.note("An engine announced itself badly", repr(error), error)
+
+    def _let_in(self, identity: bytes, payload: bytes) -> None:
+        engine = self.engines.get(EngineIndex(int.from_bytes(identity, "little")))
+        if engine is None or engine.ready.done():
+            what = "An engine that nobody started announced itself"
+            self.complaints.note(what, identity.hex())
+            return
+        # vLLM adds up the blocks of data-parallel engines; ours come and go, so the
+        # configuration that the frontend shows is that of one of them.
+        cache_config = self.vllm_config.cache_config
+        blocks, cache_config.num_gpu_blocks = cache_config.num_gpu_blocks, None
+        try:
+            self._apply_ready_response(payload)
+        except BaseException:
+            cache_config.num_gpu_blocks = blocks
+            raise
+        engine.ready.set_result(None)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """`core_engines`, which vLLM's calls to all engines go by: those that are up."""
+        self.core_engines = [e.identity for e in self.engines.up()]
+        self.core_engine = self.core_engines[0] if self.core_engines else b""

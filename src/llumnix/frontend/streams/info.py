@@ -1,0 +1,68 @@
+"""What the frontend knows of a stream, beyond which engine owns it."""
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.v1.engine import EngineCoreOutput
+
+from llumnix.core.streams.stream import Stream
+from llumnix.core.streams.table import StreamTable
+from llumnix.core.types import InstanceId
+from llumnix.errors import ConflictError, UnknownRequestError
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class StreamInfo:
+    """One sequence on its way to a client."""
+
+    client_id: str  # its X-Request-Id if it sent one, else the id in vLLM's answer
+    prompt_tokens: int
+    priority: int
+    started_s: float  # when the request came, monotonic
+    pooling: bool = False  # it asks for an embedding or a score
+    grammar: bool = False  # an engine that cannot begin it has found a bad grammar
+    logprobs: bool = False  # its client wants log-probabilities
+    session: bool = False  # more input may follow, and must reach the same engine
+    between_inputs: bool = False  # it is a session that waits for its next input
+
+    @property
+    def age_s(self) -> float:
+        """Seconds since the request came."""
+        return time.monotonic() - self.started_s
+
+
+FleetStream = Stream[StreamInfo, EngineCoreOutput]
+FleetStreams = StreamTable[StreamInfo, EngineCoreOutput]
+
+
+def shown(stream: FleetStream, instance: InstanceId, finish_reason: str) -> dict[str, Any]:
+    """What the event log keeps of a stream. `instance`: of its last owner. `finish_reason`: vLLM's
+    word for how it ended."""
+    info = stream.info
+    return {
+        "request": stream.request,
+        "client_id": info.client_id,
+        "instance": instance,
+        "started": info.started_s,
+        "priority": info.priority,
+        "prompt_tokens": info.prompt_tokens,
+        "output_tokens": stream.outputs,
+        "finish_reason": finish_reason,
+    }
+
+
+def find(streams: Iterable[FleetStream], request: str) -> FleetStream:
+    """The stream that a user means by an id, as `GET /llumnix/v1/requests` shows it."""
+    owned = [s for s in streams if s.owner is not None]
+    exact = [s for s in owned if s.request == request]
+    found = exact or [s for s in owned if s.info.client_id == request]
+    if not found:
+        raise UnknownRequestError(
+            f"no request {request} is running or waiting; GET /llumnix/v1/requests lists them"
+        )
+    if len(found) > 1:
+        names = ", ".join(s.request for s in found)
+        raise ConflictError(f"{len(found)} sequences have the id {request}: name one of {names}")
+    return found[0]

@@ -1,0 +1,186 @@
+"""The last migrations of one frontend's streams, as users and the event log see them.
+
+Two sides tell of a migration: the frontend's table of streams how it ended for the stream, the
+source what was moved and how long that took. A migration that went well is over once both have,
+or the source is dead. One that did not is over with the first word. If the stream ends meanwhile,
+the source's word is all there will be.
+"""
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from llumnix.core.messages import Migrate, MigrationEnded, StageDone, TookOver
+from llumnix.core.streams.effects import GrantEnded
+from llumnix.core.streams.table import SOURCE_DIED_AFTER
+from llumnix.core.types import EngineIndex, InstanceId, MigrationId, RequestId
+from llumnix.errors import UnknownMigrationError
+from llumnix.observe.event_log import EventLog
+
+LISTED_MAX = 1000
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Migration:
+    """One of them."""
+
+    id: MigrationId
+    request: RequestId
+    request_id: str  # what its client calls the request
+    source: InstanceId
+    source_engine: EngineIndex
+    destination: InstanceId
+    began_s: float  # monotonic
+    why: str  # it was ordered
+    outcome: str = "running"  # then migrated, aborted or lost
+    reason: str = ""  # for that outcome; empty if it went well
+    stages: list[StageDone] = field(default_factory=list)
+    downtime_ms: float | None = None
+    total_ms: float | None = None  # None while it is running
+    tokens_before: int | None = None  # generated at the source; the next is the destination's
+    ended: GrantEnded | None = None  # for the stream
+    report: MigrationEnded | None = None  # the source's word
+    closed: bool = False  # whether the stream has ended
+    source_lost: bool = False  # whether the source has died
+    done: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def shown(self) -> dict[str, Any]:
+        """As JSON."""
+        return {
+            "id": self.id,
+            "request_id": self.request_id,
+            "request": self.request,
+            "outcome": self.outcome,
+            "source": self.source,
+            "destination": self.destination,
+            "stages": [{"tokens": s.tokens, "bytes": s.bytes, "ms": s.ms} for s in self.stages],
+            "downtime_ms": self.downtime_ms,
+            "total_ms": self.total_ms,
+            "tokens_before": self.tokens_before,
+            "why": self.why,
+            "reason": self.reason,
+        }
+
+
+class MigrationRecords:
+    """The last `LISTED_MAX`, and all that are running. They are told what happens, and call
+    nobody but the event log."""
+
+    def __init__(self, log: EventLog) -> None:
+        self._log = log
+        self._listed: dict[MigrationId, Migration] = {}
+        self._open: dict[MigrationId, Migration] = {}
+
+    # -- what a user asks for
+
+    def recent(self) -> list[dict[str, Any]]:
+        """The last of them, the oldest first."""
+        return [m.shown() for m in self._listed.values()]
+
+    def get(self, migration: str) -> dict[str, Any]:
+        """One of them; `UnknownMigrationError`."""
+        if (known := self._listed.get(MigrationId(migration))) is not None:
+            return known.shown()
+        raise UnknownMigrationError(
+            f"no migration {migration} among the last {LISTED_MAX}; GET /llumnix/v1/migrations"
+        )
+
+    # -- what happens
+
+    def began(
+        self,
+        order: Migrate,
+        *,
+        request_id: str,
+        source: InstanceId,
+        source_engine: EngineIndex,
+        destination: InstanceId,
+        why: str,
+    ) -> Migration:
+        """The source is being ordered to move a request."""
+        migration = Migration(
+            id=order.migration,
+            request=order.request,
+            request_id=request_id,
+            source=source,
+            source_engine=source_engine,
+            destination=destination,
+            began_s=time.monotonic(),
+            why=why,
+        )
+        self._listed[migration.id] = self._open[migration.id] = migration
+        if len(self._listed) > LISTED_MAX:
+            del self._listed[next(iter(self._listed))]
+        self._log.migration(migration.shown())
+        return migration
+
+    def took_over(self, message: TookOver) -> None:
+        """The destination says after how many tokens it goes on."""
+        if (known := self._listed.get(message.migration)) is not None:
+            known.tokens_before = message.outputs
+
+    def grant_ended(self, ended: GrantEnded) -> None:
+        """How it ended for the stream."""
+        if (migration := self._open.get(ended.migration)) is not None:
+            migration.ended = ended
+            self._settle(migration)
+
+    def source_ended(self, message: MigrationEnded) -> None:
+        """How it ended for the source, and its figures."""
+        if (migration := self._open.get(message.migration)) is not None:
+            migration.report = message
+            migration.stages, migration.downtime_ms = message.stages, message.downtime_ms
+            self._settle(migration)
+
+    def refused(self, migration: MigrationId, why: str) -> None:
+        """The source could not take the order in, so it will not say how it ended. Told to the
+        table of streams first, which knows better as long as the stream is open."""
+        known = self._open.get(migration)
+        if known is not None and known.closed:
+            self._end(known, "aborted", why)
+
+    def source_lost(self, engine_index: EngineIndex) -> None:
+        """An engine died."""
+        for migration in [m for m in self._open.values() if m.source_engine == engine_index]:
+            migration.source_lost = True
+            self._settle(migration)
+
+    def closed(self, request: RequestId) -> None:
+        """The stream of that request has ended."""
+        for migration in self._of(request):
+            migration.closed = True
+            self._settle(migration)
+
+    def lost(self, request: RequestId, why: str) -> None:
+        """The frontend gave the request up."""
+        for migration in self._of(request):
+            self._end(migration, "lost", why)
+
+    def _of(self, request: RequestId) -> list[Migration]:
+        return [m for m in self._open.values() if m.request == request]
+
+    def _settle(self, migration: Migration) -> None:
+        """Ends it if all is known of it that ever will be."""
+        ended, report = migration.ended, migration.report
+        if ended is not None and ended.outcome != "migrated":
+            self._end(migration, ended.outcome, ended.why)
+        elif ended is not None and report is not None:
+            self._end(migration, "migrated", ended.why)
+        elif ended is not None and migration.source_lost:
+            self._end(migration, "migrated", ended.why or SOURCE_DIED_AFTER)
+        elif ended is None and migration.closed and report is not None:
+            self._end(
+                migration,
+                "migrated" if report.taken else "aborted",
+                "" if report.taken else report.why,
+            )
+        elif ended is None and migration.closed and migration.source_lost:
+            self._end(migration, "aborted", "the request ended, and the source died")
+
+    def _end(self, migration: Migration, outcome: str, reason: str) -> None:
+        del self._open[migration.id]
+        migration.outcome, migration.reason = outcome, reason
+        migration.total_ms = round((time.monotonic() - migration.began_s) * 1e3, 3)
+        migration.done.set()
+        self._log.migration(migration.shown())
