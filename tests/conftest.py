@@ -1,4 +1,6 @@
+import logging
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -18,3 +20,10 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of the tiny model."""
     return make_tiny_model(tmp_path_factory.mktemp("tiny") / "tiny-llama")
+
+
+@pytest.fixture(autouse=True)
+def logs_reach_caplog() -> Iterator[None]:
+    """`llumnix serve` keeps its log to itself, also where a test runs a part of it."""
+    yield
+    logging.getLogger("llumnix").propagate = True
