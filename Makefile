@@ -1,5 +1,5 @@
 # The commands of README.md. Each can be repeated, and does at once what is already done.
-.PHONY: serve setup setup-dev test test-all lint check format
+.PHONY: serve setup setup-dev test test-all lint docs check format
 
 serve: setup
 	@.venv/bin/llumnix serve $(ARGS)
@@ -26,4 +26,8 @@ lint: setup-dev
 	.venv/bin/mypy
 	.venv/bin/lint-imports
 
-check: lint test
+# README and docs/ as a site, in site/; a broken link or anchor is an error.
+docs: setup-dev
+	@NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict
+
+check: lint docs test

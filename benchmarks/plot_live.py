@@ -155,11 +155,12 @@ def memory(axes: Any, row: Run, color: str) -> None:
             sampled[0], shares, styles[number % 4], color=color, linewidth=1.3,
             alpha=1 - 0.4 * (number % 2), label=name,
         )  # fmt: skip
-    axes.set_ylim(0, 105)
+    axes.set_ylim(0, 122)  # Above 100 % there is room for the names.
+    axes.set_yticks(range(0, 101, 20))
     axes.axvline(columns(row, "requests", "at_s")[-1], color="#767676", linewidth=1, linestyle=":")
     title = f"KV memory in use, {row['policy']} (dotted: the last arrival)"
     dress(axes, title, "s", "% of an instance's")
-    axes.legend(frameon=False, fontsize=8, loc="lower right", ncols=4)
+    axes.legend(frameon=False, fontsize=8, loc="upper right", ncols=4)
 
 
 def fragments(axes: Any, rows: list[Run], colors: dict[str, str]) -> None:
@@ -179,9 +180,9 @@ def fragments(axes: Any, rows: list[Run], colors: dict[str, str]) -> None:
             "-", color=colors[row["policy"]], linewidth=1.5, alpha=1, label=row["policy"],
         )  # fmt: skip
     if unknown:
-        axes.text(0.5, 0.5, f"not told by {' and '.join(unknown)}", ha="center",
+        axes.text(0.02, 0.93, f"not told by {' and '.join(unknown)}",
                   transform=axes.transAxes, fontsize=9, color="#767676")  # fmt: skip
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, axes.get_ylim()[1] * 1.15)
     title = f"Fragmentation (free, and would satisfy heads), means of {SMOOTHED_S:g} s"
     dress(axes, title, "s", "% of all KV memory")
     axes.legend(frameon=False, fontsize=9, loc="upper right")

@@ -1,50 +1,85 @@
-"""Fills pages of docs/ from the code, between their markers: the tables of core/migration/tables.py
-and core/streams/states.py as diagrams, the knobs of core/settings.py and the policies as tables.
+"""Fills the pages between their markers, from the code and from raw figures.
 
-`python scripts/draw_pages.py` writes the pages; with `--check` it writes nothing, and exits with
-1 if one is not up to date.
+From the code: the tables of a migration and of a stream as diagrams, the knobs and the policies as
+tables. From
+raw figures: the tables of scripts/raw_tables/. A page's markers say what stands between them:
+
+    <!-- knobs: drawn -->
+    <!-- knobs: end -->
+
+`python scripts/draw_pages.py` writes the pages. With `--check` it writes nothing, and exits with 1
+if one is not up to date.
 """
 
 import argparse
 import enum
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from llumnix.core.migration.tables import DESTINATION, SOURCE, destination_machine, source_machine
+from llumnix.core.migration.tables import (
+    DESTINATION,
+    SOURCE,
+    DestinationState,
+    SourceState,
+    destination_machine,
+    source_machine,
+)
 from llumnix.core.scheduling.presets import POLICIES
 from llumnix.core.settings import PriorityClass, SchedulerSettings
-from llumnix.core.streams.states import STREAM, stream_machine
+from llumnix.core.streams.states import STREAM, StreamState, stream_machine
 from llumnix.core.types import RequestId
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
-PAGES = {
-    "migration.md": ("source", "destination", "stream"),
-    "scheduler.md": ("knobs", "policies"),
-}
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import raw_tables
+
+ROOT = Path(__file__).resolve().parents[1]
+MARKER = re.compile(r"<!-- ([^:>]+): drawn -->\n")
 Table = dict[Any, dict[Any, tuple[Any, enum.Enum]]]
+Arrow = tuple[str, str, str, str]
 
 
-def diagram(table: Table, start: enum.Enum) -> str:
-    """A table as a Mermaid diagram. Events with the same end and action share an arrow; those that
-    change nothing and do nothing have none."""
-    lines = ["stateDiagram-v2"]
-    # Mermaid's names of states have no spaces.
-    names = {state: state.value.replace(" ", "_") for state in table}
-    lines += [f'    state "{s.value}" as {name}' for s, name in names.items() if s.value != name]
-    lines.append(f"    [*] --> {names[start]}")
+def arrows(table: Table) -> list[Arrow]:
+    """From state, to state, events, action. Events with the same end and action share an arrow;
+    those that change nothing and do nothing have none."""
+    found: dict[tuple[str, str, str], list[str]] = {}
     for state, row in table.items():
-        arrows: dict[tuple[str, str], list[str]] = {}
         for event, (after, action) in row.items():
             if after is not state or action.value != "-":
-                arrows.setdefault((names[after], action.value), []).append(event.value)
-        for (after, action), events in arrows.items():
+                found.setdefault((state.value, after.value, action.value), []).append(event.value)
+    return [(before, after, " or ".join(e), action) for (before, after, action), e in found.items()]
+
+
+def diagram(table: Table, start: enum.Enum, end: enum.Enum) -> str:
+    """A table as a Mermaid diagram of the ways ahead. Arrows that stay, and those to the end that
+    nearly every state can come to, would hide them: they stand in a table beneath."""
+    # Mermaid's names of states have no spaces.
+    names = {state.value: state.value.replace(" ", "_") for state in table}
+    lines = ["```mermaid", "stateDiagram-v2"]
+    lines += [f'    state "{value}" as {name}' for value, name in names.items() if value != name]
+    lines.append(f"    [*] --> {names[start.value]}")
+    others: dict[tuple[str, str, str], list[str]] = {}
+    for before, after, events, action in arrows(table):
+        if after in (before, end.value):
+            to = "itself" if after == before else after
+            others.setdefault((to, events, action), []).append(before)
+        else:
             done = "" if action == "-" else f" / {action}"
-            lines.append(f"    {names[state]} --> {after}: {' or '.join(events)}{done}")
-        if all(after is state for after, _ in row.values()):
-            lines.append(f"    {names[state]} --> [*]")
+            lines.append(f"    {names[before]} --> {names[after]}: {events}{done}")
+    for state, row in table.items():
+        if state is not end and all(after is state for after, _ in row.values()):
+            lines.append(f"    {names[state.value]} --> [*]")
+    lines += ["```", "", "| from | to | when | action |", "|---|---|---|---|"]
+    lines += [
+        f"| {', '.join(states)} | {to} | {events} | {action} |"
+        for (to, events, action), states in sorted(
+            others.items(), key=lambda o: o[0][0] != "itself"
+        )
+    ]
     return "\n".join(lines)
 
 
@@ -79,42 +114,48 @@ def policies() -> list[str]:
     return rows + [f"| `{name}` | {preset.text} |" for name, preset in POLICIES.items()]
 
 
-def drawings() -> dict[str, str]:
-    """What stands between the markers, by their names."""
-    mermaid = "```mermaid\n{}\n```"
-    return {
-        "source": mermaid.format(diagram(SOURCE, source_machine("").state)),
-        "destination": mermaid.format(diagram(DESTINATION, destination_machine("").state)),
-        "stream": mermaid.format(diagram(STREAM, stream_machine(RequestId("")).state)),
-        "knobs": "\n".join(knobs()),
-        "policies": "\n".join(policies()),
-    }
+DRAWINGS: dict[str, Callable[[], str]] = {
+    "source": lambda: diagram(SOURCE, source_machine("").state, SourceState.ABORTED),
+    "destination": lambda: diagram(
+        DESTINATION, destination_machine("").state, DestinationState.ABORTED
+    ),
+    "stream": lambda: diagram(STREAM, stream_machine(RequestId("")).state, StreamState.ORPHAN),
+    "knobs": lambda: "\n".join(knobs()),
+    "policies": lambda: "\n".join(policies()),
+    **raw_tables.DRAWINGS,
+}
+"""What stands between the markers, by their names."""
 
 
-def drawn(text: str, names: Sequence[str]) -> str:
-    """The page with what the code says today. ValueError if a marker is missing."""
-    every = drawings()
-    for name in names:
-        drawing = every[name]
+def pages(root: Path = ROOT) -> list[Path]:
+    """README and the pages of docs/."""
+    return [root / "README.md", *sorted((root / "docs").glob("*.md"))]
+
+
+def drawn(text: str) -> str:
+    """The page with what code and raw figures say today. ValueError if a marker has no end or no
+    drawing."""
+    for name in MARKER.findall(text):
         begin, end = f"<!-- {name}: drawn -->\n", f"<!-- {name}: end -->"
         before, _, rest = text.partition(begin)
         _, found, after = rest.partition(end)
         if not found:
-            raise ValueError(f"the page lacks the markers {begin.strip()} and {end}")
-        text = f"{before}{begin}{drawing}\n{end}{after}"
+            raise ValueError(f"the page lacks the marker {end}")
+        if name not in DRAWINGS:
+            raise ValueError(f"nothing is called {name!r} that could be drawn")
+        text = f"{before}{begin}{DRAWINGS[name]()}\n{end}{after}"
     return text
 
 
-def main(argv: Sequence[str], docs: Path = DOCS) -> int:
+def main(argv: Sequence[str], root: Path = ROOT) -> int:
     """Writes or checks the pages; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--check", action="store_true", help="write nothing; 1 if out of date")
     args = parser.parse_args(argv)
     status = 0
-    for name, markers in PAGES.items():
-        page = docs / name
+    for page in pages(root):
         text = page.read_text()
-        today = drawn(text, markers)
+        today = drawn(text)
         if text == today:
             continue
         if args.check:

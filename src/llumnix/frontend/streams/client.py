@@ -24,7 +24,13 @@ from vllm.v1.engine import (
 )
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from llumnix.core.messages import DrainRequested, MigrationEnded, MigrationRequested, TookOver
+from llumnix.core.messages import (
+    IN_BAND,
+    DrainRequested,
+    MigrationEnded,
+    MigrationRequested,
+    TookOver,
+)
 from llumnix.core.streams.effects import (
     Abort,
     AskFate,
@@ -48,6 +54,7 @@ from llumnix.observe.event_log import EventLog
 from llumnix.sockets import SocketKeys
 from llumnix.wire import decode, encode
 
+ENGINE_DIED = "The instance that ran this request died. Please send the request again."
 GAVE_UP = "llumnix failed at this request. Please send it again."
 
 

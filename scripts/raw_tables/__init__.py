@@ -1,0 +1,84 @@
+"""The tables of docs/ that come from raw figures: each function reads files under
+benchmarks/results/ and returns Markdown. scripts/draw_pages.py puts them between their markers."""
+
+from collections.abc import Callable
+from functools import partial
+
+from raw_tables.moves import copies, drains, moves, others, steps
+from raw_tables.overview import goals, index, six_figures
+from raw_tables.paper import paper_gains, paper_seconds, paper_table, paper_urgent
+from raw_tables.raw import SERVED_4, SERVED_SHORT, SHARED, with_age
+from raw_tables.serving import (
+    burst_ratios,
+    bursts,
+    decisions,
+    front_end,
+    full_queue,
+    overloaded,
+    paced,
+    ratios,
+    scaling,
+    serving,
+    soak,
+)
+from raw_tables.simulator import errors, fidelity, memory, simulated
+
+TABLES: dict[str, Callable[[], str]] = {
+    "six figures": six_figures,
+    "goals": goals,
+    "memory": memory,
+    "serving ratios": lambda: ratios((*SERVED_4, *SERVED_SHORT, *SHARED)),
+    "moves": lambda: moves("gpu/migration_h200_now.json", "gpu/migration_h200_caching.json"),
+    "others": lambda: others("gpu/migration_h200_now.json", "gpu/migration_h200_tp2.json"),
+    "drains": lambda: drains(
+        *(f"gpu/migration_h200_{run}.json" for run in ("now", "packed", "tp2"))
+    ),
+    "front end": lambda: front_end("gpu/front_end_4.json"),
+    "full queue": lambda: full_queue("gpu/full_queue_memory.json", "gpu/full_queue_slots.json"),
+    "burst ratios": burst_ratios,
+    "mooncake": lambda: serving(*SERVED_4[0]),
+    "sharegpt": lambda: serving(*SERVED_4[1]),
+    "sharegpt short": lambda: serving(*SERVED_SHORT[0]),
+    "azure short": lambda: serving(*SERVED_SHORT[1]),
+    "chats": lambda: serving(*SHARED[0]),
+    "tools": lambda: serving(*SHARED[1]),
+    "overloaded": overloaded,
+    "paced": paced,
+    "simulated": simulated,
+    "fidelity h200": lambda: fidelity("fidelity_h200.json"),
+    "fidelity h100": lambda: fidelity("fidelity_h100.json"),
+    "fidelity paced": lambda: fidelity("fidelity.json"),
+    "errors": errors,
+    "copies": lambda: copies("gpu/migration.json", paper=True),
+    "copies cpu": lambda: copies("migration_cpu.json", paper=False),
+    "more moves": lambda: moves(
+        "gpu/migration_h200_packed.json", "gpu/migration_h200_tp2.json", "gpu/migration.json",
+        "migration_cpu.json",
+    ),
+    "more others": lambda: others(
+        "gpu/migration_h200_packed.json", "gpu/migration.json", "migration_cpu.json"
+    ),
+    "steps": lambda: steps("gpu/migration_h200_steps.json"),
+    "overhead": lambda: front_end("overhead.json"),
+    "decisions": decisions,
+    "full queue cpu": lambda: full_queue("priorities.json"),
+    "bursts": bursts,
+    "soak": soak,
+    "paper gains": paper_gains,
+    "paper seconds": paper_seconds,
+    "paper urgent": paper_urgent,
+    "paper priorities": lambda: paper_table("priorities", 0),
+    "paper scaling": lambda: paper_table("autoscaling", 0),
+    "paper thresholds": lambda: paper_table("autoscaling", 1),
+    "paper saved": lambda: paper_table("autoscaling", 2),
+    "paper scalability": lambda: paper_table("scalability", 0),
+    "scaling": scaling,
+    "raw files": index,
+}  # fmt: skip
+SHOWN = (
+    "six figures", "goals", "serving ratios", "moves", "others", "drains", "front end",
+    "full queue", "burst ratios", "scaling", "errors", "paper gains", "paper urgent", "paper saved",
+)  # fmt: skip
+"""Those on pages that are read. The laboratory lists the age of every file instead."""
+DRAWINGS = TABLES | {name: partial(with_age, TABLES[name]) for name in SHOWN}
+"""What stands between the markers, by their names."""

@@ -1,0 +1,139 @@
+"""What the simulator says, and how far it is off."""
+
+import statistics
+from typing import Any
+
+from raw_tables.raw import NAMES, Row, load, pick, table
+
+
+def simulated() -> str:
+    """benchmarks/simulated.py: means over the seeds."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for r in load("sim/instances.json")["rows"]:
+        key = (r["trace"], r["rate"], r["instances"], r["policy"])
+        groups.setdefault(key, []).append(r["metrics"])
+    head = ["trace, req/s", "instances", "policy", "TTFT mean, s", "TTFT P99, s", "longest, s"]
+    head += ["TPOT P99, ms", "e2e mean, s", "fragmentation, %", "preemptions", "moves"]
+    rows = []
+    for (trace, rate, instances, policy), found in groups.items():
+
+        def mean(*path: str, factor: float = 1, found: list[Row] = found) -> str:
+            return f"{statistics.fmean(pick(m, *path) for m in found) * factor:.3g}"
+
+        rows.append([
+            f"{trace} {rate:g}", str(instances), f"`{policy}`", mean("ttft_s", "mean"),
+            mean("ttft_s", "p99"), mean("ttft_s", "max"), mean("tpot_s", "p99", factor=1000),
+            mean("e2e_s", "mean"), mean("fragmentation", "mean", factor=100), mean("preemptions"),
+            mean("migrations"),
+        ])  # fmt: skip
+    return table(head, rows)
+
+
+FIDELITY = {
+    "TTFT mean, s": ("ttft_s", "mean"), "TTFT P99, s": ("ttft_s", "p99"),
+    "TPOT mean, ms": ("tpot_s", "mean"), "TPOT P99, ms": ("tpot_s", "p99"),
+    "e2e mean, s": ("e2e_s", "mean"), "preemptions": ("preemptions",), "moves": ("migrations",),
+}  # fmt: skip
+
+
+def off(row: Row, path: tuple[str, ...]) -> tuple[float, float]:
+    """Simulated and real, means over the seeds and repeats."""
+    sim = statistics.fmean(pick(m, *path) for again in row["simulated"] for m in again)
+    return sim, statistics.fmean(pick(m, *path) for m in row["real"])
+
+
+def fidelity(name: str) -> str:
+    """Simulated / real and the error, by load and policy."""
+    rows = []
+    for row in load(name)["rows"]:
+        cells = []
+        for path in FIDELITY.values():
+            sim, real = off(row, path)
+            factor = 1000 if path[0] == "tpot_s" else 1
+            error = f" ({sim / real - 1:+.0%})" if real else ""
+            cells.append(f"{sim * factor:.3g} / {real * factor:.3g}{error}")
+        seeds = len(row["real"])
+        what = f"{row['trace']} {row['rate']:g}, {row['instances']}"
+        rows.append([what, NAMES.get(row["policy"], f"`{row['policy']}`"), str(seeds), *cells])
+    return table(["trace, req/s, instances", "policy", "seeds", *FIDELITY], rows)
+
+
+SITUATIONS = {
+    "memory short for moments at most, on GPUs": [
+        ("fidelity_h200.json", "mooncake-conversation", 16.0),
+        ("fidelity_h200.json", "sharegpt", 28.0),
+    ],
+    "memory full for a while, on GPUs": [
+        ("fidelity_h200.json", "sharegpt", 22.0),
+        ("fidelity_h200.json", "azure-conv", 26.0),
+        ("fidelity_h100.json", "M-M", 7.0),
+    ],
+    "memory full for a while, on paced CPU engines": [
+        ("fidelity.json", "L-L", 2.6),
+        ("fidelity.json", "sharegpt", 6.5),
+        ("fidelity.json", "sharegpt", 10.0),
+        ("fidelity.json", "M-M", 9.0),
+    ],
+}
+
+
+FIDELITY_FILES = ("fidelity_h200.json", "fidelity_h100.json", "fidelity.json")
+
+
+def beside_llumnix(rows: list[Row]) -> list[tuple[Row, Row]]:
+    """Each policy's row, behind that of `llumnix` on the same load."""
+    ours = {(r["trace"], r["rate"]): r for r in rows if r["policy"] == "llumnix"}
+    return [(ours[r["trace"], r["rate"]], r) for r in rows if r["policy"] != "llumnix"]
+
+
+def errors() -> str:
+    """The error of the simulator by situation: the lowest and the highest over loads, policies."""
+    rows = []
+    for said, loads in SITUATIONS.items():
+        found = [
+            row
+            for name, *what in loads
+            for row in load(name)["rows"]
+            if [row["trace"], row["rate"]] == what
+        ]
+        cells = []
+        for path in list(FIDELITY.values())[:5]:
+            each = [sim / real - 1 for sim, real in (off(row, path) for row in found)]
+            cells.append(f"{min(each):+.0%} to {max(each):+.0%}")
+        rows.append([said, *cells])
+    pairs = [pair for name in FIDELITY_FILES for pair in beside_llumnix(load(name)["rows"])]
+    cells = []
+    for path in list(FIDELITY.values())[:5]:
+        each = []
+        for ours, theirs in pairs:
+            (sim, real), (sim_theirs, real_theirs) = off(ours, path), off(theirs, path)
+            each.append((sim_theirs / sim) / (real_theirs / real) - 1)
+        cells.append(f"{min(each):+.0%} to {max(each):+.0%}")
+    rows.append([f"ratio of another policy to `llumnix`, all {len(pairs)} pairs", *cells])
+    heads = [n.partition(",")[0] for n in list(FIDELITY)[:5]]
+    return table(["simulated against real", *heads], rows)
+
+
+# -- README's picture
+
+
+def memory() -> str:
+    """What README's picture shows, and what its other seeds would."""
+    shown = {r["policy"]: r for r in load("sim/memory.json")["rows"]}
+    group, seed = ("M-M", 14.0, 4), shown["llumnix"]["seed"]
+    longest: dict[str, list[float]] = {"cache-aware": [], "llumnix": []}
+    for r in load("sim/instances.json")["rows"]:
+        if (r["trace"], r["rate"], r["instances"]) == group and r["policy"] in longest:
+            longest[r["policy"]].append(r["metrics"]["ttft_s"]["max"])
+    waits = {p: shown[p]["metrics"]["ttft_s"]["max"] for p in longest}
+    ranges = {p: f"{min(w):.1f} to {max(w):.0f} s" for p, w in longest.items()}
+    lower = sum(a > b for a, b in zip(*longest.values(), strict=True))
+    return (
+        "*Simulated, not measured: the same 700 requests on four instances, dispatched by the same "
+        f"rule. Without moves a request waits for up to {waits['cache-aware']:.0f} s: there is "
+        "free memory for it, but spread over four instances. With moves none waits for more than "
+        f"{waits['llumnix']:.1f} s. The longest wait falls in {lower} of {len(longest['llumnix'])} "
+        f"seeds, of which this is number {seed + 1}: from {ranges['cache-aware']} to "
+        f"{ranges['llumnix']} ([all of them, and two more "
+        "traces](docs/laboratory.md#simulated-instances); `python benchmarks/plot_memory.py`).*"
+    )
