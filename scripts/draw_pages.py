@@ -1,5 +1,7 @@
-"""Fills pages of docs/ from the code, between their markers: the tables of core/migration/tables.py
-and core/streams/states.py as diagrams, the knobs of core/settings.py and the policies as tables.
+"""Fills pages of docs/ from the code, between their markers.
+
+The tables of core/migration/tables.py, core/streams/states.py and core/supervision/lifecycle.py
+become diagrams, the knobs of core/settings.py and the policies become tables.
 
 `python scripts/draw_pages.py` writes the pages; with `--check` it writes nothing, and exits with
 1 if one is not up to date.
@@ -17,10 +19,12 @@ from llumnix.core.migration.tables import DESTINATION, SOURCE, destination_machi
 from llumnix.core.scheduling.presets import POLICIES
 from llumnix.core.settings import PriorityClass, SchedulerSettings
 from llumnix.core.streams.states import STREAM, stream_machine
-from llumnix.core.types import RequestId
+from llumnix.core.supervision.lifecycle import LIFE, life_machine
+from llumnix.core.types import InstanceId, RequestId
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGES = {
+    "ARCHITECTURE.md": ("life",),
     "migration.md": ("source", "destination", "stream"),
     "scheduler.md": ("knobs", "policies"),
 }
@@ -82,6 +86,7 @@ def drawings() -> dict[str, str]:
         "source": mermaid.format(diagram(SOURCE, source_machine("").state)),
         "destination": mermaid.format(diagram(DESTINATION, destination_machine("").state)),
         "stream": mermaid.format(diagram(STREAM, stream_machine(RequestId("")).state)),
+        "life": mermaid.format(diagram(LIFE, life_machine(InstanceId("")).state)),
         "knobs": "\n".join(knobs()),
         "policies": "\n".join(policies()),
     }

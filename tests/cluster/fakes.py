@@ -146,7 +146,7 @@ class World:
         addresses: Any = SimpleNamespace(controller="", peers="", agents="", keys=None)
         self.fleet = Fleet(self.llm, launch, addresses, DeploymentConfig(**config))
         self.runs = FakeRuns(self.client)
-        self.fleet._runs = self.fleet._supervisor.runs = self.runs  # type: ignore[assignment]
+        self.fleet._runs = self.fleet._supervisor._runs = self.runs  # type: ignore[assignment]
         self.said: list[str] = []
 
     def _check(self, launch: Any, *, there: int, waiting: int) -> None:

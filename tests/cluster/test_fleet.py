@@ -10,10 +10,10 @@ import pytest
 pytest.importorskip("vllm")
 
 from llumnix.cluster.fleet import REPORT_EVERY_S
-from llumnix.cluster.supervision.member import DRAIN_TIMEOUT_S
 from llumnix.core.events import AddInstances, DrainInstance, FleetReported, UndrainInstance
 from llumnix.core.scheduling.scheduler import Scheduler
 from llumnix.core.supervision.hang import LOOK_EVERY_S, LOST_LOOKS, SILENT_LOOKS
+from llumnix.core.supervision.lifecycle import DRAIN_TIMEOUT_S
 from llumnix.errors import CapacityError, ConflictError, InstanceFailedError, LastInstanceError
 from support.virtual_time import run
 
@@ -187,7 +187,7 @@ def test_a_failing_call_of_rays_is_logged_with_the_instance_and_tried_again(
         await asyncio.sleep(60)
         assert w.states == {"i0": "serving", "i1": "serving"}
         assert w.runs.ended[0] == 1
-        assert w.member("i1").restarts == 1
+        assert w.member("i1").life.restarts == 1
 
     play(script)
     assert any("instance i1" in m and f"RuntimeError: {call}: the" in m for m in caplog.messages)
@@ -418,7 +418,7 @@ def test_an_undrained_instance_serves_on_under_supervision(play: Callable[..., W
         await asyncio.sleep(DRAIN_TIMEOUT_S)
         w.kill("i1")
         await asyncio.sleep(0.1)
-        assert (w.states["i1"], w.member("i1").restarts) == ("serving", 1)
+        assert (w.states["i1"], w.member("i1").life.restarts) == ("serving", 1)
         with pytest.raises(ConflictError, match="i1 is serving"):
             await w.fleet.undrain(I1)
 
@@ -588,7 +588,7 @@ def test_an_added_instance_starts_in_the_lowest_free_slot(play: Callable[..., Wo
         assert w.client.link.told[-1].starting == 1
         await asyncio.sleep(6)
         assert w.states == {"i0": "serving", "i1": "serving"}
-        assert w.member("i0").restarts == 0
+        assert w.member("i0").life.restarts == 0
 
     assert play(script).grown == [1]
 

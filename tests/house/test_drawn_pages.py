@@ -8,6 +8,7 @@ import pytest
 
 from llumnix.core.migration.tables import DESTINATION, SOURCE
 from llumnix.core.streams.states import STREAM
+from llumnix.core.supervision.lifecycle import LIFE
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "draw_pages.py"
 
@@ -58,7 +59,12 @@ def test_a_page_without_markers_is_refused(script: ModuleType, docs: Path) -> No
 
 
 def test_every_state_is_drawn(script: ModuleType) -> None:
-    for name, table in (("source", SOURCE), ("destination", DESTINATION), ("stream", STREAM)):
+    for name, table in (
+        ("source", SOURCE),
+        ("destination", DESTINATION),
+        ("stream", STREAM),
+        ("life", LIFE),
+    ):
         drawing = script.drawings()[name]
         for state in table:
             assert f"{state.value} --> " in drawing

@@ -20,7 +20,7 @@ from llumnix.cluster.controller import Controller
 from llumnix.cluster.controller_process import ControllerProcess
 from llumnix.cluster.ray_calls import ray_call
 from llumnix.cluster.supervision.capacity import check_one_more, check_start
-from llumnix.cluster.supervision.member import DRAIN_TIMEOUT_S, Drain, Member
+from llumnix.cluster.supervision.member import Member
 from llumnix.cluster.supervision.runs import Runs
 from llumnix.cluster.supervision.supervisor import Supervisor
 from llumnix.cluster.supervision.watcher import Watcher
@@ -33,6 +33,7 @@ from llumnix.core.events import (
     ScalingDecision,
     UndrainInstance,
 )
+from llumnix.core.supervision.lifecycle import InstanceStatus, LifeState
 from llumnix.core.types import InstanceId
 from llumnix.engine.launch import EngineLaunch
 from llumnix.errors import (
@@ -43,7 +44,6 @@ from llumnix.errors import (
     UnknownInstanceError,
     UsageError,
 )
-from llumnix.frontend.http.routes import InstanceStatus
 from llumnix.frontend.llm import FleetLLM
 from llumnix.tasks import keep_running
 
@@ -121,7 +121,7 @@ class Fleet:
 
     async def add(self) -> InstanceStatus:
         async with self._adding:
-            there = [m for m in self._members.values() if m.counts]
+            there = [m for m in self._members.values() if m.life.counts]
             most = self._settings.scaling.instances_max
             if most is not None and len(there) >= most:
                 raise CapacityError(
@@ -144,32 +144,18 @@ class Fleet:
         timeout_s: float | None = None,
         force: bool = False,
     ) -> InstanceStatus:
-        member, now = self._member(instance), asyncio.get_running_loop().time()
-        if member.state == "stopping":
-            return member.status()
-        if member.drain is None:
+        member = self._member(instance)
+        if member.life.drain is None:
             self._check_not_last(member)
-            wait_s = DRAIN_TIMEOUT_S if timeout_s is None else timeout_s
-            member.drain = Drain(by=by, why=why, began_s=now, deadline_s=now + wait_s)
-            member.state = "draining"
-            self._supervisor.drain(member)
-            logger.info("Instance %s is drained: %s.", member.id, why)
-        drain = member.drain
-        if by != "scheduler":
-            drain.by, drain.why = by, why
-        if timeout_s is not None:
-            drain.deadline_s = now + timeout_s
-        if force:
-            drain.deadline_s, drain.force = now, True
-        member.why = f"draining: {drain.why}"
-        self._changed()
+        self._supervisor.drain(member, by, why, timeout_s=timeout_s, force=force)
         return member.status()
 
     async def undrain(self, instance: InstanceId) -> InstanceStatus:
         member = self._member(instance)
-        if member.state != "draining" or member.run is None or not member.run.alive:
+        if member.state is not LifeState.DRAINING or not member.alive:
             raise ConflictError(
-                f"{instance} is {member.state}: only an instance that is draining can be undrained"
+                f"{instance} is {member.state.value}: only an instance that is draining can be "
+                "undrained"
             )
         self._supervisor.undrain(member)
         logger.info("Instance %s serves on.", member.id)
@@ -187,9 +173,9 @@ class Fleet:
         needs another that does, one that is coming one that does or will. Another that hangs will
         do, as it may only be slow: meanwhile the drained one takes requests."""
         others = [m for m in self._members.values() if m is not member]
-        if not member.counts or any(m.state == "serving" for m in others):
+        if not member.life.counts or any(m.state is LifeState.SERVING for m in others):
             return
-        if not member.serves and any(m.counts for m in others):
+        if not member.serves and any(m.life.counts for m in others):
             return
         raise LastInstanceError(
             f"{member.id} is the only instance that serves; POST /llumnix/v1/instances first"
@@ -209,7 +195,7 @@ class Fleet:
         """Called after every change of an instance's state."""
         self._supervisor.settle_drains()
         self._news.set()
-        if all(m.state == "failed" for m in self._members.values()):
+        if all(m.state is LifeState.FAILED for m in self._members.values()):
             self.all_failed.set()
 
     async def _report(self) -> None:
@@ -217,20 +203,22 @@ class Fleet:
         `_perform`."""
         while True:
             self._news.clear()
-            draining = [m for m in self._members.values() if m.state == "draining"]
-            self._client.link.tell(
-                FleetReported(
-                    starting=sum(m.coming for m in self._members.values()),
-                    serving=tuple(m.id for m in self._members.values() if m.state == "serving"),
-                    draining=tuple(m.id for m in draining),
-                    drained_by={m.id: m.drain.by for m in draining if m.drain is not None},
-                    given_up=self._supervisor.given_up,
-                )
-            )
+            self._client.link.tell(self._facts())
             # `wait_for` would lose a cancellation that comes together with news.
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(REPORT_EVERY_S):
                     await self._news.wait()
+
+    def _facts(self) -> FleetReported:
+        members = self._members.values()
+        drains = {m.id: m.life.drain for m in members if m.state is LifeState.DRAINING}
+        return FleetReported(
+            starting=sum(m.life.coming for m in members),
+            serving=tuple(m.id for m in members if m.state is LifeState.SERVING),
+            draining=tuple(drains),
+            drained_by={name: drain.by for name, drain in drains.items() if drain is not None},
+            given_up=self._supervisor.given_up,
+        )
 
     def _perform(self, decision: ScalingDecision) -> None:
         self._keep(asyncio.ensure_future(self._carry_out(decision)))
@@ -254,7 +242,7 @@ class Fleet:
                 case DrainInstance(instance=instance, why=why):
                     await self.drain(instance, why, by=by)
                 case UndrainInstance(instance=instance):
-                    drain = self._member(instance).drain
+                    drain = self._member(instance).life.drain
                     if drain is not None and drain.by == "scheduler":
                         await self.undrain(instance)
             self._refused = ""
@@ -271,8 +259,8 @@ class Fleet:
 
     async def _check_room(self) -> None:
         members = self._members.values()
-        waiting = sum(m.coming and not (m.run is not None and m.run.placed) for m in members)
-        there = sum(m.state != "failed" for m in members)
+        waiting = sum(m.life.coming and not (m.run is not None and m.run.placed) for m in members)
+        there = sum(m.state is not LifeState.FAILED for m in members)
         await _ask_ray(lambda: check_one_more(self._launch, there=there, waiting=waiting))
 
     async def close(self) -> None:
@@ -302,7 +290,8 @@ class Fleet:
     def _free_slot(self) -> int:
         """The lowest slot that is free, or whose instance was given up: a slot more is one more
         label on every metric."""
-        taken = {m.slot for m in self._members.values() if m.state != "failed" or m.run is not None}
+        members = self._members.values()
+        taken = {m.slot for m in members if m.state is not LifeState.FAILED or m.run is not None}
         return next(s for s in range(len(taken) + 1) if s not in taken)
 
 

@@ -1,6 +1,6 @@
 """Our own routes, under /llumnix/v1."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Annotated, Any, Literal, Protocol
 
 from fastapi import FastAPI, Query
@@ -10,7 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
 from llumnix.core.scheduling.load import derive
-from llumnix.core.types import EngineIndex, InstanceId
+from llumnix.core.supervision.lifecycle import InstanceStatus
+from llumnix.core.types import InstanceId
 from llumnix.errors import (
     CapacityError,
     ConflictError,
@@ -23,23 +24,6 @@ from llumnix.errors import (
 from llumnix.frontend.client import FleetClient
 from llumnix.frontend.engines.directory import EngineTarget
 from llumnix.frontend.streams.info import find
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class InstanceStatus:
-    """One instance as its supervisor knows it. `state`: starting, serving, hung, draining,
-    stopping, restarting, failed. `hung`: it has not died, but does nothing; it may be draining too.
-    `why`: the last thing that went wrong with it, if anything did, or why it is being drained."""
-
-    id: InstanceId
-    state: str
-    hung: bool
-    engine_index: EngineIndex | None
-    node: str | None
-    pid: int | None
-    devices: list[str]
-    restarts: int
-    why: str | None
 
 
 class InstanceControl(Protocol):
