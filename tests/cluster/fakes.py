@@ -11,7 +11,7 @@ from llumnix.cluster import fleet as fleet_module
 from llumnix.cluster.fleet import Fleet
 from llumnix.cluster.supervision.member import Member
 from llumnix.config import DeploymentConfig
-from llumnix.core.events import FleetReported
+from llumnix.core.events import DrainInstance, FleetReported, ScalingDecision
 from llumnix.core.reports import LoadReport
 from llumnix.core.types import EngineIndex, InstanceId
 from llumnix.frontend.engines.state import EngineState
@@ -25,7 +25,7 @@ class FakeLink:
     def __init__(self) -> None:
         self.told: list[FleetReported] = []
         self.reports: list[LoadReport] | None = []
-        self.on_scaling: Any = None
+        self.decisions: asyncio.Queue[ScalingDecision] = asyncio.Queue()
         self.on_tell: Callable[[FleetReported], None] = lambda fact: None
 
     def tell(self, fact: FleetReported) -> None:
@@ -41,7 +41,7 @@ class FakeClient:
 
     def __init__(self) -> None:
         self.link = FakeLink()
-        self.on_leave: Any = None
+        self.drain_requests: asyncio.Queue[DrainInstance] = asyncio.Queue()
         self.held: dict[int, int] = {}
         self.ended: dict[int, int] = {}
         self.accepting: dict[int, bool] = {}
@@ -179,6 +179,14 @@ class World:
         run = self.member(instance).run
         assert run is not None
         self.client.held[run.engine_index] = streams
+
+    def decide(self, decision: ScalingDecision) -> None:
+        """Has the scheduler decide."""
+        self.client.link.decisions.put_nowait(decision)
+
+    def ask_for_drain(self, instance: InstanceId, why: str = "a SIGTERM") -> None:
+        """Has an instance ask for its own drain."""
+        self.client.drain_requests.put_nowait(DrainInstance(instance=instance, why=why))
 
     def accepting(self, instance: str) -> bool:
         run = self.member(instance).run

@@ -361,8 +361,8 @@ def test_after_the_close_nothing_is_started_or_drained_any_more(
 ) -> None:
     async def script(w: World) -> None:
         await w.fleet.close()
-        w.client.link.on_scaling(AddInstances(count=1, why="load"))
-        w.client.on_leave(I1, "a SIGTERM")
+        w.decide(AddInstances(count=1, why="load"))
+        w.ask_for_drain(I1)
         await asyncio.sleep(10)
         assert len(w.runs.made) == 2
         assert w.states["i1"] == "serving"
@@ -377,9 +377,9 @@ def test_while_requests_end_nothing_is_started_or_drained_any_more(
 
     async def script(w: World) -> None:
         w.llm.stopping = True
-        w.client.link.on_scaling(AddInstances(count=1, why="load"))
-        w.client.on_leave(I0, "a SIGTERM")
-        w.client.on_leave(I1, "a SIGTERM")
+        w.decide(AddInstances(count=1, why="load"))
+        w.ask_for_drain(I0)
+        w.ask_for_drain(I1)
         await asyncio.sleep(10)
         assert w.states == {"i0": "serving", "i1": "serving"}
 
@@ -520,8 +520,8 @@ def test_the_scheduler_is_told_at_once_who_asked_for_each_drain(
         await asyncio.sleep(REPORT_EVERY_S / 2)
         before = len(w.client.link.told)
         await w.fleet.drain(I1, "a user's order")
-        w.client.on_leave(I2, "a SIGTERM")
-        w.client.link.on_scaling(DrainInstance(instance=w.member("i3").id, why="idle"))
+        w.ask_for_drain(I2)
+        w.decide(DrainInstance(instance=w.member("i3").id, why="idle"))
         await asyncio.sleep(0.01)
         told = w.client.link.told[-1]
         assert len(w.client.link.told) > before
@@ -536,10 +536,10 @@ def test_the_scheduler_takes_back_no_drain_but_its_own(play: Callable[..., World
         for instance in ("i1", "i2"):
             w.hold(instance, 1)
         await w.fleet.drain(I1, "a user's order")
-        w.client.link.on_scaling(DrainInstance(instance=I2, why="idle"))
+        w.decide(DrainInstance(instance=I2, why="idle"))
         await asyncio.sleep(1)
         for instance in (I1, I2):
-            w.client.link.on_scaling(UndrainInstance(instance=instance, why="load"))
+            w.decide(UndrainInstance(instance=instance, why="load"))
         await asyncio.sleep(1)
         assert w.states == {"i0": "serving", "i1": "draining", "i2": "serving"}
 
@@ -551,10 +551,10 @@ def test_a_drain_of_the_schedulers_that_a_user_asks_for_too_is_the_users(
 ) -> None:
     async def script(w: World) -> None:
         w.hold("i1", 1)
-        w.client.link.on_scaling(DrainInstance(instance=I1, why="idle"))
+        w.decide(DrainInstance(instance=I1, why="idle"))
         await asyncio.sleep(1)
         await w.fleet.drain(I1, "a user's order")
-        w.client.link.on_scaling(UndrainInstance(instance=I1, why="load"))
+        w.decide(UndrainInstance(instance=I1, why="load"))
         await asyncio.sleep(1)
         assert w.states["i1"] == "draining"
         assert w.client.link.told[-1].drained_by == {"i1": "user"}
@@ -565,7 +565,7 @@ def test_a_drain_of_the_schedulers_that_a_user_asks_for_too_is_the_users(
 def test_a_drain_of_the_schedulers_own_cuts_nothing_off(play: Callable[..., World]) -> None:
     async def script(w: World) -> None:
         w.hold("i1", 1)
-        w.client.link.on_scaling(DrainInstance(instance=I1, why="idle"))
+        w.decide(DrainInstance(instance=I1, why="idle"))
         await asyncio.sleep(DRAIN_TIMEOUT_S + 1)
         assert w.states["i1"] == "serving"
         assert w.accepting("i1")
@@ -643,7 +643,7 @@ def test_a_storm_of_failing_starts_slows_down_and_leaves_nothing_behind(
 
         def tell(fact: FleetReported) -> None:
             for decision in scheduler.handle(fact, now()):
-                w.client.link.on_scaling(decision)
+                w.decide(decision)
 
         w.client.link.on_tell = tell
         w.runs.why_not = "uncorrectable ECC error"
@@ -672,7 +672,7 @@ def test_what_the_scheduler_wants_and_cannot_have_is_said_once(
     async def script(w: World) -> None:
         w.room = 0
         for _ in range(100):
-            w.client.link.on_scaling(AddInstances(count=1, why="load"))
+            w.decide(AddInstances(count=1, why="load"))
             await asyncio.sleep(1)
 
     play(script)

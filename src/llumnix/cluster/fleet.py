@@ -111,9 +111,9 @@ class Fleet:
             say(f"instance {number}/{count} ({member.id}) is up")
         for member in members:
             self._supervisor.supervise(member)
-        self._client.on_leave = self._leave
-        self._client.link.on_scaling = self._perform
         self._begin("Reporting the fleet", self._report)
+        self._begin("Scaling the fleet", self._take_decisions)
+        self._begin("Draining instances that ask for it", self._take_drain_requests)
         self._begin("Looking for hung instances", self._watcher.run)
 
     def status(self) -> list[InstanceStatus]:
@@ -199,8 +199,7 @@ class Fleet:
             self.all_failed.set()
 
     async def _report(self) -> None:
-        """Tells the controller what there is, at once when it changes; its decisions come back to
-        `_perform`."""
+        """Tells the controller what there is, at once when it changes."""
         while True:
             self._news.clear()
             self._client.link.tell(self._facts())
@@ -220,17 +219,17 @@ class Fleet:
             given_up=self._supervisor.given_up,
         )
 
-    def _perform(self, decision: ScalingDecision) -> None:
-        self._keep(asyncio.ensure_future(self._carry_out(decision)))
+    async def _take_decisions(self) -> None:
+        while True:
+            decision = await self._client.link.decisions.get()
+            self._keep(asyncio.create_task(self._carry_out(decision, by="scheduler")))
 
-    def _leave(self, instance: InstanceId, why: str) -> None:
-        self._keep(
-            asyncio.ensure_future(
-                self._carry_out(DrainInstance(instance=instance, why=why), by="signal")
-            )
-        )
+    async def _take_drain_requests(self) -> None:
+        while True:
+            request = await self._client.drain_requests.get()
+            self._keep(asyncio.create_task(self._carry_out(request, by="signal")))
 
-    async def _carry_out(self, decision: ScalingDecision, by: DrainedBy = "scheduler") -> None:
+    async def _carry_out(self, decision: ScalingDecision, by: DrainedBy) -> None:
         if self._llm.stopping:
             return  # A SIGTERM to every process reaches the instances too, which ask for a drain.
         try:
@@ -265,8 +264,6 @@ class Fleet:
 
     async def close(self) -> None:
         """Stops all instances and the controller. Every step is tried; what fails is logged."""
-        self._client.on_leave = lambda *_: None
-        self._client.link.on_scaling = lambda _: None
         tasks = {*self._tasks, *(m.task for m in self._members.values() if m.task is not None)}
         for task in tasks:
             task.cancel()

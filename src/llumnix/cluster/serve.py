@@ -166,6 +166,7 @@ async def _run(
     from llumnix.frontend.client import FleetClient
     from llumnix.frontend.controller_link import ControllerLink
     from llumnix.frontend.http.server import serve as serve_http
+    from llumnix.frontend.http.server import stop_begins
     from llumnix.frontend.llm import FleetLLM
 
     args, deployment = command.args, command.deployment
@@ -198,6 +199,7 @@ async def _run(
             log_stats=not args.disable_log_stats,
             log_requests=args.enable_log_requests,
             aggregate_engine_logging=args.aggregate_engine_logging,
+            on_stopping=stop_begins,
         )
         undo.callback(llm.shutdown)
         fleet = Fleet(llm, launch, addresses, deployment)

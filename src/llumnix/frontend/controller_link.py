@@ -11,7 +11,6 @@ again the frontend dispatches by itself.
 import asyncio
 import logging
 import time
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import zmq
@@ -35,6 +34,8 @@ logger = logging.getLogger("llumnix.frontend")
 REPLY_TIMEOUT_S = 0.25
 LOOK_EVERY_S = 0.05
 PROBE_EVERY_S = 0.2
+DECISIONS_MAX = 64
+"""So many decisions to scale wait for the fleet, which takes each at once."""
 
 
 _Answer = asyncio.Future[Dispatch | NoInstance | None]
@@ -57,7 +58,7 @@ class ControllerLink:
         self._number = 0
         self._answers: dict[RequestId, _Question] = {}
         self._replies: dict[int, asyncio.Future[Message]] = {}
-        self.on_scaling: Callable[[ScalingDecision], None] = lambda _: None
+        self.decisions: asyncio.Queue[ScalingDecision] = asyncio.Queue(DECISIONS_MAX)
 
     @property
     def up(self) -> bool:
@@ -112,7 +113,7 @@ class ControllerLink:
 
     def tell(self, fact: InstanceLost | FleetReported) -> None:
         """Passes on a fact. Lost with the controller: a new one never heard of that instance, and
-        is soon told of the fleet again. Decisions that follow go to `on_scaling`."""
+        is soon told of the fleet again. Decisions that follow wait in `decisions`."""
         try:
             self._send(fact)
         except zmq.Again:
@@ -151,7 +152,7 @@ class ControllerLink:
 
     def _heard(self, message: Message) -> None:
         if isinstance(message, ScalingDecision):
-            self.on_scaling(message)
+            self._decided(message)
             return
         waiting: asyncio.Future[Any] | None = None
         if isinstance(message, Dispatch | NoInstance):
@@ -163,6 +164,12 @@ class ControllerLink:
             raise ProtocolError(f"not for a frontend: {type(message).__name__}")
         if waiting is not None and not waiting.done():
             waiting.set_result(message)
+
+    def _decided(self, decision: ScalingDecision) -> None:
+        if self.decisions.full():  # Nobody carries them out. The controller will decide again.
+            logger.error("A decision of the controller's was dropped: %s", decision.why)
+        else:
+            self.decisions.put_nowait(decision)
 
     async def _probe(self) -> None:
         """Sees that no answer is waited for too long, and whether there is a controller again."""

@@ -72,11 +72,13 @@ class FleetLLM(AsyncLLM):
         log_stats: bool,
         log_requests: bool,
         aggregate_engine_logging: bool,
+        on_stopping: Callable[["FleetLLM"], None],
     ) -> None:
+        """`on_stopping` is called once, when a stop begins, on the thread of `shutdown`."""
         self.stopping = False
-        self.on_stopping: Callable[[], None] | None = None
         self.open_http = 0
-        self._hurry = False
+        self._on_stopping = on_stopping
+        self._stop_now = False
         self._aggregate_logging = aggregate_engine_logging
         client.on_failed = self._fail
         with _given(client):
@@ -178,19 +180,18 @@ class FleetLLM(AsyncLLM):
     def shutdown(self, timeout: float | None = None) -> None:
         """Lets the open HTTP requests end, at most `timeout` seconds, then closes.
 
-        vLLM calls it on a thread, with the event loop running on. `on_stopping` is told at once.
+        vLLM calls it on a thread, with the event loop running on.
         """
         if not self.stopping:
             self.stopping = True
-            if self.on_stopping is not None:
-                self.on_stopping()
             if not self._loop_is_here():
+                self._on_stopping(self)
                 self._let_streams_end(timeout or 0)
         super().shutdown(timeout=0)
 
     def _let_streams_end(self, timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s
-        while self.running() and not self._hurry and time.monotonic() < deadline:
+        while self.running() and not self._stop_now and time.monotonic() < deadline:
             time.sleep(DRAIN_POLL_S)
         asyncio.run_coroutine_threadsafe(self.engine_core.abort_all(), self.engine_core.loop)
         # The output handler dies with the engine client: what is queued must be told before.
@@ -203,9 +204,9 @@ class FleetLLM(AsyncLLM):
         behind an answer that was given already (`background` of the responses API)."""
         return max(self.open_http, self.get_num_unfinished_requests())
 
-    def hurry(self) -> None:
+    def stop_now(self) -> None:
         """Ends the wait in `shutdown`."""
-        self._hurry = True
+        self._stop_now = True
 
     @staticmethod
     def _loop_is_here() -> bool:

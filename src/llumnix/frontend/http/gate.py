@@ -2,7 +2,7 @@
 
 vLLM adds it as the last of its middlewares, by import path, so it takes no arguments and finds
 the rest in the application's state: `args.access` has the rules, `args.max_body_mb` the limit of a
-body.
+body, `args.control_app` the application behind /llumnix.
 
 vLLM 0.32 internals relied on here (tests/frontend/test_gate.py and tests/house/test_vllm_routes.py
 fail when one changes): an `HTTPException` out of `receive()` reaches vLLM's own handler; CORS is
@@ -69,7 +69,7 @@ class Gate:
         llm = state.engine_client
         question = _Question(http, receive, llm, _bytes_max(state.args), is_json(headers))
         if path == "/llumnix" or path.startswith("/llumnix/"):
-            ours = _with_cors(llm.control_app, state.args)
+            ours = _with_cors(state.args.control_app, state.args)
             try:
                 await ours(scope, question, send)
             finally:

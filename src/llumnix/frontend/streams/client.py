@@ -24,6 +24,7 @@ from vllm.v1.engine import (
 )
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from llumnix.core.events import DrainInstance
 from llumnix.core.messages import LeaveWanted, MigrationEnded, MigrationWanted, TookOver
 from llumnix.core.streams.effects import (
     Abort,
@@ -36,7 +37,7 @@ from llumnix.core.streams.effects import (
 )
 from llumnix.core.streams.stream import Refusal
 from llumnix.core.streams.table import StreamTable
-from llumnix.core.types import EngineIndex, InstanceId, RequestId
+from llumnix.core.types import EngineIndex, RequestId
 from llumnix.errors import ConflictError, UnknownRequestError, UsageError
 from llumnix.frontend.engines.calls import EngineCalls
 from llumnix.frontend.engines.directory import EngineTarget
@@ -51,6 +52,8 @@ from llumnix.wire import decode, encode
 IN_BAND = "llumnix"
 ENGINE_DIED = "The instance that ran this request died. Please send the request again."
 GAVE_UP = "llumnix failed at this request. Please send it again."
+DRAIN_REQUESTS_MAX = 256
+"""So many instances' requests for their own drain wait for the fleet, which takes each at once."""
 
 
 class StreamClient(EngineCalls):
@@ -68,7 +71,7 @@ class StreamClient(EngineCalls):
         self.streams: FleetStreams = StreamTable()
         self.migrations = MigrationRecords(log)
         self.on_failed: Callable[[FailedRequest], bool] = lambda failed: True
-        self.on_leave: Callable[[InstanceId, str], None] = lambda instance, why: None
+        self.drain_requests: asyncio.Queue[DrainInstance] = asyncio.Queue(DRAIN_REQUESTS_MAX)
         self._log = log
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -122,7 +125,14 @@ class StreamClient(EngineCalls):
             case MigrationWanted() as message:
                 self._migration_wanted(engine_index, message)
             case LeaveWanted(why=why):
-                self.on_leave(self.engines.name(engine_index), why)
+                self._drain_requested(engine_index, why)
+
+    def _drain_requested(self, engine_index: EngineIndex, why: str) -> None:
+        request = DrainInstance(instance=self.engines.name(engine_index), why=why)
+        if self.drain_requests.full():
+            self.complaints.note("Dropped an instance's request for a drain", request)
+        else:
+            self.drain_requests.put_nowait(request)
 
     def _deliver(self, output: EngineCoreOutput) -> None:
         """Passes an output on as if the stream's owner had just sent it."""
