@@ -46,7 +46,7 @@ class FakeClient:
         self.ended: dict[int, int] = {}
         self.accepting: dict[int, bool] = {}
         self.not_brought_up: str | None = None
-        self.told = EngineState()
+        self.shared_state = EngineState()
         self.streams = SimpleNamespace(on=self._streams)
 
     def in_flight(self, index: int) -> int:
@@ -57,7 +57,7 @@ class FakeClient:
 
     async def lose(self, index: int) -> int:
         self.accepting.pop(index, None)
-        self.told.forget(EngineIndex(index))
+        self.shared_state.forget(EngineIndex(index))
         return sum(self.end(s.request, "lost") for s in self._streams(index))
 
     def _streams(self, index: int) -> list[Any]:
@@ -84,7 +84,7 @@ class FakeRun:
         return self.ended is not None and not self.ended.done()
 
 
-class FakeRuns:
+class FakeLauncher:
     """Runs that are ready after `ready_s`, for ever if that is infinite, unless `why_not` says why
     they end before. `broken` names the calls that raise."""
 
@@ -145,8 +145,8 @@ class World:
         launch: Any = SimpleNamespace(device=None, devices_per_instance=1)
         addresses: Any = SimpleNamespace(controller="", peers="", agents="", keys=None)
         self.fleet = Fleet(self.llm, launch, addresses, DeploymentConfig(**config))
-        self.runs = FakeRuns(self.client)
-        self.fleet._runs = self.fleet._supervisor._runs = self.runs  # type: ignore[assignment]
+        self.launcher = FakeLauncher(self.client)
+        self.fleet._launcher = self.fleet._supervisor._launcher = self.launcher  # type: ignore[assignment]
         self.said: list[str] = []
 
     def _check(self, launch: Any, *, there: int, waiting: int) -> None:

@@ -21,7 +21,7 @@ from llumnix.cluster.controller_process import ControllerProcess
 from llumnix.cluster.ray_calls import ray_call
 from llumnix.cluster.supervision.capacity import check_one_more, check_start
 from llumnix.cluster.supervision.member import Member
-from llumnix.cluster.supervision.runs import Runs
+from llumnix.cluster.supervision.runs import EngineLauncher
 from llumnix.cluster.supervision.supervisor import Supervisor
 from llumnix.cluster.supervision.watcher import Watcher
 from llumnix.config import DeploymentConfig
@@ -63,9 +63,9 @@ class Fleet:
         self._client = llm.engine_core
         self._launch = launch
         self._members: dict[InstanceId, Member] = {}
-        self._runs = Runs(self._client, launch, addresses, config)
+        self._launcher = EngineLauncher(self._client, launch, addresses, config)
         self._addresses = addresses
-        self._supervisor = Supervisor(self._client, self._runs, self._members, self._changed)
+        self._supervisor = Supervisor(self._client, self._launcher, self._members, self._changed)
         self._watcher = Watcher(self._client, self._members.values, lambda _: self._changed())
         self._settings = config.scheduler.without_keys()
         self._refused = ""
@@ -85,7 +85,7 @@ class Fleet:
                 ray.remote(Controller)
                 .options(num_cpus=0, max_concurrency=2, max_restarts=0, scheduling_strategy=here)
                 .remote(
-                    [addresses.controller], self._settings, self._runs.event_log, addresses.keys
+                    [addresses.controller], self._settings, self._launcher.event_log, addresses.keys
                 )
             )
 
@@ -97,10 +97,10 @@ class Fleet:
     async def start(self, count: int, say: Callable[[str], None]) -> None:
         """Starts the first `count` instances and returns once all serve; `InstanceFailedError`
         if one cannot be started."""
-        members = [self._enlist() for _ in range(count)]
+        members = [self._register() for _ in range(count)]
         for number, member in enumerate(members, 1):
             say(f"starting instance {number}/{count} ({member.id})")
-            member.run = self._runs.create(member.id, member.slot)
+            member.run = self._launcher.create(member.id, member.slot)
         for number, member in enumerate(members, 1):
             try:
                 why_not = await self._supervisor.start_run(member)
@@ -130,7 +130,7 @@ class Fleet:
                 )
             await self._check_room()
             self._llm.grow_metrics(self._free_slot() + 1)
-            member = self._enlist()
+            member = self._register()
             self._supervisor.supervise(member)
             self._changed()
         return member.status()
@@ -269,7 +269,9 @@ class Fleet:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks, timeout=CLOSE_TIMEOUT_S)
-        steps = {f"instance {m.id}": self._runs.end(m.run) for m in self._members.values() if m.run}
+        steps = {
+            f"instance {m.id}": self._launcher.end(m.run) for m in self._members.values() if m.run
+        }
         if self._controller is not None:
             steps["the controller"] = self._controller.close()
         results = await asyncio.gather(*steps.values(), return_exceptions=True)
@@ -277,7 +279,7 @@ class Fleet:
             if isinstance(result, Exception):
                 logger.error("%s could not be ended: %s: %s", what, type(result).__name__, result)
 
-    def _enlist(self) -> Member:
+    def _register(self) -> Member:
         """A new member, in the lowest free slot."""
         slot = self._free_slot()
         member = Member(id=InstanceId(f"i{slot}"), slot=slot)

@@ -87,7 +87,7 @@ class FleetClient(StreamClient):
         if engine is None:
             return 0
         self.refresh()
-        self.told.forget(engine_index)
+        self.shared_state.forget(engine_index)
         self.fail_calls(engine_index)
         self.link.tell(InstanceLost(instance=engine.instance, engine_index=engine_index))
         living = [e.engine_index for e in self.engines.up()]

@@ -37,7 +37,7 @@ from vllm.v1.metrics.loggers import StatLoggerManager, load_stat_logger_plugin_f
 
 from llumnix.core.types import RequestId
 from llumnix.frontend.client import FleetClient
-from llumnix.frontend.early_add import Adding, Outputs
+from llumnix.frontend.early_add import OutputStream, PendingAdd
 from llumnix.frontend.engines.outputs import FailedRequest
 from llumnix.frontend.grammars import GrammarChecks
 from llumnix.frontend.output_guard import guard
@@ -81,7 +81,7 @@ class FleetLLM(AsyncLLM):
         self._stop_now = False
         self._aggregate_logging = aggregate_engine_logging
         client.on_failed = self._fail
-        with _given(client):
+        with injected_client(client):
             super().__init__(
                 vllm_config=vllm_config,
                 executor_class=Executor.get_class(vllm_config),
@@ -105,13 +105,17 @@ class FleetLLM(AsyncLLM):
         self.engine_core.ensure_served()
         if isinstance(prompt, AsyncGenerator):  # A session, whose inputs are still to come.
             return super().generate(prompt, sampling_params, request_id, **kwargs)
-        adding = Adding(self.add_request(request_id, prompt, sampling_params, **kwargs), self.abort)
-        return Outputs(super().generate(adding, sampling_params, request_id, **kwargs), adding)
+        pending = PendingAdd(
+            self.add_request(request_id, prompt, sampling_params, **kwargs), self.abort
+        )
+        return OutputStream(
+            super().generate(pending, sampling_params, request_id, **kwargs), pending
+        )
 
     async def add_request(
         self, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        if isinstance(prompt, Adding):
+        if isinstance(prompt, PendingAdd):
             return await prompt.outcome()
         await self._grammars.check(params)
         with one_request():
@@ -237,16 +241,16 @@ def _refused(why: str) -> ValueError:
 
 
 @contextlib.contextmanager
-def _given(client: FleetClient) -> Iterator[None]:
-    """While it lasts, AsyncLLM's constructor gets this client instead of making its own."""
+def injected_client(client: FleetClient) -> Iterator[None]:
+    """In this context AsyncLLM's constructor gets `client`, instead of making its own."""
 
-    class Given:
+    class Injected:
         @staticmethod
         def make_async_mp_client(**_: Any) -> FleetClient:
             return client
 
     stock = vllm_async_llm.EngineCoreClient
-    vllm_async_llm.EngineCoreClient = Given  # type: ignore[misc,assignment]
+    vllm_async_llm.EngineCoreClient = Injected  # type: ignore[misc,assignment]
     try:
         yield
     finally:

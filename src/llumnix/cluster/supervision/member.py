@@ -3,7 +3,7 @@
 import asyncio
 from dataclasses import dataclass, field
 
-from llumnix.cluster.supervision.runs import Run
+from llumnix.cluster.supervision.runs import EngineRun
 from llumnix.core.supervision.hang import HangPolicy, Health
 from llumnix.core.supervision.lifecycle import InstanceStatus, Lifecycle, LifeState, life_machine
 from llumnix.core.types import InstanceId
@@ -16,7 +16,7 @@ class Member:
     id: InstanceId
     slot: int  # its number among the metrics
     life: Lifecycle = field(init=False)
-    run: Run | None = None  # of its engine; kept until nothing of it is left
+    run: EngineRun | None = None  # of its engine; kept until nothing of it is left
     health: Health = field(default_factory=Health)
     hangs: HangPolicy = field(default_factory=HangPolicy)
     task: asyncio.Task[None] | None = None  # the only one that works on it

@@ -42,7 +42,7 @@ PLACING_SAID_AFTER_S = 5.0
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class Run:
+class EngineRun:
     """One of them. `made` resolves once Ray knows its actor; `ended` (with why) once the engine is
     no more."""
 
@@ -63,7 +63,7 @@ class Run:
         return self.ended is not None and not self.ended.done()
 
 
-class Runs:
+class EngineLauncher:
     """Starts and ends runs for one deployment."""
 
     def __init__(
@@ -90,7 +90,7 @@ class Runs:
         )
         self._started = 0
 
-    def create(self, instance: InstanceId, slot: int) -> Run:
+    def create(self, instance: InstanceId, slot: int) -> EngineRun:
         """Begins a new run: a new actor, known to the frontend before it can announce itself."""
         if self._started > ENGINE_INDEX_MAX:
             raise LlumnixError("65,536 engines were started; restart llumnix to start more")
@@ -109,7 +109,7 @@ class Runs:
             event_log=self.event_log,
             keys=self._keys,
         )
-        run = Run(engine_index=index)
+        run = EngineRun(engine_index=index)
         launch = self._launch
         # Here, since the event loop may change the configuration while the thread works.
         arguments = pack(
@@ -119,7 +119,7 @@ class Runs:
         run.made.add_done_callback(_seen)
         return run
 
-    def _make(self, run: Run, instance: InstanceId, arguments: bytes) -> None:
+    def _make(self, run: EngineRun, instance: InstanceId, arguments: bytes) -> None:
         """Has Ray make the actor, and a placement group for its devices. On a thread."""
         try:
             launch = self._launch
@@ -151,7 +151,7 @@ class Runs:
                 for clear in _clearing(run):
                     clear()
 
-    def _wait_placed(self, run: Run, instance: InstanceId) -> None:
+    def _wait_placed(self, run: EngineRun, instance: InstanceId) -> None:
         began_s, said = time.monotonic(), False
         while not (run.placed or run.unwanted):
             run.placed = run.group.wait(PLACED_POLL_S)
@@ -170,7 +170,7 @@ class Runs:
                     self._launch.device,
                 )
 
-    async def until_ready(self, run: Run) -> str | None:
+    async def until_ready(self, run: EngineRun) -> str | None:
         """Waits until it serves; returns None then, or why it ended before."""
         try:
             async with asyncio.timeout(READY_TIMEOUT_S):
@@ -193,7 +193,7 @@ class Runs:
             connected.cancel()
         return run.ended.result() if run.ended.done() else None
 
-    def accept(self, run: Run, accepting: bool) -> None:
+    def accept(self, run: EngineRun, accepting: bool) -> None:
         """Says whether it takes new requests, to the frontend and in its own reports. Not waited
         for: an engine may be dying right now."""
         self._client.engines.accept(run.engine_index, accepting)
@@ -202,7 +202,7 @@ class Runs:
             if run.telling is None or run.telling.done():
                 run.telling = asyncio.create_task(_tell(run))
 
-    async def end(self, run: Run) -> None:
+    async def end(self, run: EngineRun) -> None:
         """Ends its actor, politely if it can still listen, and frees its devices. Each step is
         tried; what failed is raised in the end, and the whole may be called again."""
         run.unwanted = True
@@ -227,7 +227,7 @@ class Runs:
             raise failed[0]
 
 
-def _clearing(run: Run) -> list[Callable[[], None]]:
+def _clearing(run: EngineRun) -> list[Callable[[], None]]:
     """The steps that leave nothing of a run in Ray."""
     steps: list[Callable[[], None]] = []
     if run.actor is not None:
@@ -243,7 +243,7 @@ def _seen(made: asyncio.Future[None]) -> None:
         made.exception()
 
 
-async def _tell(run: Run) -> None:
+async def _tell(run: EngineRun) -> None:
     """Tells the actor what it is to report, in order, the newest last."""
     told: bool | None = None
     while told != run.accepting:

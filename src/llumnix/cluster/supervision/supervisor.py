@@ -13,7 +13,7 @@ import logging
 from collections.abc import Awaitable, Callable
 
 from llumnix.cluster.supervision.member import Member
-from llumnix.cluster.supervision.runs import Runs
+from llumnix.cluster.supervision.runs import EngineLauncher
 from llumnix.core.events import DrainedBy
 from llumnix.core.supervision.hang import HangPolicy, Health
 from llumnix.core.supervision.lifecycle import LifeAction, LifeState
@@ -34,12 +34,12 @@ class Supervisor:
     def __init__(
         self,
         client: FleetClient,
-        runs: Runs,
+        launcher: EngineLauncher,
         members: dict[InstanceId, Member],
         on_change: Callable[[], None],
     ) -> None:
         self._client = client
-        self._runs = runs
+        self._launcher = launcher
         self._members = members
         self._on_change = on_change
         self.given_up = 0  # instances so far
@@ -88,7 +88,7 @@ class Supervisor:
                 self.undrain(member)
             elif alone != drain.held:
                 drain.held = alone
-                self._runs.accept(member.run, alone)
+                self._launcher.accept(member.run, alone)
                 if alone:
                     logger.warning("Instance %s takes requests until another does.", member.id)
 
@@ -100,7 +100,7 @@ class Supervisor:
         match action:
             case LifeAction.SERVE:
                 assert member.run is not None
-                self._runs.accept(member.run, True)
+                self._launcher.accept(member.run, True)
                 if life.restarts:
                     logger.warning("Instance %s serves again.", member.id)
             case LifeAction.RESTART:
@@ -122,7 +122,7 @@ class Supervisor:
                 self._begin_drain(member)
             case LifeAction.SERVE_ON:
                 assert member.run is not None
-                self._runs.accept(member.run, True)
+                self._launcher.accept(member.run, True)
                 self.supervise(member)
             case LifeAction.FORGET:
                 if self._members.get(member.id) is member:
@@ -179,8 +179,8 @@ class Supervisor:
         """Creates a run and brings it up; returns None once it serves, or why it ended before."""
         if member.run is None:
             member.hangs, member.health = HangPolicy(), Health()
-            member.run = self._runs.create(member.id, member.slot)
-        why = await self._runs.until_ready(member.run)
+            member.run = self._launcher.create(member.id, member.slot)
+        why = await self._launcher.until_ready(member.run)
         if why is None:
             why = await self._client.bring_up(member.run.engine_index)
         if why is None:
@@ -202,7 +202,7 @@ class Supervisor:
         drain, run = member.life.drain, member.run
         assert drain is not None
         if run is not None and run.alive and member.state is LifeState.DRAINING:
-            self._runs.accept(run, drain.held)
+            self._launcher.accept(run, drain.held)
         while member.state is LifeState.DRAINING:
             now_s = asyncio.get_running_loop().time()
             busy = (
@@ -246,5 +246,5 @@ class Supervisor:
         """Ends the member's run, if it has one; what fails is raised, and the run not forgotten."""
         if member.run is not None:
             await self._client.lose(member.run.engine_index)
-            await self._runs.end(member.run)
+            await self._launcher.end(member.run)
             member.run = None

@@ -54,11 +54,11 @@ class Watcher:
             health = member.hangs.look(
                 report.sequence if report else None,
                 # A paused engine stands still on purpose.
-                0.0 if report is None or self._client.told.paused else report.stalled_s,
+                0.0 if report is None or self._client.shared_state.paused else report.stalled_s,
                 stopped=_stopped(member),
             )
             self._tell(member, health)
-            silent = self._client.told.silent
+            silent = self._client.shared_state.silent
             (silent.add if health.lost else silent.discard)(run.engine_index)
             if health.lost:
                 self._cut_off(member, run.engine_index)

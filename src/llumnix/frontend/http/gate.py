@@ -67,21 +67,21 @@ class Gate:
             key=caller.key,
         )
         llm = state.engine_client
-        question = _Question(http, receive, llm, _bytes_max(state.args), is_json(headers))
+        body = RequestBody(http, receive, llm, _bytes_max(state.args), is_json(headers))
         if path == "/llumnix" or path.startswith("/llumnix/"):
             ours = _with_cors(state.args.control_app, state.args)
             try:
-                await ours(scope, question, send)
+                await ours(scope, body, send)
             finally:
-                question.uncount()
+                body.uncount()
             return
         token = current_http_request.set(http)
         if scope["type"] == "websocket" or scope["method"] == "GET":
-            question.count()
+            body.count()
         try:
-            await self.app(scope, question, _Answer(http, send))
+            await self.app(scope, body, ResponseHead(http, send))
         finally:
-            question.uncount()
+            body.uncount()
             current_http_request.reset(token)
 
     @staticmethod
@@ -153,7 +153,7 @@ class _Tier(msgspec.Struct):
     service_tier: str | None = None
 
 
-class _Question:
+class RequestBody:
     """A request's body on its way to vLLM: counts it, and notes OpenAI's `service_tier` in passing.
 
     Of JSON it keeps the parts, the same objects that vLLM gets, until the last has come. It joins
@@ -222,7 +222,7 @@ class _Question:
             return  # vLLM says what is wrong with it.
 
 
-class _Answer:
+class ResponseHead:
     """A response whose head waits until the instance is known, or the first byte of the body.
 
     A streaming response sends its head before vLLM has placed the request; holding it back until
