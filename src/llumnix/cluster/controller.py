@@ -1,10 +1,10 @@
 """The controller's process: hosts the pure scheduler behind one ZMQ socket.
 
-It keeps nothing that the next reports would not tell a successor, so it may be started anew at any
-time (cluster/controller_process.py). Frontends and llumlets connect to an address that outlives it.
-Whatever has arrived is handled at once, the news of instances before the requests, the urgent
-requests before the others. A message that makes no sense is refused, one that brings a bug to light
-ends at most itself; both are counted, and told at most every `TOLD_EVERY_S`.
+A successor learns all that the controller knows from the next reports, so the controller may be
+started again at any time (cluster/controller_process.py). Frontends and llumlets connect to an
+address that outlives it. All messages that have arrived are handled together: reports of instances
+first, then urgent requests, then the others. A message that makes no sense is refused. A message
+that brings a bug to light ends alone. Both are counted, and logged at most every `TOLD_EVERY_S`.
 """
 
 import contextlib
@@ -46,8 +46,8 @@ TOLD_EVERY_S = 10.0
 _FACTS = (RequestArrived, LoadReported, PrefixesChanged, InstanceLost, FleetReported)
 
 
-class Told:
-    """Counts what goes wrong, and tells of it at once, but not too often."""
+class Faults:
+    """Counts faults of one kind, and logs the newest at most every `TOLD_EVERY_S`."""
 
     def __init__(self, what: str, *, traceback: bool) -> None:
         self._what = what
@@ -84,14 +84,14 @@ class Controller:
         self._scheduler = Scheduler(settings)
         self._tick_s = settings.migration.tick_s
         self._engines: dict[EngineIndex, bytes] = {}
-        self._refused = Told("messages that make no sense were refused", traceback=False)
-        self._failed = Told("messages could not be handled, which is a bug", traceback=True)
+        self._refused = Faults("messages that make no sense were refused", traceback=False)
+        self._failed = Faults("messages could not be handled, which is a bug", traceback=True)
         self._in_a_row: dict[str, int] = {}
         self._stopping = False
 
     def run(self) -> None:
-        """Serves until `stop`, or until a bug ends it, for another to learn all anew."""
-        # What was imported stays: to look through it for garbage would hold up a dispatch for long.
+        """Serves until `stop`, or until a bug ends it and a successor takes its place."""
+        # Imported modules stay. To search them for garbage would delay a dispatch for long.
         gc.collect()
         gc.freeze()
         with (
@@ -136,8 +136,9 @@ class Controller:
         return sorted(taken, key=lambda pair: urgency(pair[1]))
 
     def _guarded(self, what: Message | Tick, work: Callable[[], None]) -> None:
-        """Does what one message asks for. What fails ends at most that, and is seen; `FAILURES_MAX`
-        of one kind in a row end the process, for what is kept here may be broken."""
+        """Does what one message asks for. An exception ends that message alone, and is counted.
+        `FAILURES_MAX` exceptions in a row over one kind of message end the process, because its
+        state may be broken."""
         kind = type(what).__name__
         try:
             work()
@@ -166,7 +167,7 @@ class Controller:
                 try:
                     self._decide(sender, message)
                 except Exception:
-                    # Its frontend places it by itself, and waits for nothing.
+                    # The frontend need not wait for a time-out: it places the request itself.
                     why = "the controller failed on it"
                     self._send(sender, NoInstance(request=request, why=why))
                     raise
@@ -187,7 +188,7 @@ class Controller:
                 raise ProtocolError(f"not for the controller: {str(message)[:STORY_MAX]}")
 
     def _decide(self, sender: bytes, fact: Fact) -> None:
-        """Handles a fact and sends each decision to who carries it out."""
+        """Handles a fact, and sends each decision to the process that carries it out."""
         now = time.monotonic()
         decisions = self._scheduler.handle(fact, now)
         self._log.fact(fact, now, answered=bool(decisions))

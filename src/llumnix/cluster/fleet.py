@@ -1,7 +1,7 @@
 """The fleet: all instances of a deployment, and the orders of users, scheduler and signals.
 
-What is done with each instance is cluster/supervision/supervisor.py's part; Ray places the actors,
-and one of a new run of an instance is a new actor with a new engine index.
+The fleet decides which instances there are; cluster/supervision/supervisor.py works on each of
+them. Every run of an instance is a new Ray actor with a new engine index.
 """
 
 import asyncio
@@ -54,7 +54,7 @@ CLOSE_TIMEOUT_S = 5.0
 
 
 class Fleet:
-    """All instances of one deployment. Lives on the frontend's event loop."""
+    """All instances of one deployment. It lives on the frontend's event loop."""
 
     def __init__(
         self, llm: FleetLLM, launch: EngineLaunch, addresses: Addresses, config: DeploymentConfig
@@ -169,9 +169,11 @@ class Fleet:
         return member
 
     def _check_not_last(self, member: Member) -> None:
-        """Raises `LastInstanceError` if the others could not serve in its place: one that serves
-        needs another that does, one that is coming one that does or will. Another that hangs will
-        do, as it may only be slow: meanwhile the drained one takes requests."""
+        """Raises `LastInstanceError` if no other instance could serve in the member's place.
+
+        A member that serves needs another that does; one that is coming needs another that does or
+        will. A hung one counts, since it may only be slow: the drained one takes requests until
+        then."""
         others = [m for m in self._members.values() if m is not member]
         if not member.life.counts or any(m.state is LifeState.SERVING for m in others):
             return
@@ -231,7 +233,7 @@ class Fleet:
 
     async def _carry_out(self, decision: ScalingDecision, by: DrainedBy) -> None:
         if self._llm.stopping:
-            return  # A SIGTERM to every process reaches the instances too, which ask for a drain.
+            return  # A SIGTERM to all processes makes the instances ask for drains as well.
         try:
             match decision:
                 case AddInstances(count=count, why=why):
@@ -246,7 +248,7 @@ class Fleet:
                         await self.undrain(instance)
             self._refused = ""
         except UsageError as error:
-            if str(error) != self._refused:  # Said once, though it is decided again and again.
+            if str(error) != self._refused:  # Logged once, though it is decided again and again.
                 self._refused = str(error)
                 logger.warning("Not done (%s): %s", decision.why, error)
         except Exception:
@@ -263,7 +265,7 @@ class Fleet:
         await _ask_ray(lambda: check_one_more(self._launch, there=there, waiting=waiting))
 
     async def close(self) -> None:
-        """Stops all instances and the controller. Every step is tried; what fails is logged."""
+        """Stops all instances and the controller. Every step is tried; a failure is logged."""
         tasks = {*self._tasks, *(m.task for m in self._members.values() if m.task is not None)}
         for task in tasks:
             task.cancel()
@@ -280,15 +282,15 @@ class Fleet:
                 logger.error("%s could not be ended: %s: %s", what, type(result).__name__, result)
 
     def _register(self) -> Member:
-        """A new member, in the lowest free slot."""
+        """Adds a new member, in the lowest free slot."""
         slot = self._free_slot()
         member = Member(id=InstanceId(f"i{slot}"), slot=slot)
         self._members[member.id] = member
         return member
 
     def _free_slot(self) -> int:
-        """The lowest slot that is free, or whose instance was given up: a slot more is one more
-        label on every metric."""
+        """The lowest slot that is free, or whose instance was given up. Slots are used again
+        because each further one is one more label on every metric."""
         members = self._members.values()
         taken = {m.slot for m in members if m.state is not LifeState.FAILED or m.run is not None}
         return next(s for s in range(len(taken) + 1) if s not in taken)

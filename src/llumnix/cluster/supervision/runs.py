@@ -1,7 +1,7 @@
 """One run of an instance's engine: a Ray actor that is started, waited for and ended.
 
-Ray places and supervises the actors; what happens when one dies is decided by the fleet. Whatever
-may have to wait for Ray's control service is done on a thread, beside the event loop.
+Ray places the actors and notices when one dies; the supervisor decides what follows. A call that
+may have to wait for Ray's control service is made on a thread, beside the event loop.
 """
 
 import asyncio
@@ -43,17 +43,16 @@ PLACING_SAID_AFTER_S = 5.0
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class EngineRun:
-    """One of them. `made` resolves once Ray knows its actor; `ended` (with why) once the engine is
-    no more."""
+    """One run. It is made on a thread, and everything else happens on the event loop."""
 
     engine_index: EngineIndex
-    made: asyncio.Future[None] = field(init=False)
-    group: Any = None
-    placed: bool = False  # Ray has given it its devices
+    made: asyncio.Future[None] = field(init=False)  # done once Ray knows the actor
+    group: Any = None  # Ray's placement group, which holds its devices
+    placed: bool = False  # whether Ray has given it its devices
     actor: Any = None
-    facts: InstanceFacts | None = None
-    ended: asyncio.Task[str] | None = None
-    unwanted: bool = False  # what is still being made must go again
+    facts: InstanceFacts | None = None  # where it runs; known once it is ready
+    ended: asyncio.Task[str] | None = None  # done, with the reason, once its engine has ended
+    unwanted: bool = False  # whether what is still being made must be removed again
     accepting: bool = True  # what its reports are to say
     telling: asyncio.Task[None] | None = field(default=None, repr=False)
 
@@ -97,7 +96,7 @@ class EngineLauncher:
         index = EngineIndex(self._started)
         self._started += 1
         self._client.engines.expect(instance, index, slot)
-        # Not before it is in the state of the others.
+        # It takes requests only once it is in the state that all engines share.
         self._client.engines.accept(index, False)
         seat = InstanceSeat(
             instance=instance,
@@ -111,7 +110,7 @@ class EngineLauncher:
         )
         run = EngineRun(engine_index=index)
         launch = self._launch
-        # Here, since the event loop may change the configuration while the thread works.
+        # Packed here: the event loop may change the configuration while the thread works.
         arguments = pack(
             seat, launch.vllm_config, launch.addresses, launch.executor_class, launch.log_stats
         )
@@ -171,7 +170,7 @@ class EngineLauncher:
                 )
 
     async def until_ready(self, run: EngineRun) -> str | None:
-        """Waits until it serves; returns None then, or why it ended before."""
+        """Waits until the engine is ready. Returns None then, or why it ended before."""
         try:
             async with asyncio.timeout(READY_TIMEOUT_S):
                 await asyncio.shield(run.made)
@@ -194,8 +193,8 @@ class EngineLauncher:
         return run.ended.result() if run.ended.done() else None
 
     def accept(self, run: EngineRun, accepting: bool) -> None:
-        """Says whether it takes new requests, to the frontend and in its own reports. Not waited
-        for: an engine may be dying right now."""
+        """Says whether the run takes new requests, to the frontend and in its own reports. Does not
+        wait for the engine, which may be dying right now."""
         self._client.engines.accept(run.engine_index, accepting)
         if run.accepting != accepting:
             run.accepting = accepting
@@ -203,8 +202,9 @@ class EngineLauncher:
                 run.telling = asyncio.create_task(_tell(run))
 
     async def end(self, run: EngineRun) -> None:
-        """Ends its actor, politely if it can still listen, and frees its devices. Each step is
-        tried; what failed is raised in the end, and the whole may be called again."""
+        """Ends the run's actor and frees its devices. An engine that still listens is asked to stop
+        first. Every step is tried; the first failure is raised at the end, and `end` may then be
+        called again."""
         run.unwanted = True
         await asyncio.wait({run.made}, timeout=STOP_TIMEOUT_S)
         failed: list[Exception] = []
@@ -216,7 +216,7 @@ class EngineLauncher:
                     await asyncio.shield(run.ended)
             except TimeoutError:
                 logger.debug("engine %d did not stop by itself", run.engine_index)
-            except Exception as error:  # noqa: BLE001 - the steps to come are not to be left out
+            except Exception as error:  # noqa: BLE001 - the other steps must be tried too
                 failed.append(error)
         for clear in _clearing(run):
             try:
@@ -228,7 +228,7 @@ class EngineLauncher:
 
 
 def _clearing(run: EngineRun) -> list[Callable[[], None]]:
-    """The steps that leave nothing of a run in Ray."""
+    """The steps that remove a run from Ray."""
     steps: list[Callable[[], None]] = []
     if run.actor is not None:
         steps.append(partial(ray.kill, run.actor))
@@ -238,13 +238,14 @@ def _clearing(run: EngineRun) -> list[Callable[[], None]]:
 
 
 def _seen(made: asyncio.Future[None]) -> None:
-    """Of a run that nobody waits for any more, an exception is no news."""
+    """Marks an exception as seen: nobody may wait for the run any more, and asyncio would warn."""
     if not made.cancelled():
         made.exception()
 
 
 async def _tell(run: EngineRun) -> None:
-    """Tells the actor what it is to report, in order, the newest last."""
+    """Tells the actor whether it is to report that it accepts requests, until it knows the newest
+    value."""
     told: bool | None = None
     while told != run.accepting:
         told = run.accepting
