@@ -51,8 +51,10 @@ ABORT_TIMEOUT_S = 2.0
 
 
 class RequestLostError(GenerationError, GracefulHTTPError):
-    """No engine runs the request any more. As the first of its kinds it ends a stream with its
-    message and without a traceback; as the second it passes through `generate` as it is."""
+    """No engine runs the request any more.
+
+    vLLM ends a stream with the message of a `GenerationError`, without a traceback. It lets a
+    `GracefulHTTPError` pass through `generate` as it is."""
 
     def __init__(self, why: str) -> None:
         Exception.__init__(self, why)
@@ -100,8 +102,8 @@ class FleetLLM(AsyncLLM):
     def generate(  # type: ignore[override]
         self, prompt: Any, sampling_params: SamplingParams, request_id: str, **kwargs: Any
     ) -> AsyncGenerator[RequestOutput, None]:
-        """As vLLM's, but the request is added from now on, not when its outputs are asked for, and
-        refused at once while no instance serves: before a stream begins."""
+        """As vLLM's, with two differences. The request is added now, not when its outputs are asked
+        for. While no instance serves, it is refused now, before a stream begins."""
         self.engine_core.ensure_served()
         if isinstance(prompt, AsyncGenerator):  # A session, whose inputs are still to come.
             return super().generate(prompt, sampling_params, request_id, **kwargs)
@@ -122,8 +124,8 @@ class FleetLLM(AsyncLLM):
             return await super().add_request(request_id, prompt, params, *args, **kwargs)
 
     async def _add_request(self, request: EngineCoreRequest, *args: Any, **kwargs: Any) -> None:
-        # Placing a request takes a moment in which the client can hang up. The caller does not
-        # know the request yet, so what was registered is taken back here.
+        # The client may hang up while the request is placed. The caller does not know the request
+        # yet, so its registration is taken back here.
         try:
             await super()._add_request(request, *args, **kwargs)
         except BaseException:
@@ -131,7 +133,8 @@ class FleetLLM(AsyncLLM):
             raise
 
     def _fail(self, failed: FailedRequest) -> bool:
-        """Has the request's consumer raise; returns whether an output must still end it."""
+        """Has the request's consumer raise. Returns whether an output must still end the
+        request."""
         state = self.output_processor.request_states.get(failed.request)
         if state is None:
             return False
@@ -144,7 +147,7 @@ class FleetLLM(AsyncLLM):
         if state.parent_req is not None:  # The other `n` - 1 sequences have lost their consumer.
             others = self.abort(state.parent_req.request_id, internal=True)
             self.engine_core.start_task(others)
-        # An output cannot end these: for pooling there is none, and a session goes on after it.
+        # No output can end these: pooling has none, and a session goes on after one.
         elif state.detokenizer is None or state.streaming_input:
             self.output_processor.abort_requests([failed.request], internal=True)
         else:
@@ -154,7 +157,7 @@ class FleetLLM(AsyncLLM):
     def _give_up(self, request: str, error: Exception) -> None:
         """One of its outputs could not be processed."""
         self.engine_core.give_up(RequestId(request), error)
-        # Its stream may have ended before, and then nobody else tells the consumer.
+        # If its stream has ended already, nobody else tells the consumer.
         state = self.output_processor.request_states.get(request)
         failed = FailedRequest(request=request, slot=0, why=GAVE_UP)
         if state is not None and self._fail(failed):
@@ -198,14 +201,14 @@ class FleetLLM(AsyncLLM):
         while self.running() and not self._stop_now and time.monotonic() < deadline:
             time.sleep(DRAIN_POLL_S)
         asyncio.run_coroutine_threadsafe(self.engine_core.abort_all(), self.engine_core.loop)
-        # The output handler dies with the engine client: what is queued must be told before.
+        # The output handler ends with the engine client, so it must pass on what is queued first.
         deadline = time.monotonic() + ABORT_TIMEOUT_S
         while self.get_num_unfinished_requests() and time.monotonic() < deadline:
             time.sleep(DRAIN_POLL_S)
 
     def running(self) -> int:
-        """How many requests a stop waits for: HTTP requests that have come whole, and what runs
-        behind an answer that was given already (`background` of the responses API)."""
+        """How many requests a stop waits for: HTTP requests whose body is here, and requests that
+        run on after their answer (`background` of the responses API)."""
         return max(self.open_http, self.get_num_unfinished_requests())
 
     def stop_now(self) -> None:

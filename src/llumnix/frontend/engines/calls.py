@@ -1,12 +1,12 @@
-"""Calls to engines, over a changing set of them: what is asked of one, of all, of any.
+"""Calls to one engine, to all, or to any, over a set of engines that changes.
 
 Rules
-- A call to all goes to every engine that has joined. One that is brought up joins once it is in the
-  state of the others (engines/state.py); one that dies meanwhile is left out.
+- A call to all goes to every engine that has joined. A new engine joins once it is in the state
+  that all share (engines/state.py). An engine that dies during a call is left out.
 - Every call to all is bounded in time. An engine that does not answer is named in the error; what
   the others did stands.
 - An adapter is loaded on all engines or on none.
-- What a migration hangs on is asked or told again if a call fails, so often and no more.
+- A call that a migration depends on is repeated if it fails, a bounded number of times.
 
 vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
 `AsyncMPClient._call_utility_async(method, *args, engine)`, replaced here, calls one engine by its
@@ -35,14 +35,14 @@ from llumnix.frontend.engines.state import EngineState
 logger = logging.getLogger("llumnix.frontend")
 
 SHORT_TIMEOUT_S = 10.0
-"""For calls that are short once the engine comes to them, after the step that it is in."""
+"""For calls that are short. An engine comes to them after its present step."""
 LONG_TIMEOUT_S = 600.0
 """For calls that move weights or wait for requests to end."""
 LOOK_EVERY_S = 1.0
 FATE_POLL_S = 0.02
 FATE_ASKED_MAX = 3000
-"""So often a destination is asked what it decided: for a minute. It waits for one pull at most,
-from a source that is dead."""
+"""How often a destination is asked what it decided, which takes a minute. It waits for one pull at
+most, from a source that is dead."""
 CALL_TRIES_MAX = 5
 CALL_PAUSE_S = 0.1
 """After the first failure of a call that must not be lost; each further pause is twice as long."""
@@ -53,7 +53,7 @@ LONG = frozenset({
 
 
 class EngineCalls(EngineSockets):
-    """The calling half of the fleet's client."""
+    """The part of the fleet's client that calls engines."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

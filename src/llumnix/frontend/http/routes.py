@@ -27,7 +27,7 @@ from llumnix.frontend.streams.info import find
 
 
 class InstanceControl(Protocol):
-    """Who starts and stops instances."""
+    """Starts and stops instances."""
 
     def status(self) -> list[InstanceStatus]:
         """All instances, in order of id."""
@@ -79,7 +79,7 @@ class MigrationOrder(BaseModel):
 
     model_config = ConfigDict(extra="forbid", populate_by_name=True)
     request_id: str
-    destination: str | None = None
+    destination: str | None = None  # an instance; None: the one with the most free KV memory
     copy_kv: Literal["staged", "blocking", "recompute"] = Field("staged", alias="copy")
 
 

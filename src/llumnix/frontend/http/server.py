@@ -28,8 +28,8 @@ logger = logging.getLogger("llumnix.frontend")
 HTTP_CLOSE_TIMEOUT_S = 5.0
 GATE = "llumnix.frontend.http.gate.Gate"
 GARBAGE_EVERY = 10_000
-"""So many new objects between two looks for garbage, not Python's 700 (3.11, 3.12): the looks take
-time, and requests leave little (some 16 kB each)."""
+"""How many new objects there are between two searches for garbage, instead of Python's 700 (3.11,
+3.12). Searches take time, and a request leaves little garbage, some 16 kB."""
 
 
 async def serve(
@@ -53,7 +53,7 @@ async def serve(
         http=HttpProtocol,
     )
     try:
-        # A client that never ends its request, or never reads the answer, must not keep us.
+        # Bounded, since a client may never end its request, or never read the answer.
         await asyncio.wait_for(rest, HTTP_CLOSE_TIMEOUT_S)
     except TimeoutError:
         logger.warning("Some connections were still open after %.0f s.", HTTP_CLOSE_TIMEOUT_S)
@@ -73,7 +73,8 @@ def with_gate(args: Namespace, ours: FastAPI) -> Namespace:
 def _once(
     listener: Listener, announce: Callable[[], Awaitable[None]]
 ) -> Callable[[], Awaitable[None]]:
-    """For uvicorn, which calls it once it accepts connections, and again from time to time."""
+    """A callback that announces once. uvicorn calls it when it accepts connections, and again from
+    time to time."""
     announced = False
 
     async def serving() -> None:
