@@ -1,8 +1,8 @@
 """Fills the pages between their markers, from the code and from raw figures.
 
-From the code: the tables of a migration and of a stream as diagrams, the knobs and the policies as
-tables. From
-raw figures: the tables of scripts/raw_tables/. A page's markers say what stands between them:
+From the code: the tables of a migration, a stream and an instance's life as diagrams, the knobs and
+the policies as tables. From raw figures: the tables of scripts/raw_tables/. A page's markers say
+what stands between them:
 
     <!-- knobs: drawn -->
     <!-- knobs: end -->
@@ -31,7 +31,8 @@ from llumnix.core.migration.tables import (
 from llumnix.core.scheduling.presets import POLICIES
 from llumnix.core.settings import PriorityClass, SchedulerSettings
 from llumnix.core.streams.states import STREAM, StreamState, stream_machine
-from llumnix.core.types import RequestId
+from llumnix.core.supervision.lifecycle import LIFE, LifeState, life_machine
+from llumnix.core.types import InstanceId, RequestId
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -120,6 +121,7 @@ DRAWINGS: dict[str, Callable[[], str]] = {
         DESTINATION, destination_machine("").state, DestinationState.ABORTED
     ),
     "stream": lambda: diagram(STREAM, stream_machine(RequestId("")).state, StreamState.ORPHAN),
+    "life": lambda: diagram(LIFE, life_machine(InstanceId("")).state, LifeState.FAILED),
     "knobs": lambda: "\n".join(knobs()),
     "policies": lambda: "\n".join(policies()),
     **raw_tables.DRAWINGS,

@@ -2,21 +2,18 @@
 
 import argparse
 import json
-import os
 import sys
 import time
 import traceback
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import quote, urlencode
 
 from llumnix.core.messages import COPIES
 from llumnix.errors import LlumnixError, UsageError
+from llumnix.server_client import ask, server_parser
 from llumnix.versions import check_versions, versions_line
-
-if TYPE_CHECKING:
-    import httpx
 
 USAGE = """usage: llumnix COMMAND ...
 
@@ -44,12 +41,9 @@ LLUMNIX_URL, and LLUMNIX_ADMIN_API_KEY or VLLM_API_KEY, stand for what is not gi
 
 `llumnix COMMAND --help` says more.
 """
-DEFAULT_URL = "http://127.0.0.1:8000"
-UNIX = "unix:"
-STATUS_TIMEOUT_S = 5.0
+ANSWER_TIMEOUT_S = 5.0
 MIGRATE_TIMEOUT_S = 300.0
 DRAIN_POLL_S = 0.1
-_OUR_ERRORS = ("invalid_request_error", "forbidden", "service_unavailable")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -101,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as error:  # noqa: BLE001
-        # None of ours, and nothing that we know how to mend: the story, then the line.
+        # A bug, or a fault that nobody foresaw: the traceback, then one line.
         traceback.print_exc()
         what = " ".join(f"{type(error).__name__}: {error}".split())
         print(f"llumnix: unexpected {what}; the traceback is above", file=sys.stderr)
@@ -111,22 +105,22 @@ def main(argv: list[str] | None = None) -> int:
 
 def status(argv: list[str]) -> int:
     """`llumnix status`: the instances of a running server, as a table or as JSON."""
-    args = _server_parser("status").parse_args(argv)
+    args = server_parser("status").parse_args(argv)
     path = "/llumnix/v1/instances"
-    body = _ask(args, "GET", path, wanted="instances", timeout_s=STATUS_TIMEOUT_S)
+    body = ask(args, "GET", path, wanted="instances", timeout_s=ANSWER_TIMEOUT_S)
     print(json.dumps(body, indent=2) if args.json else _table(body))
     return 0
 
 
 def migrate(argv: list[str]) -> int:
     """`llumnix migrate`: moves a request; 0 if it has moved, 1 if it has not."""
-    parser = _server_parser("migrate")
+    parser = server_parser("migrate")
     parser.add_argument("request", metavar="REQUEST", help="its id, as /llumnix/v1/requests has it")
     parser.add_argument("--to", metavar="INSTANCE", help="default: the most free KV memory")
     parser.add_argument("--copy", choices=COPIES, default=COPIES[0], help="how its KV gets there")
     args = parser.parse_args(argv)
     order = {"request_id": args.request, "destination": args.to, "copy": args.copy}
-    body = _ask(
+    body = ask(
         args,
         "POST",
         "/llumnix/v1/migrations",
@@ -155,11 +149,11 @@ def drain(argv: list[str]) -> int:
     given = urlencode({name: value for name, value in query.items() if value is not None})
     path = f"/llumnix/v1/instances/{quote(args.instance, safe='')}/drain"
     path += f"?{given}" if given else ""
-    body = _ask(args, "POST", path, wanted="state", timeout_s=STATUS_TIMEOUT_S)
+    body = ask(args, "POST", path, wanted="state", timeout_s=ANSWER_TIMEOUT_S)
     while body is not None:
         time.sleep(DRAIN_POLL_S)
-        listed = _ask(
-            args, "GET", "/llumnix/v1/instances", wanted="instances", timeout_s=STATUS_TIMEOUT_S
+        listed = ask(
+            args, "GET", "/llumnix/v1/instances", wanted="instances", timeout_s=ANSWER_TIMEOUT_S
         )
         last, body = body, next((i for i in listed["instances"] if i["id"] == args.instance), None)
         if body is not None and body["state"] not in ("draining", "stopping"):
@@ -179,13 +173,13 @@ def undrain(argv: list[str]) -> int:
     """`llumnix undrain`: lets an instance that is being drained serve on."""
     args = _instance_parser("undrain").parse_args(argv)
     path = f"/llumnix/v1/instances/{quote(args.instance, safe='')}/undrain"
-    body = _ask(args, "POST", path, wanted="state", timeout_s=STATUS_TIMEOUT_S)
+    body = ask(args, "POST", path, wanted="state", timeout_s=ANSWER_TIMEOUT_S)
     print(json.dumps(body, indent=2) if args.json else f"{body['id']} is {body['state']}")
     return 0
 
 
 def _instance_parser(command: str) -> argparse.ArgumentParser:
-    parser = _server_parser(command)
+    parser = server_parser(command)
     parser.add_argument("instance", metavar="INSTANCE", help="its id, as `llumnix status` shows it")
     return parser
 
@@ -217,126 +211,6 @@ def replay(argv: list[str]) -> int:
     for difference in found:
         print(difference)
     return 1 if found else 0
-
-
-# -- a running server
-
-
-def _server_parser(command: str) -> argparse.ArgumentParser:
-    """What every command that asks a running server takes."""
-    parser = argparse.ArgumentParser(prog=f"llumnix {command}")
-    parser.add_argument(
-        "--url",
-        default=os.environ.get("LLUMNIX_URL") or DEFAULT_URL,
-        help="of the server, or unix:PATH of its socket; default: $LLUMNIX_URL, else "
-        + DEFAULT_URL,
-    )
-    parser.add_argument("--uds", metavar="PATH", help="the same as --url unix:PATH")
-    parser.add_argument(
-        "--api-key",
-        metavar="KEY",
-        help="if it wants one; default: $LLUMNIX_ADMIN_API_KEY, else $VLLM_API_KEY",
-    )
-    parser.add_argument("--api-key-file", metavar="FILE", help="file whose first key is taken")
-    parser.add_argument("--cacert", metavar="FILE", help="certificates to trust for https")
-    parser.add_argument("--json", action="store_true", help="the server's answer as it is")
-    return parser
-
-
-def _key(args: argparse.Namespace) -> str | None:
-    """The key to send, if any."""
-    from llumnix.config import ADMIN_API_KEY_VARIABLE, API_KEY_VARIABLE, check_keys, read_keys
-
-    if args.api_key is not None:
-        return check_keys([args.api_key], "--api-key")[0]
-    if args.api_key_file is not None:
-        return read_keys(args.api_key_file, "--api-key-file")[0]
-    for variable in (ADMIN_API_KEY_VARIABLE, API_KEY_VARIABLE):
-        if key := os.environ.get(variable):
-            return check_keys([key], f"${variable}")[0]
-    return None
-
-
-def _client(args: argparse.Namespace, timeout_s: float) -> "httpx.Client":
-    """Asks the server, with its key. One on this machine is asked directly, whatever proxies the
-    environment names: they could not reach it, and would see the key."""
-    import ssl
-
-    import httpx
-
-    from llumnix.config import is_loopback
-
-    url = httpx.URL("http://localhost" if args.url.startswith(UNIX) else args.url.rstrip("/"))
-    here = args.url.startswith(UNIX) or is_loopback(url.host) or url.host in ("0.0.0.0", "::")
-    key = _key(args)
-    try:
-        # Certificates are not even looked for unless they are needed.
-        verify: ssl.SSLContext | bool = url.scheme == "https"
-        if args.cacert is not None:
-            verify = ssl.create_default_context(cafile=args.cacert)
-        transport = None
-        if here:
-            socket = args.url.removeprefix(UNIX) if args.url.startswith(UNIX) else None
-            transport = httpx.HTTPTransport(verify=verify, uds=socket)
-        return httpx.Client(
-            base_url=url,
-            headers={"Authorization": f"Bearer {key}"} if key else {},
-            timeout=httpx.Timeout(timeout_s, connect=STATUS_TIMEOUT_S),
-            transport=transport,
-            verify=verify,
-        )
-    except OSError as error:
-        where = args.cacert or "the certificates that the environment names"
-        raise UsageError(f"--cacert: {where} cannot be read ({error.strerror or error})") from error
-    except (ValueError, ImportError, httpx.InvalidURL) as error:
-        raise UsageError(
-            f"the environment's proxies cannot be used ({error}): mend HTTP_PROXY, HTTPS_PROXY, "
-            "ALL_PROXY and NO_PROXY, or unset them"
-        ) from error
-
-
-def _ask(
-    args: argparse.Namespace,
-    method: str,
-    path: str,
-    content: dict[str, Any] | None = None,
-    *,
-    wanted: str,
-    timeout_s: float,
-    silence: str | None = None,
-) -> dict[str, Any]:
-    """The server's answer, which has the key `wanted`; `UsageError` with what to mend, or with the
-    server's own message. `silence`: what it means if the question was sent and no answer came."""
-    import httpx
-
-    if args.uds is not None:
-        args.url = UNIX + args.uds
-    unanswered = (httpx.ReadTimeout, httpx.ReadError, httpx.RemoteProtocolError)
-    try:
-        with _client(args, timeout_s) as client:
-            answer = client.request(method, path, json=content)
-    except (httpx.TransportError, httpx.InvalidURL) as error:
-        if silence is not None and isinstance(error, unanswered):
-            raise LlumnixError(f"no answer from {args.url} ({error}): {silence}") from error
-        raise UsageError(
-            f"no llumnix answers at {args.url} ({error}): start `llumnix serve`, or give --url"
-        ) from error
-    if answer.status_code == 401:
-        a = "another" if "authorization" in answer.request.headers else "a"
-        raise UsageError(f"the server wants {a} key: give --api-key KEY or --api-key-file FILE")
-    try:
-        body = answer.json()
-    except ValueError:
-        body = None
-    if answer.status_code in (200, 202) and isinstance(body, dict) and wanted in body:
-        return body
-    error = body.get("error") if isinstance(body, dict) else None
-    if isinstance(error, dict) and error.get("type") in _OUR_ERRORS:
-        kind = UsageError if answer.status_code < 500 else LlumnixError
-        raise kind(str(error.get("message")))
-    if answer.status_code >= 500:
-        raise LlumnixError(f"{args.url} failed (status {answer.status_code}); its log says why")
-    raise UsageError(f"{args.url} is no llumnix server (status {answer.status_code})")
 
 
 # -- what is printed

@@ -1,8 +1,8 @@
-"""What a deployment is told once, at its start.
+"""The configuration of a deployment, which does not change after its start.
 
-Each knob is declared here, with unit, default and check; the command line makes its flags from
-these fields. vLLM's own flags are vLLM's to declare, the scheduler's finer knobs
-core/settings.py's: `read_settings` reads them from a YAML file and puts the flags on top.
+Each knob is declared here, with unit, default and check, and becomes a flag on the command line.
+vLLM declares its own flags, and core/settings.py the scheduler's finer knobs. `read_settings` reads
+those from a YAML file; flags override it.
 """
 
 import ipaddress
@@ -24,7 +24,7 @@ from llumnix.errors import UsageError
 logger = logging.getLogger("llumnix.config")
 
 BODY_MAX_MB = 64
-"""vLLM takes audio of up to 25 MB; as many bytes again are left for a few photographs in base64."""
+"""Room for the 25 MB of audio that vLLM takes, and as much again for photographs in base64."""
 ADMIN_API_KEY_VARIABLE = "LLUMNIX_ADMIN_API_KEY"
 API_KEY_VARIABLE = "VLLM_API_KEY"
 
@@ -37,8 +37,9 @@ def knob(default: Any, help: str, *, secret: bool = False, **flag: Any) -> Any:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeploymentConfig:
-    """How many instances, scheduled how, reachable for whom and for what. `scheduler`: what
-    `policy`, `min_instances`, `max_instances`, `priority_class` and `scheduler_config` come to."""
+    """How many instances there are, how they are scheduled, and who may use them. `scheduler`
+    follows from `policy`, `min_instances`, `max_instances`, `priority_class` and
+    `scheduler_config`."""
 
     instances: int = knob(2, "How many vLLM instances to start.", type=int, metavar="N")
     policy: str | None = knob(
@@ -143,7 +144,7 @@ class DeploymentConfig:
 
     @property
     def slots(self) -> int:
-        """The most instances that are foreseen."""
+        """The most instances that the configuration allows for."""
         return max(self.instances, self.scheduler.scaling.instances_max or 0)
 
     def _scheduler(self) -> SchedulerSettings:
@@ -241,8 +242,8 @@ def _check_appendable(path: Path) -> None:
 
 
 def _check_names(tree: Any, kind: Any, where: str, file: str) -> None:
-    """Raises `UsageError` on a key that is no knob: a typo must not pass for a setting. Renames
-    knobs in `tree` that have their former names, with a warning that names the file."""
+    """Raises `UsageError` on a key that is no knob, since it would set nothing. Renames knobs in
+    `tree` that have their former names, with a warning that names the file."""
     if not isinstance(tree, dict):
         raise UsageError(f"{where or 'the file'}: expected `knob: value` lines, not {tree!r}")
     _rename(tree, kind, where, file)

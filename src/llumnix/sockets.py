@@ -1,9 +1,10 @@
 """Which ZMQ peers may talk to each other: CURVE keys for all sockets of a deployment on TCP.
 
-On one host our sockets are Unix sockets in a folder that only its user can open, and need no keys.
-Between hosts every socket is encrypted and authenticated at both ends: who listens proves that it
-holds the deployment's listening key, which those who connect know beforehand, and lets in only who
-holds the connecting key. ZMQ drops everybody else during the handshake, before a message is read.
+On one host our sockets are Unix sockets in a folder that only its user can open. They need no keys.
+Between hosts every socket is encrypted, and both ends prove who they are. The listening end proves
+that it holds the deployment's listening key, which the connecting end knows beforehand. It lets in
+only peers that hold the connecting key. ZMQ drops all others during the handshake, before a message
+is read.
 """
 
 from dataclasses import dataclass, field
@@ -21,8 +22,8 @@ _DOMAIN = "llumnix"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SocketKeys:
-    """The CURVE key pairs of one deployment, made at its start. All its processes have both, for
-    they listen and connect; two, so that neither can stand in for the other."""
+    """The two CURVE key pairs of one deployment, made at its start. All its processes hold both,
+    since they listen and connect. Two pairs, so that neither end can pose as the other."""
 
     listening_public: bytes
     listening_secret: bytes = field(repr=False)
@@ -51,7 +52,7 @@ def check_encryption() -> None:
         )
 
 
-def connect(socket: zmq.Socket, address: str, keys: SocketKeys | None) -> None:
+def connect(socket: zmq.Socket[bytes], address: str, keys: SocketKeys | None) -> None:
     """Connects the socket to this ZMQ address."""
     for option, value in connecting_options(keys).items():
         socket.setsockopt(option, value)
@@ -71,16 +72,16 @@ def connecting_options(keys: SocketKeys | None) -> dict[int, bytes]:
 
 
 def check_secured(socket: Any, keys: SocketKeys | None) -> None:
-    """Raises unless the socket has its keys: defaults of a context that fail do so in silence."""
+    """Raises unless the socket has its keys. ZMQ does not say when a context's default fails."""
     if keys is not None and socket.getsockopt(zmq.MECHANISM) != zmq.CURVE:
         raise LlumnixError("a ZMQ socket did not take its keys")
 
 
 class Listening:
-    """The listening sockets of one ZMQ context. Whose key is let in is asked of it by ZMQ, on a
-    thread of pyzmq's."""
+    """The listening sockets of one ZMQ context. pyzmq asks it, on a thread of its own, which peers
+    to let in."""
 
-    def __init__(self, context: zmq.Context, keys: SocketKeys | None) -> None:
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], keys: SocketKeys | None) -> None:
         self._keys = keys
         self._authenticator: ThreadAuthenticator | None = None
         if keys is not None:
@@ -93,7 +94,8 @@ class Listening:
         return self._keys is not None and key == self._keys.connecting_public
 
     def options(self) -> dict[int, Any]:
-        """ZMQ options of a socket that binds, for who binds it himself; without keys none."""
+        """ZMQ options of a socket that binds, for callers that bind it themselves; without keys
+        none."""
         if self._keys is None:
             return {}
         return {
@@ -103,7 +105,7 @@ class Listening:
             zmq.MAXMSGSIZE: MESSAGE_BYTES_MAX,
         }
 
-    def bind(self, socket: zmq.Socket, address: str) -> None:
+    def bind(self, socket: zmq.Socket[bytes], address: str) -> None:
         """Binds the socket to this ZMQ address."""
         for option, value in self.options().items():
             socket.setsockopt(option, value)

@@ -1,7 +1,7 @@
-"""Facts and decisions as bytes: msgpack, typed, nothing unpickled.
+"""Messages between our processes as bytes: typed msgpack, with nothing unpickled.
 
 A message is the pair [name of its class, its fields]. Both sides know the same closed set of
-classes; anything else is an error with the story.
+classes. Anything else raises a `ProtocolError` that shows the bytes.
 """
 
 from dataclasses import dataclass, field
@@ -44,20 +44,19 @@ from llumnix.errors import ProtocolError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ping:
-    """Are you there? Answered with `Pong` of the same number."""
+    """Asks the controller whether it is there. It answers with a `Pong` of the same number."""
 
     number: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pong:
-    """I am. `refused`, `failed`: messages that made no sense, and that could not be handled since
-    the controller was started; `story`: of the last that failed."""
+    """The answer to a `Ping`, with what has gone wrong since the controller was started."""
 
     number: int
-    refused: int = 0
-    failed: int = 0
-    story: str = ""
+    refused: int = 0  # messages that made no sense
+    failed: int = 0  # messages that could not be handled, which is a bug
+    story: str = ""  # of the last that failed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from llumnix import cli
+from llumnix import cli, server_client
 from llumnix.cli import main
 from llumnix.config import knobs
 from llumnix.core.events import LoadReported, RequestArrived
@@ -200,8 +200,8 @@ def test_a_server_on_loopback_is_asked_directly(
 ) -> None:
     for name, value in proxies.items():
         monkeypatch.setenv(name, value)
-    args = cli._server_parser("status").parse_args(["--url", f"http://{host}:8000"])
-    with cli._client(args, 1.0) as asking:
+    args = server_client.server_parser("status").parse_args(["--url", f"http://{host}:8000"])
+    with server_client._client(args, 1.0) as asking:
         through = asking._transport_for_url(asking.base_url)
     assert through is asking._transport
     assert through._pool.__class__.__name__ == "ConnectionPool"  # type: ignore[attr-defined]

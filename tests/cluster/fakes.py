@@ -11,7 +11,7 @@ from llumnix.cluster import fleet as fleet_module
 from llumnix.cluster.fleet import Fleet
 from llumnix.cluster.supervision.member import Member
 from llumnix.config import DeploymentConfig
-from llumnix.core.events import FleetReported
+from llumnix.core.events import DrainInstance, FleetReported, ScalingDecision
 from llumnix.core.reports import LoadReport
 from llumnix.core.types import EngineIndex, InstanceId
 from llumnix.frontend.engines.state import EngineState
@@ -25,7 +25,7 @@ class FakeLink:
     def __init__(self) -> None:
         self.told: list[FleetReported] = []
         self.reports: list[LoadReport] | None = []
-        self.on_scaling: Any = None
+        self.decisions: asyncio.Queue[ScalingDecision] = asyncio.Queue()
         self.on_tell: Callable[[FleetReported], None] = lambda fact: None
 
     def tell(self, fact: FleetReported) -> None:
@@ -41,12 +41,12 @@ class FakeClient:
 
     def __init__(self) -> None:
         self.link = FakeLink()
-        self.on_leave: Any = None
+        self.drain_requests: asyncio.Queue[DrainInstance] = asyncio.Queue()
         self.held: dict[int, int] = {}
         self.ended: dict[int, int] = {}
         self.accepting: dict[int, bool] = {}
         self.not_brought_up: str | None = None
-        self.told = EngineState()
+        self.shared_state = EngineState()
         self.streams = SimpleNamespace(on=self._streams)
 
     def in_flight(self, index: int) -> int:
@@ -57,7 +57,7 @@ class FakeClient:
 
     async def lose(self, index: int) -> int:
         self.accepting.pop(index, None)
-        self.told.forget(EngineIndex(index))
+        self.shared_state.forget(EngineIndex(index))
         return sum(self.end(s.request, "lost") for s in self._streams(index))
 
     def _streams(self, index: int) -> list[Any]:
@@ -84,7 +84,7 @@ class FakeRun:
         return self.ended is not None and not self.ended.done()
 
 
-class FakeRuns:
+class FakeLauncher:
     """Runs that are ready after `ready_s`, for ever if that is infinite, unless `why_not` says why
     they end before. `broken` names the calls that raise."""
 
@@ -145,8 +145,8 @@ class World:
         launch: Any = SimpleNamespace(device=None, devices_per_instance=1)
         addresses: Any = SimpleNamespace(controller="", peers="", agents="", keys=None)
         self.fleet = Fleet(self.llm, launch, addresses, DeploymentConfig(**config))
-        self.runs = FakeRuns(self.client)
-        self.fleet._runs = self.fleet._supervisor.runs = self.runs  # type: ignore[assignment]
+        self.launcher = FakeLauncher(self.client)
+        self.fleet._launcher = self.fleet._supervisor._launcher = self.launcher  # type: ignore[assignment]
         self.said: list[str] = []
 
     def _check(self, launch: Any, *, there: int, waiting: int) -> None:
@@ -179,6 +179,14 @@ class World:
         run = self.member(instance).run
         assert run is not None
         self.client.held[run.engine_index] = streams
+
+    def decide(self, decision: ScalingDecision) -> None:
+        """Has the scheduler decide."""
+        self.client.link.decisions.put_nowait(decision)
+
+    def ask_for_drain(self, instance: InstanceId, why: str = "a SIGTERM") -> None:
+        """Has an instance ask for its own drain."""
+        self.client.drain_requests.put_nowait(DrainInstance(instance=instance, why=why))
 
     def accepting(self, instance: str) -> bool:
         run = self.member(instance).run

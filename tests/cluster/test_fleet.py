@@ -9,11 +9,11 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from llumnix.cluster.supervision.member import DRAIN_TIMEOUT_S
 from llumnix.core.events import AddInstances, DrainInstance, FleetReported, UndrainInstance
 from llumnix.core.limits import FLEET_REPORT_EVERY_S
 from llumnix.core.scheduling.scheduler import Scheduler
 from llumnix.core.supervision.hang import LOOK_EVERY_S, LOST_LOOKS, SILENT_LOOKS
+from llumnix.core.supervision.lifecycle import DRAIN_TIMEOUT_S
 from llumnix.errors import CapacityError, ConflictError, InstanceFailedError, LastInstanceError
 from support.virtual_time import run
 
@@ -52,7 +52,7 @@ def test_instances_start_and_are_told_of_one_by_one(play: Callable[..., World]) 
     world = play(script)
     assert world.said[0] == "starting instance 1/2 (i0)"
     assert world.said[-1] == "instance 2/2 (i1) is up"
-    assert sorted(world.runs.ended) == [0, 1]
+    assert sorted(world.launcher.ended) == [0, 1]
 
 
 def test_a_first_instance_that_does_not_come_up_ends_the_start(
@@ -60,18 +60,18 @@ def test_a_first_instance_that_does_not_come_up_ends_the_start(
 ) -> None:
     async def main() -> None:
         world = World(monkeypatch)
-        world.runs.why_not = "no kernel for this card"
+        world.launcher.why_not = "no kernel for this card"
         with pytest.raises(InstanceFailedError, match="i0 could not be started: no kernel"):
             await world.start()
         await world.fleet.close()
-        assert sorted(world.runs.ended) == [0, 1]
+        assert sorted(world.launcher.ended) == [0, 1]
 
         world = World(monkeypatch)
-        world.runs.broken = {"until_ready"}
+        world.launcher.broken = {"until_ready"}
         with pytest.raises(InstanceFailedError, match="RuntimeError: until_ready: the control"):
             await world.start()
         await world.fleet.close()
-        assert sorted(world.runs.ended) == [0, 1]
+        assert sorted(world.launcher.ended) == [0, 1]
 
     run(main())
 
@@ -81,7 +81,7 @@ def test_an_instance_that_dies_loses_its_streams_and_is_started_again(
 ) -> None:
     async def script(w: World) -> None:
         w.hold("i1", 3)
-        w.runs.ready_s = 5
+        w.launcher.ready_s = 5
         w.kill("i1")
         await asyncio.sleep(0.1)
         assert w.states == {"i0": "serving", "i1": "restarting"}
@@ -92,7 +92,7 @@ def test_an_instance_that_dies_loses_its_streams_and_is_started_again(
         assert w.why["i1"] is None
         status = w.fleet.status()[1]
         assert (status.restarts, status.engine_index) == (1, 2)
-        assert w.runs.ended == [1]
+        assert w.launcher.ended == [1]
 
     play(script)
 
@@ -114,19 +114,19 @@ def test_pauses_grow_with_each_crash_and_the_fifth_in_a_row_is_the_last(
     play: Callable[..., World],
 ) -> None:
     async def script(w: World) -> None:
-        w.runs.why_not = "still no memory"
+        w.launcher.why_not = "still no memory"
         w.kill("i1")
         await asyncio.sleep(0.1)  # Crash 1, started again at once: crash 2.
         for pause_s, made in ((1, 4), (2, 5), (4, 6)):
             await asyncio.sleep(pause_s - 0.2)
-            assert len(w.runs.made) == made - 1
+            assert len(w.launcher.made) == made - 1
             await asyncio.sleep(0.2)
-            assert len(w.runs.made) == made
+            assert len(w.launcher.made) == made
         assert w.states == {"i0": "serving", "i1": "failed"}
         assert w.why["i1"] is not None
         assert w.why["i1"].startswith("given up: crashed 5 times")
         await asyncio.sleep(600)
-        assert len(w.runs.made) == 6
+        assert len(w.launcher.made) == 6
         assert w.client.link.told[-1].given_up == 1
         assert not w.fleet.all_failed.is_set()
 
@@ -146,7 +146,7 @@ def test_crashes_far_apart_are_no_row(play: Callable[..., World]) -> None:
 
 def test_when_all_are_given_up_the_server_ends(play: Callable[..., World]) -> None:
     async def script(w: World) -> None:
-        w.runs.why_not = "broken"
+        w.launcher.why_not = "broken"
         w.kill("i0")
         w.kill("i1")
         await asyncio.wait_for(w.fleet.all_failed.wait(), 60)
@@ -179,15 +179,15 @@ def test_a_failing_call_of_rays_is_logged_with_the_instance_and_tried_again(
     play: Callable[..., World], call: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def script(w: World) -> None:
-        w.runs.broken = {call}
+        w.launcher.broken = {call}
         w.kill("i1")
         await asyncio.sleep(20)
         assert w.states == {"i0": "serving", "i1": "restarting"}
-        w.runs.broken = set()
+        w.launcher.broken = set()
         await asyncio.sleep(60)
         assert w.states == {"i0": "serving", "i1": "serving"}
-        assert w.runs.ended[0] == 1
-        assert w.member("i1").restarts == 1
+        assert w.launcher.ended[0] == 1
+        assert w.member("i1").life.restarts == 1
 
     play(script)
     assert any("instance i1" in m and f"RuntimeError: {call}: the" in m for m in caplog.messages)
@@ -198,24 +198,24 @@ def test_if_ray_stays_broken_the_instance_is_given_up_and_says_why(
     play: Callable[..., World], call: str
 ) -> None:
     async def script(w: World) -> None:
-        w.runs.broken = {call}
+        w.launcher.broken = {call}
         w.kill("i1")
         await asyncio.sleep(1000)
         assert w.states == {"i0": "serving", "i1": "failed"}
         assert w.why["i1"] is not None
         assert w.why["i1"].startswith("given up: RuntimeError")
-        w.runs.broken = set()
+        w.launcher.broken = set()
         await w.fleet.drain(I1, "a user's order")
         await asyncio.sleep(1)
         assert w.states == {"i0": "serving"}
-        assert all(not r.alive for r in w.runs.made[1:])
+        assert all(not r.alive for r in w.launcher.made[1:])
 
     play(script)
 
 
 def test_a_drain_ends_though_the_engine_cannot_be_ended(play: Callable[..., World]) -> None:
     async def script(w: World) -> None:
-        w.runs.broken = {"end"}
+        w.launcher.broken = {"end"}
         await w.fleet.drain(I1, "a user's order")
         await asyncio.sleep(1000)
         assert w.states == {"i0": "serving"}
@@ -229,16 +229,16 @@ def test_what_fails_at_the_end_is_logged_and_the_rest_is_ended(
     async def main() -> None:
         world = World(monkeypatch)
         await world.start()
-        end = world.runs.end
+        end = world.launcher.end
 
         async def fails_for_i0(r: Any) -> None:
             if r.engine_index == 0:
                 raise RuntimeError("ray.kill failed")
             await end(r)
 
-        monkeypatch.setattr(world.runs, "end", fails_for_i0)
+        monkeypatch.setattr(world.launcher, "end", fails_for_i0)
         await world.fleet.close()
-        assert world.runs.ended == [1]
+        assert world.launcher.ended == [1]
 
     run(main())
     assert "instance i0 could not be ended: RuntimeError: ray.kill failed" in caplog.messages
@@ -276,7 +276,7 @@ def test_a_drained_instance_takes_nothing_more_and_is_stopped_once_it_is_empty(
         w.client.held.clear()
         await asyncio.sleep(0.1)
         assert w.states == {"i0": "serving"}
-        assert w.runs.ended == [1]
+        assert w.launcher.ended == [1]
 
     play(script)
 
@@ -334,7 +334,7 @@ def test_what_was_cut_off_is_told_while_the_instance_stops(play: Callable[..., W
         async def end(_: Any) -> None:
             seen.append(w.why["i1"])
 
-        w.runs.end = end  # type: ignore[method-assign]
+        w.launcher.end = end  # type: ignore[method-assign]
         w.hold("i1", 2)
         await w.fleet.drain(I1, "a user's order", timeout_s=3)
         await asyncio.sleep(4)
@@ -361,10 +361,10 @@ def test_after_the_close_nothing_is_started_or_drained_any_more(
 ) -> None:
     async def script(w: World) -> None:
         await w.fleet.close()
-        w.client.link.on_scaling(AddInstances(count=1, why="load"))
-        w.client.on_leave(I1, "a SIGTERM")
+        w.decide(AddInstances(count=1, why="load"))
+        w.ask_for_drain(I1)
         await asyncio.sleep(10)
-        assert len(w.runs.made) == 2
+        assert len(w.launcher.made) == 2
         assert w.states["i1"] == "serving"
 
     play(script)
@@ -377,9 +377,9 @@ def test_while_requests_end_nothing_is_started_or_drained_any_more(
 
     async def script(w: World) -> None:
         w.llm.stopping = True
-        w.client.link.on_scaling(AddInstances(count=1, why="load"))
-        w.client.on_leave(I0, "a SIGTERM")
-        w.client.on_leave(I1, "a SIGTERM")
+        w.decide(AddInstances(count=1, why="load"))
+        w.ask_for_drain(I0)
+        w.ask_for_drain(I1)
         await asyncio.sleep(10)
         assert w.states == {"i0": "serving", "i1": "serving"}
 
@@ -390,9 +390,9 @@ def test_while_requests_end_nothing_is_started_or_drained_any_more(
 def test_what_does_not_serve_is_drained_at_once(play: Callable[..., World], state: str) -> None:
     async def script(w: World) -> None:
         if state == "failed":
-            w.runs.why_not = "broken"
+            w.launcher.why_not = "broken"
         else:
-            w.runs.ready_s = 1e6
+            w.launcher.ready_s = 1e6
         if state == "restarting":
             w.kill("i1")
         else:
@@ -403,7 +403,7 @@ def test_what_does_not_serve_is_drained_at_once(play: Callable[..., World], stat
         await w.fleet.drain(name, "a user's order")
         await asyncio.sleep(0.1)
         assert name not in w.states
-        assert not any(r.alive for r in w.runs.made[2:])
+        assert not any(r.alive for r in w.launcher.made[2:])
 
     play(script)
 
@@ -418,7 +418,7 @@ def test_an_undrained_instance_serves_on_under_supervision(play: Callable[..., W
         await asyncio.sleep(DRAIN_TIMEOUT_S)
         w.kill("i1")
         await asyncio.sleep(0.1)
-        assert (w.states["i1"], w.member("i1").restarts) == ("serving", 1)
+        assert (w.states["i1"], w.member("i1").life.restarts) == ("serving", 1)
         with pytest.raises(ConflictError, match="i1 is serving"):
             await w.fleet.undrain(I1)
 
@@ -437,7 +437,7 @@ def test_the_last_two_are_not_both_drained_while_they_start_again(
     play: Callable[..., World],
 ) -> None:
     async def script(w: World) -> None:
-        w.runs.ready_s = 30
+        w.launcher.ready_s = 30
         w.kill("i0")
         w.kill("i1")
         await asyncio.sleep(0.1)
@@ -457,7 +457,7 @@ def test_an_instance_under_drain_takes_requests_while_no_other_serves(
         w.hold("i1", 1)
         await w.fleet.drain(I1, "a user's order")
         await asyncio.sleep(1)
-        w.runs.ready_s = 30
+        w.launcher.ready_s = 30
         w.kill("i0")
         await asyncio.sleep(0)
         await asyncio.sleep(0)
@@ -484,7 +484,7 @@ def test_a_drain_is_taken_back_when_the_only_other_one_is_given_up(
     async def script(w: World) -> None:
         w.hold("i1", 1)
         await w.fleet.drain(I1, "a user's order")
-        w.runs.why_not = "broken"
+        w.launcher.why_not = "broken"
         w.kill("i0")
         await asyncio.sleep(60)
         assert w.states == {"i0": "failed", "i1": "serving"}
@@ -499,7 +499,7 @@ def test_a_drain_is_taken_back_when_no_other_serves_within_its_timeout(
 ) -> None:
     async def script(w: World) -> None:
         w.hold("i1", 1)
-        w.runs.ready_s = 1e6
+        w.launcher.ready_s = 1e6
         await w.fleet.drain(I1, "a user's order", timeout_s=10)
         w.kill("i0")
         await asyncio.sleep(11)
@@ -520,8 +520,8 @@ def test_the_scheduler_is_told_at_once_who_asked_for_each_drain(
         await asyncio.sleep(FLEET_REPORT_EVERY_S / 2)
         before = len(w.client.link.told)
         await w.fleet.drain(I1, "a user's order")
-        w.client.on_leave(I2, "a SIGTERM")
-        w.client.link.on_scaling(DrainInstance(instance=w.member("i3").id, why="idle"))
+        w.ask_for_drain(I2)
+        w.decide(DrainInstance(instance=w.member("i3").id, why="idle"))
         await asyncio.sleep(0.01)
         told = w.client.link.told[-1]
         assert len(w.client.link.told) > before
@@ -536,10 +536,10 @@ def test_the_scheduler_takes_back_no_drain_but_its_own(play: Callable[..., World
         for instance in ("i1", "i2"):
             w.hold(instance, 1)
         await w.fleet.drain(I1, "a user's order")
-        w.client.link.on_scaling(DrainInstance(instance=I2, why="idle"))
+        w.decide(DrainInstance(instance=I2, why="idle"))
         await asyncio.sleep(1)
         for instance in (I1, I2):
-            w.client.link.on_scaling(UndrainInstance(instance=instance, why="load"))
+            w.decide(UndrainInstance(instance=instance, why="load"))
         await asyncio.sleep(1)
         assert w.states == {"i0": "serving", "i1": "draining", "i2": "serving"}
 
@@ -551,10 +551,10 @@ def test_a_drain_of_the_schedulers_that_a_user_asks_for_too_is_the_users(
 ) -> None:
     async def script(w: World) -> None:
         w.hold("i1", 1)
-        w.client.link.on_scaling(DrainInstance(instance=I1, why="idle"))
+        w.decide(DrainInstance(instance=I1, why="idle"))
         await asyncio.sleep(1)
         await w.fleet.drain(I1, "a user's order")
-        w.client.link.on_scaling(UndrainInstance(instance=I1, why="load"))
+        w.decide(UndrainInstance(instance=I1, why="load"))
         await asyncio.sleep(1)
         assert w.states["i1"] == "draining"
         assert w.client.link.told[-1].drained_by == {"i1": "user"}
@@ -565,7 +565,7 @@ def test_a_drain_of_the_schedulers_that_a_user_asks_for_too_is_the_users(
 def test_a_drain_of_the_schedulers_own_cuts_nothing_off(play: Callable[..., World]) -> None:
     async def script(w: World) -> None:
         w.hold("i1", 1)
-        w.client.link.on_scaling(DrainInstance(instance=I1, why="idle"))
+        w.decide(DrainInstance(instance=I1, why="idle"))
         await asyncio.sleep(DRAIN_TIMEOUT_S + 1)
         assert w.states["i1"] == "serving"
         assert w.accepting("i1")
@@ -581,14 +581,14 @@ def test_an_added_instance_starts_in_the_lowest_free_slot(play: Callable[..., Wo
     async def script(w: World) -> None:
         await w.fleet.drain(I0, "a user's order")
         await asyncio.sleep(1)
-        w.runs.ready_s = 5
+        w.launcher.ready_s = 5
         added = await w.fleet.add()
         assert (added.id, added.state) == ("i0", "starting")
         await asyncio.sleep(0.1)
         assert w.client.link.told[-1].starting == 1
         await asyncio.sleep(6)
         assert w.states == {"i0": "serving", "i1": "serving"}
-        assert w.member("i0").restarts == 0
+        assert w.member("i0").life.restarts == 0
 
     assert play(script).grown == [1]
 
@@ -597,7 +597,7 @@ def test_no_more_are_added_than_there_is_room_for_or_the_user_allows(
     play: Callable[..., World],
 ) -> None:
     async def script(w: World) -> None:
-        w.runs.ready_s = 100
+        w.launcher.ready_s = 100
         answers = await asyncio.gather(*(w.fleet.add() for _ in range(5)), return_exceptions=True)
         refused = [str(a) for a in answers if isinstance(a, CapacityError)]
         assert len(refused) == 4
@@ -618,13 +618,13 @@ def test_one_that_cannot_be_started_says_why_and_its_slot_is_used_again(
     play: Callable[..., World],
 ) -> None:
     async def script(w: World) -> None:
-        w.runs.why_not = "disk full"
+        w.launcher.why_not = "disk full"
         for _ in range(4):
             assert (await w.fleet.add()).id == "i2"
             await asyncio.sleep(1)
             assert w.states["i2"] == "failed"
             assert w.why["i2"] == "could not be started: disk full"
-        w.runs.why_not = None
+        w.launcher.why_not = None
         await w.fleet.add()
         await asyncio.sleep(1)
         assert w.states == {"i0": "serving", "i1": "serving", "i2": "serving"}
@@ -643,16 +643,16 @@ def test_a_storm_of_failing_starts_slows_down_and_leaves_nothing_behind(
 
         def tell(fact: FleetReported) -> None:
             for decision in scheduler.handle(fact, now()):
-                w.client.link.on_scaling(decision)
+                w.decide(decision)
 
         w.client.link.on_tell = tell
-        w.runs.why_not = "uncorrectable ECC error"
+        w.launcher.why_not = "uncorrectable ECC error"
         w.kill("i1")
         await asyncio.sleep(3600)
         assert w.states == {"i0": "serving", "i1": "failed"}
-        assert len(w.runs.made) < 25
+        assert len(w.launcher.made) < 25
 
-        w.runs.why_not = None
+        w.launcher.why_not = None
         await w.fleet.add()  # The user has mended the cause.
         await asyncio.sleep(1)
         assert w.states == {"i0": "serving", "i1": "serving"}
@@ -672,7 +672,7 @@ def test_what_the_scheduler_wants_and_cannot_have_is_said_once(
     async def script(w: World) -> None:
         w.room = 0
         for _ in range(100):
-            w.client.link.on_scaling(AddInstances(count=1, why="load"))
+            w.decide(AddInstances(count=1, why="load"))
             await asyncio.sleep(1)
 
     play(script)
@@ -717,12 +717,12 @@ def test_an_engine_that_falls_silent_is_called_hung_and_loses_its_streams_later(
                 assert w.states == {"i0": "serving", "i1": "hung"}
                 assert w.client.held[1] == 2
         assert w.client.held[1] == 0
-        assert w.client.told.silent == {1}
+        assert w.client.shared_state.silent == {1}
         assert w.states["i1"] == "hung"
         w.report(100)
         await asyncio.sleep(1.5 * LOOK_EVERY_S)
         assert w.states["i1"] == "serving"
-        assert w.client.told.silent == set()
+        assert w.client.shared_state.silent == set()
 
     play(script)
 
@@ -759,7 +759,7 @@ def test_nothing_is_concluded_without_a_controller_or_while_engines_are_paused(
         w.client.link.reports = None
         await asyncio.sleep(100)
         w.client.link.reports = []
-        w.client.told.note("pause_scheduler", ("keep", True), [None])
+        w.client.shared_state.note("pause_scheduler", ("keep", True), [None])
         for sequence in range(1, 40):
             w.report(sequence, stalled_s=sequence)
             await asyncio.sleep(LOOK_EVERY_S)

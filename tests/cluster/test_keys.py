@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from llumnix.cluster.supervision.runs import Runs
+from llumnix.cluster.supervision.runs import EngineLauncher
 from llumnix.config import DeploymentConfig
 from llumnix.core.settings import key_digest
 from llumnix.engine.launch import LlumletConfig
@@ -14,7 +14,7 @@ from llumnix.engine.launch import LlumletConfig
 
 def told(config: DeploymentConfig) -> LlumletConfig:
     addresses = SimpleNamespace(controller="ipc://c", peers="ipc://p", agents="ipc://a", keys=None)
-    return Runs(SimpleNamespace(), SimpleNamespace(), addresses, config)._llumlet  # type: ignore[arg-type]
+    return EngineLauncher(SimpleNamespace(), SimpleNamespace(), addresses, config)._llumlet  # type: ignore[arg-type]
 
 
 def test_neither_keys_nor_their_digests_go_to_engines(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import ray
 
 from llumnix.cluster import ray_calls
 from llumnix.cluster.supervision import runs
-from llumnix.cluster.supervision.runs import Run, Runs
+from llumnix.cluster.supervision.runs import EngineLauncher, EngineRun
 from llumnix.config import DeploymentConfig
 from llumnix.core.types import InstanceId
 
@@ -113,7 +113,7 @@ class FakeRay:
             log_stats=False,
         )
         addresses: Any = SimpleNamespace(controller="", peers="", agents="", keys=None)
-        self.runs = Runs(client, launch, addresses, DeploymentConfig())
+        self.launcher = EngineLauncher(client, launch, addresses, DeploymentConfig())
 
     def _wait(self, seconds: int) -> bool:
         operator.index(seconds)  # Ray refuses a float.
@@ -129,9 +129,9 @@ class FakeRay:
         if name in self.broken:
             raise RuntimeError(f"{name} failed")
 
-    async def ready(self) -> Run:
-        run = self.runs.create(I0, 0)
-        assert await self.runs.until_ready(run) is None
+    async def ready(self) -> EngineRun:
+        run = self.launcher.create(I0, 0)
+        assert await self.launcher.until_ready(run) is None
         await until(lambda: "run" in self.calls)
         return run
 
@@ -139,11 +139,11 @@ class FakeRay:
 async def test_no_call_of_rays_is_made_on_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     world = FakeRay(monkeypatch)
     run = await world.ready()
-    world.runs.accept(run, True)
-    world.runs.accept(run, False)
+    world.launcher.accept(run, True)
+    world.launcher.accept(run, False)
     assert run.telling is not None
     await run.telling
-    await world.runs.end(run)
+    await world.launcher.end(run)
     assert world.calls == [
         "group", "actor", "describe", "run", "accept False", "stop", "kill", "remove",
     ]  # fmt: skip
@@ -157,10 +157,10 @@ async def test_what_fails_while_it_starts_is_raised_and_can_be_cleared_away(
 ) -> None:
     world = FakeRay(monkeypatch)
     world.broken = {call}
-    run = world.runs.create(I0, 0)
+    run = world.launcher.create(I0, 0)
     with pytest.raises(RuntimeError, match=f"{call} failed"):
-        await world.runs.until_ready(run)
-    await world.runs.end(run)
+        await world.launcher.until_ready(run)
+    await world.launcher.end(run)
     assert ("remove" in world.calls) == (call != "group")
     assert ("kill" in world.calls) == (call == "describe")
 
@@ -170,8 +170,8 @@ async def test_an_engine_of_which_nothing_can_be_heard_has_ended(
 ) -> None:
     world = FakeRay(monkeypatch)
     world.actor.run.answer = ValueError("Ray lost it")
-    run = world.runs.create(I0, 0)
-    why = await world.runs.until_ready(run)
+    run = world.launcher.create(I0, 0)
+    why = await world.launcher.until_ready(run)
     if why is None:  # It connected first.
         assert run.ended is not None
         why = await run.ended
@@ -186,10 +186,10 @@ async def test_each_step_of_an_end_is_tried_and_what_failed_is_raised(
     run = await world.ready()
     world.broken = {call}
     with pytest.raises(RuntimeError, match=f"{call} failed"):
-        await world.runs.end(run)
+        await world.launcher.end(run)
     assert world.calls[-2:] == ["kill", "remove"]
     world.broken = set()
-    await world.runs.end(run)
+    await world.launcher.end(run)
 
 
 async def test_an_actor_that_is_made_after_its_end_is_killed(
@@ -198,9 +198,9 @@ async def test_an_actor_that_is_made_after_its_end_is_killed(
     monkeypatch.setattr(runs, "STOP_TIMEOUT_S", 0.01)
     world = FakeRay(monkeypatch)
     world.holds.clear()
-    run = world.runs.create(I0, 0)
+    run = world.launcher.create(I0, 0)
     await until(lambda: run.placed)
-    await world.runs.end(run)
+    await world.launcher.end(run)
     assert "kill" not in world.calls
     world.holds.set()
     await asyncio.wait({run.made})
@@ -212,9 +212,9 @@ async def test_a_run_that_waits_for_devices_ends_without_an_actor(
 ) -> None:
     world = FakeRay(monkeypatch)
     world.placed.clear()
-    run = world.runs.create(I0, 0)
+    run = world.launcher.create(I0, 0)
     await until(lambda: run.group is not None)
-    await world.runs.end(run)
+    await world.launcher.end(run)
     assert not run.placed
     assert "actor" not in world.calls
     assert "remove" in world.calls
@@ -226,8 +226,8 @@ async def test_devices_that_others_hold_are_named_as_the_reason(
     world = FakeRay(monkeypatch)
     world.placed.clear()
     monkeypatch.setattr(runs, "PLACING_SAID_AFTER_S", 0.0)
-    run = world.runs.create(I0, 0)
-    waiting = asyncio.create_task(world.runs.until_ready(run))
+    run = world.launcher.create(I0, 0)
+    waiting = asyncio.create_task(world.launcher.until_ready(run))
     await until(lambda: caplog.messages)
     monkeypatch.setattr(runs, "READY_TIMEOUT_S", 0.0)
     assert "no GPU within 0 s: all are held by others" in str(await waiting)

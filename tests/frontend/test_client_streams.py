@@ -9,6 +9,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from llumnix.core.events import DrainInstance
 from llumnix.core.messages import (
     DrainRequested,
     MigrationEnded,
@@ -18,6 +19,7 @@ from llumnix.core.messages import (
 )
 from llumnix.core.types import EngineIndex, InstanceId, MigrationId, RequestId
 from llumnix.errors import ConflictError, UnknownRequestError
+from llumnix.frontend.streams.client import DRAIN_REQUESTS_MAX
 from llumnix.frontend.streams.info import FleetStream, find
 from llumnix.wire import decode, encode
 from support.frontend import Front, front, packed, request, tokens
@@ -289,10 +291,18 @@ async def test_a_source_that_wants_a_request_moved_is_ordered_to_if_it_still_has
 
 async def test_an_engine_may_ask_to_be_emptied(tmp_path: Path) -> None:
     async with front(tmp_path) as one:
-        asked: list[tuple[InstanceId, str]] = []
-        one.client.on_leave = lambda instance, why: asked.append((instance, why))
         Mover(one).says(1, DrainRequested(request=RequestId(""), why="a SIGTERM"), "")
-        assert asked == [("i1", "a SIGTERM")]
+        asked = one.client.drain_requests.get_nowait()
+        assert asked == DrainInstance(instance=InstanceId("i1"), why="a SIGTERM")
+
+
+async def test_requests_for_drains_that_nobody_takes_are_bounded(tmp_path: Path) -> None:
+    async with front(tmp_path) as one:
+        mover = Mover(one)
+        for _ in range(DRAIN_REQUESTS_MAX + 3):
+            mover.says(1, DrainRequested(request=RequestId(""), why="a SIGTERM"), "")
+        assert one.client.drain_requests.qsize() == DRAIN_REQUESTS_MAX
+        assert one.client.complaints.counts == {"Dropped an instance's request for a drain": 3}
 
 
 # -- engines die

@@ -11,7 +11,7 @@ import zmq
 
 from llumnix.core.events import AddInstances, Dispatch, RequestArrived, ScalingDecision
 from llumnix.core.types import EngineIndex, InstanceId, RequestId
-from llumnix.frontend.controller_link import REPLY_TIMEOUT_S, ControllerLink
+from llumnix.frontend.controller_link import DECISIONS_MAX, REPLY_TIMEOUT_S, ControllerLink
 from llumnix.wire import Message, Ping, Pong, decode, encode
 
 
@@ -201,7 +201,7 @@ def test_what_the_controller_should_not_say_and_what_fails_harm_no_question(
 
     async def main() -> None:
         link = ControllerLink(controller.address)
-        link.on_scaling = fails
+        link._decided = fails  # type: ignore[method-assign]
         await up(link)
         patient(link)
         controller.also = [
@@ -217,3 +217,22 @@ def test_what_the_controller_should_not_say_and_what_fails_harm_no_question(
     asyncio.run(asyncio.wait_for(main(), 60))
     assert "not for a frontend: Ping" in caplog.text
     assert "a bug" in caplog.text
+
+
+def test_decisions_wait_for_the_fleet_in_order_and_a_bounded_number_of_them(
+    controller: FakeController, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def main() -> None:
+        link = ControllerLink(controller.address)
+        await up(link)
+        patient(link)
+        controller.also = [
+            encode(AddInstances(count=1, why=f"load {n}")) for n in range(DECISIONS_MAX + 1)
+        ]
+        assert await link.place(asked("r")) is not None
+        waiting = [link.decisions.get_nowait().why for _ in range(link.decisions.qsize())]
+        assert waiting == [f"load {n}" for n in range(DECISIONS_MAX)]
+        link.close()
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+    assert f"A decision of the controller's was dropped: load {DECISIONS_MAX}" in caplog.text

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from llumnix.frontend.early_add import Adding, Outputs
+from llumnix.frontend.early_add import OutputStream, PendingAdd
 
 
 class Engine:
@@ -34,8 +34,8 @@ class Engine:
         assert internal
         self.aborted.append(request)
 
-    async def outputs(self, adding: Adding) -> AsyncGenerator[int, None]:
-        queue = await adding.outcome()
+    async def outputs(self, pending: PendingAdd) -> AsyncGenerator[int, None]:
+        queue = await pending.outcome()
         try:
             for number in range(3):
                 await asyncio.sleep(0)
@@ -44,9 +44,9 @@ class Engine:
             await self.abort(queue.request_id, internal=True)
             raise
 
-    def generate(self, request: str) -> Outputs[int]:
-        adding = Adding(self.add(request), self.abort)
-        return Outputs(self.outputs(adding), adding)
+    def generate(self, request: str) -> OutputStream[int]:
+        pending = PendingAdd(self.add(request), self.abort)
+        return OutputStream(self.outputs(pending), pending)
 
 
 async def turns(count: int = 10) -> None:
@@ -74,7 +74,7 @@ async def test_who_is_never_asked_for_is_dropped(there: bool, close: bool) -> No
     engine = Engine()
     if not there:
         engine.may.clear()
-    outputs: Outputs[int] | None = engine.generate("a")
+    outputs: OutputStream[int] | None = engine.generate("a")
     await turns()
     assert outputs is not None
     if close:
@@ -103,7 +103,7 @@ async def test_what_is_wrong_is_told_to_who_asks(caplog: pytest.LogCaptureFixtur
     with pytest.raises(ValueError, match="too long"):
         await anext(outputs)
     # And to nobody, if nobody asks.
-    unasked: Outputs[int] | None = engine.generate("b")
+    unasked: OutputStream[int] | None = engine.generate("b")
     await turns()
     assert unasked is not None
     unasked = None

@@ -31,8 +31,8 @@ class Calls(EngineCalls):
         self.engines = EngineDirectory()
         for engine in engines:
             self.engines.expect(InstanceId(f"i{engine}"), engine, engine)
-        self.told = EngineState()
-        self.told.joined = set(engines)
+        self.shared_state = EngineState()
+        self.shared_state.joined = set(engines)
         self.made: list[tuple[EngineIndex, str, tuple[Any, ...]]] = []
         self.answers: dict[tuple[EngineIndex, str], Any] = {}
 
@@ -84,7 +84,7 @@ def test_a_long_call_waits_long_but_not_for_an_engine_that_is_silent(
     async def main() -> None:
         calls = Calls(E0, E1)
         calls.answers[E1, "sleep"] = HANGS
-        calls.told.silent = {E1} if silent else set()
+        calls.shared_state.silent = {E1} if silent else set()
         error = await failing(calls.sleep_async(1))
         assert isinstance(error, GracefulHTTPError)
         assert limit_s <= calls.loop.time() <= limit_s + 1
@@ -108,7 +108,7 @@ def test_what_any_engine_can_answer_is_asked_of_one_that_is_not_silent() -> None
         calls.answers[E0, "get_supported_tasks"] = HANGS
         error = await failing(calls.get_supported_tasks_async())
         assert "no answer from i0" in str(error)
-        calls.told.silent = {E0}
+        calls.shared_state.silent = {E0}
         calls.answers[E1, "get_supported_tasks"] = ("generate",)
         assert await calls.get_supported_tasks_async() == ("generate",)
         await calls.save_sharded_state_async("/tmp/there")
@@ -149,7 +149,7 @@ def test_a_new_engine_is_brought_into_the_state_of_the_others_before_it_joins() 
         calls = Calls(E0)
         await calls.pause_scheduler_async(mode="keep", clear_cache=False)
         await calls.add_lora_async(adapter(7))
-        assert calls.told.paused
+        assert calls.shared_state.paused
         calls.core_engines.append(E1.to_bytes(2, "little"))
         assert await calls.is_scheduler_paused_async() is True
         assert calls.of(E1) == []  # It would say otherwise yet.
@@ -160,7 +160,7 @@ def test_a_new_engine_is_brought_into_the_state_of_the_others_before_it_joins() 
         ]
         await calls.resume_scheduler_async()
         assert calls.of(E1)[-1] == "resume_scheduler"
-        assert not calls.told.paused
+        assert not calls.shared_state.paused
 
     run(main())
 
@@ -194,7 +194,7 @@ def test_an_engine_that_cannot_be_brought_up_does_not_join(answer: Any) -> None:
         why = await calls.bring_up(E1)
         assert why is not None
         assert "into the state of the others" in why
-        assert calls.told.joined == {E0}
+        assert calls.shared_state.joined == {E0}
 
     run(main())
 
@@ -220,7 +220,7 @@ def test_an_adapter_that_one_engine_cannot_load_is_taken_back_on_the_others(answ
         await failing(calls.add_lora_async(adapter(1)))
         removed = {e for e, m, a in calls.made if (m, a) == ("remove_lora", (1,))}
         assert removed == {E0, E2}
-        assert calls.told.calls() == []
+        assert calls.shared_state.calls() == []
 
     run(main())
 

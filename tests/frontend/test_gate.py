@@ -77,8 +77,9 @@ def application(
         allowed_methods=["*"],
         allowed_headers=["*"],
         max_body_mb=body_mb,
+        control_app=control,
     )
-    app.state.engine_client = SimpleNamespace(stopping=stopping, open_http=0, control_app=control)
+    app.state.engine_client = SimpleNamespace(stopping=stopping, open_http=0)
     return app
 
 
@@ -417,7 +418,7 @@ async def test_a_body_of_a_length_that_is_too_large_is_not_read() -> None:
 
 async def test_our_own_routes_have_the_limit_and_openais_form_of_errors() -> None:
     app = application()
-    app.state.engine_client.control_app = control_app(None, None)  # type: ignore[arg-type]
+    app.state.args.control_app = control_app(None, None)  # type: ignore[arg-type]
     async with client(app) as http:
         headers = {"Content-Type": "application/json"}
         order = await http.post("/llumnix/v1/migrations", headers=headers, content=parts(1001))

@@ -9,9 +9,10 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from llumnix.core.supervision.lifecycle import InstanceStatus
 from llumnix.core.types import EngineIndex, InstanceId
 from llumnix.errors import CapacityError, LastInstanceError
-from llumnix.frontend.http.routes import DRAIN_TIMEOUT_MAX_S, InstanceStatus, control_app
+from llumnix.frontend.http.routes import DRAIN_TIMEOUT_MAX_S, control_app
 
 
 class Control:

@@ -10,6 +10,7 @@ import pytest
 
 from llumnix.core.migration.tables import DESTINATION, SOURCE
 from llumnix.core.streams.states import STREAM
+from llumnix.core.supervision.lifecycle import LIFE
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "draw_pages.py"
 SHALLOW = subprocess.run(
@@ -92,7 +93,12 @@ def test_every_drawing_is_on_a_page(script: ModuleType) -> None:
 
 
 def test_every_state_is_drawn(script: ModuleType) -> None:
-    for name, table in (("source", SOURCE), ("destination", DESTINATION), ("stream", STREAM)):
+    for name, table in (
+        ("source", SOURCE),
+        ("destination", DESTINATION),
+        ("stream", STREAM),
+        ("life", LIFE),
+    ):
         drawing = script.DRAWINGS[name]()
         for state in table:
             name = state.value.replace(" ", "_")

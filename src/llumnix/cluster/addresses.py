@@ -9,23 +9,21 @@ from llumnix.sockets import SocketKeys
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Addresses:
-    """ZMQ addresses of one deployment. `folder` goes with us.
-    `peers` and `agents` are where llumlets and workers listen, with `{engine}`, `{rank}` and
-    `{host}` for each to fill in; `agents` is in the form of engine/kv/agent.py. `keys`: what our
-    processes know each other by, None where only the user can open the sockets."""
+    """ZMQ addresses of one deployment. Llumlets and workers fill `{engine}`, `{rank}` and `{host}`
+    in where they listen."""
 
-    folder: PrivateFolder
+    folder: PrivateFolder  # of the Unix sockets; removed at the end
     controller: str
     frontend_input: str
     frontend_output: str
-    peers: str
-    agents: str
-    keys: SocketKeys | None
+    peers: str  # where llumlets listen
+    agents: str  # where workers listen for pulls, in the form of engine/kv/agent.py
+    keys: SocketKeys | None  # of all our sockets; None where only the user can open them
 
     @classmethod
     def make(cls, host: str | None) -> "Addresses":
-        """On this machine alone (`host` None), or on TCP ports of `host`, this node's address in a
-        cluster that has, or may get, further nodes."""
+        """Unix sockets if `host` is None. Else TCP ports of `host`, which is this node's address in
+        a cluster that has further nodes, or may get some."""
         names = ("controller", "input", "output")
         ports = [] if host is None else _free_ports(host, len(names))
         folder = PrivateFolder.make_short()

@@ -1,12 +1,10 @@
 """The controller's process: hosts the pure scheduler behind one ZMQ socket.
 
-- A successor learns all that this process keeps from the next reports, so that it may be restarted
-  at any time (cluster/controller_process.py). Frontends and llumlets connect to an address that
-  outlives it.
-- All messages that have arrived are handled together: news of instances first, then requests, the
-  more urgent first.
-- A message that makes no sense is refused. A message that brings a bug to light ends at most
-  itself. Both are counted, and logged at most every `TOLD_EVERY_S`.
+A successor learns all that the controller knows from the next reports, so the controller may be
+started again at any time (cluster/controller_process.py). Frontends and llumlets connect to an
+address that outlives it. All messages that have arrived are handled together: reports of instances
+first, then urgent requests, then the others. A message that makes no sense is refused. A message
+that brings a bug to light ends alone. Both are counted, and logged at most every `TOLD_EVERY_S`.
 """
 
 import contextlib
@@ -48,8 +46,8 @@ TOLD_EVERY_S = 10.0
 _FACTS = (RequestArrived, LoadReported, PrefixesChanged, InstanceLost, FleetReported)
 
 
-class Told:
-    """Counts errors of one kind and logs them: the first at once, then every `TOLD_EVERY_S`."""
+class Faults:
+    """Counts faults of one kind, and logs the newest at most every `TOLD_EVERY_S`."""
 
     def __init__(self, what: str, *, traceback: bool) -> None:
         self._what = what
@@ -86,14 +84,14 @@ class Controller:
         self._scheduler = Scheduler(settings)
         self._tick_s = settings.migration.interval_s
         self._engines: dict[EngineIndex, bytes] = {}
-        self._refused = Told("messages that make no sense were refused", traceback=False)
-        self._failed = Told("messages could not be handled, which is a bug", traceback=True)
+        self._refused = Faults("messages that make no sense were refused", traceback=False)
+        self._failed = Faults("messages could not be handled, which is a bug", traceback=True)
         self._in_a_row: dict[str, int] = {}
         self._stopping = False
 
     def run(self) -> None:
-        """Serves until `stop`, or until a bug ends it."""
-        # A garbage collection that looks through all that was imported would delay a dispatch.
+        """Serves until `stop`, or until a bug ends it and a successor takes its place."""
+        # Imported modules stay. To search them for garbage would delay a dispatch for long.
         gc.collect()
         gc.freeze()
         with (
@@ -138,8 +136,9 @@ class Controller:
         return sorted(taken, key=lambda pair: handling_key(pair[1]))
 
     def _guarded(self, what: Message | Tick, work: Callable[[], None]) -> None:
-        """Handles one message. A failure ends at most that message, and is logged. `FAILURES_MAX`
-        messages of one kind that fail in a row end the process, since its state may be broken."""
+        """Does what one message asks for. An exception ends that message alone, and is counted.
+        `FAILURES_MAX` exceptions in a row over one kind of message end the process, because its
+        state may be broken."""
         kind = type(what).__name__
         try:
             work()
@@ -168,7 +167,7 @@ class Controller:
                 try:
                     self._decide(sender, message)
                 except Exception:
-                    # With this answer the frontend places the request by itself at once.
+                    # The frontend need not wait for a time-out: it places the request itself.
                     why = "the controller failed on it"
                     self._send(sender, NoInstance(request=request, why=why))
                     raise

@@ -1,7 +1,7 @@
 """Keeps one controller running: a Ray actor that is started again when it ends or hangs.
 
-Ray itself would start it again at once, however often it dies, and say nothing; and it never sees
-that a process hangs. Pauses and messages are `keep_running`'s.
+Ray's own restart does not serve: it comes at once, however often the actor dies, it is not logged,
+and Ray does not notice a process that hangs. `keep_running` makes the pauses and logs.
 """
 
 import asyncio
@@ -24,16 +24,15 @@ logger = logging.getLogger("llumnix.controller")
 
 PING_EVERY_S = 1.0
 UNANSWERED_MAX = 10
-"""Pings in a row, each of which waits for `PING_EVERY_S`: then it hangs."""
+"""So many pings in a row without an answer, each after `PING_EVERY_S`, and the controller hangs."""
 FIRST_ANSWER_S = 60.0
-"""A process that is being started may take so long until its first answer."""
+"""How long a new process may take until its first answer."""
 STOP_TIMEOUT_S = 1.0
 TOLD_EVERY_S = 10.0
 
 
 class ControllerEndedError(LlumnixError):
-    """The controller is not there any more though nobody asked it to stop, or might as well not
-    be."""
+    """The controller has ended or hangs, though nobody asked it to stop."""
 
 
 class ControllerProcess:
@@ -67,7 +66,7 @@ class ControllerProcess:
         actor = await off_loop(self._create)
         ended = asyncio.wrap_future(actor.run.remote().future())
         pid = asyncio.wrap_future(actor.pid.remote().future())
-        for future in (ended, pid):  # Nobody may be left to look at them when they fail.
+        for future in (ended, pid):  # Else asyncio would warn when nobody awaits one that fails.
             future.add_done_callback(lambda it: it.cancelled() or it.exception())
         hangs = False
         try:
@@ -79,7 +78,7 @@ class ControllerProcess:
             await self._end(actor, ended, pid, hangs)
 
     async def _watch(self, ended: asyncio.Future[None]) -> None:
-        """Never returns; raises once it has ended or hangs."""
+        """Watches the controller; never returns, and raises once it has ended or hangs."""
         loop = asyncio.get_running_loop()
         began_s, answered, unanswered = loop.time(), False, 0
         while True:
@@ -105,8 +104,8 @@ class ControllerProcess:
     async def _end(
         self, actor: Any, ended: asyncio.Future[None], pid: asyncio.Future[int], hangs: bool
     ) -> None:
-        """Ends the process. One that hangs may not even take a kill of Ray's, which is a message to
-        it."""
+        """Ends the process. Ray's kill is a message to it, which a process that hangs may not
+        read."""
         if not ended.done() and not hangs:
             actor.stop.remote()
             await asyncio.wait({ended}, timeout=STOP_TIMEOUT_S)
@@ -116,7 +115,8 @@ class ControllerProcess:
         await ray_call(self._kill, actor)
 
     def _tell(self, pong: Pong, now: float) -> None:
-        """Tells of messages that it could not handle, as its own log may be seen by nobody."""
+        """Logs here how many messages the controller could not handle, since nobody may read the
+        controller's own log."""
         failed, told_s = self._told
         if pong.failed == failed or now - told_s < TOLD_EVERY_S:
             return

@@ -1,4 +1,4 @@
-"""What of `llumnix serve`'s command line counts before vLLM, which has the parser, is loaded."""
+"""Reads those flags of `llumnix serve` that count before vLLM, which has the parser, is loaded."""
 
 import argparse
 import os
@@ -10,8 +10,8 @@ _TEXT = ("host", "uds", "ssl_keyfile", "ssl_certfile", "ssl_ca_certs", "ssl_ciph
 
 
 def first_look(argv: list[str]) -> argparse.Namespace:
-    """Where to listen, for whom, and which Ray, under the names and defaults of the real parser.
-    `config`: whether a file may say otherwise."""
+    """Where to listen, for whom, and which Ray to join, under the names and defaults of the real
+    parser. With `config` set, a file may say otherwise."""
     parser = argparse.ArgumentParser(
         prog="llumnix serve", usage="llumnix serve --help", add_help=False, allow_abbrev=False
     )
@@ -28,7 +28,7 @@ def first_look(argv: list[str]) -> argparse.Namespace:
 
 
 def has_key(seen: argparse.Namespace) -> bool:
-    """Whether a key is given somehow; whether it is a good one the real parser tells."""
+    """Whether any key is given. The real parser says whether it is a good one."""
     return bool(seen.api_key or seen.api_key_file or os.environ.get(API_KEY_VARIABLE))
 
 

@@ -1,7 +1,7 @@
 """The fleet: all instances of a deployment, and the orders of users, scheduler and signals.
 
-What is done with each instance is cluster/supervision/supervisor.py's part; Ray places the actors,
-and one of a new run of an instance is a new actor with a new engine index.
+The fleet decides which instances there are; cluster/supervision/supervisor.py works on each of
+them. Every run of an instance is a new Ray actor with a new engine index.
 """
 
 import asyncio
@@ -20,8 +20,8 @@ from llumnix.cluster.controller import Controller
 from llumnix.cluster.controller_process import ControllerProcess
 from llumnix.cluster.ray_calls import ray_call
 from llumnix.cluster.supervision.capacity import check_one_more, check_start
-from llumnix.cluster.supervision.member import DRAIN_TIMEOUT_S, Drain, Member
-from llumnix.cluster.supervision.runs import Runs
+from llumnix.cluster.supervision.member import Member
+from llumnix.cluster.supervision.runs import EngineLauncher
 from llumnix.cluster.supervision.supervisor import Supervisor
 from llumnix.cluster.supervision.watcher import Watcher
 from llumnix.config import DeploymentConfig
@@ -34,6 +34,7 @@ from llumnix.core.events import (
     UndrainInstance,
 )
 from llumnix.core.limits import FLEET_REPORT_EVERY_S
+from llumnix.core.supervision.lifecycle import InstanceStatus, LifeState
 from llumnix.core.types import InstanceId
 from llumnix.engine.launch import EngineLaunch
 from llumnix.errors import (
@@ -44,7 +45,6 @@ from llumnix.errors import (
     UnknownInstanceError,
     UsageError,
 )
-from llumnix.frontend.http.routes import InstanceStatus
 from llumnix.frontend.llm import FleetLLM
 from llumnix.tasks import keep_running
 
@@ -54,7 +54,7 @@ CLOSE_TIMEOUT_S = 5.0
 
 
 class Fleet:
-    """All instances of one deployment. Lives on the frontend's event loop."""
+    """All instances of one deployment. It lives on the frontend's event loop."""
 
     def __init__(
         self, llm: FleetLLM, launch: EngineLaunch, addresses: Addresses, config: DeploymentConfig
@@ -63,9 +63,9 @@ class Fleet:
         self._client = llm.engine_core
         self._launch = launch
         self._members: dict[InstanceId, Member] = {}
-        self._runs = Runs(self._client, launch, addresses, config)
+        self._launcher = EngineLauncher(self._client, launch, addresses, config)
         self._addresses = addresses
-        self._supervisor = Supervisor(self._client, self._runs, self._members, self._changed)
+        self._supervisor = Supervisor(self._client, self._launcher, self._members, self._changed)
         self._watcher = Watcher(self._client, self._members.values, lambda _: self._changed())
         self._settings = config.scheduler.without_keys()
         self._refused = ""
@@ -85,7 +85,7 @@ class Fleet:
                 ray.remote(Controller)
                 .options(num_cpus=0, max_concurrency=2, max_restarts=0, scheduling_strategy=here)
                 .remote(
-                    [addresses.controller], self._settings, self._runs.event_log, addresses.keys
+                    [addresses.controller], self._settings, self._launcher.event_log, addresses.keys
                 )
             )
 
@@ -97,10 +97,10 @@ class Fleet:
     async def start(self, count: int, say: Callable[[str], None]) -> None:
         """Starts the first `count` instances and returns once all serve; `InstanceFailedError`
         if one cannot be started."""
-        members = [self._enlist() for _ in range(count)]
+        members = [self._register() for _ in range(count)]
         for number, member in enumerate(members, 1):
             say(f"starting instance {number}/{count} ({member.id})")
-            member.run = self._runs.create(member.id, member.slot)
+            member.run = self._launcher.create(member.id, member.slot)
         for number, member in enumerate(members, 1):
             try:
                 why_not = await self._supervisor.start_run(member)
@@ -111,9 +111,9 @@ class Fleet:
             say(f"instance {number}/{count} ({member.id}) is up")
         for member in members:
             self._supervisor.supervise(member)
-        self._client.on_leave = self._leave
-        self._client.link.on_scaling = self._perform
         self._begin("Reporting the fleet", self._report)
+        self._begin("Scaling the fleet", self._take_decisions)
+        self._begin("Draining instances that ask for it", self._take_drain_requests)
         self._begin("Looking for hung instances", self._watcher.run)
 
     def status(self) -> list[InstanceStatus]:
@@ -121,7 +121,7 @@ class Fleet:
 
     async def add(self) -> InstanceStatus:
         async with self._adding:
-            there = [m for m in self._members.values() if m.counts]
+            there = [m for m in self._members.values() if m.life.counts]
             most = self._settings.scaling.instances_max
             if most is not None and len(there) >= most:
                 raise CapacityError(
@@ -130,7 +130,7 @@ class Fleet:
                 )
             await self._check_room()
             self._llm.grow_metrics(self._free_slot() + 1)
-            member = self._enlist()
+            member = self._register()
             self._supervisor.supervise(member)
             self._changed()
         return member.status()
@@ -144,32 +144,18 @@ class Fleet:
         timeout_s: float | None = None,
         force: bool = False,
     ) -> InstanceStatus:
-        member, now = self._member(instance), asyncio.get_running_loop().time()
-        if member.state == "stopping":
-            return member.status()
-        if member.drain is None:
+        member = self._member(instance)
+        if member.life.drain is None:
             self._check_not_last(member)
-            wait_s = DRAIN_TIMEOUT_S if timeout_s is None else timeout_s
-            member.drain = Drain(by=by, why=why, began_s=now, deadline_s=now + wait_s)
-            member.state = "draining"
-            self._supervisor.drain(member)
-            logger.info("Instance %s is drained: %s.", member.id, why)
-        drain = member.drain
-        if by != "scheduler":
-            drain.by, drain.why = by, why
-        if timeout_s is not None:
-            drain.deadline_s = now + timeout_s
-        if force:
-            drain.deadline_s, drain.force = now, True
-        member.why = f"draining: {drain.why}"
-        self._changed()
+        self._supervisor.drain(member, by, why, timeout_s=timeout_s, force=force)
         return member.status()
 
     async def undrain(self, instance: InstanceId) -> InstanceStatus:
         member = self._member(instance)
-        if member.state != "draining" or member.run is None or not member.run.alive:
+        if member.state is not LifeState.DRAINING or not member.alive:
             raise ConflictError(
-                f"{instance} is {member.state}: only an instance that is draining can be undrained"
+                f"{instance} is {member.state.value}: only an instance that is draining can be "
+                "undrained"
             )
         self._supervisor.undrain(member)
         logger.info("Instance %s serves on.", member.id)
@@ -183,13 +169,15 @@ class Fleet:
         return member
 
     def _check_not_last(self, member: Member) -> None:
-        """Raises `LastInstanceError` if the others could not serve in its place: one that serves
-        needs another that does, one that is coming one that does or will. Another that hangs will
-        do, as it may only be slow: meanwhile the drained one takes requests."""
+        """Raises `LastInstanceError` if no other instance could serve in the member's place.
+
+        A member that serves needs another that does; one that is coming needs another that does or
+        will. A hung one counts, since it may only be slow: the drained one takes requests until
+        then."""
         others = [m for m in self._members.values() if m is not member]
-        if not member.counts or any(m.state == "serving" for m in others):
+        if not member.life.counts or any(m.state is LifeState.SERVING for m in others):
             return
-        if not member.serves and any(m.counts for m in others):
+        if not member.serves and any(m.life.counts for m in others):
             return
         raise LastInstanceError(
             f"{member.id} is the only instance that serves; POST /llumnix/v1/instances first"
@@ -209,42 +197,43 @@ class Fleet:
         """Called after every change of an instance's state."""
         self._supervisor.settle_drains()
         self._news.set()
-        if all(m.state == "failed" for m in self._members.values()):
+        if all(m.state is LifeState.FAILED for m in self._members.values()):
             self.all_failed.set()
 
     async def _report(self) -> None:
-        """Tells the controller what there is, at once when it changes; its decisions come back to
-        `_perform`."""
+        """Tells the controller what there is, at once when it changes."""
         while True:
             self._news.clear()
-            draining = [m for m in self._members.values() if m.state == "draining"]
-            self._client.link.tell(
-                FleetReported(
-                    starting=sum(m.coming for m in self._members.values()),
-                    serving=tuple(m.id for m in self._members.values() if m.state == "serving"),
-                    draining=tuple(m.id for m in draining),
-                    drained_by={m.id: m.drain.by for m in draining if m.drain is not None},
-                    given_up=self._supervisor.given_up,
-                )
-            )
+            self._client.link.tell(self._facts())
             # `wait_for` would lose a cancellation that comes together with news.
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(FLEET_REPORT_EVERY_S):
                     await self._news.wait()
 
-    def _perform(self, decision: ScalingDecision) -> None:
-        self._keep(asyncio.ensure_future(self._carry_out(decision)))
-
-    def _leave(self, instance: InstanceId, why: str) -> None:
-        self._keep(
-            asyncio.ensure_future(
-                self._carry_out(DrainInstance(instance=instance, why=why), by="signal")
-            )
+    def _facts(self) -> FleetReported:
+        members = self._members.values()
+        drains = {m.id: m.life.drain for m in members if m.state is LifeState.DRAINING}
+        return FleetReported(
+            starting=sum(m.life.coming for m in members),
+            serving=tuple(m.id for m in members if m.state is LifeState.SERVING),
+            draining=tuple(drains),
+            drained_by={name: drain.by for name, drain in drains.items() if drain is not None},
+            given_up=self._supervisor.given_up,
         )
 
-    async def _carry_out(self, decision: ScalingDecision, by: DrainedBy = "scheduler") -> None:
+    async def _take_decisions(self) -> None:
+        while True:
+            decision = await self._client.link.decisions.get()
+            self._keep(asyncio.create_task(self._carry_out(decision, by="scheduler")))
+
+    async def _take_drain_requests(self) -> None:
+        while True:
+            request = await self._client.drain_requests.get()
+            self._keep(asyncio.create_task(self._carry_out(request, by="signal")))
+
+    async def _carry_out(self, decision: ScalingDecision, by: DrainedBy) -> None:
         if self._llm.stopping:
-            return  # A SIGTERM to every process reaches the instances too, which ask for a drain.
+            return  # A SIGTERM to all processes makes the instances ask for drains as well.
         try:
             match decision:
                 case AddInstances(count=count, why=why):
@@ -254,12 +243,12 @@ class Fleet:
                 case DrainInstance(instance=instance, why=why):
                     await self.drain(instance, why, by=by)
                 case UndrainInstance(instance=instance):
-                    drain = self._member(instance).drain
+                    drain = self._member(instance).life.drain
                     if drain is not None and drain.by == "scheduler":
                         await self.undrain(instance)
             self._refused = ""
         except UsageError as error:
-            if str(error) != self._refused:  # Said once, though it is decided again and again.
+            if str(error) != self._refused:  # Logged once, though it is decided again and again.
                 self._refused = str(error)
                 logger.warning("Not done (%s): %s", decision.why, error)
         except Exception:
@@ -271,20 +260,20 @@ class Fleet:
 
     async def _check_room(self) -> None:
         members = self._members.values()
-        waiting = sum(m.coming and not (m.run is not None and m.run.placed) for m in members)
-        there = sum(m.state != "failed" for m in members)
+        waiting = sum(m.life.coming and not (m.run is not None and m.run.placed) for m in members)
+        there = sum(m.state is not LifeState.FAILED for m in members)
         await _ask_ray(lambda: check_one_more(self._launch, there=there, waiting=waiting))
 
     async def close(self) -> None:
-        """Stops all instances and the controller. Every step is tried; what fails is logged."""
-        self._client.on_leave = lambda *_: None
-        self._client.link.on_scaling = lambda _: None
+        """Stops all instances and the controller. Every step is tried; a failure is logged."""
         tasks = {*self._tasks, *(m.task for m in self._members.values() if m.task is not None)}
         for task in tasks:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks, timeout=CLOSE_TIMEOUT_S)
-        steps = {f"instance {m.id}": self._runs.end(m.run) for m in self._members.values() if m.run}
+        steps = {
+            f"instance {m.id}": self._launcher.end(m.run) for m in self._members.values() if m.run
+        }
         if self._controller is not None:
             steps["the controller"] = self._controller.close()
         results = await asyncio.gather(*steps.values(), return_exceptions=True)
@@ -292,17 +281,18 @@ class Fleet:
             if isinstance(result, Exception):
                 logger.error("%s could not be ended: %s: %s", what, type(result).__name__, result)
 
-    def _enlist(self) -> Member:
-        """A new member, in the lowest free slot."""
+    def _register(self) -> Member:
+        """Adds a new member, in the lowest free slot."""
         slot = self._free_slot()
         member = Member(id=InstanceId(f"i{slot}"), slot=slot)
         self._members[member.id] = member
         return member
 
     def _free_slot(self) -> int:
-        """The lowest slot that is free, or whose instance was given up: a slot more is one more
-        label on every metric."""
-        taken = {m.slot for m in self._members.values() if m.state != "failed" or m.run is not None}
+        """The lowest slot that is free, or whose instance was given up. Slots are used again
+        because each further one is one more label on every metric."""
+        members = self._members.values()
+        taken = {m.slot for m in members if m.state is not LifeState.FAILED or m.run is not None}
         return next(s for s in range(len(taken) + 1) if s not in taken)
 
 

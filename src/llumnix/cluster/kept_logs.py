@@ -1,4 +1,4 @@
-"""What engines logged, kept when one was lost: Ray's session folder goes when we do."""
+"""Keeps the engines' logs when one was lost, since Ray's session folder is removed at the end."""
 
 import shutil
 import time
@@ -6,15 +6,15 @@ from pathlib import Path
 
 KEPT_MAX = 5
 FILE_BYTES_MAX = 2**20
-"""So much of each file's end is kept."""
+"""How much is kept of the end of each file."""
 
 
 def keep_logs(ray_folder: Path, cache: Path) -> Path:
-    """Copies the ends of what Ray's processes and workers logged into a new folder of `cache`, and
-    drops the oldest that are there. Returns the folder; `OSError` if it cannot be written."""
+    """Copies the ends of the logs of Ray's processes and workers into a new folder of `cache`, and
+    removes the oldest such folders. Returns the new one; `OSError` if it cannot be written."""
     all_kept = cache / "logs"
     kept = all_kept / time.strftime("%Y-%m-%dT%H-%M-%S")
-    # Ray's session folder is for its owner only too.
+    # Only the owner may read it, as with Ray's session folder.
     kept.mkdir(mode=0o700, parents=True, exist_ok=True)
     for log in sorted((ray_folder / "session_latest" / "logs").glob("*.*")):
         if log.suffix in (".out", ".err", ".log") and (size := log.stat().st_size):

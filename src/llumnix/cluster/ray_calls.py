@@ -1,5 +1,6 @@
-"""Calls of Ray's that may have to wait for its control service: beside the event loop, which all
-streams share."""
+"""Makes calls of Ray's that may have to wait for its control service.
+
+They run beside the event loop, which all streams share."""
 
 import asyncio
 import threading
@@ -12,8 +13,8 @@ RAY_CALL_TIMEOUT_S = 10.0
 
 
 async def off_loop(function: Callable[..., T], *args: Any) -> T:
-    """The function's result, from a thread of its own. The thread is a daemon: a call that never
-    returns must not keep the process from ending, as one of an executor would."""
+    """The function's result, from a thread of its own. The thread is a daemon, so that a call that
+    never returns does not keep the process from ending. A thread of an executor would."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[T] = loop.create_future()
 
@@ -39,7 +40,7 @@ async def off_loop(function: Callable[..., T], *args: Any) -> T:
 
 
 async def ray_call(function: Callable[..., T], *args: Any) -> T:
-    """`off_loop`, bounded: `TimeoutError` after `RAY_CALL_TIMEOUT_S`; the call itself may still be
-    carried out."""
+    """`off_loop` within `RAY_CALL_TIMEOUT_S`. After a `TimeoutError` it is unknown whether the call
+    was carried out."""
     async with asyncio.timeout(RAY_CALL_TIMEOUT_S):
         return await off_loop(function, *args)

@@ -1,7 +1,7 @@
 """Ray, started on this machine or joined.
 
-A Ray that we start is ours alone: it listens on loopback only, wants a token that nobody but our
-own processes knows, shows no dashboard, and is gone, with its files, when we are.
+A Ray that we start is ours alone. It listens on loopback only, wants a token that only our own
+processes know, and shows no dashboard. It ends, and its files are removed, when we end.
 """
 
 import contextlib
@@ -17,30 +17,30 @@ import setproctitle
 from llumnix.errors import UsageError
 
 OBJECT_STORE_BYTES = 80 * 2**20
-"""Nothing of ours goes through Ray's object store but configuration; this is Ray's smallest."""
+"""The smallest object store that Ray allows. Only configuration goes through it."""
 CONNECT_TIMEOUT_S = 5.0
 LOOPBACK_ADDRESS = "127.0.0.1"
 LOG_TAIL_BYTES = 2**18
 ERROR_MAX = 600
-"""So many characters of an error of Ray's are passed on."""
+"""How many characters of one of Ray's errors are passed on."""
 
 
 def settle(*, local: bool) -> None:
-    """Sets what Ray reads as it is imported, so call it before anything imports Ray (vLLM does).
-    `local`: whether we will start Ray ourselves."""
+    """Sets the variables that Ray reads as it is imported. vLLM imports Ray, so call it before that
+    too. `local`: whether we will start Ray ourselves."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if not local:
         return
     os.environ["RAY_AUTH_MODE"] = "token"
     os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    # "No cluster over several machines" (the name is Ray's): listen on 127.0.0.1 alone.
+    # "No cluster over several machines": it makes Ray listen on 127.0.0.1 alone.
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-    # So should vLLM, which else takes the address of the default route for this host's.
+    # vLLM should listen there too. Else it takes the address of the default route.
     os.environ["VLLM_HOST_IP"] = LOOPBACK_ADDRESS
     # Ray starts its workers with a lower priority than everything else on the machine.
     os.environ.setdefault("RAY_worker_niceness", "0")
-    # A dying actor would kill its children, the one that removes its shared memory among them. Its
-    # process group, with vLLM's workers, is ended by Ray all the same.
+    # A dying actor would kill its children, and one of them removes its shared memory. Ray ends the
+    # actor's process group, with vLLM's workers, all the same.
     os.environ.setdefault("RAY_kill_child_processes_on_worker_exit", "0")
     # No idle workers: each costs 80 MB and a second of a core, and none is ever used.
     os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
@@ -48,8 +48,8 @@ def settle(*, local: bool) -> None:
 
 
 def hide_arguments(argv: list[str]) -> None:
-    """Takes the values of flags, API keys perhaps, out of what `ps` shows of this process and Ray
-    keeps as the job's entry point, for everybody on the cluster to see. Before Ray starts."""
+    """Hides the values of flags, which may be API keys. `ps` shows them, and Ray keeps them as the
+    job's entry point, which everybody on the cluster can read. Call it before Ray starts."""
     command, *others = argv
     words = ["llumnix", command]
     for place, word in enumerate(others):
@@ -59,8 +59,8 @@ def hide_arguments(argv: list[str]) -> None:
 
 
 def start_local(folder: Path, *, logs: bool) -> None:
-    """Starts Ray on this machine, its files in `folder`. `settle(local=True)` came before. `logs`:
-    print what the actors log."""
+    """Starts Ray on this machine, with its files in `folder`. Needs `settle(local=True)` before.
+    `logs`: whether to print what the actors log."""
     import ray
 
     try:
@@ -127,7 +127,7 @@ def stop() -> None:
     infos = [] if node is None else [one for some in node.all_processes.values() for one in some]
     agents = [agent for info in infos for agent in _agents(info.process.pid)]
     for info in infos:
-        # They are deaf to SIGTERM (cluster/signals.py), and Ray would wait a second for each.
+        # They ignore SIGTERM (cluster/signals.py), and Ray would wait a second for each.
         info.process.terminate = info.process.kill
     ray.shutdown()
     for agent in agents:
@@ -136,7 +136,7 @@ def stop() -> None:
 
 
 def _agents(daemon: int) -> list[psutil.Process]:
-    """Processes of Ray's own below a daemon, which notice its end after seconds only."""
+    """Ray's own processes below a daemon. They take seconds to notice that it has ended."""
     found = []
     with contextlib.suppress(psutil.Error):
         for child in psutil.Process(daemon).children():
@@ -157,9 +157,10 @@ _NOT_A_CAUSE = ("See stack trace", "See root cause", "ray.exceptions", "initiali
 
 
 def error_logged(about: str) -> str | None:
-    """The last error in the log of the Ray worker that `about` (Ray's words on its death) names.
+    """The last error in the log of a Ray worker that died. `about` is Ray's message, which names
+    the worker.
 
-    A dead engine's exception often says only that a process behind it failed; the reason stands in
+    A dead engine's exception often says only that a process behind it failed. The reason stands in
     the log that both write to. None if the worker ran on another node, or wrote nothing."""
     import ray
 

@@ -1,4 +1,4 @@
-"""`llumnix serve`: puts the parts together, and takes them apart in the same order backwards."""
+"""`llumnix serve`: starts the parts in order, and stops them in the reverse order."""
 
 import argparse
 import asyncio
@@ -38,10 +38,10 @@ class Start:
         self.began_s = time.monotonic()
         self.progress = StartProgress(began_s=self.began_s)
         self.listener: Listener | None = None
-        self.crashed = False  # whether an instance was lost, so that its log is worth keeping
+        self.crashed = False  # whether an instance was lost; then the logs are kept
 
     def say(self, text: str) -> None:
-        """What it does now."""
+        """Says what the start does now."""
         say(text)
         self.progress.phase = text
 
@@ -70,7 +70,7 @@ def serve(argv: list[str]) -> int:
     start = Start()
     signals.interrupt()
     log_to_stderr()
-    # vLLM's start-up chatter would hide our own lines; whoever sets the level gets all of it.
+    # vLLM's many lines at the start would hide ours. A user who sets the level gets all of them.
     logs = "VLLM_LOGGING_LEVEL" in os.environ
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     settle_variables()
@@ -79,7 +79,7 @@ def serve(argv: list[str]) -> int:
         if seen.config is None:
             refuse_strangers(seen, keyed=has_key(seen), insecure=seen.insecure)
             start.listen(seen)
-        # Ray must know before it is imported whether it will be started here, and vLLM imports it.
+        # Ray reads its variables as it is imported, and vLLM imports it.
         ray_runtime.settle(local=seen.ray_address is None)
         ray_runtime.hide_arguments(argv)
         start.say("loading vLLM")
@@ -99,14 +99,14 @@ def serve(argv: list[str]) -> int:
 
 
 def log_to_stderr() -> None:
-    """Our own lines, whatever the libraries do to the root logger."""
+    """Sends our own log lines to stderr, whatever the libraries do to the root logger."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("llumnix: %(asctime)s %(levelname)s %(message)s"))
     ours = logging.getLogger("llumnix")
     ours.addHandler(handler)
     ours.setLevel(logging.INFO)
     ours.propagate = False
-    # A line that cannot be written any more is lost, without a traceback in its place.
+    # A line that cannot be written is lost. No traceback is to take its place.
     logging.raiseExceptions = False
 
 
@@ -136,8 +136,8 @@ def _with_ray(command: ServeCommand, event_log: EventLog, start: Start, logs: bo
             addresses = Addresses.make(None)
             with signals.kept_from_children():
                 ray_runtime.start_local(addresses.folder.path / "ray", logs=logs)
-        signals.interrupt()  # Ray has put a handler of its own for SIGTERM.
-        # vLLM's own Unix sockets (engine to worker) belong into our folder too.
+        signals.interrupt()  # Again, since Ray has installed a SIGTERM handler of its own.
+        # vLLM's Unix sockets between engine and workers belong into our folder too.
         os.environ["VLLM_RPC_BASE_PATH"] = str(addresses.folder.path)
         import uvloop
 
@@ -166,6 +166,7 @@ async def _run(
     from llumnix.frontend.client import FleetClient
     from llumnix.frontend.controller_link import ControllerLink
     from llumnix.frontend.http.server import serve as serve_http
+    from llumnix.frontend.http.server import stop_begins
     from llumnix.frontend.llm import FleetLLM
 
     args, deployment = command.args, command.deployment
@@ -198,6 +199,7 @@ async def _run(
             log_stats=not args.disable_log_stats,
             log_requests=args.enable_log_requests,
             aggregate_engine_logging=args.aggregate_engine_logging,
+            on_stopping=stop_begins,
         )
         undo.callback(llm.shutdown)
         fleet = Fleet(llm, launch, addresses, deployment)
@@ -216,7 +218,7 @@ async def _run(
             raise UsageError(str(error)) from error
         finally:
             start.crashed |= any(s.restarts or s.state == "failed" for s in fleet.status())
-            # What follows is short, and half of it would leave processes and files behind.
+            # From here on no signal interrupts: half a clean-up would leave processes and files.
             signals.ignore(asyncio.get_running_loop())
             if failed is not None:
                 failed.cancel()

@@ -32,11 +32,11 @@ from llumnix.frontend.http.access import Access, digests
 
 SHUTDOWN_TIMEOUT_S = 30
 CPU_KV_CACHE_BYTES = 2**30
-"""KV space of one instance on a CPU host unless the user says otherwise: vLLM's own default is a
-large part of the host's memory, which several instances cannot all have."""
+"""KV memory of one instance on a CPU host, unless the user says otherwise. vLLM's default is a
+large part of the host's memory, too much for several instances."""
 N_MAX = 128
-"""The most answers to one prompt, as OpenAI has it; vLLM's own default is 16,384, each of which is
-a request to place."""
+"""The most answers to one prompt, as with OpenAI. vLLM's default is 16,384, and each answer is a
+request to place."""
 
 _REFUSED = {
     "data_parallel_size": "llumnix runs the instances; use --instances N",
@@ -64,16 +64,15 @@ _CONFIG_FILES = ("config.json", "params.json")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeCommand:
-    """What the user asked for. `args`: vLLM's namespace, ready for its server, with the gate's
-    rules in `access` and without the keys; `vllm_config`: of one instance; `deployment`: ours."""
+    """The command line of `llumnix serve`, read and checked."""
 
-    args: argparse.Namespace
-    vllm_config: Any
+    args: argparse.Namespace  # for vLLM's server, without keys; `access` has the gate's rules
+    vllm_config: Any  # of one instance
     deployment: DeploymentConfig
 
 
 def settle_variables() -> None:
-    """Our defaults of vLLM's variables, before vLLM reads them."""
+    """Sets our defaults of vLLM's variables. Call it before vLLM reads them."""
     os.environ.setdefault("VLLM_MAX_N_SEQUENCES", str(N_MAX))
 
 

@@ -1,4 +1,4 @@
-"""Looks, before anything is started, at what vLLM opens only once the engines are up.
+"""Checks, before anything is started, the arguments that vLLM uses only once the engines are up.
 
 vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
 `validate_api_server_args`, `set_ulimit` and the plugin managers' import functions, which vLLM's
@@ -50,7 +50,7 @@ def _check_middleware(path: str) -> None:
 def _check_adapter(name: str, path: str) -> None:
     folder = Path(os.path.expanduser(path))
     if re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not folder.exists():
-        return  # The name of one that is fetched.
+        return  # A name on the hub, from which vLLM fetches it.
     if not (folder / "adapter_config.json").is_file():
         raise UsageError(
             f"--lora-modules {name}={path}: the folder holds no adapter_config.json; name a folder "

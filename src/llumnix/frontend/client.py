@@ -46,8 +46,10 @@ STOPPING = "The server is stopping."
 
 
 class FleetClient(StreamClient):
-    """vLLM's engine client whose engines come and go. `slots`: how many instances have metrics.
-    `hash_prefixes`: whether the controller's policy looks at prefix caches."""
+    """vLLM's engine client, over engines that come and go.
+
+    `slots` is how many instances have metrics. `hash_prefixes` says whether the controller's policy
+    looks at prefix caches."""
 
     def __init__(
         self,
@@ -81,13 +83,13 @@ class FleetClient(StreamClient):
     # -- engines ---------------------------------------------------------------------------------
 
     async def lose(self, engine_index: EngineIndex) -> int:
-        """Takes an engine out: streams that no other has end with an error, calls to it fail.
-        Returns how many streams that were."""
+        """Takes an engine out. Its streams end with an error unless another engine has them, and
+        calls to it fail. Returns how many streams ended."""
         engine = self.engines.lose(engine_index)
         if engine is None:
             return 0
         self.refresh()
-        self.told.forget(engine_index)
+        self.shared_state.forget(engine_index)
         self.fail_calls(engine_index)
         self.link.tell(InstanceLost(instance=engine.instance, engine_index=engine_index))
         living = [e.engine_index for e in self.engines.up()]
@@ -97,7 +99,7 @@ class FleetClient(StreamClient):
         self.migrations.source_lost(engine_index)
         for output in due:
             self._deliver(output)
-        # No engine says any more that nothing runs there.
+        # The metrics must show that nothing runs there. The engine cannot report that any more.
         nothing = EngineCoreOutputs(engine_index=engine.slot, scheduler_stats=SchedulerStats())
         self.outputs_queue.put_nowait(nothing)
         return sum(isinstance(effect, Orphaned) for effect in effects)
@@ -140,13 +142,13 @@ class FleetClient(StreamClient):
                 self.streams.close(stream.request)
             raise
         if not self.streams.placed(stream, engine.engine_index):
-            return  # Aborted meanwhile; its client has been told.
+            return  # The request was aborted meanwhile, and its client has been told.
         if http is not None:
             http.dispatched(engine.instance)
         await self._send_to(engine, request)
 
     def _priority(self, number: int, http: HttpRequest | None) -> int:
-        """The number that the request runs under; `number`: vLLM's own field."""
+        """The priority number that the request runs under. `number` is vLLM's own field."""
         if http is None:
             return self.priorities.resolve(number)
         return self.priorities.resolve(number, http.priority_class, http.service_tier, http.key)
@@ -165,14 +167,14 @@ class FleetClient(StreamClient):
         )
 
     async def _continue(self, stream: FleetStream, request: EngineCoreRequest) -> None:
-        """A session's next input, or its end, goes where the first went."""
+        """Sends a session's next input, or its end, to the engine that has the session."""
         engine = self.engines.get(stream.owner)
         if engine is None:
             raise EngineDeadError()
         if request.resumable:
             stream.info.between_inputs = False
         elif stream.info.between_inputs:
-            # The engine says nothing more.
+            # The engine will say nothing more, so the stream ends here.
             self._close(stream.request, FinishReason.STOP)
         else:
             stream.info.session = False
@@ -183,7 +185,7 @@ class FleetClient(StreamClient):
         await self._send_input(EngineCoreRequestType.ADD, request, engine.identity)
 
     async def _place(self, request: EngineCoreRequest) -> Engine:
-        """The engine that the request goes to: the controller's choice if it can be had."""
+        """The engine for the request: the controller's choice, if there is one."""
         held = self._late_queries.engine(request.pooling_params, self.engines.by_index)
         if held is not None:
             return held
@@ -202,7 +204,8 @@ class FleetClient(StreamClient):
         return self._place_alone()
 
     def _place_alone(self) -> Engine:
-        """Without the controller: fewest of this frontend's own requests, then in turn."""
+        """The engine for a request without the controller: the one with the fewest requests of this
+        frontend, in turn if several have as few."""
         self.ensure_served()
         return min(self.engines.in_turn(), key=lambda e: self.streams.count(e.engine_index))
 

@@ -1,7 +1,7 @@
 """What one HTTP request knows on its way through vLLM's application.
 
-vLLM hands neither headers nor the HTTP request down to the engine client, so they travel in a
-context variable: the gate sets it, the engine client reads it.
+vLLM hands neither headers nor the HTTP request down to the engine client. They travel in a context
+variable, which the gate sets and the engine client reads.
 """
 
 from collections.abc import Callable
@@ -13,19 +13,17 @@ from llumnix.core.types import InstanceId
 
 @dataclass(slots=True, kw_only=True)
 class HttpRequest:
-    """`client_id`: the client's X-Request-Id, if it sent one. `priority_class`, `service_tier`,
-    `key`: what it said of its urgency, and the API key it came with. `instance`: of the first
-    dispatch; `on_dispatch` is called once, when that is known."""
+    """One HTTP request of a client."""
 
-    client_id: str | None
-    priority_class: str | None = None
-    service_tier: str | None = None
-    key: str | None = field(default=None, repr=False)
-    instance: InstanceId | None = None
-    on_dispatch: Callable[[], None] | None = None
+    client_id: str | None  # its X-Request-Id, if it sent one
+    priority_class: str | None = None  # as its X-Llumnix-Priority names it
+    service_tier: str | None = None  # OpenAI's field of the body
+    key: str | None = field(default=None, repr=False)  # the API key that it came with
+    instance: InstanceId | None = None  # of the first dispatch
+    on_dispatch: Callable[[], None] | None = None  # called once, when the instance is known
 
     def dispatched(self, instance: InstanceId) -> None:
-        """Notes a dispatch of this request; only the first counts (`n` > 1 makes several)."""
+        """Takes in a dispatch. With `n` > 1 there are several, and only the first counts."""
         if self.instance is None:
             self.instance = instance
             if self.on_dispatch is not None:

@@ -1,17 +1,15 @@
 """The frontend's line to the controller: asks where to put a request.
 
-The socket is used as it is: an answer costs the event loop a look at it, no task and no timer. (To
-wait for it on the spot was tried: the loop stood still for 0.3 ms a request, and nobody gained.)
+The event loop watches the raw socket, so that a decision needs no task and no timer.
 
-With the controller gone an answer must not be waited for: a send to nobody fails at once, a
-question that stays unanswered for `REPLY_TIMEOUT_S` closes the line, and until a ping is answered
-again the frontend dispatches by itself.
+A request must not wait for a controller that is gone. A send to nobody fails at once. A request
+that stays undecided for `REPLY_TIMEOUT_S` closes the line. The frontend then places requests by
+itself, until the controller answers a ping.
 """
 
 import asyncio
 import logging
 import time
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import zmq
@@ -35,16 +33,18 @@ logger = logging.getLogger("llumnix.frontend")
 REPLY_TIMEOUT_S = 0.25
 LOOK_EVERY_S = 0.05
 PROBE_EVERY_S = 0.2
+DECISIONS_MAX = 64
+"""So many decisions to scale wait for the fleet, which takes each at once."""
 
 
-_Answer = asyncio.Future[Dispatch | NoInstance | None]
+Decision = asyncio.Future[Dispatch | NoInstance | None]
 
 
-class _Question(NamedTuple):
-    """`asked_s`: monotonic."""
+class PendingDispatch(NamedTuple):
+    """A request that the controller was asked to place."""
 
-    answer: _Answer
-    asked_s: float
+    decision: Decision
+    asked_s: float  # monotonic
 
 
 class ControllerLink:
@@ -55,9 +55,9 @@ class ControllerLink:
         self._keys = keys
         self._up = True
         self._number = 0
-        self._answers: dict[RequestId, _Question] = {}
+        self._pending: dict[RequestId, PendingDispatch] = {}
         self._replies: dict[int, asyncio.Future[Message]] = {}
-        self.on_scaling: Callable[[ScalingDecision], None] = lambda _: None
+        self.decisions: asyncio.Queue[ScalingDecision] = asyncio.Queue(DECISIONS_MAX)
 
     @property
     def up(self) -> bool:
@@ -87,16 +87,16 @@ class ControllerLink:
         """The controller's decision, or None if there is no controller to ask."""
         if not self._up:
             return None
-        answer: _Answer = self._loop.create_future()
-        self._answers[request.request] = _Question(answer, time.monotonic())
+        decision: Decision = self._loop.create_future()
+        self._pending[request.request] = PendingDispatch(decision, time.monotonic())
         try:
             self._send(request)
-            return await answer
+            return await decision
         except zmq.Again:
             self._lost()
             return None
         finally:
-            del self._answers[request.request]
+            del self._pending[request.request]
 
     async def loads(self) -> list[LoadReport] | None:
         """The last report of every instance, or None if there is no controller to ask."""
@@ -111,8 +111,9 @@ class ControllerLink:
         return reply if isinstance(reply, Pong) else None
 
     def tell(self, fact: InstanceLost | FleetReported) -> None:
-        """Passes on a fact. Lost with the controller: a new one never heard of that instance, and
-        is soon told of the fleet again. Decisions that follow go to `on_scaling`."""
+        """Passes on a fact. It is lost if the controller is gone: a new controller never heard of
+        that instance, and is soon told of the fleet again. The decisions that follow from facts
+        wait in `decisions`."""
         try:
             self._send(fact)
         except zmq.Again:
@@ -120,7 +121,7 @@ class ControllerLink:
 
     def _send(self, message: Message) -> None:
         self._socket.send(encode(message), zmq.NOBLOCK)
-        # The descriptor tells of a change once, and a send may be what hears of it.
+        # The descriptor signals each change once. A send may consume the signal of what arrived.
         self._take_in()
 
     async def _ask(
@@ -139,24 +140,24 @@ class ControllerLink:
 
     def _take_in(self) -> None:
         """All that has arrived."""
-        # To ask is cheaper than an exception.
+        # Asking first is cheaper than the exception of an empty socket.
         while int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN:
             try:
                 self._heard(decode(self._socket.recv(zmq.NOBLOCK)))
             except ProtocolError as error:
                 logger.error("From the controller: %s", error)
             except Exception:
-                # Whoever is sending something now has nothing to do with it.
+                # Not raised: the caller may be a request that only sends something.
                 logger.exception("A message of the controller's could not be handled")
 
     def _heard(self, message: Message) -> None:
         if isinstance(message, ScalingDecision):
-            self.on_scaling(message)
+            self._decided(message)
             return
         waiting: asyncio.Future[Any] | None = None
         if isinstance(message, Dispatch | NoInstance):
-            question = self._answers.get(message.request)
-            waiting = question and question.answer
+            pending = self._pending.get(message.request)
+            waiting = pending and pending.decision
         elif isinstance(message, Pong | Loads):
             waiting = self._replies.get(message.number)
         else:
@@ -164,14 +165,22 @@ class ControllerLink:
         if waiting is not None and not waiting.done():
             waiting.set_result(message)
 
+    def _decided(self, decision: ScalingDecision) -> None:
+        if self.decisions.full():  # Nobody carries them out. The controller will decide again.
+            logger.error("A decision of the controller's was dropped: %s", decision.why)
+        else:
+            self.decisions.put_nowait(decision)
+
     async def _probe(self) -> None:
-        """Sees that no answer is waited for too long, and whether there is a controller again."""
+        """Sees that no request waits for the controller too long, and notices when it is back."""
         while True:
             await asyncio.sleep(LOOK_EVERY_S if self._up else PROBE_EVERY_S)
             if self._up:
-                self._take_in()  # A loop that stood still is no fault of the controller's.
+                # What came while the event loop stood still is not late.
+                self._take_in()
                 late_s = time.monotonic() - REPLY_TIMEOUT_S
-                if any(q.asked_s < late_s and not q.answer.done() for q in self._answers.values()):
+                waiting = [p for p in self._pending.values() if not p.decision.done()]
+                if any(p.asked_s < late_s for p in waiting):
                     self._lost()
                 continue
             if await self.ping() is not None:
@@ -179,9 +188,9 @@ class ControllerLink:
                 logger.warning("The controller is back: it places requests again.")
 
     def _lost(self) -> None:
-        for question in self._answers.values():
-            if not question.answer.done():
-                question.answer.set_result(None)
+        for pending in self._pending.values():
+            if not pending.decision.done():
+                pending.decision.set_result(None)
         if self._up:
             self._up = False
             logger.warning(

@@ -1,9 +1,9 @@
-"""Adds a request ahead of its consumer.
+"""Adds a request before its consumer asks for its outputs.
 
-vLLM's HTTP application asks for a request's outputs one or two turns of the event loop after it has
-everything that the request consists of, and adds it only then. Where many streams pass through, a
-turn takes milliseconds. A request is added here as soon as it can be, so that the controller's
-answer is there when bare vLLM would begin.
+vLLM's HTTP application adds a request when it first asks for its outputs. That is one or two turns
+of the event loop after the request is complete, and a turn takes milliseconds where many streams
+pass through. Here the request is added at once, so that the controller has placed it by the time at
+which bare vLLM would add it.
 """
 
 import asyncio
@@ -14,8 +14,9 @@ T = TypeVar("T")
 Abort = Callable[..., Awaitable[None]]
 
 
-class Adding:
-    """A request on its way to an engine. `abort`: of `AsyncLLM`. Needs a running event loop."""
+class PendingAdd:
+    """A request on its way to an engine. `abort` is that of `AsyncLLM`. Needs a running event
+    loop."""
 
     def __init__(self, add: Coroutine[Any, Any, Any], abort: Abort) -> None:
         self._loop = asyncio.get_running_loop()
@@ -25,15 +26,15 @@ class Adding:
         self.taken = False
 
     async def outcome(self) -> Any:
-        """What adding it came to; from now on that is its consumer's."""
+        """What adding it returned or raised; from now on that is its consumer's."""
         self.taken = True
         try:
             return await self._added
         except asyncio.CancelledError:
-            self.drop()  # It may be done already, and then nobody else has its result.
+            self.drop()  # It may be added already, and then nobody else would abort it.
             raise
         except BaseException:
-            # Or the exception would hold its traceback, that this frame, and that the exception.
+            # Else exception, traceback and this frame would hold each other in a circle.
             del self._added
             raise
 
@@ -46,25 +47,24 @@ class Adding:
         self._ending = self._loop.create_task(self._end())
 
     async def _end(self) -> None:
-        self._added.cancel()  # Takes back by itself what it did, unless it is done.
+        self._added.cancel()  # A cancelled `add` takes back what it did.
         done, _ = await asyncio.wait([self._added])
         for task in done:
             if not task.cancelled() and task.exception() is None:
                 await self._abort(task.result().request_id, internal=True)
 
 
-class Outputs(AsyncGenerator[T, None]):
-    """What `inner` yields; it asks for the outcome of `adding` first. Drops the request if it never
-    does: only then does nothing in it see to that."""
+class OutputStream(AsyncGenerator[T, None]):
+    """The outputs that `inner` yields. `inner` begins by asking for the outcome of `pending`. If it
+    is closed or forgotten before, nobody else would drop the request, so this does."""
 
-    def __init__(self, inner: AsyncGenerator[T, None], adding: Adding) -> None:
+    def __init__(self, inner: AsyncGenerator[T, None], pending: PendingAdd) -> None:
         self._inner = inner
-        self._adding: Adding | None = adding
+        self._pending: PendingAdd | None = pending
 
     def __aiter__(self) -> AsyncIterator[T]:  # type: ignore[override]
-        # Whoever iterates has `inner` itself, and steps it at once: nothing of ours is in the way
-        # of a token.
-        self._adding = None
+        # The consumer gets `inner` itself and steps it at once, so that no token passes through us.
+        self._pending = None
         return self._inner
 
     async def asend(self, value: None) -> T:
@@ -81,6 +81,6 @@ class Outputs(AsyncGenerator[T, None]):
         self._give_up()
 
     def _give_up(self) -> None:
-        adding, self._adding = self._adding, None
-        if adding is not None and not adding.taken:
-            adding.drop()
+        pending, self._pending = self._pending, None
+        if pending is not None and not pending.taken:
+            pending.drop()

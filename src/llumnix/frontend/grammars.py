@@ -1,15 +1,15 @@
-"""Checks the grammars of structured outputs beside the event loop, on which every stream passes.
+"""Checks the grammars of structured outputs on threads, beside the event loop.
 
-vLLM checks them on it: a JSON schema of 1.5 MB takes a second or more. The backends let go of the
-interpreter's lock for most of that.
+vLLM checks them on the event loop, which all streams share, and a JSON schema of 1.5 MB takes a
+second or more. The backends release the interpreter's lock for most of that.
 
 vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
 - `SamplingParams._validate_structured_outputs(model_config, structured_outputs_config, tokenizer)`
-  is all of the check, changes nothing but the parameters, and is looked up on them when
-  `InputProcessor` verifies them. Parameters may carry attributes of ours; a clone need not.
-- An engine ends a request whose grammar it cannot compile with `FinishReason.ERROR`, before its
-  first token, and one whose first token the grammar refuses with that token; it says no more. So it
-  also ends one whose KV did not come through a connector, or whose multimodal inputs it lacks.
+  is the whole check, and changes nothing but the parameters. `InputProcessor` looks it up on them
+  when it verifies them. Parameters may carry attributes of ours; a clone need not.
+- An engine ends a request with `FinishReason.ERROR`, and no reason, before its first token if it
+  cannot compile the grammar, and with its first token if the grammar refuses that. It also does so
+  if the KV did not come through a connector, or multimodal inputs are missing.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 
 THREADS_MAX = 4
-"""So many grammars are checked at a time; further ones wait."""
+"""How many grammars are checked at a time; further ones wait."""
 BAD_GRAMMAR = (
     "The engine cannot compile the grammar of structured_outputs, response_format or tools, or "
     "nothing matches it: mend or simplify it."
@@ -41,7 +41,7 @@ class GrammarChecks:
         self._turns = asyncio.Semaphore(THREADS_MAX)
 
     async def check(self, params: Any) -> None:
-        """Raises what vLLM raises for a bad grammar. Of a good one vLLM then asks nothing more."""
+        """Raises what vLLM raises for a bad grammar. vLLM does not check a good one again."""
         if not isinstance(params, SamplingParams) or params.structured_outputs is None:
             return
         await self._turns.acquire()
@@ -51,7 +51,7 @@ class GrammarChecks:
         def ended(error: BaseException | None) -> None:
             self._turns.release()
             if checked.done():
-                return  # Its client has left.
+                return  # The client has left.
             if error is None:
                 checked.set_result(None)
             else:
@@ -61,12 +61,12 @@ class GrammarChecks:
             error: BaseException | None = None
             try:
                 params._validate_structured_outputs(self._model, self._settings, self._tokenizer)
-            except BaseException as raised:  # noqa: BLE001 - for whoever waits
+            except BaseException as raised:  # noqa: BLE001 - raised where the check is awaited
                 error = raised
             with contextlib.suppress(RuntimeError):  # The loop is closed: nobody waits.
                 loop.call_soon_threadsafe(ended, error)
 
-        # No thread of a pool: Python would wait for it at the end, and a check may take minutes.
+        # Not a pool's thread: Python would wait for it at exit, and a check may take minutes.
         threading.Thread(target=run, name="llumnix-grammar", daemon=True).start()
         await checked
         params._validate_structured_outputs = _checked  # type: ignore[method-assign]
@@ -80,4 +80,4 @@ def may_only_fail_at_grammar(request: EngineCoreRequest, config: VllmConfig) -> 
 
 
 def _checked(*_: Any) -> None:
-    """In place of the check that was made."""
+    """Takes the place of the check, which has been made."""

@@ -37,7 +37,7 @@ from vllm.v1.metrics.loggers import StatLoggerManager, load_stat_logger_plugin_f
 
 from llumnix.core.types import RequestId
 from llumnix.frontend.client import FleetClient
-from llumnix.frontend.early_add import Adding, Outputs
+from llumnix.frontend.early_add import OutputStream, PendingAdd
 from llumnix.frontend.engines.outputs import FailedRequest
 from llumnix.frontend.grammars import GrammarChecks
 from llumnix.frontend.output_guard import guard
@@ -51,8 +51,10 @@ ABORT_TIMEOUT_S = 2.0
 
 
 class RequestLostError(GenerationError, GracefulHTTPError):
-    """No engine runs the request any more. As the first of its kinds it ends a stream with its
-    message and without a traceback; as the second it passes through `generate` as it is."""
+    """No engine runs the request any more.
+
+    vLLM ends a stream with the message of a `GenerationError`, without a traceback. It lets a
+    `GracefulHTTPError` pass through `generate` as it is."""
 
     def __init__(self, why: str) -> None:
         Exception.__init__(self, why)
@@ -72,14 +74,16 @@ class FleetLLM(AsyncLLM):
         log_stats: bool,
         log_requests: bool,
         aggregate_engine_logging: bool,
+        on_stopping: Callable[["FleetLLM"], None],
     ) -> None:
+        """`on_stopping` is called once, when a stop begins, on the thread of `shutdown`."""
         self.stopping = False
-        self.on_stopping: Callable[[], None] | None = None
         self.open_http = 0
-        self._hurry = False
+        self._on_stopping = on_stopping
+        self._stop_now = False
         self._aggregate_logging = aggregate_engine_logging
         client.on_failed = self._fail
-        with _given(client):
+        with injected_client(client):
             super().__init__(
                 vllm_config=vllm_config,
                 executor_class=Executor.get_class(vllm_config),
@@ -98,26 +102,30 @@ class FleetLLM(AsyncLLM):
     def generate(  # type: ignore[override]
         self, prompt: Any, sampling_params: SamplingParams, request_id: str, **kwargs: Any
     ) -> AsyncGenerator[RequestOutput, None]:
-        """As vLLM's, but the request is added from now on, not when its outputs are asked for, and
-        refused at once while no instance serves: before a stream begins."""
+        """As vLLM's, with two differences. The request is added now, not when its outputs are asked
+        for. While no instance serves, it is refused now, before a stream begins."""
         self.engine_core.ensure_served()
         if isinstance(prompt, AsyncGenerator):  # A session, whose inputs are still to come.
             return super().generate(prompt, sampling_params, request_id, **kwargs)
-        adding = Adding(self.add_request(request_id, prompt, sampling_params, **kwargs), self.abort)
-        return Outputs(super().generate(adding, sampling_params, request_id, **kwargs), adding)
+        pending = PendingAdd(
+            self.add_request(request_id, prompt, sampling_params, **kwargs), self.abort
+        )
+        return OutputStream(
+            super().generate(pending, sampling_params, request_id, **kwargs), pending
+        )
 
     async def add_request(
         self, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        if isinstance(prompt, Adding):
+        if isinstance(prompt, PendingAdd):
             return await prompt.outcome()
         await self._grammars.check(params)
         with one_request():
             return await super().add_request(request_id, prompt, params, *args, **kwargs)
 
     async def _add_request(self, request: EngineCoreRequest, *args: Any, **kwargs: Any) -> None:
-        # Placing a request takes a moment in which the client can hang up. The caller does not
-        # know the request yet, so what was registered is taken back here.
+        # The client may hang up while the request is placed. The caller does not know the request
+        # yet, so its registration is taken back here.
         try:
             await super()._add_request(request, *args, **kwargs)
         except BaseException:
@@ -125,7 +133,8 @@ class FleetLLM(AsyncLLM):
             raise
 
     def _fail(self, failed: FailedRequest) -> bool:
-        """Has the request's consumer raise; returns whether an output must still end it."""
+        """Has the request's consumer raise. Returns whether an output must still end the
+        request."""
         state = self.output_processor.request_states.get(failed.request)
         if state is None:
             return False
@@ -138,7 +147,7 @@ class FleetLLM(AsyncLLM):
         if state.parent_req is not None:  # The other `n` - 1 sequences have lost their consumer.
             others = self.abort(state.parent_req.request_id, internal=True)
             self.engine_core.start_task(others)
-        # An output cannot end these: for pooling there is none, and a session goes on after it.
+        # No output can end these: pooling has none, and a session goes on after one.
         elif state.detokenizer is None or state.streaming_input:
             self.output_processor.abort_requests([failed.request], internal=True)
         else:
@@ -148,7 +157,7 @@ class FleetLLM(AsyncLLM):
     def _give_up(self, request: str, error: Exception) -> None:
         """One of its outputs could not be processed."""
         self.engine_core.give_up(RequestId(request), error)
-        # Its stream may have ended before, and then nobody else tells the consumer.
+        # If its stream has ended already, nobody else tells the consumer.
         state = self.output_processor.request_states.get(request)
         failed = FailedRequest(request=request, slot=0, why=GAVE_UP)
         if state is not None and self._fail(failed):
@@ -178,34 +187,33 @@ class FleetLLM(AsyncLLM):
     def shutdown(self, timeout: float | None = None) -> None:
         """Lets the open HTTP requests end, at most `timeout` seconds, then closes.
 
-        vLLM calls it on a thread, with the event loop running on. `on_stopping` is told at once.
+        vLLM calls it on a thread, with the event loop running on.
         """
         if not self.stopping:
             self.stopping = True
-            if self.on_stopping is not None:
-                self.on_stopping()
             if not self._loop_is_here():
+                self._on_stopping(self)
                 self._let_streams_end(timeout or 0)
         super().shutdown(timeout=0)
 
     def _let_streams_end(self, timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s
-        while self.running() and not self._hurry and time.monotonic() < deadline:
+        while self.running() and not self._stop_now and time.monotonic() < deadline:
             time.sleep(DRAIN_POLL_S)
         asyncio.run_coroutine_threadsafe(self.engine_core.abort_all(), self.engine_core.loop)
-        # The output handler dies with the engine client: what is queued must be told before.
+        # The output handler ends with the engine client, so it must pass on what is queued first.
         deadline = time.monotonic() + ABORT_TIMEOUT_S
         while self.get_num_unfinished_requests() and time.monotonic() < deadline:
             time.sleep(DRAIN_POLL_S)
 
     def running(self) -> int:
-        """How many requests a stop waits for: HTTP requests that have come whole, and what runs
-        behind an answer that was given already (`background` of the responses API)."""
+        """How many requests a stop waits for: HTTP requests whose body is here, and requests that
+        run on after their answer (`background` of the responses API)."""
         return max(self.open_http, self.get_num_unfinished_requests())
 
-    def hurry(self) -> None:
+    def stop_now(self) -> None:
         """Ends the wait in `shutdown`."""
-        self._hurry = True
+        self._stop_now = True
 
     @staticmethod
     def _loop_is_here() -> bool:
@@ -236,16 +244,16 @@ def _refused(why: str) -> ValueError:
 
 
 @contextlib.contextmanager
-def _given(client: FleetClient) -> Iterator[None]:
-    """While it lasts, AsyncLLM's constructor gets this client instead of making its own."""
+def injected_client(client: FleetClient) -> Iterator[None]:
+    """In this context AsyncLLM's constructor gets `client`, instead of making its own."""
 
-    class Given:
+    class Injected:
         @staticmethod
         def make_async_mp_client(**_: Any) -> FleetClient:
             return client
 
     stock = vllm_async_llm.EngineCoreClient
-    vllm_async_llm.EngineCoreClient = Given  # type: ignore[misc,assignment]
+    vllm_async_llm.EngineCoreClient = Injected  # type: ignore[misc,assignment]
     try:
         yield
     finally:

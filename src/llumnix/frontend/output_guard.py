@@ -1,10 +1,10 @@
-"""Keeps one request's bad output from ending vLLM's output handler, and with it every request.
+"""Keeps a bad output of one request from ending vLLM's output handler, and with it every request.
 
 vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
 - `AsyncLLM`'s output handler looks `output_processor.process_outputs` up at every call, and lets an
   exception from it fail all requests.
-- That goes through the outputs once, in order, and tells each request's consumer as it does so. It
-  returns which requests ended by a stop string: their engines are to abort them.
+- `process_outputs` goes through the outputs once, in order, and passes each on to its request's
+  consumer. It returns the requests that ended by a stop string, which their engines must abort.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,8 @@ GiveUp = Callable[[str, Exception], None]
 
 
 def guard(processor: OutputProcessor, give_up: GiveUp) -> None:
-    """From now on an exception at one output gives up that output's request; the others go on."""
+    """From now on, an exception over one output gives up that output's request. The others go
+    on."""
     process = processor.process_outputs
 
     def process_outputs(
@@ -42,5 +43,5 @@ def guard(processor: OutputProcessor, give_up: GiveUp) -> None:
 
 
 def _stopped(processor: OutputProcessor, output: EngineCoreOutput) -> bool:
-    """Whether its request is over here, and not in its engine."""
+    """Whether the output's request has ended here, and still runs in its engine."""
     return output.finish_reason is None and output.request_id not in processor.request_states

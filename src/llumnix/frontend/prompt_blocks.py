@@ -1,9 +1,9 @@
 """The names of a prompt's blocks in prefix caches, hashed once for all `n` sequences of a request.
 
 vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
-- `EngineCoreRequest`: what tells its blocks in the prefix cache from others' are
-  `prompt_token_ids`, `lora_request.lora_name` and `cache_salt`, unless there are `mm_features` or
-  `prompt_embeds`; with `params.skip_reading_prefix_cache` it looks for none.
+- `prompt_token_ids`, `lora_request.lora_name` and `cache_salt` of an `EngineCoreRequest` identify
+  its blocks in the prefix cache, unless it has `mm_features` or `prompt_embeds`. With
+  `params.skip_reading_prefix_cache` it uses no cached block.
 - `AsyncLLM.add_request` makes the `n` sequences shallow copies of one request.
 """
 
@@ -19,9 +19,9 @@ from llumnix.core.prefixes import chain, root
 
 @dataclass(slots=True, kw_only=True)
 class _Prompt:
-    """The prompt that was hashed last. Sequences of one request hold the same list."""
+    """The prompt that was hashed last."""
 
-    tokens: list[int] | None = None
+    tokens: list[int] | None = None  # the list object that all sequences of a request share
     blocks: tuple[int, ...] = ()
 
 
@@ -30,7 +30,7 @@ _prompt: ContextVar[_Prompt | None] = ContextVar("llumnix_prompt", default=None)
 
 @contextlib.contextmanager
 def one_request() -> Iterator[None]:
-    """While it lasts, `prompt_blocks` is asked of the sequences of one request."""
+    """In this context `prompt_blocks` is called for the sequences of one request alone."""
     token = _prompt.set(_Prompt())
     try:
         yield
@@ -39,8 +39,8 @@ def one_request() -> Iterator[None]:
 
 
 def prompt_blocks(request: EngineCoreRequest) -> tuple[int, ...]:
-    """The prompt's blocks as engine/reporting/prefix_reader.py names them; none if the request
-    would not look for them."""
+    """The prompt's blocks, under the names that engine/reporting/prefix_reader.py gives them. Empty
+    if the request would use no cached block."""
     tokens, lora = request.prompt_token_ids, request.lora_request
     embedded = request.mm_features or request.prompt_embeds is not None
     if not tokens or embedded or request.params.skip_reading_prefix_cache:

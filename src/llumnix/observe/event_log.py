@@ -1,21 +1,19 @@
 """The event log: facts, decisions, steps of migrations, requests; one JSON object a line.
 
-All processes of a deployment append to the same file (on their own host); a line is written with
-one call, so lines never mix. `at` is the writer's monotonic clock in seconds, `time` the wall
-clock; lines of one writer (`who`) are in the order in which things happened. observe/replay.py
-runs the pure core on it again, and its requests are a trace for the simulator
-(sim/workloads/traces.py).
+All processes of a deployment on one host append to the same file. Each line is written with one
+call, so lines never mix. `at` is the writer's monotonic clock in seconds, `time` the wall clock.
+Lines of one writer (`who`) are in the order of the events. observe/replay.py runs the core on the
+log again, and the simulator takes its requests as a trace (sim/workloads/traces.py).
 
 Rules
-- The first line of a file names the version of its lines (`LOG_VERSION`), so that a replay can
-  refuse a file whose names mean nothing to it. A file of another version is not appended to but
-  renamed to PATH.1.
-- A thread writes, so that a slow disk holds up no engine, frontend or controller. `QUEUED_MAX`
-  lines wait for it. What finds no place there, or no room on the disk, is counted, and a line
-  `dropped` says how many are missing once there is room again, which is tried every `RETRY_S`.
-- A tick that nothing followed from is not written. A report that says nothing new is, as a short
-  line `again`, if an answer of the scheduler may depend on when it came; of several, the last.
-- At `FILE_MAX_BYTES` the file is renamed to PATH.1, in place of an older one, and begun anew.
+- The first line of a file names the version of its lines (`LOG_VERSION`). A replay refuses a file
+  of another version. A writer renames such a file to PATH.1 and does not append to it.
+- A thread writes, so that a slow disk delays no engine, frontend or controller. At most
+  `QUEUED_MAX` lines wait for it. A line that finds no room in the queue or on the disk is counted.
+  Writing is tried again every `RETRY_S`; a line `dropped` then says how many lines are missing.
+- A tick without a decision is not written. Of reports that say nothing new, only the last before a
+  line that may depend on its time is written, as a short line `again`.
+- At `FILE_MAX_BYTES` the file is renamed to PATH.1, replacing an older one, and begun again.
 """
 
 import contextlib
@@ -49,18 +47,18 @@ CLOSE_TIMEOUT_S = 2.0
 FILE_MAX_BYTES = 2**30
 FIRST_LINE_BYTES_MAX = 1000
 LOOK_EVERY_S = 1.0
-"""Between two looks at the file's size, and at whether another process has begun it anew."""
+"""Between two looks at the file's size, and at whether another process has renamed it."""
 
 
 class EventLog:
-    """One writer's end of the log at `path`; with None it writes nothing. OSError if it cannot be
-    opened."""
+    """One writer of the log at `path`; without a path it writes nothing. `OSError` if the file
+    cannot be opened."""
 
     def __init__(self, path: str | None, *, who: str) -> None:
         self._who = who
         self._writer: _Writer | None = None
         self._reports: dict[InstanceId, LoadReport] = {}
-        # Of each instance the last report that was left out, and when it came.
+        # The last report of each instance that was left out, and when it came.
         self._again: dict[InstanceId, tuple[LoadReport, float]] = {}
         if path is not None:
             self._writer = _Writer(path, who)
@@ -78,8 +76,7 @@ class EventLog:
         self._write("started", time.monotonic(), {"settings": settings.without_keys()})
 
     def fact(self, fact: Fact, at: float, *, answered: bool = True) -> None:
-        """A fact that went into the scheduler at that time, and whether it was `answered` by any
-        decision."""
+        """A fact that the scheduler handled then. `answered`: whether decisions followed."""
         if self._writer is None:
             return
         match fact:
@@ -98,8 +95,8 @@ class EventLog:
         self._write("fact", at, {"name": type(fact).__name__, "body": fact})
 
     def _catch_up(self, instance: InstanceId | None = None) -> None:
-        """Writes the last report that was left out (of this instance, or each), before something
-        whose outcome may depend on when it came."""
+        """Writes the reports that were left out last, of one instance or of all. What is written
+        next may depend on when they came."""
         names = list(self._again) if instance is None else [instance]
         known = [self._again.pop(name) for name in names if name in self._again]
         for report, at in sorted(known, key=lambda pair: pair[1]):
@@ -107,7 +104,7 @@ class EventLog:
             self._write("again", at, {"instance": report.instance, **more})
 
     def decision(self, decision: Decision, at: float) -> None:
-        """A decision that came out."""
+        """A decision of the scheduler."""
         self._write("decision", at, {"name": type(decision).__name__, "body": decision})
 
     def step(self, role: str, migration: MigrationId, event: str, state: str, action: str) -> None:
@@ -155,7 +152,7 @@ def log_version(path: str | Path) -> int | None:
 
 
 def _same(before: LoadReport, report: LoadReport) -> bool:
-    """Whether a report says nothing new but that its engine is there, or still stands still."""
+    """Whether a report says no more than that its engine lives, or still stands still."""
     news = replace(report, sequence=before.sequence, stalled_s=before.stalled_s)
     return news == before and before.engine_index == report.engine_index
 
@@ -214,7 +211,7 @@ class _Writer:
                     look_s = now + LOOK_EVERY_S
                 self._append(line)
             except OSError as error:
-                # A full disk must not stop an engine, nor one that is full for a while the log.
+                # A full disk must not stop an engine. Once it has room again, the log goes on.
                 logger.error("The event log stands still (%s): %s", self._who, error.strerror)
                 self._dropped += 1
                 if last_try:
@@ -233,19 +230,19 @@ class _Writer:
     def _put_down(self, line: bytes) -> None:
         count = os.write(self._file, line)
         if count < len(line):
-            # The disk is full. What was begun is nobody's line.
+            # The disk is full, and part of the line is written. The next begins with a line break.
             self._torn = True
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _turn_over(self) -> None:
-        """Begins the file anew if it is full, or another process has."""
+        """Begins a new file if this one is full, or if another process has begun one."""
         fcntl.flock(self._file, fcntl.LOCK_EX)
         try:
             mine = os.fstat(self._file)
             try:
                 there = os.stat(self._path)
             except FileNotFoundError:
-                there = None  # Somebody tidied up.
+                there = None  # Somebody removed it.
             if there is not None and there.st_ino == mine.st_ino:
                 if there.st_size < FILE_MAX_BYTES:
                     return

@@ -1,8 +1,8 @@
-"""Runs the pure core again on an event log, and compares what it decides with what was decided.
+"""Runs the core again on an event log, and compares its decisions with the logged ones.
 
-Each scheduler is fed its facts at their times, each machine of a migration its events. Facts of a
-scheduler whose start is not in the log are counted, not replayed. A log of another version is
-refused, since its names of messages and events mean nothing here.
+Each scheduler gets its facts at their times, each machine of a migration its events. If a
+scheduler's start is not in the log, its facts are counted and not replayed. A log of another
+version is refused, since its names of messages and events differ.
 """
 
 from dataclasses import dataclass, field, replace
@@ -35,14 +35,14 @@ _SIDES = {
 
 @dataclass(slots=True, kw_only=True)
 class Replayed:
-    """How a replay went: counts of what was run again, and where it differed (the first few)."""
+    """How a replay went."""
 
     facts: int = 0
     decisions: int = 0
-    steps: int = 0
-    skipped: int = 0
-    dropped: int = 0
-    differences: list[str] = field(default_factory=list)
+    steps: int = 0  # transitions of migrations
+    skipped: int = 0  # facts of schedulers whose start is not in the log
+    dropped: int = 0  # lines that the writers had to leave out
+    differences: list[str] = field(default_factory=list)  # the first `DIFFERENCES_MAX`
 
 
 class _Replay:
@@ -52,7 +52,7 @@ class _Replay:
         self._schedulers: dict[str, Scheduler] = {}
         self._expected: dict[str, list[Any]] = {}
         self._machines: dict[tuple[str, str, str], Any] = {}
-        # Writers that lines of are missing, and migrations that had begun before those.
+        # Writers with missing lines, and migrations that began before the gap.
         self._lossy: set[str] = set()
         self._unknown: set[tuple[str, str, str]] = set()
 
@@ -69,7 +69,7 @@ class _Replay:
             if scheduler is None:
                 self.result.skipped += 1
                 return
-            fact = msgspec.convert(line["body"], _FACTS[line["name"]])
+            fact: Fact = msgspec.convert(line["body"], _FACTS[line["name"]])
             self.result.facts += 1
             self._expected[who] = scheduler.handle(fact, line["at"])
         elif kind == "again" and who in self._schedulers:
@@ -84,7 +84,7 @@ class _Replay:
             self.forget(who, line["lines"])
         elif kind == "decision" and who in self._schedulers:
             self.result.decisions += 1
-            was = msgspec.convert(line["body"], _DECISIONS[line["name"]])
+            was: Decision = msgspec.convert(line["body"], _DECISIONS[line["name"]])
             now = self._expected.get(who)
             again = now.pop(0) if now else None
             if again != was:
@@ -114,7 +114,7 @@ class _Replay:
             self.differ(number, f"was {was}, is {again}")
 
     def forget(self, who: str, lines: int) -> None:
-        """So many of its lines are missing: nothing can be said of what follows them."""
+        """So many lines of a writer are missing. What follows them cannot be compared."""
         self.result.dropped += lines
         self._schedulers.pop(who, None)
         self._expected.pop(who, None)
@@ -128,7 +128,7 @@ class _Replay:
             self.no_more(who, self._lines + 1)
 
     def no_more(self, who: str, number: int) -> None:
-        """All that was decided again must have been decided then."""
+        """Every decision of the replay must have been read from the log by now."""
         for decision in self._expected.pop(who, []):
             self.differ(number, f"before this line: was nothing, is {decision}")
 
@@ -140,7 +140,7 @@ class _Replay:
 def replay(path: Path) -> Replayed:
     """Replays the log; `UsageError` if the file is not one, or one of another version."""
     run = _Replay()
-    torn: UsageError | None = None  # By a full disk, if `dropped` lines follow.
+    torn: UsageError | None = None  # A full disk tore the line, if a line `dropped` follows.
     try:
         version = log_version(path)
         if version is not None and version != LOG_VERSION:

@@ -1,5 +1,7 @@
-"""Whether the cluster has room for an instance: GPUs where it computes on them, else cores and
-memory. All of it asks Ray and may wait for its answer."""
+"""Whether the cluster has room for an instance.
+
+An instance that computes on GPUs needs some that are free, another needs cores and memory. All
+functions ask Ray, and may have to wait for its answer."""
 
 from dataclasses import dataclass
 
@@ -12,13 +14,12 @@ GIB = 2**30
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Devices:
-    """Devices of one kind in the cluster. `places_free`, `places_total`: how many instances they
-    hold, each on one host."""
+    """Devices of one kind in the cluster."""
 
     free: int
     total: int
-    places_free: int
-    places_total: int
+    places_free: int  # instances that fit on the free ones, each on one host
+    places_total: int  # instances that would fit if all were free
 
 
 def devices(kind: str, each: int) -> Devices:
@@ -69,8 +70,9 @@ def check_start(launch: EngineLaunch, count: int) -> None:
 
 
 def check_one_more(launch: EngineLaunch, *, there: int, waiting: int) -> None:
-    """Raises `CapacityError` unless one more instance can be started. `there`: instances that hold
-    what they need, or will; `waiting`: those of them that Ray has given no devices yet."""
+    """Raises `CapacityError` unless one more instance can be started. `there` counts the instances
+    that have their devices or will get them; `waiting` counts those of them that Ray has given none
+    yet."""
     kind, each = launch.device, launch.devices_per_instance
     if kind is None:
         _check_cpus(launch, there + 1, "one more instance", "DELETE one first; the most is")

@@ -1,9 +1,9 @@
 """The Ray actor around an engine: brings the driver's environment in, then makes the engine.
 
-Ray writes an actor's `runtime_env` to its log on every host, and its control store keeps it; an
-actor's arguments stay in memory. So all of the environment but what must be there before Python
-starts comes as an argument, tokens and passwords among it. This file imports nothing that would
-read it: vLLM comes in once it is set.
+Ray logs an actor's `runtime_env` on every host and keeps it in its control store, while an actor's
+arguments stay in memory. The environment holds tokens and passwords, so it comes as an argument,
+except for what Python needs before it starts. This file imports nothing that reads the environment:
+vLLM is imported once it is set.
 """
 
 import os
@@ -23,12 +23,12 @@ class EngineActor:
         """`arguments`: those of `EngineInstance`, pickled by the driver (`pack`)."""
         host = ray_runtime.node_address()
         os.environ.update(environment)
-        # Else vLLM would take the address of the default route, which others may not reach, or
-        # everybody may.
+        # Else vLLM would take the address of the default route. The other hosts may be unable to
+        # reach that, or strangers may be able to.
         os.environ.setdefault("VLLM_HOST_IP", host)
         from llumnix.engine.instance import EngineInstance
 
-        # Ray has checked who may start an actor, and only such a one can call this.
+        # Safe to unpickle: Ray lets only the deployment's own driver start an actor.
         config, *others = pickle.loads(arguments)  # noqa: S301
         self._engine = EngineInstance(replace(config, host=host), *others)
 

@@ -1,7 +1,7 @@
 """One run of an instance's engine: a Ray actor that is started, waited for and ended.
 
-Ray places and supervises the actors; what happens when one dies is decided by the fleet. Whatever
-may have to wait for Ray's control service is done on a thread, beside the event loop.
+Ray places the actors and notices when one dies; the supervisor decides what follows. A call that
+may have to wait for Ray's control service is made on a thread, beside the event loop.
 """
 
 import asyncio
@@ -42,18 +42,17 @@ PLACING_SAID_AFTER_S = 5.0
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class Run:
-    """One of them. `made` resolves once Ray knows its actor; `ended` (with why) once the engine is
-    no more."""
+class EngineRun:
+    """One run. It is made on a thread, and everything else happens on the event loop."""
 
     engine_index: EngineIndex
-    made: asyncio.Future[None] = field(init=False)
-    group: Any = None
-    placed: bool = False  # Ray has given it its devices
+    made: asyncio.Future[None] = field(init=False)  # done once Ray knows the actor
+    group: Any = None  # Ray's placement group, which holds its devices
+    placed: bool = False  # whether Ray has given it its devices
     actor: Any = None
-    facts: InstanceFacts | None = None
-    ended: asyncio.Task[str] | None = None
-    unwanted: bool = False  # what is still being made must go again
+    facts: InstanceFacts | None = None  # where it runs; known once it is ready
+    ended: asyncio.Task[str] | None = None  # done, with the reason, once its engine has ended
+    unwanted: bool = False  # whether what is still being made must be removed again
     accepting: bool = True  # what its reports are to say
     telling: asyncio.Task[None] | None = field(default=None, repr=False)
 
@@ -63,7 +62,7 @@ class Run:
         return self.ended is not None and not self.ended.done()
 
 
-class Runs:
+class EngineLauncher:
     """Starts and ends runs for one deployment."""
 
     def __init__(
@@ -92,14 +91,14 @@ class Runs:
         )
         self._started = 0
 
-    def create(self, instance: InstanceId, slot: int) -> Run:
+    def create(self, instance: InstanceId, slot: int) -> EngineRun:
         """Begins a new run: a new actor, known to the frontend before it can announce itself."""
         if self._started > ENGINE_INDEX_MAX:
             raise LlumnixError("65,536 engines were started; restart llumnix to start more")
         index = EngineIndex(self._started)
         self._started += 1
         self._client.engines.expect(instance, index, slot)
-        # Not before it is in the state of the others.
+        # It takes requests only once it is in the state that all engines share.
         self._client.engines.accept(index, False)
         config = InstanceConfig(
             instance=instance,
@@ -111,9 +110,9 @@ class Runs:
             event_log=self.event_log,
             keys=self._keys,
         )
-        run = Run(engine_index=index)
+        run = EngineRun(engine_index=index)
         launch = self._launch
-        # Here, since the event loop may change the configuration while the thread works.
+        # Packed here: the event loop may change the configuration while the thread works.
         arguments = pack(
             config, launch.vllm_config, launch.addresses, launch.executor_class, launch.log_stats
         )
@@ -121,7 +120,7 @@ class Runs:
         run.made.add_done_callback(_seen)
         return run
 
-    def _make(self, run: Run, instance: InstanceId, arguments: bytes) -> None:
+    def _make(self, run: EngineRun, instance: InstanceId, arguments: bytes) -> None:
         """Has Ray make the actor, and a placement group for its devices. On a thread."""
         try:
             launch = self._launch
@@ -153,7 +152,7 @@ class Runs:
                 for clear in _clearing(run):
                     clear()
 
-    def _wait_placed(self, run: Run, instance: InstanceId) -> None:
+    def _wait_placed(self, run: EngineRun, instance: InstanceId) -> None:
         began_s, said = time.monotonic(), False
         while not (run.placed or run.unwanted):
             run.placed = run.group.wait(PLACED_POLL_S)
@@ -172,8 +171,8 @@ class Runs:
                     self._launch.device,
                 )
 
-    async def until_ready(self, run: Run) -> str | None:
-        """Waits until it serves; returns None then, or why it ended before."""
+    async def until_ready(self, run: EngineRun) -> str | None:
+        """Waits until the engine is ready. Returns None then, or why it ended before."""
         try:
             async with asyncio.timeout(READY_TIMEOUT_S):
                 await asyncio.shield(run.made)
@@ -195,18 +194,19 @@ class Runs:
             connected.cancel()
         return run.ended.result() if run.ended.done() else None
 
-    def accept(self, run: Run, accepting: bool) -> None:
-        """Says whether it takes new requests, to the frontend and in its own reports. Not waited
-        for: an engine may be dying right now."""
+    def accept(self, run: EngineRun, accepting: bool) -> None:
+        """Says whether the run takes new requests, to the frontend and in its own reports. Does not
+        wait for the engine, which may be dying right now."""
         self._client.engines.accept(run.engine_index, accepting)
         if run.accepting != accepting:
             run.accepting = accepting
             if run.telling is None or run.telling.done():
                 run.telling = asyncio.create_task(_tell(run))
 
-    async def end(self, run: Run) -> None:
-        """Ends its actor, politely if it can still listen, and frees its devices. Each step is
-        tried; what failed is raised in the end, and the whole may be called again."""
+    async def end(self, run: EngineRun) -> None:
+        """Ends the run's actor and frees its devices. An engine that still listens is asked to stop
+        first. Every step is tried; the first failure is raised at the end, and `end` may then be
+        called again."""
         run.unwanted = True
         await asyncio.wait({run.made}, timeout=STOP_TIMEOUT_S)
         failed: list[Exception] = []
@@ -218,7 +218,7 @@ class Runs:
                     await asyncio.shield(run.ended)
             except TimeoutError:
                 logger.debug("engine %d did not stop by itself", run.engine_index)
-            except Exception as error:  # noqa: BLE001 - the steps to come are not to be left out
+            except Exception as error:  # noqa: BLE001 - the other steps must be tried too
                 failed.append(error)
         for clear in _clearing(run):
             try:
@@ -229,8 +229,8 @@ class Runs:
             raise failed[0]
 
 
-def _clearing(run: Run) -> list[Callable[[], None]]:
-    """The steps that leave nothing of a run in Ray."""
+def _clearing(run: EngineRun) -> list[Callable[[], None]]:
+    """The steps that remove a run from Ray."""
     steps: list[Callable[[], None]] = []
     if run.actor is not None:
         steps.append(partial(ray.kill, run.actor))
@@ -240,13 +240,14 @@ def _clearing(run: Run) -> list[Callable[[], None]]:
 
 
 def _seen(made: asyncio.Future[None]) -> None:
-    """Of a run that nobody waits for any more, an exception is no news."""
+    """Marks an exception as seen: nobody may wait for the run any more, and asyncio would warn."""
     if not made.cancelled():
         made.exception()
 
 
-async def _tell(run: Run) -> None:
-    """Tells the actor what it is to report, in order, the newest last."""
+async def _tell(run: EngineRun) -> None:
+    """Tells the actor whether it is to report that it accepts requests, until it knows the newest
+    value."""
     told: bool | None = None
     while told != run.accepting:
         told = run.accepting

@@ -1,7 +1,7 @@
-"""Watches for engines that have not died and do nothing all the same (core/supervision/hang.py).
+"""Watches for engines that live and do nothing (core/supervision/hang.py says when).
 
-A hung engine is told of, gets no requests while another serves, and if it is silent its streams are
-ended. It is left running: whoever wants it replaced acts where `on_health` is called.
+A hung engine is logged, and gets no requests while another serves. If it is silent, its streams are
+ended. It is left running: to have it replaced, act where `on_health` is called.
 """
 
 import asyncio
@@ -41,7 +41,7 @@ class Watcher:
             await asyncio.sleep(LOOK_EVERY_S)
 
     async def look(self) -> None:
-        """Looks once. Without a controller nobody knows the reports, and nothing is concluded."""
+        """Looks once. Without a controller there are no reports, and nothing is concluded."""
         loads = await self._client.link.loads()
         if loads is None:
             return
@@ -53,19 +53,19 @@ class Watcher:
             report = reports.get(run.engine_index)
             health = member.hangs.look(
                 report.sequence if report else None,
-                # A paused engine stands still on purpose.
-                0.0 if report is None or self._client.told.paused else report.stalled_s,
+                # An engine that a user paused stands still on purpose.
+                0.0 if report is None or self._client.shared_state.paused else report.stalled_s,
                 stopped=_stopped(member),
             )
             self._tell(member, health)
-            silent = self._client.told.silent
+            silent = self._client.shared_state.silent
             (silent.add if health.lost else silent.discard)(run.engine_index)
             if health.lost:
                 self._cut_off(member, run.engine_index)
 
     def _cut_off(self, member: Member, engine_index: EngineIndex) -> None:
-        """Ends the engine's streams with an error, though it may live on: it is told to abort their
-        requests, should it still listen."""
+        """Ends the engine's streams with an error. The engine may live on, so it is told to abort
+        their requests, in case it still listens."""
         mine = self._client.streams.on(engine_index)
         for stream in mine:
             self._client.end(stream.request, SILENT)
@@ -83,7 +83,7 @@ class Watcher:
 
 
 def _stopped(member: Member) -> bool:
-    """Whether its process, if it is one of this host, is seen to be stopped (as by SIGSTOP)."""
+    """Whether the member's process runs on this host and is stopped, as by SIGSTOP."""
     facts = member.run.facts if member.run else None
     if facts is None or not member.hangs.silent_looks or facts.node != socket.gethostname():
         return False

@@ -1,12 +1,12 @@
-"""Whether an engine that has not died does nothing all the same.
+"""Decides whether an engine that lives is hung.
 
 Rules
 - An engine that has requests and has completed no step for `STALLED_AFTER_S` is hung. Its process
   still reports; a first long prompt may take that long too, so its streams are left alone.
 - An engine whose reports cease altogether is hung after `SILENT_LOOKS`. Its streams are ended once
   its process was seen stopped in `STOPPED_LOOKS` looks in a row, or after `LOST_LOOKS` in any case.
-- Silence is counted in looks at what it reported, not in seconds: an observer that stood still
-  itself has seen nothing meanwhile.
+- Silence is counted in looks, not in seconds, because a watcher that stood still itself has seen
+  nothing meanwhile.
 - A new report makes it healthy again.
 """
 
@@ -22,25 +22,24 @@ LOST_LOOKS = 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Health:
-    """What the reports of an engine say of it. `hung`: why it counts as hung, if it does. `lost`:
-    nothing more is to be expected of the requests that it holds."""
+    """What the reports of an engine say of it."""
 
-    hung: str | None = None
-    lost: bool = False
+    hung: str | None = None  # why it counts as hung, if it does
+    lost: bool = False  # whether the requests that it holds are lost
 
 
 @dataclass(slots=True, kw_only=True)
 class HangPolicy:
-    """Of one run of one engine."""
+    """Follows the reports of one run."""
 
-    sequence: int | None = None  # of its newest report
-    reported: Health = field(default_factory=Health)  # what that one says
-    silent_looks: int = 0  # since that one came
-    stopped_looks: int = 0
+    sequence: int | None = None  # of the newest report
+    reported: Health = field(default_factory=Health)  # what the newest report says
+    silent_looks: int = 0  # looks since the newest report
+    stopped_looks: int = 0  # those of them, in a row, that saw its process stopped
 
     def look(self, sequence: int | None, stalled_s: float, *, stopped: bool) -> Health:
-        """Takes in one look. `sequence`: of the newest report that is known, None if none is;
-        `stalled_s`: as it says; `stopped`: whether its process is seen to be stopped."""
+        """Takes in one look. `sequence` is that of the newest report, None if there is none, and
+        `stalled_s` is what it says. `stopped` says whether the process is seen to be stopped."""
         if sequence is not None and sequence != self.sequence:
             self.sequence, self.silent_looks, self.stopped_looks = sequence, 0, 0
             self.reported = Health()

@@ -1,8 +1,8 @@
 """When an instance that died is started again.
 
-The first restart comes at once; every further one without a spell of health between waits twice
-as long as the one before. After `CRASHES_MAX` crashes in such a row it is given up: what kills an
-engine five times in a row will kill it a sixth time, and a user needs to read the reason.
+The first restart comes at once. Each further one waits twice as long as the one before, unless the
+instance was healthy in between. After `CRASHES_MAX` crashes in a row the instance is given up: what
+has killed an engine five times will kill it again, and a user needs to read the reason.
 """
 
 from dataclasses import dataclass

@@ -1,12 +1,12 @@
-"""Calls to engines, over a changing set of them: what is asked of one, of all, of any.
+"""Calls to one engine, to all, or to any, over a set of engines that changes.
 
 Rules
-- A call to all goes to every engine that has joined. One that is brought up joins once it is in the
-  state of the others (engines/state.py); one that dies meanwhile is left out.
+- A call to all goes to every engine that has joined. A new engine joins once it is in the state
+  that all share (engines/state.py). An engine that dies during a call is left out.
 - Every call to all is bounded in time. An engine that does not answer is named in the error; what
   the others did stands.
 - An adapter is loaded on all engines or on none.
-- What a migration hangs on is asked or told again if a call fails, so often and no more.
+- A call that a migration depends on is repeated if it fails, a bounded number of times.
 
 vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
 `AsyncMPClient._call_utility_async(method, *args, engine)`, replaced here, calls one engine by its
@@ -35,14 +35,14 @@ from llumnix.frontend.engines.state import EngineState
 logger = logging.getLogger("llumnix.frontend")
 
 SHORT_TIMEOUT_S = 10.0
-"""For calls that are short once the engine comes to them, after the step that it is in."""
+"""For calls that are short. An engine comes to them after its present step."""
 LONG_TIMEOUT_S = 600.0
 """For calls that move weights or wait for requests to end."""
 LOOK_EVERY_S = 1.0
 FATE_POLL_S = 0.02
 FATE_ASKED_MAX = 3000
-"""So often a destination is asked what it decided: for a minute. It waits for one pull at most,
-from a source that is dead."""
+"""How often a destination is asked what it decided, which takes a minute. It waits for one pull at
+most, from a source that is dead."""
 CALL_TRIES_MAX = 5
 CALL_PAUSE_S = 0.1
 """After the first failure of a call that must not be lost; each further pause is twice as long."""
@@ -53,20 +53,20 @@ LONG = frozenset({
 
 
 class EngineCalls(EngineSockets):
-    """The calling half of the fleet's client."""
+    """The part of the fleet's client that calls engines."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.told = EngineState()
+        self.shared_state = EngineState()
         self._calls: dict[EngineIndex, set[asyncio.Future[Any]]] = {}
 
     async def bring_up(self, engine_index: EngineIndex) -> str | None:
         """Brings a new engine into the state of the others, and has it join them. Returns None, or
         why it could not be."""
         version = None
-        while version != self.told.version:
-            version = self.told.version
-            for method, args in self.told.calls():
+        while version != self.shared_state.version:
+            version = self.shared_state.version
+            for method, args in self.shared_state.calls():
                 try:
                     async with asyncio.timeout(_limit_s(method, args)):
                         await self.call_engine(engine_index, method, *args)
@@ -78,7 +78,7 @@ class EngineCalls(EngineSockets):
                         return f"it could not be brought into the state of the others: {what}"
                     # A request for the adapter loads it, or fails and says why.
                     logger.warning("Instance %s did not load an adapter: %s", name, what)
-        self.told.joined.add(engine_index)
+        self.shared_state.joined.add(engine_index)
         return None
 
     async def call_engine(self, engine_index: EngineIndex, method: str, *args: Any) -> Any:
@@ -171,7 +171,7 @@ class EngineCalls(EngineSockets):
 
     def _those_joined(self) -> list[EngineIndex]:
         engines = [EngineIndex(int.from_bytes(e, "little")) for e in self.core_engines]
-        joined = [e for e in engines if e in self.told.joined]
+        joined = [e for e in engines if e in self.shared_state.joined]
         if not joined:
             raise EngineDeadError()
         return joined
@@ -179,7 +179,7 @@ class EngineCalls(EngineSockets):
     async def _call_one(self, method: str, *args: Any) -> Any:
         """What one engine answers, whichever; one that is silent only if all are."""
         engines = self._those_joined()
-        heard = [e for e in engines if e not in self.told.silent]
+        heard = [e for e in engines if e not in self.shared_state.silent]
         (answer,) = (await self._call((heard or engines)[:1], method, args)).values()
         return answer
 
@@ -209,7 +209,7 @@ class EngineCalls(EngineSockets):
         if method == "add_lora" and (failures or unanswered):
             await self._unload(args[0].lora_int_id, list(answers))
         elif answers:
-            self.told.note(method, args, list(answers.values()))
+            self.shared_state.note(method, args, list(answers.values()))
         if unanswered:
             who = ", ".join(map(self.engines.name, unanswered))
             raise GracefulHTTPError(
@@ -230,7 +230,7 @@ class EngineCalls(EngineSockets):
             pending = [
                 call
                 for e, call in calls.items()
-                if not call.done() and (patient or e not in self.told.silent)
+                if not call.done() and (patient or e not in self.shared_state.silent)
             ]
             if not pending:
                 return
@@ -240,7 +240,7 @@ class EngineCalls(EngineSockets):
 
     async def _unload(self, adapter: int, engines: list[EngineIndex]) -> None:
         """Takes an adapter back that one engine could not load, unless it was loaded before."""
-        if self.told.has_adapter(adapter):
+        if self.shared_state.has_adapter(adapter):
             return
         for engine_index in engines:
             try:

@@ -1,8 +1,8 @@
-"""An engine's clock, read as ours.
+"""Translates the time stamps of an engine to the frontend's clock.
 
-An engine stamps what it says with its host's monotonic clock, which counts from when that host was
-started. vLLM takes differences of such stamps for inter-token latency, prefill and decode time, and
-keeps a request on one engine. A request that moves between hosts has stamps of both.
+An engine stamps its outputs with its host's monotonic clock, which counts from the start of that
+host. vLLM subtracts such stamps to get inter-token latency, prefill and decode time; in vLLM a
+request stays on one engine. Here it may move between hosts, and then has stamps of two clocks.
 
 vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
 `EngineCoreOutputs.timestamp` and the `timestamp` of each of an output's `events` are the engine's
@@ -16,19 +16,21 @@ from vllm.v1.engine import EngineCoreOutputs
 WINDOW_S = 60.0
 """Clocks of two hosts drift by some 10 µs a second: 0.6 ms in this time."""
 ONE_CLOCK_S = 1.0
-"""A message is no longer on its way than this. One that seems to be has another clock's stamp."""
+"""No message takes longer than this. If one seems to, its stamp is of another clock."""
 
 
 class EngineClock:
-    """The difference between an engine's clock and ours is taken from the message that was fastest
-    within the last one to two windows: what it seems to have been on its way is the difference."""
+    """Follows the difference between one engine's clock and ours.
+
+    The difference is the time that the fastest message of the last one to two windows seems to have
+    taken."""
 
     def __init__(self) -> None:
         self._since_s = -math.inf
         self._least_s = self._least_before_s = math.inf
 
     def translate(self, outputs: EngineCoreOutputs, now_s: float) -> None:
-        """Rewrites the stamps in terms of our clock, in place. `now_s`: ours, in seconds."""
+        """Rewrites the stamps to our clock, in place. `now_s` is the time on our clock."""
         ahead_s = self._ahead_s(now_s - outputs.timestamp, now_s)
         if not ahead_s:
             return

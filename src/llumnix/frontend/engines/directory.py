@@ -8,8 +8,8 @@ from llumnix.core.types import EngineIndex, InstanceId
 from llumnix.frontend.engines.engine import Engine
 
 LOST_REMEMBERED_MAX = 256
-"""So many engines that are gone are remembered, the last ones: a stream may still be of one, until
-the destination of its migration has said what it decided."""
+"""How many engines that are gone are remembered, the newest ones. One may still own a stream, until
+the destination of the stream's migration has said what it decided."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,7 +22,7 @@ class EngineTarget:
 
 
 class EngineDirectory:
-    """Bookkeeping, without a socket."""
+    """The engines of one frontend. It does bookkeeping alone, and has no socket."""
 
     def __init__(self) -> None:
         self._engines: dict[EngineIndex, Engine] = {}

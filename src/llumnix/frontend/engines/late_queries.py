@@ -1,7 +1,7 @@
 """Which engine holds the embedding of which query, for late-interaction scoring.
 
-A query is embedded once, and its embedding stays in the memory of the engine that did it; the
-documents that are scored against it must go there, whatever engines have come or gone since.
+A query is embedded once, and its embedding stays in the memory of one engine. The documents that
+are scored against it must go to that engine, whichever others have come or gone since.
 
 vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
 `get_late_interaction_engine_index(params, n)` is the checksum of the query's key modulo `n`, or
@@ -17,12 +17,12 @@ from llumnix.core.types import EngineIndex
 from llumnix.frontend.engines.engine import Engine
 
 QUERIES_MAX = 4096
-"""So many queries are remembered, the last ones."""
+"""How many queries are remembered, the newest ones."""
 _CHECKSUMS = 2**32
 
 
 class LateQueries:
-    """Those of one frontend."""
+    """The queries of one frontend."""
 
     def __init__(self) -> None:
         self._engines: dict[int, EngineIndex] = {}
@@ -34,7 +34,7 @@ class LateQueries:
         query = get_late_interaction_engine_index(params, _CHECKSUMS)
         if query is None:
             return None
-        # One that is drained scores what it has embedded.
+        # An engine that is being drained still scores against what it has embedded.
         known = engines.get(self._engines.pop(query, EngineIndex(-1)))
         if known is None or not known.ready.done():
             takers = [e for e in engines.values() if e.takes_requests]

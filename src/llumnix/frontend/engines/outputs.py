@@ -1,8 +1,8 @@
-"""What engines send, taken in message by message: a fault in one message ends with it.
+"""Takes in what engines send, message by message, so that a fault costs one message.
 
-Bytes that no decoder understands, answers that nobody waits for and exceptions of our own are
-counted and logged, a bounded number of times, and the next message is taken in. vLLM's own task
-ends with the first of these, and the server with it.
+Bytes that the decoder does not understand, answers that nobody waits for and exceptions of our own
+are counted and logged, and the next message is taken in. vLLM's own task ends with the first of
+these, and the server with it.
 
 vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
 - `AsyncMPClient._ensure_output_queue_task()` starts the one task that reads
@@ -33,13 +33,13 @@ COMPLAIN_EVERY_S = 10.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FailedRequest:
-    """One that ends with an error, in one order with its outputs. `slot`: of the instance that ran
-    it. `why` is what its client reads, under the HTTP status `status`."""
+    """A request that ends with an error. It stands in one queue with the outputs, so that those
+    before it come first."""
 
     request: str
-    slot: int
-    why: str
-    status: int = HTTPStatus.INTERNAL_SERVER_ERROR
+    slot: int  # of the instance that ran it
+    why: str  # what its client reads
+    status: int = HTTPStatus.INTERNAL_SERVER_ERROR  # what its client gets
 
 
 class Complaints:
@@ -51,7 +51,8 @@ class Complaints:
         self._logged_s: dict[str, float] = {}
 
     def note(self, kind: str, what: object, error: BaseException | None = None) -> None:
-        """One more fault. `kind`: one of a few words; `error` is logged with its traceback."""
+        """Counts one more fault. `kind` is one of a few words; `error` is logged with its
+        traceback."""
         count = self.counts[kind] = self.counts.get(kind, 0) + 1
         now_s = self._clock()
         if now_s - self._logged_s.get(kind, -COMPLAIN_EVERY_S) >= COMPLAIN_EVERY_S:
@@ -60,8 +61,8 @@ class Complaints:
 
 
 class EngineOutputs(AsyncMPClient):
-    """The hearing half of the fleet's client. The other half says what to do with outputs that it
-    `receive`s, and how a request ends that failed."""
+    """The part of the fleet's client that takes messages in. Its subclass says what to do with
+    outputs (`receive`) and how a request that failed ends (`fail`)."""
 
     complaints: Complaints
 
@@ -86,13 +87,13 @@ class EngineOutputs(AsyncMPClient):
                 self._take_in(await socket.recv_multipart(copy=False))
         except asyncio.CancelledError:
             self.outputs_queue.put_nowait(EngineDeadError())
-        except zmq.ZMQError as error:  # Of the socket itself: nothing more will come.
+        except zmq.ZMQError as error:  # The socket itself failed, so nothing more will come.
             self.outputs_queue.put_nowait(error)
 
     def _take_in(self, frames: list[Any]) -> None:
         try:
             outputs = self.decoder.decode(frames)
-        except Exception as error:  # noqa: BLE001 - strangers' bytes may break a decoder anyhow
+        except Exception as error:  # noqa: BLE001 - foreign bytes may raise anything in a decoder
             said = bytes(frames[0].buffer[:80]) if frames else b""
             self.complaints.note("Dropped what is no engine's message", f"{said!r} ({error})")
             return
@@ -113,7 +114,7 @@ class EngineOutputs(AsyncMPClient):
             return
         waiting = self.utility_results.get(answer.call_id)
         if waiting is None or waiting.done():
-            return  # Its caller has given up, or nobody called.
+            return  # The caller has given up, or nobody called.
         if answer.failure_message is None and answer.result is not None:
             waiting.set_result(answer.result.result)
         else:

@@ -27,7 +27,8 @@ from llumnix.sockets import Listening, SocketKeys, check_secured
 
 
 class EngineSockets(EngineOutputs):
-    """The listening half of the fleet's client. `slots`: how many instances have metrics."""
+    """The part of the fleet's client that owns the sockets. `slots`: how many instances have
+    metrics."""
 
     engines: EngineDirectory
 
@@ -38,8 +39,8 @@ class EngineSockets(EngineOutputs):
         slots: int,
         keys: SocketKeys | None = None,
     ) -> None:
-        # Stands in for the constructors of MPClient and AsyncMPClient: the same attributes, with
-        # the engines left out. The contract test compares the two sets of attributes.
+        # Replaces the constructors of MPClient and AsyncMPClient: it sets the same attributes, and
+        # starts no engines. The contract test compares the two sets of attributes.
         self.vllm_config = vllm_config
         self._renderer = None
         self._effective_attention_block_sizes: set[int | None] = set()
@@ -83,7 +84,7 @@ class EngineSockets(EngineOutputs):
         self._greeter = asyncio.create_task(self._greet(), name="llumnix-engine-greeter")
 
     def close_sockets(self) -> None:
-        """Ends that, and closes the sockets."""
+        """Stops listening, and closes the sockets."""
         if self._greeter is not None:
             self._greeter.cancel()
         self._listening.close()
@@ -94,7 +95,7 @@ class EngineSockets(EngineOutputs):
             frames = await self.input_socket.recv_multipart()
             try:
                 self._let_in(frames[0], frames[-1])
-            except Exception as error:  # noqa: BLE001 - else no engine would be let in any more
+            except Exception as error:  # noqa: BLE001 - the next engine must still be let in
                 self.complaints.note("An engine announced itself badly", repr(error), error)
 
     def _let_in(self, identity: bytes, payload: bytes) -> None:
@@ -103,8 +104,8 @@ class EngineSockets(EngineOutputs):
             what = "An engine that nobody started announced itself"
             self.complaints.note(what, identity.hex())
             return
-        # vLLM adds up the blocks of data-parallel engines; ours come and go, so the
-        # configuration that the frontend shows is that of one of them.
+        # vLLM adds up the blocks of data-parallel engines. Ours come and go, so the frontend shows
+        # the blocks of one.
         cache_config = self.vllm_config.cache_config
         blocks, cache_config.num_gpu_blocks = cache_config.num_gpu_blocks, None
         try:
@@ -116,6 +117,7 @@ class EngineSockets(EngineOutputs):
         self.refresh()
 
     def refresh(self) -> None:
-        """`core_engines`, which vLLM's calls to all engines go by: those that are up."""
+        """Sets `core_engines`, to which vLLM's calls to all engines go, to the engines that are
+        up."""
         self.core_engines = [e.identity for e in self.engines.up()]
         self.core_engine = self.core_engines[0] if self.core_engines else b""

@@ -1,4 +1,5 @@
-"""What all engines were told that a new one has to be told too: paused, asleep, adapters loaded.
+"""The state that all engines share, and that a new one must be brought into: paused, asleep,
+adapters loaded.
 
 vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when one changes): the
 engine core's utility calls `pause_scheduler`, `resume_scheduler`, `sleep`,
@@ -15,21 +16,19 @@ from llumnix.core.types import EngineIndex
 Call = tuple[str, tuple[Any, ...]]
 
 CALLS_MAX = 32
-"""Of those that put engines to sleep and wake parts of them."""
+"""How many calls that put engines to sleep, or wake parts of them, are kept."""
 
 
 class EngineState:
-    """Follows the calls that all engines got; `calls` bring a new one to the same state. `version`
-    counts changes. `joined`: engines that are in that state, or were told; `silent`: those whose
-    process says nothing any more."""
+    """Follows the calls that all engines got. `calls` brings a new engine into the same state."""
 
     def __init__(self) -> None:
-        self._halting: list[Call] = []
+        self._halting: list[Call] = []  # what made engines stand still
         self._adapters: dict[int, LoRARequest] = {}
         self._pinned: set[int] = set()
-        self.version = 0
-        self.joined: set[EngineIndex] = set()
-        self.silent: set[EngineIndex] = set()
+        self.version = 0  # counts changes of the state
+        self.joined: set[EngineIndex] = set()  # engines that were brought into the state
+        self.silent: set[EngineIndex] = set()  # engines whose process no longer reports
 
     @property
     def paused(self) -> bool:
@@ -37,16 +36,16 @@ class EngineState:
         return bool(self._halting)
 
     def forget(self, engine_index: EngineIndex) -> None:
-        """The engine is no more."""
+        """Drops an engine that is gone."""
         self.joined.discard(engine_index)
         self.silent.discard(engine_index)
 
     def has_adapter(self, adapter: int) -> bool:
-        """Whether it was loaded on all engines."""
+        """Whether the adapter was loaded on all engines."""
         return adapter in self._adapters
 
     def calls(self) -> list[Call]:
-        """What to call on a new engine, in this order."""
+        """The calls that a new engine needs, in order."""
         loads = [("add_lora", (request,)) for request in self._adapters.values()]
         pins = [("pin_lora", (adapter,)) for adapter in self._pinned]
         return [*loads, *pins, *self._halting]
@@ -57,12 +56,12 @@ class EngineState:
         call = (method, args)
         match method:
             case "pause_scheduler":
-                # A second pause changes nothing but what is done with the requests of now.
+                # A second pause only changes what is done with the requests that run now.
                 self._halting = [c for c in self._halting if c[0] != method]
                 self._halt(call)
             case "resume_scheduler":
                 self._halting = [c for c in self._halting if c[0] != "pause_scheduler"]
-                if self._halting:  # Asleep, and yet told to go on.
+                if self._halting:  # The engines sleep, and were told to go on all the same.
                     self._halt(call)
             case "sleep" | "release_kv_cache_memory":
                 self._halt(call)
@@ -83,5 +82,5 @@ class EngineState:
         """Appends the call, in place of the same one before."""
         others = [c for c in self._halting if c != call]
         if len(others) == CALLS_MAX:
-            del others[1]  # The first is what put them to sleep.
+            del others[1]  # Not the first, which put the engines to sleep.
         self._halting = [*others, call]

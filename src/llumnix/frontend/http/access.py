@@ -1,8 +1,8 @@
-"""Who may do what on one server: API keys, routes that only an administrator may use, and the
-guards against web pages where no key guards.
+"""Who may do what on one server: API keys, routes of administrators, and guards against web pages
+on a server without keys.
 
-Routes are listed by what an ordinary key may use; every other route, known or not, needs an
-administrator. tests/house/test_vllm_routes.py holds the list against vLLM's own routes.
+The lists name the routes that an ordinary key may use. Every other route, known or not, needs an
+administrator. tests/house/test_vllm_routes.py compares the lists with vLLM's own routes.
 """
 
 import hashlib
@@ -39,36 +39,31 @@ class Role(IntEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Caller:
-    """Who asks. `key`: the API key it came with; `proved`: whether that key is one of the
-    server's."""
+    """The sender of a request."""
 
     role: Role
-    key: str | None = field(repr=False)
-    proved: bool
+    key: str | None = field(repr=False)  # the API key that it sent
+    proved: bool  # whether that key is one of the server's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refusal:
-    """Why a request is turned away. `reason` is for programs."""
+    """Why a request is turned away."""
 
     status: int
-    reason: str
-    message: str
+    reason: str  # for programs
+    message: str  # for users
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Access:
-    """The rules of one server. Keys are kept as digests alone.
-
-    `clients_administer`: whether, without an admin key, every client is an administrator.
-    `hosts`: names other than this machine's own that a keyless request may be addressed to; None:
-    any. `origins`: the web origins whose pages may use the server."""
+    """The rules of one server. It keeps only digests of keys."""
 
     client_digests: tuple[bytes, ...] = field(repr=False)
     admin_digests: tuple[bytes, ...] = field(repr=False)
-    clients_administer: bool
-    hosts: frozenset[str] | None
-    origins: tuple[str, ...]
+    clients_administer: bool  # whether clients administer if there is no admin key
+    hosts: frozenset[str] | None  # its further names, for requests without a key; None: any
+    origins: tuple[str, ...]  # web origins whose pages may use the server
 
     def caller(self, headers: Mapping[str, str]) -> Caller:
         """The caller by its `Authorization: Bearer` or its `x-api-key`, as Anthropic's clients
@@ -97,8 +92,8 @@ class Access:
     def refusal(
         self, method: str, path: str, headers: Mapping[str, str], caller: Caller
     ) -> Refusal | None:
-        """Why this request is refused; None if it may pass. `method` of a WebSocket: any other
-        than HTTP's."""
+        """Why this request is refused; None if it may pass. For a WebSocket, `method` is no method
+        of HTTP's."""
         if path in OPEN_PATHS:
             return None
         administers = needs_admin(method, path)
@@ -126,9 +121,9 @@ class Access:
     def _page_refusal(
         self, method: str, headers: Mapping[str, str], administers: bool
     ) -> Refusal | None:
-        """Without a key, a web page that a user of this machine visits must not get in: neither by
-        a name of its own that it has resolve to this machine, nor from its own origin with what a
-        browser sends without asking."""
+        """Why a request without a key is refused if it may be a web page's, which a user of this
+        machine visits. Such a page may have a name of its own resolve to this machine. Or it may
+        send from its own origin what a browser sends without asking first."""
         host = headers.get("host", "")
         if self.hosts is not None and not _is_own(host, self.hosts):
             return Refusal(
@@ -141,7 +136,7 @@ class Access:
         if method in READS or origin is None or self._welcome(origin, host, administers):
             return None
         if not administers and is_json(headers):
-            return None  # The browser has asked before.
+            return None  # A browser asks first before it sends JSON to another origin.
         return Refusal(
             status=403,
             reason="foreign_origin",
@@ -156,9 +151,9 @@ class Access:
 
 
 def needs_admin(method: str, path: str) -> bool:
-    """Whether the route concerns the server or others' requests, not the caller's own request."""
+    """Whether the route concerns the server or other clients' requests."""
     path = path.rstrip("/") or "/"
-    # The router's patterns end in "$", which also matches before a line break at the end.
+    # The router's patterns end in "$", which also matches before a final line break.
     if path in ADMIN_PATHS or "\n" in path:
         return True
     if path in CLIENT_PATHS or (path in CLIENT_READS and method in READS):
@@ -167,17 +162,18 @@ def needs_admin(method: str, path: str) -> bool:
 
 
 def digests(keys: Iterable[str]) -> tuple[bytes, ...]:
-    """Of each key."""
+    """The digest of each key."""
     return tuple(digest(key) for key in keys)
 
 
 def digest(key: str) -> bytes:
-    """What a key is kept as; of one length, so that comparing tells nothing of a key's."""
+    """The form in which a key is kept. All have one length, so that comparing reveals no key's
+    length."""
     return hashlib.sha256(key.encode()).digest()
 
 
 def _among(found: bytes, known: tuple[bytes, ...]) -> bool:
-    """Whether it is one of them; takes as long whichever it is."""
+    """Whether a digest is one of those known. Takes the same time for each."""
     match = False
     for each in known:
         match |= secrets.compare_digest(found, each)
@@ -185,8 +181,8 @@ def _among(found: bytes, known: tuple[bytes, ...]) -> bool:
 
 
 def _is_own(host: str, names: frozenset[str]) -> bool:
-    """Whether a Host header names this machine or one of `names`. An address or a name without a
-    dot is nothing that a stranger's name server can answer for; every browser sends the header."""
+    """Whether a Host header names this machine or one of `names`. Addresses and names without a dot
+    pass, since no stranger's name server answers for them. Every browser sends the header."""
     if host.startswith("["):
         name = host[1:].partition("]")[0]
     else:
@@ -201,6 +197,7 @@ def _is_own(host: str, names: frozenset[str]) -> bool:
 
 
 def is_json(headers: Mapping[str, str]) -> bool:
-    """Whether the body is said to be JSON, which no browser sends to another origin unasked."""
+    """Whether the headers say that the body is JSON. A browser asks the server before it sends JSON
+    to another origin."""
     kind = headers.get("content-type", "").partition(";")[0].strip().lower()
     return kind == "application/json"

@@ -2,7 +2,7 @@
 
 vLLM adds it as the last of its middlewares, by import path, so it takes no arguments and finds
 the rest in the application's state: `args.access` has the rules, `args.max_body_mb` the limit of a
-body.
+body, `args.control_app` the application behind /llumnix.
 
 vLLM 0.32 internals relied on here (tests/frontend/test_gate.py and tests/house/test_vllm_routes.py
 fail when one changes): an `HTTPException` out of `receive()` reaches vLLM's own handler; CORS is
@@ -37,16 +37,15 @@ _TIER = b'"service_tier"'
 
 
 class Gate:
-    """Checks the key and the size, serves /llumnix, turns requests away while stopping, and names
-    the instance in `x-llumnix-instance`. What it answers itself carries CORS headers like vLLM's
-    answers."""
+    """Checks keys and sizes, serves /llumnix, turns requests away during a stop, and names the
+    instance in `x-llumnix-instance`. Its own answers carry CORS headers like vLLM's."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
-            state = scope["app"].state  # At the start: vLLM has made all that serves by now.
+            state = scope["app"].state  # The start: vLLM has made all objects that serve by now.
             adapt(state, state.engine_client.engine_core.ensure_served)
             await self.app(scope, receive, send)
             return
@@ -67,21 +66,21 @@ class Gate:
             key=caller.key,
         )
         llm = state.engine_client
-        question = _Question(http, receive, llm, _bytes_max(state.args), is_json(headers))
+        body = RequestBody(http, receive, llm, _bytes_max(state.args), is_json(headers))
         if path == "/llumnix" or path.startswith("/llumnix/"):
-            ours = _with_cors(llm.control_app, state.args)
+            ours = _with_cors(state.args.control_app, state.args)
             try:
-                await ours(scope, question, send)
+                await ours(scope, body, send)
             finally:
-                question.uncount()
+                body.uncount()
             return
         token = current_http_request.set(http)
         if scope["type"] == "websocket" or scope["method"] == "GET":
-            question.count()
+            body.count()
         try:
-            await self.app(scope, question, _Answer(http, send))
+            await self.app(scope, body, ResponseHead(http, send))
         finally:
-            question.uncount()
+            body.uncount()
             current_http_request.reset(token)
 
     @staticmethod
@@ -120,7 +119,7 @@ def _refused(refusal: Refusal) -> JSONResponse:
 
 
 def _is_preflight(scope: Scope, headers: Headers) -> bool:
-    """Whether a browser asks what it may send; it sends no key with that."""
+    """Whether a browser asks what it may send. It sends no key with that question."""
     return (
         scope.get("method") == "OPTIONS"
         and "origin" in headers
@@ -129,7 +128,7 @@ def _is_preflight(scope: Scope, headers: Headers) -> bool:
 
 
 def _with_cors(app: ASGIApp, args: Any) -> ASGIApp:
-    """As vLLM has it around its own application, which lies further in."""
+    """The application with CORS headers, as vLLM has them around its own."""
     return CORSMiddleware(
         app,
         allow_origins=args.allowed_origins,
@@ -153,12 +152,13 @@ class _Tier(msgspec.Struct):
     service_tier: str | None = None
 
 
-class _Question:
-    """A request's body on its way to vLLM: counts it, and notes OpenAI's `service_tier` in passing.
+class RequestBody:
+    """A request's body on its way to vLLM. Limits its size and reads OpenAI's `service_tier`.
 
-    Of JSON it keeps the parts, the same objects that vLLM gets, until the last has come. It joins
-    and parses them only if the word is in them. Other bodies, such as audio, only pass. A stop
-    waits for the request once its body is here: a client may never send the rest.
+    The parts of a JSON body are kept until the last one has come; they are the same objects that
+    vLLM gets. They are joined and parsed only if the field's name is in them. Other bodies, such as
+    audio, only pass. A stop waits for a request once its body is here, since a client may never
+    send the rest.
     """
 
     def __init__(
@@ -178,16 +178,16 @@ class _Question:
         self._bytes = 0
         self._parts: list[bytes] = []
         self._named = False
-        self._end = b""  # of what has come: the word may lie across two parts
+        self._end = b""  # the last bytes so far, since the name may lie across two parts
 
     def count(self) -> None:
-        """From now on a stop waits for it."""
+        """From now on a stop waits for the request."""
         if not self._counted:
             self._counted = True
             self._llm.open_http += 1
 
     def uncount(self) -> None:
-        """It is over."""
+        """The request is over."""
         if self._counted:
             self._llm.open_http -= 1
 
@@ -222,11 +222,12 @@ class _Question:
             return  # vLLM says what is wrong with it.
 
 
-class _Answer:
-    """A response whose head waits until the instance is known, or the first byte of the body.
+class ResponseHead:
+    """The head of a response, which waits until the instance is known, or for the first byte of the
+    body.
 
-    A streaming response sends its head before vLLM has placed the request; holding it back until
-    then costs the client nothing, since no token can come earlier.
+    vLLM sends the head of a stream before the request is placed. Holding it back until then costs
+    the client nothing, since no token can come earlier.
     """
 
     def __init__(self, http: HttpRequest, send: Send) -> None:
@@ -238,7 +239,7 @@ class _Answer:
         http.on_dispatch = self._dispatched
 
     def __call__(self, message: Message) -> Awaitable[None]:
-        # No coroutine of its own for what only passes: that is every token of every stream.
+        # Tokens of streams come here and only pass. They need no coroutine of their own.
         if self._begun:
             return self._send(message)
         return self._begin(message)

@@ -1,9 +1,8 @@
-"""The server's port: listened on before anything is loaded, and answered from the first second.
+"""Listens on the server's port before anything is loaded, and answers from the first second.
 
-Loading a model takes minutes. Until vLLM's server takes the socket over, a small server on a
-thread of its own answers every request with 503 and with what the start is waiting for; only
-`LIVE_PATH` gets 200. Both servers accept from one listening socket, so that no connection is
-refused at the change.
+Loading a model takes minutes. Until vLLM's server takes the socket over, a small server on a thread
+of its own answers each request with 503 and says what the start is waiting for. Only `LIVE_PATH`
+gets 200. Both servers accept from one listening socket, so no connection is refused in between.
 """
 
 import contextlib
@@ -63,14 +62,15 @@ class ListenAddress:
 
 @dataclass(slots=True, kw_only=True)
 class StartProgress:
-    """How far the start is. `instances` gives each instance's id and state."""
+    """How far the start is."""
 
     began_s: float  # time.monotonic()
     phase: str = "loading"
-    instances: Callable[[], list[tuple[str, str]]] = field(default=list)
+    instances: Callable[[], list[tuple[str, str]]] = field(default=list)  # id and state of each
 
     def answer(self, now_s: float) -> dict[str, Any]:
-        """What a client is told meanwhile: an error in OpenAI's form, and the same as fields."""
+        """What a client reads during the start: an error in OpenAI's form, and the same as
+        fields."""
         elapsed_s = now_s - self.began_s
         message = f"llumnix is starting ({elapsed_s:.0f} s): {self.phase}."
         kind = "service_unavailable"
@@ -83,7 +83,7 @@ class StartProgress:
 
 
 class Listener:
-    """The listening socket, and who answers on it until vLLM's server does."""
+    """The listening socket, and the small server that answers on it until vLLM's does."""
 
     def __init__(self, address: ListenAddress, progress: StartProgress) -> None:
         self.address = address
@@ -122,7 +122,7 @@ class Listener:
                 f"choose {fix}"
             ) from error
         self._server = uvicorn.Server(config)
-        # Of its own, since vLLM's server is to keep the other.
+        # A duplicate, since the small server closes it and vLLM's keeps the other.
         sockets = [self.socket.dup()]
         self._thread = threading.Thread(
             target=self._server.run, args=(sockets,), name="starting", daemon=True
@@ -130,7 +130,8 @@ class Listener:
         self._thread.start()
 
     def stop_answering(self) -> None:
-        """Leaves the socket to vLLM's server. Returns once no connection can come here any more."""
+        """Leaves the socket to vLLM's server. Returns once the small one accepts no connection any
+        more."""
         if self._server is not None and self._thread is not None:
             self._server.should_exit = True
             self._thread.join()
@@ -206,4 +207,4 @@ def _remove_if_dead(path: str) -> None:
         except ConnectionRefusedError:
             os.unlink(path)
         except OSError:
-            return  # Binding says what is wrong with it.
+            return  # Binding will fail, and say what is wrong.

@@ -1,16 +1,17 @@
 """Our own routes, under /llumnix/v1."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Annotated, Any, Literal, Protocol
 
-from fastapi import FastAPI, Query
+from fastapi import APIRouter, Depends, FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
 from llumnix.core.scheduling.load import derive
-from llumnix.core.types import EngineIndex, InstanceId
+from llumnix.core.supervision.lifecycle import InstanceStatus
+from llumnix.core.types import InstanceId
 from llumnix.errors import (
     CapacityError,
     ConflictError,
@@ -25,25 +26,8 @@ from llumnix.frontend.engines.directory import EngineTarget
 from llumnix.frontend.streams.info import find
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class InstanceStatus:
-    """One instance as its supervisor knows it. `state`: starting, serving, hung, draining,
-    stopping, restarting, failed. `hung`: it has not died, but does nothing; it may be draining too.
-    `why`: the last thing that went wrong with it, if anything did, or why it is being drained."""
-
-    id: InstanceId
-    state: str
-    hung: bool
-    engine_index: EngineIndex | None
-    node: str | None
-    pid: int | None
-    devices: list[str]
-    restarts: int
-    why: str | None
-
-
 class InstanceControl(Protocol):
-    """Who starts and stops instances."""
+    """Starts and stops instances."""
 
     def status(self) -> list[InstanceStatus]:
         """All instances, in order of id."""
@@ -67,6 +51,15 @@ class InstanceControl(Protocol):
 
 
 DRAIN_TIMEOUT_MAX_S = 86_400.0
+STATUS: dict[type[Exception], int] = {
+    UnknownInstanceError: 404,
+    UnknownRequestError: 404,
+    UnknownMigrationError: 404,
+    LastInstanceError: 409,
+    CapacityError: 409,
+    ConflictError: 409,
+}
+"""HTTP statuses of the errors that a user can mend; 400 for the others."""
 LOAD_SHOWN = (
     "kv_tokens_used",
     "kv_tokens_total",
@@ -86,7 +79,7 @@ class MigrationOrder(BaseModel):
 
     model_config = ConfigDict(extra="forbid", populate_by_name=True)
     request_id: str
-    destination: str | None = None
+    destination: str | None = None  # an instance; None: the one with the most free KV memory
     copy_kv: Literal["staged", "blocking", "recompute"] = Field("staged", alias="copy")
 
 
@@ -115,122 +108,132 @@ async def _destination(client: FleetClient, order: MigrationOrder) -> EngineTarg
     return max(others, key=free)
 
 
-def control_app(client: FleetClient, control: InstanceControl, *, docs: bool = True) -> FastAPI:
-    """The application behind /llumnix, with or without the pages that document it."""
-    app = FastAPI(
-        title="llumnix",
-        docs_url="/llumnix/docs" if docs else None,
-        redoc_url=None,
-        openapi_url="/llumnix/openapi.json" if docs else None,
-    )
+# -- handlers
 
-    @app.get("/llumnix/v1/instances")
-    async def instances() -> dict[str, Any]:
-        """Every instance with its load. The fields of `LOAD_SHOWN` come from its last report and
-        are null while the controller is away; `freeness` is in tokens a request, null too while the
-        instance is being emptied."""
-        loads = await client.link.loads()
-        reports = {(r.instance, r.engine_index): r for r in loads or ()}
-        rows = []
-        for status in control.status():
-            row = asdict(status)
-            report = None
-            if status.engine_index is not None:
-                row["in_flight"] = client.in_flight(status.engine_index)
-                report = reports.get((status.id, status.engine_index))
-            for name in LOAD_SHOWN:
-                row[name] = getattr(report, name, None)
-            row["freeness"] = None
-            if report is not None and report.accepting:
-                load = derive(report, (), 0)
-                row["freeness"] = round(load.freeness(client.priorities), 1)
-            rows.append(row)
-        return {"controller": "up" if loads is not None else "away", "instances": rows}
 
-    @app.post("/llumnix/v1/instances", status_code=202)
-    async def add_instance() -> dict[str, Any]:
-        """Starts one more instance; it serves once GET says so."""
-        return asdict(await control.add())
+async def _client(request: Request) -> FleetClient:
+    client: FleetClient = request.app.state.client
+    return client
 
-    @app.delete("/llumnix/v1/instances/{instance}", status_code=202)
-    @app.post("/llumnix/v1/instances/{instance}/drain", status_code=202)
-    async def drain(
-        instance: str, timeout_s: DrainTimeout = None, force: bool = False
-    ) -> dict[str, Any]:
-        """Stops the instance's intake, moves its requests to other instances and stops it once it
-        has none. What finds no room elsewhere ends where it is. What is left after `timeout_s`, or
-        at once with `force`, is cut off with an error. Called again, it changes the time-out."""
-        name, why = InstanceId(instance), "a user's order"
-        return asdict(await control.drain(name, why, timeout_s=timeout_s, force=force))
 
-    @app.post("/llumnix/v1/instances/{instance}/undrain")
-    async def undrain(instance: str) -> dict[str, Any]:
-        """Lets an instance that is being drained serve on."""
-        return asdict(await control.undrain(InstanceId(instance)))
+async def _control(request: Request) -> InstanceControl:
+    control: InstanceControl = request.app.state.control
+    return control
 
-    @app.get("/llumnix/v1/requests")
-    async def requests() -> dict[str, Any]:
-        """Every request that is running or waiting. `id` is the client's X-Request-Id if it sent
-        one, else the id in vLLM's answer; `n` > 1 gives as many rows."""
-        return {
-            "requests": [
-                {
-                    "id": stream.info.client_id,
-                    "request": stream.request,
-                    "instance": client.engines.name(stream.owner),
-                    "prompt_tokens": stream.info.prompt_tokens,
-                    "output_tokens": stream.outputs,
-                    "priority": stream.info.priority,
-                    "age_s": round(stream.info.age_s, 3),
-                }
-                for stream in client.streams
-                if stream.owner is not None
-            ]
-        }
 
-    @app.post("/llumnix/v1/migrations")
-    async def migrate(order: MigrationOrder) -> dict[str, Any]:
-        """Moves a request to another instance (the one with the most free KV memory if none is
-        named); answers when that has ended. `outcome`: migrated, aborted (it goes on where it
-        was, or has ended; `reason` says why) or lost."""
-        target = await _destination(client, order)
-        stream = find(client.streams, order.request_id)  # It may have ended meanwhile.
-        return (await client.migrate(stream, target, order.copy_kv)).shown()
+# `async`, since FastAPI runs other functions on threads.
+Client = Annotated[FleetClient, Depends(_client)]
+Control = Annotated[InstanceControl, Depends(_control)]
+router = APIRouter(prefix="/llumnix/v1")
 
-    @app.get("/llumnix/v1/migrations")
-    async def migrations() -> dict[str, Any]:
-        """The last thousand migrations, the oldest first."""
-        return {"migrations": client.migrations.recent()}
 
-    @app.get("/llumnix/v1/migrations/{migration}")
-    async def migration(migration: str) -> dict[str, Any]:
-        """One migration."""
-        return client.migrations.get(migration)
+@router.get("/instances")
+async def instances(client: Client, control: Control) -> dict[str, Any]:
+    """Every instance with its load. The fields of `LOAD_SHOWN` come from its last report and
+    are null while the controller is away; `freeness` is in tokens a request, null too while the
+    instance is being emptied."""
+    loads = await client.link.loads()
+    reports = {(r.instance, r.engine_index): r for r in loads or ()}
+    rows = []
+    for status in control.status():
+        row = asdict(status)
+        report = None
+        if status.engine_index is not None:
+            row["in_flight"] = client.in_flight(status.engine_index)
+            report = reports.get((status.id, status.engine_index))
+        for name in LOAD_SHOWN:
+            row[name] = getattr(report, name, None)
+        row["freeness"] = None
+        if report is not None and report.accepting:
+            load = derive(report, (), 0)
+            row["freeness"] = round(load.freeness(client.priorities), 1)
+        rows.append(row)
+    return {"controller": "up" if loads is not None else "away", "instances": rows}
 
-    @app.exception_handler(RequestValidationError)
-    async def invalid(_: Any, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        parts = [str(part) for part in first["loc"] if part not in ("body", "query")]
-        where = ".".join(parts) or "the body"
-        return openai_error(f"{where}: {first['msg']}", 400, "invalid_request_error")
 
-    @app.exception_handler(HTTPException)
-    async def refused(_: Any, error: HTTPException) -> JSONResponse:
-        return openai_error(str(error.detail), error.status_code, "invalid_request_error")
+@router.post("/instances", status_code=202)
+async def add_instance(control: Control) -> dict[str, Any]:
+    """Starts one more instance; it serves once GET says so."""
+    return asdict(await control.add())
 
-    @app.exception_handler(UsageError)
-    async def usage_error(_: Any, error: UsageError) -> JSONResponse:
-        status = {
-            UnknownInstanceError: 404,
-            UnknownRequestError: 404,
-            UnknownMigrationError: 404,
-            LastInstanceError: 409,
-            CapacityError: 409,
-            ConflictError: 409,
-        }
-        return openai_error(str(error), status.get(type(error), 400), "invalid_request_error")
 
-    return app
+@router.delete("/instances/{instance}", status_code=202)
+@router.post("/instances/{instance}/drain", status_code=202)
+async def drain(
+    instance: str, control: Control, timeout_s: DrainTimeout = None, force: bool = False
+) -> dict[str, Any]:
+    """Stops the instance's intake, moves its requests to other instances and stops it once it
+    has none. What finds no room elsewhere ends where it is. What is left after `timeout_s`, or
+    at once with `force`, is cut off with an error. Called again, it changes the time-out."""
+    name, why = InstanceId(instance), "a user's order"
+    return asdict(await control.drain(name, why, timeout_s=timeout_s, force=force))
+
+
+@router.post("/instances/{instance}/undrain")
+async def undrain(instance: str, control: Control) -> dict[str, Any]:
+    """Lets an instance that is being drained serve on."""
+    return asdict(await control.undrain(InstanceId(instance)))
+
+
+@router.get("/requests")
+async def requests(client: Client) -> dict[str, Any]:
+    """Every request that is running or waiting. `id` is the client's X-Request-Id if it sent
+    one, else the id in vLLM's answer; `n` > 1 gives as many rows."""
+    return {
+        "requests": [
+            {
+                "id": stream.info.client_id,
+                "request": stream.request,
+                "instance": client.engines.name(stream.owner),
+                "prompt_tokens": stream.info.prompt_tokens,
+                "output_tokens": stream.outputs,
+                "priority": stream.info.priority,
+                "age_s": round(stream.info.age_s, 3),
+            }
+            for stream in client.streams
+            if stream.owner is not None
+        ]
+    }
+
+
+@router.post("/migrations")
+async def migrate(order: MigrationOrder, client: Client) -> dict[str, Any]:
+    """Moves a request to another instance (the one with the most free KV memory if none is
+    named); answers when that has ended. `outcome`: migrated, aborted (it goes on where it
+    was, or has ended; `reason` says why) or lost."""
+    target = await _destination(client, order)
+    stream = find(client.streams, order.request_id)  # It may have ended meanwhile.
+    return (await client.migrate(stream, target, order.copy_kv)).shown()
+
+
+@router.get("/migrations")
+async def migrations(client: Client) -> dict[str, Any]:
+    """The last thousand migrations, the oldest first."""
+    return {"migrations": client.migrations.recent()}
+
+
+@router.get("/migrations/{migration}")
+async def migration(migration: str, client: Client) -> dict[str, Any]:
+    """One migration."""
+    return client.migrations.get(migration)
+
+
+# -- errors
+
+
+async def _invalid(_: Request, error: Any) -> JSONResponse:
+    first = error.errors()[0]
+    parts = [str(part) for part in first["loc"] if part not in ("body", "query")]
+    where = ".".join(parts) or "the body"
+    return openai_error(f"{where}: {first['msg']}", 400, "invalid_request_error")
+
+
+async def _refused(_: Request, error: Any) -> JSONResponse:
+    return openai_error(str(error.detail), error.status_code, "invalid_request_error")
+
+
+async def _usage_error(_: Request, error: Exception) -> JSONResponse:
+    return openai_error(str(error), STATUS.get(type(error), 400), "invalid_request_error")
 
 
 def openai_error(
@@ -240,3 +243,25 @@ def openai_error(
     status."""
     error = {"message": message, "type": kind, "param": None, "code": code or status}
     return JSONResponse({"error": error}, status_code=status)
+
+
+# -- the application
+
+
+def control_app(client: FleetClient, control: InstanceControl, *, docs: bool = True) -> FastAPI:
+    """The application behind /llumnix, with or without the pages that document it."""
+    app = FastAPI(
+        title="llumnix",
+        docs_url="/llumnix/docs" if docs else None,
+        redoc_url=None,
+        openapi_url="/llumnix/openapi.json" if docs else None,
+        exception_handlers={
+            RequestValidationError: _invalid,
+            HTTPException: _refused,
+            UsageError: _usage_error,
+        },
+    )
+    app.state.client = client
+    app.state.control = control
+    app.include_router(router)
+    return app

@@ -13,6 +13,7 @@ import signal
 from argparse import Namespace
 from collections.abc import Awaitable, Callable
 
+from fastapi import FastAPI
 from vllm.entrypoints.launchers.api_server.entry import build_and_serve
 
 from llumnix.errors import LlumnixError
@@ -27,8 +28,8 @@ logger = logging.getLogger("llumnix.frontend")
 HTTP_CLOSE_TIMEOUT_S = 5.0
 GATE = "llumnix.frontend.http.gate.Gate"
 GARBAGE_EVERY = 10_000
-"""So many new objects between two looks for garbage, not Python's 700 (3.11, 3.12): the looks take
-time, and requests leave little (some 16 kB each)."""
+"""How many new objects there are between two searches for garbage, instead of Python's 700 (3.11,
+3.12). Searches take time, and a request leaves little garbage, some 16 kB."""
 
 
 async def serve(
@@ -39,17 +40,20 @@ async def serve(
     announce: Callable[[], Awaitable[None]],
 ) -> None:
     """Serves until the first SIGINT or SIGTERM, then lets running requests end. `announce` is
-    awaited once requests are answered."""
-    llm.control_app = control_app(llm.engine_core, control, docs=not args.disable_fastapi_docs)
-    args.middleware = [*args.middleware, GATE]
+    awaited once requests are answered. The `llm` is to call `stop_begins` when it stops."""
     gc.set_threshold(GARBAGE_EVERY)
-    llm.on_stopping = _arm_second_signal(asyncio.get_running_loop(), llm)
+    ours = control_app(llm.engine_core, control, docs=not args.disable_fastapi_docs)
     serving = _once(listener, announce)
     rest = await build_and_serve(
-        llm, listener.url, listener.socket, args, callback_notify=serving, http=HttpProtocol
+        llm,
+        listener.url,
+        listener.socket,
+        with_gate(args, ours),
+        callback_notify=serving,
+        http=HttpProtocol,
     )
     try:
-        # A client that never ends its request, or never reads the answer, must not keep us.
+        # Bounded, since a client may never end its request, or never read the answer.
         await asyncio.wait_for(rest, HTTP_CLOSE_TIMEOUT_S)
     except TimeoutError:
         logger.warning("Some connections were still open after %.0f s.", HTTP_CLOSE_TIMEOUT_S)
@@ -59,10 +63,18 @@ async def serve(
         raise LlumnixError("the HTTP server ended by itself; the log above says why")
 
 
+def with_gate(args: Namespace, ours: FastAPI) -> Namespace:
+    """vLLM's arguments with the gate around its application, and ours beside it. vLLM hands them on
+    to the gate in the application's state."""
+    middleware = [*args.middleware, GATE]
+    return Namespace(**{**vars(args), "middleware": middleware, "control_app": ours})
+
+
 def _once(
     listener: Listener, announce: Callable[[], Awaitable[None]]
 ) -> Callable[[], Awaitable[None]]:
-    """For uvicorn, which calls it once it accepts connections, and again from time to time."""
+    """A callback that announces once. uvicorn calls it when it accepts connections, and again from
+    time to time."""
     announced = False
 
     async def serving() -> None:
@@ -75,24 +87,22 @@ def _once(
     return serving
 
 
-def _arm_second_signal(loop: asyncio.AbstractEventLoop, llm: FleetLLM) -> Callable[[], None]:
-    """From the first signal on, a second one stops at once."""
+def stop_begins(llm: FleetLLM) -> None:
+    """Says how a stop that the first signal began goes on. From now on, a second signal stops at
+    once. Any thread."""
+    loop = llm.engine_core.loop
 
     def second() -> None:
         say("stopping at once")
-        llm.hurry()
+        llm.stop_now()
 
     def arm() -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, second)
 
-    def stopping() -> None:
-        running = llm.running()
-        timeout = llm.vllm_config.shutdown_timeout
-        say(
-            f"stopping; {running} running requests have {timeout} s to end "
-            "(a second signal stops at once)"
-        )
-        loop.call_soon_threadsafe(arm)
-
-    return stopping
+    running, timeout_s = llm.running(), llm.vllm_config.shutdown_timeout
+    say(
+        f"stopping; {running} running requests have {timeout_s} s to end "
+        "(a second signal stops at once)"
+    )
+    loop.call_soon_threadsafe(arm)

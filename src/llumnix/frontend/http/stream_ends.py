@@ -1,8 +1,8 @@
-"""How streams of /v1/responses and /v1/messages tell their client that the request failed.
+"""Ends streams of /v1/responses and /v1/messages with a proper error event if their request failed.
 
-vLLM cuts the connection of the one, and tells the other's client that its parser did not understand
-the error. Both are given their proper last event here. When nothing serves, both are refused before
-the stream begins, as chat and completions are.
+vLLM cuts the connection of the first, and tells the client of the second that a parser did not
+understand the error. While no instance serves, both are refused here before the stream begins, as
+chat and completions are.
 
 vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
 - The application's state has `openai_serving_responses` and `anthropic_serving_messages`, or None.
@@ -29,8 +29,8 @@ ERROR_ITEM = 'data: {"error":'
 
 
 def adapt(state: Any, ensure_served: Callable[[], None]) -> None:
-    """Adapts what serves the two routes in a vLLM application of that state. `ensure_served` raises
-    while no instance serves."""
+    """Adapts the objects that serve the two routes in a vLLM application with this state.
+    `ensure_served` raises while no instance serves."""
     if (responses := getattr(state, "openai_serving_responses", None)) is not None:
         responses._convert_generation_error_to_streaming_response = _raised
         responses.responses_stream_generator = _responses(responses.responses_stream_generator)
@@ -58,7 +58,7 @@ def _responses(stream: Stream) -> Stream:
             async for event in inner:
                 yield event
                 sent += 1
-        except Exception as error:  # noqa: BLE001 - the head is out: this event is all that is left
+        except Exception as error:  # noqa: BLE001 - only an event can still say so: the head is out
             told = create_error_response(error).error
             logger.error("A stream of /v1/responses ends with an error: %s", told.message)
             yield ResponseErrorEvent(

@@ -1,5 +1,7 @@
-"""The streams of the fleet's client: passes their tokens on, moves their requests, and carries out
-what follows. This is the only place where an effect of core/streams becomes an act.
+"""The streams of the fleet's client.
+
+The client passes their tokens on, moves their requests, and carries out the effects of
+core/streams, which nothing else does.
 
 vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py and
 test_vllm_migration_contract.py fail when one changes):
@@ -24,6 +26,7 @@ from vllm.v1.engine import (
 )
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from llumnix.core.events import DrainInstance
 from llumnix.core.messages import (
     IN_BAND,
     DrainRequested,
@@ -42,7 +45,7 @@ from llumnix.core.streams.effects import (
 )
 from llumnix.core.streams.stream import Refusal
 from llumnix.core.streams.table import StreamTable
-from llumnix.core.types import EngineIndex, InstanceId, RequestId
+from llumnix.core.types import EngineIndex, RequestId
 from llumnix.errors import ConflictError, UnknownRequestError, UsageError
 from llumnix.frontend.engines.calls import EngineCalls
 from llumnix.frontend.engines.directory import EngineTarget
@@ -56,10 +59,12 @@ from llumnix.wire import decode, encode
 
 ENGINE_DIED = "The instance that ran this request died. Please send the request again."
 GAVE_UP = "llumnix failed at this request. Please send it again."
+DRAIN_REQUESTS_MAX = 256
+"""So many instances' requests for their own drain wait for the fleet, which takes each at once."""
 
 
 class StreamClient(EngineCalls):
-    """The streaming half of the fleet's client."""
+    """The part of the fleet's client that has the streams."""
 
     def __init__(
         self,
@@ -73,18 +78,18 @@ class StreamClient(EngineCalls):
         self.streams: FleetStreams = StreamTable()
         self.migrations = MigrationRecords(log)
         self.on_failed: Callable[[FailedRequest], bool] = lambda failed: True
-        self.on_leave: Callable[[InstanceId, str], None] = lambda instance, why: None
+        self.drain_requests: asyncio.Queue[DrainInstance] = asyncio.Queue(DRAIN_REQUESTS_MAX)
         self._log = log
         self._tasks: set[asyncio.Task[None]] = set()
 
     # -- what engines say ------------------------------------------------------------------------
 
     def receive(self, outputs: EngineCoreOutputs) -> None:
-        """Passes on what each stream's owner says, and labels it with the instance's slot for the
+        """Passes on the outputs of each stream's owner, labelled with the instance's slot for the
         metrics."""
         index = EngineIndex(outputs.engine_index)
         engine = self.engines.get(index)
-        if engine is None:  # Said by an engine that is gone: its streams have ended.
+        if engine is None:  # The engine is gone, and its streams have ended.
             outputs.outputs = []
             outputs.scheduler_stats = None
             return
@@ -97,7 +102,7 @@ class StreamClient(EngineCalls):
     def _due(
         self, engine_index: EngineIndex, outputs: list[EngineCoreOutput]
     ) -> list[EngineCoreOutput]:
-        """What is due to the clients now."""
+        """The outputs that clients get now."""
         due: list[EngineCoreOutput] = []
         receive: Any = self.streams.receive  # It takes vLLM's request id, a plain string.
         for output in outputs:
@@ -110,7 +115,7 @@ class StreamClient(EngineCalls):
                 effects = receive(engine_index, output.request_id, tokens, output, due)
                 if effects:
                     self._perform(effects, due)
-            except Exception as error:  # noqa: BLE001 - what one says must not end the others
+            except Exception as error:  # noqa: BLE001 - one output must not end other streams
                 self.give_up(RequestId(output.request_id), error)
         return due
 
@@ -127,7 +132,14 @@ class StreamClient(EngineCalls):
             case MigrationRequested() as message:
                 self._migration_wanted(engine_index, message)
             case DrainRequested(why=why):
-                self.on_leave(self.engines.name(engine_index), why)
+                self._drain_requested(engine_index, why)
+
+    def _drain_requested(self, engine_index: EngineIndex, why: str) -> None:
+        request = DrainInstance(instance=self.engines.name(engine_index), why=why)
+        if self.drain_requests.full():
+            self.complaints.note("Dropped an instance's request for a drain", request)
+        else:
+            self.drain_requests.put_nowait(request)
 
     def _deliver(self, output: EngineCoreOutput) -> None:
         """Passes an output on as if the stream's owner had just sent it."""
@@ -158,14 +170,14 @@ class StreamClient(EngineCalls):
             stream.info.between_inputs = True
             return
         for other in self._close(stream.request, reason):
-            if other != index:  # It was on its way there.
+            if other != index:  # The request was on its way there.
                 self.start_task(self._abort_at(other, [stream.request]))
 
     # -- migrations ------------------------------------------------------------------------------
 
     def _migration_wanted(self, engine_index: EngineIndex, message: MigrationRequested) -> None:
-        """A source chose a request to give away: orders it, if it is still there to be moved. If
-        not, or if it is being moved already, the source's wish lapses."""
+        """A source has chosen a request to give away. Orders the move if it is still there.
+        If not, or if it is being moved already, the choice lapses."""
         stream = self.streams.get(message.request)
         target = self.engines.target(message.destination)
         if stream is not None and target is not None and stream.owner == engine_index:
@@ -178,8 +190,9 @@ class StreamClient(EngineCalls):
         copy: str = "staged",
         wanted: MigrationRequested | None = None,
     ) -> Migration:
-        """Moves a stream's request there; returns when that has ended, one way or another.
-        `copy`: one of core/messages.py's `COPIES`. `wanted`: by its source; None: by a user."""
+        """Moves a stream's request to `target`, and returns when the migration has ended. `copy` is
+        one of `COPIES` in core/messages.py. `wanted` is the source's message that asked for it;
+        None if a user did."""
         source = stream.owner
         order = self.streams.grant(
             stream.request,
@@ -202,7 +215,7 @@ class StreamClient(EngineCalls):
         try:
             await self.call_engine(source, "llumnix_migrate", encode(order))
         except EngineDeadError:
-            pass  # `lose` says what became of it.
+            pass  # `lose` takes the death in, and with it the end of the migration.
         except Exception as error:  # noqa: BLE001 - vLLM raises a bare Exception for a failed call
             why = f"the source refused the order: {error}"
             self._perform(self.streams.refused(order.migration, why), [])
@@ -213,7 +226,7 @@ class StreamClient(EngineCalls):
     # -- effects ---------------------------------------------------------------------------------
 
     def _perform(self, effects: Iterable[Effect], due: list[EngineCoreOutput]) -> None:
-        """Carries effects out, in order. Outputs that clients are to get now are added to `due`."""
+        """Carries effects out, in order. Outputs that clients get now are added to `due`."""
         for effect in effects:
             try:
                 self._perform_one(effect, due)
@@ -249,26 +262,26 @@ class StreamClient(EngineCalls):
         due += moved.held  # type: ignore[arg-type]
 
     def _lose(self, request: RequestId) -> None:
-        """Ends a stream that an engine's death has cost something that cannot be made up for."""
+        """Ends a stream that has lost something irreplaceable with an engine."""
         self.migrations.lost(request, "the engine that ran it died")
         self.end(request, ENGINE_DIED)
 
     async def _tell_lost(self, tell: TellLost) -> None:
         if await self.tell_lost(tell.engine, tell.lost, list(tell.granted)):
             return
-        # The source would hold these for ever, since it waits for what the dead engine decided.
+        # The source would keep these for ever, as it waits for the dead engine's decision.
         for stream in map(self.streams.of, tell.granted):
             if stream is not None:
                 self._lose(stream.request)
 
     async def _ask_fate(self, ask: AskFate) -> None:
-        """The source died, so the destination's word is all. Without one the request is lost."""
+        """The source died, so only the destination can say what became of the request."""
         fate = await self.ask_fate(ask.engine, ask.migration)
         if fate is not None:
             self._perform(self.streams.fate(ask.migration, fate), [])
 
     def start_task(self, work: Coroutine[Any, Any, Any]) -> None:
-        """Does this beside everything else."""
+        """Runs `work` in a task of its own, and logs what it raises."""
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._done)
@@ -276,14 +289,14 @@ class StreamClient(EngineCalls):
     def _done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         error = None if task.cancelled() else task.exception()
-        # An order that came too late, or an engine that is gone, is no fault.
+        # An order that came too late and an engine that is gone are no faults.
         if error is not None and not isinstance(error, UsageError | EngineDeadError):
             self.complaints.note("What was begun beside failed", repr(error), error)
 
     # -- the ends of streams ---------------------------------------------------------------------
 
     def end(self, request: RequestId, why: str) -> None:
-        """Ends a stream with an error, wherever its request is; `why` is what its client reads."""
+        """Ends a stream with an error, wherever its request is. `why` is what its client reads."""
         stream = self.streams.get(request)
         if stream is None:
             return
@@ -292,12 +305,12 @@ class StreamClient(EngineCalls):
         self._fail(stream, why, HTTPStatus.INTERNAL_SERVER_ERROR)
 
     def give_up(self, request: RequestId, error: Exception) -> None:
-        """A message about this request, or what follows from it, could not be dealt with."""
+        """Ends a request after an exception over a message about it, or over an effect."""
         self.complaints.note("Gave a request up", f"{request}: {error!r}", error)
         try:
             self.migrations.lost(request, f"the frontend failed: {error!r}")
             self.end(request, GAVE_UP)
-        except Exception as worse:  # noqa: BLE001 - what else the message says must be dealt with
+        except Exception as worse:  # noqa: BLE001 - the rest of the message must be handled
             self.complaints.note("Could not give a request up", f"{request}: {worse!r}", worse)
 
     def fail(self, failed: FailedRequest) -> EngineCoreOutputs:

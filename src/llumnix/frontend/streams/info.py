@@ -1,4 +1,4 @@
-"""What the frontend knows of a stream, beyond which engine owns it."""
+"""What the frontend knows of a stream besides its owner."""
 
 import time
 from collections.abc import Iterable
@@ -22,7 +22,7 @@ class StreamInfo:
     priority: int
     started_s: float  # when the request came, monotonic
     pooling: bool = False  # it asks for an embedding or a score
-    grammar: bool = False  # an engine that cannot begin it has found a bad grammar
+    grammar: bool = False  # whether its grammar is to blame if an engine cannot begin it
     logprobs: bool = False  # its client wants log-probabilities
     session: bool = False  # more input may follow, and must reach the same engine
     between_inputs: bool = False  # it is a session that waits for its next input
@@ -38,8 +38,8 @@ FleetStreams = StreamTable[StreamInfo, EngineCoreOutput]
 
 
 def shown(stream: FleetStream, instance: InstanceId, finish_reason: str) -> dict[str, Any]:
-    """What the event log keeps of a stream. `instance`: of its last owner. `finish_reason`: vLLM's
-    word for how it ended."""
+    """What the event log keeps of a stream. `instance` is that of its last owner, `finish_reason`
+    is vLLM's word for its end."""
     info = stream.info
     return {
         "request": stream.request,

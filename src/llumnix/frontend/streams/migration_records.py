@@ -1,9 +1,9 @@
 """The last migrations of one frontend's streams, as users and the event log see them.
 
-Two sides tell of a migration: the frontend's table of streams how it ended for the stream, the
-source what was moved and how long that took. A migration that went well is over once both have,
-or the source is dead. One that did not is over with the first word. If the stream ends meanwhile,
-the source's word is all there will be.
+Two sides say how a migration ended. The table of streams knows how it ended for the stream, the
+source knows what was moved and how long that took. A migration that succeeded is over once both
+have spoken, or the source is dead. A migration that failed is over once either has spoken. If the
+stream ends meanwhile, only the source will speak.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ LISTED_MAX = 1000
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Migration:
-    """One of them."""
+    """One migration, as its frontend knows it."""
 
     id: MigrationId
     request: RequestId
@@ -39,8 +39,8 @@ class Migration:
     downtime_ms: float | None = None
     total_ms: float | None = None  # None while it is running
     tokens_before: int | None = None  # generated at the source; the next is the destination's
-    ended: GrantEnded | None = None  # for the stream
-    report: MigrationEnded | None = None  # the source's word
+    ended: GrantEnded | None = None  # how it ended for the stream
+    report: MigrationEnded | None = None  # what the source says of its end
     closed: bool = False  # whether the stream has ended
     source_lost: bool = False  # whether the source has died
     done: asyncio.Event = field(default_factory=asyncio.Event)
@@ -64,8 +64,8 @@ class Migration:
 
 
 class MigrationRecords:
-    """The last `LISTED_MAX`, and all that are running. They are told what happens, and call
-    nobody but the event log."""
+    """The last `LISTED_MAX` migrations, and all that are running. Others tell the records what
+    happens; the records call only the event log."""
 
     def __init__(self, log: EventLog) -> None:
         self._log = log
@@ -75,11 +75,11 @@ class MigrationRecords:
     # -- what a user asks for
 
     def recent(self) -> list[dict[str, Any]]:
-        """The last of them, the oldest first."""
+        """The last migrations, the oldest first."""
         return [m.shown() for m in self._listed.values()]
 
     def get(self, migration: str) -> dict[str, Any]:
-        """One of them; `UnknownMigrationError`."""
+        """One migration; `UnknownMigrationError` if it is not among the last."""
         if (known := self._listed.get(MigrationId(migration))) is not None:
             return known.shown()
         raise UnknownMigrationError(
@@ -134,8 +134,8 @@ class MigrationRecords:
             self._settle(migration)
 
     def refused(self, migration: MigrationId, why: str) -> None:
-        """The source could not take the order in, so it will not say how it ended. Told to the
-        table of streams first, which knows better as long as the stream is open."""
+        """The source could not take the order in, so it will never say how the migration ended. As
+        long as the stream is open, the table of streams says that."""
         known = self._open.get(migration)
         if known is not None and known.closed:
             self._end(known, "aborted", why)
@@ -161,7 +161,7 @@ class MigrationRecords:
         return [m for m in self._open.values() if m.request == request]
 
     def _settle(self, migration: Migration) -> None:
-        """Ends it if all is known of it that ever will be."""
+        """Ends the migration if nothing more will be known of it."""
         ended, report = migration.ended, migration.report
         if ended is not None and ended.outcome != "migrated":
             self._end(migration, ended.outcome, ended.why)

@@ -1,0 +1,68 @@
+"""How vLLM's HTTP server is run: what it is given, and how a stop goes on."""
+
+import asyncio
+import signal
+from argparse import Namespace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from fastapi import FastAPI
+
+from llumnix.frontend.http.server import GATE, stop_begins, with_gate
+from llumnix.frontend.llm import FleetLLM
+
+
+def test_vllm_gets_the_gate_as_its_outermost_middleware_and_our_application_beside_it() -> None:
+    args = Namespace(middleware=["a.B"], port=1)
+    ours = FastAPI()
+    given = with_gate(args, ours)
+    assert given.middleware == ["a.B", GATE]
+    assert given.control_app is ours
+    assert given.port == 1
+    assert vars(args) == {"middleware": ["a.B"], "port": 1}
+
+
+async def test_a_second_signal_stops_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    loop = asyncio.get_running_loop()
+    stops: list[str] = []
+    llm: Any = SimpleNamespace(
+        engine_core=SimpleNamespace(loop=loop),
+        vllm_config=SimpleNamespace(shutdown_timeout=7),
+        running=lambda: 3,
+        stop_now=lambda: stops.append("now"),
+    )
+    try:
+        await asyncio.to_thread(stop_begins, llm)
+        await asyncio.sleep(0)
+        signal.raise_signal(signal.SIGTERM)
+        for _ in range(100):
+            await asyncio.sleep(0.01)
+            if stops:
+                break
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
+    assert stops == ["now"]
+    said = capsys.readouterr()
+    assert "stopping; 3 running requests have 7 s to end" in said.out + said.err
+
+
+@pytest.mark.parametrize("on_thread", [True, False])
+async def test_only_a_stop_by_signal_is_announced(
+    monkeypatch: pytest.MonkeyPatch, on_thread: bool
+) -> None:
+    """vLLM stops on a thread after a signal. What takes a failed start apart does it on the event
+    loop."""
+    begun: list[FleetLLM] = []
+    monkeypatch.setattr(FleetLLM.__base__, "shutdown", lambda self, timeout: None)
+    monkeypatch.setattr(FleetLLM, "_let_streams_end", lambda self, timeout_s: None)
+    llm = FleetLLM.__new__(FleetLLM)
+    llm.stopping, llm._on_stopping = False, begun.append
+    for _ in range(2):
+        await asyncio.to_thread(llm.shutdown, 1) if on_thread else llm.shutdown(1)
+    assert llm.stopping
+    assert begun == [llm] * on_thread
