@@ -24,6 +24,8 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def logs_reach_caplog() -> Iterator[None]:
-    """`llumnix serve` keeps its log to itself, also where a test runs a part of it."""
+    """`llumnix serve` keeps its log to itself, and a part of vLLM raises the root's level, also
+    where a test runs it."""
     yield
+    logging.root.setLevel(logging.WARNING)
     logging.getLogger("llumnix").propagate = True

@@ -35,6 +35,8 @@ async def test_a_second_signal_stops_at_once(capsys: pytest.CaptureFixture[str])
         running=lambda: 3,
         stop_now=lambda: stops.append("now"),
     )
+    # Without a handler the signal would end the tests.
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
     try:
         await asyncio.to_thread(stop_begins, llm)
         await asyncio.sleep(0)
@@ -46,6 +48,7 @@ async def test_a_second_signal_stops_at_once(capsys: pytest.CaptureFixture[str])
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.remove_signal_handler(number)
+        signal.signal(signal.SIGTERM, before)
     assert stops == ["now"]
     said = capsys.readouterr()
     assert "stopping; 3 running requests have 7 s to end" in said.out + said.err
