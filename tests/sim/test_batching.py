@@ -5,7 +5,8 @@ import pytest
 from llumnix.core.priorities import Priorities
 from llumnix.core.settings import PrioritySettings
 from llumnix.core.types import RequestId
-from llumnix.sim.model.batching import Batch, Batching, EngineOptions, Job
+from llumnix.sim.model.batching import Batch, Batching, EngineOptions
+from llumnix.sim.model.jobs import Job
 from llumnix.sim.model.memory import Memory
 from llumnix.sim.model.profile import Profile
 

@@ -9,16 +9,17 @@ import pytest
 from llumnix.core.settings import ScalingSettings, SchedulerSettings
 from llumnix.core.types import RequestId
 from llumnix.errors import UsageError
-from llumnix.sim.model.batching import EngineOptions, Job
-from llumnix.sim.model.cluster import Cluster, Setup
-from llumnix.sim.model.faults import (
+from llumnix.sim.model.batching import EngineOptions
+from llumnix.sim.model.checks import (
     BrokenPromiseError,
-    Faults,
     check_owners,
     check_rest,
     check_view,
     come_to_rest,
 )
+from llumnix.sim.model.cluster import Cluster, Setup
+from llumnix.sim.model.faults import Faults
+from llumnix.sim.model.jobs import Job
 from llumnix.sim.model.profile import Profile, load_profile, profile_names, save_profile
 from llumnix.sim.simulate import Run, Spec, alone, fewest, parse_bound, run_one, runs
 
@@ -77,9 +78,9 @@ def test_every_policy_serves_everything_and_leaves_nothing_behind(name: str, chu
     cluster = Cluster(spec.setup(), check=check_view)
     cluster.run(spec.jobs())
     come_to_rest(cluster)
-    jobs = cluster.frontend.jobs.values()
+    jobs = cluster.clients.jobs.values()
     assert [j.got for j in jobs] == [j.answer for j in jobs]
-    assert bool(cluster.frontend.moves) == (name in ("llumnix", "llumnix-base"))
+    assert bool(cluster.clients.moves) == (name in ("llumnix", "llumnix-base"))
 
 
 def test_llumnix_loses_less_than_its_dispatch_alone_and_waits_no_longer() -> None:
@@ -132,7 +133,7 @@ def test_a_thousand_seeds_of_faults_lose_nothing_either() -> None:
 def test_the_checks_see_a_request_on_two_engines_and_one_that_was_forgotten() -> None:
     cluster = Cluster(replace(SPEC, instances=2).setup())
     job = Job(id=RequestId("r"), arrived_s=0.0, prompt=10, answer=5)
-    cluster.frontend.jobs[job.id] = job
+    cluster.clients.jobs[job.id] = job
     for instance in cluster.instances.values():
         instance.engine.add(job, 0.0)
     with pytest.raises(BrokenPromiseError, match="runs on engines 0 and 1"):
@@ -156,7 +157,7 @@ def test_the_load_decides_the_number_of_instances() -> None:
     late = [replace_time(job, lull_s + job.arrived_s, f"late {job.id}") for job in jobs[:20]]
     cluster.run([*jobs, *late])
     come_to_rest(cluster)
-    assert all(j.got == j.answer for j in cluster.frontend.jobs.values())
+    assert all(j.got == j.answer for j in cluster.clients.jobs.values())
     started = cluster._names
     assert started > 2
     assert len(cluster.instances) < started  # Some were emptied and stopped.

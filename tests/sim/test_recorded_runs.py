@@ -38,10 +38,12 @@ from llumnix.core.events import (
     UndrainInstance,
 )
 from llumnix.core.types import InstanceId
-from llumnix.sim.model.batching import Job
+from llumnix.sim.model.checks import check_view, come_to_rest
 from llumnix.sim.model.clients import Move
+from llumnix.sim.model.clock import TICKS
 from llumnix.sim.model.cluster import Cluster
-from llumnix.sim.model.faults import Trouble, check_view, come_to_rest
+from llumnix.sim.model.faults import Trouble
+from llumnix.sim.model.jobs import Job
 from sim.recorded_runs import RUNS
 
 FOLDER = Path(__file__).parent / "recorded"
@@ -128,10 +130,10 @@ def run(name: str) -> Record:
     if trouble is not None:
         trouble.begin(cluster, jobs[-1].arrived_s)
     for when_s, instance in case.drains:
-        cluster.at(when_s, cluster.drain, InstanceId(instance))
+        cluster.clock.at(when_s, TICKS, cluster.drain, InstanceId(instance))
     cluster.run(jobs, UNTIL_S)
     come_to_rest(cluster)
-    moves = cluster.frontend.moves
+    moves = cluster.clients.moves
     totals = [
         f"{cluster.now:.6f} at rest",
         f"{cluster.instance_s:.6f} seconds of instances",

@@ -25,9 +25,12 @@ from llumnix.core.scheduling.presets import priorities_of
 from llumnix.core.settings import SchedulerSettings
 from llumnix.core.types import InstanceId, RequestId
 from llumnix.errors import UsageError
-from llumnix.sim.model.batching import EngineOptions, Job
+from llumnix.sim.model.batching import EngineOptions
+from llumnix.sim.model.checks import check_view, come_to_rest
+from llumnix.sim.model.clock import TICKS
 from llumnix.sim.model.cluster import Cluster, Setup
-from llumnix.sim.model.faults import Faults, Trouble, check_view, come_to_rest
+from llumnix.sim.model.faults import Faults, Trouble
+from llumnix.sim.model.jobs import Job
 from llumnix.sim.model.profile import Profile
 from llumnix.sim.summary import satisfied, spread
 from llumnix.sim.workloads.workload import Workload
@@ -145,7 +148,7 @@ class Watch:
         self.waiting.append(waiting)
         self.serving.append(len(there))
         if self.cluster.now + self.every_s <= self.until_s:
-            self.cluster.at(self.cluster.now + self.every_s, self.look)
+            self.cluster.clock.at(self.cluster.now + self.every_s, TICKS, self.look)
 
     def columns(self) -> dict[str, dict[str, list[Any]]]:
         """By instance; None where there was none."""
@@ -195,11 +198,11 @@ def run_one(spec: Spec) -> Run:
     if trouble is not None:
         trouble.begin(cluster, last_s)
     watch = Watch(cluster, max(0.05, last_s / SAMPLES), last_s)
-    cluster.at(0.0, watch.look)
+    cluster.clock.at(0.0, TICKS, watch.look)
     cluster.run(jobs)
     run_s = cluster.now
     figures = figures_of(jobs)
-    moves = cluster.frontend.moves
+    moves = cluster.clients.moves
     figures |= {
         "fragmentation": {"mean": _mean(watch.fragmentation)},
         "kv_used": {"mean": _mean(watch.used)},
@@ -368,7 +371,7 @@ def _details(
                 "outcome": m.outcome,
                 "why": m.why,
             }
-            for m in cluster.frontend.moves
+            for m in cluster.clients.moves
         ],
         "decisions": decisions.rows,
         "ttft_s": [round(j.first_s - j.arrived_s, 4) for j in jobs if j.first_s is not None],

@@ -18,66 +18,17 @@ Rules, as vLLM 0.32 has them with priority scheduling
 
 from bisect import insort
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from llumnix.core.priorities import Priorities
 from llumnix.core.reports import ClassLoad
 from llumnix.core.types import RequestId
+from llumnix.sim.model.jobs import Job, Sequence, Token
 from llumnix.sim.model.memory import Memory
 from llumnix.sim.model.profile import Profile
 
 STARTED_S = 1e11
 LOOK_EVERY_S = 0.5
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class Job:
-    """One request and what became of it. Lengths in tokens, times in virtual seconds. `prefix`: ids
-    of leading blocks that others may share, `prefix_blocks` of the engine's blocks each. `lost_s`:
-    what preemptions cost it."""
-
-    id: RequestId
-    arrived_s: float
-    prompt: int
-    answer: int
-    priority: int = 0
-    high: bool = False
-    prefix: tuple[int, ...] = ()
-    prefix_blocks: int = 0
-    first_s: float | None = None
-    ended_s: float | None = None
-    lost_s: float = 0.0
-    preempted_s: float | None = None
-    preemptions: int = 0
-    moves: int = 0
-    got: int = 0
-    error: str = ""
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class Sequence:
-    """A request on one engine. `outputs` generated; `computed` of its tokens have KV, in `blocks`
-    blocks, of which `held` prefix ids are shared. `found`: tokens that were in the prefix cache
-    when it began to wait, and how many of them others held."""
-
-    job: Job
-    turn: tuple[int, float]
-    queued_s: float
-    outputs: int = 0
-    computed: int = 0
-    blocks: int = 0
-    held: list[int] = field(default_factory=list)
-    left: tuple[int, int, int] | None = None
-    running: bool = False
-    stopped: bool = False
-    preemptions: int = 0
-    pinned: int = 0
-    found: tuple[int, int] | None = None
-
-    @property
-    def tokens(self) -> int:
-        """Prompt and output."""
-        return self.job.prompt + self.outputs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,7 +109,7 @@ class Batching:
             self._admit(parts, budget, now)
         return self._batch(parts) if parts else None
 
-    def land(self, batch: Batch, now: float) -> list[tuple[RequestId, bool]]:
+    def land(self, batch: Batch, now: float) -> list[Token]:
         """The step is over: who has one more token, and whether it was the last."""
         self.steps += 1
         self.steps_s += batch.seconds

@@ -1,0 +1,54 @@
+"""A request twice: as its client sees it (`Job`), and as one engine does (`Sequence`)."""
+
+from dataclasses import dataclass, field
+
+from llumnix.core.types import RequestId
+
+Token = tuple[RequestId, bool]
+"""One more token of a request, and whether it is the last."""
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Job:
+    """One request and what became of it. Lengths in tokens, times in virtual seconds."""
+
+    id: RequestId
+    arrived_s: float
+    prompt: int
+    answer: int
+    priority: int = 0
+    high: bool = False  # whether it counts as urgent in the figures
+    prefix: tuple[int, ...] = ()  # ids of leading blocks that others may share
+    prefix_blocks: int = 0  # the engine's blocks for each of these ids
+    first_s: float | None = None
+    ended_s: float | None = None
+    lost_s: float = 0.0  # what preemptions cost it
+    preempted_s: float | None = None  # since when it waits for its next token; None if it does not
+    preemptions: int = 0
+    moves: int = 0
+    got: int = 0  # tokens that its client has
+    error: str = ""  # why its stream was closed early
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Sequence:
+    """A request on one engine."""
+
+    job: Job
+    turn: tuple[int, float]
+    queued_s: float
+    outputs: int = 0
+    computed: int = 0
+    blocks: int = 0
+    held: list[int] = field(default_factory=list)
+    left: tuple[int, int, int] | None = None
+    running: bool = False
+    stopped: bool = False
+    preemptions: int = 0
+    pinned: int = 0
+    found: tuple[int, int] | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Prompt and output."""
+        return self.job.prompt + self.outputs
