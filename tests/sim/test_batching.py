@@ -32,9 +32,9 @@ def job(name: str, prompt: int, answer: int, arrived_s: float = 0.0, priority: i
     )
 
 
-def parts(batch: Batch | None) -> list[tuple[str, int]]:
+def scheduled(batch: Batch | None) -> list[tuple[str, int]]:
     assert batch is not None
-    return [(str(seq.job.id), new) for seq, new in batch.parts]
+    return [(str(seq.job.id), new) for seq, new in batch.scheduled]
 
 
 def live(it: Batching, steps: int, now: float = 0.0) -> list[list[tuple[str, int]]]:
@@ -44,7 +44,7 @@ def live(it: Batching, steps: int, now: float = 0.0) -> list[list[tuple[str, int
         batch = it.schedule(now)
         if batch is None:
             break
-        made.append(parts(batch))
+        made.append(scheduled(batch))
         now += batch.seconds
         it.land(batch, now)
     return made
@@ -184,7 +184,7 @@ def test_a_preempted_request_finds_what_nobody_has_overwritten() -> None:
     # Its last block, which was not full and cannot be found, was freed first and is what the other
     # took; the four full ones are still there.
     batch = it.schedule(1.0)
-    assert parts(batch) == [("b", 81 - 64)]
+    assert scheduled(batch) == [("b", 81 - 64)]
 
 
 def test_a_step_costs_what_the_profile_says() -> None:

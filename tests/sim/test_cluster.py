@@ -9,6 +9,7 @@ import pytest
 from llumnix.core.settings import ScalingSettings, SchedulerSettings
 from llumnix.core.types import RequestId
 from llumnix.errors import UsageError
+from llumnix.sim.command import _parser
 from llumnix.sim.model.batching import EngineOptions
 from llumnix.sim.model.checks import (
     BrokenPromiseError,
@@ -21,7 +22,7 @@ from llumnix.sim.model.cluster import Cluster, Setup
 from llumnix.sim.model.faults import Faults
 from llumnix.sim.model.jobs import Job
 from llumnix.sim.model.profile import Profile, load_profile, profile_names, save_profile
-from llumnix.sim.simulate import Run, Spec, alone, fewest, parse_bound, run_one, runs
+from llumnix.sim.simulate import Run, Spec, idle_bound, parse_bound, run_one, runs, smallest_fleet
 
 SMALL = replace(load_profile("a10-llama-7b"), kv_tokens=4096, start_s=5.0)
 SPEC = Spec(
@@ -59,13 +60,13 @@ def test_no_request_is_faster_than_alone() -> None:
     for options in (EngineOptions(), EngineOptions(chunked=False), EngineOptions(budget=64)):
         # A request in 100 s: they are alone, but for a message to the engine and one back.
         spec = replace(SPEC, engine=options, instances=1, rate_per_s=0.01, requests=8, cv=0.1)
-        bound, found = alone(spec), run_one(spec)["metrics"]
+        bound, found = idle_bound(spec), run_one(spec)["metrics"]
         busy = run_one(replace(SPEC, engine=options))["metrics"]
         for figure in ("ttft_s", "e2e_s"):
             for part in ("mean", "p99"):
                 there_and_back = found[figure][part] - bound[figure][part]
                 assert there_and_back == pytest.approx(2 * SMALL.hop_s)
-        assert alone(replace(SPEC, engine=options))["ttft_s"]["p99"] < busy["ttft_s"]["p99"]
+        assert idle_bound(replace(SPEC, engine=options))["ttft_s"]["p99"] < busy["ttft_s"]["p99"]
 
 
 @pytest.mark.parametrize("chunked", [True, False])
@@ -193,13 +194,13 @@ def test_cache_aware_dispatch_finds_prefixes() -> None:
 
 def test_the_fewest_instances_for_a_bound() -> None:
     spec = replace(SPEC, requests=120, cv=None)
-    count, run = fewest(spec, "ttft_p99<1.5s", 64)
+    count, run = smallest_fleet(spec, "ttft_p99<1.5s", 64)
     assert run["metrics"]["ttft_s"]["p99"] < 1.5
     assert count > 1
     fewer = run_one(replace(spec, instances=count - 1))
     assert fewer["metrics"]["ttft_s"]["p99"] >= 1.5
     with pytest.raises(UsageError, match="does not hold with 4 instances"):
-        fewest(spec, "ttft_p99<1ms", 4)
+        smallest_fleet(spec, "ttft_p99<1ms", 4)
 
 
 @pytest.mark.parametrize("text", ["ttft_p99", "ttft_p98<2s", "p99<2", "ttft_p99<fast", "ttft<1s"])
@@ -261,3 +262,14 @@ def test_what_a_step_costs() -> None:
     assert slow_host.prefill(20) == 0.04
     assert slow_host.decode(10, 5000) == profile.decode(10, 5000)
     assert slow_host.prefill(1000) == profile.prefill(1000)
+
+
+def test_an_option_by_its_old_name_works_and_says_the_new_one(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    old = _parser().parse_args(["--high", "0.2", "--start-s", "3"])
+    assert old == _parser().parse_args(["--high-share", "0.2", "--startup-s", "3"])
+    said = capsys.readouterr().err
+    assert "--high is now --high-share" in said
+    assert "--start-s is now --startup-s" in said
+    assert _parser().parse_args([]).high_share == 0.0

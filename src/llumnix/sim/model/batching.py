@@ -46,7 +46,7 @@ class EngineOptions:
 class Batch:
     """One step: what it computes of whom, and how long it takes."""
 
-    parts: list[tuple[Sequence, int]]
+    scheduled: list[tuple[Sequence, int]]
     seconds: float
 
 
@@ -72,7 +72,7 @@ class Batching:
         self._count = 0
         self._next_look_s = 0.0
         self._classes: tuple[ClassLoad, ...] | None = None
-        self._orphans: dict[RequestId, int] = {}
+        self._pinned_blocks: dict[RequestId, int] = {}
 
     # -- what a frontend does
 
@@ -95,26 +95,26 @@ class Batching:
         if self._queue and now >= self._next_look_s:
             self._look(now)
         self._make_room(now)
-        parts: list[tuple[Sequence, int]] = []
+        scheduled: list[tuple[Sequence, int]] = []
         if not self.options.chunked and (self._queue or self.holding):
-            self._admit(parts, self.options.budget, now)
-            if any(new > 1 for _, new in parts):
-                return self._batch(parts)
-            parts.clear()  # They came with their KV, and run with the others.
+            self._admit(scheduled, self.options.budget, now)
+            if any(new > 1 for _, new in scheduled):
+                return self._batch(scheduled)
+            scheduled.clear()  # They came with their KV, and run with the others.
         before = self.preemptions
-        budget = self._run(parts, now)
-        if self.preemptions > before and not parts:
+        budget = self._run(scheduled, now)
+        if self.preemptions > before and not scheduled:
             return self.schedule(now)  # A step with nothing in it is over at once.
         if self.preemptions == before and (self._queue or self.holding):
-            self._admit(parts, budget, now)
-        return self._batch(parts) if parts else None
+            self._admit(scheduled, budget, now)
+        return self._batch(scheduled) if scheduled else None
 
     def land(self, batch: Batch, now: float) -> list[Token]:
         """The step is over: who has one more token, and whether it was the last."""
         self.steps += 1
         self.steps_s += batch.seconds
         said = []
-        for seq, new in batch.parts:
+        for seq, new in batch.scheduled:
             seq.computed += new
             if seq.computed < seq.job.prompt + seq.outputs:
                 continue
@@ -133,7 +133,7 @@ class Batching:
                 self._finish(seq)
         return said
 
-    def _run(self, parts: list[tuple[Sequence, int]], now: float) -> int:
+    def _run(self, scheduled: list[tuple[Sequence, int]], now: float) -> int:
         """Tokens for those that run; returns what is left of the budget."""
         budget, block, memory = self.options.budget, self.block_tokens, self.memory
         place = 0
@@ -147,58 +147,58 @@ class Batching:
             if need > 0:
                 while need > memory.free:
                     victim = max(running, key=lambda s: s.turn)
-                    gone = running.index(victim)
-                    for number, (other, count) in enumerate(parts):
+                    victim_index = running.index(victim)
+                    for number, (other, count) in enumerate(scheduled):
                         if other is victim:
                             budget += count
-                            del parts[number]
+                            del scheduled[number]
                             break
                     self._preempt(victim, now)
                     if victim is seq:
                         return budget  # vLLM leaves the step at what it has so far.
-                    if gone < place:
+                    if victim_index < place:
                         place -= 1
                 memory.take(need)
                 seq.blocks += need
-            parts.append((seq, new))
+            scheduled.append((seq, new))
             budget -= new
             place += 1
         return budget
 
-    def _admit(self, parts: list[tuple[Sequence, int]], budget: int, now: float) -> int:
+    def _admit(self, scheduled: list[tuple[Sequence, int]], budget: int, now: float) -> int:
         """Starts those that wait; returns what is left of the budget."""
         block, memory = self.block_tokens, self.memory
         while budget > 0 and len(self.running) < self.options.slots:
             if self.holding:
                 seq = self.holding[0]
-                shared = own = 0
+                shared = private_blocks = 0
             elif self._queue:
                 seq = self._queue[0][2]
-                shared, own = self._hits(seq)
+                shared, private_blocks = self._hits(seq)
             else:
                 break
-            found = seq.computed + (shared * seq.job.prefix_blocks + own) * block
+            found = seq.computed + (shared * seq.job.prefix_blocks + private_blocks) * block
             new = seq.tokens - found
             if new > budget:
                 if not self.options.chunked:
                     # Older versions want a budget of the longest prompt; nobody is stuck for it.
-                    if parts:
+                    if scheduled:
                         break
                     budget = new
                 new = min(new, budget)
             ids = seq.job.prefix[:shared]
-            idle = memory.idle(ids) * seq.job.prefix_blocks + own
-            there = seq.blocks + shared * seq.job.prefix_blocks + own
-            if -(-seq.tokens // block) - there + idle > memory.free:
+            idle = memory.idle(ids) * seq.job.prefix_blocks + private_blocks
+            held_blocks = seq.blocks + shared * seq.job.prefix_blocks + private_blocks
+            if -(-seq.tokens // block) - held_blocks + idle > memory.free:
                 break
             if self.holding:
                 self.holding.pop(0)
             else:
                 self._queue.pop(0)
                 memory.hold(ids, seq.job.prefix_blocks)
-                memory.take_back(own)
+                memory.take_back(private_blocks)
                 seq.held = list(ids)
-                seq.blocks, seq.computed, seq.left = there, found, None
+                seq.blocks, seq.computed, seq.freed_blocks = held_blocks, found, None
             need = -(-(seq.computed + new) // block) - seq.blocks
             if need > 0:
                 memory.take(need)
@@ -206,7 +206,7 @@ class Batching:
             seq.running = True
             self.running.append(seq)
             self._classes = None
-            parts.append((seq, new))
+            scheduled.append((seq, new))
             budget -= new
         return budget
 
@@ -226,8 +226,8 @@ class Batching:
                 break
             need, new = self._wanted(seq)
             if slots > 0 or blocks > 0 or new > 1:
-                own = seq.blocks - len(seq.held) * seq.job.prefix_blocks - seq.pinned
-                slots, blocks, tokens = slots - 1, blocks - own - need, tokens - new
+                private_blocks = seq.blocks - len(seq.held) * seq.job.prefix_blocks - seq.pinned
+                slots, blocks, tokens = slots - 1, blocks - private_blocks - need, tokens - new
                 chosen.append(seq)
         if max(slots, blocks, tokens) <= 0:
             for seq in chosen:
@@ -236,14 +236,18 @@ class Batching:
     def _missing(self, head: Sequence) -> tuple[int, int, int]:
         """Slots, blocks and tokens that it needs beyond what the next step leaves."""
         block, budget = self.block_tokens, self.options.budget
-        shared, own = self._hits(head)
-        there = shared * head.job.prefix_blocks + own
-        idle = self.memory.idle(head.job.prefix[:shared]) * head.job.prefix_blocks + own
+        shared, private_blocks = self._hits(head)
+        held_blocks = shared * head.job.prefix_blocks + private_blocks
+        idle = self.memory.idle(head.job.prefix[:shared]) * head.job.prefix_blocks + private_blocks
         wanted = [self._wanted(seq) for seq in self.running]
         return (
             len(wanted) + 1 - self.options.slots,
-            -(-head.tokens // block) - there + idle + sum(w[0] for w in wanted) - self.memory.free,
-            min(head.tokens - there * block, budget - len(wanted))
+            -(-head.tokens // block)
+            - held_blocks
+            + idle
+            + sum(w[0] for w in wanted)
+            - self.memory.free,
+            min(head.tokens - held_blocks * block, budget - len(wanted))
             + sum(w[1] for w in wanted)
             - budget,
         )
@@ -260,21 +264,21 @@ class Batching:
         shared = self.memory.hits(job.prefix) if job.prefix else 0
         while shared and shared * job.prefix_blocks > most:
             shared -= 1
-        own = self.memory.kept(seq.left) if seq.left is not None else 0
+        private_blocks = self.memory.kept(seq.freed_blocks) if seq.freed_blocks is not None else 0
         if shared < len(job.prefix):
             return shared, 0
-        return shared, max(0, min(own, most - shared * job.prefix_blocks))
+        return shared, max(0, min(private_blocks, most - shared * job.prefix_blocks))
 
-    def _batch(self, parts: list[tuple[Sequence, int]]) -> Batch:
+    def _batch(self, scheduled: list[tuple[Sequence, int]]) -> Batch:
         decodes = context = 0
         prompts = []
-        for seq, new in parts:
+        for seq, new in scheduled:
             if new == 1 and seq.outputs:
                 decodes += 1
                 context += seq.computed + 1
             else:
                 prompts.append((new, seq.computed))
-        return Batch(parts=parts, seconds=self.profile.step(decodes, context, prompts))
+        return Batch(scheduled=scheduled, seconds=self.profile.step(decodes, context, prompts))
 
     def _publish(self, seq: Sequence) -> None:
         """Its prompt is computed: whole prefix blocks of it can be shared."""
@@ -312,15 +316,15 @@ class Batching:
     def _free(self, seq: Sequence, kept: int = 0) -> None:
         """Frees its blocks, but those that are being copied only when that is over."""
         job = seq.job
-        own = seq.blocks - len(seq.held) * job.prefix_blocks
+        private_blocks = seq.blocks - len(seq.held) * job.prefix_blocks
         self.memory.unhold(seq.held, job.prefix_blocks)
         if seq.pinned:
-            pinned = min(seq.pinned, own)
-            self._orphans[job.id] = self._orphans.get(job.id, 0) + pinned
-            own, kept, seq.pinned = own - pinned, 0, 0
-        mine = max(0, min(own, kept - len(seq.held) * job.prefix_blocks))
-        self.memory.give(own - mine)
-        seq.left = self.memory.leave(mine) if mine else None
+            pinned = min(seq.pinned, private_blocks)
+            self._pinned_blocks[job.id] = self._pinned_blocks.get(job.id, 0) + pinned
+            private_blocks, kept, seq.pinned = private_blocks - pinned, 0, 0
+        mine = max(0, min(private_blocks, kept - len(seq.held) * job.prefix_blocks))
+        self.memory.give(private_blocks - mine)
+        seq.freed_blocks = self.memory.leave(mine) if mine else None
         seq.held, seq.blocks, seq.computed = [], 0, 0
 
     def _enqueue(self, seq: Sequence) -> None:
@@ -389,10 +393,10 @@ class Batching:
 
     def _found(self, seq: Sequence) -> tuple[int, int]:
         """Tokens of a request in the prefix cache, and how many of them others hold."""
-        shared, own = self._hits(seq)
+        shared, private_blocks = self._hits(seq)
         held = shared - self.memory.idle(seq.job.prefix[:shared])
         each = seq.job.prefix_blocks
-        return (shared * each + own) * self.block_tokens, held * each * self.block_tokens
+        return (shared * each + private_blocks) * self.block_tokens, held * each * self.block_tokens
 
     def _waiting(self) -> Iterable[Sequence]:
         yield from self.holding

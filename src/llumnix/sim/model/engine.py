@@ -51,7 +51,7 @@ class SimEngine(Batching):
 
     def idle(self) -> bool:
         """Whether it has nothing to do and holds nothing."""
-        return not self.requests and not self.arriving and not self._orphans
+        return not self.requests and not self.arriving and not self._pinned_blocks
 
     def take_pulls(self) -> list[Pull]:
         """The copies that began since this was asked last."""
@@ -135,7 +135,7 @@ class SimEngine(Batching):
         seq = self.requests.get(request)
         if seq is not None:
             seq.pinned = 0
-        self.memory.give(self._orphans.pop(request, 0))
+        self.memory.give(self._pinned_blocks.pop(request, 0))
 
     def stop(self, request: RequestId) -> None:
         seq = self.requests[request]

@@ -51,7 +51,7 @@ class Faults:
         return cls(**found)
 
 
-class Trouble:
+class FaultInjector:
     """Brings faults to a cluster for as long as requests come, and checks it all the while."""
 
     def __init__(self, faults: Faults, seed: int) -> None:

@@ -197,11 +197,13 @@ class SimInstance:
 
     def prefixes(self) -> PrefixesChanged | None:
         """What its prefix cache began to have and lost since it was asked last."""
-        news = self.engine.memory.news
-        if not news or not self._reports_prefixes:
+        changes = self.engine.memory.cache_changes
+        if not changes:
             return None
-        last = dict(news)
-        news.clear()
+        last = dict(changes)
+        changes.clear()
+        if not self._reports_prefixes:
+            return None
         return PrefixesChanged(
             instance=self.id,
             engine_index=self.index,

@@ -41,7 +41,7 @@ class Sequence:
     computed: int = 0
     blocks: int = 0
     held: list[int] = field(default_factory=list)
-    left: tuple[int, int, int] | None = None
+    freed_blocks: tuple[int, int, int] | None = None
     running: bool = False
     stopped: bool = False
     preemptions: int = 0

@@ -23,15 +23,15 @@ class Shared:
 
 class Memory:
     """`total`, `free`: blocks. `taken`: blocks allocated so far. `caching`: whether there is a
-    prefix cache. `news`: prefix ids that it began to have (True) or lost, for who wants to know;
-    whoever reads it clears it."""
+    prefix cache. `cache_changes`: prefix ids that it began to have (True) or lost since its reader
+    cleared it last."""
 
     def __init__(self, total: int, *, caching: bool) -> None:
         self.total = total
         self.free = total
         self.taken = 0
         self.caching = caching
-        self.news: list[tuple[int, bool]] = []
+        self.cache_changes: list[tuple[int, bool]] = []
         self._shared: dict[int, Shared] = {}
         self._fading: list[tuple[int, int]] = []
 
@@ -45,7 +45,7 @@ class Memory:
             shared = self._shared.get(name)
             if shared is not None and not shared.holders and shared.until == until:
                 del self._shared[name]
-                self.news.append((name, False))
+                self.cache_changes.append((name, False))
 
     def give(self, blocks: int) -> None:
         """Frees what nobody will ask for again."""
@@ -108,7 +108,7 @@ class Memory:
             shared = self._shared.get(name)
             if self.caching and (shared is None or not shared.holders):
                 self._shared[name] = Shared(holders=1)
-                self.news.append((name, True))
+                self.cache_changes.append((name, True))
                 mine.append(name)
         return mine
 

@@ -145,7 +145,7 @@ class Workload:
         classes = random.Random(f"{seed} classes")
         prefixes = drawn.prefixes or [NO_PREFIX] * self.requests
         if drawn.high and self.high_share:
-            raise UsageError(f"the trace {self.trace} says which requests are urgent: no --high")
+            raise UsageError(f"the trace {self.trace} says which are urgent: no --high-share")
         high = drawn.high or [classes.random() < self.high_share for _ in range(self.requests)]
         return [
             self._arrival(at_s, *pair, urgent, prefix)
