@@ -19,10 +19,11 @@ from llumnix.sim.model.checks import (
     come_to_rest,
 )
 from llumnix.sim.model.cluster import Cluster, Setup
-from llumnix.sim.model.faults import Faults
+from llumnix.sim.model.faults import FaultInjector, Faults
+from llumnix.sim.model.instance import SimInstance
 from llumnix.sim.model.jobs import Job
 from llumnix.sim.model.profile import Profile, load_profile, profile_names, save_profile
-from llumnix.sim.simulate import Run, Spec, idle_bound, parse_bound, run_one, runs, smallest_fleet
+from llumnix.sim.simulate import Spec, idle_bound, parse_bound, run_one, runs, smallest_fleet
 
 SMALL = replace(load_profile("a10-llama-7b"), kv_tokens=4096, start_s=5.0)
 SPEC = Spec(
@@ -102,19 +103,38 @@ def test_llumnix_loses_less_than_its_dispatch_alone_and_waits_no_longer() -> Non
     assert our_wait_s < 1.05 * wait_s, found
 
 
-def rough(seed: int) -> Run:
+def rough(seed: int) -> Spec:
     """A run with all faults. `come_to_rest` and the checks on the way raise if anything is lost."""
     faults = Faults(instance_s=10, controller_s=15, client_s=2, link=0.08)
     engine = EngineOptions(chunked=seed % 2 == 0, prefix_caching=seed % 3 != 0)
-    return run_one(replace(SPEC, seed=seed, faults=faults, engine=engine, high_share=0.1))
+    return replace(SPEC, seed=seed, faults=faults, engine=engine, high_share=0.1)
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_faults_lose_nothing_but_what_died_or_hung_up(seed: int) -> None:
-    metrics = rough(seed)["metrics"]
-    assert metrics["faults"]["clients_hung_up"] > 0
-    assert metrics["requests_failed"] >= metrics["faults"]["clients_hung_up"]
-    assert metrics["requests_done"] > 40
+def test_each_request_that_is_lost_was_on_an_engine_that_crashed_or_on_its_way_there(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = rough(seed)
+    assert spec.faults is not None
+    injector, jobs = FaultInjector(spec.faults, seed), spec.jobs()
+    cluster = Cluster(spec.setup(), wire=injector.wire, check=check_view)
+    exposed: set[RequestId] = set()  # that a crash may cost
+    kill = cluster.kill
+
+    def kill_noted(instance: SimInstance) -> None:
+        for stream in cluster.clients.streams:
+            there = stream.grant is not None and stream.grant.destination == instance.index
+            if there or stream.owner == instance.index:
+                exposed.add(stream.request)
+        kill(instance)
+
+    monkeypatch.setattr(cluster, "kill", kill_noted)
+    injector.begin(cluster, jobs[-1].arrived_s)
+    cluster.run(jobs)
+    come_to_rest(cluster)
+    assert {j.error for j in jobs} <= {"", "hung up", "its engine died"}
+    assert {j.id for j in jobs if j.error == "its engine died"} <= exposed
+    assert sum(j.error == "hung up" for j in jobs) == injector.hung_up > 0
 
 
 @pytest.mark.slow
@@ -123,7 +143,7 @@ def test_a_thousand_seeds_of_faults_lose_nothing_either() -> None:
     seen = {"instances_crashed": 0, "controllers_crashed": 0, "clients_hung_up": 0}
     moved = 0
     for seed in range(1000):
-        metrics = rough(seed)["metrics"]
+        metrics = run_one(rough(seed))["metrics"]
         moved += metrics["migrations"]
         for name, count in metrics["faults"].items():
             seen[name] += count
