@@ -153,7 +153,7 @@ def test_an_urgent_request_does_not_wait_for_a_long_prompt() -> None:
     assert live(it, 1) == [[("chat", 1), ("now", 20), ("long", 11)]]
 
 
-def test_who_has_waited_for_long_is_as_urgent_as_any() -> None:
+def test_a_request_that_has_waited_for_long_is_as_urgent_as_any() -> None:
     it = engine(slots=1)
     it.add(job("a", 5, 1), 0.0)
     it.add(job("b", 5, 1, arrived_s=1.0, priority=-100), 31.0)

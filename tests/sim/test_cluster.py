@@ -190,7 +190,7 @@ def replace_time(job: Job, arrived_s: float, name: str) -> Job:
 
 
 def test_cache_aware_dispatch_finds_prefixes() -> None:
-    """Ten conversations with a long prefix each: who keeps to the cache computes less."""
+    """Ten conversations, each with a long prefix: caches save computing."""
     found = {}
     for name in ("cache-aware", "round-robin"):
         setup = Setup(scheduler=policy(name), profile=SMALL, instances=3)

@@ -25,7 +25,7 @@ from llumnix.sim.model.faults import Faults
 from llumnix.sim.model.profile import load_profile, profile_names
 from llumnix.sim.simulate import Run, Spec, parse_bound, runs, smallest_fleet
 from llumnix.sim.summary import format_mean
-from llumnix.sim.workloads.traces import FOLDER_VARIABLE
+from llumnix.sim.workloads.named_files import FOLDER_VARIABLE
 from llumnix.sim.workloads.workload import TRACES, requests_of
 
 POINTS_MAX = 200

@@ -2,16 +2,16 @@
 
 Rules, as vLLM 0.32 has them with priority scheduling
 - A step has `budget` tokens. First the running requests get theirs, in the order in which they
-  began; who finds no block free has the least urgent of them preempted, the youngest first. If that
-  is itself, the step ends with what it has so far; with nothing, the next one begins at once.
-- A preempted request gives up its KV and is queued again. A step that preempts admits nobody.
+  began; for one that finds no block free, the least urgent of them is preempted, the youngest
+  first. If that is itself, the step ends with what it has so far; an empty step takes no time.
+- A preempted request gives up its KV and is queued again. A step that preempts starts none.
 - Then, while there are slots: requests that came with their KV, then the queue by priority and
   arrival. The head starts only if blocks for all its tokens are free, and if it has to wait, all
   wait. It takes blocks for what it computes in the step.
 - `chunked`: prompts share steps with others and are cut to the budget. Without, a step computes
   waiting prompts alone, whole, as older versions do.
-- llumnix's own queueing (engine/queueing.py): who waited for long is queued as the most urgent, who
-  was preempted goes before those of its class that have not started.
+- llumnix's own queueing (engine/queueing.py): a request that waited for long is queued as the most
+  urgent, a preempted one goes before those of its class that have not started.
 - llumnix's own preemption (engine/urgent.py): running requests of less urgent classes are preempted
   for a head of the queue that could not start in this step.
 """
@@ -44,9 +44,9 @@ class EngineOptions:
 
 @dataclass(slots=True, kw_only=True)
 class Batch:
-    """One step: what it computes of whom, and how long it takes."""
+    """One step, and how long it takes."""
 
-    scheduled: list[tuple[Sequence, int]]
+    scheduled: list[tuple[Sequence, int]]  # requests, each with the tokens to compute
     seconds: float
 
 
@@ -83,7 +83,7 @@ class Batching:
         self._enqueue(seq)
 
     def abort(self, request: RequestId) -> None:
-        """Its client hung up, or somebody else has it."""
+        """Its client hung up, or another engine has it."""
         seq = self.requests.get(request)
         if seq is not None:
             self._finish(seq)
@@ -110,7 +110,7 @@ class Batching:
         return self._batch(scheduled) if scheduled else None
 
     def land(self, batch: Batch, now: float) -> list[Token]:
-        """The step is over: who has one more token, and whether it was the last."""
+        """The step is over. Returns the tokens that it brought."""
         self.steps += 1
         self.steps_s += batch.seconds
         said = []
@@ -181,7 +181,7 @@ class Batching:
             new = seq.tokens - found
             if new > budget:
                 if not self.options.chunked:
-                    # Older versions want a budget of the longest prompt; nobody is stuck for it.
+                    # Older versions want a budget of the longest prompt. Here none is stuck.
                     if scheduled:
                         break
                     budget = new
@@ -235,21 +235,17 @@ class Batching:
 
     def _missing(self, head: Sequence) -> tuple[int, int, int]:
         """Slots, blocks and tokens that it needs beyond what the next step leaves."""
-        block, budget = self.block_tokens, self.options.budget
         shared, private_blocks = self._hits(head)
         held_blocks = shared * head.job.prefix_blocks + private_blocks
         idle = self.memory.idle(head.job.prefix[:shared]) * head.job.prefix_blocks + private_blocks
         wanted = [self._wanted(seq) for seq in self.running]
+        taken = sum(w[0] for w in wanted)
         return (
             len(wanted) + 1 - self.options.slots,
-            -(-head.tokens // block)
-            - held_blocks
-            + idle
-            + sum(w[0] for w in wanted)
-            - self.memory.free,
-            min(head.tokens - held_blocks * block, budget - len(wanted))
+            -(-head.tokens // self.block_tokens) - held_blocks + idle + taken - self.memory.free,
+            min(head.tokens - held_blocks * self.block_tokens, self.options.budget - len(wanted))
             + sum(w[1] for w in wanted)
-            - budget,
+            - self.options.budget,
         )
 
     def _wanted(self, seq: Sequence) -> tuple[int, int]:
@@ -336,7 +332,7 @@ class Batching:
         self._classes = None
 
     def _look(self, now: float) -> None:
-        """Queues anew who has waited for long."""
+        """Queues anew what has waited for long."""
         self._next_look_s = now + LOOK_EVERY_S
         changed = False
         for _, _, seq in self._queue:

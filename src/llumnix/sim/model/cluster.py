@@ -7,8 +7,7 @@ Rules
   frontend's (sim/model/clients.py).
 - Instances and clients call nobody: they answer, and so does the scheduler. `Cluster._perform`
   carries out all answers.
-- Time is one heap of events (sim/model/clock.py).
-- A message takes `hop_s`. An engine deals with what came during a step when the step is over.
+- Time is one heap of events (sim/model/clock.py). A message takes `hop_s`.
 - Faults (sim/model/faults.py) and checks (sim/model/checks.py) are apart, and look in from outside.
 """
 
@@ -123,8 +122,7 @@ class Cluster:
     @property
     def preemptions(self) -> int:
         """Of all engines so far."""
-        living = self.by_engine.values()
-        return self._preemptions_lost + sum(i.engine.preemptions for i in living)
+        return self._preemptions_lost + sum(i.engine.preemptions for i in self.by_engine.values())
 
     # -- driving it
 
@@ -153,8 +151,7 @@ class Cluster:
     # -- clients and their frontend
 
     def _await_arrival(self) -> None:
-        job = self.clients.next_arrival()
-        if job is not None:
+        if (job := self.clients.next_arrival()) is not None:
             self.clock.at(job.arrived_s, ARRIVALS, self._arrive, job)
 
     def _arrive(self, job: Job) -> None:

@@ -1,9 +1,9 @@
 """One run of an instance in virtual time: its engine, its llumlet, and what lies in its inbox.
 
-An instance calls nobody. It takes messages in, and `turn` returns what it says to others; the
-cluster carries that out (sim/model/cluster.py). A turn is what happens between two steps, as
-vLLM's engine does it with synchronous scheduling: the step's tokens, the inbox, the llumlet's own
-look at its migrations, the next step, a load report.
+An instance calls nobody. `turn` returns what it says to others, and the cluster carries that out
+(sim/model/cluster.py). A turn is what happens between two steps, as in vLLM's engine with
+synchronous scheduling: the tokens of the step that ended, the messages that came meanwhile, the
+llumlet's own look at its migrations, the next step, a load report.
 """
 
 from dataclasses import dataclass

@@ -35,18 +35,18 @@ class Sequence:
     """A request on one engine."""
 
     job: Job
-    turn: tuple[int, float]
+    turn: tuple[int, float]  # its key in the queue: priority, then arrival; lower goes first
     queued_s: float
-    outputs: int = 0
-    computed: int = 0
-    blocks: int = 0
-    held: list[int] = field(default_factory=list)
-    freed_blocks: tuple[int, int, int] | None = None
+    outputs: int = 0  # tokens generated
+    computed: int = 0  # leading tokens that have KV
+    blocks: int = 0  # KV blocks that it has, shared ones included
+    held: list[int] = field(default_factory=list)  # prefix ids that it shares
+    freed_blocks: tuple[int, int, int] | None = None  # `Memory.leave` of its own, once preempted
     running: bool = False
-    stopped: bool = False
+    stopped: bool = False  # taken out for a handover
     preemptions: int = 0
-    pinned: int = 0
-    found: tuple[int, int] | None = None
+    pinned: int = 0  # leading blocks that are being copied
+    found: tuple[int, int] | None = None  # cached tokens when it began to wait; those others held
 
     @property
     def tokens(self) -> int:

@@ -23,15 +23,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llumnix.errors import UsageError
+from llumnix.sim.workloads.named_files import CLIENTS, FILES, named_file
 from llumnix.sim.workloads.traces import (
-    CLIENTS,
-    FILES,
     ClientFile,
     Drawn,
     Lengths,
     Prefix,
     RequestFile,
-    named_file,
     read_clients,
     read_requests,
 )
