@@ -160,9 +160,9 @@ class Clients:
 
     def _client_gets(self, token: Token, engine: EngineIndex | None, now: float) -> list[ToEngine]:
         request, last = token
-        stream = self.streams.get(request)
-        assert stream is not None, f"{request} got a token after its end"
-        job = stream.info
+        job = self.jobs[request]
+        closed = job.ended_s is not None or job.error
+        assert not closed, f"{request} got a token after its end"
         job.got += 1
         if job.first_s is None:
             job.first_s = now
