@@ -23,8 +23,9 @@ from common import ROOT, markdown, write_result
 from llumnix.core.scheduling.presets import POLICIES
 from llumnix.core.settings import SchedulerSettings
 from llumnix.core.types import RequestId
-from llumnix.sim.model.batching import EngineOptions, Job
+from llumnix.sim.model.batching import EngineOptions
 from llumnix.sim.model.cluster import Cluster, Setup
+from llumnix.sim.model.jobs import Job
 from llumnix.sim.model.profile import Profile, load_profile
 from llumnix.sim.simulate import figures_of
 
@@ -74,7 +75,7 @@ def simulated(
     )
     cluster = Cluster(setup)
     cluster.run(jobs)
-    moved = sum(m.outcome == "migrated" for m in cluster.frontend.moves)
+    moved = sum(m.outcome == "migrated" for m in cluster.clients.moves)
     return {**figures_of(jobs), "preemptions": cluster.preemptions, "migrations": moved}
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from common import markdown
-from llumnix.sim.summary import told, told_ratio
+from llumnix.sim.summary import format_mean, format_ratio
 
 Run = dict[str, Any]
 
@@ -76,13 +76,16 @@ def table(runs: list[Run], policies: list[str]) -> str:
         }
         names = [name for name, _ in figures.values()]
         rows = [
-            [p, *(told(found[p][path], factor) for path, (_, factor) in figures.items())]
+            [p, *(format_mean(found[p][path], factor) for path, (_, factor) in figures.items())]
             for p in policies
         ]
         title = group.removeprefix("classes/").removesuffix("/") or "all requests"
         parts.append(markdown([title, *names], rows))
         rows = [
-            [f"{p} / {reference}", *(told_ratio(found[p][x], found[reference][x]) for x in RATIOS)]
+            [
+                f"{p} / {reference}",
+                *(format_ratio(found[p][x], found[reference][x]) for x in RATIOS),
+            ]
             for p in policies
             if p != reference
         ]

@@ -16,7 +16,7 @@ from common_paper import Found, arguments, column, markdown, save, simulate, spe
 
 from llumnix.core.settings import PAPER_BLOCK_TOKENS, ScalingSettings, SchedulerSettings
 from llumnix.sim.simulate import Spec
-from llumnix.sim.summary import told
+from llumnix.sim.summary import format_mean
 
 POLICIES = ("infaas++", "llumnix")
 # Poisson rate: published mean instances, INFaaS++ -> Llumnix.
@@ -63,7 +63,7 @@ def rows(found: Found, points: list[tuple[float, int]], first: Any) -> list[list
     for rate, low in points:
         for place, policy in enumerate(POLICIES):
             name = label(policy, rate, low)
-            cells = [told(column(found, name, pick)) for _, pick in FIGURES]
+            cells = [format_mean(column(found, name, pick)) for _, pick in FIGURES]
             if low == LOW:
                 cells[0] += f" ({PUBLISHED[rate][place]:g})"
             made.append([first(rate, low), policy, *cells])

@@ -18,8 +18,8 @@ from llumnix.core.settings import (
     PrioritySettings,
     SchedulerSettings,
 )
-from llumnix.sim.simulate import Spec, alone
-from llumnix.sim.summary import told, told_ratio
+from llumnix.sim.simulate import Spec, idle_bound
+from llumnix.sim.summary import format_mean, format_ratio
 
 # CV of the gaps; published, urgent class, base -> Llumnix: e2e mean, TTFT P99, TPOT mean, in s.
 PUBLISHED = {
@@ -55,7 +55,7 @@ def main() -> None:
             specs += [run(policy, headroom, cv, args.requests, s) for s in range(args.seeds)]
             labels += [f"CV {cv} {name}"] * args.seeds
     found = simulate(specs, labels, args)
-    bounds = [alone(run(BASE, 0.0, 2, args.requests, s))["classes"] for s in range(args.seeds)]
+    bounds = [idle_bound(run(BASE, 0.0, 2, args.requests, s))["classes"] for s in range(args.seeds)]
     rows = []
     for cv, published in PUBLISHED.items():
         base = f"CV {cv} {BASE}"
@@ -63,22 +63,24 @@ def main() -> None:
             label = f"CV {cv} {name}"
             cells = [str(cv), name]
             for (figure, part), pair in zip(FIGURES, published, strict=True):
-                text = told(
+                text = format_mean(
                     column(found, label, lambda m, f=figure, p=part: m["classes"]["high"][f][p])
                 )
                 paper = {0.0: pair[0], HIGH.headroom: pair[1]}.get(headroom)
                 cells.append(text if paper is None else f"{text} ({paper:g})")
             gain = loss = ""  # Of the base to itself.
             if policy != BASE:
-                gain = told_ratio(_mean(found, base, "high"), _mean(found, label, "high"))
-                loss = told_ratio(_mean(found, label, "normal"), _mean(found, base, "normal"))
-            rows.append([*cells, gain, told(_mean(found, label, "normal")), loss])
+                gain = format_ratio(_mean(found, base, "high"), _mean(found, label, "high"))
+                loss = format_ratio(_mean(found, label, "normal"), _mean(found, base, "normal"))
+            rows.append([*cells, gain, format_mean(_mean(found, label, "normal")), loss])
         cells = [str(cv), "each alone"]
-        cells += [told([b["high"][figure][part] for b in bounds]) for figure, part in FIGURES]
+        cells += [
+            format_mean([b["high"][figure][part] for b in bounds]) for figure, part in FIGURES
+        ]
         cells.append(
-            told_ratio(_mean(found, base, "high"), [b["high"]["e2e_s"]["mean"] for b in bounds])
+            format_ratio(_mean(found, base, "high"), [b["high"]["e2e_s"]["mean"] for b in bounds])
         )
-        cells.append(told([b["normal"]["e2e_s"]["mean"] for b in bounds]))
+        cells.append(format_mean([b["normal"]["e2e_s"]["mean"] for b in bounds]))
         rows.append([*cells, ""])
     head = ["CV", "", "urgent: e2e mean, s (published)", "TTFT P99, s (published)"]
     head += ["TPOT mean, s (published)", "urgent e2e, base : this", "normal: e2e mean, s"]

@@ -8,8 +8,8 @@ from typing import Any
 
 from common_paper import Found, arguments, column, markdown, save, simulate, spec
 
-from llumnix.sim.simulate import alone
-from llumnix.sim.summary import told, told_ratio
+from llumnix.sim.simulate import idle_bound
+from llumnix.sim.summary import format_mean, format_ratio
 
 POLICIES = ("round-robin", "infaas++", "llumnix")
 # Trace, rate; published INFaaS++ -> Llumnix: TTFT P99 and mean, TPOT P99, preemption loss, in s.
@@ -39,14 +39,16 @@ def figures(found: Found) -> str:
             label = f"{trace} {policy}"
             cells = [f"{trace} {rate:g}", policy]
             for (_, pick), pair in zip(FIGURES, published, strict=True):
-                text = told(column(found, label, pick))
+                text = format_mean(column(found, label, pick))
                 place = PLACES.get(policy)
                 cells.append(text if place is None else f"{text} ({pair[place]:g})")
-            cells.append(told(column(found, label, lambda m: m["ttft_s"]["max"])))
-            cells.append(told(column(found, label, lambda m: m["e2e_s"]["mean"])))
-            cells.append(told(column(found, label, lambda m: m["fragmentation"]["mean"]), 100))
-            cells.append(told(column(found, label, lambda m: m["kv_used"]["mean"]), 100))
-            cells.append(told(column(found, label, lambda m: m["migrations"])))
+            cells.append(format_mean(column(found, label, lambda m: m["ttft_s"]["max"])))
+            cells.append(format_mean(column(found, label, lambda m: m["e2e_s"]["mean"])))
+            cells.append(
+                format_mean(column(found, label, lambda m: m["fragmentation_blocked"]["mean"]), 100)
+            )
+            cells.append(format_mean(column(found, label, lambda m: m["kv_used"]["mean"]), 100))
+            cells.append(format_mean(column(found, label, lambda m: m["migrations"])))
             rows.append(cells)
     head = ["trace, req/s", "policy", *(f"{n} (published)" for n, _ in FIGURES)]
     head += ["longest TTFT, s", "e2e mean, s"]
@@ -61,10 +63,10 @@ def ratios(found: Found, bounds: dict[str, list[Any]]) -> str:
         cells = [f"{trace} {rate:g}"]
         for (name, pick), pair in zip(FIGURES, published, strict=True):
             base = column(found, f"{trace} infaas++", pick)
-            ours = told_ratio(base, column(found, f"{trace} llumnix", pick))
+            ours = format_ratio(base, column(found, f"{trace} llumnix", pick))
             most = ""
             if name != "preemption loss, s":
-                most = f", ≤ {told_ratio(base, [pick(b) for b in bounds[trace]])}"
+                most = f", ≤ {format_ratio(base, [pick(b) for b in bounds[trace]])}"
             cells.append(f"{ours} ({pair[0] / pair[1]:.3g}{most})")
         rows.append(cells)
     names = [n.partition(",")[0] for n, _ in FIGURES]
@@ -81,7 +83,7 @@ def main() -> None:
             labels += [f"{trace} {policy}"] * args.seeds
     found = simulate(specs, labels, args)
     bounds = {
-        t: [alone(spec("llumnix", t, r, args.requests, s)) for s in range(args.seeds)]
+        t: [idle_bound(spec("llumnix", t, r, args.requests, s)) for s in range(args.seeds)]
         for t, r in PUBLISHED
     }
     save(args, found, f"{figures(found)}\n\n{ratios(found, bounds)}", began, alone=bounds)

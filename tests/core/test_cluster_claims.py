@@ -7,9 +7,11 @@ from hypothesis import strategies as st
 
 from llumnix.core.settings import MigrationSettings, PrioritySettings, SchedulerSettings
 from llumnix.core.types import InstanceId, RequestId
-from llumnix.sim.model.batching import EngineOptions, Job
+from llumnix.sim.model.batching import EngineOptions
+from llumnix.sim.model.checks import check_owners, check_view, come_to_rest
+from llumnix.sim.model.clock import DEATHS, TICKS
 from llumnix.sim.model.cluster import Cluster, Setup
-from llumnix.sim.model.faults import check_owners, check_view, come_to_rest
+from llumnix.sim.model.jobs import Job
 from llumnix.sim.model.profile import Profile
 
 SMALL = Profile(
@@ -73,10 +75,10 @@ def checked(c: Cluster) -> Cluster:
 
     def look() -> None:
         check_owners(c)
-        if not c.frontend.over:
-            c.at(c.now + 0.5, look)
+        if not c.clients.over():
+            c.clock.at(c.now + 0.5, TICKS, look)
 
-    c.at(0.0, look)
+    c.clock.at(0.0, TICKS, look)
     return c
 
 
@@ -91,7 +93,7 @@ def test_every_request_ends_with_all_its_tokens_and_leaves_nothing_behind(
     c = checked(cluster(instances))
     c.run(poisson(rate * instances, 80, seed, high, cv=2.0))
     come_to_rest(c)
-    jobs = c.frontend.jobs.values()
+    jobs = c.clients.jobs.values()
     assert [j.got for j in jobs] == [j.answer for j in jobs]
 
 
@@ -100,7 +102,7 @@ def test_every_request_ends_with_all_its_tokens_and_leaves_nothing_behind(
 def test_a_drain_always_ends_and_loses_nothing(seed: int, share: float, policy: str) -> None:
     c = checked(cluster(3, policy))
     jobs = poisson(6, 80, seed)
-    c.at(share * jobs[-1].arrived_s, c.drain, InstanceId("i1"))
+    c.clock.at(share * jobs[-1].arrived_s, TICKS, c.drain, InstanceId("i1"))
     c.run(jobs)
     c.go_on(c.now + 10, lambda: InstanceId("i1") not in c.instances)
     assert InstanceId("i1") not in c.instances
@@ -111,7 +113,7 @@ def test_a_drain_always_ends_and_loses_nothing(seed: int, share: float, policy: 
 def test_a_drain_with_room_elsewhere_takes_a_moment() -> None:
     c = cluster(3)
     jobs = [job(f"r{n}", 0.0, 100, 600) for n in range(9)]
-    c.at(2.0, c.drain, InstanceId("i0"))
+    c.clock.at(2.0, TICKS, c.drain, InstanceId("i0"))
     c.run(jobs, until_s=3.0)
     assert InstanceId("i0") not in c.instances
     assert len([j for j in jobs if j.moves]) == 3
@@ -178,7 +180,11 @@ def test_a_crash_in_the_middle_of_moves_leaves_the_rest_in_order() -> None:
     for seed in range(8):
         c = checked(cluster(4))
         jobs = poisson(20, 120, seed)
-        c.at(2.0 + seed / 7, lambda c=c, seed=seed: c.kill(c.instances[InstanceId(f"i{seed % 4}")]))
+        c.clock.at(
+            2.0 + seed / 7,
+            DEATHS,
+            lambda c=c, seed=seed: c.kill(c.instances[InstanceId(f"i{seed % 4}")]),
+        )
         c.run(jobs)
         come_to_rest(c)
         moved += sum(j.moves for j in jobs)

@@ -76,7 +76,7 @@ def _metrics(
     return {
         **_latencies(rng, policy, load),
         "preemption_loss_s": {"mean": 9 * full * uneven * rng.uniform(0.7, 1.3)},
-        "fragmentation": {"mean": 0.01 + 0.6 * full * uneven},
+        "fragmentation_blocked": {"mean": 0.01 + 0.6 * full * uneven},
         "instances_mean": instances * (rng.uniform(0.6, 0.8) if scaling else 1.0),
         "migrations": int(2200 * full) if policy == "llumnix" else 0,
         "preemptions": int(900 * full * uneven),

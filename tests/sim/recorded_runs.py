@@ -19,8 +19,9 @@ from llumnix.core.settings import (
     ScalingSettings,
     SchedulerSettings,
 )
-from llumnix.sim.model.batching import EngineOptions, Job
+from llumnix.sim.model.batching import EngineOptions
 from llumnix.sim.model.faults import Faults
+from llumnix.sim.model.jobs import Job
 from llumnix.sim.model.profile import Profile
 from llumnix.sim.simulate import Spec
 

@@ -5,7 +5,8 @@ import pytest
 from llumnix.core.priorities import Priorities
 from llumnix.core.settings import PrioritySettings
 from llumnix.core.types import RequestId
-from llumnix.sim.model.batching import Batch, Batching, EngineOptions, Job
+from llumnix.sim.model.batching import Batch, Batching, EngineOptions
+from llumnix.sim.model.jobs import Job
 from llumnix.sim.model.memory import Memory
 from llumnix.sim.model.profile import Profile
 
@@ -31,9 +32,9 @@ def job(name: str, prompt: int, answer: int, arrived_s: float = 0.0, priority: i
     )
 
 
-def parts(batch: Batch | None) -> list[tuple[str, int]]:
+def scheduled(batch: Batch | None) -> list[tuple[str, int]]:
     assert batch is not None
-    return [(str(seq.job.id), new) for seq, new in batch.parts]
+    return [(str(seq.job.id), new) for seq, new in batch.scheduled]
 
 
 def live(it: Batching, steps: int, now: float = 0.0) -> list[list[tuple[str, int]]]:
@@ -43,7 +44,7 @@ def live(it: Batching, steps: int, now: float = 0.0) -> list[list[tuple[str, int
         batch = it.schedule(now)
         if batch is None:
             break
-        made.append(parts(batch))
+        made.append(scheduled(batch))
         now += batch.seconds
         it.land(batch, now)
     return made
@@ -152,7 +153,7 @@ def test_an_urgent_request_does_not_wait_for_a_long_prompt() -> None:
     assert live(it, 1) == [[("chat", 1), ("now", 20), ("long", 11)]]
 
 
-def test_who_has_waited_for_long_is_as_urgent_as_any() -> None:
+def test_a_request_that_has_waited_for_long_is_as_urgent_as_any() -> None:
     it = engine(slots=1)
     it.add(job("a", 5, 1), 0.0)
     it.add(job("b", 5, 1, arrived_s=1.0, priority=-100), 31.0)
@@ -183,7 +184,7 @@ def test_a_preempted_request_finds_what_nobody_has_overwritten() -> None:
     # Its last block, which was not full and cannot be found, was freed first and is what the other
     # took; the four full ones are still there.
     batch = it.schedule(1.0)
-    assert parts(batch) == [("b", 81 - 64)]
+    assert scheduled(batch) == [("b", 81 - 64)]
 
 
 def test_a_step_costs_what_the_profile_says() -> None:

@@ -38,10 +38,12 @@ from llumnix.core.events import (
     UndrainInstance,
 )
 from llumnix.core.types import InstanceId
-from llumnix.sim.model.batching import Job
+from llumnix.sim.model.checks import check_view, come_to_rest
 from llumnix.sim.model.clients import Move
+from llumnix.sim.model.clock import TICKS
 from llumnix.sim.model.cluster import Cluster
-from llumnix.sim.model.faults import Trouble, check_view, come_to_rest
+from llumnix.sim.model.faults import FaultInjector
+from llumnix.sim.model.jobs import Job
 from sim.recorded_runs import RUNS
 
 FOLDER = Path(__file__).parent / "recorded"
@@ -118,30 +120,30 @@ def run(name: str) -> Record:
             reasons.append(f"{now:.6f} {what.why}")
 
     jobs, faults = case.jobs(), case.spec.faults
-    trouble = None if faults is None else Trouble(faults, case.spec.seed)
+    injector = None if faults is None else FaultInjector(faults, case.spec.seed)
     cluster = Cluster(
         case.spec.setup(),
         record=record,
-        wire=None if trouble is None else trouble.wire,
+        wire=None if injector is None else injector.wire,
         check=check_view,
     )
-    if trouble is not None:
-        trouble.begin(cluster, jobs[-1].arrived_s)
+    if injector is not None:
+        injector.begin(cluster, jobs[-1].arrived_s)
     for when_s, instance in case.drains:
-        cluster.at(when_s, cluster.drain, InstanceId(instance))
+        cluster.clock.at(when_s, TICKS, cluster.drain, InstanceId(instance))
     cluster.run(jobs, UNTIL_S)
     come_to_rest(cluster)
-    moves = cluster.frontend.moves
+    moves = cluster.clients.moves
     totals = [
         f"{cluster.now:.6f} at rest",
         f"{cluster.instance_s:.6f} seconds of instances",
         f"{cluster.preemptions} preemptions",
     ]
-    if trouble is not None:
+    if injector is not None:
         totals += [
-            f"{trouble.crashes} instances crashed",
-            f"{trouble.controller_crashes} controllers crashed",
-            f"{trouble.hung_up} clients hung up",
+            f"{injector.crashes} instances crashed",
+            f"{injector.controller_crashes} controllers crashed",
+            f"{injector.hung_up} clients hung up",
         ]
     parts = {
         "decisions": decisions,

@@ -17,7 +17,8 @@ from llumnix.core.types import InstanceId, RequestId
 from llumnix.errors import UsageError
 from llumnix.frontend.streams.info import FleetStreams, StreamInfo, shown
 from llumnix.observe.event_log import EventLog
-from llumnix.sim.workloads.traces import CLIENTS, FILES, read_clients
+from llumnix.sim.workloads.named_files import CLIENTS, FILES
+from llumnix.sim.workloads.traces import read_clients
 from llumnix.sim.workloads.workload import PAIRS, TRACES, Arrival, Workload, requests_of
 
 TABLE = {

@@ -7,6 +7,7 @@ import os
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,9 @@ from llumnix.errors import UsageError
 from llumnix.sim.model.batching import EngineOptions
 from llumnix.sim.model.faults import Faults
 from llumnix.sim.model.profile import load_profile, profile_names
-from llumnix.sim.simulate import Run, Spec, fewest, parse_bound, runs
-from llumnix.sim.summary import told
-from llumnix.sim.workloads.traces import FOLDER_VARIABLE
+from llumnix.sim.simulate import Run, Spec, parse_bound, runs, smallest_fleet
+from llumnix.sim.summary import format_mean
+from llumnix.sim.workloads.named_files import FOLDER_VARIABLE
 from llumnix.sim.workloads.workload import TRACES, requests_of
 
 POINTS_MAX = 200
@@ -38,7 +39,7 @@ COLUMNS = (
     ("TPOT P99, ms", ("tpot_s", "p99"), 1e3),
     ("e2e mean, s", ("e2e_s", "mean"), 1),
     ("preemption loss, s", ("preemption_loss_s", "mean"), 1),
-    ("fragmentation, %", ("fragmentation", "mean"), 100),
+    ("fragmentation, %", ("fragmentation_blocked", "mean"), 100),
     ("KV used, %", ("kv_used", "mean"), 100),
     ("instances", ("instances_mean",), 1),
     ("migrations", ("migrations",), 1),
@@ -110,7 +111,10 @@ def _table(found: list[Run]) -> Table:
     for run in found:
         groups.setdefault((run["rate"], run["policy"]), []).append(run)
     for (rate, policy), rows in groups.items():
-        cells = [told([_pick(r["metrics"], path) for r in rows], f, "-") for _, path, f in COLUMNS]
+        cells = [
+            format_mean([_pick(r["metrics"], path) for r in rows], factor, "-")
+            for _, path, factor in COLUMNS
+        ]
         table.add_row(policy, *([f"{rate:g}"] if rates else []), *cells)
     return table
 
@@ -127,7 +131,7 @@ def _capacity(specs: list[Spec], args: argparse.Namespace, began: float) -> int:
     for policy in args.policy:
         for rate in dict.fromkeys(s.rate_per_s for s in specs):
             mine = [s for s in specs if s.scheduler.policy == policy and s.rate_per_s == rate]
-            found = [fewest(spec, args.capacity_for, INSTANCES_MAX) for spec in mine]
+            found = [smallest_fleet(spec, args.capacity_for, INSTANCES_MAX) for spec in mine]
             counts = [count for count, _ in found]
             rows.append(
                 {
@@ -178,14 +182,14 @@ def _specs(args: argparse.Namespace) -> list[Spec]:
             profile=profile,
             engine=engine,
             instances=args.instances,
-            start_s=args.start_s,
+            start_s=args.startup_s,
             trace=args.trace,
             rate_per_s=rate,
             requests=requests,
             seed=seed,
             cv=args.cv,
             scale=args.scale,
-            high_share=args.high,
+            high_share=args.high_share,
             folder=args.traces,
             faults=faults,
             details=bool(args.report) and seed == args.seed,
@@ -236,6 +240,21 @@ def _count(text: str) -> int:
     return int(text)
 
 
+class _OldName(argparse.Action):
+    """An option's name of the release before: it still works, and says what it is called now."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **kwargs: Any) -> None:
+        hidden = {"help": argparse.SUPPRESS, "default": argparse.SUPPRESS}
+        super().__init__(option_strings, dest, **kwargs, **hidden)
+
+    def __call__(
+        self, _: Any, args: argparse.Namespace, value: Any, option: str | None = None
+    ) -> None:
+        new = "--" + self.dest.replace("_", "-")
+        print(f"llumnix simulate: {option} is now {new}; write that", file=sys.stderr)
+        setattr(args, self.dest, value)
+
+
 def _parser() -> argparse.ArgumentParser:
     traces = "\n".join(f"  {name:22} {text}" for name, text in TRACES.items())
     parser = argparse.ArgumentParser(
@@ -254,7 +273,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--sweep", metavar="rate=FIRST:LAST:STEP", help="several rates")
     add("--cv", type=float, help="of the gaps, Gamma; 1 is Poisson (default: the trace's gaps)")
     add("--scale", type=float, default=1.0, help="of all lengths")
-    add("--high", type=float, default=0.0, metavar="SHARE", help="of requests that are urgent")
+    add("--high-share", type=float, default=0.0, metavar="SHARE", help="of urgent requests")
+    add("--high", type=float, action=_OldName, dest="high_share")
     add(
         "--requests", type=_count, help=f"in a run (default: {REQUESTS}, or all if there are fewer)"
     )
@@ -262,7 +282,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--seeds", type=_count, default=1, help="how many")
     add("--instances", type=_count, default=4, help="at the beginning")
     add("--autoscale", metavar="MIN,MAX", help="let the load decide the number of instances")
-    add("--start-s", type=float, help="how long an instance takes to start")
+    add("--startup-s", type=float, help="how long an instance takes to start")
+    add("--start-s", type=float, action=_OldName, dest="startup_s")
     add("--capacity-for", metavar="BOUND", help="find the fewest instances: ttft_p99<2s")
     add("--profile", default="a10-llama-7b", help=f"{', '.join(profile_names())}, or a file")
     add("--kv-tokens", type=_count, help="KV memory of an instance (default: the profile's)")

@@ -1,16 +1,16 @@
 """Runs of the simulator and their figures: what `llumnix simulate` does.
 
-Figures of a run (times in seconds). benchmarks/live.py has the same for real engines, but for
-three: what is `fragmentation` here is `fragmentation_blocked` there, it estimates
-`preemption_loss_s` from gaps between tokens, and leaves instances that start out of
+Figures of a run (times in seconds). benchmarks/live.py has the same for real engines, but it
+estimates `preemption_loss_s` from gaps between tokens, and does not count instances that start in
 `instances_mean`.
 - ttft_s, e2e_s: from a request's arrival to its first and its last token at the client; tpot_s:
   between the two, a token. Of requests that ended.
 - preemption_loss_s: the time from a preemption to the next token, over requests that ended.
-- fragmentation: the share of all KV memory that is free and would satisfy heads of queues that do
-  not fit where they are, if it were in one place (heads in ascending order while they fit).
-- kv_used, waiting: share of KV memory in use, requests in queues; like fragmentation sampled over
-  the time of arrivals. instances_mean: over the whole run, those that start included.
+- fragmentation_blocked: the share of all KV memory that is free and would satisfy heads of queues
+  that do not fit where they are, if it were in one place (heads in ascending order while they fit).
+- kv_used, waiting: share of KV memory in use, requests in queues; like fragmentation_blocked
+  sampled over the time of arrivals.
+- instances_mean: over the whole run, those that start included.
 """
 
 import statistics
@@ -25,9 +25,12 @@ from llumnix.core.scheduling.presets import priorities_of
 from llumnix.core.settings import SchedulerSettings
 from llumnix.core.types import InstanceId, RequestId
 from llumnix.errors import UsageError
-from llumnix.sim.model.batching import EngineOptions, Job
+from llumnix.sim.model.batching import EngineOptions
+from llumnix.sim.model.checks import check_view, come_to_rest
+from llumnix.sim.model.clock import TICKS
 from llumnix.sim.model.cluster import Cluster, Setup
-from llumnix.sim.model.faults import Faults, Trouble, check_view, come_to_rest
+from llumnix.sim.model.faults import FaultInjector, Faults
+from llumnix.sim.model.jobs import Job
 from llumnix.sim.model.profile import Profile
 from llumnix.sim.summary import satisfied, spread
 from llumnix.sim.workloads.workload import Workload
@@ -104,7 +107,7 @@ class Spec:
 
 
 @dataclass(slots=True)
-class Watch:
+class Sampler:
     """What is seen of a cluster over time."""
 
     cluster: Cluster
@@ -117,7 +120,7 @@ class Watch:
     waiting: list[int] = field(default_factory=list)
     serving: list[int] = field(default_factory=list)
 
-    def look(self) -> None:
+    def sample(self) -> None:
         """Takes a sample, and comes back."""
         there = list(self.cluster.instances.values())
         total = free = waiting = 0
@@ -145,7 +148,7 @@ class Watch:
         self.waiting.append(waiting)
         self.serving.append(len(there))
         if self.cluster.now + self.every_s <= self.until_s:
-            self.cluster.at(self.cluster.now + self.every_s, self.look)
+            self.cluster.clock.at(self.cluster.now + self.every_s, TICKS, self.sample)
 
     def columns(self) -> dict[str, dict[str, list[Any]]]:
         """By instance; None where there was none."""
@@ -155,7 +158,7 @@ class Watch:
         return {str(name): seen for name, seen in self.instances.items()}
 
 
-class Decisions:
+class DecisionRecorder:
     """Keeps the decisions for the report: all moves and changes, and the first dispatches."""
 
     def __init__(self) -> None:
@@ -183,39 +186,41 @@ class Decisions:
 def run_one(spec: Spec) -> Run:
     """Simulates one run."""
     jobs = spec.jobs()
-    decisions = Decisions()
-    trouble = Trouble(spec.faults, spec.seed) if spec.faults is not None else None
+    decisions = DecisionRecorder()
+    injector = FaultInjector(spec.faults, spec.seed) if spec.faults is not None else None
     cluster = Cluster(
         spec.setup(),
         record=decisions.record if spec.details else None,
-        wire=trouble.wire if trouble is not None else None,
-        check=check_view if trouble is not None else None,
+        wire=injector.wire if injector is not None else None,
+        check=check_view if injector is not None else None,
     )
     last_s = jobs[-1].arrived_s
-    if trouble is not None:
-        trouble.begin(cluster, last_s)
-    watch = Watch(cluster, max(0.05, last_s / SAMPLES), last_s)
-    cluster.at(0.0, watch.look)
+    if injector is not None:
+        injector.begin(cluster, last_s)
+    sampler = Sampler(cluster, max(0.05, last_s / SAMPLES), last_s)
+    cluster.clock.at(0.0, TICKS, sampler.sample)
     cluster.run(jobs)
     run_s = cluster.now
     figures = figures_of(jobs)
-    moves = cluster.frontend.moves
+    moves = cluster.clients.moves
+    fragmentation = {"mean": _mean(sampler.fragmentation)}
     figures |= {
-        "fragmentation": {"mean": _mean(watch.fragmentation)},
-        "kv_used": {"mean": _mean(watch.used)},
-        "waiting": {"mean": _mean(watch.waiting)},
+        "fragmentation_blocked": fragmentation,
+        "fragmentation": fragmentation,  # its name until the next release
+        "kv_used": {"mean": _mean(sampler.used)},
+        "waiting": {"mean": _mean(sampler.waiting)},
         "instances_mean": cluster.instance_s / run_s if run_s else spec.instances,
         "preemptions": cluster.preemptions,
         "migrations": sum(m.outcome == "migrated" for m in moves),
         "migrations_aborted": sum(m.outcome != "migrated" for m in moves),
         "virtual_s": run_s,
     }
-    if trouble is not None:
+    if injector is not None:
         come_to_rest(cluster)
         figures["faults"] = {
-            "instances_crashed": trouble.crashes,
-            "controllers_crashed": trouble.controller_crashes,
-            "clients_hung_up": trouble.hung_up,
+            "instances_crashed": injector.crashes,
+            "controllers_crashed": injector.controller_crashes,
+            "clients_hung_up": injector.hung_up,
         }
     figures |= _classes(jobs)
     run: Run = {
@@ -228,7 +233,7 @@ def run_one(spec: Spec) -> Run:
         "metrics": figures,
     }
     if spec.details:
-        run["details"] = _details(watch, cluster, decisions, jobs)
+        run["details"] = _details(sampler, cluster, decisions, jobs)
     return run
 
 
@@ -246,7 +251,7 @@ def runs(specs: Sequence[Spec], processes: int) -> Iterator[tuple[int, Run]]:
             yield places[future], future.result()
 
 
-def fewest(spec: Spec, bound: str, most: int) -> tuple[int, Run]:
+def smallest_fleet(spec: Spec, bound: str, most: int) -> tuple[int, Run]:
     """The fewest instances with which a run keeps a bound such as `ttft_p99<2s`, and that run.
     Doubles until it holds, then halves the gap; that more instances make it worse is chance."""
     figure, limit = parse_bound(bound)
@@ -277,7 +282,7 @@ def fewest(spec: Spec, bound: str, most: int) -> tuple[int, Run]:
     return high, found
 
 
-def alone(spec: Spec) -> dict[str, Any]:
+def idle_bound(spec: Spec) -> dict[str, Any]:
     """The figures of the same requests if each had an idle instance of its own, with an empty
     prefix cache, and messages took no time: no policy serves requests that share no prefixes faster
     on such engines. With `classes` if any are urgent."""
@@ -349,13 +354,13 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def _details(
-    watch: Watch, cluster: Cluster, decisions: Decisions, jobs: Sequence[Job]
+    sampler: Sampler, cluster: Cluster, decisions: DecisionRecorder, jobs: Sequence[Job]
 ) -> dict[str, Any]:
     return {
-        "t_s": watch.t_s,
-        "instances": watch.columns(),
-        "fragmentation": watch.fragmentation,
-        "serving": watch.serving,
+        "t_s": sampler.t_s,
+        "instances": sampler.columns(),
+        "fragmentation": sampler.fragmentation,
+        "serving": sampler.serving,
         "migrations": [
             {
                 "t_s": round(m.t_s, 4),
@@ -368,7 +373,7 @@ def _details(
                 "outcome": m.outcome,
                 "why": m.why,
             }
-            for m in cluster.frontend.moves
+            for m in cluster.clients.moves
         ],
         "decisions": decisions.rows,
         "ttft_s": [round(j.first_s - j.arrived_s, 4) for j in jobs if j.first_s is not None],

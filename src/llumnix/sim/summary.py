@@ -25,7 +25,7 @@ def half_interval(values: Sequence[float]) -> float | None:
     return t_975(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
 
 
-def told(values: Iterable[float | None], factor: float = 1.0, nothing: str = "–") -> str:
+def format_mean(values: Iterable[float | None], factor: float = 1.0, nothing: str = "–") -> str:
     """Their mean, with its interval if there are several; None counts as not measured."""
     known = [v * factor for v in values if v is not None]
     if not known:
@@ -35,7 +35,7 @@ def told(values: Iterable[float | None], factor: float = 1.0, nothing: str = "�
     return f"{mean:.3g}" if half is None else f"{mean:.3g} ± {half:.2g}"
 
 
-def told_ratio(
+def format_ratio(
     ours: Sequence[float | None], reference: Sequence[float | None], nothing: str = "–"
 ) -> str:
     """What one is of the other, paired: the geometric mean, with the t-interval of the log ratio.

@@ -2,79 +2,30 @@
 
 Rules, as vLLM 0.32 has them with priority scheduling
 - A step has `budget` tokens. First the running requests get theirs, in the order in which they
-  began; who finds no block free has the least urgent of them preempted, the youngest first. If that
-  is itself, the step ends with what it has so far; with nothing, the next one begins at once.
-- A preempted request gives up its KV and is queued again. A step that preempts admits nobody.
+  began; for one that finds no block free, the least urgent of them is preempted, the youngest
+  first. If that is itself, the step ends with what it has so far; an empty step takes no time.
+- A preempted request gives up its KV and is queued again. A step that preempts starts none.
 - Then, while there are slots: requests that came with their KV, then the queue by priority and
   arrival. The head starts only if blocks for all its tokens are free, and if it has to wait, all
   wait. It takes blocks for what it computes in the step.
 - `chunked`: prompts share steps with others and are cut to the budget. Without, a step computes
   waiting prompts alone, whole, as older versions do.
-- llumnix's own queueing (engine/queueing.py): who waited for long is queued as the most urgent, who
-  was preempted goes before those of its class that have not started.
+- llumnix's own queueing (engine/queueing.py): a request that waited for long is queued as the most
+  urgent, a preempted one goes before those of its class that have not started.
 - llumnix's own preemption (engine/urgent.py): running requests of less urgent classes are preempted
   for a head of the queue that could not start in this step.
 """
 
 from bisect import insort
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from llumnix.core.priorities import AGING_LOOK_EVERY_S, Priorities, QueueKey
 from llumnix.core.reports import ClassLoad
 from llumnix.core.types import RequestId
+from llumnix.sim.model.jobs import Job, Sequence, Token
 from llumnix.sim.model.memory import Memory
 from llumnix.sim.model.profile import Profile
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class Job:
-    """One request and what became of it. Lengths in tokens, times in virtual seconds. `prefix`: ids
-    of leading blocks that others may share, `prefix_blocks` of the engine's blocks each. `lost_s`:
-    what preemptions cost it."""
-
-    id: RequestId
-    arrived_s: float
-    prompt: int
-    answer: int
-    priority: int = 0
-    high: bool = False
-    prefix: tuple[int, ...] = ()
-    prefix_blocks: int = 0
-    first_s: float | None = None
-    ended_s: float | None = None
-    lost_s: float = 0.0
-    preempted_s: float | None = None
-    preemptions: int = 0
-    moves: int = 0
-    got: int = 0
-    error: str = ""
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class Sequence:
-    """A request on one engine. `outputs` generated; `computed` of its tokens have KV, in `blocks`
-    blocks, of which `held` prefix ids are shared. `found`: tokens that were in the prefix cache
-    when it began to wait, and how many of them others held."""
-
-    job: Job
-    turn: QueueKey
-    queued_s: float
-    outputs: int = 0
-    computed: int = 0
-    blocks: int = 0
-    held: list[int] = field(default_factory=list)
-    left: tuple[int, int, int] | None = None
-    running: bool = False
-    stopped: bool = False
-    preemptions: int = 0
-    pinned: int = 0
-    found: tuple[int, int] | None = None
-
-    @property
-    def tokens(self) -> int:
-        """Prompt and output."""
-        return self.job.prompt + self.outputs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,9 +41,9 @@ class EngineOptions:
 
 @dataclass(slots=True, kw_only=True)
 class Batch:
-    """One step: what it computes of whom, and how long it takes."""
+    """One step, and how long it takes."""
 
-    parts: list[tuple[Sequence, int]]
+    scheduled: list[tuple[Sequence, int]]  # requests, each with the tokens to compute
     seconds: float
 
 
@@ -118,7 +69,7 @@ class Batching:
         self._count = 0
         self._next_look_s = 0.0
         self._classes: tuple[ClassLoad, ...] | None = None
-        self._orphans: dict[RequestId, int] = {}
+        self._pinned_blocks: dict[RequestId, int] = {}
 
     # -- what a frontend does
 
@@ -129,7 +80,7 @@ class Batching:
         self._enqueue(seq)
 
     def abort(self, request: RequestId) -> None:
-        """Its client hung up, or somebody else has it."""
+        """Its client hung up, or another engine has it."""
         seq = self.requests.get(request)
         if seq is not None:
             self._finish(seq)
@@ -141,26 +92,26 @@ class Batching:
         if self._queue and now >= self._next_look_s:
             self._look(now)
         self._make_room(now)
-        parts: list[tuple[Sequence, int]] = []
+        scheduled: list[tuple[Sequence, int]] = []
         if not self.options.chunked and (self._queue or self.holding):
-            self._admit(parts, self.options.budget, now)
-            if any(new > 1 for _, new in parts):
-                return self._batch(parts)
-            parts.clear()  # They came with their KV, and run with the others.
+            self._admit(scheduled, self.options.budget, now)
+            if any(new > 1 for _, new in scheduled):
+                return self._batch(scheduled)
+            scheduled.clear()  # They came with their KV, and run with the others.
         before = self.preemptions
-        budget = self._run(parts, now)
-        if self.preemptions > before and not parts:
+        budget = self._run(scheduled, now)
+        if self.preemptions > before and not scheduled:
             return self.schedule(now)  # A step with nothing in it is over at once.
         if self.preemptions == before and (self._queue or self.holding):
-            self._admit(parts, budget, now)
-        return self._batch(parts) if parts else None
+            self._admit(scheduled, budget, now)
+        return self._batch(scheduled) if scheduled else None
 
-    def land(self, batch: Batch, now: float) -> list[tuple[RequestId, bool]]:
-        """The step is over: who has one more token, and whether it was the last."""
+    def land(self, batch: Batch, now: float) -> list[Token]:
+        """The step is over. Returns the tokens that it brought."""
         self.steps += 1
         self.steps_s += batch.seconds
         said = []
-        for seq, new in batch.parts:
+        for seq, new in batch.scheduled:
             seq.computed += new
             if seq.computed < seq.job.prompt + seq.outputs:
                 continue
@@ -179,7 +130,7 @@ class Batching:
                 self._finish(seq)
         return said
 
-    def _run(self, parts: list[tuple[Sequence, int]], now: float) -> int:
+    def _run(self, scheduled: list[tuple[Sequence, int]], now: float) -> int:
         """Tokens for those that run; returns what is left of the budget."""
         budget, block, memory = self.options.budget, self.block_tokens, self.memory
         place = 0
@@ -193,58 +144,58 @@ class Batching:
             if need > 0:
                 while need > memory.free:
                     victim = max(running, key=lambda s: s.turn)
-                    gone = running.index(victim)
-                    for number, (other, count) in enumerate(parts):
+                    victim_index = running.index(victim)
+                    for number, (other, count) in enumerate(scheduled):
                         if other is victim:
                             budget += count
-                            del parts[number]
+                            del scheduled[number]
                             break
                     self._preempt(victim, now)
                     if victim is seq:
                         return budget  # vLLM leaves the step at what it has so far.
-                    if gone < place:
+                    if victim_index < place:
                         place -= 1
                 memory.take(need)
                 seq.blocks += need
-            parts.append((seq, new))
+            scheduled.append((seq, new))
             budget -= new
             place += 1
         return budget
 
-    def _admit(self, parts: list[tuple[Sequence, int]], budget: int, now: float) -> int:
+    def _admit(self, scheduled: list[tuple[Sequence, int]], budget: int, now: float) -> int:
         """Starts those that wait; returns what is left of the budget."""
         block, memory = self.block_tokens, self.memory
         while budget > 0 and len(self.running) < self.options.slots:
             if self.holding:
                 seq = self.holding[0]
-                shared = own = 0
+                shared = private_blocks = 0
             elif self._queue:
                 seq = self._queue[0][2]
-                shared, own = self._hits(seq)
+                shared, private_blocks = self._hits(seq)
             else:
                 break
-            found = seq.computed + (shared * seq.job.prefix_blocks + own) * block
+            found = seq.computed + (shared * seq.job.prefix_blocks + private_blocks) * block
             new = seq.tokens - found
             if new > budget:
                 if not self.options.chunked:
-                    # Older versions want a budget of the longest prompt; nobody is stuck for it.
-                    if parts:
+                    # Older versions want a budget of the longest prompt. Here none is stuck.
+                    if scheduled:
                         break
                     budget = new
                 new = min(new, budget)
             ids = seq.job.prefix[:shared]
-            idle = memory.idle(ids) * seq.job.prefix_blocks + own
-            there = seq.blocks + shared * seq.job.prefix_blocks + own
-            if -(-seq.tokens // block) - there + idle > memory.free:
+            idle = memory.idle(ids) * seq.job.prefix_blocks + private_blocks
+            held_blocks = seq.blocks + shared * seq.job.prefix_blocks + private_blocks
+            if -(-seq.tokens // block) - held_blocks + idle > memory.free:
                 break
             if self.holding:
                 self.holding.pop(0)
             else:
                 self._queue.pop(0)
                 memory.hold(ids, seq.job.prefix_blocks)
-                memory.take_back(own)
+                memory.take_back(private_blocks)
                 seq.held = list(ids)
-                seq.blocks, seq.computed, seq.left = there, found, None
+                seq.blocks, seq.computed, seq.freed_blocks = held_blocks, found, None
             need = -(-(seq.computed + new) // block) - seq.blocks
             if need > 0:
                 memory.take(need)
@@ -252,7 +203,7 @@ class Batching:
             seq.running = True
             self.running.append(seq)
             self._classes = None
-            parts.append((seq, new))
+            scheduled.append((seq, new))
             budget -= new
         return budget
 
@@ -272,8 +223,8 @@ class Batching:
                 break
             need, new = self._wanted(seq)
             if slots > 0 or blocks > 0 or new > 1:
-                own = seq.blocks - len(seq.held) * seq.job.prefix_blocks - seq.pinned
-                slots, blocks, tokens = slots - 1, blocks - own - need, tokens - new
+                private_blocks = seq.blocks - len(seq.held) * seq.job.prefix_blocks - seq.pinned
+                slots, blocks, tokens = slots - 1, blocks - private_blocks - need, tokens - new
                 chosen.append(seq)
         if max(slots, blocks, tokens) <= 0:
             for seq in chosen:
@@ -281,17 +232,17 @@ class Batching:
 
     def _missing(self, head: Sequence) -> tuple[int, int, int]:
         """Slots, blocks and tokens that it needs beyond what the next step leaves."""
-        block, budget = self.block_tokens, self.options.budget
-        shared, own = self._hits(head)
-        there = shared * head.job.prefix_blocks + own
-        idle = self.memory.idle(head.job.prefix[:shared]) * head.job.prefix_blocks + own
+        shared, private_blocks = self._hits(head)
+        held_blocks = shared * head.job.prefix_blocks + private_blocks
+        idle = self.memory.idle(head.job.prefix[:shared]) * head.job.prefix_blocks + private_blocks
         wanted = [self._wanted(seq) for seq in self.running]
+        taken = sum(w[0] for w in wanted)
         return (
             len(wanted) + 1 - self.options.slots,
-            -(-head.tokens // block) - there + idle + sum(w[0] for w in wanted) - self.memory.free,
-            min(head.tokens - there * block, budget - len(wanted))
+            -(-head.tokens // self.block_tokens) - held_blocks + idle + taken - self.memory.free,
+            min(head.tokens - held_blocks * self.block_tokens, self.options.budget - len(wanted))
             + sum(w[1] for w in wanted)
-            - budget,
+            - self.options.budget,
         )
 
     def _wanted(self, seq: Sequence) -> tuple[int, int]:
@@ -306,21 +257,21 @@ class Batching:
         shared = self.memory.hits(job.prefix) if job.prefix else 0
         while shared and shared * job.prefix_blocks > most:
             shared -= 1
-        own = self.memory.kept(seq.left) if seq.left is not None else 0
+        private_blocks = self.memory.kept(seq.freed_blocks) if seq.freed_blocks is not None else 0
         if shared < len(job.prefix):
             return shared, 0
-        return shared, max(0, min(own, most - shared * job.prefix_blocks))
+        return shared, max(0, min(private_blocks, most - shared * job.prefix_blocks))
 
-    def _batch(self, parts: list[tuple[Sequence, int]]) -> Batch:
+    def _batch(self, scheduled: list[tuple[Sequence, int]]) -> Batch:
         decodes = context = 0
         prompts = []
-        for seq, new in parts:
+        for seq, new in scheduled:
             if new == 1 and seq.outputs:
                 decodes += 1
                 context += seq.computed + 1
             else:
                 prompts.append((new, seq.computed))
-        return Batch(parts=parts, seconds=self.profile.step(decodes, context, prompts))
+        return Batch(scheduled=scheduled, seconds=self.profile.step(decodes, context, prompts))
 
     def _publish(self, seq: Sequence) -> None:
         """Its prompt is computed: whole prefix blocks of it can be shared."""
@@ -358,15 +309,15 @@ class Batching:
     def _free(self, seq: Sequence, kept: int = 0) -> None:
         """Frees its blocks, but those that are being copied only when that is over."""
         job = seq.job
-        own = seq.blocks - len(seq.held) * job.prefix_blocks
+        private_blocks = seq.blocks - len(seq.held) * job.prefix_blocks
         self.memory.unhold(seq.held, job.prefix_blocks)
         if seq.pinned:
-            pinned = min(seq.pinned, own)
-            self._orphans[job.id] = self._orphans.get(job.id, 0) + pinned
-            own, kept, seq.pinned = own - pinned, 0, 0
-        mine = max(0, min(own, kept - len(seq.held) * job.prefix_blocks))
-        self.memory.give(own - mine)
-        seq.left = self.memory.leave(mine) if mine else None
+            pinned = min(seq.pinned, private_blocks)
+            self._pinned_blocks[job.id] = self._pinned_blocks.get(job.id, 0) + pinned
+            private_blocks, kept, seq.pinned = private_blocks - pinned, 0, 0
+        mine = max(0, min(private_blocks, kept - len(seq.held) * job.prefix_blocks))
+        self.memory.give(private_blocks - mine)
+        seq.freed_blocks = self.memory.leave(mine) if mine else None
         seq.held, seq.blocks, seq.computed = [], 0, 0
 
     def _enqueue(self, seq: Sequence) -> None:
@@ -378,7 +329,7 @@ class Batching:
         self._classes = None
 
     def _look(self, now: float) -> None:
-        """Queues anew who has waited for long."""
+        """Queues anew what has waited for long."""
         self._next_look_s = now + AGING_LOOK_EVERY_S
         changed = False
         for _, _, seq in self._queue:
@@ -435,10 +386,10 @@ class Batching:
 
     def _found(self, seq: Sequence) -> tuple[int, int]:
         """Tokens of a request in the prefix cache, and how many of them others hold."""
-        shared, own = self._hits(seq)
+        shared, private_blocks = self._hits(seq)
         held = shared - self.memory.idle(seq.job.prefix[:shared])
         each = seq.job.prefix_blocks
-        return (shared * each + own) * self.block_tokens, held * each * self.block_tokens
+        return (shared * each + private_blocks) * self.block_tokens, held * each * self.block_tokens
 
     def _waiting(self) -> Iterable[Sequence]:
         yield from self.holding

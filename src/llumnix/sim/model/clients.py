@@ -1,235 +1,233 @@
-"""The frontend and its clients in virtual time: it places requests, follows their streams, grants
-migrations their epochs. The production table of streams says which engine owns each."""
+"""The clients of a simulated deployment and their one frontend: requests, the tokens that they got,
+and the migrations that ended.
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+It calls nobody. It is told what happens, keeps the production table of streams
+(core/streams/table.py), and answers with what engines are to be told. The cluster carries that out
+(sim/model/cluster.py).
+"""
 
-from llumnix.core.events import Dispatch, RequestArrived
-from llumnix.core.messages import Migrate, MigrationEnded, MigrationRequested, TookOver
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from llumnix.core.messages import (
+    FrontendMessage,
+    Migrate,
+    MigrationEnded,
+    MigrationRequested,
+    TookOver,
+)
 from llumnix.core.streams.effects import Abort, AskFate, Effect, Moved, Orphaned, TellLost
 from llumnix.core.streams.stream import Refusal
 from llumnix.core.streams.table import StreamTable
 from llumnix.core.types import EngineIndex, InstanceId, MigrationId, RequestId
-from llumnix.sim.model.batching import Job
+from llumnix.sim.model.jobs import Job, Token
 
-if TYPE_CHECKING:
-    from llumnix.sim.model.cluster import Cluster, Instance
 
-RETRY_S = 0.05
-"""How soon a request that no instance takes is placed again."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Begin:
+    """Have the engine move a request away."""
 
-Token = tuple[RequestId, bool]
-"""One more token of a request, and whether it is the last."""
+    engine: EngineIndex
+    order: Migrate
+
+
+ToEngine = Abort | TellLost | AskFate | Begin
+NOTHING: list[ToEngine] = []
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Move:
-    """One migration that ended. `outcome`: `migrated` or `aborted`."""
+    """One migration that ended."""
 
-    t_s: float
+    t_s: float  # when its epoch was granted
     ended_s: float
     request: RequestId
     source: InstanceId
     destination: InstanceId
-    tokens: int
-    waiting: bool
-    outcome: str
+    tokens: int  # of the request when it began
+    waiting: bool  # whether the request had no token yet
+    outcome: str  # `migrated` or `aborted`
     why: str
 
 
-class Frontend:
-    """All clients' one frontend."""
+class Clients:
+    """All clients and their frontend. `engines` are the instances whose engines it knows."""
 
-    def __init__(self, cluster: "Cluster") -> None:
+    def __init__(self) -> None:
         self.streams: StreamTable[Job, Token] = StreamTable()
+        self.engines: dict[EngineIndex, InstanceId] = {}
         self.jobs: dict[RequestId, Job] = {}
         self.moves: list[Move] = []
-        self.ended = 0
-        self._cluster = cluster
-        self._began: dict[MigrationId, Move] = {}
-        self._arrivals: Iterable[Job] = iter(())
+        self._closed = 0
+        self._under_way: dict[MigrationId, Move] = {}
+        self._arrivals: Iterator[Job] = iter(())
         self._more = False
 
-    @property
     def over(self) -> bool:
         """Whether every request has come and ended."""
-        return not self._more and self.ended == len(self.jobs)
+        return not self._more and self._closed == len(self.jobs)
 
     # -- requests
 
-    def serve(self, jobs: Iterable[Job]) -> None:
+    def expect(self, jobs: Iterable[Job]) -> None:
         """These requests will come, given in order of arrival."""
         self._arrivals, self._more = iter(jobs), True
-        self._next_arrival()
 
-    def _next_arrival(self) -> None:
-        job = next(iter(self._arrivals), None)
-        if job is None:
-            self._more = False
-        else:
-            self._cluster.at(job.arrived_s, self._arrive, job)
+    def next_arrival(self) -> Job | None:
+        """The request that comes next; None after the last."""
+        job = next(self._arrivals, None)
+        self._more = job is not None
+        return job
 
-    def _arrive(self, job: Job) -> None:
+    def arrive(self, job: Job) -> None:
+        """A client sends its request, which is now to be placed."""
         self.jobs[job.id] = job
-        self._place(job)
-        self._next_arrival()
 
-    def _place(self, job: Job) -> None:
-        cluster = self._cluster
-        index = self._ask(job) if cluster.scheduler is not None else self._by_itself()
-        if index is None:
-            cluster.at(cluster.now + RETRY_S, self._place, job)
-            return
-        self.streams.placed(self.streams.open(job.id, job), index)
-        cluster.tell_engine(index, self._add, job)
+    def placed(self, job: Job, engine: EngineIndex) -> None:
+        """An engine was found for a request."""
+        self.streams.placed(self.streams.open(job.id, job), engine)
 
-    def _ask(self, job: Job) -> EngineIndex | None:
-        fact = RequestArrived(
-            request=job.id, prompt_tokens=job.prompt, priority=job.priority, prefix=job.prefix
-        )
-        (decision,) = self._cluster.decide(fact)
-        return decision.engine_index if isinstance(decision, Dispatch) else None
+    def fewest_streams(self, engines: Iterable[EngineIndex]) -> EngineIndex | None:
+        """Where a frontend without a controller places a request."""
+        return min(engines, key=lambda i: (self.streams.count(i), i), default=None)
 
-    def _by_itself(self) -> EngineIndex | None:
-        """Without a controller it places by itself: fewest of its own first."""
-        serving = self._cluster.serving()
-        return min(serving, key=lambda i: (self.streams.count(i), i), default=None)
-
-    def _add(self, index: EngineIndex, job: Job) -> None:
-        if self.streams.get(job.id) is not None:
-            self._cluster.admit(index, job)
-
-    def hang_up(self, request: RequestId) -> None:
+    def hang_up(self, request: RequestId) -> list[ToEngine]:
         """The client goes away."""
-        self._close(request, "hung up")
+        return self._close(request, "hung up")
 
-    def _close(self, request: RequestId, error: str, done_at: EngineIndex | None = None) -> None:
-        """The stream is over. `done_at` has said its last token, and keeps nothing of it."""
+    def _close(
+        self, request: RequestId, error: str, done_at: EngineIndex | None = None
+    ) -> list[ToEngine]:
+        """The stream is over. `done_at` generated the last token, and keeps nothing of it."""
         closed = self.streams.close(request)
         if closed is None:
-            return
+            return NOTHING
         stream, holders = closed
-        self.ended += 1
+        self._closed += 1
         stream.info.error = error
-        for engine in holders:
-            if engine != done_at:
-                self._cluster.tell_engine(engine, self._cluster.abort, request)
+        return [Abort(engine=e, request=request) for e in holders if e != done_at]
 
     # -- what engines say
 
-    def hear(self, index: EngineIndex, said: list[Token]) -> None:
-        """Tokens of one step, one for each of these requests."""
+    def receive(self, engine: EngineIndex, tokens: list[Token], now: float) -> list[ToEngine]:
+        """The tokens of one step, one for each of these requests."""
+        answers: list[ToEngine] = []
         due: list[Token] = []
-        for token in said:
-            effects = self.streams.receive(index, token[0], 1, token, due)
+        receive = self.streams.receive
+        for token in tokens:
+            effects = receive(engine, token[0], 1, token, due)
             if due:
-                self._client_gets(due.pop(), index)
+                aborts = self._client_gets(due.pop(), engine, now)
+                if aborts:
+                    answers += aborts
             if effects:
-                self._perform(effects)
+                answers += self._settle(effects, now)
+        return answers
 
-    def _client_gets(self, token: Token, index: EngineIndex | None) -> None:
-        request, over = token
-        stream = self.streams.get(request)
-        assert stream is not None, f"{request} got a token after its end"
-        job = stream.info
+    def receive_llumlet(
+        self, engine: EngineIndex, message: FrontendMessage, now: float
+    ) -> list[ToEngine]:
+        """What the llumlet of that engine says."""
+        match message:
+            case TookOver():
+                return self._settle(self.streams.took_over(engine, message), now)
+            case MigrationRequested():
+                return self._grant(engine, message, now)
+            case MigrationEnded():
+                answers = self._settle(self.streams.ended(message), now)
+                self._record(message, now)
+                return answers
+        return NOTHING
+
+    def receive_fate(self, migration: MigrationId, fate: str, now: float) -> list[ToEngine]:
+        """What a destination had decided when the source died."""
+        return self._settle(self.streams.fate(migration, fate), now)
+
+    def engine_lost(self, engine: EngineIndex, now: float) -> list[ToEngine]:
+        """An engine is gone."""
+        source = self.engines.pop(engine)
+        moves = self._under_way.items()
+        self._under_way = {m: move for m, move in moves if move.source != source}
+        return self._settle(self.streams.engine_lost(engine, list(self.engines)), now)
+
+    def needs(self, engine: EngineIndex) -> bool:
+        """Whether streams are there, or moves from there of whose end it has not heard."""
+        name = self.engines[engine]
+        return self.streams.count(engine) > 0 or any(
+            move.source == name for move in self._under_way.values()
+        )
+
+    def _client_gets(self, token: Token, engine: EngineIndex | None, now: float) -> list[ToEngine]:
+        request, last = token
+        job = self.jobs[request]
+        closed = job.ended_s is not None or job.error
+        assert not closed, f"{request} got a token after its end"
         job.got += 1
         if job.first_s is None:
-            job.first_s = self._cluster.now
-        if over:
-            job.ended_s = self._cluster.now
-            self._close(request, "", done_at=index)
+            job.first_s = now
+        if not last:
+            return NOTHING
+        job.ended_s = now
+        return self._close(request, "", done_at=engine)
 
     # -- migrations
 
-    def hear_llumlet(self, index: EngineIndex, message: Any) -> None:
-        """What an engine's llumlet says."""
-        if isinstance(message, TookOver):
-            self._perform(self.streams.took_over(index, message))
-        elif isinstance(message, MigrationRequested):
-            self._wanted(index, message)
-        elif isinstance(message, MigrationEnded):
-            self._perform(self.streams.ended(message))
-            self._note(message)
-
-    def has_business_with(self, instance: "Instance") -> bool:
-        """Whether streams are there, or moves from there whose end it has not heard of."""
-        moves = any(m.source == instance.id for m in self._began.values())
-        return moves or self.streams.count(instance.index) > 0
-
-    def engine_lost(self, instance: "Instance", others: list[EngineIndex]) -> None:
-        """An instance's engine is gone."""
-        self._began = {m: move for m, move in self._began.items() if move.source != instance.id}
-        self._perform(self.streams.engine_lost(instance.index, others))
-
-    def _wanted(self, index: EngineIndex, message: MigrationRequested) -> None:
+    def _grant(
+        self, engine: EngineIndex, message: MigrationRequested, now: float
+    ) -> list[ToEngine]:
         stream = self.streams.get(message.request)
-        names = [self._cluster.name_of(i) for i in (index, message.destination)]
-        if stream is None or None in names or stream.owner != index:
-            return
-        order = self.streams.grant(
+        source = self.engines.get(engine)
+        destination = self.engines.get(message.destination)
+        if stream is None or source is None or destination is None or stream.owner != engine:
+            return NOTHING
+        grant = self.streams.grant(
             message.request, message.destination, f"engine {message.destination}", wanted=True
         )
-        if not isinstance(order, Refusal):
-            self._began[order.migration] = Move(
-                t_s=self._cluster.now,
-                ended_s=self._cluster.now,
-                request=message.request,
-                source=InstanceId(str(names[0])),
-                destination=InstanceId(str(names[1])),
-                tokens=stream.info.prompt + stream.info.got,
-                waiting=stream.info.first_s is None,
-                outcome="under way",
-                why=message.why,
-            )
-            self._cluster.tell_engine(index, self._migrate, order)
-
-    def _migrate(self, index: EngineIndex, order: Migrate) -> None:
-        self._cluster.llumlet(index, lambda llumlet, now: llumlet.migrate(order, now))
-
-    def _note(self, message: MigrationEnded) -> None:
-        began = self._began.pop(message.migration, None)
-        if began is None:
-            return
-        self.moves.append(
-            Move(
-                t_s=began.t_s,
-                ended_s=self._cluster.now,
-                request=began.request,
-                source=began.source,
-                destination=began.destination,
-                tokens=began.tokens,
-                waiting=began.waiting,
-                outcome="migrated" if message.taken else "aborted",
-                why=began.why if message.taken else message.why,
-            )
+        if isinstance(grant, Refusal):
+            return NOTHING
+        self._under_way[grant.migration] = Move(
+            t_s=now,
+            ended_s=now,
+            request=message.request,
+            source=source,
+            destination=destination,
+            tokens=stream.info.prompt + stream.info.got,
+            waiting=stream.info.first_s is None,
+            outcome="under way",
+            why=message.why,
         )
+        return [Begin(engine=engine, order=grant)]
+
+    def _record(self, message: MigrationEnded, now: float) -> None:
+        move = self._under_way.pop(message.migration, None)
+        if move is None:
+            return
+        if message.taken:
+            move = replace(move, ended_s=now, outcome="migrated")
+        else:
+            move = replace(move, ended_s=now, outcome="aborted", why=message.why)
+        self.moves.append(move)
         self.jobs[message.request].moves += message.taken
 
-    def _perform(self, effects: Sequence[Effect]) -> None:
-        cluster = self._cluster
+    def _settle(self, effects: Sequence[Effect], now: float) -> list[ToEngine]:
+        """What follows at the clients happens here. Returns what follows at engines."""
+        answers: list[ToEngine] = []
         for effect in effects:
             match effect:
-                case Abort(engine=engine, request=request):
-                    cluster.tell_engine(engine, cluster.abort, request)
-                case TellLost(engine=engine, lost=lost, granted=granted):
-                    cluster.tell_engine(engine, self._tell_lost, lost, set(granted))
-                case AskFate(engine=engine, migration=migration):
-                    cluster.tell_engine(engine, cluster.fate, migration, self._hear_fate)
+                case Abort() | TellLost() | AskFate():
+                    answers.append(effect)
                 case Orphaned(request=request):
-                    self._close(request, "its engine died")
+                    answers += self._close(request, "its engine died")
                 case Moved():
-                    self._moved(effect)
+                    answers += self._moved(effect, now)
+        return answers
 
-    def _moved(self, moved: Moved) -> None:
+    def _moved(self, moved: Moved, now: float) -> list[ToEngine]:
+        answers: list[ToEngine] = []
         for _ in moved.missing:
-            self._client_gets((moved.request, False), None)
-        held: Any = moved.held
+            answers += self._client_gets((moved.request, False), None, now)
+        held: Any = moved.held  # The table passes on what it was given: tokens.
         for token in held:
-            self._client_gets(token, moved.owner)
-
-    def _tell_lost(self, index: EngineIndex, lost: EngineIndex, granted: set[MigrationId]) -> None:
-        self._cluster.llumlet(index, lambda it, now: it.engine_lost(lost, granted, now))
-
-    def _hear_fate(self, migration: MigrationId, fate: str) -> None:
-        self._perform(self.streams.fate(migration, fate))
+            answers += self._client_gets(token, moved.owner, now)
+        return answers

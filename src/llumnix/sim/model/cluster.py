@@ -3,22 +3,23 @@ engines, a network, a fleet and clients that are modelled.
 
 Rules
 - What decides is the code that serves: core/scheduling/scheduler.py in the controller's place,
-  core/migration/llumlet.py beside each engine, core/streams/table.py in the frontend's
-  (sim/model/clients.py). This file carries out what they decide.
-- One heap of events, ordered by time and by when they were made: a run is the same for the same
-  seed.
-- A message takes `hop_s`. An engine deals with what came during a step when the step is over.
-- Faults and checks (sim/model/faults.py) are apart, and look in from outside.
+  core/migration/llumlet.py beside each engine (sim/model/instance.py), core/streams/table.py in the
+  frontend's (sim/model/clients.py).
+- Instances and clients call nobody: they answer, and so does the scheduler. `Cluster._perform`
+  carries out all answers.
+- Time is one heap of events (sim/model/clock.py). A message takes `hop_s`.
+- Faults (sim/model/faults.py) and checks (sim/model/checks.py) are apart, and look in from outside.
 """
 
-import heapq
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from llumnix.core.events import (
     AddInstances,
     Decision,
+    Dispatch,
     DrainedBy,
     DrainInstance,
     Fact,
@@ -26,7 +27,7 @@ from llumnix.core.events import (
     InstanceLost,
     LoadReported,
     MoveOrder,
-    PrefixesChanged,
+    RequestArrived,
     Tick,
     UndrainInstance,
 )
@@ -35,54 +36,49 @@ from llumnix.core.limits import (
     FLEET_REPORT_EVERY_S,
     HEARTBEAT_S,
 )
-from llumnix.core.messages import Out, PeerMessage, ToPeer
+from llumnix.core.messages import FrontendMessage, PeerMessage, ToPeer
 from llumnix.core.migration.llumlet import Llumlet
-from llumnix.core.reports import compose_report
 from llumnix.core.scheduling.presets import POLICIES, priorities_of
 from llumnix.core.scheduling.scheduler import Scheduler
 from llumnix.core.settings import SchedulerSettings
-from llumnix.core.types import EngineIndex, InstanceId, MigrationId, RequestId
-from llumnix.sim.model.batching import Batch, EngineOptions, Job
-from llumnix.sim.model.clients import Frontend
-from llumnix.sim.model.engine import SimEngine
-from llumnix.sim.model.network import Network
+from llumnix.core.streams.effects import Abort, AskFate, TellLost
+from llumnix.core.types import EngineIndex, InstanceId, RequestId
+from llumnix.sim.model.batching import EngineOptions
+from llumnix.sim.model.clients import Begin, Clients, ToEngine
+from llumnix.sim.model.clock import ARRIVALS, MESSAGES, TICKS, TOKENS, EventHeap
+from llumnix.sim.model.engine import Pull, SimEngine
+from llumnix.sim.model.instance import (
+    Add,
+    Fate,
+    FromInstance,
+    Pulled,
+    Said,
+    SimInstance,
+    State,
+    ToInstance,
+)
+from llumnix.sim.model.jobs import Job, Token
+from llumnix.sim.model.network import Flow, Network
 from llumnix.sim.model.profile import Profile
 
 FATE_POLL_S = 0.05
+RETRY_S = 0.05
+"""How soon a request that no instance takes is placed again."""
 
+Answer = FromInstance | ToEngine | Decision
 Wire = Callable[["Cluster", EngineIndex, PeerMessage], None]
 Recorder = Callable[[float, Fact | Decision], None]
 
 
-@dataclass(slots=True, kw_only=True, eq=False)
-class Instance:
-    """One run of an instance. `inbox`: what its engine deals with after the step under way."""
-
-    id: InstanceId
-    index: EngineIndex
-    engine: SimEngine
-    llumlet: Llumlet
-    state: str = "serving"
-    stepping: bool = False
-    inbox: list[Callable[[], None]] = field(default_factory=list)
-    admitted: list[RequestId] = field(default_factory=list)
-    sequence: int = 0
-    reported_s: float = -1.0
-    turned_s: float = 0.0  # when it was last between two steps
-    drained_by: DrainedBy = "scheduler"
-    said: tuple[Any, ...] = ()
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
-    """What is simulated. `instances`: at the beginning. `start_s`: an instance from nothing to
-    ready; None for the profile's."""
+    """What is simulated."""
 
     scheduler: SchedulerSettings
     profile: Profile
-    instances: int
+    instances: int  # at the beginning
     engine: EngineOptions = field(default_factory=EngineOptions)
-    start_s: float | None = None
+    start_s: float | None = None  # an instance from nothing to ready; None for the profile's
 
 
 class Cluster:
@@ -98,202 +94,208 @@ class Cluster:
         check: Callable[[Scheduler, float], None] | None = None,
     ) -> None:
         self.setup = setup
-        self.now = 0.0
+        self.clock = EventHeap()
         self.scheduler: Scheduler | None = Scheduler(setup.scheduler)
-        self.priorities = priorities_of(setup.scheduler)
-        self.frontend = Frontend(self)
-        self.instances: dict[InstanceId, Instance] = {}
-        self.by_engine: dict[EngineIndex, Instance] = {}
+        self.clients = Clients()
+        self.instances: dict[InstanceId, SimInstance] = {}
+        self.by_engine: dict[EngineIndex, SimInstance] = {}
         self.starting: set[InstanceId] = set()
-        self.preemptions = 0
         self.instance_s = 0.0
-        self.network = Network(setup.profile.link_bytes_s, self._later)
+        self._network = Network(setup.profile.link_bytes_s, self._later)
+        self._hop_s = setup.profile.hop_s
+        self._priorities = priorities_of(setup.scheduler)
         self._cache_aware = POLICIES[setup.scheduler.policy].looks_at_caches
         self._record = record
-        self._wire = wire
+        self._wire = wire or Cluster.carry
         self._check = check
-        self._heap: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
-        self._count = 0
-        self._engines = 0
-        self._names = 0
-        self._counted_s = 0.0
+        self._engines = 0  # that were ever started
+        self._names = 0  # of instances that were ever used
+        self._preemptions_lost = 0  # counted by engines that are gone
+        self._counted_s = 0.0  # until when `instance_s` counts
         for _ in range(setup.instances):
             self._up(self._new_name())
+
+    @property
+    def now(self) -> float:
+        """The virtual time in seconds."""
+        return self.clock.now
+
+    @property
+    def preemptions(self) -> int:
+        """Of all engines so far."""
+        return self._preemptions_lost + sum(i.engine.preemptions for i in self.by_engine.values())
 
     # -- driving it
 
     def run(self, jobs: Iterable[Job], until_s: float = float("inf")) -> None:
         """Serves these requests, given in order of arrival, to the last one's end."""
-        self.frontend.serve(jobs)
+        self.clients.expect(jobs)
+        self._await_arrival()
         for instance in list(self.instances.values()):
             self._report(instance)
-        self.at(self.now, self._tick)
+        self.clock.at(self.now, TICKS, self._tick)
         if self.setup.scheduler.scaling.on:
-            self.at(self.now, self._tell_fleet)
-        self.go_on(until_s, lambda: self.frontend.over)
+            self.clock.at(self.now, TICKS, self._tell_fleet)
+        self.go_on(until_s, self.clients.over)
 
     def go_on(self, until_s: float, over: Callable[[], bool]) -> None:
         """Lives through events until that time, or until it is over."""
-        heap = self._heap
-        while heap and heap[0][0] <= until_s and not over():
-            self.now, _, what, args = heapq.heappop(heap)
-            what(*args)
+        self.clock.run(until_s, over)
         self._count_instances()
 
-    def at(self, when_s: float, what: Callable[..., None], *args: Any) -> None:
-        """Calls `what(*args)` at that time."""
-        self._count += 1
-        heapq.heappush(self._heap, (when_s, self._count, what, args))
-
     def _later(self, seconds: float, what: Callable[[], None]) -> None:
-        self.at(self.now + seconds, what)
+        self.clock.at(self.now + seconds, MESSAGES, what)
 
     def _hop(self, what: Callable[..., None], *args: Any) -> None:
-        self.at(self.now + self.setup.profile.hop_s, what, *args)
+        self.clock.at(self.clock.now + self._hop_s, MESSAGES, what, *args)
 
-    # -- what the frontend does to engines
+    # -- clients and their frontend
 
-    def tell_engine(self, index: EngineIndex, what: Callable[..., None], *args: Any) -> None:
-        """Has `what(index, *args)` done by an engine, between two of its steps."""
-        self._hop(self._deliver, index, what, index, *args)
+    def _await_arrival(self) -> None:
+        if (job := self.clients.next_arrival()) is not None:
+            self.clock.at(job.arrived_s, ARRIVALS, self._arrive, job)
 
-    def admit(self, index: EngineIndex, job: Job) -> None:
-        """A new request reaches an engine."""
-        instance = self.by_engine[index]
-        instance.engine.add(job, self.now)
-        instance.admitted.append(job.id)
+    def _arrive(self, job: Job) -> None:
+        self.clients.arrive(job)
+        self._place(job)
+        self._await_arrival()
 
-    def abort(self, index: EngineIndex, request: RequestId) -> None:
-        """An engine is to keep nothing of a request."""
-        self.llumlet(index, lambda it, _: it.client_gone([request]))
-        self.by_engine[index].engine.abort(request)
-
-    def llumlet(self, index: EngineIndex, what: Callable[[Llumlet, float], list[Out]]) -> None:
-        """Lets a llumlet do something, and sends what it says."""
-        instance = self.by_engine[index]
-        self._send(instance, what(instance.llumlet, self.now))
-
-    def fate(
-        self, index: EngineIndex, migration: MigrationId, answer: Callable[[MigrationId, str], None]
-    ) -> None:
-        """Asks a destination what it decided, until it has."""
-        fate = self.by_engine[index].llumlet.fate(migration)
-        if fate == "undecided":
-            self.at(
-                self.now + FATE_POLL_S, self._deliver, index, self.fate, index, migration, answer
-            )
+    def _place(self, job: Job) -> None:
+        index = self._choose(job)
+        if index is None:
+            self.clock.at(self.now + RETRY_S, ARRIVALS, self._place, job)
         else:
-            self._hop(answer, migration, fate)
+            self.clients.placed(job, index)
+            self._send(index, Add(job=job))
 
-    def serving(self) -> list[EngineIndex]:
-        """The engines that take requests."""
-        return [i.index for i in self.instances.values() if i.state == "serving"]
+    def _choose(self, job: Job) -> EngineIndex | None:
+        """Asks the scheduler where to put it. Without one, the frontend decides."""
+        if self.scheduler is None:
+            serving = (i.index for i in self.instances.values() if i.state == "serving")
+            return self.clients.fewest_streams(serving)
+        fact = RequestArrived(
+            request=job.id, prompt_tokens=job.prompt, priority=job.priority, prefix=job.prefix
+        )
+        (decision,) = self._decide(fact)
+        return decision.engine_index if isinstance(decision, Dispatch) else None
 
-    def name_of(self, index: EngineIndex) -> InstanceId | None:
-        """The instance whose run it is."""
-        instance = self.by_engine.get(index)
-        return None if instance is None else instance.id
+    def hang_up(self, request: RequestId) -> None:
+        """A client goes away."""
+        self._perform(self.clients.hang_up(request))
+
+    def _receive_tokens(self, index: EngineIndex, tokens: list[Token]) -> None:
+        answers = self.clients.receive(index, tokens, self.clock.now)
+        if answers:
+            self._perform(answers)
+
+    def _receive_llumlet(self, index: EngineIndex, message: FrontendMessage) -> None:
+        if index in self.by_engine:
+            self._perform(self.clients.receive_llumlet(index, message, self.now))
+
+    def _receive_fate(self, fate: Fate) -> None:
+        self._perform(self.clients.receive_fate(fate.migration, fate.fate, self.now))
+
+    # -- what is carried out
+
+    def _perform(self, answers: Sequence[Answer]) -> None:
+        """Carries out what the scheduler, the clients or an instance answered, in order."""
+        for answer in answers:
+            match answer:
+                case ToPeer(engine=engine, message=message):
+                    self._wire(self, engine, message)
+                case Said(engine=engine, message=message):
+                    self._hop(self._receive_llumlet, engine, message)
+                case Pull():
+                    self._pull(answer)
+                case Begin(engine=engine, order=order):
+                    self._send(engine, order)
+                case Abort(engine=engine) | TellLost(engine=engine) | AskFate(engine=engine):
+                    self._send(engine, answer)
+                case Fate(engine=engine, migration=migration, fate="undecided"):
+                    again = AskFate(engine=engine, migration=migration)
+                    self.clock.at(self.now + FATE_POLL_S, MESSAGES, self._deliver, engine, again)
+                case Fate():
+                    self._hop(self._receive_fate, answer)
+                case MoveOrder(source_engine=engine):
+                    self._send(engine, answer)
+                case AddInstances(count=count):
+                    for _ in range(count):
+                        self.start()
+                case DrainInstance(instance=name):
+                    self.drain(name, "scheduler")
+                case UndrainInstance(instance=name):
+                    self._set_state(name, "serving")
 
     # -- engines
 
-    def _deliver(self, index: EngineIndex, what: Callable[..., None], *args: Any) -> None:
-        """Hands something to an engine, which looks at it between two steps."""
+    def _send(self, index: EngineIndex, message: ToInstance) -> None:
+        self._hop(self._deliver, index, message)
+
+    def carry(self, index: EngineIndex, message: PeerMessage, late_s: float = 0.0) -> None:
+        """Brings a message to another llumlet."""
+        when_s = self.now + self._hop_s + late_s
+        self.clock.at(when_s, MESSAGES, self._deliver, index, message)
+
+    def _deliver(self, index: EngineIndex, message: ToInstance) -> None:
+        """Puts a message into an engine's inbox, which it looks at between two steps."""
         instance = self.by_engine.get(index)
-        if instance is None:
-            return
-        instance.inbox.append(lambda: what(*args))
-        if not instance.stepping:
-            self._turn(instance)
+        if instance is not None:
+            instance.inbox.append(message)
+            self._wake(instance)
 
-    def _turn(self, instance: Instance) -> None:
-        """Between two steps."""
-        instance.turned_s = self.now
-        instance.stepping = True  # What follows may send it messages; they wait for their turn.
-        llumlet = instance.llumlet
-        while instance.inbox:
-            inbox, instance.inbox = instance.inbox, []
-            for what in inbox:
-                what()
-        if instance.index not in self.by_engine:
-            return
-        if llumlet.busy:
-            self._send(instance, llumlet.poll(self.now))
-        before = instance.engine.preemptions
-        batch = instance.engine.schedule(self.now)
-        self.preemptions += instance.engine.preemptions - before
-        self._report(instance)
-        if batch is not None:
-            self.at(self.now + batch.seconds, self._stepped, instance, batch)
-            return
-        instance.stepping = False
-        if instance.state == "draining" and instance.engine.idle() and not llumlet.busy:
-            self._stop_if_empty(instance)
-        elif (deadline_s := llumlet.deadline_s()) is not None:
-            self.at(max(self.now + 0.001, deadline_s), self._wake, instance)
-
-    def _wake(self, instance: Instance) -> None:
+    def _wake(self, instance: SimInstance) -> None:
         if not instance.stepping and instance.index in self.by_engine:
             self._turn(instance)
 
-    def _stepped(self, instance: Instance, batch: Batch) -> None:
-        if instance.index not in self.by_engine:
-            return
-        said = instance.engine.land(batch, self.now)
-        self._hop(self.frontend.hear, instance.index, said)
-        self._turn(instance)
+    def _step_ended(self, instance: SimInstance) -> None:
+        if instance.index in self.by_engine:
+            self._turn(instance)
 
-    def _pull(self, destination: EngineIndex, ticket: int, source: EngineIndex, size: int) -> None:
-        began_s, profile = self.now, self.setup.profile
+    def _turn(self, instance: SimInstance) -> None:
+        clock = self.clock
+        now = clock.now
+        turn = instance.turn(now)
+        if turn.outputs:
+            index, outputs = instance.index, turn.outputs
+            clock.at(now + self._hop_s, TOKENS, self._receive_tokens, index, outputs)
+        if turn.messages:
+            self._perform(turn.messages)
+        if turn.report is not None:
+            self._decide(LoadReported(report=turn.report))
+        if turn.prefixes is not None:
+            self._decide(turn.prefixes)
+        if turn.step_ends_s is not None:
+            clock.at(turn.step_ends_s, TOKENS, self._step_ended, instance)
+        elif instance.state == "draining" and instance.empty:
+            self._stop_if_empty(instance)
+        elif turn.wake_s is not None:
+            clock.at(turn.wake_s, MESSAGES, self._wake, instance)
 
-        def ended(error: str | None) -> None:
-            seconds = self.now - began_s
-            self._deliver(destination, self._pulled, destination, ticket, error, size, seconds)
+    def _pull(self, pull: Pull) -> None:
+        profile = self.setup.profile
+        when_s = self.now + profile.hop_s + profile.stop_s
+        self.clock.at(when_s, MESSAGES, self._copy, pull, self.now)
 
-        def begin() -> None:
-            if source in self.by_engine and destination in self.by_engine:
-                self.network.copy(source, destination, size, self.now, lambda _: ended(None))
-            else:
-                ended("its source is gone")
+    def _copy(self, pull: Pull, began_s: float) -> None:
+        ends = (pull.source, pull.destination)
+        if all(index in self.by_engine for index in ends):
+            ended = partial(self._copied, pull, began_s, None)
+            self._network.copy(*ends, pull.size, self.now, ended)
+        else:
+            self._copied(pull, began_s, "its source is gone")
 
-        self.at(self.now + profile.hop_s + profile.stop_s, begin)
-
-    def _pulled(
-        self, index: EngineIndex, ticket: int, error: str | None, size: int, seconds: float
-    ) -> None:
-        self.llumlet(index, lambda it, now: it.pulled(ticket, error, size, seconds, now))
-
-    def _send(self, instance: Instance, out: list[Out]) -> None:
-        for item in out:
-            if isinstance(item, ToPeer):
-                if self._wire is None:
-                    self.carry(item.engine, item.message)
-                else:
-                    self._wire(self, item.engine, item.message)
-            else:
-                self._hop(self._hear_llumlet, instance.index, item.message)
-
-    def _hear_llumlet(self, index: EngineIndex, message: Any) -> None:
-        if index in self.by_engine:
-            self.frontend.hear_llumlet(index, message)
-
-    def carry(self, to: EngineIndex, message: PeerMessage, late_s: float = 0.0) -> None:
-        """Brings a message to another llumlet."""
-        when_s = self.now + self.setup.profile.hop_s + late_s
-        self.at(when_s, self._deliver, to, self._receive, to, message)
-
-    def _receive(self, index: EngineIndex, message: PeerMessage) -> None:
-        self.llumlet(index, lambda it, now: it.receive(message, now))
-
-    def _order(self, index: EngineIndex, order: MoveOrder) -> None:
-        self.llumlet(index, lambda it, now: it.order(order, now))
+    def _copied(self, pull: Pull, began_s: float, error: str | None, _: Flow | None = None) -> None:
+        seconds = self.now - began_s
+        message = Pulled(ticket=pull.ticket, error=error, size=pull.size, seconds=seconds)
+        self._deliver(pull.destination, message)
 
     # -- the controller
 
-    def decide(self, fact: Fact) -> list[Decision]:
+    def _decide(self, fact: Fact) -> list[Decision]:
         """What the scheduler makes of a fact; nothing while there is none."""
         if self.scheduler is None:
             return []
-        decisions = self.scheduler.handle(fact, self.now)
+        decisions = self.scheduler.handle(fact, self.clock.now)
         if self._check is not None:
             self._check(self.scheduler, self.now)
         if self._record is not None:
@@ -305,54 +307,16 @@ class Cluster:
         for instance in self.instances.values():
             if self.now - instance.reported_s >= HEARTBEAT_S:
                 self._report(instance)
-        for decision in self.decide(Tick()):
-            assert isinstance(decision, MoveOrder)
-            index = decision.source_engine
-            self.tell_engine(index, self._order, decision)
-        self.at(self.now + self.setup.scheduler.migration.interval_s, self._tick)
+        self._perform(self._decide(Tick()))
+        self.clock.at(self.now + self.setup.scheduler.migration.interval_s, TICKS, self._tick)
 
-    def _report(self, instance: Instance) -> None:
-        """Pushes the load if it has changed, or if it was long ago."""
-        engine, llumlet = instance.engine, instance.llumlet
-        memory = engine.memory
-        moving = llumlet.moving(self.now)
-        answered = llumlet.answered()
-        said = (memory.free, engine.classes(), moving, instance.state)
-        fresh = self.now - instance.reported_s < HEARTBEAT_S
-        if said == instance.said and fresh and not instance.admitted and not answered:
-            return
-        instance.said, instance.reported_s = said, self.now
-        instance.sequence += 1
-        llumlet.reported(instance.sequence)
-        report = compose_report(
-            engine.counts(),
-            moving,
-            instance=instance.id,
-            engine_index=instance.index,
-            sequence=instance.sequence,
-            admitted=instance.admitted,
-            accepting=instance.state == "serving",
-            orders=answered,
-            steps=engine.steps,
-            steps_s=engine.steps_s,
-            stalled_s=self.now - instance.turned_s if instance.stepping else 0.0,
-        )
-        instance.admitted = []
-        self.decide(LoadReported(report=report))
-        if self._cache_aware and memory.news:
-            self._tell_prefixes(instance)
-
-    def _tell_prefixes(self, instance: Instance) -> None:
-        news = dict(instance.engine.memory.news)
-        instance.engine.memory.news.clear()
-        self.decide(
-            PrefixesChanged(
-                instance=instance.id,
-                engine_index=instance.index,
-                stored=tuple(n for n, there in news.items() if there),
-                removed=tuple(n for n, there in news.items() if not there),
-            )
-        )
+    def _report(self, instance: SimInstance) -> None:
+        report = instance.report(self.now)
+        if report is not None:
+            self._decide(LoadReported(report=report))
+            prefixes = instance.prefixes()
+            if prefixes is not None:
+                self._decide(prefixes)
 
     # -- the fleet
 
@@ -365,68 +329,56 @@ class Cluster:
         self.starting.discard(name)
         index = EngineIndex(self._engines)
         self._engines += 1
-        engine = SimEngine(
-            index,
-            self.setup.profile,
-            self.setup.engine,
-            self.priorities,
-            self.frontend.jobs.__getitem__,
-            self._pull,
-        )
-        min_stay = self.setup.scheduler.migration.min_stay
-        llumlet = Llumlet(index, "", engine, priorities=self.priorities, min_stay=min_stay)
-        instance = Instance(id=name, index=index, engine=engine, llumlet=llumlet)
+        setup, job_of = self.setup, self.clients.jobs.__getitem__
+        engine = SimEngine(index, setup.profile, setup.engine, self._priorities, job_of)
+        min_stay = setup.scheduler.migration.min_stay
+        llumlet = Llumlet(index, "", engine, priorities=self._priorities, min_stay=min_stay)
+        instance = SimInstance(name, engine, llumlet, reports_prefixes=self._cache_aware)
         self.instances[name] = self.by_engine[index] = instance
+        self.clients.engines[index] = name
         self._report(instance)
 
     def start(self, name: InstanceId | None = None) -> None:
-        """One more, or this one again; it is ready after a while."""
+        """One more instance, or this one again; it is ready after a while."""
         name = name or self._new_name()
         self._count_instances()
         self.starting.add(name)
         setup = self.setup
         start_s = setup.profile.start_s if setup.start_s is None else setup.start_s
-        self.at(self.now + start_s, self._up, name)
+        self.clock.at(self.now + start_s, TICKS, self._up, name)
 
-    def _stop_if_empty(self, instance: Instance) -> None:
-        """An instance that was emptied ends, once its last words have been heard."""
-        if self.frontend.has_business_with(instance):
-            self._later(DRAIN_POLL_S, lambda: self._wake(instance))
+    def _stop_if_empty(self, instance: SimInstance) -> None:
+        """An instance that was emptied ends, once the frontend has heard all that it said."""
+        if self.clients.needs(instance.index):
+            self.clock.at(self.now + DRAIN_POLL_S, TICKS, self._wake, instance)
         else:
             self._lose(instance)
 
-    def kill(self, instance: Instance) -> None:
+    def kill(self, instance: SimInstance) -> None:
         """It crashes, and is started again."""
         self._lose(instance)
         self.start(instance.id)
 
-    def _lose(self, instance: Instance) -> None:
+    def _lose(self, instance: SimInstance) -> None:
         self._count_instances()
         index = instance.index
         del self.instances[instance.id], self.by_engine[index]
-        self.decide(InstanceLost(instance=instance.id, engine_index=index))
-        for flow in self.network.cut(index, self.now):
+        self._preemptions_lost += instance.engine.preemptions
+        self._decide(InstanceLost(instance=instance.id, engine_index=index))
+        for flow in self._network.cut(index, self.now):
             flow.ended(flow)
-        self.frontend.engine_lost(instance, list(self.by_engine))
+        self._perform(self.clients.engine_lost(index, self.now))
 
     def _tell_fleet(self) -> None:
-        there = self.instances.values()
+        living = self.instances.values()
         fleet = FleetReported(
             starting=len(self.starting),
-            serving=tuple(i.id for i in there if i.state == "serving"),
-            draining=tuple(i.id for i in there if i.state == "draining"),
-            drained_by={i.id: i.drained_by for i in there if i.state == "draining"},
+            serving=tuple(i.id for i in living if i.state == "serving"),
+            draining=tuple(i.id for i in living if i.state == "draining"),
+            drained_by={i.id: i.drained_by for i in living if i.state == "draining"},
         )
-        for decision in self.decide(fleet):
-            match decision:
-                case AddInstances(count=count):
-                    for _ in range(count):
-                        self.start()
-                case DrainInstance(instance=name):
-                    self.drain(name, "scheduler")
-                case UndrainInstance(instance=name):
-                    self._set_state(name, "serving")
-        self.at(self.now + FLEET_REPORT_EVERY_S, self._tell_fleet)
+        self._perform(self._decide(fleet))
+        self.clock.at(self.now + FLEET_REPORT_EVERY_S, TICKS, self._tell_fleet)
 
     def drain(self, name: InstanceId, by: DrainedBy = "user") -> None:
         """An instance is to be emptied, then stopped."""
@@ -434,7 +386,7 @@ class Cluster:
             self.instances[name].drained_by = by
         self._set_state(name, "draining")
 
-    def _set_state(self, name: InstanceId, state: str) -> None:
+    def _set_state(self, name: InstanceId, state: State) -> None:
         instance = self.instances.get(name)
         if instance is not None:
             instance.state = state
@@ -442,8 +394,8 @@ class Cluster:
             self._wake(instance)
 
     def _count_instances(self) -> None:
-        """Instance-seconds up to now: those that serve or are being emptied, and those that start,
-        for they cost as much."""
-        there = len(self.instances) + len(self.starting)
-        self.instance_s += there * (self.now - self._counted_s)
+        """Counts the instance-seconds up to now: of those that serve or are being emptied, and of
+        those that start, since they cost as much."""
+        count = len(self.instances) + len(self.starting)
+        self.instance_s += count * (self.now - self._counted_s)
         self._counted_s = self.now

@@ -5,6 +5,7 @@ scheduling. Tokens have no values: their number is what is moved and checked.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from llumnix.core.limits import WAITING_SHOWN_MAX
 from llumnix.core.messages import Blocks
@@ -12,15 +13,26 @@ from llumnix.core.migration.port import Movable, Phase, Progress, Refusal
 from llumnix.core.priorities import Priorities, QueueKey
 from llumnix.core.reports import EngineCounts
 from llumnix.core.types import EngineIndex, RequestId
-from llumnix.sim.model.batching import Batching, EngineOptions, Job, Sequence
+from llumnix.sim.model.batching import Batching, EngineOptions
+from llumnix.sim.model.jobs import Job, Sequence
 from llumnix.sim.model.profile import Profile
 
 _TOKEN = [0]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pull:
+    """A copy that a destination's llumlet began. It is told of the end under this ticket."""
+
+    destination: EngineIndex
+    ticket: int
+    source: EngineIndex
+    size: int  # bytes
+
+
 class SimEngine(Batching):
-    """Implements `EnginePort`. `job_of` tells of a request that arrives by a migration; `on_pull`
-    (destination, ticket, source, bytes) begins a copy whose end the host reports."""
+    """Implements `EnginePort`. `job_of` finds the request that arrives by a migration, which a live
+    engine reads from the source's message."""
 
     def __init__(
         self,
@@ -29,17 +41,21 @@ class SimEngine(Batching):
         options: EngineOptions,
         priorities: Priorities,
         job_of: Callable[[RequestId], Job],
-        on_pull: Callable[[EngineIndex, int, EngineIndex, int], None],
     ) -> None:
         super().__init__(profile, options, priorities)
         self.index = index
         self.arriving: dict[RequestId, Sequence] = {}
         self._job_of = job_of
-        self._on_pull = on_pull
+        self._pulls: list[Pull] = []
 
     def idle(self) -> bool:
         """Whether it has nothing to do and holds nothing."""
-        return not self.requests and not self.arriving and not self._orphans
+        return not self.requests and not self.arriving and not self._pinned_blocks
+
+    def take_pulls(self) -> list[Pull]:
+        """The copies that began since this was asked last."""
+        pulls, self._pulls = self._pulls, []
+        return pulls
 
     def counts(self) -> EngineCounts:
         """What a load report says of the engine itself."""
@@ -116,7 +132,7 @@ class SimEngine(Batching):
         seq = self.requests.get(request)
         if seq is not None:
             seq.pinned = 0
-        self.memory.give(self._orphans.pop(request, 0))
+        self.memory.give(self._pinned_blocks.pop(request, 0))
 
     def stop(self, request: RequestId) -> None:
         seq = self.requests[request]
@@ -174,7 +190,8 @@ class SimEngine(Batching):
         end: int,
         blocks: Blocks,
     ) -> None:
-        self._on_pull(self.index, ticket, source, (end - start) * self.profile.kv_token_bytes)
+        size = (end - start) * self.profile.kv_token_bytes
+        self._pulls.append(Pull(destination=self.index, ticket=ticket, source=source, size=size))
 
     def cancel(self, ticket: int) -> None:
         """Copies go on to their end."""

@@ -1,27 +1,23 @@
-"""What goes wrong in a simulated cluster, and what must hold all the same.
-
-Faults are drawn with dice of their own, so a seed brings the same ones. Checks look in from
-outside: `check_owners` and `check_streams` may be called at any time, `check_rest` once everything
-has ended.
-"""
+"""What goes wrong in a simulated cluster. Faults are drawn with dice of their own, so that a seed
+brings the same ones whatever else changes."""
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from llumnix.core.messages import PeerMessage
 from llumnix.core.scheduling.scheduler import Scheduler
-from llumnix.core.types import EngineIndex, RequestId
-from llumnix.errors import LlumnixError, UsageError
+from llumnix.core.types import EngineIndex
+from llumnix.errors import UsageError
+from llumnix.sim.model.checks import check_owners, check_streams
+from llumnix.sim.model.clock import DEATHS, TICKS
 from llumnix.sim.model.cluster import Cluster
 
 CONTROLLER_BACK_S = 1.0
 LATE_S = 0.2
-REST_S = 300.0
 CHECK_EVERY_S = 0.5
 
-
-class BrokenPromiseError(LlumnixError):
-    """A check found what must never be."""
+Fault = Callable[[Cluster], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +51,7 @@ class Faults:
         return cls(**found)
 
 
-class Trouble:
+class FaultInjector:
     """Brings faults to a cluster for as long as requests come, and checks it all the while."""
 
     def __init__(self, faults: Faults, seed: int) -> None:
@@ -77,7 +73,7 @@ class Trouble:
         ):
             if mean_s:
                 self._next(cluster, mean_s, what)
-        cluster.at(0.0, self._check, cluster)
+        cluster.clock.at(0.0, TICKS, self._check, cluster)
 
     def wire(self, cluster: Cluster, to: EngineIndex, message: PeerMessage) -> None:
         """Carries a message between llumlets, or does not."""
@@ -88,12 +84,12 @@ class Trouble:
         if self._dice.random() < link:
             cluster.carry(to, message, self._dice.uniform(0, LATE_S))
 
-    def _next(self, cluster: Cluster, mean_s: float, what) -> None:  # type: ignore[no-untyped-def]
+    def _next(self, cluster: Cluster, mean_s: float, what: Fault) -> None:
         when_s = cluster.now + self._dice.expovariate(1 / mean_s)
         if when_s < self._until_s:
-            cluster.at(when_s, self._happens, cluster, mean_s, what)
+            cluster.clock.at(when_s, DEATHS, self._happens, cluster, mean_s, what)
 
-    def _happens(self, cluster: Cluster, mean_s: float, what) -> None:  # type: ignore[no-untyped-def]
+    def _happens(self, cluster: Cluster, mean_s: float, what: Fault) -> None:
         what(cluster)
         self._next(cluster, mean_s, what)
 
@@ -106,85 +102,19 @@ class Trouble:
         if cluster.scheduler is not None:
             self.controller_crashes += 1
             cluster.scheduler = None
-            cluster.at(cluster.now + CONTROLLER_BACK_S, self._back, cluster)
+            cluster.clock.at(cluster.now + CONTROLLER_BACK_S, DEATHS, self._back, cluster)
 
     def _back(self, cluster: Cluster) -> None:
         cluster.scheduler = Scheduler(cluster.setup.scheduler)
 
     def _client(self, cluster: Cluster) -> None:
-        names = sorted(stream.request for stream in cluster.frontend.streams)
+        names = sorted(stream.request for stream in cluster.clients.streams)
         if names:
             self.hung_up += 1
-            cluster.frontend.hang_up(self._dice.choice(names))
+            cluster.hang_up(self._dice.choice(names))
 
     def _check(self, cluster: Cluster) -> None:
         check_owners(cluster)
         check_streams(cluster)
         if cluster.now < self._until_s:
-            cluster.at(cluster.now + CHECK_EVERY_S, self._check, cluster)
-
-
-def check_view(scheduler: Scheduler, now: float) -> None:
-    """What the scheduler believes agrees with itself."""
-    try:
-        scheduler.view.check(now)
-    except AssertionError as error:
-        raise BrokenPromiseError(f"the scheduler's view at {now:.3f} s: {error}") from error
-
-
-def check_streams(cluster: Cluster) -> None:
-    """The frontend's table of streams agrees with itself."""
-    try:
-        cluster.frontend.streams.check()
-    except AssertionError as error:
-        raise BrokenPromiseError(f"the streams at {cluster.now:.3f} s: {error}") from error
-
-
-def check_owners(cluster: Cluster) -> None:
-    """No request runs on two engines, and no engine has more KV than it has."""
-    seen: dict[RequestId, EngineIndex] = {}
-    for index, instance in cluster.by_engine.items():
-        engine = instance.engine
-        for name, seq in engine.requests.items():
-            if seq.stopped:
-                continue
-            if name in seen:
-                raise BrokenPromiseError(f"{name} runs on engines {seen[name]} and {index}")
-            seen[name] = index
-        held = sum(s.blocks for s in (*engine.requests.values(), *engine.arriving.values()))
-        used = engine.memory.total - engine.memory.free
-        if engine.memory.free < 0 or (not engine.memory.shares and held > used):
-            raise BrokenPromiseError(f"engine {index} counts {used} blocks in use, holds {held}")
-
-
-def come_to_rest(cluster: Cluster) -> None:
-    """Lets migrations that outlive their requests end, then looks whether anything is left over."""
-    until_s = cluster.now + REST_S
-    cluster.go_on(until_s, lambda: _at_rest(cluster))
-    check_rest(cluster)
-
-
-def _at_rest(cluster: Cluster) -> bool:
-    return not cluster.starting and all(
-        i.engine.idle() and not i.llumlet.busy and not i.stepping
-        for i in cluster.instances.values()
-    )
-
-
-def check_rest(cluster: Cluster) -> None:
-    """Every request has ended, with exactly its tokens unless its client hung up or its engine
-    died; nothing is left anywhere."""
-    check_streams(cluster)
-    left = [f"{stream.request} is still open" for stream in cluster.frontend.streams]
-    for job in cluster.frontend.jobs.values():
-        if job.ended_s is None and not job.error:
-            left.append(f"{job.id} was forgotten")
-        if job.ended_s is not None and job.got != job.answer:
-            left.append(f"{job.id} got {job.got} of {job.answer} tokens")
-    for instance in cluster.instances.values():
-        engine = instance.engine
-        leaked = engine.memory.total - engine.memory.free
-        if leaked or not engine.idle() or instance.llumlet.busy:
-            left.append(f"{instance.id} still has {list(engine.requests)}, {leaked} blocks")
-    if left:
-        raise BrokenPromiseError("; ".join(left[:10]))
+            cluster.clock.at(cluster.now + CHECK_EVERY_S, TICKS, self._check, cluster)

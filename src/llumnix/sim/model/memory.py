@@ -1,10 +1,9 @@
-"""The KV blocks of one simulated engine: who holds how many, and what the prefix cache still has.
+"""The KV blocks of one simulated engine: how many are held, and what the prefix cache still has.
 
-vLLM gives freed blocks away again in the order in which they were freed. So a block that was freed
-when `free` blocks were free is overwritten by the allocation number `taken + free` from then on:
-one number tells of a cached block whether it is still there, and nothing is kept in a queue.
-(A hit takes a block out of the middle of that queue, which brings those behind it forward; that is
-left out.)
+vLLM reuses blocks in the order in which they were freed. A block that was freed when `free` blocks
+were free and `taken` were allocated so far is overwritten by allocation number `taken + free`, so
+that one number says whether a cached block is still intact. What is left out: a hit takes a block
+out of the middle of vLLM's queue, and those behind it are reused earlier.
 """
 
 import heapq
@@ -23,15 +22,15 @@ class Shared:
 
 class Memory:
     """`total`, `free`: blocks. `taken`: blocks allocated so far. `caching`: whether there is a
-    prefix cache. `news`: prefix ids that it began to have (True) or lost, for who wants to know;
-    whoever reads it clears it."""
+    prefix cache. `cache_changes`: prefix ids that it began to have (True) or lost since its reader
+    cleared it last."""
 
     def __init__(self, total: int, *, caching: bool) -> None:
         self.total = total
         self.free = total
         self.taken = 0
         self.caching = caching
-        self.news: list[tuple[int, bool]] = []
+        self.cache_changes: list[tuple[int, bool]] = []
         self._shared: dict[int, Shared] = {}
         self._fading: list[tuple[int, int]] = []
 
@@ -45,10 +44,10 @@ class Memory:
             shared = self._shared.get(name)
             if shared is not None and not shared.holders and shared.until == until:
                 del self._shared[name]
-                self.news.append((name, False))
+                self.cache_changes.append((name, False))
 
     def give(self, blocks: int) -> None:
-        """Frees what nobody will ask for again."""
+        """Frees blocks whose contents no request will ask for again."""
         self.free += blocks
         assert self.free <= self.total
 
@@ -80,7 +79,7 @@ class Memory:
     # -- blocks that requests share
 
     def hits(self, ids: Sequence[int]) -> int:
-        """How many leading ids are there."""
+        """How many leading ids are cached."""
         if not self.caching:
             return 0
         for count, name in enumerate(ids):
@@ -89,11 +88,11 @@ class Memory:
         return len(ids)
 
     def idle(self, ids: Sequence[int]) -> int:
-        """How many of these, which are there, nobody holds: to hold them takes free blocks."""
+        """How many of these cached ids no request holds, so that to hold them takes free blocks."""
         return sum(not self._shared[i].holders for i in ids)
 
     def hold(self, ids: Sequence[int], blocks: int) -> None:
-        """One more holder of ids that are there, of `blocks` blocks each."""
+        """One more holder of cached ids, of `blocks` blocks each."""
         for name in ids:
             shared = self._shared[name]
             if not shared.holders:
@@ -101,14 +100,14 @@ class Memory:
             shared.holders += 1
 
     def publish(self, ids: Sequence[int]) -> list[int]:
-        """Who has computed the blocks of these ids lets others share them from now on, and holds
-        them. Returns which: those that another holds already stay its own."""
+        """A request has computed the blocks of these ids: from now on others may share them.
+        Returns the ids that it holds. Those that another request holds already are not shared."""
         mine = []
         for name in ids:
             shared = self._shared.get(name)
             if self.caching and (shared is None or not shared.holders):
                 self._shared[name] = Shared(holders=1)
-                self.news.append((name, True))
+                self.cache_changes.append((name, True))
                 mine.append(name)
         return mine
 

@@ -71,7 +71,7 @@ class Run(TypedDict, total=False):
     """One simulated run.
 
     `metrics` has `ttft_s`, `tpot_s` and `e2e_s`, each `{"mean", "p50", "p99"}`;
-    `preemption_loss_s` and `fragmentation` (a share), each `{"mean"}`; `instances_mean`,
+    `preemption_loss_s` and `fragmentation_blocked` (a share), each `{"mean"}`; `instances_mean`,
     `migrations`, `preemptions`, `requests_done`, `requests_failed`; and, if requests had classes,
     `classes`: for each class the first three. `details` are kept of some runs only."""
 

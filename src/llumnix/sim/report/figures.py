@@ -37,7 +37,7 @@ _RATE_FIGURES = (
     ("TPOT, P99", ("tpot_s", "p99"), "TPOT P99, ms", 1e3),
     ("End to end, mean", ("e2e_s", "mean"), "mean end to end, s", 1.0),
     ("Preemption loss, mean", ("preemption_loss_s", "mean"), "mean preemption loss, s", 1.0),
-    ("Fragmentation, mean", ("fragmentation", "mean"), "fragmented KV memory, %", 100.0),
+    ("Fragmentation, mean", ("fragmentation_blocked", "mean"), "fragmented KV memory, %", 100.0),
     ("Serving instances, mean", ("instances_mean",), "serving instances", 1.0),
 )
 

@@ -73,7 +73,7 @@ LATENCIES = tuple(
 COLUMNS = (
     *LATENCIES,
     Column(title="preemption loss, s", path=("preemption_loss_s", "mean")),
-    Column(title="fragmented memory, %", path=("fragmentation", "mean"), scale=100.0),
+    Column(title="fragmented memory, %", path=("fragmentation_blocked", "mean"), scale=100.0),
     Column(title="instances, mean", path=("instances_mean",)),
     Column(title="preemptions", path=("preemptions",), kind=Kind.TALLY),
     Column(title="migrations", path=("migrations",), kind=Kind.COUNT),

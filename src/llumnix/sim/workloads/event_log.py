@@ -5,9 +5,9 @@ from typing import Any
 
 
 def logged(lines: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The requests of an event log in the order in which they came, the first at 0 s: as long as
-    they had become when they ended or their client left. Who got nothing, or whose engine was lost,
-    is left out."""
+    """The requests of an event log in the order in which they came, the first at 0 s, with the
+    lengths that they had when they ended or their client left. A request that got no token, or
+    whose engine was lost, is left out."""
     found = []
     for line in lines:
         if line.get("kind") == "request":

@@ -11,9 +11,6 @@ An event log of `llumnix serve` (observe/event_log.py) is such a file too.
 
 Files of clients (ServeGen's): one client a line, with its rate and the family of its gaps in
 windows of 600 s, and with quantiles of its lengths.
-
-Some files have names of their own (`FILES`, `CLIENTS`). They are not part of llumnix: they are
-looked for in a folder that the caller or the environment variable LLUMNIX_TRACES names.
 """
 
 import csv
@@ -23,7 +20,6 @@ import io
 import itertools
 import json
 import math
-import os
 import random
 import zlib
 from bisect import bisect_left
@@ -36,7 +32,6 @@ from typing import Any
 from llumnix.errors import UsageError
 from llumnix.sim.workloads.event_log import logged
 
-FOLDER_VARIABLE = "LLUMNIX_TRACES"
 FILES_KEPT_MAX = 16
 """Files that a process keeps in memory once read."""
 HASH_BLOCK_TOKENS = 512
@@ -55,68 +50,6 @@ COLUMNS = (
 
 Lengths = list[tuple[int, int]]
 """Prompt and output of each request, in tokens."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TraceFile:
-    """A file with a name of its own. `grid_s`: its arrival times are rounded to so many seconds,
-    so requests of one instant are spread over the time up to the next, evenly."""
-
-    file: str
-    about: str
-    grid_s: float = 0.0
-
-
-FILES = {
-    "azure-code": TraceFile(
-        file="azure2023_code.csv.gz",
-        about="Azure 2023, code: long prompts, outputs of 28 tokens, arrivals in bursts",
-    ),
-    "azure-conv": TraceFile(
-        file="azure2023_conv.csv.gz",
-        about="Azure 2023, conversations: 1,237 and 221 tokens, arrivals nearly Poisson",
-    ),
-    "mooncake-conversation": TraceFile(
-        file="mooncake_conversation.jsonl.gz",
-        about="Mooncake, conversations: 12,935 and 346 tokens, shared prefixes (blocks of 512)",
-        grid_s=3.0,
-    ),
-    "mooncake-arxiv": TraceFile(
-        file="mooncake_arxiv_first1000.jsonl.gz",
-        about="Mooncake's older trace, conversations and tools: 9,792 and 199 tokens, shared "
-        "prefixes (blocks of 512)",
-        grid_s=3.0,
-    ),
-    "ragpulse": TraceFile(
-        file="ragpulse.jsonl.gz",
-        about="RAGPulse, questions to a university: 2,914 and 272 tokens, shared prefixes",
-        grid_s=1.0,
-    ),
-    "arxiv-vidur": TraceFile(
-        file="lengths_arxiv_vidur.csv.gz",
-        about="arXiv summaries (Vidur): 2,579 and 296 tokens, no arrival times",
-    ),
-    "sharegpt4-sarathi": TraceFile(
-        file="lengths_sharegpt4_sarathi.csv.gz",
-        about="ShareGPT4 with history (Sarathi): 2,328 and 437 tokens, no arrival times",
-    ),
-    "sharegpt-helix": TraceFile(
-        file="lengths_sharegpt_firstpair_helix.csv.gz",
-        about="ShareGPT's first turns (Helix): 73 and 228 tokens, no arrival times",
-    ),
-}
-CLIENTS = {
-    f"servegen-{model}": TraceFile(
-        file=f"servegen_{model}_clients.jsonl.gz",
-        about=f"ServeGen, clients of Alibaba's {model}: {what}, drawn from statistics",
-    )
-    for model, what in {
-        "m-small": "124 and 18 tokens",
-        "m-mid": "305 and 52 tokens",
-        "m-large": "922 and 168 tokens",
-        "deepseek-r1": "1,213 and 1,992 tokens",
-    }.items()
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -303,18 +236,6 @@ def from_quantiles(lengths: tuple[float, ...], at: float) -> int:
         return round(lengths[0])
     low, high = TABLE_QUANTILES[i - 1], TABLE_QUANTILES[i]
     return round(lengths[i - 1] * (lengths[i] / lengths[i - 1]) ** ((at - low) / (high - low)))
-
-
-def named_file(name: str, folder: str | Path | None) -> Path:
-    """Where the file of that name is. `folder`: None for the one of LLUMNIX_TRACES."""
-    file = {**FILES, **CLIENTS}[name].file
-    folder = folder or os.environ.get(FOLDER_VARIABLE)
-    fix = f"give the folder that has it with --traces DIR, or in {FOLDER_VARIABLE}"
-    if not folder:
-        raise UsageError(f"the trace {name} is the file {file}, not part of llumnix: {fix}")
-    if not (path := Path(folder) / file).is_file():
-        raise UsageError(f"the trace {name} is the file {file}, which is not in {folder}: {fix}")
-    return path
 
 
 @lru_cache(maxsize=FILES_KEPT_MAX)

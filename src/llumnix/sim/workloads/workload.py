@@ -23,15 +23,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llumnix.errors import UsageError
+from llumnix.sim.workloads.named_files import CLIENTS, FILES, named_file
 from llumnix.sim.workloads.traces import (
-    CLIENTS,
-    FILES,
     ClientFile,
     Drawn,
     Lengths,
     Prefix,
     RequestFile,
-    named_file,
     read_clients,
     read_requests,
 )
@@ -145,7 +143,7 @@ class Workload:
         classes = random.Random(f"{seed} classes")
         prefixes = drawn.prefixes or [NO_PREFIX] * self.requests
         if drawn.high and self.high_share:
-            raise UsageError(f"the trace {self.trace} says which requests are urgent: no --high")
+            raise UsageError(f"the trace {self.trace} says which are urgent: no --high-share")
         high = drawn.high or [classes.random() < self.high_share for _ in range(self.requests)]
         return [
             self._arrival(at_s, *pair, urgent, prefix)

@@ -1,0 +1,55 @@
+"""A request twice: as its client sees it (`Job`), and as one engine does (`Sequence`)."""
+
+from dataclasses import dataclass, field
+
+from llumnix.core.priorities import QueueKey
+from llumnix.core.types import RequestId
+
+Token = tuple[RequestId, bool]
+"""One more token of a request, and whether it is the last."""
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Job:
+    """One request and what became of it. Lengths in tokens, times in virtual seconds."""
+
+    id: RequestId
+    arrived_s: float
+    prompt: int
+    answer: int
+    priority: int = 0
+    high: bool = False  # whether it counts as urgent in the figures
+    prefix: tuple[int, ...] = ()  # ids of leading blocks that others may share
+    prefix_blocks: int = 0  # the engine's blocks for each of these ids
+    first_s: float | None = None
+    ended_s: float | None = None
+    lost_s: float = 0.0  # what preemptions cost it
+    preempted_s: float | None = None  # since when it waits for its next token; None if it does not
+    preemptions: int = 0
+    moves: int = 0
+    got: int = 0  # tokens that its client has
+    error: str = ""  # why its stream was closed early
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Sequence:
+    """A request on one engine."""
+
+    job: Job
+    turn: QueueKey  # its place in the queue: the lowest goes first
+    queued_s: float
+    outputs: int = 0  # tokens generated
+    computed: int = 0  # leading tokens that have KV
+    blocks: int = 0  # KV blocks that it has, shared ones included
+    held: list[int] = field(default_factory=list)  # prefix ids that it shares
+    freed_blocks: tuple[int, int, int] | None = None  # `Memory.leave` of its own, once preempted
+    running: bool = False
+    stopped: bool = False  # taken out for a handover
+    preemptions: int = 0
+    pinned: int = 0  # leading blocks that are being copied
+    found: tuple[int, int] | None = None  # cached tokens when it began to wait; those others held
+
+    @property
+    def tokens(self) -> int:
+        """Prompt and output."""
+        return self.job.prompt + self.outputs
