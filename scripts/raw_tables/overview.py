@@ -3,7 +3,7 @@
 import re
 import statistics
 
-from llumnix.sim.summary import told_ratio
+from llumnix.sim.summary import format_ratio
 from raw_tables.moves import at, lengths
 from raw_tables.raw import (
     NAMES,
@@ -148,9 +148,10 @@ def goals() -> str:
         [bursts[p, s]["normal"]["e2e_s"]["mean"] for s in seeds]
         for p in ("llumnix", "llumnix-base")
     ]
-    low, high = interval(told_ratio(*ends))
+    low, high = interval(format_ratio(*ends))
     rows.append((
-        "urgent requests make ordinary ones end ≤ 4.5 % later", f"{told_ratio(*ends)} of the time",
+        "urgent requests make ordinary ones end ≤ 4.5 % later",
+        f"{format_ratio(*ends)} of the time",
         "cannot be told" if low <= 1.045 < high else verdict(high <= 1.045), BURSTS,
     ))  # fmt: skip
     soak = load(SOAK)["summary"]
@@ -166,7 +167,7 @@ def serving_goals() -> list[tuple[str, str, str, str]]:
     """On four GPUs, beside vLLM's own balancing and a router."""
     name = SERVED_4[0][0]
     ratios = {
-        what: [told_ratio(*over(SERVED_4[0], peer, *path)) for peer in NAMES]
+        what: [format_ratio(*over(SERVED_4[0], peer, *path)) for peer in NAMES]
         for what, path in (("TTFT", ("ttft_s", "p99")), ("TPOT", ("tpot_s", "p99")))
     }
     lower = {what: [interval(text)[0] > 1 for text in texts] for what, texts in ratios.items()}

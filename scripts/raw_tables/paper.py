@@ -4,7 +4,7 @@ import ast
 import re
 from typing import Any
 
-from llumnix.sim.summary import told, told_ratio
+from llumnix.sim.summary import format_mean, format_ratio
 from raw_tables.raw import ROOT, load, pick, table
 
 
@@ -39,8 +39,8 @@ def paper_gains() -> str:
             base = [pick(m, *path) for m in by["infaas++"]]
             most = "–"
             if path[0] != "preemption_loss_s":
-                most = told_ratio(base, [pick(m, *path) for m in found["alone"][trace]])
-            ours = told_ratio(base, [pick(m, *path) for m in by["llumnix"]])
+                most = format_ratio(base, [pick(m, *path) for m in found["alone"][trace]])
+            ours = format_ratio(base, [pick(m, *path) for m in by["llumnix"]])
             what = name.partition(",")[0]
             rows.append([f"{trace} {rate:g}", what, ours, f"{pair[0] / pair[1]:.3g}", most])
     return table(["trace, req/s", "figure", "here", "paper", "bound"], rows)
@@ -55,9 +55,9 @@ def paper_seconds() -> str:
             by = [r["metrics"] for r in found if (r["trace"], r["policy"]) == (trace, policy)]
             cells = []
             for path, pair in zip(PAPER.values(), figures, strict=True):
-                cells += [told([pick(m, *path) for m in by]), f"{pair[place]:g}"]
-            cells.append(told([m["ttft_s"]["max"] for m in by]))
-            cells.append(told([m["fragmentation"]["mean"] for m in by], 100))
+                cells += [format_mean([pick(m, *path) for m in by]), f"{pair[place]:g}"]
+            cells.append(format_mean([m["ttft_s"]["max"] for m in by]))
+            cells.append(format_mean([m["fragmentation"]["mean"] for m in by], 100))
             rows.append([f"{trace} {rate:g}", f"`{policy}`", *cells])
     head = ["trace, req/s", "policy"]
     for name in PAPER:

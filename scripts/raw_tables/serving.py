@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Iterable, Sequence
 
-from llumnix.sim.summary import told_ratio
+from llumnix.sim.summary import format_ratio
 from raw_tables.raw import (
     NAMES,
     RATIOS,
@@ -51,7 +51,7 @@ def ratios(
             for peer in peers or [p for p in found if p != reference]:
                 both = sorted(found[peer].keys() & found[reference].keys())
                 cells = [
-                    told_ratio(
+                    format_ratio(
                         [pick(found[peer][s], *path) for s in both],
                         [pick(found[reference][s], *path) for s in both],
                     )
@@ -91,7 +91,9 @@ def paced() -> str:
                 found.setdefault(r["policy"], {})[r["seed"]] = r["metrics"]
         both = sorted(found["infaas++"].keys() & found["llumnix"].keys())
         cells = [
-            told_ratio(*([pick(found[p][s], *path) for s in both] for p in ("infaas++", "llumnix")))
+            format_ratio(
+                *([pick(found[p][s], *path) for s in both] for p in ("infaas++", "llumnix"))
+            )
             for path in RATIOS.values()
         ]
         moves = statistics.fmean(found["llumnix"][s]["migrations"] for s in both)
@@ -191,7 +193,7 @@ def burst_ratios() -> str:
     rows = []
     for name, said in (("high", "urgent"), ("normal", "others")):
         cells = [
-            told_ratio(
+            format_ratio(
                 [pick(found["llumnix-base", s][name], *path) for s in seeds],
                 [pick(found["llumnix", s][name], *path) for s in seeds],
             )
