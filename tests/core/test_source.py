@@ -175,6 +175,19 @@ def test_a_stage_has_as_long_as_the_destination_says_that_it_goes_on() -> None:
     ]
 
 
+def test_what_a_move_took_is_told_in_milliseconds() -> None:
+    source = Source()
+    began = source.now
+    source.hand_over()
+    source.now += 0.5
+    source.hear(Verdict(migration=M, taken=True, why=""))
+    (told,) = source.said(MigrationEnded)
+    assert told.total_ms == pytest.approx((source.now - began) * 1e3)
+    assert told.downtime_ms is not None
+    # It stopped no more than a step before it was handed over.
+    assert 500 <= told.downtime_ms < 520
+
+
 def test_progress_of_a_stage_that_is_over_changes_nothing() -> None:
     source = Source()
     source.hear(Reserved(migration=M, hit=0))

@@ -200,6 +200,15 @@ def test_the_death_of_a_peer_reaches_every_migration_though_one_of_them_fails(
     assert hosts.tokens == {"a": [TOKENS, 0], "b": [TOKENS, 0]}
 
 
+def test_the_line_to_a_peer_that_died_is_closed(hosts: Hosts) -> None:
+    moved(hosts)
+    source, address = hosts.engines[SOURCE].host, hosts.engines[DESTINATION].host.address
+    line = source._peers._outgoing[address]
+    source.engine_lost(EngineIndex(DESTINATION), address, [])
+    assert line.closed
+    assert address not in source._peers._outgoing
+
+
 def test_more_peers_than_zmq_has_sockets_by_itself(tmp_path: Path) -> None:
     from llumnix.core.messages import CancelMigration
 

@@ -1,5 +1,6 @@
 """An urgent request that cannot start has less urgent ones preempted, and nobody more than that."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from llumnix.core.priorities import Priorities  # noqa: E402
 from llumnix.core.settings import PriorityClass, PrioritySettings  # noqa: E402
 from llumnix.core.types import RequestId  # noqa: E402
 from llumnix.engine.urgent import UrgentAdmission  # noqa: E402
+from support import no_model  # noqa: E402
 
 HIGH, NORMAL, LOW = -100, 0, 10
 CLASSES = tuple(
@@ -164,6 +166,25 @@ def test_nobody_is_preempted_in_vain(line: Line) -> None:
     assert line.step() == 0
     assert {"high", "low"} <= line.runs()
     line.finish()
+
+
+@pytest.mark.parametrize(("blocks", "preempted"), [(13, 1), (15, 0)])
+def test_blocks_that_others_share_do_not_become_free(
+    tiny_model: Path, blocks: int, preempted: int
+) -> None:
+    """Of 24 blocks a request and one less urgent hold 12, of which the latter has one for itself:
+    without it there are 13."""
+    size = no_model.BLOCK
+    core = no_model.engine_core(tiny_model, blocks=24)
+    prompt = list(range(10 * size + 1))
+    for name, priority in (("high", HIGH), ("low", LOW)):
+        no_model.add(core, name, prompt, 10, priority=priority)
+        core.step_fn()
+    pool = core.scheduler.kv_cache_manager.block_pool
+    assert pool.get_num_free_blocks() == 12
+    no_model.add(core, "urgent", list(range(1000, 1000 + blocks * size)), 1, priority=HIGH)
+    urgent = UrgentAdmission(core.scheduler, Priorities(PrioritySettings(classes=CLASSES)))
+    assert urgent.make_room() == preempted
 
 
 def test_one_that_aged_preempts_nobody_and_is_not_preempted(line: Line) -> None:

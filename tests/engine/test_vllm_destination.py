@@ -1,5 +1,6 @@
-"""What enters the prefix cache with a request that moved in."""
+"""What enters the prefix cache with a request that moved in, and when its blocks are written to."""
 
+from collections import deque
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,7 +22,7 @@ from vllm.v1.kv_cache_interface import (
 )
 from vllm.v1.request import Request
 
-from llumnix.core.types import RequestId
+from llumnix.core.types import EngineIndex, RequestId
 from llumnix.engine.migration.vllm_core import HandoverState, VllmCore
 from llumnix.engine.migration.vllm_destination import (
     ReservedRequest,
@@ -69,3 +70,33 @@ def test_what_its_source_no_longer_had_is_not_found(gaps: bool) -> None:
     lengths = range(2 * SIZE, len(TOKENS) - SIZE, SIZE)
     hits = [kv.get_computed_blocks(request(f"b{n}", TOKENS[:n]))[1] for n in lengths]
     assert any(hits) is not gaps
+
+
+@pytest.mark.parametrize(
+    ("more", "waits"),
+    [pytest.param(4 * SIZE, True, id="it got blocks"), pytest.param(0, False, id="it got none")],
+)
+def test_a_pull_into_new_blocks_waits_for_the_step_in_flight(more: int, waits: bool) -> None:
+    """That step may still write into them, for a request that has just been freed."""
+    kv, pulls = manager(), []
+    new = request("a", TOKENS)
+    assert kv.allocate_slots(new, 10 * SIZE, delay_cache_blocks=True) is not None
+    engine = SimpleNamespace(batch_queue=deque(["a step"]))
+    core = object.__new__(VllmCore)
+    core.kv, core.pool, core.engine = kv, kv.block_pool, engine
+    core.scheduler = SimpleNamespace(kv_cache_config=kv.kv_cache_config)
+    arrivals = object.__new__(VllmDestination)
+    arrivals._core, arrivals._kv, arrivals._deferred = core, kv, []
+    arrivals._client = SimpleNamespace(pull=lambda *order: pulls.append(order))
+    arrivals._arriving = {RequestId("a"): ReservedRequest(request=new, agents=())}
+    end = 10 * SIZE + more
+    assert arrivals.reach(RequestId("a"), end, []) is None
+    theirs = [list(range(end // SIZE))] * 2
+    arrivals.pull(RequestId("a"), 1, EngineIndex(0), [], 0, end, theirs)
+    assert arrivals.pulls_wait is waits
+    assert bool(pulls) is not waits
+    arrivals.begin_pulls()
+    assert bool(pulls) is not waits
+    engine.batch_queue.clear()
+    arrivals.begin_pulls()
+    assert len(pulls) == 1
