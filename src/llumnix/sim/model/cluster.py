@@ -31,11 +31,7 @@ from llumnix.core.events import (
     Tick,
     UndrainInstance,
 )
-from llumnix.core.limits import (
-    DRAIN_POLL_S,
-    FLEET_REPORT_EVERY_S,
-    HEARTBEAT_S,
-)
+from llumnix.core.limits import DRAIN_POLL_S, FLEET_REPORT_EVERY_S, HEARTBEAT_S
 from llumnix.core.messages import FrontendMessage, PeerMessage, ToPeer
 from llumnix.core.migration.llumlet import Llumlet
 from llumnix.core.scheduling.presets import POLICIES, priorities_of
