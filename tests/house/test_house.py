@@ -1,5 +1,6 @@
 """Rules of the house that no tool checks."""
 
+import ast
 import re
 from collections import Counter
 from pathlib import Path
@@ -41,6 +42,13 @@ def test_every_flag_is_in_the_page_for_operators() -> None:
 def test_a_file_is_one_sitting() -> None:
     long = {f.name: n for f in SOURCES if (n := len(f.read_text().splitlines())) > 400}
     assert long == {}
+
+
+def test_a_function_fits_a_screen() -> None:
+    nodes = ((f, node) for f in SOURCES for node in ast.walk(ast.parse(f.read_text())))
+    functions = ((f, n) for f, n in nodes if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef))
+    long = [(f.name, n.name) for f, n in functions if (n.end_lineno or 0) - n.lineno >= 60]
+    assert long == []
 
 
 def test_a_room_has_at_most_twelve_files() -> None:

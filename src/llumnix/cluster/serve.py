@@ -163,11 +163,7 @@ async def _run(
 ) -> int:
     from llumnix.cluster.fleet import Fleet
     from llumnix.engine.launch import EngineLaunch
-    from llumnix.frontend.client import FleetClient
-    from llumnix.frontend.controller_link import ControllerLink
     from llumnix.frontend.http.server import serve as serve_http
-    from llumnix.frontend.http.server import stop_begins
-    from llumnix.frontend.llm import FleetLLM
 
     args, deployment = command.args, command.deployment
     launch = EngineLaunch.of(
@@ -178,30 +174,7 @@ async def _run(
     )
     with contextlib.ExitStack() as undo:
         undo.callback(event_log.close)
-        client = FleetClient(
-            command.vllm_config,
-            {
-                "input_address": addresses.frontend_input,
-                "output_address": addresses.frontend_output,
-            },
-            ControllerLink(addresses.controller, addresses.keys),
-            deployment.slots,
-            event_log,
-            priorities_of(deployment.scheduler, keyed=bool(args.access.client_digests)),
-            hash_prefixes=POLICIES[deployment.scheduler.policy].looks_at_caches,
-            keys=addresses.keys,
-        )
-        undo.callback(client.close)
-        client.start()
-        llm = FleetLLM(
-            command.vllm_config,
-            client,
-            log_stats=not args.disable_log_stats,
-            log_requests=args.enable_log_requests,
-            aggregate_engine_logging=args.aggregate_engine_logging,
-            on_stopping=stop_begins,
-        )
-        undo.callback(llm.shutdown)
+        llm = _client(command, event_log, addresses, undo)
         fleet = Fleet(llm, launch, addresses, deployment)
         start.progress.instances = lambda: [(s.id, s.state) for s in fleet.status()]
         failed = None
@@ -227,6 +200,43 @@ async def _run(
         raise UsageError("every instance failed: " + "; ".join(s.why or "" for s in fleet.status()))
     say("stopped")
     return 0
+
+
+def _client(
+    command: ServeCommand, event_log: EventLog, addresses: Addresses, undo: contextlib.ExitStack
+) -> Any:
+    """vLLM's engine client over all instances, started. `undo` gets what closes its parts."""
+    from llumnix.frontend.client import FleetClient
+    from llumnix.frontend.controller_link import ControllerLink
+    from llumnix.frontend.http.server import stop_begins
+    from llumnix.frontend.llm import FleetLLM
+
+    args, deployment = command.args, command.deployment
+    client = FleetClient(
+        command.vllm_config,
+        {
+            "input_address": addresses.frontend_input,
+            "output_address": addresses.frontend_output,
+        },
+        ControllerLink(addresses.controller, addresses.keys),
+        deployment.slots,
+        event_log,
+        priorities_of(deployment.scheduler, keyed=bool(args.access.client_digests)),
+        hash_prefixes=POLICIES[deployment.scheduler.policy].looks_at_caches,
+        keys=addresses.keys,
+    )
+    undo.callback(client.close)
+    client.start()
+    llm = FleetLLM(
+        command.vllm_config,
+        client,
+        log_stats=not args.disable_log_stats,
+        log_requests=args.enable_log_requests,
+        aggregate_engine_logging=args.aggregate_engine_logging,
+        on_stopping=stop_begins,
+    )
+    undo.callback(llm.shutdown)
+    return llm
 
 
 async def _stop_when_all_failed(fleet: Any) -> None:
