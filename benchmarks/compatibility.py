@@ -196,11 +196,10 @@ def messages(server: Served) -> dict[str, Any]:
 
 def comply(server: Served, suite: str) -> dict[str, dict[str, Any]]:
     """llm-comply's verdict on each case, by the case's name: "status", and perhaps "errors"."""
-    base = server.url if suite == "messages" else server.url + "/v1"
     done = subprocess.run(
         [
             str(Path(sys.executable).parent / "llm-comply"),
-            *("--base-url", base, "--api-key", "none", "--model", NAME),
+            *("--base-url", server.url + "/v1", "--api-key", "none", "--model", NAME),
             *("--format", SUITES[suite], "--timeout", "120", "--json"),
         ],
         capture_output=True,
@@ -256,7 +255,7 @@ def rows(bare: Served, ours: Served, model: str) -> tuple[list[Row], list[Row]]:
             if said["status"] == "passed":
                 compared.append((*row, _same(said["status"], ours_said)))
             else:
-                left_out.append((*row, "; ".join(said.get("errors", []))[:160]))
+                left_out.append((*row, "; ".join(said.get("errors", []))[:100]))
     counted, mine = bench(bare, model), bench(ours, model)
     for case, count in counted.items():
         compared.append(("vllm bench serve", case, count, mine[case], _same(count, mine[case])))
