@@ -86,11 +86,6 @@ class LoadReport:
     stalled_s: float = 0.0  # since the last step was completed; 0 without requests
 
     @property
-    def kv_tokens_free(self) -> int:
-        """KV tokens that no request holds."""
-        return self.kv_tokens_total - self.kv_tokens_used
-
-    @property
     def running(self) -> int:
         """Requests in the batch."""
         return sum(c.running for c in self.classes)

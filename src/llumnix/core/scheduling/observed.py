@@ -92,20 +92,33 @@ class Observed:
     def migration_thresholds(self, settings: MigrationSettings) -> tuple[float, float]:
         """Freeness, in decode steps, below which an instance is a source, and above which it is a
         destination."""
-        if settings.source_below is not None and settings.destination_above is not None:
-            return settings.source_below, settings.destination_above
-        answer = self.answer_tokens
-        if answer is None:
-            return PAPER_THRESHOLD, PAPER_THRESHOLD
-        source = max(SOURCE_MIN_STEPS, SOURCE_SHARE * answer)
-        return source, source * DESTINATION_SHARE / SOURCE_SHARE
+        return self._bounds(
+            (settings.source_below, settings.destination_above),
+            (SOURCE_SHARE, DESTINATION_SHARE),
+            (PAPER_THRESHOLD, PAPER_THRESHOLD),
+        )
 
     def scaling_thresholds(self, settings: ScalingSettings) -> tuple[float, float]:
         """The bounds of the mean freeness, in decode steps."""
-        if settings.freeness_low is not None and settings.freeness_high is not None:
-            return settings.freeness_low, settings.freeness_high
+        return self._bounds(
+            (settings.freeness_low, settings.freeness_high),
+            (SCALE_LOW_SHARE, SCALE_HIGH_SHARE),
+            (PAPER_SCALE_LOW, PAPER_SCALE_HIGH),
+        )
+
+    def _bounds(
+        self,
+        given: tuple[float | None, float | None],
+        shares: tuple[float, float],
+        paper: tuple[float, float],
+    ) -> tuple[float, float]:
+        """A lower and an upper bound: those `given` if both are, else these `shares` of an answer,
+        or the paper's before enough answers have ended."""
+        low, high = given
+        if low is not None and high is not None:
+            return low, high
         answer = self.answer_tokens
         if answer is None:
-            return PAPER_SCALE_LOW, PAPER_SCALE_HIGH
-        low = max(SOURCE_MIN_STEPS, SCALE_LOW_SHARE * answer)
-        return low, low * SCALE_HIGH_SHARE / SCALE_LOW_SHARE
+            return paper
+        low = max(SOURCE_MIN_STEPS, shares[0] * answer)
+        return low, low * shares[1] / shares[0]

@@ -89,8 +89,7 @@ class VllmPort:
     def give_up_blocks(self) -> None:
         """Every request that waits with blocks, since it has just come or come back, goes on
         waiting without: vLLM preempts only those that run."""
-        holding = self.core.scheduler.kv_holding_waiting
-        for request in reversed([r for r in holding if r.status in ABLE]):
+        for request in reversed(self._able()):
             self._give_up(request)
 
     def _deadlocked(self) -> bool:
@@ -102,7 +101,7 @@ class VllmPort:
             return False
         if scheduler.num_waiting_for_streaming_input >= scheduler.max_num_active_reqs:
             return False  # Sessions have all slots.
-        able = sum(r.status in ABLE for r in scheduler.kv_holding_waiting)
+        able = len(self._able())
         # What moves hold comes back by itself, and a single request gains nothing if it gives up
         # its own blocks.
         return able > 1 or (able == 1 and not (self.source.holds() or self.destination.holds()))
@@ -110,8 +109,11 @@ class VllmPort:
     def _break_deadlock(self) -> None:
         """Requests that wait with blocks cannot be preempted by each other. The last of them gives
         its blocks up, as vLLM's own preemption would make it."""
-        holding = self.core.scheduler.kv_holding_waiting
-        self._give_up([r for r in holding if r.status in ABLE][-1])
+        self._give_up(self._able()[-1])
+
+    def _able(self) -> list[Request]:
+        """The requests that wait with blocks and could start."""
+        return [r for r in self.core.scheduler.kv_holding_waiting if r.status in ABLE]
 
     def _give_up(self, request: Request) -> None:
         self.core.scheduler.kv_holding_waiting.remove_requests([request])

@@ -98,14 +98,12 @@ class EngineDirectory:
 
     def targets(self) -> list[EngineTarget]:
         """The same, as users and migrations need them."""
-        return [
-            EngineTarget(instance=e.instance, engine_index=e.engine_index, address=e.address)
-            for e in self.takers()
-        ]
+        return [_target(engine) for engine in self.takers()]
 
     def target(self, engine_index: EngineIndex) -> EngineTarget | None:
         """One engine, if it takes requests."""
-        return next((t for t in self.targets() if t.engine_index == engine_index), None)
+        engine = self._engines.get(engine_index)
+        return _target(engine) if engine is not None and engine.takes_requests else None
 
     # -- what is also known of one that is gone
 
@@ -128,3 +126,9 @@ class EngineDirectory:
         if engine_index is None:
             return None
         return self._engines.get(engine_index) or self._lost.get(engine_index)
+
+
+def _target(engine: Engine) -> EngineTarget:
+    return EngineTarget(
+        instance=engine.instance, engine_index=engine.engine_index, address=engine.address
+    )

@@ -44,7 +44,7 @@ from llumnix.core.streams.effects import (
     TellLost,
 )
 from llumnix.core.streams.stream import Refusal
-from llumnix.core.streams.table import StreamTable
+from llumnix.core.streams.table import ENGINE_DIED, StreamTable
 from llumnix.core.types import EngineIndex, RequestId
 from llumnix.errors import ConflictError, UnknownRequestError, UsageError
 from llumnix.frontend.engines.calls import EngineCalls
@@ -57,7 +57,7 @@ from llumnix.observe.event_log import EventLog
 from llumnix.sockets import SocketKeys
 from llumnix.wire import decode, encode
 
-ENGINE_DIED = "The instance that ran this request died. Please send the request again."
+INSTANCE_DIED = "The instance that ran this request died. Please send the request again."
 GAVE_UP = "llumnix failed at this request. Please send it again."
 DRAIN_REQUESTS_MAX = 256
 """So many instances' requests for their own drain wait for the fleet, which takes each at once."""
@@ -249,7 +249,7 @@ class StreamClient(EngineCalls):
                 self._orphaned(effect)
 
     def _orphaned(self, orphaned: Orphaned) -> None:
-        self.end(orphaned.request, ENGINE_DIED)
+        self.end(orphaned.request, INSTANCE_DIED)
 
     def _moved(self, moved: Moved, due: list[EngineCoreOutput]) -> None:
         stream = self.streams.get(moved.request)
@@ -263,8 +263,8 @@ class StreamClient(EngineCalls):
 
     def _lose(self, request: RequestId) -> None:
         """Ends a stream that has lost something irreplaceable with an engine."""
-        self.migrations.lost(request, "the engine that ran it died")
-        self.end(request, ENGINE_DIED)
+        self.migrations.lost(request, ENGINE_DIED)
+        self.end(request, INSTANCE_DIED)
 
     async def _tell_lost(self, tell: TellLost) -> None:
         if await self.tell_lost(tell.engine, tell.lost, list(tell.granted)):

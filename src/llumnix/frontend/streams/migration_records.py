@@ -35,8 +35,6 @@ class Migration:
     why: str  # it was ordered
     outcome: str = "running"  # then migrated, aborted or lost
     reason: str = ""  # for that outcome; empty if it went well
-    stages: list[StageDone] = field(default_factory=list)
-    downtime_ms: float | None = None
     total_ms: float | None = None  # None while it is running
     tokens_before: int | None = None  # generated at the source; the next is the destination's
     ended: GrantEnded | None = None  # how it ended for the stream
@@ -47,6 +45,7 @@ class Migration:
 
     def shown(self) -> dict[str, Any]:
         """As JSON."""
+        stages: list[StageDone] = [] if self.report is None else self.report.stages
         return {
             "id": self.id,
             "request_id": self.request_id,
@@ -54,8 +53,8 @@ class Migration:
             "outcome": self.outcome,
             "source": self.source,
             "destination": self.destination,
-            "stages": [{"tokens": s.tokens, "bytes": s.bytes, "ms": s.ms} for s in self.stages],
-            "downtime_ms": self.downtime_ms,
+            "stages": [{"tokens": s.tokens, "bytes": s.bytes, "ms": s.ms} for s in stages],
+            "downtime_ms": None if self.report is None else self.report.downtime_ms,
             "total_ms": self.total_ms,
             "tokens_before": self.tokens_before,
             "why": self.why,
@@ -130,7 +129,6 @@ class MigrationRecords:
         """How it ended for the source, and its figures."""
         if (migration := self._open.get(message.migration)) is not None:
             migration.report = message
-            migration.stages, migration.downtime_ms = message.stages, message.downtime_ms
             self._settle(migration)
 
     def refused(self, migration: MigrationId, why: str) -> None:

@@ -186,6 +186,27 @@ def count_axis(title: str) -> Figure:
     return {"title": title, "rangemode": "tozero"}
 
 
+def plain_line(
+    name: str,
+    colour: str,
+    xs: Sequence[Any],
+    ys: Sequence[Any],
+    hover: str,
+    shape: str = "linear",
+    width: float = 1.6,
+) -> Figure:
+    """A line. `colour` is CSS's word for one; `hover` says what a point of it is."""
+    return {
+        "type": "scatter",
+        "mode": "lines",
+        "name": name,
+        "x": xs,
+        "y": ys,
+        "line": {"color": colour, "width": width, "shape": shape},
+        "hovertemplate": f"{hover}<extra></extra>",
+    }
+
+
 def line(
     policy: str,
     colour: int,
@@ -195,21 +216,11 @@ def line(
     shape: str = "linear",
 ) -> Figure:
     """A policy's line; `hover` says what a point of it is."""
-    return {
-        "type": "scatter",
-        "mode": "lines",
-        "name": escape(policy),
-        "meta": policy,
-        "x": xs,
-        "y": ys,
-        "line": {
-            "color": f"var(--p{colour % COLOURS})",
-            "width": 2,
-            "shape": shape,
-            "dash": "solid" if colour < COLOURS else "dash",
-        },
-        "hovertemplate": f"%{{fullData.name}}<br>{hover}<extra></extra>",
-    }
+    css, told = f"var(--p{colour % COLOURS})", f"%{{fullData.name}}<br>{hover}"
+    made = plain_line(escape(policy), css, xs, ys, told, shape, width=2)
+    made["meta"] = policy
+    made["line"]["dash"] = "solid" if colour < COLOURS else "dash"
+    return made
 
 
 def _band(

@@ -23,7 +23,7 @@ from llumnix.sim.report.data import (
     thin,
     waited,
 )
-from llumnix.sim.report.figures import Figure, count_axis, figure, queues, times_of
+from llumnix.sim.report.figures import Figure, count_axis, figure, plain_line, queues, times_of
 
 ARCS_MAX = 2_000
 """Of more, so many are drawn, evenly picked."""
@@ -173,7 +173,7 @@ def _kv_lines(
     details: Details, names: Sequence[str], times: list[float], size: int
 ) -> list[Figure]:
     return [
-        _line(
+        plain_line(
             escape(name),
             f"var(--i{i})",
             times,
@@ -187,18 +187,18 @@ def _kv_lines(
 def _waiting(details: Details, times: list[float], size: int) -> list[Figure]:
     total, longest = ([short(v) for v in thin(one, size)] for one in queues(details))
     hover = "%{y} wait at %{x:.1f} s"
-    lines = [_line("on all instances", "var(--queued)", times, total, hover)]
+    lines = [plain_line("on all instances", "var(--queued)", times, total, hover)]
     lines[0] |= {"fill": "tozeroy", "fillcolor": "var(--queued-band)"}
     if len(details["instances"]) > 1:
         hover = "%{y} wait on one instance at %{x:.1f} s"
-        lines.append(_line("longest queue", "var(--ink)", times, longest, hover))
+        lines.append(plain_line("longest queue", "var(--ink)", times, longest, hover))
     return lines
 
 
 def _serving(details: Details, times: list[float], size: int) -> list[Figure]:
     """The number of instances, and the decisions that change it."""
     counts = thin(details.get("serving") or (), size, last_of)
-    lines = [_line("serving", "var(--ink)", times, counts, "%{y} serve at %{x:.1f} s", "hv")]
+    lines = [plain_line("serving", "var(--ink)", times, counts, "%{y} serve at %{x:.1f} s", "hv")]
     for kind, symbol in (("add", "triangle-up"), ("drain", "triangle-down"), ("undrain", "circle")):
         found = [d for d in details.get("decisions") or () if d.get("kind") == kind]
         found = [d for d in found if number(d.get("t_s")) is not None][:ARCS_MAX]
@@ -314,7 +314,7 @@ def _arc_traces(
             ys.append(round(arc.source + (arc.destination - arc.source) * u, 2))
         xs.append(None)
         ys.append(None)
-    lines = _line(f"{name} ({len(arcs):,})", colour, xs, ys, "")
+    lines = plain_line(f"{name} ({len(arcs):,})", colour, xs, ys, "")
     del lines["hovertemplate"]
     lines["line"] |= {"width": 1}
     lines["opacity"] = 1.0 if few else 0.6
@@ -366,22 +366,3 @@ def wrapped(text: str, width: int = 70) -> str:
 def _percent(share: Any) -> float | None:
     known = number(share)
     return None if known is None else round(known * 100)
-
-
-def _line(
-    name: str,
-    colour: str,
-    xs: Sequence[Any],
-    ys: Sequence[Any],
-    hover: str,
-    shape: str = "linear",
-) -> Figure:
-    return {
-        "type": "scatter",
-        "mode": "lines",
-        "name": name,
-        "x": xs,
-        "y": ys,
-        "line": {"color": colour, "width": 1.6, "shape": shape},
-        "hovertemplate": f"{hover}<extra></extra>",
-    }
