@@ -238,7 +238,7 @@ class Story:
                 self._perform(self.table.ended(message))
             case (request, tokens):
                 due: list[Tokens] = []
-                effects = self.table.receive(index, request, len(tokens), tokens, due)
+                effects = self.table.receive(index, request, tokens, tokens, due)
                 self.table.check()
                 for output in due:
                     self._client_gets(request, output)

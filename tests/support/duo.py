@@ -173,7 +173,7 @@ class Duo:
     def _hear(self, index: EngineIndex, said: Said) -> None:
         request, tokens = said[0], said[1]
         due: list[Said] = []
-        effects = self.streams.receive(index, request, len(tokens), said, due)
+        effects = self.streams.receive(index, request, tokens, said, due)
         self.streams.check()
         for output in due:
             self._client_gets(output)

@@ -340,7 +340,7 @@ class Cluster:
         match message:
             case ("said", (request, tokens, _) as said):
                 due: list[Said] = []
-                effects = self.streams.receive(index, request, len(tokens), said, due)
+                effects = self.streams.receive(index, request, tokens, said, due)
                 self.streams.check()
                 for output in due:
                     self._client_gets(output)

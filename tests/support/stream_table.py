@@ -29,7 +29,7 @@ class Table(StreamTable[str, str]):
     def hear(self, engine: EngineIndex, tokens: int, output: str) -> tuple[list[str], list[Effect]]:
         """What is due to the client, and what follows."""
         due: list[str] = []
-        effects = self.receive(engine, R, tokens, output, due)
+        effects = self.receive(engine, R, list(range(tokens)), output, due)
         return self._checked((due, list(effects)))
 
     def order(self, to: EngineIndex = DESTINATION, where: str = "there") -> Migrate:

@@ -41,6 +41,25 @@ class Migrate:
     wanted: bool = False  # the source's llumlet asked for it (`MigrationRequested`), not a user
 
 
+# -- frontend to the llumlet of an engine that goes on with a request
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Revive:
+    """Go on with this request, whose engine died. The request itself follows on the same socket, as
+    its client sent it. The answer is `TookOver`, or `MigrationEnded` that says it was not taken."""
+
+    migration: MigrationId  # numbered with the migrations
+    request: RequestId
+    destination: EngineIndex  # the engine that is asked
+    epoch: Epoch
+    outputs: list[int]  # the tokens that its client has
+
+
+Grant = Migrate | Revive
+"""Leave to own a request, under an epoch that nobody else has."""
+
+
 # -- source to destination
 
 
@@ -158,7 +177,8 @@ PeerMessage = FromSource | FromDestination
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TookOver:
-    """From the destination, before its first token of the request: the destination owns it now."""
+    """From the destination of a migration or a revival, before its first token of the request: the
+    destination owns it now."""
 
     migration: MigrationId
     request: RequestId
@@ -178,7 +198,8 @@ class StageDone:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MigrationEnded:
-    """From the source: how the migration ended."""
+    """From the source: how the migration ended. From an engine that was asked to revive a request:
+    it does not."""
 
     migration: MigrationId
     request: RequestId

@@ -47,10 +47,19 @@ class Moved:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Orphaned:
-    """No engine runs the request any more. The stream stays in the table until it is closed."""
+    """No engine runs the request any more. The stream stays in the table: another engine may be
+    granted it (`StreamTable.revive`), or it is closed."""
 
     request: RequestId
     why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Revived:
+    """An orphan has an owner again."""
+
+    request: RequestId
+    owner: EngineIndex
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,4 +71,4 @@ class GrantEnded:
     why: str = ""  # empty if nothing went wrong
 
 
-Effect = Abort | TellLost | AskFate | Moved | Orphaned | GrantEnded
+Effect = Abort | TellLost | AskFate | Moved | Orphaned | Revived | GrantEnded

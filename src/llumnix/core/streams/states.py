@@ -6,8 +6,10 @@ Rules
 - A destination becomes the owner by `TookOver` under the epoch that it was granted, and in no other
   way.
 - A destination that died before it took over loses its grant for good, and the owner gets a fresh
-  epoch. An owner that died during a migration does not end the stream until the destination has
-  said what it decided.
+  epoch. An owner that died during a migration does not make the stream an orphan until the
+  destination has said what it decided.
+- An orphan is revived by an engine that is granted a fresh epoch, and that goes on after exactly
+  the tokens that were passed on. What was computed and not passed on is computed again.
 - Every event in every state is in the table. What is not there is a bug, and raises with the story.
 
 core/streams/table.py feeds the events and carries out the actions. A stream may be closed in any
@@ -37,7 +39,9 @@ class StreamState(enum.Enum):
     ASKING = "asking"
     """Its owner died during the migration; the destination is asked what it decided."""
     ORPHAN = "orphan"
-    """None any more."""
+    """None any more; another is being chosen."""
+    REVIVING = "reviving"
+    """An engine was asked to go on with it, and has not answered."""
 
 
 class StreamEvent(enum.Enum):
@@ -52,6 +56,8 @@ class StreamEvent(enum.Enum):
     """All tokens that the destination goes on after have been passed on."""
     GAP = "gap"
     """The owner died, and tokens are missing that the take-over does not repeat."""
+    REVIVE = "revive"
+    """An engine was chosen to go on with it."""
     DECLINED = "declined"
     """The destination will never run it, or does not say what it decided."""
     OWNER_LOST = "owner lost"
@@ -72,7 +78,8 @@ class StreamAction(enum.Enum):
     FLIP = "pass the new owner's tokens on"
     FILL = "fill up from the take-over's tail"
     ASK = "ask the destination"
-    END = "end it with an error"
+    ORPHAN = "find another engine, or end it"
+    REVIVE = "grant an epoch, send the request"
 
 
 S, E, A = StreamState, StreamEvent, StreamAction
@@ -83,8 +90,8 @@ STREAM: dict[StreamState, dict[StreamEvent, tuple[StreamState, StreamAction]]] =
     },
     S.OWNED: {
         E.GRANT: (S.GRANTED, A.ORDER),
-        E.OWNER_LOST: (S.ORPHAN, A.END),
-        E.REVOKED_BUT_TAKEN: (S.ORPHAN, A.END),  # The request died with that destination.
+        E.OWNER_LOST: (S.ORPHAN, A.ORPHAN),
+        E.REVOKED_BUT_TAKEN: (S.ORPHAN, A.ORPHAN),  # The request died with that destination.
     },
     S.GRANTED: {
         E.KEPT: (S.OWNED, A.DROP_GRANT),
@@ -92,30 +99,37 @@ STREAM: dict[StreamState, dict[StreamEvent, tuple[StreamState, StreamAction]]] =
         E.TOOK_OVER: (S.HOLDING, A.HOLD),
         E.OWNER_LOST: (S.ASKING, A.ASK),
         E.DESTINATION_LOST: (S.OWNED, A.REVOKE),
-        E.REVOKED_BUT_TAKEN: (S.ORPHAN, A.END),  # It was an earlier grant's destination.
+        E.REVOKED_BUT_TAKEN: (S.ORPHAN, A.ORPHAN),  # It was an earlier grant's destination.
     },
     S.RELEASED: {
         E.TOOK_OVER: (S.HOLDING, A.HOLD),
         E.OWNER_LOST: (S.ASKING, A.ASK),
-        E.DESTINATION_LOST: (S.ORPHAN, A.END),  # It took over, and died with the request.
+        E.DESTINATION_LOST: (S.ORPHAN, A.ORPHAN),  # It took over, and died with the request.
     },
     S.HOLDING: {
         E.CAUGHT_UP: (S.OWNED, A.FLIP),
         E.OWNER_LOST: (S.HOLDING, A.FILL),  # Followed at once by one of the next two.
-        E.GAP: (S.ORPHAN, A.END),
-        E.DESTINATION_LOST: (S.ORPHAN, A.END),
+        E.GAP: (S.ORPHAN, A.ORPHAN),
+        E.DESTINATION_LOST: (S.ORPHAN, A.ORPHAN),
     },
     S.ASKING: {
         E.TOOK_OVER: (S.HOLDING, A.FILL),
-        E.DECLINED: (S.ORPHAN, A.END),
-        E.DESTINATION_LOST: (S.ORPHAN, A.END),
+        E.DECLINED: (S.ORPHAN, A.ORPHAN),
+        E.DESTINATION_LOST: (S.ORPHAN, A.ORPHAN),
     },
-    S.ORPHAN: {},
+    S.ORPHAN: {
+        E.REVIVE: (S.REVIVING, A.REVIVE),
+    },
+    S.REVIVING: {
+        E.TOOK_OVER: (S.OWNED, A.OWN),
+        E.DECLINED: (S.ORPHAN, A.ORPHAN),
+        E.DESTINATION_LOST: (S.ORPHAN, A.ORPHAN),
+    },
 }
 
-UNOWNED = frozenset({S.PLACING, S.ORPHAN})
+UNOWNED = frozenset({S.PLACING, S.ORPHAN, S.REVIVING})
 """States without an owner."""
-MOVING = frozenset({S.GRANTED, S.RELEASED, S.HOLDING, S.ASKING})
+GRANTED = frozenset({S.GRANTED, S.RELEASED, S.HOLDING, S.ASKING, S.REVIVING})
 """States with a grant."""
 
 StreamMachine = Machine[StreamState, StreamEvent, StreamAction]
@@ -123,4 +137,4 @@ StreamMachine = Machine[StreamState, StreamEvent, StreamAction]
 
 def stream_machine(request: RequestId) -> StreamMachine:
     """A stream that no engine has yet."""
-    return Machine(f"stream {request}", STREAM, S.PLACING, (S.ORPHAN,))
+    return Machine(f"stream {request}", STREAM, S.PLACING, ())

@@ -1,12 +1,13 @@
 """The record of one stream."""
 
 import enum
+from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from llumnix.core.messages import Migrate, TookOver
-from llumnix.core.streams.states import MOVING, UNOWNED, StreamMachine, StreamState
+from llumnix.core.messages import Grant, TookOver
+from llumnix.core.streams.states import GRANTED, UNOWNED, StreamMachine, StreamState
 from llumnix.core.types import EngineIndex, Epoch, MigrationId, RequestId
 
 Info = TypeVar("Info")
@@ -21,6 +22,7 @@ class Refusal(enum.Enum):
     THERE = "is there already"
     MOVING = "is being moved already"
     ENGINE_DEAD = "cannot be moved to an engine that has died"
+    NO_ORPHAN = "has an engine, or is getting one"
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -30,20 +32,26 @@ class Stream(Generic[Info, Output]):
     request: RequestId
     info: Info  # what the frontend knows of it; opaque here
     machine: StreamMachine
+    detailed: bool = False  # each token comes with more, such as log-probabilities
     owner: EngineIndex | None = None  # None in the states `UNOWNED`, and once it is closed
     last_owner: EngineIndex | None = None  # the engine that ran it last; None while placing
     epoch: Epoch = FIRST_EPOCH  # the owner's
     last_epoch: Epoch = FIRST_EPOCH  # the highest that was ever granted
-    outputs: int = 0  # tokens passed on to the client
-    grant: Migrate | None = None  # in the states `MOVING`
+    tokens: list[int] = field(default_factory=list)  # passed on to the client
+    grant: Grant | None = None  # in the states `GRANTED`
     takeover: TookOver | None = None  # while holding
-    held: list[tuple[int, Output]] = field(default_factory=list)  # number of tokens, output
+    held: list[tuple[Sequence[int], Output]] = field(default_factory=list)  # tokens, output
     revoked: set[MigrationId] = field(default_factory=set)  # whose source may still say "taken"
 
     @property
     def state(self) -> StreamState:
         """Where it stands."""
         return self.machine.state
+
+    @property
+    def outputs(self) -> int:
+        """How many tokens were passed on to the client."""
+        return len(self.tokens)
 
     def next_epoch(self) -> Epoch:
         """Grants an epoch that was never granted before."""
@@ -55,7 +63,7 @@ class Stream(Generic[Info, Output]):
         state, grant, takeover = self.state, self.grant, self.takeover
         holding = state is StreamState.HOLDING
         assert (self.owner is None) == (state in UNOWNED), f"owner {self.owner}"
-        assert (grant is not None) == (state in MOVING), f"grant {grant}"
+        assert (grant is not None) == (state in GRANTED), f"grant {grant}"
         assert (takeover is not None) == holding, f"take-over {takeover}"
         assert holding or not self.held, f"{len(self.held)} outputs are held"
         assert state not in UNOWNED or not self.revoked, f"revoked {self.revoked}"

@@ -5,10 +5,9 @@ keeps the records (core/streams/stream.py), and answers each event with the effe
 (core/streams/effects.py) that the frontend has to carry out, in order.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Generic
+from collections.abc import Iterable, Sequence
 
-from llumnix.core.messages import Migrate, MigrationEnded, TookOver
+from llumnix.core.messages import Grant, Migrate, MigrationEnded, Revive, TookOver
 from llumnix.core.streams.effects import (
     Abort,
     AskFate,
@@ -16,9 +15,11 @@ from llumnix.core.streams.effects import (
     GrantEnded,
     Moved,
     Orphaned,
+    Revived,
     TellLost,
 )
-from llumnix.core.streams.states import StreamAction, StreamEvent, StreamState, stream_machine
+from llumnix.core.streams.index import StreamIndex
+from llumnix.core.streams.states import StreamAction, StreamEvent, StreamState
 from llumnix.core.streams.stream import Info, Output, Refusal, Stream
 from llumnix.core.types import EngineIndex, MigrationId, RequestId
 from llumnix.errors import ProtocolError
@@ -30,53 +31,10 @@ SOURCE_DIED_AFTER = "the source died after the handover"
 NO_EFFECTS: tuple[Effect, ...] = ()
 
 
-class StreamTable(Generic[Info, Output]):
-    """The open streams. `client`: the number of this frontend, which tells the ids of its
-    migrations from those of others."""
-
-    def __init__(self, client: int = 0) -> None:
-        self._prefix = f"m{client}-" if client else "m"
-        self._granted = 0
-        self._streams: dict[RequestId, Stream[Info, Output]] = {}
-        self._by_engine: dict[EngineIndex, dict[RequestId, Stream[Info, Output]]] = {}
-        self._by_migration: dict[MigrationId, Stream[Info, Output]] = {}
-        self._dead: set[EngineIndex] = set()
-
-    # -- looking
-
-    def get(self, request: RequestId) -> Stream[Info, Output] | None:
-        """The open stream of that request."""
-        return self._streams.get(request)
-
-    def of(self, migration: MigrationId) -> Stream[Info, Output] | None:
-        """The open stream that has this grant, or had it revoked and not yet heard of its end."""
-        return self._by_migration.get(migration)
-
-    def on(self, engine: EngineIndex) -> list[Stream[Info, Output]]:
-        """The streams that an engine owns."""
-        return list(self._by_engine.get(engine, {}).values())
-
-    def count(self, engine: EngineIndex) -> int:
-        """How many streams an engine owns."""
-        return len(self._by_engine.get(engine, ()))
-
-    def __iter__(self) -> Iterator[Stream[Info, Output]]:
-        """All open streams, also those that are being placed."""
-        return iter(list(self._streams.values()))
-
-    def __len__(self) -> int:
-        return len(self._streams)
+class StreamTable(StreamIndex[Info, Output]):
+    """The open streams, and what follows from each event."""
 
     # -- from the request's arrival to its end
-
-    def open(self, request: RequestId, info: Info) -> Stream[Info, Output]:
-        """A new stream, which an engine has to be found for."""
-        if request in self._streams:
-            raise ProtocolError(f"stream {request} is open already")
-        machine = stream_machine(request)
-        stream: Stream[Info, Output] = Stream(request=request, info=info, machine=machine)
-        self._streams[request] = stream
-        return stream
 
     def placed(self, stream: Stream[Info, Output], engine: EngineIndex) -> bool:
         """This engine gets the request. False if the stream was closed meanwhile."""
@@ -90,18 +48,18 @@ class StreamTable(Generic[Info, Output]):
         self,
         engine: EngineIndex,
         request: RequestId,
-        tokens: int,
+        tokens: Sequence[int],
         output: Output,
         due: list[Output],
     ) -> Sequence[Effect]:
-        """What an engine said of a request, with `tokens` new tokens. It is added to `due` if the
-        client is to get it now."""
+        """What an engine said of a request, with its new tokens. It is added to `due` if the client
+        is to get it now."""
         # Once a token, hence the list that is passed in: here nothing is allocated.
         stream = self._streams.get(request)
         if stream is None:
             return NO_EFFECTS
         if stream.owner == engine and stream.takeover is None:
-            stream.outputs += tokens
+            stream.tokens += tokens
             due.append(output)
             return NO_EFFECTS
         return self._receive_moving(stream, engine, tokens, output, due)
@@ -140,10 +98,8 @@ class StreamTable(Generic[Info, Output]):
         if destination in self._dead:
             return Refusal.ENGINE_DEAD
         stream.machine.feed(StreamEvent.GRANT)
-        migration = MigrationId(f"{self._prefix}{self._granted}")
-        self._granted += 1
-        stream.grant = Migrate(
-            migration=migration,
+        order = Migrate(
+            migration=self._next_migration(),
             request=request,
             destination=destination,
             address=address,
@@ -151,14 +107,34 @@ class StreamTable(Generic[Info, Output]):
             copy=copy,
             wanted=wanted,
         )
-        self._by_migration[migration] = stream
-        return stream.grant
+        self._grant(stream, order)
+        return order
+
+    def revive(self, request: RequestId, destination: EngineIndex) -> Revive | Refusal:
+        """Grants an orphan's next epoch to an engine. Returns what to send there."""
+        stream = self._streams.get(request)
+        if stream is None or stream.state is not StreamState.ORPHAN:
+            return Refusal.NO_ORPHAN
+        if destination in self._dead:
+            return Refusal.ENGINE_DEAD
+        stream.machine.feed(StreamEvent.REVIVE)
+        order = Revive(
+            migration=self._next_migration(),
+            request=request,
+            destination=destination,
+            epoch=stream.next_epoch(),
+            outputs=list(stream.tokens),
+        )
+        self._grant(stream, order)
+        return order
 
     def took_over(self, engine: EngineIndex, message: TookOver) -> Sequence[Effect]:
         """A destination says that it owns the request."""
         stream = self._streams.get(message.request)
         if stream is None or stream.grant is None or stream.grant.epoch != message.epoch:
             return [Abort(engine=engine, request=message.request)]
+        if stream.state is StreamState.REVIVING:
+            return self._revived(stream, message)
         if stream.state is not StreamState.ASKING:
             _check_count(stream, message, stream.outputs)
         action = stream.machine.feed(StreamEvent.TOOK_OVER)
@@ -180,6 +156,9 @@ class StreamTable(Generic[Info, Output]):
                 return self._orphan(stream, ENGINE_DIED)
             stream.revoked.remove(migration)
             del self._by_migration[migration]
+        elif stream.state is StreamState.REVIVING:
+            stream.machine.feed(StreamEvent.DECLINED)
+            return self._orphan(stream, message.why)
         elif message.taken:
             stream.machine.feed(StreamEvent.LET_GO)
             return NO_EFFECTS
@@ -189,12 +168,13 @@ class StreamTable(Generic[Info, Output]):
         return [GrantEnded(migration=migration, outcome="aborted", why=message.why)]
 
     def refused(self, migration: MigrationId, why: str) -> Sequence[Effect]:
-        """The source could not take the order in, and says no more of it. Of no account if anything
-        else was heard of the migration."""
+        """The source could not take the order in, and says no more of it; or the engine that was to
+        revive a request. Of no account if anything else was heard of the migration."""
         stream = self._by_migration.get(migration)
         if stream is None:
             return NO_EFFECTS
-        if stream.state is not StreamState.GRANTED and migration not in stream.revoked:
+        unanswered = stream.state in (StreamState.GRANTED, StreamState.REVIVING)
+        if not unanswered and migration not in stream.revoked:
             return NO_EFFECTS
         return self.ended(
             MigrationEnded(migration=migration, request=stream.request, taken=False, why=why)
@@ -225,11 +205,25 @@ class StreamTable(Generic[Info, Output]):
 
     # -- one stream
 
+    def _revived(self, stream: Stream[Info, Output], message: TookOver) -> Sequence[Effect]:
+        if message.outputs != stream.outputs:
+            raise ProtocolError(
+                f"{stream.request} was revived after {message.outputs} tokens; its client has "
+                f"{stream.outputs}"
+            )
+        grant = stream.grant
+        assert grant is not None
+        stream.machine.feed(StreamEvent.TOOK_OVER)
+        self._drop_grant(stream)
+        self._own(stream, grant.destination)
+        stream.epoch = grant.epoch
+        return [Revived(request=stream.request, owner=grant.destination)]
+
     def _receive_moving(
         self,
         stream: Stream[Info, Output],
         engine: EngineIndex,
-        tokens: int,
+        tokens: Sequence[int],
         output: Output,
         due: list[Output],
     ) -> Sequence[Effect]:
@@ -240,8 +234,8 @@ class StreamTable(Generic[Info, Output]):
         if grant.destination == engine:
             stream.held.append((tokens, output))
         elif stream.owner == engine:
-            _check_count(stream, takeover, stream.outputs + tokens)
-            stream.outputs += tokens
+            _check_count(stream, takeover, stream.outputs + len(tokens))
+            stream.tokens += tokens
             due.append(output)
             if stream.outputs == takeover.outputs:
                 return self._flip(stream)
@@ -250,7 +244,7 @@ class StreamTable(Generic[Info, Output]):
     def _destination_lost(
         self,
         stream: Stream[Info, Output],
-        grant: Migrate,
+        grant: Grant,
         granted: dict[EngineIndex, list[MigrationId]],
     ) -> Sequence[Effect]:
         """Notes in `granted`, by source, a migration whose source gets a fresh epoch."""
@@ -273,15 +267,17 @@ class StreamTable(Generic[Info, Output]):
 
     def _fill(self, stream: Stream[Info, Output], why: str) -> Sequence[Effect]:
         """The owner is dead: what it did not send comes out of the take-over's tail. If the two do
-        not fit together this stream is lost, and no other of the dead engine's."""
+        not fit together, or the client would miss what comes with a token, the destination's
+        request is given up."""
         takeover = stream.takeover
         assert takeover is not None
         count = takeover.outputs - stream.outputs
-        if not 0 <= count <= len(takeover.tail):
+        if not 0 <= count <= len(takeover.tail) or (count and stream.detailed):
             stream.machine.feed(StreamEvent.GAP)
             return self._orphan(stream, why)
-        stream.outputs += count
-        return self._flip(stream, tuple(takeover.tail[-count:]) if count else (), why)
+        missing = tuple(takeover.tail[-count:]) if count else ()
+        stream.tokens += missing
+        return self._flip(stream, missing, why)
 
     def _flip(
         self, stream: Stream[Info, Output], missing: tuple[int, ...] = (), why: str = ""
@@ -296,7 +292,8 @@ class StreamTable(Generic[Info, Output]):
         self._drop_revoked(stream)
         self._own(stream, grant.destination)
         stream.epoch = grant.epoch
-        stream.outputs += sum(tokens for tokens, _ in held)
+        for tokens, _ in held:
+            stream.tokens += tokens
         outputs = tuple(output for _, output in held)
         return [
             Moved(request=stream.request, owner=grant.destination, missing=missing, held=outputs),
@@ -308,61 +305,13 @@ class StreamTable(Generic[Info, Output]):
         """No engine runs the request; those that live abort what they may still hold of it."""
         aborts = [Abort(engine=e, request=stream.request) for e in self._holders(stream)]
         migrations = sorted(stream.revoked)
-        if stream.grant is not None:
+        if isinstance(stream.grant, Migrate):
             migrations.append(stream.grant.migration)
         self._drop_grant(stream)
         self._drop_revoked(stream)
         self._own(stream, None)
         ended = [GrantEnded(migration=m, outcome="lost", why=why) for m in migrations]
         return [*aborts, *ended, Orphaned(request=stream.request, why=why)]
-
-    def _holders(self, stream: Stream[Info, Output]) -> list[EngineIndex]:
-        """The living engines that may have the request: its owner, and where it was going."""
-        going = stream.grant.destination if stream.grant is not None else None
-        return [e for e in (stream.owner, going) if e is not None and e not in self._dead]
-
-    def _own(self, stream: Stream[Info, Output], engine: EngineIndex | None) -> None:
-        if stream.owner is not None:
-            mine = self._by_engine[stream.owner]
-            del mine[stream.request]
-            if not mine:
-                del self._by_engine[stream.owner]
-        stream.owner = engine
-        if engine is not None:
-            stream.last_owner = engine
-            self._by_engine.setdefault(engine, {})[stream.request] = stream
-
-    def _drop_grant(self, stream: Stream[Info, Output]) -> None:
-        if stream.grant is not None:
-            del self._by_migration[stream.grant.migration]
-        stream.grant = stream.takeover = None
-        stream.held = []
-
-    def _drop_revoked(self, stream: Stream[Info, Output]) -> None:
-        for migration in stream.revoked:
-            del self._by_migration[migration]
-        stream.revoked.clear()
-
-    # -- for tests and the simulator
-
-    def check(self) -> None:
-        """What must hold between two events, of each stream and of the indexes; AssertionError."""
-        by_engine: dict[EngineIndex, set[RequestId]] = {}
-        by_migration: dict[MigrationId, RequestId] = {}
-        for request, stream in self._streams.items():
-            assert stream.request == request, f"{stream.request} is kept as {request}"
-            try:
-                stream.check(self._dead)
-            except AssertionError as error:
-                raise AssertionError(f"{request}, {stream.state.value}: {error}") from error
-            if stream.owner is not None:
-                by_engine.setdefault(stream.owner, set()).add(request)
-            grants = [stream.grant.migration] if stream.grant is not None else []
-            for migration in (*stream.revoked, *grants):
-                assert migration not in by_migration, f"{migration} is granted twice"
-                by_migration[migration] = request
-        assert {e: set(mine) for e, mine in self._by_engine.items()} == by_engine, "by engine"
-        assert {m: s.request for m, s in self._by_migration.items()} == by_migration, "by migration"
 
 
 def _check_count(stream: Stream[Info, Output], takeover: TookOver, outputs: int) -> None:

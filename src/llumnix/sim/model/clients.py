@@ -34,6 +34,8 @@ class Begin:
 
 ToEngine = Abort | TellLost | AskFate | Begin
 NOTHING: list[ToEngine] = []
+ONE_TOKEN = (0,)
+"""Tokens are counted, and what they say is not modelled."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +118,7 @@ class Clients:
         due: list[Token] = []
         receive = self.streams.receive
         for token in tokens:
-            effects = receive(engine, token[0], 1, token, due)
+            effects = receive(engine, token[0], ONE_TOKEN, token, due)
             if due:
                 aborts = self._client_gets(due.pop(), engine, now)
                 if aborts:
