@@ -14,10 +14,9 @@ from llumnix.core.messages import (
     Stage,
     Staged,
 )
-from llumnix.core.migration.arrivals import DEFER_PREFILLS_MAX_S
+from llumnix.core.migration.arrivals import DEFER_PREFILLS_MAX_S, LATE_MAX, StepTimer, one_more_fits
 from llumnix.core.migration.llumlet import Llumlet
 from llumnix.core.migration.port import Phase
-from llumnix.core.migration.timing import LATE_MAX, StepTimer, one_more_fits
 from llumnix.core.types import RequestId
 from support.duo import Duo
 from support.fake_engine import STEP_S, undisturbed

@@ -14,8 +14,9 @@ from vllm import SamplingParams
 from vllm.v1.engine import EngineCoreRequestType
 
 from llumnix.core.limits import MigrationLimits
+from llumnix.engine.cores import FAST_SWITCH_S, ThreadSwitching
 from llumnix.engine.instance import EngineInstance
-from llumnix.engine.migration.host import FAST_SWITCH_S, LlumletHost
+from llumnix.engine.migration.host import LlumletHost
 from llumnix.engine.waiting_calls import WaitingCalls
 
 WAKEUP = (EngineCoreRequestType.WAKEUP, None)
@@ -126,11 +127,11 @@ def test_threads_take_the_lock_fast_while_a_request_moves_and_shortly_after() ->
     host, llumlet = object.__new__(LlumletHost), Busy()
     host.llumlet = llumlet  # type: ignore[assignment]
     host.port = SimpleNamespace(destination=llumlet)  # type: ignore[assignment]
-    host._here, host._default_switch_s, host._fast_switch = queue.SimpleQueue(), calm_s, False
+    host._here, host._switching = queue.SimpleQueue(), ThreadSwitching()
     host._orders, host._calls = queue.SimpleQueue(), WaitingCalls(llumlet)  # type: ignore[arg-type]
     host._guarded = SimpleNamespace(retry=lambda: None)  # type: ignore[assignment]
     host._config = SimpleNamespace(limits=MigrationLimits())  # type: ignore[assignment]
-    host._fast_until_s, host._send = 0.0, list.clear  # type: ignore[assignment,method-assign]
+    host._send = list.clear  # type: ignore[assignment,method-assign]
     try:
         for busy in (True, False):
             llumlet.busy = busy

@@ -384,6 +384,15 @@ class FakeEngine:
         self.arriving[request] = new
         return len(hit) * self.block_tokens
 
+    def admit(self, request: RequestId, made: object, outputs: list[int]) -> Refusal | None:
+        if request in self.requests or request in self.arriving:
+            return Refusal(why="still leaving")
+        prompt, max_tokens = made  # type: ignore[misc]
+        self.arriving[request] = FakeRequest(
+            id=request, prompt=prompt, max_tokens=max_tokens, outputs=list(outputs), preemptions=1
+        )
+        return None
+
     def ready(self, request: RequestId) -> bool | Refusal:
         return True
 

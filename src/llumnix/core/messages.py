@@ -19,6 +19,8 @@ Blocks = list[list[int]]
 IN_BAND = "llumnix"
 """Key under which an output of an engine carries a message to its frontend, in the
 `kv_transfer_params`."""
+REVIVE = "llumnix_revive"
+"""Key under which a request that is sent again carries its `Revive`, encoded, to its new engine."""
 COPIES = ("staged", "blocking", "recompute")
 """How a request's KV gets to its destination: copied while the request goes on; copied after the
 request was stopped; not copied but computed again from its tokens. The latter two are what others
@@ -46,8 +48,9 @@ class Migrate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Revive:
-    """Go on with this request, whose engine died. The request itself follows on the same socket, as
-    its client sent it. The answer is `TookOver`, or `MigrationEnded` that says it was not taken."""
+    """Go on with this request, whose engine died. It comes inside the request, which is sent again
+    as its client sent it. The answer is `TookOver`, or `MigrationEnded` that says it was not
+    taken."""
 
     migration: MigrationId  # numbered with the migrations
     request: RequestId

@@ -1,4 +1,5 @@
-"""Which devices an instance computes on: on a CPU host, which of its cores.
+"""Which devices an instance computes on: on a CPU host, which of its cores. And how fast its
+threads take the interpreter's lock from each other.
 
 vLLM binds an engine's threads to all cores that the process may use, less one for the scheduler.
 Several engines on one host would then all sit on the same cores, so each gets a share of its own.
@@ -7,6 +8,7 @@ vLLM 0.32 internals relied on here: `current_platform`, `get_allowed_cpu_list`.
 """
 
 import os
+import sys
 from collections.abc import Sequence
 
 SWITCH_INTERVAL_S = 0.0005
@@ -14,6 +16,28 @@ SWITCH_INTERVAL_S = 0.0005
 and in workers that are processes of their own. Main threads compute or spin, and by default a
 migration's thread that wakes would wait ten times as long. Always on, it made an engine's steps
 longer, since each message to or from vLLM's own threads broke in on them."""
+
+FAST_SWITCH_S = 0.1
+"""For so long after a migration threads still take the interpreter's lock fast, so that the first
+token at the destination does not leave later than the last one left its source."""
+
+
+class ThreadSwitching:
+    """Lets an engine's threads have the interpreter's lock fast while a request moves."""
+
+    def __init__(self) -> None:
+        self.default_s = sys.getswitchinterval()
+        self._until_s = 0.0
+        self._fast = False
+
+    def look(self, now: float, *, moving: bool) -> None:
+        """Between any two steps. `moving`: whether a request moves just now."""
+        if moving:
+            self._until_s = now + FAST_SWITCH_S
+        fast = now < self._until_s
+        if fast is not self._fast:
+            self._fast = fast
+            sys.setswitchinterval(SWITCH_INTERVAL_S if fast else self.default_s)
 
 
 def take_devices(slot: int, slots: int, world_size: int) -> list[str]:

@@ -58,7 +58,7 @@ from llumnix.engine.launch import InstanceConfig
 from llumnix.engine.memory_calls import MemoryCalls
 from llumnix.engine.migration.host import HostItem, LlumletHost
 from llumnix.engine.migration.unsupported import WORKER_EXTENSION
-from llumnix.engine.migration.vllm_core import note_reasoning
+from llumnix.engine.migration.vllm_core import note_reasoning, take_order
 from llumnix.engine.queueing import Queueing
 from llumnix.engine.readings import has_prompts
 from llumnix.engine.reporting.controller_socket import ControllerSocket
@@ -207,6 +207,9 @@ class EngineInstance(MemoryCalls, EngineCoreActor):
     def add_request(self, request: Request, request_wave: int = 0) -> None:
         self._reporter.admit(RequestId(request.request_id))
         note_reasoning(request)
+        if (order := take_order(request)) is not None:
+            self._host.revive(order, request)
+            return
         super().add_request(request, request_wave)
         # A session of streamed inputs may have taken it in, or been ended by it.
         if self.scheduler.requests.get(request.request_id) is request:

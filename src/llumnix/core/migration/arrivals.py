@@ -3,6 +3,10 @@
 Rules
 - The engine times its steps for a handover that was announced. One that is overdue by `near_s` is
   not waited for any more.
+- The next step is expected to take the median of the last few. Steps that are known to have
+  computed prompts do not count, since near a handover none are computed.
+- One more step is begun if it would end no later than `LATE_MAX` of a step after the handover.
+  Otherwise the engine stands still until then, for less than the rest of a step.
 - Steps should compute no prompts while one would make a request that moves wait for it: between a
   stage and the source's next message, and until the first step of the request here has ended. The
   step after that one is begun before the end of the first is looked at, so it counts too.
@@ -10,6 +14,8 @@ Rules
   came may have to wait for a slot.
 """
 
+import statistics
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -17,9 +23,12 @@ from llumnix.core.limits import MigrationLimits
 from llumnix.core.messages import Handover, Reserve, Stage
 from llumnix.core.migration.port import EnginePort, Phase
 from llumnix.core.migration.tables import DestinationMachine, DestinationState
-from llumnix.core.migration.timing import one_more_fits
 from llumnix.core.types import RequestId
 
+RECENT_STEPS = 9
+LATE_MAX = 0.5
+"""In steps. With a half, the step ends nearer to the handover than it would begin. With less, the
+request that moves would wait less, and all that run at its destination longer."""
 DEFER_PREFILLS_MAX_S = 0.1
 _AWAITED = (DestinationState.READY, DestinationState.COMMITTING)
 
@@ -53,6 +62,20 @@ class RecentArrival:
     took_s: float  # how long its move took
 
 
+class StepTimer:
+    """The steps of one engine."""
+
+    def __init__(self) -> None:
+        self._recent: deque[float] = deque(maxlen=RECENT_STEPS)
+        self.step_s = 0.0  # of a step without prompts; 0 before the first
+
+    def record_step(self, seconds: float, *, prompts: bool = False) -> None:
+        """A step has ended. `prompts`: it is known to have computed some."""
+        if not prompts:
+            self._recent.append(seconds)
+            self.step_s = statistics.median(self._recent)
+
+
 class FirstSteps:
     """Requests that came with all of their KV, and whose first step here has not ended."""
 
@@ -80,6 +103,12 @@ class FirstSteps:
 def message_awaited(incoming: Incoming, now: float) -> bool:
     """Whether its source is about to say more, so that a prompt would keep the request waiting."""
     return incoming.staged_s is not None and now <= incoming.staged_s + DEFER_PREFILLS_MAX_S
+
+
+def one_more_fits(free_s: float, step_s: float, due_s: float) -> bool:
+    """Whether an engine that will be free at `free_s` should begin a step of `step_s` then, ahead
+    of a handover that is due at `due_s`."""
+    return free_s + (1 - LATE_MAX) * step_s <= due_s
 
 
 def hold_s(

@@ -1,4 +1,5 @@
-"""The llumlet: migrations from and to one engine, and the scheduler's orders to move load.
+"""The llumlet of one engine: migrations from and to it, requests of dead engines that it goes on
+with, and the scheduler's orders to move load.
 
 It lives on the engine's own thread. Messages and facts go in between steps, `poll` is called after
 every step, and what comes out is to be sent. It does no I/O and reads no clock.
@@ -17,6 +18,7 @@ from llumnix.core.messages import (
     PeerMessage,
     Reserve,
     Reserved,
+    Revive,
     Stage,
     Staged,
     StageProgress,
@@ -25,6 +27,7 @@ from llumnix.core.messages import (
 from llumnix.core.migration.destination import IncomingMigrations
 from llumnix.core.migration.orders import Orders
 from llumnix.core.migration.port import EnginePort
+from llumnix.core.migration.revivals import Revivals
 from llumnix.core.migration.setbacks import Setbacks
 from llumnix.core.migration.source import OutgoingMigrations
 from llumnix.core.migration.tables import OnStep
@@ -57,6 +60,7 @@ class Llumlet:
             engine, address, port, limits, self._out, on_step, setbacks
         )
         self._incoming = IncomingMigrations(port, limits, self._out, on_step)
+        self._revivals = Revivals(port, self._out)
         self._orders = Orders(
             port,
             priorities or Priorities(PrioritySettings()),
@@ -69,19 +73,21 @@ class Llumlet:
 
     @property
     def busy(self) -> bool:
-        """Whether a migration is under way, or a pull that has not ended."""
-        return bool(len(self._outgoing) or len(self._incoming))
+        """Whether a migration is under way, a pull that has not ended, or a revival."""
+        return bool(len(self._outgoing) or len(self._incoming) or len(self._revivals))
 
     def still(self, *, leaving: bool) -> bool:
         """Whether no request is on its way here and, if `leaving`, none on its way from here."""
-        return not len(self._incoming) and not (leaving and len(self._outgoing))
+        coming = len(self._incoming) or len(self._revivals)
+        return not coming and not (leaving and len(self._outgoing))
 
     def cancel_all(self, why: str, now: float, *, leaving: bool) -> list[Out]:
         """Declines all requests that are on their way here, and takes none until `welcome`. If
         `leaving`, requests on their way from here go on here, but for those that were handed over.
         """
-        self._incoming.closed = why
+        self._incoming.closed = self._revivals.closed = why
         self._incoming.cancel_all(why)
+        self._revivals.cancel_all(why)
         if leaving:
             self._outgoing.closed = why
             self._outgoing.cancel_all(why, now)
@@ -93,11 +99,16 @@ class Llumlet:
 
     def welcome(self) -> None:
         """Requests may come again."""
-        self._incoming.closed = None
+        self._incoming.closed = self._revivals.closed = None
 
     def deadline_s(self) -> float | None:
         """When `poll` must be called at the latest, even if the engine stands still."""
-        return min(self._outgoing.deadlines() + self._incoming.deadlines(), default=None)
+        all_deadlines = (
+            *self._outgoing.deadlines(),
+            *self._incoming.deadlines(),
+            *self._revivals.deadlines(),
+        )
+        return min(all_deadlines, default=None)
 
     def moving(self, now: float) -> MoveCounts:
         """What the next load report says of moves."""
@@ -138,6 +149,12 @@ class Llumlet:
             self._outgoing.refuse(order, refusal)
         return self._take_out()
 
+    def revive(self, order: Revive, made: object, now: float) -> list[Out]:
+        """Goes on with a request whose engine died. `TookOver` or `MigrationEnded` answers. `made`:
+        see `EnginePort.admit`."""
+        self._revivals.begin(order, made, now)
+        return self._take_out()
+
     def receive(self, message: PeerMessage, now: float, heard_s: float | None = None) -> list[Out]:
         """Takes in another llumlet's message. `heard_s`: when it arrived, if that was earlier."""
         match message:
@@ -170,6 +187,7 @@ class Llumlet:
     def client_gone(self, requests: list[str]) -> list[Out]:
         """The frontend aborted these requests here."""
         self._incoming.client_gone(requests)
+        self._revivals.client_gone(requests)
         return self._take_out()
 
     def engine_lost(self, engine: EngineIndex, granted: set[MigrationId], now: float) -> list[Out]:
@@ -188,6 +206,7 @@ class Llumlet:
         """Looks at requests and deadlines. Called between any two steps."""
         self._outgoing.poll(now)
         self._incoming.poll(now)
+        self._revivals.poll(now)
         return self._take_out()
 
     def failed(self, why: str, now: float) -> list[Out]:
@@ -196,11 +215,13 @@ class Llumlet:
         exception included."""
         self._outgoing.failed(why, now)
         self._incoming.failed(why)
+        self._revivals.failed(why)
         return self._take_out()
 
     def _take_out(self) -> list[Out]:
         self._outgoing.settled()
         self._incoming.settled()
+        self._revivals.settled()
         out = self._out[:]
         self._out.clear()
         return out

@@ -129,6 +129,11 @@ class EnginePort(Protocol):
         where its blocks will be read. Returns how many of its tokens are here already."""
         ...
 
+    def admit(self, request: RequestId, made: object, outputs: list[int]) -> Refusal | None:
+        """Takes in a request whose engine died, without room for it. `made`: the engine's own
+        object, made of what the client sent; `outputs`: the tokens that the client has."""
+        ...
+
     def ready(self, request: RequestId) -> bool | Refusal:
         """Whether everything but its KV is here, and its source's blocks can be read."""
         ...
@@ -162,9 +167,11 @@ class EnginePort(Protocol):
         ...
 
     def commit(self, request: RequestId, computed: int, state: bytes) -> Refusal | None:
-        """Queues the request with `computed` tokens of KV, first in line."""
+        """Queues the request with `computed` tokens of KV, first in line. `state`: what the source
+        handed over; empty after `admit`."""
         ...
 
     def drop(self, request: RequestId) -> None:
-        """Frees all that `reserve` and later calls took. Not called while a pull is under way."""
+        """Frees all that `reserve` or `admit` and later calls took. Not called while a pull is
+        under way."""
         ...

@@ -1,7 +1,7 @@
 """Keeps exceptions of migrations away from the engine's busy loop, which they would end.
 
 Rules
-- A call that can be refused is: `describe`, `reserve`, `ready`, `reach`, `commit`.
+- A call that can be refused is: `describe`, `reserve`, `admit`, `ready`, `reach`, `commit`.
 - A pull that cannot begin has failed.
 - Cleaning up is tried again between the next steps, `TRIES_MAX` times in all.
 - A request that cannot be put back into the batch is freed, and its client told.
@@ -88,6 +88,10 @@ class GuardedPort:
     def reserve(self, *args: Any) -> Any:
         """As the port does, or refuses."""
         return self._or_refuse("reserve", args)
+
+    def admit(self, *args: Any) -> Any:
+        """As the port does, or refuses."""
+        return self._or_refuse("admit", args)
 
     def ready(self, *args: Any) -> Any:
         """As the port does, or refuses."""

@@ -29,19 +29,21 @@ from llumnix.core.messages import (
     IN_BAND,
     DrainRequested,
     FrontendMessage,
+    Grant,
     Handover,
     Migrate,
     MigrationEnded,
     Out,
     PeerMessage,
     Reserve,
+    Revive,
     ToPeer,
 )
 from llumnix.core.migration.llumlet import Llumlet
 from llumnix.core.migration.port import EnginePort
 from llumnix.core.reports import MoveCounts
 from llumnix.core.types import EngineIndex, MigrationId, OrderId, RequestId
-from llumnix.engine.cores import SWITCH_INTERVAL_S
+from llumnix.engine.cores import ThreadSwitching
 from llumnix.engine.kv.agent_client import AgentClient, Pulled
 from llumnix.engine.launch import LlumletConfig
 from llumnix.engine.migration.guard import ErrorLog, GuardedPort
@@ -57,9 +59,6 @@ BEAT_EVERY_S = 0.05
 FINAL_PULL_WAIT_S = 0.003
 """How long the engine waits on the spot for the last blocks of a request that stands still. They
 are few and come in less than a millisecond; to go on without them would cost the request a step."""
-FAST_SWITCH_S = 0.1
-"""For so long after a migration threads still take the interpreter's lock fast, so that the first
-token at the destination does not leave later than the last one left its source."""
 STEP_LINE = Callable[[str, MigrationId, str, str, str], None]
 
 
@@ -99,9 +98,7 @@ class LlumletHost:
         self._on_step = on_step
         self._on_commit = on_commit
         self._polled_s = 0.0
-        self._default_switch_s = sys.getswitchinterval()
-        self._fast_until_s = 0.0
-        self._fast_switch = False
+        self._switching = ThreadSwitching()
         self._agents_of: dict[EngineIndex, list[str]] = {}
         self._waiting_here = False
         self._here: queue.SimpleQueue[Pulled] = queue.SimpleQueue()
@@ -126,7 +123,7 @@ class LlumletHost:
             )
             self._agents = agents
             # A worker in this very process has changed it.
-            sys.setswitchinterval(self._default_switch_s)
+            sys.setswitchinterval(self._switching.default_s)
         self._client = AgentClient(agents=agents, key=self._config.key, on_pulled=self._pulled)
         self._client.start()
         self.port = VllmPort(self._engine, agents, self._client, self._pull_failed, self._on_commit)
@@ -243,12 +240,11 @@ class LlumletHost:
             self._attempt_pulled(self._here.get())
         self._attempt("pull", self.port.destination.begin_pulls)
         self._take_orders(orders)
-        if self.llumlet.busy:
+        if moving := self.llumlet.busy:
             self._each("turn", lambda: self.llumlet.poll(now))
-            self._fast_until_s = now + FAST_SWITCH_S
         if self._calls:
             self._calls.make(now)
-        self._switch_threads(now)
+        self._switching.look(now, moving=moving)
 
     def _take_orders(self, orders: Sequence[MoveOrder]) -> None:
         came = []
@@ -258,14 +254,6 @@ class LlumletHost:
         if came:
             take = partial(self.llumlet.orders, came, self._polled_s)
             self._attempt("order", lambda: self._send(take()))
-
-    def _switch_threads(self, now: float) -> None:
-        """Lets threads have the interpreter's lock fast while a request moves, and a little after
-        that."""
-        fast = now < self._fast_until_s
-        if fast is not self._fast_switch:
-            self._fast_switch = fast
-            sys.setswitchinterval(SWITCH_INTERVAL_S if fast else self._default_switch_s)
 
     def hold_s(self, ends_s: float | None) -> float:
         """How long the engine should begin no step, since a handover is near; 0 if it may begin
@@ -320,15 +308,24 @@ class LlumletHost:
         message = decode(order)
         if not isinstance(message, Migrate):
             raise ProtocolError(f"not an order to migrate: {message}")
+        self._begin(message, lambda: self.llumlet.migrate(message, time.monotonic()))
+
+    def revive(self, order: Revive, request: Request) -> None:
+        """A request comes whose engine died. `order` is the frontend's."""
+        self._begin(order, lambda: self.llumlet.revive(order, request, time.monotonic()))
+
+    def _begin(self, order: Grant, call: Callable[[], list[Out]]) -> None:
+        """Makes a call that begins what the frontend ordered. Whatever comes of it, the frontend is
+        told."""
         try:
-            out = self.llumlet.migrate(message, time.monotonic())
+            out = call()
         except Exception as error:  # noqa: BLE001 - the frontend is told, whatever it is
             out = self._end_migration("start", error)
             if not any(isinstance(o.message, MigrationEnded) for o in out):
-                why = f"an error at its source: {type(error).__name__}: {error}"
+                why = f"an error at the engine that got the order: {type(error).__name__}: {error}"
                 self._tell_frontend(
                     MigrationEnded(
-                        migration=message.migration, request=message.request, taken=False, why=why
+                        migration=order.migration, request=order.request, taken=False, why=why
                     )
                 )
             return

@@ -10,6 +10,8 @@ changes):
 - `Scheduler.prev_step_scheduled_req_ids`: runner V1 wants all tokens of a resumed request that is
   not in it.
 - `KVCacheManager.get_blocks`, block by block of each group; a block that `is_null` was given up.
+- `SamplingParams.extra_args` and `PoolingParams.extra_kwargs` carry anything that msgpack can, and
+  the engine looks at no key in them that it does not know.
 """
 
 from typing import Any
@@ -18,10 +20,12 @@ import msgspec
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.request import Request
 
-from llumnix.core.messages import ABSENT, Blocks
+from llumnix.core.messages import ABSENT, REVIVE, Blocks, Revive
 from llumnix.core.types import RequestId
 from llumnix.engine.migration.unsupported import engine_unsupported
 from llumnix.engine.queueing import queue_by_arrival
+from llumnix.errors import ProtocolError
+from llumnix.wire import decode
 
 
 class HandoverState(msgspec.Struct, frozen=True, kw_only=True):
@@ -83,6 +87,19 @@ class VllmCore:
         """Every worker's answer."""
         answers: list[Any] = self.engine.model_executor.collective_rpc(method, args=args)
         return answers
+
+
+def take_order(request: Request) -> Revive | None:
+    """Takes the frontend's order out of a request that is sent again, since its engine died."""
+    sampling, pooling = request.sampling_params, request.pooling_params
+    more = sampling.extra_args if sampling is not None else pooling and pooling.extra_kwargs
+    body = more.pop(REVIVE, None) if more else None
+    if body is None:
+        return None
+    order = decode(body)
+    if not isinstance(order, Revive):
+        raise ProtocolError(f"not an order to revive: {order}")
+    return order
 
 
 def note_reasoning(request: Request) -> None:

@@ -42,7 +42,8 @@ class ReservedRequest:
     """A request on its way in."""
 
     request: Request
-    agents: tuple[str, ...]  # of its source's workers
+    agents: tuple[str, ...] = ()  # of its source's workers; it has none if its engine died
+    revived: int | None = None  # tokens that its client has, if its engine died
     here: int = 0  # tokens whose KV is in this engine
     pulling: int = 0  # the same, once the pull under way has ended
     gaps: bool = False  # some of those tokens have no blocks
@@ -183,11 +184,23 @@ class VllmDestination:
         self._arriving[request] = incoming
         return incoming.here
 
+    def admit(self, request: RequestId, made: object, outputs: list[int]) -> Refusal | None:
+        assert isinstance(made, Request)
+        if request in self._scheduler.requests or request in self._arriving:
+            return Refusal(why="it has not quite left there since its last visit")
+        incoming = ReservedRequest(request=made, revived=len(outputs))
+        if made.use_structured_output:
+            incoming.unfed.extend(outputs)  # The engine began to compile when the request came.
+        else:
+            made.append_output_token_ids(outputs)
+        self._arriving[request] = incoming
+        return None
+
     def ready(self, request: RequestId) -> bool | Refusal:
         incoming = self._arriving[request]
         if request in self._scheduler.finished_req_ids:
             return False  # The workers have still to hear that it left the last time.
-        if incoming.agents not in self._linked:
+        if incoming.agents and incoming.agents not in self._linked:
             why = self._link_errors.get(incoming.agents)
             return Refusal(why=f"its blocks cannot be read: {why}") if why else False
         structured = incoming.request.structured_output_request
@@ -266,7 +279,7 @@ class VllmDestination:
         incoming = self._arriving[request]
         new = incoming.request
         try:
-            handed = msgspec.msgpack.decode(state, type=HandoverState)
+            handed = self._handed(incoming, state)
         except msgspec.MsgspecError as error:
             return Refusal(why=f"its state cannot be read there: {error}")
         if incoming.unfed:
@@ -297,7 +310,7 @@ class VllmDestination:
         if (
             started
             and self._core.runner_v1
-            and (why := self._install(new, computed, handed.generator))
+            and (why := self._install(new, computed, handed.generator, incoming.revived or 0))
         ):
             # Some workers may have it by now.
             self._scheduler.finished_req_ids.add(request)
@@ -309,9 +322,19 @@ class VllmDestination:
         del self._arriving[request]
         return None
 
-    def _install(self, new: Request, computed: int, generator: bytes) -> str | None:
-        """Gives the workers' runners (V1) what they keep of a request. Returns why one cannot take
-        it, or None."""
+    def _handed(self, incoming: ReservedRequest, state: bytes) -> HandoverState:
+        """What the source handed over. Without a source: as of a request that was preempted, or of
+        a new one."""
+        if incoming.revived is None:
+            return msgspec.msgpack.decode(state, type=HandoverState)
+        if incoming.revived:
+            return HandoverState(cached=None, preemptions=1, generator=b"")
+        queued = [(int(EngineCoreEventType.QUEUED), 0.0)] if self._scheduler.log_stats else []
+        return HandoverState(cached=0, preemptions=0, generator=b"", events=queued)
+
+    def _install(self, new: Request, computed: int, generator: bytes, draws: int) -> str | None:
+        """Gives the workers' runners (V1) what they keep of a request. `draws`: see `RunnerState`.
+        Returns why one cannot take it, or None."""
         blocks = self._kv.get_blocks(new.request_id).get_block_ids()
         runner = RunnerState(
             request=new.request_id,
@@ -320,6 +343,7 @@ class VllmDestination:
             computed=computed,
             blocks=[list(group) for group in blocks],
             generator=generator,
+            draws=draws,
         )
         answers = self._core.rpc(
             "llumnix_install",

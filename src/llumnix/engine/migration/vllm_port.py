@@ -17,7 +17,7 @@ from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.request import Request
 
-from llumnix.core.migration.timing import StepTimer
+from llumnix.core.migration.arrivals import StepTimer
 from llumnix.engine.kv.agent_client import AgentClient
 from llumnix.engine.migration.vllm_core import VllmCore
 from llumnix.engine.migration.vllm_destination import VllmDestination
@@ -60,6 +60,7 @@ class VllmPort:
         self.resume = source.resume
         self.release = source.release
         self.reserve = destination.reserve
+        self.admit = destination.admit
         self.ready = destination.ready
         self.reach = destination.reach
         self.pull = destination.pull

@@ -7,8 +7,9 @@ changes):
 - `model_runner.kv_caches`: the KV tensors of all layers, possibly nested, possibly several of one
   storage; dimension 0 counts blocks (times a factor), and all groups share the blocks' numbers.
 - Only in model runner V1: `model_runner.requests[id]` is a `CachedRequestState`, which must be
-  there when a request is resumed, with its output tokens and its seeded generator. Runner V2 gets
-  all that from the scheduler.
+  there when a request is resumed, with its output tokens and its seeded generator. That draws once
+  a token, in `sampler.topk_topp_sampler`, as often whatever top-k and top-p are. Runner V2 gets all
+  that from the scheduler.
 - `collective_rpc` raises at the first worker whose call failed. The answers of the workers behind
   it stay unread, and the next call takes them for its own. So methods that a running engine calls
   return their error instead of raising it.
@@ -36,6 +37,7 @@ class RunnerState(msgspec.Struct, frozen=True, kw_only=True):
     computed: int  # tokens with KV
     blocks: list[list[int]]
     generator: bytes  # the state of its seeded generator, empty without one
+    draws: int = 0  # tokens that a generator whose state did not come has drawn before
 
 
 class LlumnixWorker:
@@ -99,6 +101,7 @@ class LlumnixWorker:
                 generator.set_state(
                     torch.frombuffer(bytearray(arrived.generator), dtype=torch.uint8)
                 )
+            self._draw(generator, arrived.draws)
         self.model_runner.requests[arrived.request] = CachedRequestState(
             req_id=arrived.request,
             prompt_token_ids=arrived.prompt,
@@ -111,6 +114,15 @@ class LlumnixWorker:
             output_token_ids=arrived.outputs,
             lora_request=lora_request,
         )
+
+    def _draw(self, generator: torch.Generator, draws: int) -> None:
+        """Has a seeded generator draw as often as it did for the tokens that were generated."""
+        if not draws:
+            return
+        runner = self.model_runner
+        logits = torch.zeros(1, runner.input_batch.vocab_size, device=runner.device)
+        for _ in range(draws):
+            runner.sampler.topk_topp_sampler(logits, {0: generator}, None, None)
 
 
 def distinct(tensors: Any) -> Iterator[torch.Tensor]:

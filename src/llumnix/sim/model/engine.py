@@ -162,15 +162,28 @@ class SimEngine(Batching):
     def reserve(
         self, request: RequestId, body: bytes, outputs: list[int], tokens: int, agents: list[str]
     ) -> int | Refusal:
+        seq = self._arrive(request, outputs)
+        if isinstance(seq, Refusal):
+            return seq
+        if not self._grow(seq, tokens):
+            return Refusal(why=f"no room for {tokens} tokens")
+        self.arriving[request] = seq
+        return 0
+
+    def admit(self, request: RequestId, made: object, outputs: list[int]) -> Refusal | None:
+        seq = self._arrive(request, outputs)
+        if isinstance(seq, Refusal):
+            return seq
+        self.arriving[request] = seq
+        return None
+
+    def _arrive(self, request: RequestId, outputs: list[int]) -> Sequence | Refusal:
         if request in self.requests or request in self.arriving:
             return Refusal(why="it has not quite left here yet")
         job = self._job_of(request)
         seq = Sequence(job=job, turn=QueueKey(job.priority, job.arrived_s), queued_s=job.arrived_s)
         seq.outputs = len(outputs)
-        if not self._grow(seq, tokens):
-            return Refusal(why=f"no room for {tokens} tokens")
-        self.arriving[request] = seq
-        return 0
+        return seq
 
     def ready(self, request: RequestId) -> bool | Refusal:
         return True
