@@ -38,7 +38,7 @@ def knob(default: Any, help: str, *, secret: bool = False, **flag: Any) -> Any:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeploymentConfig:
     """How many instances there are, how they are scheduled, and who may use them. `scheduler`
-    follows from `policy`, `min_instances`, `max_instances`, `priority_class` and
+    follows from `policy`, `min_instances`, `max_instances`, `priority_class`, `survival` and
     `scheduler_config`."""
 
     instances: int = knob(2, "How many vLLM instances to start.", type=int, metavar="N")
@@ -63,6 +63,11 @@ class DeploymentConfig:
     )
     scheduler_config: str | None = knob(
         None, "The scheduler's finer knobs, a YAML file (docs/scheduler.md).", metavar="FILE"
+    )
+    survival: str | None = knob(
+        None,
+        "Whether a request goes on when its engine dies; on if --scheduler-config does not say.",
+        choices=["on", "off"],
     )
     ray_address: str | None = knob(
         None,
@@ -158,6 +163,10 @@ class DeploymentConfig:
         if self.priority_class:
             classes = tuple(_priority_class(text) for text in self.priority_class)
             settings = replace(settings, priorities=replace(settings.priorities, classes=classes))
+        if self.survival == "off":
+            settings = replace(settings, survival=replace(settings.survival, lives=0))
+        elif self.survival == "on" and not settings.survival.on:
+            raise UsageError("--survival on, but --scheduler-config says survival.lives: 0")
         return settings
 
 

@@ -106,7 +106,10 @@ class Front:
         )  # fmt: skip
         config: Any = SimpleNamespace(
             cache_config=cache,
-            model_config=SimpleNamespace(max_model_len=100),
+            model_config=SimpleNamespace(max_model_len=100, return_sampling_mask=False),
+            aux_output_config=SimpleNamespace(enabled=False),
+            parallel_config=SimpleNamespace(worker_extension_cls=""),
+            use_v2_model_runner=False,
             kv_transfer_config=None,
             ec_transfer_config=None,
         )

@@ -224,6 +224,7 @@ def _client(
         priorities_of(deployment.scheduler, keyed=bool(args.access.client_digests)),
         hash_prefixes=POLICIES[deployment.scheduler.policy].looks_at_caches,
         keys=addresses.keys,
+        survival=deployment.scheduler.survival,
     )
     undo.callback(client.close)
     client.start()

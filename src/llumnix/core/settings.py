@@ -237,6 +237,49 @@ class ScalingSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SurvivalSettings:
+    """What becomes of the requests of an engine that died."""
+
+    lives: int = knob(
+        3,
+        "engines",
+        "A request outlives so many engines that die under it. 0: none (--survival off).",
+    )
+    wait_s: float = knob(
+        60.0, "s", "So long a request waits for an engine that goes on with it; then it ends."
+    )
+    at_once: int = knob(
+        8,
+        "requests",
+        "An engine takes up so many at a time that another left; the rest wait for their turn.",
+    )
+    kept_mb: float = knob(
+        1024.0,
+        "MB",
+        "Images, audio and embeddings of open requests that the frontend keeps. Requests beyond it "
+        "end with their engine.",
+    )
+    stall_s: float | None = knob(
+        None,
+        "s",
+        "An engine that has requests and makes no step for so long is ended. null: 20 times its "
+        "longest step of the last minute, at least 10 s.",
+    )
+
+    def __post_init__(self) -> None:
+        _check("survival.lives", self.lives, 0)
+        _check("survival.wait_s", self.wait_s, 0)
+        _check("survival.at_once", self.at_once, 1)
+        _check("survival.kept_mb", self.kept_mb, 0)
+        _check("survival.stall_s", self.stall_s, 1)
+
+    @property
+    def on(self) -> bool:
+        """Whether a request may outlive its engine."""
+        return self.lives > 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerSettings:
     """All settings of the scheduler."""
 
@@ -244,6 +287,7 @@ class SchedulerSettings:
     priorities: PrioritySettings = field(default_factory=PrioritySettings)
     migration: MigrationSettings = field(default_factory=MigrationSettings)
     scaling: ScalingSettings = field(default_factory=ScalingSettings)
+    survival: SurvivalSettings = field(default_factory=SurvivalSettings)
 
     def without_keys(self) -> "SchedulerSettings":
         """The settings without API keys, for all processes but the frontend, which checks them."""

@@ -21,7 +21,6 @@ from vllm.v1.engine import (
     EngineCoreOutput,
     EngineCoreOutputs,
     EngineCoreRequest,
-    EngineCoreRequestType,
     FinishReason,
 )
 from vllm.v1.engine.exceptions import EngineDeadError
@@ -29,7 +28,7 @@ from vllm.v1.metrics.stats import SchedulerStats
 
 from llumnix.core.events import Dispatch, InstanceLost, RequestArrived
 from llumnix.core.priorities import Priorities
-from llumnix.core.streams.effects import Orphaned
+from llumnix.core.settings import SurvivalSettings
 from llumnix.core.types import EngineIndex, RequestId
 from llumnix.frontend.context import HttpRequest, current_http_request
 from llumnix.frontend.controller_link import ControllerLink
@@ -37,15 +36,15 @@ from llumnix.frontend.engines.engine import Engine
 from llumnix.frontend.engines.late_queries import LateQueries
 from llumnix.frontend.grammars import may_only_fail_at_grammar
 from llumnix.frontend.prompt_blocks import prompt_blocks
-from llumnix.frontend.streams.client import StreamClient
 from llumnix.frontend.streams.info import FleetStream, StreamInfo
+from llumnix.frontend.streams.reviving import RevivingClient
 from llumnix.observe.event_log import EventLog
 from llumnix.sockets import SocketKeys
 
 STOPPING = "The server is stopping."
 
 
-class FleetClient(StreamClient):
+class FleetClient(RevivingClient):
     """vLLM's engine client, over engines that come and go.
 
     `slots` is how many instances have metrics. `hash_prefixes` says whether the controller's policy
@@ -62,8 +61,9 @@ class FleetClient(StreamClient):
         *,
         hash_prefixes: bool = False,
         keys: SocketKeys | None = None,
+        survival: SurvivalSettings | None = None,
     ) -> None:
-        super().__init__(vllm_config, addresses, slots, log, keys)
+        super().__init__(vllm_config, addresses, slots, log, keys, survival)
         self.link = link
         self.priorities = priorities
         self._hash_prefixes = hash_prefixes and bool(vllm_config.cache_config.enable_prefix_caching)
@@ -83,8 +83,8 @@ class FleetClient(StreamClient):
     # -- engines ---------------------------------------------------------------------------------
 
     async def lose(self, engine_index: EngineIndex) -> int:
-        """Takes an engine out. Its streams end with an error unless another engine has them, and
-        calls to it fail. Returns how many streams ended."""
+        """Takes an engine out, and calls to it fail. Other engines go on with its streams; those
+        with which none can end with an error. Returns how many ended."""
         engine = self.engines.lose(engine_index)
         if engine is None:
             return 0
@@ -95,14 +95,16 @@ class FleetClient(StreamClient):
         living = [e.engine_index for e in self.engines.up()]
         effects = self.streams.engine_lost(engine_index, living)
         due: list[EngineCoreOutput] = []
+        open_before = len(self.streams)
         self._perform(effects, due)
+        ended = open_before - len(self.streams)
         self.migrations.source_lost(engine_index)
         for output in due:
             self._deliver(output)
         # The metrics must show that nothing runs there. The engine cannot report that any more.
         nothing = EngineCoreOutputs(engine_index=engine.slot, scheduler_stats=SchedulerStats())
         self.outputs_queue.put_nowait(nothing)
-        return sum(isinstance(effect, Orphaned) for effect in effects)
+        return ended
 
     def in_flight(self, engine_index: EngineIndex) -> int:
         """How many of this frontend's requests the engine owns."""
@@ -130,22 +132,27 @@ class FleetClient(StreamClient):
             await self._continue(known, request)
             return
         if request.abort_immediately:
-            await self._send_to(self._place_alone(), request)
+            await self.send_to(self._place_alone(), request)
             return
         http = current_http_request.get()
         request.priority = self._priority(request.priority, http)
-        stream = self.streams.open(RequestId(request.request_id), self._info(request, http))
+        stream = self.streams.open(
+            RequestId(request.request_id),
+            self._info(request, http),
+            detailed=getattr(request.sampling_params, "num_logprobs", None) is not None,
+        )
+        self.keep(stream.info, request)
         try:
-            engine = await self._place(request)
+            engine = await self.choose(request, 0)
         except BaseException:
             if self.streams.get(stream.request) is stream:
-                self.streams.close(stream.request)
+                self._close(stream.request, FinishReason.ABORT)
             raise
         if not self.streams.placed(stream, engine.engine_index):
             return  # The request was aborted meanwhile, and its client has been told.
         if http is not None:
             http.dispatched(engine.instance)
-        await self._send_to(engine, request)
+        await self.send_to(engine, request)
 
     def _priority(self, number: int, http: HttpRequest | None) -> int:
         """The priority number that the request runs under. `number` is vLLM's own field."""
@@ -163,7 +170,6 @@ class FleetClient(StreamClient):
             pooling=request.pooling_params is not None,
             session=request.resumable,
             grammar=may_only_fail_at_grammar(request, self.vllm_config),
-            logprobs=getattr(request.sampling_params, "num_logprobs", None) is not None,
         )
 
     async def _continue(self, stream: FleetStream, request: EngineCoreRequest) -> None:
@@ -178,13 +184,9 @@ class FleetClient(StreamClient):
             self._close(stream.request, FinishReason.STOP)
         else:
             stream.info.session = False
-        await self._send_to(engine, request)
+        await self.send_to(engine, request)
 
-    async def _send_to(self, engine: Engine, request: EngineCoreRequest) -> None:
-        request.client_index = self.client_index
-        await self._send_input(EngineCoreRequestType.ADD, request, engine.identity)
-
-    async def _place(self, request: EngineCoreRequest) -> Engine:
+    async def choose(self, request: EngineCoreRequest, outputs: int) -> Engine:
         """The engine for the request: the controller's choice, if there is one."""
         held = self._late_queries.engine(request.pooling_params, self.engines.by_index)
         if held is not None:
@@ -192,7 +194,7 @@ class FleetClient(StreamClient):
         decision = await self.link.place(
             RequestArrived(
                 request=RequestId(request.request_id),
-                prompt_tokens=len(request.prompt_token_ids or ()),
+                prompt_tokens=len(request.prompt_token_ids or ()) + outputs,
                 priority=request.priority,
                 prefix=prompt_blocks(request) if self._hash_prefixes else (),
             )

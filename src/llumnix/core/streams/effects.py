@@ -52,6 +52,8 @@ class Orphaned:
 
     request: RequestId
     why: str
+    declined: bool = False  # by an engine that was to go on with it
+    warm: EngineIndex | None = None  # living engine that may have a part of its KV in its cache
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -42,6 +42,7 @@ class Stream(Generic[Info, Output]):
     takeover: TookOver | None = None  # while holding
     held: list[tuple[Sequence[int], Output]] = field(default_factory=list)  # tokens, output
     revoked: set[MigrationId] = field(default_factory=set)  # whose source may still say "taken"
+    lives_used: int = 0  # engines that went on with it, or died before they could
 
     @property
     def state(self) -> StreamState:

@@ -158,7 +158,7 @@ class StreamTable(StreamIndex[Info, Output]):
             del self._by_migration[migration]
         elif stream.state is StreamState.REVIVING:
             stream.machine.feed(StreamEvent.DECLINED)
-            return self._orphan(stream, message.why)
+            return self._orphan(stream, message.why, declined=True)
         elif message.taken:
             stream.machine.feed(StreamEvent.LET_GO)
             return NO_EFFECTS
@@ -217,6 +217,7 @@ class StreamTable(StreamIndex[Info, Output]):
         self._drop_grant(stream)
         self._own(stream, grant.destination)
         stream.epoch = grant.epoch
+        stream.lives_used += 1
         return [Revived(request=stream.request, owner=grant.destination)]
 
     def _receive_moving(
@@ -250,6 +251,7 @@ class StreamTable(StreamIndex[Info, Output]):
         """Notes in `granted`, by source, a migration whose source gets a fresh epoch."""
         action = stream.machine.feed(StreamEvent.DESTINATION_LOST)
         if action is not StreamAction.REVOKE:
+            stream.lives_used += isinstance(grant, Revive)
             return self._orphan(stream, ENGINE_DIED)
         assert stream.owner is not None
         granted.setdefault(stream.owner, []).append(grant.migration)
@@ -301,17 +303,26 @@ class StreamTable(StreamIndex[Info, Output]):
             GrantEnded(migration=grant.migration, outcome="migrated", why=why),
         ]
 
-    def _orphan(self, stream: Stream[Info, Output], why: str) -> Sequence[Effect]:
+    def _orphan(
+        self, stream: Stream[Info, Output], why: str, *, declined: bool = False
+    ) -> Sequence[Effect]:
         """No engine runs the request; those that live abort what they may still hold of it."""
         aborts = [Abort(engine=e, request=stream.request) for e in self._holders(stream)]
-        migrations = sorted(stream.revoked)
+        migrations, warm = sorted(stream.revoked), None
         if isinstance(stream.grant, Migrate):
             migrations.append(stream.grant.migration)
+            warm = stream.grant.destination
         self._drop_grant(stream)
         self._drop_revoked(stream)
         self._own(stream, None)
         ended = [GrantEnded(migration=m, outcome="lost", why=why) for m in migrations]
-        return [*aborts, *ended, Orphaned(request=stream.request, why=why)]
+        orphaned = Orphaned(
+            request=stream.request,
+            why=why,
+            declined=declined,
+            warm=None if warm in self._dead else warm,
+        )
+        return [*aborts, *ended, orphaned]
 
 
 def _check_count(stream: Stream[Info, Output], takeover: TookOver, outputs: int) -> None:

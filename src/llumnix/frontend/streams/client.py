@@ -21,6 +21,7 @@ from vllm.config import VllmConfig
 from vllm.v1.engine import (
     EngineCoreOutput,
     EngineCoreOutputs,
+    EngineCoreRequest,
     EngineCoreRequestType,
     FinishReason,
 )
@@ -41,6 +42,7 @@ from llumnix.core.streams.effects import (
     GrantEnded,
     Moved,
     Orphaned,
+    Revived,
     TellLost,
 )
 from llumnix.core.streams.stream import Refusal
@@ -49,6 +51,7 @@ from llumnix.core.types import EngineIndex, RequestId
 from llumnix.errors import ConflictError, UnknownRequestError, UsageError
 from llumnix.frontend.engines.calls import EngineCalls
 from llumnix.frontend.engines.directory import EngineTarget
+from llumnix.frontend.engines.engine import Engine
 from llumnix.frontend.engines.outputs import FailedRequest
 from llumnix.frontend.grammars import BAD_GRAMMAR
 from llumnix.frontend.streams.info import FleetStream, FleetStreams, shown
@@ -111,7 +114,7 @@ class StreamClient(EngineCalls):
                 if params is not None and IN_BAND in params:
                     self._receive_llumlet(engine_index, params[IN_BAND], due)
                     continue
-                tokens = len(output.new_token_ids)
+                tokens = output.new_token_ids
                 effects = receive(engine_index, output.request_id, tokens, output, due)
                 if effects:
                     self._perform(effects, due)
@@ -246,17 +249,19 @@ class StreamClient(EngineCalls):
             case GrantEnded():
                 self.migrations.grant_ended(effect)
             case Orphaned():
-                self._orphaned(effect)
+                self.orphaned(effect)
+            case Revived():
+                self.revived(effect)
 
-    def _orphaned(self, orphaned: Orphaned) -> None:
-        self.end(orphaned.request, INSTANCE_DIED)
+    def orphaned(self, orphaned: Orphaned) -> None:
+        """No engine runs the request any more."""
+        raise NotImplementedError
+
+    def revived(self, revived: Revived) -> None:
+        """An engine has the request again."""
+        raise NotImplementedError
 
     def _moved(self, moved: Moved, due: list[EngineCoreOutput]) -> None:
-        stream = self.streams.get(moved.request)
-        if moved.missing and stream is not None and stream.info.logprobs:
-            # The tokens are known, their log-probabilities died with the source.
-            self._lose(moved.request)
-            return
         if moved.missing:
             due.append(EngineCoreOutput(moved.request, list(moved.missing)))
         due += moved.held  # type: ignore[arg-type]
@@ -322,6 +327,11 @@ class StreamClient(EngineCalls):
         slot = self.engines.slot(stream.last_owner)
         failed = FailedRequest(request=stream.request, slot=slot, why=why, status=status)
         self.outputs_queue.put_nowait(failed)
+
+    async def send_to(self, engine: Engine, request: EngineCoreRequest) -> None:
+        """Sends a request to an engine."""
+        request.client_index = self.client_index
+        await self._send_input(EngineCoreRequestType.ADD, request, engine.identity)
 
     async def _abort_at(self, engine_index: EngineIndex, requests: list[str]) -> None:
         if (engine := self.engines.get(engine_index)) is not None:

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from vllm.v1.engine import EngineCoreOutput
+from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
 
 from llumnix.core.streams.stream import Stream
 from llumnix.core.streams.table import StreamTable
@@ -23,7 +23,9 @@ class StreamInfo:
     started_s: float  # when the request came, monotonic
     pooling: bool = False  # it asks for an embedding or a score
     grammar: bool = False  # whether its grammar is to blame if an engine cannot begin it
-    logprobs: bool = False  # its client wants log-probabilities
+    sent: EngineCoreRequest | None = None  # kept, for an engine that goes on with it
+    why_not_kept: str = ""  # why it is not
+    kept_bytes: int = 0  # beside its tokens
     session: bool = False  # more input may follow, and must reach the same engine
     between_inputs: bool = False  # it is a session that waits for its next input
 

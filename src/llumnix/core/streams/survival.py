@@ -1,0 +1,116 @@
+"""Which requests outlive their engine, and in which order other engines take them up.
+
+Rules
+- A request outlives `lives` engines. Then its stream ends with an error.
+- An engine computes the whole of a request anew that it takes up, and all that run there wait for
+  that. So it takes up `at_once` requests at a time: a request counts there until its next token.
+- The most urgent go first, then those with the fewest tokens.
+- A request that was declined waits for a while. It is declined `DECLINED_MAX` times at most.
+- A request waits `wait_s` for an engine, over all engines that decline it or die meanwhile.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from llumnix.core.settings import SurvivalSettings
+from llumnix.core.types import EngineIndex, RequestId
+
+DECLINED_MAX = 8
+DECLINED_PAUSE_S = 0.1
+"""After the first time; each further pause is twice as long."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Orphan:
+    """A request whose engine died."""
+
+    request: RequestId
+    priority: int  # vLLM's number
+    tokens: int  # prompt and output
+    since_s: float  # when its engine died; of several in a row, the first
+    why: str  # it has no engine
+    warm: EngineIndex | None = None  # engine that may have a part of its KV in its cache
+    declined: int = 0  # times
+    start_s: float = 0.0  # it is not asked for before
+
+    @property
+    def turn(self) -> tuple[int, int, float, RequestId]:
+        """Lower goes first."""
+        return self.priority, self.tokens, self.since_s, self.request
+
+
+class Orphans:
+    """Those of one frontend, and the requests that engines are taking up."""
+
+    def __init__(self, settings: SurvivalSettings) -> None:
+        self.settings = settings
+        self._waiting: dict[RequestId, Orphan] = {}
+        self._taken_up: dict[RequestId, tuple[EngineIndex, Orphan]] = {}
+        self._at: Counter[EngineIndex] = Counter()
+
+    def __len__(self) -> int:
+        """How many wait."""
+        return len(self._waiting)
+
+    @property
+    def taken_up(self) -> bool:
+        """Whether an engine is taking one up, and has said no token of it."""
+        return bool(self._taken_up)
+
+    def engine_of(self, request: RequestId) -> EngineIndex | None:
+        """The engine that is taking it up."""
+        known = self._taken_up.get(request)
+        return None if known is None else known[0]
+
+    def add(self, orphan: Orphan, *, declined: bool, now: float) -> str | None:
+        """A request has lost its engine; or, if `declined`, the one that was to take it up did not.
+        Returns why it waits for no other, or None."""
+        before = self.drop(orphan.request)
+        if before is not None:
+            orphan.since_s, orphan.declined = before.since_s, before.declined
+        if declined:
+            if orphan.declined >= DECLINED_MAX:
+                return f"no instance can go on with it ({orphan.why})"
+            orphan.start_s = now + DECLINED_PAUSE_S * 2**orphan.declined
+            orphan.declined += 1
+            orphan.warm = None
+        self._waiting[orphan.request] = orphan
+        return None
+
+    def next(self, engines: Iterable[EngineIndex], now: float) -> Orphan | None:
+        """The request to be taken up now, if one of these engines, which take requests, may."""
+        if not any(self.may_take(engine) for engine in engines):
+            return None
+        able = (o for o in self._waiting.values() if o.start_s <= now)
+        return min(able, key=lambda o: o.turn, default=None)
+
+    def may_take(self, engine: EngineIndex) -> bool:
+        """Whether the engine may take up one more."""
+        return self._at[engine] < self.settings.at_once
+
+    def fewest(self, engines: Iterable[EngineIndex]) -> EngineIndex | None:
+        """Of these engines the one that is taking up the fewest, if it may take up one more."""
+        able = filter(self.may_take, engines)
+        return min(able, key=lambda e: (self._at[e], e), default=None)
+
+    def begin(self, request: RequestId, engine: EngineIndex) -> None:
+        """The engine is asked to take it up."""
+        self._taken_up[request] = engine, self._waiting.pop(request)
+        self._at[engine] += 1
+
+    def drop(self, request: RequestId) -> Orphan | None:
+        """It has a token from its new engine, or has ended. Returns what was known of it."""
+        if (waiting := self._waiting.pop(request, None)) is not None:
+            return waiting
+        if (known := self._taken_up.pop(request, None)) is None:
+            return None
+        self._at[known[0]] -= 1
+        if not self._at[known[0]]:
+            del self._at[known[0]]
+        return known[1]
+
+    def late(self, now: float) -> list[RequestId]:
+        """Those that have waited for too long."""
+        patience_s = self.settings.wait_s
+        return [o.request for o in self._waiting.values() if now - o.since_s > patience_s]

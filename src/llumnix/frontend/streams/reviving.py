@@ -1,0 +1,209 @@
+"""Has other engines go on with the requests of one that died.
+
+`core/streams/survival.py` says which requests, in which order and how many at a time. Here they are
+kept, sent again, and ended if nobody can go on with them. Nothing happens on a token's path: a
+stream keeps its tokens anyway (core/streams/stream.py).
+"""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Sequence
+
+from vllm.config import VllmConfig
+from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
+
+from llumnix.core.settings import SurvivalSettings
+from llumnix.core.streams.effects import Orphaned, Revived
+from llumnix.core.streams.states import StreamState
+from llumnix.core.streams.stream import Refusal
+from llumnix.core.streams.survival import Orphan, Orphans
+from llumnix.core.types import EngineIndex, RequestId
+from llumnix.frontend.engines.engine import Engine
+from llumnix.frontend.streams.client import StreamClient
+from llumnix.frontend.streams.info import FleetStream, StreamInfo
+from llumnix.frontend.streams.revivable import again, kept_bytes, why_never, why_not_now
+from llumnix.observe.event_log import EventLog
+from llumnix.sockets import SocketKeys
+
+LOOK_EVERY_S = 0.1
+"""Between two looks whether an engine has come for requests that wait."""
+MB = 10**6
+
+
+class RevivingClient(StreamClient):
+    """The part of the fleet's client that has requests outlive their engines."""
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        addresses: dict[str, str],
+        slots: int,
+        log: EventLog,
+        keys: SocketKeys | None = None,
+        survival: SurvivalSettings | None = None,
+    ) -> None:
+        super().__init__(vllm_config, addresses, slots, log, keys)
+        self.orphans = Orphans(survival or SurvivalSettings())
+        self._kept_bytes = 0
+        self._stir = asyncio.Event()
+        self._reviving = False
+
+    async def choose(self, request: EngineCoreRequest, outputs: int) -> Engine:
+        """The engine for a request with so many output tokens; raises if none takes requests."""
+        raise NotImplementedError
+
+    # -- what is kept
+
+    def keep(self, info: StreamInfo, request: EngineCoreRequest) -> None:
+        """Keeps a new request, so that an engine can go on with it, if that is possible."""
+        if not self.orphans.settings.on:
+            return
+        why = why_never(request, self.vllm_config)
+        size = kept_bytes(request)
+        if why is None and self._kept_bytes + size > self.orphans.settings.kept_mb * MB:
+            why = "its images or embeddings were too many to keep (survival.kept_mb)"
+        if why is not None:
+            info.why_not_kept = why
+            return
+        info.sent, info.kept_bytes = request, size
+        self._kept_bytes += size
+
+    def _close(self, request: RequestId, reason: FinishReason) -> list[EngineIndex]:
+        if (stream := self.streams.get(request)) is not None:
+            self._kept_bytes -= stream.info.kept_bytes
+            stream.info.sent, stream.info.kept_bytes = None, 0
+            self.orphans.drop(request)
+        return super()._close(request, reason)
+
+    # -- what happens
+
+    def orphaned(self, orphaned: Orphaned) -> None:
+        stream = self.streams.get(orphaned.request)
+        if stream is None:
+            return
+        why, now = self._why_it_ends(stream), time.monotonic()
+        if why is None:
+            orphan = Orphan(
+                request=orphaned.request,
+                priority=stream.info.priority,
+                tokens=stream.info.prompt_tokens + stream.outputs,
+                since_s=now,
+                why=orphaned.why,
+                warm=orphaned.warm,
+            )
+            why = self.orphans.add(orphan, declined=orphaned.declined, now=now)
+        if why is not None:
+            self.end(orphaned.request, died(why))
+            return
+        self._stir.set()
+        if not self._reviving:
+            self._reviving = True
+            self.start_task(self._revive())
+
+    def _why_it_ends(self, stream: FleetStream) -> str | None:
+        """Why the stream of a request that has no engine ends; None if another may go on with
+        it."""
+        info, lives = stream.info, self.orphans.settings.lives
+        if info.sent is None:
+            return info.why_not_kept
+        if stream.lives_used >= lives:
+            return f"{lives} others had gone on with it before (survival.lives)"
+        return why_not_now(info.sent, self.vllm_config, stream.outputs)
+
+    def revived(self, revived: Revived) -> None:
+        """Nothing has to be done before its first token."""
+
+    def _due(
+        self, engine_index: EngineIndex, outputs: list[EngineCoreOutput]
+    ) -> list[EngineCoreOutput]:
+        due = super()._due(engine_index, outputs)
+        if self.orphans.taken_up:
+            self._look_at(engine_index, outputs)
+        return due
+
+    def _look_at(self, engine_index: EngineIndex, outputs: Sequence[EngineCoreOutput]) -> None:
+        """What an engine says of requests that it is taking up."""
+        for output in outputs:
+            request = RequestId(output.request_id)
+            if self.orphans.engine_of(request) == engine_index:
+                try:
+                    self._look_at_one(request, output)
+                except Exception as error:  # noqa: BLE001 - the other outputs must arrive
+                    self.give_up(request, error)
+
+    def _look_at_one(self, request: RequestId, output: EngineCoreOutput) -> None:
+        stream, ended = self.streams.get(request), output.finish_reason is not None
+        if stream is None:
+            return
+        if stream.owner is not None and (ended or output.new_token_ids):
+            self.orphans.drop(request)
+            self._stir.set()
+        elif stream.state is StreamState.REVIVING and ended and stream.grant is not None:
+            # vLLM refused the request as it came in, so the llumlet has not seen it.
+            effects = self.streams.refused(stream.grant.migration, "the engine refused it")
+            self._perform(effects, [])
+
+    # -- one after the other
+
+    async def _revive(self) -> None:
+        """Until no request waits for an engine."""
+        try:
+            while self.orphans:
+                self._stir.clear()
+                try:
+                    await self._revive_some()
+                except Exception as error:  # noqa: BLE001 - what waits must not wait for ever
+                    self.complaints.note("Requests of a dead engine wait", repr(error), error)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(LOOK_EVERY_S):
+                        await self._stir.wait()
+        finally:
+            self._reviving = False
+
+    async def _revive_some(self) -> None:
+        for request in self.orphans.late(time.monotonic()):
+            wait_s = self.orphans.settings.wait_s
+            self.end(request, died(f"none could go on with it within {wait_s:.0f} s"))
+        while True:
+            takers = [engine.engine_index for engine in self.engines.takers()]
+            orphan = self.orphans.next(takers, time.monotonic())
+            if orphan is None:
+                return
+            try:
+                await self._revive_one(orphan)
+            except Exception as error:  # noqa: BLE001 - the others must not wait for ever
+                self.give_up(orphan.request, error)
+
+    async def _revive_one(self, orphan: Orphan) -> None:
+        stream = self.streams.get(orphan.request)
+        assert stream is not None
+        assert stream.info.sent is not None
+        chosen = await self._engine_for(orphan, stream.info.sent, stream.outputs)
+        if chosen is None:
+            return  # They have gone meanwhile.
+        order = self.streams.revive(orphan.request, chosen.engine_index)
+        if isinstance(order, Refusal):
+            return  # The stream has ended meanwhile, or the engine has died.
+        self.orphans.begin(orphan.request, chosen.engine_index)
+        assert stream.info.sent is not None
+        await self.send_to(chosen, again(stream.info.sent, order))
+
+    async def _engine_for(
+        self, orphan: Orphan, request: EngineCoreRequest, outputs: int
+    ) -> Engine | None:
+        """The engine that has a part of its KV, else the controller's choice, else one that has
+        the fewest to take up."""
+        warm = self.engines.get(orphan.warm)
+        if warm is None or not warm.takes_requests or not self.orphans.may_take(warm.engine_index):
+            warm = await self.choose(request, outputs)
+        if warm.takes_requests and self.orphans.may_take(warm.engine_index):
+            return warm
+        takers = [engine.engine_index for engine in self.engines.takers()]
+        return self.engines.get(self.orphans.fewest(takers))
+
+
+def died(why: str) -> str:
+    """What the client reads whose request did not outlive its engine."""
+    more = f", and {why}" if why else ""
+    return f"The instance that ran this request died{more}. Please send the request again."
