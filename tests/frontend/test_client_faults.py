@@ -33,7 +33,7 @@ from llumnix.frontend.engines.calls import (
 )
 from llumnix.frontend.engines.outputs import COMPLAIN_EVERY_S, Complaints, FailedRequest
 from llumnix.frontend.grammars import BAD_GRAMMAR
-from llumnix.frontend.streams.client import INSTANCE_DIED, StreamClient
+from llumnix.frontend.streams.client import StreamClient, died
 from llumnix.frontend.streams.migration_records import MigrationRecords
 from llumnix.wire import encode
 from support.frontend import Front, front, packed, ready_payload, tokens
@@ -474,7 +474,7 @@ async def test_gauges_of_an_engine_that_is_lost_go_to_zero(tmp_path: Path) -> No
         items: list[Any] = []
         while not one.client.outputs_queue.empty():
             items.append(one.client.outputs_queue.get_nowait())
-        assert items[0].why == INSTANCE_DIED
+        assert items[0].why == died()
         assert items[0].slot == 1
         assert items[1].engine_index == 1
         assert items[1].scheduler_stats == SchedulerStats()

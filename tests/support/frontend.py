@@ -23,10 +23,12 @@ from vllm.v1.serial_utils import MsgpackEncoder
 
 from llumnix.core.events import Dispatch, RequestArrived
 from llumnix.core.priorities import Priorities
-from llumnix.core.settings import PrioritySettings
+from llumnix.core.settings import PrioritySettings, SurvivalSettings
 from llumnix.core.types import EngineIndex, InstanceId
 from llumnix.frontend.client import FleetClient
 from llumnix.observe.event_log import EventLog
+
+OFF = SurvivalSettings(lives=0)
 
 
 class Link:
@@ -98,7 +100,7 @@ def tokens(engine: int, name: str, *ids: int, **fields: Any) -> bytes:
 class Front:
     """A client, its fakes, and what happened at its edges."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, survival: SurvivalSettings) -> None:
         cache = SimpleNamespace(
             enable_prefix_caching=True, num_gpu_blocks=None, effective_attention_block_size=None,
             block_size=16, mamba_block_size=None, kv_cache_size_tokens=None,
@@ -121,7 +123,14 @@ class Front:
         link: Any = self.link
         log, priorities = EventLog(None, who="x"), Priorities(PrioritySettings())
         self.client = FleetClient(
-            config, self.addresses, link, 3, log, priorities, hash_prefixes=True
+            config,
+            self.addresses,
+            link,
+            3,
+            log,
+            priorities,
+            hash_prefixes=True,
+            survival=survival,
         )
         self.context = zmq.Context()
         self.engines: dict[int, zmq.Socket[bytes]] = {}
@@ -177,8 +186,11 @@ class Front:
 
 
 @asynccontextmanager
-async def front(folder: Path, engines: int = 2) -> AsyncIterator[Front]:
-    one = Front(folder)
+async def front(
+    folder: Path, engines: int = 2, survival: SurvivalSettings = OFF
+) -> AsyncIterator[Front]:
+    """A client over so many engines. By default a request ends with its engine."""
+    one = Front(folder, survival)
     one.client.start()
     try:
         for index in range(engines):

@@ -60,10 +60,16 @@ from llumnix.observe.event_log import EventLog
 from llumnix.sockets import SocketKeys
 from llumnix.wire import decode, encode
 
-INSTANCE_DIED = "The instance that ran this request died. Please send the request again."
 GAVE_UP = "llumnix failed at this request. Please send it again."
 DRAIN_REQUESTS_MAX = 256
 """So many instances' requests for their own drain wait for the fleet, which takes each at once."""
+
+
+def died(why: str = "") -> str:
+    """What the client of a request reads that did not outlive its engine. `why`: no other goes on
+    with it."""
+    more = f", and {why}" if why else ""
+    return f"The instance that ran this request died{more}. Please send the request again."
 
 
 class StreamClient(EngineCalls):
@@ -269,7 +275,7 @@ class StreamClient(EngineCalls):
     def _lose(self, request: RequestId) -> None:
         """Ends a stream that has lost something irreplaceable with an engine."""
         self.migrations.lost(request, ENGINE_DIED)
-        self.end(request, INSTANCE_DIED)
+        self.end(request, died())
 
     async def _tell_lost(self, tell: TellLost) -> None:
         if await self.tell_lost(tell.engine, tell.lost, list(tell.granted)):

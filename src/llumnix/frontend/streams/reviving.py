@@ -20,7 +20,7 @@ from llumnix.core.streams.stream import Refusal
 from llumnix.core.streams.survival import Orphan, Orphans
 from llumnix.core.types import EngineIndex, RequestId
 from llumnix.frontend.engines.engine import Engine
-from llumnix.frontend.streams.client import StreamClient
+from llumnix.frontend.streams.client import StreamClient, died
 from llumnix.frontend.streams.info import FleetStream, StreamInfo
 from llumnix.frontend.streams.revivable import again, kept_bytes, why_never, why_not_now
 from llumnix.observe.event_log import EventLog
@@ -201,9 +201,3 @@ class RevivingClient(StreamClient):
             return warm
         takers = [engine.engine_index for engine in self.engines.takers()]
         return self.engines.get(self.orphans.fewest(takers))
-
-
-def died(why: str) -> str:
-    """What the client reads whose request did not outlive its engine."""
-    more = f", and {why}" if why else ""
-    return f"The instance that ran this request died{more}. Please send the request again."
