@@ -48,8 +48,7 @@ def test_an_embedding_model_outlives_the_death_of_an_instance(tiny_model: Path, 
         os.kill(victim, signal.SIGKILL)
         for thread in threads:
             thread.join()
-        assert {a.status_code for a in answers} == {200, 500}
-        assert all("error" in a.json() for a in answers if a.status_code == 500)
+        assert {a.status_code for a in answers} == {200}
         assert server.http.post("/v1/embeddings", json=body).status_code == 200
         eventually(lambda: server.instances()["i0"]["state"] == "serving", 120)
     finally:

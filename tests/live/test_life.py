@@ -114,7 +114,7 @@ def single(tiny_model: Path, logs: Path, request: pytest.FixtureRequest) -> Iter
     print(server.log[-3000:])
 
 
-def test_a_killed_instance_takes_only_its_own_streams_and_comes_back(pair: Server) -> None:
+def test_a_killed_instance_takes_no_stream_with_it_and_comes_back(pair: Server) -> None:
     server = pair
     with Load(server, streams=6, max_tokens=300) as load:
         eventually(lambda: {r["instance"] for r in server.requests()} == {"i0", "i1"}, what="load")
@@ -123,23 +123,19 @@ def test_a_killed_instance_takes_only_its_own_streams_and_comes_back(pair: Serve
         killed = time.monotonic()
         os.kill(victim["pid"], signal.SIGKILL)
         eventually(lambda: server.instances()["i1"]["state"] != "serving", 2.0, "noticed in 2 s")
-        eventually(lambda: len([s for s in load.done if s["name"] in here]) == len(here), 10)
-        assert time.monotonic() - killed < 10
+        eventually(lambda: len([s for s in load.done if s["name"] in here]) == len(here), 30)
+        assert time.monotonic() - killed < 30
         before = len(load.done)
         eventually(lambda: len(load.done) > before + 3, what="the others go on")
         eventually(lambda: server.instances()["i1"]["state"] == "serving", 120, "comes back")
         back = server.instances()["i1"]
         eventually(lambda: server.instances()["i1"]["running"], 30, "gets requests again")
-    failed = [s for s in load.done if s["error"]]
-    assert {s["name"] for s in failed} <= here | {s["name"] for s in failed if s["pieces"] == 0}
-    assert all(s["instance"] == "i1" for s in failed)
-    assert all(s["error"]["code"] == 500 for s in failed if s["pieces"])
+    assert here
+    assert [s for s in load.done if s["error"]] == []
+    assert {s["tokens"] for s in load.done} == {300}
     assert back["pid"] != victim["pid"]
     assert back["restarts"] == 1
     assert back["engine_index"] == 2
-    others = [s for s in load.done if s["instance"] == "i0"]
-    assert others
-    assert {s["tokens"] for s in others} == {300}
 
 
 def test_with_the_controller_killed_no_request_fails_and_it_comes_back(pair: Server) -> None:

@@ -1,6 +1,5 @@
 """What goes wrong while requests are moved: clients, engines and the controller go away, requests
-end, there is no room. Every stream is the undisturbed one's or ends with vLLM's error, and nothing
-is left of it."""
+end, there is no room. Every stream is the undisturbed one's, and nothing is left of it."""
 
 import os
 import random
@@ -76,11 +75,6 @@ def held(server: Server) -> dict[str, tuple[Any, ...]]:
 def body(number: int, **more: Any) -> dict[str, Any]:
     wanted = {"prompt": f"{number} {TEXT * 2}", "max_tokens": 250, "seed": number, **SEEDED}
     return {**wanted, **more}
-
-
-def is_beginning_of(part: Recorded, whole: Recorded) -> bool:
-    tokens = part.tokens()
-    return tokens == whole.tokens()[: len(tokens)]
 
 
 class Movers:
@@ -245,14 +239,9 @@ def test_an_engine_killed_while_requests_are_on_their_way(pair: Server, victim: 
         *seen, (safe, answers) = all_at_once([*streams, direct])
         told = [(a.get("outcome"), a.get("reason"), a.get("error")) for a in answers]
         print(victim, turn, told, [s.error and "error" for s in seen])
-        ended = [s for s in seen if s.error]
-        assert all(s.broke is None and s.error["code"] == 500 for s in ended), ended
-        assert not {s.name for s in ended} & set(safe)
+        assert [s.error for s in seen] == [None] * STREAMS, (answers, safe)
         for one, whole in zip(seen, calm, strict=True):
-            if one.error:
-                assert is_beginning_of(one, whole), (one.name, one.tokens())
-            else:
-                assert first_difference(whole, one) is None, one.name
+            assert first_difference(whole, one) is None, one.name
         eventually(
             lambda: held(pair)[alive] == (0, 0, 0), 20, f"nothing is left on {alive}: {held(pair)}"
         )

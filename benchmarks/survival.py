@@ -1,0 +1,240 @@
+"""Instances are killed at random moments, again and again: what do the clients notice?
+
+Two instances on a CPU; on GPUs one each. So many streams with known answers run at a time: greedy,
+seeded, with log-probabilities, with a grammar, several sequences, and answers that are not
+streamed. After each kill the next one waits until both serve again, and a random moment more. Every
+answer is compared with the undisturbed one. A stream's gap is the time from the kill of its instance
+to its next tokens.
+
+    python benchmarks/survival.py [--streams 1000] [--kills 20] [--at-once 12] [--out FILE]
+        [--model FOLDER or shape] [--tokens 160] [--loose] [-- flags of the server]
+
+`--loose`: the answers are not compared, since the arithmetic depends on the batch. At most
+`--minutes`.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import signal
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from common import ROOT, markdown, percentile, real_time, serve, write_result
+from shapes import SHAPES, write_shape, write_weights
+
+KNOWN = 24
+GRAMMAR = 'root ::= "go " pair{70} " end"\npair ::= ("ab" | "cd" | "e") (","|";")'
+FLAGS = [
+    "--dtype", "float32", "--max-num-seqs", "16", "--max-model-len", "4096",
+    "--kv-cache-memory-bytes", "100000000",
+]  # fmt: skip
+KINDS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("greedy", {"temperature": 0, "frequency_penalty": 1.2}),
+    ("seeded", {"temperature": 0.9}),
+    ("log-probabilities", {"temperature": 0.7, "logprobs": 2}),
+    ("grammar", {"temperature": 0.9, "structured_outputs": {"grammar": GRAMMAR}}),
+    ("two sequences", {"temperature": 0.9, "n": 2}),
+    ("not streamed", {"temperature": 0.9, "stream": False}),
+)
+
+
+@dataclass(slots=True, kw_only=True)
+class Answer:
+    """What a client got."""
+
+    kind: str
+    tokens: dict[int, list[int]] = field(default_factory=dict)
+    more: list[Any] = field(default_factory=list)  # log-probabilities
+    error: str | None = None
+    last_s: float = 0.0  # of the last tokens
+    killed_s: float | None = None  # its instance, while it waited for tokens
+    gaps_s: list[float] = field(default_factory=list)
+
+
+class Killing:
+    """The traffic, the kills, and what was seen."""
+
+    def __init__(self, http: aiohttp.ClientSession, url: str, args: argparse.Namespace) -> None:
+        self.http, self.url, self.args = http, url, args
+        self.dice = random.Random(args.seed)
+        self.bodies = [self.body(number) for number in range(KNOWN)]
+        self.calm: list[Answer] = []
+        self.open: dict[str, Answer] = {}
+        self.begun = self.done = self.wrong = self.failed = self.hit = self.kills = 0
+        self.kills_hit: list[int] = []
+        self.errors: dict[str, int] = {}
+        self.gaps_s: list[float] = []
+        self.over = False
+
+    def body(self, number: int) -> dict[str, Any]:
+        kind, sampling = KINDS[number % len(KINDS)]
+        prompt = [self.dice.randrange(300, 4000) for _ in range(self.dice.randrange(20, 300))]
+        return {
+            "model": "m", "prompt": prompt, "max_tokens": self.args.tokens, "stream": True,
+            "ignore_eos": kind != "grammar", "return_token_ids": True, "seed": number, **sampling,
+        }  # fmt: skip
+
+    async def ask(self, number: int, name: str) -> Answer:
+        body = self.bodies[number]
+        answer = self.open[name] = Answer(kind=KINDS[number % len(KINDS)][0])
+        try:
+            async with self.http.post(
+                self.url + "/v1/completions", json=body, headers={"X-Request-Id": name}
+            ) as response:
+                if response.status != 200:
+                    answer.error = (await response.text())[:300]
+                elif body["stream"]:
+                    async for line in response.content:
+                        if line.startswith(b"data: {"):
+                            self.take(answer, json.loads(line[6:]))
+                else:
+                    self.take(answer, await response.json())
+        except (aiohttp.ClientError, TimeoutError) as error:
+            answer.error = repr(error)
+        finally:
+            del self.open[name]
+        return answer
+
+    def take(self, answer: Answer, piece: dict[str, Any]) -> None:
+        """A chunk has come."""
+        if "error" in piece:
+            answer.error = str(piece["error"])[:300]
+            return
+        now = time.monotonic()
+        for choice in piece["choices"]:
+            if choice.get("token_ids"):
+                answer.tokens.setdefault(choice["index"], []).extend(choice["token_ids"])
+                answer.last_s = now
+                if answer.killed_s is not None:
+                    answer.gaps_s.append(now - answer.killed_s)
+                    answer.killed_s = None
+            if choice.get("logprobs"):
+                answer.more += choice["logprobs"]["token_logprobs"]
+
+    async def client(self) -> None:
+        while self.begun < self.args.streams:
+            number = self.begun % KNOWN
+            self.begun += 1
+            answer = await self.ask(number, f"s{self.begun}")
+            self.done += 1
+            calm = self.calm[number]
+            if answer.error is not None:
+                self.failed += 1
+                self.errors[answer.error] = self.errors.get(answer.error, 0) + 1
+            elif not self.args.loose and (answer.tokens, answer.more) != (calm.tokens, calm.more):
+                self.wrong += 1
+                print("wrong:", answer.kind, flush=True)
+            self.gaps_s += answer.gaps_s
+
+    async def get(self, path: str) -> list[dict[str, Any]]:
+        async with self.http.get(self.url + "/llumnix/v1/" + path) as response:
+            rows: list[dict[str, Any]] = (await response.json())[path]
+        return rows
+
+    async def killer(self) -> None:
+        while self.kills < self.args.kills and not self.over:
+            rows = await self.get("instances")
+            if any(row["state"] != "serving" for row in rows):
+                await asyncio.sleep(0.2)
+                continue
+            await asyncio.sleep(self.dice.random() * self.args.pause)
+            victim = self.dice.choice(rows)
+            here = {r["id"] for r in await self.get("requests") if r["instance"] == victim["id"]}
+            if not here or self.over:
+                continue
+            os.kill(victim["pid"], signal.SIGKILL)
+            self.kills += 1
+            killed_s = time.monotonic()
+            hit = [a for name, a in self.open.items() if name in here]
+            for answer in hit:
+                answer.killed_s = killed_s
+            self.hit += len(hit)
+            self.kills_hit.append(len(hit))
+            print(
+                f"kill {self.kills}: {victim['id']} with {len(hit)}; {self.done} done", flush=True
+            )
+            await asyncio.sleep(2)
+
+    def row(self, seconds: float) -> dict[str, Any]:
+        gaps = self.gaps_s or [0.0]
+        return {
+            "streams": self.done, "kills": self.kills, "hit": self.hit, "failed": self.failed,
+            "wrong": None if self.args.loose else self.wrong, "errors": self.errors,
+            "gap_s_p50": round(percentile(gaps, 50), 3),
+            "gap_s_p99": round(percentile(gaps, 99), 3),
+            "gap_s_longest": round(max(gaps), 3),
+            "hit_by_kill": self.kills_hit, "seconds": round(seconds),
+        }  # fmt: skip
+
+
+async def measure(url: str, args: argparse.Namespace) -> dict[str, Any]:
+    """All streams and all kills, for `--minutes` at most."""
+    timeout = aiohttp.ClientTimeout(total=600)
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(timeout=timeout, connector=connector) as http:
+        killing = Killing(http, url, args)
+        killing.calm = [await killing.ask(number, f"calm{number}") for number in range(KNOWN)]
+        assert not any(calm.error for calm in killing.calm), [c.error for c in killing.calm]
+        began_s = time.monotonic()
+        clients = [asyncio.create_task(killing.client()) for _ in range(args.at_once)]
+        killer = asyncio.create_task(killing.killer())
+        await asyncio.wait([*clients], timeout=args.minutes * 60)
+        killing.over = True
+        for client in clients:
+            client.cancel()
+        await asyncio.gather(killer, *clients, return_exceptions=True)
+        return killing.row(time.monotonic() - began_s)
+
+
+def main(args: argparse.Namespace) -> None:
+    real_time()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(args.model)
+        if args.model in SHAPES:
+            folder = write_shape(args.model, Path(temporary) / "model")
+            if not args.loose:
+                write_weights(folder)
+        flags = ["--instances", "2", *(args.flags or FLAGS)]
+        with serve("llumnix", folder, flags, Path(temporary) / "log") as served:
+            row = asyncio.run(measure(served.url, args))
+    command = f"python benchmarks/survival.py --streams {args.streams} --kills {args.kills}"
+    write_result(args.out, [row], command=command, model=args.model, flags=flags)
+    names = [
+        "streams",
+        "kills",
+        "hit",
+        "failed",
+        "wrong",
+        "gap_s_p50",
+        "gap_s_p99",
+        "gap_s_longest",
+    ]
+    print(markdown(names, [[str(row[name]) for name in names]]))
+    if row["errors"]:
+        print(row["errors"])
+    if row["failed"] or row["wrong"]:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--streams", type=int, default=1000)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--at-once", type=int, default=12)
+    parser.add_argument("--tokens", type=int, default=160)
+    parser.add_argument("--pause", type=float, default=8.0, help="seconds before a kill, at most")
+    parser.add_argument("--minutes", type=float, default=40.0)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--model", default="tiny", help="a folder or a shape")
+    parser.add_argument("--loose", action="store_true")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/survival.json")
+    parser.add_argument("flags", nargs="*", help="of the server, after --")
+    main(parser.parse_args())
