@@ -2,9 +2,9 @@
 
 Two instances on a CPU; on GPUs one each. So many streams with known answers run at a time: greedy,
 seeded, with log-probabilities, with a grammar, several sequences, and answers that are not
-streamed. After each kill the next one waits until both serve again, and a random moment more. Every
-answer is compared with the undisturbed one. A stream's gap is the time from the kill of its instance
-to its next tokens.
+streamed. After each kill the next one waits until both serve again, and a random moment more. Each
+answer is compared with the undisturbed one. A stream's gap is the time from the kill of its
+instance to its next tokens.
 
     python benchmarks/survival.py [--streams 1000] [--kills 20] [--at-once 12] [--out FILE]
         [--model FOLDER or shape] [--tokens 160] [--loose] [-- flags of the server]
@@ -27,7 +27,7 @@ from typing import Any
 
 import aiohttp
 
-from common import ROOT, markdown, percentile, real_time, serve, write_result
+from common import ROOT, Served, markdown, percentile, real_time, serve, write_result
 from shapes import SHAPES, write_shape, write_weights
 
 KNOWN = 24
@@ -168,19 +168,20 @@ class Killing:
         return {
             "streams": self.done, "kills": self.kills, "hit": self.hit, "failed": self.failed,
             "wrong": None if self.args.loose else self.wrong, "errors": self.errors,
-            "gap_s_p50": round(percentile(gaps, 50), 3),
-            "gap_s_p99": round(percentile(gaps, 99), 3),
+            "gap_s_p50": round(percentile(gaps, 0.5), 3),
+            "gap_s_p99": round(percentile(gaps, 0.99), 3),
             "gap_s_longest": round(max(gaps), 3),
             "hit_by_kill": self.kills_hit, "seconds": round(seconds),
         }  # fmt: skip
 
 
-async def measure(url: str, args: argparse.Namespace) -> dict[str, Any]:
+async def measure(served: Served, args: argparse.Namespace) -> dict[str, Any]:
     """All streams and all kills, for `--minutes` at most."""
+    await served.wait_until_up()
     timeout = aiohttp.ClientTimeout(total=600)
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(timeout=timeout, connector=connector) as http:
-        killing = Killing(http, url, args)
+        killing = Killing(http, served.url, args)
         killing.calm = [await killing.ask(number, f"calm{number}") for number in range(KNOWN)]
         assert not any(calm.error for calm in killing.calm), [c.error for c in killing.calm]
         began_s = time.monotonic()
@@ -203,10 +204,12 @@ def main(args: argparse.Namespace) -> None:
             if not args.loose:
                 write_weights(folder)
         flags = ["--instances", "2", *(args.flags or FLAGS)]
-        with serve("llumnix", folder, flags, Path(temporary) / "log") as served:
-            row = asyncio.run(measure(served.url, args))
-    command = f"python benchmarks/survival.py --streams {args.streams} --kills {args.kills}"
-    write_result(args.out, [row], command=command, model=args.model, flags=flags)
+        served = serve("llumnix", str(folder), "m", flags, Path(temporary) / "log")
+        try:
+            row = asyncio.run(measure(served, args))
+        finally:
+            served.stop()
+    write_result(args.out, [row], model=args.model, flags=flags)
     names = [
         "streams",
         "kills",
