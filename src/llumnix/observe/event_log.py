@@ -1,4 +1,4 @@
-"""The event log: facts, decisions, steps of migrations, requests; one JSON object a line.
+"""The event log: facts, decisions, steps of migrations, revivals, requests; one JSON object a line.
 
 All processes of a deployment on one host append to the same file. Each line is written with one
 call, so lines never mix. `at` is the writer's monotonic clock in seconds, `time` the wall clock.
@@ -118,6 +118,10 @@ class EventLog:
     def migration(self, shown: dict[str, Any]) -> None:
         """A migration as its frontend sees it: when it is ordered, and when it has ended."""
         self._write("migration", time.monotonic(), {"body": shown})
+
+    def revival(self, shown: dict[str, Any]) -> None:
+        """A request whose engine died goes on at another."""
+        self._write("revival", time.monotonic(), {"body": shown})
 
     def request(self, shown: dict[str, Any]) -> None:
         """A request as its frontend saw it, when it is over."""

@@ -178,20 +178,21 @@ async def undrain(instance: str, control: Control) -> dict[str, Any]:
 @router.get("/requests")
 async def requests(client: Client) -> dict[str, Any]:
     """Every request that is running or waiting. `id` is the client's X-Request-Id if it sent
-    one, else the id in vLLM's answer; `n` > 1 gives as many rows."""
+    one, else the id in vLLM's answer; `n` > 1 gives as many rows. `instance` is null while no
+    instance has it, since its own has died."""
     return {
         "requests": [
             {
                 "id": stream.info.client_id,
                 "request": stream.request,
-                "instance": client.engines.name(stream.owner),
+                "instance": (None if stream.owner is None else client.engines.name(stream.owner)),
                 "prompt_tokens": stream.info.prompt_tokens,
                 "output_tokens": stream.outputs,
                 "priority": stream.info.priority,
                 "age_s": round(stream.info.age_s, 3),
             }
             for stream in client.streams
-            if stream.owner is not None
+            if stream.last_owner is not None
         ]
     }
 

@@ -137,12 +137,26 @@ class RevivingClient(StreamClient):
         if stream is None:
             return
         if stream.owner is not None and (ended or output.new_token_ids):
-            self.orphans.drop(request)
-            self._stir.set()
+            self._goes_on(stream, self.orphans.drop(request))
         elif stream.state is StreamState.REVIVING and ended and stream.grant is not None:
             # vLLM refused the request as it came in, so the llumlet has not seen it.
             effects = self.streams.refused(stream.grant.migration, "the engine refused it")
             self._perform(effects, [])
+
+    def _goes_on(self, stream: FleetStream, orphan: Orphan | None) -> None:
+        """The first token at its new engine is here."""
+        self._stir.set()
+        if orphan is not None:
+            revival = {
+                "request": stream.request,
+                "client_id": stream.info.client_id,
+                "instance": self.engines.name(stream.owner),
+                "tokens": orphan.tokens,
+                "gap_s": round(time.monotonic() - orphan.since_s, 6),
+                "lives_used": stream.lives_used,
+                "why": orphan.why,
+            }
+            self._log.revival(revival)
 
     # -- one after the other
 
