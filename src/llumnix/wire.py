@@ -32,6 +32,7 @@ from llumnix.core.messages import (
     MigrationRequested,
     Reserve,
     Reserved,
+    Revive,
     Stage,
     Staged,
     StageProgress,
@@ -91,6 +92,7 @@ Message = (
     | LoadsAsked
     | Loads
     | Migrate
+    | Revive
     | Reserve
     | Stage
     | HandoverAnnounced

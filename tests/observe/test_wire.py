@@ -29,6 +29,7 @@ from llumnix.core.messages import (
     MigrationRequested,
     Reserve,
     Reserved,
+    Revive,
     Stage,
     Staged,
     StageDone,
@@ -106,6 +107,13 @@ SAMPLES: list[Message] = [
         address="ipc:///there",
         epoch=Epoch(3),
         copy="blocking",
+    ),
+    Revive(
+        migration=MIGRATION,
+        request=RequestId("r"),
+        destination=EngineIndex(65535),
+        epoch=Epoch(3),
+        outputs=[5, 65535],
     ),
     Reserve(
         migration=MIGRATION,

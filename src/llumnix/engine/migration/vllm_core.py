@@ -90,16 +90,18 @@ class VllmCore:
 
 
 def take_order(request: Request) -> Revive | None:
-    """Takes the frontend's order out of a request that is sent again, since its engine died."""
+    """Takes the frontend's order out of a request that is sent again, since its engine died. What
+    its client wrote there itself is dropped."""
     sampling, pooling = request.sampling_params, request.pooling_params
     more = sampling.extra_args if sampling is not None else pooling and pooling.extra_kwargs
     body = more.pop(REVIVE, None) if more else None
-    if body is None:
+    if not isinstance(body, bytes):
         return None
-    order = decode(body)
-    if not isinstance(order, Revive):
-        raise ProtocolError(f"not an order to revive: {order}")
-    return order
+    try:
+        order = decode(body)
+    except ProtocolError:
+        return None
+    return order if isinstance(order, Revive) else None
 
 
 def note_reasoning(request: Request) -> None:
