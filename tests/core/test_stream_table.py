@@ -381,7 +381,7 @@ def test_a_take_over_that_died_unheard_ends_the_stream_also_while_it_is_granted_
         *abort(SOURCE, THIRD),
         lost(first),
         lost(second),
-        orphaned(),
+        orphaned(warm=THIRD),
     ]
     assert table.end(second, taken=False) == []
     assert table.take(second, 1) == abort(THIRD)
@@ -449,7 +449,7 @@ def test_declined_then_means_that_the_stream_is_lost_and_so_does_no_answer(fate:
     assert table.tell(order, fate) == [
         *abort(DESTINATION),
         lost(order, SOURCE_DIED),
-        orphaned(SOURCE_DIED),
+        orphaned(SOURCE_DIED, warm=DESTINATION),
     ]
 
 
@@ -494,14 +494,14 @@ def test_a_tail_that_is_too_short_loses_the_stream() -> None:
     assert table.take(order, TAIL_MAX + 2, tail) == [
         *abort(DESTINATION),
         lost(order, SOURCE_DIED),
-        orphaned(SOURCE_DIED),
+        orphaned(SOURCE_DIED, warm=DESTINATION),
     ]
     table, order = moving(outputs=1)
     table.take(order, TAIL_MAX + 2, tail)
     assert table.lose(SOURCE, DESTINATION)[1:] == [
         *abort(DESTINATION),
         lost(order, SOURCE_DIED_AFTER),
-        orphaned(SOURCE_DIED_AFTER),
+        orphaned(SOURCE_DIED_AFTER, warm=DESTINATION),
     ]
 
 
@@ -511,7 +511,7 @@ def test_a_source_that_said_too_much_before_it_died_loses_the_stream() -> None:
     assert table.take(order, 3) == [
         *abort(DESTINATION),
         lost(order, SOURCE_DIED),
-        orphaned(SOURCE_DIED),
+        orphaned(SOURCE_DIED, warm=DESTINATION),
     ]
 
 
@@ -613,7 +613,7 @@ def test_no_order_to_move_a_stream_that_no_engine_runs() -> None:
 def test_an_engine_that_does_not_go_on_leaves_an_orphan_for_the_next(how: str) -> None:
     table, order = reviving()
     say = table.refuse if how == "refused" else lambda o, why: table.end(o, taken=False, why=why)
-    assert say(order, "still here") == [*abort(THIRD), orphaned("still here")]
+    assert say(order, "still here") == [*abort(THIRD), orphaned("still here", declined=True)]
     assert (table.one().state, table.of(order.migration)) == (S.ORPHAN, None)
     assert say(order, "still here") == []
     again = table.ask(DESTINATION)
@@ -624,6 +624,7 @@ def test_an_engine_that_does_not_go_on_leaves_an_orphan_for_the_next(how: str) -
     assert table.take(order, 1) == abort(THIRD)
     assert table.hear(THIRD, 1, "not mine") == ([], [])
     assert table.one().grant is again
+    assert table.one().lives_used == 0  # No engine died under it but its first.
     assert table.take(again, 1) == [revived(DESTINATION)]
 
 
@@ -634,6 +635,7 @@ def test_an_engine_that_dies_before_it_goes_on_leaves_an_orphan_for_the_next() -
         orphaned(),
     ]
     assert table.take(order, 1) == abort(THIRD)
+    assert table.one().lives_used == 1
     assert table.ask(DESTINATION).epoch > order.epoch
 
 
@@ -652,6 +654,7 @@ def test_a_stream_is_revived_as_often_as_its_engines_die() -> None:
         assert len(order.outputs) == count
         assert table.take(order, count) == [revived(engine)]
         assert goes_to(table, engine)
+        assert table.one().lives_used == count
         assert table.lose(engine) == [orphaned()]
     assert table.one().epoch < table.ask().epoch == len(engines) + 1
 
@@ -760,7 +763,7 @@ def test_a_take_over_whose_tail_would_come_without_the_rest_leaves_an_orphan() -
     assert table.take(order, 2, [0, 11]) == [
         *abort(DESTINATION),
         lost(order, SOURCE_DIED),
-        orphaned(SOURCE_DIED),
+        orphaned(SOURCE_DIED, warm=DESTINATION),
     ]
     table, order = detailed(outputs=1)
     table.take(order, 2, [0, 11])
@@ -768,7 +771,7 @@ def test_a_take_over_whose_tail_would_come_without_the_rest_leaves_an_orphan() -
     assert table.lose(SOURCE, DESTINATION)[1:] == [
         *abort(DESTINATION),
         lost(order, SOURCE_DIED_AFTER),
-        orphaned(SOURCE_DIED_AFTER),
+        orphaned(SOURCE_DIED_AFTER, warm=DESTINATION),
     ]
     assert (table.one().state, table.one().tokens) == (S.ORPHAN, [0])
     assert table.ask(DESTINATION).outputs == [0]

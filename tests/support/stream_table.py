@@ -129,8 +129,10 @@ def abort(*engines: EngineIndex) -> list[Effect]:
     return [Abort(engine=engine, request=R) for engine in engines]
 
 
-def orphaned(why: str = ENGINE_DIED) -> Orphaned:
-    return Orphaned(request=R, why=why)
+def orphaned(
+    why: str = ENGINE_DIED, *, warm: EngineIndex | None = None, declined: bool = False
+) -> Orphaned:
+    return Orphaned(request=R, why=why, warm=warm, declined=declined)
 
 
 def revived(engine: EngineIndex) -> Revived:
