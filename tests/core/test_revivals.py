@@ -304,3 +304,14 @@ def test_an_exception_ends_no_move_that_was_looked_at_before() -> None:
     assert there.poll() == [declined("an error at the engine that was to go on with it: ready")]
     moves = there.llumlet.moving(there.now)
     assert (moves.out, coming in there.engine.arriving) == (1, True)
+
+
+def test_an_exception_from_elsewhere_ends_none() -> None:
+    there = Llumlets()
+    there.engine.is_ready = False
+    there.revive(3)
+    assert there.told(there.llumlet.failed("odd", there.now)) == []
+    assert there.poll() == []
+    assert there.told(there.llumlet.failed("odd", there.now)) == []
+    there.engine.is_ready = True
+    assert there.poll() == [took_over(3)]
