@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-from llumnix.core.messages import Migrate, MigrationEnded
+from llumnix.core.messages import Grant, MigrationEnded
 from llumnix.core.streams.states import STREAM
 from llumnix.core.streams.states import StreamEvent as E
 from llumnix.core.streams.states import StreamState as S
 from llumnix.core.types import MigrationId
 from llumnix.errors import ProtocolError
-from support.stream_table import DESTINATION, SOURCE, THIRD, R, Table, moving
+from support.stream_table import DESTINATION, SOURCE, THIRD, R, Table, moving, orphan, reviving
 
 # -- stories that end in a state
 
@@ -27,7 +27,7 @@ def place(table: Table) -> None:
     table.placed(table.one(), SOURCE)
 
 
-def granted(table: Table) -> Migrate:
+def granted(table: Table) -> Grant:
     """The grant that is live."""
     grant = table.one().grant
     assert grant is not None
@@ -96,6 +96,10 @@ TRANSITIONS: dict[tuple[S, E], tuple[Callable[[], Table], Callable[[Table], Any]
     (S.ASKING, E.TOOK_OVER): (asking, lambda t: t.take(granted(t), 2)),
     (S.ASKING, E.DECLINED): (asking, lambda t: t.tell(granted(t), "declined")),
     (S.ASKING, E.DESTINATION_LOST): (asking, lambda t: t.lose(DESTINATION)),
+    (S.ORPHAN, E.REVIVE): (orphan, Table.ask),
+    (S.REVIVING, E.TOOK_OVER): (lambda: reviving()[0], lambda t: t.take(granted(t), 1)),
+    (S.REVIVING, E.DECLINED): (lambda: reviving()[0], lambda t: t.end(granted(t), taken=False)),
+    (S.REVIVING, E.DESTINATION_LOST): (lambda: reviving()[0], lambda t: t.lose(THIRD)),
 }
 
 
@@ -131,9 +135,12 @@ BROKEN: dict[str, tuple[Callable[[], Table], Callable[[Table], object]]] = {
     "owner None": (owned, lambda t: t._own(t.one(), None)),
     "grant None": (lambda: moving()[0], lambda t: t._drop_grant(t.one())),
     "take-over None": (holding, lambda t: setattr(t.one(), "takeover", None)),
-    "1 outputs are held": (owned, lambda t: t.one().held.append((1, "x"))),
-    "3 of 3 tokens": (holding, lambda t: setattr(t.one(), "outputs", 3)),
+    "1 outputs are held": (owned, lambda t: t.one().held.append(([7], "x"))),
+    "3 of 3 tokens": (holding, lambda t: t.one().tokens.extend([8, 9])),
     "owner 0 died: True": (owned, lambda t: t._dead.add(SOURCE)),
+    "owner 2": (orphan, lambda t: t._own(t.one(), THIRD)),
+    "revoked {'m7'}": (orphan, lambda t: t.one().revoked.add(MigrationId("m7"))),
+    "destination 2 died": (lambda: reviving()[0], lambda t: t._dead.add(THIRD)),
     "destination 1 died": (lambda: moving()[0], lambda t: t._dead.add(DESTINATION)),
     "epochs: grant 1, owner 2": (lambda: moving()[0], lambda t: setattr(t.one(), "epoch", 2)),
     "epochs: 1, last 0": (owned, lambda t: setattr(t.one(), "epoch", 1)),

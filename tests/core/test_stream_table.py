@@ -3,7 +3,7 @@
 import pytest
 
 from llumnix.core.limits import TAIL_MAX
-from llumnix.core.messages import Migrate
+from llumnix.core.messages import Migrate, Revive
 from llumnix.core.streams.effects import AskFate, Moved, TellLost
 from llumnix.core.streams.states import StreamState as S
 from llumnix.core.streams.stream import Refusal
@@ -13,7 +13,7 @@ from llumnix.core.streams.table import (
     SOURCE_DIED_AFTER,
     StreamTable,
 )
-from llumnix.core.types import Epoch, MigrationId, RequestId
+from llumnix.core.types import EngineIndex, Epoch, MigrationId, RequestId
 from llumnix.errors import ProtocolError
 from support.stream_table import (
     DESTINATION,
@@ -27,7 +27,10 @@ from support.stream_table import (
     lost,
     migrated,
     moving,
+    orphan,
     orphaned,
+    revived,
+    reviving,
 )
 
 # -- from the request's arrival to its end
@@ -378,7 +381,7 @@ def test_a_take_over_that_died_unheard_ends_the_stream_also_while_it_is_granted_
         *abort(SOURCE, THIRD),
         lost(first),
         lost(second),
-        orphaned(),
+        orphaned(warm=THIRD),
     ]
     assert table.end(second, taken=False) == []
     assert table.take(second, 1) == abort(THIRD)
@@ -446,7 +449,7 @@ def test_declined_then_means_that_the_stream_is_lost_and_so_does_no_answer(fate:
     assert table.tell(order, fate) == [
         *abort(DESTINATION),
         lost(order, SOURCE_DIED),
-        orphaned(SOURCE_DIED),
+        orphaned(SOURCE_DIED, warm=DESTINATION),
     ]
 
 
@@ -491,14 +494,14 @@ def test_a_tail_that_is_too_short_loses_the_stream() -> None:
     assert table.take(order, TAIL_MAX + 2, tail) == [
         *abort(DESTINATION),
         lost(order, SOURCE_DIED),
-        orphaned(SOURCE_DIED),
+        orphaned(SOURCE_DIED, warm=DESTINATION),
     ]
     table, order = moving(outputs=1)
     table.take(order, TAIL_MAX + 2, tail)
     assert table.lose(SOURCE, DESTINATION)[1:] == [
         *abort(DESTINATION),
         lost(order, SOURCE_DIED_AFTER),
-        orphaned(SOURCE_DIED_AFTER),
+        orphaned(SOURCE_DIED_AFTER, warm=DESTINATION),
     ]
 
 
@@ -508,7 +511,7 @@ def test_a_source_that_said_too_much_before_it_died_loses_the_stream() -> None:
     assert table.take(order, 3) == [
         *abort(DESTINATION),
         lost(order, SOURCE_DIED),
-        orphaned(SOURCE_DIED),
+        orphaned(SOURCE_DIED, warm=DESTINATION),
     ]
 
 
@@ -529,3 +532,260 @@ def test_an_answer_that_was_not_asked_for_changes_nothing() -> None:
     table, order = moving(outputs=1)
     assert table.fate(MigrationId("m99"), "declined") == ()
     assert goes_to(table, SOURCE)
+
+
+# -- another engine goes on with an orphan
+
+
+def test_an_orphan_is_granted_to_an_engine_with_the_tokens_that_its_client_has() -> None:
+    table = Table()
+    table.open_on(SOURCE)
+    table.receive(SOURCE, R, [7, 8], "two", [])
+    table.receive(SOURCE, R, [9], "one", [])
+    table.lose(SOURCE)
+    order = table.ask()
+    assert order == Revive(
+        migration=MigrationId("m0"), request=R, destination=THIRD, epoch=Epoch(1), outputs=[7, 8, 9]
+    )
+    assert table.of(order.migration) is table.one()
+    assert table.take(order, 3, []) == [revived(THIRD)]
+    stream = table.one()
+    assert (stream.owner, stream.last_owner, stream.epoch) == (THIRD, THIRD, order.epoch)
+    assert (stream.grant, table.of(order.migration), table.on(THIRD)) == (None, None, [stream])
+    assert goes_to(table, THIRD)
+    assert order.outputs == [7, 8, 9]  # What comes later is not in the order.
+
+
+def test_before_the_asked_engine_says_that_it_goes_on_nobody_speaks() -> None:
+    table, _ = reviving()
+    for engine in (SOURCE, DESTINATION, THIRD):
+        assert table.hear(engine, 1, "too early") == ([], [])
+    stream = table.one()
+    assert (stream.outputs, stream.owner, stream.last_owner) == (1, None, SOURCE)
+    assert [table.count(e) for e in (SOURCE, THIRD)] == [0, 0]
+
+
+def test_only_an_orphan_is_revived() -> None:
+    table = Table()
+    assert table.revive(R, THIRD) is Refusal.NO_ORPHAN
+    stream = table.open(R, "info")
+    assert table.revive(R, THIRD) is Refusal.NO_ORPHAN
+    table.placed(stream, SOURCE)
+    assert table.revive(R, THIRD) is Refusal.NO_ORPHAN
+    table.lose(SOURCE)
+    order = table.ask()
+    assert table.revive(R, DESTINATION) is Refusal.NO_ORPHAN
+    table.take(order, 0)
+    assert table.revive(R, DESTINATION) is Refusal.NO_ORPHAN
+    table.lose(THIRD)
+    table.shut()
+    assert table.revive(R, DESTINATION) is Refusal.NO_ORPHAN
+
+
+@pytest.mark.parametrize("story", ["granted", "asking", "holding"])
+def test_a_stream_that_is_moving_is_not_revived(story: str) -> None:
+    table, order = moving(outputs=1)
+    if story == "asking":
+        table.lose(SOURCE, DESTINATION)
+    if story == "holding":
+        table.take(order, 3)
+    assert table.revive(R, THIRD) is Refusal.NO_ORPHAN
+    assert table.one().grant is order
+
+
+def test_an_orphan_is_not_granted_to_a_dead_engine() -> None:
+    table = orphan()
+    table.lose(THIRD)
+    for engine in (SOURCE, THIRD):
+        assert table.revive(R, engine) is Refusal.ENGINE_DEAD
+    assert (table.one().state, table.one().last_epoch) == (S.ORPHAN, Epoch(0))
+
+
+def test_no_order_to_move_a_stream_that_no_engine_runs() -> None:
+    table = orphan()
+    assert table.grant(R, DESTINATION, "there") is Refusal.NOT_RUNNING
+    table.ask()
+    assert table.grant(R, DESTINATION, "there") is Refusal.NOT_RUNNING
+    assert table.one().state is S.REVIVING
+
+
+@pytest.mark.parametrize("how", ["declined", "refused"])
+def test_an_engine_that_does_not_go_on_leaves_an_orphan_for_the_next(how: str) -> None:
+    table, order = reviving()
+    say = table.refuse if how == "refused" else lambda o, why: table.end(o, taken=False, why=why)
+    assert say(order, "still here") == [*abort(THIRD), orphaned("still here", declined=True)]
+    assert (table.one().state, table.of(order.migration)) == (S.ORPHAN, None)
+    assert say(order, "still here") == []
+    again = table.ask(DESTINATION)
+    assert again.epoch > order.epoch
+    assert again.migration != order.migration
+    # Whatever the first one says now is too late.
+    assert say(order, "still here") == []
+    assert table.take(order, 1) == abort(THIRD)
+    assert table.hear(THIRD, 1, "not mine") == ([], [])
+    assert table.one().grant is again
+    assert table.one().lives_used == 0  # No engine died under it but its first.
+    assert table.take(again, 1) == [revived(DESTINATION)]
+
+
+def test_an_engine_that_dies_before_it_goes_on_leaves_an_orphan_for_the_next() -> None:
+    table, order = reviving()
+    assert table.lose(THIRD, DESTINATION) == [
+        TellLost(engine=DESTINATION, lost=THIRD, granted=()),
+        orphaned(),
+    ]
+    assert table.take(order, 1) == abort(THIRD)
+    assert table.one().lives_used == 1
+    assert table.ask(DESTINATION).epoch > order.epoch
+
+
+def test_a_death_of_another_engine_changes_nothing_for_a_stream_without_one() -> None:
+    table = orphan()
+    assert table.lose(DESTINATION) == []
+    order = table.ask()
+    assert table.lose(EngineIndex(7)) == []
+    assert table.one().grant is order
+
+
+def test_a_stream_is_revived_as_often_as_its_engines_die() -> None:
+    table, engines = orphan(), [EngineIndex(n) for n in range(3, 8)]
+    for count, engine in enumerate(engines, 1):
+        order = table.ask(engine)
+        assert len(order.outputs) == count
+        assert table.take(order, count) == [revived(engine)]
+        assert goes_to(table, engine)
+        assert table.one().lives_used == count
+        assert table.lose(engine) == [orphaned()]
+    assert table.one().epoch < table.ask().epoch == len(engines) + 1
+
+
+def test_a_client_that_hangs_up_on_an_orphan_leaves_nothing_to_abort() -> None:
+    assert orphan().shut() == []
+
+
+def test_a_client_that_hangs_up_during_a_revival_has_it_aborted_there() -> None:
+    table, order = reviving()
+    assert table.shut() == [THIRD]
+    assert table.of(order.migration) is None
+    assert table.take(order, 1) == abort(THIRD)
+    assert table.end(order, taken=False) == []
+
+
+def test_the_old_engine_cannot_speak_into_a_revived_stream() -> None:
+    """It was taken for dead, and is not; a move was under way."""
+    table, old = moving(outputs=1)
+    table.lose(SOURCE, DESTINATION)
+    table.lose(DESTINATION)
+    new = table.ask()
+    for _ in range(2):
+        for engine in (SOURCE, DESTINATION):
+            assert table.hear(engine, 1, "from the grave") == ([], [])
+        assert table.end(old, taken=True) == []
+        assert table.end(old, taken=False) == []
+        assert table.refuse(old, "odd") == []
+        assert table.tell(old, "declined") == []
+        assert table.take(old, 1) == abort(DESTINATION)
+        table.take(new, 1)
+    assert goes_to(table, THIRD)
+    assert (table.one().outputs, table.one().owner) == (2, THIRD)
+
+
+def test_an_engine_that_goes_on_after_other_tokens_is_an_error() -> None:
+    for outputs in (1, 3):
+        table, order = reviving(outputs=2)
+        with pytest.raises(ProtocolError) as error:
+            table.take(order, outputs)
+        assert str(error.value) == f"r was revived after {outputs} tokens; its client has 2"
+        table.check()
+
+
+def test_a_revived_stream_moves_like_any_other() -> None:
+    table, order = reviving()
+    table.take(order, 1)
+    move = table.order(DESTINATION)
+    assert move.epoch > order.epoch
+    assert table.take(move, 2, [0, 1]) == []
+    assert table.lose(THIRD, DESTINATION)[1:] == [
+        Moved(request=R, owner=DESTINATION, missing=(1,)),
+        migrated(move, SOURCE_DIED_AFTER),
+    ]
+    assert table.one().tokens == [0, 1]
+
+
+def test_what_a_move_brought_is_what_a_revival_goes_on_after() -> None:
+    """Tokens out of the take-over's tail, and those that were held."""
+    table, order = moving(outputs=1)
+    table.take(order, 3, [0, 11, 12])
+    table.receive(DESTINATION, R, [13, 14], "held", [])
+    table.lose(SOURCE, DESTINATION)
+    table.lose(DESTINATION)
+    assert table.ask().outputs == [0, 11, 12, 13, 14]
+
+
+def test_a_take_over_that_died_unheard_is_computed_again_elsewhere() -> None:
+    """The source still lives, and may be the one that goes on."""
+    table, order = moving(outputs=1)
+    table.lose(DESTINATION, SOURCE)
+    assert table.end(order, taken=True) == [*abort(SOURCE), lost(order), orphaned()]
+    again = table.ask(SOURCE)
+    assert again.outputs == [0]
+    assert table.take(again, 1) == [revived(SOURCE)]
+    assert goes_to(table, SOURCE)
+
+
+def test_a_late_take_over_does_not_end_the_revival_at_the_same_engine() -> None:
+    """It did not say in time what it had decided, and was told to abort the request before it was
+    asked to go on with it. An abort now would be the revived one's."""
+    table, order = moving(outputs=1)
+    table.lose(SOURCE, DESTINATION)
+    assert table.tell(order, "undecided")[:1] == abort(DESTINATION)
+    again = table.ask(DESTINATION)
+    assert table.take(order, 1) == []
+    assert table.hear(DESTINATION, 1, "of the first") == ([], [])
+    assert table.take(again, 1) == [revived(DESTINATION)]
+    assert goes_to(table, DESTINATION)
+
+
+# -- streams whose client gets more than tokens
+
+
+def detailed(outputs: int) -> tuple[Table, Migrate]:
+    """Such a stream, on its way from `SOURCE` to `DESTINATION`."""
+    table = Table()
+    table.placed(table.open(R, "info", detailed=True), SOURCE)
+    table.hear(SOURCE, outputs, "before")
+    return table, table.order()
+
+
+def test_a_take_over_whose_tail_would_come_without_the_rest_leaves_an_orphan() -> None:
+    table, order = detailed(outputs=1)
+    table.lose(SOURCE, DESTINATION)
+    assert table.take(order, 2, [0, 11]) == [
+        *abort(DESTINATION),
+        lost(order, SOURCE_DIED),
+        orphaned(SOURCE_DIED, warm=DESTINATION),
+    ]
+    table, order = detailed(outputs=1)
+    table.take(order, 2, [0, 11])
+    table.hear(DESTINATION, 1, "third")
+    assert table.lose(SOURCE, DESTINATION)[1:] == [
+        *abort(DESTINATION),
+        lost(order, SOURCE_DIED_AFTER),
+        orphaned(SOURCE_DIED_AFTER, warm=DESTINATION),
+    ]
+    assert (table.one().state, table.one().tokens) == (S.ORPHAN, [0])
+    assert table.ask(DESTINATION).outputs == [0]
+
+
+def test_a_take_over_that_nothing_is_missing_of_goes_on_with_the_rest() -> None:
+    table, order = detailed(outputs=2)
+    table.lose(SOURCE, DESTINATION)
+    assert table.take(order, 2) == [
+        Moved(request=R, owner=DESTINATION),
+        migrated(order, SOURCE_DIED),
+    ]
+    table, order = detailed(outputs=1)
+    table.take(order, 2)
+    assert table.hear(SOURCE, 1, "second")[0] == ["second"]
+    assert table.lose(SOURCE, DESTINATION)[1:] == []
+    assert goes_to(table, DESTINATION)

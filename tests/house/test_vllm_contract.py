@@ -634,6 +634,23 @@ def test_an_idle_engine_that_is_woken_looks_around() -> None:
     )
 
 
+def test_every_abort_is_carried_out_twice() -> None:
+    """engine/instance.py forgets those that came before a request that is sent again."""
+    says(
+        EngineCoreProc.process_input_sockets,
+        "self.aborts_queue.put_nowait(request)",
+        "self.input_queue.put_nowait((request_type, request))",
+        who="engine/instance.py",
+    )
+    says(
+        EngineCoreProc._process_aborts_queue,
+        "while not self.aborts_queue.empty():",
+        "ids = self.aborts_queue.get_nowait()",
+        "self.abort_requests(request_ids)",
+        who="engine/instance.py",
+    )
+
+
 def test_an_engine_that_failed_a_request_ends_its_stream_with_an_error() -> None:
     """Our client says so on behalf of an engine that died."""
     from vllm.entrypoints.generate.base.serving import GenerateBaseServing

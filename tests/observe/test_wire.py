@@ -108,6 +108,13 @@ SAMPLES: list[Message] = [
         epoch=Epoch(3),
         copy="blocking",
     ),
+    Revive(
+        migration=MIGRATION,
+        request=RequestId("r"),
+        destination=EngineIndex(65535),
+        epoch=Epoch(3),
+        outputs=[5, 65535],
+    ),
     Reserve(
         migration=MIGRATION,
         request=RequestId("r"),

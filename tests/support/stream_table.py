@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from llumnix.core.messages import Migrate, MigrationEnded, TookOver
-from llumnix.core.streams.effects import Abort, Effect, GrantEnded, Orphaned
+from llumnix.core.messages import Grant, Migrate, MigrationEnded, Revive, TookOver
+from llumnix.core.streams.effects import Abort, Effect, GrantEnded, Orphaned, Revived
 from llumnix.core.streams.stream import Stream
 from llumnix.core.streams.table import ENGINE_DIED, StreamTable
 from llumnix.core.types import EngineIndex, RequestId
@@ -38,7 +38,13 @@ class Table(StreamTable[str, str]):
         assert isinstance(order, Migrate)
         return self._checked(order)
 
-    def take(self, order: Migrate, outputs: int, tail: list[int] | None = None) -> list[Effect]:
+    def ask(self, engine: EngineIndex = THIRD) -> Revive:
+        """An engine is asked to go on with the orphan."""
+        order = self.revive(R, engine)
+        assert isinstance(order, Revive)
+        return self._checked(order)
+
+    def take(self, order: Grant, outputs: int, tail: list[int] | None = None) -> list[Effect]:
         """The destination says that it goes on after `outputs` tokens, by default all in `tail`."""
         message = TookOver(
             migration=order.migration,
@@ -49,15 +55,16 @@ class Table(StreamTable[str, str]):
         )
         return self._checked(list(self.took_over(order.destination, message)))
 
-    def end(self, order: Migrate, *, taken: bool, why: str = "") -> list[Effect]:
-        """The source says how its migration ended."""
+    def end(self, order: Grant, *, taken: bool, why: str = "") -> list[Effect]:
+        """The source says how its migration ended, or an engine that it does not go on with the
+        orphan."""
         message = MigrationEnded(
             migration=order.migration, request=order.request, taken=taken, why=why
         )
         return self._checked(list(self.ended(message)))
 
-    def refuse(self, order: Migrate, why: str) -> list[Effect]:
-        """The source could not take the order in."""
+    def refuse(self, order: Grant, why: str) -> list[Effect]:
+        """The engine that got the order could not take it in."""
         return self._checked(list(self.refused(order.migration, why)))
 
     def lose(self, engine: EngineIndex, *living: EngineIndex) -> list[Effect]:
@@ -90,6 +97,22 @@ def moving(outputs: int = 0) -> tuple[Table, Migrate]:
     return table, table.order()
 
 
+def orphan(outputs: int = 1) -> Table:
+    """A stream whose engine, `SOURCE`, died after so many tokens."""
+    table = Table()
+    table.open_on(SOURCE)
+    if outputs:
+        table.hear(SOURCE, outputs, "before")
+    table.lose(SOURCE)
+    return table
+
+
+def reviving(outputs: int = 1) -> tuple[Table, Revive]:
+    """The same, and `THIRD` was asked to go on with it."""
+    table = orphan(outputs)
+    return table, table.ask()
+
+
 def migrated(order: Migrate, why: str = "") -> GrantEnded:
     return GrantEnded(migration=order.migration, outcome="migrated", why=why)
 
@@ -106,8 +129,14 @@ def abort(*engines: EngineIndex) -> list[Effect]:
     return [Abort(engine=engine, request=R) for engine in engines]
 
 
-def orphaned(why: str = ENGINE_DIED) -> Orphaned:
-    return Orphaned(request=R, why=why)
+def orphaned(
+    why: str = ENGINE_DIED, *, warm: EngineIndex | None = None, declined: bool = False
+) -> Orphaned:
+    return Orphaned(request=R, why=why, warm=warm, declined=declined)
+
+
+def revived(engine: EngineIndex) -> Revived:
+    return Revived(request=R, owner=engine)
 
 
 def goes_to(table: Table, engine: EngineIndex) -> bool:

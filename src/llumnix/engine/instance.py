@@ -19,6 +19,8 @@ vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when
 - `scheduler.max_num_active_reqs`: how many requests may run at a time.
 - `_process_engine_step()` makes one step and says whether a model ran in it. With a `batch_queue`
   that has one in it, which began when the call before returned, it returns when that has landed.
+- Every abort lies in `aborts_queue` beside the input queue. A step that ends carries out all that
+  lie there, whatever came through the input queue since.
 - `_process_input_queue()` is called before every step and handles all that lies in the queue; the
   busy loop goes on from it when there is work, or `is_running()` says no.
 - The executors look `get_file_store_init_method()` up in their own modules; it names the file
@@ -208,6 +210,7 @@ class EngineInstance(MemoryCalls, EngineCoreActor):
         self._reporter.admit(RequestId(request.request_id))
         note_reasoning(request)
         if (order := take_order(request)) is not None:
+            self._forget_aborts(request.request_id)
             self._host.revive(order, request)
             return
         super().add_request(request, request_wave)
@@ -216,6 +219,15 @@ class EngineInstance(MemoryCalls, EngineCoreActor):
             self._is_here(request)
         else:
             self._reader.mark_changed()
+
+    def _forget_aborts(self, request: str) -> None:
+        """Aborts that came before a request that is sent again do not count for it. One that came
+        after it lies in the input queue too."""
+        for _ in range(self.aborts_queue.qsize()):
+            names = self.aborts_queue.get_nowait()
+            names = (names,) if isinstance(names, str) else names
+            if kept := [name for name in names if name != request]:
+                self.aborts_queue.put_nowait(kept)
 
     def _is_here(self, request: Request) -> None:
         """A request came: a new one, or one from another engine."""

@@ -159,6 +159,7 @@ class IncomingMigrations:
             if incoming.reservation.request in requests:
                 self._at = incoming
                 self._may_end(incoming, DestinationEvent.CLIENT_GONE, "its client hung up")
+        self.settled()
 
     def engine_lost(self, engine: EngineIndex) -> None:
         """A source died."""
@@ -180,12 +181,14 @@ class IncomingMigrations:
         for incoming in self._still_open():
             self._at = incoming
             self._advance(incoming, now)
+        self.settled()
 
     def cancel_all(self, why: str) -> None:
         """Declines all that are not decided."""
         for incoming in self._still_open():
             self._at = incoming
             self._may_end(incoming, DestinationEvent.FAILED, f"the destination takes none: {why}")
+        self.settled()
 
     def settled(self) -> None:
         """What was being dealt with is done, without an exception."""

@@ -59,6 +59,11 @@ class Stream(Generic[Info, Output]):
         self.last_epoch = Epoch(self.last_epoch + 1)
         return self.last_epoch
 
+    def reviving_at(self, engine: EngineIndex) -> bool:
+        """Whether that engine was asked to go on with it, and has not answered."""
+        asked = self.grant if self.state is StreamState.REVIVING else None
+        return asked is not None and asked.destination == engine
+
     def check(self, dead: AbstractSet[EngineIndex]) -> None:
         """What must hold between two events; AssertionError. `dead`: engines that died."""
         state, grant, takeover = self.state, self.grant, self.takeover

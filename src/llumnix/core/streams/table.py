@@ -132,6 +132,8 @@ class StreamTable(StreamIndex[Info, Output]):
         """A destination says that it owns the request."""
         stream = self._streams.get(message.request)
         if stream is None or stream.grant is None or stream.grant.epoch != message.epoch:
+            if stream is not None and stream.reviving_at(engine):
+                return NO_EFFECTS  # It was told to abort that one before it got this one.
             return [Abort(engine=engine, request=message.request)]
         if stream.state is StreamState.REVIVING:
             return self._revived(stream, message)

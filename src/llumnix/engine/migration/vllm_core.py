@@ -24,6 +24,7 @@ from llumnix.core.messages import ABSENT, REVIVE, Blocks, Revive
 from llumnix.core.types import RequestId
 from llumnix.engine.migration.unsupported import engine_unsupported
 from llumnix.engine.queueing import queue_by_arrival
+from llumnix.errors import ProtocolError
 from llumnix.wire import decode
 
 
@@ -90,13 +91,16 @@ class VllmCore:
 
 def take_order(request: Request) -> Revive | None:
     """Takes the frontend's order out of a request that is sent again, since its engine died. What
-    else stands in its place came from a client, and is dropped."""
+    its client wrote there itself is dropped."""
     sampling, pooling = request.sampling_params, request.pooling_params
     more = sampling.extra_args if sampling is not None else pooling and pooling.extra_kwargs
     body = more.pop(REVIVE, None) if more else None
     if not isinstance(body, bytes):  # A client's JSON can hold none.
         return None
-    order = decode(body)
+    try:
+        order = decode(body)
+    except ProtocolError:
+        return None
     return order if isinstance(order, Revive) and order.request == request.request_id else None
 
 

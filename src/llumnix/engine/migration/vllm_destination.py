@@ -188,7 +188,9 @@ class VllmDestination:
         assert isinstance(made, Request)
         if request in self._scheduler.requests or request in self._arriving:
             return Refusal(why="it has not quite left there since its last visit")
-        incoming = ReservedRequest(request=made, revived=len(outputs))
+        incoming = ReservedRequest(
+            request=made, revived=len(outputs), fence=self._core.steps_in_flight()
+        )
         if made.use_structured_output:
             incoming.unfed.extend(outputs)  # The engine began to compile when the request came.
         else:
@@ -200,6 +202,8 @@ class VllmDestination:
         incoming = self._arriving[request]
         if request in self._scheduler.finished_req_ids:
             return False  # The workers have still to hear that it left the last time.
+        if incoming.revived is not None and self._in_flight(incoming.fence):
+            return False  # A step may have computed a token for it before it was aborted here.
         if incoming.agents and incoming.agents not in self._linked:
             why = self._link_errors.get(incoming.agents)
             return Refusal(why=f"its blocks cannot be read: {why}") if why else False
