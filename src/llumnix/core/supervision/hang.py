@@ -135,8 +135,11 @@ class HangPolicy:
         return patience_s if report.steps else max(patience_s, FIRST_STEP_S)
 
     def _note_step(self, report: LoadReport) -> None:
-        """Remembers how long the steps took that have ended since the newest report."""
+        """Remembers how long the steps took that have ended since the newest report. While the
+        engine stands still nothing is forgotten: it is measured by the minute before."""
         before = self.newest
+        if report.stalled_s > STALLED_AFTER_S:
+            return
         took_s = 0.0
         # The first step may compile, and says nothing of the next.
         if before is not None and before.steps and report.steps > before.steps:
