@@ -56,6 +56,7 @@ class OtherHost:
         self._node = host.partition(" ")[0]  # Ray's id
         self._actor: Any = None
         self._asked: Any = None  # a look that is not answered yet
+        self._making = threading.Lock()
 
     def look(self, pids: Iterable[int]) -> HostLook:
         """`TimeoutError` if it does not answer in time; then the next call waits for that answer
@@ -85,14 +86,15 @@ class OtherHost:
             ray.kill(self._actor)
 
     def _there(self) -> Any:
-        if self._actor is None:
-            place = NodeAffinitySchedulingStrategy(self._node, soft=False)
-            self._actor = (
-                ray.remote(HostProcesses)
-                .options(num_cpus=0, max_restarts=0, scheduling_strategy=place)
-                .remote()
-            )
-        return self._actor
+        with self._making:
+            if self._actor is None:
+                place = NodeAffinitySchedulingStrategy(self._node, soft=False)
+                self._actor = (
+                    ray.remote(HostProcesses)
+                    .options(num_cpus=0, max_restarts=0, scheduling_strategy=place)
+                    .remote()
+                )
+            return self._actor
 
 
 class HostWatch:
