@@ -61,7 +61,9 @@ class HostProcesses:
         leads a process group takes it along; ours is left alone."""
         for pid, started in processes.items():
             process = _process(pid)
-            if process is None or (started is not None and process.started != started):
+            if process is None or pid == os.getpid():
+                continue
+            if started is not None and process.started != started:
                 continue
             with contextlib.suppress(OSError):
                 if os.getpgid(pid) == pid != os.getpgrp():

@@ -253,7 +253,9 @@ class Supervisor:
         assert drain is not None
         took_s = asyncio.get_running_loop().time() - drain.began_s
         how = "were cut off" if run.alive else "ended with its engine"
-        ended = await self._client.lose(run.engine_index)
+        died = run.ended is not None and run.ended.done()
+        blamed = died and (await self._watch(member)).blamed
+        ended = await self._client.lose(run.engine_index, blamed=blamed)
         if ended:
             why = f"{drain.why}; {ended} of its requests {how} after {took_s:.1f} s"
             member.life.why = why
