@@ -70,7 +70,12 @@ class Fleet:
         self._settings = config.scheduler.without_keys()
         self._hosts = Hosts(self._stopped)
         self._supervisor = Supervisor(
-            self._client, self._launcher, self._members, self._hosts, self._changed
+            self._client,
+            self._launcher,
+            self._members,
+            self._hosts,
+            self._changed,
+            stall_s=self._settings.survival.stall_s,
         )
         self._watcher = Watcher(
             self._client,
