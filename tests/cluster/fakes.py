@@ -13,6 +13,7 @@ from llumnix.cluster.supervision.member import Member
 from llumnix.config import DeploymentConfig
 from llumnix.core.events import DrainInstance, FleetReported, ScalingDecision
 from llumnix.core.reports import LoadReport
+from llumnix.core.supervision.blame import Death
 from llumnix.core.types import EngineIndex, InstanceId
 from llumnix.frontend.engines.state import EngineState
 
@@ -48,6 +49,9 @@ class FakeClient:
         self.not_brought_up: str | None = None
         self.shared_state = EngineState()
         self.streams = SimpleNamespace(on=self._streams)
+        self.heard: dict[int, float] = {}
+        self.engines = SimpleNamespace(heard_s=self.heard.get)
+        self.blamed: dict[int, bool] = {}
 
     def in_flight(self, index: int) -> int:
         return self.held.get(index, 0)
@@ -55,7 +59,8 @@ class FakeClient:
     async def bring_up(self, index: int) -> str | None:
         return self.not_brought_up
 
-    async def lose(self, index: int) -> int:
+    async def lose(self, index: int, *, blamed: bool = False) -> int:
+        self.blamed.setdefault(index, blamed)
         self.accepting.pop(index, None)
         self.shared_state.forget(EngineIndex(index))
         return sum(self.end(s.request, "lost") for s in self._streams(index))
@@ -77,11 +82,17 @@ class FakeRun:
         self.engine_index = EngineIndex(index)
         self.facts = None
         self.placed = False
-        self.ended: asyncio.Future[str] | None = None
+        self.unwanted = False
+        self.heard_s: float | None = None
+        self.ended: asyncio.Future[Death] | None = None
 
     @property
     def alive(self) -> bool:
         return self.ended is not None and not self.ended.done()
+
+    def end(self, death: Death) -> None:
+        if self.ended is not None and not self.ended.done():
+            self.ended.set_result(death)
 
 
 class FakeLauncher:
@@ -97,6 +108,7 @@ class FakeLauncher:
         self.broken: set[str] = set()
         self.ready_s = 0.0
         self.why_not: str | None = None
+        self.answering: set[int] = set()
 
     def _call(self, name: str) -> None:
         if name in self.broken:
@@ -116,6 +128,9 @@ class FakeLauncher:
         run.ended = asyncio.get_running_loop().create_future()
         return None
 
+    async def answers(self, run: FakeRun) -> bool:
+        return run.engine_index in self.answering
+
     def accept(self, run: FakeRun, accepting: bool) -> None:
         self.client.accepting[run.engine_index] = accepting
 
@@ -123,7 +138,7 @@ class FakeLauncher:
         self._call("end")
         if run.alive:
             assert run.ended is not None
-            run.ended.set_result("stopped")
+            run.ended.set_result(Death(why="stopped"))
         self.ended.append(run.engine_index)
 
 
@@ -160,11 +175,11 @@ class World:
     def member(self, instance: str) -> Member:
         return self.fleet._members[InstanceId(instance)]
 
-    def kill(self, instance: str, why: str = "killed") -> None:
+    def kill(self, instance: str, why: str = "killed", *, blamed: bool = False) -> None:
         run = self.member(instance).run
         assert run is not None
         assert run.ended is not None
-        run.ended.set_result(why)  # type: ignore[attr-defined]
+        run.ended.set_result(Death(why=why, blamed=blamed))
 
     @property
     def states(self) -> dict[str, str]:
@@ -193,7 +208,9 @@ class World:
         assert run is not None
         return self.client.accepting[run.engine_index]
 
-    def report(self, sequence: int, *, stalled_s: float = 0.0, only: str | None = None) -> None:
+    def report(
+        self, sequence: int, *, stalled_s: float = 0.0, only: str | None = None, steps: int = 0
+    ) -> None:
         """Has the controller know a report of every instance, or keep that of all but one."""
         kept = {r.instance: r for r in self.client.link.reports or ()}
         for member in self.fleet._members.values():
@@ -205,5 +222,6 @@ class World:
                     kv_tokens_used=0,
                     kv_tokens_total=1000,
                     stalled_s=stalled_s,
+                    steps=steps,
                 )
         self.client.link.reports = list(kept.values())

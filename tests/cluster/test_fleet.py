@@ -12,7 +12,7 @@ pytest.importorskip("vllm")
 from llumnix.core.events import AddInstances, DrainInstance, FleetReported, UndrainInstance
 from llumnix.core.limits import FLEET_REPORT_EVERY_S
 from llumnix.core.scheduling.scheduler import Scheduler
-from llumnix.core.supervision.hang import LOOK_EVERY_S, LOST_LOOKS, SILENT_LOOKS
+from llumnix.core.supervision.hang import LOOK_EVERY_S, LOST_LOOKS, SILENT_LOOKS, STALL_S
 from llumnix.core.supervision.lifecycle import DRAIN_TIMEOUT_S
 from llumnix.errors import CapacityError, ConflictError, InstanceFailedError, LastInstanceError
 from support.virtual_time import run
@@ -703,26 +703,107 @@ def test_an_engine_that_makes_no_step_is_called_hung_and_keeps_its_streams(
     play(script)
 
 
-def test_an_engine_that_falls_silent_is_called_hung_and_loses_its_streams_later(
-    play: Callable[..., World],
+async def silence(w: World, looks: int, began: int = 1) -> None:
+    """So many looks find news of i0 alone."""
+    for sequence in range(began, began + looks):
+        w.report(sequence, only="i0")
+        await asyncio.sleep(LOOK_EVERY_S)
+
+
+def test_an_engine_that_falls_silent_is_called_hung_and_then_fenced(
+    play: Callable[..., World], caplog: pytest.LogCaptureFixture
 ) -> None:
     async def script(w: World) -> None:
         w.hold("i1", 2)
         w.report(0)
         await asyncio.sleep(LOOK_EVERY_S)
-        for sequence in range(1, LOST_LOOKS + 2):
-            w.report(sequence, only="i0")
-            await asyncio.sleep(LOOK_EVERY_S)
-            if sequence == SILENT_LOOKS + 1:
-                assert w.states == {"i0": "serving", "i1": "hung"}
-                assert w.client.held[1] == 2
-        assert w.client.held[1] == 0
+        await silence(w, SILENT_LOOKS + 1)
+        assert w.states == {"i0": "serving", "i1": "hung"}
+        assert w.client.held[1] == 2
         assert w.client.shared_state.silent == {1}
-        assert w.states["i1"] == "hung"
-        w.report(100)
+        w.launcher.ready_s = 5
+        await silence(w, LOST_LOOKS - SILENT_LOOKS, SILENT_LOOKS + 2)
+        assert w.client.held[1] == 0
+        assert w.states == {"i0": "serving", "i1": "restarting"}
+        assert w.why["i1"] == "fenced: its process reports nothing"
+        assert w.client.blamed == {1: False}
+        assert w.client.shared_state.silent == set()
+        await silence(w, 24, 100)
+        assert w.states["i1"] == "serving"
+        assert w.member("i1").life.restarts == 1
+        assert w.launcher.ended == [1]
+
+    play(script)
+    assert (
+        caplog.messages.count(
+            "Instance i1 is fenced (its process reports nothing); 2 streams ended."
+        )
+        == 1
+    )
+    assert not any("i1 died" in m for m in caplog.messages)
+
+
+@pytest.mark.parametrize("sign", ["outputs", "an answer"])
+def test_one_that_only_the_controller_does_not_hear_is_left_alone(
+    play: Callable[..., World], sign: str
+) -> None:
+    async def script(w: World) -> None:
+        w.hold("i1", 2)
+        w.report(0)
+        await asyncio.sleep(LOOK_EVERY_S)
+        if sign == "an answer":
+            w.launcher.answering = {1}
+        for sequence in range(1, 5 * LOST_LOOKS):
+            if sign == "outputs":
+                w.client.heard[1] = sequence
+            await silence(w, 1, sequence)
+        assert w.states == {"i0": "serving", "i1": "hung"}
+        assert w.client.held[1] == 2
+        w.report(1000)
         await asyncio.sleep(1.5 * LOOK_EVERY_S)
         assert w.states["i1"] == "serving"
-        assert w.client.shared_state.silent == set()
+
+    play(script)
+
+
+def test_an_engine_that_stands_still_for_too_long_is_fenced_and_blamed(
+    play: Callable[..., World],
+) -> None:
+    async def script(w: World) -> None:
+        w.hold("i1", 2)
+        for sequence in range(int(STALL_S / LOOK_EVERY_S) + 2):
+            w.report(sequence)
+            w.report(sequence, stalled_s=sequence * LOOK_EVERY_S, only="i1", steps=1)
+            await asyncio.sleep(LOOK_EVERY_S)
+            if sequence * LOOK_EVERY_S < STALL_S:
+                assert w.client.held[1] == 2
+        await asyncio.sleep(0.01)
+        assert w.client.held[1] == 0
+        assert w.client.blamed == {1: True}
+        assert w.member("i1").life.restarts == 1
+
+    play(script)
+
+
+def test_an_engine_that_is_drained_is_fenced_too_and_is_gone(play: Callable[..., World]) -> None:
+    async def script(w: World) -> None:
+        w.hold("i1", 2)
+        w.report(0)
+        await asyncio.sleep(LOOK_EVERY_S)
+        await w.fleet.drain(I1, "a user's order")
+        await silence(w, LOST_LOOKS + 2)
+        assert w.states == {"i0": "serving"}
+        assert w.client.held[1] == 0
+
+    play(script)
+
+
+def test_a_death_that_its_engine_is_to_blame_for_is_told_so(play: Callable[..., World]) -> None:
+    async def script(w: World) -> None:
+        w.kill("i0", "KeyError: a bug", blamed=True)
+        w.kill("i1")
+        await asyncio.sleep(0.1)
+        assert w.client.blamed == {0: True, 1: False}
 
     play(script)
 
@@ -733,9 +814,7 @@ def test_a_new_run_is_not_called_silent_for_the_silence_of_the_one_before(
     async def script(w: World) -> None:
         w.report(0)
         await asyncio.sleep(LOOK_EVERY_S)
-        for sequence in range(1, LOST_LOOKS + 2):
-            w.report(sequence, only="i0")
-            await asyncio.sleep(LOOK_EVERY_S)
+        await silence(w, SILENT_LOOKS + 1)
         assert w.states["i1"] == "hung"
         w.kill("i1")
         await asyncio.sleep(1.5 * LOOK_EVERY_S)

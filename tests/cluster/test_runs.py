@@ -18,6 +18,7 @@ from llumnix.cluster import ray_calls
 from llumnix.cluster.supervision import runs
 from llumnix.cluster.supervision.runs import EngineLauncher, EngineRun
 from llumnix.config import DeploymentConfig
+from llumnix.core.supervision.blame import Death
 from llumnix.core.types import InstanceId
 
 I0 = InstanceId("i0")
@@ -174,8 +175,58 @@ async def test_an_engine_of_which_nothing_can_be_heard_has_ended(
     why = await world.launcher.until_ready(run)
     if why is None:  # It connected first.
         assert run.ended is not None
-        why = await run.ended
+        why = (await run.ended).why
     assert why == "Ray lost it"
+
+
+@pytest.mark.parametrize(
+    ("error", "blamed"),
+    [
+        (ray.exceptions.RayTaskError("run", "the trace", KeyError("a bug")), True),
+        (ray.exceptions.OutOfMemoryError("the node runs out of memory"), True),
+        (ray.exceptions.ActorDiedError(), False),
+        (ray.exceptions.NodeDiedError("the host is gone"), False),
+        (None, False),
+    ],
+)
+async def test_an_engine_is_blamed_for_what_came_out_of_it(
+    monkeypatch: pytest.MonkeyPatch, error: Exception | None, blamed: bool
+) -> None:
+    world = FakeRay(monkeypatch)
+    run = await world.ready()
+    if error is None:
+        world.actor.run.done.set_result(None)
+    else:
+        world.actor.run.done.set_exception(error)
+    assert run.ended is not None
+    assert (await run.ended).blamed is blamed
+
+
+async def test_a_run_that_was_fenced_has_ended_whatever_ray_says_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = FakeRay(monkeypatch)
+    run = await world.ready()
+    run.end(Death(why="fenced: its host does not answer", fenced=True))
+    assert not run.alive
+    world.actor.run.done.set_exception(ValueError("the actor died"))
+    await asyncio.sleep(0.05)
+    assert run.ended is not None
+    assert run.ended.result().fenced
+    await world.launcher.end(run)
+    assert world.calls[-2:] == ["kill", "remove"]
+    assert "stop" not in world.calls, "it would not listen"
+
+
+async def test_an_engine_answers_within_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "ANSWER_TIMEOUT_S", 0.05)
+    world = FakeRay(monkeypatch)
+    run = await world.ready()
+    assert await world.launcher.answers(run)
+    world.actor.describe = Method(world, "describe")  # It does not answer.
+    assert not await world.launcher.answers(run)
+    world.broken = {"describe"}
+    assert not await world.launcher.answers(run)
 
 
 @pytest.mark.parametrize("call", ["stop", "kill", "remove"])

@@ -181,6 +181,28 @@ def test_an_engine_without_requests_does_not_stand_still(pair: Pair) -> None:
     assert pair.heartbeat().stalled_s == pytest.approx(2 * HEARTBEAT_S, abs=1e-4)
 
 
+def test_a_call_is_told_as_it_begins_and_is_no_part_of_a_step(pair: Pair) -> None:
+    pair.reporter.stepped(0.01)
+    pair.offer(1, running=1, at_once=True)
+    assert not pair.controller.next().in_call
+    with pair.reporter.call():
+        assert pair.controller.next().in_call, "before the second thread comes to it"
+        report = pair.heartbeat()
+        assert (report.in_call, report.stalled_s > 0) == (True, True)
+    assert not pair.heartbeat().in_call
+    assert pair.heartbeat().stalled_s == pytest.approx(2 * HEARTBEAT_S, abs=1e-4)
+
+
+def test_a_call_to_an_engine_without_work_leaves_it_without(pair: Pair) -> None:
+    pair.reporter.stepped(0.01)
+    pair.offer(1, running=1, at_once=True)
+    pair.controller.next()
+    pair.reporter.rests()
+    with pair.reporter.call():
+        pair.controller.next()
+    assert pair.heartbeat().stalled_s == 0
+
+
 def test_an_idle_engine_that_hangs_in_its_first_step_is_not_older_than_that_step(
     pair: Pair,
 ) -> None:

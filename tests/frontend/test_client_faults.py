@@ -480,6 +480,30 @@ async def test_gauges_of_an_engine_that_is_lost_go_to_zero(tmp_path: Path) -> No
         assert items[1].scheduler_stats == SchedulerStats()
 
 
+async def test_an_engine_that_is_lost_speaks_into_no_stream_though_it_lives_on(
+    tmp_path: Path,
+) -> None:
+    """It was stopped, say, and goes on later, or its host comes back."""
+    async with front(tmp_path) as one:
+        await one.add_request("a", 0)
+        await one.add_request("b", 1)
+        one.take_in(tokens(0, "a", 7))
+        assert one.client.engines.heard_s(I0) is not None
+        await one.client.lose(I0, blamed=True)
+        assert one.client.engines.heard_s(I0) is None
+        one.due()
+        one.engines[0].send(ready_payload())
+        for name in ("a", "b"):
+            one.take_in(tokens(0, name, 8, finish_reason=FinishReason.STOP))
+            one.take_in(in_band(0, name, took_over(name, epoch=9, outputs=1, tail=(8,))))
+        one.take_in(packed(EngineCoreOutputs(engine_index=0, scheduler_stats=SchedulerStats())))
+        await asyncio.sleep(0.05)
+        one.take_in(tokens(1, "b", 9))
+        assert one.due() == {"b": [9]}
+        assert I0 not in one.client.engines
+        assert one.client.streams.get(RequestId("b")).owner == I1  # type: ignore[union-attr]
+
+
 def test_complaints_are_counted_and_logged_with_a_bound(caplog: pytest.LogCaptureFixture) -> None:
     now_s = 0.0
     complaints = Complaints(lambda: now_s)

@@ -47,6 +47,8 @@ from vllm.v1.engine.core import EngineCoreActor, EngineCoreProc  # noqa: E402
 from vllm.v1.engine.core_client import AsyncMPClient, MPClient  # noqa: E402
 from vllm.v1.engine.input_processor import InputProcessor  # noqa: E402
 from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector  # noqa: E402
+from vllm.v1.executor.multiproc_executor import MultiprocExecutor  # noqa: E402
+from vllm.v1.executor.uniproc_executor import UniProcExecutor  # noqa: E402
 from vllm.v1.kv_cache_interface import (  # noqa: E402
     FullAttentionSpec,
     KVCacheConfig,
@@ -296,6 +298,24 @@ def test_requests_are_registered_and_sent_in_one_place() -> None:
     text = source(AsyncLLM._add_request)
     assert "output_processor.add_request" in text
     assert "engine_core.add_request_async" in text
+
+
+def test_an_end_is_logged_in_these_words() -> None:
+    who = "cluster/supervision/processes.py"
+    says(EngineCoreActor.run, '"EngineCore encountered a fatal error."', who=who)
+    says(
+        MultiprocExecutor.start_worker_monitor,
+        '"Worker proc %s died unexpectedly (exit code: %s), "',
+        "proc.exitcode",
+        who=who,
+    )
+
+
+def test_the_workers_are_these_processes() -> None:
+    who = "engine/readings.py"
+    says(MultiprocExecutor, "self.workers = WorkerProc.wait_for_ready", who=who)
+    says(MultiprocExecutor, "[w.proc for w in workers]", who=who)
+    assert "self.workers" not in source(UniProcExecutor)
 
 
 def test_the_engine_actor_is_told_addresses_and_runs_until_asked() -> None:

@@ -20,6 +20,7 @@ from llumnix.cluster.controller import Controller
 from llumnix.cluster.controller_process import ControllerProcess
 from llumnix.cluster.ray_calls import ray_call
 from llumnix.cluster.supervision.capacity import check_one_more, check_start
+from llumnix.cluster.supervision.hosts import Hosts
 from llumnix.cluster.supervision.member import Member
 from llumnix.cluster.supervision.runs import EngineLauncher
 from llumnix.cluster.supervision.supervisor import Supervisor
@@ -34,8 +35,9 @@ from llumnix.core.events import (
     UndrainInstance,
 )
 from llumnix.core.limits import FLEET_REPORT_EVERY_S
+from llumnix.core.supervision.hang import Standstill
 from llumnix.core.supervision.lifecycle import InstanceStatus, LifeState
-from llumnix.core.types import InstanceId
+from llumnix.core.types import EngineIndex, InstanceId
 from llumnix.engine.launch import EngineLaunch
 from llumnix.errors import (
     CapacityError,
@@ -65,9 +67,24 @@ class Fleet:
         self._members: dict[InstanceId, Member] = {}
         self._launcher = EngineLauncher(self._client, launch, addresses, config)
         self._addresses = addresses
-        self._supervisor = Supervisor(self._client, self._launcher, self._members, self._changed)
-        self._watcher = Watcher(self._client, self._members.values, lambda _: self._changed())
         self._settings = config.scheduler.without_keys()
+        self._hosts = Hosts(self._stopped)
+        self._supervisor = Supervisor(
+            self._client,
+            self._launcher,
+            self._members,
+            self._hosts,
+            self._changed,
+            stall_s=self._settings.survival.stall_s,
+        )
+        self._watcher = Watcher(
+            self._client,
+            self._members.values,
+            self._hosts,
+            answers=lambda run: self._launcher.answers(run),
+            fence=self._supervisor.fence,
+            on_health=lambda _: self._changed(),
+        )
         self._refused = ""
         self._controller: ControllerProcess | None = None
         self._adding = asyncio.Lock()
@@ -97,6 +114,7 @@ class Fleet:
     async def start(self, count: int, say: Callable[[str], None]) -> None:
         """Starts the first `count` instances and returns once all serve; `InstanceFailedError`
         if one cannot be started."""
+        self._loop = asyncio.get_running_loop()
         members = [self._register() for _ in range(count)]
         for number, member in enumerate(members, 1):
             say(f"starting instance {number}/{count} ({member.id})")
@@ -200,6 +218,11 @@ class Fleet:
         if all(m.state is LifeState.FAILED for m in self._members.values()):
             self.all_failed.set()
 
+    def _stopped(self, engine_index: EngineIndex, standstill: Standstill) -> None:
+        """An engine cannot go on. Called on a thread."""
+        with contextlib.suppress(RuntimeError):  # The loop is closed: all is over.
+            self._loop.call_soon_threadsafe(self._watcher.stopped, engine_index, standstill)
+
     async def _report(self) -> None:
         """Tells the controller what there is, at once when it changes."""
         while True:
@@ -266,6 +289,7 @@ class Fleet:
 
     async def close(self) -> None:
         """Stops all instances and the controller. Every step is tried; a failure is logged."""
+        self._watcher.close()
         tasks = {*self._tasks, *(m.task for m in self._members.values() if m.task is not None)}
         for task in tasks:
             task.cancel()

@@ -152,6 +152,14 @@ def node_address() -> str:
     return str(ray.util.get_node_ip_address())
 
 
+def host_name() -> str:
+    """Names this node of the cluster and the processes that can be seen on it: those whose ids mean
+    the same have the same name."""
+    import ray
+
+    return f"{ray.get_runtime_context().get_node_id()} {os.readlink('/proc/self/ns/pid')}"
+
+
 _ROOT_CAUSE = re.compile(r"\b([A-Za-z_.]*(?:Error|Exception): .+)")
 _NOT_A_CAUSE = ("See stack trace", "See root cause", "ray.exceptions", "initialization failed")
 
@@ -162,19 +170,27 @@ def error_logged(about: str) -> str | None:
 
     A dead engine's exception often says only that a process behind it failed. The reason stands in
     the log that both write to. None if the worker ran on another node, or wrote nothing."""
+    pid = re.search(r"pid=(\d+)", about)
+    if pid is None:
+        return None
+    found = None
+    for line in log_tail(int(pid[1])):
+        match = _ROOT_CAUSE.search(line)
+        if match is not None and not any(word in line for word in _NOT_A_CAUSE):
+            found = match[1].strip()
+    return found
+
+
+def log_tail(pid: int) -> list[str]:
+    """The last lines that a Ray worker on this node wrote; none if it ran on another node."""
     import ray
 
     node = ray._private.worker._global_node
-    pid = re.search(r"pid=(\d+)", about)
-    if node is None or pid is None:
-        return None
-    found = None
-    for log in sorted(Path(node.get_logs_dir_path()).glob(f"worker-*-{pid[1]}.*")):
+    if node is None:
+        return []
+    lines: list[str] = []
+    for log in sorted(Path(node.get_logs_dir_path()).glob(f"worker-*-{pid}.*")):
         with log.open("rb") as file:
             file.seek(max(0, log.stat().st_size - LOG_TAIL_BYTES))
-            lines = file.read().decode(errors="replace").splitlines()
-        for line in lines:
-            match = _ROOT_CAUSE.search(line)
-            if match is not None and not any(word in line for word in _NOT_A_CAUSE):
-                found = match[1].strip()
-    return found
+            lines += file.read().decode(errors="replace").splitlines()
+    return lines

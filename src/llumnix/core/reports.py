@@ -84,6 +84,7 @@ class LoadReport:
     moved_s: float = 0.0
     # Not a total:
     stalled_s: float = 0.0  # since the last step was completed; 0 without requests
+    in_call: bool = False  # whether it carries out a call, and makes no steps meanwhile
 
     @property
     def running(self) -> int:
@@ -109,6 +110,7 @@ def compose_report(
     steps: int = 0,
     steps_s: float = 0.0,
     stalled_s: float = 0.0,
+    in_call: bool = False,
 ) -> LoadReport:
     """The one place where a report is put together, of what the engine and its llumlet counted."""
     return LoadReport(
@@ -138,4 +140,5 @@ def compose_report(
         moved_bytes=moves.moved_bytes,
         moved_s=moves.moved_s,
         stalled_s=stalled_s,
+        in_call=in_call,
     )

@@ -262,8 +262,9 @@ class SurvivalSettings:
     stall_s: float | None = knob(
         None,
         "s",
-        "An engine that has requests and makes no step for so long is ended. null: 20 times its "
-        "longest step of the last minute, at least 10 s.",
+        "An engine that has requests and makes no step for so long is ended, though not within "
+        "120 s of its first step. null: 20 times its longest step of the last minute, at least "
+        "10 s, and 60 s if the step may compute a prompt.",
     )
 
     def __post_init__(self) -> None:

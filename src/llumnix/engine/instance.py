@@ -40,7 +40,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import resource_tracker, util
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,7 @@ from llumnix.engine.migration.host import HostItem, LlumletHost
 from llumnix.engine.migration.unsupported import WORKER_EXTENSION
 from llumnix.engine.migration.vllm_core import note_reasoning, take_order
 from llumnix.engine.queueing import Queueing
-from llumnix.engine.readings import has_prompts
+from llumnix.engine.readings import has_prompts, worker_pids
 from llumnix.engine.reporting.controller_socket import ControllerSocket
 from llumnix.engine.reporting.load_reader import LoadReader
 from llumnix.engine.reporting.prefix_reader import PrefixReader, prefix_reader
@@ -71,6 +71,7 @@ from llumnix.engine.urgent import UrgentAdmission
 from llumnix.engine.vllm_sockets import secure
 from llumnix.observe.event_log import EventLog
 
+UTILITY = EngineCoreRequestType.UTILITY
 DEFER_PREFILLS_STEPS_MAX = 8
 """Prompts are deferred in at most so many steps in a row, and in at most half of many steps."""
 
@@ -83,6 +84,8 @@ class InstanceFacts:
     pid: int
     devices: list[str]
     address: str  # where its llumlet listens to others
+    workers: list[int] = field(default_factory=list)  # processes of its own beside `pid`
+    host: str = ""  # within which `pid` and `workers` mean something; its actor says it
 
 
 class EngineInstance(MemoryCalls, EngineCoreActor):
@@ -152,6 +155,7 @@ class EngineInstance(MemoryCalls, EngineCoreActor):
             pid=os.getpid(),
             devices=self._devices,
             address=self._host.address,
+            workers=worker_pids(self.model_executor),
         )
 
     def run(self) -> None:
@@ -257,7 +261,10 @@ class EngineInstance(MemoryCalls, EngineCoreActor):
         self._reporter.worked()
         if request_type is HostItem:
             self._host.handle(request)
-        else:
+            return
+        # Ours are short.
+        call = request_type is UTILITY and not request[2].startswith("llumnix_")
+        with self._reporter.call() if call else contextlib.nullcontext():
             super()._handle_client_request(request_type, request)
 
     def _process_input_queue(self) -> None:

@@ -4,6 +4,8 @@ vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when
 steps tests/house/test_vllm_migration_contract.py):
 - `scheduler.kv_cache_config` is one worker's: every tensor of it has the `size` in bytes of the
   whole allocation, which `num_blocks` share; `kv_cache_groups[i].kv_cache_spec.block_size`.
+- `MultiprocExecutor.workers[i].proc`: each worker's process. The executor of a single worker that
+  runs in the engine's own process has no `workers`.
 - `SchedulerOutput`: `total_num_scheduled_tokens`, and `num_scheduled_tokens` by request.
 """
 
@@ -36,3 +38,8 @@ def client_priority(request: Request) -> int:
 def has_prompts(batch: Any) -> bool:
     """Whether a step computes prompts (or checks drafts). `batch`: vLLM's `SchedulerOutput`."""
     return bool(batch.total_num_scheduled_tokens > len(batch.num_scheduled_tokens))
+
+
+def worker_pids(executor: Any) -> list[int]:
+    """The engine's workers that are processes of their own. `executor`: vLLM's."""
+    return [worker.proc.pid for worker in getattr(executor, "workers", ())]

@@ -82,9 +82,10 @@ class FleetClient(RevivingClient):
 
     # -- engines ---------------------------------------------------------------------------------
 
-    async def lose(self, engine_index: EngineIndex) -> int:
+    async def lose(self, engine_index: EngineIndex, *, blamed: bool = False) -> int:
         """Takes an engine out, and calls to it fail. Other engines go on with its streams; those
-        with which none can end with an error. Returns how many ended."""
+        with which none can end with an error. Returns how many ended. `blamed`: whether a request
+        may have caused its end."""
         engine = self.engines.lose(engine_index)
         if engine is None:
             return 0

@@ -34,7 +34,7 @@ class EngineActor:
 
     def describe(self) -> Any:
         """Where it lives; answers once the engine is ready."""
-        return self._engine.describe()
+        return replace(self._engine.describe(), host=ray_runtime.host_name())
 
     def run(self) -> None:
         """The engine's busy loop; returns once the engine was asked to stop."""

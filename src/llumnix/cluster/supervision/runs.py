@@ -26,6 +26,7 @@ from llumnix.cluster.supervision.engine_actor import EngineActor, pack
 from llumnix.config import DeploymentConfig
 from llumnix.core.limits import MigrationLimits
 from llumnix.core.scheduling.presets import POLICIES, priorities_of
+from llumnix.core.supervision.blame import Death, Traces, is_blamed
 from llumnix.core.types import ENGINE_INDEX_MAX, EngineIndex, InstanceId
 from llumnix.engine.instance import InstanceFacts
 from llumnix.engine.kv.agent import TransferOptions
@@ -36,6 +37,7 @@ from llumnix.frontend.client import FleetClient
 logger = logging.getLogger("llumnix.fleet")
 
 STOP_TIMEOUT_S = 5.0
+ANSWER_TIMEOUT_S = 2.0
 READY_TIMEOUT_S = float(os.environ.get("VLLM_ENGINE_READY_TIMEOUT_S", "600"))
 PLACED_POLL_S = 1  # Ray takes whole seconds
 PLACING_SAID_AFTER_S = 5.0
@@ -51,7 +53,9 @@ class EngineRun:
     placed: bool = False  # whether Ray has given it its devices
     actor: Any = None
     facts: InstanceFacts | None = None  # where it runs; known once it is ready
-    ended: asyncio.Task[str] | None = None  # done, with the reason, once its engine has ended
+    ended: asyncio.Future[Death] | None = None  # done once its engine has ended, or counts as dead
+    listening: asyncio.Task[None] | None = field(default=None, repr=False)
+    heard_s: float | None = None  # when outputs of it came last, as of the watcher's last look
     unwanted: bool = False  # whether what is still being made must be removed again
     accepting: bool = True  # what its reports are to say
     telling: asyncio.Task[None] | None = field(default=None, repr=False)
@@ -60,6 +64,11 @@ class EngineRun:
     def alive(self) -> bool:
         """Whether its engine runs."""
         return self.ended is not None and not self.ended.done()
+
+    def end(self, death: Death) -> None:
+        """It has ended, or counts as dead from now on. The first word stands."""
+        if self.ended is not None and not self.ended.done():
+            self.ended.set_result(death)
 
 
 class EngineLauncher:
@@ -186,13 +195,14 @@ class EngineLauncher:
             logged = await asyncio.to_thread(ray_runtime.error_logged, str(error))
             return logged or _reason(error)
         self._client.engines.locate(run.engine_index, run.facts.address)
-        run.ended = asyncio.create_task(_until_ended(run.actor))
+        run.ended = asyncio.get_running_loop().create_future()
+        run.listening = asyncio.create_task(_listen(run))
         connected = asyncio.create_task(self._client.engines.ready(run.engine_index))
         try:
             await asyncio.wait({run.ended, connected}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             connected.cancel()
-        return run.ended.result() if run.ended.done() else None
+        return run.ended.result().why if run.ended.done() else None
 
     def accept(self, run: EngineRun, accepting: bool) -> None:
         """Says whether the run takes new requests, to the frontend and in its own reports. Does not
@@ -202,6 +212,15 @@ class EngineLauncher:
             run.accepting = accepting
             if run.telling is None or run.telling.done():
                 run.telling = asyncio.create_task(_tell(run))
+
+    async def answers(self, run: EngineRun) -> bool:
+        """Whether the actor's process answers when it is asked through Ray."""
+        try:
+            async with asyncio.timeout(ANSWER_TIMEOUT_S):
+                await (await off_loop(run.actor.describe.remote))
+        except Exception:  # noqa: BLE001 - Ray's, of any kind
+            return False
+        return True
 
     async def end(self, run: EngineRun) -> None:
         """Ends the run's actor and frees its devices. An engine that still listens is asked to stop
@@ -258,12 +277,20 @@ async def _tell(run: EngineRun) -> None:
             return
 
 
-async def _until_ended(actor: Any) -> str:
+async def _listen(run: EngineRun) -> None:
+    run.end(await _until_ended(run.actor))
+
+
+async def _until_ended(actor: Any) -> Death:
     try:
         await (await off_loop(actor.run.remote))
     except Exception as error:  # noqa: BLE001 - whatever it is, nobody hears of it any more
-        return _reason(error)
-    return "its engine stopped"
+        traces = Traces(
+            raised=isinstance(error, ray.exceptions.RayTaskError),
+            out_of_memory=isinstance(error, ray.exceptions.OutOfMemoryError),
+        )
+        return Death(why=_reason(error), blamed=is_blamed(traces))
+    return Death(why="its engine stopped")
 
 
 def _reason(error: BaseException) -> str:

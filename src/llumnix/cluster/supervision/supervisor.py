@@ -12,10 +12,12 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 
+from llumnix.cluster.supervision.hosts import Hosts
 from llumnix.cluster.supervision.member import Member
-from llumnix.cluster.supervision.runs import EngineLauncher
+from llumnix.cluster.supervision.runs import EngineLauncher, EngineRun
 from llumnix.core.events import DrainedBy
 from llumnix.core.limits import DRAIN_POLL_S
+from llumnix.core.supervision.blame import Death, Fenced
 from llumnix.core.supervision.hang import HangPolicy, Health
 from llumnix.core.supervision.lifecycle import LifeAction, LifeState
 from llumnix.core.types import InstanceId
@@ -29,18 +31,23 @@ FAILURES_MAX = 10
 
 
 class Supervisor:
-    """What happens to each of the `members`. `on_change` is called after every change of state."""
+    """What happens to each of the `members`. `on_change` is called after every change of state;
+    `stall_s` is the knob `survival.stall_s`."""
 
     def __init__(
         self,
         client: FleetClient,
         launcher: EngineLauncher,
         members: dict[InstanceId, Member],
+        hosts: Hosts,
         on_change: Callable[[], None],
+        stall_s: float | None = None,
     ) -> None:
         self._client = client
         self._launcher = launcher
         self._members = members
+        self._hosts = hosts
+        self._stall_s = stall_s
         self._on_change = on_change
         self.given_up = 0  # instances so far
 
@@ -157,28 +164,30 @@ class Supervisor:
     async def _supervise(self, member: Member) -> None:
         while member.state is not LifeState.FAILED:
             serving = member.state is LifeState.SERVING
-            why = await (self._watch(member) if serving else self._start(member))
-            if why is not None:
-                await self._died(member, why)
+            death = await (self._watch(member) if serving else self._start(member))
+            if death is not None:
+                await self._died(member, death)
         await self.end(member)
 
-    async def _watch(self, member: Member) -> str:
-        assert member.run is not None
-        assert member.run.ended is not None
-        return await asyncio.shield(member.run.ended)
+    async def _watch(self, member: Member) -> Death:
+        run = member.run
+        assert run is not None
+        assert run.ended is not None
+        return await self._hosts.examine(run, await asyncio.shield(run.ended))
 
-    async def _start(self, member: Member) -> str | None:
-        """A new run of the member; returns None once it serves, or why it ended before."""
+    async def _start(self, member: Member) -> Death | None:
+        """A new run of the member; returns None once it serves, or how it ended before."""
         await self.end(member)  # The last one, or what an attempt that was cut short has left.
         pause_s = member.life.start_at_s - asyncio.get_running_loop().time()
         if pause_s > 0:
             await asyncio.sleep(pause_s)
-        return await self.start_run(member)
+        why = await self.start_run(member)
+        return None if why is None else Death(why=why)
 
     async def start_run(self, member: Member) -> str | None:
         """Creates a run and brings it up; returns None once it serves, or why it ended before."""
         if member.run is None:
-            member.hangs, member.health = HangPolicy(), Health()
+            member.hangs, member.health = HangPolicy(stall_s=self._stall_s), Health()
             member.run = self._launcher.create(member.id, member.slot)
         why = await self._launcher.until_ready(member.run)
         if why is None:
@@ -187,14 +196,26 @@ class Supervisor:
             self._perform(member, member.life.up(asyncio.get_running_loop().time()))
         return why
 
-    async def _died(self, member: Member, why: str) -> None:
+    async def _died(self, member: Member, death: Death) -> None:
         """Ends the streams of a dead run, and has decided whether there is to be another."""
-        now_s = asyncio.get_running_loop().time()
-        if member.run is not None:
-            streams = await self._client.lose(member.run.engine_index)
+        why, now_s = death.why, asyncio.get_running_loop().time()
+        if member.run is not None and not death.fenced:
+            streams = await self._client.lose(member.run.engine_index, blamed=death.blamed)
             logger.error("Instance %s died (%s); %d streams ended.", member.id, why, streams)
         member.health = Health()
         self._perform(member, member.life.died(why, now_s))
+
+    async def fence(self, member: Member, run: EngineRun, fenced: Fenced) -> None:
+        """Ends a run that lives and does nothing. Its engine counts as lost at once, whatever it
+        still says, and whether or not it can be killed; then follows what follows on a death."""
+        if member.run is not run or not run.alive:
+            return
+        run.end(Death(why=f"fenced: {fenced.why}", blamed=fenced.blamed, fenced=True))
+        streams = await self._client.lose(run.engine_index, blamed=fenced.blamed)
+        logger.error(
+            "Instance %s is fenced (%s); %d streams ended.", member.id, fenced.why, streams
+        )
+        await self._hosts.kill(run)
 
     # -- emptied
 
@@ -232,7 +253,9 @@ class Supervisor:
         assert drain is not None
         took_s = asyncio.get_running_loop().time() - drain.began_s
         how = "were cut off" if run.alive else "ended with its engine"
-        ended = await self._client.lose(run.engine_index)
+        died = run.ended is not None and run.ended.done()
+        blamed = died and (await self._watch(member)).blamed
+        ended = await self._client.lose(run.engine_index, blamed=blamed)
         if ended:
             why = f"{drain.why}; {ended} of its requests {how} after {took_s:.1f} s"
             member.life.why = why

@@ -1,38 +1,51 @@
 """Watches for engines that live and do nothing (core/supervision/hang.py says when).
 
-A hung engine is logged, and gets no requests while another serves. If it is silent, its streams are
-ended. It is left running: to have it replaced, act where `on_health` is called.
+A hung engine is logged, and gets no requests while another serves. One that is to be fenced is
+given to the supervisor. What stops a process is found beside the event loop and without the
+controller (cluster/supervision/hosts.py); the rest follows from the reports that the controller
+knows.
 """
 
 import asyncio
 import logging
-import socket
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import replace
 
+from llumnix.cluster.supervision.hosts import Hosts
 from llumnix.cluster.supervision.member import Member
-from llumnix.core.supervision.hang import LOOK_EVERY_S, Health
+from llumnix.cluster.supervision.runs import EngineRun
+from llumnix.core.supervision.blame import Death, Fenced
+from llumnix.core.supervision.hang import HOST_LOST_LOOKS, LOOK_EVERY_S, Health, Standstill
 from llumnix.core.types import EngineIndex
 from llumnix.frontend.client import FleetClient
 
 logger = logging.getLogger("llumnix.fleet")
 
-SILENT = "The instance that ran this request does not respond. Please send the request again."
+HOST_LOST = Fenced(why="its host does not answer", blamed=False)
 
 
 class Watcher:
-    """Looks at every member that has an engine. `on_health`: called when what is known of one
-    changes."""
+    """Looks at every member that has an engine."""
 
     def __init__(
         self,
         client: FleetClient,
         members: Callable[[], Iterable[Member]],
+        hosts: Hosts,
+        *,
+        answers: Callable[[EngineRun], Awaitable[bool]],
+        fence: Callable[[Member, EngineRun, Fenced], Awaitable[None]],
         on_health: Callable[[Member], None],
     ) -> None:
+        """`answers` asks an engine's process whether it is there; `fence` ends a run; `on_health`
+        is called when what is known of a member changes."""
         self._client = client
         self._members = members
+        self._hosts = hosts
+        self._answers = answers
+        self._fence = fence
         self._on_health = on_health
+        self._fences: dict[EngineIndex, asyncio.Task[None]] = {}  # under way
 
     async def run(self) -> None:
         """Looks until it is cancelled."""
@@ -41,36 +54,85 @@ class Watcher:
             await asyncio.sleep(LOOK_EVERY_S)
 
     async def look(self) -> None:
-        """Looks once. Without a controller there are no reports, and nothing is concluded."""
+        """Looks once. Without a controller there are no reports, and nothing is concluded from
+        them."""
+        self._hosts.watch(run for _, run in self._living())
         loads = await self._client.link.loads()
         if loads is None:
             return
         reports = {report.engine_index: report for report in loads}
-        for member in list(self._members()):
-            run = member.run
-            if run is None or not run.alive:
-                continue
-            report = reports.get(run.engine_index)
+        shared = self._client.shared_state
+        for member, run in self._living():
+            heard, run.heard_s = run.heard_s, self._client.engines.heard_s(run.engine_index)
             health = member.hangs.look(
-                report.sequence if report else None,
-                # An engine that a user paused stands still on purpose.
-                0.0 if report is None or self._client.shared_state.paused else report.stalled_s,
-                stopped=_stopped(member),
+                reports.get(run.engine_index), paused=shared.paused, heard=run.heard_s != heard
             )
             self._tell(member, health)
-            silent = self._client.shared_state.silent
-            (silent.add if health.lost else silent.discard)(run.engine_index)
-            if health.lost:
-                self._cut_off(member, run.engine_index)
+            (shared.silent.add if health.silent else shared.silent.discard)(run.engine_index)
+            if health.fence is not None:
+                self._begin_fence(member, run, health.fence, ask=health.silent)
+        self._look_at_hosts()
 
-    def _cut_off(self, member: Member, engine_index: EngineIndex) -> None:
-        """Ends the engine's streams with an error. The engine may live on, so it is told to abort
-        their requests, in case it still listens."""
-        mine = self._client.streams.on(engine_index)
-        for stream in mine:
-            self._client.end(stream.request, SILENT)
-        if mine:
-            logger.error("Instance %s is silent; %d streams ended.", member.id, len(mine))
+    def stopped(self, engine_index: EngineIndex, standstill: Standstill) -> None:
+        """A process of the engine is stopped or gone. On the event loop."""
+        for member, run in self._living():
+            if run.engine_index == engine_index:
+                self._begin_fence(member, run, _fence_for(run, standstill), look=standstill.gone)
+
+    def close(self) -> None:
+        """Ends what is under way."""
+        for task in self._fences.values():
+            task.cancel()
+        self._hosts.close()
+
+    def _living(self) -> list[tuple[Member, EngineRun]]:
+        members = list(self._members())
+        runs = [(m, m.run) for m in members if m.run is not None]
+        return [(m, run) for m, run in runs if run.alive and not run.unwanted]
+
+    def _look_at_hosts(self) -> None:
+        """A host is lost once neither it nor any engine of it was heard of for long enough."""
+        hosts: dict[str, list[tuple[Member, EngineRun]]] = {}
+        for member, run in self._living():
+            if run.facts is not None:
+                hosts.setdefault(run.facts.host, []).append((member, run))
+        for host, engines in hosts.items():
+            silent = self._hosts.silent_s(host) >= HOST_LOST_LOOKS * LOOK_EVERY_S
+            if silent and all(m.hangs.unheard_looks >= HOST_LOST_LOOKS for m, _ in engines):
+                for member, run in engines:
+                    self._begin_fence(member, run, HOST_LOST)
+
+    def _begin_fence(
+        self,
+        member: Member,
+        run: EngineRun,
+        fenced: Fenced,
+        *,
+        ask: bool = False,
+        look: bool = False,
+    ) -> None:
+        """Beside the looks, since it may take as long as Ray does. `ask`: the engine's process is
+        asked first, and left alone if it answers: it may be the controller that does not hear.
+        `look`: its host is asked first whether it is to be blamed."""
+        if run.engine_index in self._fences:
+            return
+
+        async def work() -> None:
+            if ask and await self._answers(run):
+                return
+            blamed = fenced.blamed
+            if look:
+                blamed = (await self._hosts.examine(run, Death(why=fenced.why))).blamed
+            await self._fence(member, run, replace(fenced, blamed=blamed))
+
+        task = asyncio.create_task(work())
+        self._fences[run.engine_index] = task
+        task.add_done_callback(lambda task: self._fence_ended(run, task))
+
+    def _fence_ended(self, run: EngineRun, task: asyncio.Task[None]) -> None:
+        del self._fences[run.engine_index]
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("Engine %d could not be fenced", run.engine_index, exc_info=error)
 
     def _tell(self, member: Member, health: Health) -> None:
         before, member.health = member.health, health
@@ -82,14 +144,8 @@ class Watcher:
             self._on_health(member)
 
 
-def _stopped(member: Member) -> bool:
-    """Whether the member's process runs on this host and is stopped, as by SIGSTOP."""
-    facts = member.run.facts if member.run else None
-    if facts is None or not member.hangs.silent_looks or facts.node != socket.gethostname():
-        return False
-    try:
-        status = Path(f"/proc/{facts.pid}/stat").read_text()
-    except OSError:
-        return False
-    # "PID (NAME) STATE ..."; the name may hold anything.
-    return status.rpartition(")")[2].split()[:1] == ["T"]
+def _fence_for(run: EngineRun, standstill: Standstill) -> Fenced:
+    own = run.facts is not None and standstill.pid == run.facts.pid
+    who = "its process" if own else f"its worker process {standstill.pid}"
+    what = "is gone" if standstill.gone else "is stopped"
+    return Fenced(why=f"{who} {what}", blamed=False)

@@ -1,1 +1,1 @@
-"""When an engine counts as hung, and when an instance is started again."""
+"""When an engine counts as hung, whose fault its end was, and when an instance is started again."""

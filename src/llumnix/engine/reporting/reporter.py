@@ -8,12 +8,13 @@ Rules
   once, and so does the last change before an engine stands still.
 - A second thread, which mostly sleeps, repeats the last report when nothing was sent for
   `HEARTBEAT_S`. It also says how long the engine has stood still with requests, so that an engine
-  that hangs can be told from one that has no news.
+  that hangs can be told from one that has no news, and whether it carries out a call.
 """
 
+import contextlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from llumnix.core.events import LoadReported, MoveOrder
@@ -62,8 +63,10 @@ class LoadReporter:
         self._moving = MoveCounts()
         self._orders: list[OrderId] = []
         self._steps = _Steps()
-        # When the engine last ended a step or began to work; None while it waits for work.
+        # When the engine last ended a step or a call, or began to work; None while it waits for
+        # work.
         self._progress_s: float | None = None
+        self._in_call = False
         self._sent: tuple[EngineCounts | None, MoveCounts] = None, MoveCounts()
         self._admitted: list[RequestId] = []
         # So many of them are in the counts.
@@ -100,6 +103,20 @@ class LoadReporter:
         if seconds is not None:
             self._steps.count += 1
             self._steps.seconds += seconds
+
+    @contextlib.contextmanager
+    def call(self) -> Iterator[None]:
+        """While it lasts, the engine carries out a call. That is told at once, because a call may
+        keep the second thread from running. The busy loop's thread only."""
+        self._in_call = True
+        with self._lock:
+            self._send()
+        try:
+            yield
+        finally:
+            self._in_call = False
+            if self._progress_s is not None:
+                self._progress_s = self._clock()
 
     def rests(self) -> None:
         """Notes that the engine waits for work. The busy loop's thread only."""
@@ -163,6 +180,7 @@ class LoadReporter:
             steps=self._steps.count,
             steps_s=self._steps.seconds,
             stalled_s=self._stalled_s(self._counts, now),
+            in_call=self._in_call,
         )
         if not self._controller.send(LoadReported(report=report)):
             return

@@ -26,11 +26,13 @@ class EngineClock:
     taken."""
 
     def __init__(self) -> None:
+        self.heard_s = -math.inf  # when outputs came last
         self._since_s = -math.inf
         self._least_s = self._least_before_s = math.inf
 
     def translate(self, outputs: EngineCoreOutputs, now_s: float) -> None:
         """Rewrites the stamps to our clock, in place. `now_s` is the time on our clock."""
+        self.heard_s = now_s
         ahead_s = self._ahead_s(now_s - outputs.timestamp, now_s)
         if not ahead_s:
             return

@@ -105,6 +105,11 @@ class EngineDirectory:
         engine = self._engines.get(engine_index)
         return _target(engine) if engine is not None and engine.takes_requests else None
 
+    def heard_s(self, engine_index: EngineIndex) -> float | None:
+        """When outputs of an engine came last, on the monotonic clock; None if it is gone."""
+        engine = self._engines.get(engine_index)
+        return None if engine is None else engine.clock.heard_s
+
     # -- what is also known of one that is gone
 
     def name(self, engine_index: EngineIndex | None) -> InstanceId:

@@ -1,0 +1,100 @@
+"""What the kernel says of an engine's processes on this host, and their end.
+
+A process is named by its id and the moment of its start, since ids are used again.
+
+vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when one changes): the
+lines that it logs when a worker of the multiprocess executor has ended, and when an exception ends
+an engine's busy loop. Without them a death counts as a kill.
+"""
+
+import contextlib
+import os
+import re
+import signal
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from llumnix.cluster import ray_runtime
+from llumnix.core.supervision.blame import Traces
+
+_PROC = Path("/proc")
+_STATE, _STARTED = 0, 19  # among the fields of /proc/PID/stat after the name
+CRASHED = re.compile(r"^(\*\*\* SIG|Fatal Python error: )")
+"""What Ray and Python log when a signal ends the process."""
+RAISED = re.compile(r"EngineCore encountered a fatal error\.")
+WORKER_EXIT = re.compile(r"Worker proc .* died unexpectedly \(exit code: (-?\d+)\)")
+"""What vLLM logs."""
+
+
+class Process(NamedTuple):
+    """One process, as the kernel shows it."""
+
+    state: str  # a letter
+    started: int  # in ticks since the host was started
+
+
+class HostLook(NamedTuple):
+    """One look at a host."""
+
+    processes: dict[int, Process]  # those that are there
+    memory_kills: int  # processes that the kernel has ended so far for want of memory
+
+
+class Remains(NamedTuple):
+    """What is left of an engine's process, or what it says at its end."""
+
+    traces: Traces
+    memory_kills: int  # as in `HostLook`, after its end
+
+
+class HostProcesses:
+    """Of the host on which it is. On other hosts than ours it is a Ray actor."""
+
+    def look(self, pids: Iterable[int]) -> HostLook:
+        """What there is of these processes."""
+        found = {pid: process for pid in pids if (process := _process(pid)) is not None}
+        return HostLook(found, _memory_kills())
+
+    def kill(self, processes: Mapping[int, int | None]) -> None:
+        """Ends these processes at once. Each is given with its start, if that is known. One that
+        leads a process group takes it along; ours is left alone."""
+        for pid, started in processes.items():
+            process = _process(pid)
+            if process is None or pid == os.getpid():
+                continue
+            if started is not None and process.started != started:
+                continue
+            with contextlib.suppress(OSError):
+                if os.getpgid(pid) == pid != os.getpgrp():
+                    os.killpg(pid, signal.SIGKILL)
+                os.kill(pid, signal.SIGKILL)
+
+    def examine(self, pid: int) -> Remains:
+        """What is left of an engine that ran in this process, by its log."""
+        lines = ray_runtime.log_tail(pid)
+        exits = [int(match[1]) for line in lines if (match := WORKER_EXIT.search(line))]
+        traces = Traces(
+            raised=any(map(RAISED.search, lines)),
+            crashed=any(map(CRASHED.search, lines)),
+            worker_exit=exits[0] if exits else None,
+        )
+        return Remains(traces, _memory_kills())
+
+
+def _process(pid: int) -> Process | None:
+    try:
+        text = (_PROC / str(pid) / "stat").read_text(errors="replace")
+    except OSError:
+        return None
+    # "PID (NAME) STATE ..."; the name may hold anything.
+    fields = text.rpartition(")")[2].split()
+    return Process(fields[_STATE], int(fields[_STARTED]))
+
+
+def _memory_kills() -> int:
+    with contextlib.suppress(OSError):
+        for line in (_PROC / "vmstat").read_text().splitlines():
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    return 0

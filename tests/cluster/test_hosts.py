@@ -1,0 +1,365 @@
+"""How engines' processes are watched and ended, with real processes and with a host of our own."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+import ray
+
+from llumnix.cluster import ray_runtime
+from llumnix.cluster.supervision import hosts as hosts_module
+from llumnix.cluster.supervision.hosts import Hosts, HostWatch, OtherHost
+from llumnix.cluster.supervision.processes import HostLook, HostProcesses, Process, Remains
+from llumnix.core.supervision.blame import Death, Traces
+from llumnix.core.supervision.hang import LOOK_EVERY_S, STANDSTILL_LOOKS, Standstill
+from llumnix.core.types import EngineIndex
+
+E1, E2 = EngineIndex(1), EngineIndex(2)
+SLEEPER = "import time; time.sleep(600)"
+LEADER = (
+    "import subprocess, sys, time; "
+    f"print(subprocess.Popen([sys.executable, '-c', '{SLEEPER}']).pid, flush=True); "
+    "time.sleep(600)"
+)
+
+
+def until(true: Callable[[], Any], timeout_s: float = 10.0) -> None:
+    end_s = time.monotonic() + timeout_s
+    while not true():
+        assert time.monotonic() < end_s
+        time.sleep(0.01)
+
+
+def ended(pid: int) -> bool:
+    process = HostProcesses().look([pid]).processes.get(pid)
+    return process is None or process.state in "ZX"
+
+
+@pytest.fixture
+def child() -> Iterator[subprocess.Popen[str]]:
+    """A process that leads a process group, as a Ray actor's does; it prints its child's id."""
+    command = [sys.executable, "-c", LEADER]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, process_group=0) as process:
+        yield process
+        process.kill()
+
+
+def childs_child(child: subprocess.Popen[str]) -> int:
+    assert child.stdout is not None
+    return int(child.stdout.readline())
+
+
+# -- processes
+
+
+def test_a_look_tells_which_processes_are_stopped_and_which_are_gone(
+    child: subprocess.Popen[str],
+) -> None:
+    here = HostProcesses()
+    look = here.look([os.getpid(), child.pid])
+    assert look.processes[os.getpid()].state in "RS"
+    assert look.processes[child.pid].started >= look.processes[os.getpid()].started > 0
+    os.kill(child.pid, signal.SIGSTOP)
+    until(lambda: here.look([child.pid]).processes[child.pid].state == "T")
+    os.kill(child.pid, signal.SIGKILL)
+    child.wait()
+    assert here.look([child.pid]).processes == {}
+
+
+def test_a_stopped_process_is_ended_with_its_group(child: subprocess.Popen[str]) -> None:
+    grandchild = childs_child(child)
+    for pid in (child.pid, grandchild):
+        os.kill(pid, signal.SIGSTOP)
+    HostProcesses().kill({child.pid: None})
+    assert child.wait(10) == -signal.SIGKILL
+    until(lambda: ended(grandchild))
+
+
+def test_a_process_with_the_same_id_and_another_start_is_left_alone(
+    child: subprocess.Popen[str],
+) -> None:
+    started = HostProcesses().look([child.pid]).processes[child.pid].started
+    HostProcesses().kill({child.pid: started + 1})
+    time.sleep(0.1)
+    assert child.poll() is None
+    HostProcesses().kill({child.pid: started})
+    assert child.wait(10) == -signal.SIGKILL
+
+
+def test_a_process_that_leads_no_group_is_ended_alone(child: subprocess.Popen[str]) -> None:
+    """Its group may be ours."""
+    grandchild = childs_child(child)
+    HostProcesses().kill({grandchild: None})
+    until(lambda: ended(grandchild))
+    assert child.poll() is None
+
+
+@pytest.mark.parametrize(
+    ("line", "traces"),
+    [
+        ("all is well", Traces()),
+        ("*** SIGSEGV received at time=17 on cpu 0 ***", Traces(crashed=True)),
+        ("Fatal Python error: Aborted", Traces(crashed=True)),
+        ("ERROR [core.py:9] EngineCore encountered a fatal error.", Traces(raised=True)),
+        (
+            "(EngineCore pid=7) ERROR Worker proc VllmWorker-1 died unexpectedly (exit code: -9), "
+            "shutting down executor.",
+            Traces(worker_exit=-9),
+        ),
+    ],
+)
+def test_a_log_tells_how_an_engine_ended(
+    monkeypatch: pytest.MonkeyPatch, line: str, traces: Traces
+) -> None:
+    logs = {7: ["began", line, "", "Worker proc b died unexpectedly (exit code: 0)"][:3]}
+    monkeypatch.setattr(ray_runtime, "log_tail", logs.__getitem__)
+    assert HostProcesses().examine(7).traces == traces
+
+
+# -- the watch of one host
+
+
+class FakeHost:
+    """Processes in states that the test sets."""
+
+    def __init__(self) -> None:
+        self.states: dict[int, str] = {}
+        self.started: dict[int, int] = {}
+        self.killed: dict[int, int | None] = {}
+        self.memory_kills = 0
+        self.traces = Traces()
+        self.fails: Exception | None = None
+
+    def look(self, pids: Iterable[int]) -> HostLook:
+        if self.fails is not None:
+            raise self.fails
+        there = {
+            p: Process(self.states[p], self.started.get(p, 5)) for p in pids if p in self.states
+        }
+        return HostLook(there, self.memory_kills)
+
+    def kill(self, processes: Mapping[int, int | None]) -> None:
+        self.killed.update(processes)
+
+    def examine(self, pid: int) -> Remains:
+        return Remains(self.traces, self.memory_kills)
+
+
+class Watched:
+    """Two engines on one host, the first with a worker; the clock goes on from look to look."""
+
+    def __init__(self) -> None:
+        self.host = FakeHost()
+        self.host.states = {10: "S", 11: "R", 20: "S"}
+        self.now_s = 0.0
+        self.told: list[tuple[int, Standstill]] = []
+        self.watch = HostWatch(
+            self.host, lambda *what: self.told.append(what), clock=lambda: self.now_s
+        )
+        self.watch.watch({E1: (10, 11), E2: (20,)})
+        self.look()
+
+    def look(self, times: int = 1) -> None:
+        for _ in range(times):
+            self.now_s += LOOK_EVERY_S
+            self.watch.look()
+
+
+def test_an_engine_is_told_of_whose_worker_is_stopped() -> None:
+    w = Watched()
+    w.host.states[11] = "T"
+    w.look(STANDSTILL_LOOKS - 1)
+    assert w.told == []
+    w.look()
+    assert w.told == [(E1, Standstill(pid=11, gone=False))]
+
+
+def test_an_engine_is_told_of_whose_process_is_gone_or_another_by_now() -> None:
+    w = Watched()
+    del w.host.states[11]
+    w.host.started[20] = 99
+    w.look(STANDSTILL_LOOKS)
+    assert sorted(w.told) == [
+        (E1, Standstill(pid=11, gone=True)),
+        (E2, Standstill(pid=20, gone=True)),
+    ]
+
+
+def test_one_that_was_never_seen_is_not_missed() -> None:
+    w = Watched()
+    w.watch.watch({EngineIndex(3): (10, 99)})
+    w.look(10)
+    assert w.told == []
+
+
+def test_an_engine_that_is_watched_no_more_is_forgotten() -> None:
+    w = Watched()
+    w.host.states[20] = "T"
+    w.look(STANDSTILL_LOOKS - 1)
+    w.watch.watch({})
+    w.look(10)
+    w.watch.watch({E2: (20,)})
+    w.look(STANDSTILL_LOOKS - 1)
+    assert w.told == []
+
+
+def test_a_kill_names_the_processes_that_were_seen() -> None:
+    w = Watched()
+    w.watch.kill(E1, (10, 11))
+    w.watch.kill(EngineIndex(3), (30,))
+    assert w.host.killed == {10: 5, 11: 5, 30: None}
+
+
+def test_a_kill_for_want_of_memory_is_told_by_the_kernels_count() -> None:
+    w = Watched()
+    w.host.memory_kills = 1
+    assert w.watch.traces(10).out_of_memory
+    w.look(100)
+    assert not w.watch.traces(10).out_of_memory, "that was before"
+
+
+def test_a_host_that_does_not_answer_is_silent_since_its_last_answer() -> None:
+    w = Watched()
+    w.host.fails = TimeoutError()
+    w.now_s += 3.0
+    with pytest.raises(TimeoutError):
+        w.watch.look()
+    assert w.watch.silent_s == 3.0
+    assert HostWatch(w.host, lambda *_: None).silent_s == 0.0, "it has not answered yet"
+
+
+def test_the_thread_looks_on_after_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hosts_module, "AGAIN_S", 0.01)
+    w = Watched()
+    w.host.fails = RuntimeError("the raylet is gone")
+    w.watch.start()
+    time.sleep(LOOK_EVERY_S + 0.1)
+    w.host.fails = None
+    before = len(w.watch._memory_kills)
+    until(lambda: len(w.watch._memory_kills) > before)
+    w.watch.close()
+
+
+# -- all hosts
+
+
+def run_on(host: str, index: EngineIndex, *pids: int) -> Any:
+    facts = SimpleNamespace(host=host, pid=pids[0], workers=list(pids[1:]))
+    return SimpleNamespace(engine_index=index, facts=facts)
+
+
+async def test_a_stopped_process_is_noticed_though_the_event_loop_stands_still(
+    child: subprocess.Popen[str],
+) -> None:
+    told: list[Any] = []
+    hosts = Hosts(lambda *what: told.append(what), here=lambda: "ours")
+    grandchild = childs_child(child)
+    run = run_on("ours", E1, grandchild, child.pid)
+    hosts.watch([run])
+    time.sleep(2 * LOOK_EVERY_S)
+    os.kill(child.pid, signal.SIGSTOP)
+    until(lambda: told, 2.0)
+    assert told[0] == (E1, Standstill(pid=child.pid, gone=False))
+    assert hosts.silent_s("ours") == 0.0
+    await hosts.kill(run)
+    assert child.wait(10) == -signal.SIGKILL
+    until(lambda: ended(grandchild))
+    hosts.close()
+
+
+@pytest.mark.parametrize(
+    ("traces", "before", "after"),
+    [
+        (Traces(crashed=True), False, True),
+        (Traces(worker_exit=-9), True, False),
+        (Traces(raised=True), False, True),
+        (Traces(), True, True),
+        (Traces(), False, False),
+    ],
+)
+async def test_a_death_is_blamed_by_what_its_host_knows(
+    traces: Traces, before: bool, after: bool
+) -> None:
+    hosts = Hosts(lambda *_: None, here=lambda: "ours")
+    w = Watched()
+    w.host.traces = traces
+    hosts._watches["ours"] = w.watch
+    run = run_on("ours", E1, 10)
+    death = await hosts.examine(run, Death(why="it died", blamed=before))
+    assert death == Death(why="it died", blamed=after)
+    fenced = Death(why="fenced", blamed=before, fenced=True)
+    assert await hosts.examine(run, fenced) == fenced
+    elsewhere = Death(why="it died", blamed=before)
+    assert await hosts.examine(run_on("new", E2, 1), elsewhere) == elsewhere
+
+
+async def test_a_host_that_does_not_say_how_an_engine_died_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(hosts_module, "EXAMINED_S", 0.05)
+    hosts = Hosts(lambda *_: None, here=lambda: "ours")
+    w = Watched()
+    w.host.examine = lambda pid: time.sleep(0.5)  # type: ignore[assignment, method-assign, return-value]
+    hosts._watches["ours"] = w.watch
+    death = Death(why="it died")
+    async with asyncio.timeout(0.4):
+        assert await hosts.examine(run_on("ours", E1, 10), death) == death
+
+
+# -- another host
+
+
+class FakeActor:
+    """Answers looks when the test lets it."""
+
+    def __init__(self) -> None:
+        self.asked: list[Any] = []
+        self.look = SimpleNamespace(remote=lambda pids: self.asked.append(pids) or len(self.asked))
+
+
+def test_a_look_that_is_late_is_waited_for_and_not_asked_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made: list[FakeActor] = []
+
+    def make() -> FakeActor:
+        made.append(FakeActor())
+        return made[-1]
+
+    answers: list[Any] = []
+
+    def get(reference: Any, timeout: float) -> Any:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    options = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=make))
+    monkeypatch.setattr(ray, "remote", lambda _: options)
+    monkeypatch.setattr(ray, "get", get)
+    monkeypatch.setattr(hosts_module, "NodeAffinitySchedulingStrategy", lambda *_, **__: None)
+    host, look = OtherHost("node pid:[1]"), HostLook({}, 0)
+    late = ray.exceptions.GetTimeoutError("late")
+    answers[:] = [late, late, look, look]
+    for _ in range(2):
+        with pytest.raises(TimeoutError):
+            host.look([1])
+    assert host.look([1]) == look
+    assert len(made[0].asked) == 1
+    assert host.look([1]) == look
+    assert len(made[0].asked) == 2
+    answers[:] = [ray.exceptions.RayActorError(), look]
+    with pytest.raises(ray.exceptions.RayActorError):
+        host.look([1])
+    assert host.look([1]) == look
+    assert len(made) == 2, "a new one, as the first has died"

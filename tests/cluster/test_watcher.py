@@ -1,0 +1,241 @@
+"""What follows when the processes of an engine stand still, or a whole host does."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from llumnix.core.supervision.blame import Death
+from llumnix.core.supervision.hang import HOST_LOST_LOOKS, LOOK_EVERY_S, Standstill
+from llumnix.core.types import EngineIndex
+from support.virtual_time import run
+
+from .fakes import I1, World
+
+
+class FakeHosts:
+    """`silent` hosts do not answer; `killed` engines were to be ended."""
+
+    def __init__(self) -> None:
+        self.silent: set[str] = set()
+        self.watched: list[set[EngineIndex]] = []
+        self.killed: list[EngineIndex] = []
+        self.worker_crashed = False
+        self.closed = False
+
+    def watch(self, runs: Any) -> None:
+        self.watched.append({run.engine_index for run in runs})
+
+    def silent_s(self, host: str) -> float:
+        return 60.0 if host in self.silent else 0.0
+
+    async def kill(self, run: Any) -> None:
+        self.killed.append(run.engine_index)
+
+    async def examine(self, run: Any, death: Death) -> Death:
+        await asyncio.sleep(0.001)
+        return Death(why=death.why, blamed=death.blamed or self.worker_crashed, fenced=death.fenced)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class Hosted(World):
+    """Each instance's engine is on a host of its own, `h0` and so on, but for i1 and i2."""
+
+    hosts: FakeHosts
+
+    async def start(self, count: int = 3) -> "Hosted":
+        fleet: Any = self.fleet
+        self.hosts = FakeHosts()
+        fleet._hosts = fleet._supervisor._hosts = fleet._watcher._hosts = self.hosts
+        await super().start(count)
+        self.place()
+        return self
+
+    def place(self) -> None:
+        """Says where the engines that have come up are."""
+        for number, member in enumerate(self.fleet._members.values()):
+            assert member.run is not None
+            host = "h0" if number == 0 else "h1"
+            pid = 1000 * (1 + member.run.engine_index)
+            facts = SimpleNamespace(host=host, node=host, pid=pid, workers=[pid + 1], devices=[])
+            member.run.facts = facts  # type: ignore[assignment]
+
+    async def looks(self, times: int, *silent: str) -> None:
+        """So many looks find news of all but these instances."""
+        for _ in range(times):
+            self.sequence = getattr(self, "sequence", 0) + 1
+            for instance in ("i0", "i1", "i2"):
+                if instance not in silent:
+                    self.report(self.sequence, only=instance)
+            await asyncio.sleep(LOOK_EVERY_S)
+
+
+Script = Callable[[Hosted], Awaitable[None]]
+
+
+@pytest.fixture
+def play(monkeypatch: pytest.MonkeyPatch) -> Callable[[Script], Hosted]:
+    def play(script: Script) -> Hosted:
+        async def main() -> Hosted:
+            world = Hosted(monkeypatch, instances=3)
+            await world.start(3)
+            world.launcher.ready_s = 5
+            await script(world)
+            await world.fleet.close()
+            assert world.hosts.closed
+            return world
+
+        world: Hosted = run(main())
+        return world
+
+    return play
+
+
+@pytest.mark.parametrize("controller", [True, False])
+def test_an_engine_whose_process_is_stopped_is_lost_killed_and_started_again(
+    play: Callable[[Script], Hosted], controller: bool
+) -> None:
+    async def script(w: Hosted) -> None:
+        w.hold("i1", 2)
+        if not controller:
+            w.client.link.reports = None
+        for _ in range(3):  # Look by look.
+            w.fleet._stopped(EngineIndex(1), Standstill(pid=2000, gone=False))
+            await asyncio.sleep(0.01)
+        assert w.client.held[1] == 0
+        assert w.hosts.killed == [1]
+        assert w.states["i1"] == "restarting"
+        assert w.why["i1"] == "fenced: its process is stopped"
+        assert w.client.blamed == {1: False}
+        await asyncio.sleep(6)
+        assert w.states == {"i0": "serving", "i1": "serving", "i2": "serving"}
+        assert w.launcher.ended == [1]
+        assert w.hosts.watched[-1] == {0, 2, 3}
+
+    play(script)
+
+
+@pytest.mark.parametrize("crashed", [True, False])
+def test_an_engine_whose_worker_is_gone_is_fenced_and_blamed_for_a_crash(
+    play: Callable[[Script], Hosted], crashed: bool
+) -> None:
+    async def script(w: Hosted) -> None:
+        w.hosts.worker_crashed = crashed
+        w.hold("i1", 2)
+        w.fleet._stopped(EngineIndex(1), Standstill(pid=2001, gone=True))
+        await asyncio.sleep(0.01)
+        assert w.client.held[1] == 0
+        assert w.why["i1"] == "fenced: its worker process 2001 is gone"
+        assert w.client.blamed == {1: crashed}
+
+    play(script)
+
+
+def test_a_stopped_worker_is_named(play: Callable[[Script], Hosted]) -> None:
+    async def script(w: Hosted) -> None:
+        w.fleet._stopped(EngineIndex(1), Standstill(pid=2001, gone=False))
+        await asyncio.sleep(0.01)
+        assert w.why["i1"] == "fenced: its worker process 2001 is stopped"
+
+    play(script)
+
+
+def test_streams_end_before_the_kill_and_though_it_fails(
+    play: Callable[[Script], Hosted], caplog: pytest.LogCaptureFixture
+) -> None:
+    async def script(w: Hosted) -> None:
+        async def kill(run: Any) -> None:
+            assert w.client.held[1] == 0
+            raise RuntimeError("Ray is gone")
+
+        w.hosts.kill = kill  # type: ignore[method-assign]
+        w.hold("i1", 2)
+        w.fleet._stopped(EngineIndex(1), Standstill(pid=2000, gone=False))
+        await asyncio.sleep(6)
+        assert w.states["i1"] == "serving"
+
+    with caplog.at_level(logging.ERROR):
+        play(script)
+    assert "Engine 1 could not be fenced" in caplog.messages
+
+
+def test_an_engine_that_is_being_ended_is_not_fenced(play: Callable[[Script], Hosted]) -> None:
+    """Its workers leave before it does."""
+
+    async def script(w: Hosted) -> None:
+        member = w.member("i1")
+        assert member.run is not None
+        member.run.unwanted = True
+        w.fleet._stopped(EngineIndex(1), Standstill(pid=2001, gone=True))
+        await asyncio.sleep(0.1)
+        assert w.hosts.killed == []
+        assert w.states["i1"] == "serving"
+
+    play(script)
+
+
+def test_a_word_about_an_engine_that_is_gone_changes_nothing(
+    play: Callable[[Script], Hosted],
+) -> None:
+    async def script(w: Hosted) -> None:
+        w.kill("i1")
+        await asyncio.sleep(6)
+        w.fleet._stopped(EngineIndex(1), Standstill(pid=2000, gone=False))
+        await asyncio.sleep(0.1)
+        assert w.hosts.killed == []
+        assert w.states["i1"] == "serving"
+
+    play(script)
+
+
+def test_all_engines_of_a_host_are_lost_once_neither_it_nor_they_are_heard_of(
+    play: Callable[[Script], Hosted],
+) -> None:
+    async def script(w: Hosted) -> None:
+        w.hold("i1", 2)
+        w.hold("i2", 1)
+        await w.looks(2)
+        w.hosts.silent = {"h1"}
+        await w.looks(HOST_LOST_LOOKS - 1, "i1", "i2")
+        assert (w.client.held[1], w.client.held[2]) == (2, 1)
+        await w.looks(2, "i1", "i2")
+        assert (w.client.held[1], w.client.held[2]) == (0, 0)
+        assert w.states == {"i0": "serving", "i1": "restarting", "i2": "restarting"}
+        assert w.why["i1"] == "fenced: its host does not answer"
+        assert w.client.blamed == {1: False, 2: False}
+
+    play(script)
+
+
+@pytest.mark.parametrize("sign", ["its watcher", "a report", "outputs"])
+def test_a_host_of_which_anything_is_heard_is_not_lost(
+    play: Callable[[Script], Hosted], sign: str
+) -> None:
+    async def script(w: Hosted) -> None:
+        await w.looks(2)
+        w.hosts.silent = {"h1"} if sign != "its watcher" else set()
+        for number in range(2 * HOST_LOST_LOOKS):
+            if sign == "outputs":
+                w.client.heard[2] = number
+            await w.looks(1, *(["i1", "i2"] if sign != "a report" else ["i1"]))
+        assert w.hosts.killed == []
+
+    play(script)
+
+
+def test_a_lost_instance_can_be_drained(play: Callable[[Script], Hosted]) -> None:
+    async def script(w: Hosted) -> None:
+        w.fleet._stopped(EngineIndex(1), Standstill(pid=2000, gone=False))
+        await asyncio.sleep(0.01)
+        await w.fleet.drain(I1, "a user's order")
+        await asyncio.sleep(0.1)
+        assert set(w.states) == {"i0", "i2"}
+
+    play(script)
