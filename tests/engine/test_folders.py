@@ -8,7 +8,9 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from vllm.v1.executor import multiproc_executor, uniproc_executor
 
+from llumnix.core.types import EngineIndex
 from llumnix.engine import folders
 from llumnix.engine.folders import PrivateFolder, sweep
 from llumnix.errors import UsageError
@@ -128,8 +130,7 @@ def test_another_users_folder_stays(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 def test_an_engine_on_another_host_makes_its_own_rather_than_take_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    instance = pytest.importorskip("llumnix.engine.instance")
-    for executor in (instance.uniproc_executor, instance.multiproc_executor):
+    for executor in (uniproc_executor, multiproc_executor):
         monkeypatch.setattr(executor, "get_file_store_init_method", None)
     monkeypatch.setattr(tempfile, "tempdir", "/tmp")
     for shared in (tmp_path / "taken", tmp_path / "not" / "there"):
@@ -137,7 +138,7 @@ def test_an_engine_on_another_host_makes_its_own_rather_than_take_one(
             shared.mkdir()
             shared.chmod(0o777)
         monkeypatch.setenv("VLLM_RPC_BASE_PATH", str(shared))
-        folder = instance._own_folder(0)
+        folder = folders.own_folder(EngineIndex(0))
         try:
             assert os.environ["VLLM_RPC_BASE_PATH"] == str(folder.path)
             assert folder.path.parent == Path("/tmp")

@@ -120,7 +120,7 @@ def pair(
 ) -> Iterator[list[Running]]:
     monkeypatch.setattr(EngineCoreActor, "_set_nixl_side_channel_host", staticmethod(lambda: None))
     monkeypatch.setattr(module, "take_devices", lambda *_: [])
-    monkeypatch.setattr(module, "_own_folder", lambda *_: None)
+    monkeypatch.setattr(module, "own_folder", lambda *_: None)
     monkeypatch.setattr(module, "_start_resource_tracker", lambda: None)
     monkeypatch.setattr(EngineInstance, "_leave_on_sigterm", lambda self: None)
     both = [Running(tmp_path, tiny_model, number) for number in range(2)]

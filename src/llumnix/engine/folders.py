@@ -3,6 +3,10 @@
 Their names are short enough for a socket's path. The process that makes a folder holds a lock in it
 for as long as it lives. Another process that gets the lock knows that the owner is dead. That holds
 in another container with the same /tmp too, where a process id says nothing.
+
+vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when one changes): the
+executors look `get_file_store_init_method()` up in their own modules; it names the file through
+which their workers meet.
 """
 
 import contextlib
@@ -12,7 +16,9 @@ import shutil
 import stat
 import tempfile
 from pathlib import Path
+from uuid import uuid4
 
+from llumnix.core.types import EngineIndex
 from llumnix.errors import UsageError
 
 PREFIX = "llumnix-"
@@ -120,3 +126,24 @@ def is_dead(folder: Path) -> bool:
     finally:
         os.close(lock)
     return True
+
+
+def own_folder(engine_index: EngineIndex) -> PrivateFolder | None:
+    """A folder of this engine's inside the deployment's, for vLLM's own Unix sockets and the file
+    through which its workers meet. On another host the deployment's folder is made; if somebody
+    else has put one there under that name, a new one is made elsewhere."""
+    from vllm.v1.executor import multiproc_executor, uniproc_executor
+
+    shared = os.environ.get("VLLM_RPC_BASE_PATH")
+    if shared is None:
+        return None
+    sweep(Path(shared).parent)
+    try:
+        folder = PrivateFolder.inside(Path(shared), f"e{engine_index}")
+    except OSError:
+        folder = PrivateFolder.make_short()
+    os.environ["VLLM_RPC_BASE_PATH"] = str(folder.path)
+    for executor in (uniproc_executor, multiproc_executor):
+        # vLLM's would stay in /tmp when the engine is killed.
+        executor.get_file_store_init_method = lambda: f"file://{folder.path}/workers-{uuid4().hex}"
+    return folder

@@ -23,8 +23,6 @@ vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when
   lie there, whatever came through the input queue since.
 - `_process_input_queue()` is called before every step and handles all that lies in the queue; the
   busy loop goes on from it when there is work, or `is_running()` says no.
-- The executors look `get_file_store_init_method()` up in their own modules; it names the file
-  through which their workers meet.
 - `shutdown_state` and a WAKEUP in `input_queue` end the busy loop from another thread; a WAKEUP
   alone makes an idle one call `_notify_idle_state_callbacks()` once more.
 
@@ -42,20 +40,18 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from multiprocessing import resource_tracker, util
-from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 from vllm.config import VllmConfig
 from vllm.v1.engine import EngineCoreRequestType
 from vllm.v1.engine.core import EngineCoreActor, EngineShutdownState
 from vllm.v1.engine.utils import EngineZmqAddresses
-from vllm.v1.executor import Executor, multiproc_executor, uniproc_executor
+from vllm.v1.executor import Executor
 from vllm.v1.request import Request
 
 from llumnix.core.types import EngineIndex, MigrationId, RequestId
 from llumnix.engine.cores import take_devices
-from llumnix.engine.folders import PrivateFolder, sweep
+from llumnix.engine.folders import own_folder
 from llumnix.engine.launch import InstanceConfig
 from llumnix.engine.memory_calls import MemoryCalls
 from llumnix.engine.migration.host import HostItem, LlumletHost
@@ -100,7 +96,7 @@ class EngineInstance(MemoryCalls, EngineCoreActor):
         log_stats: bool,
     ) -> None:
         self._instance_config = config
-        self._folder = _own_folder(config.engine_index)
+        self._folder = own_folder(config.engine_index)
         _start_resource_tracker()
         world_size = vllm_config.parallel_config.world_size
         self._devices = take_devices(config.slot, config.slots, world_size)
@@ -361,25 +357,6 @@ def _landing_only(scheduler: Any) -> Iterator[None]:
         yield
     finally:
         del scheduler.has_requests
-
-
-def _own_folder(engine_index: EngineIndex) -> PrivateFolder | None:
-    """A folder of this engine's inside the deployment's, for vLLM's own Unix sockets and the file
-    through which its workers meet. On another host the deployment's folder is made; if somebody
-    else has put one there under that name, a new one is made elsewhere."""
-    shared = os.environ.get("VLLM_RPC_BASE_PATH")
-    if shared is None:
-        return None
-    sweep(Path(shared).parent)
-    try:
-        folder = PrivateFolder.inside(Path(shared), f"e{engine_index}")
-    except OSError:
-        folder = PrivateFolder.make_short()
-    os.environ["VLLM_RPC_BASE_PATH"] = str(folder.path)
-    for executor in (uniproc_executor, multiproc_executor):
-        # vLLM's would stay in /tmp when the engine is killed.
-        executor.get_file_store_init_method = lambda: f"file://{folder.path}/workers-{uuid4().hex}"
-    return folder
 
 
 def _start_resource_tracker() -> None:
