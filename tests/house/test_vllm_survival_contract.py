@@ -1,4 +1,5 @@
-"""What survival relies on inside vLLM: a test that fails names what changed and who relies on it."""
+"""What survival relies on inside vLLM: a test that fails names what changed, and who relies on
+it."""
 
 import copy
 import dataclasses
@@ -17,7 +18,6 @@ from vllm.sampling_params import SamplingParams  # noqa: E402
 from vllm.v1.engine import EngineCoreRequest  # noqa: E402
 from vllm.v1.request import Request  # noqa: E402
 from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler  # noqa: E402
-from vllm.v1.sample.sampler import Sampler  # noqa: E402
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder  # noqa: E402
 
 from llumnix.core.messages import REVIVE, Revive  # noqa: E402
@@ -102,7 +102,6 @@ def test_a_seeded_generator_draws_once_a_token_whatever_top_k_and_top_p_are() ->
         assert not torch.equal(states[-1], before)
     assert all(torch.equal(state, states[0]) for state in states)
     assert "self.topk_topp_sampler = TopKTopPSampler(" in source("v1/sample/sampler.py")
-    assert Sampler.__init__.__name__ == "__init__"
     assert "self.sampler = Sampler(" in source("v1/worker/gpu_model_runner.py")
     assert "self.vocab_size = vocab_size" in source("v1/worker/gpu_input_batch.py")
 
@@ -125,7 +124,6 @@ def test_parameters_of_a_kv_transfer_are_where_we_drop_them() -> None:
     params = SamplingParams(extra_args={"kv_transfer_params": {"do_remote_prefill": True}})
     sent = Request.from_engine_core_request(request(sampling_params=params), None)
     assert sent.kv_transfer_params == {"do_remote_prefill": True}
-    once_more = Request.from_engine_core_request(
-        again(request(sampling_params=params), ORDER), None
-    )
+    sent_again = again(request(sampling_params=params), ORDER)
+    once_more = Request.from_engine_core_request(sent_again, None)
     assert once_more.kv_transfer_params is None
