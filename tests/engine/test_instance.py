@@ -1,8 +1,10 @@
 """A whole instance without a model: vLLM's busy loop with all of ours in it."""
 
 import queue
+import signal
 import threading
 from collections.abc import Iterator
+from multiprocessing import resource_tracker
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -194,3 +196,19 @@ def test_prompts_are_put_off_in_no_more_than_every_other_of_many_steps() -> None
     assert not any(one._should_throttle_prefills() for _ in range(DEFER_PREFILLS_STEPS_MAX))
     quiet[0] = True
     assert all(one._should_throttle_prefills() for _ in range(DEFER_PREFILLS_STEPS_MAX))
+
+
+def test_what_starts_after_the_resource_tracker_inherits_which_signals_are_blocked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else a SIGTERM to all processes would end vLLM's workers, and requests with them."""
+    tracker = resource_tracker.ResourceTracker()
+    monkeypatch.setattr(resource_tracker, "ensure_running", tracker.ensure_running)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    try:
+        module._start_resource_tracker()
+        assert tracker._fd is not None
+        assert {signal.SIGTERM, signal.SIGINT} <= signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        tracker._stop()

@@ -21,6 +21,7 @@ def test_our_flags_are_these() -> None:
         "max_instances": None,
         "priority_class": None,
         "scheduler_config": None,
+        "survival": None,
         "ray_address": None,
         "event_log": None,
         "migration_bandwidth": None,

@@ -19,10 +19,11 @@ LINES_MAX = {
     "docs/getting-started.md": 120,
     "docs/laboratory.md": 600,
     "docs/migration.md": 245,
-    "docs/operating.md": 250,
+    "docs/operating.md": 255,
     "docs/paper.md": 150,
-    "docs/scheduling.md": 200,
+    "docs/scheduling.md": 210,
     "docs/simulator.md": 150,
+    "docs/survival.md": 120,
 }
 """A page has a reader, who has so much time. Grow one on purpose, or cut it."""
 WORDS_MAX = 40

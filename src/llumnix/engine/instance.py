@@ -362,8 +362,9 @@ def _landing_only(scheduler: Any) -> Iterator[None]:
 def _start_resource_tracker() -> None:
     """Starts Python's resource tracker, which removes shared memory once all its users are dead, in
     a session of its own. When an actor dies, Ray kills its process group; a tracker in that group
-    would leave everything behind. vLLM's workers inherit the tracker."""
-    spawn = util.spawnv_passfds
+    would leave everything behind. vLLM's workers inherit the tracker. They also inherit which
+    signals are blocked; Python unblocks two when it starts the tracker."""
+    spawn, blocked = util.spawnv_passfds, signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
     def apart(path: bytes, args: list[str], fds: list[int]) -> int:
         *first, program = args
@@ -374,6 +375,7 @@ def _start_resource_tracker() -> None:
         resource_tracker.ensure_running()
     finally:
         util.spawnv_passfds = spawn
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 def _tell_apart(vllm_config: Any, engine_index: EngineIndex) -> None:

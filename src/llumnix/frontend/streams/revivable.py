@@ -3,7 +3,8 @@
 A request is sent again as its client sent it, with the tokens that the client has. So each feature
 whose state follows from the two goes on as if nothing had happened. The others are here.
 
-Relied on in vLLM 0.32 (tests/house/test_vllm_survival_contract.py fails when one changes):
+vLLM 0.32 internals relied on here
+(tests/house/test_vllm_survival_contract.py fails when one changes):
 - `EngineCoreRequest` is a msgspec structure; `copy.copy` of it, and of its parameters, is shallow.
 - An engine keeps the grown prompt of a `resumable` request to itself.
 - Routed experts, sampling masks and what an auxiliary connector brings come with a request's last
