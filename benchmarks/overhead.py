@@ -9,7 +9,7 @@ The client runs with real-time priority where it may: on a machine whose cores a
 else measure how long the kernel leaves *it* waiting (0.5 s at times).
 
 With `--before FOLDER` an earlier state of llumnix (a checkout's `src`) takes its turns too; with
-`--instances N` there are so many, and bare vLLM has as many data-parallel ranks behind one process.
+`--variant FLAGS` llumnix with these flags more, such as "--survival off"; with `--instances N` there are so many, and bare vLLM has as many data-parallel ranks behind one process.
 
 Latency is measured with one stream, and with Poisson arrivals; throughput with eight streams in a
 closed loop (whose latencies say little: whether eight requests arrive within one engine step or two
@@ -147,7 +147,7 @@ async def measure(
 
 def row_of(load: Load, tokens: int, rounds: list[Round]) -> dict[str, Any]:
     """Medians over the rounds, and of the differences to bare vLLM: of llumnix under the names
-    alone, of its earlier state, if there is one, in `before`."""
+    alone, of its earlier state and its variant, if there are, in `before` and `variant`."""
     row: dict[str, Any] = {**load, "output_tokens": tokens, "rounds": rounds}
     for kind in rounds[0]:
         row[kind] = {k: median([r[kind][k] for r in rounds]) for k in rounds[0][kind]}
@@ -167,7 +167,8 @@ def row_of(load: Load, tokens: int, rounds: list[Round]) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Of all rows; llumnix's earlier state has a line of its own beneath each, if it was there."""
+    """Of all rows; llumnix's earlier state and its variant have lines of their own beneath each, if
+    they were there."""
     lines = [
         "| load | figure | bare vLLM | llumnix | added |",
         "|---|---|---|---|---|",
@@ -181,8 +182,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         bare = row["bare"]
         figures = [(row["llumnix"], row, "")]
-        if "before" in row:
-            figures.append((row["before"], row["before"], " (before)"))
+        others = [name for name in ("before", "variant") if name in row]
+        figures += [(row[name], row[name], f" ({name})") for name in others]
         for ours, diff, note in figures:
             load = row["load"] + note
             key = "cpu_ms_per_request"
@@ -213,6 +214,7 @@ def main(given: list[str] | None = None, loads: tuple[Load, ...] = LOADS) -> Non
     parser.add_argument("--tokens", type=int, default=32, help="output tokens of a request")
     parser.add_argument("--instances", type=int, default=1)
     parser.add_argument("--before", type=Path, help="`src` of an earlier state, to compare")
+    parser.add_argument("--variant", help="flags of llumnix beside itself, in quotes")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/overhead.json")
     parser.add_argument("flags", nargs="*", default=FLAGS, help="of the servers, after --")
     args = parser.parse_args(given)
@@ -238,9 +240,12 @@ def main(given: list[str] | None = None, loads: tuple[Load, ...] = LOADS) -> Non
         ]
         if args.before:
             kinds.append(("before", "llumnix", ours, {"PYTHONPATH": python_path(args.before)}))
+        if args.variant:
+            kinds.append(("variant", "llumnix", [*ours, *args.variant.split()], {}))
 
         def keep(rows: list[dict[str, Any]]) -> None:
             more = {"instances": args.instances, "before": str(args.before or "")}
+            more["variant"] = args.variant or ""
             write_result(
                 args.out, rows, model=Path(args.model).name, flags=flags, client=priority, **more
             )
