@@ -9,7 +9,8 @@ The client runs with real-time priority where it may: on a machine whose cores a
 else measure how long the kernel leaves *it* waiting (0.5 s at times).
 
 With `--before FOLDER` an earlier state of llumnix (a checkout's `src`) takes its turns too; with
-`--variant FLAGS` llumnix with these flags more, such as "--survival off"; with `--instances N` there are so many, and bare vLLM has as many data-parallel ranks behind one process.
+`--variant FLAGS` llumnix with these flags more, such as "--survival off"; with `--instances N`
+there are so many, and bare vLLM has as many data-parallel ranks behind one process.
 
 Latency is measured with one stream, and with Poisson arrivals; throughput with eight streams in a
 closed loop (whose latencies say little: whether eight requests arrive within one engine step or two
