@@ -1,6 +1,9 @@
-"""The two machines, the llumlet and the table of streams in a rough world, many seeds long."""
+"""The two machines, the llumlet, the table of streams and what has them outlive their engines, in a
+rough world, many seeds long."""
 
 import os
+from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -30,15 +33,63 @@ WORLDS = {
         loss=0.1, repeat=0.1, crash=0.004, abort=0.01, preempt=0.02, failed_pull=0.05
     ),
 }
+DEADLY = World(
+    crash=0.02,
+    killed=0.01,
+    away_s=0.5,
+    ghost=0.3,
+    mute=0.3,
+    unready=0.4,
+    decline=0.04,
+    detailed=0.4,
+    abort=0.01,
+    preempt=0.02,
+    migrate=0.6,
+    pull_end=0.1,
+    turn=0.5,
+    heard=0.25,
+    cancelled=0.2,
+    arrival=0.01,
+    fault_ticks=100,
+    requests=4,
+)
+"""Engines die all the time, wherever a message is dealt with, and everything outlives them."""
+DEADLY_WORLDS = {
+    "deadly": DEADLY,
+    "deadly and lossy": replace(DEADLY, loss=0.1, repeat=0.1, failed_pull=0.1),
+    "deadly, one engine": replace(DEADLY, engines=1, killed=0.02),
+    "deadly, one at a time": replace(DEADLY, at_once=1, requests=8, decline=0.0),
+    "deadly, two lives": replace(DEADLY, lives=2),
+    "deadly, no life": replace(DEADLY, lives=0),
+}
+
+
+def live_through(name: str, world: World, seeds: range) -> list[Cluster]:
+    lived = []
+    for seed in seeds:
+        cluster = Cluster(seed, world)
+        try:
+            cluster.run()
+        except Exception as error:
+            raise AssertionError(f"seed {seed} in the world {name!r}: {error}") from error
+        lived.append(cluster)
+    return lived
 
 
 @pytest.mark.parametrize("name", WORLDS)
 def test_no_seed_loses_a_token_an_owner_or_a_block(name: str) -> None:
-    for seed in range(FIRST, FIRST + SEEDS // len(WORLDS)):
-        try:
-            Cluster(seed, WORLDS[name]).run()
-        except Exception as error:
-            raise AssertionError(f"seed {seed} in the world {name!r}: {error}") from error
+    live_through(name, WORLDS[name], range(FIRST, FIRST + SEEDS // len(WORLDS)))
+
+
+@pytest.mark.parametrize("name", DEADLY_WORLDS)
+def test_every_stream_outlives_all_engines_of_a_seed(name: str) -> None:
+    """None ends before its last token, but after as many engines as it has lives."""
+    world = DEADLY_WORLDS[name]
+    seeds = range(FIRST, FIRST + 4 * SEEDS // len(DEADLY_WORLDS))
+    lived = live_through(name, world, seeds)
+    ends = Counter(client.state for cluster in lived for client in cluster.clients.values())
+    assert (ends["lost"] > 0) == (world.lives < 3), ends
+    assert ends["finished"] > 0.5 * (ends.total() - ends["lost"])
 
 
 def test_the_schedulers_orders_move_requests() -> None:
@@ -65,3 +116,18 @@ def test_in_a_calm_world_most_migrations_end_well() -> None:
     assert len(taken) > 200
     assert len(taken) > len(ended) / 2, {e.why for e in ended}
     assert any(len(e.stages) > 2 for e in taken)
+
+
+def test_in_a_deadly_world_everything_happens_to_streams_that_outlive_it() -> None:
+    revived: Counter[int] = Counter()
+    struck: Counter[str] = Counter()
+    declined = taken = 0
+    for cluster in live_through("deadly", DEADLY, range(150)):
+        revived.update(cluster.survival.revived.values())
+        struck += cluster.struck
+        declined += cluster.survival.declined["drawn"]
+        taken += sum(ended.taken for ended in cluster.ended)
+    assert all(revived[times] > 5 for times in (1, 2, 3, 4)), revived
+    assert min(declined, taken) > 20
+    assert len([where for where in struck if where.endswith("at the engine")]) > 10, struck
+    assert len([where for where in struck if where.endswith("at the frontend")]) > 2, struck

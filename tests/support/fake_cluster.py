@@ -4,17 +4,22 @@ Everything that happens is drawn from one seed. The production code under test i
 both machines) and the table of streams; this file is only the world around them, and the checkers:
 a table of streams that agrees with itself after every event, one live owner, no block leaked, no
 token lost, repeated or out of order, no block of a prefix cache with the bytes of other tokens, no
-stream lost that an engine goes on with.
+stream that ends before its last token or waits for an engine for long.
+
+Engines are killed between any two messages, and others come in their place. One that was taken for
+dead may live on for a while as a ghost, which others still hear.
 
 An engine hears through the two queues that engine/migration/host.py has: what comes from outside
 waits in one for the end of the engine's step; finished pulls wait in the other, which is emptied
-right after the step, and so ahead of what came before them.
+right after the step, and so ahead of what came before them. What the frontend sends it arrives in
+order; so does what it says to the frontend.
 """
 
 import random
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from llumnix.core.events import MoveLimit, MoveOrder
 from llumnix.core.limits import MigrationLimits
@@ -29,12 +34,15 @@ from llumnix.core.messages import (
     ToPeer,
 )
 from llumnix.core.migration.llumlet import Llumlet
+from llumnix.core.migration.port import Refusal as PortRefusal
 from llumnix.core.migration.tables import OnStep
+from llumnix.core.settings import SurvivalSettings
 from llumnix.core.streams.effects import Abort, AskFate, Effect, Moved, Orphaned, TellLost
 from llumnix.core.streams.stream import Refusal
 from llumnix.core.streams.table import StreamTable
 from llumnix.core.types import EngineIndex, InstanceId, OrderId, RequestId
 from support.fake_engine import FakeEngine, Said, undisturbed
+from support.fake_survival import Survival
 
 TICK_S = 0.01
 QUIET_TICKS_MAX = 60_000
@@ -55,10 +63,23 @@ class World:
     order: float = 0.1
     arrival: float = 0.02
     pull_end: float = 0.4
+    cancelled: float = 0.7  # a pull, at once
+    heard: float = 0.6
     blocks: tuple[int, ...] = (20, 40, 80)
     turn: float = 0.7
     staged: float = 0.8
     fault_ticks: int = 250
+    killed: float = 0.0  # an engine, at a message that it or the frontend deals with
+    away_s: float = 0.0  # at most so long until another comes in its place
+    ghost: float = 0.0  # of a death, that it is none
+    mute: float = 0.0  # of a question for a fate, that it is never answered
+    unready: float = 0.0  # of a look at a request that is taken up, that it is not ready
+    decline: float = 0.0  # of the same, that it is declined
+    detailed: float = 0.0  # of a stream
+    lives: int = 1000
+    at_once: int = 2
+    engines: int = 3
+    requests: int = 6
 
 
 @dataclass(slots=True, kw_only=True)
@@ -70,6 +91,24 @@ class Client:
     expected: list[int]
     got: list[int] = field(default_factory=list)
     state: str = "open"
+    priority: int = 0
+    detailed: bool = False
+
+
+class RoughEngine(FakeEngine):
+    """One that may take its time with a request that comes without a source, or decline it."""
+
+    def __init__(self, index: EngineIndex, cluster: "Cluster", **how: Any) -> None:
+        super().__init__(index, **how)
+        self._cluster = cluster
+
+    def ready(self, request: RequestId) -> bool | PortRefusal:
+        world, draw = self._cluster.world, self._cluster.random.random
+        if self.arriving[request].preemptions:
+            if draw() < world.decline:
+                return PortRefusal(why="drawn")
+            return draw() >= world.unready
+        return True
 
 
 class Cluster:
@@ -80,8 +119,6 @@ class Cluster:
         seed: int,
         world: World,
         *,
-        engines: int = 3,
-        requests: int = 6,
         on_step: OnStep = lambda *_: None,
     ) -> None:
         self.random = random.Random(seed)
@@ -101,23 +138,29 @@ class Cluster:
         self.ended: list[MigrationEnded] = []
         self.orders: dict[EngineIndex, set[OrderId]] = {}
         self.wanted = 0
-        self.crashed = False
-        for number in range(engines):
+        self.crashes = 0
+        self.starting: list[tuple[float, EngineIndex]] = []
+        self.ghosts: dict[EngineIndex, tuple[FakeEngine, Llumlet]] = {}
+        self.struck: Counter[str] = Counter()  # deaths by what was being dealt with
+        settings = SurvivalSettings(lives=world.lives, at_once=world.at_once)
+        self.survival = Survival(self, settings)
+        for number in range(world.engines):
             self._start(EngineIndex(number))
-        self.next_engine = engines
-        for number in range(requests):
+        self.next_engine = world.engines
+        for number in range(world.requests):
             self._arrive(RequestId(f"r{number}"))
-        self.next_request = requests
+        self.next_request = world.requests
         self.next_order = 0
 
     # -- the world
 
     def _start(self, index: EngineIndex) -> None:
-        engine = FakeEngine(
+        engine = RoughEngine(
             index,
+            self,
             blocks=self.random.choice(self.world.blocks),
             depth=self.random.randrange(2),
-            on_pull=lambda ticket, source, pairs: self.pulls.append((index, ticket, source, pairs)),
+            on_pull=lambda *pull: self._begin_pull(index, *pull),
             on_cancel=lambda ticket: self._cancel(index, ticket),
         )
         self.engines[index] = engine
@@ -139,10 +182,17 @@ class Cluster:
             whole = other.prompt + other.expected
             prompt = (whole[: self.random.randrange(1, len(whole))] + prompt)[:39]
         count = self.random.randrange(1, 40)
-        client = Client(prompt=prompt, max_tokens=count, expected=undisturbed(prompt, count))
+        client = Client(
+            prompt=prompt,
+            max_tokens=count,
+            expected=undisturbed(prompt, count),
+            priority=-(len(prompt) % 2),
+            detailed=self._happens(self.world.detailed),
+        )
         self.clients[request] = client
         index = self.random.choice(list(self.engines))
-        self.streams.placed(self.streams.open(request, None), index)
+        stream = self.streams.open(request, None, detailed=client.detailed)
+        self.streams.placed(stream, index)
         self.to_engine[index].append(("add", request, prompt, client.max_tokens))
 
     def run(self) -> None:
@@ -154,12 +204,17 @@ class Cluster:
         self.world = World(
             loss=0, repeat=0, crash=0, abort=0, preempt=0, failed_pull=0, migrate=0, order=0
         )
+        self.ghosts.clear()
         for _ in range(QUIET_TICKS_MAX):
             if self._at_rest():
                 break
             self._tick()
         self.world = calm
         self._check_rest()
+
+    def _happens(self, chance: float) -> bool:
+        """Draws, unless it never happens in this world."""
+        return chance > 0 and self.random.random() < chance
 
     def _mischief(self) -> None:
         draw, world = self.random.random, self.world
@@ -171,17 +226,17 @@ class Cluster:
             open_ = [r for r, c in self.clients.items() if c.state == "open"]
             if open_:
                 self._hang_up(self.random.choice(open_))
-        if draw() < world.preempt:
+        if draw() < world.preempt and self.engines:
             self.random.choice(list(self.engines.values())).preempt_somebody()
-        if draw() < world.crash and len(self.engines) > 1:
-            self._crash(self.random.choice(list(self.engines)))
-        if draw() < world.arrival:
+        if draw() < world.crash and self.engines:
+            self._crash(self.random.choice(list(self.engines)), "between two steps")
+        if draw() < world.arrival and self.engines:
             self._arrive(RequestId(f"r{self.next_request}"))
             self.next_request += 1
 
     def _order_migration(self) -> None:
         open_ = [r for r, c in self.clients.items() if c.state == "open"]
-        if not open_:
+        if not open_ or not self.engines:
             return
         request = self.random.choice(open_)
         stream = self.streams.get(request)
@@ -195,6 +250,8 @@ class Cluster:
 
     def _order_load(self) -> None:
         """As the scheduler would, but with limits that are drawn."""
+        if not self.engines:
+            return
         source, to = (self.random.choice(list(self.engines)) for _ in range(2))
         if source == to:
             return
@@ -223,28 +280,50 @@ class Cluster:
         self.clients[request].state = "hung up"
         self._close(request)
 
-    def _crash(self, index: EngineIndex) -> None:
-        self.crashed = True
-        del self.engines[index], self.llumlets[index]
+    def _crash(self, index: EngineIndex, where: str) -> None:
+        """An engine dies, or falls silent for the frontend. Another comes in its place."""
+        self.crashes += 1
+        self.struck[where] += 1
+        gone = self.engines.pop(index), self.llumlets.pop(index)
+        if self._happens(self.world.ghost):
+            self.ghosts[index] = gone
         del self.to_engine[index], self.to_frontend[index], self.finished[index]
         for pull in [p for p in self.pulls if p[0] == index]:
             self.pulls.remove(pull)
         self._perform(self.streams.engine_lost(index, list(self.engines)))
         self.asking = [a for a in self.asking if a.engine != index]
-        self._start(EngineIndex(self.next_engine))
+        if self.world.away_s:
+            back_s = self.now + self.random.uniform(0, self.world.away_s)
+            self.starting.append((back_s, EngineIndex(self.next_engine)))
+        else:
+            self._start(EngineIndex(self.next_engine))
         self.next_engine += 1
+
+    def _struck(self, where: str, index: EngineIndex | None = None) -> bool:
+        """Whether an engine dies just here, that one or any."""
+        if not self._happens(self.world.killed) or not self.engines:
+            return False
+        self._crash(self.random.choice(list(self.engines)) if index is None else index, where)
+        return True
 
     # -- one tick
 
     def _tick(self) -> None:
         self.now += TICK_S
+        for back_s, index in [each for each in self.starting if each[0] <= self.now]:
+            self.starting.remove((back_s, index))
+            self._start(index)
         for index in list(self.engines):
-            if self.random.random() < self.world.turn:
+            if index in self.engines and self.random.random() < self.world.turn:
                 self._engine_turn(index)
-            if self.to_frontend[index] and self.random.random() < 0.6:
+            said = self.to_frontend.get(index)
+            if said and self.random.random() < self.world.heard:
                 for _ in range(self.random.randrange(1, 4)):
-                    if self.to_frontend[index]:
+                    if index in self.engines and self.to_frontend[index]:
                         self._frontend_hears(index, self.to_frontend[index].popleft())
+        for index in list(self.ghosts):
+            self._haunt(index)
+        self.survival.look()
         for _ in range(3):
             if self.wire and self.random.random() < 0.6:
                 self._deliver()
@@ -252,6 +331,10 @@ class Cluster:
                 self._end_pull(self.random.randrange(len(self.pulls)))
         for ask in list(self.asking):
             if ask.engine in self.engines and self.random.random() < 0.3:
+                if self._happens(self.world.mute):
+                    self.asking.remove(ask)
+                    self._perform(self.streams.fate(ask.migration, "undecided"))
+                    continue
                 fate = self.llumlets[ask.engine].fate(ask.migration)
                 if fate != "undecided":
                     self.asking.remove(ask)
@@ -262,12 +345,27 @@ class Cluster:
         engine, inbox = self.engines[index], self.to_engine[index]
         for _ in range(self.random.randrange(5)):
             if inbox:
-                self._engine_hears(index, inbox.popleft())
+                message = inbox.popleft()
+                self._engine_hears(index, message)
                 self._poll(index)
+                if self._struck(f"{_name(message)} at the engine", index):
+                    return
         if not engine.idle():
             for said in engine.step():
                 self.to_frontend[index].append(("said", said))
         self._poll(index)
+
+    def _haunt(self, index: EngineIndex) -> None:
+        """A ghost goes on. Others hear it, and the frontend does not: it knows no such engine."""
+        engine, llumlet = self.ghosts[index]
+        if self.random.random() < 0.02:
+            del self.ghosts[index]
+            return
+        if not engine.idle():
+            engine.step()
+        for item in llumlet.poll(self.now):
+            if isinstance(item, ToPeer):
+                self.wire.append((item.engine, item.message))
 
     def _poll(self, index: EngineIndex) -> None:
         llumlet, finished = self.llumlets[index], self.finished[index]
@@ -294,6 +392,8 @@ class Cluster:
                     self._end_pull(len(self.pulls) - 1)
             case ("migrate", order):
                 self._send(index, llumlet.migrate(order, self.now))
+            case ("revive", order, made):
+                self._send(index, llumlet.revive(order, made, self.now))
             case ("order", order):
                 self._send(index, llumlet.order(order, self.now))
                 self.orders[index] -= set(llumlet.answered())
@@ -316,27 +416,41 @@ class Cluster:
         if to in self.llumlets:
             self.to_engine[to].append(("peer", message))
 
+    def _begin_pull(
+        self, index: EngineIndex, ticket: int, source: EngineIndex, pairs: list[tuple[int, int]]
+    ) -> None:
+        if index in self.engines:  # No ghost.
+            self.pulls.append((index, ticket, source, pairs))
+
+    def _readable(self, source: EngineIndex) -> FakeEngine | None:
+        ghost = self.ghosts.get(source)
+        return self.engines.get(source) or (ghost[0] if ghost is not None else None)
+
     def _end_pull(self, number: int) -> None:
         index, ticket, source, pairs = self.pulls.pop(number)
-        error = None
-        if source not in self.engines or self.random.random() < self.world.failed_pull:
+        error, there = None, self._readable(source)
+        if there is None or self.random.random() < self.world.failed_pull:
             error = "the copy failed"
         else:
-            self.engines[index].copy(self.engines[source], pairs)
+            self.engines[index].copy(there, pairs)
         self.finished[index].append((ticket, error, len(pairs)))
 
     def _cancel(self, index: EngineIndex, ticket: int) -> None:
         """A pull is cancelled at once, or was too far to be."""
-        if self.random.random() < 0.7:
+        if self.random.random() < self.world.cancelled:
             for pull in [p for p in self.pulls if p[:2] == (index, ticket)]:
                 self.pulls.remove(pull)
-                if (source := self.engines.get(pull[2])) is not None:
+                if (source := self._readable(pull[2])) is not None:
                     self.engines[index].copy(source, pull[3][:1])
                 self.finished[index].append((ticket, "cancelled", 0))
 
     # -- the frontend
 
     def _frontend_hears(self, index: EngineIndex, message: tuple) -> None:
+        self._frontend_takes_in(index, message)
+        self._struck(f"{_name(message)} at the frontend")
+
+    def _frontend_takes_in(self, index: EngineIndex, message: tuple) -> None:
         match message:
             case ("said", (request, tokens, _) as said):
                 due: list[Said] = []
@@ -345,6 +459,7 @@ class Cluster:
                 for output in due:
                     self._client_gets(output)
                 self._perform(effects)
+                self.survival.heard(index, request)
             case ("llumlet", TookOver() as took):
                 self._perform(self.streams.took_over(index, took))
             case ("llumlet", MigrationEnded() as ended):
@@ -371,6 +486,7 @@ class Cluster:
             self._close(request)
 
     def _close(self, request: RequestId) -> None:
+        self.survival.closed(request)
         closed = self.streams.close(request)
         for engine in closed[1] if closed else ():
             self.to_engine[engine].append(("abort", request))
@@ -388,11 +504,13 @@ class Cluster:
                 case AskFate():
                     self.asking.append(effect)
                 case Orphaned(request=request):
-                    self._check_lost(request)
-                    self.clients[request].state = "lost"
-                    self._close(request)
+                    self._check_orphan(request)
+                    if not self.survival.orphaned(effect):
+                        self.clients[request].state = "lost"
+                        self._close(request)
                 case Moved(request=request, missing=missing, held=held):
                     if missing:
+                        assert not self.clients[request].detailed, f"{request} got bare tokens"
                         self._client_gets((request, list(missing), False))
                     for said in held:
                         self._client_gets(said)  # type: ignore[arg-type]
@@ -400,26 +518,32 @@ class Cluster:
     # -- checkers
 
     def check_owners(self) -> None:
-        """No request may run on two live engines."""
+        """No request may run on two live engines, but for those that have yet to read that they are
+        to abort it."""
         seen: dict[RequestId, EngineIndex] = {}
         for index, engine in self.engines.items():
             for request in (*engine.running, *engine.waiting):
+                if ("abort", request.id) in self.to_engine[index]:
+                    continue
                 assert request.id not in seen, (
                     f"{request.id} runs on engines {seen[request.id]} and {index}"
                 )
                 seen[request.id] = index
 
-    def _check_lost(self, request: RequestId) -> None:
-        """A stream may end with an error only if its request died with an engine."""
-        assert self.crashed, f"{request} was lost with no crash"
+    def _check_orphan(self, request: RequestId) -> None:
+        """A stream has no engine only if its request died with one."""
+        assert self.crashes, f"{request} was lost with no crash"
         for index, engine in self.engines.items():
-            assert not engine.runs(request), f"{request} was lost, but runs on engine {index}"
+            aborted = ("abort", request) in self.to_engine[index]
+            assert aborted or not engine.runs(request), f"{request} has none, but runs on {index}"
 
     def _at_rest(self) -> bool:
         return (
             not self.wire
             and not self.pulls
             and not self.asking
+            and not self.starting
+            and not len(self.streams)
             and not any(self.to_engine.values())
             and not any(self.finished.values())
             and not any(self.to_frontend.values())
@@ -434,6 +558,9 @@ class Cluster:
             assert client.state != "open", f"{request} was forgotten"
             if client.state == "finished":
                 assert client.got == client.expected
+            assert client.state != "lost" or self.survival.revived[request] >= self.world.lives
+        assert not self.survival.orphans
+        assert not self.survival.orphans.taken_up
         for index, engine in self.engines.items():
             assert not self.orders.get(index), f"engine {index} never answered an order"
             assert not engine.requests, f"engine {index} still holds {list(engine.requests)}"
@@ -441,3 +568,8 @@ class Cluster:
             assert not engine.pinned
             leaked = len(engine.memory) - len(engine.free)
             assert leaked == 0, f"engine {index} leaked {leaked} blocks"
+
+
+def _name(message: tuple) -> str:
+    """What kind it is."""
+    return type(message[1]).__name__ if message[0] in ("peer", "llumlet") else message[0]

@@ -1,0 +1,115 @@
+"""The part of a fake cluster's frontend that has other engines go on with the requests of a dead
+one. Which, in which order and how many at a time is the production code's word
+(core/streams/survival.py); what is around that is done as frontend/streams/reviving.py does it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from llumnix.core.settings import SurvivalSettings
+from llumnix.core.streams.effects import Orphaned
+from llumnix.core.streams.stream import Refusal
+from llumnix.core.streams.survival import Orphan, Orphans
+from llumnix.core.types import EngineIndex, RequestId
+
+if TYPE_CHECKING:
+    from support.fake_cluster import Cluster
+
+ASKED_AT_ONCE = 0.6
+"""The chance that the controller's answer is here in the same moment."""
+
+
+class Survival:
+    """It, in the world of one cluster."""
+
+    def __init__(self, cluster: Cluster, settings: SurvivalSettings) -> None:
+        self.orphans = Orphans(settings)
+        self.revived: Counter[RequestId] = Counter()
+        self.declined: Counter[str] = Counter()  # by reason
+        self.waited_s = 0.0  # the longest from an engine's death to the next one's first token
+        self._cluster = cluster
+        self._taking_up: dict[RequestId, EngineIndex] = {}
+        self._chosen: tuple[Orphan, EngineIndex] | None = None  # asked for, and not sent yet
+
+    def orphaned(self, orphaned: Orphaned) -> bool:
+        """Whether another engine may go on with it."""
+        self._taking_up.pop(orphaned.request, None)
+        cluster, request = self._cluster, orphaned.request
+        stream, client = cluster.streams.get(request), cluster.clients[request]
+        assert stream is not None
+        if stream.lives_used >= self.orphans.settings.lives:
+            return False
+        if orphaned.declined:
+            self.declined[orphaned.why] += 1
+        orphan = Orphan(
+            request=request,
+            priority=client.priority,
+            tokens=len(client.prompt) + stream.outputs,
+            since_s=cluster.now,
+            why=orphaned.why,
+            warm=orphaned.warm,
+        )
+        why = self.orphans.add(orphan, declined=orphaned.declined, now=cluster.now)
+        assert why is None, f"{request}: {why}"
+        return True
+
+    def heard(self, index: EngineIndex, request: RequestId) -> None:
+        """An engine has said a token, and it was taken in."""
+        stream = self._cluster.streams.get(request)
+        taking_up = self.orphans.engine_of(request) == index
+        if taking_up and (stream is None or stream.owner is not None):
+            self._goes_on(request)
+
+    def closed(self, request: RequestId) -> None:
+        """The stream is over."""
+        self._taking_up.pop(request, None)
+        self.orphans.drop(request)
+
+    def _goes_on(self, request: RequestId) -> None:
+        orphan = self.orphans.drop(request)
+        assert orphan is not None
+        del self._taking_up[request]
+        self.waited_s = max(self.waited_s, self._cluster.now - orphan.since_s)
+
+    def look(self) -> None:
+        """Sends what may be sent. The controller's choice may come later, and out of date."""
+        cluster = self._cluster
+        late = self.orphans.late(cluster.now)
+        assert not late, f"{late} waited for too long"
+        while True:
+            if self._chosen is None:
+                orphan = self.orphans.next(cluster.engines, cluster.now)
+                if orphan is None:
+                    return
+                self._chosen = orphan, self._engine_for(orphan)
+                if cluster.random.random() >= ASKED_AT_ONCE:
+                    return
+            self._send(*self._chosen)
+            self._chosen = None
+
+    def _engine_for(self, orphan: Orphan) -> EngineIndex:
+        cluster, engine = self._cluster, orphan.warm
+        if engine not in cluster.engines:
+            engine = cluster.random.choice(list(cluster.engines))
+        assert engine is not None
+        if not self.orphans.may_take(engine):
+            engine = self.orphans.fewest(cluster.engines)
+        assert engine is not None
+        return engine
+
+    def _send(self, orphan: Orphan, engine: EngineIndex) -> None:
+        cluster, request = self._cluster, orphan.request
+        order = cluster.streams.revive(request, engine)
+        cluster.streams.check()
+        if isinstance(order, Refusal):
+            assert order in (Refusal.ENGINE_DEAD, Refusal.NO_ORPHAN), order
+            return
+        self.orphans.begin(request, engine)
+        self._taking_up[request] = engine
+        many = sum(taker == engine for taker in self._taking_up.values())
+        assert many <= self.orphans.settings.at_once, f"engine {engine} takes up {many}"
+        self.revived[request] += 1
+        client = cluster.clients[request]
+        assert order.outputs == client.got
+        cluster.to_engine[engine].append(("revive", order, (client.prompt, client.max_tokens)))
