@@ -18,7 +18,7 @@ from starlette.middleware.cors import CORSMiddleware
 from llumnix.core.types import InstanceId
 from llumnix.frontend.context import HttpRequest, current_http_request
 from llumnix.frontend.http.access import Access, digests, needs_admin
-from llumnix.frontend.http.gate import Gate
+from llumnix.frontend.http.gate import COMMENT, Gate, ResponseHead
 from llumnix.frontend.http.routes import control_app
 
 PAGE = "http://page.example"
@@ -551,3 +551,56 @@ async def test_the_liveness_path_is_open_and_says_so_while_it_stops() -> None:
     async with client(application(["secret"], stopping=True)) as http:
         answer = await http.get("/live")
         assert (answer.status_code, answer.json()) == (200, {"live": True})
+
+
+@pytest.mark.parametrize(
+    ("kind", "commented"), [("text/event-stream; charset=utf-8", True), ("application/json", False)]
+)
+async def test_a_stream_of_events_that_stands_still_gets_comments(
+    kind: str, commented: bool
+) -> None:
+    http = HttpRequest(client_id=None)
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    head = ResponseHead(http, send)
+    http.waits()  # No head has come from vLLM.
+    await head(
+        {
+            "type": "http.response.start",
+            "status": 200,
+            "headers": [(b"content-type", kind.encode())],
+        }
+    )
+    http.waits()  # It is still held back.
+    await asyncio.sleep(0)
+    assert sent == []
+    http.dispatched(InstanceId("i1"))
+    await asyncio.sleep(0)
+    http.waits()
+    await asyncio.sleep(0)
+    await head({"type": "http.response.body", "body": b"data: 1\n\n", "more_body": True})
+    http.waits()
+    await asyncio.sleep(0)
+    bodies = [m["body"] for m in sent if m["type"] == "http.response.body"]
+    assert bodies == ([COMMENT, b"data: 1\n\n", COMMENT] if commented else [b"data: 1\n\n"])
+    assert COMMENT.startswith(b":")
+    assert COMMENT.endswith(b"\n\n")
+
+
+async def test_a_comment_that_comes_too_late_harms_nobody() -> None:
+    http = HttpRequest(client_id=None)
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.body":
+            raise RuntimeError("Unexpected ASGI message")
+
+    head = ResponseHead(http, send)
+    http.dispatched(InstanceId("i1"))
+    headers = [(b"content-type", b"text/event-stream")]
+    await head({"type": "http.response.start", "status": 200, "headers": headers})
+    http.waits()
+    assert head._commenting is not None
+    await head._commenting

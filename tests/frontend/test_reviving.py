@@ -2,6 +2,7 @@
 client has."""
 
 import asyncio
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from llumnix.core.messages import REVIVE, MigrationEnded, Revive, TookOver
 from llumnix.core.settings import SurvivalSettings
 from llumnix.core.streams.states import StreamState
 from llumnix.core.types import EngineIndex, RequestId
+from llumnix.frontend.context import HttpRequest, current_http_request
 from llumnix.frontend.streams.client import died
 from llumnix.wire import decode, encode
 from support.frontend import Front, front, packed, tokens
@@ -381,3 +383,24 @@ async def test_a_stop_ends_what_waits(tmp_path: Path) -> None:
         await one.client.abort_all()
         assert len(one.client.streams) == 0
         assert one.due() == {"a": ["abort"]}
+
+
+async def test_a_client_is_shown_that_its_stream_lives_while_it_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llumnix.core.streams.survival.SHOWN_EVERY_S", 0.2)
+    async with front(tmp_path, engines=1, survival=ON) as one:
+        shown: list[float] = []
+        http = HttpRequest(client_id=None, on_wait=lambda: shown.append(time.monotonic()))
+        token = current_http_request.set(http)
+        await one.add_request("a", 0)
+        current_http_request.reset(token)
+        await one.client.lose(I0)
+        await until(lambda: len(shown) == 3)
+        assert shown[2] - shown[0] > 0.3
+        one.link.where = 1
+        await one.add_engine(1)
+        await until(lambda: state(one, "a") is StreamState.REVIVING)
+        before = len(shown)
+        await asyncio.sleep(0.5)
+        assert len(shown) == before

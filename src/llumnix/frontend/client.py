@@ -168,6 +168,7 @@ class FleetClient(RevivingClient):
             prompt_tokens=len(request.prompt_token_ids or ()),
             priority=request.priority,
             started_s=time.monotonic(),
+            http=http,
             pooling=request.pooling_params is not None,
             session=request.resumable,
             grammar=may_only_fail_at_grammar(request, self.vllm_config),

@@ -21,6 +21,7 @@ class HttpRequest:
     key: str | None = field(default=None, repr=False)  # the API key that it came with
     instance: InstanceId | None = None  # of the first dispatch
     on_dispatch: Callable[[], None] | None = None  # called once, when the instance is known
+    on_wait: Callable[[], None] | None = None  # called now and then while no engine has the request
 
     def dispatched(self, instance: InstanceId) -> None:
         """Takes in a dispatch. With `n` > 1 there are several, and only the first counts."""
@@ -28,6 +29,11 @@ class HttpRequest:
             self.instance = instance
             if self.on_dispatch is not None:
                 self.on_dispatch()
+
+    def waits(self) -> None:
+        """No engine has had the request for a while."""
+        if self.on_wait is not None:
+            self.on_wait()
 
 
 current_http_request: ContextVar[HttpRequest | None] = ContextVar("llumnix_http", default=None)

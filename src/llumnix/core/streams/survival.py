@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from llumnix.core.settings import SurvivalSettings
 from llumnix.core.types import EngineIndex, RequestId
 
+SHOWN_EVERY_S = 15.0
+"""So often the client of a request that waits is shown that its connection lives."""
 DECLINED_MAX = 8
 DECLINED_PAUSE_S = 0.1
 """After the first time; each further pause is twice as long."""
@@ -33,6 +35,7 @@ class Orphan:
     warm: EngineIndex | None = None  # engine that may have a part of its KV in its cache
     declined: int = 0  # times
     start_s: float = 0.0  # it is not asked for before
+    shown_s: float | None = None  # when its client was last shown that it waits
 
     @property
     def turn(self) -> tuple[int, int, float, RequestId]:
@@ -109,6 +112,17 @@ class Orphans:
         if not self._at[known[0]]:
             del self._at[known[0]]
         return known[1]
+
+    def to_show(self, now: float) -> list[RequestId]:
+        """Those that wait, and whose clients were not shown that for `SHOWN_EVERY_S`."""
+        silent = [
+            o
+            for o in self._waiting.values()
+            if now - (o.since_s if o.shown_s is None else o.shown_s) > SHOWN_EVERY_S
+        ]
+        for orphan in silent:
+            orphan.shown_s = now
+        return [orphan.request for orphan in silent]
 
     def late(self, now: float) -> list[RequestId]:
         """Those that have waited for too long."""

@@ -11,6 +11,7 @@ Starlette's `get_route_path` is what its router goes by: two readings of a path 
 """
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable
 from typing import Any
 
@@ -31,6 +32,8 @@ from llumnix.frontend.http.stream_ends import adapt
 from llumnix.frontend.llm import FleetLLM
 
 RETRY_AFTER_S = 1
+COMMENT = b": waiting for an instance\n\n"
+"""A line of a stream of events that its reader skips."""
 PRIORITY_HEADER = "x-llumnix-priority"
 BYTES_PER_MB = 1_000_000
 _TIER = b'"service_tier"'
@@ -224,7 +227,7 @@ class RequestBody:
 
 class ResponseHead:
     """The head of a response, which waits until the instance is known, or for the first byte of the
-    body.
+    body. And comments in a stream of events that stands still, for proxies that cut off what does.
 
     vLLM sends the head of a stream before the request is placed. Holding it back until then costs
     the client nothing, since no token can come earlier.
@@ -236,7 +239,10 @@ class ResponseHead:
         self._head: Message | None = None
         self._sending: asyncio.Task[None] | None = None
         self._begun = False
+        self._events = False  # whether the response is a stream of events
+        self._commenting: asyncio.Task[None] | None = None
         http.on_dispatch = self._dispatched
+        http.on_wait = self._comment
 
     def __call__(self, message: Message) -> Awaitable[None]:
         # Tokens of streams come here and only pass. They need no coroutine of their own.
@@ -247,6 +253,8 @@ class ResponseHead:
     async def _begin(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self._head = message
+            kind = Headers(raw=message.get("headers", [])).get("content-type", "")
+            self._events = kind.startswith("text/event-stream")
             if self._http.instance is not None:
                 await self._send_head()
             return
@@ -260,6 +268,16 @@ class ResponseHead:
     def _dispatched(self) -> None:
         if self._head is not None:
             self._sending = asyncio.create_task(self._send_head())
+
+    def _comment(self) -> None:
+        """Sends one, unless the head has still to be sent. vLLM sends whole events, so a comment
+        stands between two."""
+        if self._events and self._head is None:
+            self._commenting = asyncio.create_task(self._send_comment())
+
+    async def _send_comment(self) -> None:
+        with contextlib.suppress(RuntimeError):  # The response has just ended.
+            await self._send({"type": "http.response.body", "body": COMMENT, "more_body": True})
 
     async def _send_head(self) -> None:
         head, self._head = self._head, None

@@ -11,6 +11,7 @@ from llumnix.core.streams.stream import Stream
 from llumnix.core.streams.table import StreamTable
 from llumnix.core.types import InstanceId
 from llumnix.errors import ConflictError, UnknownRequestError
+from llumnix.frontend.context import HttpRequest
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -25,6 +26,7 @@ class StreamInfo:
     grammar: bool = False  # whether its grammar is to blame if an engine cannot begin it
     sent: EngineCoreRequest | None = None  # kept, for an engine that goes on with it
     why_not_kept: str = ""  # why it is not
+    http: HttpRequest | None = None  # that it came with
     kept_bytes: int = 0  # beside its tokens
     session: bool = False  # more input may follow, and must reach the same engine
     between_inputs: bool = False  # it is a session that waits for its next input

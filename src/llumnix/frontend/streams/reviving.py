@@ -179,6 +179,10 @@ class RevivingClient(StreamClient):
         for request in self.orphans.late(time.monotonic()):
             wait_s = self.orphans.settings.wait_s
             self.end(request, died(f"none could go on with it within {wait_s:.0f} s"))
+        for request in self.orphans.to_show(time.monotonic()):
+            stream = self.streams.get(request)
+            if stream is not None and stream.info.http is not None:
+                stream.info.http.waits()
         while True:
             takers = [engine.engine_index for engine in self.engines.takers()]
             orphan = self.orphans.next(takers, time.monotonic())
