@@ -49,8 +49,9 @@ class Recorded:
 
     @property
     def raw(self) -> list[str]:
-        """The lines with what differs between any two runs taken out: ids and times."""
-        return [_ANY_TIME.sub(r"\g<1>0", _ANY_ID.sub(r"\1*", s)) for s in self.lines if s]
+        """The lines with what differs between any two runs taken out: ids, times and comments."""
+        lines = (line for line in self.lines if line and not line.startswith(":"))
+        return [_ANY_TIME.sub(r"\g<1>0", _ANY_ID.sub(r"\1*", line)) for line in lines]
 
     def folded(self) -> str:
         """As `raw`, with each choice's chunks joined to one: where vLLM cuts a stream into chunks
