@@ -35,6 +35,7 @@ from llumnix.frontend.engines.outputs import COMPLAIN_EVERY_S, Complaints, Faile
 from llumnix.frontend.grammars import BAD_GRAMMAR
 from llumnix.frontend.streams.client import StreamClient, died
 from llumnix.frontend.streams.migration_records import MigrationRecords
+from llumnix.frontend.streams.reviving import RevivingClient
 from llumnix.wire import encode
 from support.frontend import Front, front, packed, ready_payload, tokens
 
@@ -255,14 +256,14 @@ async def test_a_death_ends_every_stream_of_its_engine_though_one_cannot_be_deal
     async with front(tmp_path) as one:
         for name in ("a", "b", "c"):
             await one.add_request(name, 0)
-        orphaned = StreamClient._orphaned
+        orphaned = RevivingClient.orphaned
 
-        def odd(self: StreamClient, effect: Orphaned) -> None:
+        def odd(self: RevivingClient, effect: Orphaned) -> None:
             if effect.request == "b":
                 raise RuntimeError("odd")
             orphaned(self, effect)
 
-        monkeypatch.setattr(StreamClient, "_orphaned", odd)
+        monkeypatch.setattr(RevivingClient, "orphaned", odd)
         await one.client.lose(I0)
         assert one.due() == {"a": ["error"], "b": ["error"], "c": ["error"]}
         assert [type(fact).__name__ for fact in one.link.told] == ["InstanceLost"]
@@ -277,7 +278,7 @@ async def test_a_source_that_said_too_much_and_died_ends_its_stream_alone(tmp_pa
         one.take_in(in_band(1, "victim", took_over("victim", order.epoch, outputs=9)))
         stream = one.client.streams.get(RequestId("victim"))
         assert stream is not None
-        stream.outputs = 10  # As no engine of ours would have it.
+        stream.tokens += range(10)  # As no engine of ours would have it.
         await one.client.lose(I0)
         assert one.due() == {"victim": ["error"], "neighbour": ["error"]}
 

@@ -41,7 +41,7 @@ def test_a_request_that_no_engine_has_is_not_there() -> None:
 
 def test_the_event_log_keeps_how_it_ended() -> None:
     stream = find(streams(a="mine"), "a")
-    stream.outputs = 9
+    stream.tokens += range(9)
     assert shown(stream, InstanceId("i4"), "stop") == {
         "request": "a", "client_id": "mine", "instance": "i4", "started": 7.5, "priority": -1,
         "prompt_tokens": 3, "output_tokens": 9, "finish_reason": "stop",
