@@ -35,8 +35,6 @@ KNOWN = 12
 SAMPLE_EVERY_S = 10.0
 SETTLED_S = 300.0
 """From then on memory should be flat."""
-KILL_NOTICED_S = 10.0
-"""So long after a kill streams may end with an error; at any other time none may."""
 SLOPE_MAX_MB_PER_MIN = 1.0
 ENDED_WITHIN_S = 5.0
 """Processes that were killed at the stop may take so long to be gone."""
@@ -100,8 +98,7 @@ class Soak:
         self.downtimes: list[float] = []
         self.errors: dict[str, int] = {}
         self.streams = self.wrong = self.hung_up = self.urgent = self.kills = 0
-        self.cut_by_kills = self.failed = 0
-        self.killed_s = -1e9
+        self.failed = 0
         self.samples: list[dict[str, Any]] = []
         self.stopping = False
 
@@ -124,16 +121,13 @@ class Soak:
             return list((await answer.json())["choices"][0]["token_ids"])
 
     async def try_to_ask(self, body: dict[str, Any], name: str, *, high: bool) -> list[int] | None:
-        """None if it failed: that is no fault within `KILL_NOTICED_S` of a kill."""
+        """None if it failed."""
         self.running.add(name)
         try:
             return await self.ask(body, name, high=high)
         except aiohttp.ClientError as error:
-            if time.monotonic() - self.killed_s < KILL_NOTICED_S:
-                self.cut_by_kills += 1
-            else:
-                self.failed += 1
-                self.errors[repr(error)] = self.errors.get(repr(error), 0) + 1
+            self.failed += 1
+            self.errors[repr(error)] = self.errors.get(repr(error), 0) + 1
             await asyncio.sleep(0.2)
             return None
         finally:
@@ -196,7 +190,6 @@ class Soak:
             if self.stopping or any(row["state"] != "serving" for row in rows.values()):
                 continue
             self.kills += 1
-            self.killed_s = time.monotonic()
             os.kill(rows[next(turns)]["pid"], signal.SIGKILL)
 
     async def watch(self) -> None:
@@ -229,7 +222,7 @@ class Soak:
     def summary(self, minutes: float) -> dict[str, Any]:
         return {
             "minutes": minutes, "streams": self.streams, "wrong": self.wrong,
-            "failed": self.failed, "errors": self.errors, "cut_by_kills": self.cut_by_kills,
+            "failed": self.failed, "errors": self.errors,
             "kills": self.kills, "urgent": self.urgent, "hung_up": self.hung_up,
             "outcomes": self.outcomes, "reasons": self.reasons,
             "downtime_ms_p50": statistics.median(self.downtimes or [0.0]),

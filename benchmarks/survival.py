@@ -2,15 +2,17 @@
 
 Two instances on a CPU; on GPUs one each. So many streams with known answers run at a time: greedy,
 seeded, with log-probabilities, with a grammar, several sequences, and answers that are not
-streamed. After each kill the next one waits until both serve again, and a random moment more. Each
-answer is compared with the undisturbed one. A stream's gap is the time from the kill of its
+streamed. The next kill waits until both instances serve again. Each answer is compared with the
+undisturbed one. A stream's gap is the time from the kill of its
 instance to its next tokens.
 
-    python benchmarks/survival.py [--streams 1000] [--kills 20] [--at-once 12] [--out FILE]
+    python benchmarks/survival.py [--minutes 30] [--every 60] [--at-once 12] [--out FILE]
         [--model FOLDER or shape] [--tokens 160] [--loose] [-- flags of the server]
+    python benchmarks/survival.py --plot FILE.json FILE.png
 
-`--loose`: the answers are not compared, since the arithmetic depends on the batch. At most
-`--minutes`.
+An instance is killed at a random moment of each `--every` seconds. `--loose`: the answers are not
+compared, since the arithmetic depends on the batch. The memory of each process is looked at every
+ten seconds (soak.py).
 """
 
 import argparse
@@ -29,6 +31,7 @@ import aiohttp
 
 from common import ROOT, Served, markdown, percentile, real_time, serve, write_result
 from shapes import SHAPES, write_shape, write_weights
+from soak import SAMPLE_EVERY_S, SLOPE_MAX_MB_PER_MIN, memory_mb, plot, slope
 
 KNOWN = 24
 GRAMMAR = 'root ::= "go " pair{70} " end"\npair ::= ("ab" | "cd" | "e") (","|";")'
@@ -69,7 +72,7 @@ class Killing:
         self.calm: list[Answer] = []
         self.open: dict[str, Answer] = {}
         self.begun = self.done = self.wrong = self.failed = self.hit = self.kills = 0
-        self.kills_hit: list[int] = []
+        self.samples: list[dict[str, Any]] = []
         self.errors: dict[str, int] = {}
         self.gaps_s: list[float] = []
         self.over = False
@@ -120,7 +123,7 @@ class Killing:
                 answer.more += choice["logprobs"]["token_logprobs"]
 
     async def client(self) -> None:
-        while self.begun < self.args.streams:
+        while not self.over:
             number = self.begun % KNOWN
             self.begun += 1
             answer = await self.ask(number, f"s{self.begun}")
@@ -140,43 +143,56 @@ class Killing:
         return rows
 
     async def killer(self) -> None:
-        while self.kills < self.args.kills and not self.over:
-            rows = await self.get("instances")
-            if any(row["state"] != "serving" for row in rows):
+        """Kills an instance at a random moment of each period, once both serve."""
+        period_ends_s = time.monotonic()
+        while not self.over:
+            begins_s, period_ends_s = period_ends_s, period_ends_s + self.args.every
+            moment_s = begins_s + self.dice.random() * self.args.every
+            await asyncio.sleep(max(0.0, moment_s - time.monotonic()))
+            while not self.over and not await self.kill_one():
                 await asyncio.sleep(0.2)
-                continue
-            await asyncio.sleep(self.dice.random() * self.args.pause)
-            victim = self.dice.choice(rows)
-            here = {r["id"] for r in await self.get("requests") if r["instance"] == victim["id"]}
-            if not here or self.over:
-                continue
-            os.kill(victim["pid"], signal.SIGKILL)
-            self.kills += 1
-            killed_s = time.monotonic()
-            hit = [a for name, a in self.open.items() if name in here]
-            for answer in hit:
-                answer.killed_s = killed_s
-            self.hit += len(hit)
-            self.kills_hit.append(len(hit))
-            print(
-                f"kill {self.kills}: {victim['id']} with {len(hit)}; {self.done} done", flush=True
-            )
-            await asyncio.sleep(2)
 
-    def row(self, seconds: float) -> dict[str, Any]:
+    async def kill_one(self) -> bool:
+        """Kills an instance. False if one does not serve, or the one to be killed has nothing."""
+        rows = await self.get("instances")
+        victim = self.dice.choice(rows)
+        here = {r["id"] for r in await self.get("requests") if r["instance"] == victim["id"]}
+        if not here or any(row["state"] != "serving" for row in rows):
+            return False
+        os.kill(victim["pid"], signal.SIGKILL)
+        self.kills += 1
+        killed_s = time.monotonic()
+        hit = [answer for name, answer in self.open.items() if name in here]
+        for answer in hit:
+            answer.killed_s = killed_s
+        self.hit += len(hit)
+        print(f"kill {self.kills}: {victim['id']}, {len(hit)} hit; {self.done} done", flush=True)
+        return True
+
+    async def watch(self, pid: int) -> None:
+        began_s = time.monotonic()
+        while not self.over:
+            await asyncio.sleep(SAMPLE_EVERY_S)
+            sample = {"s": round(time.monotonic() - began_s), "memory_mb": memory_mb(pid)}
+            self.samples.append({**sample, "kills": self.kills, "streams": self.done})
+
+    def row(self, minutes: float) -> dict[str, Any]:
         gaps = self.gaps_s or [0.0]
         return {
-            "streams": self.done, "kills": self.kills, "hit": self.hit, "failed": self.failed,
-            "wrong": None if self.args.loose else self.wrong, "errors": self.errors,
+            "minutes": minutes, "streams": self.done, "kills": self.kills, "hit": self.hit,
+            "failed": self.failed, "wrong": None if self.args.loose else self.wrong,
+            "errors": self.errors,
             "gap_s_p50": round(percentile(gaps, 0.5), 3),
             "gap_s_p99": round(percentile(gaps, 0.99), 3),
             "gap_s_longest": round(max(gaps), 3),
-            "hit_by_kill": self.kills_hit, "seconds": round(seconds),
+            "slope_mb_per_min": {
+                role: round(slope(self.samples, role), 3) for role in ("frontend", "controller")
+            },
         }  # fmt: skip
 
 
-async def measure(served: Served, args: argparse.Namespace) -> dict[str, Any]:
-    """All streams and all kills, for `--minutes` at most."""
+async def measure(served: Served, args: argparse.Namespace) -> tuple[dict[str, Any], list[Any]]:
+    """The row of the whole run, and the samples of memory."""
     await served.wait_until_up()
     timeout = aiohttp.ClientTimeout(total=600)
     connector = aiohttp.TCPConnector(limit=0)
@@ -184,15 +200,13 @@ async def measure(served: Served, args: argparse.Namespace) -> dict[str, Any]:
         killing = Killing(http, served.url, args)
         killing.calm = [await killing.ask(number, f"calm{number}") for number in range(KNOWN)]
         assert not any(calm.error for calm in killing.calm), [c.error for c in killing.calm]
-        began_s = time.monotonic()
-        clients = [asyncio.create_task(killing.client()) for _ in range(args.at_once)]
-        killer = asyncio.create_task(killing.killer())
-        await asyncio.wait([*clients], timeout=args.minutes * 60)
+        works = [killing.client() for _ in range(args.at_once)]
+        works += [killing.killer(), killing.watch(served.process.pid)]
+        tasks = [asyncio.create_task(work) for work in works]
+        await asyncio.sleep(args.minutes * 60)
         killing.over = True
-        for client in clients:
-            client.cancel()
-        await asyncio.gather(killer, *clients, return_exceptions=True)
-        return killing.row(time.monotonic() - began_s)
+        await asyncio.gather(*tasks)
+        return killing.row(args.minutes), killing.samples
 
 
 def main(args: argparse.Namespace) -> None:
@@ -206,38 +220,35 @@ def main(args: argparse.Namespace) -> None:
         flags = ["--instances", "2", *(args.flags or FLAGS)]
         served = serve("llumnix", str(folder), "m", flags, Path(temporary) / "log")
         try:
-            row = asyncio.run(measure(served, args))
+            row, samples = asyncio.run(measure(served, args))
+        except BaseException:
+            print(served.log.read_text()[-4000:])
+            raise
         finally:
             served.stop()
-    write_result(args.out, [row], model=args.model, flags=flags)
-    names = [
-        "streams",
-        "kills",
-        "hit",
-        "failed",
-        "wrong",
-        "gap_s_p50",
-        "gap_s_p99",
-        "gap_s_longest",
-    ]
+    write_result(args.out, samples, model=args.model, flags=flags, summary=row)
+    names = ["streams", "kills", "hit", "failed", "wrong"]
+    names += ["gap_s_p50", "gap_s_p99", "gap_s_longest"]
     print(markdown(names, [[str(row[name]) for name in names]]))
-    if row["errors"]:
-        print(row["errors"])
-    if row["failed"] or row["wrong"]:
-        raise SystemExit(1)
+    print(row)
+    assert not (row["failed"] or row["wrong"])
+    assert max(row["slope_mb_per_min"].values()) < SLOPE_MAX_MB_PER_MIN
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--streams", type=int, default=1000)
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--at-once", type=int, default=12)
+    parser.add_argument("--minutes", type=float, default=30.0)
+    parser.add_argument("--every", type=float, default=60.0, help="seconds from kill to kill")
+    parser.add_argument("--at-once", type=int, default=12, help="streams")
     parser.add_argument("--tokens", type=int, default=160)
-    parser.add_argument("--pause", type=float, default=8.0, help="seconds before a kill, at most")
-    parser.add_argument("--minutes", type=float, default=40.0)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--model", default="tiny", help="a folder or a shape")
     parser.add_argument("--loose", action="store_true")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/survival.json")
     parser.add_argument("flags", nargs="*", help="of the server, after --")
-    main(parser.parse_args())
+    parser.add_argument("--plot", type=Path, nargs=2, metavar=("RAW", "PICTURE"))
+    given = parser.parse_args()
+    if given.plot:
+        plot(*given.plot)
+    else:
+        main(given)
