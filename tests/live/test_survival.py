@@ -98,8 +98,8 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 NEEDS_LORA = {"adapter"}
-"""With --enable-lora, vLLM 0.32 ends an engine that computes prompt log-probabilities beside another
-request. So adapters have a server of their own."""
+"""With --enable-lora, an engine of vLLM 0.32 ends when it computes prompt log-probabilities beside
+another request. So adapters have a server of their own."""
 _numbers = itertools.count()
 _ANY = re.compile(
     r'("(?:id|item_id|response_id|created|created_at|completed_at)": ?)("[^"]*"|[\d.]+)'
