@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from llumnix.core.messages import Revive
 from llumnix.core.types import EngineIndex, RequestId
 from support.duo import Duo, Said
 from support.fake_engine import FakeEngine, undisturbed
@@ -27,6 +28,9 @@ class FakeTestEngine:
 
     def add(self, request: RequestId, prompt: list[int], options: Any) -> None:
         self.port.add(request, prompt, options)
+
+    def again(self, order: Revive, prompt: list[int], options: Any) -> Any:
+        return prompt, options
 
     def abort(self, request: RequestId) -> None:
         self.port.abort(request)

@@ -1,7 +1,7 @@
-"""What a migration must stand: one list, for every kind of engine.
+"""What a migration must stand, and a request outlive: one list, for every kind of engine.
 
 A fault strikes ahead of the first delivery of one kind of message, so that together they strike in
-every state of both machines.
+every state of both machines. Engines are killed after so many tokens.
 """
 
 from collections.abc import Callable
@@ -115,3 +115,45 @@ def _check(
         assert state == ("lost" if moment is Verdict else "finished")
     else:
         assert state == "finished"
+
+
+KILLED_AFTER = {
+    "never scheduled": (0,),
+    "no token": (0,),
+    "one token": (1,),
+    "some tokens": (12,),
+    "again and again": (0, 1, 5, 6, 20),
+}
+"""How many tokens the client has when the engine that runs the request is killed."""
+
+
+def owner_of(duo: Duo, request: Any, tokens: int) -> Any:
+    """The engine that has it once its client has so many tokens."""
+    duo.turn_until(
+        lambda: len(duo.got[request]) >= tokens and duo.streams.get(request).owner is not None
+    )
+    return duo.streams.get(request).owner
+
+
+def outlive(kind: Any, name: str, *, unheard: int = 0) -> None:
+    """Runs one scenario, in which a request outlives its engines. `unheard`: steps of an engine
+    before its death that nobody hears of."""
+    prompt = [7 * i % 200 + 3 for i in range(kind.long_prompt)]
+    expected = kind.expected(prompt, kind.tokens)
+    neighbours = kind.expected(prompt[:20], kind.tokens)
+    duo = kind.duo()
+    duo.survival = True
+    request = duo.add("killed", prompt, kind.options(kind.tokens))
+    neighbour = duo.add("neighbour", prompt[:20], kind.options(kind.tokens), on=1)
+    for tokens in KILLED_AFTER[name]:
+        if name != "never scheduled":
+            duo.turn()
+        owner = owner_of(duo, request, tokens)
+        for _ in range(unheard):
+            duo.engines[owner].step()
+        duo.kill(owner)
+    duo.finish()
+    assert duo.got[request] == expected
+    assert duo.got[neighbour] == neighbours
+    assert duo.revived >= len(KILLED_AFTER[name])
+    duo.check_nothing_left()

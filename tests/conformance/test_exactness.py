@@ -108,7 +108,7 @@ def run(
     """One request's story, and how often it was moved."""
     duo = kind.duo()
     lora = how.pop("lora", None)
-    request = duo.add("moved", prompt, params) if lora is None else _with_lora(duo, params, lora)
+    request = duo.add("moved", prompt, params, more=() if lora is None else (lora,))
     length = how.pop("every", 11)
     for hop in range(hops):
         duo.turn_until(
@@ -128,15 +128,6 @@ def run(
 def _going(duo: Duo, request: Any) -> bool:
     stream = duo.streams.get(request)
     return stream is not None and stream.grant is not None
-
-
-def _with_lora(duo: Duo, params: SamplingParams, lora: LoRARequest) -> Any:
-    request = duo.add("moved", [1], options(max_tokens=1))
-    duo.finish()
-    duo.got[request], duo.extras[request], duo.state[request] = [], [], "open"
-    duo.streams.placed(duo.streams.open(request, None), 0)  # type: ignore[arg-type]
-    duo.engines[0].add(request, PROMPT, params, lora)  # type: ignore[index,call-arg]
-    return request
 
 
 @pytest.mark.parametrize("case", CASES)

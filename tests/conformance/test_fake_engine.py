@@ -3,7 +3,7 @@
 import pytest
 
 from conformance.engines import FakeKind
-from conformance.scenarios import FAULTS, MOMENTS, strike
+from conformance.scenarios import FAULTS, KILLED_AFTER, MOMENTS, outlive, strike
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
@@ -11,3 +11,10 @@ from conformance.scenarios import FAULTS, MOMENTS, strike
 @pytest.mark.parametrize("depth", [0, 1])
 def test_a_migration_stands(fault: str, moment: type, depth: int) -> None:
     strike(FakeKind(depth), fault, moment)
+
+
+@pytest.mark.parametrize("name", KILLED_AFTER)
+@pytest.mark.parametrize("unheard", [0, 2])
+@pytest.mark.parametrize("depth", [0, 1])
+def test_a_request_outlives_its_engines(name: str, unheard: int, depth: int) -> None:
+    outlive(FakeKind(depth), name, unheard=unheard)

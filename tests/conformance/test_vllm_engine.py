@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from conformance.engines import RealKind
-from conformance.scenarios import FAULTS, MOMENTS, strike
+from conformance.scenarios import FAULTS, KILLED_AFTER, MOMENTS, outlive, strike
 from llumnix.core.messages import Handover
 
 pytestmark = pytest.mark.live
@@ -15,6 +15,12 @@ pytestmark = pytest.mark.live
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_migration_stands(real: RealKind, fault: str, moment: type) -> None:
     strike(real, fault, moment)
+
+
+@pytest.mark.parametrize("name", KILLED_AFTER)
+@pytest.mark.parametrize("unheard", [0, 2])
+def test_a_request_outlives_its_engines(real: RealKind, name: str, unheard: int) -> None:
+    outlive(real, name, unheard=unheard)
 
 
 def test_what_was_pulled_is_in_the_cache_when_the_handover_comes(real: RealKind) -> None:

@@ -8,9 +8,9 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from llumnix.core.messages import MigrationEnded, Out, PeerMessage, TookOver, ToPeer
+from llumnix.core.messages import MigrationEnded, Out, PeerMessage, Revive, TookOver, ToPeer
 from llumnix.core.migration.llumlet import Llumlet
-from llumnix.core.streams.effects import Abort, AskFate, Effect, Moved, Orphaned, TellLost
+from llumnix.core.streams.effects import Abort, AskFate, Effect, Moved, Orphaned, Revived, TellLost
 from llumnix.core.streams.stream import Refusal
 from llumnix.core.streams.table import StreamTable
 from llumnix.core.types import EngineIndex, RequestId
@@ -26,7 +26,8 @@ class TestEngine(Protocol):
 
     port: Any
 
-    def add(self, request: RequestId, prompt: Prompt, options: Any) -> None: ...
+    def add(self, request: RequestId, prompt: Prompt, options: Any, *more: Any) -> None: ...
+    def again(self, order: Revive, *sent: Any) -> Any: ...
     def abort(self, request: RequestId) -> None: ...
     def step(self) -> list[Said]: ...
     def idle(self) -> bool: ...
@@ -40,7 +41,8 @@ class TestEngine(Protocol):
 
 class Duo:
     """The two of them. `before(message)` is called ahead of every delivery; it may return False to
-    lose the message."""
+    lose the message. With `survival` the other engine goes on with a dead one's requests; without,
+    their streams end."""
 
     def __init__(self, make: Callable[[int, "Duo"], TestEngine]) -> None:
         self.now = 0.0
@@ -50,6 +52,10 @@ class Duo:
         self.addresses: dict[str, EngineIndex] = {}
         self.wire: deque[tuple[EngineIndex, PeerMessage]] = deque()
         self.before: Callable[[PeerMessage], bool | None] = lambda message: None
+        self.survival = False
+        self.orphans: list[RequestId] = []
+        self.revived = 0
+        self.sent: dict[RequestId, tuple[Any, ...]] = {}  # what `again` makes a request of
         self.hold_pulls = False
         self.fail_pulls = False
         self.got: dict[RequestId, list[int]] = {}
@@ -67,11 +73,15 @@ class Duo:
 
     # -- what a test does
 
-    def add(self, request: str, prompt: Prompt, options: Any, on: int = 0) -> RequestId:
+    def add(
+        self, request: str, prompt: Prompt, options: Any, on: int = 0, more: tuple[Any, ...] = ()
+    ) -> RequestId:
+        """A new request. `more`: what else the engine is to be given, such as an adapter."""
         name = RequestId(request)
         self.got[name], self.extras[name], self.state[name] = [], [], "open"
+        self.sent[name] = prompt, options, *more
         self.streams.placed(self.streams.open(name, None), EngineIndex(on))
-        self.engines[EngineIndex(on)].add(name, prompt, options)
+        self.engines[EngineIndex(on)].add(name, *self.sent[name])
         return name
 
     def migrate(self, request: RequestId, to: int | None = None, copy: str = "staged") -> bool:
@@ -105,6 +115,7 @@ class Duo:
     def turn(self) -> None:
         """One step of each engine, and all that is to be delivered and done."""
         self.now += 0.005
+        self._revive()
         for index in list(self.engines):
             if index in self.engines:
                 self.step(index)
@@ -151,6 +162,7 @@ class Duo:
         return (
             not self.wire
             and not self.orders
+            and not self.orphans
             and all(e.idle() for e in self.engines.values())
             and not any(x.busy for x in self.llumlets.values())
             and all(s != "open" for s in self.state.values())
@@ -169,6 +181,15 @@ class Duo:
             assert engine.requests_held() == 0, f"engine {index} holds requests"
 
     # -- the frontend
+
+    def _revive(self) -> None:
+        """The engine goes on with an orphan that was started first, so not one that has just taken
+        a dead one's place."""
+        orphans, self.orphans = self.orphans, []
+        for request in orphans:
+            order = self.streams.revive(request, min(self.engines))
+            if isinstance(order, Revive):
+                self.orders.append((order.destination, ("revive", order)))
 
     def _hear(self, index: EngineIndex, said: Said) -> None:
         request, tokens = said[0], said[1]
@@ -203,6 +224,9 @@ class Duo:
                 self.engines[index].abort(request)
             case ("lost", lost, granted):
                 self._send(index, llumlet.engine_lost(lost, set(granted), self.now))
+            case ("revive", order):
+                made = self.engines[index].again(order, *self.sent[order.request])
+                self._send(index, llumlet.revive(order, made, self.now))
             case ("fate", migration):
                 fate = llumlet.fate(migration)
                 if fate == "undecided":
@@ -230,6 +254,10 @@ class Duo:
                     self.orders.append((engine, ("lost", lost, granted)))
                 case AskFate(engine=engine, migration=migration):
                     self.orders.append((engine, ("fate", migration)))
+                case Orphaned(request=request) if self.survival:
+                    self.orphans.append(request)
+                case Revived():
+                    self.revived += 1
                 case Orphaned(request=request):
                     self.state[request] = "lost"
                     self._close(request)

@@ -37,7 +37,7 @@ from llumnix.core.migration.llumlet import Llumlet
 from llumnix.core.migration.port import Refusal as PortRefusal
 from llumnix.core.migration.tables import OnStep
 from llumnix.core.settings import SurvivalSettings
-from llumnix.core.streams.effects import Abort, AskFate, Effect, Moved, Orphaned, TellLost
+from llumnix.core.streams.effects import Abort, AskFate, Effect, Moved, Orphaned, Revived, TellLost
 from llumnix.core.streams.stream import Refusal
 from llumnix.core.streams.table import StreamTable
 from llumnix.core.types import EngineIndex, InstanceId, OrderId, RequestId
@@ -508,6 +508,8 @@ class Cluster:
                     if not self.survival.orphaned(effect):
                         self.clients[request].state = "lost"
                         self._close(request)
+                case Revived(request=request):
+                    self.survival.goes_on(request)
                 case Moved(request=request, missing=missing, held=held):
                     if missing:
                         assert not self.clients[request].detailed, f"{request} got bare tokens"

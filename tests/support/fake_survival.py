@@ -26,18 +26,25 @@ class Survival:
     def __init__(self, cluster: Cluster, settings: SurvivalSettings) -> None:
         self.orphans = Orphans(settings)
         self.revived: Counter[RequestId] = Counter()
+        self.engines_used: Counter[RequestId] = Counter()
+        """That went on with it, or died before they could."""
         self.declined: Counter[str] = Counter()  # by reason
         self.waited_s = 0.0  # the longest from an engine's death to the next one's first token
         self._cluster = cluster
-        self._taking_up: dict[RequestId, EngineIndex] = {}
+        self._taking_up: dict[RequestId, EngineIndex] = {}  # until its first token
+        self._asked: set[RequestId] = set()  # whose new engine has not answered
         self._chosen: tuple[Orphan, EngineIndex] | None = None  # asked for, and not sent yet
 
     def orphaned(self, orphaned: Orphaned) -> bool:
         """Whether another engine may go on with it."""
-        self._taking_up.pop(orphaned.request, None)
         cluster, request = self._cluster, orphaned.request
         stream, client = cluster.streams.get(request), cluster.clients[request]
         assert stream is not None
+        self._taking_up.pop(request, None)
+        if request in self._asked:
+            self._asked.remove(request)
+            self.engines_used[request] += not orphaned.declined
+        assert stream.lives_used == self.engines_used[request], request
         if stream.lives_used >= self.orphans.settings.lives:
             return False
         if orphaned.declined:
@@ -54,6 +61,11 @@ class Survival:
         assert why is None, f"{request}: {why}"
         return True
 
+    def goes_on(self, request: RequestId) -> None:
+        """An engine has it again."""
+        self._asked.remove(request)
+        self.engines_used[request] += 1
+
     def heard(self, index: EngineIndex, request: RequestId) -> None:
         """An engine has said a token, and it was taken in."""
         stream = self._cluster.streams.get(request)
@@ -64,6 +76,7 @@ class Survival:
     def closed(self, request: RequestId) -> None:
         """The stream is over."""
         self._taking_up.pop(request, None)
+        self._asked.discard(request)
         self.orphans.drop(request)
 
     def _goes_on(self, request: RequestId) -> None:
@@ -107,6 +120,7 @@ class Survival:
             return
         self.orphans.begin(request, engine)
         self._taking_up[request] = engine
+        self._asked.add(request)
         many = sum(taker == engine for taker in self._taking_up.values())
         assert many <= self.orphans.settings.at_once, f"engine {engine} takes up {many}"
         self.revived[request] += 1

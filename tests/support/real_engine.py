@@ -21,13 +21,17 @@ from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.executor import Executor
+from vllm.v1.request import Request
+from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
+from llumnix.core.messages import Revive
 from llumnix.core.types import RequestId
 from llumnix.engine.kv.agent import TransferOptions
 from llumnix.engine.kv.agent_client import AgentClient, Pulled
 from llumnix.engine.migration.unsupported import WORKER_EXTENSION
-from llumnix.engine.migration.vllm_core import note_reasoning
+from llumnix.engine.migration.vllm_core import note_reasoning, take_order
 from llumnix.engine.migration.vllm_port import VllmPort
+from llumnix.frontend.streams.revivable import again
 from support.duo import Said
 
 KEY = b"conformance"
@@ -127,6 +131,17 @@ class RealEngine:
             request, {"prompt_token_ids": prompt}, options.clone(), ("generate",), lora_request=lora
         )
         made.request_id = request
+        return made
+
+    def again(
+        self, order: Revive, prompt: Any, options: SamplingParams, lora: Any = None
+    ) -> Request:
+        """What the engine makes of a request that is sent again."""
+        sent = again(self.make(order.request, prompt, options, lora), order)
+        frames = [bytes(frame) for frame in MsgpackEncoder().encode(sent)]
+        made, _ = self.core.preprocess_add_request(MsgpackDecoder(EngineCoreRequest).decode(frames))
+        note_reasoning(made)
+        assert take_order(made) == order
         return made
 
     def add_core_request(self, made: EngineCoreRequest) -> None:
