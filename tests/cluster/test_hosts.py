@@ -108,13 +108,18 @@ def test_a_process_that_leads_no_group_is_ended_alone(child: subprocess.Popen[st
     ("line", "traces"),
     [
         ("all is well", Traces()),
-        ("*** SIGSEGV received at time=17 on cpu 0 ***", Traces(crashed=True)),
+        ("Fatal Python error: Segmentation fault", Traces(crashed=True)),
         ("Fatal Python error: Aborted", Traces(crashed=True)),
+        ("!!!!!!! Segfault encountered !!!!!!!", Traces(crashed=True)),
         ("ERROR [core.py:9] EngineCore encountered a fatal error.", Traces(raised=True)),
         (
             "(EngineCore pid=7) ERROR Worker proc VllmWorker-1 died unexpectedly (exit code: -9), "
             "shutting down executor.",
             Traces(worker_exit=-9),
+        ),
+        (  # vLLM looked before the kernel had its status.
+            "ERROR Worker proc VllmWorker-1 died unexpectedly (exit code: None), shutting down",
+            Traces(),
         ),
     ],
 )

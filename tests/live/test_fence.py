@@ -2,19 +2,23 @@
 
 import os
 import signal
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from support.server import Server, alive, descendants, eventually
+from support.server import Server, alive, descendants, eventually, free_port
 
 from .conftest import FLAGS
 
 pytestmark = pytest.mark.live
 
 NOTICED_S = 2.0
+BLAMED = "a request may have caused that"
 
 
 @pytest.fixture
@@ -69,14 +73,26 @@ def test_a_stopped_engine_is_replaced_though_the_controller_is_dead(pair: Server
     assert back["pid"] != victim["pid"]
     assert "Instance i1 is fenced (its process is stopped)" in server.log
     assert {i["state"] for i in server.instances().values()} == {"serving"}
+    assert BLAMED not in server.log
+    # A crash is blamed on a request, and a kill is not.
+    for number in (signal.SIGKILL, signal.SIGSEGV):
+        os.kill(server.instances()["i0"]["pid"], number)
+        eventually(lambda: server.instances()["i0"]["state"] == "restarting", NOTICED_S)
+        eventually(lambda: server.instances()["i0"]["state"] == "serving", 120, "comes back")
+        assert (BLAMED in server.log) is (number == signal.SIGSEGV)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("number", "what"), [(signal.SIGSTOP, "is stopped"), (signal.SIGKILL, "is gone")]
+    ("number", "what", "blamed"),
+    [
+        (signal.SIGSTOP, "is stopped", False),
+        (signal.SIGKILL, "is gone", False),
+        (signal.SIGSEGV, "is gone", True),
+    ],
 )
 def test_an_engine_with_a_worker_that_is_stopped_or_gone_is_replaced(
-    two_workers: Server, number: signal.Signals, what: str
+    two_workers: Server, number: signal.Signals, what: str, blamed: bool
 ) -> None:
     server = two_workers
     engine = server.instances()["i0"]["pid"]
@@ -87,6 +103,91 @@ def test_an_engine_with_a_worker_that_is_stopped_or_gone_is_replaced(
     eventually(lambda: fenced(server, "i0"), NOTICED_S, "noticed")
     print(f"noticed within {time.monotonic() - began_s:.2f} s")
     assert server.instances()["i0"]["why"] == f"fenced: its worker process {workers[1]} {what}"
+    assert (BLAMED in server.log) is blamed
     eventually(lambda: not any(map(alive, (engine, *workers))), 5, "all of it is ended")
     eventually(lambda: server.instances()["i0"]["state"] == "serving", 120, "comes back")
     assert server.complete().status_code == 200
+
+
+@pytest.fixture
+def two_nodes(tiny_model: Path, logs: Path) -> Iterator[tuple[Server, set[int]]]:
+    """Two instances on a cluster of two nodes, both on this machine, and the second node's
+    processes."""
+    settings = {
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+    address = f"127.0.0.1:{free_port()}"
+    head = ray_node(settings, "--head", "--port", address.partition(":")[2])
+    nodes = [head]
+    try:
+        eventually(lambda: listens(address), 60, "Ray is up")
+        nodes.append(ray_node(settings, "--address", address))
+        eventually(lambda: of("raylet/raylet", descendants(nodes[1].pid)), 60, "both nodes are up")
+        time.sleep(5)
+        server = Server(
+            str(tiny_model), "--served-model-name", "tiny", *FLAGS, "--ray-address", address,
+            log=logs / "nodes.log", **settings,
+        ).wait_until_serving()  # fmt: skip
+        try:
+            yield server, descendants(nodes[1].pid)
+        finally:
+            server.stop()
+            print(server.log[-3000:])
+    finally:
+        for node in nodes:
+            for pid in (*descendants(node.pid), node.pid):
+                os.kill(pid, signal.SIGKILL)
+            node.wait(30)
+
+
+def ray_node(settings: dict[str, str], *flags: str) -> subprocess.Popen[bytes]:
+    words = [str(Path(sys.executable).parent / "ray"), "start", "--block", *flags]
+    words += ["--node-ip-address", "127.0.0.1", "--object-store-memory", "80000000"]
+    words += ["--include-dashboard", "false"] if "--head" in flags else []
+    quiet = subprocess.DEVNULL
+    environment = {**os.environ, **settings}
+    return subprocess.Popen(
+        words, env=environment, stdout=quiet, stderr=quiet, start_new_session=True
+    )
+
+
+def listens(address: str) -> bool:
+    host, _, port = address.partition(":")
+    try:
+        with socket.create_connection((host, int(port)), 1):
+            return True
+    except OSError:
+        return False
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("whole", "why"),
+    [(False, "fenced: its process is stopped"), (True, "fenced: its host does not answer")],
+)
+def test_an_engine_on_another_node_is_fenced_and_so_is_a_node_that_falls_silent(
+    two_nodes: tuple[Server, set[int]], whole: bool, why: str
+) -> None:
+    server, node = two_nodes
+    there = family(node)
+    (victim,) = (i for i in server.instances().values() if i["pid"] in there)
+    name = victim["id"]
+    eventually(lambda: of("ray::HostProcesses", family(node)), 30, "it is watched")
+    time.sleep(2)
+    began_s = time.monotonic()
+    for pid in family(node) if whole else [victim["pid"]]:
+        os.kill(pid, signal.SIGSTOP)
+    eventually(lambda: fenced(server, name), 2 * NOTICED_S, "noticed")
+    print(f"noticed within {time.monotonic() - began_s:.2f} s")
+    assert server.instances()[name]["why"] == why
+    assert server.complete().status_code == 200
+    if not whole:
+        eventually(lambda: not alive(victim["pid"]), 5, "ended there")
+        eventually(lambda: server.instances()[name]["state"] == "serving", 120, "comes back")
+
+
+def family(pids: set[int]) -> set[int]:
+    """These processes and all below them."""
+    return {p for pid in pids for p in (pid, *descendants(pid)) if alive(p)}

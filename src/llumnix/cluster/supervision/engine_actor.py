@@ -6,6 +6,7 @@ except for what Python needs before it starts. This file imports nothing that re
 vLLM is imported once it is set.
 """
 
+import faulthandler
 import os
 import pickle
 from dataclasses import replace
@@ -14,6 +15,8 @@ from typing import Any
 import ray
 
 from llumnix.cluster import ray_runtime
+
+STDERR = 2
 
 
 class EngineActor:
@@ -26,6 +29,9 @@ class EngineActor:
         # Else vLLM would take the address of the default route. The other hosts may be unable to
         # reach that, or strangers may be able to.
         os.environ.setdefault("VLLM_HOST_IP", host)
+        # Has a crash leave its mark in the log (processes.py), in vLLM's workers too.
+        os.environ.setdefault("PYTHONFAULTHANDLER", "1")
+        faulthandler.enable(STDERR)
         from llumnix.engine.instance import EngineInstance
 
         # Safe to unpickle: Ray lets only the deployment's own driver start an actor.

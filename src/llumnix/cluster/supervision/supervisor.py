@@ -202,6 +202,8 @@ class Supervisor:
         if member.run is not None and not death.fenced:
             streams = await self._client.lose(member.run.engine_index, blamed=death.blamed)
             logger.error("Instance %s died (%s); %d of its streams ended.", member.id, why, streams)
+        if death.blamed:
+            logger.warning("Instance %s: a request may have caused that.", member.id)
         member.health = Health()
         self._perform(member, member.life.died(why, now_s))
 
