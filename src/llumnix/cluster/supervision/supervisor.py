@@ -201,7 +201,7 @@ class Supervisor:
         why, now_s = death.why, asyncio.get_running_loop().time()
         if member.run is not None and not death.fenced:
             streams = await self._client.lose(member.run.engine_index, blamed=death.blamed)
-            logger.error("Instance %s died (%s); %d of its streams ended.", member.id, why, streams)
+            logger.error("Instance %s died (%s); %d streams ended.", member.id, why, streams)
         member.health = Health()
         self._perform(member, member.life.died(why, now_s))
 
