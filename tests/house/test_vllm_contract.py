@@ -784,7 +784,7 @@ def test_a_step_is_launched_where_the_flight_recorder_hears_of_it() -> None:
             else "self.model_executor.execute_model(scheduler_output, non_block=True",
             who=who,
         )
-        assert source(step).count("execute_model(") == 1, who
+        assert source(step).count("model_executor.execute_model(") == 1, who
     says(
         core.EngineCore.step_with_batch_queue,
         "batch_queue.appendleft((future, scheduler_output, exec_future))",
