@@ -46,6 +46,7 @@ class Survival:
             request=request,
             priority=client.priority,
             tokens=len(client.prompt) + stream.outputs,
+            arrived_s=0.0,
             since_s=cluster.now,
             why=orphaned.why,
             warm=orphaned.warm,
@@ -64,7 +65,7 @@ class Survival:
     def closed(self, request: RequestId) -> None:
         """The stream is over."""
         self._taking_up.pop(request, None)
-        self.orphans.drop(request)
+        self.orphans.ended(request)
 
     def _goes_on(self, request: RequestId) -> None:
         orphan = self.orphans.drop(request)
@@ -93,8 +94,8 @@ class Survival:
         if engine not in cluster.engines:
             engine = cluster.random.choice(list(cluster.engines))
         assert engine is not None
-        if not self.orphans.may_take(engine):
-            engine = self.orphans.fewest(cluster.engines)
+        if not self.orphans.may_take(engine, orphan):
+            engine = self.orphans.fewest(cluster.engines, orphan)
         assert engine is not None
         return engine
 
@@ -105,7 +106,7 @@ class Survival:
         if isinstance(order, Refusal):
             assert order in (Refusal.ENGINE_DEAD, Refusal.NO_ORPHAN), order
             return
-        self.orphans.begin(request, engine)
+        self.orphans.begin(request, engine, len(order.outputs))
         self._taking_up[request] = engine
         many = sum(taker == engine for taker in self._taking_up.values())
         assert many <= self.orphans.settings.at_once, f"engine {engine} takes up {many}"

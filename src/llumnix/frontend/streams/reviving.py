@@ -44,6 +44,19 @@ LOOK_EVERY_S = 0.1
 MB = 10**6
 
 
+class QuarantinedError(GracefulHTTPError):
+    """A new request is refused, since instances died of one like it."""
+
+    code = QUARANTINED_CODE
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            "Instances died of a request like this one, so it is refused. An administrator can "
+            f"release it (DELETE /llumnix/v1/quarantine/{name}).",
+            HTTPStatus.UNPROCESSABLE_ENTITY,
+        )
+
+
 class RevivingClient(StreamClient):
     """The part of the fleet's client that has requests outlive their engines."""
 
@@ -323,8 +336,4 @@ class RevivingClient(StreamClient):
         known.refused += 1
         if http is not None:
             http.code = QUARANTINED_CODE
-        raise GracefulHTTPError(
-            f"Instances died of a request like this one, so it is refused. An administrator can "
-            f"release it (DELETE /llumnix/v1/quarantine/{known.id}).",
-            HTTPStatus.UNPROCESSABLE_ENTITY,
-        )
+        raise QuarantinedError(known.id)
