@@ -2,7 +2,8 @@
 
 How its answer is delivered, its priority and its id are not in it.
 
-vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
+vLLM 0.32 internals relied on here (tests/house/test_vllm_survival_contract.py fails when one
+changes):
 - `EngineCoreRequest`, `SamplingParams`, `PoolingParams` and `LoRARequest` are msgspec structures.
   Fields that begin with "_" follow from others.
 - `mm_features[i].identifier` tells the contents of an image or a sound.
