@@ -29,6 +29,10 @@ class UnknownMigrationError(UsageError):
     """No migration has that id."""
 
 
+class UnknownQuarantineError(UsageError):
+    """No request is quarantined under that id."""
+
+
 class ConflictError(UsageError):
     """The state of things does not allow the action."""
 

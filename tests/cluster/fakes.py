@@ -14,7 +14,7 @@ from llumnix.config import DeploymentConfig
 from llumnix.core.events import DrainInstance, FleetReported, ScalingDecision
 from llumnix.core.reports import LoadReport
 from llumnix.core.supervision.blame import Death
-from llumnix.core.types import EngineIndex, InstanceId
+from llumnix.core.types import EngineIndex, InstanceId, RequestId
 from llumnix.frontend.engines.state import EngineState
 
 I0, I1, I2 = InstanceId("i0"), InstanceId("i1"), InstanceId("i2")
@@ -52,6 +52,7 @@ class FakeClient:
         self.heard: dict[int, float] = {}
         self.engines = SimpleNamespace(heard_s=self.heard.get)
         self.blamed: dict[int, bool] = {}
+        self.suspects: dict[int, frozenset[RequestId] | None] = {}
 
     def in_flight(self, index: int) -> int:
         return self.held.get(index, 0)
@@ -59,8 +60,11 @@ class FakeClient:
     async def bring_up(self, index: int) -> str | None:
         return self.not_brought_up
 
-    async def lose(self, index: int, *, blamed: bool = False) -> int:
+    async def lose(
+        self, index: int, *, blamed: bool = False, suspects: frozenset[RequestId] | None = None
+    ) -> int:
         self.blamed.setdefault(index, blamed)
+        self.suspects.setdefault(index, suspects)
         self.accepting.pop(index, None)
         self.shared_state.forget(EngineIndex(index))
         return sum(self.end(s.request, "lost") for s in self._streams(index))

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,7 +23,8 @@ from llumnix.cluster.supervision.hosts import Hosts, HostWatch, OtherHost
 from llumnix.cluster.supervision.processes import HostLook, HostProcesses, Process, Remains
 from llumnix.core.supervision.blame import Death, Traces
 from llumnix.core.supervision.hang import LOOK_EVERY_S, STANDSTILL_LOOKS, Standstill
-from llumnix.core.types import EngineIndex
+from llumnix.core.types import EngineIndex, RequestId
+from llumnix.engine.reporting.flight_recorder import Flight, FlightRecorder
 
 E1, E2 = EngineIndex(1), EngineIndex(2)
 SLEEPER = "import time; time.sleep(600)"
@@ -143,6 +145,7 @@ class FakeHost:
         self.killed: dict[int, int | None] = {}
         self.memory_kills = 0
         self.traces = Traces()
+        self.flights: dict[str, Flight] = {}
         self.fails: Exception | None = None
 
     def look(self, pids: Iterable[int]) -> HostLook:
@@ -158,6 +161,9 @@ class FakeHost:
 
     def examine(self, pid: int) -> Remains:
         return Remains(self.traces, self.memory_kills)
+
+    def take_flight(self, path: str) -> Flight | None:
+        return self.flights.pop(path, None)
 
 
 class Watched:
@@ -259,7 +265,7 @@ def test_the_thread_looks_on_after_a_failure(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def run_on(host: str, index: EngineIndex, *pids: int) -> Any:
-    facts = SimpleNamespace(host=host, pid=pids[0], workers=list(pids[1:]))
+    facts = SimpleNamespace(host=host, pid=pids[0], workers=list(pids[1:]), flight=f"f{index}")
     return SimpleNamespace(engine_index=index, facts=facts)
 
 
@@ -319,6 +325,36 @@ async def test_a_host_that_does_not_say_how_an_engine_died_is_not_waited_for(
     death = Death(why="it died")
     async with asyncio.timeout(0.4):
         assert await hosts.examine(run_on("ours", E1, 10), death) == death
+
+
+async def test_what_an_engine_computed_is_read_where_it_ran(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(hosts_module, "EXAMINED_S", 0.05)
+    hosts = Hosts(lambda *_: None, here=lambda: "ours")
+    w = Watched()
+    hosts._watches["ours"] = w.watch
+    a, b = RequestId("a"), RequestId("b")
+    w.host.flights["f1"] = Flight(starting=frozenset({a}), running=frozenset({a, b}))
+    w.host.flights["f2"] = Flight(starting=frozenset(), running=frozenset({a, b}))
+    assert await hosts.suspects(run_on("ours", EngineIndex(1), 10)) == {a}
+    assert await hosts.suspects(run_on("ours", EngineIndex(2), 10)) == {a, b}
+    assert await hosts.suspects(run_on("ours", EngineIndex(2), 10)) is None
+    assert await hosts.suspects(run_on("new", EngineIndex(2), 10)) is None
+    w.host.take_flight = lambda path: time.sleep(0.5)  # type: ignore[assignment, method-assign, return-value]
+    async with asyncio.timeout(0.4):
+        assert await hosts.suspects(run_on("ours", EngineIndex(1), 10)) is None
+
+
+def test_the_file_of_a_flight_recorder_goes_once_it_was_read(tmp_path: Path) -> None:
+    core: Any = SimpleNamespace(
+        model_executor=SimpleNamespace(execute_model=None), scheduler=None, batch_queue=None
+    )
+    path = FlightRecorder(tmp_path, core).path
+    host = HostProcesses()
+    assert host.take_flight(str(path)) == Flight(starting=frozenset(), running=frozenset())
+    assert not path.exists()
+    assert host.take_flight(str(path)) is None
 
 
 # -- another host

@@ -12,7 +12,7 @@ pytest.importorskip("vllm")
 
 from llumnix.core.supervision.blame import Death
 from llumnix.core.supervision.hang import HOST_LOST_LOOKS, LOOK_EVERY_S, Standstill
-from llumnix.core.types import EngineIndex
+from llumnix.core.types import EngineIndex, RequestId
 from support.virtual_time import run
 
 from .fakes import I1, World
@@ -26,6 +26,7 @@ class FakeHosts:
         self.watched: list[set[EngineIndex]] = []
         self.killed: list[EngineIndex] = []
         self.worker_crashed = False
+        self.recorded: dict[EngineIndex, frozenset[RequestId]] = {}
         self.closed = False
 
     def watch(self, runs: Any) -> None:
@@ -40,6 +41,9 @@ class FakeHosts:
     async def examine(self, run: Any, death: Death) -> Death:
         await asyncio.sleep(0.001)
         return Death(why=death.why, blamed=death.blamed or self.worker_crashed, fenced=death.fenced)
+
+    async def suspects(self, run: Any) -> frozenset[RequestId] | None:
+        return self.recorded.get(run.engine_index)
 
     def close(self) -> None:
         self.closed = True
@@ -240,5 +244,19 @@ def test_a_lost_instance_can_be_drained(play: Callable[[Script], Hosted]) -> Non
         await w.fleet.drain(I1, "a user's order")
         await asyncio.sleep(0.1)
         assert set(w.states) == {"i0", "i2"}
+
+    play(script)
+
+
+def test_the_frontend_is_told_of_which_requests_an_engine_may_have_died(
+    play: Callable[..., Hosted],
+) -> None:
+    async def script(w: Hosted) -> None:
+        found = frozenset({RequestId("a")})
+        w.hosts.recorded = dict.fromkeys(map(EngineIndex, range(3)), found)
+        w.kill("i0", "KeyError: a bug", blamed=True)
+        w.kill("i1")
+        await asyncio.sleep(0.1)
+        assert w.client.suspects == {0: found, 1: None}, "a kill is nobody's fault"
 
     play(script)

@@ -604,3 +604,94 @@ async def test_a_comment_that_comes_too_late_harms_nobody() -> None:
     http.waits()
     assert head._commenting is not None
     await head._commenting
+
+
+ERROR = {"message": "no", "type": "InternalServerError", "param": None, "code": 500}
+ERROR_EVENT = b'data: {"error": ' + json.dumps(ERROR).encode() + b"}\n\n"
+EVENTS = [(b"content-type", b"text/event-stream; charset=utf-8")]
+
+
+async def sent_of(
+    http: HttpRequest, *messages: tuple[Any, ...], code: str = "request_quarantined", after: int = 0
+) -> list[Any]:
+    """What leaves if vLLM sends these heads (status, headers) and bodies. It has failed, with a
+    code, before message number `after`."""
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    head = ResponseHead(http, send)
+    for number, (first, *more) in enumerate(messages):
+        if number == after:
+            http.code = code
+        if isinstance(first, int):
+            await head({"type": "http.response.start", "status": first, "headers": list(more[0])})
+        else:
+            await head({"type": "http.response.body", "body": first, "more_body": bool(more)})
+        await asyncio.sleep(0)
+    return sent
+
+
+def told(body: bytes) -> Any:
+    """The error in a body or in an event."""
+    return json.loads(body.removeprefix(b"data: "))["error"]
+
+
+@pytest.mark.parametrize("dispatched", [False, True])
+@pytest.mark.parametrize(
+    ("code", "retry"), [("request_quarantined", "false"), ("engine_died", None)]
+)
+async def test_an_error_with_a_code_of_its_own_carries_it(
+    dispatched: bool, code: str, retry: str | None
+) -> None:
+    http = HttpRequest(client_id=None)
+    if dispatched:
+        http.dispatched(InstanceId("i1"))
+    body = json.dumps({"error": ERROR}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    head, answer = await sent_of(http, (500, headers), (body,), code=code)
+    assert head["status"] == 500
+    assert told(answer["body"]) == {**ERROR, "code": code}
+    found = {name.decode(): value.decode() for name, value in head["headers"]}
+    assert found["content-length"] == str(len(answer["body"]))
+    assert found.get("x-should-retry") == retry
+    assert found.get("x-llumnix-instance") == ("i1" if dispatched else None)
+
+
+async def test_an_error_in_a_stream_carries_its_code_behind_the_tokens_before_it() -> None:
+    http = HttpRequest(client_id=None)
+    http.dispatched(InstanceId("i1"))
+    messages = [(200, EVENTS), (b"data: 1\n\n", 1), (b"data: 2\n\n", 1), (ERROR_EVENT, 1)]
+    messages += [(b"data: [DONE]\n\n",)]
+    head, *bodies = await sent_of(http, *messages, code="engine_died", after=2)
+    assert head["status"] == 200
+    assert [b["body"] for b in bodies[:2]] == [b"data: 1\n\n", b"data: 2\n\n"]
+    assert told(bodies[2]["body"]) == {**ERROR, "code": "engine_died"}
+    assert bodies[2]["body"].endswith(b"}\n\n")
+    assert bodies[3]["body"] == b"data: [DONE]\n\n"
+
+
+async def test_a_stream_that_is_refused_before_it_begins_is_an_ordinary_error() -> None:
+    http = HttpRequest(client_id=None)
+    event = ERROR_EVENT.replace(b"500", b"422")
+    head, answer = await sent_of(http, (200, EVENTS), (event, 1), (b"data: [DONE]\n\n",))
+    assert head["status"] == 422
+    found = {name.decode(): value.decode() for name, value in head["headers"]}
+    assert found == {
+        "content-type": "application/json",
+        "content-length": str(len(answer["body"])),
+        "x-should-retry": "false",
+    }
+    assert told(answer["body"])["code"] == "request_quarantined"
+    assert not answer.get("more_body")
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[1]", b'{"error": "text"}', b'{"a": 1}', b"\xff"])
+async def test_what_is_no_error_passes_as_it_is(body: bytes) -> None:
+    whole = json.dumps({"error": ERROR, "of": "a part"}).encode()
+    for status, sent in ((200, body), (500, body), (200, whole)):
+        head, answer = await sent_of(
+            HttpRequest(client_id=None), (status, [(b"content-type", b"text/plain")]), (sent,)
+        )
+        assert (head["status"], answer["body"]) == (status, sent)

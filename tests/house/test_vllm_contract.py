@@ -28,6 +28,11 @@ from vllm.utils.hashing import sha256  # noqa: E402
 from vllm.v1.core import kv_cache_utils  # noqa: E402
 from vllm.v1.core.block_pool import BlockPool  # noqa: E402
 from vllm.v1.core.kv_cache_manager import KVCacheManager  # noqa: E402
+from vllm.v1.core.sched.output import (  # noqa: E402
+    CachedRequestData,
+    NewRequestData,
+    SchedulerOutput,
+)
 from vllm.v1.core.sched.request_queue import (  # noqa: E402
     RequestQueue,
     SchedulingPolicy,
@@ -765,6 +770,45 @@ def test_the_file_through_which_workers_meet_has_a_name_that_can_be_changed() ->
 
     for module in (multiproc_executor, uniproc_executor):
         assert "distributed_init_method = get_file_store_init_method()" in source(module)
+
+
+def test_a_step_is_launched_where_the_flight_recorder_hears_of_it() -> None:
+    """engine/reporting/flight_recorder.py stands in for the executor's method."""
+    who = "reporting/flight_recorder.py"
+    for step in (core.EngineCore.step, core.EngineCore.step_with_batch_queue):
+        says(
+            step,
+            "scheduler_output = self.scheduler.schedule(",
+            "self.model_executor.execute_model( scheduler_output, non_block=True"
+            if step is core.EngineCore.step_with_batch_queue
+            else "self.model_executor.execute_model(scheduler_output, non_block=True",
+            who=who,
+        )
+        assert source(step).count("model_executor.execute_model(") == 1, who
+    says(
+        core.EngineCore.step_with_batch_queue,
+        "batch_queue.appendleft((future, scheduler_output, exec_future))",
+        who=who,
+    )
+    fields = {f.name for f in dataclasses.fields(SchedulerOutput)}
+    assert {
+        "scheduled_new_reqs", "scheduled_cached_reqs", "num_scheduled_tokens",
+        "total_num_scheduled_tokens", "scheduled_spec_decode_tokens",
+    } <= fields, who  # fmt: skip
+    assert "req_id" in {f.name for f in dataclasses.fields(NewRequestData)}, who
+    cached = {f.name for f in dataclasses.fields(CachedRequestData)}
+    assert {"req_ids", "resumed_req_ids", "num_output_tokens"} <= cached, who
+    says(
+        Scheduler.schedule,
+        "if self.use_v2_model_runner: scheduled_new_reqs.extend(scheduled_resumed_reqs)",
+        who=who,
+    )
+    says(
+        Scheduler._make_cached_request_data,
+        "if idx >= num_running_reqs: resumed_req_ids.add(req_id)",
+        "num_output_tokens.append( req.num_output_tokens + req.num_output_placeholders )",
+        who=who,
+    )
 
 
 def test_what_an_engine_is_told_about_standing_still_and_adapters() -> None:

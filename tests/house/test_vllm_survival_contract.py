@@ -3,16 +3,24 @@ it."""
 
 import copy
 import dataclasses
+import json
+from http import HTTPStatus
 from pathlib import Path
 
+import msgspec
 import pytest
 
 vllm = pytest.importorskip("vllm")
 
 import torch  # noqa: E402
 from vllm.config import AuxOutputConfig, ModelConfig, VllmConfig  # noqa: E402
+from vllm.entrypoints.serve.exception_handling.error_response import (  # noqa: E402
+    create_error_response,
+)
+from vllm.exceptions import GracefulHTTPError  # noqa: E402
+from vllm.lora.request import LoRARequest  # noqa: E402
 from vllm.multimodal.cache.base import MultiModalCache  # noqa: E402
-from vllm.multimodal.inputs import MultiModalKwargsItem  # noqa: E402
+from vllm.multimodal.inputs import MultiModalFeatureSpec, MultiModalKwargsItem  # noqa: E402
 from vllm.pooling_params import PoolingParams  # noqa: E402
 from vllm.sampling_params import SamplingParams  # noqa: E402
 from vllm.v1.engine import EngineCoreRequest  # noqa: E402
@@ -23,6 +31,7 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder  # noqa: E402
 from llumnix.core.messages import REVIVE, Revive  # noqa: E402
 from llumnix.core.types import EngineIndex, Epoch, MigrationId, RequestId  # noqa: E402
 from llumnix.engine.migration.vllm_core import take_order  # noqa: E402
+from llumnix.frontend.http.error_codes import with_code  # noqa: E402
 from llumnix.frontend.streams.revivable import again  # noqa: E402
 
 ROOT = Path(vllm.__file__).parent
@@ -127,3 +136,26 @@ def test_parameters_of_a_kv_transfer_are_where_we_drop_them() -> None:
     sent_again = again(request(sampling_params=params), ORDER)
     once_more = Request.from_engine_core_request(sent_again, None)
     assert once_more.kv_transfer_params is None
+
+
+def test_a_request_is_read_field_by_field_for_its_digest() -> None:
+    """frontend/streams/digests.py."""
+    for structure in (EngineCoreRequest, SamplingParams, PoolingParams, LoRARequest):
+        assert issubclass(structure, msgspec.Struct)
+    assert {"output_kind", "stream_interval", "skip_clone", "flat_logprobs"} <= set(
+        SamplingParams.__struct_fields__
+    )
+    assert "output_kind" in PoolingParams.__struct_fields__
+    assert "identifier" in {f.name for f in dataclasses.fields(MultiModalFeatureSpec)}
+
+
+def test_an_error_is_json_with_a_code_also_in_a_stream() -> None:
+    """frontend/http/error_codes.py writes its own code there."""
+    error = create_error_response(GracefulHTTPError("no", HTTPStatus.UNPROCESSABLE_ENTITY))
+    assert error.model_dump()["error"]["code"] == 422
+    event = f"data: {json.dumps(error.model_dump())}\n\n".encode()
+    assert b'"code":"x"' in with_code(event, "x")
+    for path in ("chat_completion", "completion"):
+        text = source(f"entrypoints/openai/{path}/serving.py")
+        assert 'yield f"data: {data}\\n\\n"' in text
+        assert "self.create_streaming_error_response(e)" in text

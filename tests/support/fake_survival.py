@@ -53,6 +53,7 @@ class Survival:
             request=request,
             priority=client.priority,
             tokens=len(client.prompt) + stream.outputs,
+            arrived_s=0.0,
             since_s=cluster.now,
             why=orphaned.why,
             warm=orphaned.warm,
@@ -77,7 +78,7 @@ class Survival:
         """The stream is over."""
         self._taking_up.pop(request, None)
         self._asked.discard(request)
-        self.orphans.drop(request)
+        self.orphans.ended(request)
 
     def _goes_on(self, request: RequestId) -> None:
         orphan = self.orphans.drop(request)
@@ -106,8 +107,8 @@ class Survival:
         if engine not in cluster.engines:
             engine = cluster.random.choice(list(cluster.engines))
         assert engine is not None
-        if not self.orphans.may_take(engine):
-            engine = self.orphans.fewest(cluster.engines)
+        if not self.orphans.may_take(engine, orphan):
+            engine = self.orphans.fewest(cluster.engines, orphan)
         assert engine is not None
         return engine
 
@@ -118,7 +119,7 @@ class Survival:
         if isinstance(order, Refusal):
             assert order in (Refusal.ENGINE_DEAD, Refusal.NO_ORPHAN), order
             return
-        self.orphans.begin(request, engine)
+        self.orphans.begin(request, engine, len(order.outputs))
         self._taking_up[request] = engine
         self._asked.add(request)
         many = sum(taker == engine for taker in self._taking_up.values())

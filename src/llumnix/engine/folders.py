@@ -129,9 +129,9 @@ def is_dead(folder: Path) -> bool:
 
 
 def own_folder(engine_index: EngineIndex) -> PrivateFolder | None:
-    """A folder of this engine's inside the deployment's, for vLLM's own Unix sockets and the file
-    through which its workers meet. On another host the deployment's folder is made; if somebody
-    else has put one there under that name, a new one is made elsewhere."""
+    """A folder of this engine's inside the deployment's, for vLLM's own Unix sockets, the file
+    through which its workers meet, and the flight recorder. On another host the deployment's folder
+    is made; if somebody else has put one there under that name, a new one is made elsewhere."""
     from vllm.v1.executor import multiproc_executor, uniproc_executor
 
     shared = os.environ.get("VLLM_RPC_BASE_PATH")

@@ -60,6 +60,7 @@ from llumnix.engine.migration.vllm_core import note_reasoning, take_order
 from llumnix.engine.queueing import Queueing
 from llumnix.engine.readings import has_prompts, worker_pids
 from llumnix.engine.reporting.controller_socket import ControllerSocket
+from llumnix.engine.reporting.flight_recorder import FlightRecorder
 from llumnix.engine.reporting.load_reader import LoadReader
 from llumnix.engine.reporting.prefix_reader import PrefixReader, prefix_reader
 from llumnix.engine.reporting.reporter import LoadReporter
@@ -81,6 +82,7 @@ class InstanceFacts:
     devices: list[str]
     address: str  # where its llumlet listens to others
     workers: list[int] = field(default_factory=list)  # processes of its own beside `pid`
+    flight: str = ""  # the file of its flight recorder
     host: str = ""  # within which `pid` and `workers` mean something; its actor says it
 
 
@@ -142,6 +144,7 @@ class EngineInstance(MemoryCalls, EngineCoreActor):
         self._reader = LoadReader(
             self.scheduler, slots, priorities, taken_out=self._host.port.source.taken_out, **cached
         )
+        self._flight = None if self._folder is None else FlightRecorder(self._folder.path, self)
         self._leave_on_sigterm()
 
     def describe(self) -> InstanceFacts:
@@ -152,6 +155,7 @@ class EngineInstance(MemoryCalls, EngineCoreActor):
             devices=self._devices,
             address=self._host.address,
             workers=worker_pids(self.model_executor),
+            flight="" if self._flight is None else str(self._flight.path),
         )
 
     def run(self) -> None:
@@ -164,6 +168,7 @@ class EngineInstance(MemoryCalls, EngineCoreActor):
         try:
             super().run()
         except SystemExit:
+            self._remove_folder()
             return  # Asked to stop. Ray would count the exception as a crash.
         finally:
             if self._prefixes is not None:
@@ -172,10 +177,13 @@ class EngineInstance(MemoryCalls, EngineCoreActor):
             self._controller.close()
             self._host.close()
             self._log.close()
-            if self._folder is not None:
-                self._folder.remove()
-                with contextlib.suppress(OSError):
-                    self._folder.path.parent.rmdir()  # On another host, if it is the last one.
+
+    def _remove_folder(self) -> None:
+        """Not after a failure, since the flight recorder is in it. Then it is swept."""
+        if self._folder is not None:
+            self._folder.remove()
+            with contextlib.suppress(OSError):
+                self._folder.path.parent.rmdir()  # On another host, if it is the last one.
 
     def accept(self, accepting: bool) -> None:
         """Says in every report from now on whether new requests are welcome."""

@@ -82,10 +82,16 @@ class FleetClient(RevivingClient):
 
     # -- engines ---------------------------------------------------------------------------------
 
-    async def lose(self, engine_index: EngineIndex, *, blamed: bool = False) -> int:
+    async def lose(
+        self,
+        engine_index: EngineIndex,
+        *,
+        blamed: bool = False,
+        suspects: frozenset[RequestId] | None = None,
+    ) -> int:
         """Takes an engine out, and calls to it fail. Other engines go on with its streams; those
         with which none can end with an error. Returns how many ended. `blamed`: whether a request
-        may have caused its end."""
+        may have caused its end; then it was one of the `suspects`, if any are known."""
         engine = self.engines.lose(engine_index)
         if engine is None:
             return 0
@@ -93,6 +99,7 @@ class FleetClient(RevivingClient):
         self.shared_state.forget(engine_index)
         self.fail_calls(engine_index)
         self.link.tell(InstanceLost(instance=engine.instance, engine_index=engine_index))
+        self.note_death(engine, blamed=blamed, suspects=suspects)
         living = [e.engine_index for e in self.engines.up()]
         effects = self.streams.engine_lost(engine_index, living)
         due: list[EngineCoreOutput] = []
@@ -136,6 +143,7 @@ class FleetClient(RevivingClient):
             await self.send_to(self._place_alone(), request)
             return
         http = current_http_request.get()
+        self.check_quarantine(request, http)
         request.priority = self._priority(request.priority, http)
         stream = self.streams.open(
             RequestId(request.request_id),

@@ -22,6 +22,7 @@ class HttpRequest:
     instance: InstanceId | None = None  # of the first dispatch
     on_dispatch: Callable[[], None] | None = None  # called once, when the instance is known
     on_wait: Callable[[], None] | None = None  # called now and then while no engine has the request
+    code: str | None = None  # of the error that it ends with, if that has one of its own
 
     def dispatched(self, instance: InstanceId) -> None:
         """Takes in a dispatch. With `n` > 1 there are several, and only the first counts."""

@@ -56,8 +56,9 @@ class RequestLostError(GenerationError, GracefulHTTPError):
     vLLM ends a stream with the message of a `GenerationError`, without a traceback. It lets a
     `GracefulHTTPError` pass through `generate` as it is."""
 
-    def __init__(self, why: str) -> None:
+    def __init__(self, why: str, code: str | None = None) -> None:
         Exception.__init__(self, why)
+        self.code = code
         self.http_status = self.status_code = HTTPStatus.INTERNAL_SERVER_ERROR
 
 
@@ -142,7 +143,7 @@ class FleetLLM(AsyncLLM):
             state.queue.put(
                 VLLMValidationError(failed.why)
                 if failed.status == HTTPStatus.BAD_REQUEST
-                else RequestLostError(failed.why)
+                else RequestLostError(failed.why, failed.code)
             )
         if state.parent_req is not None:  # The other `n` - 1 sequences have lost their consumer.
             others = self.abort(state.parent_req.request_id, internal=True)

@@ -23,7 +23,8 @@ from llumnix.cluster.supervision.processes import HostLook, HostProcesses, Remai
 from llumnix.cluster.supervision.runs import EngineRun
 from llumnix.core.supervision.blame import Death, Traces, is_blamed
 from llumnix.core.supervision.hang import GONE, LOOK_EVERY_S, Standstill, StopPolicy
-from llumnix.core.types import EngineIndex
+from llumnix.core.types import EngineIndex, RequestId
+from llumnix.engine.reporting.flight_recorder import Flight
 
 logger = logging.getLogger("llumnix.fleet")
 
@@ -47,6 +48,8 @@ class Host(Protocol):
     def kill(self, processes: Mapping[int, int | None]) -> None: ...
 
     def examine(self, pid: int) -> Remains: ...
+
+    def take_flight(self, path: str) -> Flight | None: ...
 
 
 class OtherHost:
@@ -79,6 +82,10 @@ class OtherHost:
     def examine(self, pid: int) -> Remains:
         remains: Remains = ray.get(self._there().examine.remote(pid), timeout=EXAMINED_S)
         return remains
+
+    def take_flight(self, path: str) -> Flight | None:
+        flight: Flight | None = ray.get(self._there().take_flight.remote(path), timeout=EXAMINED_S)
+        return flight
 
     def close(self) -> None:
         """Ends the actor."""
@@ -180,6 +187,10 @@ class HostWatch:
         traces, kills = self._host.examine(pid)
         return replace(traces, out_of_memory=before is not None and kills > before)
 
+    def take_flight(self, path: str) -> Flight | None:
+        """What an engine's flight recorder says, which is removed."""
+        return self._host.take_flight(path)
+
 
 class Hosts:
     """All hosts that have engines. On the event loop."""
@@ -236,6 +247,19 @@ class Hosts:
             return death
         raised = traces.raised or death.blamed
         return replace(death, blamed=is_blamed(replace(traces, raised=raised)))
+
+    async def suspects(self, run: EngineRun) -> frozenset[RequestId] | None:
+        """The requests of which a run may have died; None if its host does not tell."""
+        watch = self._watch_of(run)
+        if watch is None or run.facts is None:
+            return None
+        try:
+            async with asyncio.timeout(EXAMINED_S):
+                flight = await off_loop(watch.take_flight, run.facts.flight)
+        except Exception as error:  # noqa: BLE001 - Ray's, of any kind
+            logger.debug("engine %d left no flight recorder: %r", run.engine_index, error)
+            return None
+        return None if flight is None else flight.suspects
 
     def _watch_of(self, run: EngineRun) -> HostWatch | None:
         return None if run.facts is None else self._watches.get(run.facts.host)

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from llumnix.cluster import ray_runtime
 from llumnix.core.supervision.blame import Traces
+from llumnix.engine.reporting.flight_recorder import Flight, forget_flight, read_flight
 
 _PROC = Path("/proc")
 _STATE, _STARTED = 0, 19  # among the fields of /proc/PID/stat after the name
@@ -81,6 +82,12 @@ class HostProcesses:
             worker_exit=exits[0] if exits else None,
         )
         return Remains(traces, _memory_kills())
+
+    def take_flight(self, path: str) -> Flight | None:
+        """What an engine's flight recorder says, which is removed."""
+        flight = read_flight(path)
+        forget_flight(path)
+        return flight
 
 
 def _process(pid: int) -> Process | None:

@@ -200,12 +200,18 @@ class Supervisor:
         """Ends the streams of a dead run, and has decided whether there is to be another."""
         why, now_s = death.why, asyncio.get_running_loop().time()
         if member.run is not None and not death.fenced:
-            streams = await self._client.lose(member.run.engine_index, blamed=death.blamed)
+            streams = await self._lose(member.run, blamed=death.blamed)
             logger.error("Instance %s died (%s); %d of its streams ended.", member.id, why, streams)
         if death.blamed:
             logger.warning("Instance %s: a request may have caused that.", member.id)
         member.health = Health()
         self._perform(member, member.life.died(why, now_s))
+
+    async def _lose(self, run: EngineRun, *, blamed: bool) -> int:
+        """Tells the frontend of a death, and of which requests it may have been. Returns how many
+        streams have ended."""
+        suspects = await self._hosts.suspects(run) if blamed else None
+        return await self._client.lose(run.engine_index, blamed=blamed, suspects=suspects)
 
     async def fence(self, member: Member, run: EngineRun, fenced: Fenced) -> None:
         """Ends a run that lives and does nothing. Its engine counts as lost at once, whatever it
@@ -213,7 +219,7 @@ class Supervisor:
         if member.run is not run or not run.alive:
             return
         run.end(Death(why=f"fenced: {fenced.why}", blamed=fenced.blamed, fenced=True))
-        streams = await self._client.lose(run.engine_index, blamed=fenced.blamed)
+        streams = await self._lose(run, blamed=fenced.blamed)
         logger.error(
             "Instance %s is fenced (%s); %d streams ended.", member.id, fenced.why, streams
         )
@@ -257,7 +263,7 @@ class Supervisor:
         how = "were cut off" if run.alive else "ended with its engine"
         died = run.ended is not None and run.ended.done()
         blamed = died and (await self._watch(member)).blamed
-        ended = await self._client.lose(run.engine_index, blamed=blamed)
+        ended = await self._lose(run, blamed=blamed)
         if ended:
             why = f"{drain.why}; {ended} of its requests {how} after {took_s:.1f} s"
             member.life.why = why

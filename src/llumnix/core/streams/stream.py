@@ -64,6 +64,11 @@ class Stream(Generic[Info, Output]):
         asked = self.grant if self.state is StreamState.REVIVING else None
         return asked is not None and asked.destination == engine
 
+    def may_be_on(self, engine: EngineIndex) -> bool:
+        """Whether the engine owns the request, or may have begun to go on with it."""
+        going = None if self.state is StreamState.GRANTED else self.grant
+        return self.owner == engine or (going is not None and going.destination == engine)
+
     def check(self, dead: AbstractSet[EngineIndex]) -> None:
         """What must hold between two events; AssertionError. `dead`: engines that died."""
         state, grant, takeover = self.state, self.grant, self.takeover

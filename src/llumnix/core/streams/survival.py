@@ -4,9 +4,11 @@ Rules
 - A request outlives `lives` engines. Then its stream ends with an error.
 - An engine computes the whole of a request anew that it takes up, and all that run there wait for
   that. So it takes up `at_once` requests at a time: a request counts there until its next token.
-- The most urgent go first, then those with the fewest tokens.
+- The most urgent go first, then those with the fewest tokens. Suspects of a death go after them,
+  one at a time for an engine (core/streams/probation.py).
 - A request that was declined waits for a while. It is declined `DECLINED_MAX` times at most.
-- A request waits `wait_s` for an engine, over all engines that decline it or die meanwhile.
+- A request waits `wait_s` for an engine, over all engines that decline it or die meanwhile. While
+  suspects go on one after the other, those behind them do not count their wait.
 """
 
 from collections import Counter
@@ -14,6 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from llumnix.core.settings import SurvivalSettings
+from llumnix.core.streams.probation import Probation, Verdict
 from llumnix.core.types import EngineIndex, RequestId
 
 SHOWN_EVERY_S = 15.0
@@ -30,6 +33,7 @@ class Orphan:
     request: RequestId
     priority: int  # vLLM's number
     tokens: int  # prompt and output
+    arrived_s: float  # when its client sent it
     since_s: float  # when its engine died; of several in a row, the first
     why: str  # it has no engine
     warm: EngineIndex | None = None  # engine that may have a part of its KV in its cache
@@ -48,6 +52,8 @@ class Orphans:
 
     def __init__(self, settings: SurvivalSettings) -> None:
         self.settings = settings
+        self.probation = Probation()
+        self._tried_s = 0.0  # when a suspect had its turn last
         self._waiting: dict[RequestId, Orphan] = {}
         self._taken_up: dict[RequestId, tuple[EngineIndex, Orphan]] = {}
         self._at: Counter[EngineIndex] = Counter()
@@ -61,6 +67,11 @@ class Orphans:
         """Whether an engine is taking one up, and has said no token of it."""
         return bool(self._taken_up)
 
+    @property
+    def watched(self) -> bool:
+        """Whether it matters what engines say of any of them."""
+        return bool(self._taken_up) or self.probation.busy
+
     def engine_of(self, request: RequestId) -> EngineIndex | None:
         """The engine that is taking it up."""
         known = self._taken_up.get(request)
@@ -70,6 +81,7 @@ class Orphans:
         """A request has lost its engine; or, if `declined`, the one that was to take it up did not.
         Returns why it waits for no other, or None."""
         before = self.drop(orphan.request)
+        self.probation.back(orphan.request)
         if before is not None:
             orphan.since_s, orphan.declined = before.since_s, before.declined
         if declined:
@@ -83,27 +95,42 @@ class Orphans:
 
     def next(self, engines: Iterable[EngineIndex], now: float) -> Orphan | None:
         """The request to be taken up now, if one of these engines, which take requests, may."""
-        if not any(self.may_take(engine) for engine in engines):
+        free = [engine for engine in engines if self._has_room(engine)]
+        if not free:
             return None
-        able = (o for o in self._waiting.values() if o.start_s <= now)
-        return min(able, key=lambda o: o.turn, default=None)
+        able = [o for o in self._waiting.values() if o.start_s <= now]
+        others = [o for o in able if not self._suspected(o)]
+        if others:
+            return min(others, key=lambda o: o.turn)
+        if able and any(map(self.probation.may_try, free)):
+            self._tried_s = now
+            return min(able, key=lambda o: (o.arrived_s, o.request))
+        return None
 
-    def may_take(self, engine: EngineIndex) -> bool:
-        """Whether the engine may take up one more."""
+    def may_take(self, engine: EngineIndex, orphan: Orphan) -> bool:
+        """Whether the engine may take it up beside what it is taking up."""
+        tried = not self._suspected(orphan) or self.probation.may_try(engine)
+        return tried and self._has_room(engine)
+
+    def _has_room(self, engine: EngineIndex) -> bool:
         return self._at[engine] < self.settings.at_once
 
-    def fewest(self, engines: Iterable[EngineIndex]) -> EngineIndex | None:
-        """Of these engines the one that is taking up the fewest, if it may take up one more."""
-        able = filter(self.may_take, engines)
+    def _suspected(self, orphan: Orphan) -> bool:
+        return self.probation.verdict(orphan.request) is not Verdict.INNOCENT
+
+    def fewest(self, engines: Iterable[EngineIndex], orphan: Orphan) -> EngineIndex | None:
+        """Of these engines the one that is taking up the fewest, if it may take this one up."""
+        able = (engine for engine in engines if self.may_take(engine, orphan))
         return min(able, key=lambda e: (self._at[e], e), default=None)
 
-    def begin(self, request: RequestId, engine: EngineIndex) -> None:
-        """The engine is asked to take it up."""
+    def begin(self, request: RequestId, engine: EngineIndex, outputs: int) -> None:
+        """The engine is asked to take it up. It has so many outputs."""
         self._taken_up[request] = engine, self._waiting.pop(request)
         self._at[engine] += 1
+        self.probation.begin(request, engine, outputs)
 
     def drop(self, request: RequestId) -> Orphan | None:
-        """It has a token from its new engine, or has ended. Returns what was known of it."""
+        """It has a token from its new engine, or is over. Returns what was known of it."""
         if (waiting := self._waiting.pop(request, None)) is not None:
             return waiting
         if (known := self._taken_up.pop(request, None)) is None:
@@ -124,7 +151,17 @@ class Orphans:
             orphan.shown_s = now
         return [orphan.request for orphan in silent]
 
+    def ended(self, request: RequestId) -> None:
+        """Its stream has ended."""
+        self.drop(request)
+        self.probation.drop(request)
+
     def late(self, now: float) -> list[RequestId]:
         """Those that have waited for too long."""
-        patience_s = self.settings.wait_s
-        return [o.request for o in self._waiting.values() if now - o.since_s > patience_s]
+        if self.probation.busy:
+            self._tried_s = now
+        since = (
+            (o.request, max(o.since_s, self._tried_s) if self._suspected(o) else o.since_s)
+            for o in self._waiting.values()
+        )
+        return [request for request, since_s in since if now - since_s > self.settings.wait_s]

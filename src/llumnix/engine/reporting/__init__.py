@@ -1,1 +1,1 @@
-"""What an engine tells the controller."""
+"""What an engine tells the controller, and what the fleet finds out after its death."""

@@ -29,6 +29,9 @@ from vllm.v1.engine.exceptions import EngineDeadError
 logger = logging.getLogger("llumnix.frontend")
 
 COMPLAIN_EVERY_S = 10.0
+DIED_CODE = "engine_died"
+QUARANTINED_CODE = "request_quarantined"
+"""Codes by which a client's program knows an error."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +43,7 @@ class FailedRequest:
     slot: int  # of the instance that ran it
     why: str  # what its client reads
     status: int = HTTPStatus.INTERNAL_SERVER_ERROR  # what its client gets
+    code: str | None = None  # for its client's program; None: the status
 
 
 class Complaints:

@@ -26,6 +26,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from llumnix.errors import UsageError
 from llumnix.frontend.context import HttpRequest, current_http_request
 from llumnix.frontend.http.access import Access, Caller, Refusal, is_json
+from llumnix.frontend.http.error_codes import whole_answer, with_code
 from llumnix.frontend.http.listener import LIVE_PATH
 from llumnix.frontend.http.routes import openai_error
 from llumnix.frontend.http.stream_ends import adapt
@@ -239,6 +240,7 @@ class ResponseHead:
         self._head: Message | None = None
         self._sending: asyncio.Task[None] | None = None
         self._begun = False
+        self._over = False  # whether all was sent
         self._events = False  # whether the response is a stream of events
         self._commenting: asyncio.Task[None] | None = None
         http.on_dispatch = self._dispatched
@@ -246,6 +248,8 @@ class ResponseHead:
 
     def __call__(self, message: Message) -> Awaitable[None]:
         # Tokens of streams come here and only pass. They need no coroutine of their own.
+        if self._http.code is not None:
+            return self._end(message, self._http.code)
         if self._begun:
             return self._send(message)
         return self._begin(message)
@@ -264,6 +268,23 @@ class ResponseHead:
             await self._send_head()
         self._begun = True
         await self._send(message)
+
+    async def _end(self, message: Message, code: str) -> None:
+        """The request has failed in a way that has a code of its own."""
+        if self._over:
+            return
+        if message["type"] == "http.response.start":
+            self._head = message
+            return
+        body = message.get("body", b"")
+        answer = None if self._head is None else whole_answer(self._head, body, code)
+        if answer is None:
+            await self._begin({**message, "body": with_code(body, code)})
+            return
+        self._over = True
+        self._head, whole = answer
+        await self._send_head()
+        await self._send(whole)
 
     def _dispatched(self) -> None:
         if self._head is not None:

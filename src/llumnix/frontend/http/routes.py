@@ -1,5 +1,6 @@
 """Our own routes, under /llumnix/v1."""
 
+import time
 from dataclasses import asdict
 from typing import Annotated, Any, Literal, Protocol
 
@@ -10,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
 from llumnix.core.scheduling.load import derive
+from llumnix.core.streams.quarantine import REFUSED_FOR_S
 from llumnix.core.supervision.lifecycle import InstanceStatus
 from llumnix.core.types import InstanceId
 from llumnix.errors import (
@@ -18,6 +20,7 @@ from llumnix.errors import (
     LastInstanceError,
     UnknownInstanceError,
     UnknownMigrationError,
+    UnknownQuarantineError,
     UnknownRequestError,
     UsageError,
 )
@@ -55,6 +58,7 @@ STATUS: dict[type[Exception], int] = {
     UnknownInstanceError: 404,
     UnknownRequestError: 404,
     UnknownMigrationError: 404,
+    UnknownQuarantineError: 404,
     LastInstanceError: 409,
     CapacityError: 409,
     ConflictError: 409,
@@ -217,6 +221,43 @@ async def migrations(client: Client) -> dict[str, Any]:
 async def migration(migration: str, client: Client) -> dict[str, Any]:
     """One migration."""
     return client.migrations.get(migration)
+
+
+@router.get("/quarantine")
+async def quarantine(client: Client) -> dict[str, Any]:
+    """The requests of which instances died, the oldest first. Requests like them are refused:
+    with the same prompt, parameters and adapter. `refused` counts those."""
+    now = time.monotonic()
+    return {
+        "quarantine": [
+            {
+                "id": one.id,
+                "client_id": one.client_id,
+                "prompt_tokens": one.prompt_tokens,
+                "output_tokens": one.output_tokens,
+                "refused": one.refused,
+                "seconds_left": round(one.since_s + REFUSED_FOR_S - now, 1),
+            }
+            for one in client.quarantine.all(now)
+        ]
+    }
+
+
+@router.delete("/quarantine")
+async def release_all(client: Client) -> dict[str, Any]:
+    """Refuses none of them any longer."""
+    return {"released": client.quarantine.release(None)}
+
+
+@router.delete("/quarantine/{name}")
+async def release(name: str, client: Client) -> dict[str, Any]:
+    """Refuses requests like this one no longer."""
+    released = client.quarantine.release(name)
+    if not released:
+        raise UnknownQuarantineError(
+            f"no request is quarantined as {name}; GET /llumnix/v1/quarantine lists them"
+        )
+    return {"released": released}
 
 
 # -- errors

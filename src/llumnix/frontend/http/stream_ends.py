@@ -63,7 +63,7 @@ def _responses(stream: Stream) -> Stream:
             logger.error("A stream of /v1/responses ends with an error: %s", told.message)
             yield ResponseErrorEvent(
                 type="error",
-                code=told.type,
+                code=getattr(error, "code", None) or told.type,
                 message=told.message,
                 param=told.param,
                 sequence_number=sent,

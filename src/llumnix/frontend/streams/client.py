@@ -52,7 +52,7 @@ from llumnix.errors import ConflictError, UnknownRequestError, UsageError
 from llumnix.frontend.engines.calls import EngineCalls
 from llumnix.frontend.engines.directory import EngineTarget
 from llumnix.frontend.engines.engine import Engine
-from llumnix.frontend.engines.outputs import FailedRequest
+from llumnix.frontend.engines.outputs import DIED_CODE, FailedRequest
 from llumnix.frontend.grammars import BAD_GRAMMAR
 from llumnix.frontend.streams.info import FleetStream, FleetStreams, shown
 from llumnix.frontend.streams.migration_records import Migration, MigrationRecords
@@ -275,7 +275,7 @@ class StreamClient(EngineCalls):
     def _lose(self, request: RequestId) -> None:
         """Ends a stream that has lost something irreplaceable with an engine."""
         self.migrations.lost(request, ENGINE_DIED)
-        self.end(request, died())
+        self.end(request, died(), DIED_CODE)
 
     async def _tell_lost(self, tell: TellLost) -> None:
         if await self.tell_lost(tell.engine, tell.lost, list(tell.granted)):
@@ -306,14 +306,15 @@ class StreamClient(EngineCalls):
 
     # -- the ends of streams ---------------------------------------------------------------------
 
-    def end(self, request: RequestId, why: str) -> None:
-        """Ends a stream with an error, wherever its request is. `why` is what its client reads."""
+    def end(self, request: RequestId, why: str, code: str | None = None) -> None:
+        """Ends a stream with an error, wherever its request is. `why` is what its client reads,
+        `code` what its program goes by."""
         stream = self.streams.get(request)
         if stream is None:
             return
         for engine_index in self._close(request, FinishReason.ERROR):
             self.start_task(self._abort_at(engine_index, [request]))
-        self._fail(stream, why, HTTPStatus.INTERNAL_SERVER_ERROR)
+        self._fail(stream, why, HTTPStatus.INTERNAL_SERVER_ERROR, code)
 
     def give_up(self, request: RequestId, error: Exception) -> None:
         """Ends a request after an exception over a message about it, or over an effect."""
@@ -329,9 +330,13 @@ class StreamClient(EngineCalls):
         ends = self.on_failed(failed)
         return EngineCoreOutputs(engine_index=failed.slot, outputs=[last] if ends else [])
 
-    def _fail(self, stream: FleetStream, why: str, status: HTTPStatus) -> None:
+    def _fail(
+        self, stream: FleetStream, why: str, status: HTTPStatus, code: str | None = None
+    ) -> None:
         slot = self.engines.slot(stream.last_owner)
-        failed = FailedRequest(request=stream.request, slot=slot, why=why, status=status)
+        if stream.info.http is not None:
+            stream.info.http.code = code
+        failed = FailedRequest(request=stream.request, slot=slot, why=why, status=status, code=code)
         self.outputs_queue.put_nowait(failed)
 
     async def send_to(self, engine: Engine, request: EngineCoreRequest) -> None:

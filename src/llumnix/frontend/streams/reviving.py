@@ -1,34 +1,60 @@
 """Has other engines go on with the requests of one that died.
 
-`core/streams/survival.py` says which requests, in which order and how many at a time. Here they are
-kept, sent again, and ended if nobody can go on with them. Nothing happens on a token's path: a
+`core/streams/survival.py` says which requests, in which order and how many at a time, and
+`core/streams/probation.py` which of them may have killed it. Here they are kept, sent again, and
+ended if nobody can go on with them. Nothing happens on a token's path: a
 stream keeps its tokens anyway (core/streams/stream.py).
 """
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import Sequence
+from http import HTTPStatus
 
 from vllm.config import VllmConfig
+from vllm.exceptions import GracefulHTTPError
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 
+from llumnix.core.messages import MigrationRequested
 from llumnix.core.settings import SurvivalSettings
-from llumnix.core.streams.effects import Orphaned, Revived
+from llumnix.core.streams.effects import Moved, Orphaned, Revived
+from llumnix.core.streams.probation import Verdict
+from llumnix.core.streams.quarantine import Quarantine, Quarantined
 from llumnix.core.streams.states import StreamState
 from llumnix.core.streams.stream import Refusal
 from llumnix.core.streams.survival import Orphan, Orphans
 from llumnix.core.types import EngineIndex, RequestId
+from llumnix.frontend.context import HttpRequest
 from llumnix.frontend.engines.engine import Engine
+from llumnix.frontend.engines.outputs import DIED_CODE, QUARANTINED_CODE
 from llumnix.frontend.streams.client import StreamClient, died
+from llumnix.frontend.streams.digests import digest_of
 from llumnix.frontend.streams.info import FleetStream, StreamInfo
 from llumnix.frontend.streams.revivable import again, kept_bytes, why_never, why_not_now
 from llumnix.observe.event_log import EventLog
 from llumnix.sockets import SocketKeys
 
+logger = logging.getLogger("llumnix.frontend")
+
+CONDEMNED = "Instances died of this request, so it is not computed again."
 LOOK_EVERY_S = 0.1
 """Between two looks whether an engine has come for requests that wait."""
 MB = 10**6
+
+
+class QuarantinedError(GracefulHTTPError):
+    """A new request is refused, since instances died of one like it."""
+
+    code = QUARANTINED_CODE
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            "Instances died of a request like this one, so it is refused. An administrator can "
+            f"release it (DELETE /llumnix/v1/quarantine/{name}).",
+            HTTPStatus.UNPROCESSABLE_ENTITY,
+        )
 
 
 class RevivingClient(StreamClient):
@@ -45,6 +71,7 @@ class RevivingClient(StreamClient):
     ) -> None:
         super().__init__(vllm_config, addresses, slots, log, keys)
         self.orphans = Orphans(survival or SurvivalSettings())
+        self.quarantine = Quarantine()
         self._kept_bytes = 0
         self._stir = asyncio.Event()
         self._reviving = False
@@ -73,14 +100,37 @@ class RevivingClient(StreamClient):
         if (stream := self.streams.get(request)) is not None:
             self._kept_bytes -= stream.info.kept_bytes
             stream.info.sent, stream.info.kept_bytes = None, 0
-            self.orphans.drop(request)
+            self.orphans.ended(request)
+            self._stir.set()
         return super()._close(request, reason)
 
     # -- what happens
 
+    def note_death(
+        self, engine: Engine, *, blamed: bool, suspects: frozenset[RequestId] | None
+    ) -> None:
+        """An engine has just died. See `FleetClient.lose`."""
+        probation, index = self.orphans.probation, engine.engine_index
+        if not (blamed and self.orphans.settings.on):
+            probation.lost(index)
+            return
+        accused = {s.request for s in self.streams if s.may_be_on(index)}
+        if suspects is not None:
+            accused &= suspects
+        serving = [e.instance for e in self.engines.takers()]
+        probation.died(index, engine.instance, accused, serving, time.monotonic())
+        logger.warning(
+            "Instance %s may have died of a request; %d are suspects.",
+            engine.instance,
+            len(accused),
+        )
+
     def orphaned(self, orphaned: Orphaned) -> None:
         stream = self.streams.get(orphaned.request)
         if stream is None:
+            return
+        if self.orphans.probation.verdict(orphaned.request) is Verdict.CONDEMNED:
+            self._condemn(stream)
             return
         why, now = self._why_it_ends(stream), time.monotonic()
         if why is None:
@@ -88,13 +138,14 @@ class RevivingClient(StreamClient):
                 request=orphaned.request,
                 priority=stream.info.priority,
                 tokens=stream.info.prompt_tokens + stream.outputs,
+                arrived_s=stream.info.started_s,
                 since_s=now,
                 why=orphaned.why,
                 warm=orphaned.warm,
             )
             why = self.orphans.add(orphan, declined=orphaned.declined, now=now)
         if why is not None:
-            self.end(orphaned.request, died(why))
+            self.end(orphaned.request, died(why), DIED_CODE)
             return
         self._stir.set()
         if not self._reviving:
@@ -118,7 +169,7 @@ class RevivingClient(StreamClient):
         self, engine_index: EngineIndex, outputs: list[EngineCoreOutput]
     ) -> list[EngineCoreOutput]:
         due = super()._due(engine_index, outputs)
-        if self.orphans.taken_up:
+        if self.orphans.watched:
             self._look_at(engine_index, outputs)
         return due
 
@@ -131,6 +182,9 @@ class RevivingClient(StreamClient):
                     self._look_at_one(request, output)
                 except Exception as error:  # noqa: BLE001 - the other outputs must arrive
                     self.give_up(request, error)
+            stream = self.streams.get(request)
+            if stream is not None and self.orphans.probation.passed(request, stream.outputs):
+                self._clear(request)
 
     def _look_at_one(self, request: RequestId, output: EngineCoreOutput) -> None:
         stream, ended = self.streams.get(request), output.finish_reason is not None
@@ -178,14 +232,16 @@ class RevivingClient(StreamClient):
     async def _revive_some(self) -> None:
         for request in self.orphans.late(time.monotonic()):
             wait_s = self.orphans.settings.wait_s
-            self.end(request, died(f"none could go on with it within {wait_s:.0f} s"))
+            why = f"none could go on with it within {wait_s:.0f} s"
+            self.end(request, died(why), DIED_CODE)
         for request in self.orphans.to_show(time.monotonic()):
             stream = self.streams.get(request)
             if stream is not None and stream.info.http is not None:
                 stream.info.http.waits()
         while True:
-            takers = [engine.engine_index for engine in self.engines.takers()]
-            orphan = self.orphans.next(takers, time.monotonic())
+            takers = self.engines.takers()
+            self.orphans.probation.serve(engine.instance for engine in takers)
+            orphan = self.orphans.next([e.engine_index for e in takers], time.monotonic())
             if orphan is None:
                 return
             try:
@@ -197,13 +253,16 @@ class RevivingClient(StreamClient):
         stream = self.streams.get(orphan.request)
         assert stream is not None
         assert stream.info.sent is not None
+        if self._refused(stream.info.sent) is not None:
+            self._end_condemned(stream)
+            return
         chosen = await self._engine_for(orphan, stream.info.sent, stream.outputs)
         if chosen is None:
             return  # They have gone meanwhile.
         order = self.streams.revive(orphan.request, chosen.engine_index)
         if isinstance(order, Refusal):
             return  # The stream has ended meanwhile, or the engine has died.
-        self.orphans.begin(orphan.request, chosen.engine_index)
+        self.orphans.begin(orphan.request, chosen.engine_index, stream.outputs)
         assert stream.info.sent is not None
         await self.send_to(chosen, again(stream.info.sent, order))
 
@@ -212,10 +271,69 @@ class RevivingClient(StreamClient):
     ) -> Engine | None:
         """The engine that has a part of its KV, else the controller's choice, else one that has
         the fewest to take up."""
-        warm = self.engines.get(orphan.warm)
-        if warm is None or not warm.takes_requests or not self.orphans.may_take(warm.engine_index):
-            warm = await self.choose(request, outputs)
-        if warm.takes_requests and self.orphans.may_take(warm.engine_index):
+
+        def takes(engine: Engine | None) -> bool:
+            return (
+                engine is not None
+                and engine.takes_requests
+                and self.orphans.may_take(engine.engine_index, orphan)
+            )
+
+        if takes(warm := self.engines.get(orphan.warm)):
             return warm
+        if takes(chosen := await self.choose(request, outputs)):
+            return chosen
         takers = [engine.engine_index for engine in self.engines.takers()]
-        return self.engines.get(self.orphans.fewest(takers))
+        return self.engines.get(self.orphans.fewest(takers, orphan))
+
+    # -- requests that engines died of
+
+    def _clear(self, request: RequestId) -> None:
+        self.orphans.probation.drop(request)
+        self._stir.set()
+
+    def _moved(self, moved: Moved, due: list[EngineCoreOutput]) -> None:
+        super()._moved(moved, due)
+        self._clear(moved.request)
+
+    def _migration_wanted(self, engine_index: EngineIndex, message: MigrationRequested) -> None:
+        if self.orphans.probation.engine_of(message.request) is None:
+            super()._migration_wanted(engine_index, message)
+
+    def _condemn(self, stream: FleetStream) -> None:
+        """It is not computed again, and neither is what is sent again in its place."""
+        if stream.info.sent is not None:
+            one = Quarantined(
+                digest=digest_of(stream.info.sent),
+                request=stream.request,
+                client_id=stream.info.client_id,
+                prompt_tokens=stream.info.prompt_tokens,
+                output_tokens=stream.outputs,
+                since_s=time.monotonic(),
+            )
+            self.quarantine.add(one)
+            logger.error(
+                "Request %s (prompt of %d tokens, %d tokens generated) is quarantined, since "
+                "instances died of it.",
+                one.id,
+                one.prompt_tokens,
+                one.output_tokens,
+            )
+        self._end_condemned(stream)
+
+    def _end_condemned(self, stream: FleetStream) -> None:
+        self.end(stream.request, CONDEMNED, QUARANTINED_CODE)
+
+    def _refused(self, request: EngineCoreRequest) -> Quarantined | None:
+        if not len(self.quarantine):
+            return None
+        return self.quarantine.find(digest_of(request), time.monotonic())
+
+    def check_quarantine(self, request: EngineCoreRequest, http: HttpRequest | None) -> None:
+        """Raises if instances died of a request like this new one."""
+        if (known := self._refused(request)) is None:
+            return
+        known.refused += 1
+        if http is not None:
+            http.code = QUARANTINED_CODE
+        raise QuarantinedError(known.id)
