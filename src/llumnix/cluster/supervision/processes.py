@@ -22,8 +22,9 @@ from llumnix.engine.reporting.flight_recorder import Flight, forget_flight, read
 _PROC = Path("/proc")
 _STATE, _STARTED = 0, 19  # among the fields of /proc/PID/stat after the name
 CRASHED = re.compile(r"^(Fatal Python error: |!!!!!!! Segfault encountered !!!!!!!)")
-"""What an engine or a worker logs when a signal of its own making ends it: Python, as engine_actor.py
-has it do, or tvm_ffi, which vLLM loads and which puts its own handler in place of Python's."""
+"""What an engine or a worker logs when a signal of its own making ends it: Python, as
+engine_actor.py has it do, or tvm_ffi, which vLLM loads and which puts its own handler in place of
+Python's."""
 RAISED = re.compile(r"EngineCore encountered a fatal error\.")
 WORKER_EXIT = re.compile(r"Worker proc .* died unexpectedly \(exit code: (-?\d+)\)")
 """What vLLM logs."""
