@@ -207,10 +207,11 @@ def test_every_kind_of_answer_outlives_its_instance(mortal: Server) -> None:
         lambda found: max(r["output_tokens"] for r in found) > 60,
         lambda found: max(r["output_tokens"] for r in found) > 120,
     ]
-    hit: set[str] = set()
-    for turn, when in enumerate(moments):
-        hit |= hurt(mortal, f"i{turn % 2}", when)
-    assert set(CALM) - hit <= {"one token"}, hit
+    hit = {"one token"}  # It is mostly over too soon.
+    for turn in range(8):
+        if turn < len(moments) or not CALM.keys() <= hit:
+            hit |= hurt(mortal, f"i{turn % 2}", moments[turn % len(moments)])
+    assert CALM.keys() <= hit
 
 
 def test_an_adapter(tiny_model: Path, logs: Path, lora: Path) -> None:
