@@ -270,6 +270,17 @@ def test_a_handover_that_is_not_remembered_is_answered_each_time(here: bool) -> 
     assert [v.taken for v in there.said(Verdict)[before:]] == [here] * 3
 
 
+def test_who_asks_for_a_fate_knows_that_the_source_died() -> None:
+    """Its last message may have come after the news of its death."""
+    there = Destination()
+    assert R in there.engine.arriving
+    assert there.llumlet.fate(M) == "declined"
+    there.poll()
+    assert [v.taken for v in there.said(Verdict)] == [False]
+    assert not there.engine.arriving
+    assert not there.llumlet.busy
+
+
 def test_what_was_declined_unheard_stays_declined() -> None:
     there = Destination()
     other = MigrationId("other")

@@ -169,11 +169,14 @@ class IncomingMigrations:
                 self._may_end(incoming, DestinationEvent.SOURCE_LOST, "the source died")
 
     def fate(self, migration: MigrationId) -> str:
-        """`taken`, `declined` or `undecided`. A migration that was never heard of is declined from
-        now on."""
+        """`taken`, `declined` or `undecided`, of a migration whose source died. One that was never
+        heard of is declined from now on."""
         incoming = self._open.get(migration)
         if incoming is not None and not incoming.machine.over:
-            return "undecided"
+            # It may have come after the news of the death.
+            self._may_end(incoming, DestinationEvent.SOURCE_LOST, "the source died")
+            if not incoming.machine.over:
+                return "undecided"
         return self._verdicts.fate(migration)
 
     def poll(self, now: float) -> None:

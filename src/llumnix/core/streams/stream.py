@@ -37,6 +37,7 @@ class Stream(Generic[Info, Output]):
     last_owner: EngineIndex | None = None  # the engine that ran it last; None while placing
     epoch: Epoch = FIRST_EPOCH  # the owner's
     last_epoch: Epoch = FIRST_EPOCH  # the highest that was ever granted
+    void_epoch: Epoch | None = None  # the highest before it became an orphan
     tokens: list[int] = field(default_factory=list)  # passed on to the client
     grant: Grant | None = None  # in the states `GRANTED`
     takeover: TookOver | None = None  # while holding
@@ -58,11 +59,6 @@ class Stream(Generic[Info, Output]):
         """Grants an epoch that was never granted before."""
         self.last_epoch = Epoch(self.last_epoch + 1)
         return self.last_epoch
-
-    def reviving_at(self, engine: EngineIndex) -> bool:
-        """Whether that engine was asked to go on with it, and has not answered."""
-        asked = self.grant if self.state is StreamState.REVIVING else None
-        return asked is not None and asked.destination == engine
 
     def may_be_on(self, engine: EngineIndex) -> bool:
         """Whether the engine owns the request, or may have begun to go on with it."""

@@ -132,8 +132,9 @@ class StreamTable(StreamIndex[Info, Output]):
         """A destination says that it owns the request."""
         stream = self._streams.get(message.request)
         if stream is None or stream.grant is None or stream.grant.epoch != message.epoch:
-            if stream is not None and stream.reviving_at(engine):
-                return NO_EFFECTS  # It was told to abort that one before it got this one.
+            void = None if stream is None else stream.void_epoch
+            if void is not None and message.epoch <= void:
+                return NO_EFFECTS  # It had to abort that one, and may have been asked again since.
             return [Abort(engine=engine, request=message.request)]
         if stream.state is StreamState.REVIVING:
             return self._revived(stream, message)
@@ -317,6 +318,7 @@ class StreamTable(StreamIndex[Info, Output]):
         self._drop_grant(stream)
         self._drop_revoked(stream)
         self._own(stream, None)
+        stream.void_epoch = stream.last_epoch
         ended = [GrantEnded(migration=m, outcome="lost", why=why) for m in migrations]
         orphaned = Orphaned(
             request=stream.request,
