@@ -221,7 +221,7 @@ class Supervisor:
         run.end(Death(why=f"fenced: {fenced.why}", blamed=fenced.blamed, fenced=True))
         streams = await self._lose(run, blamed=fenced.blamed)
         logger.error(
-            "Instance %s is fenced (%s); %d streams ended.", member.id, fenced.why, streams
+            "Instance %s is fenced (%s); %d of its streams ended.", member.id, fenced.why, streams
         )
         await self._hosts.kill(run)
 
