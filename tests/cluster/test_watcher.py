@@ -39,8 +39,10 @@ class FakeHosts:
         self.killed.append(run.engine_index)
 
     async def examine(self, run: Any, death: Death) -> Death:
+        if death.fenced:
+            return death
         await asyncio.sleep(0.001)
-        return Death(why=death.why, blamed=death.blamed or self.worker_crashed, fenced=death.fenced)
+        return Death(why=death.why, blamed=death.blamed or self.worker_crashed)
 
     async def suspects(self, run: Any) -> frozenset[RequestId] | None:
         await asyncio.sleep(0.001)
