@@ -736,7 +736,7 @@ def test_an_engine_that_falls_silent_is_called_hung_and_then_fenced(
     play(script)
     assert (
         caplog.messages.count(
-            "Instance i1 is fenced (its process reports nothing); 2 streams ended."
+            "Instance i1 is fenced (its process reports nothing); 2 of its streams ended."
         )
         == 1
     )

@@ -261,6 +261,19 @@ def test_the_thread_looks_on_after_a_failure(monkeypatch: pytest.MonkeyPatch) ->
     w.watch.close()
 
 
+def test_a_host_without_engines_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    w = Watched()
+    w.watch.watch({})
+    w.watch.start()
+    until(lambda: w.watch.answered_s is None)
+    looks = len(w.watch._memory_kills)
+    time.sleep(2 * LOOK_EVERY_S)
+    assert len(w.watch._memory_kills) == looks
+    w.watch.watch({E1: (10, 11)})
+    until(lambda: w.watch.answered_s is not None)
+    w.watch.close()
+
+
 # -- all hosts
 
 

@@ -39,10 +39,13 @@ class FakeHosts:
         self.killed.append(run.engine_index)
 
     async def examine(self, run: Any, death: Death) -> Death:
+        if death.fenced:
+            return death
         await asyncio.sleep(0.001)
-        return Death(why=death.why, blamed=death.blamed or self.worker_crashed, fenced=death.fenced)
+        return Death(why=death.why, blamed=death.blamed or self.worker_crashed)
 
     async def suspects(self, run: Any) -> frozenset[RequestId] | None:
+        await asyncio.sleep(0.001)
         return self.recorded.get(run.engine_index)
 
     def close(self) -> None:
@@ -258,5 +261,20 @@ def test_the_frontend_is_told_of_which_requests_an_engine_may_have_died(
         w.kill("i1")
         await asyncio.sleep(0.1)
         assert w.client.suspects == {0: found, 1: None}, "a kill is nobody's fault"
+
+    play(script)
+
+
+def test_a_fence_names_the_suspects_before_the_instance_is_started_again(
+    play: Callable[..., Hosted],
+) -> None:
+    async def script(w: Hosted) -> None:
+        found = frozenset({RequestId("a")})
+        w.hosts.recorded, w.hosts.worker_crashed = {EngineIndex(1): found}, True
+        w.fleet._stopped(EngineIndex(1), Standstill(pid=2001, gone=True))
+        await asyncio.sleep(0.1)
+        assert w.states["i1"] == "restarting"
+        assert w.client.suspects == {1: found}
+        assert w.client.blamed == {1: True}
 
     play(script)

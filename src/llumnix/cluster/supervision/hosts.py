@@ -143,6 +143,9 @@ class HostWatch:
     def _run(self) -> None:
         pause_s, said = LOOK_EVERY_S, False
         while not self._closing.wait(pause_s):
+            if not self._watched:  # The host may be gone for good.
+                self.answered_s = None
+                continue
             try:
                 self.look()
                 pause_s, said = LOOK_EVERY_S, False

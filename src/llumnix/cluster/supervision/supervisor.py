@@ -218,10 +218,11 @@ class Supervisor:
         still says, and whether or not it can be killed; then follows what follows on a death."""
         if member.run is not run or not run.alive:
             return
-        run.end(Death(why=f"fenced: {fenced.why}", blamed=fenced.blamed, fenced=True))
+        # First, as on its end the member's task goes on, and loses it too, without a suspect.
         streams = await self._lose(run, blamed=fenced.blamed)
+        run.end(Death(why=f"fenced: {fenced.why}", blamed=fenced.blamed, fenced=True))
         logger.error(
-            "Instance %s is fenced (%s); %d streams ended.", member.id, fenced.why, streams
+            "Instance %s is fenced (%s); %d of its streams ended.", member.id, fenced.why, streams
         )
         await self._hosts.kill(run)
 

@@ -105,7 +105,7 @@ ORDER_LIFETIME_S = 2.0
 FRUITLESS_S = 0.5
 """Seconds. So long two instances are not paired again after the source had nothing to move.
 Evidence: guess."""
-STALE_AFTER_S = 2.0
+STALE_AFTER_S = 1.0
 """Seconds. An instance that was silent for longer gets requests only if all are. Engines report
 every 0.1 s at least. Evidence: guess."""
 DRAIN_LIFETIME_S = 5.0
