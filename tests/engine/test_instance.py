@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("vllm")
 
 from vllm.v1.engine import EngineCoreRequestType
-from vllm.v1.engine.core import EngineCoreActor
+from vllm.v1.engine.core import EngineCore, EngineCoreActor
 from vllm.v1.engine.utils import EngineZmqAddresses
 from vllm.v1.request import Request
 
@@ -217,7 +217,7 @@ def test_what_starts_after_the_resource_tracker_inherits_which_signals_are_block
 
 
 @pytest.mark.parametrize(("end", "left"), [(SystemExit(), False), (RuntimeError("a bug"), True)])
-def test_after_a_failure_the_flight_recorder_is_still_there(
+def test_after_a_failure_it_waits_for_no_worker_and_leaves_its_flight_recorder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: BaseException, left: bool
 ) -> None:
     engine: Any = object.__new__(EngineInstance)
@@ -232,14 +232,17 @@ def test_after_a_failure_the_flight_recorder_is_still_there(
     )
     recorder = FlightRecorder(engine._folder.path, core)
 
-    def run(self: Any) -> None:
+    def run_busy_loop() -> None:
         raise end
 
-    monkeypatch.setattr(EngineCoreActor, "run", run)
+    engine.run_busy_loop = run_busy_loop
+    shut_down: list[Any] = []
+    monkeypatch.setattr(EngineCore, "shutdown", lambda self: shut_down.append(self))
     if left:
         with pytest.raises(RuntimeError, match="a bug"):
             engine.run()
     else:
         engine.run()
+    assert shut_down == ([] if left else [engine])
     assert recorder.path.exists() == left
     assert (tmp_path / "deployment").exists() == left
