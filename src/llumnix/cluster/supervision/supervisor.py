@@ -216,10 +216,12 @@ class Supervisor:
     async def fence(self, member: Member, run: EngineRun, fenced: Fenced) -> None:
         """Ends a run that lives and does nothing. Its engine counts as lost at once, whatever it
         still says, and whether or not it can be killed; then follows what follows on a death."""
+        blamed = fenced.blamed
+        suspects = await self._hosts.suspects(run) if blamed else None
         if member.run is not run or not run.alive:
             return
-        run.end(Death(why=f"fenced: {fenced.why}", blamed=fenced.blamed, fenced=True))
-        streams = await self._lose(run, blamed=fenced.blamed)
+        run.end(Death(why=f"fenced: {fenced.why}", blamed=blamed, fenced=True))
+        streams = await self._client.lose(run.engine_index, blamed=blamed, suspects=suspects)
         logger.error(
             "Instance %s is fenced (%s); %d streams ended.", member.id, fenced.why, streams
         )
