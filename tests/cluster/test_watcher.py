@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from llumnix.core.supervision.blame import Death
+from llumnix.core.supervision.blame import Death, Fenced
 from llumnix.core.supervision.hang import HOST_LOST_LOOKS, LOOK_EVERY_S, Standstill
 from llumnix.core.types import EngineIndex, RequestId
 from support.virtual_time import run
@@ -259,8 +259,12 @@ def test_the_frontend_is_told_of_which_requests_an_engine_may_have_died(
         w.hosts.recorded = dict.fromkeys(map(EngineIndex, range(3)), found)
         w.kill("i0", "KeyError: a bug", blamed=True)
         w.kill("i1")
-        await asyncio.sleep(0.1)
-        assert w.client.suspects == {0: found, 1: None}, "a kill is nobody's fault"
+        member = w.member("i2")
+        assert member.run is not None
+        fenced = Fenced(why="it makes no step", blamed=True)
+        await w.fleet._supervisor.fence(member, member.run, fenced)
+        await asyncio.sleep(0.2)
+        assert w.client.suspects == {0: found, 1: None, 2: found}, "a kill is nobody's fault"
 
     play(script)
 

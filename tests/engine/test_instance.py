@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("vllm")
 
 from vllm.v1.engine import EngineCoreRequestType
-from vllm.v1.engine.core import EngineCoreActor
+from vllm.v1.engine.core import EngineCore, EngineCoreActor
 from vllm.v1.engine.utils import EngineZmqAddresses
 from vllm.v1.request import Request
 
@@ -25,10 +25,12 @@ from llumnix.core.priorities import Priorities
 from llumnix.core.settings import PrioritySettings
 from llumnix.core.types import EngineIndex, Epoch, InstanceId, MigrationId, RequestId
 from llumnix.engine import instance as module
+from llumnix.engine.folders import PrivateFolder
 from llumnix.engine.instance import DEFER_PREFILLS_STEPS_MAX, EngineInstance
 from llumnix.engine.kv.agent import TransferOptions
 from llumnix.engine.launch import InstanceConfig, LlumletConfig
 from llumnix.engine.queueing import AgingQueue
+from llumnix.engine.reporting.flight_recorder import FlightRecorder
 from llumnix.wire import decode, encode
 from support.no_model import BLOCK, NoModel, engine_config, made
 
@@ -212,3 +214,35 @@ def test_what_starts_after_the_resource_tracker_inherits_which_signals_are_block
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         tracker._stop()
+
+
+@pytest.mark.parametrize(("end", "left"), [(SystemExit(), False), (RuntimeError("a bug"), True)])
+def test_after_a_failure_it_waits_for_no_worker_and_leaves_its_flight_recorder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: BaseException, left: bool
+) -> None:
+    engine: Any = object.__new__(EngineInstance)
+    closers = {"_controller": "open", "_reporter": "start", "_host": "close", "_log": "close"}
+    for name, begin in closers.items():
+        calls = dict.fromkeys((begin, "close"), lambda: None)
+        setattr(engine, name, SimpleNamespace(**calls))
+    engine._prefixes, engine._offer = None, lambda: None
+    engine._folder = PrivateFolder.inside(tmp_path / "deployment", "e0")
+    core: Any = SimpleNamespace(
+        model_executor=SimpleNamespace(execute_model=None), scheduler=None, batch_queue=None
+    )
+    recorder = FlightRecorder(engine._folder.path, core)
+
+    def run_busy_loop() -> None:
+        raise end
+
+    engine.run_busy_loop = run_busy_loop
+    shut_down: list[Any] = []
+    monkeypatch.setattr(EngineCore, "shutdown", lambda self: shut_down.append(self))
+    if left:
+        with pytest.raises(RuntimeError, match="a bug"):
+            engine.run()
+    else:
+        engine.run()
+    assert shut_down == ([] if left else [engine])
+    assert recorder.path.exists() == left
+    assert (tmp_path / "deployment").exists() == left

@@ -334,6 +334,12 @@ def test_the_engine_actor_is_told_addresses_and_runs_until_asked() -> None:
         EngineCoreProc.__init__
     )
     assert "raise SystemExit" in busy_loop()
+    says(
+        EngineCoreActor.run,
+        "self.run_busy_loop()", "except Exception:", "raise", "finally: self.shutdown()",
+        who="engine/instance.py",
+    )  # fmt: skip
+    says(core.EngineCore.shutdown, "self.model_executor.shutdown()", who="engine/instance.py")
 
 
 def test_an_engine_cores_sockets_are_made_where_we_give_them_keys() -> None:

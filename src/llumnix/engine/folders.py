@@ -147,3 +147,11 @@ def own_folder(engine_index: EngineIndex) -> PrivateFolder | None:
         # vLLM's would stay in /tmp when the engine is killed.
         executor.get_file_store_init_method = lambda: f"file://{folder.path}/workers-{uuid4().hex}"
     return folder
+
+
+def leave_folder(folder: PrivateFolder | None) -> None:
+    """Removes an engine's own folder as the engine ends."""
+    if folder is not None:
+        folder.remove()
+        with contextlib.suppress(OSError):
+            folder.path.parent.rmdir()  # On another host, if it is the last one.

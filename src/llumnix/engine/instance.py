@@ -3,7 +3,8 @@
 vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
 - `EngineCoreActor`: an engine core that is given its frontends' ZMQ addresses instead of shaking
   hands; `dp_rank` becomes the engine's index, whose two little-endian bytes are its ZMQ identity;
-  `run()` is its busy loop, which leaves through `SystemExit` after a shutdown request.
+  `run()` is its busy loop, which leaves through `SystemExit` after a shutdown request. It calls
+  `shutdown()` as it leaves, whatever the exception, and that waits for the workers.
 - `EngineCoreProc._maybe_publish_request_counts()` is called on the busy loop's thread before and
   after every step, and `_notify_idle_state_callbacks()` before it waits for work: the places to
   read the scheduler's state with no lock.
@@ -35,6 +36,7 @@ import os
 import queue
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -51,7 +53,7 @@ from vllm.v1.request import Request
 
 from llumnix.core.types import EngineIndex, MigrationId, RequestId
 from llumnix.engine.cores import take_devices
-from llumnix.engine.folders import own_folder
+from llumnix.engine.folders import leave_folder, own_folder
 from llumnix.engine.launch import InstanceConfig
 from llumnix.engine.memory_calls import MemoryCalls
 from llumnix.engine.migration.host import HostItem, LlumletHost
@@ -168,7 +170,7 @@ class EngineInstance(MemoryCalls, EngineCoreActor):
         try:
             super().run()
         except SystemExit:
-            self._remove_folder()
+            leave_folder(self._folder)  # After a failure the flight recorder in it is read.
             return  # Asked to stop. Ray would count the exception as a crash.
         finally:
             if self._prefixes is not None:
@@ -178,12 +180,11 @@ class EngineInstance(MemoryCalls, EngineCoreActor):
             self._host.close()
             self._log.close()
 
-    def _remove_folder(self) -> None:
-        """Not after a failure, since the flight recorder is in it. Then it is swept."""
-        if self._folder is not None:
-            self._folder.remove()
-            with contextlib.suppress(OSError):
-                self._folder.path.parent.rmdir()  # On another host, if it is the last one.
+    def shutdown(self) -> None:
+        """Not after a failure: streams would wait until the workers have ended, and the fleet kills
+        them anyway."""
+        if not isinstance(sys.exc_info()[1], Exception):
+            super().shutdown()
 
     def accept(self, accepting: bool) -> None:
         """Says in every report from now on whether new requests are welcome."""

@@ -41,9 +41,9 @@ class Quarantine:
     def __init__(self) -> None:
         self._kept: dict[str, Quarantined] = {}  # by digest, the oldest first
 
-    def __len__(self) -> int:
-        """How many are kept. Some of them may be over."""
-        return len(self._kept)
+    def has_length(self, prompt_tokens: int) -> bool:
+        """Whether one may be refused that has so long a prompt. A digest takes longer."""
+        return any(one.prompt_tokens == prompt_tokens for one in self._kept.values())
 
     def add(self, one: Quarantined) -> None:
         """From now on it is refused."""

@@ -119,11 +119,12 @@ class RevivingClient(StreamClient):
             accused &= suspects
         serving = [e.instance for e in self.engines.takers()]
         probation.died(index, engine.instance, accused, serving, time.monotonic())
-        logger.warning(
-            "Instance %s may have died of a request; %d are suspects.",
-            engine.instance,
-            len(accused),
-        )
+        if accused:
+            logger.warning(
+                "Instance %s may have died of a request; %d are suspects.",
+                engine.instance,
+                len(accused),
+            )
 
     def orphaned(self, orphaned: Orphaned) -> None:
         stream = self.streams.get(orphaned.request)
@@ -325,7 +326,7 @@ class RevivingClient(StreamClient):
         self.end(stream.request, CONDEMNED, QUARANTINED_CODE)
 
     def _refused(self, request: EngineCoreRequest) -> Quarantined | None:
-        if not len(self.quarantine):
+        if not self.quarantine.has_length(len(request.prompt_token_ids or ())):
             return None
         return self.quarantine.find(digest_of(request), time.monotonic())
 
