@@ -300,6 +300,29 @@ async def test_an_engine_takes_up_a_few_at_a_time_the_urgent_and_the_short_first
         assert came == ["urgent", "short", "middle", "long"]
 
 
+async def test_one_that_moves_on_before_its_first_token_is_taken_up_no_more(tmp_path: Path) -> None:
+    async with front(tmp_path, engines=3, survival=SurvivalSettings(at_once=1)) as one:
+        await one.add_request("a", 0)
+        one.link.where = 1
+        await one.client.lose(I0)
+        await until(lambda: state(one, "a") is StreamState.REVIVING)
+        (again,) = await sent_to(one, 1)
+        one.take_in(took(1, order_in(again)))
+        stream, target = one.client.streams.get(RequestId("a")), one.client.engines.target(I2)
+        assert stream is not None
+        assert target is not None
+        one.client.start_task(one.client.migrate(stream, target))
+        await asyncio.sleep(0)
+        assert one.client.orphans.engine_of(stream.request) == I1
+        move = stream.grant
+        assert move is not None
+        taken: dict[str, Any] = {"migration": move.migration, "request": "a", "epoch": move.epoch}
+        one.take_in(say(2, "a", TookOver(**taken, outputs=0, tail=[])))
+        assert stream.owner == I2
+        assert one.client.orphans.engine_of(stream.request) is None
+        assert not one.client.orphans.taken_up
+
+
 async def test_it_goes_first_where_a_part_of_its_kv_may_be(tmp_path: Path) -> None:
     async with front(tmp_path, engines=3, survival=ON) as one:
         await one.add_request("a", 0)

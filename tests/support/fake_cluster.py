@@ -511,6 +511,7 @@ class Cluster:
                 case Revived(request=request):
                     self.survival.goes_on(request)
                 case Moved(request=request, missing=missing, held=held):
+                    self.survival.moved(request)
                     if missing:
                         assert not self.clients[request].detailed, f"{request} got bare tokens"
                         self._client_gets((request, list(missing), False))

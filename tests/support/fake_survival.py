@@ -32,6 +32,7 @@ class Survival:
         self.waited_s = 0.0  # the longest from an engine's death to the next one's first token
         self._cluster = cluster
         self._taking_up: dict[RequestId, EngineIndex] = {}  # until its first token
+        self._outputs: dict[RequestId, int] = {}  # of each, when it was asked for
         self._asked: set[RequestId] = set()  # whose new engine has not answered
         self._chosen: tuple[Orphan, EngineIndex] | None = None  # asked for, and not sent yet
 
@@ -40,7 +41,7 @@ class Survival:
         cluster, request = self._cluster, orphaned.request
         stream, client = cluster.streams.get(request), cluster.clients[request]
         assert stream is not None
-        self._taking_up.pop(request, None)
+        self._forget(request)
         if request in self._asked:
             self._asked.remove(request)
             self.engines_used[request] += not orphaned.declined
@@ -74,21 +75,34 @@ class Survival:
         if taking_up and (stream is None or stream.owner is not None):
             self._goes_on(request)
 
+    def moved(self, request: RequestId) -> None:
+        """It has gone from the engine that took it up to another."""
+        if self.orphans.engine_of(request) is not None:
+            self._goes_on(request)
+
     def closed(self, request: RequestId) -> None:
         """The stream is over."""
-        self._taking_up.pop(request, None)
+        self._forget(request)
         self._asked.discard(request)
         self.orphans.ended(request)
 
     def _goes_on(self, request: RequestId) -> None:
         orphan = self.orphans.drop(request)
         assert orphan is not None
-        del self._taking_up[request]
+        self._forget(request)
         self.waited_s = max(self.waited_s, self._cluster.now - orphan.since_s)
+
+    def _forget(self, request: RequestId) -> None:
+        self._taking_up.pop(request, None)
+        self._outputs.pop(request, None)
 
     def look(self) -> None:
         """Sends what may be sent. The controller's choice may come later, and out of date."""
         cluster = self._cluster
+        for request, outputs in self._outputs.items():
+            stream = cluster.streams.get(request)
+            assert stream is not None
+            assert stream.outputs == outputs, f"{request} has a token, and counts as taken up"
         late = self.orphans.late(cluster.now)
         assert not late, f"{late} waited for too long"
         while True:
@@ -121,6 +135,7 @@ class Survival:
             return
         self.orphans.begin(request, engine, len(order.outputs))
         self._taking_up[request] = engine
+        self._outputs[request] = len(order.outputs)
         self._asked.add(request)
         many = sum(taker == engine for taker in self._taking_up.values())
         assert many <= self.orphans.settings.at_once, f"engine {engine} takes up {many}"

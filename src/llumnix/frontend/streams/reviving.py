@@ -199,7 +199,7 @@ class RevivingClient(StreamClient):
             self._perform(effects, [])
 
     def _goes_on(self, stream: FleetStream, orphan: Orphan | None) -> None:
-        """The first token at its new engine is here."""
+        """The first token at its new engine is here, or it has moved from there before."""
         self._stir.set()
         if orphan is not None:
             revival = {
@@ -296,6 +296,9 @@ class RevivingClient(StreamClient):
     def _moved(self, moved: Moved, due: list[EngineCoreOutput]) -> None:
         super()._moved(moved, due)
         self._clear(moved.request)
+        stream = self.streams.get(moved.request)
+        if stream is not None and self.orphans.engine_of(moved.request) is not None:
+            self._goes_on(stream, self.orphans.drop(moved.request))
 
     def _migration_wanted(self, engine_index: EngineIndex, message: MigrationRequested) -> None:
         if self.orphans.probation.engine_of(message.request) is None:
