@@ -59,6 +59,7 @@ DEADLY_WORLDS = {
     "deadly and lossy": replace(DEADLY, loss=0.1, repeat=0.1, failed_pull=0.1),
     "deadly, one engine": replace(DEADLY, engines=1, killed=0.02),
     "deadly, one at a time": replace(DEADLY, at_once=1, requests=8, decline=0.0),
+    "deadly, late orders": replace(DEADLY, late=0.7),
     "deadly, two lives": replace(DEADLY, lives=2),
     "deadly, no life": replace(DEADLY, lives=0),
 }

@@ -12,7 +12,7 @@ dead may live on for a while as a ghost, which others still hear.
 An engine hears through the two queues that engine/migration/host.py has: what comes from outside
 waits in one for the end of the engine's step; finished pulls wait in the other, which is emptied
 right after the step, and so ahead of what came before them. What the frontend sends it arrives in
-order; so does what it says to the frontend.
+order; so does what it says to the frontend. Peers' messages may overtake the frontend's.
 """
 
 import random
@@ -65,6 +65,7 @@ class World:
     pull_end: float = 0.4
     cancelled: float = 0.7  # a pull, at once
     heard: float = 0.6
+    late: float = 0.0  # of what the frontend sent, while an engine deals with what its peers sent
     blocks: tuple[int, ...] = (20, 40, 80)
     turn: float = 0.7
     staged: float = 0.8
@@ -131,6 +132,7 @@ class Cluster:
         self.wire: list[tuple[EngineIndex, PeerMessage]] = []
         self.pulls: list[tuple[EngineIndex, int, EngineIndex, list[tuple[int, int]]]] = []
         self.to_engine: dict[EngineIndex, deque] = {}
+        self.from_peers: dict[EngineIndex, deque] = {}  # if that is a queue of its own
         self.finished: dict[EngineIndex, deque[tuple[int, str | None, int]]] = {}
         self.to_frontend: dict[EngineIndex, deque] = {}
         self.asking: list[AskFate] = []
@@ -171,7 +173,7 @@ class Cluster:
             MigrationLimits(incoming_max=3, outgoing_max=3),
             self.on_step,
         )
-        self.to_engine[index] = deque()
+        self.to_engine[index], self.from_peers[index] = deque(), deque()
         self.finished[index] = deque()
         self.to_frontend[index] = deque()
 
@@ -288,6 +290,7 @@ class Cluster:
         if self._happens(self.world.ghost):
             self.ghosts[index] = gone
         del self.to_engine[index], self.to_frontend[index], self.finished[index]
+        del self.from_peers[index]
         for pull in [p for p in self.pulls if p[0] == index]:
             self.pulls.remove(pull)
         self._perform(self.streams.engine_lost(index, list(self.engines)))
@@ -343,7 +346,13 @@ class Cluster:
 
     def _engine_turn(self, index: EngineIndex) -> None:
         engine, inbox = self.engines[index], self.to_engine[index]
+        peers = self.from_peers[index]
+        late = self._happens(self.world.late)
         for _ in range(self.random.randrange(5)):
+            if peers or late:
+                inbox = peers if late or self._happens(0.5) else self.to_engine[index]
+            else:
+                inbox = self.to_engine[index]
             if inbox:
                 message = inbox.popleft()
                 self._engine_hears(index, message)
@@ -414,7 +423,8 @@ class Cluster:
     def _deliver(self) -> None:
         to, message = self.wire.pop(self.random.randrange(len(self.wire)))
         if to in self.llumlets:
-            self.to_engine[to].append(("peer", message))
+            inbox = self.from_peers if self.world.late else self.to_engine
+            inbox[to].append(("peer", message))
 
     def _begin_pull(
         self, index: EngineIndex, ticket: int, source: EngineIndex, pairs: list[tuple[int, int]]
@@ -548,6 +558,7 @@ class Cluster:
             and not self.starting
             and not len(self.streams)
             and not any(self.to_engine.values())
+            and not any(self.from_peers.values())
             and not any(self.finished.values())
             and not any(self.to_frontend.values())
             and all(e.idle() for e in self.engines.values())

@@ -21,6 +21,7 @@ class Refusal(enum.Enum):
     NOT_RUNNING = "is on no engine"
     THERE = "is there already"
     MOVING = "is being moved already"
+    LEAVING = "has not quite left there"
     ENGINE_DEAD = "cannot be moved to an engine that has died"
     NO_ORPHAN = "has an engine, or is getting one"
 
@@ -38,6 +39,7 @@ class Stream(Generic[Info, Output]):
     epoch: Epoch = FIRST_EPOCH  # the owner's
     last_epoch: Epoch = FIRST_EPOCH  # the highest that was ever granted
     void_epoch: Epoch | None = None  # the highest before it became an orphan
+    leaving: set[EngineIndex] = field(default_factory=set)  # had to abort it then, may not have yet
     tokens: list[int] = field(default_factory=list)  # passed on to the client
     grant: Grant | None = None  # in the states `GRANTED`
     takeover: TookOver | None = None  # while holding

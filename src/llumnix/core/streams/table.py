@@ -97,6 +97,8 @@ class StreamTable(StreamIndex[Info, Output]):
             return Refusal.MOVING
         if destination in self._dead:
             return Refusal.ENGINE_DEAD
+        if destination in stream.leaving:
+            return Refusal.LEAVING  # The request could come there before the abort, and be aborted.
         stream.machine.feed(StreamEvent.GRANT)
         order = Migrate(
             migration=self._next_migration(),
@@ -149,6 +151,10 @@ class StreamTable(StreamIndex[Info, Output]):
     def ended(self, message: MigrationEnded) -> Sequence[Effect]:
         """The source says how its migration ended. The destination's own word settles a take-over,
         unless it died before that was heard: then no engine has the request any more."""
+        return self._ended(message, gone=True)
+
+    def _ended(self, message: MigrationEnded, *, gone: bool) -> Sequence[Effect]:
+        """`gone`: an engine that was to go on with the request said itself that it has it not."""
         migration = message.migration
         stream = self._by_migration.get(migration)
         if stream is None or stream.state is StreamState.ASKING:
@@ -161,7 +167,7 @@ class StreamTable(StreamIndex[Info, Output]):
             del self._by_migration[migration]
         elif stream.state is StreamState.REVIVING:
             stream.machine.feed(StreamEvent.DECLINED)
-            return self._orphan(stream, message.why, declined=True)
+            return self._orphan(stream, message.why, declined=True, gone=gone)
         elif message.taken:
             stream.machine.feed(StreamEvent.LET_GO)
             return NO_EFFECTS
@@ -179,9 +185,8 @@ class StreamTable(StreamIndex[Info, Output]):
         unanswered = stream.state in (StreamState.GRANTED, StreamState.REVIVING)
         if not unanswered and migration not in stream.revoked:
             return NO_EFFECTS
-        return self.ended(
-            MigrationEnded(migration=migration, request=stream.request, taken=False, why=why)
-        )
+        ended = MigrationEnded(migration=migration, request=stream.request, taken=False, why=why)
+        return self._ended(ended, gone=False)
 
     def fate(self, migration: MigrationId, fate: str) -> Sequence[Effect]:
         """A destination answered `AskFate`, or does not answer. `taken` needs no action, since its
@@ -190,7 +195,7 @@ class StreamTable(StreamIndex[Info, Output]):
         if stream is None or stream.state is not StreamState.ASKING or fate == "taken":
             return NO_EFFECTS
         stream.machine.feed(StreamEvent.DECLINED)
-        return self._orphan(stream, SOURCE_DIED)
+        return self._orphan(stream, SOURCE_DIED, gone=fate == "declined")
 
     def engine_lost(self, engine: EngineIndex, living: Iterable[EngineIndex]) -> Sequence[Effect]:
         """An engine died: nothing of what it still says counts. All `living` engines are told,
@@ -220,6 +225,7 @@ class StreamTable(StreamIndex[Info, Output]):
         self._drop_grant(stream)
         self._own(stream, grant.destination)
         stream.epoch = grant.epoch
+        stream.leaving.discard(grant.destination)
         stream.lives_used += 1
         return [Revived(request=stream.request, owner=grant.destination)]
 
@@ -307,10 +313,18 @@ class StreamTable(StreamIndex[Info, Output]):
         ]
 
     def _orphan(
-        self, stream: Stream[Info, Output], why: str, *, declined: bool = False
+        self,
+        stream: Stream[Info, Output],
+        why: str,
+        *,
+        declined: bool = False,
+        gone: bool = False,
     ) -> Sequence[Effect]:
-        """No engine runs the request; those that live abort what they may still hold of it."""
-        aborts = [Abort(engine=e, request=stream.request) for e in self._holders(stream)]
+        """No engine runs the request; those that live abort what they may still hold of it.
+        `gone`: the one that it was going to has said that it holds nothing."""
+        holders = [] if gone else self._holders(stream)
+        aborts = [Abort(engine=e, request=stream.request) for e in holders]
+        stream.leaving.update(holders)
         migrations, warm = sorted(stream.revoked), None
         if isinstance(stream.grant, Migrate):
             migrations.append(stream.grant.migration)
