@@ -155,7 +155,8 @@ class HostWatch:
                 pause_s = AGAIN_S
                 if not said:
                     said = True
-                    logger.warning("A host's processes cannot be watched: %s", error)
+                    what = str(error).partition("\n")[0]
+                    logger.warning("A host's processes cannot be watched: %s", what)
 
     def look(self) -> None:
         """Looks once. On the thread."""
