@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from support.server import Server, alive, descendants, eventually, free_port
+from support.server import Server, alive, descendants, eventually
 
 from .conftest import FLAGS
 
@@ -109,57 +108,58 @@ def test_an_engine_with_a_worker_that_is_stopped_or_gone_is_replaced(
     assert server.complete().status_code == 200
 
 
+NODES = """
+import time
+from ray.cluster_utils import Cluster
+kept = {"num_cpus": 2, "object_store_memory": 80 * 2**20}
+cluster = Cluster(initialize_head=True, head_node_args=kept)
+node = cluster.add_node(**kept)
+print(cluster.address, node.all_processes["raylet"][0].process.pid, flush=True)
+time.sleep(3600)
+"""
+"""A cluster of two nodes, both on this machine; it tells its address and the second one's raylet.
+`ray start` makes such a one only if it may listen on all addresses."""
+
+
 @pytest.fixture
-def two_nodes(tiny_model: Path, logs: Path) -> Iterator[tuple[Server, set[int]]]:
-    """Two instances on a cluster of two nodes, both on this machine, and the second node's
-    processes."""
+def two_nodes(tiny_model: Path, logs: Path) -> Iterator[tuple[Server, int]]:
+    """Two instances on two nodes, and the process under which all is that runs on the second."""
     settings = {
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_AUTH_MODE": "disabled",
         "RAY_USAGE_STATS_ENABLED": "0",
     }
-    address = f"127.0.0.1:{free_port()}"
-    head = ray_node(settings, "--head", "--port", address.partition(":")[2])
-    nodes = [head]
+    nodes = subprocess.Popen(
+        [sys.executable, "-c", NODES],
+        env={**os.environ, **settings},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
+    assert nodes.stdout is not None
     try:
-        eventually(lambda: listens(address), 60, "Ray is up")
-        nodes.append(ray_node(settings, "--address", address))
-        eventually(lambda: of("raylet/raylet", descendants(nodes[1].pid)), 60, "both nodes are up")
-        time.sleep(5)
+        address, raylet = nodes.stdout.readline().split()
         server = Server(
             str(tiny_model), "--served-model-name", "tiny", *FLAGS, "--ray-address", address,
             log=logs / "nodes.log", **settings,
         ).wait_until_serving()  # fmt: skip
         try:
-            yield server, descendants(nodes[1].pid)
+            yield server, int(raylet)
         finally:
+            for pid in family(int(raylet)):
+                os.kill(pid, signal.SIGCONT)
             server.stop()
             print(server.log[-3000:])
     finally:
-        for node in nodes:
-            for pid in (*descendants(node.pid), node.pid):
-                os.kill(pid, signal.SIGKILL)
-            node.wait(30)
+        for pid in family(nodes.pid):
+            os.kill(pid, signal.SIGKILL)
+        nodes.wait(30)
 
 
-def ray_node(settings: dict[str, str], *flags: str) -> subprocess.Popen[bytes]:
-    words = [str(Path(sys.executable).parent / "ray"), "start", "--block", *flags]
-    words += ["--node-ip-address", "127.0.0.1", "--object-store-memory", "80000000"]
-    words += ["--include-dashboard", "false"] if "--head" in flags else []
-    quiet = subprocess.DEVNULL
-    environment = {**os.environ, **settings}
-    return subprocess.Popen(
-        words, env=environment, stdout=quiet, stderr=quiet, start_new_session=True
-    )
-
-
-def listens(address: str) -> bool:
-    host, _, port = address.partition(":")
-    try:
-        with socket.create_connection((host, int(port)), 1):
-            return True
-    except OSError:
-        return False
+def family(pid: int) -> set[int]:
+    """The process and all below it."""
+    return {p for p in (pid, *descendants(pid)) if alive(p)}
 
 
 @pytest.mark.slow
@@ -168,16 +168,16 @@ def listens(address: str) -> bool:
     [(False, "fenced: its process is stopped"), (True, "fenced: its host does not answer")],
 )
 def test_an_engine_on_another_node_is_fenced_and_so_is_a_node_that_falls_silent(
-    two_nodes: tuple[Server, set[int]], whole: bool, why: str
+    two_nodes: tuple[Server, int], whole: bool, why: str
 ) -> None:
-    server, node = two_nodes
-    there = family(node)
+    server, raylet = two_nodes
+    there = family(raylet)
     (victim,) = (i for i in server.instances().values() if i["pid"] in there)
     name = victim["id"]
-    eventually(lambda: of("ray::HostProcesses", family(node)), 30, "it is watched")
+    eventually(lambda: of("ray::HostProcesses", family(raylet)), 30, "it is watched")
     time.sleep(2)
     began_s = time.monotonic()
-    for pid in family(node) if whole else [victim["pid"]]:
+    for pid in family(raylet) if whole else [victim["pid"]]:
         os.kill(pid, signal.SIGSTOP)
     eventually(lambda: fenced(server, name), 2 * NOTICED_S, "noticed")
     print(f"noticed within {time.monotonic() - began_s:.2f} s")
@@ -186,8 +186,3 @@ def test_an_engine_on_another_node_is_fenced_and_so_is_a_node_that_falls_silent(
     if not whole:
         eventually(lambda: not alive(victim["pid"]), 5, "ended there")
         eventually(lambda: server.instances()[name]["state"] == "serving", 120, "comes back")
-
-
-def family(pids: set[int]) -> set[int]:
-    """These processes and all below them."""
-    return {p for pid in pids for p in (pid, *descendants(pid)) if alive(p)}
