@@ -163,11 +163,7 @@ class DeploymentConfig:
         if self.priority_class:
             classes = tuple(_priority_class(text) for text in self.priority_class)
             settings = replace(settings, priorities=replace(settings.priorities, classes=classes))
-        if self.survival == "off":
-            settings = replace(settings, survival=replace(settings.survival, lives=0))
-        elif self.survival == "on" and not settings.survival.on:
-            raise UsageError("--survival on, but --scheduler-config says survival.lives: 0")
-        return settings
+        return with_survival(settings, self.survival)
 
 
 def knobs() -> list[tuple[str, Any, dict[str, Any]]]:
@@ -214,6 +210,15 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def with_survival(settings: SchedulerSettings, switch: str | None) -> SchedulerSettings:
+    """The settings with `--survival` on, off, or as they say."""
+    if switch == "off":
+        return replace(settings, survival=replace(settings.survival, lives=0))
+    if switch == "on" and not settings.survival.on:
+        raise UsageError("--survival on, but --scheduler-config says survival.lives: 0")
+    return settings
 
 
 def read_settings(path: str | None) -> SchedulerSettings:

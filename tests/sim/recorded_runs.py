@@ -232,7 +232,7 @@ RUNS = {
             rate_per_s=8.0,
             scale=0.8,
             cv=4.0,
-            seed=9,
+            seed=10,
         )
     ),
 }

@@ -3,13 +3,15 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from llumnix.core.settings import ScalingSettings, SchedulerSettings
-from llumnix.core.types import RequestId
+from llumnix.core.events import RequestArrived
+from llumnix.core.settings import ScalingSettings, SchedulerSettings, SurvivalSettings
+from llumnix.core.types import InstanceId, RequestId
 from llumnix.errors import UsageError
-from llumnix.sim.command import _parser
+from llumnix.sim.command import _parser, simulate
 from llumnix.sim.model.batching import EngineOptions
 from llumnix.sim.model.checks import (
     BrokenPromiseError,
@@ -18,6 +20,7 @@ from llumnix.sim.model.checks import (
     check_view,
     come_to_rest,
 )
+from llumnix.sim.model.clock import DEATHS
 from llumnix.sim.model.cluster import Cluster, Setup
 from llumnix.sim.model.faults import FaultInjector, Faults
 from llumnix.sim.model.instance import SimInstance
@@ -110,11 +113,18 @@ def rough(seed: int) -> Spec:
     return replace(SPEC, seed=seed, faults=faults, engine=engine, high_share=0.1)
 
 
+def surviving(spec: Spec, **survival: Any) -> Spec:
+    """The run with other knobs of survival."""
+    settings = replace(spec.scheduler, survival=SurvivalSettings(**survival))
+    return replace(spec, scheduler=settings)
+
+
+@pytest.mark.parametrize("lives", [0, 3])
 @pytest.mark.parametrize("seed", range(12))
 def test_each_request_that_is_lost_was_on_an_engine_that_crashed_or_on_its_way_there(
-    seed: int, monkeypatch: pytest.MonkeyPatch
+    seed: int, lives: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spec = rough(seed)
+    spec = surviving(rough(seed), lives=lives)
     assert spec.faults is not None
     injector, jobs = FaultInjector(spec.faults, seed), spec.jobs()
     cluster = Cluster(spec.setup(), wire=injector.wire, check=check_view)
@@ -133,22 +143,112 @@ def test_each_request_that_is_lost_was_on_an_engine_that_crashed_or_on_its_way_t
     cluster.run(jobs)
     come_to_rest(cluster)
     assert {j.error for j in jobs} <= {"", "hung up", "its engine died"}
-    assert {j.id for j in jobs if j.error == "its engine died"} <= exposed
+    lost = {j.id for j in jobs if j.error == "its engine died"}
+    assert lost <= exposed
+    assert lives or not any(j.revivals for j in jobs)
+    if lives and injector.crashes:
+        assert len(lost) < len(exposed) / 4
     assert sum(j.error == "hung up" for j in jobs) == injector.hung_up > 0
+
+
+def crashing(lives: int = 1000, **changes: Any) -> Spec:
+    """A run in which an instance crashes every other second, and nothing else goes wrong."""
+    spec = replace(SPEC, faults=Faults(instance_s=2), requests=300)
+    return surviving(replace(spec, **changes), lives=lives)
+
+
+@pytest.mark.parametrize("name", ["llumnix", "cache-aware", "round-robin"])
+def test_every_stream_outlives_its_instances(name: str) -> None:
+    spec = crashing()
+    found = run_one(replace(spec, scheduler=replace(spec.scheduler, policy=name)))["metrics"]
+    assert found["requests_failed"] == 0
+    survival = found["survival"]
+    assert survival["revivals"] > survival["streams_revived"] > 50
+    assert survival["streams_ended"] == 0
+    assert 0 < survival["pause_s"]["p50"] < survival["pause_s"]["max"]
+    assert survival["streams_slowed"] > 20
+    assert survival["slowed_s"]["mean"] > 0.001
+
+
+def test_without_survival_they_end_with_their_instance() -> None:
+    found = run_one(crashing(lives=0))["metrics"]
+    survival = found["survival"]
+    assert found["requests_failed"] == survival["streams_ended"] > 50
+    assert (survival["revivals"], survival["streams_slowed"]) == (0, 0)
+    few = run_one(crashing(lives=1))["metrics"]
+    assert 0 < few["survival"]["streams_ended"] < survival["streams_ended"]
+
+
+def test_while_no_instance_serves_a_stream_waits_for_one() -> None:
+    spec = surviving(replace(SPEC, instances=1), wait_s=SMALL.start_s + 1)
+    for wait_s, ends in ((SMALL.start_s + 1, False), (SMALL.start_s - 1, True)):
+        asked: list[int] = []
+
+        def note(now: float, what: Any, asked: list[int] = asked) -> None:
+            if isinstance(what, RequestArrived):
+                asked.append(what.prompt_tokens)
+
+        cluster = Cluster(surviving(spec, wait_s=wait_s).setup(), record=note)
+        job = Job(id=RequestId("r"), arrived_s=0.0, prompt=100, answer=50)
+        cluster.clock.at(1.0, DEATHS, lambda c=cluster: c.kill(c.instances[InstanceId("i0")]))
+        cluster.run([job])
+        come_to_rest(cluster)
+        assert (job.error == "its engine died") is ends
+        if not ends:
+            assert (job.got, job.revivals) == (50, 1)
+            assert asked[0] == 100
+            assert 110 < asked[-1] < 150  # And the tokens that it had.
+            (pause_s,) = cluster.clients.pauses_s
+            assert SMALL.start_s < pause_s < SMALL.start_s + 0.2
+
+
+def test_an_instance_takes_up_a_few_at_a_time_and_its_own_wait_for_them() -> None:
+    pauses_s, slowed_s = [], []
+    for at_once in (1, 100):
+        spec = surviving(replace(SPEC, instances=2), at_once=at_once)
+        cluster = Cluster(spec.setup())
+        jobs = [Job(id=RequestId(f"r{n}"), arrived_s=0.0, prompt=150, answer=80) for n in range(16)]
+        cluster.clock.at(1.5, DEATHS, lambda c=cluster: c.kill(c.instances[InstanceId("i1")]))
+        cluster.run(jobs)
+        come_to_rest(cluster)
+        assert [j.got for j in jobs] == [80] * 16
+        pauses_s.append(cluster.clients.pauses_s)
+        slowed_s.append(max(j.slowed_s for j in jobs))
+    assert len(pauses_s[0]) == len(pauses_s[1]) > 5
+    # One after the other: the first sooner, the last later.
+    assert min(pauses_s[0]) < min(pauses_s[1])
+    assert max(pauses_s[0]) > max(pauses_s[1])
+    assert min(slowed_s) > 0
+
+
+def test_a_revival_is_shown_beneath_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["--rate", "10", "--requests", "150", "--faults", "instance=4", "--processes", "1"]
+    assert simulate([*args]) == 0
+    said = capsys.readouterr().out
+    assert "streams went on at another instance" in said
+    assert "others lost" in said
+    assert simulate([*args, "--survival", "off"]) == 0
+    said = capsys.readouterr().out
+    assert "llumnix at 10/s: " in said
+    assert "streams ended with their instance" in said
+    assert "went on" not in said
+    assert simulate(args[:4]) == 0
+    assert "instance:" not in capsys.readouterr().out
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_thousand_seeds_of_faults_lose_nothing_either() -> None:
     seen = {"instances_crashed": 0, "controllers_crashed": 0, "clients_hung_up": 0}
-    moved = 0
+    moved = revived = 0
     for seed in range(1000):
         metrics = run_one(rough(seed))["metrics"]
         moved += metrics["migrations"]
+        revived += metrics["survival"]["revivals"]
         for name, count in metrics["faults"].items():
             seen[name] += count
     assert all(count > 1000 for count in seen.values()), seen
-    assert moved > 1000
+    assert min(moved, revived) > 1000
 
 
 def test_the_checks_see_a_request_on_two_engines_and_one_that_was_forgotten() -> None:

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from llumnix.config import read_settings
+from llumnix.config import read_settings, with_survival
 from llumnix.core.scheduling.presets import POLICIES
 from llumnix.core.settings import SchedulerSettings
 from llumnix.errors import UsageError
@@ -93,6 +93,8 @@ def _show(result: dict[str, Any], args: argparse.Namespace) -> None:
         print(json.dumps({**result, "runs": bare}))
         return
     Console(width=None if sys.stdout.isatty() else 200).print(_table(result["runs"]))
+    for line in _survival_lines(result["runs"]):
+        print(line)
     print(f"{len(result['runs'])} runs in {result['wall_s']:.1f} s")
     if args.report:
         print(f"report: {args.report}")
@@ -107,16 +109,45 @@ def _table(found: list[Run]) -> Table:
         table.add_column("rate", justify="right")
     for name, _, _ in COLUMNS:
         table.add_column(name, justify="right")
-    groups: dict[tuple[Any, ...], list[Run]] = {}
-    for run in found:
-        groups.setdefault((run["rate"], run["policy"]), []).append(run)
-    for (rate, policy), rows in groups.items():
+    for (rate, policy), rows in _groups(found).items():
         cells = [
             format_mean([_pick(r["metrics"], path) for r in rows], factor, "-")
             for _, path, factor in COLUMNS
         ]
         table.add_row(policy, *([f"{rate:g}"] if rates else []), *cells)
     return table
+
+
+def _survival_lines(found: list[Run]) -> list[str]:
+    """What became of the streams of crashed instances, a line for each policy and rate."""
+    lines = []
+    for (rate, policy), rows in _groups(found).items():
+        each = [r["metrics"]["survival"] for r in rows if "survival" in r["metrics"]]
+        if not sum(s["revivals"] + s["streams_ended"] for s in each):
+            continue
+        name = policy if rate is None else f"{policy} at {rate:g}/s"
+        ended = sum(s["streams_ended"] for s in each)
+        line = f"{name}: {ended} streams ended with their instance"
+        if revived := sum(s["streams_revived"] for s in each):
+            pauses = format_mean([s["pause_s"]["mean"] for s in each], nothing="-")
+            line = (
+                f"{name}: {revived} streams went on at another instance, after {pauses} s on "
+                f"average; {ended} ended with their instance"
+            )
+        if slowed := sum(s["streams_slowed"] for s in each):
+            lost = format_mean([s["slowed_s"]["mean"] for s in each], nothing="-")
+            most = max(s["slowed_s"]["max"] or 0.0 for s in each)
+            line += f". {slowed} others lost {lost} s each by that, {most:.3g} s at most"
+        lines.append(line)
+    return lines
+
+
+def _groups(found: list[Run]) -> dict[tuple[Any, ...], list[Run]]:
+    """By rate and policy."""
+    groups: dict[tuple[Any, ...], list[Run]] = {}
+    for run in found:
+        groups.setdefault((run["rate"], run["policy"]), []).append(run)
+    return groups
 
 
 def _pick(metrics: Any, path: tuple[str, ...]) -> Any:
@@ -201,7 +232,7 @@ def _specs(args: argparse.Namespace) -> list[Spec]:
 
 
 def _settings(args: argparse.Namespace) -> SchedulerSettings:
-    settings = read_settings(args.scheduler_config)
+    settings = with_survival(read_settings(args.scheduler_config), args.survival)
     if args.autoscale:
         low, _, high = args.autoscale.partition(",")
         if not (low.isdigit() and high.isdigit()):
@@ -298,6 +329,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FAULTS",
         help="instance=S,controller=S,client=S,link=SHARE: crashes and clients that hang up, each "
         "so many seconds apart, and messages lost, repeated and late; everything is checked",
+    )
+    add(
+        "--survival",
+        choices=["on", "off"],
+        help="whether requests go on elsewhere when their instance crashes (default: on)",
     )
     add("--processes", type=_count, default=os.cpu_count() or 1, help="runs at a time")
     add("--json", action="store_true", help="print nothing but JSON")

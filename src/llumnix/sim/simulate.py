@@ -11,6 +11,10 @@ estimates `preemption_loss_s` from gaps between tokens, and does not count insta
 - kv_used, waiting: share of KV memory in use, requests in queues; like fragmentation_blocked
   sampled over the time of arrivals.
 - instances_mean: over the whole run, those that start included.
+- survival, with faults: streams that other engines went on with after theirs died, and how often;
+  streams that ended with their engine; pause_s: from the death to the next token, of each revival;
+  slowed_s: what steps took longer since they computed such requests again, of each other request
+  that was in such a step.
 """
 
 import statistics
@@ -27,6 +31,7 @@ from llumnix.core.types import InstanceId, RequestId
 from llumnix.errors import UsageError
 from llumnix.sim.model.batching import EngineOptions
 from llumnix.sim.model.checks import check_view, come_to_rest
+from llumnix.sim.model.clients import ENGINE_DIED
 from llumnix.sim.model.clock import TICKS
 from llumnix.sim.model.cluster import Cluster, Setup
 from llumnix.sim.model.faults import FaultInjector, Faults
@@ -222,6 +227,7 @@ def run_one(spec: Spec) -> Run:
             "controllers_crashed": injector.controller_crashes,
             "clients_hung_up": injector.hung_up,
         }
+        figures["survival"] = survival_of(jobs, cluster.clients.pauses_s)
     figures |= _classes(jobs)
     run: Run = {
         "policy": spec.scheduler.policy,
@@ -333,6 +339,19 @@ def figures_of(jobs: Sequence[Job]) -> dict[str, Any]:
         "preemption_loss_s": {"mean": _mean([j.lost_s for j in done])},
         "requests_done": len(done),
         "requests_failed": len(jobs) - len(done),
+    }
+
+
+def survival_of(jobs: Sequence[Job], pauses_s: Sequence[float]) -> dict[str, Any]:
+    """What became of the streams of dead engines, and what that cost the others."""
+    slowed = [job.slowed_s for job in jobs if job.slowed_s]
+    return {
+        "streams_revived": sum(job.revivals > 0 for job in jobs),
+        "revivals": len(pauses_s),
+        "streams_ended": sum(job.error == ENGINE_DIED for job in jobs),
+        "pause_s": spread(pauses_s),
+        "streams_slowed": len(slowed),
+        "slowed_s": spread(slowed),
     }
 
 

@@ -172,8 +172,7 @@ class IncomingMigrations:
         """`taken`, `declined` or `undecided`, of a migration whose source died. One that was never
         heard of is declined from now on."""
         incoming = self._open.get(migration)
-        if incoming is not None and not incoming.machine.over:
-            # It may have come after the news of the death.
+        if incoming is not None:  # It may have come after the news of the death.
             self._may_end(incoming, DestinationEvent.SOURCE_LOST, "the source died")
             if not incoming.machine.over:
                 return "undecided"

@@ -1,24 +1,27 @@
 """The clients of a simulated deployment and their one frontend: requests, the tokens that they got,
-and the migrations that ended.
+the migrations that ended, and the requests whose engine died.
 
 It calls nobody. It is told what happens, keeps the production table of streams
-(core/streams/table.py), and answers with what engines are to be told. The cluster carries that out
-(sim/model/cluster.py).
+(core/streams/table.py) and the production order of revivals (core/streams/survival.py), and answers
+with what engines are to be told. The cluster carries that out (sim/model/cluster.py).
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from llumnix.core.messages import (
     FrontendMessage,
-    Migrate,
+    Grant,
     MigrationEnded,
     MigrationRequested,
+    Revive,
     TookOver,
 )
+from llumnix.core.settings import SurvivalSettings
 from llumnix.core.streams.effects import Abort, AskFate, Effect, Moved, Orphaned, TellLost
 from llumnix.core.streams.stream import Refusal
+from llumnix.core.streams.survival import Orphan, Orphans
 from llumnix.core.streams.table import StreamTable
 from llumnix.core.types import EngineIndex, InstanceId, MigrationId, RequestId
 from llumnix.sim.model.jobs import Job, Token
@@ -26,14 +29,15 @@ from llumnix.sim.model.jobs import Job, Token
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Begin:
-    """Have the engine move a request away."""
+    """Have the engine move a request away, or go on with one whose engine died."""
 
     engine: EngineIndex
-    order: Migrate
+    order: Grant
 
 
 ToEngine = Abort | TellLost | AskFate | Begin
 NOTHING: list[ToEngine] = []
+ENGINE_DIED = "its engine died"
 ONE_TOKEN = (0,)
 """Tokens are counted, and what they say is not modelled."""
 
@@ -56,8 +60,10 @@ class Move:
 class Clients:
     """All clients and their frontend. `engines` are the instances whose engines it knows."""
 
-    def __init__(self) -> None:
+    def __init__(self, survival: SurvivalSettings) -> None:
         self.streams: StreamTable[Job, Token] = StreamTable()
+        self.orphans = Orphans(survival)
+        self.pauses_s: list[float] = []  # from an engine's death to the next token, of each revival
         self.engines: dict[EngineIndex, InstanceId] = {}
         self.jobs: dict[RequestId, Job] = {}
         self.moves: list[Move] = []
@@ -106,6 +112,7 @@ class Clients:
         if closed is None:
             return NOTHING
         stream, holders = closed
+        self.orphans.ended(request)
         self._closed += 1
         stream.info.error = error
         return [Abort(engine=e, request=request) for e in holders if e != done_at]
@@ -166,6 +173,8 @@ class Clients:
         closed = job.ended_s is not None or job.error
         assert not closed, f"{request} got a token after its end"
         job.got += 1
+        if self.orphans.taken_up:
+            self._goes_on(job, now)
         if job.first_s is None:
             job.first_s = now
         if not last:
@@ -219,17 +228,71 @@ class Clients:
             match effect:
                 case Abort() | TellLost() | AskFate():
                     answers.append(effect)
-                case Orphaned(request=request):
-                    answers += self._close(request, "its engine died")
+                case Orphaned():
+                    answers += self._orphaned(effect, now)
                 case Moved():
                     answers += self._moved(effect, now)
         return answers
 
     def _moved(self, moved: Moved, now: float) -> list[ToEngine]:
         answers: list[ToEngine] = []
+        self._goes_on(self.jobs[moved.request], now)
         for _ in moved.missing:
             answers += self._client_gets((moved.request, False), None, now)
         held: Any = moved.held  # The table passes on what it was given: tokens.
         for token in held:
             answers += self._client_gets(token, moved.owner, now)
         return answers
+
+    # -- requests whose engine died
+
+    def _orphaned(self, orphaned: Orphaned, now: float) -> list[ToEngine]:
+        stream = self.streams.get(orphaned.request)
+        assert stream is not None
+        if stream.lives_used >= self.orphans.settings.lives:
+            return self._close(orphaned.request, ENGINE_DIED)
+        job = stream.info
+        orphan = Orphan(
+            request=job.id,
+            priority=job.priority,
+            tokens=job.prompt + job.got,
+            arrived_s=job.arrived_s,
+            since_s=now,
+            why=orphaned.why,
+            warm=orphaned.warm,
+        )
+        why = self.orphans.add(orphan, declined=orphaned.declined, now=now)
+        return NOTHING if why is None else self._close(job.id, ENGINE_DIED)
+
+    def revive(
+        self,
+        serving: Collection[EngineIndex],
+        choose: Callable[[Job], EngineIndex | None],
+        now: float,
+    ) -> list[ToEngine]:
+        """Has other engines go on with as many as may now. `choose` is the scheduler's word."""
+        answers: list[ToEngine] = []
+        orphans = self.orphans
+        for request in orphans.late(now):
+            answers += self._close(request, ENGINE_DIED)
+        while (orphan := orphans.next(serving, now)) is not None:
+            engine = orphan.warm
+            if engine not in serving or not orphans.may_take(engine, orphan):
+                engine = choose(self.jobs[orphan.request])
+            if engine not in serving or not orphans.may_take(engine, orphan):
+                engine = orphans.fewest(serving, orphan)
+            if engine is None:
+                break
+            order = self.streams.revive(orphan.request, engine)
+            assert isinstance(order, Revive), f"{orphan.request}: {order}"
+            orphans.begin(orphan.request, engine, len(order.outputs))
+            answers.append(Begin(engine=engine, order=order))
+        return answers
+
+    def _goes_on(self, job: Job, now: float) -> None:
+        """A token is here, or it has moved. If it was being taken up, that is over."""
+        if self.orphans.engine_of(job.id) is not None:
+            orphan = self.orphans.drop(job.id)
+            assert orphan is not None
+            job.revivals += 1
+            self.pauses_s.append(now - orphan.since_s)

@@ -3,7 +3,7 @@ engines, a network, a fleet and clients that are modelled.
 
 Rules
 - What decides is the code that serves: core/scheduling/scheduler.py in the controller's place,
-  core/migration/llumlet.py beside each engine (sim/model/instance.py), core/streams/table.py in the
+  core/migration/llumlet.py beside each engine (sim/model/instance.py), core/streams/ in the
   frontend's (sim/model/clients.py).
 - Instances and clients call nobody: they answer, and so does the scheduler. `Cluster._perform`
   carries out all answers.
@@ -23,7 +23,6 @@ from llumnix.core.events import (
     DrainedBy,
     DrainInstance,
     Fact,
-    FleetReported,
     InstanceLost,
     LoadReported,
     MoveOrder,
@@ -52,6 +51,7 @@ from llumnix.sim.model.instance import (
     SimInstance,
     State,
     ToInstance,
+    fleet_report,
 )
 from llumnix.sim.model.jobs import Job, Token
 from llumnix.sim.model.network import Flow, Network
@@ -59,7 +59,7 @@ from llumnix.sim.model.profile import Profile
 
 FATE_POLL_S = 0.05
 RETRY_S = 0.05
-"""How soon a request that no instance takes is placed again."""
+"""How soon a request that no instance takes is placed again, or one whose engine died."""
 
 Answer = FromInstance | ToEngine | Decision
 Wire = Callable[["Cluster", EngineIndex, PeerMessage], None]
@@ -92,7 +92,7 @@ class Cluster:
         self.setup = setup
         self.clock = EventHeap()
         self.scheduler: Scheduler | None = Scheduler(setup.scheduler)
-        self.clients = Clients()
+        self.clients = Clients(setup.scheduler.survival)
         self.instances: dict[InstanceId, SimInstance] = {}
         self.by_engine: dict[EngineIndex, SimInstance] = {}
         self.starting: set[InstanceId] = set()
@@ -108,6 +108,7 @@ class Cluster:
         self._names = 0  # of instances that were ever used
         self._preemptions_lost = 0  # counted by engines that are gone
         self._counted_s = 0.0  # until when `instance_s` counts
+        self._reviving = False  # whether requests of dead engines are looked after
         for _ in range(setup.instances):
             self._up(self._new_name())
 
@@ -167,13 +168,22 @@ class Cluster:
     def _choose(self, job: Job) -> EngineIndex | None:
         """Asks the scheduler where to put it. Without one, the frontend decides."""
         if self.scheduler is None:
-            serving = (i.index for i in self.instances.values() if i.state == "serving")
-            return self.clients.fewest_streams(serving)
+            return self.clients.fewest_streams(self._serving())
+        tokens, priority = job.prompt + job.got, job.priority
         fact = RequestArrived(
-            request=job.id, prompt_tokens=job.prompt, priority=job.priority, prefix=job.prefix
+            request=job.id, prompt_tokens=tokens, priority=priority, prefix=job.prefix
         )
         (decision,) = self._decide(fact)
         return decision.engine_index if isinstance(decision, Dispatch) else None
+
+    def _serving(self) -> list[EngineIndex]:
+        return [i.index for i in self.instances.values() if i.state == "serving"]
+
+    def _revive(self) -> None:
+        self._perform(self.clients.revive(self._serving(), self._choose, self.now))
+        self._reviving = bool(self.clients.orphans)
+        if self._reviving:
+            self.clock.at(self.now + RETRY_S, ARRIVALS, self._revive)
 
     def hang_up(self, request: RequestId) -> None:
         """A client goes away."""
@@ -221,6 +231,9 @@ class Cluster:
                     self.drain(name, "scheduler")
                 case UndrainInstance(instance=name):
                     self._set_state(name, "serving")
+        if self.clients.orphans and not self._reviving:
+            self._reviving = True
+            self.clock.at(self.now, ARRIVALS, self._revive)
 
     # -- engines
 
@@ -234,20 +247,17 @@ class Cluster:
 
     def _deliver(self, index: EngineIndex, message: ToInstance) -> None:
         """Puts a message into an engine's inbox, which it looks at between two steps."""
-        instance = self.by_engine.get(index)
-        if instance is not None:
+        if (instance := self.by_engine.get(index)) is not None:
             instance.inbox.append(message)
             self._wake(instance)
 
     def _wake(self, instance: SimInstance) -> None:
-        if not instance.stepping and instance.index in self.by_engine:
-            self._turn(instance)
-
-    def _step_ended(self, instance: SimInstance) -> None:
-        if instance.index in self.by_engine:
+        if not instance.stepping:
             self._turn(instance)
 
     def _turn(self, instance: SimInstance) -> None:
+        if instance.index not in self.by_engine:
+            return
         clock = self.clock
         now = clock.now
         turn = instance.turn(now)
@@ -261,7 +271,7 @@ class Cluster:
         if turn.prefixes is not None:
             self._decide(turn.prefixes)
         if turn.step_ends_s is not None:
-            clock.at(turn.step_ends_s, TOKENS, self._step_ended, instance)
+            clock.at(turn.step_ends_s, TOKENS, self._turn, instance)
         elif instance.state == "draining" and instance.empty:
             self._stop_if_empty(instance)
         elif turn.wake_s is not None:
@@ -273,10 +283,9 @@ class Cluster:
         self.clock.at(when_s, MESSAGES, self._copy, pull, self.now)
 
     def _copy(self, pull: Pull, began_s: float) -> None:
-        ends = (pull.source, pull.destination)
-        if all(index in self.by_engine for index in ends):
+        if pull.source in self.by_engine and pull.destination in self.by_engine:
             ended = partial(self._copied, pull, began_s, None)
-            self._network.copy(*ends, pull.size, self.now, ended)
+            self._network.copy(pull.source, pull.destination, pull.size, self.now, ended)
         else:
             self._copied(pull, began_s, "its source is gone")
 
@@ -366,13 +375,7 @@ class Cluster:
         self._perform(self.clients.engine_lost(index, self.now))
 
     def _tell_fleet(self) -> None:
-        living = self.instances.values()
-        fleet = FleetReported(
-            starting=len(self.starting),
-            serving=tuple(i.id for i in living if i.state == "serving"),
-            draining=tuple(i.id for i in living if i.state == "draining"),
-            drained_by={i.id: i.drained_by for i in living if i.state == "draining"},
-        )
+        fleet = fleet_report(self.instances.values(), len(self.starting))
         self._perform(self._decide(fleet))
         self.clock.at(self.now + FLEET_REPORT_EVERY_S, TICKS, self._tell_fleet)
 

@@ -13,7 +13,7 @@ from llumnix.core.migration.port import Movable, Phase, Progress, Refusal
 from llumnix.core.priorities import Priorities, QueueKey
 from llumnix.core.reports import EngineCounts
 from llumnix.core.types import EngineIndex, RequestId
-from llumnix.sim.model.batching import Batching, EngineOptions
+from llumnix.sim.model.batching import Batch, Batching, EngineOptions
 from llumnix.sim.model.jobs import Job, Sequence
 from llumnix.sim.model.profile import Profile
 
@@ -46,6 +46,7 @@ class SimEngine(Batching):
         self.index = index
         self.arriving: dict[RequestId, Sequence] = {}
         self._job_of = job_of
+        self._revives = False  # or has revived one
         self._pulls: list[Pull] = []
 
     def idle(self) -> bool:
@@ -81,6 +82,16 @@ class SimEngine(Batching):
     @property
     def prompts_in_flight(self) -> bool:
         return False
+
+    def _batch(self, scheduled: list[tuple[Sequence, int]]) -> Batch:
+        batch = super()._batch(scheduled)
+        if self._revives:
+            others = [(seq, new) for seq, new in scheduled if seq.computed >= seq.again]
+            if others and len(others) < len(scheduled):
+                slowed_s = batch.seconds - super()._batch(others).seconds
+                for seq, _ in others:
+                    seq.job.slowed_s += slowed_s
+        return batch
 
     # -- source
 
@@ -174,6 +185,7 @@ class SimEngine(Batching):
         seq = self._arrive(request, outputs)
         if isinstance(seq, Refusal):
             return seq
+        self._revives, seq.again = True, seq.tokens
         self.arriving[request] = seq
         return None
 

@@ -6,12 +6,13 @@ synchronous scheduling: the tokens of the step that ended, the messages that cam
 llumlet's own look at its migrations, the next step, a load report.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from llumnix.core.events import DrainedBy, MoveOrder, PrefixesChanged
+from llumnix.core.events import DrainedBy, FleetReported, MoveOrder, PrefixesChanged
 from llumnix.core.limits import HEARTBEAT_S
-from llumnix.core.messages import FrontendMessage, Migrate, Out, PeerMessage, ToPeer
+from llumnix.core.messages import FrontendMessage, Migrate, Out, PeerMessage, Revive, ToPeer
 from llumnix.core.migration.llumlet import Llumlet
 from llumnix.core.reports import LoadReport, compose_report
 from llumnix.core.streams.effects import Abort, AskFate, TellLost
@@ -60,7 +61,7 @@ class Said:
     message: FrontendMessage
 
 
-ToInstance = Add | Abort | Migrate | MoveOrder | TellLost | AskFate | Pulled | PeerMessage
+ToInstance = Add | Abort | Migrate | Revive | MoveOrder | TellLost | AskFate | Pulled | PeerMessage
 FromInstance = ToPeer | Said | Pull | Fate
 
 
@@ -142,6 +143,9 @@ class SimInstance:
                 self.engine.abort(request)
             case Migrate():
                 self._say(llumlet.migrate(message, now))
+            case Revive(request=request):
+                self._say(llumlet.revive(message, None, now))
+                self._admitted.append(request)
             case MoveOrder():
                 self._say(llumlet.order(message, now))
             case TellLost(lost=lost, granted=granted):
@@ -206,3 +210,13 @@ class SimInstance:
             stored=tuple(name for name, cached in last.items() if cached),
             removed=tuple(name for name, cached in last.items() if not cached),
         )
+
+
+def fleet_report(instances: Collection[SimInstance], starting: int) -> FleetReported:
+    """What the fleet tells the scheduler of its instances."""
+    return FleetReported(
+        starting=starting,
+        serving=tuple(i.id for i in instances if i.state == "serving"),
+        draining=tuple(i.id for i in instances if i.state == "draining"),
+        drained_by={i.id: i.drained_by for i in instances if i.state == "draining"},
+    )

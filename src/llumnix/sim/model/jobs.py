@@ -27,6 +27,8 @@ class Job:
     preempted_s: float | None = None  # since when it waits for its next token; None if it does not
     preemptions: int = 0
     moves: int = 0
+    revivals: int = 0  # engines that went on with it after one that died
+    slowed_s: float = 0.0  # of steps that were longer since they computed revived requests again
     got: int = 0  # tokens that its client has
     error: str = ""  # why its stream was closed early
 
@@ -47,6 +49,7 @@ class Sequence:
     stopped: bool = False  # taken out for a handover
     preemptions: int = 0
     pinned: int = 0  # leading blocks that are being copied
+    again: int = 0  # leading tokens that a dead engine had computed before
     found: tuple[int, int] | None = None  # cached tokens when it began to wait; those others held
 
     @property
