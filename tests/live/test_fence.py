@@ -172,7 +172,10 @@ def test_an_engine_on_another_node_is_fenced_and_so_is_a_node_that_falls_silent(
 ) -> None:
     server, raylet = two_nodes
     there = family(raylet)
-    (victim,) = (i for i in server.instances().values() if i["pid"] in there)
+    victims = [i for i in server.instances().values() if i["pid"] in there]
+    if not victims:
+        pytest.skip("Ray has put all on the first node")
+    victim = victims[0]
     name = victim["id"]
     eventually(lambda: of("ray::HostProcesses", family(raylet)), 30, "it is watched")
     time.sleep(2)
@@ -182,7 +185,9 @@ def test_an_engine_on_another_node_is_fenced_and_so_is_a_node_that_falls_silent(
     eventually(lambda: fenced(server, name), 2 * NOTICED_S, "noticed")
     print(f"noticed within {time.monotonic() - began_s:.2f} s")
     assert server.instances()[name]["why"] == why
-    assert server.complete().status_code == 200
-    if not whole:
+    if whole:
+        assert all(fenced(server, v["id"]) for v in victims)
+    else:
+        assert server.complete().status_code == 200
         eventually(lambda: not alive(victim["pid"]), 5, "ended there")
         eventually(lambda: server.instances()[name]["state"] == "serving", 120, "comes back")
