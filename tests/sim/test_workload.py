@@ -247,7 +247,7 @@ def test_an_event_log_is_a_trace(tmp_path: Path, name: str) -> None:
             started_s=now_s + came_s,
         )
         stream = FleetStreams().open(RequestId(request), info)
-        stream.outputs = output
+        stream.tokens = [0] * output
         log.request(shown(stream, InstanceId("i0"), reason))
     log.close()
     trace = str(tmp_path / name)
