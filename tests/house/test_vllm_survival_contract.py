@@ -21,6 +21,7 @@ from vllm.exceptions import GracefulHTTPError  # noqa: E402
 from vllm.lora.request import LoRARequest  # noqa: E402
 from vllm.multimodal.cache.base import MultiModalCache  # noqa: E402
 from vllm.multimodal.inputs import MultiModalFeatureSpec, MultiModalKwargsItem  # noqa: E402
+from vllm.platforms import current_platform  # noqa: E402
 from vllm.pooling_params import PoolingParams  # noqa: E402
 from vllm.sampling_params import SamplingParams  # noqa: E402
 from vllm.v1.engine import EngineCoreRequest  # noqa: E402
@@ -100,6 +101,7 @@ def test_copies_of_requests_and_parameters_are_shallow() -> None:
 
 def test_a_seeded_generator_draws_once_a_token_whatever_top_k_and_top_p_are() -> None:
     """engine/migration/worker.py: a generator whose state is lost draws as often again."""
+    current_platform.import_kernels()
     sampler, logits = TopKTopPSampler(), torch.zeros(1, 64)
     states = []
     for k, p in ((None, None), (torch.tensor([5]), None), (None, torch.tensor([0.9]))):
