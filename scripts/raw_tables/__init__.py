@@ -11,6 +11,7 @@ from raw_tables.raw import SERVED_4, SERVED_SHORT, SHARED, with_age
 from raw_tables.serving import (
     burst_ratios,
     bursts,
+    deaths,
     decisions,
     front_end,
     full_queue,
@@ -33,6 +34,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "drains": lambda: drains(
         *(f"gpu/migration_h200_{run}.json" for run in ("now", "packed", "tp2"))
     ),
+    "deaths": deaths,
     "front end": lambda: front_end("gpu/front_end_4.json"),
     "full queue": lambda: full_queue("gpu/full_queue_memory.json", "gpu/full_queue_slots.json"),
     "burst ratios": burst_ratios,
@@ -76,7 +78,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "raw files": index,
 }  # fmt: skip
 SHOWN = (
-    "six figures", "goals", "serving ratios", "moves", "others", "drains", "front end",
+    "six figures", "goals", "serving ratios", "moves", "others", "drains", "deaths", "front end",
     "full queue", "burst ratios", "scaling", "errors", "paper gains", "paper urgent", "paper saved",
 )  # fmt: skip
 """Those on pages that are read. The laboratory lists the age of every file instead."""

@@ -219,7 +219,7 @@ def soak() -> str:
         ("streams compared with their undisturbed answer", f"{s['streams']:,}"),
         ("of these wrong", str(s["wrong"])),
         ("requests that failed; requests that a kill cut off",
-         f"{s['failed']}; {s['cut_by_kills']}"),
+         f"{s['failed']}; {s.get('cut_by_kills', 0)}"),
         ("urgent requests; clients that hung up; instances killed",
          f"{s['urgent']:,}; {s['hung_up']:,}; {s['kills']}"),
         ("moves: migrated; aborted", f"{out['migrated']}; {out['aborted']}"),
@@ -227,6 +227,24 @@ def soak() -> str:
         ("left at the end: requests; KV tokens by instance; files in shared memory; processes",
          f"{s['left']['requests']}; {', '.join(map(str, s['left']['kv_tokens']))}; "
          f"{len(s['left']['shared_memory'])}; {s['left']['processes']}"),
+    ])  # fmt: skip
+
+
+def deaths() -> str:
+    """What clients saw of instances that were killed."""
+    found = load("survival.json")
+    s, rows = found["summary"], found["rows"]
+    late = min(rows, key=lambda r: abs(r["s"] - 300))
+    return table(["", ""], [
+        ("answers compared with their undisturbed one; of these wrong",
+         f"{s['streams']:,}; {s['wrong']}"),
+        ("instances killed; answers that lost theirs; answers that failed",
+         f"{s['kills']}; {s['hit']}; {s['failed']}"),
+        ("pause until the next token, s: P50, P99, longest",
+         f"{s['gap_s_p50']:.1f}, {s['gap_s_p99']:.1f}, {s['gap_s_longest']:.1f}"),
+        *((f"memory of the {role}, MB at 5 and {s['minutes']:g} min; slope, MB a minute",
+           f"{late['memory_mb'][role]:.1f}, {rows[-1]['memory_mb'][role]:.1f}; "
+           f"{s['slope_mb_per_min'][role]:.2f}") for role in ("frontend", "controller")),
     ])  # fmt: skip
 
 
