@@ -13,7 +13,16 @@ from vllm import envs
 from conformance.engines import RealKind
 from conformance.scenarios import FAULTS, strike
 from conformance.test_exactness import CASES, options, run, story
-from llumnix.core.messages import Handover, HandoverAnnounced, Stage, Verdict
+from conformance.test_survival import KILLS, outlived
+from llumnix.core.messages import (
+    Handover,
+    HandoverAnnounced,
+    Revive,
+    Stage,
+    TookOver,
+    Verdict,
+)
+from llumnix.core.types import EngineIndex, Epoch, MigrationId
 from llumnix.engine.kv.agent import TransferOptions
 from support.gemma import make_tiny_gemma
 from support.real_engine import RealEngine
@@ -78,6 +87,47 @@ def test_hops_change_nothing(variant: RealKind, case: str) -> None:
     assert moved >= 4
     if variant.name == "sliding windows":  # type: ignore[attr-defined]
         assert variant.groups > 1  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("case", TESTED)
+@pytest.mark.parametrize("unheard", [0, 2])
+def test_deaths_change_nothing(variant: RealKind, case: str, unheard: int) -> None:
+    prompt = [(13 * i) % 400 + 60 for i in range(300)]
+    expected, _ = run(variant, options(**CASES[case]), 0, prompt)
+    found = outlived(variant, options(**CASES[case]), KILLS, prompt, unheard=unheard)
+    assert found == expected
+
+
+@pytest.mark.parametrize("case", ["greedy", "seeded with every option"])
+def test_a_request_that_is_sent_again_where_it_was_aborted_goes_on_exactly(
+    variant: RealKind, case: str
+) -> None:
+    """A step that it is in may still be in flight."""
+    prompt, params = [(13 * i) % 400 + 60 for i in range(300)], options(**CASES[case])
+    expected, _ = run(variant, params, 0, prompt)
+    duo = variant.duo()
+    engine, llumlet = variant.engines[0], duo.llumlets[EngineIndex(0)]
+    request = duo.add("sent again", prompt, params)
+    duo.turn_until(lambda: len(duo.got[request]) >= 9)
+    told = story(duo, request)
+    order = Revive(
+        migration=MigrationId("again"),
+        request=request,
+        destination=EngineIndex(0),
+        epoch=Epoch(1),
+        outputs=list(duo.got[request]),
+    )
+    duo.streams.close(request)
+    llumlet.client_gone([request])
+    engine.abort(request)
+    said = llumlet.revive(order, engine.again(order, prompt, params), duo.now)
+    duo.extras[request] = []
+    while not engine.idle() or llumlet.busy:
+        duo.extras[request] += [extra for *_, extra in engine.step()]
+        said += llumlet.poll(duo.now)
+    assert [type(out.message) for out in said] == [TookOver]
+    assert told + story(duo, request) == expected
+    duo.check_nothing_left()
 
 
 @pytest.mark.parametrize("moment", [Stage, Handover, Verdict])
