@@ -14,7 +14,7 @@ from support.server import Server, alive, descendants, eventually
 
 from .conftest import FLAGS
 
-pytestmark = pytest.mark.live
+pytestmark = [pytest.mark.live, pytest.mark.slow, pytest.mark.timeout(900)]
 
 NOTICED_S = 2.0
 BLAMED = "a request may have caused that"
@@ -81,7 +81,6 @@ def test_a_stopped_engine_is_replaced_though_the_controller_is_dead(pair: Server
         assert (BLAMED in server.log) is (number == signal.SIGSEGV)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "what", "blamed"),
     [
@@ -162,7 +161,6 @@ def family(pid: int) -> set[int]:
     return {p for p in (pid, *descendants(pid)) if alive(p)}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("whole", "why"),
     [(False, "fenced: its process is stopped"), (True, "fenced: its host does not answer")],
