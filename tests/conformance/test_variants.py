@@ -108,6 +108,8 @@ def test_a_request_that_is_sent_again_where_it_was_aborted_goes_on_exactly(
     duo = variant.duo()
     engine, llumlet = variant.engines[0], duo.llumlets[EngineIndex(0)]
     request = duo.add("sent again", prompt, params)
+    # With it there are steps ahead that the other is not in.
+    neighbour = duo.add("neighbour", prompt[:20], options(temperature=0, max_tokens=200))
     duo.turn_until(lambda: len(duo.got[request]) >= 9)
     told = story(duo, request)
     order = Revive(
@@ -123,10 +125,12 @@ def test_a_request_that_is_sent_again_where_it_was_aborted_goes_on_exactly(
     said = llumlet.revive(order, engine.again(order, prompt, params), duo.now)
     duo.extras[request] = []
     while not engine.idle() or llumlet.busy:
-        duo.extras[request] += [extra for *_, extra in engine.step()]
+        told_now = engine.step()
+        duo.extras[request] += [extra for name, *_, extra in told_now if name == request]
         said += llumlet.poll(duo.now)
     assert [type(out.message) for out in said] == [TookOver]
     assert told + story(duo, request) == expected
+    duo.streams.close(neighbour)
     duo.check_nothing_left()
 
 
