@@ -14,6 +14,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
 from vllm.v1.serial_utils import MsgpackDecoder
 
+from llumnix.core.events import Dispatch, RequestArrived
 from llumnix.core.messages import REVIVE, MigrationEnded, Revive, TookOver
 from llumnix.core.settings import SurvivalSettings
 from llumnix.core.streams.states import StreamState
@@ -427,3 +428,26 @@ async def test_a_client_is_shown_that_its_stream_lives_while_it_waits(
         before = len(shown)
         await asyncio.sleep(0.5)
         assert len(shown) == before
+
+
+async def test_it_waits_though_the_last_engine_goes_while_its_place_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with front(tmp_path, survival=ON) as one:
+        await one.add_request("a", 0)
+        one.link.where = 1
+        place = one.link.place
+
+        async def gone(asked: RequestArrived) -> Dispatch:
+            one.client.engines.accept(I1, False)
+            return await place(asked)
+
+        monkeypatch.setattr(one.link, "place", gone)
+        assert await one.client.lose(I0) == 0
+        await until(lambda: len(one.link.asked) == 2)
+        await asyncio.sleep(0.2)
+        assert state(one, "a") is StreamState.ORPHAN
+        assert one.due() == {}
+        monkeypatch.setattr(one.link, "place", place)
+        one.client.engines.accept(I1, True)
+        await until(lambda: state(one, "a") is StreamState.REVIVING)

@@ -63,7 +63,7 @@ class FleetClient(RevivingClient):
         keys: SocketKeys | None = None,
         survival: SurvivalSettings | None = None,
     ) -> None:
-        super().__init__(vllm_config, addresses, slots, log, keys, survival)
+        super().__init__(vllm_config, addresses, slots, log, keys, survival=survival)
         self.link = link
         self.priorities = priorities
         self._hash_prefixes = hash_prefixes and bool(vllm_config.cache_config.enable_prefix_caching)

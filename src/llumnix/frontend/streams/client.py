@@ -42,7 +42,6 @@ from llumnix.core.streams.effects import (
     GrantEnded,
     Moved,
     Orphaned,
-    Revived,
     TellLost,
 )
 from llumnix.core.streams.stream import Refusal
@@ -256,15 +255,9 @@ class StreamClient(EngineCalls):
                 self.migrations.grant_ended(effect)
             case Orphaned():
                 self.orphaned(effect)
-            case Revived():
-                self.revived(effect)
 
     def orphaned(self, orphaned: Orphaned) -> None:
         """No engine runs the request any more."""
-        raise NotImplementedError
-
-    def revived(self, revived: Revived) -> None:
-        """An engine has the request again."""
         raise NotImplementedError
 
     def _moved(self, moved: Moved, due: list[EngineCoreOutput]) -> None:

@@ -12,14 +12,14 @@ import logging
 import time
 from collections.abc import Sequence
 from http import HTTPStatus
+from typing import Any
 
-from vllm.config import VllmConfig
 from vllm.exceptions import GracefulHTTPError
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 
 from llumnix.core.messages import MigrationRequested
 from llumnix.core.settings import SurvivalSettings
-from llumnix.core.streams.effects import Moved, Orphaned, Revived
+from llumnix.core.streams.effects import Moved, Orphaned
 from llumnix.core.streams.probation import Verdict
 from llumnix.core.streams.quarantine import Quarantine, Quarantined
 from llumnix.core.streams.states import StreamState
@@ -33,8 +33,6 @@ from llumnix.frontend.streams.client import StreamClient, died
 from llumnix.frontend.streams.digests import digest_of
 from llumnix.frontend.streams.info import FleetStream, StreamInfo
 from llumnix.frontend.streams.revivable import again, kept_bytes, why_never, why_not_now
-from llumnix.observe.event_log import EventLog
-from llumnix.sockets import SocketKeys
 
 logger = logging.getLogger("llumnix.frontend")
 
@@ -60,16 +58,8 @@ class QuarantinedError(GracefulHTTPError):
 class RevivingClient(StreamClient):
     """The part of the fleet's client that has requests outlive their engines."""
 
-    def __init__(
-        self,
-        vllm_config: VllmConfig,
-        addresses: dict[str, str],
-        slots: int,
-        log: EventLog,
-        keys: SocketKeys | None = None,
-        survival: SurvivalSettings | None = None,
-    ) -> None:
-        super().__init__(vllm_config, addresses, slots, log, keys)
+    def __init__(self, *args: Any, survival: SurvivalSettings | None = None, **more: Any) -> None:
+        super().__init__(*args, **more)
         self.orphans = Orphans(survival or SurvivalSettings())
         self.quarantine = Quarantine()
         self._kept_bytes = 0
@@ -162,9 +152,6 @@ class RevivingClient(StreamClient):
         if stream.lives_used >= lives:
             return f"{lives} others had gone on with it before (survival.lives)"
         return why_not_now(info.sent, self.vllm_config, stream.outputs)
-
-    def revived(self, revived: Revived) -> None:
-        """Nothing has to be done before its first token."""
 
     def _due(
         self, engine_index: EngineIndex, outputs: list[EngineCoreOutput]
@@ -282,7 +269,11 @@ class RevivingClient(StreamClient):
 
         if takes(warm := self.engines.get(orphan.warm)):
             return warm
-        if takes(chosen := await self.choose(request, outputs)):
+        try:
+            chosen = await self.choose(request, outputs)
+        except GracefulHTTPError:
+            return None  # The last one has gone meanwhile: it waits, as it did before.
+        if takes(chosen):
             return chosen
         takers = [engine.engine_index for engine in self.engines.takers()]
         return self.engines.get(self.orphans.fewest(takers, orphan))
