@@ -53,7 +53,7 @@ def test_a_salt_makes_it_another_prefix(aware: Server) -> None:
 
 def test_a_new_controller_learns_what_idle_instances_keep(aware: Server) -> None:
     home = where(aware, CATS + "x")
-    (pid,) = _controllers(aware)
+    (pid,) = aware.controllers()
     os.kill(pid, signal.SIGKILL)
     eventually(lambda: "The controller does not answer" in _poke(aware), 60)
     eventually(lambda: "The controller is back" in _poke(aware), 60)
@@ -64,14 +64,3 @@ def test_a_new_controller_learns_what_idle_instances_keep(aware: Server) -> None
 def _poke(server: Server) -> str:
     where(server, "hello")
     return server.log
-
-
-def _controllers(server: Server) -> list[int]:
-    return [p for p in server.descendants() if _title(p).startswith("ray::Controller")]
-
-
-def _title(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
-    except OSError:
-        return ""

@@ -56,7 +56,7 @@ def of(title: str, pids: set[int]) -> list[int]:
 def test_a_stopped_engine_is_replaced_though_the_controller_is_dead(pair: Server) -> None:
     server = pair
     victim = server.instances()["i1"]
-    (controller,) = of("ray::Controller", server.descendants())
+    (controller,) = server.controllers()
     os.kill(controller, signal.SIGSTOP)
     began_s = time.monotonic()
     os.kill(victim["pid"], signal.SIGSTOP)

@@ -140,7 +140,7 @@ def test_a_killed_instance_takes_no_stream_with_it_and_comes_back(pair: Server) 
 
 def test_with_the_controller_killed_no_request_fails_and_it_comes_back(pair: Server) -> None:
     server = pair
-    pids = [p for p in server.descendants() if _title(p).startswith("ray::Controller")]
+    pids = server.controllers()
     assert len(pids) == 1
     with Load(server, streams=4, max_tokens=20) as load:
         eventually(lambda: len(load.done) > 8)
@@ -162,7 +162,7 @@ def test_with_the_controller_killed_no_request_fails_and_it_comes_back(pair: Ser
 @pytest.mark.slow
 def test_a_controller_that_hangs_is_replaced_without_a_request_to_notice_it(pair: Server) -> None:
     server = pair
-    (pid,) = (p for p in server.descendants() if _title(p).startswith("ray::Controller"))
+    (pid,) = server.controllers()
     os.kill(pid, signal.SIGSTOP)
     eventually(lambda: "it has not answered" in server.log, 60, "it says so")
     eventually(lambda: server.http.get("/llumnix/v1/instances").json()["controller"] == "up", 60)
@@ -280,10 +280,6 @@ def test_what_a_killed_run_leaves_is_swept(single: Server) -> None:
     assert swept
     assert swept <= left
     assert not swept & own_folders()
-
-
-def _title(pid: int) -> str:
-    return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
 
 
 @pytest.mark.slow

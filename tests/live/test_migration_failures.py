@@ -251,7 +251,7 @@ def test_an_engine_killed_while_requests_are_on_their_way(pair: Server, victim: 
 def test_a_killed_controller_stops_no_migration(pair: Server) -> None:
     bodies = [body(i, max_tokens=500) for i in range(4)]
     calm = [stream(pair, COMPLETIONS, b) for b in bodies]
-    (pid,) = _controllers(pair)
+    (pid,) = pair.controllers()
 
     def kill() -> int:
         eventually(lambda: len(movers.answers) >= 4, 20)
@@ -268,16 +268,5 @@ def test_a_killed_controller_stops_no_migration(pair: Server) -> None:
         )
     assert [first_difference(a, b) for a, b in zip(calm, seen, strict=True)] == [None] * 4
     assert movers.outcomes()[before:].count("migrated") >= 4, movers.outcomes()
-    eventually(lambda: _controllers(pair) not in ([], [pid]), 60, "Ray starts it again")
+    eventually(lambda: pair.controllers() not in ([], [pid]), 60, "Ray starts it again")
     eventually(lambda: pair.http.get("/llumnix/v1/instances").json()["controller"] == "up", 60)
-
-
-def _controllers(server: Server) -> list[int]:
-    return [p for p in server.descendants() if _title(p).startswith("ray::Controller")]
-
-
-def _title(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
-    except OSError:
-        return ""

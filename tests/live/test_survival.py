@@ -18,31 +18,16 @@ from support.server import Server, eventually, real_time
 from support.streaming import all_at_once, rows, stream
 
 from .conftest import FLAGS
+from .test_migration import ASK, CHAT, COMPLETIONS, LONG, SCHEMA, TOOL, WHOLE
 
 pytestmark = [pytest.mark.live, pytest.mark.slow, pytest.mark.timeout(900)]
 
-COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
-LONG = "Every block of this prompt matters to what comes after it. "
-WHOLE = {"ignore_eos": True, "return_token_ids": True}
 SEEDED = {"prompt": LONG * 3, "max_tokens": 220, "temperature": 0.1, "seed": 7, **WHOLE}
 RESTLESS = {
     **SEEDED, "temperature": 0, "frequency_penalty": 1.5, "logit_bias": {"0": -100, "1": -100}
 }  # fmt: skip
-ASK = [{"role": "user", "content": "What is the capital of France? " + LONG}]
 CHATTING = {"messages": ASK, "max_tokens": 220, "temperature": 0.3, "seed": 5, "logprobs": True}
-SCHEMA = {
-    "type": "object",
-    "properties": {
-        "numbers": {
-            "type": "array", "items": {"type": "integer"}, "minItems": 20, "maxItems": 25
-        },
-        "text": {"type": "string", "minLength": 60, "maxLength": 80},
-    },
-    "required": ["numbers", "text"],
-    "additionalProperties": False,
-}  # fmt: skip
 GRAMMAR = 'root ::= "go " pair{70} " end"\npair ::= ("ab" | "cd" | "e") (","|";")'
-TOOL = {"type": "function", "function": {"name": "weather", "parameters": SCHEMA, "strict": True}}
 EVERYTHING = {
     "temperature": 0.4, "top_p": 0.95, "top_k": 100, "min_p": 0.001, "presence_penalty": 0.2,
     "frequency_penalty": 0.1, "repetition_penalty": 1.05, "min_tokens": 150,
@@ -269,7 +254,7 @@ def test_one_stream_outlives_three_instances_without_another_to_go_to(
 def test_a_stream_outlives_its_instance_and_the_controller_together(mortal: Server) -> None:
     body = {**SEEDED, "max_tokens": 600}
     calm = stream(mortal, COMPLETIONS, body).folded()
-    controllers = [p for p in mortal.descendants() if _title(p).startswith("ray::Controller")]
+    controllers = mortal.controllers()
 
     def kill() -> None:
         eventually(lambda: any(r["output_tokens"] > 50 for r in rows(mortal, "both")), 30)
@@ -283,10 +268,3 @@ def test_a_stream_outlives_its_instance_and_the_controller_together(mortal: Serv
     assert seen.folded() == calm
     print(f"{time.monotonic() - began_s:.1f} s")
     both_serve(mortal)
-
-
-def _title(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
-    except OSError:
-        return ""

@@ -104,6 +104,10 @@ class Server:
         """All processes below this one, by id."""
         return descendants(self.process.pid)
 
+    def controllers(self) -> list[int]:
+        """The processes of its controller; there is one, but for moments."""
+        return [p for p in self.descendants() if title(p).startswith("ray::Controller")]
+
 
 def descendants(root: int) -> set[int]:
     parents = {}
@@ -121,6 +125,14 @@ def descendants(root: int) -> set[int]:
         found.update(children)
         todo += children
     return found
+
+
+def title(pid: int) -> str:
+    """How a process calls itself; empty if it has gone."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
+    except OSError:
+        return ""
 
 
 def alive(pid: int) -> bool:
