@@ -62,7 +62,7 @@ class DeploymentConfig:
         metavar="NAME=NUMBER[:HEADROOM]",
     )
     scheduler_config: str | None = knob(
-        None, "The scheduler's finer knobs, a YAML file (docs/scheduler.md).", metavar="FILE"
+        None, "The scheduler's finer knobs, a YAML file (docs/scheduling.md).", metavar="FILE"
     )
     survival: str | None = knob(
         None,

@@ -1,8 +1,8 @@
 """The scheduler's settings: every knob once, with unit, default and check.
 
-`--scheduler-config FILE` is this tree as YAML, and the table in docs/scheduler.md is drawn from it.
-A knob that is null follows from what is observed (`core/scheduling/observed.py`), from the policy,
-or from another knob, as its text says.
+`--scheduler-config FILE` is this tree as YAML, and the table in docs/scheduling.md is drawn from
+it. A knob that is null follows from what is observed (`core/scheduling/observed.py`), from the
+policy, or from another knob, as its text says.
 """
 
 import hashlib

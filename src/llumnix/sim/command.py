@@ -323,7 +323,7 @@ def _parser() -> argparse.ArgumentParser:
     flag = argparse.BooleanOptionalAction
     add("--chunked-prefill", action=flag, default=True, help="prompts share steps with others")
     add("--prefix-caching", action=flag, default=True, help="as vLLM's")
-    add("--scheduler-config", metavar="FILE", help="knobs of the scheduler (docs/scheduler.md)")
+    add("--scheduler-config", metavar="FILE", help="knobs of the scheduler (docs/scheduling.md)")
     add(
         "--faults",
         metavar="FAULTS",

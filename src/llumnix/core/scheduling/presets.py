@@ -14,7 +14,7 @@ class Preset:
     dispatch: str  # one of `DISPATCH_POLICIES`
     balance: bool  # moves running requests to balance the load
     headroom: bool  # keeps the headroom of urgent classes free; else those only go first
-    text: str  # for docs/scheduler.md: "a new request goes to ..."
+    text: str  # for docs/scheduling.md: "a new request goes to ..."
     priorities: bool = True  # false: all requests are treated alike
 
     @property
