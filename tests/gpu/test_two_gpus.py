@@ -1,4 +1,5 @@
-"""On two GPUs of one host, bf16: moved requests are exact, both caches the same by block.
+"""On two GPUs of one host, bf16: moved requests are exact, both caches the same by block; requests
+whose engine dies are exact too. One GPU will do: both engines share it then.
 
 Run it once for each runner, since vLLM reads the variable once:
 
@@ -24,6 +25,7 @@ from vllm import SamplingParams
 
 from conformance.engines import RealKind
 from conformance.test_exactness import run
+from conformance.test_survival import outlived
 from support.duo import Duo
 from support.real_engine import RealEngine
 
@@ -144,6 +146,13 @@ def test_hops_change_nothing(pair: RealKind, case: str, monkeypatch: pytest.Monk
     assert found == expected
     assert len(kind.counts) == HOPS
     assert min(kind.counts) > 40
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_four_deaths_change_nothing(pair: RealKind, case: str) -> None:
+    """Its tokens are computed again all at once, not one by one as before."""
+    expected, _ = run(pair, params(**CASES[case]), 0, PROMPT)
+    assert outlived(pair, params(**CASES[case]), prompt=PROMPT) == expected
 
 
 def test_a_move_that_copies_nothing_would_be_noticed(
