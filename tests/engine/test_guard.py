@@ -9,6 +9,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from llumnix.core.messages import OFFICE
 from llumnix.core.types import EngineIndex, MigrationId
 from llumnix.engine.migration.guard import LOG_EVERY_S, TRIES_MAX, ErrorLog
 from llumnix.engine.migration.peers import Peers
@@ -193,7 +194,7 @@ def test_the_death_of_a_peer_reaches_every_migration_though_one_of_them_fails(
         hosts.migrate(name)
     outgoing = source.host.llumlet._outgoing
     monkeypatch.setattr(outgoing, "_walk", Raising(outgoing._walk, 1))
-    source.host.engine_lost(EngineIndex(1), "ipc:///nowhere", [])
+    source.host.engine_lost(EngineIndex(1), "ipc:///nowhere", [], OFFICE)
     assert not source.host.llumlet.busy
     monkeypatch.undo()
     hosts.until_at_rest()
@@ -204,7 +205,7 @@ def test_the_line_to_a_peer_that_died_is_closed(hosts: Hosts) -> None:
     moved(hosts)
     source, address = hosts.engines[SOURCE].host, hosts.engines[DESTINATION].host.address
     line = source._peers._outgoing[address]
-    source.engine_lost(EngineIndex(DESTINATION), address, [])
+    source.engine_lost(EngineIndex(DESTINATION), address, [], OFFICE)
     assert line.closed
     assert address not in source._peers._outgoing
 

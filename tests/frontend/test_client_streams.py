@@ -335,7 +335,7 @@ async def test_a_source_that_died_before_the_take_over_was_heard_has_the_destina
         mover.takes_over(3, 1, 2, 3)
         await mover.idle()
         assert (1, "llumnix_fate", ("m0",)) in mover.calls
-        assert (1, "llumnix_engine_lost", (0, "", [])) in mover.calls
+        assert (1, "llumnix_engine_lost", (0, "", [], 0)) in mover.calls
         assert (await moving).outcome == "migrated"
         assert mover.record["reason"] == "the source died during the migration"
         one.take_in(tokens(1, "r", 4))
@@ -365,7 +365,7 @@ async def test_a_destination_that_died_leaves_the_request_at_its_source(tmp_path
         moving = await mover.begin()
         assert await one.client.lose(I1) == 0
         await mover.idle()
-        assert (0, "llumnix_engine_lost", (1, "there", ["m0"])) in mover.calls
+        assert (0, "llumnix_engine_lost", (1, "there", ["m0"], 0)) in mover.calls
         one.take_in(tokens(0, "r", 3))
         assert one.due() == {"r": [1, 2, 3]}
         mover.ends(taken=False, why="the destination died")

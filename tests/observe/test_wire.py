@@ -107,6 +107,7 @@ SAMPLES: list[Message] = [
         address="ipc:///there",
         epoch=Epoch(3),
         copy="blocking",
+        client=17,
     ),
     Revive(
         migration=MIGRATION,
@@ -114,6 +115,7 @@ SAMPLES: list[Message] = [
         destination=EngineIndex(65535),
         epoch=Epoch(3),
         outputs=[5, 65535],
+        client=17,
     ),
     Reserve(
         migration=MIGRATION,
@@ -125,6 +127,7 @@ SAMPLES: list[Message] = [
         outputs=[0, 151_935],
         tokens=80,
         agents=["unix:/a-0", "unix:/a-1"],
+        client=17,
     ),
     Stage(
         migration=MIGRATION,

@@ -8,7 +8,15 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from llumnix.core.messages import MigrationEnded, Out, PeerMessage, Revive, TookOver, ToPeer
+from llumnix.core.messages import (
+    OFFICE,
+    MigrationEnded,
+    Out,
+    PeerMessage,
+    Revive,
+    TookOver,
+    ToPeer,
+)
 from llumnix.core.migration.llumlet import Llumlet
 from llumnix.core.streams.effects import Abort, AskFate, Effect, Moved, Orphaned, Revived, TellLost
 from llumnix.core.streams.stream import Refusal
@@ -223,7 +231,7 @@ class Duo:
                 self._send(index, llumlet.client_gone([request]))
                 self.engines[index].abort(request)
             case ("lost", lost, granted):
-                self._send(index, llumlet.engine_lost(lost, set(granted), self.now))
+                self._send(index, llumlet.engine_lost(lost, set(granted), self.now, OFFICE))
             case ("revive", order):
                 made = self.engines[index].again(order, *self.sent[order.request])
                 self._send(index, llumlet.revive(order, made, self.now))

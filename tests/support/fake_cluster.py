@@ -25,6 +25,7 @@ from llumnix.core.events import MoveLimit, MoveOrder
 from llumnix.core.limits import MigrationLimits
 from llumnix.core.messages import (
     COPIES,
+    OFFICE,
     Handover,
     MigrationEnded,
     MigrationRequested,
@@ -408,7 +409,7 @@ class Cluster:
                 self.orders[index] -= set(llumlet.answered())
                 assert llumlet.moving(self.now).out >= 0
             case ("lost", lost, granted):
-                self._send(index, llumlet.engine_lost(lost, set(granted), self.now))
+                self._send(index, llumlet.engine_lost(lost, set(granted), self.now, OFFICE))
 
     def _send(self, index: EngineIndex, out: list[Out]) -> None:
         for item in out:

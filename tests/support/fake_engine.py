@@ -10,8 +10,9 @@ the block holds with them.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
-from llumnix.core.messages import Blocks
+from llumnix.core.messages import OFFICE, Blocks
 from llumnix.core.migration.port import Movable, Phase, Progress, Refusal
 from llumnix.core.types import EngineIndex, RequestId
 
@@ -44,6 +45,7 @@ class FakeRequest:
     blocks: list[int] = field(default_factory=list)
     stopped: bool = False
     preemptions: int = 0
+    client: int = OFFICE
 
     @property
     def tokens(self) -> list[int]:
@@ -93,8 +95,11 @@ class FakeEngine:
 
     # -- what a frontend does
 
-    def add(self, request: RequestId, prompt: list[int], max_tokens: int) -> None:
-        self.requests[request] = new = FakeRequest(id=request, prompt=prompt, max_tokens=max_tokens)
+    def add(
+        self, request: RequestId, prompt: list[int], max_tokens: int, client: int = OFFICE
+    ) -> None:
+        new = FakeRequest(id=request, prompt=prompt, max_tokens=max_tokens, client=client)
+        self.requests[request] = new
         self.waiting.append(new)
 
     def abort(self, request: RequestId) -> None:
@@ -288,6 +293,10 @@ class FakeEngine:
 
     # -- EnginePort
 
+    def client(self, request: RequestId) -> int:
+        known = self.requests.get(request)
+        return OFFICE if known is None else known.client
+
     @property
     def step_s(self) -> float:
         return STEP_S
@@ -310,7 +319,7 @@ class FakeEngine:
 
     def describe(self, request: RequestId) -> bytes | Refusal:
         known = self.requests[request]
-        return repr((known.prompt, known.max_tokens)).encode()
+        return repr((known.prompt, known.max_tokens, known.client)).encode()
 
     def agents(self) -> list[str]:
         return ["fake"]
@@ -376,8 +385,7 @@ class FakeEngine:
     ) -> int | Refusal:
         if request in self.requests or request in self.arriving:
             return Refusal(why="still leaving")
-        prompt, max_tokens = eval(body)  # noqa: S307 - our own repr, in a test
-        new = FakeRequest(id=request, prompt=prompt, max_tokens=max_tokens, outputs=list(outputs))
+        new = self._new(request, eval(body), outputs)  # noqa: S307 - our own repr, in a test
         hit = self._hit(new.tokens) if tokens else []
         if not self._begin(new, hit, tokens):
             return Refusal(why="no room")
@@ -387,11 +395,20 @@ class FakeEngine:
     def admit(self, request: RequestId, made: object, outputs: list[int]) -> Refusal | None:
         if request in self.requests or request in self.arriving:
             return Refusal(why="still leaving")
-        prompt, max_tokens = made  # type: ignore[misc]
-        self.arriving[request] = FakeRequest(
-            id=request, prompt=prompt, max_tokens=max_tokens, outputs=list(outputs), preemptions=1
-        )
+        self.arriving[request] = new = self._new(request, made, outputs)
+        new.preemptions = 1
         return None
+
+    def _new(self, request: RequestId, made: Any, outputs: list[int]) -> FakeRequest:
+        """`made`: prompt, tokens wanted and, unless that is the office, its frontend."""
+        prompt, max_tokens, client = (*made, OFFICE)[:3]
+        return FakeRequest(
+            id=request,
+            prompt=prompt,
+            max_tokens=max_tokens,
+            outputs=list(outputs),
+            client=client,
+        )
 
     def ready(self, request: RequestId) -> bool | Refusal:
         return True

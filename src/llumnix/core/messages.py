@@ -21,6 +21,9 @@ IN_BAND = "llumnix"
 `kv_transfer_params`."""
 REVIVE = "llumnix_revive"
 """Key under which a request that is sent again carries its `Revive`, encoded, to its new engine."""
+OFFICE = 0
+"""Client index of the office, to which an engine says what concerns no request. An engine knows
+each frontend by its client index. If there is one frontend, it is the office as well."""
 COPIES = ("staged", "blocking", "recompute")
 """How a request's KV gets to its destination: copied while the request goes on; copied after the
 request was stopped; not copied but computed again from its tokens. The latter two are what others
@@ -41,6 +44,7 @@ class Migrate:
     epoch: Epoch  # under which the destination will own it
     copy: str = "staged"  # one of `COPIES`
     wanted: bool = False  # the source's llumlet asked for it (`MigrationRequested`), not a user
+    client: int = OFFICE  # index of the frontend that has the stream
 
 
 # -- frontend to the llumlet of an engine that goes on with a request
@@ -57,6 +61,7 @@ class Revive:
     destination: EngineIndex  # the engine that is asked
     epoch: Epoch
     outputs: list[int]  # the tokens that its client has
+    client: int = OFFICE  # index of the frontend that has the stream
 
 
 Grant = Migrate | Revive
@@ -79,6 +84,7 @@ class Reserve:
     outputs: list[int]  # tokens generated so far
     tokens: int  # slots wanted now; 0 if no KV will come
     agents: list[str]  # where the source's workers let their blocks be read, one for each rank
+    client: int = OFFICE  # index of the frontend that has the stream
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -247,7 +253,14 @@ class ToPeer:
 class ToFrontend:
     """Send this to the frontend that the request belongs to."""
 
+    client: int  # that frontend's index
     message: FrontendMessage
 
 
 Out = ToPeer | ToFrontend
+
+
+def not_taken(grant: Grant, why: str) -> ToFrontend:
+    """Tells the frontend that granted it that nothing comes of this grant."""
+    ended = MigrationEnded(migration=grant.migration, request=grant.request, taken=False, why=why)
+    return ToFrontend(client=grant.client, message=ended)

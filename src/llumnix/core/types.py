@@ -13,7 +13,8 @@ RequestId = NewType("RequestId", str)
 """vLLM's internal id of one sequence: unique over all frontends (it ends in random hex digits)."""
 
 MigrationId = NewType("MigrationId", str)
-"""Names one attempt to move one request: `m0`, `m1`, ... by the frontend that grants its epoch."""
+"""Names one attempt to move one request: `m0`, `m1`, ... by the frontend that grants its epoch, or
+`m3-0`, ... if that has the client index 3. Unique over frontends."""
 
 Epoch = NewType("Epoch", int)
 """Counts the owners that a request has had or may get. Granted by its frontend alone."""

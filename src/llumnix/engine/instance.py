@@ -253,9 +253,11 @@ class EngineInstance(MemoryCalls, EngineCoreActor):
         """Utility call: moves a request away (`Migrate`, encoded)."""
         self._host.migrate(order)
 
-    def llumnix_engine_lost(self, engine: int, address: str, granted: list[str]) -> None:
-        """Utility call: another engine died."""
-        self._host.engine_lost(engine, address, granted)
+    def llumnix_engine_lost(
+        self, engine: int, address: str, granted: list[str], client: int
+    ) -> None:
+        """Utility call: another engine died. Each frontend makes it, for its own requests."""
+        self._host.engine_lost(engine, address, granted, client)
 
     def llumnix_fate(self, migration: str) -> str:
         """Utility call: what this engine decided about a migration to it."""

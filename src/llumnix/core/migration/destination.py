@@ -341,7 +341,7 @@ class IncomingMigrations:
             outputs=incoming.outputs,
             tail=incoming.tail,
         )
-        self._out.append(ToFrontend(message=took))
+        self._out.append(ToFrontend(client=reservation.client, message=took))
         self._decide(incoming, taken=True)
         self._first_steps.came(reservation.request, now)
 

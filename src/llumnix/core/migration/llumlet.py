@@ -190,10 +190,12 @@ class Llumlet:
         self._revivals.client_gone(requests)
         return self._take_out()
 
-    def engine_lost(self, engine: EngineIndex, granted: set[MigrationId], now: float) -> list[Out]:
-        """Another engine died. `granted`: the migrations to it that never took over, for which the
-        frontend gave this engine a fresh epoch."""
-        self._outgoing.engine_lost(engine, granted, now)
+    def engine_lost(
+        self, engine: EngineIndex, granted: set[MigrationId], now: float, client: int
+    ) -> list[Out]:
+        """Another engine died, as the frontend with the index `client` says. `granted`: its
+        migrations to there that never took over, for which it gave this engine a fresh epoch."""
+        self._outgoing.engine_lost(engine, granted, now, client)
         self._incoming.engine_lost(engine)
         return self._take_out()
 

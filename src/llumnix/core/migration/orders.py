@@ -109,7 +109,8 @@ class Orders:
         wanted = MigrationRequested(
             request=victim.request, destination=order.destination_engine, why=order.why
         )
-        self._out.append(ToFrontend(message=wanted))
+        client = self._port.client(victim.request)
+        self._out.append(ToFrontend(client=client, message=wanted))
 
     def start(self, order: Migrate) -> Refusal | None:
         """A grant has come. Refuses it if the request was chosen here and has changed too much

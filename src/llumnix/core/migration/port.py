@@ -71,6 +71,10 @@ class EnginePort(Protocol):
         """Whether a step that computes prompts is under way."""
         ...
 
+    def client(self, request: RequestId) -> int:
+        """The client index of the frontend whose request it is; the office's if it is gone."""
+        ...
+
     # -- source
 
     def movable(self) -> list[Movable]:

@@ -11,7 +11,7 @@ Rules
 
 from dataclasses import dataclass
 
-from llumnix.core.messages import MigrationEnded, Out, Revive, ToFrontend, TookOver
+from llumnix.core.messages import Out, Revive, ToFrontend, TookOver, not_taken
 from llumnix.core.migration.port import EnginePort, Refusal
 from llumnix.core.types import RequestId
 
@@ -113,14 +113,11 @@ class Revivals:
             outputs=len(order.outputs),
             tail=[],
         )
-        self._out.append(ToFrontend(message=took))
+        self._out.append(ToFrontend(client=order.client, message=took))
 
     def _drop(self, revival: Revival) -> None:
         del self._open[revival.order.request]
         self._port.drop(revival.order.request)
 
     def _decline(self, order: Revive, why: str) -> None:
-        ended = MigrationEnded(
-            migration=order.migration, request=order.request, taken=False, why=why
-        )
-        self._out.append(ToFrontend(message=ended))
+        self._out.append(not_taken(order, why))

@@ -17,7 +17,6 @@ from llumnix.core.messages import (
     Handover,
     HandoverAnnounced,
     Migrate,
-    MigrationEnded,
     Out,
     PeerMessage,
     Reserve,
@@ -29,6 +28,7 @@ from llumnix.core.messages import (
     ToFrontend,
     ToPeer,
     Verdict,
+    not_taken,
 )
 from llumnix.core.migration.port import EnginePort, Phase, Refusal
 from llumnix.core.migration.setbacks import Setbacks
@@ -127,15 +127,13 @@ class OutgoingMigrations:
                 outputs=outputs,
                 tokens=0 if without_kv else progress.tokens + ahead,
                 agents=self._port.agents(),
+                client=grant.client,
             ),
         )
 
     def refuse(self, grant: Migrate, refusal: Refusal) -> None:
         """Tells the frontend that the migration does not begin."""
-        ended = MigrationEnded(
-            migration=grant.migration, request=grant.request, taken=False, why=refusal.why
-        )
-        self._out.append(ToFrontend(message=ended))
+        self._out.append(not_taken(grant, refusal.why))
 
     def receive(self, message: FromDestination, now: float) -> None:
         """Takes in a destination's message."""
@@ -165,10 +163,13 @@ class OutgoingMigrations:
             self._walk(outgoing, SourceEvent.STAGED, now)
             self.advance(outgoing, now)
 
-    def engine_lost(self, engine: EngineIndex, granted: set[MigrationId], now: float) -> None:
-        """A destination died. For the migrations in `granted` the frontend gave this engine a fresh
-        epoch."""
-        for outgoing in [o for o in self._open.values() if o.grant.destination == engine]:
+    def engine_lost(
+        self, engine: EngineIndex, granted: set[MigrationId], now: float, client: int
+    ) -> None:
+        """A destination died. That ends the migrations there of the frontend that says so: no other
+        knows which of them took over. For those in `granted` it gave this engine a fresh epoch."""
+        to_it = [o for o in self._open.values() if o.grant.destination == engine]
+        for outgoing in [o for o in to_it if o.grant.client == client]:
             self._at = outgoing
             outgoing.why = "the destination died"
             mine = outgoing.grant.migration in granted
@@ -383,17 +384,8 @@ class OutgoingMigrations:
         self._ended[grant.migration] = outgoing.machine
         if len(self._ended) > REMEMBERED_MAX:
             del self._ended[next(iter(self._ended))]
-        down = None if outgoing.stopped_s is None else round((now - outgoing.stopped_s) * 1e3, 3)
-        ended = MigrationEnded(
-            migration=grant.migration,
-            request=grant.request,
-            taken=taken,
-            why=outgoing.why,
-            stages=outgoing.stages,
-            downtime_ms=down,
-            total_ms=round((now - outgoing.began_s) * 1e3, 3),
-        )
-        self._out.append(ToFrontend(message=ended))
+        ended = outgoing.ended(taken=taken, now=now)
+        self._out.append(ToFrontend(client=grant.client, message=ended))
 
     def _send(self, outgoing: Outgoing, message: PeerMessage) -> None:
         to, address = outgoing.grant.destination, outgoing.grant.address

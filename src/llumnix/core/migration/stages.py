@@ -14,7 +14,7 @@ Rules
 from dataclasses import dataclass, field
 
 from llumnix.core.limits import MigrationLimits
-from llumnix.core.messages import Handover, Migrate, StageDone
+from llumnix.core.messages import Handover, Migrate, MigrationEnded, StageDone
 from llumnix.core.migration.port import EnginePort, Phase, Progress
 from llumnix.core.migration.tables import SourceEvent, SourceMachine, SourceState
 
@@ -43,6 +43,19 @@ class Outgoing:
     handover: Handover | None = None  # kept to be sent again
     stages: list[StageDone] = field(default_factory=list)
     why: str = ""  # why it ended
+
+    def ended(self, *, taken: bool, now: float) -> MigrationEnded:
+        """What its frontend is told at its end."""
+        down = None if self.stopped_s is None else round((now - self.stopped_s) * 1e3, 3)
+        return MigrationEnded(
+            migration=self.grant.migration,
+            request=self.grant.request,
+            taken=taken,
+            why=self.why,
+            stages=self.stages,
+            downtime_ms=down,
+            total_ms=round((now - self.began_s) * 1e3, 3),
+        )
 
 
 def next_event(

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Generic
 
-from llumnix.core.messages import Grant
+from llumnix.core.messages import OFFICE, Grant
 from llumnix.core.streams.states import stream_machine
 from llumnix.core.streams.stream import Info, Output, Stream
 from llumnix.core.types import EngineIndex, MigrationId, RequestId
@@ -11,10 +11,11 @@ from llumnix.errors import ProtocolError
 
 
 class StreamIndex(Generic[Info, Output]):
-    """The open streams. `client`: the number of this frontend, which tells the ids of its
-    migrations from those of others."""
+    """The open streams. `client`: this frontend's client index, which is in the ids of its
+    migrations, since an engine remembers those of all frontends."""
 
-    def __init__(self, client: int = 0) -> None:
+    def __init__(self, client: int = OFFICE) -> None:
+        self.client = client
         self._prefix = f"m{client}-" if client else "m"
         self._granted = 0
         self._streams: dict[RequestId, Stream[Info, Output]] = {}

@@ -108,6 +108,7 @@ class StreamTable(StreamIndex[Info, Output]):
             epoch=stream.next_epoch(),
             copy=copy,
             wanted=wanted,
+            client=self.client,
         )
         self._grant(stream, order)
         return order
@@ -126,6 +127,7 @@ class StreamTable(StreamIndex[Info, Output]):
             destination=destination,
             epoch=stream.next_epoch(),
             outputs=list(stream.tokens),
+            client=self.client,
         )
         self._grant(stream, order)
         return order

@@ -63,14 +63,15 @@ class ErrorLog:
 
 class GuardedPort:
     """An `EnginePort` in front of another one. `pull_failed` is told the ticket of a pull that
-    could not begin, and why; `lost` a request that could not be put back."""
+    could not begin, and why; `lost` a request that could not be put back, and the client index of
+    its frontend."""
 
     def __init__(
         self,
         port: EnginePort,
         errors: ErrorLog,
         pull_failed: Callable[[int, str], None],
-        lost: Callable[[RequestId], None],
+        lost: Callable[[RequestId, int], None],
     ) -> None:
         self._port = port
         self._errors = errors
@@ -126,12 +127,13 @@ class GuardedPort:
 
     def resume(self, request: RequestId) -> None:
         """As the port does, or frees the request and has its client told."""
+        client = self._port.client(request)
         try:
             self._port.resume(request)
         except Exception as error:
             self._errors.note("resume", error)
             self._clean("release", request)
-            self._lost(request)
+            self._lost(request, client)
 
     def retry(self) -> None:
         """Between two steps, cleans up what could not be cleaned up before."""

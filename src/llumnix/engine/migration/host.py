@@ -27,6 +27,7 @@ from vllm.v1.request import Request
 from llumnix.core.events import MoveOrder
 from llumnix.core.messages import (
     IN_BAND,
+    OFFICE,
     DrainRequested,
     FrontendMessage,
     Grant,
@@ -38,6 +39,7 @@ from llumnix.core.messages import (
     Reserve,
     Revive,
     ToPeer,
+    not_taken,
 )
 from llumnix.core.migration.llumlet import Llumlet
 from llumnix.core.migration.port import EnginePort
@@ -300,8 +302,8 @@ class LlumletHost:
             self._engine.model_executor.collective_rpc("llumnix_hold", args=(held,))
 
     def leave(self, why: str) -> None:
-        """Asks the frontend to have this engine emptied and stopped."""
-        self._tell_frontend(DrainRequested(request=RequestId(""), why=why))
+        """Asks the office to have this engine emptied and stopped."""
+        self._tell_frontend(OFFICE, DrainRequested(request=RequestId(""), why=why))
 
     def migrate(self, order: bytes) -> None:
         """A frontend's order (`Migrate`)."""
@@ -323,23 +325,16 @@ class LlumletHost:
             out = self._end_migration("start", error)
             if not any(isinstance(o.message, MigrationEnded) for o in out):
                 why = f"an error at the engine that got the order: {type(error).__name__}: {error}"
-                self._tell_frontend(
-                    MigrationEnded(
-                        migration=order.migration, request=order.request, taken=False, why=why
-                    )
-                )
+                self._send([not_taken(order, why)])
             return
         self._send(out)
 
-    def engine_lost(self, engine: int, address: str, granted: list[str]) -> None:
-        """A frontend says that another engine died."""
-        names = {MigrationId(m) for m in granted}
-        self._each(
-            "peer's death",
-            lambda: self.llumlet.engine_lost(EngineIndex(engine), names, time.monotonic()),
-        )
+    def engine_lost(self, engine: int, address: str, granted: list[str], client: int) -> None:
+        """The frontend with that index says that another engine died."""
+        lost, names, now = EngineIndex(engine), {MigrationId(m) for m in granted}, time.monotonic()
+        self._each("peer's death", lambda: self.llumlet.engine_lost(lost, names, now, client))
         self._peers.disconnect(address)
-        if (agents := self._agents_of.pop(EngineIndex(engine), None)) is not None:
+        if (agents := self._agents_of.pop(lost, None)) is not None:
             self.port.destination.forget(agents)
 
     def client_gone(self, requests: list[str]) -> None:
@@ -354,19 +349,21 @@ class LlumletHost:
                 send = partial(self._peers.send, item.address, item.message)
                 self._errors.keep("message", send, None)
             else:
-                self._tell_frontend(item.message)
+                self._tell_frontend(item.client, item.message)
 
-    def _tell_frontend(self, message: FrontendMessage) -> None:
+    def _tell_frontend(self, client: int, message: FrontendMessage) -> None:
         # In band, so that it stays in order with the tokens of the same engine.
         output = EngineCoreOutput(
             message.request, [], kv_transfer_params={IN_BAND: encode(message)}
         )
-        self._engine.output_queue.put_nowait((0, EngineCoreOutputs(outputs=[output])))
+        self._put_out(client, output)
 
-    def _lost(self, request: RequestId) -> None:
+    def _lost(self, request: RequestId, client: int) -> None:
         """A request of this engine cannot go on. Tells its client."""
-        output = EngineCoreOutput(request, [], finish_reason=FinishReason.ERROR)
-        self._engine.output_queue.put_nowait((0, EngineCoreOutputs(outputs=[output])))
+        self._put_out(client, EngineCoreOutput(request, [], finish_reason=FinishReason.ERROR))
+
+    def _put_out(self, client: int, output: EngineCoreOutput) -> None:
+        self._engine.output_queue.put_nowait((client, EngineCoreOutputs(outputs=[output])))
 
     # -- on other threads
 

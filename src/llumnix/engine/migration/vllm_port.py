@@ -48,6 +48,7 @@ class VllmPort:
         self.step_timer = StepTimer()  # told by the instance, which makes the steps
         self._stuck_steps = 0
         self.block_tokens = core.block_tokens
+        self.client = source.client
         self.progress = source.progress
         self.movable = source.movable
         self.describe = source.describe

@@ -22,7 +22,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.serial_utils import MsgpackEncoder
 
 from llumnix.core.limits import WAITING_SHOWN_MAX
-from llumnix.core.messages import Blocks
+from llumnix.core.messages import OFFICE, Blocks
 from llumnix.core.migration.port import Movable, Phase, Progress, Refusal
 from llumnix.core.types import RequestId
 from llumnix.engine.migration.unsupported import request_unsupported
@@ -65,6 +65,10 @@ class VllmSource:
             outputs=known.num_output_tokens,
             preemptions=known.num_preemptions,
         )
+
+    def client(self, request: RequestId) -> int:
+        known = self._scheduler.requests.get(request)
+        return OFFICE if known is None else int(known.client_index)
 
     def movable(self) -> list[Movable]:
         if self._core.unsupported is not None:

@@ -116,10 +116,10 @@ class EngineCalls(EngineSockets):
     ) -> bool:
         """Tells an engine that another one died, and for which migrations to that it has a fresh
         epoch. Returns False if it could not be told and lives."""
-        address = self.engines.address(lost)
+        news = lost, self.engines.address(lost), granted, self.client_index
         for attempt in range(CALL_TRIES_MAX):
             try:
-                await self.call_engine(engine_index, "llumnix_engine_lost", lost, address, granted)
+                await self.call_engine(engine_index, "llumnix_engine_lost", *news)
             except EngineDeadError:
                 return True  # It died too, and that is told on its own.
             except Exception as error:  # noqa: BLE001 - vLLM raises a bare Exception

@@ -83,7 +83,7 @@ class StreamClient(EngineCalls):
         keys: SocketKeys | None = None,
     ) -> None:
         super().__init__(vllm_config, addresses, slots, keys)
-        self.streams: FleetStreams = StreamTable()
+        self.streams: FleetStreams = StreamTable(self.client_index)
         self.migrations = MigrationRecords(log)
         self.on_failed: Callable[[FailedRequest], bool] = lambda failed: True
         self.drain_requests: asyncio.Queue[DrainInstance] = asyncio.Queue(DRAIN_REQUESTS_MAX)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from llumnix.core.limits import WAITING_SHOWN_MAX
-from llumnix.core.messages import Blocks
+from llumnix.core.messages import OFFICE, Blocks
 from llumnix.core.migration.port import Movable, Phase, Progress, Refusal
 from llumnix.core.priorities import Priorities, QueueKey
 from llumnix.core.reports import EngineCounts
@@ -92,6 +92,9 @@ class SimEngine(Batching):
                 for seq, _ in others:
                     seq.job.slowed_s += slowed_s
         return batch
+
+    def client(self, request: RequestId) -> int:
+        return OFFICE
 
     # -- source
 

@@ -12,7 +12,15 @@ from typing import Any, Literal
 
 from llumnix.core.events import DrainedBy, FleetReported, MoveOrder, PrefixesChanged
 from llumnix.core.limits import HEARTBEAT_S
-from llumnix.core.messages import FrontendMessage, Migrate, Out, PeerMessage, Revive, ToPeer
+from llumnix.core.messages import (
+    OFFICE,
+    FrontendMessage,
+    Migrate,
+    Out,
+    PeerMessage,
+    Revive,
+    ToPeer,
+)
 from llumnix.core.migration.llumlet import Llumlet
 from llumnix.core.reports import LoadReport, compose_report
 from llumnix.core.streams.effects import Abort, AskFate, TellLost
@@ -149,7 +157,7 @@ class SimInstance:
             case MoveOrder():
                 self._say(llumlet.order(message, now))
             case TellLost(lost=lost, granted=granted):
-                self._say(llumlet.engine_lost(lost, set(granted), now))
+                self._say(llumlet.engine_lost(lost, set(granted), now, OFFICE))
             case AskFate(migration=migration):
                 fate = llumlet.fate(migration)
                 self._messages.append(Fate(engine=self.index, migration=migration, fate=fate))
