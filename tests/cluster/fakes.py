@@ -37,10 +37,12 @@ class FakeLink:
         return self.reports
 
 
-class FakeClient:
-    """The frontend: `held` counts each engine's streams."""
+class FakeFrontends:
+    """The frontends: `held` counts each engine's streams."""
 
     def __init__(self) -> None:
+        self.grown: list[int] = []
+        self.stopping = False
         self.link = FakeLink()
         self.drain_requests: asyncio.Queue[DrainInstance] = asyncio.Queue()
         self.held: dict[int, int] = {}
@@ -50,12 +52,27 @@ class FakeClient:
         self.shared_state = EngineState()
         self.streams = SimpleNamespace(on=self._streams)
         self.heard: dict[int, float] = {}
-        self.engines = SimpleNamespace(heard_s=self.heard.get)
         self.blamed: dict[int, bool] = {}
         self.suspects: dict[int, frozenset[RequestId] | None] = {}
 
+    @property
+    def paused(self) -> bool:
+        return self.shared_state.paused
+
+    def note_silent(self, index: int, silent: bool) -> None:
+        self.shared_state.note_silent(EngineIndex(index), silent)
+
+    def heard_s(self, index: int) -> float | None:
+        return self.heard.get(index)
+
+    def grow_metrics(self, slots: int) -> None:
+        self.grown.append(slots)
+
     def in_flight(self, index: int) -> int:
         return self.held.get(index, 0)
+
+    def may_hold(self, index: int) -> bool:
+        return self.in_flight(index) > 0
 
     async def bring_up(self, index: int) -> str | None:
         return self.not_brought_up
@@ -105,7 +122,7 @@ class FakeLauncher:
 
     event_log = None
 
-    def __init__(self, client: FakeClient) -> None:
+    def __init__(self, client: FakeFrontends) -> None:
         self.client = client
         self.made: list[FakeRun] = []
         self.ended: list[int] = []
@@ -156,14 +173,12 @@ class World:
         self.room = 100
         monkeypatch.setattr(fleet_module, "ray_call", call)
         monkeypatch.setattr(fleet_module, "check_one_more", self._check)
-        self.client = FakeClient()
-        self.grown: list[int] = []
-        self.llm: Any = SimpleNamespace(
-            engine_core=self.client, grow_metrics=self.grown.append, stopping=False
-        )
+        self.client = FakeFrontends()
+        self.grown = self.client.grown
         launch: Any = SimpleNamespace(device=None, devices_per_instance=1)
         addresses: Any = SimpleNamespace(controller="", peers="", agents="", keys=None)
-        self.fleet = Fleet(self.llm, launch, addresses, DeploymentConfig(**config))
+        frontends: Any = self.client
+        self.fleet = Fleet(frontends, launch, addresses, DeploymentConfig(**config))
         self.launcher = FakeLauncher(self.client)
         self.fleet._launcher = self.fleet._supervisor._launcher = self.launcher  # type: ignore[assignment]
         self.said: list[str] = []

@@ -102,7 +102,7 @@ def test_an_instance_that_cannot_be_added_is_not_listed(play: Callable[..., Worl
         raise RuntimeError("a plugin for metrics failed")
 
     async def script(w: World) -> None:
-        w.fleet._llm.grow_metrics = fails  # type: ignore[method-assign]
+        w.client.grow_metrics = fails  # type: ignore[method-assign]
         with pytest.raises(RuntimeError):
             await w.fleet.add()
         assert w.states == {"i0": "serving", "i1": "serving"}
@@ -376,7 +376,7 @@ def test_while_requests_end_nothing_is_started_or_drained_any_more(
     """A SIGTERM to every process: each instance asks for its drain, as the frontend stops."""
 
     async def script(w: World) -> None:
-        w.llm.stopping = True
+        w.client.stopping = True
         w.decide(AddInstances(count=1, why="load"))
         w.ask_for_drain(I0)
         w.ask_for_drain(I1)

@@ -96,13 +96,12 @@ class FakeRay:
         monkeypatch.setattr(ray, "remote", lambda _: remote)
         monkeypatch.setattr(ray, "kill", lambda _: self.call("kill"))
         self.accepting: list[bool] = []
-        engines = SimpleNamespace(
-            expect=lambda *_: None,
+        frontends: Any = SimpleNamespace(
+            expect=lambda *_: self.accepting.append(False),
             locate=lambda *_: None,
             accept=lambda _, accepting: self.accepting.append(accepting),
             ready=self._connected,
         )
-        client: Any = SimpleNamespace(engines=engines)
         launch: Any = SimpleNamespace(
             device=device,
             devices_per_instance=1,
@@ -114,7 +113,7 @@ class FakeRay:
             log_stats=False,
         )
         addresses: Any = SimpleNamespace(controller="", peers="", agents="", keys=None)
-        self.launcher = EngineLauncher(client, launch, addresses, DeploymentConfig())
+        self.launcher = EngineLauncher(frontends, launch, addresses, DeploymentConfig())
 
     def _wait(self, seconds: int) -> bool:
         operator.index(seconds)  # Ray refuses a float.

@@ -18,6 +18,7 @@ from llumnix.core.streams.probation import CLEARED_AFTER
 from llumnix.core.streams.states import StreamState
 from llumnix.core.types import EngineIndex, RequestId
 from llumnix.frontend.context import HttpRequest, current_http_request
+from llumnix.frontend.http.control import OwnControl
 from llumnix.frontend.http.routes import control_app
 from llumnix.frontend.streams.digests import digest_of
 from support.frontend import Front, front, request, tokens
@@ -150,7 +151,7 @@ async def test_it_is_refused_when_it_is_sent_again_until_it_is_released(tmp_path
         assert http.code == "request_quarantined"
         assert len(one.client.streams) == 0
         await one.add_request("other", 2, prompt_token_ids=[0, 5, 7])
-        transport = httpx.ASGITransport(control_app(one.client, None))  # type: ignore[arg-type]
+        transport = httpx.ASGITransport(control_app(one.client, OwnControl(one.client, None)))  # type: ignore[arg-type]
         async with httpx.AsyncClient(transport=transport, base_url="http://t") as client:
             path = "/llumnix/v1/quarantine"
             (row,) = (await client.get(path)).json()["quarantine"]

@@ -12,6 +12,7 @@ pytest.importorskip("vllm")
 from llumnix.core.supervision.lifecycle import InstanceStatus
 from llumnix.core.types import EngineIndex, InstanceId
 from llumnix.errors import CapacityError, LastInstanceError
+from llumnix.frontend.http.control import OwnControl
 from llumnix.frontend.http.routes import DRAIN_TIMEOUT_MAX_S, control_app
 
 
@@ -63,7 +64,7 @@ async def http(control: Control) -> AsyncIterator[httpx.AsyncClient]:
         return []
 
     client: Any = SimpleNamespace(link=SimpleNamespace(loads=loads), in_flight=lambda _: 2)
-    transport = httpx.ASGITransport(control_app(client, control))
+    transport = httpx.ASGITransport(control_app(client, OwnControl(client, control)))
     async with httpx.AsyncClient(transport=transport, base_url="http://t") as http:
         yield http
 

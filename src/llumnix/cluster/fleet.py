@@ -18,6 +18,7 @@ from ray.util.scheduling_strategies import (
 from llumnix.cluster.addresses import Addresses
 from llumnix.cluster.controller import Controller
 from llumnix.cluster.controller_process import ControllerProcess
+from llumnix.cluster.frontends.seam import Frontends
 from llumnix.cluster.ray_calls import ray_call
 from llumnix.cluster.supervision.capacity import check_one_more, check_start
 from llumnix.cluster.supervision.hosts import Hosts
@@ -47,7 +48,6 @@ from llumnix.errors import (
     UnknownInstanceError,
     UsageError,
 )
-from llumnix.frontend.llm import FleetLLM
 from llumnix.tasks import keep_running
 
 logger = logging.getLogger("llumnix.fleet")
@@ -56,21 +56,24 @@ CLOSE_TIMEOUT_S = 5.0
 
 
 class Fleet:
-    """All instances of one deployment. It lives on the frontend's event loop."""
+    """All instances of one deployment. It lives on the event loop of its process."""
 
     def __init__(
-        self, llm: FleetLLM, launch: EngineLaunch, addresses: Addresses, config: DeploymentConfig
+        self,
+        frontends: Frontends,
+        launch: EngineLaunch,
+        addresses: Addresses,
+        config: DeploymentConfig,
     ) -> None:
-        self._llm = llm
-        self._client = llm.engine_core
+        self._frontends = frontends
         self._launch = launch
         self._members: dict[InstanceId, Member] = {}
-        self._launcher = EngineLauncher(self._client, launch, addresses, config)
+        self._launcher = EngineLauncher(frontends, launch, addresses, config)
         self._addresses = addresses
         self._settings = config.scheduler.without_keys()
         self._hosts = Hosts(self._stopped)
         self._supervisor = Supervisor(
-            self._client,
+            self._frontends,
             self._launcher,
             self._members,
             self._hosts,
@@ -78,7 +81,7 @@ class Fleet:
             stall_s=self._settings.survival.stall_s,
         )
         self._watcher = Watcher(
-            self._client,
+            self._frontends,
             self._members.values,
             self._hosts,
             answers=lambda run: self._launcher.answers(run),
@@ -106,7 +109,7 @@ class Fleet:
                 )
             )
 
-        self._controller = ControllerProcess(create, self._client.link)
+        self._controller = ControllerProcess(create, self._frontends.link)
         self._controller.start()
 
     # -- what a user asks for ----------------------------------------------------------------------
@@ -147,7 +150,7 @@ class Fleet:
                     "first, or start llumnix with a higher one"
                 )
             await self._check_room()
-            self._llm.grow_metrics(self._free_slot() + 1)
+            self._frontends.grow_metrics(self._free_slot() + 1)
             member = self._register()
             self._supervisor.supervise(member)
             self._changed()
@@ -227,7 +230,7 @@ class Fleet:
         """Tells the controller what there is, at once when it changes."""
         while True:
             self._news.clear()
-            self._client.link.tell(self._facts())
+            self._frontends.link.tell(self._facts())
             # `wait_for` would lose a cancellation that comes together with news.
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(FLEET_REPORT_EVERY_S):
@@ -246,16 +249,16 @@ class Fleet:
 
     async def _take_decisions(self) -> None:
         while True:
-            decision = await self._client.link.decisions.get()
+            decision = await self._frontends.link.decisions.get()
             self._keep(asyncio.create_task(self._carry_out(decision, by="scheduler")))
 
     async def _take_drain_requests(self) -> None:
         while True:
-            request = await self._client.drain_requests.get()
+            request = await self._frontends.drain_requests.get()
             self._keep(asyncio.create_task(self._carry_out(request, by="signal")))
 
     async def _carry_out(self, decision: ScalingDecision, by: DrainedBy) -> None:
-        if self._llm.stopping:
+        if self._frontends.stopping:
             return  # A SIGTERM to all processes makes the instances ask for drains as well.
         try:
             match decision:

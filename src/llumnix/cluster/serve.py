@@ -162,7 +162,9 @@ async def _run(
     command: ServeCommand, event_log: EventLog, addresses: Addresses, start: Start
 ) -> int:
     from llumnix.cluster.fleet import Fleet
+    from llumnix.cluster.frontends.own import OwnFrontend
     from llumnix.engine.launch import EngineLaunch
+    from llumnix.frontend.http.control import OwnControl
     from llumnix.frontend.http.server import serve as serve_http
 
     args, deployment = command.args, command.deployment
@@ -175,7 +177,7 @@ async def _run(
     with contextlib.ExitStack() as undo:
         undo.callback(event_log.close)
         llm = _client(command, event_log, addresses, undo)
-        fleet = Fleet(llm, launch, addresses, deployment)
+        fleet = Fleet(OwnFrontend(llm), launch, addresses, deployment)
         start.progress.instances = lambda: [(s.id, s.state) for s in fleet.status()]
         failed = None
         try:
@@ -185,7 +187,10 @@ async def _run(
             failed = asyncio.create_task(_stop_when_all_failed(fleet))
             assert start.listener is not None
             signals.pass_hangup_on(asyncio.get_running_loop())
-            await serve_http(llm, fleet, start.listener, args, lambda: _announce(llm, start, args))
+            control = OwnControl(llm.engine_core, fleet)
+            await serve_http(
+                llm, control, start.listener, args, lambda: _announce(llm, start, args)
+            )
         except InstanceFailedError as error:
             start.crashed = True
             raise UsageError(str(error)) from error

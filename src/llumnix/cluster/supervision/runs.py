@@ -21,6 +21,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from llumnix.cluster import ray_runtime
 from llumnix.cluster.addresses import Addresses
+from llumnix.cluster.frontends.seam import Frontends
 from llumnix.cluster.ray_calls import off_loop, ray_call
 from llumnix.cluster.supervision.engine_actor import EngineActor, pack
 from llumnix.config import DeploymentConfig
@@ -32,7 +33,6 @@ from llumnix.engine.instance import InstanceFacts
 from llumnix.engine.kv.agent import TransferOptions
 from llumnix.engine.launch import EngineLaunch, InstanceConfig, LlumletConfig
 from llumnix.errors import LlumnixError
-from llumnix.frontend.client import FleetClient
 
 logger = logging.getLogger("llumnix.fleet")
 
@@ -76,12 +76,12 @@ class EngineLauncher:
 
     def __init__(
         self,
-        client: FleetClient,
+        frontends: Frontends,
         launch: EngineLaunch,
         addresses: Addresses,
         config: DeploymentConfig,
     ) -> None:
-        self._client = client
+        self._frontends = frontends
         self._launch = launch
         self._controller = addresses.controller
         self._keys = addresses.keys
@@ -101,14 +101,13 @@ class EngineLauncher:
         self._started = 0
 
     def create(self, instance: InstanceId, slot: int) -> EngineRun:
-        """Begins a new run: a new actor, known to the frontend before it can announce itself."""
+        """Begins a new run: a new actor, known to the frontends before it can announce itself."""
         if self._started > ENGINE_INDEX_MAX:
             raise LlumnixError("65,536 engines were started; restart llumnix to start more")
         index = EngineIndex(self._started)
         self._started += 1
-        self._client.engines.expect(instance, index, slot)
         # It takes requests only once it is in the state that all engines share.
-        self._client.engines.accept(index, False)
+        self._frontends.expect(instance, index, slot)
         config = InstanceConfig(
             instance=instance,
             engine_index=index,
@@ -194,10 +193,10 @@ class EngineLauncher:
         except ray.exceptions.RayError as error:
             logged = await asyncio.to_thread(ray_runtime.error_logged, str(error))
             return logged or _reason(error)
-        self._client.engines.locate(run.engine_index, run.facts.address)
+        self._frontends.locate(run.engine_index, run.facts.address)
         run.ended = asyncio.get_running_loop().create_future()
         run.listening = asyncio.create_task(_listen(run))
-        connected = asyncio.create_task(self._client.engines.ready(run.engine_index))
+        connected = asyncio.create_task(self._frontends.ready(run.engine_index))
         try:
             await asyncio.wait({run.ended, connected}, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -205,9 +204,9 @@ class EngineLauncher:
         return run.ended.result().why if run.ended.done() else None
 
     def accept(self, run: EngineRun, accepting: bool) -> None:
-        """Says whether the run takes new requests, to the frontend and in its own reports. Does not
-        wait for the engine, which may be dying right now."""
-        self._client.engines.accept(run.engine_index, accepting)
+        """Says whether the run takes new requests, to the frontends and in its own reports. Does
+        not wait for the engine, which may be dying right now."""
+        self._frontends.accept(run.engine_index, accepting)
         if run.accepting != accepting:
             run.accepting = accepting
             if run.telling is None or run.telling.done():

@@ -12,6 +12,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 
+from llumnix.cluster.frontends.seam import Frontends
 from llumnix.cluster.supervision.hosts import Hosts
 from llumnix.cluster.supervision.member import Member
 from llumnix.cluster.supervision.runs import EngineLauncher, EngineRun
@@ -21,7 +22,6 @@ from llumnix.core.supervision.blame import Death, Fenced
 from llumnix.core.supervision.hang import HangPolicy, Health
 from llumnix.core.supervision.lifecycle import LifeAction, LifeState
 from llumnix.core.types import InstanceId
-from llumnix.frontend.client import FleetClient
 from llumnix.tasks import keep_running
 
 logger = logging.getLogger("llumnix.fleet")
@@ -36,14 +36,14 @@ class Supervisor:
 
     def __init__(
         self,
-        client: FleetClient,
+        frontends: Frontends,
         launcher: EngineLauncher,
         members: dict[InstanceId, Member],
         hosts: Hosts,
         on_change: Callable[[], None],
         stall_s: float | None = None,
     ) -> None:
-        self._client = client
+        self._frontends = frontends
         self._launcher = launcher
         self._members = members
         self._hosts = hosts
@@ -191,7 +191,7 @@ class Supervisor:
             member.run = self._launcher.create(member.id, member.slot)
         why = await self._launcher.until_ready(member.run)
         if why is None:
-            why = await self._client.bring_up(member.run.engine_index)
+            why = await self._frontends.bring_up(member.run.engine_index)
         if why is None:
             self._perform(member, member.life.up(asyncio.get_running_loop().time()))
         return why
@@ -208,10 +208,10 @@ class Supervisor:
         self._perform(member, member.life.died(why, now_s))
 
     async def _lose(self, run: EngineRun, *, blamed: bool) -> int:
-        """Tells the frontend of a death, and of which requests it may have been. Returns how many
+        """Tells the frontends of a death, and of which requests it may have been. Returns how many
         streams have ended."""
         suspects = await self._hosts.suspects(run) if blamed else None
-        return await self._client.lose(run.engine_index, blamed=blamed, suspects=suspects)
+        return await self._frontends.lose(run.engine_index, blamed=blamed, suspects=suspects)
 
     async def fence(self, member: Member, run: EngineRun, fenced: Fenced) -> None:
         """Ends a run that lives and does nothing. Its engine counts as lost at once, whatever it
@@ -238,7 +238,7 @@ class Supervisor:
             busy = (
                 run is not None
                 and run.alive
-                and (drain.held or self._client.in_flight(run.engine_index) > 0)
+                and (drain.held or self._frontends.may_hold(run.engine_index))
             )
             hung = member.health.hung is not None
             action = member.life.drain_looked_at(now_s, busy=busy, hung=hung)
@@ -277,6 +277,6 @@ class Supervisor:
     async def end(self, member: Member) -> None:
         """Ends the member's run, if it has one; what fails is raised, and the run not forgotten."""
         if member.run is not None:
-            await self._client.lose(member.run.engine_index)
+            await self._frontends.lose(member.run.engine_index)
             await self._launcher.end(member.run)
             member.run = None

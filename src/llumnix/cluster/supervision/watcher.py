@@ -11,13 +11,13 @@ import logging
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import replace
 
+from llumnix.cluster.frontends.seam import Frontends
 from llumnix.cluster.supervision.hosts import Hosts
 from llumnix.cluster.supervision.member import Member
 from llumnix.cluster.supervision.runs import EngineRun
 from llumnix.core.supervision.blame import Death, Fenced
 from llumnix.core.supervision.hang import HOST_LOST_LOOKS, LOOK_EVERY_S, Health, Standstill
 from llumnix.core.types import EngineIndex
-from llumnix.frontend.client import FleetClient
 
 logger = logging.getLogger("llumnix.fleet")
 
@@ -29,7 +29,7 @@ class Watcher:
 
     def __init__(
         self,
-        client: FleetClient,
+        frontends: Frontends,
         members: Callable[[], Iterable[Member]],
         hosts: Hosts,
         *,
@@ -39,7 +39,7 @@ class Watcher:
     ) -> None:
         """`answers` asks an engine's process whether it is there; `fence` ends a run; `on_health`
         is called when what is known of a member changes."""
-        self._client = client
+        self._frontends = frontends
         self._members = members
         self._hosts = hosts
         self._answers = answers
@@ -57,18 +57,19 @@ class Watcher:
         """Looks once. Without a controller there are no reports, and nothing is concluded from
         them."""
         self._hosts.watch(run for _, run in self._living())
-        loads = await self._client.link.loads()
+        loads = await self._frontends.link.loads()
         if loads is None:
             return
         reports = {report.engine_index: report for report in loads}
-        shared = self._client.shared_state
         for member, run in self._living():
-            heard, run.heard_s = run.heard_s, self._client.engines.heard_s(run.engine_index)
+            heard, run.heard_s = run.heard_s, self._frontends.heard_s(run.engine_index)
             health = member.hangs.look(
-                reports.get(run.engine_index), paused=shared.paused, heard=run.heard_s != heard
+                reports.get(run.engine_index),
+                paused=self._frontends.paused,
+                heard=run.heard_s != heard,
             )
             self._tell(member, health)
-            (shared.silent.add if health.silent else shared.silent.discard)(run.engine_index)
+            self._frontends.note_silent(run.engine_index, health.silent)
             if health.fence is not None:
                 self._begin_fence(member, run, health.fence, ask=health.silent)
         self._look_at_hosts()

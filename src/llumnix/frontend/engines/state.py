@@ -35,6 +35,10 @@ class EngineState:
         """Whether engines stand still on purpose."""
         return bool(self._halting)
 
+    def note_silent(self, engine_index: EngineIndex, silent: bool) -> None:
+        """An engine's process no longer reports, or does so again."""
+        (self.silent.add if silent else self.silent.discard)(engine_index)
+
     def forget(self, engine_index: EngineIndex) -> None:
         """Drops an engine that is gone."""
         self.joined.discard(engine_index)

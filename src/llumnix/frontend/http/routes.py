@@ -1,8 +1,7 @@
 """Our own routes, under /llumnix/v1."""
 
-import time
 from dataclasses import asdict
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
@@ -11,8 +10,6 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
 from llumnix.core.scheduling.load import derive
-from llumnix.core.streams.quarantine import REFUSED_FOR_S
-from llumnix.core.supervision.lifecycle import InstanceStatus
 from llumnix.core.types import InstanceId
 from llumnix.errors import (
     CapacityError,
@@ -25,33 +22,8 @@ from llumnix.errors import (
     UsageError,
 )
 from llumnix.frontend.client import FleetClient
-from llumnix.frontend.engines.directory import EngineTarget
-from llumnix.frontend.streams.info import find
-
-
-class InstanceControl(Protocol):
-    """Starts and stops instances."""
-
-    def status(self) -> list[InstanceStatus]:
-        """All instances, in order of id."""
-        ...
-
-    async def add(self) -> InstanceStatus:
-        """Begins to start one more. `CapacityError` if nothing can hold it."""
-        ...
-
-    async def drain(
-        self, instance: InstanceId, why: str, *, timeout_s: float | None = None, force: bool = False
-    ) -> InstanceStatus:
-        """Stops its intake, has its requests moved away, and stops it once it has none; what it
-        still holds after `timeout_s` (None: a default), or at once with `force`, is cut off. Called
-        again, it changes the time-out."""
-        ...
-
-    async def undrain(self, instance: InstanceId) -> InstanceStatus:
-        """Lets an instance that is being drained serve on."""
-        ...
-
+from llumnix.frontend.http.control import Control as AnyControl
+from llumnix.frontend.own_streams import MoveAsked
 
 DRAIN_TIMEOUT_MAX_S = 86_400.0
 STATUS: dict[type[Exception], int] = {
@@ -87,31 +59,6 @@ class MigrationOrder(BaseModel):
     copy_kv: Literal["staged", "blocking", "recompute"] = Field("staged", alias="copy")
 
 
-async def _destination(client: FleetClient, order: MigrationOrder) -> EngineTarget:
-    """The engine of the named instance, or of the one with the most free KV memory."""
-    stream, wanted = find(client.streams, order.request_id), order.destination
-    targets = client.engines.targets()
-    if wanted is not None:
-        for target in targets:
-            if target.instance == wanted:
-                return target
-        names = ", ".join(t.instance for t in targets) or "none"
-        raise UnknownInstanceError(f"no instance {wanted} takes requests; there are: {names}")
-    others = [t for t in targets if t.engine_index != stream.owner]
-    if not others:
-        raise ConflictError(
-            "there is no other instance to move it to; POST /llumnix/v1/instances first"
-        )
-    reports = {r.engine_index: r for r in await client.link.loads() or ()}
-
-    def free(target: EngineTarget) -> tuple[int, int]:
-        report = reports.get(target.engine_index)
-        tokens = report.kv_tokens_total - report.kv_tokens_used if report else 0
-        return tokens, -client.in_flight(target.engine_index)
-
-    return max(others, key=free)
-
-
 # -- handlers
 
 
@@ -120,14 +67,14 @@ async def _client(request: Request) -> FleetClient:
     return client
 
 
-async def _control(request: Request) -> InstanceControl:
-    control: InstanceControl = request.app.state.control
+async def _control(request: Request) -> AnyControl:
+    control: AnyControl = request.app.state.control
     return control
 
 
 # `async`, since FastAPI runs other functions on threads.
 Client = Annotated[FleetClient, Depends(_client)]
-Control = Annotated[InstanceControl, Depends(_control)]
+Control = Annotated[AnyControl, Depends(_control)]
 router = APIRouter(prefix="/llumnix/v1")
 
 
@@ -139,11 +86,11 @@ async def instances(client: Client, control: Control) -> dict[str, Any]:
     loads = await client.link.loads()
     reports = {(r.instance, r.engine_index): r for r in loads or ()}
     rows = []
-    for status in control.status():
+    for each in await control.instances():
+        status, report = each.status, None
         row = asdict(status)
-        report = None
         if status.engine_index is not None:
-            row["in_flight"] = client.in_flight(status.engine_index)
+            row["in_flight"] = each.in_flight
             report = reports.get((status.id, status.engine_index))
         for name in LOAD_SHOWN:
             row[name] = getattr(report, name, None)
@@ -180,84 +127,54 @@ async def undrain(instance: str, control: Control) -> dict[str, Any]:
 
 
 @router.get("/requests")
-async def requests(client: Client) -> dict[str, Any]:
+async def requests(control: Control) -> dict[str, Any]:
     """Every request that is running or waiting. `id` is the client's X-Request-Id if it sent
     one, else the id in vLLM's answer; `n` > 1 gives as many rows. `instance` is null while no
-    instance has it, since its own has died."""
-    return {
-        "requests": [
-            {
-                "id": stream.info.client_id,
-                "request": stream.request,
-                "instance": (None if stream.owner is None else client.engines.name(stream.owner)),
-                "prompt_tokens": stream.info.prompt_tokens,
-                "output_tokens": stream.outputs,
-                "priority": stream.info.priority,
-                "age_s": round(stream.info.age_s, 3),
-            }
-            for stream in client.streams
-            if stream.last_owner is not None
-        ]
-    }
+    instance has it, since its own has died. `incomplete` names the frontends that did not say
+    theirs in time."""
+    return asdict(await control.requests())
 
 
 @router.post("/migrations")
-async def migrate(order: MigrationOrder, client: Client) -> dict[str, Any]:
+async def migrate(order: MigrationOrder, control: Control) -> dict[str, Any]:
     """Moves a request to another instance (the one with the most free KV memory if none is
     named); answers when that has ended. `outcome`: migrated, aborted (it goes on where it
     was, or has ended; `reason` says why) or lost."""
-    target = await _destination(client, order)
-    stream = find(client.streams, order.request_id)  # It may have ended meanwhile.
-    return (await client.migrate(stream, target, order.copy_kv)).shown()
+    asked = MoveAsked(
+        request_id=order.request_id, destination=order.destination, copy=order.copy_kv
+    )
+    return await control.move(asked)
 
 
 @router.get("/migrations")
-async def migrations(client: Client) -> dict[str, Any]:
+async def migrations(control: Control) -> dict[str, Any]:
     """The last thousand migrations, the oldest first."""
-    return {"migrations": client.migrations.recent()}
+    return {"migrations": await control.migrations()}
 
 
 @router.get("/migrations/{migration}")
-async def migration(migration: str, client: Client) -> dict[str, Any]:
+async def migration(migration: str, control: Control) -> dict[str, Any]:
     """One migration."""
-    return client.migrations.get(migration)
+    return await control.migration(migration)
 
 
 @router.get("/quarantine")
-async def quarantine(client: Client) -> dict[str, Any]:
+async def quarantine(control: Control) -> dict[str, Any]:
     """The requests of which instances died, the oldest first. Requests like them are refused:
     with the same prompt, parameters and adapter. `refused` counts those."""
-    now = time.monotonic()
-    return {
-        "quarantine": [
-            {
-                "id": one.id,
-                "client_id": one.client_id,
-                "prompt_tokens": one.prompt_tokens,
-                "output_tokens": one.output_tokens,
-                "refused": one.refused,
-                "seconds_left": round(one.since_s + REFUSED_FOR_S - now, 1),
-            }
-            for one in client.quarantine.all(now)
-        ]
-    }
+    return {"quarantine": await control.quarantined()}
 
 
 @router.delete("/quarantine")
-async def release_all(client: Client) -> dict[str, Any]:
+async def release_all(control: Control) -> dict[str, Any]:
     """Refuses none of them any longer."""
-    return {"released": client.quarantine.release(None)}
+    return {"released": await control.release(None)}
 
 
 @router.delete("/quarantine/{name}")
-async def release(name: str, client: Client) -> dict[str, Any]:
+async def release(name: str, control: Control) -> dict[str, Any]:
     """Refuses requests like this one no longer."""
-    released = client.quarantine.release(name)
-    if not released:
-        raise UnknownQuarantineError(
-            f"no request is quarantined as {name}; GET /llumnix/v1/quarantine lists them"
-        )
-    return {"released": released}
+    return {"released": await control.release(name)}
 
 
 # -- errors
@@ -290,7 +207,7 @@ def openai_error(
 # -- the application
 
 
-def control_app(client: FleetClient, control: InstanceControl, *, docs: bool = True) -> FastAPI:
+def control_app(client: FleetClient, control: AnyControl, *, docs: bool = True) -> FastAPI:
     """The application behind /llumnix, with or without the pages that document it."""
     app = FastAPI(
         title="llumnix",

@@ -17,9 +17,10 @@ from fastapi import FastAPI
 from vllm.entrypoints.launchers.api_server.entry import build_and_serve
 
 from llumnix.errors import LlumnixError
+from llumnix.frontend.http.control import Control
 from llumnix.frontend.http.listener import Listener
 from llumnix.frontend.http.protocol import HttpProtocol
-from llumnix.frontend.http.routes import InstanceControl, control_app
+from llumnix.frontend.http.routes import control_app
 from llumnix.frontend.llm import FleetLLM
 from llumnix.observe.console import say
 
@@ -34,7 +35,7 @@ GARBAGE_EVERY = 10_000
 
 async def serve(
     llm: FleetLLM,
-    control: InstanceControl,
+    control: Control,
     listener: Listener,
     args: Namespace,
     announce: Callable[[], Awaitable[None]],

@@ -1,0 +1,1 @@
+"""The frontends of a deployment, as the fleet sees them."""

@@ -1,0 +1,143 @@
+"""What the routes under /llumnix ask for, and who answers them in a deployment of one frontend."""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from llumnix.core.supervision.lifecycle import InstanceStatus
+from llumnix.core.types import InstanceId
+from llumnix.frontend.client import FleetClient
+from llumnix.frontend.own_streams import MoveAsked, OwnStreams
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InstanceRow:
+    """One instance, with how many requests it has of all frontends."""
+
+    status: InstanceStatus
+    in_flight: int | None  # None without an engine
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestRows:
+    """All requests that are running or waiting, as JSON."""
+
+    requests: list[dict[str, Any]]
+    incomplete: list[str]  # frontends that did not say theirs
+
+
+class InstanceControl(Protocol):
+    """Starts and stops instances."""
+
+    def status(self) -> list[InstanceStatus]:
+        """All instances, in order of id."""
+        ...
+
+    async def add(self) -> InstanceStatus:
+        """Begins to start one more. `CapacityError` if nothing can hold it."""
+        ...
+
+    async def drain(
+        self, instance: InstanceId, why: str, *, timeout_s: float | None = None, force: bool = False
+    ) -> InstanceStatus:
+        """Stops its intake, has its requests moved away, and stops it once it has none; what it
+        still holds after `timeout_s` (None: a default), or at once with `force`, is cut off. Called
+        again, it changes the time-out."""
+        ...
+
+    async def undrain(self, instance: InstanceId) -> InstanceStatus:
+        """Lets an instance that is being drained serve on."""
+        ...
+
+
+class Control(Protocol):
+    """All that the routes ask for, over all frontends. What a user can mend is raised as
+    `UsageError`."""
+
+    async def instances(self) -> list[InstanceRow]:
+        """All instances, in order of id."""
+        ...
+
+    async def add(self) -> InstanceStatus:
+        """See `InstanceControl`, as for the next two."""
+        ...
+
+    async def drain(
+        self, instance: InstanceId, why: str, *, timeout_s: float | None = None, force: bool = False
+    ) -> InstanceStatus: ...
+
+    async def undrain(self, instance: InstanceId) -> InstanceStatus: ...
+
+    async def requests(self) -> RequestRows:
+        """Every request that is running or waiting."""
+        ...
+
+    async def move(self, order: MoveAsked) -> dict[str, Any]:
+        """Moves a request; the migration as JSON, when that has ended."""
+        ...
+
+    async def migrations(self) -> list[dict[str, Any]]:
+        """The last migrations as JSON, the oldest first."""
+        ...
+
+    async def migration(self, name: str) -> dict[str, Any]:
+        """One of them."""
+        ...
+
+    async def quarantined(self) -> list[dict[str, Any]]:
+        """The requests of which instances died, as JSON, the oldest first."""
+        ...
+
+    async def release(self, name: str | None) -> int:
+        """Refuses requests like this one no longer, or like any if it is None. Returns how many
+        that were."""
+        ...
+
+
+class OwnControl:
+    """`Control` of the only frontend, which has the fleet in its process."""
+
+    def __init__(self, client: FleetClient, fleet: InstanceControl) -> None:
+        self._client = client
+        self._fleet = fleet
+        self._streams = OwnStreams(client)
+
+    async def instances(self) -> list[InstanceRow]:
+        """See `Control`, as for all below."""
+        return [
+            InstanceRow(
+                status=status,
+                in_flight=None
+                if status.engine_index is None
+                else self._client.in_flight(status.engine_index),
+            )
+            for status in self._fleet.status()
+        ]
+
+    async def add(self) -> InstanceStatus:
+        return await self._fleet.add()
+
+    async def drain(
+        self, instance: InstanceId, why: str, *, timeout_s: float | None = None, force: bool = False
+    ) -> InstanceStatus:
+        return await self._fleet.drain(instance, why, timeout_s=timeout_s, force=force)
+
+    async def undrain(self, instance: InstanceId) -> InstanceStatus:
+        return await self._fleet.undrain(instance)
+
+    async def requests(self) -> RequestRows:
+        return RequestRows(requests=self._streams.rows(), incomplete=[])
+
+    async def move(self, order: MoveAsked) -> dict[str, Any]:
+        return await self._streams.move(order)
+
+    async def migrations(self) -> list[dict[str, Any]]:
+        return self._client.migrations.recent()
+
+    async def migration(self, name: str) -> dict[str, Any]:
+        return self._client.migrations.get(name)
+
+    async def quarantined(self) -> list[dict[str, Any]]:
+        return self._streams.quarantined()
+
+    async def release(self, name: str | None) -> int:
+        return self._streams.release(name)

@@ -1,0 +1,98 @@
+"""What users ask about the streams of one frontend, and order for them."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from llumnix.core.streams.quarantine import REFUSED_FOR_S
+from llumnix.errors import ConflictError, UnknownInstanceError, UnknownQuarantineError
+from llumnix.frontend.client import FleetClient
+from llumnix.frontend.engines.directory import EngineTarget
+from llumnix.frontend.streams.info import FleetStream, find
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoveAsked:
+    """A user's order to move a request."""
+
+    request_id: str  # as `GET /llumnix/v1/requests` shows it
+    destination: str | None = None  # an instance; None: the one with the most free KV memory
+    copy: str = "staged"  # one of `COPIES` in core/messages.py
+
+
+class OwnStreams:
+    """The streams of this process."""
+
+    def __init__(self, client: FleetClient) -> None:
+        self._client = client
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Every request that is running or waiting, as JSON."""
+        return [self._row(s) for s in self._client.streams if s.last_owner is not None]
+
+    def _row(self, stream: FleetStream) -> dict[str, Any]:
+        engines, info = self._client.engines, stream.info
+        return {
+            "id": info.client_id,
+            "request": stream.request,
+            "instance": None if stream.owner is None else engines.name(stream.owner),
+            "prompt_tokens": info.prompt_tokens,
+            "output_tokens": stream.outputs,
+            "priority": info.priority,
+            "age_s": round(info.age_s, 3),
+        }
+
+    async def move(self, order: MoveAsked) -> dict[str, Any]:
+        """Moves a request, and returns the migration as JSON when that has ended."""
+        target = await self._destination(order)
+        stream = find(self._client.streams, order.request_id)  # It may have ended meanwhile.
+        return (await self._client.migrate(stream, target, order.copy)).shown()
+
+    async def _destination(self, order: MoveAsked) -> EngineTarget:
+        client = self._client
+        stream, wanted = find(client.streams, order.request_id), order.destination
+        targets = client.engines.targets()
+        if wanted is not None:
+            for target in targets:
+                if target.instance == wanted:
+                    return target
+            names = ", ".join(t.instance for t in targets) or "none"
+            raise UnknownInstanceError(f"no instance {wanted} takes requests; there are: {names}")
+        others = [t for t in targets if t.engine_index != stream.owner]
+        if not others:
+            raise ConflictError(
+                "there is no other instance to move it to; POST /llumnix/v1/instances first"
+            )
+        reports = {r.engine_index: r for r in await client.link.loads() or ()}
+
+        def free(target: EngineTarget) -> tuple[int, int]:
+            report = reports.get(target.engine_index)
+            tokens = report.kv_tokens_total - report.kv_tokens_used if report else 0
+            return tokens, -client.in_flight(target.engine_index)
+
+        return max(others, key=free)
+
+    def quarantined(self) -> list[dict[str, Any]]:
+        """The requests of which instances died, the oldest first, as JSON."""
+        now = time.monotonic()
+        return [
+            {
+                "id": one.id,
+                "client_id": one.client_id,
+                "prompt_tokens": one.prompt_tokens,
+                "output_tokens": one.output_tokens,
+                "refused": one.refused,
+                "seconds_left": round(one.since_s + REFUSED_FOR_S - now, 1),
+            }
+            for one in self._client.quarantine.all(now)
+        ]
+
+    def release(self, name: str | None) -> int:
+        """Refuses requests like this one no longer, or like any if it is None. Returns how many
+        that were; `UnknownQuarantineError` if one is named and is none of them."""
+        released = self._client.quarantine.release(name)
+        if name is not None and not released:
+            raise UnknownQuarantineError(
+                f"no request is quarantined as {name}; GET /llumnix/v1/quarantine lists them"
+            )
+        return released
