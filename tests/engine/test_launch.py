@@ -33,7 +33,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Any:
         config = SimpleNamespace(
             parallel_config=SimpleNamespace(world_size=1), kv_transfer_config=kv_transfer
         )
-        return EngineLaunch.of(config, "ipc:///in", "ipc:///out", log_stats=True)  # type: ignore[arg-type]
+        return EngineLaunch.of(config, ["ipc:///in"], ["ipc:///out"], log_stats=True)  # type: ignore[arg-type]
 
     return made
 

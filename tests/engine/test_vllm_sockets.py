@@ -1,4 +1,4 @@
-"""vLLM's own sockets between engine core and frontend, with keys."""
+"""vLLM's own sockets between engine core and frontends, with our options."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ pytest.importorskip("vllm")
 
 from vllm.v1.engine import core
 
-from llumnix.engine.vllm_sockets import secure
+from llumnix.engine.vllm_sockets import RECONNECT_MAX_MS, prepare_sockets
 from llumnix.sockets import Listening, SocketKeys
 
 WAIT_MS = 10_000
@@ -25,7 +25,7 @@ def test_an_engine_cores_sockets_get_the_deployments_keys(
     keys = SocketKeys.make()
     stock = core.make_zmq_socket
     monkeypatch.setattr(core, "make_zmq_socket", stock)
-    secure(keys)
+    prepare_sockets(keys, 1)
     with zmq.Context() as context:
         guard = Listening(context, keys)
         with context.socket(listens) as ours:
@@ -43,3 +43,18 @@ def test_an_engine_cores_sockets_get_the_deployments_keys(
                     engine.close()
                 stranger.close()
         guard.close()
+
+
+@pytest.mark.parametrize(("frontends", "most_ms"), [(1, 0), (2, RECONNECT_MAX_MS)])
+def test_an_engine_of_several_frontends_tries_seldom_to_reach_those_that_have_not_come(
+    frontends: int, most_ms: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stock = core.make_zmq_socket
+    monkeypatch.setattr(core, "make_zmq_socket", stock)
+    prepare_sockets(None, frontends)
+    with (
+        zmq.Context() as context,
+        core.make_zmq_socket(context, "ipc:///nowhere", zmq.PUSH, linger=0) as socket,
+    ):
+        assert socket.getsockopt(zmq.RECONNECT_IVL_MAX) == most_ms
+    assert (core.make_zmq_socket is stock) == (frontends == 1)

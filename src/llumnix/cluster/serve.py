@@ -170,8 +170,8 @@ async def _run(
     args, deployment = command.args, command.deployment
     launch = EngineLaunch.of(
         command.vllm_config,
-        addresses.frontend_input,
-        addresses.frontend_output,
+        [addresses.frontend_input],
+        [addresses.frontend_output],
         log_stats=not args.disable_log_stats,
     )
     with contextlib.ExitStack() as undo:

@@ -67,7 +67,7 @@ from llumnix.engine.reporting.load_reader import LoadReader
 from llumnix.engine.reporting.prefix_reader import PrefixReader, prefix_reader
 from llumnix.engine.reporting.reporter import LoadReporter
 from llumnix.engine.urgent import UrgentAdmission
-from llumnix.engine.vllm_sockets import secure
+from llumnix.engine.vllm_sockets import prepare_sockets
 from llumnix.observe.event_log import EventLog
 
 UTILITY = EngineCoreRequestType.UTILITY
@@ -107,8 +107,7 @@ class EngineInstance(MemoryCalls, EngineCoreActor):
         _tell_apart(vllm_config, config.engine_index)
         if not vllm_config.parallel_config.worker_extension_cls:
             vllm_config.parallel_config.worker_extension_cls = WORKER_EXTENSION
-        if config.keys is not None:
-            secure(config.keys)
+        prepare_sockets(config.keys, len(addresses.inputs))
         super().__init__(
             vllm_config, True, addresses, executor_class, log_stats, dp_rank=config.engine_index
         )

@@ -8,6 +8,7 @@ process or host), `current_platform.ray_device_key`.
 
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,9 +85,14 @@ class EngineLaunch:
 
     @classmethod
     def of(
-        cls, vllm_config: VllmConfig, frontend_input: str, frontend_output: str, log_stats: bool
+        cls,
+        vllm_config: VllmConfig,
+        inputs: Sequence[str],
+        outputs: Sequence[str],
+        log_stats: bool,
     ) -> "EngineLaunch":
-        """For this configuration and these addresses of the frontend."""
+        """For this configuration. `inputs` and `outputs`: ZMQ addresses of all frontends that there
+        may ever be, by client index."""
         names = get_env_vars_to_copy(destination="instances")
         names |= _ALSO | {n for n in os.environ if n.startswith(_ALSO_PREFIXES)}
         names = {n for n in names - _NEVER if n in os.environ and not _OF_ONE_HOST.fullmatch(n)}
@@ -94,7 +100,7 @@ class EngineLaunch:
         environment = {n: os.environ[n] for n in names - before}
         return cls(
             vllm_config=vllm_config,
-            addresses=EngineZmqAddresses(inputs=[frontend_input], outputs=[frontend_output]),
+            addresses=EngineZmqAddresses(inputs=list(inputs), outputs=list(outputs)),
             executor_class=Executor.get_class(vllm_config),
             log_stats=log_stats,
             device=None if current_platform.is_cpu() else current_platform.ray_device_key,
