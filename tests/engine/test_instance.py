@@ -24,6 +24,7 @@ from llumnix.core.messages import IN_BAND, Migrate, MigrationEnded
 from llumnix.core.priorities import Priorities
 from llumnix.core.settings import PrioritySettings
 from llumnix.core.types import EngineIndex, Epoch, InstanceId, MigrationId, RequestId
+from llumnix.engine import folders
 from llumnix.engine import instance as module
 from llumnix.engine.folders import PrivateFolder
 from llumnix.engine.instance import DEFER_PREFILLS_STEPS_MAX, EngineInstance
@@ -70,6 +71,7 @@ class Running:
         self.tokens: dict[str, int] = {}
         self.ended: set[str] = set()
         self.outcomes: list[MigrationEnded] = []
+        self.answers: list[Any] = []
         self._outputs: queue.Queue[Any] = queue.Queue()
         self.engine.output_queue = self._outputs  # Nobody else reads it then.
         self.error: BaseException | None = None
@@ -96,11 +98,29 @@ class Running:
     def add(self, request: Request) -> None:
         self.engine.input_queue.put((EngineCoreRequestType.ADD, (request, 0)))
 
+    def call(self, method: str, *args: Any) -> None:
+        """A utility call of the office's."""
+        self.engine.input_queue.put((EngineCoreRequestType.UTILITY, (0, 1, method, args)))
+
+    def at_rest(self) -> bool:
+        """Whether nothing is left of any request. Its thread may be about to add to it."""
+        scheduler = self.engine.scheduler
+        pool = scheduler.kv_cache_manager.block_pool
+        return not (
+            scheduler.requests
+            or not self.engine.input_queue.empty()
+            or pool.get_num_free_blocks() != pool.num_gpu_blocks - 1
+            or self.engine._host.llumlet.busy
+        )
+
     def hear(self, timeout_s: float) -> None:
         try:
             _, outputs = self._outputs.get(timeout=timeout_s)
         except queue.Empty:
             return
+        if outputs.utility_output is not None:
+            assert outputs.utility_output.failure_message is None
+            self.answers.append(outputs.utility_output.result.result)
         for output in outputs.outputs:
             if output.kv_transfer_params and IN_BAND in output.kv_transfer_params:
                 message = decode(output.kv_transfer_params[IN_BAND])
@@ -125,7 +145,7 @@ def pair(
     monkeypatch.setattr(EngineCoreActor, "_set_nixl_side_channel_host", staticmethod(lambda: None))
     monkeypatch.setattr(module, "take_devices", lambda *_: [])
     monkeypatch.setattr(module, "own_folder", lambda *_: None)
-    monkeypatch.setattr(module, "_start_resource_tracker", lambda: None)
+    monkeypatch.setattr(module, "start_resource_tracker", lambda: None)
     monkeypatch.setattr(EngineInstance, "_leave_on_sigterm", lambda self: None)
     both = [Running(tmp_path, tiny_model, number) for number in range(2)]
     yield both
@@ -150,9 +170,7 @@ def test_requests_run_move_and_end(pair: list[Running]) -> None:
         address=destination.engine.describe().address,
         epoch=Epoch(1),
     )
-    source.engine.input_queue.put(
-        (EngineCoreRequestType.UTILITY, (0, 1, "llumnix_migrate", (encode(order),)))
-    )
+    source.call("llumnix_migrate", encode(order))
     done: set[str] = set()
     while len(done) < len(names):
         source.hear(0.01)
@@ -167,6 +185,42 @@ def test_requests_run_move_and_end(pair: list[Running]) -> None:
         assert source.tokens.get(name, 0) + destination.tokens.get(name, 0) == tokens
     assert outcome.taken == ("r1" in destination.ended)
     assert source.admitted >= set(names), "the scheduler books each of them until it is reported"
+
+
+def test_nothing_of_a_dead_frontend_is_left_and_all_of_the_others(pair: list[Running]) -> None:
+    """With requests that wait, run and move, and one that comes later than the news."""
+    source, destination = pair
+    tokens, dead = 300, 1
+    names = [f"r{n}" for n in range(16)]
+    for n, name in enumerate(names):
+        new = made(source.engine, name, [n] * (2 * BLOCK), tokens, client_index=n % 2)
+        source.add(new)
+    while source.tokens.get("r1", 0) < 3:
+        source.hear(PATIENCE_S)
+    order = Migrate(
+        migration=MigrationId("m1-0"),
+        request=RequestId("r1"),
+        destination=EngineIndex(1),
+        address=destination.engine.describe().address,
+        epoch=Epoch(1),
+        client=dead,
+    )
+    source.call("llumnix_migrate", encode(order))
+    for one in pair:
+        for _ in range(2):  # The office makes sure.
+            one.call("llumnix_client_lost", dead)
+    for one in pair:
+        one.add(made(one.engine, "late", [99] * BLOCK, tokens, client_index=dead))
+    while any(source.tokens.get(name, 0) < tokens for name in names[::2]):
+        source.hear(PATIENCE_S)
+    while not (source.at_rest() and destination.at_rest() and destination.answers[1:]):
+        source.hear(0.01)
+        destination.hear(0.01)
+    assert source.answers == [None, 8, 0], "all of them were here"
+    assert destination.answers == [0, 0]
+    assert not source.ended & {"late", *names[1::2]}
+    assert not source.outcomes, "a dead frontend is told nothing"
+    assert "late" in source.admitted, "the scheduler has booked it"
 
 
 def test_orders_are_carried_out_between_any_two_steps() -> None:
@@ -208,7 +262,7 @@ def test_what_starts_after_the_resource_tracker_inherits_which_signals_are_block
     monkeypatch.setattr(resource_tracker, "ensure_running", tracker.ensure_running)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
     try:
-        module._start_resource_tracker()
+        folders.start_resource_tracker()
         assert tracker._fd is not None
         assert {signal.SIGTERM, signal.SIGINT} <= signal.pthread_sigmask(signal.SIG_BLOCK, ())
     finally:

@@ -243,6 +243,27 @@ def test_late_interaction_goes_by_the_checksum_of_the_query() -> None:
     )
 
 
+def test_outputs_go_to_the_frontend_whose_request_it_is() -> None:
+    who = "engine/instance.py, of a frontend's `client_index`"
+    says(EngineCoreProc.process_output_sockets, "sockets[client_index], buffers", who=who)
+    says(
+        Scheduler.update_from_output,
+        "outputs[request.client_index].append(",
+        "outputs[request.client_index].append(",
+        "for client_index, outs in outputs.items()",
+        "eco := next(iter(engine_core_outputs.values()), None)",
+        "engine_core_outputs[0] = eco = EngineCoreOutputs()",
+        "eco.scheduler_stats = stats",
+        who=who,
+    )
+    says(
+        EngineCoreProc._handle_client_request,
+        "client_idx, call_id, method_name, args = request",
+        "(client_idx, EngineCoreOutputs(utility_output=out))",
+        who="frontend/engines/calls.py",
+    )
+
+
 def test_a_grammar_that_does_not_compile_ends_its_request_with_an_error() -> None:
     says(
         Scheduler.update_from_output,

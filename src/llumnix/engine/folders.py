@@ -2,7 +2,8 @@
 
 Their names are short enough for a socket's path. The process that makes a folder holds a lock in it
 for as long as it lives. Another process that gets the lock knows that the owner is dead. That holds
-in another container with the same /tmp too, where a process id says nothing.
+in another container with the same /tmp too, where a process id says nothing. Shared memory of a
+dead engine has no folder; Python's resource tracker removes it.
 
 vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when one changes): the
 executors look `get_file_store_init_method()` up in their own modules; it names the file through
@@ -13,8 +14,10 @@ import contextlib
 import fcntl
 import os
 import shutil
+import signal
 import stat
 import tempfile
+from multiprocessing import resource_tracker, util
 from pathlib import Path
 from uuid import uuid4
 
@@ -155,3 +158,22 @@ def leave_folder(folder: PrivateFolder | None) -> None:
         folder.remove()
         with contextlib.suppress(OSError):
             folder.path.parent.rmdir()  # On another host, if it is the last one.
+
+
+def start_resource_tracker() -> None:
+    """Starts Python's resource tracker, which removes shared memory once all its users are dead, in
+    a session of its own. When an actor dies, Ray kills its process group; a tracker in that group
+    would leave everything behind. vLLM's workers inherit the tracker. They also inherit which
+    signals are blocked; Python unblocks two when it starts the tracker."""
+    spawn, blocked = util.spawnv_passfds, signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+    def apart(path: bytes, args: list[str], fds: list[int]) -> int:
+        *first, program = args
+        return spawn(path, [*first, f"import os; os.setsid(); {program}"], fds)
+
+    util.spawnv_passfds = apart
+    try:
+        resource_tracker.ensure_running()
+    finally:
+        util.spawnv_passfds = spawn
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)

@@ -24,6 +24,8 @@ vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when
   lie there, whatever came through the input queue since.
 - `_process_input_queue()` is called before every step and handles all that lies in the queue; the
   busy loop goes on from it when there is work, or `is_running()` says no.
+- `Request.client_index` is that of the frontend that sent it, to whose socket its outputs go. The
+  statistics of a step go along with the outputs to any one frontend; without outputs, to index 0.
 - `shutdown_state` and a WAKEUP in `input_queue` end the busy loop from another thread; a WAKEUP
   alone makes an idle one call `_notify_idle_state_callbacks()` once more.
 
@@ -41,7 +43,6 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from multiprocessing import resource_tracker, util
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -53,7 +54,7 @@ from vllm.v1.request import Request
 
 from llumnix.core.types import EngineIndex, MigrationId, RequestId
 from llumnix.engine.cores import take_devices
-from llumnix.engine.folders import leave_folder, own_folder
+from llumnix.engine.folders import leave_folder, own_folder, start_resource_tracker
 from llumnix.engine.launch import InstanceConfig
 from llumnix.engine.memory_calls import MemoryCalls
 from llumnix.engine.migration.host import HostItem, LlumletHost
@@ -101,7 +102,7 @@ class EngineInstance(MemoryCalls, EngineCoreActor):
     ) -> None:
         self._instance_config = config
         self._folder = own_folder(config.engine_index)
-        _start_resource_tracker()
+        start_resource_tracker()
         world_size = vllm_config.parallel_config.world_size
         self._devices = take_devices(config.slot, config.slots, world_size)
         _tell_apart(vllm_config, config.engine_index)
@@ -216,6 +217,8 @@ class EngineInstance(MemoryCalls, EngineCoreActor):
 
     def add_request(self, request: Request, request_wave: int = 0) -> None:
         self._reporter.admit(RequestId(request.request_id))
+        if self._host.llumlet.has_lost(request.client_index):
+            return
         note_reasoning(request)
         if (order := take_order(request)) is not None:
             self._forget_aborts(request.request_id)
@@ -257,6 +260,16 @@ class EngineInstance(MemoryCalls, EngineCoreActor):
     ) -> None:
         """Utility call: another engine died. Each frontend makes it, for its own requests."""
         self._host.engine_lost(engine, address, granted, client)
+
+    def llumnix_client_lost(self, client: int) -> int:
+        """Utility call: a frontend died. Frees all that is here of its requests, and takes no more
+        of them. It may be called again. Returns how many were here."""
+        self._host.client_lost(client)
+        requests = self.scheduler.requests.values()
+        orphans = [r.request_id for r in requests if r.client_index == client]
+        self.abort_requests(orphans)
+        self._host.poll()  # Their moves have ended.
+        return len(orphans)
 
     def llumnix_fate(self, migration: str) -> str:
         """Utility call: what this engine decided about a migration to it."""
@@ -367,25 +380,6 @@ def _landing_only(scheduler: Any) -> Iterator[None]:
         yield
     finally:
         del scheduler.has_requests
-
-
-def _start_resource_tracker() -> None:
-    """Starts Python's resource tracker, which removes shared memory once all its users are dead, in
-    a session of its own. When an actor dies, Ray kills its process group; a tracker in that group
-    would leave everything behind. vLLM's workers inherit the tracker. They also inherit which
-    signals are blocked; Python unblocks two when it starts the tracker."""
-    spawn, blocked = util.spawnv_passfds, signal.pthread_sigmask(signal.SIG_BLOCK, ())
-
-    def apart(path: bytes, args: list[str], fds: list[int]) -> int:
-        *first, program = args
-        return spawn(path, [*first, f"import os; os.setsid(); {program}"], fds)
-
-    util.spawnv_passfds = apart
-    try:
-        resource_tracker.ensure_running()
-    finally:
-        util.spawnv_passfds = spawn
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 def _tell_apart(vllm_config: Any, engine_index: EngineIndex) -> None:

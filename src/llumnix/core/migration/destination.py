@@ -15,6 +15,8 @@ Rules
   source keeps those blocks until the verdict.
 """
 
+from collections.abc import Callable
+
 from llumnix.core.limits import REMEMBERED_MAX, TAIL_MAX, MigrationLimits
 from llumnix.core.messages import (
     CancelMigration,
@@ -40,6 +42,7 @@ from llumnix.core.migration.arrivals import (
     message_awaited,
 )
 from llumnix.core.migration.port import EnginePort, Refusal
+from llumnix.core.migration.setbacks import FRONTEND_DIED, Losses
 from llumnix.core.migration.tables import (
     DestinationAction,
     DestinationEvent,
@@ -56,9 +59,14 @@ class IncomingMigrations:
     """All migrations to one engine."""
 
     def __init__(
-        self, port: EnginePort, limits: MigrationLimits, out: list[Out], on_step: OnStep
+        self,
+        port: EnginePort,
+        limits: MigrationLimits,
+        out: list[Out],
+        on_step: OnStep,
+        losses: Losses,
     ) -> None:
-        self._port = port
+        self._port, self._losses = port, losses
         self._limits = limits
         self._out = out
         self._on_step = on_step
@@ -83,7 +91,7 @@ class IncomingMigrations:
         if reservation.migration in self._open:
             return  # The message came twice.
         if (verdict := self._verdicts.get(reservation.migration)) is not None:
-            self._say(reservation.source, reservation.address, verdict)
+            self._answer(reservation, verdict)
             return
         incoming = Incoming(
             reservation=reservation,
@@ -153,12 +161,12 @@ class IncomingMigrations:
         else:
             self._have_it(incoming, now)
 
-    def client_gone(self, requests: list[str]) -> None:
-        """The frontend aborted these requests here."""
+    def client_gone(self, gone: Callable[[Reserve], bool], why: str) -> None:
+        """The frontend aborted the requests of these reservations here, or died."""
         for incoming in self._still_open():
-            if incoming.reservation.request in requests:
+            if gone(incoming.reservation):
                 self._at = incoming
-                self._may_end(incoming, DestinationEvent.CLIENT_GONE, "its client hung up")
+                self._may_end(incoming, DestinationEvent.CLIENT_GONE, why)
         self.settled()
 
     def engine_lost(self, engine: EngineIndex) -> None:
@@ -208,6 +216,8 @@ class IncomingMigrations:
         return [incoming for incoming in self._open.values() if not incoming.machine.over]
 
     def _make_room(self, reservation: Reserve) -> int | Refusal:
+        if reservation.client in self._losses.clients:
+            return FRONTEND_DIED
         if self.closed is not None:
             return Refusal(why=f"the destination takes none: {self.closed}")
         if len(self._open) >= self._limits.incoming_max:
@@ -223,24 +233,20 @@ class IncomingMigrations:
         )
 
     def _advance(self, incoming: Incoming, now: float) -> None:
+        about, name = incoming.reservation, incoming.reservation.migration
         if incoming.machine.state is DestinationState.PREPARING:
-            ready = self._port.ready(incoming.reservation.request)
+            ready = self._port.ready(about.request)
             if isinstance(ready, Refusal):
                 self._may_end(incoming, DestinationEvent.FAILED, ready.why)
                 return
             if ready:
                 self._walk(incoming, DestinationEvent.PREPARED)
-                self._answer(
-                    incoming, Reserved(migration=incoming.reservation.migration, hit=incoming.hit)
-                )
+                self._answer(about, Reserved(migration=name, hit=incoming.hit))
                 return
         if now >= incoming.deadline_s and incoming.ticket is not None:
             incoming.deadline_s = now + self._limits.progress_every_s
             if self._walk(incoming, DestinationEvent.TIMED_OUT) is DestinationAction.SAY_PROGRESS:
-                self._answer(
-                    incoming,
-                    StageProgress(migration=incoming.reservation.migration, stage=incoming.stage),
-                )
+                self._answer(about, StageProgress(migration=name, stage=incoming.stage))
         elif now >= incoming.deadline_s:
             why = f"the source was silent while {incoming.machine.state.value}"
             self._may_end(incoming, DestinationEvent.TIMED_OUT, why)
@@ -280,8 +286,7 @@ class IncomingMigrations:
         elif message.end > message.start:
             incoming.deadline_s = now + self._limits.progress_every_s
             self._pull(incoming, message)
-            if isinstance(message, Stage):
-                # What the stages before it brought: the source has been heard again.
+            if isinstance(message, Stage):  # The source has been heard again since those before it.
                 self._port.cache(incoming.reservation.request, message.start)
         else:
             incoming.bytes, incoming.seconds = 0, 0.0
@@ -304,21 +309,18 @@ class IncomingMigrations:
 
     def _have_it(self, incoming: Incoming, now: float) -> None:
         """The blocks that the source's last message named are here."""
-        migration = incoming.reservation.migration
         incoming.deadline_s = now + self._limits.silence_timeout_s
         if self._walk(incoming, DestinationEvent.PULLED) is DestinationAction.INSTALL:
             self._install(incoming, now)
         else:
             incoming.staged_s = now
-            self._answer(
-                incoming,
-                Staged(
-                    migration=migration,
-                    stage=incoming.stage,
-                    bytes=incoming.bytes,
-                    seconds=incoming.seconds,
-                ),
+            staged = Staged(
+                migration=incoming.reservation.migration,
+                stage=incoming.stage,
+                bytes=incoming.bytes,
+                seconds=incoming.seconds,
             )
+            self._answer(incoming.reservation, staged)
 
     def _install(self, incoming: Incoming, now: float) -> None:
         reservation, handover = incoming.reservation, incoming.last
@@ -384,7 +386,7 @@ class IncomingMigrations:
                 address=reservation.address,
             )
         )
-        self._answer(incoming, verdict)
+        self._answer(reservation, verdict)
 
     def _walk(self, incoming: Incoming, event: DestinationEvent) -> DestinationAction:
         action = incoming.machine.feed(event)
@@ -393,8 +395,6 @@ class IncomingMigrations:
         self._on_step("destination", name, event.value, state, action.value)
         return action
 
-    def _answer(self, incoming: Incoming, message: PeerMessage) -> None:
-        self._say(incoming.reservation.source, incoming.reservation.address, message)
-
-    def _say(self, engine: EngineIndex, address: str, message: PeerMessage) -> None:
+    def _answer(self, reservation: Reserve, message: PeerMessage) -> None:
+        engine, address = reservation.source, reservation.address
         self._out.append(ToPeer(engine=engine, address=address, message=message))

@@ -22,13 +22,14 @@ from llumnix.core.messages import (
     Stage,
     Staged,
     StageProgress,
+    ToPeer,
     Verdict,
 )
 from llumnix.core.migration.destination import IncomingMigrations
 from llumnix.core.migration.orders import Orders
 from llumnix.core.migration.port import EnginePort
 from llumnix.core.migration.revivals import Revivals
-from llumnix.core.migration.setbacks import Setbacks
+from llumnix.core.migration.setbacks import FRONTEND_DIED, Losses, Setbacks
 from llumnix.core.migration.source import OutgoingMigrations
 from llumnix.core.migration.tables import OnStep
 from llumnix.core.priorities import Priorities
@@ -55,11 +56,11 @@ class Llumlet:
     ) -> None:
         limits = limits or MigrationLimits()
         self._out: list[Out] = []
-        setbacks = Setbacks()
+        setbacks, self._losses = Setbacks(), Losses()
         self._outgoing = OutgoingMigrations(
-            engine, address, port, limits, self._out, on_step, setbacks
+            engine, address, port, limits, self._out, on_step, setbacks, self._losses
         )
-        self._incoming = IncomingMigrations(port, limits, self._out, on_step)
+        self._incoming = IncomingMigrations(port, limits, self._out, on_step, self._losses)
         self._revivals = Revivals(port, self._out)
         self._orders = Orders(
             port,
@@ -186,9 +187,29 @@ class Llumlet:
 
     def client_gone(self, requests: list[str]) -> list[Out]:
         """The frontend aborted these requests here."""
-        self._incoming.client_gone(requests)
-        self._revivals.client_gone(requests)
+
+        def gone(order: Reserve | Revive) -> bool:
+            return order.request in requests
+
+        self._incoming.client_gone(gone, "its client hung up")
+        self._revivals.client_gone(gone)
         return self._take_out()
+
+    def client_lost(self, client: int) -> list[Out]:
+        """A frontend died. None of its requests comes here any more, and it is told nothing. The
+        host aborts those that are here, at which their moves away from here end (`poll`)."""
+        self._losses.clients.add(client)
+
+        def gone(order: Reserve | Revive) -> bool:
+            return order.client == client
+
+        self._incoming.client_gone(gone, FRONTEND_DIED.why)
+        self._revivals.client_gone(gone)
+        return self._take_out()
+
+    def has_lost(self, client: int) -> bool:
+        """Whether the frontend with this index died, so that what it sent does not count."""
+        return client in self._losses.clients
 
     def engine_lost(
         self, engine: EngineIndex, granted: set[MigrationId], now: float, client: int
@@ -224,6 +245,7 @@ class Llumlet:
         self._outgoing.settled()
         self._incoming.settled()
         self._revivals.settled()
-        out = self._out[:]
+        lost = self._losses.clients
+        out = [o for o in self._out if isinstance(o, ToPeer) or o.client not in lost]
         self._out.clear()
         return out

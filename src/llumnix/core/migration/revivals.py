@@ -9,6 +9,7 @@ Rules
   it.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from llumnix.core.messages import Out, Revive, ToFrontend, TookOver, not_taken
@@ -64,9 +65,10 @@ class Revivals:
             self._at = revival.order
             self._advance(revival, now)
 
-    def client_gone(self, requests: list[str]) -> None:
-        """The frontend aborted these requests here, and waits for no answer."""
-        for revival in [r for r in self._open.values() if r.order.request in requests]:
+    def client_gone(self, gone: Callable[[Revive], bool]) -> None:
+        """The frontend aborted the requests of these orders here and waits for no answer, or it
+        died."""
+        for revival in [r for r in self._open.values() if gone(r.order)]:
             self._drop(revival)
 
     def cancel_all(self, why: str) -> None:

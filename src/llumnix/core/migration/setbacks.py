@@ -1,4 +1,4 @@
-"""Moves that failed, and for how long they are not asked for again.
+"""What stands in the way of moves: those that failed before, and the deaths that were told.
 
 Rules
 - A request that a destination declined, or was silent about, is not sent there again for
@@ -12,12 +12,17 @@ Rules
   never can be.
 - A request that finished or was preempted meanwhile has not failed to move.
 - Moves that a user asks for are tried all the same.
+- A frontend's requests die with it, and nothing that it sent before counts. That may still come,
+  since it lies in another socket than the news of the death.
+- A migration is forfeited if its frontend is dead, which alone could say whether the destination
+  had taken over, and the destination too, which alone could give the verdict.
 """
 
 from dataclasses import dataclass
 from math import inf
 
 from llumnix.core.messages import Migrate
+from llumnix.core.migration.port import Refusal
 from llumnix.core.migration.tables import SourceAction, SourceEvent
 from llumnix.core.types import EngineIndex, RequestId
 
@@ -28,6 +33,7 @@ DESTINATION_PAUSE_MAX_S = 4.0
 SETBACKS_MAX = 4096
 """Requests and destinations that are remembered; the oldest are forgotten first."""
 
+FRONTEND_DIED = Refusal(why="its frontend died")
 _NOT_TAKEN = (SourceEvent.DECLINED, SourceEvent.TIMED_OUT)
 _Key = tuple[RequestId | None, EngineIndex | None]
 
@@ -85,3 +91,15 @@ class Setbacks:
         self._known[key] = _Setback(failures=failures, until_s=now + pause_s)
         if len(self._known) > SETBACKS_MAX:
             del self._known[next(iter(self._known))]
+
+
+class Losses:
+    """The frontends and engines that this engine was told are dead."""
+
+    def __init__(self) -> None:
+        self.clients: set[int] = set()  # frontends, by client index
+        self.engines: set[EngineIndex] = set()
+
+    def forfeits(self, grant: Migrate) -> bool:
+        """Whether nobody is left who could say what becomes of the migration."""
+        return grant.client in self.clients and grant.destination in self.engines

@@ -31,7 +31,7 @@ from llumnix.core.messages import (
     not_taken,
 )
 from llumnix.core.migration.port import EnginePort, Phase, Refusal
-from llumnix.core.migration.setbacks import Setbacks
+from llumnix.core.migration.setbacks import FRONTEND_DIED, Losses, Setbacks
 from llumnix.core.migration.stages import GOING_ON, Outgoing, next_event
 from llumnix.core.migration.tables import (
     OnStep,
@@ -58,8 +58,10 @@ class OutgoingMigrations:
         out: list[Out],
         on_step: OnStep,
         setbacks: Setbacks,
+        losses: Losses,
     ) -> None:
         self._setbacks = setbacks
+        self._losses = losses
         self._engine = engine
         self._address = address
         self._port = port
@@ -168,6 +170,7 @@ class OutgoingMigrations:
     ) -> None:
         """A destination died. That ends the migrations there of the frontend that says so: no other
         knows which of them took over. For those in `granted` it gave this engine a fresh epoch."""
+        self._losses.engines.add(engine)
         to_it = [o for o in self._open.values() if o.grant.destination == engine]
         for outgoing in [o for o in to_it if o.grant.client == client]:
             self._at = outgoing
@@ -218,6 +221,8 @@ class OutgoingMigrations:
             return
         progress = self._port.progress(outgoing.grant.request)
         event, why = next_event(outgoing, progress, self._port, self._limits, now)
+        if self._losses.forfeits(outgoing.grant):
+            event, why = SourceEvent.FORFEITED, FRONTEND_DIED.why
         if event is None:
             return
         outgoing.why = why or outgoing.why
@@ -227,6 +232,8 @@ class OutgoingMigrations:
         self._walk(outgoing, event, now)
 
     def _describe(self, grant: Migrate, now: float) -> bytes | Refusal:
+        if grant.client in self._losses.clients:
+            return FRONTEND_DIED
         if self.closed is not None:
             return Refusal(why=self.closed)
         if not grant.address:

@@ -337,6 +337,10 @@ class LlumletHost:
         if (agents := self._agents_of.pop(lost, None)) is not None:
             self.port.destination.forget(agents)
 
+    def client_lost(self, client: int) -> None:
+        """A frontend died. Its requests come here no more, and it is told nothing."""
+        self._each("frontend's death", lambda: self.llumlet.client_lost(client))
+
     def client_gone(self, requests: list[str]) -> None:
         """A frontend aborts these requests."""
         if self.llumlet.busy:
