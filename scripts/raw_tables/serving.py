@@ -232,19 +232,24 @@ def soak() -> str:
 
 def deaths() -> str:
     """What clients saw of instances that were killed."""
-    found = load("survival.json")
+    found, gpu = load("survival.json"), load("gpu/survival.json")["summary"]
     s, rows = found["summary"], found["rows"]
     late = min(rows, key=lambda r: abs(r["s"] - 300))
-    return table(["", ""], [
+    memory = [
+        (f"memory of the {role}, MB at 5 and {s['minutes']:g} min; slope, MB a minute",
+         f"{late['memory_mb'][role]:.1f}, {rows[-1]['memory_mb'][role]:.1f}; "
+         f"{s['slope_mb_per_min'][role]:.2f}", "–")
+        for role in ("frontend", "controller")
+    ]  # fmt: skip
+    return table(["", "two CPU cores", "one H200"], [
         ("answers compared with their undisturbed one; of these wrong",
-         f"{s['streams']:,}; {s['wrong']}"),
+         f"{s['streams']:,}; {s['wrong']}", "–"),
         ("instances killed; answers that lost theirs; answers that failed",
-         f"{s['kills']}; {s['hit']}; {s['failed']}"),
-        ("pause until the next token, s: P50, P99, longest",
-         f"{s['gap_s_p50']:.1f}, {s['gap_s_p99']:.1f}, {s['gap_s_longest']:.1f}"),
-        *((f"memory of the {role}, MB at 5 and {s['minutes']:g} min; slope, MB a minute",
-           f"{late['memory_mb'][role]:.1f}, {rows[-1]['memory_mb'][role]:.1f}; "
-           f"{s['slope_mb_per_min'][role]:.2f}") for role in ("frontend", "controller")),
+         *(f"{x['kills']}; {x['hit']}; {x['failed']}" for x in (s, gpu))),
+        ("pause of a stream, s: P50, P99, longest",
+         *(f"{x['gap_s_p50']:.2f}, {x['gap_s_p99']:.1f}, {x['gap_s_longest']:.1f}"
+           for x in (s, gpu))),
+        *memory,
     ])  # fmt: skip
 
 
