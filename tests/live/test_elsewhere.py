@@ -69,7 +69,7 @@ def ray_head(tmp_path: Path) -> Iterator[str]:
     }
     head = subprocess.Popen(
         [
-            str(Path(sys.executable).parent / "ray"), "start", "--head", "--block",
+            sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block",
             "--node-ip-address", "127.0.0.1", "--port", str(port), "--include-dashboard", "false",
             "--object-store-memory", "80000000",
         ],

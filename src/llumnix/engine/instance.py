@@ -70,6 +70,7 @@ from llumnix.engine.reporting.reporter import LoadReporter
 from llumnix.engine.urgent import UrgentAdmission
 from llumnix.engine.vllm_sockets import prepare_sockets
 from llumnix.observe.event_log import EventLog
+from llumnix.vllm_seam import start_watchdog
 
 UTILITY = EngineCoreRequestType.UTILITY
 DEFER_PREFILLS_STEPS_MAX = 8
@@ -167,6 +168,7 @@ class EngineInstance(MemoryCalls, EngineCoreActor):
         if self._prefixes is not None:
             self._prefixes.start()
         self._offer()
+        start_watchdog(f"engine_{self.engine_index}", self.vllm_config)
         try:
             super().run()
         except SystemExit:

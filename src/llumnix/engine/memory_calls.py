@@ -10,6 +10,8 @@ changes):
 - `EngineCore.pause_scheduler`, `sleep` (which pauses first), `wake_up` (which resumes last),
   `release_kv_cache_memory` and `reset_prefix_cache`, which pausing calls too, are utility calls on
   the busy loop's thread. If one returns a future, the future's result is the answer.
+- Since 0.33 `_reject_add_while_paused(request)` is asked ahead of each new request whether its
+  client is told to come again later.
 - `reset_prefix_cache(reset_running_requests=True)` preempts what runs, and raises if that leaves a
   block in use.
 """
@@ -18,8 +20,10 @@ from concurrent.futures import Future
 from typing import Any
 
 from vllm.v1.core.sched.interface import PauseState
+from vllm.v1.request import Request
 
 from llumnix.engine.migration.host import LlumletHost
+from llumnix.engine.migration.vllm_core import is_sent_again
 
 
 class MemoryCalls:
@@ -35,6 +39,11 @@ class MemoryCalls:
         return self._host.after_moves(
             "it is paused", lambda: pause(mode, clear_cache), leaving=clear_cache
         )
+
+    def _reject_add_while_paused(self, request: Request) -> bool:
+        """vLLM's, since 0.33. A request that is sent again, because its engine died, is not new."""
+        refuses = super()._reject_add_while_paused  # type: ignore[misc]
+        return not is_sent_again(request) and bool(refuses(request))
 
     def resume_scheduler(self) -> Any:
         """vLLM's, once earlier pauses have begun. Requests may come again."""

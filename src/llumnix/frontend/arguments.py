@@ -78,8 +78,9 @@ def settle_variables() -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of `llumnix serve`."""
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    from llumnix.vllm_seam import cli_args
 
     parser = FlexibleArgumentParser(prog="llumnix")
     subparsers = parser.add_subparsers(dest="subparser")
@@ -92,7 +93,7 @@ def make_parser() -> argparse.ArgumentParser:
     ours = serve.add_argument_group("llumnix")
     for name, default, flag in knobs():
         ours.add_argument("--" + name.replace("_", "-"), dest=name, default=default, **flag)
-    make_arg_parser(serve)
+    cli_args().make_arg_parser(serve)
     # vLLM's own scheduling default (fcfs) ignores priorities.
     serve.set_defaults(shutdown_timeout=SHUTDOWN_TIMEOUT_S, scheduling_policy="priority")
     return parser
@@ -101,9 +102,10 @@ def make_parser() -> argparse.ArgumentParser:
 def parse(argv: list[str], say: Any) -> ServeCommand:
     """Reads `serve ...` (the words after the program's name); `UsageError` or argparse's own exit
     on bad input. `say(text)` is told what takes long."""
-    from vllm.entrypoints.launchers.cli_args import validate_parsed_serve_args
     from vllm.exceptions import VLLMError
     from vllm.renderers.chat_utils import load_chat_template
+
+    from llumnix.vllm_seam import cli_args
 
     parser = make_parser()
     defaults = parser.parse_args(["serve"])
@@ -120,7 +122,7 @@ def parse(argv: list[str], say: Any) -> ServeCommand:
     if args.distributed_executor_backend == "ray":
         raise UsageError("--distributed-executor-backend ray: an instance is one Ray actor; use mp")
     try:
-        validate_parsed_serve_args(args)
+        cli_args().validate_parsed_serve_args(args)
         load_chat_template(args.chat_template)
     except (TypeError, ValueError, KeyError, VLLMError) as error:
         raise UsageError(_one_line(error)) from error
@@ -248,10 +250,11 @@ def _may_be_fetched(model: str) -> bool:
 
 def _engine_config(args: argparse.Namespace, defaults: argparse.Namespace, argv: list[str]) -> Any:
     from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.entrypoints.launchers.cli_args import propagate_flash_late_interaction
     from vllm.exceptions import VLLMError
     from vllm.platforms import current_platform
     from vllm.usage.usage_lib import UsageContext
+
+    from llumnix.vllm_seam import cli_args
 
     if current_platform.is_cpu():
         _suit_cpu(args, defaults, argv)
@@ -259,7 +262,7 @@ def _engine_config(args: argparse.Namespace, defaults: argparse.Namespace, argv:
     args.mm_processor_cache_gb = 0
     try:
         engine_args = AsyncEngineArgs.from_cli_args(args)
-        propagate_flash_late_interaction(args, engine_args)
+        cli_args().propagate_flash_late_interaction(args, engine_args)
         return engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
     except ImportError as error:
         raise UsageError(

@@ -92,8 +92,7 @@ class VllmCore:
 def take_order(request: Request) -> Revive | None:
     """Takes the frontend's order out of a request that is sent again, since its engine died. What
     its client wrote there itself is dropped."""
-    sampling, pooling = request.sampling_params, request.pooling_params
-    more = sampling.extra_args if sampling is not None else pooling and pooling.extra_kwargs
+    more = _more(request)
     body = more.pop(REVIVE, None) if more else None
     if not isinstance(body, bytes):  # A client's JSON can hold none.
         return None
@@ -102,6 +101,18 @@ def take_order(request: Request) -> Revive | None:
     except ProtocolError:
         return None
     return order if isinstance(order, Revive) and order.request == request.request_id else None
+
+
+def is_sent_again(request: Request) -> bool:
+    """Whether it has such an order."""
+    more = _more(request)
+    return bool(more) and isinstance(more.get(REVIVE), bytes)
+
+
+def _more(request: Request) -> dict[str, Any] | None:
+    """What a request carries beside vLLM's own parameters."""
+    sampling, pooling = request.sampling_params, request.pooling_params
+    return sampling.extra_args if sampling is not None else pooling and pooling.extra_kwargs
 
 
 def note_reasoning(request: Request) -> None:

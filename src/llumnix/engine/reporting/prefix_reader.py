@@ -27,8 +27,9 @@ vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when
   through `insert`, `pop` and `get_one_block`; `reset_prefix_cache` puts a new map in its place.
   Ours in its stead notes what is popped.
 - `Request`: `block_hashes` of all its full blocks, each over all tokens before it, the LoRA
-  adapter's name and the cache salt; `all_token_ids`, `num_computed_tokens`, `num_preemptions`,
-  `skip_reading_prefix_cache`.
+  adapter's name and the cache salt. Since 0.33, with a drafter that looks ahead, a hash also covers
+  the next tokens, and is there once these are.
+- `Request`: `all_token_ids`, `num_computed_tokens`, `num_preemptions`, `skip_reading_prefix_cache`.
 - `KVCacheBlock.ref_cnt`: so many requests hold it.
 - `kv_cache_manager.kv_cache_event_metadata` names each group's kind of layers,
   `coordinator.single_type_managers` has each group's pool and `block_size`, in tokens.
@@ -267,8 +268,8 @@ class PrefixReader:
         if request.num_computed_tokens < (tracked.named + 1) * self._unit:
             return True
         unit, finished = self._unit, request.is_finished()
-        end = min(request.num_computed_tokens, request.num_tokens, NAMED_TOKENS_MAX)
         hashes = resolve_block_hashes(request.block_hashes, self._pool.hash_block_size, self._size)
+        end = min(request.num_computed_tokens, len(hashes) * self._size, NAMED_TOKENS_MAX)
         while (tracked.named + 1) * unit <= end:
             if self._names_left <= 0 or self._walk_left <= 0:
                 return False

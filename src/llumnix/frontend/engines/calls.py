@@ -47,8 +47,9 @@ CALL_TRIES_MAX = 5
 CALL_PAUSE_S = 0.1
 """After the first failure of a call that must not be lost; each further pause is twice as long."""
 LONG = frozenset({
-    "add_lora", "collective_rpc", "compute_weight_checksums", "pause_scheduler", "pin_lora",
-    "profile", "release_kv_cache_memory", "remove_lora", "save_sharded_state", "sleep", "wake_up",
+    "add_lora", "collective_rpc", "compute_weight_checksums", "pause_generation", "pause_scheduler",
+    "pin_lora", "profile", "release_kv_cache_memory", "remove_lora", "save_sharded_state", "sleep",
+    "wake_up",
 })  # fmt: skip
 
 

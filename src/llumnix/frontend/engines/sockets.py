@@ -54,12 +54,13 @@ class EngineSockets(EngineOutputs):
         self._finalizer = weakref.finalize(self, self.resources)
         self.engines_running = False
         self.stats_update_address = None
+        self.coordinator_input_address = self.coordinator_output_address = None
+        self.input_address = addresses["input_address"]
+        self.output_address = addresses["output_address"]
         self.input_socket = self.resources.input_socket = make_zmq_socket(
-            self.ctx, addresses["input_address"], zmq.ROUTER, bind=True
+            self.ctx, self.input_address, zmq.ROUTER, bind=True
         )
-        self.resources.output_socket = make_zmq_socket(
-            self.ctx, addresses["output_address"], zmq.PULL
-        )
+        self.resources.output_socket = make_zmq_socket(self.ctx, self.output_address, zmq.PULL)
         check_secured(self.input_socket, keys)
         check_secured(self.resources.output_socket, keys)
         self.encoder = MsgpackEncoder()

@@ -4,7 +4,8 @@ adapters loaded.
 vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when one changes): the
 engine core's utility calls `pause_scheduler`, `resume_scheduler`, `sleep`,
 `release_kv_cache_memory`, `wake_up` (which says whether all is awake, and if so has resumed the
-scheduler), `add_lora`, `remove_lora`, `pin_lora`.
+scheduler), `add_lora`, `remove_lora`, `pin_lora`. Since 0.33 a user's pause is `pause_generation`,
+after which engines refuse new requests.
 """
 
 from typing import Any
@@ -14,6 +15,7 @@ from vllm.lora.request import LoRARequest
 from llumnix.core.types import EngineIndex
 
 Call = tuple[str, tuple[Any, ...]]
+PAUSES = ("pause_scheduler", "pause_generation")
 
 CALLS_MAX = 32
 """How many calls that put engines to sleep, or wake parts of them, are kept."""
@@ -59,12 +61,12 @@ class EngineState:
         before = self.calls()
         call = (method, args)
         match method:
-            case "pause_scheduler":
+            case "pause_scheduler" | "pause_generation":
                 # A second pause only changes what is done with the requests that run now.
                 self._halting = [c for c in self._halting if c[0] != method]
                 self._halt(call)
             case "resume_scheduler":
-                self._halting = [c for c in self._halting if c[0] != "pause_scheduler"]
+                self._halting = [c for c in self._halting if c[0] not in PAUSES]
                 if self._halting:  # The engines sleep, and were told to go on all the same.
                     self._halt(call)
             case "sleep" | "release_kv_cache_memory":

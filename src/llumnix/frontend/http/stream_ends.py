@@ -1,8 +1,8 @@
 """Ends streams of /v1/responses and /v1/messages with a proper error event if their request failed.
 
-vLLM cuts the connection of the first, and tells the client of the second that a parser did not
-understand the error. While no instance serves, both are refused here before the stream begins, as
-chat and completions are.
+vLLM cuts the connection of the first. Before 0.33 it tells the client of the second that a parser
+did not understand the error. While no instance serves, both are refused here before the stream
+begins, as chat and completions are.
 
 vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
 - The application's state has `openai_serving_responses` and `anthropic_serving_messages`, or None.
@@ -22,6 +22,8 @@ import msgspec
 from openai.types.responses import ResponseErrorEvent
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 
+from llumnix.vllm_seam import ENDS_MESSAGES_ITSELF
+
 logger = logging.getLogger("llumnix.frontend")
 
 Stream = Callable[..., AsyncGenerator[Any, None]]
@@ -36,7 +38,8 @@ def adapt(state: Any, ensure_served: Callable[[], None]) -> None:
         responses.responses_stream_generator = _responses(responses.responses_stream_generator)
         responses.create_responses = _served(responses.create_responses, ensure_served)
     if (messages := getattr(state, "anthropic_serving_messages", None)) is not None:
-        messages.message_stream_converter = _messages(messages.message_stream_converter)
+        if not ENDS_MESSAGES_ITSELF:
+            messages.message_stream_converter = _messages(messages.message_stream_converter)
         messages.create_messages = _served(messages.create_messages, ensure_served)
 
 

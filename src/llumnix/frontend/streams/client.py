@@ -57,6 +57,7 @@ from llumnix.frontend.streams.info import FleetStream, FleetStreams, shown
 from llumnix.frontend.streams.migration_records import Migration, MigrationRecords
 from llumnix.observe.event_log import EventLog
 from llumnix.sockets import SocketKeys
+from llumnix.vllm_seam import SESSION_ENDS, error_of
 from llumnix.wire import decode, encode
 
 GAVE_UP = "llumnix failed at this request. Please send it again."
@@ -172,9 +173,9 @@ class StreamClient(EngineCalls):
         if stream is None:
             return
         begins = stream.info.grammar and stream.outputs <= len(output.new_token_ids)
-        if reason is FinishReason.ERROR and begins:
+        if reason is FinishReason.ERROR and begins and error_of(output) is None:
             self._fail(stream, BAD_GRAMMAR, HTTPStatus.BAD_REQUEST)
-        if stream.info.session and reason is not FinishReason.ABORT:
+        if stream.info.session and reason not in SESSION_ENDS:
             stream.info.between_inputs = True
             return
         for other in self._close(stream.request, reason):
