@@ -280,6 +280,9 @@ def test_after_a_failure_it_waits_for_no_worker_and_leaves_its_flight_recorder(
         calls = dict.fromkeys((begin, "close"), lambda: None)
         setattr(engine, name, SimpleNamespace(**calls))
     engine._prefixes, engine._offer = None, lambda: None
+    engine.engine_index, engine.vllm_config = 7, object()
+    watched: list[Any] = []
+    monkeypatch.setattr(module, "start_watchdog", lambda *given: watched.append(given))
     engine._folder = PrivateFolder.inside(tmp_path / "deployment", "e0")
     core: Any = SimpleNamespace(
         model_executor=SimpleNamespace(execute_model=None), scheduler=None, batch_queue=None
@@ -287,6 +290,7 @@ def test_after_a_failure_it_waits_for_no_worker_and_leaves_its_flight_recorder(
     recorder = FlightRecorder(engine._folder.path, core)
 
     def run_busy_loop() -> None:
+        assert watched == [("engine_7", engine.vllm_config)]
         raise end
 
     engine.run_busy_loop = run_busy_loop

@@ -8,11 +8,14 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from vllm import SamplingParams
 from vllm.v1.core.sched.interface import PauseState
+from vllm.v1.request import Request
 
-from llumnix.core.messages import Handover, Stage
+from llumnix.core.messages import REVIVE, Handover, Stage
 from llumnix.engine.kv.agent_client import Pulled
 from llumnix.engine.memory_calls import MemoryCalls
+from llumnix.engine.migration.vllm_core import is_sent_again
 from support.hosts import Hosts
 from support.no_model import BLOCK, add
 
@@ -169,6 +172,23 @@ def test_memory_goes_only_when_no_pull_can_touch_it(
     assert slept == [(False, True)]
     assert core.wake_up() is True
     assert not gate._held
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_an_engine_that_refuses_new_requests_takes_one_that_is_sent_again(again: bool) -> None:
+    """As after a user's pause since vLLM 0.33."""
+
+    class Vllm:
+        def _reject_add_while_paused(self, request: Any) -> bool:
+            return True
+
+    class Core(MemoryCalls, Vllm):
+        pass
+
+    order = {REVIVE: b"an order"} if again else None
+    request = Request("r", [1], SamplingParams(extra_args=order), None)
+    assert Core()._reject_add_while_paused(request) is not again
+    assert is_sent_again(request) is again
 
 
 def test_a_call_that_waited_too_long_is_made_all_the_same(

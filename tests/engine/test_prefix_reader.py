@@ -348,6 +348,26 @@ def holders_of(kv: Any, one: Request) -> list[int | None]:
     return [blocks and blocks[0].ref_cnt for blocks in found]
 
 
+def test_a_block_whose_hash_covers_tokens_to_come_is_named_once_these_are_there() -> None:
+    """As with a drafter since vLLM 0.33. An engine's own thread would end otherwise."""
+    kv = manager(16, 100)
+    heard = Heard(reader_of(kv))
+    tokens = list(range(2 * BLOCK_TOKENS))
+    one = request("a", tokens, 16, None, None)
+    whole = list(one.block_hashes)
+    one.block_hashes[:] = whole[:-1]
+    one._block_hasher = lambda r: whole[len(r.block_hashes) :] if r.num_tokens > len(tokens) else []
+    assert compute(heard.reader, kv, one, delay_cache_blocks=True) is not None
+    kv.cache_blocks(one, len(tokens) - 16)
+    heard.listen()
+    assert heard.blocks(chain(root(None, None), tokens)) == 1
+    one.append_output_token_ids(7)
+    kv.cache_blocks(one, len(tokens))
+    heard.listen()
+    assert heard.blocks(chain(root(None, None), tokens)) == 2
+    assert heard.reader.cached_tokens(one) == (2 * BLOCK_TOKENS, 2 * BLOCK_TOKENS)
+
+
 def test_what_a_request_will_find_and_share_is_told_apart() -> None:
     kv = manager(16, 100)
     reader = reader_of(kv)

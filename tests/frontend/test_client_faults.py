@@ -370,6 +370,23 @@ async def test_a_grammar_that_the_engine_cannot_compile_is_the_clients_mistake(
         assert len(one.client.streams) == 0
 
 
+async def test_an_engine_that_says_why_it_refuses_a_grammar_is_not_contradicted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As since vLLM 0.33: it is paused, or its first request had another backend."""
+    monkeypatch.setattr("llumnix.frontend.streams.client.error_of", lambda output: "it is paused")
+    grammar = SamplingParams(structured_outputs=StructuredOutputsParams(regex="a"))
+    async with front(tmp_path) as one:
+        told: list[FailedRequest] = []
+        one.client.on_failed = lambda failed: bool(told.append(failed))
+        await one.add_request("r", 0, sampling_params=grammar)
+        one.take_in(tokens(0, "r", finish_reason=FinishReason.ERROR))
+        passed_on = await one.client.get_output_async()
+        assert [o.finish_reason for o in passed_on.outputs] == [FinishReason.ERROR]
+        assert one.client.outputs_queue.empty()
+        assert (told, len(one.client.streams)) == ([], 0)
+
+
 # -- nobody serves
 
 

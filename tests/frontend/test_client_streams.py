@@ -164,6 +164,20 @@ async def test_the_next_input_of_a_session_goes_where_the_first_went(tmp_path: P
         assert len(one.client.streams) == 0
 
 
+@pytest.mark.parametrize("reason", [FinishReason.ABORT, FinishReason.ERROR])
+async def test_a_session_ends_for_the_reasons_for_which_vllms_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: FinishReason
+) -> None:
+    module = "llumnix.frontend.streams.client.SESSION_ENDS"
+    async with front(tmp_path) as one:
+        for name, ends in (("a", {FinishReason.ABORT}), ("b", {FinishReason.ABORT, reason})):
+            monkeypatch.setattr(module, ends)
+            await one.add_request(name, 1, resumable=True)
+            one.take_in(tokens(1, name, 5, finish_reason=reason))
+            ended = one.client.streams.get(RequestId(name)) is None
+            assert ended is (reason in ends)
+
+
 async def test_the_next_input_of_a_session_whose_engine_is_gone_is_refused(tmp_path: Path) -> None:
     async with front(tmp_path) as one:
         await one.add_request("s", 1, resumable=True)

@@ -247,6 +247,7 @@ def after(*calls: tuple[str, tuple[Any, ...], Any]) -> list[str]:
 
 
 PAUSE, RESUME = ("pause_scheduler", ("keep", True), None), ("resume_scheduler", (), None)
+USERS = ("pause_generation", ("abort", True), None)  # since vLLM 0.33
 SLEEP, WAKE = ("sleep", (1, "abort"), None), ("wake_up", (None,), True)
 PARTLY = ("wake_up", (["weights"],), False)
 
@@ -255,6 +256,9 @@ def test_only_what_still_holds_is_kept() -> None:
     assert after(PAUSE) == ["pause_scheduler"]
     assert after(PAUSE, PAUSE) == ["pause_scheduler"]
     assert after(PAUSE, RESUME) == []
+    assert after(USERS, USERS) == ["pause_generation"]
+    assert after(USERS, PAUSE) == ["pause_generation", "pause_scheduler"]
+    assert after(USERS, PAUSE, RESUME) == []
     assert after(RESUME) == []
     assert after(SLEEP, PARTLY) == ["sleep", "wake_up"]
     assert after(SLEEP, PARTLY, WAKE) == []
