@@ -1,5 +1,5 @@
 # The commands of README.md. Each can be repeated, and does at once what is already done.
-.PHONY: serve setup setup-dev test test-all lint docs check format
+.PHONY: serve setup setup-dev test test-all test-next lint docs check format
 
 serve: setup
 	@.venv/bin/llumnix serve $(ARGS)
@@ -15,6 +15,11 @@ test: setup-dev
 
 test-all: setup-dev
 	@LLUMNIX_SEEDS=$${LLUMNIX_SEEDS:-2000} .venv/bin/python -m pytest -m "slow or not slow" $(ARGS)
+
+# The tests on the next vLLM's Python files over this one's CPU kernels (CONTRIBUTING.md says what that proves).
+test-next: setup-dev
+	@.venv/bin/python scripts/setup_next.py
+	@.venv-next/bin/python -m pytest $(ARGS)
 
 format: setup-dev
 	@.venv/bin/ruff format .

@@ -4,7 +4,7 @@ threads take the interpreter's lock from each other.
 vLLM binds an engine's threads to all cores that the process may use, less one for the scheduler.
 Several engines on one host would then all sit on the same cores, so each gets a share of its own.
 
-vLLM 0.32 internals relied on here: `current_platform`, `get_allowed_cpu_list`.
+vLLM internals relied on here: `current_platform`, `get_allowed_cpu_list`.
 """
 
 import os

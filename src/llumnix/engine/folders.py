@@ -5,7 +5,7 @@ for as long as it lives. Another process that gets the lock knows that the owner
 in another container with the same /tmp too, where a process id says nothing. Shared memory of a
 dead engine has no folder; Python's resource tracker removes it.
 
-vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when one changes): the
+vLLM internals relied on here (tests/house/test_vllm_contract.py fails when one changes): the
 executors look `get_file_store_init_method()` up in their own modules; it names the file through
 which their workers meet.
 """

@@ -1,6 +1,6 @@
 """One instance: vLLM's engine core in a Ray actor's process, and the llumlet beside it.
 
-vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
+vLLM internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
 - `EngineCoreActor`: an engine core that is given its frontends' ZMQ addresses instead of shaking
   hands; `dp_rank` becomes the engine's index, whose two little-endian bytes are its ZMQ identity;
   `run()` is its busy loop, which leaves through `SystemExit` after a shutdown request. It calls

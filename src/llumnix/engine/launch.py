@@ -1,6 +1,6 @@
 """What one engine of this deployment is started with, without knowing Ray.
 
-vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
+vLLM internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
 `Executor.get_class`, `EngineZmqAddresses`, `ray_env.get_env_vars_to_copy` (the names of variables
 that an engine in another process needs), `WORKER_SPECIFIC_ENV_VARS` (those that belong to one
 process or host), `current_platform.ray_device_key`.

@@ -5,7 +5,7 @@ use. It does not know of requests that are on their way: these hold blocks too, 
 and write KV memory beside the engine. So migrations are cancelled first, and the call waits until
 the last pull has ended.
 
-vLLM 0.32 internals relied on here (tests/house/test_vllm_migration_contract.py fails when one
+vLLM internals relied on here (tests/house/test_vllm_migration_contract.py fails when one
 changes):
 - `EngineCore.pause_scheduler`, `sleep` (which pauses first), `wake_up` (which resumes last),
   `release_kv_cache_memory` and `reset_prefix_cache`, which pausing calls too, are utility calls on

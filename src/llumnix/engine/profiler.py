@@ -4,7 +4,7 @@ The engine core runs in this process, its workers as they always do. A scenario 
 random tokens, whose batches are known beforehand. It measures the time between outputs, which is
 that of a step, with and without asynchronous scheduling.
 
-vLLM 0.32 internals relied on here (tests/engine/test_profiler.py fails when one changes):
+vLLM internals relied on here (tests/engine/test_profiler.py fails when one changes):
 `EngineCore(config, executor_class, log_stats)`, its `step_fn()`, which returns the outputs by
 client, `preprocess_add_request`, `add_request`, `abort_requests` and `shutdown`;
 `InputProcessor.process_inputs`.

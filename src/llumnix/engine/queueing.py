@@ -13,7 +13,7 @@ thousands in it that took longer than a step, at every step that preempts. Here 
 time in the logarithm of the queue's length. So does a look, for each request that has aged
 meanwhile, of which it takes `AGED_MAX` at most.
 
-vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
+vLLM internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
 `scheduler.waiting` is used by the methods of `RequestQueue` alone; by priority it is ordered by
 `priority`, then `arrival_time` (seconds since the epoch, and used for nothing else in an engine);
 running requests are preempted by the same two, the last first. A preemption counts in

@@ -1,6 +1,6 @@
 """What more than one part of the engine's process reads off vLLM's objects.
 
-vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when one changes, for
+vLLM internals relied on here (tests/house/test_vllm_contract.py fails when one changes, for
 steps tests/house/test_vllm_migration_contract.py):
 - `scheduler.kv_cache_config` is one worker's: every tensor of it has the `size` in bytes of the
   whole allocation, which `num_blocks` share; `kv_cache_groups[i].kv_cache_spec.block_size`.

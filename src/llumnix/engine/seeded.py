@@ -5,7 +5,7 @@ back by its offset. A CPU's generator has no offset. Turning it back raises, and
 with all its requests. Here no token is drawn from a request's own generator before its last chunk,
 so that nothing has to be turned back.
 
-vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when one changes): model
+vLLM internals relied on here (tests/house/test_vllm_contract.py fails when one changes): model
 runner V1 draws in `_sample`, with the generators of `input_batch.generators`, one dictionary from
 step to step, by the request's index. In `_bookkeeping_sync`, which follows in the same step, it
 turns back those of them whose index `discard_request_mask` marks.

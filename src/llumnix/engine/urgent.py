@@ -16,7 +16,7 @@ Rules
 - A preempted request is queued before all of its class that have not started. It keeps its prefix
   cache entries while memory lasts, and may be moved to another instance like any that waits.
 
-vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
+vLLM internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
 `Scheduler._preempt_request` takes a request that was taken out of `running` between two steps, as
 `reset_prefix_cache` has it; `max_num_active_reqs` and `num_waiting_for_streaming_input` bound
 `running`, `max_num_scheduled_tokens` a step; running requests are scheduled before waiting ones;

@@ -6,7 +6,7 @@ Rules
   at first. They try again more and more seldom, every `RECONNECT_MAX_MS` in the end. By default ZMQ
   tries ten times a second, which for 40 sockets takes a hundredth of a core.
 
-vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
+vLLM internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
 `EngineCoreProc.process_input_sockets` and `process_output_sockets`, each on a thread of its own,
 make a `zmq.Context`. For every socket they pass it to `make_zmq_socket`, which they look up in
 their module. All of these sockets connect.

@@ -1,6 +1,6 @@
 """The command line of `llumnix serve`: vLLM's parser, plus the knobs of `DeploymentConfig`.
 
-vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
+vLLM internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
 `make_arg_parser`, `validate_parsed_serve_args`, `load_chat_template`, `FlexibleArgumentParser`,
 `AsyncEngineArgs.from_cli_args(...).create_engine_config(...)`; `VLLM_MAX_N_SEQUENCES` bounds `n`;
 without `args.api_key` and `VLLM_API_KEY` vLLM checks no key (tests/house/test_vllm_routes.py).

@@ -1,6 +1,6 @@
 """Checks, before anything is started, the arguments that vLLM uses only once the engines are up.
 
-vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
+vLLM internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
 `validate_api_server_args`, `set_ulimit` and the plugin managers' import functions, which vLLM's
 `setup_server` calls before it binds; `args.middleware` are import paths, `args.lora_modules` have a
 `name` and a `path`.

@@ -5,7 +5,7 @@ stream (core/streams/table.py), the migrations (streams/migration_records.py) an
 controller. None of these knows it: what follows from an event comes back as effects, which the
 client carries out (streams/client.py).
 
-vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
+vLLM internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
 - A request with `abort_immediately` is aborted as it arrives, and the engine says nothing of it: a
   KV connector is to hear that it is over.
 - A request with `resumable` set is a session: every chunk of input ends with a finish reason, and

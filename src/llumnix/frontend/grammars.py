@@ -3,7 +3,7 @@
 vLLM checks them on the event loop, which all streams share, and a JSON schema of 1.5 MB takes a
 second or more. The backends release the interpreter's lock for most of that.
 
-vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
+vLLM internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
 - `SamplingParams._validate_structured_outputs(model_config, structured_outputs_config, tokenizer)`
   is the whole check, and changes nothing but the parameters. `InputProcessor` looks it up on them
   when it verifies them. Parameters may carry attributes of ours; a clone need not.

@@ -1,6 +1,6 @@
 """vLLM's AsyncLLM over many engines.
 
-vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
+vLLM internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
 - `AsyncLLM.__init__` gets its engine client from `EngineCoreClient.make_async_mp_client`, looked up
   in its own module; there is no argument to pass one in.
 - `AsyncLLM.generate` hands its prompt to `self.add_request` as it is, awaits that first, and does

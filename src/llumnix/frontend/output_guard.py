@@ -1,6 +1,6 @@
 """Keeps a bad output of one request from ending vLLM's output handler, and with it every request.
 
-vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
+vLLM internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
 - `AsyncLLM`'s output handler looks `output_processor.process_outputs` up at every call, and lets an
   exception from it fail all requests.
 - `process_outputs` goes through the outputs once, in order, and passes each on to its request's

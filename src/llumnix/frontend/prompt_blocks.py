@@ -1,6 +1,6 @@
 """The names of a prompt's blocks in prefix caches, hashed once for all `n` sequences of a request.
 
-vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
+vLLM internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
 - `prompt_token_ids`, `lora_request.lora_name` and `cache_salt` of an `EngineCoreRequest` identify
   its blocks in the prefix cache, unless it has `mm_features` or `prompt_embeds`. With
   `params.skip_reading_prefix_cache` it uses no cached block.

@@ -2,7 +2,7 @@
 
 A process is named by its id and the moment of its start, since ids are used again.
 
-vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when one changes): the
+vLLM internals relied on here (tests/house/test_vllm_contract.py fails when one changes): the
 lines that it logs when a worker of the multiprocess executor has ended, and when an exception ends
 an engine's busy loop. Without them a death counts as a kill.
 """

@@ -6,7 +6,7 @@ NVLink or PCIe. So a pull is work on one stream of one device: nothing crosses s
 GPU need not be visible here, and no context of ours takes memory on it. Where the GPUs cannot
 reach each other, mapping fails and the bytes go through host memory.
 
-vLLM 0.32 internals relied on here (tests/house/test_vllm_migration_contract.py fails when one
+vLLM internals relied on here (tests/house/test_vllm_migration_contract.py fails when one
 changes): the operator `_C_cache_ops.swap_blocks_batch`.
 
 Every call runs on a stream of its owner's, and returns when its work is done. The thread that

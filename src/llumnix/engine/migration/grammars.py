@@ -1,6 +1,6 @@
 """Compiles the grammars of requests that move in, away from the engine's thread.
 
-vLLM 0.32 internals relied on here (tests/house/test_vllm_migration_contract.py fails when one
+vLLM internals relied on here (tests/house/test_vllm_migration_contract.py fails when one
 changes): `StructuredOutputManager.grammar_init` builds the one backend at its first call, which may
 take long (tables of the whole vocabulary). Then it has the grammar compiled on `executor`, a pool
 of threads, and leaves a future of it in `request.structured_output_request.grammar`. The engine

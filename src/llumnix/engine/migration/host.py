@@ -5,7 +5,7 @@ engine's input queue. So it is dealt with between two steps, in one order with r
 and wakes an engine that stands still. Finished pulls are taken in first: a room that is kept for a
 pull, or a source that waits for its verdict, waits for nothing else.
 
-vLLM 0.32 internals relied on here (tests/house/test_vllm_migration_contract.py fails when one
+vLLM internals relied on here (tests/house/test_vllm_migration_contract.py fails when one
 changes): `EngineCoreProc.input_queue`, a queue of (kind, content) pairs that the busy loop empties
 into `_handle_client_request`; `output_queue`, of (client index, `EngineCoreOutputs`), sent in
 order; `EngineCoreOutput.kv_transfer_params`, which may hold anything that msgpack can.

@@ -5,7 +5,7 @@ lists of numbers. For worker processes they are pickled, and runner V2 turns the
 array. With 32,000 tokens each of these takes one to three milliseconds, and a request that has
 moved in waits for all of them.
 
-vLLM 0.32 internals relied on here (tests/house/test_vllm_migration_contract.py fails when one
+vLLM internals relied on here (tests/house/test_vllm_migration_contract.py fails when one
 changes): `Request` takes the list of its prompt as it is, and begins the list of all its tokens
 with a `copy()` of it, to which it only appends. Runner V2's `req_states.all_token_ids` collects the
 tokens of a step's new requests in `_staged_write_contents`, by `extend`. It gives all of that to

@@ -1,6 +1,6 @@
 """Reads a request that another engine's llumlet wrote, which is data and never code.
 
-vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
+vLLM internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
 `MsgpackDecoder` asks its `ext_hook` for all that is not plain msgpack. There alone it unpickles, if
 `VLLM_ALLOW_INSECURE_SERIALIZATION` is set. `CUSTOM_TYPE_RAW_VIEW` are plain bytes.
 """

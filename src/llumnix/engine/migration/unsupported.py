@@ -1,6 +1,6 @@
 """What cannot be moved, and why. It is asked before a migration begins, so that the request stays.
 
-vLLM 0.32 internals relied on here (tests/house/test_vllm_migration_contract.py fails when one
+vLLM internals relied on here (tests/house/test_vllm_migration_contract.py fails when one
 changes): the names of fields of the configuration, the scheduler and `Request`.
 """
 

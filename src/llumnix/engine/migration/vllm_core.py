@@ -1,6 +1,6 @@
 """What both halves of the seam (vllm_source.py, vllm_destination.py) ask of vLLM's engine core.
 
-vLLM 0.32 internals relied on here (tests/house/test_vllm_migration_contract.py fails when one
+vLLM internals relied on here (tests/house/test_vllm_migration_contract.py fails when one
 changes):
 - `EngineCore.batch_queue` holds the steps in flight; `model_executor.collective_rpc` calls a method
   of every worker.

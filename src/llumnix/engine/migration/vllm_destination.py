@@ -1,6 +1,6 @@
 """The seam of core/migration/port.py on vLLM's engine, one half: requests that move in.
 
-vLLM 0.32 internals relied on here, beside those of vllm_core.py
+vLLM internals relied on here, beside those of vllm_core.py
 (tests/house/test_vllm_migration_contract.py fails when one changes):
 - `Scheduler.finished_req_ids`: requests that the workers still have to hear the end of.
 - `EngineCore.request_block_hasher` hashes blocks.

@@ -3,7 +3,7 @@
 Everything here happens on the engine core's own thread, so nothing is locked. It touches vLLM's
 scheduler from outside; no class of vLLM's is replaced.
 
-vLLM 0.32 internals relied on here, beside those of vllm_core.py, vllm_source.py and
+vLLM internals relied on here, beside those of vllm_core.py, vllm_source.py and
 vllm_destination.py (tests/house/test_vllm_migration_contract.py fails when one changes):
 - `Scheduler.pause_state`; with PAUSED_ALL nothing is scheduled.
 - `num_waiting_for_streaming_input` sessions wait for their next input in `kv_holding_waiting` and

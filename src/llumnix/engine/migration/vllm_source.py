@@ -1,6 +1,6 @@
 """The seam of core/migration/port.py on vLLM's engine, one half: requests that move away.
 
-vLLM 0.32 internals relied on here, beside those of vllm_core.py
+vLLM internals relied on here, beside those of vllm_core.py
 (tests/house/test_vllm_migration_contract.py fails when one changes):
 - `Scheduler`: `requests`, `running`, `deferred_waiting`, `max_num_active_reqs` (the limit of
   `running`, asked at every admission), `reset_preempted_req_ids` (frees runner V2's slot of a

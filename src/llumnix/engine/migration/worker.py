@@ -1,6 +1,6 @@
 """What migration needs inside vLLM's worker processes: an extension class for its worker.
 
-vLLM 0.32 internals relied on here (tests/house/test_vllm_migration_contract.py fails when one
+vLLM internals relied on here (tests/house/test_vllm_migration_contract.py fails when one
 changes):
 - `worker_extension_cls`: a class whose methods `collective_rpc` can call by name; they run on the
   worker's own thread, between two of its steps.

@@ -12,7 +12,7 @@ Rules
 - The engine writes into a mapped file, so that nothing is lost with the process. A checksum tells a
   reader that the engine died as it wrote.
 
-vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
+vLLM internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
 - `EngineCore` launches every step with `model_executor.execute_model(SchedulerOutput, ...)`, right
   after the scheduler made it, and before it is put into `batch_queue`. An entry of that is (future,
   `SchedulerOutput`, future).

@@ -9,7 +9,7 @@ Rules
 - A request that was taken out of the batch to be handed over counts as running until it has left.
   The report says apart how many requests are on their way out.
 
-vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
+vLLM internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
 - `scheduler.requests` holds all that are not finished; `running`, `waiting` and
   `kv_holding_waiting` those that run and wait; `waiting.peek_request()` is the next to start, and
   starts only if blocks for all its tokens are free (`scheduler_reserve_full_isl`).

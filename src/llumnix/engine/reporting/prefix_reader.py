@@ -22,7 +22,7 @@ Rules
   `ENDED_MAX`. Their prompts are found less often, no more.
 - Of a model with several groups of layers, the first whose layers look at the whole prompt counts.
 
-vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
+vLLM internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
 - `BlockPool.cached_block_hash_to_block` maps each block's key to the blocks that are in the cache,
   through `insert`, `pop` and `get_one_block`; `reset_prefix_cache` puts a new map in its place.
   Ours in its stead notes what is popped.

@@ -8,7 +8,7 @@ Rules
 - An adapter is loaded on all engines or on none.
 - A call that a migration depends on is repeated if it fails, a bounded number of times.
 
-vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
+vLLM internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
 `AsyncMPClient._call_utility_async(method, *args, engine)`, replaced here, calls one engine by its
 ZMQ identity: it sends (client, call, method, arguments) and awaits the future in `utility_results`.
 Its methods for all engines go through `call_utility_async`, `call_utility_all_async` and

@@ -4,7 +4,7 @@ An engine stamps its outputs with its host's monotonic clock, which counts from 
 host. vLLM subtracts such stamps to get inter-token latency, prefill and decode time; in vLLM a
 request stays on one engine. Here it may move between hosts, and then has stamps of two clocks.
 
-vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
+vLLM internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
 `EngineCoreOutputs.timestamp` and the `timestamp` of each of an output's `events` are the engine's
 `time.monotonic()`, in seconds.
 """

@@ -3,7 +3,7 @@
 A query is embedded once, and its embedding stays in the memory of one engine. The documents that
 are scored against it must go to that engine, whichever others have come or gone since.
 
-vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
+vLLM internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
 `get_late_interaction_engine_index(params, n)` is the checksum of the query's key modulo `n`, or
 None for a request that has nothing to do with this.
 """

@@ -4,7 +4,7 @@ Bytes that the decoder does not understand, answers that nobody waits for and ex
 are counted and logged, and the next message is taken in. vLLM's own task ends with the first of
 these, and the server with it.
 
-vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
+vLLM internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
 - `AsyncMPClient._ensure_output_queue_task()` starts the one task that reads
   `resources.output_socket`, and `resources` cancels it as `output_queue_task` when it closes.
   `get_output_async()` is what `AsyncLLM` reads; an exception from it fails every request.

@@ -1,6 +1,6 @@
 """The two sockets over which a frontend and all engines talk, and who announces itself there.
 
-vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
+vLLM internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
 - `AsyncMPClient` binds one ROUTER socket, over which it sends to any engine by ZMQ identity
   (`_send_input(..., engine)`, `_call_utility_async(..., engine)`), and one PULL socket, on which
   outputs arrive with their `engine_index`. Its encoder, decoder and queue are used as they are; its

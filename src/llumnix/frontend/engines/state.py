@@ -1,7 +1,7 @@
 """The state that all engines share, and that a new one must be brought into: paused, asleep,
 adapters loaded.
 
-vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when one changes): the
+vLLM internals relied on here (tests/house/test_vllm_contract.py fails when one changes): the
 engine core's utility calls `pause_scheduler`, `resume_scheduler`, `sleep`,
 `release_kv_cache_memory`, `wake_up` (which says whether all is awake, and if so has resumed the
 scheduler), `add_lora`, `remove_lora`, `pin_lora`. Since 0.33 a user's pause is `pause_generation`,

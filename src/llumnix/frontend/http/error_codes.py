@@ -1,6 +1,6 @@
 """Gives an error its own code on its way to a client, where vLLM's has the status.
 
-vLLM 0.32 internals relied on here (tests/house/test_vllm_survival_contract.py fails when one
+vLLM internals relied on here (tests/house/test_vllm_survival_contract.py fails when one
 changes): an error's body is JSON whose `error` has a `code`; in a stream it is an event that begins
 as `ERROR_ITEM` does, in a message of its own.
 """

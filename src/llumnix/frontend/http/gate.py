@@ -4,7 +4,7 @@ vLLM adds it as the last of its middlewares, by import path, so it takes no argu
 the rest in the application's state: `args.access` has the rules, `args.max_body_mb` the limit of a
 body, `args.control_app` the application behind /llumnix.
 
-vLLM 0.32 internals relied on here (tests/frontend/test_gate.py and tests/house/test_vllm_routes.py
+vLLM internals relied on here (tests/frontend/test_gate.py and tests/house/test_vllm_routes.py
 fail when one changes): an `HTTPException` out of `receive()` reaches vLLM's own handler; CORS is
 configured by `args.allowed_origins`, `allow_credentials`, `allowed_methods`, `allowed_headers`.
 Starlette's `get_route_path` is what its router goes by: two readings of a path would be a way in.

@@ -1,6 +1,6 @@
 """Runs vLLM's HTTP server over the fleet.
 
-vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
+vLLM internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
 `build_and_serve(engine_client, ...)` builds the whole application and serves until a signal, and
 returns what remains to be awaited; what else it is given goes to uvicorn's configuration;
 `args.middleware` are import paths of ASGI middlewares, the last the outermost.

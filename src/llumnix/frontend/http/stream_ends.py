@@ -4,7 +4,7 @@ vLLM cuts the connection of the first. Before 0.33 it tells the client of the se
 did not understand the error. While no instance serves, both are refused here before the stream
 begins, as chat and completions are.
 
-vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
+vLLM internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
 - The application's state has `openai_serving_responses` and `anthropic_serving_messages`, or None.
 - `create_responses` and `create_messages` of these take all their requests.
 - `OpenAIServingResponses.responses_stream_generator` yields events, which are sent by `type` and

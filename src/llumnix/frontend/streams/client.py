@@ -3,7 +3,7 @@
 The client passes their tokens on, moves their requests, and carries out the effects of
 core/streams, which nothing else does.
 
-vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py and
+vLLM internals relied on here (tests/house/test_vllm_contract.py and
 test_vllm_migration_contract.py fail when one changes):
 - `OutputProcessor` keys on the request id alone, drops outputs of requests that it does not know,
   and turns `FinishReason.ERROR` into an error in OpenAI's format (not that of a pooling request).

@@ -2,7 +2,7 @@
 
 How its answer is delivered, its priority and its id are not in it.
 
-vLLM 0.32 internals relied on here (tests/house/test_vllm_survival_contract.py fails when one
+vLLM internals relied on here (tests/house/test_vllm_survival_contract.py fails when one
 changes):
 - `EngineCoreRequest`, `SamplingParams`, `PoolingParams` and `LoRARequest` are msgspec structures.
   Fields that begin with "_" follow from others.

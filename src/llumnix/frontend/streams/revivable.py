@@ -3,7 +3,7 @@
 A request is sent again as its client sent it, with the tokens that the client has. So each feature
 whose state follows from the two goes on as if nothing had happened. The others are here.
 
-vLLM 0.32 internals relied on here
+vLLM internals relied on here
 (tests/house/test_vllm_survival_contract.py fails when one changes):
 - `EngineCoreRequest` is a msgspec structure; `copy.copy` of it, and of its parameters, is shallow.
 - An engine keeps the grown prompt of a `resumable` request to itself.
