@@ -21,6 +21,7 @@ from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.v1.engine import EngineCoreOutput, FinishReason
+from vllm.version import __version__ as RELEASE
 from vllm.version import __version_tuple__
 
 from llumnix.errors import UsageError
@@ -42,6 +43,17 @@ def minor_version(numbers: tuple[int | str, ...]) -> tuple[int, int]:
 
 
 VERSION = minor_version(__version_tuple__)
+
+
+def require_release(wanted: str) -> None:
+    """`UsageError` unless this process has the very vLLM that its deployment was started with.
+    Engines of two would neither read each other's requests nor name the same KV blocks alike."""
+    if wanted != RELEASE:
+        raise UsageError(
+            f"this host has vLLM {RELEASE}, and the deployment was started with {wanted}: install "
+            "that one here"
+        )
+
 
 SESSION_ENDS = frozenset(
     {FinishReason.ABORT} if VERSION < V0_33 else {FinishReason.ABORT, FinishReason.ERROR}

@@ -1,6 +1,7 @@
 """What an engine's actor brings into its process before vLLM comes in."""
 
 import os
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -14,11 +15,13 @@ from llumnix.core.types import EngineIndex, InstanceId
 
 instance = pytest.importorskip("llumnix.engine.instance")
 
+from llumnix import vllm_seam  # noqa: E402
 from llumnix.core.limits import MigrationLimits  # noqa: E402
 from llumnix.core.priorities import Priorities  # noqa: E402
 from llumnix.engine.kv.agent import TransferOptions  # noqa: E402
 from llumnix.engine.launch import InstanceConfig, LlumletConfig  # noqa: E402
 from llumnix.engine.migration.host import LlumletHost  # noqa: E402
+from llumnix.errors import UsageError  # noqa: E402
 from llumnix.sockets import SocketKeys  # noqa: E402
 
 LLUMLET = LlumletConfig(
@@ -52,6 +55,20 @@ def test_the_engine_finds_the_drivers_environment_and_its_own_hosts_address(
     assert made["environment"]["HF_TOKEN"] == "secret"
     # What was set on that host before Ray started is that host's to say.
     assert made["environment"]["VLLM_HOST_IP"] == (own or "192.0.2.2")
+
+
+def test_a_host_with_another_vllm_is_told_so_before_anything_of_vllms_is_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    monkeypatch.setattr(ray_runtime, "node_address", lambda: "192.0.2.2")
+    monkeypatch.setattr(instance, "EngineInstance", lambda *_: pytest.fail("it was made"))
+    sent = pack(CONFIG, "config", True)
+    here = vllm_seam.RELEASE
+    monkeypatch.setattr(vllm_seam, "RELEASE", "0.33.7")
+    said = f"this host has vLLM 0.33.7, and the deployment was started with {here}: install"
+    with pytest.raises(UsageError, match=re.escape(said)):
+        EngineActor({}, sent)
 
 
 @pytest.mark.parametrize(("host", "written"), [("192.0.2.2", "192.0.2.2"), ("::1", "[::1]")])

@@ -32,10 +32,14 @@ class EngineActor:
         # Has a crash leave its mark in the log (processes.py), in vLLM's workers too.
         os.environ.setdefault("PYTHONFAULTHANDLER", "1")
         faulthandler.enable(STDERR)
-        from llumnix.engine.instance import EngineInstance
+        from llumnix.vllm_seam import require_release
 
         # Safe to unpickle: Ray lets only the deployment's own driver start an actor.
-        config, *others = pickle.loads(arguments)  # noqa: S301
+        release, packed = pickle.loads(arguments)  # noqa: S301
+        require_release(release)  # Another would fail somewhere in what follows, or misread it.
+        from llumnix.engine.instance import EngineInstance
+
+        config, *others = pickle.loads(packed)  # noqa: S301
         self._engine = EngineInstance(replace(config, host=host), *others)
 
     def describe(self) -> Any:
@@ -56,6 +60,7 @@ class EngineActor:
 
 
 def pack(*arguments: Any) -> bytes:
-    """The arguments of `EngineInstance` for an `EngineActor`."""
-    packed: bytes = ray.cloudpickle.dumps(arguments)
-    return packed
+    """The arguments of `EngineInstance` for an `EngineActor`, and the vLLM that they are for."""
+    from llumnix.vllm_seam import RELEASE
+
+    return pickle.dumps((RELEASE, ray.cloudpickle.dumps(arguments)))
