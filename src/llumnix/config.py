@@ -118,6 +118,9 @@ class DeploymentConfig:
     max_body_mb: float = knob(
         BODY_MAX_MB, "The largest request body, in MB.", type=float, metavar="MB"
     )
+    no_ui: bool = knob(
+        False, "Leave out /llumnix/ui, the page that shows the deployment.", action="store_true"
+    )
     scheduler: SchedulerSettings = field(default_factory=SchedulerSettings)
 
     def __post_init__(self) -> None:

@@ -292,6 +292,12 @@ def test_a_path_that_looks_like_a_listed_one_is_not() -> None:
     assert not needs_admin("GET", "/llumnix/v1/instances/")
 
 
+def test_who_may_see_all_requests_may_watch_them() -> None:
+    assert needs_admin("GET", "/llumnix/v1/requests")
+    assert needs_admin("GET", "/llumnix/v1/requests/r1")
+    assert needs_admin("GET", "/llumnix/v1/events")
+
+
 # -- web pages, where no key guards
 
 OWN = [

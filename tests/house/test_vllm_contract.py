@@ -52,7 +52,11 @@ from vllm.v1.engine.async_llm import AsyncLLM  # noqa: E402
 from vllm.v1.engine.core import EngineCoreActor, EngineCoreProc  # noqa: E402
 from vllm.v1.engine.core_client import AsyncMPClient, MPClient  # noqa: E402
 from vllm.v1.engine.input_processor import InputProcessor  # noqa: E402
-from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector  # noqa: E402
+from vllm.v1.engine.output_processor import (  # noqa: E402
+    OutputProcessor,
+    RequestOutputCollector,
+    RequestState,
+)
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor  # noqa: E402
 from vllm.v1.executor.uniproc_executor import UniProcExecutor  # noqa: E402
 from vllm.v1.kv_cache_interface import (  # noqa: E402
@@ -62,7 +66,7 @@ from vllm.v1.kv_cache_interface import (  # noqa: E402
     KVCacheSpecKind,
     KVCacheTensor,
 )
-from vllm.v1.metrics.stats import IterationStats  # noqa: E402
+from vllm.v1.metrics.stats import IterationStats, RequestStateStats  # noqa: E402
 from vllm.v1.request import Request, RequestStatus  # noqa: E402
 
 from llumnix.engine.queueing import AgingQueue  # noqa: E402
@@ -198,6 +202,16 @@ def test_outputs_are_processed_in_one_pass() -> None:
     text = source(OutputProcessor.process_outputs).split('"""')[2]
     assert re.findall(r"engine_core_outputs\b.*", text) == ["engine_core_outputs:"]
     assert "self.request_states.pop(req_id)" in source(OutputProcessor._finish_request)
+
+
+def test_a_request_says_how_long_it_waited_for_its_first_token() -> None:
+    says(
+        IterationStats.update_from_output,
+        "req_stats.first_token_latency = first_token_latency",
+        who="frontend/llm.py's _first_token_s",
+    )
+    assert RequestStateStats().first_token_latency == 0.0
+    says(RequestState.__init__, "self.stats =", "if log_stats else None", who="frontend/llm.py")
 
 
 def test_a_consumer_gets_an_exception_and_passes_some_on_as_they_are() -> None:

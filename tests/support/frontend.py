@@ -36,6 +36,7 @@ class Link:
 
     def __init__(self) -> None:
         self.where = 0
+        self.why = ""
         self.asked: list[RequestArrived] = []
         self.told: list[Any] = []
 
@@ -55,7 +56,7 @@ class Link:
             request=request.request,
             instance=InstanceId(f"i{where}"),
             engine_index=EngineIndex(where),
-            why="",
+            why=self.why,
         )
 
 

@@ -80,6 +80,7 @@ class Fleet:
             self._changed,
             stall_s=self._settings.survival.stall_s,
         )
+        self.notes = self._supervisor.notes
         self._watcher = Watcher(
             self._frontends,
             self._members.values,
@@ -140,7 +141,7 @@ class Fleet:
     def status(self) -> list[InstanceStatus]:
         return [m.status() for m in sorted(self._members.values(), key=lambda m: m.slot)]
 
-    async def add(self) -> InstanceStatus:
+    async def add(self, why: str = "a user's order") -> InstanceStatus:
         async with self._adding:
             there = [m for m in self._members.values() if m.life.counts]
             most = self._settings.scaling.instances_max
@@ -152,6 +153,7 @@ class Fleet:
             await self._check_room()
             self._frontends.grow_metrics(self._free_slot() + 1)
             member = self._register()
+            self.notes.note("add", member.id, why)
             self._supervisor.supervise(member)
             self._changed()
         return member.status()
@@ -264,7 +266,7 @@ class Fleet:
             match decision:
                 case AddInstances(count=count, why=why):
                     for _ in range(count):
-                        added = await self.add()
+                        added = await self.add(why)
                         logger.info("Instance %s is added: %s.", added.id, why)
                 case DrainInstance(instance=instance, why=why):
                     await self.drain(instance, why, by=by)

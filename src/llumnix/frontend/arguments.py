@@ -117,6 +117,7 @@ def parse(argv: list[str], say: Any) -> ServeCommand:
     clients = _take_keys(args, "api_key", API_KEY_VARIABLE, say)
     admins = _take_keys(args, "admin_api_key", ADMIN_API_KEY_VARIABLE, say)
     deployment = DeploymentConfig(**{name: getattr(args, name) for name, _, _ in knobs()})
+    args.policy = deployment.scheduler.policy
     _refuse_what_breaks(args, defaults)
     args.access = _access(args, deployment, clients, admins, say)
     if args.distributed_executor_backend == "ray":

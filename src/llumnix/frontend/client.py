@@ -37,11 +37,13 @@ from llumnix.frontend.engines.late_queries import LateQueries
 from llumnix.frontend.grammars import may_only_fail_at_grammar
 from llumnix.frontend.prompt_blocks import prompt_blocks
 from llumnix.frontend.streams.info import FleetStream, StreamInfo
+from llumnix.frontend.streams.look import Placed
 from llumnix.frontend.streams.reviving import RevivingClient
 from llumnix.observe.event_log import EventLog
 from llumnix.sockets import SocketKeys
 
 STOPPING = "The server is stopping."
+PLACED_ALONE = "the frontend placed it by itself, where it had the fewest"
 
 
 class FleetClient(RevivingClient):
@@ -212,8 +214,15 @@ class FleetClient(RevivingClient):
         if isinstance(decision, Dispatch):
             engine = self.engines.get(decision.engine_index)
             if engine is not None and engine.takes_requests:
-                return engine
-        return self._place_alone()
+                return self._note_place(request, engine, decision.why)
+        return self._note_place(request, self._place_alone(), PLACED_ALONE)
+
+    def _note_place(self, request: EngineCoreRequest, engine: Engine, why: str) -> Engine:
+        stream = self.streams.get(RequestId(request.request_id))
+        if stream is not None and not stream.info.why_placed:
+            stream.info.why_placed = f"{engine.instance}: {why}"
+            self.placements.add(Placed(stream.request, engine.instance, why))
+        return engine
 
     def _place_alone(self) -> Engine:
         """The engine for a request without the controller: the one with the fewest requests of this

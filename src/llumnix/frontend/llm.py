@@ -9,6 +9,8 @@ vLLM internals relied on here (tests/house/test_vllm_contract.py fails when one 
   it registered for others when sending fails).
 - `OutputProcessor.request_states[id].queue` takes an exception for the request's consumer, which
   `generate` passes on as it is if it is a `GracefulHTTPError`; `_finish_request` forgets a request.
+- `OutputProcessor.request_states[id].stats.first_token_latency`: seconds until a request's first
+  token, 0 before; `stats` is None with --disable-log-stats.
 - `logger_manager` is built for a fixed list of engine indexes; `_logger_ref` lets the running
   output handler see a new one (vLLM's elastic scaling uses it so).
 - `shutdown(timeout)` is called on a thread of its own after the first SIGINT or SIGTERM, before the
@@ -94,6 +96,7 @@ class FleetLLM(AsyncLLM):
                 aggregate_engine_logging=aggregate_engine_logging,
             )
         guard(self.output_processor, self._give_up)
+        client.first_token_s = self._first_token_s
         self._grammars = GrammarChecks(
             vllm_config.model_config,
             vllm_config.structured_outputs_config,
@@ -154,6 +157,12 @@ class FleetLLM(AsyncLLM):
         else:
             return True
         return False
+
+    def _first_token_s(self, request: RequestId) -> float | None:
+        """How long a running request waited for its first token; None if it has none."""
+        state = self.output_processor.request_states.get(request)
+        stats = getattr(state, "stats", None)
+        return (stats.first_token_latency or None) if stats is not None else None
 
     def _give_up(self, request: str, error: Exception) -> None:
         """One of its outputs could not be processed."""

@@ -9,6 +9,7 @@ from llumnix.errors import ConflictError, UnknownInstanceError, UnknownQuarantin
 from llumnix.frontend.client import FleetClient
 from llumnix.frontend.engines.directory import EngineTarget
 from llumnix.frontend.streams.info import FleetStream, find
+from llumnix.frontend.streams.look import ORPHANED, Cursor, Look, SeenStream, new_items
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +42,45 @@ class OwnStreams:
             "priority": info.priority,
             "age_s": round(info.age_s, 3),
         }
+
+    def row(self, name: str) -> dict[str, Any]:
+        """One of them with its life so far, as JSON; `UnknownRequestError` if there is none."""
+        stream = find(self._client.streams, name)
+        waited_s, client = self._client.first_token_s(stream.request), self._client
+        moves = client.migrations.recent()
+        return {
+            **self._row(stream),
+            "class": client.priorities.classes[client.priorities.rank(stream.info.priority)].name,
+            "why": stream.info.why_placed,
+            "first_token_s": None if waited_s is None else round(waited_s, 4),
+            "lives_used": stream.lives_used,
+            "migrations": [m for m in moves if m["request"] == stream.request],
+        }
+
+    def look(self, since: Cursor) -> Look:
+        """All open streams, and what happened since the look that gave this cursor."""
+        client, index = self._client, self._client.client_index
+        rings = {"notes": client.notes, "placed": client.placements, "ended": client.ends}
+        return Look(
+            streams=[self._seen(s) for s in client.streams if s.last_owner is not None],
+            notes=new_items(client.notes, f"{index}/notes", since, first=True),
+            placed=new_items(client.placements, f"{index}/placed", since),
+            ended=new_items(client.ends, f"{index}/ended", since),
+            cursor={f"{index}/{name}": ring.count for name, ring in rings.items()},
+        )
+
+    def _seen(self, stream: FleetStream) -> SeenStream:
+        info = stream.info
+        return SeenStream(
+            request=stream.request,
+            client_id=info.client_id,
+            instance=self._client.engines.name(stream.last_owner),
+            orphan=stream.state in ORPHANED,
+            priority=info.priority,
+            prompt_tokens=info.prompt_tokens,
+            output_tokens=stream.outputs,
+            age_s=info.age_s,
+        )
 
     async def move(self, order: MoveAsked) -> dict[str, Any]:
         """Moves a request, and returns the migration as JSON when that has ended."""

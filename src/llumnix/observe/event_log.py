@@ -34,6 +34,7 @@ from llumnix.core.events import Decision, Fact, LoadReported, PrefixesChanged, T
 from llumnix.core.reports import LoadReport
 from llumnix.core.settings import SchedulerSettings
 from llumnix.core.types import InstanceId, MigrationId
+from llumnix.observe.notes import Notes
 
 logger = logging.getLogger("llumnix")
 _encoder = msgspec.json.Encoder()
@@ -52,10 +53,11 @@ LOOK_EVERY_S = 1.0
 
 class EventLog:
     """One writer of the log at `path`; without a path it writes nothing. `OSError` if the file
-    cannot be opened."""
+    cannot be opened. `notes` keeps what happened lately to requests, with or without a path."""
 
     def __init__(self, path: str | None, *, who: str) -> None:
         self._who = who
+        self.notes = Notes()
         self._writer: _Writer | None = None
         self._reports: dict[InstanceId, LoadReport] = {}
         # The last report of each instance that was left out, and when it came.
@@ -117,10 +119,12 @@ class EventLog:
 
     def migration(self, shown: dict[str, Any]) -> None:
         """A migration as its frontend sees it: when it is ordered, and when it has ended."""
+        self.notes.note("move", shown.get("request", ""), shown.get("why", ""), move=shown)
         self._write("migration", time.monotonic(), {"body": shown})
 
     def revival(self, shown: dict[str, Any]) -> None:
         """A request whose engine died goes on at another."""
+        self.notes.note("revive", shown.get("request", ""), shown.get("why", ""), revival=shown)
         self._write("revival", time.monotonic(), {"body": shown})
 
     def request(self, shown: dict[str, Any]) -> None:

@@ -22,6 +22,7 @@ from llumnix.core.supervision.blame import Death, Fenced
 from llumnix.core.supervision.hang import HangPolicy, Health
 from llumnix.core.supervision.lifecycle import LifeAction, LifeState
 from llumnix.core.types import InstanceId
+from llumnix.observe.notes import Notes
 from llumnix.tasks import keep_running
 
 logger = logging.getLogger("llumnix.fleet")
@@ -29,10 +30,20 @@ logger = logging.getLogger("llumnix.fleet")
 FAILURES_MAX = 10
 """Unexpected failures in a row, with pauses between of three minutes in all."""
 
+NOTED = {
+    LifeAction.SERVE: "up",
+    LifeAction.RESTART: "death",
+    LifeAction.GIVE_UP: "give_up",
+    LifeAction.DRAIN: "drain",
+    LifeAction.SERVE_ON: "undrain",
+    LifeAction.FORGET: "removed",
+}
+"""What is noted of an instance, by the action that its life decides."""
+
 
 class Supervisor:
     """What happens to each of the `members`. `on_change` is called after every change of state;
-    `stall_s` is the knob `survival.stall_s`."""
+    `stall_s` is the knob `survival.stall_s`. What happened lately is in `notes`."""
 
     def __init__(
         self,
@@ -50,6 +61,7 @@ class Supervisor:
         self._stall_s = stall_s
         self._on_change = on_change
         self.given_up = 0  # instances so far
+        self.notes = Notes()
 
     # -- what is asked of it
 
@@ -104,6 +116,8 @@ class Supervisor:
     def _perform(self, member: Member, action: LifeAction) -> None:
         """Carries out what the member's life decided."""
         life = member.life
+        if (kind := NOTED.get(action)) is not None:
+            self.notes.note(kind, member.id, life.why or "")
         match action:
             case LifeAction.SERVE:
                 assert member.run is not None

@@ -15,6 +15,8 @@ from enum import IntEnum
 from llumnix.frontend.http.listener import LIVE_PATH
 
 OPEN_PATHS = ("/health", LIVE_PATH)
+PAGE_PATH = "/llumnix/ui"
+"""The page that shows the deployment. Its files hold no data, and it asks for a key itself."""
 READS = ("GET", "HEAD", "OPTIONS")
 ANY = "*"
 
@@ -94,7 +96,7 @@ class Access:
     ) -> Refusal | None:
         """Why this request is refused; None if it may pass. For a WebSocket, `method` is no method
         of HTTP's."""
-        if path in OPEN_PATHS:
+        if path in OPEN_PATHS or _is_page(method, path):
             return None
         administers = needs_admin(method, path)
         if caller.role is Role.STRANGER or (
@@ -159,6 +161,11 @@ def needs_admin(method: str, path: str) -> bool:
     if path in CLIENT_PATHS or (path in CLIENT_READS and method in READS):
         return False
     return not path.startswith(CLIENT_TREES)
+
+
+def _is_page(method: str, path: str) -> bool:
+    """Whether that reads a file of the page."""
+    return method in ("GET", "HEAD") and (path == PAGE_PATH or path.startswith(PAGE_PATH + "/"))
 
 
 def digests(keys: Iterable[str]) -> tuple[bytes, ...]:

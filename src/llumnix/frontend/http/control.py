@@ -7,6 +7,8 @@ from llumnix.core.supervision.lifecycle import InstanceStatus
 from llumnix.core.types import InstanceId
 from llumnix.frontend.client import FleetClient
 from llumnix.frontend.own_streams import MoveAsked, OwnStreams
+from llumnix.frontend.streams.look import Cursor, Look, joined, new_items
+from llumnix.observe.notes import Notes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +29,8 @@ class RequestRows:
 
 class InstanceControl(Protocol):
     """Starts and stops instances."""
+
+    notes: Notes  # what became of them lately
 
     def status(self) -> list[InstanceStatus]:
         """All instances, in order of id."""
@@ -69,6 +73,15 @@ class Control(Protocol):
 
     async def requests(self) -> RequestRows:
         """Every request that is running or waiting."""
+        ...
+
+    async def request(self, name: str) -> dict[str, Any]:
+        """One of them, with its life so far."""
+        ...
+
+    async def look(self, since: Cursor) -> Look:
+        """All open streams, and what happened since the look that gave this cursor. The page's
+        feed asks five times a second, while somebody watches."""
         ...
 
     async def move(self, order: MoveAsked) -> dict[str, Any]:
@@ -127,6 +140,12 @@ class OwnControl:
     async def requests(self) -> RequestRows:
         return RequestRows(requests=self._streams.rows(), incomplete=[])
 
+    async def request(self, name: str) -> dict[str, Any]:
+        return self._streams.row(name)
+
+    async def look(self, since: Cursor) -> Look:
+        return joined([self._streams.look(since), fleet_look(self._fleet.notes, since)])
+
     async def move(self, order: MoveAsked) -> dict[str, Any]:
         return await self._streams.move(order)
 
@@ -141,3 +160,11 @@ class OwnControl:
 
     async def release(self, name: str | None) -> int:
         return self._streams.release(name)
+
+
+def fleet_look(notes: Notes, since: Cursor) -> Look:
+    """What became of instances, as a part of a look."""
+    name = "fleet/notes"
+    return Look(
+        notes=new_items(notes, name, since, first=True), cursor={name: notes.count}, frontends=0
+    )

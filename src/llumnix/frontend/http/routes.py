@@ -135,6 +135,13 @@ async def requests(control: Control) -> dict[str, Any]:
     return asdict(await control.requests())
 
 
+@router.get("/requests/{name:path}")
+async def request(name: str, control: Control) -> dict[str, Any]:
+    """One of them with its life so far: its class, where it was sent first and why, how long its
+    client waited for the first token, and its migrations."""
+    return await control.request(name)
+
+
 @router.post("/migrations")
 async def migrate(order: MigrationOrder, control: Control) -> dict[str, Any]:
     """Moves a request to another instance (the one with the most free KV memory if none is
@@ -207,8 +214,11 @@ def openai_error(
 # -- the application
 
 
-def control_app(client: FleetClient, control: AnyControl, *, docs: bool = True) -> FastAPI:
-    """The application behind /llumnix, with or without the pages that document it."""
+def control_app(
+    client: FleetClient, control: AnyControl, *, docs: bool = True, page: APIRouter | None = None
+) -> FastAPI:
+    """The application behind /llumnix, with or without the pages that document it, and with the
+    page that shows the deployment (page.py) if there is to be one."""
     app = FastAPI(
         title="llumnix",
         docs_url="/llumnix/docs" if docs else None,
@@ -223,4 +233,6 @@ def control_app(client: FleetClient, control: AnyControl, *, docs: bool = True) 
     app.state.client = client
     app.state.control = control
     app.include_router(router)
+    if page is not None:
+        app.include_router(page)
     return app

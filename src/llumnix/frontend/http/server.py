@@ -19,6 +19,7 @@ from vllm.entrypoints.launchers.api_server.entry import build_and_serve
 from llumnix.errors import LlumnixError
 from llumnix.frontend.http.control import Control
 from llumnix.frontend.http.listener import Listener
+from llumnix.frontend.http.page import page_router
 from llumnix.frontend.http.protocol import HttpProtocol
 from llumnix.frontend.http.routes import control_app
 from llumnix.frontend.llm import FleetLLM
@@ -43,7 +44,11 @@ async def serve(
     """Serves until the first SIGINT or SIGTERM, then lets running requests end. `announce` is
     awaited once requests are answered. The `llm` is to call `stop_begins` when it stops."""
     gc.set_threshold(GARBAGE_EVERY)
-    ours = control_app(llm.engine_core, control, docs=not args.disable_fastapi_docs)
+    page = None
+    if not args.no_ui:
+        page = page_router(llm.engine_core, control, args, stopping=lambda: llm.stopping)
+    docs = not args.disable_fastapi_docs
+    ours = control_app(llm.engine_core, control, docs=docs, page=page)
     serving = _once(listener, announce)
     rest = await build_and_serve(
         llm,

@@ -54,8 +54,10 @@ from llumnix.frontend.engines.engine import Engine
 from llumnix.frontend.engines.outputs import DIED_CODE, FailedRequest
 from llumnix.frontend.grammars import BAD_GRAMMAR
 from llumnix.frontend.streams.info import FleetStream, FleetStreams, shown
+from llumnix.frontend.streams.look import Ended, Placed
 from llumnix.frontend.streams.migration_records import Migration, MigrationRecords
 from llumnix.observe.event_log import EventLog
+from llumnix.observe.notes import SHORT_KEPT, Ring
 from llumnix.sockets import SocketKeys
 from llumnix.vllm_seam import SESSION_ENDS, error_of
 from llumnix.wire import decode, encode
@@ -88,6 +90,10 @@ class StreamClient(EngineCalls):
         self.migrations = MigrationRecords(log)
         self.on_failed: Callable[[FailedRequest], bool] = lambda failed: True
         self.drain_requests: asyncio.Queue[DrainInstance] = asyncio.Queue(DRAIN_REQUESTS_MAX)
+        self.notes = log.notes
+        self.placements: Ring[Placed] = Ring(SHORT_KEPT)
+        self.ends: Ring[Ended] = Ring(SHORT_KEPT)
+        self.first_token_s: Callable[[RequestId], float | None] = lambda request: None
         self._log = log
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -350,6 +356,8 @@ class StreamClient(EngineCalls):
         stream, holders = closed
         self.migrations.closed(request)
         if stream.last_owner is not None:
+            how, waited_s = str(reason), self.first_token_s(request)
+            self.ends.add(Ended(request, how, stream.outputs, waited_s))
             self._log.request(shown(stream, self.engines.name(stream.last_owner), str(reason)))
         return holders
 

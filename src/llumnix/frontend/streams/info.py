@@ -22,6 +22,7 @@ class StreamInfo:
     prompt_tokens: int
     priority: int
     started_s: float  # when the request came, monotonic
+    why_placed: str = ""  # where it was sent first
     pooling: bool = False  # it asks for an embedding or a score
     grammar: bool = False  # whether its grammar is to blame if an engine cannot begin it
     sent: EngineCoreRequest | None = None  # kept, for an engine that goes on with it

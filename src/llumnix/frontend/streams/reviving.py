@@ -307,6 +307,7 @@ class RevivingClient(StreamClient):
                 since_s=time.monotonic(),
             )
             self.quarantine.add(one)
+            self._log.notes.note("quarantine", one.request, CONDEMNED)
             logger.error(
                 "Request %s (prompt of %d tokens, %d tokens generated) is quarantined, since "
                 "instances died of it.",

@@ -1,0 +1,229 @@
+"""The page's feed: one task while somebody watches, the same bytes for all, and who does not read
+is skipped."""
+
+import asyncio
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from vllm.v1.engine import FinishReason
+
+from llumnix.core.priorities import Priorities
+from llumnix.core.settings import PrioritySettings
+from llumnix.core.types import InstanceId, RequestId
+from llumnix.frontend.own_streams import OwnStreams
+from llumnix.frontend.streams.look import Cursor, Look, SeenStream, joined
+from llumnix.frontend.ui import feed as ui
+from llumnix.frontend.ui.picture import Deployment, Picture, greeting
+from llumnix.observe.notes import Notes, Ring
+from support.frontend import front, tokens
+
+PRIORITIES = Priorities(PrioritySettings())
+SEEN = SeenStream(RequestId("a"), "mine", InstanceId("i0"), False, 0, 5, 1, 1.0)
+
+
+class World:
+    """What a feed looks at; it counts the looks."""
+
+    def __init__(self) -> None:
+        self.looks = 0
+        self.stopping = False
+        self.fails = False
+        source = ui.Source(
+            look=self.look, deployment=self.deployment, stopping=lambda: self.stopping
+        )
+        self.feed = ui.Feed(source, lambda: Picture(PRIORITIES), greeting(PRIORITIES, model="m"))
+
+    async def look(self, since: Cursor) -> Look:
+        self.looks += 1
+        assert since == ({} if self.looks == 1 else {"x": self.looks - 1})
+        seen = SEEN._replace(request=RequestId(f"r{self.looks}"))
+        return Look(streams=[seen], cursor={"x": self.looks})
+
+    async def deployment(self) -> Deployment:
+        if self.fails:
+            raise RuntimeError("no answer")
+        return Deployment([], [])
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> World:
+    monkeypatch.setattr(ui, "LOOK_EVERY_S", 0.01)
+    return World()
+
+
+def events(payload: bytes) -> list[tuple[str, dict[str, Any]]]:
+    blocks = payload.decode().split("\n\n")[:-1]
+    parts = [block.split("\n") for block in blocks]
+    return [(e.removeprefix("event: "), json.loads(d.removeprefix("data: "))) for e, d in parts]
+
+
+async def until(true: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5):
+        while not true():
+            await asyncio.sleep(0.005)
+
+
+async def test_a_watcher_is_greeted_then_told_all_then_what_changes(world: World) -> None:
+    watcher = world.feed.join()
+    stream = watcher.stream()
+    first = events(await anext(stream))
+    assert [name for name, _ in first] == ["hello", "history", "state"]
+    assert first[0][1]["classes"] == [
+        {"name": "high", "priority": -100},
+        {"name": "normal", "priority": 0},
+    ]
+    ((name, delta),) = events(await anext(stream))
+    assert name == "delta"
+    assert [row[8] for row in delta["open"]] == ["r2"]
+    assert delta["close"] == [[0, ""]]
+    world.feed.leave(watcher)
+
+
+async def test_it_looks_only_while_somebody_watches(world: World) -> None:
+    await asyncio.sleep(0.05)
+    assert world.looks == 0
+    one, two = world.feed.join(), world.feed.join()
+    await until(lambda: world.looks > 2)
+    world.feed.leave(one)
+    looks = world.looks
+    await until(lambda: world.looks > looks + 2)
+    world.feed.leave(two)
+    await asyncio.sleep(0.03)
+    looks = world.looks
+    await asyncio.sleep(0.05)
+    assert world.looks == looks
+    assert not [t for t in asyncio.all_tasks() if t.get_name() == "llumnix-feed"]
+
+
+async def test_all_get_the_same_bytes(world: World) -> None:
+    watchers = [world.feed.join() for _ in range(3)]
+    streams = [w.stream() for w in watchers]
+    for stream in streams:
+        await anext(stream)
+    got = [await anext(stream) for stream in streams]
+    assert got[0] is got[1] is got[2]
+    for watcher in watchers:
+        world.feed.leave(watcher)
+
+
+async def test_who_does_not_read_is_skipped_and_told_all_later(world: World) -> None:
+    watcher, quick = world.feed.join(), world.feed.join()
+    stream, fast = watcher.stream(), quick.stream()
+    await anext(stream)
+    for _ in range(3 * ui.QUEUED_MAX):
+        await anext(fast)
+    assert watcher.behind
+    last = world.looks
+    ((name, state),) = events(await anext(stream))
+    assert name == "state"
+    assert state["seq"] >= last
+    for each in (watcher, quick):
+        world.feed.leave(each)
+
+
+async def test_a_seventeenth_is_turned_away(world: World) -> None:
+    watchers = [world.feed.join() for _ in range(ui.WATCHERS_MAX)]
+    with pytest.raises(ui.TooManyWatchersError, match="close one"):
+        world.feed.join()
+    world.feed.leave(watchers.pop())
+    watchers.append(world.feed.join())
+    for watcher in watchers:
+        world.feed.leave(watcher)
+
+
+async def test_it_ends_when_the_server_stops(world: World) -> None:
+    watcher = world.feed.join()
+    stream = watcher.stream()
+    await anext(stream)
+    world.stopping = True
+    async with asyncio.timeout(5):
+        async for _ in stream:
+            pass
+    world.feed.leave(watcher)
+
+
+async def test_after_a_failure_watchers_are_told_all_anew(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("llumnix.tasks.FIRST_PAUSE_S", 0.01)
+    watcher = world.feed.join()
+    stream = watcher.stream()
+    await anext(stream)
+    world.fails = True
+    await until(lambda: "no answer" in caplog.text)
+    world.looks, world.fails = 0, False
+    names: list[str] = []
+    async with asyncio.timeout(5):
+        while "state" not in names:
+            names += [name for name, _ in events(await anext(stream))]
+    assert "hello" not in names
+    world.feed.leave(watcher)
+
+
+# -- what a look sees
+
+
+async def test_a_look_shows_streams_and_what_happened_since_the_last(tmp_path: Path) -> None:
+    async with front(tmp_path) as one:
+        streams = OwnStreams(one.client)
+        before = streams.look({})
+        await one.add_request("a", 1)
+        one.take_in(tokens(1, "a", 7, 8))
+        one.client.first_token_s = lambda request: 0.25
+        await one.add_request("b", 0)
+        look = streams.look(before.cursor)
+        seen = {s.request: (s.instance, s.output_tokens, s.orphan) for s in look.streams}
+        assert seen == {"a": ("i1", 2, False), "b": ("i0", 0, False)}
+        assert [(p.request, p.instance) for p in look.placed] == [("a", "i1"), ("b", "i0")]
+        assert streams.row("a")["first_token_s"] == 0.25
+        assert streams.row("a")["class"] == "normal"
+        one.take_in(tokens(1, "a", 9, finish_reason=FinishReason.STOP))
+        after = streams.look(look.cursor)
+        assert [tuple(e) for e in after.ended] == [("a", "stop", 3, 0.25)]
+        assert [s.request for s in after.streams] == ["b"]
+        assert after.placed == []
+
+
+async def test_of_a_request_why_it_was_placed_is_kept(tmp_path: Path) -> None:
+    async with front(tmp_path) as one:
+        one.link.why = "the freest"
+        await one.add_request("a", 1)
+        assert OwnStreams(one.client).row("a")["why"] == "i1: the freest"
+
+
+def test_looks_of_several_processes_are_joined_in_order_of_time() -> None:
+    notes = [{"t": t, "kind": "up", "target": "i0", "why": ""} for t in (1.0, 2.0, 3.0)]
+    whole = joined([
+        Look(streams=[SEEN], notes=[notes[1]], cursor={"0/notes": 4}),
+        Look(notes=[notes[0], notes[2]], cursor={"1/notes": 2}),
+        Look(cursor={"fleet/notes": 9}, frontends=0),
+    ])  # fmt: skip
+    assert whole.notes == notes
+    assert whole.cursor == {"0/notes": 4, "1/notes": 2, "fleet/notes": 9}
+    assert (whole.frontends, whole.streams) == (2, [SEEN])
+
+
+def test_a_ring_gives_what_came_since_as_far_as_it_is_kept() -> None:
+    ring: Ring[int] = Ring(3)
+    for number in range(5):
+        ring.add(number)
+    assert ring.since(0) == [2, 3, 4]
+    assert ring.since(4) == [4]
+    assert ring.since(5) == []
+    assert ring.since(9) == []
+
+
+def test_a_note_has_a_time_a_kind_and_a_reason() -> None:
+    notes = Notes()
+    notes.note("death", "i0", "its process ended")
+    (note,) = notes.since(0)
+    assert note["t"] > 1e9
+    assert {n: note[n] for n in ("kind", "target", "why")} == {
+        "kind": "death", "target": "i0", "why": "its process ended"
+    }  # fmt: skip
