@@ -104,6 +104,7 @@ class FakeRun:
         self.facts = None
         self.placed = False
         self.unwanted = False
+        self.counted = False
         self.heard_s: float | None = None
         self.ended: asyncio.Future[Death] | None = None
 

@@ -15,6 +15,7 @@ from llumnix.core.scheduling.scheduler import Scheduler
 from llumnix.core.supervision.hang import LOOK_EVERY_S, LOST_LOOKS, SILENT_LOOKS, STALL_S
 from llumnix.core.supervision.lifecycle import DRAIN_TIMEOUT_S
 from llumnix.errors import CapacityError, ConflictError, InstanceFailedError, LastInstanceError
+from support.counted import counted
 from support.virtual_time import run
 
 from .fakes import I0, I1, I2, World
@@ -782,7 +783,9 @@ def test_an_engine_that_stands_still_for_too_long_is_fenced_and_blamed(
         assert w.client.blamed == {1: True}
         assert w.member("i1").life.restarts == 1
 
-    play(script)
+    with counted() as found:
+        play(script)
+    assert found == {"engine_deaths_total fenced true": 1}
 
 
 def test_an_engine_that_is_drained_is_fenced_too_and_is_gone(play: Callable[..., World]) -> None:
@@ -795,7 +798,9 @@ def test_an_engine_that_is_drained_is_fenced_too_and_is_gone(play: Callable[...,
         assert w.states == {"i0": "serving"}
         assert w.client.held[1] == 0
 
-    play(script)
+    with counted() as found:
+        play(script)
+    assert found == {"engine_deaths_total fenced false": 1}
 
 
 def test_a_death_that_its_engine_is_to_blame_for_is_told_so(play: Callable[..., World]) -> None:
@@ -805,7 +810,12 @@ def test_a_death_that_its_engine_is_to_blame_for_is_told_so(play: Callable[..., 
         await asyncio.sleep(0.1)
         assert w.client.blamed == {0: True, 1: False}
 
-    play(script)
+    with counted() as found:
+        play(script)
+    assert found == {
+        "engine_deaths_total ended true": 1,
+        "engine_deaths_total ended false": 1,
+    }
 
 
 def test_a_new_run_is_not_called_silent_for_the_silence_of_the_one_before(

@@ -55,6 +55,7 @@ class EngineRun:
     facts: InstanceFacts | None = None  # where it runs; known once it is ready
     ended: asyncio.Future[Death] | None = None  # done once its engine has ended, or counts as dead
     listening: asyncio.Task[None] | None = field(default=None, repr=False)
+    counted: bool = False  # whether its death is in the metrics
     heard_s: float | None = None  # when outputs of it came last, as of the watcher's last look
     unwanted: bool = False  # whether what is still being made must be removed again
     accepting: bool = True  # what its reports are to say

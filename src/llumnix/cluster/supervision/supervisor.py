@@ -22,6 +22,7 @@ from llumnix.core.supervision.blame import Death, Fenced
 from llumnix.core.supervision.hang import HangPolicy, Health
 from llumnix.core.supervision.lifecycle import LifeAction, LifeState
 from llumnix.core.types import InstanceId
+from llumnix.observe import metrics
 from llumnix.observe.notes import Notes
 from llumnix.tasks import keep_running
 
@@ -213,6 +214,7 @@ class Supervisor:
     async def _died(self, member: Member, death: Death) -> None:
         """Ends the streams of a dead run, and has decided whether there is to be another."""
         why, now_s = death.why, asyncio.get_running_loop().time()
+        _count(member.run, death)
         if member.run is not None and not death.fenced:
             streams = await self._lose(member.run, blamed=death.blamed)
             logger.error("Instance %s died (%s); %d of its streams ended.", member.id, why, streams)
@@ -277,7 +279,11 @@ class Supervisor:
         took_s = asyncio.get_running_loop().time() - drain.began_s
         how = "were cut off" if run.alive else "ended with its engine"
         died = run.ended is not None and run.ended.done()
-        blamed = died and (await self._watch(member)).blamed
+        blamed = False
+        if died:
+            death = await self._watch(member)
+            blamed = death.blamed
+            _count(run, death)
         ended = await self._lose(run, blamed=blamed)
         if ended:
             why = f"{drain.why}; {ended} of its requests {how} after {took_s:.1f} s"
@@ -294,3 +300,11 @@ class Supervisor:
             await self._frontends.lose(member.run.engine_index)
             await self._launcher.end(member.run)
             member.run = None
+
+
+def _count(run: EngineRun | None, death: Death) -> None:
+    """Adds a death to the metrics, once."""
+    if run is not None and not run.counted:
+        run.counted = True
+        how, blamed = "fenced" if death.fenced else "ended", str(death.blamed).lower()
+        metrics.ENGINE_DEATHS.labels(how=how, blamed=blamed).inc()

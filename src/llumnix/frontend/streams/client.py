@@ -51,17 +51,20 @@ from llumnix.errors import ConflictError, UnknownRequestError, UsageError
 from llumnix.frontend.engines.calls import EngineCalls
 from llumnix.frontend.engines.directory import EngineTarget
 from llumnix.frontend.engines.engine import Engine
-from llumnix.frontend.engines.outputs import DIED_CODE, FailedRequest
+from llumnix.frontend.engines.outputs import DIED_CODE, QUARANTINED_CODE, FailedRequest
 from llumnix.frontend.grammars import BAD_GRAMMAR
 from llumnix.frontend.streams.info import FleetStream, FleetStreams, shown
 from llumnix.frontend.streams.look import Ended, Placed
 from llumnix.frontend.streams.migration_records import Migration, MigrationRecords
+from llumnix.observe import metrics
 from llumnix.observe.event_log import EventLog
 from llumnix.observe.notes import SHORT_KEPT, Ring
 from llumnix.sockets import SocketKeys
 from llumnix.vllm_seam import SESSION_ENDS, error_of
 from llumnix.wire import decode, encode
 
+ENDED_HOW = {DIED_CODE: "lost", QUARANTINED_CODE: "quarantined"}
+"""By error code."""
 GAVE_UP = "llumnix failed at this request. Please send it again."
 DRAIN_REQUESTS_MAX = 256
 """So many instances' requests for their own drain wait for the fleet, which takes each at once."""
@@ -312,6 +315,8 @@ class StreamClient(EngineCalls):
         stream = self.streams.get(request)
         if stream is None:
             return
+        if code in ENDED_HOW:
+            metrics.STREAMS_ENDED.labels(how=ENDED_HOW[code]).inc()
         for engine_index in self._close(request, FinishReason.ERROR):
             self.start_task(self._abort_at(engine_index, [request]))
         self._fail(stream, why, HTTPStatus.INTERNAL_SERVER_ERROR, code)

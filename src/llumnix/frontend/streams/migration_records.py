@@ -16,6 +16,7 @@ from llumnix.core.streams.effects import GrantEnded
 from llumnix.core.streams.table import SOURCE_DIED_AFTER
 from llumnix.core.types import EngineIndex, InstanceId, MigrationId, RequestId
 from llumnix.errors import UnknownMigrationError
+from llumnix.observe import metrics
 from llumnix.observe.event_log import EventLog
 
 LISTED_MAX = 1000
@@ -33,6 +34,7 @@ class Migration:
     destination: InstanceId
     began_s: float  # monotonic
     why: str  # it was ordered
+    copy: str  # one of `COPIES`
     outcome: str = "running"  # then migrated, aborted or lost
     reason: str = ""  # for that outcome; empty if it went well
     total_ms: float | None = None  # None while it is running
@@ -107,6 +109,7 @@ class MigrationRecords:
             destination=destination,
             began_s=time.monotonic(),
             why=why,
+            copy=order.copy,
         )
         self._listed[migration.id] = self._open[migration.id] = migration
         if len(self._listed) > LISTED_MAX:
@@ -123,6 +126,8 @@ class MigrationRecords:
         """How it ended for the stream."""
         if (migration := self._open.get(ended.migration)) is not None:
             migration.ended = ended
+            if ended.outcome == "migrated" and ended.why:  # The source died meanwhile.
+                metrics.STREAMS_SURVIVED.labels(how="handover").inc()
             self._settle(migration)
 
     def source_ended(self, message: MigrationEnded) -> None:
@@ -181,4 +186,17 @@ class MigrationRecords:
         migration.outcome, migration.reason = outcome, reason
         migration.total_ms = round((time.monotonic() - migration.began_s) * 1e3, 3)
         migration.done.set()
+        _count(migration, migration.total_ms)
         self._log.migration(migration.shown())
+
+
+def _count(migration: Migration, total_ms: float) -> None:
+    """Adds a migration that has ended to the metrics."""
+    copy, report = migration.copy, migration.report
+    metrics.MIGRATIONS.labels(outcome=migration.outcome).inc()
+    if migration.outcome == "migrated":
+        metrics.MIGRATION_S.labels(copy=copy).observe(total_ms / 1e3)
+    if report is not None:
+        metrics.MIGRATION_BYTES.labels(copy=copy).inc(sum(s.bytes for s in report.stages))
+        if report.taken:
+            metrics.MIGRATION_DOWNTIME_S.labels(copy=copy).observe(report.downtime_ms / 1e3)

@@ -33,6 +33,7 @@ from llumnix.frontend.streams.client import StreamClient, died
 from llumnix.frontend.streams.digests import digest_of
 from llumnix.frontend.streams.info import FleetStream, StreamInfo
 from llumnix.frontend.streams.revivable import again, kept_bytes, why_never, why_not_now
+from llumnix.observe import metrics
 
 logger = logging.getLogger("llumnix.frontend")
 
@@ -199,6 +200,9 @@ class RevivingClient(StreamClient):
                 "why": orphan.why,
             }
             self._log.revival(revival)
+            how = "revived" if orphan.tokens > stream.info.prompt_tokens else "resent"
+            metrics.STREAMS_SURVIVED.labels(how=how).inc()
+            metrics.STREAM_GAP_S.labels(how=how).observe(revival["gap_s"])
 
     # -- one after the other
 
@@ -211,11 +215,13 @@ class RevivingClient(StreamClient):
                     await self._revive_some()
                 except Exception as error:  # noqa: BLE001 - what waits must not wait for ever
                     self.complaints.note("Requests of a dead engine wait", repr(error), error)
+                metrics.STREAMS_WAITING.labels(state="orphaned").set(len(self.orphans))
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(LOOK_EVERY_S):
                         await self._stir.wait()
         finally:
             self._reviving = False
+            metrics.STREAMS_WAITING.labels(state="orphaned").set(len(self.orphans))
 
     async def _revive_some(self) -> None:
         for request in self.orphans.late(time.monotonic()):
@@ -308,6 +314,7 @@ class RevivingClient(StreamClient):
             )
             self.quarantine.add(one)
             self._log.notes.note("quarantine", one.request, CONDEMNED)
+            metrics.QUARANTINED.inc()
             logger.error(
                 "Request %s (prompt of %d tokens, %d tokens generated) is quarantined, since "
                 "instances died of it.",
@@ -330,6 +337,7 @@ class RevivingClient(StreamClient):
         if (known := self._refused(request)) is None:
             return
         known.refused += 1
+        metrics.QUARANTINE_REFUSALS.inc()
         if http is not None:
             http.code = QUARANTINED_CODE
         raise QuarantinedError(known.id)

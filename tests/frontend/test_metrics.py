@@ -1,0 +1,126 @@
+"""What the frontend counts of deaths, revivals, quarantine and moves."""
+
+import asyncio
+from pathlib import Path
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from vllm.entrypoints.serve.instrumentator.metrics import attach_router
+from vllm.exceptions import GracefulHTTPError
+
+from llumnix.core.settings import SurvivalSettings
+from llumnix.core.types import EngineIndex
+from support.counted import counted
+from support.frontend import OFF, front, tokens
+
+from .test_migration_records import KEPT, MOVED, TAKEN, World
+from .test_quarantine import died_twice, with_requests
+from .test_reviving import order_in, sent_to, took
+
+I0 = EngineIndex(0)
+ON = SurvivalSettings()
+
+
+async def test_each_stream_that_outlives_its_engine_is_counted_with_its_gap(tmp_path: Path) -> None:
+    async with front(tmp_path, survival=ON) as one:
+        with counted() as found:
+            await one.add_request("with tokens", 0)
+            await one.add_request("without", 0)
+            one.take_in(tokens(0, "with tokens", 5))
+            one.link.where = 1
+            await one.client.lose(I0)
+            again = [order_in(a) for a in await sent_to(one, 1)]
+            assert len(again) == 2
+            for order in again:
+                one.take_in(took(1, order))
+                one.take_in(tokens(1, order.request, 8))
+            one.take_in(tokens(1, "without", 9))
+        assert found == {
+            "streams_survived_total revived": 1,
+            "streams_survived_total resent": 1,
+            "stream_gap_seconds_count revived": 1,
+            "stream_gap_seconds_count resent": 1,
+        }
+
+
+async def test_streams_that_wait_for_an_engine_are_shown_until_none_does(tmp_path: Path) -> None:
+    async with front(tmp_path, engines=1, survival=ON) as one:
+        await one.add_request("a", 0)
+        with counted() as found:
+            await one.client.lose(I0)
+            await asyncio.sleep(0.05)
+        assert found == {"streams orphaned": 1}
+        with counted() as found:
+            await one.client.abort_requests_async(["a"])
+            await asyncio.sleep(0.05)
+        assert found == {"streams orphaned": -1}
+
+
+async def test_a_stream_that_ends_with_its_engine_is_lost(tmp_path: Path) -> None:
+    async with front(tmp_path, survival=OFF) as one:
+        await one.add_request("a", 0)
+        with counted() as found:
+            await one.client.lose(I0)
+        assert found == {"streams_ended_total lost": 1}
+
+
+async def test_quarantine_and_its_refusals_are_counted(tmp_path: Path) -> None:
+    async with front(tmp_path, engines=3, survival=ON) as one:
+        await with_requests(one, "poison")
+        with counted() as found:
+            await died_twice(one, "poison")
+            for name in ("again", "and again"):
+                with pytest.raises(GracefulHTTPError):
+                    await one.add_request(name, 2, prompt_token_ids=[0, 5, 6])
+        assert found == {
+            "streams_survived_total revived": 1,
+            "stream_gap_seconds_count revived": 1,
+            "streams_ended_total quarantined": 1,
+            "requests_quarantined_total": 1,
+            "quarantine_refusals_total": 2,
+        }
+
+
+def test_a_move_that_succeeds_is_counted_with_its_figures() -> None:
+    world = World()
+    with counted() as found:
+        MOVED(world)
+        assert found == {}
+        TAKEN(world)
+    assert found == {
+        "migrations_total migrated": 1,
+        "migration_seconds_count staged": 1,
+        "migration_downtime_seconds_count staged": 1,
+        "migration_bytes_total staged": 400,
+    }
+
+
+def test_a_move_that_fails_is_counted_with_its_bytes() -> None:
+    world = World()
+    with counted() as found:
+        KEPT(world)
+        world.grant_ended("aborted", "no room")
+    assert found == {"migrations_total aborted": 1, "migration_bytes_total staged": 400}
+
+
+def test_a_stream_whose_source_dies_in_its_handover_has_survived() -> None:
+    world = World()
+    with counted() as found:
+        world.grant_ended("migrated", "the source died after the handover")
+        world.records.source_lost(I0)
+    assert found == {
+        "streams_survived_total handover": 1,
+        "migrations_total migrated": 1,
+        "migration_seconds_count staged": 1,
+    }
+
+
+async def test_vllms_route_shows_them() -> None:
+    app = FastAPI()
+    attach_router(app)
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://t") as client:
+        said = (await client.get("/metrics")).text
+    assert '\nllumnix_streams_survived_total{how="revived"} ' in said
+    assert '\nllumnix_migration_downtime_seconds_bucket{copy="staged",le="0.004"} ' in said
