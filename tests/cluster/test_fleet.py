@@ -818,6 +818,28 @@ def test_a_death_that_its_engine_is_to_blame_for_is_told_so(play: Callable[..., 
     }
 
 
+def test_a_death_is_counted_once_though_a_drain_comes_while_its_streams_are_ended(
+    play: Callable[..., World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def script(w: World) -> None:
+        lose = w.client.lose
+
+        async def slowly(*args: Any, **more: Any) -> int:
+            await asyncio.sleep(1)
+            return await lose(*args, **more)
+
+        monkeypatch.setattr(w.client, "lose", slowly)
+        w.kill("i1")
+        await asyncio.sleep(0.1)
+        await w.fleet.drain(I1, "a user's order")
+        await asyncio.sleep(5)
+        assert w.states == {"i0": "serving"}
+
+    with counted() as found:
+        play(script)
+    assert found == {"engine_deaths_total ended false": 1}
+
+
 def test_a_new_run_is_not_called_silent_for_the_silence_of_the_one_before(
     play: Callable[..., World],
 ) -> None:
