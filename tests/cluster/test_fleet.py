@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -767,25 +768,32 @@ def test_one_that_only_the_controller_does_not_hear_is_left_alone(
     play(script)
 
 
+@pytest.mark.parametrize("stall_s", [None, 3.0])
 def test_an_engine_that_stands_still_for_too_long_is_fenced_and_blamed(
-    play: Callable[..., World],
+    play: Callable[..., World], stall_s: float | None, tmp_path: Path
 ) -> None:
+    most_s = STALL_S if stall_s is None else stall_s
+    knobs = tmp_path / "scheduler.yaml"
+    knobs.write_text(f"survival:\n  stall_s: {'null' if stall_s is None else stall_s}\n")
+
     async def script(w: World) -> None:
-        w.hold("i1", 2)
-        for sequence in range(int(STALL_S / LOOK_EVERY_S) + 2):
-            w.report(sequence)
-            w.report(sequence, stalled_s=sequence * LOOK_EVERY_S, only="i1", steps=1)
-            await asyncio.sleep(LOOK_EVERY_S)
-            if sequence * LOOK_EVERY_S < STALL_S:
-                assert w.client.held[1] == 2
-        await asyncio.sleep(0.01)
-        assert w.client.held[1] == 0
-        assert w.client.blamed == {1: True}
-        assert w.member("i1").life.restarts == 1
+        for index in (1, 2):  # The first of the instance, and the next.
+            w.hold("i1", 2)
+            for look in range(int(most_s / LOOK_EVERY_S) + 2):
+                w.report(100 * index + look)
+                w.report(100 * index + look, stalled_s=look * LOOK_EVERY_S, only="i1", steps=1)
+                await asyncio.sleep(LOOK_EVERY_S)
+                if look * LOOK_EVERY_S < most_s:
+                    assert w.client.held[index] == 2
+            await asyncio.sleep(0.01)
+            assert w.client.held[index] == 0
+            assert w.client.blamed[index]
+            assert w.member("i1").life.restarts == index
+            await asyncio.sleep(2)
 
     with counted() as found:
-        play(script)
-    assert found == {"engine_deaths_total fenced true": 1}
+        play(script, scheduler_config=str(knobs))
+    assert found == {"engine_deaths_total fenced true": 2}
 
 
 def test_an_engine_that_is_drained_is_fenced_too_and_is_gone(play: Callable[..., World]) -> None:

@@ -122,7 +122,7 @@ class Fleet:
         members = [self._register() for _ in range(count)]
         for number, member in enumerate(members, 1):
             say(f"starting instance {number}/{count} ({member.id})")
-            member.run = self._launcher.create(member.id, member.slot)
+            self._supervisor.create_run(member)
         for number, member in enumerate(members, 1):
             try:
                 why_not = await self._supervisor.start_run(member)

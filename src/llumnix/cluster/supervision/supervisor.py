@@ -199,11 +199,16 @@ class Supervisor:
         why = await self.start_run(member)
         return None if why is None else Death(why=why)
 
+    def create_run(self, member: Member) -> None:
+        """Begins a new run of the member, of whose hangs nothing is known yet."""
+        member.hangs, member.health = HangPolicy(stall_s=self._stall_s), Health()
+        member.run = self._launcher.create(member.id, member.slot)
+
     async def start_run(self, member: Member) -> str | None:
         """Creates a run and brings it up; returns None once it serves, or why it ended before."""
         if member.run is None:
-            member.hangs, member.health = HangPolicy(stall_s=self._stall_s), Health()
-            member.run = self._launcher.create(member.id, member.slot)
+            self.create_run(member)
+        assert member.run is not None
         why = await self._launcher.until_ready(member.run)
         if why is None:
             why = await self._frontends.bring_up(member.run.engine_index)
