@@ -50,6 +50,7 @@ def sent_again() -> Request:
 def test_the_abort_before_it_does_not_count_for_it() -> None:
     """vLLM puts aborts into a second queue too, which a step empties after requests have come."""
     engine, host = object.__new__(EngineInstance), Recorder()
+    host.llumlet = SimpleNamespace(has_lost=lambda client: False)
     engine._host, engine._reader = host, Recorder()  # type: ignore[assignment]
     engine._reporter = Recorder()  # type: ignore[assignment]
     engine.scheduler = Recorder()  # type: ignore[assignment]
