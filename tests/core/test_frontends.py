@@ -343,8 +343,6 @@ def test_what_a_dead_frontend_had_sent_comes_too_late() -> None:
     assert [(m.taken, m.why) for m in one.sent(Verdict)] == [(False, "its frontend died")]
     one.hand_in(MINE)
     assert [m.taken for m in one.sent(Verdict)] == [False, False]
-    one.engine.add(request_of(MINE), PROMPT, TOKENS, MINE)  # What the host must not do.
-    assert one.llumlet.has_lost(MINE)
     one.migrate(MINE)
     assert not one.sent(Reserve)
     assert not one.told(MINE)

@@ -64,6 +64,23 @@ DEADLY_WORLDS = {
     "deadly, no life": replace(DEADLY, lives=0),
 }
 
+TWO_FRONTENDS = replace(DEADLY, frontends=2, frontend_crash=0.01, frontend_killed=0.005)
+"""Frontends die too, wherever a message is dealt with. Engines die more seldom."""
+FRONTEND_WORLDS = {
+    "two frontends, none dies": replace(DEADLY, frontends=2),
+    "two frontends that die": replace(
+        TWO_FRONTENDS, crash=0.002, killed=0.0, decline=0.0, order=0.3, requests=8
+    ),
+    "two frontends that die, and lossy": replace(
+        TWO_FRONTENDS, crash=0.002, killed=0.0, loss=0.1, repeat=0.1, failed_pull=0.1
+    ),
+    "three frontends, and engines that die": replace(TWO_FRONTENDS, frontends=3),
+    "two frontends, late orders": replace(TWO_FRONTENDS, late=0.7),
+    "two frontends, short of memory": replace(
+        TWO_FRONTENDS, blocks=(20,), killed=0.0, crash=0.005, arrival=0.1, migrate=0.5
+    ),
+}
+
 
 def live_through(name: str, world: World, seeds: range) -> list[Cluster]:
     lived = []
@@ -91,6 +108,31 @@ def test_every_stream_outlives_all_engines_of_a_seed(name: str) -> None:
     ends = Counter(client.state for cluster in lived for client in cluster.clients.values())
     assert (ends["lost"] > 0) == (world.lives < 3), ends
     assert ends["finished"] > 0.5 * (ends.total() - ends["lost"])
+
+
+@pytest.mark.parametrize("name", FRONTEND_WORLDS)
+def test_a_frontend_that_dies_takes_its_own_streams_along_and_leaves_nothing(name: str) -> None:
+    """In the middle of moves, on either side of them."""
+    world = FRONTEND_WORLDS[name]
+    seeds = range(FIRST, FIRST + 3 * SEEDS // len(FRONTEND_WORLDS))
+    lived = live_through(name, world, seeds)
+    ends = Counter(client.state for cluster in lived for client in cluster.clients.values())
+    dies = world.frontend_crash > 0
+    assert (ends["died with its frontend"] > 10) == dies, ends
+    assert not ends["lost"]
+    assert ends["finished"] > 0.3 * ends.total()
+
+
+def test_frontends_die_in_the_middle_of_everything() -> None:
+    struck: Counter[str] = Counter()
+    taken = 0
+    for cluster in live_through("two frontends", TWO_FRONTENDS, range(150)):
+        struck += cluster.struck
+        taken += sum(ended.taken for ended in cluster.ended)
+    met = {where for where in struck if where.startswith("a frontend")}
+    assert len([where for where in met if where.endswith("at the engine")]) > 10, met
+    assert len([where for where in met if where.endswith("at the frontend")]) > 2, met
+    assert taken > 20
 
 
 def test_the_schedulers_orders_move_requests() -> None:

@@ -220,7 +220,7 @@ def test_the_steps_of_rough_worlds_come_out_the_same(tmp_path: Path) -> None:
 
 def test_a_changed_step_is_found_at_its_line(tmp_path: Path) -> None:
     path = tmp_path / "log"
-    record_steps(path, 1)
+    record_steps(path, 2)
     found = lines(path)
     at = number_of(found, role="source", state="stopping")
     found[at]["state"] = "copying"

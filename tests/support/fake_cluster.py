@@ -1,52 +1,44 @@
-"""Engines, their llumlets and one frontend over links that lose, delay, repeat and reorder.
+"""Engines, their llumlets and frontends over links that lose, delay, repeat and reorder.
 
 Everything that happens is drawn from one seed. The production code under test is the llumlet (with
 both machines) and the table of streams; this file is only the world around them, and the checkers:
 a table of streams that agrees with itself after every event, one live owner, no block leaked, no
 token lost, repeated or out of order, no block of a prefix cache with the bytes of other tokens, no
-stream that ends before its last token or waits for an engine for long.
+stream that ends before its last token or waits for an engine for long, nothing left of a frontend
+that died.
 
 Engines are killed between any two messages, and others come in their place. One that was taken for
-dead may live on for a while as a ghost, which others still hear.
+dead may live on for a while as a ghost, which others still hear. If there are several frontends,
+they die too, each learns of an engine's death in its own time, and the office tells the engines.
 
 An engine hears through the two queues that engine/migration/host.py has: what comes from outside
 waits in one for the end of the engine's step; finished pulls wait in the other, which is emptied
-right after the step, and so ahead of what came before them. What the frontend sends it arrives in
-order; so does what it says to the frontend. Peers' messages may overtake the frontend's.
+right after the step, and so ahead of what came before them. What one frontend sends it arrives in
+order, and so does what it says to that; what others send may overtake it.
 """
 
 import random
 from collections import Counter, deque
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from llumnix.core.events import MoveLimit, MoveOrder
 from llumnix.core.limits import MigrationLimits
-from llumnix.core.messages import (
-    COPIES,
-    OFFICE,
-    Handover,
-    MigrationEnded,
-    MigrationRequested,
-    Out,
-    PeerMessage,
-    TookOver,
-    ToPeer,
-)
+from llumnix.core.messages import OFFICE, Handover, MigrationEnded, Out, PeerMessage, ToPeer
 from llumnix.core.migration.llumlet import Llumlet
 from llumnix.core.migration.port import Refusal as PortRefusal
 from llumnix.core.migration.tables import OnStep
 from llumnix.core.settings import SurvivalSettings
-from llumnix.core.streams.effects import Abort, AskFate, Effect, Moved, Orphaned, Revived, TellLost
-from llumnix.core.streams.stream import Refusal
-from llumnix.core.streams.table import StreamTable
 from llumnix.core.types import EngineIndex, InstanceId, OrderId, RequestId
-from support.fake_engine import FakeEngine, Said, undisturbed
+from support.fake_engine import FakeEngine, undisturbed
+from support.fake_frontend import Client, Frontend, name_of
 from support.fake_survival import Survival
 
 TICK_S = 0.01
 QUIET_TICKS_MAX = 60_000
+BURIED_S = 5.0
+"""Within this an engine has got rid of all that it had of a dead frontend. What was handed over is
+kept until the verdict, which may be lost again and again."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -78,23 +70,13 @@ class World:
     unready: float = 0.0  # of a look at a request that is taken up, that it is not ready
     decline: float = 0.0  # of the same, that it is declined
     detailed: float = 0.0  # of a stream
+    frontend_crash: float = 0.0
+    frontend_killed: float = 0.0  # a frontend, at a message that it or an engine deals with
+    frontends: int = 1
     lives: int = 1000
     at_once: int = 2
     engines: int = 3
     requests: int = 6
-
-
-@dataclass(slots=True, kw_only=True)
-class Client:
-    """One stream as its client sees it."""
-
-    prompt: list[int]
-    max_tokens: int
-    expected: list[int]
-    got: list[int] = field(default_factory=list)
-    state: str = "open"
-    priority: int = 0
-    detailed: bool = False
 
 
 class RoughEngine(FakeEngine):
@@ -127,29 +109,30 @@ class Cluster:
         self.world = world
         self.on_step = on_step
         self.now = 0.0
-        self.streams: StreamTable[None, Said] = StreamTable()
+        self.frontends: dict[int, Frontend] = {}
+        self.dead_frontends: list[Frontend] = []
+        self.buried_s: dict[int, float] = {}  # when the last engine had heard of its death
+        self.frontend_of: dict[RequestId, int] = {}
+        self.had: set[tuple[EngineIndex, RequestId]] = set()  # which engine ever had a request
         self.engines: dict[EngineIndex, FakeEngine] = {}
         self.llumlets: dict[EngineIndex, Llumlet] = {}
         self.wire: list[tuple[EngineIndex, PeerMessage]] = []
         self.pulls: list[tuple[EngineIndex, int, EngineIndex, list[tuple[int, int]]]] = []
-        self.to_engine: dict[EngineIndex, deque] = {}
-        self.from_peers: dict[EngineIndex, deque] = {}  # if that is a queue of its own
+        self.to_engine: dict[EngineIndex, dict[int, deque]] = {}  # by frontend
+        self.from_peers: dict[EngineIndex, deque] = {}
         self.finished: dict[EngineIndex, deque[tuple[int, str | None, int]]] = {}
-        self.to_frontend: dict[EngineIndex, deque] = {}
-        self.asking: list[AskFate] = []
-        self.clients: dict[RequestId, Client] = {}
-        self.ended: list[MigrationEnded] = []
         self.orders: dict[EngineIndex, set[OrderId]] = {}
-        self.wanted = 0
         self.crashes = 0
         self.starting: list[tuple[float, EngineIndex]] = []
         self.ghosts: dict[EngineIndex, tuple[FakeEngine, Llumlet]] = {}
         self.struck: Counter[str] = Counter()  # deaths by what was being dealt with
-        settings = SurvivalSettings(lives=world.lives, at_once=world.at_once)
-        self.survival = Survival(self, settings)
         for number in range(world.engines):
             self._start(EngineIndex(number))
         self.next_engine = world.engines
+        # A single one is the office too.
+        self.next_frontend = OFFICE if world.frontends == 1 else OFFICE + 1
+        for _ in range(world.frontends):
+            self._start_frontend()
         for number in range(world.requests):
             self._arrive(RequestId(f"r{number}"))
         self.next_request = world.requests
@@ -174,13 +157,45 @@ class Cluster:
             MigrationLimits(incoming_max=3, outgoing_max=3),
             self.on_step,
         )
-        self.to_engine[index], self.from_peers[index] = deque(), deque()
+        self.to_engine[index], self.from_peers[index] = {}, deque()
         self.finished[index] = deque()
-        self.to_frontend[index] = deque()
+        for frontend in self.frontends.values():
+            frontend.heard[index] = deque()
+
+    def _start_frontend(self) -> None:
+        settings = SurvivalSettings(lives=self.world.lives, at_once=self.world.at_once)
+        self.frontends[self.next_frontend] = Frontend(self.next_frontend, self, settings)
+        self.next_frontend += 1
+
+    # -- what tests ask
+
+    @property
+    def clients(self) -> dict[RequestId, Client]:
+        """Of all frontends, those that died included."""
+        return {r: c for f in self._all_frontends() for r, c in f.clients.items()}
+
+    @property
+    def ended(self) -> list[MigrationEnded]:
+        return [ended for f in self._all_frontends() for ended in f.ended]
+
+    @property
+    def wanted(self) -> int:
+        return sum(f.wanted for f in self._all_frontends())
+
+    @property
+    def survival(self) -> Survival:
+        """That of the only frontend."""
+        (frontend,) = self.frontends.values()
+        return frontend.survival
+
+    def _all_frontends(self) -> list[Frontend]:
+        return [*self.dead_frontends, *self.frontends.values()]
+
+    # -- mischief
 
     def _arrive(self, request: RequestId) -> None:
         prompt = [self.random.randrange(900) for _ in range(self.random.randrange(1, 40))]
-        if self.clients and self.random.random() < 0.3:
+        if self.frontend_of and self.random.random() < 0.3:
             other = self.random.choice(list(self.clients.values()))
             whole = other.prompt + other.expected
             prompt = (whole[: self.random.randrange(1, len(whole))] + prompt)[:39]
@@ -190,13 +205,11 @@ class Cluster:
             max_tokens=count,
             expected=undisturbed(prompt, count),
             priority=-(len(prompt) % 2),
-            detailed=self._happens(self.world.detailed),
+            detailed=self.happens(self.world.detailed),
         )
-        self.clients[request] = client
-        index = self.random.choice(list(self.engines))
-        stream = self.streams.open(request, None, detailed=client.detailed)
-        self.streams.placed(stream, index)
-        self.to_engine[index].append(("add", request, prompt, client.max_tokens))
+        frontend = self.random.choice(list(self.frontends.values()))
+        self.frontend_of[request] = frontend.client
+        frontend.add(request, client, self.random.choice(frontend.engines))
 
     def run(self) -> None:
         """Lives through the rough time, then lets everything come to rest, and checks."""
@@ -215,41 +228,30 @@ class Cluster:
         self.world = calm
         self._check_rest()
 
-    def _happens(self, chance: float) -> bool:
+    def happens(self, chance: float) -> bool:
         """Draws, unless it never happens in this world."""
         return chance > 0 and self.random.random() < chance
 
     def _mischief(self) -> None:
         draw, world = self.random.random, self.world
         if draw() < world.migrate:
-            self._order_migration()
+            self._some_frontend().move_one(world.staged)
         if draw() < world.order:
             self._order_load()
         if draw() < world.abort:
-            open_ = [r for r, c in self.clients.items() if c.state == "open"]
-            if open_:
-                self._hang_up(self.random.choice(open_))
+            self._some_frontend().hang_up()
         if draw() < world.preempt and self.engines:
             self.random.choice(list(self.engines.values())).preempt_somebody()
         if draw() < world.crash and self.engines:
             self._crash(self.random.choice(list(self.engines)), "between two steps")
+        if self.happens(world.frontend_crash):
+            self._kill_frontend(self._some_frontend(), "between two messages")
         if draw() < world.arrival and self.engines:
             self._arrive(RequestId(f"r{self.next_request}"))
             self.next_request += 1
 
-    def _order_migration(self) -> None:
-        open_ = [r for r, c in self.clients.items() if c.state == "open"]
-        if not open_ or not self.engines:
-            return
-        request = self.random.choice(open_)
-        stream = self.streams.get(request)
-        to = self.random.choice(list(self.engines))
-        if stream is None or stream.owner is None or stream.owner not in self.engines:
-            return
-        how = "staged" if self.random.random() < self.world.staged else self.random.choice(COPIES)
-        order = self.streams.grant(request, to, f"engine {to}", how)
-        if not isinstance(order, Refusal):
-            self.to_engine[stream.owner].append(("migrate", order))
+    def _some_frontend(self) -> Frontend:
+        return self.random.choice(list(self.frontends.values()))
 
     def _order_load(self) -> None:
         """As the scheduler would, but with limits that are drawn."""
@@ -277,25 +279,24 @@ class Cluster:
             limits=(limit,),
             why="drawn",
         )
-        self.to_engine[source].append(("order", load))
-
-    def _hang_up(self, request: RequestId) -> None:
-        self.clients[request].state = "hung up"
-        self._close(request)
+        self.from_peers[source].append(("order", load))
 
     def _crash(self, index: EngineIndex, where: str) -> None:
-        """An engine dies, or falls silent for the frontend. Another comes in its place."""
+        """An engine dies, or falls silent for frontends. Another comes in its place."""
         self.crashes += 1
         self.struck[where] += 1
         gone = self.engines.pop(index), self.llumlets.pop(index)
-        if self._happens(self.world.ghost):
+        if self.happens(self.world.ghost):
             self.ghosts[index] = gone
-        del self.to_engine[index], self.to_frontend[index], self.finished[index]
-        del self.from_peers[index]
+        del self.to_engine[index], self.from_peers[index], self.finished[index]
         for pull in [p for p in self.pulls if p[0] == index]:
             self.pulls.remove(pull)
-        self._perform(self.streams.engine_lost(index, list(self.engines)))
-        self.asking = [a for a in self.asking if a.engine != index]
+        if len(self.frontends) == 1:
+            self.frontends[OFFICE].lose(index)
+        else:
+            self._tell_engines(("lost", index, (), OFFICE))
+            for frontend in self.frontends.values():
+                frontend.deaths.append(index)
         if self.world.away_s:
             back_s = self.now + self.random.uniform(0, self.world.away_s)
             self.starting.append((back_s, EngineIndex(self.next_engine)))
@@ -303,9 +304,27 @@ class Cluster:
             self._start(EngineIndex(self.next_engine))
         self.next_engine += 1
 
+    def _tell_engines(self, message: tuple) -> None:
+        """The office does."""
+        for queues in self.to_engine.values():
+            queues.setdefault(OFFICE, deque()).append(message)
+
+    def _kill_frontend(self, frontend: Frontend, where: str) -> None:
+        """It dies with its streams, and another comes in its place. What it has sent may still
+        arrive."""
+        self.struck[f"a frontend, {where}"] += 1
+        self.dead_frontends.append(self.frontends.pop(frontend.client))
+        for request in frontend.open_requests():
+            frontend.clients[request].state = "died with its frontend"
+        for _ in range(self.random.randrange(1, 3)):  # The office makes sure.
+            self._tell_engines(("frontend lost", frontend.client))
+        self._start_frontend()
+
     def _struck(self, where: str, index: EngineIndex | None = None) -> bool:
-        """Whether an engine dies just here, that one or any."""
-        if not self._happens(self.world.killed) or not self.engines:
+        """Whether an engine dies just here, that one or any; and a frontend may."""
+        if self.happens(self.world.frontend_killed):
+            self._kill_frontend(self._some_frontend(), where)
+        if not self.happens(self.world.killed) or not self.engines:
             return False
         self._crash(self.random.choice(list(self.engines)) if index is None else index, where)
         return True
@@ -320,53 +339,62 @@ class Cluster:
         for index in list(self.engines):
             if index in self.engines and self.random.random() < self.world.turn:
                 self._engine_turn(index)
-            said = self.to_frontend.get(index)
-            if said and self.random.random() < self.world.heard:
-                for _ in range(self.random.randrange(1, 4)):
-                    if index in self.engines and self.to_frontend[index]:
-                        self._frontend_hears(index, self.to_frontend[index].popleft())
+            for frontend in list(self.frontends.values()):
+                if self.random.random() < self.world.heard:
+                    self._listen(frontend, index)
         for index in list(self.ghosts):
             self._haunt(index)
-        self.survival.look()
+        for frontend in self.frontends.values():
+            if frontend.deaths and self.random.random() < 0.2:
+                frontend.lose(frontend.deaths.pop(0))
+            frontend.survival.look()
         for _ in range(3):
             if self.wire and self.random.random() < 0.6:
                 self._deliver()
             if self.pulls and self.random.random() < self.world.pull_end:
                 self._end_pull(self.random.randrange(len(self.pulls)))
-        for ask in list(self.asking):
-            if ask.engine in self.engines and self.random.random() < 0.3:
-                if self._happens(self.world.mute):
-                    self.asking.remove(ask)
-                    self._perform(self.streams.fate(ask.migration, "undecided"))
-                    continue
-                fate = self.llumlets[ask.engine].fate(ask.migration)
-                if fate != "undecided":
-                    self.asking.remove(ask)
-                    self.to_frontend[ask.engine].append(("fate", ask.migration, fate))
+        for frontend in self.frontends.values():
+            frontend.ask_fates()
         self.check_owners()
+        self._check_buried()
+
+    def _listen(self, frontend: Frontend, index: EngineIndex) -> None:
+        """A frontend takes in some of what an engine has said."""
+        for _ in range(self.random.randrange(1, 4)):
+            said = frontend.heard.get(index)
+            if not said or frontend.client not in self.frontends:
+                break
+            message = said.popleft()
+            frontend.take_in(index, message)
+            self._struck(f"{name_of(message)} at the frontend")
 
     def _engine_turn(self, index: EngineIndex) -> None:
-        engine, inbox = self.engines[index], self.to_engine[index]
-        peers = self.from_peers[index]
-        late = self._happens(self.world.late)
+        engine, peers = self.engines[index], self.from_peers[index]
+        late = self.happens(self.world.late)
         for _ in range(self.random.randrange(5)):
-            if peers or late:
-                inbox = peers if late or self._happens(0.5) else self.to_engine[index]
-            else:
-                inbox = self.to_engine[index]
-            if inbox:
-                message = inbox.popleft()
+            waiting = [queue for queue in self.to_engine[index].values() if queue and not late]
+            if peers:
+                waiting.append(peers)
+            if waiting:
+                message = self.random.choice(waiting).popleft()
                 self._engine_hears(index, message)
                 self._poll(index)
-                if self._struck(f"{_name(message)} at the engine", index):
+                if self._struck(f"{name_of(message)} at the engine", index):
                     return
         if not engine.idle():
             for said in engine.step():
-                self.to_frontend[index].append(("said", said))
+                self._say(index, self.frontend_of[said[0]], ("said", said))
         self._poll(index)
 
+    def _say(self, index: EngineIndex, client: int, message: tuple) -> None:
+        """An engine says something to a frontend, which may be dead."""
+        assert not self.llumlets[index].has_lost(client), f"{message} to a dead frontend"
+        frontend = self.frontends.get(client)
+        if frontend is not None and index in frontend.heard:
+            frontend.heard[index].append(message)
+
     def _haunt(self, index: EngineIndex) -> None:
-        """A ghost goes on. Others hear it, and the frontend does not: it knows no such engine."""
+        """A ghost goes on. Others hear it, and frontends do not: they know no such engine."""
         engine, llumlet = self.ghosts[index]
         if self.random.random() < 0.02:
             del self.ghosts[index]
@@ -384,12 +412,14 @@ class Cluster:
             self._send(index, llumlet.pulled(ticket, error, size, 0.0, self.now))
         self._send(index, llumlet.poll(self.now))
         self.engines[index].check_cache()
+        self.had.update((index, request) for request in self.engines[index].requests)
 
     def _engine_hears(self, index: EngineIndex, message: tuple) -> None:
         engine, llumlet = self.engines[index], self.llumlets[index]
         match message:
-            case ("add", request, prompt, max_tokens):
-                engine.add(request, prompt, max_tokens)
+            case ("add", request, prompt, max_tokens, client):
+                if not llumlet.has_lost(client):  # As engine/instance.py asks.
+                    engine.add(request, prompt, max_tokens, client)
             case ("abort", request):
                 self._send(index, llumlet.client_gone([request]))
                 engine.abort(request)
@@ -403,13 +433,27 @@ class Cluster:
             case ("migrate", order):
                 self._send(index, llumlet.migrate(order, self.now))
             case ("revive", order, made):
-                self._send(index, llumlet.revive(order, made, self.now))
+                if not llumlet.has_lost(order.client):
+                    self._send(index, llumlet.revive(order, made, self.now))
             case ("order", order):
                 self._send(index, llumlet.order(order, self.now))
                 self.orders[index] -= set(llumlet.answered())
                 assert llumlet.moving(self.now).out >= 0
-            case ("lost", lost, granted):
-                self._send(index, llumlet.engine_lost(lost, set(granted), self.now, OFFICE))
+            case ("lost", lost, granted, client):
+                self._send(index, llumlet.engine_lost(lost, set(granted), self.now, client))
+            case ("frontend lost", client):
+                self._bury(index, client)
+
+    def _bury(self, index: EngineIndex, client: int) -> None:
+        """An engine hears that a frontend died, and does as engine/instance.py does."""
+        engine, llumlet = self.engines[index], self.llumlets[index]
+        self._send(index, llumlet.client_lost(client))
+        for request in [r.id for r in engine.requests.values() if r.client == client]:
+            self._send(index, llumlet.client_gone([request]))
+            engine.abort(request)
+        self._poll(index)
+        if all(each.has_lost(client) for each in self.llumlets.values()):
+            self.buried_s.setdefault(client, self.now)
 
     def _send(self, index: EngineIndex, out: list[Out]) -> None:
         for item in out:
@@ -419,13 +463,12 @@ class Cluster:
                 if self.random.random() < self.world.repeat:
                     self.wire.append((item.engine, item.message))
             else:
-                self.to_frontend[index].append(("llumlet", item.message))
+                self._say(index, item.client, ("llumlet", item.message))
 
     def _deliver(self) -> None:
         to, message = self.wire.pop(self.random.randrange(len(self.wire)))
         if to in self.llumlets:
-            inbox = self.from_peers if self.world.late else self.to_engine
-            inbox[to].append(("peer", message))
+            self.from_peers[to].append(("peer", message))
 
     def _begin_pull(
         self, index: EngineIndex, ticket: int, source: EngineIndex, pairs: list[tuple[int, int]]
@@ -455,127 +498,63 @@ class Cluster:
                     self.engines[index].copy(source, pull[3][:1])
                 self.finished[index].append((ticket, "cancelled", 0))
 
-    # -- the frontend
-
-    def _frontend_hears(self, index: EngineIndex, message: tuple) -> None:
-        self._frontend_takes_in(index, message)
-        self._struck(f"{_name(message)} at the frontend")
-
-    def _frontend_takes_in(self, index: EngineIndex, message: tuple) -> None:
-        match message:
-            case ("said", (request, tokens, _) as said):
-                due: list[Said] = []
-                effects = self.streams.receive(index, request, tokens, said, due)
-                self.streams.check()
-                for output in due:
-                    self._client_gets(output)
-                self._perform(effects)
-                self.survival.heard(index, request)
-            case ("llumlet", TookOver() as took):
-                self._perform(self.streams.took_over(index, took))
-            case ("llumlet", MigrationEnded() as ended):
-                self.ended.append(ended)
-                self._perform(self.streams.ended(ended))
-            case ("llumlet", MigrationRequested(request=request, destination=to)):
-                self.wanted += 1
-                stream = self.streams.get(request)
-                if stream is not None and stream.owner == index and to in self.engines:
-                    order = self.streams.grant(request, to, f"engine {to}", wanted=True)
-                    if not isinstance(order, Refusal):
-                        self.to_engine[index].append(("migrate", order))
-            case ("fate", migration, fate):
-                self._perform(self.streams.fate(migration, fate))
-
-    def _client_gets(self, said: Said) -> None:
-        request, tokens, finished = said
-        client = self.clients[request]
-        assert client.state == "open", f"{request} heard after its end"
-        client.got += tokens
-        assert client.got == client.expected[: len(client.got)], f"{request}: a gap or a repeat"
-        if finished:
-            client.state = "finished"
-            self._close(request)
-
-    def _close(self, request: RequestId) -> None:
-        self.survival.closed(request)
-        closed = self.streams.close(request)
-        for engine in closed[1] if closed else ():
-            self.to_engine[engine].append(("abort", request))
-        self.streams.check()
-
-    def _perform(self, effects: Sequence[Effect]) -> None:
-        self.streams.check()
-        for effect in effects:
-            match effect:
-                case Abort(engine=engine, request=request):
-                    if engine in self.to_engine:
-                        self.to_engine[engine].append(("abort", request))
-                case TellLost(engine=engine, lost=lost, granted=granted):
-                    self.to_engine[engine].append(("lost", lost, granted))
-                case AskFate():
-                    self.asking.append(effect)
-                case Orphaned(request=request):
-                    self._check_orphan(request)
-                    if not self.survival.orphaned(effect):
-                        self.clients[request].state = "lost"
-                        self._close(request)
-                case Revived(request=request):
-                    self.survival.goes_on(request)
-                case Moved(request=request, missing=missing, held=held):
-                    self.survival.moved(request)
-                    if missing:
-                        assert not self.clients[request].detailed, f"{request} got bare tokens"
-                        self._client_gets((request, list(missing), False))
-                    for said in held:
-                        self._client_gets(said)  # type: ignore[arg-type]
-
     # -- checkers
 
     def check_owners(self) -> None:
         """No request may run on two live engines, but for those that have yet to read that they are
-        to abort it."""
+        to abort it, or that its frontend died."""
         seen: dict[RequestId, EngineIndex] = {}
         for index, engine in self.engines.items():
             for request in (*engine.running, *engine.waiting):
-                if ("abort", request.id) in self.to_engine[index]:
+                assert not self.llumlets[index].has_lost(request.client), (
+                    f"{request.id} of a dead frontend runs on engine {index}"
+                )
+                frontend = self.frontends.get(request.client)
+                if frontend is None or frontend.will_abort(index, request.id):
                     continue
                 assert request.id not in seen, (
                     f"{request.id} runs on engines {seen[request.id]} and {index}"
                 )
                 seen[request.id] = index
 
-    def _check_orphan(self, request: RequestId) -> None:
-        """A stream has no engine only if its request died with one."""
+    def check_orphan(self, frontend: Frontend, request: RequestId) -> None:
+        """A request without an engine died with one, and no other runs it."""
         assert self.crashes, f"{request} was lost with no crash"
         for index, engine in self.engines.items():
-            aborted = ("abort", request) in self.to_engine[index]
+            aborted = frontend.will_abort(index, request)
             assert aborted or not engine.runs(request), f"{request} has none, but runs on {index}"
+
+    def _check_buried(self) -> None:
+        """Soon after the last engine has heard of a frontend's death, nothing of that is left."""
+        for client, since_s in list(self.buried_s.items()):
+            if self.now - since_s < BURIED_S:
+                continue
+            del self.buried_s[client]
+            for index, engine in self.engines.items():
+                kept = [*engine.requests.values(), *engine.arriving.values()]
+                assert not [r.id for r in kept if r.client == client], f"on {index}, of {client}"
+                pinned = [r for r in engine.pinned if self.frontend_of[r] == client]
+                assert not pinned, f"pinned on {index}, of {client}: {pinned}"
+                moving = self.llumlets[index]._outgoing.requests()
+                assert not [r for r in moving if self.frontend_of[r] == client], f"from {index}"
 
     def _at_rest(self) -> bool:
         return (
             not self.wire
             and not self.pulls
-            and not self.asking
             and not self.starting
-            and not len(self.streams)
-            and not any(self.to_engine.values())
+            and all(frontend.at_rest() for frontend in self.frontends.values())
+            and not any(any(queues.values()) for queues in self.to_engine.values())
             and not any(self.from_peers.values())
             and not any(self.finished.values())
-            and not any(self.to_frontend.values())
             and all(e.idle() for e in self.engines.values())
             and not any(x.busy for x in self.llumlets.values())
         )
 
     def _check_rest(self) -> None:
         assert self._at_rest(), "something never came to rest"
-        assert not len(self.streams), "a stream is still open"
-        for request, client in self.clients.items():
-            assert client.state != "open", f"{request} was forgotten"
-            if client.state == "finished":
-                assert client.got == client.expected
-            assert client.state != "lost" or self.survival.revived[request] >= self.world.lives
-        assert not self.survival.orphans
-        assert not self.survival.orphans.taken_up
+        for frontend in self.frontends.values():
+            frontend.check_rest(self.world.lives)
         for index, engine in self.engines.items():
             assert not self.orders.get(index), f"engine {index} never answered an order"
             assert not engine.requests, f"engine {index} still holds {list(engine.requests)}"
@@ -583,8 +562,3 @@ class Cluster:
             assert not engine.pinned
             leaked = len(engine.memory) - len(engine.free)
             assert leaked == 0, f"engine {index} leaked {leaked} blocks"
-
-
-def _name(message: tuple) -> str:
-    """What kind it is."""
-    return type(message[1]).__name__ if message[0] in ("peer", "llumlet") else message[0]

@@ -1,4 +1,4 @@
-"""The part of a fake cluster's frontend that has other engines go on with the requests of a dead
+"""The part of a fake frontend that has other engines go on with the requests of a dead
 one. Which, in which order and how many at a time is the production code's word
 (core/streams/survival.py); what is around that is done as frontend/streams/reviving.py does it."""
 
@@ -14,23 +14,23 @@ from llumnix.core.streams.survival import Orphan, Orphans
 from llumnix.core.types import EngineIndex, RequestId
 
 if TYPE_CHECKING:
-    from support.fake_cluster import Cluster
+    from support.fake_frontend import Frontend
 
 ASKED_AT_ONCE = 0.6
 """The chance that the controller's answer is here in the same moment."""
 
 
 class Survival:
-    """It, in the world of one cluster."""
+    """It, of one frontend."""
 
-    def __init__(self, cluster: Cluster, settings: SurvivalSettings) -> None:
+    def __init__(self, frontend: Frontend, settings: SurvivalSettings) -> None:
         self.orphans = Orphans(settings)
         self.revived: Counter[RequestId] = Counter()
         self.engines_used: Counter[RequestId] = Counter()
         """That went on with it, or died before they could."""
         self.declined: Counter[str] = Counter()  # by reason
         self.waited_s = 0.0  # the longest from an engine's death to the next one's first token
-        self._cluster = cluster
+        self._frontend = frontend
         self._taking_up: dict[RequestId, EngineIndex] = {}  # until its first token
         self._outputs: dict[RequestId, int] = {}  # of each, when it was asked for
         self._asked: set[RequestId] = set()  # whose new engine has not answered
@@ -38,8 +38,8 @@ class Survival:
 
     def orphaned(self, orphaned: Orphaned) -> bool:
         """Whether another engine may go on with it."""
-        cluster, request = self._cluster, orphaned.request
-        stream, client = cluster.streams.get(request), cluster.clients[request]
+        frontend, request = self._frontend, orphaned.request
+        stream, client = frontend.streams.get(request), frontend.clients[request]
         assert stream is not None
         self._forget(request)
         if request in self._asked:
@@ -55,11 +55,11 @@ class Survival:
             priority=client.priority,
             tokens=len(client.prompt) + stream.outputs,
             arrived_s=0.0,
-            since_s=cluster.now,
+            since_s=frontend.now,
             why=orphaned.why,
             warm=orphaned.warm,
         )
-        why = self.orphans.add(orphan, declined=orphaned.declined, now=cluster.now)
+        why = self.orphans.add(orphan, declined=orphaned.declined, now=frontend.now)
         assert why is None, f"{request}: {why}"
         return True
 
@@ -70,7 +70,7 @@ class Survival:
 
     def heard(self, index: EngineIndex, request: RequestId) -> None:
         """An engine has said a token, and it was taken in."""
-        stream = self._cluster.streams.get(request)
+        stream = self._frontend.streams.get(request)
         taking_up = self.orphans.engine_of(request) == index
         if taking_up and (stream is None or stream.owner is not None):
             self._goes_on(request)
@@ -90,7 +90,7 @@ class Survival:
         orphan = self.orphans.drop(request)
         assert orphan is not None
         self._forget(request)
-        self.waited_s = max(self.waited_s, self._cluster.now - orphan.since_s)
+        self.waited_s = max(self.waited_s, self._frontend.now - orphan.since_s)
 
     def _forget(self, request: RequestId) -> None:
         self._taking_up.pop(request, None)
@@ -98,38 +98,38 @@ class Survival:
 
     def look(self) -> None:
         """Sends what may be sent. The controller's choice may come later, and out of date."""
-        cluster = self._cluster
+        frontend = self._frontend
         for request, outputs in self._outputs.items():
-            stream = cluster.streams.get(request)
+            stream = frontend.streams.get(request)
             assert stream is not None
             assert stream.outputs == outputs, f"{request} has a token, and counts as taken up"
-        late = self.orphans.late(cluster.now)
+        late = self.orphans.late(frontend.now)
         assert not late, f"{late} waited for too long"
         while True:
             if self._chosen is None:
-                orphan = self.orphans.next(cluster.engines, cluster.now)
+                orphan = self.orphans.next(frontend.engines, frontend.now)
                 if orphan is None:
                     return
                 self._chosen = orphan, self._engine_for(orphan)
-                if cluster.random.random() >= ASKED_AT_ONCE:
+                if frontend.random.random() >= ASKED_AT_ONCE:
                     return
             self._send(*self._chosen)
             self._chosen = None
 
     def _engine_for(self, orphan: Orphan) -> EngineIndex:
-        cluster, engine = self._cluster, orphan.warm
-        if engine not in cluster.engines:
-            engine = cluster.random.choice(list(cluster.engines))
+        frontend, engine = self._frontend, orphan.warm
+        if engine not in frontend.engines:
+            engine = frontend.random.choice(frontend.engines)
         assert engine is not None
         if not self.orphans.may_take(engine, orphan):
-            engine = self.orphans.fewest(cluster.engines, orphan)
+            engine = self.orphans.fewest(frontend.engines, orphan)
         assert engine is not None
         return engine
 
     def _send(self, orphan: Orphan, engine: EngineIndex) -> None:
-        cluster, request = self._cluster, orphan.request
-        order = cluster.streams.revive(request, engine)
-        cluster.streams.check()
+        frontend, request = self._frontend, orphan.request
+        order = frontend.streams.revive(request, engine)
+        frontend.streams.check()
         if isinstance(order, Refusal):
             assert order in (Refusal.ENGINE_DEAD, Refusal.NO_ORPHAN), order
             return
@@ -140,6 +140,7 @@ class Survival:
         many = sum(taker == engine for taker in self._taking_up.values())
         assert many <= self.orphans.settings.at_once, f"engine {engine} takes up {many}"
         self.revived[request] += 1
-        client = cluster.clients[request]
+        client = frontend.clients[request]
         assert order.outputs == client.got
-        cluster.to_engine[engine].append(("revive", order, (client.prompt, client.max_tokens)))
+        made = client.prompt, client.max_tokens, frontend.client
+        frontend.send(engine, ("revive", order, made))

@@ -232,8 +232,6 @@ class OutgoingMigrations:
         self._walk(outgoing, event, now)
 
     def _describe(self, grant: Migrate, now: float) -> bytes | Refusal:
-        if grant.client in self._losses.clients:
-            return FRONTEND_DIED
         if self.closed is not None:
             return Refusal(why=self.closed)
         if not grant.address:
