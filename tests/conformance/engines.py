@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from llumnix.core.messages import Revive
+from llumnix.core.messages import OFFICE, Revive
 from llumnix.core.types import EngineIndex, RequestId
 from support.duo import Duo, Said
 from support.fake_engine import FakeEngine, undisturbed
@@ -26,8 +26,10 @@ class FakeTestEngine:
             on_pull=lambda *job: self.jobs.append(job),
         )
 
-    def add(self, request: RequestId, prompt: list[int], options: Any) -> None:
-        self.port.add(request, prompt, options)
+    def add(
+        self, request: RequestId, prompt: list[int], options: Any, client: int = OFFICE
+    ) -> None:
+        self.port.add(request, prompt, options, client)
 
     def again(self, order: Revive, prompt: list[int], options: Any) -> Any:
         return prompt, options
@@ -62,6 +64,9 @@ class FakeTestEngine:
 
     def runs(self, request: RequestId) -> bool:
         return self.port.runs(request)
+
+    def requests_of(self, client: int) -> list[RequestId]:
+        return [r.id for r in self.port.requests.values() if r.client == client]
 
     def die(self) -> None:
         self.jobs = []

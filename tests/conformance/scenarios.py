@@ -7,9 +7,11 @@ every state of both machines. Engines are killed after so many tokens.
 from collections.abc import Callable
 from typing import Any
 
-from llumnix.core.messages import Handover, Reserve, Reserved, Stage, Staged, Verdict
+from llumnix.core.messages import OFFICE, Handover, Reserve, Reserved, Stage, Staged, Verdict
 from support.duo import Duo
 
+OTHER = 3
+"""Client index of another frontend, which the neighbour belongs to."""
 MOMENTS = (Reserve, Reserved, Stage, Staged, Handover, Verdict)
 
 
@@ -39,6 +41,14 @@ def source_dies(duo: Duo, request: Any) -> None:
     duo.kill(0)
 
 
+def frontend_dies_source_first(duo: Duo, request: Any) -> None:
+    duo.lose_frontend(first=0)
+
+
+def frontend_dies_destination_first(duo: Duo, request: Any) -> None:
+    duo.lose_frontend(first=1)
+
+
 def copies_fail(duo: Duo, request: Any) -> None:
     duo.fail_pulls = True
 
@@ -62,6 +72,8 @@ FAULTS: dict[str, Callable[[Duo, Any], Any]] = {
     "the request is preempted": preempt,
     "the destination dies": destination_dies,
     "the source dies": source_dies,
+    "the frontend dies, which the source hears first": frontend_dies_source_first,
+    "the frontend dies, which the destination hears first": frontend_dies_destination_first,
     "copies fail": copies_fail,
     "the other side is silent": silence,
     "the message is lost": lose,
@@ -75,7 +87,7 @@ def strike(kind: Any, fault: str, moment: type) -> None:
     expected = kind.expected(prompt, kind.tokens)
     duo = kind.duo()
     request = duo.add("struck", prompt, kind.options(kind.tokens))
-    neighbour = duo.add("neighbour", prompt[:20], kind.options(kind.tokens), on=1)
+    neighbour = duo.add("neighbour", prompt[:20], kind.options(kind.tokens), on=1, client=OTHER)
     duo.turn_until(lambda: len(duo.got[request]) >= 2, "the first tokens")
     struck = []
 
@@ -106,6 +118,9 @@ def _check(
         assert got == expected
     if fault == "the client hangs up":
         assert state == "hung up"
+    elif fault.startswith("the frontend dies"):
+        assert state == "died with its frontend"
+        assert duo.state["neighbour"] == "finished"  # type: ignore[index]
     elif fault == "the source dies":
         # Before the handover its KV dies with it; after the verdict it has none any more. In
         # between it depends on whether the last blocks can still be read.
@@ -157,3 +172,30 @@ def outlive(kind: Any, name: str, *, unheard: int = 0) -> None:
     assert duo.got[neighbour] == neighbours
     assert duo.revived >= len(KILLED_AFTER[name])
     duo.check_nothing_left()
+
+
+def frontend_dies(kind: Any) -> None:
+    """Of two frontends, one dies, whose requests run, wait and are half way to the other engine."""
+    prompt = [7 * i % 200 + 3 for i in range(kind.long_prompt)]
+    expected = kind.expected(prompt[:20], kind.tokens)
+    duo = kind.duo()
+    mine = [duo.add(f"mine {n}", prompt, kind.options(kind.tokens)) for n in range(12)]
+    others = [
+        duo.add(f"other {n}", prompt[:20], kind.options(kind.tokens), on=n % 2, client=OTHER)
+        for n in range(4)
+    ]
+    duo.turn_until(lambda: len(duo.got[mine[0]]) >= 2, "the first tokens")
+    duo.hold_pulls = True
+    for request in mine[:3]:
+        duo.migrate(request)
+    for _ in range(3):
+        duo.turn()
+    duo.hold_pulls = False
+    duo.lose_frontend(first=0)
+    source, destination = (duo.engines[e] for e in list(duo.engines))
+    assert not source.requests_of(OFFICE), "they are gone at once"
+    duo.turn()
+    assert not destination.requests_of(OFFICE)
+    duo.finish()
+    duo.check_nothing_left()
+    assert [duo.got[request] for request in others] == [expected] * 4

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from conformance.engines import RealKind
-from conformance.scenarios import FAULTS, KILLED_AFTER, MOMENTS, outlive, strike
+from conformance.scenarios import FAULTS, KILLED_AFTER, MOMENTS, frontend_dies, outlive, strike
 from llumnix.core.messages import Handover
 
 pytestmark = pytest.mark.live
@@ -21,6 +21,10 @@ def test_a_migration_stands(real: RealKind, fault: str, moment: type) -> None:
 @pytest.mark.parametrize("unheard", [0, 2])
 def test_a_request_outlives_its_engines(real: RealKind, name: str, unheard: int) -> None:
     outlive(real, name, unheard=unheard)
+
+
+def test_of_a_dead_frontend_nothing_is_left(real: RealKind) -> None:
+    frontend_dies(real)
 
 
 def test_what_was_pulled_is_in_the_cache_when_the_handover_comes(real: RealKind) -> None:

@@ -34,7 +34,9 @@ class TestEngine(Protocol):
 
     port: Any
 
-    def add(self, request: RequestId, prompt: Prompt, options: Any, *more: Any) -> None: ...
+    def add(
+        self, request: RequestId, prompt: Prompt, options: Any, *more: Any, client: int = OFFICE
+    ) -> None: ...
     def again(self, order: Revive, *sent: Any) -> Any: ...
     def abort(self, request: RequestId) -> None: ...
     def step(self) -> list[Said]: ...
@@ -44,6 +46,7 @@ class TestEngine(Protocol):
     def blocks_used(self) -> int: ...
     def requests_held(self) -> int: ...
     def runs(self, request: RequestId) -> bool: ...
+    def requests_of(self, client: int) -> list[RequestId]: ...
     def die(self) -> None: ...
 
 
@@ -54,7 +57,9 @@ class Duo:
 
     def __init__(self, make: Callable[[int, "Duo"], TestEngine]) -> None:
         self.now = 0.0
-        self.streams: StreamTable[None, Said] = StreamTable()
+        self.streams: StreamTable[None, Said] = StreamTable(OFFICE)
+        self.dead_frontends: set[int] = set()
+        self.client: dict[RequestId, int] = {}
         self.engines: dict[EngineIndex, TestEngine] = {}
         self.llumlets: dict[EngineIndex, Llumlet] = {}
         self.addresses: dict[str, EngineIndex] = {}
@@ -82,14 +87,22 @@ class Duo:
     # -- what a test does
 
     def add(
-        self, request: str, prompt: Prompt, options: Any, on: int = 0, more: tuple[Any, ...] = ()
+        self,
+        request: str,
+        prompt: Prompt,
+        options: Any,
+        on: int = 0,
+        more: tuple[Any, ...] = (),
+        client: int = OFFICE,
     ) -> RequestId:
-        """A new request. `more`: what else the engine is to be given, such as an adapter."""
+        """A new request. `more`: what else the engine is to be given, such as an adapter. One with
+        another `client` than `OFFICE` cannot be moved."""
         name = RequestId(request)
         self.got[name], self.extras[name], self.state[name] = [], [], "open"
         self.sent[name] = prompt, options, *more
         self.streams.placed(self.streams.open(name, None), EngineIndex(on))
-        self.engines[EngineIndex(on)].add(name, *self.sent[name])
+        self.client[name] = client
+        self.engines[EngineIndex(on)].add(name, *self.sent[name], client=client)
         return name
 
     def migrate(self, request: RequestId, to: int | None = None, copy: str = "staged") -> bool:
@@ -108,6 +121,17 @@ class Duo:
         if self.state[request] == "open":
             self.state[request] = "hung up"
             self._close(request)
+
+    def lose_frontend(self, first: int, client: int = OFFICE) -> None:
+        """A frontend dies with its streams. The engine `first` hears of it at once, the other one
+        in its next turn."""
+        self.dead_frontends.add(client)
+        for request in [r for r, c in self.client.items() if c == client]:
+            if self.state[request] == "open":
+                self.state[request] = "died with its frontend"
+                self.streams.close(request)
+        self._obey(EngineIndex(first), ("frontend lost", client))
+        self.orders += [(e, ("frontend lost", client)) for e in self.engines if e != first]
 
     def kill(self, index: int, successor: bool = True) -> None:
         """The engine dies; an empty one takes its hardware under a new index."""
@@ -230,6 +254,13 @@ class Duo:
             case ("abort", request):
                 self._send(index, llumlet.client_gone([request]))
                 self.engines[index].abort(request)
+            case ("frontend lost", client):  # As engine/instance.py does.
+                self._send(index, llumlet.client_lost(client))
+                requests = self.engines[index].requests_of(client)
+                self._send(index, llumlet.client_gone(list(requests)))
+                for request in requests:
+                    self.engines[index].abort(request)
+                self._send(index, llumlet.poll(self.now))
             case ("lost", lost, granted):
                 self._send(index, llumlet.engine_lost(lost, set(granted), self.now, OFFICE))
             case ("revive", order):
@@ -246,6 +277,8 @@ class Duo:
         for item in out:
             if isinstance(item, ToPeer):
                 self.wire.append((item.engine, item.message))
+            elif item.client in self.dead_frontends:
+                pass  # Nobody reads it.
             elif isinstance(item.message, TookOver):
                 self._perform(self.streams.took_over(index, item.message))
             else:

@@ -24,7 +24,7 @@ from vllm.v1.executor import Executor
 from vllm.v1.request import Request
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
-from llumnix.core.messages import Revive
+from llumnix.core.messages import OFFICE, Revive
 from llumnix.core.types import RequestId
 from llumnix.engine.kv.agent import TransferOptions
 from llumnix.engine.kv.agent_client import AgentClient, Pulled
@@ -121,8 +121,11 @@ class RealEngine:
         prompt: list[int],
         options: SamplingParams,
         lora: LoRARequest | None = None,
+        client: int = OFFICE,
     ) -> None:
-        self.add_core_request(self.make(request, prompt, options, lora))
+        made = self.make(request, prompt, options, lora)
+        made.client_index = client
+        self.add_core_request(made)
 
     def make(
         self, request: RequestId, prompt: Any, options: SamplingParams, lora: Any = None
@@ -207,6 +210,10 @@ class RealEngine:
             and not known.is_finished()
             and request not in self.port.source._stopped
         )
+
+    def requests_of(self, client: int) -> list[RequestId]:
+        requests = self.core.scheduler.requests
+        return [RequestId(name) for name, r in requests.items() if r.client_index == client]
 
     def die(self) -> None:
         """Forgets everything, as a new process in its place would have."""
