@@ -53,6 +53,7 @@ from vllm.v1.worker.worker_base import WorkerWrapperBase  # noqa: E402
 
 from llumnix.engine.migration import unsupported  # noqa: E402
 from llumnix.engine.migration.packed_tokens import Gathered, Grown, Prompt, take_packed  # noqa: E402
+from llumnix.vllm_seam import V0_33, VERSION  # noqa: E402
 
 BLOCK = 4
 ROOT = Path(vllm.__file__).parent
@@ -463,6 +464,26 @@ def test_grammars_are_compiled_aside_and_fed_token_by_token() -> None:
         "self._update_request_with_output(request",
         "self.structured_output_manager.accept_tokens(request, new_token_ids",
         who="arrivals._feed",
+    )
+
+
+def test_an_engine_refuses_grammars_of_another_backend_where_we_decline_them() -> None:
+    """engine/migration/grammars.py: whatever is raised there."""
+    who = "grammars.py"
+    if VERSION < V0_33:
+        assert "VLLMValidationError" not in source(StructuredOutputManager.grammar_init), who
+        return
+    says(
+        StructuredOutputManager.grammar_init,
+        "request_backend = structured_outputs._backend",
+        "request_backend != self.backend_name: raise VLLMValidationError(",
+        who=who,
+    )
+    says(
+        EngineCoreProc.process_input_sockets,
+        "except VLLMValidationError as e:",
+        "self._handle_request_validation_error(req, e)",
+        who="frontend/streams/client.py's error_of",
     )
 
 

@@ -1,13 +1,16 @@
 """vLLM's API through two instances, with the clients that people use."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import httpx
 import openai
 import pytest
 
+from llumnix.vllm_seam import RELEASE
 from support.server import Server, eventually
 from support.streaming import all_at_once
+from support.versions import by_version
 
 pytestmark = pytest.mark.live
 
@@ -129,9 +132,26 @@ def test_the_small_routes_answer(server: Server) -> None:
     back = http.post("/detokenize", json={"model": "tiny", "tokens": tokens["tokens"]})
     assert back.json()["prompt"] == "abc"
     assert http.get("/health").status_code == 200
-    assert "0.32.0" in http.get("/version").json()["version"]
+    assert http.get("/version").json()["version"] == RELEASE
     assert http.post("/reset_prefix_cache").status_code == 200
     assert http.get("/is_sleeping").json() == {"is_sleeping": False}
+
+
+def test_a_users_pause_holds_all_instances_until_he_resumes(server: Server) -> None:
+    """New requests wait; since vLLM 0.33 they are refused."""
+    http, body = server.http, {"model": "tiny", "prompt": "x", "max_tokens": 2}
+    with ThreadPoolExecutor() as pool:
+        assert http.post("/pause").status_code == 200
+        try:
+            asked = [pool.submit(http.post, "/v1/completions", json=body) for _ in range(6)]
+            done, _ = wait(asked, timeout=by_version(1, 30))
+            assert {f.result().status_code for f in done} == by_version(set(), {503})
+            assert http.get("/is_paused").json() == {"is_paused": True}
+        finally:
+            assert http.post("/resume").status_code == 200
+        assert {f.result().status_code for f in asked} == by_version({200}, {503})
+    assert {row["state"] for row in server.instances().values()} == {"serving"}
+    assert server.complete().status_code == 200
 
 
 def test_metrics_tell_the_instances_apart(server: Server) -> None:
