@@ -12,8 +12,10 @@ import zmq
 from llumnix.cluster import controller as module
 from llumnix.cluster.controller import FAILURES_MAX, Controller
 from llumnix.core.events import (
+    AddInstances,
     Dispatch,
     Fact,
+    FleetReported,
     InstanceLost,
     LoadReported,
     NoInstance,
@@ -21,7 +23,8 @@ from llumnix.core.events import (
     Tick,
 )
 from llumnix.core.reports import ClassLoad, LoadReport
-from llumnix.core.settings import SchedulerSettings
+from llumnix.core.scheduling.scheduler import Scheduler
+from llumnix.core.settings import ScalingSettings, SchedulerSettings
 from llumnix.core.types import EngineIndex, InstanceId, RequestId
 from llumnix.wire import Loads, LoadsAsked, Message, Ping, Pong, decode, encode
 
@@ -32,6 +35,7 @@ class Served:
     """A controller on a thread of its own, and a frontend's socket to it."""
 
     def __init__(self, address: str) -> None:
+        self._address = address
         self.controller = Controller([address], SchedulerSettings())
         self.ended: list[IndexError | None] = []
         self._thread = threading.Thread(target=self._run)
@@ -58,6 +62,13 @@ class Served:
     def ask(self, message: Message) -> Message:
         self.say(message)
         return self.answer()
+
+    def another(self) -> "zmq.Socket[bytes]":
+        """The socket of another frontend."""
+        socket = zmq.Context.instance().socket(zmq.DEALER)
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.connect(self._address)
+        return socket
 
     def pong(self) -> Pong:
         """After all that was sent before has been handled."""
@@ -200,6 +211,50 @@ def test_where_everything_of_a_kind_fails_another_process_must_try(
     served._thread.join(timeout=20)
     (error,) = served.ended
     assert isinstance(error, IndexError)
+
+
+def heard(socket: "zmq.Socket[bytes]") -> Message:
+    assert socket.poll(ANSWER_TIMEOUT_MS)
+    return decode(socket.recv())
+
+
+def test_each_of_several_frontends_gets_its_own_answers(served: Served) -> None:
+    """All count on the instances, whoever asked, and only the office is told to scale."""
+    served.controller._scheduler = Scheduler(
+        SchedulerSettings(scaling=ScalingSettings(instances_min=3, instances_max=4))
+    )
+    served.say(report(0), report(1))
+    served.pong()
+    one, other = served.another(), served.another()
+    for n in range(3):
+        for name, socket in (("one", one), ("other", other)):
+            socket.send(encode(asked(f"{name} {n}")))
+            placed = heard(socket)
+            assert isinstance(placed, Dispatch)
+            assert placed.request == f"{name} {n}"
+    booked = {v.report.instance: sum(v.booked) for v in served.controller._scheduler.view}
+    assert booked == {"i0": 3, "i1": 3}
+    fleet = FleetReported(starting=0, serving=(), draining=())
+    assert isinstance(served.ask(fleet), AddInstances)
+    for socket in (one, other):
+        assert not socket.poll(50)
+        socket.close()
+
+
+def test_a_frontend_that_is_gone_takes_no_answer_from_the_others(served: Served) -> None:
+    served.say(report(0))
+    served.pong()
+    gone, other = served.another(), served.another()
+    for n in range(100):
+        gone.send(encode(asked(f"gone {n}")))
+    heard(gone)
+    gone.close()
+    other.send(encode(asked("other")))
+    placed = heard(other)
+    assert isinstance(placed, Dispatch)
+    assert placed.request == "other"
+    assert served.pong().failed == 0
+    other.close()
 
 
 def test_a_controller_that_is_stopped_has_written_its_log(tmp_path: Path) -> None:

@@ -411,6 +411,16 @@ def test_what_a_run_kept_ends_with_it() -> None:
     assert where(s, name="c") == "i0"
 
 
+def test_a_death_that_a_second_frontend_tells_of_late_takes_nothing_from_the_successor() -> None:
+    s = cluster(report(0, kv_tokens_used=64), report(1))
+    lost = InstanceLost(instance=INSTANCES[0], engine_index=EngineIndex(0))
+    s.handle(lost, 0.0)
+    s.handle(report(0, engine_index=EngineIndex(7), kv_tokens_used=64), 0.0)
+    s.handle(kept(0, 640, engine=7, cleared=True), 0.0)
+    s.handle(lost, 0.0)
+    assert where(s, name="a") == "i0"
+
+
 @pytest.mark.parametrize("policy", ["cache-aware", "llumnix-base"])
 def test_some_other_policies_look_at_prefixes_too(policy: str) -> None:
     s = cluster(report(0), report(1, running=1), policy=policy)

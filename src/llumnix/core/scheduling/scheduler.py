@@ -58,8 +58,10 @@ class Scheduler:
             case Tick():
                 return list(self._pairing.round(self.view, now))
             case InstanceLost(instance=instance, engine_index=engine_index):
+                over = self.view.is_over(instance, engine_index)
                 self.view.lose(instance, engine_index)
-                self._dispatch.forget(instance)
+                if not over:  # Each frontend says it, and a successor may have come meanwhile.
+                    self._dispatch.forget(instance)
             case PrefixesChanged(instance=instance, engine_index=engine_index):
                 if not self.view.is_over(instance, engine_index):
                     self._dispatch.learn(fact)
