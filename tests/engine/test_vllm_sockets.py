@@ -1,5 +1,10 @@
 """vLLM's own sockets between engine core and frontends, with our options."""
 
+import queue
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -7,7 +12,7 @@ import zmq
 
 pytest.importorskip("vllm")
 
-from vllm.v1.engine import core
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, core
 
 from llumnix.engine.vllm_sockets import RECONNECT_MAX_MS, prepare_sockets
 from llumnix.sockets import Listening, SocketKeys
@@ -56,5 +61,75 @@ def test_an_engine_of_several_frontends_tries_seldom_to_reach_those_that_have_no
         zmq.Context() as context,
         core.make_zmq_socket(context, "ipc:///nowhere", zmq.PUSH, linger=0) as socket,
     ):
-        assert socket.getsockopt(zmq.RECONNECT_IVL_MAX) == most_ms
+        real = socket if frontends == 1 else socket._socket
+        assert real.getsockopt(zmq.RECONNECT_IVL_MAX) == most_ms
     assert (core.make_zmq_socket is stock) == (frontends == 1)
+
+
+LARGE = 1_000_000
+"""Bytes of an output that vLLM sends without copying it."""
+
+
+class Sending:
+    """vLLM's output thread over two frontends, of which the second never comes."""
+
+    def __init__(self, here: str, nowhere: str) -> None:
+        self.engine: Any = SimpleNamespace(
+            output_queue=queue.Queue(),
+            _send_msg_tracking_payload=self.send,
+        )
+        self.sent: list[tuple[Any, Any]] = []  # sockets and trackers
+        self.thread = threading.Thread(
+            target=core.EngineCoreProc.process_output_sockets,
+            args=(self.engine, [here, nowhere], None, 0),
+            daemon=True,
+        )
+        self.thread.start()
+
+    def send(self, socket: Any, buffers: Any) -> Any:
+        tracker = core.EngineCoreProc._send_msg_tracking_payload(socket, buffers)
+        self.sent.append((socket, tracker))
+        return tracker
+
+    def say(self, client: int, size: int = LARGE) -> Any:
+        """The tracker of what is sent."""
+        before = len(self.sent)
+        output = EngineCoreOutput("r", [], stop_reason="x" * size)
+        self.engine.output_queue.put((client, EngineCoreOutputs(outputs=[output])))
+        within(lambda: len(self.sent) > before)
+        return self.sent[-1][1]
+
+    def end(self) -> None:
+        self.engine.output_queue.put(core.EngineCoreProc.ENGINE_CORE_DEAD)
+        self.thread.join(WAIT_MS / 1e3)
+
+
+def within(true: Any) -> None:
+    end = time.monotonic() + WAIT_MS / 1e3
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+def test_what_is_said_to_a_frontend_that_is_lost_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(core, "make_zmq_socket", core.make_zmq_socket)
+    lost = prepare_sockets(None, 2)
+    with zmq.Context() as context, context.socket(zmq.PULL) as frontend:
+        frontend.bind(f"ipc://{tmp_path}/0")
+        sending = Sending(f"ipc://{tmp_path}/0", f"ipc://{tmp_path}/1")
+        kept = [sending.say(1), sending.say(1)]
+        time.sleep(0.05)
+        assert not any(tracker.done for tracker in kept), "nobody has read it"
+        lost.add(1)
+        assert sending.say(1, 0).done
+        within(lambda: all(tracker.done for tracker in kept))
+        assert sending.say(1).done
+        arrives = sending.say(0)
+        assert frontend.poll(WAIT_MS)
+        assert len(frontend.recv()) > LARGE
+        within(lambda: arrives.done)
+        sending.end()
+        assert not sending.thread.is_alive()
+        assert all(socket._socket.closed for socket, _ in sending.sent)

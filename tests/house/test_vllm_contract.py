@@ -357,7 +357,6 @@ def test_late_interaction_goes_by_the_checksum_of_the_query() -> None:
 
 def test_outputs_go_to_the_frontend_whose_request_it_is() -> None:
     who = "engine/instance.py, of a frontend's `client_index`"
-    says(EngineCoreProc.process_output_sockets, "sockets[client_index], buffers", who=who)
     says(
         Scheduler.update_from_output,
         "outputs[request.client_index].append(",
@@ -493,6 +492,21 @@ def test_an_engine_cores_sockets_are_made_where_we_give_them_keys() -> None:
     for method, call in makes.items():
         says(getattr(EngineCoreProc, method), "zmq.Context() as ctx", call, who=who)
         assert ".socket(" not in source(getattr(EngineCoreProc, method)), who
+    says(
+        EngineCoreProc.process_output_sockets,
+        "make_zmq_socket(ctx, output_path, zmq.PUSH, linger=4000)",
+        "for output_path in output_paths",
+        "for socket in sockets: socket.send(output)",
+        "while pending and pending[-1][0].done:",
+        "self._send_msg_tracking_payload( sockets[client_index], buffers )",
+        who=who,
+    )
+    says(
+        EngineCoreProc._send_msg_tracking_payload,
+        "tracker = socket.send(buffers[0], more_flag, copy=False, track=True)",
+        "socket.send_multipart(buffers[1:], copy=False)",
+        who=who,
+    )
     assert core.make_zmq_socket is network_utils.make_zmq_socket
     says(network_utils.make_zmq_socket, "socket = ctx.socket(socket_type)", who=who)
 

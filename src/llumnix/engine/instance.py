@@ -46,7 +46,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vllm.config import VllmConfig
-from vllm.v1.engine import EngineCoreRequestType
+from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequestType
 from vllm.v1.engine.core import EngineCoreActor, EngineShutdownState
 from vllm.v1.engine.utils import EngineZmqAddresses
 from vllm.v1.executor import Executor
@@ -109,7 +109,7 @@ class EngineInstance(MemoryCalls, EngineCoreActor):
         _tell_apart(vllm_config, config.engine_index)
         if not vllm_config.parallel_config.worker_extension_cls:
             vllm_config.parallel_config.worker_extension_cls = WORKER_EXTENSION
-        prepare_sockets(config.keys, len(addresses.inputs))
+        self._lost_clients = prepare_sockets(config.keys, len(addresses.inputs))
         super().__init__(
             vllm_config, True, addresses, executor_class, log_stats, dp_rank=config.engine_index
         )
@@ -271,6 +271,8 @@ class EngineInstance(MemoryCalls, EngineCoreActor):
         orphans = [r.request_id for r in requests if r.client_index == client]
         self.abort_requests(orphans)
         self._host.poll()  # Their moves have ended.
+        self._lost_clients.add(client)
+        self.output_queue.put_nowait((client, EngineCoreOutputs()))  # Its socket is closed now.
         return len(orphans)
 
     def llumnix_fate(self, migration: str) -> str:
