@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import uvicorn
 
-from llumnix.frontend.http.protocol import HttpProtocol
+from llumnix.frontend.http.protocol import WRITE, BodyWriter, HttpProtocol
 
 Answer = Callable[[Any], Awaitable[None]]
 OK = {"type": "http.response.start", "status": 200}
@@ -39,9 +39,11 @@ class Wire(asyncio.Transport):
         pass
 
 
-async def ask(answer: Answer, *requests: bytes) -> Wire:
+async def ask(answer: Answer, *requests: bytes, writes: Any = None) -> Wire:
+    """`writes(writer, send)` answers in the place of `answer`, if given."""
+
     async def app(scope: Any, receive: Any, send: Any) -> None:
-        await answer(send)
+        await (writes(scope.pop(WRITE), send) if writes is not None else answer(send))
 
     config = uvicorn.Config(app, http=HttpProtocol, log_config=None, lifespan="off", ws="none")
     server = uvicorn.Server(config)
@@ -123,3 +125,54 @@ async def test_an_unknown_method_is_405_and_rubbish_is_400() -> None:
     wire = await ask(whole, b"GET / HTTP/1.1\r\nno header\r\n\r\n")
     assert wire.closed
     assert wire.packets[0].startswith(b"HTTP/1.1 400")
+
+
+async def test_parts_that_are_written_directly_are_framed_as_uvicorn_frames_them() -> None:
+    said: list[bool] = []
+
+    async def writes(write: BodyWriter, send: Any) -> None:
+        said.append(write(b"early"))
+        await send(OK)
+        await send({"type": "http.response.body", "body": b"one", "more_body": True})
+        said.append(write(b"two" * 9))
+        await send({"type": "http.response.body", "body": b"three", "more_body": True})
+        await send({"type": "http.response.body"})
+        said.append(write(b"late"))
+
+    wire = await ask(whole, request(), writes=writes)
+    body = b"".join(wire.packets).partition(b"\r\n\r\n")[2]
+    assert body == b"3\r\none\r\n1b\r\n" + b"two" * 9 + b"\r\n5\r\nthree\r\n0\r\n\r\n"
+    assert said == [False, True, False]
+
+
+async def test_a_body_whose_length_was_announced_is_not_written_directly() -> None:
+    said: list[bool] = []
+
+    async def writes(write: BodyWriter, send: Any) -> None:
+        await send({**OK, "headers": [(b"content-length", b"2")]})
+        said.append(write(b"hi"))
+        await send({"type": "http.response.body", "body": b"hi"})
+
+    await ask(whole, request(), writes=writes)
+    assert said == [False]
+
+
+@pytest.mark.parametrize("what", ["slow", "gone"])
+async def test_nothing_is_written_directly_to_a_client_that_is_slow_or_gone(what: str) -> None:
+    said: list[bool] = []
+
+    async def writes(write: BodyWriter, send: Any) -> None:
+        await send(OK)
+        await send({"type": "http.response.body", "body": b"one", "more_body": True})
+        said.append(write(b"two"))
+        if what == "slow":
+            write._cycle.flow.pause_writing()
+        else:
+            write._cycle.disconnected = True
+        said.append(write(b"three"))
+        write._cycle.flow.resume_writing()
+        await send({"type": "http.response.body"})
+
+    wire = await ask(whole, request(), writes=writes)
+    assert said == [True, False]
+    assert b"three" not in b"".join(wire.packets)

@@ -9,6 +9,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 from llumnix.core.types import InstanceId
+from llumnix.frontend.direct import DirectOutputs, WriteBody
 
 
 @dataclass(slots=True, kw_only=True)
@@ -23,6 +24,8 @@ class HttpRequest:
     on_dispatch: Callable[[], None] | None = None  # called once, when the instance is known
     on_wait: Callable[[], None] | None = None  # called now and then while no engine has the request
     code: str | None = None  # of the error that it ends with, if that has one of its own
+    write: WriteBody | None = None  # parts of the answer's body, past all middlewares
+    outputs: list[DirectOutputs] = field(default_factory=list)  # of the requests that stream to it
 
     def dispatched(self, instance: InstanceId) -> None:
         """Takes in a dispatch. With `n` > 1 there are several, and only the first counts."""

@@ -39,6 +39,8 @@ from vllm.v1.metrics.loggers import StatLoggerManager, load_stat_logger_plugin_f
 
 from llumnix.core.types import RequestId
 from llumnix.frontend.client import FleetClient
+from llumnix.frontend.context import current_http_request
+from llumnix.frontend.direct import DirectOutputs
 from llumnix.frontend.early_add import OutputStream, PendingAdd
 from llumnix.frontend.engines.outputs import FailedRequest
 from llumnix.frontend.grammars import GrammarChecks
@@ -125,7 +127,11 @@ class FleetLLM(AsyncLLM):
             return await prompt.outcome()
         await self._grammars.check(params)
         with one_request():
-            return await super().add_request(request_id, prompt, params, *args, **kwargs)
+            outputs = await super().add_request(request_id, prompt, params, *args, **kwargs)
+        http = current_http_request.get()
+        if http is not None and outputs.aggregate:
+            http.outputs.append(DirectOutputs.of(outputs))
+        return outputs
 
     async def _add_request(self, request: EngineCoreRequest, *args: Any, **kwargs: Any) -> None:
         # The client may hang up while the request is placed. The caller does not know the request

@@ -25,11 +25,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llumnix.errors import UsageError
 from llumnix.frontend.context import HttpRequest, current_http_request
+from llumnix.frontend.http import direct_chunks, stream_ends
 from llumnix.frontend.http.access import Access, Caller, Refusal, is_json
 from llumnix.frontend.http.error_codes import whole_answer, with_code
 from llumnix.frontend.http.listener import LIVE_PATH
+from llumnix.frontend.http.protocol import WRITE
 from llumnix.frontend.http.routes import openai_error
-from llumnix.frontend.http.stream_ends import adapt
 from llumnix.frontend.llm import FleetLLM
 
 RETRY_AFTER_S = 1
@@ -50,10 +51,12 @@ class Gate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
             state = scope["app"].state  # The start: vLLM has made all objects that serve by now.
-            adapt(state, state.engine_client.engine_core.ensure_served)
+            stream_ends.adapt(state, state.engine_client.engine_core.ensure_served)
+            direct_chunks.adapt(scope["app"])
             await self.app(scope, receive, send)
             return
         state = scope["app"].state
+        write = scope.pop(WRITE, None)
         path = get_route_path(scope)
         headers = Headers(scope=scope)
         if _is_preflight(scope, headers):
@@ -68,6 +71,7 @@ class Gate:
             client_id=headers.get("x-request-id"),
             priority_class=headers.get(PRIORITY_HEADER),
             key=caller.key,
+            write=write,
         )
         llm = state.engine_client
         body = RequestBody(http, receive, llm, _bytes_max(state.args), is_json(headers))

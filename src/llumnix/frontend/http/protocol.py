@@ -1,13 +1,16 @@
-"""HTTP as uvicorn speaks it, with two differences.
+"""HTTP as uvicorn speaks it, with three differences.
 
 An answer's head travels with the beginning of its body where both are there at once: one packet,
 and one wakeup of the client, instead of two. A method that HTTP does not know is answered with 405
-as an error in OpenAI's form; uvicorn calls it an invalid request.
+as an error in OpenAI's form; uvicorn calls it an invalid request. And who has a part of a body and
+cannot wait may write it past the application (`BodyWriter`).
 
 uvicorn 0.54 internals relied on here (tests/frontend/test_http_protocol.py fails when one changes):
 `HttpToolsProtocol.on_headers_complete` makes `self.cycle`, which writes the head and each part of
 the body with one `transport.write` each and uses no more of its transport than `write`, `close` and
-`is_closing`; what the parser cannot read is answered by `send_400_response`.
+`is_closing`; what the parser cannot read is answered by `send_400_response`. A cycle knows of its
+answer `response_complete`, `chunked_encoding`, `disconnected` and
+`flow.write_paused`, and gets its `scope` before the application does.
 """
 
 import asyncio
@@ -15,8 +18,15 @@ import json
 import sys
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import (
+    STATUS_LINE,
+    HttpToolsProtocol,
+    RequestResponseCycle,
+)
 
+WRITE = "llumnix.write"
+"""Where an ASGI scope has the `BodyWriter` of its answer. Who takes it is to take it out, for the
+two refer to each other."""
 METHODS = "DELETE, GET, HEAD, OPTIONS, PATCH, POST, PUT"
 
 
@@ -28,6 +38,7 @@ class HttpProtocol(HttpToolsProtocol):
         super().on_headers_complete()
         if self.cycle is not earlier:
             self.cycle.transport = _HeadWithBody(self.transport)  # type: ignore[assignment]
+            self.cycle.scope[WRITE] = BodyWriter(self.cycle)  # type: ignore[typeddict-unknown-key]
 
     def send_400_response(self, msg: str) -> None:
         if not isinstance(sys.exception(), httptools.HttpParserInvalidMethodError):
@@ -74,3 +85,25 @@ class _HeadWithBody:
 
     def is_closing(self) -> bool:
         return self._transport.is_closing()
+
+
+class BodyWriter:
+    """Writes parts of an answer's body past all middlewares, in no more than a call."""
+
+    def __init__(self, cycle: RequestResponseCycle) -> None:
+        self._cycle = cycle
+
+    def __call__(self, part: bytes) -> bool:
+        """Writes a part that is not empty. False if it must take the usual way: because the head
+        has not been sent, the answer is over, its length was announced, the client is gone, or it
+        reads too slowly."""
+        cycle = self._cycle
+        if (
+            cycle.flow.write_paused
+            or cycle.disconnected
+            or cycle.response_complete
+            or not cycle.chunked_encoding  # None before the head
+        ):
+            return False
+        cycle.transport.write(b"%x\r\n%b\r\n" % (len(part), part))
+        return True
