@@ -112,7 +112,7 @@ async def one_request(
     step = statistics.median(gaps)
     rows = []
     for one in moves:
-        number = one.get("tokens_before")
+        number = one.get("source_tokens")
         if one.get("outcome") != "migrated" or not number or number >= len(seen.at_s):
             print("  not counted:", one.get("outcome"), one.get("reason") or one)
             continue

@@ -1,16 +1,21 @@
-"""What the site has beyond docs/: README as its index, CONTRIBUTING, CHANGELOG, raw figures.
+"""What the site has beyond docs/: README as its index, CONTRIBUTING, CHANGELOG, figures, Mermaid.
 
 Pages are written to be read in the repository, so that some of their links leave docs/. Each is
 turned towards a copy of its file in the site. A file that is not there stays as it is, and the
 strict build refuses it.
+
+The theme would load Mermaid from the network unless a page has it already. So the site has a copy,
+which comes with the package mermaidx, and pages with diagrams load that.
 """
 
 import re
 from collections.abc import Callable
+from importlib.metadata import files as files_of
 from pathlib import Path
 from typing import Any
 
 from mkdocs.structure.files import File, Files
+from mkdocs.utils import get_relative_url
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {
@@ -24,6 +29,7 @@ CSS = """
 .md-typeset table:not([class]) th, .md-typeset table:not([class]) td { padding: 0.5em 0.8em; }
 """
 """Room for tables with many columns."""
+MERMAID = "mermaid.js"
 LINK = re.compile(r"(\]\()([^)#\s]+)((?:#[^)\s]*)?\))")
 
 
@@ -48,9 +54,16 @@ def _from_docs(target: str) -> str:
     return PAGES.get(inside, inside) if target.startswith("../") else target
 
 
+def _mermaid() -> Path:
+    """The copy in the package, which need not be imported."""
+    found = [f for f in files_of("mermaidx") or () if f.name == MERMAID]
+    return Path(found[0].locate())  # type: ignore[arg-type]
+
+
 def on_files(files: Files, config: Any) -> Files:
     """Adds what stands outside docs/."""
     files.append(File.generated(config, "site.css", content=CSS))
+    files.append(File.generated(config, MERMAID, abs_src_path=str(_mermaid())))
     for name, place in PAGES.items():
         text = _turned((ROOT / name).read_text(), _from_root)
         files.append(File.generated(config, place, content=text))
@@ -63,3 +76,10 @@ def on_files(files: Files, config: Any) -> Files:
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Turns the links of pages in docs/."""
     return markdown if page.file.generated_by else _turned(markdown, _from_docs)
+
+
+def on_page_content(html: str, page: Any, **_: Any) -> str:
+    """Has a page with diagrams load Mermaid before the theme's own script looks for it."""
+    if 'class="mermaid"' not in html:
+        return html
+    return f'{html}\n<script src="{get_relative_url(MERMAID, page.url)}"></script>'

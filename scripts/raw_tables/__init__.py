@@ -54,8 +54,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "copies": lambda: copies("gpu/migration.json", paper=True),
     "copies cpu": lambda: copies("migration_cpu.json", paper=False),
     "more moves": lambda: moves(
-        "gpu/migration_h200_packed.json", "gpu/migration_h200_tp2.json", "gpu/migration.json",
-        "migration_cpu.json",
+        "gpu/migration_h200_vllm033.json", "gpu/migration_h200_packed.json",
+        "gpu/migration_h200_tp2.json", "gpu/migration.json", "migration_cpu.json",
     ),
     "more others": lambda: others(
         "gpu/migration_h200_packed.json", "gpu/migration.json", "migration_cpu.json"

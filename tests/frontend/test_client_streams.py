@@ -206,7 +206,7 @@ async def test_a_move_passes_every_token_once_in_order_and_is_recorded(tmp_path:
         mover.ends(taken=True)
         assert (await moving).outcome == "migrated"
         assert mover.record["stages"] == [{"tokens": 8, "bytes": 400, "ms": 1.5}]
-        assert (mover.record["tokens_before"], mover.record["reason"]) == (3, "")
+        assert (mover.record["source_tokens"], mover.record["reason"]) == (3, "")
         assert one.due() == {"r": [1, 2, 3, 4, 5]}
         assert (one.client.in_flight(I0), one.client.in_flight(I1)) == (0, 1)
         one.take_in(tokens(1, "r", 6, finish_reason=FinishReason.STOP))

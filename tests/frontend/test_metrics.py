@@ -9,12 +9,13 @@ from fastapi import FastAPI
 from vllm.entrypoints.serve.instrumentator.metrics import attach_router
 from vllm.exceptions import GracefulHTTPError
 
+from llumnix.core.messages import MigrationEnded
 from llumnix.core.settings import SurvivalSettings
 from llumnix.core.types import EngineIndex
 from support.counted import counted
 from support.frontend import OFF, front, tokens
 
-from .test_migration_records import KEPT, MOVED, TAKEN, World
+from .test_migration_records import KEPT, M0, MOVED, TAKEN, R, World
 from .test_quarantine import died_twice, with_requests
 from .test_reviving import order_in, sent_to, took
 
@@ -94,6 +95,14 @@ def test_a_move_that_succeeds_is_counted_with_its_figures() -> None:
         "migration_downtime_seconds_count staged": 1,
         "migration_bytes_total staged": 400,
     }
+
+
+def test_a_move_whose_source_measured_no_downtime_is_counted_without_one() -> None:
+    world = World()
+    with counted() as found:
+        MOVED(world)
+        world.records.source_ended(MigrationEnded(migration=M0, request=R, taken=True, why=""))
+    assert found == {"migrations_total migrated": 1, "migration_seconds_count staged": 1}
 
 
 def test_a_move_that_fails_is_counted_with_its_bytes() -> None:

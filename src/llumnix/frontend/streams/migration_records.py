@@ -38,7 +38,7 @@ class Migration:
     outcome: str = "running"  # then migrated, aborted or lost
     reason: str = ""  # for that outcome; empty if it went well
     total_ms: float | None = None  # None while it is running
-    tokens_before: int | None = None  # generated at the source; the next is the destination's
+    source_tokens: int | None = None  # generated at the source; the next is the destination's
     ended: GrantEnded | None = None  # how it ended for the stream
     report: MigrationEnded | None = None  # what the source says of its end
     closed: bool = False  # whether the stream has ended
@@ -58,7 +58,8 @@ class Migration:
             "stages": [{"tokens": s.tokens, "bytes": s.bytes, "ms": s.ms} for s in stages],
             "downtime_ms": None if self.report is None else self.report.downtime_ms,
             "total_ms": self.total_ms,
-            "tokens_before": self.tokens_before,
+            "source_tokens": self.source_tokens,
+            "tokens_before": self.source_tokens,  # its old name, until the next release
             "why": self.why,
             "reason": self.reason,
         }
@@ -120,7 +121,7 @@ class MigrationRecords:
     def took_over(self, message: TookOver) -> None:
         """The destination says after how many tokens it goes on."""
         if (known := self._listed.get(message.migration)) is not None:
-            known.tokens_before = message.outputs
+            known.source_tokens = message.outputs
 
     def grant_ended(self, ended: GrantEnded) -> None:
         """How it ended for the stream."""
@@ -198,5 +199,5 @@ def _count(migration: Migration, total_ms: float) -> None:
         metrics.MIGRATION_S.labels(copy=copy).observe(total_ms / 1e3)
     if report is not None:
         metrics.MIGRATION_BYTES.labels(copy=copy).inc(sum(s.bytes for s in report.stages))
-        if report.taken:
+        if report.taken and report.downtime_ms is not None:
             metrics.MIGRATION_DOWNTIME_S.labels(copy=copy).observe(report.downtime_ms / 1e3)
