@@ -47,11 +47,11 @@ def fake_result(
                 if seed == 0:
                     run["details"] = _details(rng, policy, load, instances, samples, scaling)
                 runs.append(run)
-    told = {
+    about = {
         "profile": "llama-7b on A10, 13,616 tokens of KV memory an instance",
         "command": f"llumnix simulate --trace {trace} --instances {instances} --seeds {seeds}",
     }
-    return {"runs": runs, "wall_s": 12.34, "told": told}
+    return {"runs": runs, "wall_s": 12.34, "about": about}
 
 
 def _latencies(rng: random.Random, policy: str, load: float) -> dict[str, Any]:

@@ -15,13 +15,13 @@ from llumnix.sim.report.data import (
     POINTS_MAX,
     Run,
     distribution,
+    downsampled,
     estimate,
-    evenly,
-    natural,
+    evenly_picked,
+    natural_key,
     settings_of,
-    thin,
 )
-from llumnix.sim.report.page import told, write_report
+from llumnix.sim.report.page import three_digits, write_report
 from llumnix.sim.report.timeline import ARCS_MAX, drawable, timeline, wrapped
 from llumnix.sim.summary import t_975
 from sim.fake_result import fake_result
@@ -148,7 +148,7 @@ def test_the_table_has_means_intervals_ratios_and_the_best_in_bold(tmp_path: Pat
 def test_names_and_reasons_are_text_and_nothing_else(tmp_path: Path) -> None:
     evil = "</script><script>alert(1)</script><img onerror=alert(2)>"
     result = fake_result(**SMALL, policies=("llumnix", evil), classes=True)
-    result["told"] = {evil: evil}
+    result["about"] = {evil: evil}
     for run in result["runs"]:
         run["trace"] = evil
         run["metrics"]["classes"][evil] = run["metrics"]["classes"].pop("high")
@@ -290,15 +290,15 @@ def test_the_arithmetic_of_small_things() -> None:
     assert estimate([], "ttft_s", "mean") is None
     known = {1: 12.706, 4: 2.776, 30: 2.042, 31: 2.040, 60: 2.000, 120: 1.980}
     assert {n: t_975(n) for n in known} == pytest.approx(known, abs=1e-3)
-    assert thin([1, None, 3, None, None, 5], 2) == [1.0, 3.0, 5.0]
-    assert thin([None, None], 2) == [None]
-    assert evenly(range(11), 3) == [0, 5, 10]
-    assert sorted(["i10", "i9", "a"], key=natural) == ["a", "i9", "i10"]
+    assert downsampled([1, None, 3, None, None, 5], 2) == [1.0, 3.0, 5.0]
+    assert downsampled([None, None], 2) == [None]
+    assert evenly_picked(range(11), 3) == [0, 5, 10]
+    assert sorted(["i10", "i9", "a"], key=natural_key) == ["a", "i9", "i10"]
     assert distribution([3.0, None, 1.0]) == ([1.0, 3.0], [50.0, 100.0])
     values, shares = distribution([float(n) for n in range(100_000)])
     assert len(values) <= POINTS_MAX + 1
     assert (values[-1], shares[-1]) == (99_999.0, 100.0)
-    assert [told(v) for v in (0, 0.01234, 1.5, 12.34, 1234.5)] == [
+    assert [three_digits(v) for v in (0, 0.01234, 1.5, 12.34, 1234.5)] == [
         *("0", "0.0123", "1.50", "12.3", "1,234"),
     ]
     assert wrapped("a & b " * 3, 9) == "a &amp; b a &amp;<br>b a &amp; b"

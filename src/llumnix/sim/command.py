@@ -86,8 +86,8 @@ def _show(result: dict[str, Any], args: argparse.Namespace) -> None:
     if args.report:
         from llumnix.sim.report.page import write_report
 
-        told = {"profile": args.profile, "command": "llumnix simulate " + shlex.join(sys.argv[2:])}
-        write_report({**result, "told": told}, args.report)
+        about = {"profile": args.profile, "command": "llumnix simulate " + shlex.join(sys.argv[2:])}
+        write_report({**result, "about": about}, args.report)
     if args.json:
         bare = [{k: v for k, v in r.items() if k != "details"} for r in result["runs"]]
         print(json.dumps({**result, "runs": bare}))

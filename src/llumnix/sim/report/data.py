@@ -1,8 +1,8 @@
-"""What a report is made from: the simulator's results, sorted by setting, averaged over seeds.
+"""The data of a report: the simulator's results by setting, and their means over seeds.
 
-The result is plain JSON-able data, described by the TypedDicts below; whatever was not measured is
-null or left out. Durations are in seconds, shares between 0 and 1. Every run of one trace, number
-of instances and rate belongs to one setting, in which policies are compared.
+A setting is a trace, a number of instances and a rate; in it policies are compared. A result is
+plain data that JSON can hold, as the TypedDicts below say. What was not measured is null or left
+out. Durations are in seconds, shares between 0 and 1.
 """
 
 import math
@@ -16,120 +16,116 @@ from typing import Any, TypedDict
 from llumnix.sim.summary import half_interval
 
 POINTS_MAX = 600
-"""Points that are drawn of one line; longer series are averaged down to that."""
+"""Points of one line in a plot. Longer series are averaged down to that many."""
 
 
 class InstanceSeries(TypedDict):
-    """One instance at each sample: share of its KV memory in use, requests that run and wait; null
-    while it does not exist."""
+    """One instance at each sample; null while it does not exist."""
 
-    kv_used: list[float | None]
-    running: list[int | None]
-    waiting: list[int | None]
+    kv_used: list[float | None]  # share of its KV memory
+    running: list[int | None]  # requests
+    waiting: list[int | None]  # requests
 
 
 class MigrationSpan(TypedDict):
-    """One migration. `ended_s` and `destination` are null where there was none; `waiting`: the
-    request had not started yet, so no KV was copied; `outcome`: migrated or aborted."""
+    """One migration."""
 
-    t_s: float
-    ended_s: float | None
+    t_s: float  # when it began
+    ended_s: float | None  # null if it did not end
     request: str
     source: str
-    destination: str | None
+    destination: str | None  # null if none was found
     tokens: int | None
-    waiting: bool
-    outcome: str
+    waiting: bool  # the request had not started yet, so no KV was copied
+    outcome: str  # migrated or aborted
     why: str
 
 
 class DecisionLine(TypedDict):
-    """One line of the decision log. `kind`: dispatch, move, add, drain, undrain or fault."""
+    """One line of the decision log."""
 
     t_s: float
-    kind: str
+    kind: str  # dispatch, move, add, drain, undrain or fault
     what: str
     why: str
 
 
 class Details(TypedDict, total=False):
-    """The inside of one run. `t_s` are the times of the samples, to which `instances`,
-    `fragmentation` (a share) and `serving` (instances that serve) belong; `ttft_s` and `tpot_s`
-    have one value a request."""
+    """One run over time and by request."""
 
-    t_s: list[float]
-    instances: dict[str, InstanceSeries]
-    fragmentation: list[float | None]
-    serving: list[int | None]
+    t_s: list[float]  # times of the samples
+    instances: dict[str, InstanceSeries]  # at each sample
+    fragmentation: list[float | None]  # share of all KV memory, at each sample
+    serving: list[int | None]  # instances that serve, at each sample
     migrations: list[MigrationSpan]
     decisions: list[DecisionLine]
-    ttft_s: list[float | None]
-    tpot_s: list[float | None]
+    ttft_s: list[float | None]  # of each request
+    tpot_s: list[float | None]  # of each request
 
 
 class Run(TypedDict, total=False):
     """One simulated run.
 
-    `metrics` has `ttft_s`, `tpot_s` and `e2e_s`, each `{"mean", "p50", "p99"}`;
-    `preemption_loss_s` and `fragmentation_blocked` (a share), each `{"mean"}`; `instances_mean`,
-    `migrations`, `preemptions`, `requests_done`, `requests_failed`; and, if requests had classes,
-    `classes`: for each class the first three. `details` are kept of some runs only."""
+    `metrics` has
+    - `ttft_s`, `tpot_s` and `e2e_s`, each `{"mean", "p50", "p99"}`,
+    - `preemption_loss_s` and `fragmentation_blocked` (a share), each `{"mean"}`,
+    - `instances_mean`, `migrations`, `preemptions`, `requests_done`, `requests_failed`,
+    - `classes`, if requests had classes: for each class the first three."""
 
     policy: str
     trace: str
-    rate: float
+    rate: float  # requests/s
     seed: int
     instances: int
     metrics: dict[str, Any]
-    details: Details
+    details: Details  # kept of some runs only
 
 
 class Result(TypedDict, total=False):
-    """What a simulation gives: its runs, the seconds it took, and what the page should tell of it
-    (such as profile and command), by name."""
+    """What a simulation gives."""
 
     runs: list[Run]
-    wall_s: float
-    told: dict[str, str]
+    wall_s: float  # what it took
+    about: dict[str, str]  # what the page says of it, such as profile and command, by name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """A mean over `seeds` values, and half its 95 % interval (None for a single value)."""
+    """A mean over seeds."""
 
     mean: float
-    half: float | None
-    seeds: int
+    half: float | None  # half of its 95 % t-interval; None for a single value
+    seeds: int  # values
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """The runs of one trace, number of instances and rate, by policy. `workload` names the first
-    two."""
+    """The runs of one trace, number of instances and rate."""
 
     trace: str
     instances: int | None
-    rate: float | None
-    runs: Mapping[str, Sequence[Run]]
+    rate: float | None  # requests/s
+    runs: Mapping[str, Sequence[Run]]  # by policy
 
     @property
     def workload(self) -> str:
+        """The name of trace and number of instances."""
         return self.trace + (f", {count(self.instances, 'instance')}" if self.instances else "")
 
     def details(self, policy: str) -> Details | None:
-        """Those of the policy's first run that has any."""
+        """The details of the policy's first run that has any."""
         return next((d for r in self.runs.get(policy, ()) if (d := r.get("details"))), None)
 
 
 def settings_of(runs: Iterable[Run]) -> list[Setting]:
-    """The settings, by workload in order of appearance and then by rate."""
+    """The settings of the runs, by workload in order of appearance and then by rate."""
     sorted_runs: dict[tuple[str, int | None, float | None], dict[str, list[Run]]] = {}
     workloads: list[tuple[str, int | None]] = []
     for run in runs:
         workload = (str(run.get("trace") or "a trace"), run.get("instances"))
         if workload not in workloads:
             workloads.append(workload)
-        by_policy = sorted_runs.setdefault((*workload, number(run.get("rate"))), {})
+        by_policy = sorted_runs.setdefault((*workload, finite(run.get("rate"))), {})
         by_policy.setdefault(str(run.get("policy", "")), []).append(run)
     settings = [
         Setting(trace=trace, instances=instances, rate=rate, runs=by_policy)
@@ -142,11 +138,11 @@ def settings_of(runs: Iterable[Run]) -> list[Setting]:
 
 
 def metric(metrics: Mapping[str, Any] | None, *path: str) -> float | None:
-    """The figure at the end of the path, None if there is none."""
-    at: Any = metrics
+    """The figure at the end of the path; None if there is none."""
+    found: Any = metrics
     for name in path:
-        at = at.get(name) if isinstance(at, Mapping) else None
-    return number(at)
+        found = found.get(name) if isinstance(found, Mapping) else None
+    return finite(found)
 
 
 def estimate(runs: Iterable[Run], *path: str) -> Estimate | None:
@@ -157,21 +153,21 @@ def estimate(runs: Iterable[Run], *path: str) -> Estimate | None:
     return Estimate(mean=fmean(values), half=half_interval(values), seeds=len(values))
 
 
-def number(value: Any) -> float | None:
+def finite(value: Any) -> float | None:
     """The value as a finite number, else None."""
     if isinstance(value, (int, float)) and math.isfinite(value):
         return value
     return None
 
 
-def short(value: Any, scale: float = 1.0) -> float | None:
-    """Four digits are what a plot can show."""
-    known = number(value)
+def four_digits(value: Any, scale: float = 1.0) -> float | None:
+    """The value times `scale`, with the digits that a plot can show."""
+    known = finite(value)
     return None if known is None else float(f"{known * scale:.4g}")
 
 
-def natural(name: str) -> list[tuple[int, str]]:
-    """Sorts i10 after i9."""
+def natural_key(name: str) -> list[tuple[int, str]]:
+    """A sort key by which i10 comes after i9."""
     return [(int(part) if part.isdigit() else -1, part) for part in re.split(r"(\d+)", name)]
 
 
@@ -180,40 +176,43 @@ def count(number: int, thing: str) -> str:
     return f"{number:,} {thing}" + ("" if number == 1 else "s")
 
 
-def bucket(samples: int) -> int:
-    """How many samples go into one point, so that no more than `POINTS_MAX` are drawn."""
+def samples_per_point(samples: int) -> int:
+    """How many samples make one point, so that a line has at most `POINTS_MAX`."""
     return max(1, math.ceil(samples / POINTS_MAX))
 
 
 def mean_of(values: Sequence[Any]) -> float | None:
-    known = [v for v in values if number(v) is not None]
+    """The mean of those that are numbers; None if none is."""
+    known = [v for v in values if finite(v) is not None]
     return fmean(known) if known else None
 
 
 def last_of(values: Sequence[Any]) -> float | None:
-    return number(values[-1])
+    """The last value, if it is a number."""
+    return finite(values[-1])
 
 
-def thin(
-    values: Sequence[Any], size: int, take: Callable[[Sequence[Any]], float | None] = mean_of
+def downsampled(
+    values: Sequence[Any], size: int, reduce: Callable[[Sequence[Any]], float | None] = mean_of
 ) -> list[float | None]:
-    """One value for each `size` values."""
+    """One value for each `size` values, as `reduce` makes it of them."""
     if size == 1:
-        return [number(v) for v in values]
-    return [take(values[i : i + size]) for i in range(0, len(values), size)]
+        return [finite(v) for v in values]
+    return [reduce(values[i : i + size]) for i in range(0, len(values), size)]
 
 
-def evenly(values: Sequence[Any], most: int) -> list[Any]:
-    """At most so many of the values, evenly picked, the first and the last among them."""
+def evenly_picked(values: Sequence[Any], most: int) -> list[Any]:
+    """At most `most` of the values, the first and the last among them."""
     if len(values) <= most:
         return list(values)
     return [values[round(i * (len(values) - 1) / (most - 1))] for i in range(most)]
 
 
 def distribution(values: Iterable[Any]) -> tuple[list[float], list[float]]:
-    """The values in order and the share of all (in %) up to each: at most `POINTS_MAX` steps, a
-    third of them in the last twentieth, where a P99 is."""
-    known = sorted(v for v in values if number(v) is not None)
+    """A cumulative distribution: values in order, and the share of all in % up to each.
+
+    It has at most `POINTS_MAX` steps. A third of them are in the last 5 %, where a P99 is."""
+    known = sorted(v for v in values if finite(v) is not None)
     if not known:
         return [], []
     marks = sorted(
@@ -224,13 +223,13 @@ def distribution(values: Iterable[Any]) -> tuple[list[float], list[float]]:
     return [known[r] for r in ranks], [100 * (r + 1) / len(known) for r in ranks]
 
 
-def waited(details: Details) -> bool:
-    """Whether any request was seen waiting."""
+def has_waiting(details: Details) -> bool:
+    """Whether a request waited at any sample."""
     series = (details.get("instances") or {}).values()
     return any(n for one in series for n in one.get("waiting") or ())
 
 
-def changes(values: Iterable[Any]) -> bool:
-    """Whether there are different values among them."""
+def differ(values: Iterable[Any]) -> bool:
+    """Whether any two of the values differ."""
     known = [v for v in values if v is not None]
     return any(a != b for a, b in pairwise(known))

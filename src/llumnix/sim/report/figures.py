@@ -1,8 +1,8 @@
 """The report's plots that compare policies, as plotly figures in plain dicts.
 
 Colours are names of the page's CSS variables (`var(--p0)`), so that a figure fits the light and the
-dark page; page.js puts the colours, fonts and grids in. Names and reasons from outside are escaped:
-plotly takes text for a small HTML. A figure's title is drawn by the page, as text.
+dark page; page.js puts the colours, fonts and grids in. Names and reasons from outside are escaped,
+because plotly reads text as HTML. The page draws a figure's title, as text.
 """
 
 import math
@@ -15,22 +15,23 @@ from llumnix.errors import UsageError
 from llumnix.sim.report.data import (
     Details,
     Setting,
-    bucket,
-    changes,
+    differ,
     distribution,
+    downsampled,
     estimate,
+    finite,
+    four_digits,
     last_of,
-    number,
-    short,
-    thin,
+    samples_per_point,
 )
 
 COLOURS = 8
-"""Policies that have a colour of their own (--p0, --p1, ...); further ones are dashed."""
+"""Colours of policies (--p0, --p1, ...). Further policies have the same ones, dashed."""
 LOG_SPREAD = 20.0
-"""An axis whose values spread wider is logarithmic."""
+"""An axis is logarithmic if its largest value is more than so many times its smallest."""
 
 Figure = dict[str, Any]
+# Title, path in the metrics, title of the axis, factor to the axis' unit.
 _RATE_FIGURES = (
     ("TTFT, P99", ("ttft_s", "p99"), "TTFT P99, s", 1.0),
     ("TTFT, mean", ("ttft_s", "mean"), "mean TTFT, s", 1.0),
@@ -43,7 +44,7 @@ _RATE_FIGURES = (
 
 
 def plotly() -> Any:
-    """The package, imported when a report is written and not before."""
+    """The package plotly, imported only when a report is written. Raises UsageError without it."""
     try:
         import plotly
         import plotly.graph_objects
@@ -54,7 +55,7 @@ def plotly() -> Any:
 
 
 def figure(title: str, data: Sequence[Figure], layout: Figure) -> Figure:
-    """The figure, checked by plotly."""
+    """A figure, after plotly has checked it. Raises ValueError if it has unknown properties."""
     checked = plotly().graph_objects.Figure(data=data, layout=layout | {"template": "none"})
     made = checked.to_plotly_json()
     del made["layout"]["template"]
@@ -62,13 +63,14 @@ def figure(title: str, data: Sequence[Figure], layout: Figure) -> Figure:
 
 
 def colours(policies: Iterable[str]) -> dict[str, int]:
-    """Each policy's colour: the same for a policy of ours in every report."""
+    """The number of each policy's colour. Policies of llumnix have the same in every report."""
     others = [p for p in dict.fromkeys(policies) if p not in POLICIES]
     return {name: i for i, name in enumerate([*POLICIES, *others])}
 
 
 def against_rate(settings: Sequence[Setting], colour: Mapping[str, int]) -> list[Figure]:
-    """A plot a figure: a line a policy, its 95 % interval as a band. None for a single rate."""
+    """One plot for each row of `_RATE_FIGURES`: a line for each policy, with its 95 % interval as a
+    band. Empty if there is only one rate."""
     rates = [s.rate for s in settings if s.rate is not None]
     if len(rates) < 2:
         return []
@@ -82,10 +84,10 @@ def against_rate(settings: Sequence[Setting], colour: Mapping[str, int]) -> list
                     point = (setting.rate, found.mean * scale, (found.half or 0.0) * scale)
                     lines.setdefault(policy, []).append(point)
         means = [mean for points in lines.values() for _, mean, _ in points]
-        if not any(means) or (path == ("instances_mean",) and not changes(means)):
+        if not any(means) or (path == ("instances_mean",) and not differ(means)):
             continue
-        # A band may reach below zero, which no figure does, and which a log axis cannot show. One
-        # that is very wide is cut off, so that the lines can be told apart.
+        # A band may reach below zero, which a log axis cannot show. A very wide one is cut off, so
+        # that the lines can be told apart.
         log = spread(means) > LOG_SPREAD
         floor, most = (min(means) / 2 if log else 0.0), max(means) * (2 if log else 1.5)
         highest = max(mean + half for points in lines.values() for _, mean, half in points)
@@ -114,9 +116,9 @@ def distributions(setting: Setting, colour: Mapping[str, int]) -> list[Figure]:
             xs, shares = distribution(details.get(key) or ())
             if not xs:
                 continue
-            seen += xs[len(xs) // 50 :]  # A few lowest ones decide nothing about the axis.
+            seen += xs[len(xs) // 50 :]  # The lowest 2 % do not make the axis logarithmic.
             hover = f"%{{y:.1f}} % within %{{x}} {unit}"
-            points = [short(x, scale) for x in xs], [short(s) for s in shares]
+            points = [four_digits(x, scale) for x in xs], [four_digits(s) for s in shares]
             data.append(line(policy, colour[policy], *points, hover, "hv"))
         if data:
             layout = {
@@ -128,21 +130,24 @@ def distributions(setting: Setting, colour: Mapping[str, int]) -> list[Figure]:
 
 
 def over_time(setting: Setting, colour: Mapping[str, int]) -> list[Figure]:
-    """The policies' detailed runs in one plot each: fragmentation, waiting requests, instances."""
+    """Fragmentation, waiting requests and instances over time, with a line for each policy's
+    detailed run."""
     fragmentation, waiting, serving = [], [], []
     scaled = False
     for policy in setting.runs:
         details = setting.details(policy)
         if not details or not details.get("t_s"):
             continue
-        of, size = colour[policy], bucket(len(details["t_s"]))
+        of, size = colour[policy], samples_per_point(len(details["t_s"]))
         times = times_of(details, size)
-        shares = [short(v, 100) for v in thin(details.get("fragmentation") or (), size)]
+        shares = [
+            four_digits(v, 100) for v in downsampled(details.get("fragmentation") or (), size)
+        ]
         fragmentation.append(line(policy, of, times, shares, "%{y:.1f} % at %{x:.1f} s"))
-        total = [short(v) for v in thin(queues(details)[0], size)]
+        total = [four_digits(v) for v in downsampled(queues(details)[0], size)]
         waiting.append(line(policy, of, times, total, "%{y:.1f} wait at %{x:.1f} s"))
-        counts = thin(details.get("serving") or (), size, last_of)
-        scaled = scaled or changes(counts)
+        counts = downsampled(details.get("serving") or (), size, last_of)
+        scaled = scaled or differ(counts)
         serving.append(line(policy, of, times, counts, "%{y} serve at %{x:.1f} s", "hv"))
     figures = []
     for title, data, axis in (
@@ -157,25 +162,25 @@ def over_time(setting: Setting, colour: Mapping[str, int]) -> list[Figure]:
 
 
 def queues(details: Details) -> tuple[list[float], list[float]]:
-    """At each sample: the requests that wait on all instances, and those on the one with most."""
+    """At each sample: waiting requests of all instances, and of the instance with the most."""
     samples = range(len(details.get("t_s") or ()))
     series = [i.get("waiting") or [] for i in (details.get("instances") or {}).values()]
-    at = [[number(s[k]) or 0.0 for s in series if k < len(s)] for k in samples]
-    return [sum(counts) for counts in at], [max(counts, default=0.0) for counts in at]
+    waiting = [[finite(s[k]) or 0.0 for s in series if k < len(s)] for k in samples]
+    return [sum(counts) for counts in waiting], [max(counts, default=0.0) for counts in waiting]
 
 
 def times_of(details: Details, size: int) -> list[float]:
-    """The time of each point: the first of its samples'."""
+    """The time of each point, which is that of its first sample."""
     return [round(t, 3) for t in details["t_s"][::size]]
 
 
 def spread(values: Sequence[float]) -> float:
-    """How many times the smallest value the largest is; 1 if some are not above zero."""
+    """The largest value ÷ the smallest; 1 if some are not above zero."""
     return max(values) / min(values) if values and min(values) > 0 else 1.0
 
 
 def value_axis(title: str, values: Sequence[float]) -> Figure:
-    """Logarithmic where the values spread so wide, with ticks at 1, 2, 5 as long as they fit."""
+    """An axis for these values. A logarithmic one has ticks at 1, 2, 5 as long as they fit."""
     if (wide := spread(values)) > LOG_SPREAD:
         dtick = "D2" if wide < 3e3 else 1
         return {"title": title, "type": "log", "tickformat": "~g", "dtick": dtick}
@@ -183,6 +188,7 @@ def value_axis(title: str, values: Sequence[float]) -> Figure:
 
 
 def count_axis(title: str) -> Figure:
+    """A linear axis from zero."""
     return {"title": title, "rangemode": "tozero"}
 
 
@@ -195,7 +201,7 @@ def plain_line(
     shape: str = "linear",
     width: float = 1.6,
 ) -> Figure:
-    """A line. `colour` is CSS's word for one; `hover` says what a point of it is."""
+    """A line. `colour` is a CSS colour, `hover` plotly's template of a point's text."""
     return {
         "type": "scatter",
         "mode": "lines",
@@ -215,9 +221,9 @@ def line(
     hover: str,
     shape: str = "linear",
 ) -> Figure:
-    """A policy's line; `hover` says what a point of it is."""
-    css, told = f"var(--p{colour % COLOURS})", f"%{{fullData.name}}<br>{hover}"
-    made = plain_line(escape(policy), css, xs, ys, told, shape, width=2)
+    """A policy's line. `colour` is the number of its colour, `hover` as in `plain_line`."""
+    css, text = f"var(--p{colour % COLOURS})", f"%{{fullData.name}}<br>{hover}"
+    made = plain_line(escape(policy), css, xs, ys, text, shape, width=2)
     made["meta"] = policy
     made["line"]["dash"] = "solid" if colour < COLOURS else "dash"
     return made
@@ -226,17 +232,18 @@ def line(
 def _band(
     policy: str, colour: int, points: Sequence[tuple[float, float, float]], floor: float
 ) -> list[Figure]:
-    """A line over the rates, and the area of its intervals if it has any."""
+    """A line over the rates, and the area of its intervals if there are any. `points`: rate, mean
+    and half an interval; the area ends at `floor`."""
     rates = [rate for rate, _, _ in points]
-    means = [short(mean) for _, mean, _ in points]
+    means = [four_digits(mean) for _, mean, _ in points]
     made = line(policy, colour, rates, means, "%{y} at %{x} requests/s")
     made |= {"mode": "lines+markers", "marker": {"size": 6}}
     if not any(half for _, _, half in points):
         return [made]
-    made["customdata"] = [short(half) for _, _, half in points]
+    made["customdata"] = [four_digits(half) for _, _, half in points]
     made["hovertemplate"] = made["hovertemplate"].replace("%{y}", "%{y} ± %{customdata}")
-    upper = [short(mean + half) for _, mean, half in points]
-    lower = [short(max(mean - half, floor)) for _, mean, half in points]
+    upper = [four_digits(mean + half) for _, mean, half in points]
+    lower = [four_digits(max(mean - half, floor)) for _, mean, half in points]
     area = {
         "type": "scatter",
         "mode": "lines",

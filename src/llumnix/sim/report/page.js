@@ -50,7 +50,7 @@
     };
   }
 
-  function laidOut(figure, several) {
+  function pageLayout(figure, several) {
     const layout = {
       height: HEIGHT_PX, margin: { l: 56, r: 12, t: 12, b: 46 }, showlegend: several,
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", hovermode: "closest",
@@ -95,7 +95,7 @@
       const [title, area] = place.children[i].children;
       title.textContent = figure.title;
       title.hidden = !figure.title;
-      Plotly.react(area, traces(figure), laidOut(figure, several), {
+      Plotly.react(area, traces(figure), pageLayout(figure, several), {
         responsive: true, displaylogo: false,
         // By name: by default there is one that sends the plot to a cloud.
         plotlyServerURL: "", modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]],
@@ -140,7 +140,7 @@
     let most = ROWS_MAX;
     const kinds = [...new Set(lines.map((line) => line[1]))];
     const body = make("tbody");
-    const told = make("span", { class: "about" });
+    const shownCount = make("span", { class: "about" });
     const more = make("button", { onclick: () => { most *= 10; show(); } }, "show more");
     const search = make("input", {
       type: "search", placeholder: "search: r17, i3, freeness …", "aria-label": "Search decisions",
@@ -171,13 +171,13 @@
         );
       body.replaceChildren(...found.slice(0, most).map(row));
       const shown = Math.min(found.length, most);
-      told.textContent =
+      shownCount.textContent =
         `${shown.toLocaleString("en")} of ${found.length.toLocaleString("en")} shown`;
       more.hidden = found.length <= most;
     }
     const titles = ["time, s", "kind", "what", "why"].map((title) => make("th", {}, title));
     place.replaceChildren(
-      make("div", { class: "filters" }, search, ...kinds.map(kind), told, more),
+      make("div", { class: "filters" }, search, ...kinds.map(kind), shownCount, more),
       make(
         "div", { class: "log" },
         make("table", {}, make("thead", {}, make("tr", {}, ...titles)), body),

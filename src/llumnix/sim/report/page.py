@@ -1,9 +1,9 @@
-"""The report of a simulation: one HTML page that needs nothing else, for a browser of today.
+"""The report of a simulation: one HTML page that needs no other file and no network.
 
-`write_report` takes the result that data.py describes. The page is put together here
-(heading, tables) from figures.py and timeline.py (plots), page.css (colours, light and dark) and
-page.js (what is shown: setting, policies, decision log). plotly.js is written into it once; the
-page's content security policy lets nothing be fetched.
+`write_report` takes the result that data.py describes. Heading and tables are made here, plots in
+figures.py and timeline.py. page.css has the colours, light and dark; page.js shows the chosen
+setting, policies and decisions. plotly.js is written into the page, and the page's content security
+policy lets nothing be fetched.
 """
 
 import json
@@ -22,13 +22,13 @@ from llumnix.sim.report.data import (
     Details,
     Estimate,
     Setting,
-    bucket,
-    changes,
     count,
+    differ,
     estimate,
-    number,
+    finite,
+    has_waiting,
+    samples_per_point,
     settings_of,
-    waited,
 )
 from llumnix.sim.report.timeline import ARCS_MAX, drawable, timeline
 
@@ -41,23 +41,21 @@ CONTENT_POLICY = (
 
 
 class Kind(Enum):
-    """A cost is the better the lower, and told as a ratio too; so is a tally, which is counted; a
-    count is only told."""
+    """How a figure is shown."""
 
-    COST = "cost"
-    TALLY = "tally"
-    COUNT = "count"
+    COST = "cost"  # the lower the better: with its ratio to the reference
+    TALLY = "tally"  # a cost that is a whole number in each run
+    COUNT = "count"  # a whole number that is neither good nor bad
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Column:
-    """A figure of a table: where it is in the metrics, and how it is told. `group` stands above the
-    titles of several."""
+    """A column of a table."""
 
     title: str
-    path: tuple[str, ...]
-    group: str = ""
-    scale: float = 1.0
+    path: tuple[str, ...]  # in the metrics
+    group: str = ""  # stands above the titles of several columns
+    scale: float = 1.0  # factor to the title's unit
     kind: Kind = Kind.COST
 
 
@@ -133,13 +131,13 @@ def _file(name: str) -> str:
 
 
 def _embedded(data: Any) -> str:
-    """JSON that can stand in a script element, whatever text is in it."""
+    """JSON that may stand in a script element, because it has no character of HTML's syntax."""
     text = json.dumps(data, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def _data(settings: Sequence[Setting], colour: Mapping[str, int]) -> dict[str, Any]:
-    """What page.js shows."""
+    """The data that page.js reads."""
     workloads = list(dict.fromkeys(s.workload for s in settings))
     return {
         "colours": {name: i % figures.COLOURS for name, i in colour.items()},
@@ -163,12 +161,12 @@ def _data(settings: Sequence[Setting], colour: Mapping[str, int]) -> dict[str, A
 
 
 def _run(details: Details) -> dict[str, Any]:
-    """One detailed run: its plot, what to know of it, its decisions."""
+    """The data of one detailed run: its plot, a note beneath it, its decisions."""
     return {
         "figure": timeline(details),
         "note": _note(details),
         "decisions": [
-            [number(d.get("t_s")), *(str(d.get(key) or "") for key in ("kind", "what", "why"))]
+            [finite(d.get("t_s")), *(str(d.get(key) or "") for key in ("kind", "what", "why"))]
             for d in details.get("decisions") or ()
         ],
     }
@@ -183,9 +181,9 @@ def _note(details: Details) -> str:
         parts.append(f"{ARCS_MAX:,} of them are drawn, evenly picked")
     if arcs:
         parts.append("an arc goes from its source at the start to the dot at its destination")
-    if (size := bucket(len(details.get("t_s") or ()))) > 1:
+    if (size := samples_per_point(len(details.get("t_s") or ()))) > 1:
         parts.append(f"each point is the mean of {size} samples")
-    if details.get("t_s") and not waited(details):
+    if details.get("t_s") and not has_waiting(details):
         parts.append("no request waited")
     return "; ".join(parts) + "."
 
@@ -196,19 +194,19 @@ def _title(settings: Sequence[Setting]) -> str:
 
 
 def _heading(result: Mapping[str, Any], settings: Sequence[Setting], policies: list[str]) -> str:
-    """What was simulated."""
+    """The page's head: what was simulated."""
     runs = result.get("runs") or ()
     rates = sorted({s.rate for s in settings if s.rate is not None})
     facts = [", ".join(policies)]
     if rates:
         facts.append((f"{rates[0]:g} to " if len(rates) > 1 else "") + f"{rates[-1]:g} requests/s")
     facts.append(count(len({r.get("seed") for r in runs}), "seed"))
-    wall_s = number(result.get("wall_s"))
-    took = f", simulated in {told(wall_s)} s" if wall_s is not None else ""
+    wall_s = finite(result.get("wall_s"))
+    took = f", simulated in {three_digits(wall_s)} s" if wall_s is not None else ""
     facts.append(count(len(runs), "run") + took)
     lines = [f"<h1>{escape(_title(settings))}</h1>", f"<p>{escape(' · '.join(facts))}</p>"]
-    if what := result.get("told"):
-        rows = (f"<dt>{escape(str(k))}</dt><dd>{escape(str(v))}</dd>" for k, v in what.items())
+    if about := result.get("about"):
+        rows = (f"<dt>{escape(str(k))}</dt><dd>{escape(str(v))}</dd>" for k, v in about.items())
         lines.append(f"<dl>{''.join(rows)}</dl>")
     return f"<header>{''.join(lines)}</header>"
 
@@ -240,7 +238,7 @@ def _sections(settings: Sequence[Setting], colour: Mapping[str, int]) -> str:
 
 
 def _tables(setting: Setting, colour: Mapping[str, int]) -> str:
-    columns = [c for c in COLUMNS if _tells(setting, c)]
+    columns = [c for c in COLUMNS if _is_worth_showing(setting, c)]
     seeds = {len(runs) for runs in setting.runs.values()}
     reference = REFERENCE if REFERENCE in setting.runs else next(iter(setting.runs))
     about = []
@@ -254,11 +252,15 @@ def _tables(setting: Setting, colour: Mapping[str, int]) -> str:
     html += _table(columns, _rows(setting, columns, reference, colour))
     if classes := _classes(setting):
         rows = ""
-        latencies = [c for c in LATENCIES if any(_tells(setting, _of(c, n)) for n in classes)]
+        latencies = [
+            c
+            for c in LATENCIES
+            if any(_is_worth_showing(setting, _of_class(c, name)) for name in classes)
+        ]
         for name in classes:
             span = len(latencies) + 1
             rows += f'<tr class="class"><th colspan="{span}">{escape(name)}</th></tr>'
-            of_class = [_of(c, name) for c in latencies]
+            of_class = [_of_class(c, name) for c in latencies]
             rows += _rows(setting, of_class, reference, colour)
         html += f"<h3>By priority class</h3>{_table(latencies, rows)}"
     return html
@@ -279,17 +281,17 @@ def _classes(setting: Setting) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _of(column: Column, name: str) -> Column:
+def _of_class(column: Column, name: str) -> Column:
     """The column for one priority class."""
     return Column(title=column.title, path=("classes", name, *column.path), scale=column.scale)
 
 
-def _tells(setting: Setting, column: Column) -> bool:
-    """Whether the column says something that is not clear without it."""
+def _is_worth_showing(setting: Setting, column: Column) -> bool:
+    """Whether any policy has the figure, and not merely the value that a reader expects."""
     found = [e for runs in setting.runs.values() if (e := estimate(runs, *column.path))]
-    usual: Mapping[tuple[str, ...], int | None]
-    usual = {("instances_mean",): setting.instances, ("requests_failed",): 0}
-    return any(e.mean != usual.get(column.path) for e in found)
+    expected: Mapping[tuple[str, ...], int | None]
+    expected = {("instances_mean",): setting.instances, ("requests_failed",): 0}
+    return any(e.mean != expected.get(column.path) for e in found)
 
 
 def _table(columns: Sequence[Column], rows: str) -> str:
@@ -312,7 +314,7 @@ def _table(columns: Sequence[Column], rows: str) -> str:
 def _rows(
     setting: Setting, columns: Sequence[Column], reference: str, colour: Mapping[str, int]
 ) -> str:
-    """A row a policy."""
+    """A row for each policy."""
     found = {
         policy: [estimate(runs, *c.path) for c in columns] for policy, runs in setting.runs.items()
     }
@@ -329,9 +331,9 @@ def _rows(
 
 
 def _best(column: Column, row: Iterable[Estimate | None]) -> float | None:
-    """The lowest value; None if there is nothing to choose from."""
+    """The lowest value of a column; None if lower is not better, or all are alike."""
     means = [e.mean for e in row if e is not None]
-    return min(means) if column.kind is not Kind.COUNT and changes(means) else None
+    return min(means) if column.kind is not Kind.COUNT and differ(means) else None
 
 
 def _cell(
@@ -346,17 +348,17 @@ def _cell(
     if value.half:
         html += f"<small>± {value.half * column.scale:,.{places}f}</small>"
     if column.kind is not Kind.COUNT and reference is not None and reference.mean > 0:
-        html += f'<small class="ratio">× {told(value.mean / reference.mean)}</small>'
+        html += f'<small class="ratio">× {three_digits(value.mean / reference.mean)}</small>'
     return f"<td>{html}</td>"
 
 
-def told(value: float) -> str:
-    """Three digits, no exponent."""
+def three_digits(value: float) -> str:
+    """The value with three significant digits, without an exponent."""
     return f"{value:,.{_places(value)}f}"
 
 
 def _places(value: float) -> int:
-    """The decimals that make three digits, four at most."""
+    """How many decimals make three significant digits; four at most."""
     if value == 0:
         return 0
     return min(4, max(0, 2 - math.floor(math.log10(abs(value)))))

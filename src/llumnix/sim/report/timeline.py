@@ -1,7 +1,7 @@
 """The report's plot of one run: rows over one axis of time, as one plotly figure.
 
-KV memory of each instance, migrations as arcs between instances, waiting requests, and how many
-instances there are. Colours and texts are as in figures.py.
+The rows are the KV memory of each instance, migrations as arcs between instances, waiting requests,
+and the number of instances. Colours and texts are as in figures.py.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,34 +13,35 @@ from llumnix.sim.report.data import (
     DecisionLine,
     Details,
     MigrationSpan,
-    bucket,
-    changes,
-    evenly,
+    differ,
+    downsampled,
+    evenly_picked,
+    finite,
+    four_digits,
+    has_waiting,
     last_of,
-    natural,
-    number,
-    short,
-    thin,
-    waited,
+    natural_key,
+    samples_per_point,
 )
 from llumnix.sim.report.figures import Figure, count_axis, figure, plain_line, queues, times_of
 
 ARCS_MAX = 2_000
-"""Of more, so many are drawn, evenly picked."""
+"""Of more migrations, so many are drawn, evenly picked."""
 FEW_ARCS = 200
-"""More are drawn fainter."""
+"""From so many on, arcs are drawn fainter."""
 LINES_MAX = 4
-"""Instances that are drawn as a line each; more become a heat map."""
+"""So many instances have a line each; more become a heat map."""
 FAULT_LINES_MAX = 40
+"""Faults beyond these are not drawn."""
 _GAP_PX, _FOOT_PX = 46, 44
 _ARC_STEPS = 6
 _ARC_BOW = 0.008
-"""How far an arc bows, as a share of the whole time."""
+"""How far an arc bows, as a share of the run's time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One plot of the stack, `height_px` tall."""
+    """One plot of the stack."""
 
     title: str
     height_px: int
@@ -50,23 +51,23 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arc:
-    """A migration as it is drawn: when, and from which instance's line to which."""
+    """A migration as it is drawn."""
 
     began_s: float
     ended_s: float
-    source: int
-    destination: int
-    told: str
+    source: int  # place of its source's line
+    destination: int  # place of its destination's line
+    text: str  # shown beneath the mouse
 
 
 def timeline(details: Details) -> Figure | None:
     """The run over time; None if it was not sampled."""
     if not details.get("t_s") or not details.get("instances"):
         return None
-    names = sorted(details["instances"], key=natural)
-    size = bucket(len(details["t_s"]))
+    names = sorted(details["instances"], key=natural_key)
+    size = samples_per_point(len(details["t_s"]))
     times = times_of(details, size)
-    end_s = max((number(t) or 0.0 for t in details["t_s"]), default=0.0)
+    end_s = max((finite(t) or 0.0 for t in details["t_s"]), default=0.0)
     spread_px = min(420, max(120, 15 * len(names)))
     if len(names) > LINES_MAX:
         heat = _heat(details, names, times, size)
@@ -76,10 +77,10 @@ def timeline(details: Details) -> Figure | None:
         rows = [_row("KV memory in use", 170, _kv_lines(details, names, times, size), axis)]
     if arcs := _migrations(details, names, end_s):
         rows.append(_row("Migrations", spread_px, arcs, _instance_axis(names)))
-    if waited(details):
+    if has_waiting(details):
         traces = _waiting(details, times, size)
         rows.append(_row("Waiting requests", 120, traces, count_axis("requests")))
-    if changes(details.get("serving") or ()):
+    if differ(details.get("serving") or ()):
         traces = _serving(details, times, size)
         rows.append(_row("Serving instances", 110, traces, count_axis("instances")))
     return _stack(rows, _faults(details), end_s)
@@ -90,7 +91,7 @@ def _row(title: str, height_px: int, traces: list[Figure], axis: Figure) -> Row:
 
 
 def _stack(rows: Sequence[Row], faults: Sequence[DecisionLine], end_s: float) -> Figure:
-    """The rows below each other, each with its title and legend above it."""
+    """The rows one below the other, each with its title and legend above it."""
     plot_px = sum(row.height_px + _GAP_PX for row in rows)
     data: list[Figure] = []
     layout: Figure = {
@@ -139,7 +140,7 @@ def _stack(rows: Sequence[Row], faults: Sequence[DecisionLine], end_s: float) ->
 
 
 def _instance_axis(names: Sequence[str]) -> Figure:
-    """A line an instance, the first on top; of many only some are named."""
+    """An axis with a place for each instance, the first on top. Of many only some are named."""
     step = -(-len(names) // 16)
     return {
         "title": "instance",
@@ -152,7 +153,7 @@ def _instance_axis(names: Sequence[str]) -> Figure:
 
 def _heat(details: Details, names: Sequence[str], times: list[float], size: int) -> Figure:
     series = [details["instances"][name].get("kv_used") or () for name in names]
-    shares = [[_percent(v) for v in thin(one, size)] for one in series]
+    shares = [[_percent(v) for v in downsampled(one, size)] for one in series]
     stops = (0, 0.5, 0.8, 0.95, 1)
     return {
         "type": "heatmap",
@@ -164,7 +165,7 @@ def _heat(details: Details, names: Sequence[str], times: list[float], size: int)
         "colorscale": [[stop, f"var(--heat{i})"] for i, stop in enumerate(stops)],
         "colorbar": {"title": "%", "thickness": 10, "outlinewidth": 0, "x": 1.005},
         "hoverongaps": False,
-        "meta": [escape(name) for name in names],  # page.js makes a custom datum a cell of it.
+        "meta": [escape(name) for name in names],  # page.js makes `customdata` of it.
         "hovertemplate": "%{z} % of %{customdata} at %{x:.1f} s<extra></extra>",
     }
 
@@ -177,7 +178,10 @@ def _kv_lines(
             escape(name),
             f"var(--i{i})",
             times,
-            [_percent(v) for v in thin(details["instances"][name].get("kv_used") or (), size)],
+            [
+                _percent(v)
+                for v in downsampled(details["instances"][name].get("kv_used") or (), size)
+            ],
             "%{y} % of %{fullData.name} at %{x:.1f} s",
         )
         for i, name in enumerate(names)
@@ -185,7 +189,7 @@ def _kv_lines(
 
 
 def _waiting(details: Details, times: list[float], size: int) -> list[Figure]:
-    total, longest = ([short(v) for v in thin(one, size)] for one in queues(details))
+    total, longest = ([four_digits(v) for v in downsampled(one, size)] for one in queues(details))
     hover = "%{y} wait at %{x:.1f} s"
     lines = [plain_line("on all instances", "var(--queued)", times, total, hover)]
     lines[0] |= {"fill": "tozeroy", "fillcolor": "var(--queued-band)"}
@@ -197,11 +201,11 @@ def _waiting(details: Details, times: list[float], size: int) -> list[Figure]:
 
 def _serving(details: Details, times: list[float], size: int) -> list[Figure]:
     """The number of instances, and the decisions that change it."""
-    counts = thin(details.get("serving") or (), size, last_of)
+    counts = downsampled(details.get("serving") or (), size, last_of)
     lines = [plain_line("serving", "var(--ink)", times, counts, "%{y} serve at %{x:.1f} s", "hv")]
     for kind, symbol in (("add", "triangle-up"), ("drain", "triangle-down"), ("undrain", "circle")):
         found = [d for d in details.get("decisions") or () if d.get("kind") == kind]
-        found = [d for d in found if number(d.get("t_s")) is not None][:ARCS_MAX]
+        found = [d for d in found if finite(d.get("t_s")) is not None][:ARCS_MAX]
         if found:
             lines.append(
                 {
@@ -225,7 +229,7 @@ def _count_at(t_s: float, times: Sequence[float], counts: Sequence[float | None]
 
 def _faults(details: Details) -> list[DecisionLine]:
     faults = [d for d in details.get("decisions") or () if d.get("kind") == "fault"]
-    return [f for f in faults if number(f.get("t_s")) is not None][:FAULT_LINES_MAX]
+    return [f for f in faults if finite(f.get("t_s")) is not None][:FAULT_LINES_MAX]
 
 
 def _fault_line(fault: DecisionLine, across: str) -> Figure:
@@ -242,7 +246,7 @@ def _fault_line(fault: DecisionLine, across: str) -> Figure:
 
 
 def _fault_name(fault: DecisionLine) -> Figure:
-    """Above the first row."""
+    """The fault's name, above the first row."""
     return {
         "text": escape(str(fault.get("what") or "fault")),
         "x": fault["t_s"],
@@ -256,13 +260,13 @@ def _fault_name(fault: DecisionLine) -> Figure:
 
 
 def _migrations(details: Details, names: Sequence[str], end_s: float) -> list[Figure]:
-    """An arc a migration, from its source at its start to its destination at its end."""
-    place = {name: i for i, name in enumerate(names)}
+    """An arc for each migration, from its source at its start to its destination at its end."""
+    places = {name: i for i, name in enumerate(names)}
     kinds: dict[str, list[Arc]] = {"running": [], "waiting": [], "aborted": []}
-    for migration in evenly(drawable(details), ARCS_MAX):
+    for migration in evenly_picked(drawable(details), ARCS_MAX):
         waiting = "waiting" if migration.get("waiting") else "running"
         kind = waiting if migration.get("outcome") == "migrated" else "aborted"
-        kinds[kind].append(_arc(migration, place))
+        kinds[kind].append(_arc(migration, places))
     names_and_colours = {
         "running": ("moved while running", "var(--moved)"),
         "waiting": ("moved while waiting", "var(--queued)"),
@@ -284,26 +288,27 @@ def drawable(details: Details) -> list[MigrationSpan]:
         for m in details.get("migrations") or ()
         if m.get("source") in known
         and m.get("destination") in known
-        and number(m.get("t_s")) is not None
+        and finite(m.get("t_s")) is not None
     ]
 
 
-def _arc(migration: MigrationSpan, place: Mapping[str, int]) -> Arc:
+def _arc(migration: MigrationSpan, places: Mapping[str, int]) -> Arc:
     began_s = migration["t_s"]
-    ended_s = number(migration.get("ended_s"))
+    ended_s = finite(migration.get("ended_s"))
     return Arc(
         began_s=began_s,
         ended_s=began_s if ended_s is None else ended_s,
-        source=place[migration["source"]],
-        destination=place[str(migration["destination"])],
-        told=_migration_text(migration),
+        source=places[migration["source"]],
+        destination=places[str(migration["destination"])],
+        text=_migration_text(migration),
     )
 
 
 def _arc_traces(
     name: str, colour: str, arcs: Sequence[Arc], bow_s: float, few: bool
 ) -> list[Figure]:
-    """All arcs of one kind as one line with gaps, and a dot at each destination to point at."""
+    """All arcs of one kind as one line with gaps, and a dot at each destination. An arc is a
+    parabola about the straight line from its start to its end, `bow_s` wide at its middle."""
     xs: list[float | None] = []
     ys: list[float | None] = []
     for arc in arcs:
@@ -324,7 +329,7 @@ def _arc_traces(
         "x": [round(arc.ended_s, 3) for arc in arcs],
         "y": [arc.destination for arc in arcs],
         "marker": {"color": colour, "size": 6 if few else 4},
-        "customdata": [arc.told for arc in arcs],
+        "customdata": [arc.text for arc in arcs],
         "hovertemplate": "%{customdata}<extra></extra>",
         "showlegend": False,
         "legendgroup": name,
@@ -333,8 +338,8 @@ def _arc_traces(
 
 
 def _migration_text(m: MigrationSpan) -> str:
-    tokens = number(m.get("tokens"))
-    ended_s = number(m.get("ended_s"))
+    tokens = finite(m.get("tokens"))
+    ended_s = finite(m.get("ended_s"))
     parts = [
         f"<b>{escape(str(m.get('request', '')))}</b>"
         f" {escape(str(m['source']))} → {escape(str(m['destination']))}",
@@ -354,7 +359,7 @@ def _decision_text(d: DecisionLine) -> str:
 
 
 def wrapped(text: str, width: int = 70) -> str:
-    """The text as plotly's HTML, in lines of about that many letters."""
+    """The text as plotly's HTML, in lines of about `width` characters."""
     lines = [""]
     for word in text.split():
         if lines[-1] and len(lines[-1]) + len(word) >= width:
@@ -364,5 +369,5 @@ def wrapped(text: str, width: int = 70) -> str:
 
 
 def _percent(share: Any) -> float | None:
-    known = number(share)
+    known = finite(share)
     return None if known is None else round(known * 100)
