@@ -1,5 +1,7 @@
-"""Trace files with names of their own. They are not part of llumnix, but looked for in a folder
-that the caller or the environment variable LLUMNIX_TRACES names."""
+"""Trace files that `--trace` knows by a name.
+
+They are not part of llumnix. They are looked for in a folder that the caller or the environment
+variable LLUMNIX_TRACES names."""
 
 import os
 from dataclasses import dataclass
@@ -12,12 +14,13 @@ FOLDER_VARIABLE = "LLUMNIX_TRACES"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TraceFile:
-    """A file with a name of its own. `grid_s`: its arrival times are rounded to so many seconds,
-    so requests of one instant are spread over the time up to the next, evenly."""
+    """A file with a name of its own."""
 
     file: str
-    about: str
+    about: str  # a line for users; tokens are means of input and output
     grid_s: float = 0.0
+    """Its arrival times are rounded to so many seconds. Requests of one instant are spread evenly
+    over the time up to the next."""
 
 
 FILES = {
@@ -73,7 +76,8 @@ CLIENTS = {
 
 
 def named_file(name: str, folder: str | Path | None) -> Path:
-    """Where the file of that name is. `folder`: None for the one of LLUMNIX_TRACES."""
+    """The path of the file with that name. `folder`: None for the one that LLUMNIX_TRACES names.
+    Raises UsageError if the file is not there."""
     file = {**FILES, **CLIENTS}[name].file
     folder = folder or os.environ.get(FOLDER_VARIABLE)
     fix = f"give the folder that has it with --traces DIR, or in {FOLDER_VARIABLE}"

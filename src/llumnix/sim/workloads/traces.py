@@ -1,15 +1,17 @@
 """Trace files: requests, or clients' statistics, that a workload is drawn from.
 
-Request files: csv or jsonl, gzip or not, with the columns input_tokens, output_tokens and, if the
-source has them, arrival_s and hash_ids. A file with arrival times gives consecutive requests from a
-place that the seed picks; without, random rows, none twice. hash_ids, a list (JSON in a csv),
-names the prompt's parts, from its beginning: two prompts agree in as many leading tokens as their
-lists do. Each id stands for 512 tokens, or for as many as the list hash_tokens says. Where priority
-(vLLM's number) is below 0 the request is urgent.
+Files of requests are csv or jsonl, gzip or not. Their columns are
+- input_tokens, output_tokens.
+- arrival_s, if it is known. Then consecutive requests are drawn, from a row on that the seed picks;
+  else random rows, none twice.
+- hash_ids, if shared prefixes are known: a list (JSON in a csv) that names the prompt's parts from
+  its beginning. Two prompts agree in as many leading tokens as their lists do.
+- hash_tokens: how many tokens each id of hash_ids stands for; 512 if it is missing.
+- priority: vLLM's number. Below 0 the request is urgent.
 
-An event log of `llumnix serve` (observe/event_log.py) is such a file too.
+An event log of `llumnix serve` (observe/event_log.py) is read as such a file too.
 
-Files of clients (ServeGen's): one client a line, with its rate and the family of its gaps in
+Files of clients (ServeGen's) have a client a line, with its rate and the family of its gaps in
 windows of 600 s, and with quantiles of its lengths.
 """
 
@@ -30,42 +32,44 @@ from pathlib import Path
 from typing import Any
 
 from llumnix.errors import UsageError
-from llumnix.sim.workloads.event_log import logged
+from llumnix.sim.workloads.event_log import requests_in
 
 FILES_KEPT_MAX = 16
 """Files that a process keeps in memory once read."""
 HASH_BLOCK_TOKENS = 512
-"""What an id of hash_ids stands for, unless hash_tokens says otherwise (Mooncake's traces)."""
+"""Tokens of an id of hash_ids, unless hash_tokens says otherwise (Mooncake's traces)."""
 SEGMENT_BLOCK_TOKENS = 16
-"""Blocks that prompts are cut into whose parts differ in length (RAGPulse)."""
+"""Tokens of a block where a prompt's parts differ in length (RAGPulse)."""
 END_BITS = 32
-"""Room for a place in a prompt, in ids made of a part's number and that place."""
+"""Bits of a block's end, in ids made of a part's number and that end."""
 WINDOW_S = 600
+"""A client's rate holds for so long."""
 TABLE_S = 21600
-"""Clients' rates are told for windows of the one length, their lengths for the other."""
+"""A client's quantiles of lengths hold for so long."""
 TABLE_QUANTILES = (0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999, 1.0)
 COLUMNS = (
     "a trace has the columns input_tokens and output_tokens, perhaps arrival_s, hash_ids, priority"
 )
 
 Lengths = list[tuple[int, int]]
-"""Prompt and output of each request, in tokens."""
+"""Prompt and output tokens of each request."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prefix:
-    """A prompt's parts. `ids`: one id stands for a part and all before it. `ends`: where each part
-    ends, in tokens from the prompt's beginning; () if each has `HASH_BLOCK_TOKENS`."""
+    """A prompt's leading parts."""
 
-    ids: tuple[int, ...]
+    ids: tuple[int, ...]  # one for each part; it stands for the part and all before it
     ends: tuple[int, ...] = ()
+    """Where each part ends, in tokens from the prompt's beginning; () if each has
+    `HASH_BLOCK_TOKENS`."""
 
     def blocks(self, prompt_tokens: int, scale: float) -> tuple[tuple[int, ...], int]:
         """Ids of the prompt's full leading blocks of equal size, and that size in tokens.
 
         The prompt has been shrunk by `scale`, and its end may have been cut off. Parts of equal
-        size are the blocks, and shrink too. Others are cut into blocks of `SEGMENT_BLOCK_TOKENS`,
-        each named after the part that it ends in and where."""
+        size are the blocks, and shrink with it. Others are cut into blocks of
+        `SEGMENT_BLOCK_TOKENS`; a block's id is made of the part that it ends in, and of its end."""
         if not self.ends:
             block_tokens = max(1, round(HASH_BLOCK_TOKENS * scale))
             return self.ids[: prompt_tokens // block_tokens], block_tokens
@@ -79,49 +83,47 @@ class Prefix:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Drawn:
-    """Requests of one seed. `at_s`: None if their source has no arrival times; `prefixes`: () if
-    it has none; `high`: which are urgent, () if it does not tell."""
+    """Requests of one seed."""
 
-    at_s: list[float] | None
+    at_s: list[float] | None  # arrival times; None if their source has none
     lengths: Lengths
-    prefixes: tuple[Prefix, ...] = ()
-    high: tuple[bool, ...] = ()
+    prefixes: tuple[Prefix, ...] = ()  # () if their source has none
+    high: tuple[bool, ...] = ()  # which are urgent; () if their source does not say
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestFile:
-    """What a file of requests has, in order of arrival. `at_s`, `prefixes` and `high`: () if it
-    has none."""
+    """The requests of a file, in order of arrival."""
 
     name: str
-    lengths: tuple[tuple[int, int], ...]
-    at_s: tuple[float, ...] = ()
-    prefixes: tuple[Prefix, ...] = ()
-    high: tuple[bool, ...] = ()
+    lengths: tuple[tuple[int, int], ...]  # as `Lengths`
+    at_s: tuple[float, ...] = ()  # arrival times; () if it has none
+    prefixes: tuple[Prefix, ...] = ()  # () if it has none
+    high: tuple[bool, ...] = ()  # which are urgent; () if it does not say
 
     def draw(self, seed: int, requests: int, rate_per_s: float | None) -> Drawn:
         """Consecutive requests, or random ones if they have no arrival times. Their gaps are
-        stretched to the rate; None leaves them as they are."""
+        stretched to the rate, unless that is None. Raises UsageError if the file has too few."""
         dice = random.Random(f"{seed} lengths")
         size = len(self.lengths)
         if size < requests:
             raise UsageError(f"{self.name} has {size} requests: ask for no more (--requests)")
         if not self.at_s:
-            return self._some(dice.sample(range(size), requests), None)
+            return self._select(dice.sample(range(size), requests), None)
         first = dice.randrange(size - requests + 1)
         at_s = self.at_s[first : first + requests]
-        began, lasted_s, stretch = at_s[0], at_s[-1] - at_s[0], 1.0
+        span_s, stretch = at_s[-1] - at_s[0], 1.0
         if rate_per_s is not None and requests > 1:
-            if lasted_s <= 0:
+            if span_s <= 0:
                 raise UsageError(
                     f"{self.name}: these {requests} requests all come at once, which no rate can "
                     "stretch: ask for more requests (--requests)"
                 )
-            stretch = (requests - 1) / rate_per_s / lasted_s
-        times = [(at - began) * stretch for at in at_s]
-        return self._some(range(first, first + requests), times)
+            stretch = (requests - 1) / rate_per_s / span_s  # wanted span ÷ the file's
+        times = [(at - at_s[0]) * stretch for at in at_s]
+        return self._select(range(first, first + requests), times)
 
-    def _some(self, rows: Iterable[int], at_s: list[float] | None) -> Drawn:
+    def _select(self, rows: Iterable[int], at_s: list[float] | None) -> Drawn:
         rows = list(rows)
         return Drawn(
             at_s=at_s,
@@ -133,18 +135,21 @@ class RequestFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gaps:
-    """The gaps between a client's requests in one window: Gamma ("G"), Weibull ("W") or
-    exponential ("")."""
+    """The distribution of the gaps between a client's requests in one window."""
 
     rate_per_s: float
-    family: str
+    family: str  # "G" for Gamma, "W" for Weibull, "" for exponential
     shape: float
 
     def begin(self, dice: random.Random, rate_per_s: float) -> Iterator[float]:
         """Seconds to the first request, then from each to the next.
 
-        The first gap is under way when the window begins, and only its rest counts: so bursts do
+        The first gap is under way when the window begins, and only its rest counts. So bursts do
         not begin with the window, and the mean rate is right from the start."""
+        # A gap that is under way at a random moment is drawn with its length as weight, and that
+        # moment lies anywhere in it: a uniform share of a gap of the density x f(x) / mean. For
+        # Gamma(k) that is Gamma(k + 1) of the same scale. A Weibull gap is scale * E^(1/k), with E
+        # exponential; weighted by its length, E is Gamma(1 + 1/k).
         if self.family == "W":
             power = 1 / self.shape
             scale = 1 / rate_per_s / math.gamma(1 + power)
@@ -160,21 +165,21 @@ class Gaps:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Client:
-    """`windows`: by their start. `tables`: the quantiles of its prompts and outputs in tokens, by
-    the start of six hours."""
+    """One client's statistics."""
 
     number: int
-    windows: Mapping[int, Gaps]
+    windows: Mapping[int, Gaps]  # by start of the window, in s
     tables: Mapping[int, tuple[tuple[float, ...], tuple[float, ...]]]
+    """Quantiles of its prompt and output tokens, by start of the `TABLE_S`, in s."""
 
     def arrivals(
-        self, window: int, begin_s: float, factor: float, dice_of: str
+        self, window: int, begin_s: float, factor: float, dice_seed: str
     ) -> Iterator[tuple[float, int, int]]:
-        """Its requests in one window that begins at `begin_s`: when, prompt, output. Lengths are
-        independent of each other."""
-        gaps, prompts = self.windows[window], random.Random(f"{dice_of} {self.number} prompts")
-        outputs = random.Random(f"{dice_of} {self.number} outputs")
-        times = random.Random(f"{dice_of} {self.number} gaps")
+        """Its requests in one window: arrival in s, prompt and output tokens. In the run the window
+        begins at `begin_s`. `factor` multiplies its rate. Prompt and output are independent."""
+        gaps, prompts = self.windows[window], random.Random(f"{dice_seed} {self.number} prompts")
+        outputs = random.Random(f"{dice_seed} {self.number} outputs")
+        times = random.Random(f"{dice_seed} {self.number} gaps")
         prompt_table, output_table = self.tables[window // TABLE_S * TABLE_S]
         since_s = 0.0
         for gap in gaps.begin(times, gaps.rate_per_s * factor):
@@ -190,22 +195,22 @@ class Client:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClientFile:
-    """What a file of clients has. Clients and windows whose lengths are unknown are left out, and
-    their rates with them. `starts`: of the windows in which anybody sends."""
+    """The clients of a file. Clients and windows whose lengths are unknown are left out, and their
+    rates with them."""
 
     clients: tuple[Client, ...]
-    starts: tuple[int, ...]
+    starts: tuple[int, ...]  # of the windows in which any client sends, in s
 
     def draw(self, seed: int, requests: int, rate_per_s: float | None) -> Drawn:
-        """The first requests from a window on that the seed picks; after the last window comes
-        the first. All clients' rates are multiplied by one factor, so that the windows that the
-        run is to last have that rate on average; None leaves the rates as they are."""
+        """The first requests from a window on that the seed picks. After the last window comes the
+        first. One factor multiplies all clients' rates, so that the windows of the run have that
+        rate on average; None leaves the rates as they are."""
         first = random.Random(f"{seed} window").randrange(len(self.starts))
         factor = 1.0
         if rate_per_s is not None:
-            lasts = min(len(self.starts), math.ceil(requests / rate_per_s / WINDOW_S))
-            own = [self.rate_per_s(self._start(first + n)) for n in range(lasts)]
-            factor = rate_per_s * len(own) / sum(own)
+            windows = min(len(self.starts), math.ceil(requests / rate_per_s / WINDOW_S))
+            own = [self.rate_per_s(self._start(first + n)) for n in range(windows)]
+            factor = rate_per_s * len(own) / sum(own)  # wanted rate ÷ their mean rate
         drawn = list(itertools.islice(self._arrivals(seed, first, factor), requests))
         return Drawn(
             at_s=[at_s for at_s, _, _ in drawn],
@@ -213,11 +218,12 @@ class ClientFile:
         )
 
     def rate_per_s(self, start: int) -> float:
-        """Of all clients, in one window."""
+        """The rate of all clients in one window."""
         return sum(c.windows[start].rate_per_s for c in self.clients if start in c.windows)
 
-    def _start(self, place: int) -> int:
-        return self.starts[place % len(self.starts)]
+    def _start(self, number: int) -> int:
+        """The start of a window by its number. After the last window comes the first."""
+        return self.starts[number % len(self.starts)]
 
     def _arrivals(self, seed: int, first: int, factor: float) -> Iterator[tuple[float, int, int]]:
         for n in itertools.count():
@@ -229,8 +235,8 @@ class ClientFile:
 
 
 def from_quantiles(lengths: tuple[float, ...], at: float) -> int:
-    """The length at quantile `at`; on a logarithmic scale between two of `TABLE_QUANTILES`, which
-    comes closer to the tables' means than a straight line."""
+    """The length in tokens at quantile `at`. Between two of `TABLE_QUANTILES` its logarithm is
+    interpolated, which comes closer to the tables' means than a straight line."""
     i = bisect_left(TABLE_QUANTILES, at)
     if i == 0:
         return round(lengths[0])
@@ -240,14 +246,15 @@ def from_quantiles(lengths: tuple[float, ...], at: float) -> int:
 
 @lru_cache(maxsize=FILES_KEPT_MAX)
 def read_requests(path: Path, grid_s: float = 0.0) -> RequestFile:
-    """A file of requests, read once in a process; `grid_s` as in `TraceFile`."""
+    """A file of requests, read once in a process. `grid_s` is as in `TraceFile`. Raises UsageError
+    if it cannot be read."""
     lengths, at_s, prefixes, high = [], [], [], []
     numbers: dict[tuple[int, Any], int] = {}
     rows = _rows(path)
     if (first := next(rows, None)) is not None:
         rows = itertools.chain([first], rows)
         if "who" in first:
-            rows = logged(rows)
+            rows = requests_in(rows)
     for n, row in enumerate(rows, start=1):
         if missing := [c for c in ("input_tokens", "output_tokens") if row.get(c) is None]:
             raise UsageError(f"{path}, request {n} has no {' and no '.join(missing)}; {COLUMNS}")
@@ -279,7 +286,7 @@ def read_requests(path: Path, grid_s: float = 0.0) -> RequestFile:
 
 @lru_cache(maxsize=FILES_KEPT_MAX)
 def read_clients(path: Path) -> ClientFile:
-    """A file of clients, read once in a process."""
+    """A file of clients, read once in a process. Raises UsageError if it cannot be read."""
     try:
         clients = tuple(_client(row) for row in _rows(path) if row["lengths_available"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -320,7 +327,8 @@ def _tokens(value: Any) -> int:
 
 
 def _prefix(row: dict[str, Any], numbers: dict[tuple[int, Any], int]) -> Prefix:
-    """`numbers` gives each list of leading ids that was seen a number of its own."""
+    """The parts of a row's prompt. `numbers` gives a number to each list of leading ids, found by
+    the number of the list without its last id, and that id."""
     ids, tokens = _list(row["hash_ids"]), _list(row.get("hash_tokens") or [])
     if tokens and len(tokens) != len(ids):
         raise ValueError(f"{len(ids)} hash_ids and {len(tokens)} hash_tokens")
@@ -340,12 +348,14 @@ def _list(value: Any) -> list[Any]:
 
 
 def _spread(at_s: list[float], grid_s: float) -> Iterator[float]:
+    """The times, with those of one instant spread evenly over `grid_s`."""
     for at, same in itertools.groupby(at_s):
         count = len(list(same))
         yield from (at + grid_s * i / count for i in range(count))
 
 
 def _client(row: dict[str, Any]) -> Client:
+    """A line of a file of clients. Windows without requests or lengths are left out."""
     sides = ("input_tokens", "output_tokens")
     tables = {
         int(start): tuple(tuple(max(1, n) for n in table[side]["q"]) for side in sides)

@@ -1,19 +1,16 @@
-"""The requests of a run, drawn before it begins: when each comes, how long its parts are.
+"""The requests of a run, drawn before it begins: arrival times and lengths.
 
-Lengths are drawn from a synthetic pair (input-output) or taken from a trace
-(sim/workloads/traces.py).
+Lengths come from a synthetic pair (input-output) or from a trace (sim/workloads/traces.py). Pairs
+have no real traffic, no correlation of input and output, and no sessions.
+- S, M and L are those of Table 1 of Llumnix (OSDI 2024), as `ZIPF` has it.
+- sharegpt and burstgpt go through the quantiles of that table. Between two of them a power of the
+  length is interpolated, which gives the table's mean too. The lowest and highest are assumed.
 
-Pairs: S, M and L are Table 1 of Llumnix (OSDI 2024): K on {1, ..., 2m-1} with P(K = k) proportional
-to k^-alpha, length = min(6144, ceil(s K)); s gives the table's mean in expectation. sharegpt and
-burstgpt go through the quantiles of that table; between two of them lengths are bent so that the
-mean is the table's too, and the ends are assumed. All of them are synthetic: no real traffic, no
-correlation of input and output, no sessions.
-
-Arrival times come from a Gamma distribution of gaps (Poisson is one of them), or from the trace,
+Arrival times come from a Gamma distribution of gaps, of which Poisson is one, or from the trace,
 with its own gaps stretched to the wanted rate. Mooncake's timestamps fall on a grid of 3 s, and
-RAGPulse's are whole seconds: by those names, requests of one instant are spread evenly over the 3 s
-or the second. Mooncake's then come more evenly (CV 0.4) than those of users would. A file named by
-its path is taken as it is.
+RAGPulse's are whole seconds. With these traces, requests of one instant are spread evenly over the
+3 s or the second. Mooncake's then come more evenly (CV 0.4) than those of users would. A file named
+by its path is taken as it is.
 """
 
 import itertools
@@ -35,12 +32,17 @@ from llumnix.sim.workloads.traces import (
 )
 
 LENGTH_MAX = 6144
+"""Tokens of the longest synthetic prompt or output."""
+# Mean m, exponent alpha and factor s of a pair's side. K is drawn from {1, ..., 2m - 1} with
+# P(K = k) proportional to k^-alpha. The length is min(LENGTH_MAX, ceil(s K)), of which s makes the
+# expectation m.
 ZIPF = {
     "S": (128, 2.0, 34.3195),
     "M": (256, 1.5, 14.7611),
     "L": (512, 1.15, 5.8988),
 }
 QUANTILES = (0.0, 0.5, 0.8, 0.95, 0.99, 1.0)
+# Of prompts and of outputs: tokens at `QUANTILES`, and the power that is interpolated between them.
 KNOTS = {
     "sharegpt": (
         ((4, 74, 348, 1484, 3388, 6144), -0.35103),
@@ -64,29 +66,27 @@ TRACES = {
     "burstgpt": "synthetic, with the quantiles of BurstGPT's conversations: 830 and 271 tokens",
     **{name: file.about for name, file in {**FILES, **CLIENTS}.items()},
 }
-"""All names that a trace can have, each with a line on it; tokens are means of input and output."""
+"""A line on each named trace. Tokens are means of input and output."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arrival:
-    """One request to come. `at_s`: seconds since the run's beginning. `clipped`: it was longer.
+    """One request to come."""
 
-    `prefix` has an id for each full leading block of `prefix_block_tokens` of the prompt whose
-    content is known; () if the trace does not tell. Two prompts of one trace agree up to a block's
-    end if both have its id: an id stands for its block and all before it."""
-
-    at_s: float
+    at_s: float  # since the run's beginning
     prompt_tokens: int
     output_tokens: int
-    high: bool = False
-    clipped: bool = False
+    high: bool = False  # it is urgent
+    clipped: bool = False  # it was longer
     prefix: tuple[int, ...] = ()
-    prefix_block_tokens: int = 0
+    """An id for each full leading block of the prompt whose content is known. An id stands for its
+    block and all before it, so that two prompts of one trace that have it agree up to there."""
+    prefix_block_tokens: int = 0  # of a block of `prefix`
 
     def blocks(self, block_tokens: int) -> tuple[int, ...]:
-        """The prefix in blocks of another size: for an engine's cache. A block is shared if the
-        block of `prefix` that it ends in is, so ids of 512 tokens give 32 of 16 each, and what two
-        prompts share beyond their last common id stays unknown."""
+        """The prefix in blocks of an engine's cache. A block is shared if the block of `prefix`
+        that it ends in is. So an id of 512 tokens gives 32 of 16 each, and what two prompts share
+        beyond their last common id stays unknown."""
         size = self.prefix_block_tokens
         ends = range(block_tokens - 1, len(self.prefix) * size, block_tokens)
         return tuple(self.prefix[last // size] * size + last % size for last in ends)
@@ -94,23 +94,20 @@ class Arrival:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """What to draw.
+    """What to draw. Raises UsageError if a value makes no sense."""
 
-    `trace`: one of `TRACES`, or the path of a file of requests. `folder` has the files of traces
-    with a name; None for the one that LLUMNIX_TRACES names. `rate_per_s`: None for the trace's own.
-    `cv`: of the gaps, Gamma (1 is Poisson); None: the trace's own gaps where it has any, else
-    Poisson. Lengths are multiplied by `scale`, and a request of more than `tokens_max` (prompt and
-    output) is shrunk to that, both parts alike. `high_share` of the requests are urgent; 0
-    where the trace says which."""
-
-    trace: str
+    trace: str  # one of `TRACES`, or the path of a file of requests
     requests: int
-    rate_per_s: float | None
+    rate_per_s: float | None  # None for the trace's own
     cv: float | None = None
-    scale: float = 1.0
+    """Coefficient of variation of Gamma gaps; 1 is Poisson. None for the trace's own gaps, or
+    Poisson if it has none."""
+    scale: float = 1.0  # lengths are multiplied by it
     tokens_max: int | None = None
-    high_share: float = 0.0
+    """A request of more tokens, prompt and output, is shrunk to so many, both parts alike."""
+    high_share: float = 0.0  # of urgent requests; 0 if the trace says which are
     folder: str | Path | None = None
+    """Has the files of named traces; None for the one that LLUMNIX_TRACES names."""
 
     def __post_init__(self) -> None:
         above_zero = {
@@ -128,10 +125,11 @@ class Workload:
             raise UsageError(f"the share of urgent requests is {self.high_share}: give 0 to 1")
 
     def draw(self, seed: int) -> list[Arrival]:
-        """The requests of one seed, in order of arrival. Each thing drawn has dice of its own, so
-        that another rate or share changes nothing else. (A run on ServeGen's clients that lasts
-        longer than a window of theirs, 600 s, gets its later requests from other windows, so there
-        a rate decides where they come from.)"""
+        """The requests of one seed, in order of arrival.
+
+        Lengths, gaps and classes have dice of their own, so that another rate or share changes
+        nothing else. ServeGen's clients are an exception: a run of more than 600 s takes its later
+        requests from further windows, and the rate decides which requests these are."""
         if self.trace in PAIRS:
             lengths = _synthetic(self.trace, self.requests, random.Random(f"{seed} lengths"))
             drawn = Drawn(at_s=None, lengths=lengths)
@@ -169,7 +167,7 @@ class Workload:
         )
 
     def _rate(self, times: list[float] | None) -> float:
-        """The wanted one, or that of the trace's own times."""
+        """The wanted rate, or that of the trace's own times."""
         if self.rate_per_s is not None:
             return self.rate_per_s
         if times is None:
@@ -182,7 +180,9 @@ class Workload:
         return (len(times) - 1) / (times[-1] - times[0])
 
     def _gamma(self, dice: random.Random, rate_per_s: float) -> list[float]:
-        variance = (self.cv or 1.0) ** 2
+        """Arrival times with Gamma gaps."""
+        # Shape k and scale s give the mean k s = 1 / rate and the CV 1 / sqrt(k).
+        variance = (self.cv or 1.0) ** 2  # of a gap, in squares of its mean
         gaps = [
             dice.gammavariate(1 / variance, variance / rate_per_s) for _ in range(self.requests)
         ]
@@ -190,7 +190,7 @@ class Workload:
 
 
 def source(trace: str, folder: str | Path | None) -> RequestFile | ClientFile:
-    """The file that `trace` names, read."""
+    """The file that `trace` names, read. Raises UsageError if there is none, or a wrong one."""
     if trace in CLIENTS:
         return read_clients(named_file(trace, folder))
     if trace in FILES:
@@ -204,14 +204,14 @@ def source(trace: str, folder: str | Path | None) -> RequestFile | ClientFile:
 
 
 def requests_of(trace: str, folder: str | Path | None) -> int | None:
-    """How many requests a trace has; None if it never ends."""
+    """How many requests a trace has; None if it has no end."""
     found = None if trace in PAIRS else source(trace, folder)
     return len(found.lengths) if isinstance(found, RequestFile) else None
 
 
 def _synthetic(pair: str, count: int, dice: random.Random) -> Lengths:
     if pair in KNOTS:
-        sides = [[_bent(*knots, dice.random()) for _ in range(count)] for knots in KNOTS[pair]]
+        sides = [[_at_quantile(*k, dice.random()) for _ in range(count)] for k in KNOTS[pair]]
     else:
         sides = [_zipf(*ZIPF[name], count, dice) for name in pair.split("-")]
     return list(zip(*sides, strict=True))
@@ -224,10 +224,10 @@ def _zipf(mean: int, alpha: float, scale: float, count: int, dice: random.Random
     return [min(LENGTH_MAX, math.ceil(scale * k)) for k in drawn]
 
 
-def _bent(lengths: tuple[int, ...], power: float, at: float) -> int:
-    """The length at quantile `at`."""
+def _at_quantile(lengths: tuple[int, ...], power: float, at: float) -> int:
+    """The length in tokens at quantile `at`, through `lengths` at `QUANTILES`."""
     part = next(i for i, q in enumerate(QUANTILES[1:]) if at <= q)
     low, high = QUANTILES[part], QUANTILES[part + 1]
     share = (at - low) / (high - low)
-    bent = (1 - share) * lengths[part] ** power + share * lengths[part + 1] ** power
-    return round(bent ** (1 / power))
+    powered = (1 - share) * lengths[part] ** power + share * lengths[part + 1] ** power
+    return round(powered ** (1 / power))
