@@ -1,4 +1,4 @@
-"""`llumnix simulate`: reads its arguments, runs, and shows what came out."""
+"""`llumnix simulate`: reads its arguments, runs the simulations, and shows their results."""
 
 import argparse
 import json
@@ -29,9 +29,12 @@ from llumnix.sim.workloads.named_files import FOLDER_VARIABLE
 from llumnix.sim.workloads.workload import TRACES, requests_of
 
 POINTS_MAX = 200
+"""Rates of a sweep."""
 REQUESTS = 1000
+"""Requests of a run, by default."""
 INSTANCES_MAX = 1024
 """Where `--capacity-for` gives up."""
+# Title, path in the metrics, factor to the title's unit.
 COLUMNS = (
     ("TTFT mean, s", ("ttft_s", "mean"), 1),
     ("TTFT P99, s", ("ttft_s", "p99"), 1),
@@ -49,7 +52,7 @@ COLUMNS = (
 
 
 def simulate(argv: list[str]) -> int:
-    """Runs the command; 0 when all runs have ended."""
+    """Runs the command. Returns 0 when all runs have ended; raises UsageError."""
     parser = _parser()
     args = parser.parse_args(argv)
     began = time.monotonic()
@@ -58,15 +61,15 @@ def simulate(argv: list[str]) -> int:
         _check_report(args.report)
     if args.capacity_for:
         return _capacity(specs, args, began)
-    shown = Console(stderr=True)
-    placed: dict[int, Run] = {}
-    with Progress(console=shown, disable=args.json or not shown.is_terminal) as progress:
+    console = Console(stderr=True)
+    done: dict[int, Run] = {}
+    with Progress(console=console, disable=args.json or not console.is_terminal) as progress:
         task = progress.add_task("simulating", total=len(specs))
-        for place, run in runs(specs, args.processes):
-            placed[place] = run
+        for number, run in runs(specs, args.processes):
+            done[number] = run
             progress.advance(task)
     result = {
-        "runs": [placed[n] for n in sorted(placed)],
+        "runs": [done[n] for n in sorted(done)],
         "wall_s": round(time.monotonic() - began, 2),
     }
     _show(result, args)
@@ -74,7 +77,7 @@ def simulate(argv: list[str]) -> int:
 
 
 def _check_report(path: Path) -> None:
-    """Before the runs, not after them."""
+    """Raises UsageError if the report could not be written. It is called before the runs."""
     from llumnix.sim.report.figures import plotly
 
     plotly()
@@ -101,7 +104,7 @@ def _show(result: dict[str, Any], args: argparse.Namespace) -> None:
 
 
 def _table(found: list[Run]) -> Table:
-    """Means over the seeds, with 95 % intervals where there are several."""
+    """The table of results: means over the seeds, with 95 % intervals if there are several."""
     table = Table()
     rates = len({r["rate"] for r in found}) > 1
     table.add_column("policy")
@@ -143,7 +146,7 @@ def _survival_lines(found: list[Run]) -> list[str]:
 
 
 def _groups(found: list[Run]) -> dict[tuple[Any, ...], list[Run]]:
-    """By rate and policy."""
+    """The runs by rate and policy."""
     groups: dict[tuple[Any, ...], list[Run]] = {}
     for run in found:
         groups.setdefault((run["rate"], run["policy"]), []).append(run)
@@ -157,7 +160,8 @@ def _pick(metrics: Any, path: tuple[str, ...]) -> Any:
 
 
 def _capacity(specs: list[Spec], args: argparse.Namespace, began: float) -> int:
-    """The fewest instances for each policy and rate, all seeds keeping the bound."""
+    """Finds the fewest instances with which all seeds keep the bound, for each policy and rate, and
+    shows them. Returns 0."""
     rows = []
     for policy in args.policy:
         for rate in dict.fromkeys(s.rate_per_s for s in specs):
@@ -201,8 +205,7 @@ def _specs(args: argparse.Namespace) -> list[Spec]:
     )
     requests: int = args.requests
     if requests is None:
-        there = requests_of(args.trace, args.traces)
-        requests = min(REQUESTS, there or REQUESTS)
+        requests = min(REQUESTS, requests_of(args.trace, args.traces) or REQUESTS)
     faults = Faults.parse(args.faults) if args.faults is not None else None
     rates = _sweep(args.sweep) if args.sweep else [args.rate]
     if args.capacity_for:
@@ -243,7 +246,7 @@ def _settings(args: argparse.Namespace) -> SchedulerSettings:
 
 
 def _sweep(text: str) -> list[float | None]:
-    """`rate=2.6:3.2:0.2` as its points, both ends included."""
+    """The rates that `rate=FIRST:LAST:STEP` names, both ends included."""
     name, _, span = text.partition("=")
     try:
         first, last, step = (float(x) for x in span.split(":"))
@@ -272,7 +275,7 @@ def _count(text: str) -> int:
 
 
 class _OldName(argparse.Action):
-    """An option's name of the release before: it still works, and says what it is called now."""
+    """An option under its old name. It works with a warning that names the new one."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, **kwargs: Any) -> None:
         hidden = {"help": argparse.SUPPRESS, "default": argparse.SUPPRESS}

@@ -12,7 +12,7 @@ from llumnix.sim.model.profile import Profile, save_profile
 
 
 def profile(argv: list[str]) -> int:
-    """Runs the command; 0 once the profile is written."""
+    """Runs the command. Returns 0 once the profile is written; raises UsageError."""
     parser = argparse.ArgumentParser(
         prog="llumnix profile",
         usage="llumnix profile [MODEL] [any engine flag of vLLM] --out FILE [--repeats N] "
@@ -58,9 +58,11 @@ def profile(argv: list[str]) -> int:
 
 
 def fit(samples: Sequence[Any]) -> tuple[dict[str, Any], list[str]]:
-    """The costs (fields of `Profile`, `error` included) that come nearest to the samples
-    (engine/profiler.py), by relative error, and a line on each sample. First of decoding, then,
-    with its time of a step, of prompts."""
+    """The costs that come nearest to the samples of engine/profiler.py, by relative error.
+
+    The costs of decoding are fitted first, then those of prompts, given a step's own time. Returns
+    fields of `Profile`, `error` included, and a line on each sample. Raises UsageError if there are
+    too few."""
     import numpy as np
 
     decodes = [s for s in samples if not s.steps[0].prompts and s.seconds > 0]
@@ -71,31 +73,38 @@ def fit(samples: Sequence[Any]) -> tuple[dict[str, Any], list[str]]:
             "longer --max-model-len"
         )
     rows = np.array([[1.0, s.steps[0].decodes, s.steps[0].context] for s in decodes])
-    step_s, request_s, context_s = _least(rows, np.array([s.seconds for s in decodes]))
-    found = {"step_s": step_s, "request_s": request_s, "context_s": context_s}
-    found |= _fit_prompts(prompts, step_s)
-    made = Profile(name="", text="", kv_tokens=1, kv_token_bytes=1, **found)
+    seconds = np.array([s.seconds for s in decodes])
+    step_s, request_s, context_s = _least_squares(rows, seconds, seconds)
+    costs = {"step_s": step_s, "request_s": request_s, "context_s": context_s}
+    costs |= _fit_prompts(prompts, step_s)
+    fitted = Profile(name="", text="", kv_tokens=1, kv_token_bytes=1, **costs)
     errors: dict[str, list[float]] = {"decode": [], "prefill": []}
     lines = []
     for sample in (*decodes, *prompts):
-        expected = sum(made.step(s.decodes, s.context, s.prompts) for s in sample.steps)
-        off = expected / sample.seconds - 1
-        what = "prefill" if sample.steps[0].prompts else "decode"
-        errors[what].append(abs(off))
+        expected = sum(fitted.step(s.decodes, s.context, s.prompts) for s in sample.steps)
+        error = expected / sample.seconds - 1
+        kind = "prefill" if sample.steps[0].prompts else "decode"
+        errors[kind].append(abs(error))
         lines.append(
-            f"{what:8} {_told(sample):34} {sample.seconds * 1e3:9.2f} ms, "
-            f"fitted {expected * 1e3:9.2f} ms ({off:+.1%})"
+            f"{kind:8} {_described(sample):34} {sample.seconds * 1e3:9.2f} ms, "
+            f"fitted {expected * 1e3:9.2f} ms ({error:+.1%})"
         )
-    rounded = {name: float(f"{value:.6g}") for name, value in found.items()}
-    told = {f"{k}_mean": round(float(np.mean(v)), 4) for k, v in errors.items()}
-    told |= {f"{k}_max": round(max(v), 4) for k, v in errors.items()}
-    return {**rounded, "error": told}, lines
+    rounded = {name: float(f"{value:.6g}") for name, value in costs.items()}
+    summary = {f"{k}_mean": round(float(np.mean(v)), 4) for k, v in errors.items()}
+    summary |= {f"{k}_max": round(max(v), 4) for k, v in errors.items()}
+    return {**rounded, "error": summary}, lines
 
 
 def _fit_prompts(samples: Sequence[Any], step_s: float) -> dict[str, float]:
-    """The costs of prompts, given a step's own time: of all shares of that which they may hide
-    behind, and of all measured times that may be the least of a step with prompts, those with the
-    smallest mean error; the simpler of two that are as good."""
+    """The costs of prompts, given a step's own time, with the smallest mean relative error. Of two
+    fits that are about as good it is the simpler one. Raises UsageError if tokens cost nothing."""
+    # A sample is c steps with prompts. Its prompts have x = sum of n tokens, and y = sum of
+    # n (b + n / 2) pairs of a token and one before it, as n of them follow b others. Then
+    #     computed = max(0, x prompt_s + y prompt_context_s - c overlap_s)
+    #     seconds  = max(c step_s + computed, c prompts_least_s)
+    # Given overlap_s and prompts_least_s this is linear in the two costs wherever neither max
+    # holds. So both are tried: overlap_s in 21 parts of step_s, because a prompt can hide behind
+    # no more than a step, and as prompts_least_s each time that was measured of a single step.
     import numpy as np
 
     counts = np.array([len(s.steps) for s in samples], dtype=float)
@@ -112,11 +121,11 @@ def _fit_prompts(samples: Sequence[Any], step_s: float) -> dict[str, float]:
     best, lowest = [0.0] * 4, np.inf
     leasts = (0.0, *sorted(seconds[counts == 1]))
     for hidden, least in itertools.product(np.linspace(0.0, step_s, 21), leasts):
-        # Prompts that hide, or that take the least, say nothing of their costs.
-        seen = seconds > 1.02 * counts * max(step_s, least)
+        linear = seconds > 1.02 * counts * max(step_s, least)  # Elsewhere costs do not show.
         costs = [0.0, 0.0]
-        if seen.sum() >= 2:
-            costs = _least(pairs[seen], (seconds - counts * (step_s - hidden))[seen], seconds[seen])
+        if linear.sum() >= 2:
+            values = seconds - counts * (step_s - hidden)
+            costs = _least_squares(pairs[linear], values[linear], seconds[linear])
         computed = np.maximum(0.0, pairs @ np.array(costs) - counts * hidden)
         expected = np.maximum(counts * step_s + computed, counts * least)
         error = float(np.mean(np.abs(expected / seconds - 1)))
@@ -131,7 +140,7 @@ def _fit_prompts(samples: Sequence[Any], step_s: float) -> dict[str, float]:
     return dict(zip(names, best, strict=True))
 
 
-def _told(sample: Any) -> str:
+def _described(sample: Any) -> str:
     step = sample.steps[0]
     if step.prompts:
         total = sum(n for s in sample.steps for n, _ in s.prompts)
@@ -139,17 +148,18 @@ def _told(sample: Any) -> str:
     return f"{step.decodes} requests, {step.context} of context"
 
 
-def _least(rows: Any, values: Any, scale: Any = None) -> list[float]:
-    """Least squares of relative errors, with no coefficient below 0."""
+def _least_squares(rows: Any, values: Any, scale: Any) -> list[float]:
+    """Coefficients, none below 0, by which `rows` come nearest to `values`: by least squares of the
+    errors in units of `scale`. The most negative one is set to 0 until none is left."""
     import numpy as np
 
-    weights = 1.0 / (values if scale is None else scale)
+    weights = 1.0 / scale
     free = list(range(rows.shape[1]))
-    found = np.zeros(rows.shape[1])
+    coefficients = np.zeros(rows.shape[1])
     while free:
         part, *_ = np.linalg.lstsq(rows[:, free] * weights[:, None], values * weights, rcond=None)
         if (part >= 0).all():
-            found[free] = part
+            coefficients[free] = part
             break
         free.pop(int(np.argmin(part)))
-    return [float(x) for x in found]
+    return [float(x) for x in coefficients]

@@ -26,31 +26,25 @@ from llumnix.errors import UsageError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Profile:
-    """One engine on one kind of device. Times in seconds.
-
-    `text`: what it is of, and where its figures are from. `kv_tokens`, `block_tokens`: KV memory
-    and size of a block. `kv_token_bytes`: of one token's KV. `link_bytes_s`: of an instance's link,
-    each way. `hop_s`: a message between two processes. `stop_s`: what a migration costs its request
-    beyond messages and copies. `start_s`: an instance from nothing to ready. `error`: of the fit,
-    by what was fitted."""
+    """One engine on one kind of device. The costs of a step are those of the rules above."""
 
     name: str
-    text: str
+    text: str  # what it is of, and where its figures are from
     step_s: float
     request_s: float
     context_s: float
     prompt_s: float
-    kv_tokens: int
-    kv_token_bytes: int
+    kv_tokens: int  # KV memory
+    kv_token_bytes: int  # of one token's KV
     prompt_context_s: float = 0.0
     overlap_s: float = 0.0
     prompts_least_s: float = 0.0
     block_tokens: int = 16
-    link_bytes_s: float = 3e9
-    hop_s: float = 0.0005
-    stop_s: float = 0.0
-    start_s: float = 60.0
-    error: dict[str, float] = field(default_factory=dict)
+    link_bytes_s: float = 3e9  # of an instance's link, each way
+    hop_s: float = 0.0005  # of a message between two processes
+    stop_s: float = 0.0  # what a migration costs its request beyond messages and copies
+    start_s: float = 60.0  # of an instance, from nothing to ready
+    error: dict[str, float] = field(default_factory=dict)  # of the fit, by what was fitted
 
     def step(self, decodes: int, context: float, prompts: Sequence[tuple[int, int]] = ()) -> float:
         """How long a step takes. `context`: tokens of KV that its `decodes` read; `prompts`: of
