@@ -104,6 +104,13 @@ def test_half_of_them_is_not_most() -> None:
     assert one.may_try(E1), "it is one instance, dead twice"
 
 
+def test_one_that_died_and_serves_again_is_not_down_at_the_next_death() -> None:
+    one = Probation()
+    died(one, E0, A, instance=I0, serving=(I1,))
+    died(one, E1, B, instance=I1, serving=(I0,))
+    assert one.may_try(E2)
+
+
 def orphan(
     request: RequestId, *, arrived_s: float, since_s: float = 0.0, tokens: int = 1
 ) -> Orphan:

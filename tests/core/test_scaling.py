@@ -112,10 +112,11 @@ def test_a_shortage_that_passes_starts_none() -> None:
         assert f.second(i0=(5000, 10)) == []
 
 
-def test_a_large_shortage_starts_as_many_as_it_takes() -> None:
+@pytest.mark.parametrize("running", [160, 125], ids=["four", "three and an eighth"])
+def test_a_large_shortage_starts_as_many_as_it_takes(running: int) -> None:
     f = Fleet(most=8)
     f.serving = ["i0", "i1"]
-    (decided,) = f.until(5, i0=(10_000, 160), i1=(10_000, 160))
+    (decided,) = f.until(5, i0=(10_000, running), i1=(10_000, running))
     assert isinstance(decided, AddInstances)
     assert decided.count == 4, "1.25 x 100 tokens for each of 320 requests are four instances"
 

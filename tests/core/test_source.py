@@ -10,6 +10,7 @@ from llumnix.core.messages import (
     CancelMigration,
     FromDestination,
     Handover,
+    HandoverAnnounced,
     Migrate,
     MigrationEnded,
     Out,
@@ -32,10 +33,10 @@ Message = TypeVar("Message")
 
 
 class Source:
-    """One engine with one request of 40 tokens, which is to be moved."""
+    """One engine with one request of 40 tokens, which is to be moved. `depth`: steps ahead."""
 
-    def __init__(self, copy: str = "staged") -> None:
-        self.engine = FakeEngine(EngineIndex(0))
+    def __init__(self, copy: str = "staged", depth: int = 0) -> None:
+        self.engine = FakeEngine(EngineIndex(0), depth=depth)
         self.llumlet = Llumlet(EngineIndex(0), "here", self.engine)
         self.engine.add(R, list(range(40)), 100)
         self.engine.step()
@@ -186,6 +187,22 @@ def test_what_a_move_took_is_told_in_milliseconds() -> None:
     assert told.downtime_ms is not None
     # It stopped no more than a step before it was handed over.
     assert 500 <= told.downtime_ms < 520
+
+
+def test_a_move_whose_last_step_is_in_flight_is_cancelled_too() -> None:
+    source = Source("blocking", depth=1)
+    source.hear(Reserved(migration=M, hit=0))
+    assert source.said(HandoverAnnounced)
+    assert source.engine.running == []
+    source.out += source.llumlet.cancel_all("it sleeps", source.now, leaving=True)
+    assert [m.why for m in source.said(CancelMigration)] == ["it sleeps"]
+    assert [(m.taken, m.why) for m in source.said(MigrationEnded)] == [(False, "it sleeps")]
+    assert source.llumlet.still(leaving=True)
+    outputs = len(source.engine.requests[R].outputs)
+    for _ in range(5):
+        source.step()
+    assert not source.said(Handover)
+    assert len(source.engine.requests[R].outputs) > outputs + 2, "it goes on here"
 
 
 def test_progress_of_a_stage_that_is_over_changes_nothing() -> None:

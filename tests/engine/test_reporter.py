@@ -152,6 +152,20 @@ def test_a_request_is_named_only_with_numbers_that_count_it(pair: Pair) -> None:
     assert [r.admitted for r in pair.until(3)] == [()]
 
 
+def test_what_a_lost_report_named_is_named_again(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair.reporter.admit(RequestId("r"))
+    with monkeypatch.context() as away:
+        away.setattr(pair.socket, "send", lambda message: False)
+        pair.offer(1, orders=(OrderId(7),))
+    pair.reporter.admit(RequestId("s"))
+    pair.offer(2)
+    again, last = pair.until(9)
+    assert (again.orders, again.admitted, again.kv_tokens_used) == ((7,), ("r", "s"), 2)
+    assert (last.orders, last.admitted) == ((), ())
+
+
 def test_an_engine_that_hangs_in_a_step_says_for_how_long(pair: Pair) -> None:
     pair.reporter.worked()
     pair.offer(1, running=1, at_once=True)

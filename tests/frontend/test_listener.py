@@ -69,6 +69,16 @@ def test_any_free_port_is_a_real_one(listener: Listener) -> None:
     assert listener.url == f"http://127.0.0.1:{listener.port}"
 
 
+def test_an_ipv6_address_is_listened_on_too(progress: StartProgress) -> None:
+    one = Listener(address(host="::1"), progress)
+    one.open()
+    try:
+        assert one.url == f"http://[::1]:{one.port}"
+        assert httpx.get(one.url + "/live").status_code == 200
+    finally:
+        one.close()
+
+
 def test_the_port_of_another_is_refused_at_once(
     listener: Listener, progress: StartProgress
 ) -> None:
