@@ -149,6 +149,28 @@ def test_without_an_answer_the_frontend_goes_on_alone_until_a_ping_is_answered(
     asyncio.run(asyncio.wait_for(main(), 60))
 
 
+def test_an_answer_that_came_while_the_event_loop_stood_still_is_not_late(
+    controller: FakeController,
+) -> None:
+    async def main() -> None:
+        link = ControllerLink(controller.address)
+        await up(link)
+        asking = asyncio.create_task(link.place(asked("r")))
+        await asyncio.sleep(0)
+        # The loop may come to its timers before it looks at sockets.
+        asyncio.get_running_loop().remove_reader(link._readable)
+        while not int(link._socket.get(zmq.EVENTS)) & zmq.POLLIN:
+            time.sleep(0.01)
+        time.sleep(2 * REPLY_TIMEOUT_S)
+        answer = await asking
+        still_up = link.up
+        link.close()
+        assert isinstance(answer, Dispatch)
+        assert still_up
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
 def test_without_a_controller_there_is_no_waiting(tmp_path: Path) -> None:
     async def main() -> None:
         link = ControllerLink(f"ipc://{tmp_path}/nobody")
