@@ -887,6 +887,29 @@ def test_nothing_is_concluded_without_a_controller_or_while_engines_are_paused(
     play(script)
 
 
+def test_a_drain_goes_on_once_the_only_other_instance_hangs_no_more(
+    play: Callable[..., World],
+) -> None:
+    async def script(w: World) -> None:
+        w.hold("i0", 1)
+        await w.fleet.drain(I0, "a user's order")
+        for sequence in range(20):
+            w.report(sequence)
+            w.report(sequence, stalled_s=sequence * LOOK_EVERY_S, only="i1", steps=1)
+            await asyncio.sleep(LOOK_EVERY_S)
+        assert w.states == {"i0": "draining", "i1": "hung"}
+        assert w.accepting("i0")
+        w.report(20)
+        await asyncio.sleep(1.5 * LOOK_EVERY_S)
+        assert w.states == {"i0": "draining", "i1": "serving"}
+        assert not w.accepting("i0")
+        w.client.held.clear()
+        await asyncio.sleep(LOOK_EVERY_S)
+        assert w.states == {"i1": "serving"}
+
+    play(script)
+
+
 def test_a_hung_instance_stands_in_for_nobody(play: Callable[..., World]) -> None:
     async def script(w: World) -> None:
         w.hold("i0", 1)

@@ -151,6 +151,22 @@ async def test_no_call_of_rays_is_made_on_the_event_loop(monkeypatch: pytest.Mon
     assert world.accepting == [False, True, False]
 
 
+async def test_an_engine_is_told_the_newest_word_though_an_older_one_is_on_its_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = FakeRay(monkeypatch)
+    run = await world.ready()
+    world.launcher.accept(run, False)
+    await asyncio.sleep(0)
+    world.launcher.accept(run, True)
+    assert run.telling is not None
+    await run.telling
+    assert [call for call in world.calls if call.startswith("accept")] == [
+        "accept False", "accept True",
+    ]  # fmt: skip
+    await world.launcher.end(run)
+
+
 @pytest.mark.parametrize("call", ["group", "actor", "describe"])
 async def test_what_fails_while_it_starts_is_raised_and_can_be_cleared_away(
     monkeypatch: pytest.MonkeyPatch, call: str
