@@ -31,6 +31,7 @@ def test_our_flags_are_these() -> None:
         "admin_api_key_file": None,
         "allowed_host": None,
         "max_body_mb": 64,
+        "max_stream_interval": 8,
         "no_ui": False,
     }
 

@@ -24,7 +24,9 @@ from llumnix.frontend.http.page import page_router
 from llumnix.frontend.http.protocol import HttpProtocol
 from llumnix.frontend.http.routes import control_app
 from llumnix.frontend.llm import FleetLLM
+from llumnix.frontend.streams.pace import StreamPace
 from llumnix.observe.console import say
+from llumnix.tasks import keep_running
 
 logger = logging.getLogger("llumnix.frontend")
 
@@ -52,14 +54,19 @@ async def serve(
     docs = not args.disable_fastapi_docs
     ours = control_app(llm.engine_core, control, docs=docs, page=page)
     serving = _once(listener, announce)
-    rest = await build_and_serve(
-        llm,
-        listener.url,
-        listener.socket,
-        with_gate(args, ours),
-        callback_notify=serving,
-        http=HttpProtocol,
-    )
+    pace = StreamPace(llm.output_processor, args.max_stream_interval)
+    pacing = asyncio.create_task(keep_running("following the event loop", pace.run, logger))
+    try:
+        rest = await build_and_serve(
+            llm,
+            listener.url,
+            listener.socket,
+            with_gate(args, ours),
+            callback_notify=serving,
+            http=HttpProtocol,
+        )
+    finally:
+        pacing.cancel()
     try:
         # Bounded, since a client may never end its request, or never read the answer.
         await asyncio.wait_for(rest, HTTP_CLOSE_TIMEOUT_S)
