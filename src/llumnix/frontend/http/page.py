@@ -1,7 +1,12 @@
-"""`GET /llumnix/v1/events`: what happens in the deployment, for the page that shows it."""
+"""The page at /llumnix/ui and its feed, `GET /llumnix/v1/events`.
+
+The page's files hold no data. They open without a key, and the page sends a key with what it asks
+for. The headers forbid it everything but this server.
+"""
 
 from argparse import Namespace
 from collections.abc import Callable
+from pathlib import Path
 
 from fastapi import APIRouter
 from starlette.exceptions import HTTPException
@@ -10,16 +15,23 @@ from starlette.types import Receive, Scope, Send
 
 import llumnix
 from llumnix.frontend.client import FleetClient
+from llumnix.frontend.http.access import PAGE_PATH
 from llumnix.frontend.http.control import Control
 from llumnix.frontend.ui import feed as ui
 from llumnix.frontend.ui.picture import Deployment, Picture, greeting
 
 EVENTS_PATH = "/llumnix/v1/events"
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
 HEADERS = {
+    "content-security-policy": POLICY,
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
     "cache-control": "no-store",
 }
+KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 
 
 class Events(StreamingResponse):
@@ -59,7 +71,8 @@ def page_router(
 
 
 def router_of(feed: ui.Feed) -> APIRouter:
-    """The feed's route."""
+    """The page's files, and its feed."""
+    files = _files()
     router = APIRouter()
 
     @router.get(EVENTS_PATH)
@@ -70,4 +83,29 @@ def router_of(feed: ui.Feed) -> APIRouter:
         except ui.TooManyWatchersError as error:
             raise HTTPException(429, str(error)) from error
 
+    @router.get(PAGE_PATH, include_in_schema=False)
+    async def page() -> Response:
+        return _answer(files["index.html"])
+
+    @router.get(PAGE_PATH + "/{name}", include_in_schema=False)
+    async def file(name: str) -> Response:
+        if name not in files:
+            raise HTTPException(404, "the page has no such file")
+        return _answer(files[name])
+
     return router
+
+
+def _files() -> dict[str, tuple[bytes, str]]:
+    """The page's files and their types, by name. They are some 60 kB."""
+    folder = Path(ui.__file__).parent
+    return {
+        path.name: (path.read_bytes(), KINDS[path.suffix])
+        for path in folder.iterdir()
+        if path.suffix in KINDS
+    }
+
+
+def _answer(file: tuple[bytes, str]) -> Response:
+    body, kind = file
+    return Response(body, media_type=kind, headers=HEADERS)
