@@ -21,6 +21,8 @@ USAGE = """usage: llumnix COMMAND ...
           serve vLLM's OpenAI API over several vLLM instances
   status [SERVER]
           show the instances of a running `llumnix serve`
+  top [--once] [SERVER]
+          show instances, rates and decisions as they change
   migrate REQUEST [--to INSTANCE] [--copy staged|blocking|recompute] [SERVER]
           move a running request to another instance
   drain INSTANCE [--timeout S] [--force] [SERVER]
@@ -58,6 +60,10 @@ def main(argv: list[str] | None = None) -> int:
                 return serve(argv)
             case ["status"]:
                 return status(argv[1:])
+            case ["top"]:
+                from llumnix.top import top
+
+                return top(argv[1:])
             case ["migrate"]:
                 return migrate(argv[1:])
             case ["drain"]:
@@ -83,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
                 return 0 if argv else 2
             case [unknown, *_]:
                 raise UsageError(
-                    f"no command {unknown!r}; use serve, status, migrate, drain, undrain, "
+                    f"no command {unknown!r}; use serve, status, top, migrate, drain, undrain, "
                     "simulate, profile or replay"
                 )
     except UsageError as error:

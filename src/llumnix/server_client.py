@@ -1,7 +1,9 @@
 """Asks a running server, for the commands that do so."""
 
 import argparse
+import json
 import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from llumnix.errors import LlumnixError, UsageError
@@ -12,6 +14,8 @@ if TYPE_CHECKING:
 DEFAULT_URL = "http://127.0.0.1:8000"
 UNIX = "unix:"
 CONNECT_TIMEOUT_S = 5.0
+SILENCE_S = 15.0
+"""A feed of events tells something every second."""
 _OUR_ERRORS = ("invalid_request_error", "forbidden", "service_unavailable")
 
 
@@ -112,22 +116,59 @@ def ask(
     except (httpx.TransportError, httpx.InvalidURL) as error:
         if silence is not None and isinstance(error, unanswered):
             raise LlumnixError(f"no answer from {args.url} ({error}): {silence}") from error
-        raise UsageError(
-            f"no llumnix answers at {args.url} ({error}): start `llumnix serve`, or give --url"
-        ) from error
-    if answer.status_code == 401:
-        a = "another" if "authorization" in answer.request.headers else "a"
-        raise UsageError(f"the server wants {a} key: give --api-key KEY or --api-key-file FILE")
-    try:
-        body = answer.json()
-    except ValueError:
-        body = None
+        raise _nobody(args, error) from error
+    body = _json_of(answer)
     if answer.status_code in (200, 202) and isinstance(body, dict) and wanted in body:
         return body
+    raise _refused(args, answer)
+
+
+def follow(args: argparse.Namespace, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The events of a feed, each with its name, until the server ends it. Errors are those of
+    `ask`."""
+    import httpx
+
+    if args.uds is not None:
+        args.url = UNIX + args.uds
+    try:
+        with _client(args, SILENCE_S) as client, client.stream("GET", path) as answer:
+            kind = answer.headers.get("content-type", "")
+            if answer.status_code != 200 or not kind.startswith("text/event-stream"):
+                answer.read()
+                raise _refused(args, answer)
+            event = ""
+            for line in answer.iter_lines():
+                if line.startswith("event: "):
+                    event = line.removeprefix("event: ")
+                elif line.startswith("data: "):
+                    yield event, json.loads(line.removeprefix("data: "))
+    except (httpx.TransportError, httpx.InvalidURL) as error:
+        raise _nobody(args, error) from error
+
+
+def _nobody(args: argparse.Namespace, error: Exception) -> UsageError:
+    return UsageError(
+        f"no llumnix answers at {args.url} ({error}): start `llumnix serve`, or give --url"
+    )
+
+
+def _json_of(answer: "httpx.Response") -> Any:
+    try:
+        return answer.json()
+    except ValueError:
+        return None
+
+
+def _refused(args: argparse.Namespace, answer: "httpx.Response") -> LlumnixError:
+    """What an answer means that is not the one that was asked for."""
+    if answer.status_code == 401:
+        a = "another" if "authorization" in answer.request.headers else "a"
+        return UsageError(f"the server wants {a} key: give --api-key KEY or --api-key-file FILE")
+    body = _json_of(answer)
     error = body.get("error") if isinstance(body, dict) else None
     if isinstance(error, dict) and error.get("type") in _OUR_ERRORS:
         kind = UsageError if answer.status_code < 500 else LlumnixError
-        raise kind(str(error.get("message")))
+        return kind(str(error.get("message")))
     if answer.status_code >= 500:
-        raise LlumnixError(f"{args.url} failed (status {answer.status_code}); its log says why")
-    raise UsageError(f"{args.url} is no llumnix server (status {answer.status_code})")
+        return LlumnixError(f"{args.url} failed (status {answer.status_code}); its log says why")
+    return UsageError(f"{args.url} is no llumnix server (status {answer.status_code})")

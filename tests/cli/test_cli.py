@@ -545,9 +545,11 @@ def test_every_command_is_in_the_usage(capsys: pytest.CaptureFixture[str]) -> No
     assert main(["--help"]) == 0
     said = capsys.readouterr().out
     assert said == cli.USAGE
-    assert all(f"\n  {c} " in said for c in ("serve", "status", "migrate", "drain", "replay"))
+    assert all(
+        f"\n  {c} " in said for c in ("serve", "status", "top", "migrate", "drain", "replay")
+    )
     assert main(["mgirate"]) == 2
     assert (
-        "use serve, status, migrate, drain, undrain, simulate, profile or replay"
+        "use serve, status, top, migrate, drain, undrain, simulate, profile or replay"
         in capsys.readouterr().err
     )
