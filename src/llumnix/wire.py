@@ -4,8 +4,9 @@ A message is the pair [name of its class, its fields]. Both sides know the same 
 classes. Anything else raises a `ProtocolError` that shows the bytes.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any, Generic, TypeVar, get_args
 
 import msgspec
 
@@ -107,23 +108,33 @@ Message = (
     | MigrationRequested
     | DrainRequested
 )
-_CLASSES: dict[str, type] = {c.__name__: c for c in get_args(Message)}
-_encoder = msgspec.msgpack.Encoder()
-_envelope = msgspec.msgpack.Decoder(tuple[str, msgspec.Raw])
-_decoders: dict[str, msgspec.msgpack.Decoder[Any]] = {
-    name: msgspec.msgpack.Decoder(c) for name, c in _CLASSES.items()
-}
+M = TypeVar("M")
 
 
-def encode(message: Message) -> bytes:
-    """The message as bytes."""
-    return _encoder.encode((type(message).__name__, message))
+class Codec(Generic[M]):
+    """A closed set of messages, which both ends of a line know: dataclasses with names of their
+    own."""
+
+    def __init__(self, classes: Iterable[type]) -> None:
+        self._encoder = msgspec.msgpack.Encoder()
+        self._envelope = msgspec.msgpack.Decoder(tuple[str, msgspec.Raw])
+        self._decoders: dict[str, msgspec.msgpack.Decoder[Any]] = {
+            c.__name__: msgspec.msgpack.Decoder(c) for c in classes
+        }
+
+    def encode(self, message: M) -> bytes:
+        """The message as bytes."""
+        return self._encoder.encode((type(message).__name__, message))
+
+    def decode(self, payload: bytes) -> M:
+        """The message that `encode` made; `ProtocolError` on anything else."""
+        try:
+            name, body = self._envelope.decode(payload)
+            return self._decoders[name].decode(body)  # type: ignore[no-any-return]
+        except (msgspec.DecodeError, KeyError) as error:
+            raise ProtocolError(f"not a message of ours ({error}): {payload[:80]!r}") from error
 
 
-def decode(payload: bytes) -> Message:
-    """The message that `encode` made; `ProtocolError` on anything else."""
-    try:
-        name, body = _envelope.decode(payload)
-        return _decoders[name].decode(body)  # type: ignore[no-any-return]
-    except (msgspec.DecodeError, KeyError) as error:
-        raise ProtocolError(f"not a message of ours ({error}): {payload[:80]!r}") from error
+_codec: Codec[Message] = Codec(get_args(Message))
+encode = _codec.encode
+decode = _codec.decode

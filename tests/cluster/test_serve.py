@@ -12,7 +12,7 @@ import pytest
 from llumnix.cluster import serve as serving
 from llumnix.cluster.addresses import Addresses
 from llumnix.cluster.first_look import first_look
-from llumnix.cluster.serve import Start, curl_line
+from llumnix.cluster.start import Start, curl_line
 from llumnix.config import DeploymentConfig
 from llumnix.frontend.arguments import refuse_strangers
 

@@ -13,7 +13,7 @@ from llumnix.cluster.addresses import Addresses
 def test_on_tcp_there_are_always_keys(host: str, written: str) -> None:
     made = Addresses.make(host)
     try:
-        for address in (made.controller, made.frontend_input, made.frontend_output):
+        for address in (made.controller, *made.inputs, *made.outputs):
             assert address.startswith(f"tcp://{written}:")
         assert made.keys is not None
     finally:

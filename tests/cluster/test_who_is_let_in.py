@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import zmq
 
-from llumnix.cluster.addresses import _free_ports
 from llumnix.cluster.controller import Controller
 from llumnix.core.messages import CancelMigration
 from llumnix.core.settings import SchedulerSettings
@@ -18,6 +17,7 @@ from llumnix.engine.reporting.controller_socket import ControllerSocket
 from llumnix.frontend.controller_link import ControllerLink
 from llumnix.sockets import Listening, SocketKeys, connect
 from llumnix.wire import Ping, Pong, decode, encode
+from support.server import free_port
 
 WAIT_MS = 10_000
 QUIET_MS = 300
@@ -26,7 +26,7 @@ STRANGER = SocketKeys.make()
 
 
 def address() -> str:
-    return f"tcp://127.0.0.1:{_free_ports('127.0.0.1', 1)[0]}"
+    return f"tcp://127.0.0.1:{free_port()}"
 
 
 @pytest.fixture

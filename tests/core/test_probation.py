@@ -21,8 +21,10 @@ def died(
     at: float = 0.0,
     serving: tuple[InstanceId, ...] = (I1, I2, I3),
     instance: InstanceId = I0,
+    others: tuple[RequestId, ...] = (),
 ) -> None:
-    probation.died(engine, instance, set(accused), serving, at)
+    everyone = {*accused, *others}
+    probation.died(engine, instance, set(accused), everyone, serving, at)
 
 
 def test_a_first_death_makes_suspects_and_a_second_one_condemns() -> None:
@@ -232,3 +234,38 @@ def test_an_empty_probation_stands_in_nobodys_way(lives: int) -> None:
     assert orphans.add(orphan(A, arrived_s=0.0), declined=False, now=0.0) is None
     assert taken(orphans, E1) == [(A, E1)]
     assert orphans.watched
+
+
+def test_two_deaths_with_two_in_common_condemn_none_though_each_frontend_has_one_of_them() -> None:
+    one = Probation()
+    died(one, E0, A, others=(B,))
+    died(one, E1, A, others=(B,), instance=I1)
+    assert one.verdict(A) is SUSPECT
+
+
+def test_one_in_common_is_condemned_by_the_frontend_that_has_it_alone() -> None:
+    one, other = Probation(), Probation()
+    for probation, mine, others in ((one, (A,), (B,)), (other, (B,), (A,))):
+        died(probation, E0, *mine, others=others)
+    died(one, E1, A, others=(C,), instance=I1)
+    died(other, E1, others=(A, C), instance=I1)
+    assert one.verdict(A) is CONDEMNED
+    assert other.verdict(A) is INNOCENT
+    assert other.verdict(B) is SUSPECT
+
+
+def test_a_frontend_without_the_turn_tries_no_suspect_and_its_wait_does_not_count() -> None:
+    orphans = Orphans(SurvivalSettings(wait_s=10.0))
+    died(orphans.probation, E0, A)
+    orphans.probation.turn = False
+    assert orphans.add(orphan(A, arrived_s=0.0), declined=False, now=0.0) is None
+    assert orphans.add(orphan(B, arrived_s=0.0), declined=False, now=0.0) is None
+    assert taken(orphans, E1) == [(B, E1)]
+    for second in range(30):
+        assert orphans.late(float(second)) == []
+    orphans.probation.turn = True
+    assert orphans.late(35.0) == []
+    orphans.ended(B)
+    assert taken(orphans, E1) == [(A, E1)]
+    orphans.ended(A)
+    assert not orphans.probation.any

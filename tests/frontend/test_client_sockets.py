@@ -11,6 +11,7 @@ pytest.importorskip("vllm")
 from llumnix.core.priorities import Priorities
 from llumnix.core.settings import PrioritySettings
 from llumnix.frontend.client import FleetClient
+from llumnix.frontend.engines.sockets import ClientPlace
 from llumnix.observe.event_log import EventLog
 from llumnix.sockets import SocketKeys, connect
 from support.server import free_port
@@ -26,7 +27,7 @@ async def test_only_who_has_the_keys_gets_a_word_in() -> None:
     link: Any = SimpleNamespace()
     client = FleetClient(
         SimpleNamespace(cache_config=cache),  # type: ignore[arg-type]
-        {"input_address": places[0], "output_address": places[1]},
+        ClientPlace(input_address=places[0], output_address=places[1]),
         link,
         1,
         EventLog(None, who="test"),

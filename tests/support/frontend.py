@@ -26,6 +26,7 @@ from llumnix.core.priorities import Priorities
 from llumnix.core.settings import PrioritySettings, SurvivalSettings
 from llumnix.core.types import EngineIndex, InstanceId
 from llumnix.frontend.client import FleetClient
+from llumnix.frontend.engines.sockets import ClientPlace
 from llumnix.observe.event_log import EventLog
 
 OFF = SurvivalSettings(lives=0)
@@ -125,7 +126,7 @@ class Front:
         log, priorities = EventLog(None, who="x"), Priorities(PrioritySettings())
         self.client = FleetClient(
             config,
-            self.addresses,
+            ClientPlace(**self.addresses),
             link,
             3,
             log,

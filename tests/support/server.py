@@ -15,6 +15,8 @@ from typing import Any
 import httpx
 
 START_TIMEOUT_S = 240
+FRONTENDS_VARIABLE = "LLUMNIX_TEST_API_SERVERS"
+"""So many frontends every server has that a test starts, unless the test says how many."""
 STOP_TIMEOUT_S = 60
 
 
@@ -46,6 +48,9 @@ class Server:
         self.log_path = log
         words = [*before, sys.executable, "-m", "llumnix", "serve"]
         words += ([model] if model else []) + ["--port", str(self.port), *flags]
+        frontends = os.environ.get(FRONTENDS_VARIABLE)
+        if frontends and "--api-server-count" not in flags:
+            words += ["--api-server-count", frontends]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", **env}
         environment.pop("VLLM_CPU_KVCACHE_SPACE", None)
         with log.open("w") as out:

@@ -3,6 +3,7 @@
 They run beside the event loop, which all streams share."""
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -32,7 +33,7 @@ async def off_loop(function: Callable[..., T], *args: Any) -> T:
             result = function(*args)
         except BaseException as error:  # noqa: BLE001 - raised where the call is awaited
             failure = error
-        if not loop.is_closed():
+        with contextlib.suppress(RuntimeError):  # The loop is closed: all is over.
             loop.call_soon_threadsafe(settle, result, failure)
 
     threading.Thread(target=work, name="llumnix-ray-call", daemon=True).start()

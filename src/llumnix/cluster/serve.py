@@ -1,13 +1,10 @@
 """`llumnix serve`: starts the parts in order, and stops them in the reverse order."""
 
-import argparse
 import asyncio
 import contextlib
-import logging
 import os
 import signal
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +12,9 @@ from llumnix.cluster import ray_runtime, signals
 from llumnix.cluster.addresses import Addresses
 from llumnix.cluster.first_look import first_look, has_key, help_text
 from llumnix.cluster.kept_logs import keep_logs
+from llumnix.cluster.start import Start
 from llumnix.core.scheduling.presets import POLICIES, priorities_of
+from llumnix.core.supervision.frontends import clients
 from llumnix.demo import cache_folder
 from llumnix.engine.folders import sweep
 from llumnix.errors import InstanceFailedError, UsageError
@@ -25,41 +24,10 @@ from llumnix.frontend.arguments import (
     refuse_strangers,
     settle_variables,
 )
-from llumnix.frontend.http.listener import ListenAddress, Listener, StartProgress
-from llumnix.observe.console import say
+from llumnix.observe import shared_metrics
+from llumnix.observe.console import log_to_stderr, say
 from llumnix.observe.event_log import EventLog
 from llumnix.sockets import check_encryption
-
-
-class Start:
-    """How far the start is, for the user at the terminal and for clients at the port."""
-
-    def __init__(self) -> None:
-        self.began_s = time.monotonic()
-        self.progress = StartProgress(began_s=self.began_s)
-        self.listener: Listener | None = None
-        self.crashed = False  # whether an instance was lost; then the logs are kept
-
-    def say(self, text: str) -> None:
-        """Says what the start does now."""
-        say(text)
-        self.progress.phase = text
-
-    def listen(self, args: argparse.Namespace) -> None:
-        """Listens where the arguments say, if it does not do so yet."""
-        address = ListenAddress.of(args)
-        if self.listener is not None and self.listener.address == address:
-            return
-        self.close()
-        listener = Listener(address, self.progress)
-        listener.open()
-        self.listener = listener
-
-    def close(self) -> None:
-        """Stops listening."""
-        if self.listener is not None:
-            self.listener.close()
-            self.listener = None
 
 
 def serve(argv: list[str]) -> int:
@@ -98,18 +66,6 @@ def serve(argv: list[str]) -> int:
         start.close()
 
 
-def log_to_stderr() -> None:
-    """Sends our own log lines to stderr, whatever the libraries do to the root logger."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("llumnix: %(asctime)s %(levelname)s %(message)s"))
-    ours = logging.getLogger("llumnix")
-    ours.addHandler(handler)
-    ours.setLevel(logging.INFO)
-    ours.propagate = False
-    # A line that cannot be written is lost. No traceback is to take its place.
-    logging.raiseExceptions = False
-
-
 def _open_event_log(command: ServeCommand) -> EventLog:
     path = command.deployment.event_log
     try:
@@ -121,7 +77,8 @@ def _open_event_log(command: ServeCommand) -> EventLog:
 
 
 def _with_ray(command: ServeCommand, event_log: EventLog, start: Start, logs: bool) -> int:
-    joined = command.deployment.ray_address
+    joined, several = command.deployment.ray_address, command.args.api_server_count > 1
+    known = clients(command.args.api_server_count)
     addresses = None
     sweep(Path(tempfile.gettempdir()))
     sweep(Path("/tmp"))
@@ -130,10 +87,10 @@ def _with_ray(command: ServeCommand, event_log: EventLog, start: Start, logs: bo
             check_encryption()
             start.say(f"joining Ray at {joined}")
             ray_runtime.join(joined, logs=logs)
-            addresses = Addresses.make(ray_runtime.node_address())
+            addresses = Addresses.make(ray_runtime.node_address(), known)
         else:
             start.say("starting Ray on this machine")
-            addresses = Addresses.make(None)
+            addresses = Addresses.make(None, known)
             with signals.kept_from_children():
                 ray_runtime.start_local(addresses.folder.path / "ray", logs=logs)
         signals.interrupt()  # Again, since Ray has installed a SIGTERM handler of its own.
@@ -141,6 +98,13 @@ def _with_ray(command: ServeCommand, event_log: EventLog, start: Start, logs: bo
         os.environ["VLLM_RPC_BASE_PATH"] = str(addresses.folder.path)
         import uvloop
 
+        if several:
+            # Before any metric is made, which those modules do.
+            shared_metrics.share(addresses.folder.path / "metrics")
+            from llumnix.cluster.several import run
+
+            event_log.close()  # Each frontend has its own.
+            return uvloop.run(run(command, addresses, start))
         return uvloop.run(_run(command, event_log, addresses, start))
     finally:
         signals.ignore()
@@ -170,8 +134,8 @@ async def _run(
     args, deployment = command.args, command.deployment
     launch = EngineLaunch.of(
         command.vllm_config,
-        [addresses.frontend_input],
-        [addresses.frontend_output],
+        addresses.inputs,
+        addresses.outputs,
         log_stats=not args.disable_log_stats,
     )
     with contextlib.ExitStack() as undo:
@@ -187,10 +151,12 @@ async def _run(
             failed = asyncio.create_task(_stop_when_all_failed(fleet))
             assert start.listener is not None
             signals.pass_hangup_on(asyncio.get_running_loop())
+
+            async def announce() -> None:
+                start.announce(args, await llm.get_supported_tasks())
+
             control = OwnControl(llm.engine_core, fleet)
-            await serve_http(
-                llm, control, start.listener, args, lambda: _announce(llm, start, args)
-            )
+            await serve_http(llm, control, start.listener, args, announce)
         except InstanceFailedError as error:
             start.crashed = True
             raise UsageError(str(error)) from error
@@ -213,16 +179,18 @@ def _client(
     """vLLM's engine client over all instances, started. `undo` gets what closes its parts."""
     from llumnix.frontend.client import FleetClient
     from llumnix.frontend.controller_link import ControllerLink
+    from llumnix.frontend.engines.sockets import ClientPlace
     from llumnix.frontend.http.server import stop_begins
     from llumnix.frontend.llm import FleetLLM
 
     args, deployment = command.args, command.deployment
     client = FleetClient(
         command.vllm_config,
-        {
-            "input_address": addresses.frontend_input,
-            "output_address": addresses.frontend_output,
-        },
+        ClientPlace(
+            input_address=addresses.inputs[0],
+            output_address=addresses.outputs[0],
+            listeners=addresses.listeners_of(0),
+        ),
         ControllerLink(addresses.controller, addresses.keys),
         deployment.slots,
         event_log,
@@ -248,28 +216,3 @@ def _client(
 async def _stop_when_all_failed(fleet: Any) -> None:
     await fleet.all_failed.wait()
     os.kill(os.getpid(), signal.SIGTERM)
-
-
-async def _announce(llm: Any, start: Start, args: argparse.Namespace) -> None:
-    """Says where it serves, and a line to try."""
-    assert start.listener is not None
-    url = start.listener.url
-    model = (args.served_model_name or [args.model])[0]
-    say(f"serving {model} at {url} after {time.monotonic() - start.began_s:.0f} s; try")
-    generates = "generate" in await llm.get_supported_tasks()
-    say(curl_line(args, url, model, generates=generates), prefix="  ")
-
-
-def curl_line(args: argparse.Namespace, url: str, model: str, *, generates: bool) -> str:
-    """A command that asks the server something. It has the key's variable, never the key."""
-    keyed = bool(args.access.client_digests)
-    key = ' -H "Authorization: Bearer ${VLLM_API_KEY:-$KEY}"' if keyed else ""
-    base = url.replace("//0.0.0.0", "//127.0.0.1").replace("//[::]", "//[::1]")
-    curl = f"curl --unix-socket {args.uds} http://localhost" if args.uds else f"curl {base}"
-    if not generates:
-        return f"{curl}/v1/models{key}"
-    return (
-        f"{curl}/v1/chat/completions{key} -H 'Content-Type: application/json' "
-        f'-d \'{{"model": "{model}", "max_tokens": 64, "temperature": 0, '
-        '"messages": [{"role": "user", "content": "What is the capital of France?"}]}\''
-    )

@@ -27,7 +27,7 @@ from llumnix.config import (
 )
 from llumnix.demo import DEMO_MODEL, prepare_demo_model
 from llumnix.errors import UsageError
-from llumnix.frontend.checks import check_server_args
+from llumnix.frontend.checks import check_server_args, count_frontends
 from llumnix.frontend.http.access import Access, digests
 
 SHUTDOWN_TIMEOUT_S = 30
@@ -128,6 +128,7 @@ def parse(argv: list[str], say: Any) -> ServeCommand:
     except (TypeError, ValueError, KeyError, VLLMError) as error:
         raise UsageError(_one_line(error)) from error
     check_server_args(args)
+    args.api_server_count = count_frontends(args.api_server_count, deployment.instances, say)
     # Last, since it may take long.
     _choose_model(args, defaults, say)
     return ServeCommand(
@@ -139,10 +140,6 @@ def _refuse_what_breaks(args: argparse.Namespace, defaults: argparse.Namespace) 
     for name, fix in _REFUSED.items():
         if getattr(args, name, None) != getattr(defaults, name, None):
             raise UsageError(f"--{name.replace('_', '-')} does not go with llumnix: {fix}")
-    if (args.api_server_count or 1) != 1:
-        raise UsageError(
-            "--api-server-count: llumnix runs one frontend process so far; leave it out"
-        )
 
 
 def _take_keys(args: argparse.Namespace, name: str, variable: str, say: Any) -> list[str]:
@@ -264,6 +261,9 @@ def _engine_config(args: argparse.Namespace, defaults: argparse.Namespace, argv:
     try:
         engine_args = AsyncEngineArgs.from_cli_args(args)
         cli_args().propagate_flash_late_interaction(args, engine_args)
+        engine_args._api_process_count = args.api_server_count
+        if args.api_server_count > 1:
+            engine_args._api_process_rank = -1  # For the engines; each frontend has its own.
         return engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
     except ImportError as error:
         raise UsageError(

@@ -3,16 +3,22 @@
 vLLM internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
 `validate_api_server_args`, `set_ulimit` and the plugin managers' import functions, which vLLM's
 `setup_server` calls before it binds; `args.middleware` are import paths, `args.lora_modules` have a
-`name` and a `path`.
+`name` and a `path`. Responses are stored in the process that gave them, if
+`VLLM_ENABLE_RESPONSES_API_STORE` is set; resolvers of `LoRAResolverRegistry` number the adapters of
+their own process.
 """
 
 import importlib
 import os
 import re
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 
 from llumnix.errors import UsageError
+
+CORES_EACH = 4
+"""A frontend takes a core when it is busy, and an engine with its workers two or more."""
 
 
 def check_server_args(args: Namespace) -> None:
@@ -34,6 +40,48 @@ def check_server_args(args: Namespace) -> None:
     for adapter in args.lora_modules or []:
         _check_adapter(adapter.name, adapter.path)
     set_ulimit()
+
+
+def count_frontends(wanted: int | None, instances: int, say: Callable[[str], None]) -> int:
+    """How many processes are to speak HTTP. `wanted`: what a user says; None: one an instance, like
+    vLLM, as far as there are cores, and one on a CPU host. `UsageError` for what several cannot
+    do."""
+    from vllm.platforms import current_platform
+
+    if wanted is not None and wanted < 1:
+        raise UsageError(f"--api-server-count {wanted}: must be 1 or more")
+    if wanted is None:
+        cores = len(os.sched_getaffinity(0))
+        count = 1 if current_platform.is_cpu() else min(instances, max(1, cores // CORES_EACH))
+    else:
+        count = wanted
+    why_not = _why_one_frontend() if count > 1 else None
+    if why_not is None:
+        return count
+    if wanted is not None:
+        raise UsageError(f"--api-server-count {wanted}: {why_not}; use --api-server-count 1")
+    say(f"one process speaks HTTP, since {why_not}")
+    return 1
+
+
+def _why_one_frontend() -> str | None:
+    """What keeps several processes from serving side by side."""
+    from vllm import envs
+    from vllm.lora.resolver import LoRAResolverRegistry
+    from vllm.plugins import load_general_plugins
+
+    if envs.VLLM_ENABLE_RESPONSES_API_STORE:
+        return (
+            "VLLM_ENABLE_RESPONSES_API_STORE keeps each response in the process that gave it, and "
+            "another one would not find it"
+        )
+    load_general_plugins()
+    if LoRAResolverRegistry.get_supported_resolvers():
+        return (
+            "a resolver plugin loads LoRA adapters on first use (VLLM_PLUGINS), and numbers those "
+            "of its own process"
+        )
+    return None
 
 
 def _check_middleware(path: str) -> None:

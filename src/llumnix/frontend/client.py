@@ -34,6 +34,7 @@ from llumnix.frontend.context import HttpRequest, current_http_request
 from llumnix.frontend.controller_link import ControllerLink
 from llumnix.frontend.engines.engine import Engine
 from llumnix.frontend.engines.late_queries import LateQueries
+from llumnix.frontend.engines.sockets import ClientPlace
 from llumnix.frontend.grammars import may_only_fail_at_grammar
 from llumnix.frontend.prompt_blocks import prompt_blocks
 from llumnix.frontend.streams.info import FleetStream, StreamInfo
@@ -55,7 +56,7 @@ class FleetClient(RevivingClient):
     def __init__(
         self,
         vllm_config: VllmConfig,
-        addresses: dict[str, str],
+        place: ClientPlace,
         link: ControllerLink,
         slots: int,
         log: EventLog,
@@ -65,7 +66,7 @@ class FleetClient(RevivingClient):
         keys: SocketKeys | None = None,
         survival: SurvivalSettings | None = None,
     ) -> None:
-        super().__init__(vllm_config, addresses, slots, log, keys, survival=survival)
+        super().__init__(vllm_config, place, slots, log, keys, survival=survival)
         self.link = link
         self.priorities = priorities
         self._hash_prefixes = hash_prefixes and bool(vllm_config.cache_config.enable_prefix_caching)

@@ -13,6 +13,8 @@ vLLM internals relied on here (tests/house/test_vllm_contract.py fails when one 
   token, 0 before; `stats` is None with --disable-log-stats.
 - `logger_manager` is built for a fixed list of engine indexes; `_logger_ref` lets the running
   output handler see a new one (vLLM's elastic scaling uses it so).
+- `client_count` and `client_index` say how many processes like this there are, and which this is;
+  `client_addresses["mp_admission_counters"]` is an array in which they count their requests.
 - `shutdown(timeout)` is called on a thread of its own after the first SIGINT or SIGTERM, before the
   HTTP server is told to stop.
 """
@@ -22,6 +24,7 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
+from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
@@ -66,6 +69,15 @@ class RequestLostError(GenerationError, GracefulHTTPError):
         self.http_status = self.status_code = HTTPStatus.INTERNAL_SERVER_ERROR
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Beside:
+    """The frontends of a deployment, of which this process is one."""
+
+    count: int = 1
+    slot: int = 0  # which one, from 0
+    admission: Any = None  # vLLM's shared counters of requests, if their number is limited
+
+
 class FleetLLM(AsyncLLM):
     """The engine client that vLLM's HTTP application talks to."""
 
@@ -80,6 +92,7 @@ class FleetLLM(AsyncLLM):
         log_requests: bool,
         aggregate_engine_logging: bool,
         on_stopping: Callable[["FleetLLM"], None],
+        beside: Beside | None = None,
     ) -> None:
         """`on_stopping` is called once, when a stop begins, on the thread of `shutdown`."""
         self.stopping = False
@@ -88,6 +101,8 @@ class FleetLLM(AsyncLLM):
         self._stop_now = False
         self._aggregate_logging = aggregate_engine_logging
         client.on_failed = self._fail
+        self._beside = beside or Beside()
+        admission = self._beside.admission
         with injected_client(client):
             super().__init__(
                 vllm_config=vllm_config,
@@ -96,6 +111,11 @@ class FleetLLM(AsyncLLM):
                 usage_context=UsageContext.OPENAI_API_SERVER,
                 log_requests=log_requests,
                 aggregate_engine_logging=aggregate_engine_logging,
+                client_addresses=(
+                    None if admission is None else {"mp_admission_counters": admission}
+                ),
+                client_count=self._beside.count,
+                client_index=self._beside.slot,
             )
         guard(self.output_processor, self._give_up)
         client.first_token_s = self._first_token_s
@@ -195,6 +215,7 @@ class FleetLLM(AsyncLLM):
             engine_idxs=list(range(slots)),
             custom_stat_loggers=load_stat_logger_plugin_factories(),
             aggregate_engine_logging=self._aggregate_logging,
+            client_count=self._beside.count,
         )
         if hasattr(self, "_logger_ref"):
             self._logger_ref[0] = self.logger_manager

@@ -5,7 +5,8 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from llumnix.core.streams.quarantine import REFUSED_FOR_S
+from llumnix.core.streams.quarantine import REFUSED_FOR_S, Quarantine
+from llumnix.core.types import RequestId
 from llumnix.errors import ConflictError, UnknownInstanceError, UnknownQuarantineError
 from llumnix.frontend.client import FleetClient
 from llumnix.frontend.engines.directory import EngineTarget
@@ -89,6 +90,18 @@ class OwnStreams:
             if s.last_owner is not None
         ]
 
+    def named(self, name: str) -> tuple[list[RequestId], bool]:
+        """The requests that a user means by a name, and whether it is the id of one."""
+        owned = [s for s in self._client.streams if s.owner is not None]
+        if any(s.request == name for s in owned):
+            return [RequestId(name)], True
+        return [s.request for s in owned if s.info.client_id == name], False
+
+    def migrations(self, name: str | None) -> list[tuple[float, dict[str, Any]]]:
+        """The last migrations, or the one of that name: when each began, and as JSON."""
+        records = self._client.migrations.records()
+        return [(m.began_s, m.shown()) for m in records if name in (None, m.id)]
+
     async def move(self, order: MoveAsked) -> dict[str, Any]:
         """Moves a request, and returns the migration as JSON when that has ended."""
         target = await self._destination(order)
@@ -119,27 +132,29 @@ class OwnStreams:
 
         return max(others, key=free)
 
-    def quarantined(self) -> list[dict[str, Any]]:
-        """The requests of which instances died, the oldest first, as JSON."""
-        now = time.monotonic()
-        return [
-            {
-                "id": one.id,
-                "client_id": one.client_id,
-                "prompt_tokens": one.prompt_tokens,
-                "output_tokens": one.output_tokens,
-                "refused": one.refused,
-                "seconds_left": round(one.since_s + REFUSED_FOR_S - now, 1),
-            }
-            for one in self._client.quarantine.all(now)
-        ]
 
-    def release(self, name: str | None) -> int:
-        """Refuses requests like this one no longer, or like any if it is None. Returns how many
-        that were; `UnknownQuarantineError` if one is named and is none of them."""
-        released = self._client.quarantine.release(name)
-        if name is not None and not released:
-            raise UnknownQuarantineError(
-                f"no request is quarantined as {name}; GET /llumnix/v1/quarantine lists them"
-            )
-        return released
+def quarantine_rows(quarantine: Quarantine) -> list[dict[str, Any]]:
+    """The requests of which instances died, the oldest first, as JSON."""
+    now = time.monotonic()
+    return [
+        {
+            "id": one.id,
+            "client_id": one.client_id,
+            "prompt_tokens": one.prompt_tokens,
+            "output_tokens": one.output_tokens,
+            "refused": one.refused,
+            "seconds_left": round(one.since_s + REFUSED_FOR_S - now, 1),
+        }
+        for one in quarantine.all(now)
+    ]
+
+
+def release(quarantine: Quarantine, name: str | None) -> int:
+    """Refuses requests like this one no longer, or like any if it is None. Returns how many that
+    were; `UnknownQuarantineError` if one is named and is none of them."""
+    released = quarantine.release(name)
+    if name is not None and not released:
+        raise UnknownQuarantineError(
+            f"no request is quarantined as {name}; GET /llumnix/v1/quarantine lists them"
+        )
+    return released

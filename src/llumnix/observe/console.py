@@ -1,5 +1,6 @@
-"""Lines to the user on standard output."""
+"""Lines to the user on standard output, and our log on standard error."""
 
+import logging
 import os
 import sys
 
@@ -13,3 +14,15 @@ def say(text: str, *, prefix: str = "llumnix: ") -> None:
         sink = os.open(os.devnull, os.O_WRONLY)
         os.dup2(sink, sys.stdout.fileno())
         os.close(sink)
+
+
+def log_to_stderr() -> None:
+    """Sends our own log lines to stderr, whatever the libraries do to the root logger."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("llumnix: %(asctime)s %(levelname)s %(message)s"))
+    ours = logging.getLogger("llumnix")
+    ours.addHandler(handler)
+    ours.setLevel(logging.INFO)
+    ours.propagate = False
+    # A line that cannot be written is lost. No traceback is to take its place.
+    logging.raiseExceptions = False

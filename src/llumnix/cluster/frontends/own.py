@@ -29,8 +29,7 @@ class OwnFrontend:
 
     def expect(self, instance: InstanceId, engine_index: EngineIndex, slot: int) -> None:
         """See `Frontends`, as for all below."""
-        self._client.engines.expect(instance, engine_index, slot)
-        self._client.engines.accept(engine_index, False)
+        self._client.expect(instance, engine_index, slot)
 
     def locate(self, engine_index: EngineIndex, address: str) -> None:
         self._client.engines.locate(engine_index, address)

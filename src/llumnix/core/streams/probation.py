@@ -12,6 +12,8 @@ Rules
 - If more than half of the instances have died of their own making, no suspect is revived until one
   of them serves again. Requests are not to blame for a bad driver, and must not take it to the
   instances that are left.
+- Where there are several frontends, one of them at a time has the turn to revive suspects
+  (core/supervision/frontends.py), and the suspects of a death are those of all frontends.
 """
 
 import enum
@@ -45,6 +47,7 @@ class Probation:
         self._deaths: deque[tuple[float, frozenset[RequestId]]] = deque()
         self._down: set[InstanceId] = set()
         self.held = False  # because too many instances are down
+        self.turn = True  # whether this frontend, of several, may have suspects computed again
 
     # -- deaths
 
@@ -60,20 +63,21 @@ class Probation:
         engine: EngineIndex,
         instance: InstanceId,
         accused: AbstractSet[RequestId],
+        everyone: AbstractSet[RequestId],
         serving: Collection[InstanceId],
         now: float,
     ) -> None:
-        """An engine died of its own making. `accused`: its suspects; `serving`: the instances that
-        are left."""
+        """An engine died of its own making. `accused`: its suspects; `everyone`: those of all
+        frontends; `serving`: the instances that are left."""
         tried = self._at.get(engine)
         if tried is not None and tried in accused:
             self._condemned.add(tried)
         while self._deaths and now - self._deaths[0][0] > SAME_CAUSE_S:
             self._deaths.popleft()
         for _, before in self._deaths:
-            if len(common := before & accused) == 1:
-                self._condemned |= common
-        self._deaths.append((now, frozenset(accused)))
+            if len(common := before & everyone) == 1:
+                self._condemned |= common & accused
+        self._deaths.append((now, frozenset(everyone)))
         self.lost(engine)
         for request in accused:
             self._suspects.setdefault(request, None)
@@ -127,7 +131,12 @@ class Probation:
 
     def may_try(self, engine: EngineIndex) -> bool:
         """Whether a suspect may be revived there."""
-        return not self.held and engine not in self._at
+        return self.turn and not self.held and engine not in self._at
+
+    @property
+    def any(self) -> bool:
+        """Whether there are suspects."""
+        return bool(self._suspects)
 
     @property
     def busy(self) -> bool:

@@ -36,7 +36,7 @@ class Quarantined:
 
 
 class Quarantine:
-    """Those of one frontend."""
+    """Those of one deployment. Every frontend has them."""
 
     def __init__(self) -> None:
         self._kept: dict[str, Quarantined] = {}  # by digest, the oldest first
@@ -56,6 +56,11 @@ class Quarantine:
         """The one with this digest, if it is refused."""
         self._expire(now)
         return self._kept.get(digest)
+
+    def note_refused(self, name: str) -> None:
+        """The one with this id was sent again, to a frontend that does not keep the list."""
+        for one in self._kept.values():
+            one.refused += one.id == name
 
     def all(self, now: float) -> list[Quarantined]:
         """All that are refused, the oldest first."""

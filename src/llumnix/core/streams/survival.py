@@ -158,7 +158,7 @@ class Orphans:
 
     def late(self, now: float) -> list[RequestId]:
         """Those that have waited for too long."""
-        if self.probation.busy:
+        if self.probation.busy or not self.probation.turn:
             self._tried_s = now
         since = (
             (o.request, max(o.since_s, self._tried_s) if self._suspected(o) else o.since_s)

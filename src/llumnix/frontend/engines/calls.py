@@ -29,8 +29,9 @@ from vllm.v1.engine import EngineCoreRequestType
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from llumnix.core.types import EngineIndex, MigrationId
+from llumnix.frontend.engines.others import Others
 from llumnix.frontend.engines.sockets import EngineSockets
-from llumnix.frontend.engines.state import EngineState
+from llumnix.frontend.engines.state import PAUSES, EngineState
 
 logger = logging.getLogger("llumnix.frontend")
 
@@ -46,6 +47,12 @@ most, from a source that is dead."""
 CALL_TRIES_MAX = 5
 CALL_PAUSE_S = 0.1
 """After the first failure of a call that must not be lost; each further pause is twice as long."""
+SHARED = frozenset({
+    *PAUSES, "pin_lora", "release_kv_cache_memory", "remove_lora", "reset_encoder_cache",
+    "reset_mm_cache", "reset_prefix_cache", "resume_scheduler", "sleep", "wake_up",
+})  # fmt: skip
+"""Calls that the office makes for a frontend that is not alone. Two frontends that called at the
+same time would reach the engines in different orders, and an engine that joins would miss one."""
 LONG = frozenset({
     "add_lora", "collective_rpc", "compute_weight_checksums", "pause_generation", "pause_scheduler",
     "pin_lora", "profile", "release_kv_cache_memory", "remove_lora", "save_sharded_state", "sleep",
@@ -55,6 +62,8 @@ LONG = frozenset({
 
 class EngineCalls(EngineSockets):
     """The part of the fleet's client that calls engines."""
+
+    others: Others | None = None  # that are asked through the office; None if there are none
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -153,11 +162,11 @@ class EngineCalls(EngineSockets):
         return await self.call_utility_consensus_async(method, *args)
 
     async def call_utility_all_async(self, method: str, *args: Any) -> list[Any]:
-        answers = await self._call_joined(method, args)
+        answers = await self.call_joined(method, args)
         return list(answers.values())
 
     async def call_utility_consensus_async(self, method: str, *args: Any) -> Any:
-        answers = await self._call_joined(method, args)
+        answers = await self.call_joined(method, args)
         first, *others = answers.values()
         if any(answer != first for answer in others):
             said = ", ".join(f"{self.engines.name(e)}: {answer}" for e, answer in answers.items())
@@ -166,8 +175,10 @@ class EngineCalls(EngineSockets):
             )
         return first
 
-    async def _call_joined(self, method: str, args: tuple[Any, ...]) -> dict[EngineIndex, Any]:
+    async def call_joined(self, method: str, args: tuple[Any, ...]) -> dict[EngineIndex, Any]:
         """What each engine that has joined answers."""
+        if self.others is not None and method in SHARED:
+            return await self.others.call_all(method, args)
         return await self._call(self._those_joined(), method, args)
 
     def _those_joined(self) -> list[EngineIndex]:
@@ -264,6 +275,9 @@ class EngineCalls(EngineSockets):
         return set.intersection(*map(set, await self.call_utility_all_async("list_loras")))
 
     async def add_lora_async(self, lora_request: LoRARequest) -> bool:
+        if self.others is not None:
+            await self.others.load_adapter(lora_request)
+            return True
         return all(await self.call_utility_all_async("add_lora", lora_request))
 
     async def remove_lora_async(self, lora_id: int) -> bool:

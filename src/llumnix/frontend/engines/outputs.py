@@ -94,6 +94,10 @@ class EngineOutputs(AsyncMPClient):
         except zmq.ZMQError as error:  # The socket itself failed, so nothing more will come.
             self.outputs_queue.put_nowait(error)
 
+    def take_in(self, frames: list[bytes]) -> None:
+        """Takes in a message of an engine's that came another way."""
+        self._take_in([zmq.Frame(frame) for frame in frames])
+
     def _take_in(self, frames: list[Any]) -> None:
         try:
             outputs = self.decoder.decode(frames)

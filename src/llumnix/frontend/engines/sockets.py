@@ -6,10 +6,14 @@ vLLM internals relied on here (tests/house/test_vllm_contract.py fails when one 
   outputs arrive with their `engine_index`. Its encoder, decoder and queue are used as they are; its
   constructor, which waits for a fixed set of engines, is replaced.
 - An engine announces itself on the ROUTER socket with its READY payload, at any time, once.
+- `make_zmq_socket(..., listener)` takes over a socket that listens already. An engine answers a
+  request or a call at the output address of the client whose `client_index` it carries.
 """
 
 import asyncio
+import socket
 import weakref
+from dataclasses import dataclass
 from typing import Any
 
 import zmq
@@ -20,10 +24,25 @@ from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.engine.core_client import BackgroundResources
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
-from llumnix.core.types import EngineIndex
+from llumnix.core.types import EngineIndex, InstanceId
 from llumnix.frontend.engines.directory import EngineDirectory
 from llumnix.frontend.engines.outputs import Complaints, EngineOutputs
 from llumnix.sockets import Listening, SocketKeys, check_secured
+
+EARLY_MAX = 1024
+"""So many engines that have announced themselves wait until they are made known."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientPlace:
+    """Where one client of the engines listens, and which of them it is."""
+
+    input_address: str  # for what engines announce
+    output_address: str  # for their outputs
+    listeners: tuple[socket.socket, socket.socket] | None = None
+    """Bound to the two, if others must not get these ports meanwhile."""
+    index: int = 0
+    count: int = 1  # how many processes the clients of one moment are
 
 
 class EngineSockets(EngineOutputs):
@@ -35,7 +54,7 @@ class EngineSockets(EngineOutputs):
     def __init__(
         self,
         vllm_config: VllmConfig,
-        addresses: dict[str, str],
+        place: ClientPlace,
         slots: int,
         keys: SocketKeys | None = None,
     ) -> None:
@@ -55,12 +74,16 @@ class EngineSockets(EngineOutputs):
         self.engines_running = False
         self.stats_update_address = None
         self.coordinator_input_address = self.coordinator_output_address = None
-        self.input_address = addresses["input_address"]
-        self.output_address = addresses["output_address"]
+        self.input_address, self.output_address = place.input_address, place.output_address
+        ours = place.listeners or (None, None)
+        for listener in place.listeners or ():
+            listener.listen()
         self.input_socket = self.resources.input_socket = make_zmq_socket(
-            self.ctx, self.input_address, zmq.ROUTER, bind=True
+            self.ctx, place.input_address, zmq.ROUTER, bind=True, listener=ours[0]
         )
-        self.resources.output_socket = make_zmq_socket(self.ctx, self.output_address, zmq.PULL)
+        self.resources.output_socket = make_zmq_socket(
+            self.ctx, place.output_address, zmq.PULL, bind=True, listener=ours[1]
+        )
         check_secured(self.input_socket, keys)
         check_secured(self.resources.output_socket, keys)
         self.encoder = MsgpackEncoder()
@@ -69,13 +92,14 @@ class EngineSockets(EngineOutputs):
         self.core_engines: list[bytes] = []
         self.core_engine = b""
         self.utility_results: dict[int, asyncio.Future[Any]] = {}
-        self.client_count = 1
-        self.client_index = 0
+        self.client_count = place.count
+        self.client_index = place.index
         self.outputs_queue: asyncio.Queue[EngineCoreOutputs | Exception] = asyncio.Queue()
         self._engine_status: dict[int, dict] = {}
 
         self.engines = EngineDirectory()
         self.complaints = Complaints()
+        self._early: dict[EngineIndex, bytes] = {}
         self._greeter: asyncio.Task[None] | None = None
 
     def listen(self) -> None:
@@ -99,8 +123,21 @@ class EngineSockets(EngineOutputs):
             except Exception as error:  # noqa: BLE001 - the next engine must still be let in
                 self.complaints.note("An engine announced itself badly", repr(error), error)
 
+    def expect(self, instance: InstanceId, engine_index: EngineIndex, slot: int) -> None:
+        """Makes an engine known that will announce itself, or has done so. It takes no requests
+        yet."""
+        self.engines.expect(instance, engine_index, slot)
+        self.engines.accept(engine_index, False)
+        payload = self._early.pop(engine_index, None)
+        if payload is not None:
+            self._let_in(engine_index.to_bytes(2, "little"), payload)
+
     def _let_in(self, identity: bytes, payload: bytes) -> None:
-        engine = self.engines.get(EngineIndex(int.from_bytes(identity, "little")))
+        index = EngineIndex(int.from_bytes(identity, "little"))
+        engine = self.engines.get(index)
+        if engine is None and self.client_index and len(self._early) < EARLY_MAX:
+            self._early[index] = payload  # The office's word for it comes on another line.
+            return
         if engine is None or engine.ready.done():
             what = "An engine that nobody started announced itself"
             self.complaints.note(what, identity.hex())

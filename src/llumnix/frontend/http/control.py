@@ -1,12 +1,14 @@
 """What the routes under /llumnix ask for, and who answers them in a deployment of one frontend."""
 
+import os
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from llumnix.core.supervision.frontends import FrontendStatus
 from llumnix.core.supervision.lifecycle import InstanceStatus
 from llumnix.core.types import InstanceId
 from llumnix.frontend.client import FleetClient
-from llumnix.frontend.own_streams import MoveAsked, OwnStreams
+from llumnix.frontend.own_streams import MoveAsked, OwnStreams, quarantine_rows, release
 from llumnix.frontend.streams.look import Cursor, Look, joined, new_items
 from llumnix.observe.notes import Notes
 
@@ -59,6 +61,10 @@ class Control(Protocol):
 
     async def instances(self) -> list[InstanceRow]:
         """All instances, in order of id."""
+        ...
+
+    async def frontends(self) -> list[FrontendStatus]:
+        """The processes that speak HTTP."""
         ...
 
     async def add(self) -> InstanceStatus:
@@ -126,6 +132,9 @@ class OwnControl:
             for status in self._fleet.status()
         ]
 
+    async def frontends(self) -> list[FrontendStatus]:
+        return [FrontendStatus(id="f0", state="serving", pid=os.getpid(), restarts=0, why=None)]
+
     async def add(self) -> InstanceStatus:
         return await self._fleet.add()
 
@@ -156,10 +165,10 @@ class OwnControl:
         return self._client.migrations.get(name)
 
     async def quarantined(self) -> list[dict[str, Any]]:
-        return self._streams.quarantined()
+        return quarantine_rows(self._client.quarantine)
 
     async def release(self, name: str | None) -> int:
-        return self._streams.release(name)
+        return release(self._client.quarantine, name)
 
 
 def fleet_look(notes: Notes, since: Cursor) -> Look:

@@ -53,6 +53,7 @@ class Gate:
             state = scope["app"].state  # The start: vLLM has made all objects that serve by now.
             stream_ends.adapt(state, state.engine_client.engine_core.ensure_served)
             direct_chunks.adapt(scope["app"])
+            state.args.on_state(state)
             await self.app(scope, receive, send)
             return
         state = scope["app"].state

@@ -108,7 +108,7 @@ class Listener:
 
     def open(self) -> None:
         """Listens and begins to answer; `UsageError` if the address cannot be had."""
-        config = self._server_config()
+        config = self._server_config()  # First, since a certificate may be of no use.
         try:
             self._bind()
             # Linux lets two sockets bind one port as long as neither listens.
@@ -121,6 +121,14 @@ class Listener:
                 f"cannot listen on {where} ({getattr(error, 'strerror', error)}): free it, or "
                 f"choose {fix}"
             ) from error
+        self._answer_with(config)
+
+    def answer(self) -> None:
+        """Begins to answer again, while nobody else accepts from the socket."""
+        if self._server is None:
+            self._answer_with(self._server_config())
+
+    def _answer_with(self, config: uvicorn.Config) -> None:
         self._server = uvicorn.Server(config)
         # A duplicate, since the small server closes it and vLLM's keeps the other.
         sockets = [self.socket.dup()]

@@ -82,7 +82,7 @@ router = APIRouter(prefix="/llumnix/v1")
 async def instances(client: Client, control: Control) -> dict[str, Any]:
     """Every instance with its load. The fields of `LOAD_SHOWN` come from its last report and
     are null while the controller is away; `freeness` is in tokens a request, null too while the
-    instance is being emptied."""
+    instance is being emptied. `frontends`: the processes that speak HTTP."""
     loads = await client.link.loads()
     reports = {(r.instance, r.engine_index): r for r in loads or ()}
     rows = []
@@ -99,7 +99,11 @@ async def instances(client: Client, control: Control) -> dict[str, Any]:
             load = derive(report, (), 0)
             row["freeness"] = round(load.freeness(client.priorities), 1)
         rows.append(row)
-    return {"controller": "up" if loads is not None else "away", "instances": rows}
+    return {
+        "controller": "up" if loads is not None else "away",
+        "frontends": [asdict(frontend) for frontend in await control.frontends()],
+        "instances": rows,
+    }
 
 
 @router.post("/instances", status_code=202)

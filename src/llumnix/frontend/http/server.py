@@ -2,7 +2,8 @@
 
 vLLM internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
 `build_and_serve(engine_client, ...)` builds the whole application and serves until a signal, and
-returns what remains to be awaited; what else it is given goes to uvicorn's configuration;
+returns what remains to be awaited; what else it is given goes to uvicorn's configuration. With
+`peer_loads`, processes that share a socket accept by turns, the least loaded first;
 `args.middleware` are import paths of ASGI middlewares, the last the outermost.
 """
 
@@ -10,8 +11,10 @@ import asyncio
 import gc
 import logging
 import signal
+import socket
 from argparse import Namespace
 from collections.abc import Awaitable, Callable
+from typing import Any, Protocol
 
 from fastapi import FastAPI
 from vllm.entrypoints.launchers.api_server.entry import build_and_serve
@@ -19,7 +22,6 @@ from vllm.envs import enable_envs_cache
 
 from llumnix.errors import LlumnixError
 from llumnix.frontend.http.control import Control
-from llumnix.frontend.http.listener import Listener
 from llumnix.frontend.http.page import page_router
 from llumnix.frontend.http.protocol import HttpProtocol
 from llumnix.frontend.http.routes import control_app
@@ -37,15 +39,37 @@ GARBAGE_EVERY = 10_000
 3.12). Searches take time, and a request leaves little garbage, some 16 kB."""
 
 
+class Served(Protocol):
+    """The listening socket, and where clients find it."""
+
+    @property
+    def url(self) -> str: ...
+
+    socket: socket.socket
+
+    def stop_answering(self) -> None:
+        """Leaves the socket to vLLM's server."""
+        ...
+
+    def close(self) -> None:
+        """Stops listening."""
+        ...
+
+
 async def serve(
     llm: FleetLLM,
     control: Control,
-    listener: Listener,
+    listener: Served,
     args: Namespace,
     announce: Callable[[], Awaitable[None]],
+    *,
+    on_state: Callable[[Any], None] = lambda state: None,
+    peer_loads: tuple[Any, int] | None = None,
 ) -> None:
     """Serves until the first SIGINT or SIGTERM, then lets running requests end. `announce` is
-    awaited once requests are answered. The `llm` is to call `stop_begins` when it stops."""
+    awaited once requests are answered. `on_state` gets the application's state when all of it is
+    there. `peer_loads`: the open connections of all processes that accept here, and which is this
+    one's. The `llm` is to call `stop_begins` when it stops."""
     gc.set_threshold(GARBAGE_EVERY)
     enable_envs_cache()  # vLLM asks for variables at each token, and that takes 2 µs.
     page = None
@@ -61,7 +85,8 @@ async def serve(
             llm,
             listener.url,
             listener.socket,
-            with_gate(args, ours),
+            with_gate(args, ours, on_state),
+            peer_loads=peer_loads,
             callback_notify=serving,
             http=HttpProtocol,
         )
@@ -78,15 +103,18 @@ async def serve(
         raise LlumnixError("the HTTP server ended by itself; the log above says why")
 
 
-def with_gate(args: Namespace, ours: FastAPI) -> Namespace:
+def with_gate(
+    args: Namespace, ours: FastAPI, on_state: Callable[[Any], None] = lambda state: None
+) -> Namespace:
     """vLLM's arguments with the gate around its application, and ours beside it. vLLM hands them on
     to the gate in the application's state."""
     middleware = [*args.middleware, GATE]
-    return Namespace(**{**vars(args), "middleware": middleware, "control_app": ours})
+    more = {"middleware": middleware, "control_app": ours, "on_state": on_state}
+    return Namespace(**{**vars(args), **more})
 
 
 def _once(
-    listener: Listener, announce: Callable[[], Awaitable[None]]
+    listener: Served, announce: Callable[[], Awaitable[None]]
 ) -> Callable[[], Awaitable[None]]:
     """A callback that announces once. uvicorn calls it when it accepts connections, and again from
     time to time."""

@@ -52,6 +52,7 @@ from llumnix.frontend.engines.calls import EngineCalls
 from llumnix.frontend.engines.directory import EngineTarget
 from llumnix.frontend.engines.engine import Engine
 from llumnix.frontend.engines.outputs import DIED_CODE, QUARANTINED_CODE, FailedRequest
+from llumnix.frontend.engines.sockets import ClientPlace
 from llumnix.frontend.grammars import BAD_GRAMMAR
 from llumnix.frontend.streams.info import FleetStream, FleetStreams, shown
 from llumnix.frontend.streams.look import Ended, Placed
@@ -83,12 +84,12 @@ class StreamClient(EngineCalls):
     def __init__(
         self,
         vllm_config: VllmConfig,
-        addresses: dict[str, str],
+        place: ClientPlace,
         slots: int,
         log: EventLog,
         keys: SocketKeys | None = None,
     ) -> None:
-        super().__init__(vllm_config, addresses, slots, keys)
+        super().__init__(vllm_config, place, slots, keys)
         self.streams: FleetStreams = StreamTable(self.client_index)
         self.migrations = MigrationRecords(log)
         self.on_failed: Callable[[FailedRequest], bool] = lambda failed: True

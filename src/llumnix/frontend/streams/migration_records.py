@@ -80,6 +80,10 @@ class MigrationRecords:
         """The last migrations, the oldest first."""
         return [m.shown() for m in self._listed.values()]
 
+    def records(self) -> list[Migration]:
+        """The same, as they are kept."""
+        return list(self._listed.values())
+
     def get(self, migration: str) -> dict[str, Any]:
         """One migration; `UnknownMigrationError` if it is not among the last."""
         if (known := self._listed.get(MigrationId(migration))) is not None:

@@ -28,6 +28,7 @@ from llumnix.core.streams.survival import Orphan, Orphans
 from llumnix.core.types import EngineIndex, RequestId
 from llumnix.frontend.context import HttpRequest
 from llumnix.frontend.engines.engine import Engine
+from llumnix.frontend.engines.others import Others
 from llumnix.frontend.engines.outputs import DIED_CODE, QUARANTINED_CODE
 from llumnix.frontend.streams.client import StreamClient, died
 from llumnix.frontend.streams.digests import digest_of
@@ -105,17 +106,29 @@ class RevivingClient(StreamClient):
         if not (blamed and self.orphans.settings.on):
             probation.lost(index)
             return
-        accused = {s.request for s in self.streams if s.may_be_on(index)}
-        if suspects is not None:
-            accused &= suspects
+        accused = self.accused(index, suspects)
+        everyone = accused if self.others is None or suspects is None else suspects
         serving = [e.instance for e in self.engines.takers()]
-        probation.died(index, engine.instance, accused, serving, time.monotonic())
+        probation.died(index, engine.instance, accused, everyone, serving, time.monotonic())
         if accused:
             logger.warning(
                 "Instance %s may have died of a request; %d are suspects.",
                 engine.instance,
                 len(accused),
             )
+
+    def accused(
+        self, engine_index: EngineIndex, suspects: frozenset[RequestId] | None
+    ) -> frozenset[RequestId]:
+        """The requests of this frontend that may have killed an engine. `suspects`: it was one of
+        these, if any are known."""
+        there = frozenset(s.request for s in self.streams if s.may_be_on(engine_index))
+        return there if suspects is None else there & suspects
+
+    def take_turn(self, mine: bool) -> None:
+        """Whether suspects of this frontend may be computed again from now on."""
+        self.orphans.probation.turn = mine
+        self._stir.set()
 
     def orphaned(self, orphaned: Orphaned) -> None:
         stream = self.streams.get(orphaned.request)
@@ -322,7 +335,19 @@ class RevivingClient(StreamClient):
                 one.prompt_tokens,
                 one.output_tokens,
             )
+            if self.others is not None:
+                self.start_task(self._end_once_known(stream.request, one, self.others))
+                return
         self._end_condemned(stream)
+
+    async def _end_once_known(self, request: RequestId, one: Quarantined, others: Others) -> None:
+        """Its client may send it again at once, to another frontend."""
+        try:
+            await others.condemned(one)
+        except Exception as error:  # noqa: BLE001 - its client must hear of it all the same
+            self.complaints.note("Not all frontends know of a quarantined request", repr(error))
+        if (stream := self.streams.get(request)) is not None:
+            self._end_condemned(stream)
 
     def _end_condemned(self, stream: FleetStream) -> None:
         self.end(stream.request, CONDEMNED, QUARANTINED_CODE)
@@ -338,6 +363,8 @@ class RevivingClient(StreamClient):
             return
         known.refused += 1
         metrics.QUARANTINE_REFUSALS.inc()
+        if self.others is not None:
+            self.others.refused(known.id)
         if http is not None:
             http.code = QUARANTINED_CODE
         raise QuarantinedError(known.id)

@@ -1,0 +1,64 @@
+"""How far the start of a deployment is, and what is said once it serves."""
+
+import argparse
+import time
+from collections.abc import Sequence
+
+from llumnix.frontend.http.listener import ListenAddress, Listener, StartProgress
+from llumnix.observe.console import say
+
+
+class Start:
+    """How far the start is, for the user at the terminal and for clients at the port."""
+
+    def __init__(self) -> None:
+        self.began_s = time.monotonic()
+        self.progress = StartProgress(began_s=self.began_s)
+        self.listener: Listener | None = None
+        self.crashed = False  # whether an instance was lost; then the logs are kept
+
+    def say(self, text: str) -> None:
+        """Says what the start does now."""
+        say(text)
+        self.progress.phase = text
+
+    def listen(self, args: argparse.Namespace) -> None:
+        """Listens where the arguments say, if it does not do so yet."""
+        address = ListenAddress.of(args)
+        if self.listener is not None and self.listener.address == address:
+            return
+        self.close()
+        listener = Listener(address, self.progress)
+        listener.open()
+        self.listener = listener
+
+    def close(self) -> None:
+        """Stops listening."""
+        if self.listener is not None:
+            self.listener.close()
+            self.listener = None
+
+    def announce(self, args: argparse.Namespace, tasks: Sequence[str], how: str = "") -> None:
+        """Says where it serves, and a line to try. `tasks`: what vLLM can do with the model; `how`:
+        more about the server."""
+        assert self.listener is not None
+        url = self.listener.url
+        model = (args.served_model_name or [args.model])[0]
+        took_s = time.monotonic() - self.began_s
+        say(f"serving {model} at {url}{how} after {took_s:.0f} s; try")
+        say(curl_line(args, url, model, generates="generate" in tasks), prefix="  ")
+
+
+def curl_line(args: argparse.Namespace, url: str, model: str, *, generates: bool) -> str:
+    """A command that asks the server something. It has the key's variable, never the key."""
+    keyed = bool(args.access.client_digests)
+    key = ' -H "Authorization: Bearer ${VLLM_API_KEY:-$KEY}"' if keyed else ""
+    base = url.replace("//0.0.0.0", "//127.0.0.1").replace("//[::]", "//[::1]")
+    curl = f"curl --unix-socket {args.uds} http://localhost" if args.uds else f"curl {base}"
+    if not generates:
+        return f"{curl}/v1/models{key}"
+    return (
+        f"{curl}/v1/chat/completions{key} -H 'Content-Type: application/json' "
+        f'-d \'{{"model": "{model}", "max_tokens": 64, "temperature": 0, '
+        '"messages": [{"role": "user", "content": "What is the capital of France?"}]}\''
+    )

@@ -1,0 +1,243 @@
+"""A frontend that is not alone, without its process: engines, adapters, suspects, quarantine."""
+
+import asyncio
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import zmq
+
+pytest.importorskip("vllm")
+
+from vllm.exceptions import GracefulHTTPError
+from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.metrics.stats import SchedulerStats
+
+from llumnix.core.messages import IN_BAND, DrainRequested
+from llumnix.core.settings import SurvivalSettings
+from llumnix.core.streams.quarantine import Quarantined
+from llumnix.core.types import EngineIndex, InstanceId, RequestId
+from llumnix.frontend.engines.sockets import ClientPlace
+from llumnix.frontend.office.adapters import Adapters, as_request, of_command_line, of_request
+from llumnix.frontend.office.engine_client import EngineClient
+from llumnix.frontend.office.messages import Adapter, EngineDied, EngineWanted, FleetWants
+from llumnix.frontend.office.mirror import Mirror
+from llumnix.wire import encode
+from support.frontend import Front, front, packed, ready_payload, tokens
+
+from .test_quarantine import died_twice, suspects, with_requests
+
+E0, E1, E5 = EngineIndex(0), EngineIndex(1), EngineIndex(5)
+ON = SurvivalSettings()
+
+
+class Others:
+    """Notes what it is told; a condemned request is known once `knows` is set."""
+
+    def __init__(self) -> None:
+        self.knows = asyncio.Event()
+        self.told: list[Quarantined] = []
+        self.refusals: list[str] = []
+        self.calls: list[tuple[str, Any]] = []
+
+    async def call_all(self, method: str, args: tuple[Any, ...]) -> dict[EngineIndex, Any]:
+        self.calls.append((method, args))
+        return {E0: True, E1: True}
+
+    async def load_adapter(self, request: Any) -> None:
+        request.lora_int_id = 7
+
+    async def condemned(self, one: Quarantined) -> None:
+        self.told.append(one)
+        await self.knows.wait()
+
+    def refused(self, name: str) -> None:
+        self.refusals.append(name)
+
+
+def wanted(index: EngineIndex, **fields: Any) -> EngineWanted:
+    given = {
+        "instance": InstanceId(f"i{index}"), "slot": index, "address": "ipc:///p",
+        "accepting": True, "joined": True, "silent": False,
+    }  # fmt: skip
+    return EngineWanted(engine_index=index, **(given | fields))
+
+
+def mirror(one: Front, grown: list[int]) -> Mirror:
+    llm: Any = SimpleNamespace(engine_core=one.client, grow_metrics=grown.append)
+    return Mirror(llm)
+
+
+def wants(version: int, *engines: EngineWanted) -> FleetWants:
+    return FleetWants(version=version, engines=list(engines), slots=3, open=True)
+
+
+async def test_its_engines_become_those_of_the_office(tmp_path: Path) -> None:
+    async with front(tmp_path, engines=0) as one:
+        grown: list[int] = []
+        it = mirror(one, grown)
+        await it.apply(wants(4, wanted(E0), wanted(E1, accepting=False, joined=False)))
+        engines, state = one.client.engines, one.client.shared_state
+        assert list(engines.by_index) == [E0, E1]
+        assert engines.address(E0) == "ipc:///p"
+        assert (engines.by_index[E0].accepting, engines.by_index[E1].accepting) == (True, False)
+        assert (state.joined, grown, it.held().version) == ({E0}, [3], 4)
+        await it.apply(wants(5, wanted(E1, silent=True)))
+        assert list(engines.by_index) == [E1]
+        assert (state.joined, state.silent) == ({E1}, {E1})
+
+
+async def test_an_engine_that_announces_itself_before_the_offices_word_is_let_in_with_it(
+    tmp_path: Path,
+) -> None:
+    async with front(tmp_path, engines=0) as one:
+        one.client.client_index = 3
+        socket = one.connect(zmq.DEALER, "input_address", 5)
+        socket.send(ready_payload())
+        async with asyncio.timeout(5):
+            while not one.client._early:
+                await asyncio.sleep(0.01)
+        assert one.client.complaints.counts == {}
+        await mirror(one, []).apply(wants(1, wanted(E5)))
+        assert [e.engine_index for e in one.client.engines.up()] == [E5]
+        assert one.client.serving
+
+
+async def test_what_it_holds_is_counted_by_engine(tmp_path: Path) -> None:
+    async with front(tmp_path, survival=ON) as one:
+        it = mirror(one, [])
+        await with_requests(one, "a", "b", engine=1)
+        held = it.held()
+        assert (held.in_flight, held.suspects) == ({E1: 2}, False)
+        assert held.heard_s[E1] > held.heard_s[E0]
+        one.client.take_turn(False)
+        death = EngineDied(engine_index=E1, blamed=True, suspects=[RequestId("a")])
+        assert await it.died(death) == 0
+        assert it.held().suspects
+
+
+async def test_without_the_turn_its_suspects_wait_and_others_do_not(tmp_path: Path) -> None:
+    async with front(tmp_path, survival=ON) as one:
+        await with_requests(one, "suspect", "innocent")
+        one.client.take_turn(False)
+        one.link.where = 1
+        await one.client.lose(E0, blamed=True, suspects=suspects("suspect"))
+        sent = {frames[0] for frames in await one.heard(1)}
+        assert sent
+        assert one.client.streams.count(E1) == 0
+        waiting = [s.request for s in one.client.streams if s.owner is None]
+        assert "suspect" in waiting
+        assert one.client.orphans.engine_of(RequestId("suspect")) is None
+        assert one.client.orphans.engine_of(RequestId("innocent")) == E1
+        one.client.take_turn(True)
+        async with asyncio.timeout(5):
+            while one.client.orphans.engine_of(RequestId("suspect")) is None:
+                await asyncio.sleep(0.01)
+
+
+async def test_a_client_hears_that_it_is_condemned_once_all_frontends_know(tmp_path: Path) -> None:
+    async with front(tmp_path, engines=3, survival=ON) as one:
+        one.client.others = others = Others()
+        await with_requests(one, "poison")
+        await died_twice(one, "poison")
+        async with asyncio.timeout(5):
+            while not others.told:
+                await asyncio.sleep(0.01)
+        assert "error" not in one.due().get("poison", [])
+        others.knows.set()
+        async with asyncio.timeout(5):
+            while one.client.streams.get(RequestId("poison")) is not None:
+                await asyncio.sleep(0.01)
+        assert one.due()["poison"][-1] == "error"
+        with pytest.raises(GracefulHTTPError):
+            await one.add_request("again", 2, prompt_token_ids=[0, 5, 6])
+        assert others.refusals == [others.told[0].id]
+
+
+async def test_calls_that_change_what_engines_share_go_through_the_office(tmp_path: Path) -> None:
+    async with front(tmp_path) as one:
+        one.client.others = others = Others()
+        await one.client.sleep_async(1, "abort")
+        await one.client.reset_prefix_cache_async()
+        adapter = as_request(Adapter(name="a", number=1, path="/a"))
+        assert await one.client.add_lora_async(adapter)
+        assert [method for method, _ in others.calls] == ["sleep", "reset_prefix_cache"]
+        assert adapter.lora_int_id == 7
+        assert await one.heard(0) == []
+
+
+# -- adapters
+
+
+async def test_vllms_list_of_adapters_is_the_offices() -> None:
+    gone: list[str] = []
+
+    async def unload(name: str) -> None:
+        gone.append(name)
+
+    class Models:
+        def __init__(self) -> None:
+            self.lora_requests: dict[str, Any] = {}
+
+        async def unload_lora_adapter(self, request: Any) -> Any:
+            if request.lora_name in self.lora_requests:
+                del self.lora_requests[request.lora_name]
+                return "Success"
+            return SimpleNamespace(error="not found")
+
+    models, adapters = Models(), Adapters(unload)
+    adapters.set([Adapter(name="a", number=4, path="/a", base_model="m")])
+    adapters.attach(models)
+    assert models.lora_requests["a"].lora_int_id == 4
+    assert of_request(models.lora_requests["a"]).base_model == "m"
+    adapters.set([Adapter(name="b", number=5, path="/b")])
+    assert set(models.lora_requests) == {"b"}
+    await models.unload_lora_adapter(SimpleNamespace(lora_name="none"))
+    assert gone == []
+    await models.unload_lora_adapter(SimpleNamespace(lora_name="b"))
+    assert gone == ["b"]
+
+
+def test_the_command_lines_adapters_have_a_base_model_only_if_that_is_served() -> None:
+    def module(base: str | None) -> Any:
+        return SimpleNamespace(name="a", path="/a", base_model_name=base, is_3d_lora_weight=False)
+
+    args: Any = SimpleNamespace(
+        served_model_name=["m"], model="x", lora_modules=[module("m"), module("other")]
+    )
+    assert [a.base_model for a in of_command_line(args)] == ["m", None]
+    args.lora_modules = None
+    assert of_command_line(args) == []
+
+
+# -- the office's own client
+
+
+async def test_the_offices_client_hears_drains_and_passes_statistics_on(tmp_path: Path) -> None:
+    async with front(tmp_path) as one:
+        place = ClientPlace(
+            input_address=f"ipc://{tmp_path}/i", output_address=f"ipc://{tmp_path}/o"
+        )
+        client = EngineClient(one.client.vllm_config, place, 2)
+        passed: list[list[bytes]] = []
+        client.on_statistics = passed.append
+        try:
+            client.expect(InstanceId("i0"), E0, 0)
+            drain = encode(DrainRequested(request=RequestId(""), why="a SIGTERM"))
+            frames = tokens(0, "", kv_transfer_params={IN_BAND: drain})
+            client._take_in([zmq.Frame(frames)])
+            asked = client.drain_requests.get_nowait()
+            assert (asked.instance, asked.why) == ("i0", "a SIGTERM")
+            stats = EngineCoreOutputs(
+                engine_index=0, scheduler_stats=SchedulerStats(num_running_reqs=3)
+            )
+            client._take_in([zmq.Frame(packed(stats))])
+            client._take_in([zmq.Frame(packed(EngineCoreOutputs(engine_index=9)))])
+            assert client.outputs_queue.empty()
+            (said,) = passed
+        finally:
+            client.close_sockets()
+        one.client.take_in(said)
+        item: Any = one.client.outputs_queue.get_nowait()
+        assert item.scheduler_stats.num_running_reqs == 3
