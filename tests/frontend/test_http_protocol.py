@@ -2,12 +2,26 @@
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import uvicorn
+from fastapi import FastAPI
+from starlette.responses import StreamingResponse
 
+pytest.importorskip("vllm")
+
+from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.output_processor import RequestOutputCollector
+
+from llumnix.frontend.context import current_http_request
+from llumnix.frontend.direct import DirectOutputs
+from llumnix.frontend.http.access import Access
+from llumnix.frontend.http.gate import Gate
 from llumnix.frontend.http.protocol import WRITE, BodyWriter, HttpProtocol
 
 Answer = Callable[[Any], Awaitable[None]]
@@ -16,6 +30,8 @@ OK = {"type": "http.response.start", "status": 200}
 
 class Wire(asyncio.Transport):
     """Notes each write; a TCP connection of a client otherwise."""
+
+    protocol: HttpProtocol
 
     def __init__(self) -> None:
         super().__init__({"peername": ("127.0.0.1", 1), "sockname": ("127.0.0.1", 2)})
@@ -45,19 +61,29 @@ async def ask(answer: Answer, *requests: bytes, writes: Any = None) -> Wire:
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await (writes(scope.pop(WRITE), send) if writes is not None else answer(send))
 
+    wire, server = connected(app)
+    for request in requests:
+        wire.protocol.data_received(request)
+    await until_answered(server)
+    wire.protocol.connection_lost(ConnectionResetError())
+    return wire
+
+
+def connected(app: Any) -> tuple[Wire, uvicorn.Server]:
+    """A client's connection to an application, and the server of both."""
     config = uvicorn.Config(app, http=HttpProtocol, log_config=None, lifespan="off", ws="none")
     server = uvicorn.Server(config)
     config.load()
-    protocol = HttpProtocol(config, server.server_state, {})
     wire = Wire()
-    protocol.connection_made(wire)
-    for request in requests:
-        protocol.data_received(request)
+    wire.protocol = HttpProtocol(config, server.server_state, {})
+    wire.protocol.connection_made(wire)
+    return wire, server
+
+
+async def until_answered(server: uvicorn.Server) -> None:
     while server.server_state.tasks:
         await asyncio.sleep(0)
     await asyncio.sleep(0)
-    protocol.connection_lost(ConnectionResetError())
-    return wire
 
 
 def request(method: str = "GET", version: str = "1.1") -> bytes:
@@ -176,3 +202,87 @@ async def test_nothing_is_written_directly_to_a_client_that_is_slow_or_gone(what
     wire = await ask(whole, request(), writes=writes)
     assert said == [True, False]
     assert b"three" not in b"".join(wire.packets)
+
+
+# -- a stream through the gate, whose tokens take the direct way
+
+
+class Serving:
+    """As vLLM's, of which only the chunks matter."""
+
+    async def completion_stream_generator(self, request: Any, outputs: Any) -> AsyncIterator[str]:
+        async for output in outputs:
+            one = output.outputs[0]
+            choice = {"index": 0, "text": one.text, "finish_reason": one.finish_reason}
+            chunk = json.dumps({"id": "x", "choices": [choice]}, separators=(",", ":"))
+            yield f"data: {chunk}\n\n"
+
+
+def output(text: str, reason: str | None = None) -> RequestOutput:
+    one = CompletionOutput(
+        index=0, text=text, token_ids=[1], cumulative_logprob=None, logprobs=None,
+        finish_reason=reason,
+    )  # fmt: skip
+    return RequestOutput("r", None, [], None, [one], finished=reason is not None)
+
+
+def application(outputs: DirectOutputs, passed: list[str]) -> FastAPI:
+    """`passed`: what comes through the application."""
+    app = FastAPI()
+    app.add_middleware(Gate)
+    app.state.args = SimpleNamespace(
+        access=Access(
+            client_digests=frozenset(), admin_digests=frozenset(), clients_administer=True,
+            hosts=None, origins=(),
+        ),
+        max_body_mb=1, sse_keep_alive_interval=0,
+    )  # fmt: skip
+    core = SimpleNamespace(ensure_served=lambda: None)
+    app.state.engine_client = SimpleNamespace(stopping=False, open_http=0, engine_core=core)
+    app.state.openai_serving_completion = serving = Serving()
+
+    async def generated() -> AsyncIterator[Any]:
+        finished = False
+        while not finished:
+            got: Any = await outputs.get()
+            finished = got.finished
+            passed.append(got.outputs[0].text)
+            yield got
+
+    @app.post("/v1/completions")
+    async def completions() -> StreamingResponse:
+        http = current_http_request.get()
+        assert http is not None
+        http.outputs.append(outputs)
+        request: Any = SimpleNamespace(echo=False, n=1)
+        events = serving.completion_stream_generator(request, generated())
+        return StreamingResponse(events, media_type="text/event-stream")
+
+    return app
+
+
+async def test_tokens_of_a_stream_reach_the_wire_without_passing_the_application() -> None:
+    passed: list[str] = []
+    outputs = DirectOutputs.of(RequestOutputCollector(RequestOutputKind.DELTA, "r"))
+    app = application(outputs, passed)
+    states = iter(["startup", "shutdown"])
+
+    async def receive() -> Any:
+        return {"type": f"lifespan.{next(states)}"}
+
+    async def send(message: Any) -> None:
+        assert "failed" not in message["type"]
+
+    await app({"type": "lifespan", "app": app}, receive, send)
+    wire, server = connected(app)
+    wire.protocol.data_received(b"POST /v1/completions HTTP/1.1\r\ncontent-length: 0\r\n\r\n")
+    for one in (output("a"), output("b"), output("c"), output("d", "stop")):
+        for _ in range(30):
+            await asyncio.sleep(0)
+        outputs.put(one)
+    await until_answered(server)
+    assert passed == ["a", "d"]
+    body = b"".join(wire.packets).partition(b"\r\n\r\n")[2]
+    said = re.findall(rb'"text":"(.)"', body)
+    assert said == [b"a", b"b", b"c", b"d"]
+    assert body.endswith(b"0\r\n\r\n")

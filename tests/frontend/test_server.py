@@ -12,6 +12,7 @@ pytest.importorskip("vllm")
 
 from fastapi import FastAPI
 
+from llumnix.frontend.http import server
 from llumnix.frontend.http.server import GATE, stop_begins, with_gate
 from llumnix.frontend.llm import FleetLLM
 
@@ -69,3 +70,41 @@ async def test_only_a_stop_by_signal_is_announced(
         await asyncio.to_thread(llm.shutdown, 1) if on_thread else llm.shutdown(1)
     assert llm.stopping
     assert begun == [llm] * on_thread
+
+
+async def test_the_event_loop_is_followed_for_as_long_as_it_serves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told: list[Any] = []
+
+    class Pace:
+        def __init__(self, processor: Any, interval_max: int) -> None:
+            told.append((processor, interval_max))
+
+        async def run(self) -> None:
+            told.append("runs")
+            try:
+                await asyncio.Event().wait()
+            finally:
+                told.append("ends")
+
+    async def build_and_serve(*args: Any, **more: Any) -> Any:
+        await asyncio.sleep(0.01)
+        told.append("serves")
+        return asyncio.sleep(0.01)
+
+    monkeypatch.setattr(server, "StreamPace", Pace)
+    monkeypatch.setattr(server, "build_and_serve", build_and_serve)
+    for name in ("control_app", "enable_envs_cache"):
+        monkeypatch.setattr(server, name, lambda *_, **__: None)
+    monkeypatch.setattr(server.gc, "set_threshold", lambda _: None)
+    args = Namespace(middleware=[], no_ui=True, disable_fastapi_docs=True, max_stream_interval=4)
+    llm: Any = SimpleNamespace(output_processor="p", engine_core=None, stopping=True)
+    listener: Any = SimpleNamespace(url="", socket=None, close=lambda: told.append("closed"))
+    control: Any = None
+
+    async def announce() -> None:
+        pass
+
+    await server.serve(llm, control, listener, args, announce)
+    assert told == [("p", 4), "runs", "serves", "ends", "closed"]
