@@ -166,6 +166,23 @@ async def test_after_a_failure_watchers_are_told_all_anew(
     world.feed.leave(watcher)
 
 
+async def test_a_process_that_does_not_answer_once_goes_on_where_it_was(
+    world: World,
+) -> None:
+    asked: list[dict[str, int]] = []
+
+    async def look(since: Cursor) -> Look:
+        asked.append(dict(since))
+        return Look(cursor={"0/notes": 3} if len(asked) == 1 else {"1/notes": len(asked)})
+
+    source = ui.Source(look=look, deployment=world.deployment)
+    feed = ui.Feed(source, lambda: Picture(PRIORITIES), greeting(PRIORITIES))
+    watcher = feed.join()
+    await until(lambda: len(asked) > 3)
+    assert asked[3] == {"0/notes": 3, "1/notes": 3}
+    feed.leave(watcher)
+
+
 # -- what a look sees
 
 

@@ -19,7 +19,6 @@ export function looks(classes, theme) {
     : { colour: COLOURS[theme].others[other % 6], pattern: PATTERNS[other++ % 3] }));
 }
 
-/** A tile to fill with, in device pixels. */
 function tile(pattern, ink, size) {
   const canvas = new OffscreenCanvas(size, size);
   const c = canvas.getContext("2d");
@@ -65,7 +64,7 @@ export class Board {
     this.dirty = true;
   }
 
-  /** Takes colours from the style sheet. */
+  /** Colours come from the style sheet. */
   paint(theme) {
     const css = getComputedStyle(document.documentElement);
     const names = ["ground", "well", "line", "text", "quiet", "bad", "warn", "good", "plate"];
@@ -90,7 +89,7 @@ export class Board {
 
   lookOf(rank) { return this.looks[rank] ?? this.looks[0] ?? { colour: this.ink.quiet }; }
 
-  /** Shows what `apply` said is to be seen. */
+  /** What `apply` said is to be seen. */
   see(list, nowMs) {
     for (const one of list) {
       const sprite = this.sprites.get(one.k);
@@ -299,7 +298,7 @@ export class Board {
   }
 
   block(s, { x, y, h }, plain = false, alpha = 1) {
-    const { c, ink } = this, { row, w } = s, look = this.lookOf(row.rank), high = Math.max(h - (h > 4 ? 1.5 : 0.4), 0.8);
+    const { c, ink } = this, { w } = s, row = s.flight?.trail.orphan ? { ...s.row, phase: "o" } : s.row, look = this.lookOf(row.rank), high = Math.max(h - (h > 4 ? 1.5 : 0.4), 0.8);
     c.globalAlpha = s.alpha * alpha * (s.dim ? 0.55 : 1);
     if (plain) { c.beginPath(); c.rect(x, y, w, high); } else this.box(x, y, w, high, 3);
     if (row.phase === "w" || row.phase === "o") {

@@ -6,8 +6,8 @@ let key = "";
 export const setKey = (text) => { key = text.trim(); };
 const headers = (more = {}) => (key ? { authorization: `Bearer ${key}`, ...more } : more);
 
-/** Reads the feed for ever. `on.event(name, data)`, `on.lost(text)` while it is not connected, and
- *  `on.key()`, which resolves when the user has given another key. */
+/** Reads the feed for ever. `on.lost(text)`: it is not connected; `on.key(why)` resolves when the
+ *  user has given another key. */
 export async function follow(on) {
   for (let failures = 0; ; failures++) {
     try {

@@ -125,7 +125,8 @@ class Feed:
             look, deployment = await asyncio.gather(
                 self._source.look(cursor), self._source.deployment()
             )
-            cursor = look.cursor
+            # A process that did not answer this time goes on where it was.
+            cursor |= look.cursor
             now_s = round(time.time(), 3)
             self._send(picture, picture.take(look, deployment, now_s), now_s)
             await asyncio.sleep(max(0.0, began_s + LOOK_EVERY_S - time.monotonic()))

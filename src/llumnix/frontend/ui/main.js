@@ -13,9 +13,7 @@ const panel = new Panel(model, act, swatch);
 const timeline = new Timeline(model, chooseEvent);
 const dark = matchMedia("(prefers-color-scheme: dark)");
 let theme = null, asTable = false, said = 0, spoken = [];
-window.llumnix = { model, board }; // for tests and the curious
-
-// -- choosing
+window.llumnix = { model, board }; // for tests
 
 function choose({ instance = null, k = null }) {
   board.chosen = { instance, k };
@@ -99,8 +97,6 @@ document.addEventListener("keydown", (event) => {
   else return;
   event.preventDefault();
 });
-
-// -- the mouse
 
 $("board").addEventListener("click", (event) => {
   const found = board.at(event.offsetX, event.offsetY);
@@ -192,8 +188,6 @@ function draw() {
     [spoken, said] = [[], now];
   }
 }
-
-// -- from the feed
 
 function tell(list) {
   board.see(list, performance.now());

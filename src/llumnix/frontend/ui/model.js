@@ -88,7 +88,9 @@ function delta(m, data, seen) {
     const row = m.rows.get(k);
     if (!row) continue;
     if (row.inst !== inst) {
-      seen.push({ see: "flight", k, from: row.inst, to: inst, orphan: row.phase === "o" });
+      // Where its instance has died it was an orphan, if only between two looks.
+      const orphan = row.phase === "o" || !["serving", "draining", "hung"].includes(m.instances.get(row.inst)?.state);
+      seen.push({ see: "flight", k, from: row.inst, to: inst, orphan });
       row.order = m.number++;
     }
     Object.assign(row, { inst, phase, out });
