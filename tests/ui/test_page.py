@@ -369,6 +369,24 @@ def test_a_lost_feed_is_told_and_found_again(
     page.context.close()
 
 
+def test_a_page_that_is_not_drawn_keeps_no_more_than_it_would_show(
+    world: FakeDeployment, site: Served, open_page: Open
+) -> None:
+    one = world.add_request("i0", prompt=3000)
+    page = open_page(site)
+    soon(lambda: column_of(page, one.name) == "i0")
+    page.evaluate(
+        """() => {
+          const { board } = llumnix, [k] = board.sprites.keys();
+          board.frame = () => {};
+          for (let n = 0; n < 5000; n++) {
+            board.see([{ see: "flight", k, from: "i0", to: "i1", orphan: false }], n);
+          }
+        }"""
+    )
+    assert page.evaluate("llumnix.board.trails.length") <= 400
+
+
 COUNT = """(ms) => new Promise((done) => {
   const began = performance.now(), before = llumnix.board.frames, times = [];
   let last = began;

@@ -3,7 +3,7 @@
 import { byInstance, count, millis, tokens } from "./model.js";
 
 const FLIGHT_MS = 400, TRAIL_MS = 2200, FLASH_MS = 1500, FADE_MS = 260, EASE_MS = 90;
-const BLOCKS_MAX = 60, COLUMNS_MAX = 64, OPENED = 8, LABELS_MAX = 8, LABEL_H = 54;
+const BLOCKS_MAX = 60, COLUMNS_MAX = 64, OPENED = 8, LABELS_MAX = 8, LABEL_H = 54, KEPT_MAX = 400;
 // Okabe and Ito's colours, which nearly everybody can tell apart.
 const COLOURS = {
   light: { ink: "#fff", usual: "#0072B2", others: ["#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442"] },
@@ -99,6 +99,8 @@ export class Board {
       if (one.see === "close" && sprite) this.ghosts.push({ ...sprite, at: nowMs, row: one.row });
       if (one.see === "close") this.sprites.delete(one.k);
     }
+    // A page that is hidden draws nothing, and forgets all the same.
+    for (const list of [this.trails, this.ghosts]) if (list.length > KEPT_MAX) list.splice(0, KEPT_MAX / 2);
     this.dirty = true;
   }
 

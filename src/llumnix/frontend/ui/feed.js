@@ -51,8 +51,7 @@ async function reason(answer) {
   }
 }
 
-/** The answer as JSON. Throws an error with a message for the user, and `refused` if the key will
- *  not do. */
+/** The answer as JSON. Throws an error for the user, `refused` if the key will not do. */
 export async function ask(method, path, body) {
   const json = body === undefined ? {} : { "content-type": "application/json" };
   const text = body === undefined ? undefined : JSON.stringify(body);

@@ -135,8 +135,6 @@ function views() {
   draw();
 }
 
-// -- what is beside the board
-
 function swatch(at, rank) {
   const look = looks(model.hello.classes, shade())[rank];
   if (look) { at.style.backgroundColor = look.colour; at.classList.add(look.pattern); }

@@ -79,7 +79,7 @@ export class Timeline {
       shown.push(e);
     }
     this.list.replaceChildren(...shown.map((e) => this.line(e)));
-    if (!shown.length) this.list.append(el("li", { class: "quiet" }, wanted ? "Nothing like that" : "Nothing has happened yet"));
+    if (!shown.length) this.list.append(el("li", { class: "quiet" }, wanted ? "Nothing like that" : "Nothing yet"));
   }
 
   line(e) {
