@@ -1,5 +1,6 @@
 """What several frontends rely on inside vLLM, as in test_vllm_contract.py."""
 
+import dataclasses
 import inspect
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 pytest.importorskip("vllm")
 
 from vllm import envs
+from vllm.config import ParallelConfig
 from vllm.entrypoints.launchers import launcher
 from vllm.entrypoints.launchers.api_server import app_state, entry
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
@@ -74,3 +76,10 @@ def test_what_several_frontends_cannot_do_is_known_by_name() -> None:
     assert "enable_store" in source(OpenAIServingResponses.__init__)
     assert hasattr(envs, "VLLM_ENABLE_RESPONSES_API_STORE")
     assert LoRAResolverRegistry.get_supported_resolvers() == set()
+
+
+def test_a_configuration_says_how_many_frontends_there_are_and_which_has_it() -> None:
+    """frontend/arguments.py and frontend/office/process.py set it."""
+    names = {f.name for f in dataclasses.fields(ParallelConfig)}
+    assert {"_api_process_count", "_api_process_rank"} <= names
+    assert "`[0, {self._api_process_count})`" in inspect.getsource(ParallelConfig)

@@ -263,7 +263,7 @@ def _engine_config(args: argparse.Namespace, defaults: argparse.Namespace, argv:
         cli_args().propagate_flash_late_interaction(args, engine_args)
         engine_args._api_process_count = args.api_server_count
         if args.api_server_count > 1:
-            engine_args._api_process_rank = -1  # For the engines; each frontend has its own.
+            engine_args._api_process_rank = -1  # An engine's; each frontend sets its own.
         return engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
     except ImportError as error:
         raise UsageError(

@@ -102,6 +102,7 @@ def run(start: FrontendStart) -> None:
     os.setsid()
     setproctitle.setproctitle(f"llumnix: frontend {start.beside.slot}")
     log_to_stderr()
+    start.vllm_config.parallel_config._api_process_rank = start.beside.slot
     try:
         check_server_args(start.args)  # Imports parsers.
         uvloop.run(Frontend(start).run())
