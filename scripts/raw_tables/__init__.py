@@ -11,6 +11,7 @@ from raw_tables.raw import SERVED_4, SERVED_SHORT, SHARED, with_age
 from raw_tables.serving import (
     burst_ratios,
     bursts,
+    carried,
     deaths,
     decisions,
     front_end,
@@ -21,6 +22,7 @@ from raw_tables.serving import (
     scaling,
     serving,
     soak,
+    token_cost,
 )
 from raw_tables.simulator import errors, fidelity, memory, simulated
 
@@ -62,6 +64,8 @@ TABLES: dict[str, Callable[[], str]] = {
     ),
     "steps": lambda: steps("gpu/migration_h200_steps.json"),
     "overhead": lambda: front_end("overhead.json"),
+    "token cost": token_cost,
+    "carried": carried,
     "decisions": decisions,
     "full queue cpu": lambda: full_queue("priorities.json"),
     "bursts": bursts,

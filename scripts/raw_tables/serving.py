@@ -123,6 +123,35 @@ def front_end(name: str) -> str:
     return table(head, rows)
 
 
+def token_cost() -> str:
+    """CPU time of the HTTP process for a token and for a request beside its tokens."""
+    head = ["request", "a token before, µs", "now, µs", "a request before, µs", "now, µs"]
+    rows: dict[str, list[str]] = {}
+    for row in (r for r in load("front_end_cost.json")["rows"] if r["part"] == "cost"):
+        rows.setdefault(row["kind"], []).extend(
+            [f"{row['token_us']:.1f}", f"{row['request_us']:.0f}"]
+        )
+    return table(head, [[kind, a, c, b, d] for kind, (a, b, c, d) in rows.items()])
+
+
+def carried() -> str:
+    """The most requests a second that each variant of the HTTP process carried in bounds."""
+    head = ["variant", "req/s in bounds", "of a core", "added TTFT there: P50 / P99, ms"]
+    head += ["tokens late: P50 / P99, ms"]
+    best: dict[str, Row] = {}
+    for row in (r for r in load("front_end_cost.json")["rows"] if r["part"] == "capacity"):
+        if row["in_bounds"]:
+            best[row["server"]] = row
+    return table(head, [
+        [
+            name, f"{r['rate']:.0f}", f"{r['cpu_share'] * 100:.0f} %",
+            f"{r['added_ttft_p50_ms']:.1f} / {r['added_ttft_p99_ms']:.1f}",
+            f"{r['late_p50_ms']:.1f} / {r['late_p99_ms']:.1f}",
+        ]
+        for name, r in best.items()
+    ])  # fmt: skip
+
+
 def decisions() -> str:
     """What the controller's decisions take."""
     head = ["instances", "dispatch, µs P50 / P99", "pairing round, ms P50 / P99", "facts/s"]
