@@ -235,7 +235,7 @@ def application(outputs: DirectOutputs, passed: list[str]) -> FastAPI:
             client_digests=frozenset(), admin_digests=frozenset(), clients_administer=True,
             hosts=None, origins=(),
         ),
-        max_body_mb=1, sse_keep_alive_interval=0,
+        max_body_mb=1, sse_keep_alive_interval=0, on_state=lambda state: None,
     )  # fmt: skip
     core = SimpleNamespace(ensure_served=lambda: None)
     app.state.engine_client = SimpleNamespace(stopping=False, open_http=0, engine_core=core)
@@ -243,11 +243,15 @@ def application(outputs: DirectOutputs, passed: list[str]) -> FastAPI:
 
     async def generated() -> AsyncIterator[Any]:
         finished = False
-        while not finished:
-            got: Any = await outputs.get()
-            finished = got.finished
-            passed.append(got.outputs[0].text)
-            yield got
+        try:
+            while not finished:
+                got: Any = await outputs.get()
+                finished = got.finished
+                passed.append(got.outputs[0].text)
+                yield got
+        except asyncio.CancelledError:
+            passed.append("aborted")
+            raise
 
     @app.post("/v1/completions")
     async def completions() -> StreamingResponse:
@@ -261,8 +265,8 @@ def application(outputs: DirectOutputs, passed: list[str]) -> FastAPI:
     return app
 
 
-async def test_tokens_of_a_stream_reach_the_wire_without_passing_the_application() -> None:
-    passed: list[str] = []
+async def asked(passed: list[str]) -> tuple[DirectOutputs, Wire, uvicorn.Server]:
+    """The outputs of a request that a client has sent, and its connection."""
     outputs = DirectOutputs.of(RequestOutputCollector(RequestOutputKind.DELTA, "r"))
     app = application(outputs, passed)
     states = iter(["startup", "shutdown"])
@@ -276,13 +280,39 @@ async def test_tokens_of_a_stream_reach_the_wire_without_passing_the_application
     await app({"type": "lifespan", "app": app}, receive, send)
     wire, server = connected(app)
     wire.protocol.data_received(b"POST /v1/completions HTTP/1.1\r\ncontent-length: 0\r\n\r\n")
+    await settle()
+    return outputs, wire, server
+
+
+async def settle() -> None:
+    for _ in range(30):
+        await asyncio.sleep(0)
+
+
+async def test_tokens_of_a_stream_reach_the_wire_without_passing_the_application() -> None:
+    passed: list[str] = []
+    outputs, wire, server = await asked(passed)
     for one in (output("a"), output("b"), output("c"), output("d", "stop")):
-        for _ in range(30):
-            await asyncio.sleep(0)
         outputs.put(one)
+        await settle()
     await until_answered(server)
     assert passed == ["a", "d"]
     body = b"".join(wire.packets).partition(b"\r\n\r\n")[2]
     said = re.findall(rb'"text":"(.)"', body)
     assert said == [b"a", b"b", b"c", b"d"]
     assert body.endswith(b"0\r\n\r\n")
+
+
+async def test_a_client_that_hangs_up_while_tokens_go_directly_ends_its_request() -> None:
+    passed: list[str] = []
+    outputs, wire, server = await asked(passed)
+    for one in (output("a"), output("b")):
+        outputs.put(one)
+        await settle()
+    assert b'"text":"b"' in wire.packets[-1]
+    sent = len(wire.packets)
+    wire.protocol.connection_lost(ConnectionResetError())
+    outputs.put(output("c"))
+    await until_answered(server)
+    assert passed[-1] == "aborted"
+    assert len(wire.packets) == sent
