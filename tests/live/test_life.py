@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from llumnix.engine.folders import sweep
+from support.browser import chromium, needs_browser, wait_for
 from support.server import Server, alive, eventually, real_time, unused_memory
 
 from .conftest import FLAGS
@@ -136,6 +137,46 @@ def test_a_killed_instance_takes_no_stream_with_it_and_comes_back(pair: Server) 
     assert back["pid"] != victim["pid"]
     assert back["restarts"] == 1
     assert back["engine_index"] == 2
+
+
+PLACE = """(id) => {
+  const row = [...llumnix.model.rows.values()].find((r) => r.id === id);
+  const sprite = row && llumnix.board.sprites.get(row.k);
+  const column = sprite && llumnix.board.columns.find((c) => c.x === sprite.to.x);
+  return row && [column?.id, row.phase];
+}"""
+
+
+@needs_browser
+def test_the_page_shows_a_move_within_a_second_and_a_death_with_its_orphans(pair: Server) -> None:
+    with Load(pair, streams=1, max_tokens=1000) as load, chromium() as browser:
+        page = browser.new_page()
+        page.goto(pair.url + "/llumnix/ui")
+        wait_for(page, "llumnix.model.ready && llumnix.model.rows.size", 30)
+        (row,) = eventually(pair.requests, 30, "a request runs")
+        eventually(lambda: page.evaluate(PLACE, row["id"]), 5, "the page shows it")
+        other = "i1" if row["instance"] == "i0" else "i0"
+        order = {"request_id": row["request"], "destination": other}
+        moved = pair.http.post("/llumnix/v1/migrations", json=order).json()
+        assert moved["outcome"] == "migrated", moved
+        ended_s = time.monotonic()
+        eventually(lambda: page.evaluate(PLACE, row["id"])[0] == other, 5, "it is shown there")
+        assert time.monotonic() - ended_s < 1
+        lines = "llumnix.model.events.map((e) => e.text).join()"
+        wait_for(page, f"{lines}.includes('moved {row['instance']} → {other}, paused')")
+        page.evaluate("""() => {
+          const { board } = llumnix, see = board.see.bind(board), seen = window.seen = [];
+          board.see = (list, now) => { seen.push(...list); see(list, now); };
+        }""")
+        os.kill(pair.instances()[other]["pid"], signal.SIGKILL)
+        wait_for(page, f"{lines}.includes('{other} died and starts again')")
+        wait_for(page, f"{lines}.includes('goes on at {row['instance']} after')", 30)
+        assert page.evaluate("seen.some((s) => s.see === 'flash')")
+        flights = page.evaluate("seen.filter((s) => s.see === 'flight').map((s) => s.orphan)")
+        assert flights == [True]
+        eventually(lambda: pair.instances()[other]["state"] == "serving", 120, f"{other} serves")
+        wait_for(page, f"llumnix.model.instances.get('{other}').state === 'serving'")
+    assert [s["error"] for s in load.done] == [None] * len(load.done)
 
 
 def test_with_the_controller_killed_no_request_fails_and_it_comes_back(pair: Server) -> None:
