@@ -126,20 +126,39 @@ def test_a_request_that_asked_for_longer_chunks_has_them_before_and_after() -> N
 def test_no_token_is_lost_or_sent_twice_whenever_chunks_change(seed: int) -> None:
     dice = random.Random(seed)
     front = Front()
-    front.add("r")
-    sent = 0
-    while sent < 200:
+    sent = dict.fromkeys("abc", 0)
+    for name in sent:
+        front.add(name)
+    while min(sent.values()) < 200:
+        name = dice.choice("abc")
         count = dice.choice([1, 1, 1, 2])  # With speculative decoding a step brings several.
-        front.token("r", *range(sent, sent + count))
-        sent += count
-        if dice.random() < 0.5:
+        front.token(name, *range(sent[name], sent[name] + count))
+        sent[name] += count
+        if dice.random() < 0.2:
             front.look(dice.random() < 0.6, dice.choice([1, LATE_LOOKS, CALM_LOOKS]))
-    front.token("r", sent, last=True)
-    got = front.got["r"]
-    assert [token for chunk in got for token in chunk] == list(range(sent + 1))
-    assert len(got[0]) <= 2
-    assert max(map(len, got)) > 2
+    for name, count in sent.items():
+        front.token(name, count, last=True)
+        got = front.got[name]
+        assert [token for chunk in got for token in chunk] == list(range(count + 1))
+        assert len(got[0]) <= 2
+        assert max(map(len, got)) > 2
     assert not front.processor.request_states
+
+
+def test_a_stream_that_has_its_own_chunks_again_keeps_them_while_another_still_waits() -> None:
+    front = Front()
+    for name in ("first", "second"):
+        front.add(name)
+        front.token(name, 0)
+    front.look(True, LATE_LOOKS)
+    front.token("second", 1)  # It waits for one more.
+    front.look(False, CALM_LOOKS)
+    for token in range(1, 4):
+        front.token("first", token)
+        front.look(False)
+    assert front.got["first"] == [[0], [1], [2], [3]]
+    front.token("second", 2)
+    assert front.got["second"] == [[0], [1, 2]]
 
 
 def test_after_a_late_time_a_stream_has_a_chunk_a_token_again() -> None:

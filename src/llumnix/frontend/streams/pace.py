@@ -100,7 +100,7 @@ def _set_interval(state: RequestState, interval: int) -> bool:
     count = state.detokenizer.num_output_tokens()
     if state.stream_interval == 1 and interval > 1:
         state.sent_tokens_offset = count  # It has sent all, without an account.
-    elif interval == 1 and state.sent_tokens_offset < count:
+    elif interval == 1 < state.stream_interval and state.sent_tokens_offset < count:
         interval = 2  # Tokens wait, and with 1 they would never be sent.
     state.stream_interval = interval
     return interval == 1
