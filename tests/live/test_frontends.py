@@ -2,6 +2,7 @@
 dies of, the other outlives."""
 
 import os
+import re
 import signal
 import threading
 import time
@@ -316,9 +317,10 @@ def test_a_frontend_that_is_killed_at_load_takes_its_own_streams_along_and_nothi
         client = ways["f1"]
         doomed = frontends(two)["f0"]["pid"]
 
-        def running() -> int:
+        def running() -> int | None:
             rows = client.get("/llumnix/v1/instances").json()["instances"]
-            return sum(row["running"] + row["waiting"] for row in rows)
+            counts = [row[name] for row in rows for name in ("running", "waiting")]
+            return None if None in counts else sum(counts)  # The controller may be late.
 
         def back() -> bool:
             row = {r["id"]: r for r in client.get("/llumnix/v1/instances").json()["frontends"]}
@@ -355,5 +357,6 @@ def test_ctrl_c_lets_running_requests_end_and_leaves_nothing(two: Server) -> Non
         eventually(lambda: all("data: [DONE]" in lines for lines in streams.all()), 60, "ended")
     assert streams.broke == {}
     assert two.wait() == 0
-    assert "stopping; 2 running requests" in two.log
+    # One may have ended just before, or its frontend was late to say so.
+    assert re.search(r"stopping; [12] running requests", two.log)
     eventually(lambda: not any(map(alive, everything)), 10, "no process is left")
