@@ -95,7 +95,7 @@ def measure(
     servers: dict[str, Served],
     keep: Callable[[list[dict[str, Any]]], None],
 ) -> list[dict[str, Any]]:
-    """A row for each count and load; what is there after a round is `keep`'s."""
+    """A row for each count and load; what is there after each load is `keep`'s."""
     asyncio.run(_up(servers.values()))
     clients = Clients(args.clients)
     found: dict[tuple[int, str], list[dict[str, Any]]] = {}
@@ -111,9 +111,10 @@ def measure(
                     clients.run(server, warm, args.tokens, 1000)
                     took[kind] = clients.run(server, load, args.tokens, number)
                 found.setdefault((count, load["load"]), []).append(took)
-        rows = [row_of(count, load, rounds) for (count, load), rounds in found.items()]
-        keep(rows)
-        print(table(rows), flush=True)
+                rows = [row_of(count, load, rounds) for (count, load), rounds in found.items()]
+                keep(rows)
+                print(table(rows[-1:]), flush=True)
+    print(table(rows))
     return rows
 
 
