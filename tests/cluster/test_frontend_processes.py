@@ -30,7 +30,7 @@ class Office:
         self.stopping = False
         self.sent: list[Any] = []
         self.ends: list[tuple[int, str]] = []
-        self.silent: dict[int, float] = {}
+        self.silent: dict[int, float | None] = {}
 
     def ended(self, client: int, why: str) -> Any:
         self.ends.append((client, why))
@@ -39,7 +39,7 @@ class Office:
     def send_all(self, message: Any) -> None:
         self.sent.append(message)
 
-    def silent_s(self, client: int) -> float:
+    def silent_s(self, client: int) -> float | None:
         return self.silent.get(client, 0.0)
 
 
@@ -127,19 +127,19 @@ async def test_they_are_not_children_of_this_process_and_get_no_signal_that_stop
 async def test_when_all_crash_at_once_they_are_given_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real_sleep = asyncio.sleep
-
     async def short(seconds: float) -> None:
-        await real_sleep(min(seconds, 0.01))
+        await asyncio.sleep(min(seconds, 0.01))
 
-    monkeypatch.setattr(module.asyncio, "sleep", short)
     async with world(tmp_path, monkeypatch) as w:
+        monkeypatch.setattr(w.processes, "_pause", short)
         w.ends = 3
         w.processes.start()
         async with asyncio.timeout(30):
             await w.processes.all_failed.wait()
         assert len(w.office.ends) == 10
-        assert {why for _, why in w.office.ends} == {"its process ended with status 3"}
+        # Python says 255 where the process that forked it did not say the status in time.
+        whys = {f"its process ended with status {status}" for status in (3, 255)}
+        assert {why for _, why in w.office.ends} <= whys
 
 
 async def test_one_that_cannot_be_started_has_ended(
@@ -169,6 +169,56 @@ async def test_one_that_hangs_is_killed(tmp_path: Path, monkeypatch: pytest.Monk
         w.office.silent[1] = module.SILENT_MAX_S + 1
         await w.pid(3)
         assert w.office.ends == [(1, "killed by SIGKILL")]
+
+
+async def test_one_that_never_says_anything_is_killed_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with world(tmp_path, monkeypatch) as w:
+        w.office.silent[1] = None
+        monkeypatch.setattr(module, "SILENT_AT_FIRST_MAX_S", 60.0)
+        w.processes.start()
+        pid = await w.pid(1)
+        await asyncio.sleep(0.3)
+        assert alive(pid)
+        monkeypatch.setattr(module, "SILENT_AT_FIRST_MAX_S", 0.0)
+        await w.pid(3)
+        assert w.office.ends == [(1, "killed by SIGKILL")]
+
+
+async def test_a_second_signal_ends_one_that_hangs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with world(tmp_path, monkeypatch) as w:
+        w.processes.start()
+        pids = [await w.pid(client) for client in (1, 2)]
+        for client, pid in zip((1, 2), pids, strict=True):
+            w.office.roster.greeted(client, pid)
+        stopping = asyncio.create_task(w.processes.stop(20))
+        w.processes.hurry(0.1)
+        async with asyncio.timeout(5):
+            await stopping
+        assert not any(map(alive, pids))
+
+
+async def test_a_stop_does_not_wait_for_one_that_was_to_be_started_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with world(tmp_path, monkeypatch) as w:
+        begun = asyncio.Event()
+        real = w.processes._pause
+
+        async def long(seconds: float) -> None:
+            begun.set()
+            await real(30.0)
+
+        monkeypatch.setattr(w.processes, "_pause", long)
+        w.processes.start()
+        os.kill(await w.pid(1), signal.SIGKILL)
+        await begun.wait()
+        async with asyncio.timeout(5):
+            await w.processes.stop(20)
+        assert not (tmp_path / "3").exists()
 
 
 async def test_a_stop_waits_for_those_that_are_there_and_starts_none_again(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from starlette.exceptions import HTTPException
 
 pytest.importorskip("vllm")
 
@@ -180,6 +181,26 @@ async def test_a_process_that_does_not_answer_once_goes_on_where_it_was(
     watcher = feed.join()
     await until(lambda: len(asked) > 3)
     assert asked[3] == {"0/notes": 3, "1/notes": 3}
+    feed.leave(watcher)
+
+
+async def test_a_look_that_another_process_does_not_answer_in_time_is_left_out(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    looks: list[int] = []
+
+    async def look(since: Cursor) -> Look:
+        looks.append(len(looks))
+        if len(looks) == 2:
+            raise HTTPException(503, "The main process does not answer; try again.")
+        return Look()
+
+    source = ui.Source(look=look, deployment=world.deployment)
+    feed = ui.Feed(source, lambda: Picture(PRIORITIES), greeting(PRIORITIES))
+    watcher = feed.join()
+    await until(lambda: len(looks) > 4)
+    assert not caplog.records
+    assert not watcher.behind
     feed.leave(watcher)
 
 

@@ -553,6 +553,23 @@ async def test_a_stop_waits_for_requests_that_have_come_whole_and_for_no_upload(
         assert llm.open_http == 0
 
 
+@pytest.mark.parametrize(("path", "counted"), [("/llumnix/v1/events", 0), ("/llumnix/v1/x", 1)])
+async def test_a_stop_does_not_wait_for_who_watches(path: str, counted: int) -> None:
+    app = application()
+    seen = []
+
+    async def control(scope: Any, receive: Any, send: Any) -> None:
+        while (await receive()).get("more_body"):
+            pass
+        seen.append(app.state.engine_client.open_http)
+        await PlainTextResponse("ours")(scope, receive, send)
+
+    app.state.args.control_app = control
+    async with client(app) as http:
+        assert (await http.get(path)).text == "ours"
+    assert seen == [counted]
+
+
 async def test_the_liveness_path_is_open_and_says_so_while_it_stops() -> None:
     async with client(application(["secret"], stopping=True)) as http:
         answer = await http.get("/live")

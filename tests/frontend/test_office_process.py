@@ -10,6 +10,7 @@ import zmq
 
 pytest.importorskip("vllm")
 
+from starlette.exceptions import HTTPException
 from vllm.exceptions import GracefulHTTPError
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.metrics.stats import SchedulerStats
@@ -20,9 +21,17 @@ from llumnix.core.streams.quarantine import Quarantined
 from llumnix.core.types import EngineIndex, InstanceId, RequestId
 from llumnix.frontend.engines.sockets import ClientPlace
 from llumnix.frontend.office.adapters import Adapters, as_request, of_command_line, of_request
+from llumnix.frontend.office.asking import AskedError
 from llumnix.frontend.office.engine_client import EngineClient
-from llumnix.frontend.office.messages import Adapter, EngineDied, EngineWanted, FleetWants
+from llumnix.frontend.office.messages import (
+    Adapter,
+    EngineDied,
+    EngineWanted,
+    Failure,
+    FleetWants,
+)
 from llumnix.frontend.office.mirror import Mirror
+from llumnix.frontend.office.through_office import OfficeControl
 from llumnix.wire import encode
 from support.frontend import Front, front, packed, ready_payload, tokens
 
@@ -241,3 +250,14 @@ async def test_the_offices_client_hears_drains_and_passes_statistics_on(tmp_path
         one.client.take_in(said)
         item: Any = one.client.outputs_queue.get_nowait()
         assert item.scheduler_stats.num_running_reqs == 3
+
+
+@pytest.mark.parametrize("kind", ["TimeoutError", "LineClosedError", "LlumnixError"])
+async def test_a_frontend_that_does_not_answer_the_office_is_told_as_such(kind: str) -> None:
+    async def ask(question: Any, timeout_s: float | None) -> Any:
+        raise AskedError(Failure(kind=kind, text="the line broke", status=None))
+
+    control = OfficeControl(SimpleNamespace(ask=ask), SimpleNamespace())  # type: ignore[arg-type]
+    with pytest.raises(HTTPException, match="does not answer; try again") as told:
+        await control.request("r")
+    assert told.value.status_code == 503

@@ -261,6 +261,16 @@ async def test_a_stream_whose_chunks_say_more_than_text_goes_vllm_s_way(
     assert not direct, f"a chunk was made of a form that has more than text; look at {WHO}"
 
 
+async def test_a_stream_without_a_form_is_not_looked_at_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looks = []
+    monkeypatch.setattr(direct_chunks, "form_of", looks.append)
+    path = Path(OpenAIServingChat, {}, CONTINUOUS)
+    await streamed(path, plain(["a"] * 30), direct=True)
+    assert 0 < len(looks) <= direct_chunks.LOOKS_MAX
+
+
 @pytest.mark.parametrize(
     "more",
     [{"parser_cls": object}, {"enable_log_outputs": True, "request_logger": object()}],

@@ -157,6 +157,9 @@ class Deployment:
 
     async def stop(self) -> None:
         """Lets the open requests end. A second signal stops at once."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._second)
         timeout_s = self._command.vllm_config.shutdown_timeout
         gathered = await self.office.ask_all(HowManyRun())
         running = sum(gathered.answers.values())
@@ -164,14 +167,11 @@ class Deployment:
             f"stopping; {running} running requests have {timeout_s} s to end "
             "(a second signal stops at once)"
         )
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self._second)
         await self.processes.stop(timeout_s + END_TIMEOUT_S)
 
     def _second(self) -> None:
         say("stopping at once")
-        self.processes.hurry()
+        self.processes.hurry(END_TIMEOUT_S)
 
     async def close(self) -> None:
         """Ends all of it."""
@@ -196,7 +196,7 @@ async def run(command: ServeCommand, addresses: Addresses, start: Start) -> int:
         start.progress.instances = lambda: [(s.id, s.state) for s in fleet.status()]
         try:
             await it.run()
-            if it.stop_asked.is_set():
+            if it.stop_asked.is_set() or fleet.all_failed.is_set():
                 await it.stop()
         except InstanceFailedError as error:
             start.crashed = True

@@ -13,6 +13,9 @@ from llumnix.frontend.engines.directory import EngineTarget
 from llumnix.frontend.streams.info import FleetStream, find
 from llumnix.frontend.streams.look import ORPHANED, Cursor, Look, SeenStream, new_items
 
+SHOWN_MAX = 128
+"""So much of a request's name is shown on the page. Clients choose it, and it may be long."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MoveAsked:
@@ -78,7 +81,7 @@ class OwnStreams:
         return [
             SeenStream(
                 s.request,
-                s.info.client_id,
+                s.info.client_id[:SHOWN_MAX],
                 name(s.last_owner),
                 s.machine.state in ORPHANED,
                 s.info.priority,

@@ -275,7 +275,7 @@ class Office:
 
     def _pass_statistics_on(self, frames: list[bytes]) -> None:
         """To any of them: metrics are those of all."""
-        client = next(iter(self._lines), None)
+        client = max(self._lines, key=lambda c: self._lines[c].heard_s, default=None)
         if client is not None:
             self.send(client, EngineSaid(frames=frames))
 
@@ -345,10 +345,10 @@ class Office:
         """The monotonic clock, in seconds."""
         return time.monotonic()
 
-    def silent_s(self, client: int) -> float:
-        """For how long a frontend has said nothing; 0 if it is not there."""
+    def silent_s(self, client: int) -> float | None:
+        """For how long a frontend has said nothing; None if it never said anything."""
         line = self._lines.get(client)
-        return 0.0 if line is None else self._loop.time() - line.heard_s
+        return None if line is None else self._loop.time() - line.heard_s
 
     # -- their ends
 

@@ -34,6 +34,8 @@ COUNTERS_EACH = 8
 """How many of vLLM's counters of requests a process has."""
 SILENT_MAX_S = 30.0
 """A frontend that says nothing for so long hangs. Each says something every second."""
+SILENT_AT_FIRST_MAX_S = 300.0
+"""So long it may take to say something at all: it loads tokenizers and plugins before."""
 LOOK_EVERY_S = 1.0
 
 
@@ -50,9 +52,11 @@ class FrontendProcesses:
         self.loads: Any = self._context.RawArray("i", [NOT_ACCEPTING] * count)
         self.admission: Any = self._context.RawArray("q", COUNTERS_EACH * count)
         self._running: dict[int, Process] = {}  # by client
+        self._began_s: dict[int, float] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._count = count
         self._closed = threading.Event()
+        self._stopping = asyncio.Event()
         self.all_failed = asyncio.Event()
 
     def start(self) -> None:
@@ -79,9 +83,15 @@ class FrontendProcesses:
                 logger.error("Frontend f%d is given up (%s): %s", slot, why, decided.why)
                 break
             logger.error("Frontend f%d died (%s); it is started again.", slot, why)
-            await asyncio.sleep(decided.delay_s)
+            await self._pause(decided.delay_s)
         if roster.all_failed:
             self.all_failed.set()
+
+    async def _pause(self, delay_s: float) -> None:
+        """Until so long has passed, or a stop begins."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(delay_s):
+                await self._stopping.wait()
 
     async def _run_one(self, slot: int, client: int) -> str:
         """Starts a process, and returns once it has ended, with why."""
@@ -93,6 +103,7 @@ class FrontendProcesses:
             logger.exception("Frontend f%d could not be started", slot)
             return f"it could not be started: {error!r}"
         self._running[client] = process
+        self._began_s[client] = asyncio.get_running_loop().time()
         if self._office.stopping:
             process.kill()
         try:
@@ -110,7 +121,7 @@ class FrontendProcesses:
     def _clear(self, slot: int, client: int, process: Process) -> None:
         """Removes what is left of a process. It may live on if what forked it has died."""
         pid = process.pid
-        del self._running[client]
+        del self._running[client], self._began_s[client]
         self.loads[slot] = NOT_ACCEPTING
         self.admission[slot * COUNTERS_EACH] = 0
         if pid is not None:
@@ -122,15 +133,22 @@ class FrontendProcesses:
         while True:
             await asyncio.sleep(LOOK_EVERY_S)
             for client, process in list(self._running.items()):
-                if self._office.silent_s(client) > SILENT_MAX_S:
+                if self._hangs(client):
                     logger.error("Frontend %s hangs.", self._office.roster.name(client))
                     process.kill()
+
+    def _hangs(self, client: int) -> bool:
+        silent_s = self._office.silent_s(client)
+        if silent_s is None:
+            return asyncio.get_running_loop().time() - self._began_s[client] > SILENT_AT_FIRST_MAX_S
+        return silent_s > SILENT_MAX_S
 
     # -- stop
 
     async def stop(self, timeout_s: float) -> None:
         """Has all let their requests end, within so long. Returns once all have ended."""
         self._office.stopping = True
+        self._stopping.set()
         self._office.send_all(StopAsked())
         there = set(self._office.roster.greeted_clients())
         for client, process in self._running.items():
@@ -140,17 +158,22 @@ class FrontendProcesses:
         if keeping:
             await asyncio.wait(keeping, timeout=timeout_s)
 
-    def hurry(self) -> None:
-        """Has them end at once, though requests run."""
+    def hurry(self, limit_s: float) -> None:
+        """Has them end at once, though requests run. One that has not ended after `limit_s` is
+        killed."""
         self._office.send_all(StopAsked())
+        asyncio.get_running_loop().call_later(limit_s, self._kill_all)
 
     def close(self) -> None:
         """Ends what is left, and what is still being started."""
         self._closed.set()
-        for process in self._running.values():
-            process.kill()
+        self._kill_all()
         for task in self._tasks:
             task.cancel()
+
+    def _kill_all(self) -> None:
+        for process in self._running.values():
+            process.kill()
 
 
 async def _ended(process: Process) -> None:

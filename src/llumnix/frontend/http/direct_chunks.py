@@ -33,6 +33,8 @@ PASSING = frozenset({
 """Middlewares that let a body pass as it is."""
 FIXED = frozenset({"id", "object", "created", "model", "choices"})
 """What a chunk has beside its one choice."""
+LOOKS_MAX = 8
+"""So many chunks of a sequence are looked at for its form, which most show in their second."""
 
 Stream = Callable[..., AsyncGenerator[str, None]]
 _EVENT = "data: "
@@ -74,13 +76,14 @@ async def _events(
     inner: AsyncGenerator[str, None], http: HttpRequest, sequences: int
 ) -> AsyncGenerator[str, None]:
     """What `inner` yields. Opens the direct way for each sequence once a chunk of it was sent."""
-    unknown = set(range(sequences))
+    unknown, looks = set(range(sequences)), LOOKS_MAX * sequences
     try:
         async for event in inner:
             yield event
             # Several requests behind one stream are of several prompts, or of a beam search.
-            if not unknown or len(http.outputs) != 1 or http.write is None:
+            if not unknown or not looks or len(http.outputs) != 1 or http.write is None:
                 continue
+            looks -= 1
             found = form_of(event)
             if found is not None and found[0] in unknown:
                 unknown.remove(found[0])

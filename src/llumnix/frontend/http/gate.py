@@ -29,6 +29,7 @@ from llumnix.frontend.http import direct_chunks, stream_ends
 from llumnix.frontend.http.access import Access, Caller, Refusal, is_json
 from llumnix.frontend.http.error_codes import whole_answer, with_code
 from llumnix.frontend.http.listener import LIVE_PATH
+from llumnix.frontend.http.page import EVENTS_PATH
 from llumnix.frontend.http.protocol import WRITE
 from llumnix.frontend.http.routes import openai_error
 from llumnix.frontend.llm import FleetLLM
@@ -78,8 +79,10 @@ class Gate:
         body = RequestBody(http, receive, llm, _bytes_max(state.args), is_json(headers))
         if path == "/llumnix" or path.startswith("/llumnix/"):
             ours = _with_cors(state.args.control_app, state.args)
+            # A page that is open keeps nobody from stopping.
+            received = receive if path == EVENTS_PATH else body
             try:
-                await ours(scope, body, send)
+                await ours(scope, received, send)
             finally:
                 body.uncount()
             return

@@ -116,7 +116,6 @@ class Frontend:
 
     def __init__(self, start: FrontendStart) -> None:
         self._start = start
-        self._quarantined: set[str] = set()
         self._stopping = self._serving = False
         self._opened = asyncio.Event()  # set once requests are to be let in
 

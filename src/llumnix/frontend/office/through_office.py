@@ -12,6 +12,7 @@ from llumnix.core.streams.quarantine import Quarantined
 from llumnix.core.supervision.frontends import FrontendStatus
 from llumnix.core.supervision.lifecycle import InstanceStatus
 from llumnix.core.types import EngineIndex, InstanceId
+from llumnix.errors import LlumnixError
 from llumnix.frontend.http.control import InstanceRow, RequestRows
 from llumnix.frontend.office.adapters import of_request
 from llumnix.frontend.office.asking import AskedError, LineClosedError
@@ -45,6 +46,9 @@ GATHER_S = 10.0
 """For what the office asks the other frontends. It waits for them no longer than a second, but may
 be late itself where cores are short."""
 
+UNANSWERED = frozenset(e.__name__ for e in (TimeoutError, LineClosedError, LlumnixError))
+"""Errors of the office over a frontend that hangs, or has ended."""
+
 
 class OfficeControl:
     """`Control` (http/control.py): the office has the fleet, and asks the other frontends. `mine`:
@@ -59,6 +63,12 @@ class OfficeControl:
             return msgspec.convert(await self._link.ask(question, timeout_s), kind)
         except (TimeoutError, LineClosedError) as error:
             raise HTTPException(503, "The main process does not answer; try again.") from error
+        except AskedError as error:
+            if error.failure.kind not in UNANSWERED:
+                raise
+            raise HTTPException(
+                503, "The frontend that has it does not answer; try again."
+            ) from error
 
     async def instances(self) -> list[InstanceRow]:
         """See `Control`, as for all below."""

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequen
 from dataclasses import dataclass
 
 import msgspec
+from starlette.exceptions import HTTPException
 
 from llumnix.errors import LlumnixError
 from llumnix.frontend.streams.look import Cursor, Look
@@ -122,13 +123,17 @@ class Feed:
                 for watcher in self._watchers:
                     watcher.put(None)
                 return
-            look, deployment = await asyncio.gather(
-                self._source.look(cursor), self._source.deployment()
-            )
-            # A process that did not answer this time goes on where it was.
-            cursor |= look.cursor
-            now_s = round(time.time(), 3)
-            self._send(picture, picture.take(look, deployment, now_s), now_s)
+            try:
+                look, deployment = await asyncio.gather(
+                    self._source.look(cursor), self._source.deployment()
+                )
+            except HTTPException as error:  # Another process is late.
+                logger.debug("the page's feed leaves out a look: %s", error.detail)
+            else:
+                # A process that did not answer this time goes on where it was.
+                cursor |= look.cursor
+                now_s = round(time.time(), 3)
+                self._send(picture, picture.take(look, deployment, now_s), now_s)
             await asyncio.sleep(max(0.0, began_s + LOOK_EVERY_S - time.monotonic()))
 
     def _send(self, picture: Picture, changed: Sequence[Message], now_s: float) -> None:
