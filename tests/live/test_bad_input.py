@@ -226,6 +226,5 @@ def test_no_server_to_ask() -> None:
 
 
 def test_an_unknown_command() -> None:
-    assert "use serve, status, migrate, drain, undrain, simulate, profile or replay" in complaint(
-        "sevre"
-    )
+    line = complaint("sevre")
+    assert "use serve, status, top, migrate, drain, undrain, simulate, profile or replay" in line
