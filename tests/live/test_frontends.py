@@ -15,7 +15,7 @@ import httpx
 import psutil
 import pytest
 
-from support.server import Server, alive, eventually, real_time
+from support.server import Server, alive, eventually
 from support.streaming import all_at_once, first_difference, stream
 
 from .conftest import FLAGS
@@ -80,6 +80,12 @@ def whole(client: httpx.Client) -> dict[str, Any]:
     return found
 
 
+def placed(client: httpx.Client, count: int) -> dict[str, str] | None:
+    """Where each request is, once so many have an instance."""
+    rows = {row["id"]: row["instance"] for row in whole(client)["requests"]}
+    return rows if len(rows) == count and None not in rows.values() else None
+
+
 class Ways:
     """Connections of ours to each frontend, by its id: one to ask with, and some for streams."""
 
@@ -125,9 +131,13 @@ def accepted_by(answer: httpx.Response, pids: list[int]) -> int:
 
 
 class Streams:
-    """Streams that run until the block ends, so many through each frontend."""
+    """Streams, so many through each frontend. Each is asked for again when it has ended, until the
+    block ends, unless it is to be asked for `once`."""
 
-    def __init__(self, server: Server, ways: Ways, each: int, **body: Any) -> None:
+    def __init__(
+        self, server: Server, ways: Ways, each: int, once: bool = False, **body: Any
+    ) -> None:
+        self._once = once
         self._server, self._ways, self._each, self._body = server, ways, each, body
         self.lines: dict[str, list[str]] = {}
         self.broke: dict[str, str] = {}
@@ -135,18 +145,20 @@ class Streams:
         self._threads: list[threading.Thread] = []
 
     def _run(self, way: str, name: str) -> None:
-        real_time()
         body = {"model": "tiny", "prompt": name, "stream": True, **SEEDED, "max_tokens": 1800}
         body |= self._body
         headers = {"X-Request-Id": name}
         self.lines[name] = []
         client = self._ways.for_stream(way, int(name[-1]))
         try:
-            with client.stream("POST", COMPLETIONS, json=body, headers=headers) as answer:
-                for line in answer.iter_lines():
-                    self.lines[name].append(line)
-                    if self._stop.is_set():
-                        return
+            while not self._stop.is_set():
+                with client.stream("POST", COMPLETIONS, json=body, headers=headers) as answer:
+                    for line in answer.iter_lines():
+                        self.lines[name].append(line)
+                        if self._stop.is_set():
+                            return
+                if self._once:
+                    return
         except httpx.TransportError as error:
             self.broke[name] = repr(error)
 
@@ -183,7 +195,7 @@ def test_each_answers_for_both(two: Server) -> None:
 def test_a_move_is_ordered_through_the_other_one(two: Server) -> None:
     with Ways(two, 1) as ways, Streams(two, ways, each=1):
         for way, name in (("f0", "f1-0"), ("f1", "f0-0")):
-            before = {row["id"]: row["instance"] for row in two.requests()}
+            before = eventually(lambda: placed(ways[way], 2), 20, "both run")  # noqa: B023
             answer = ways[way].post("/llumnix/v1/migrations", json={"request_id": name})
             assert answer.status_code == 200, answer.text
             assert answer.json()["outcome"] == "migrated", answer.text
@@ -249,14 +261,13 @@ def test_metrics_are_added_up(two: Server) -> None:
 
 def test_a_drain_moves_the_requests_of_both(two: Server) -> None:
     with Ways(two, 2) as ways, Streams(two, ways, each=2):
-        there = {row["id"]: row["instance"] for row in whole(ways["f0"])["requests"]}
-        assert len(there) == 4
+        there = eventually(lambda: placed(ways["f0"], 4), 20, "all run")
         leaves = there["f0-0"]
         (stays,) = {"i0", "i1"} - {leaves}
         answer = ways["f1"].post(f"/llumnix/v1/instances/{leaves}/drain?timeout_s=100")
         assert answer.status_code == 202
         eventually(lambda: list(two.instances()) == [stays], 60, "it is gone")
-        after = {row["id"]: row["instance"] for row in whole(ways["f0"])["requests"]}
+        after = eventually(lambda: placed(ways["f0"], 4), 20, "all run on")
         assert after == dict.fromkeys(there, stays)
     assert two.http.post("/llumnix/v1/instances").status_code == 202
     eventually(lambda: states(two) == ["serving"] * 4, BACK_TIMEOUT_S, "a new one")
@@ -359,7 +370,7 @@ def test_a_frontend_that_is_killed_at_load_takes_its_own_streams_along_and_nothi
 
 def test_ctrl_c_lets_running_requests_end_and_leaves_nothing(two: Server) -> None:
     everything = two.descendants() | {two.process.pid}
-    with Ways(two, 1) as ways, Streams(two, ways, each=1, max_tokens=150) as streams:
+    with Ways(two, 1) as ways, Streams(two, ways, each=1, once=True, max_tokens=600) as streams:
         two.signal(signal.SIGINT, group=True)
         eventually(lambda: all("data: [DONE]" in lines for lines in streams.all()), 60, "ended")
     assert streams.broke == {}
