@@ -19,7 +19,7 @@ from llumnix.core.messages import (
 )
 from llumnix.core.types import EngineIndex, InstanceId, MigrationId, RequestId
 from llumnix.errors import ConflictError, UnknownRequestError
-from llumnix.frontend.streams.client import DRAIN_REQUESTS_MAX
+from llumnix.frontend.engines.calls import DRAIN_REQUESTS_MAX
 from llumnix.frontend.streams.info import FleetStream, find
 from llumnix.wire import decode, encode
 from support.frontend import Front, front, packed, request, tokens

@@ -95,12 +95,9 @@ class FleetClient(RevivingClient):
         """Takes an engine out, and calls to it fail. Other engines go on with its streams; those
         with which none can end with an error. Returns how many ended. `blamed`: whether a request
         may have caused its end; then it was one of the `suspects`, if any are known."""
-        engine = self.engines.lose(engine_index)
+        engine = self.take_out(engine_index)
         if engine is None:
             return 0
-        self.refresh()
-        self.shared_state.forget(engine_index)
-        self.fail_calls(engine_index)
         self.link.tell(InstanceLost(instance=engine.instance, engine_index=engine_index))
         self.note_death(engine, blamed=blamed, suspects=suspects)
         living = [e.engine_index for e in self.engines.up()]

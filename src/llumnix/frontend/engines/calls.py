@@ -28,7 +28,9 @@ from vllm.lora.request import LoRARequest
 from vllm.v1.engine import EngineCoreRequestType
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from llumnix.core.events import DrainInstance
 from llumnix.core.types import EngineIndex, MigrationId
+from llumnix.frontend.engines.engine import Engine
 from llumnix.frontend.engines.others import Others
 from llumnix.frontend.engines.sockets import EngineSockets
 from llumnix.frontend.engines.state import PAUSES, EngineState
@@ -39,6 +41,8 @@ SHORT_TIMEOUT_S = 10.0
 """For calls that are short. An engine comes to them after its present step."""
 LONG_TIMEOUT_S = 600.0
 """For calls that move weights or wait for requests to end."""
+DRAIN_REQUESTS_MAX = 256
+"""So many instances' requests for their own drain wait for the fleet, which takes each at once."""
 LOOK_EVERY_S = 1.0
 FATE_POLL_S = 0.02
 FATE_ASKED_MAX = 3000
@@ -68,7 +72,25 @@ class EngineCalls(EngineSockets):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.shared_state = EngineState()
+        self.drain_requests: asyncio.Queue[DrainInstance] = asyncio.Queue(DRAIN_REQUESTS_MAX)
         self._calls: dict[EngineIndex, set[asyncio.Future[Any]]] = {}
+
+    def take_out(self, engine_index: EngineIndex) -> Engine | None:
+        """Forgets an engine that is gone; calls to it fail. None if it was not there."""
+        engine = self.engines.lose(engine_index)
+        if engine is not None:
+            self.refresh()
+            self.shared_state.forget(engine_index)
+            self.fail_calls(engine_index)
+        return engine
+
+    def drain_requested(self, engine_index: EngineIndex, why: str) -> None:
+        """An instance asks for its own drain."""
+        request = DrainInstance(instance=self.engines.name(engine_index), why=why)
+        if self.drain_requests.full():
+            self.complaints.note("Dropped an instance's request for a drain", request)
+        else:
+            self.drain_requests.put_nowait(request)
 
     async def bring_up(self, engine_index: EngineIndex) -> str | None:
         """Brings a new engine into the state of the others, and has it join them. Returns None, or

@@ -12,12 +12,10 @@ from typing import Any
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from llumnix.core.events import DrainInstance
 from llumnix.core.messages import IN_BAND, DrainRequested
 from llumnix.core.types import EngineIndex
 from llumnix.frontend.engines.calls import SHORT_TIMEOUT_S, EngineCalls
 from llumnix.frontend.engines.outputs import FailedRequest
-from llumnix.frontend.streams.client import DRAIN_REQUESTS_MAX
 from llumnix.wire import decode
 
 
@@ -26,17 +24,13 @@ class EngineClient(EngineCalls):
 
     def __init__(self, *args: Any, **more: Any) -> None:
         super().__init__(*args, **more)
-        self.drain_requests: asyncio.Queue[DrainInstance] = asyncio.Queue(DRAIN_REQUESTS_MAX)
         self._tasks: set[asyncio.Task[Any]] = set()
         self.on_statistics: Callable[[list[bytes]], None] = lambda frames: None
 
     def lose(self, engine_index: EngineIndex) -> bool:
         """Takes an engine out, and calls to it fail. Returns whether it was there."""
-        if self.engines.lose(engine_index) is None:
+        if self.take_out(engine_index) is None:
             return False
-        self.refresh()
-        self.shared_state.forget(engine_index)
-        self.fail_calls(engine_index)
         # Each frontend tells of its own moves; of one whose frontend has died too, nobody else.
         for engine in self.engines.up():
             self._begin(self.tell_lost(engine.engine_index, engine_index, []))
@@ -85,11 +79,7 @@ class EngineClient(EngineCalls):
         if not isinstance(message, DrainRequested):
             self.complaints.note("An engine told the office what is a frontend's", message)
             return
-        request = DrainInstance(instance=self.engines.name(engine_index), why=message.why)
-        if self.drain_requests.full():
-            self.complaints.note("Dropped an instance's request for a drain", request)
-        else:
-            self.drain_requests.put_nowait(request)
+        self.drain_requested(engine_index, message.why)
 
     def fail(self, failed: FailedRequest) -> EngineCoreOutputs:
         raise NotImplementedError

@@ -27,7 +27,6 @@ from vllm.v1.engine import (
 )
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from llumnix.core.events import DrainInstance
 from llumnix.core.messages import (
     IN_BAND,
     DrainRequested,
@@ -67,8 +66,6 @@ from llumnix.wire import decode, encode
 ENDED_HOW = {DIED_CODE: "lost", QUARANTINED_CODE: "quarantined"}
 """By error code."""
 GAVE_UP = "llumnix failed at this request. Please send it again."
-DRAIN_REQUESTS_MAX = 256
-"""So many instances' requests for their own drain wait for the fleet, which takes each at once."""
 
 
 def died(why: str = "") -> str:
@@ -93,7 +90,6 @@ class StreamClient(EngineCalls):
         self.streams: FleetStreams = StreamTable(self.client_index)
         self.migrations = MigrationRecords(log)
         self.on_failed: Callable[[FailedRequest], bool] = lambda failed: True
-        self.drain_requests: asyncio.Queue[DrainInstance] = asyncio.Queue(DRAIN_REQUESTS_MAX)
         self.notes = log.notes
         self.placements: Ring[Placed] = Ring(SHORT_KEPT)
         self.ends: Ring[Ended] = Ring(SHORT_KEPT)
@@ -151,14 +147,7 @@ class StreamClient(EngineCalls):
             case MigrationRequested() as message:
                 self._migration_wanted(engine_index, message)
             case DrainRequested(why=why):
-                self._drain_requested(engine_index, why)
-
-    def _drain_requested(self, engine_index: EngineIndex, why: str) -> None:
-        request = DrainInstance(instance=self.engines.name(engine_index), why=why)
-        if self.drain_requests.full():
-            self.complaints.note("Dropped an instance's request for a drain", request)
-        else:
-            self.drain_requests.put_nowait(request)
+                self.drain_requested(engine_index, why)
 
     def _deliver(self, output: EngineCoreOutput) -> None:
         """Passes an output on as if the stream's owner had just sent it."""
