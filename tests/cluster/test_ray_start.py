@@ -95,7 +95,7 @@ def test_rays_processes_and_their_agents_are_killed_and_its_workers_are_not(
         assert daemon.stdout is not None
         worker = psutil.Process(int(daemon.stdout.readline()))
         below = psutil.Process(daemon.pid)
-        eventually(lambda: all(c.cmdline()[0].startswith("ray::") for c in below.children()), 10)
+        eventually(lambda: all("ray::" in "".join(c.cmdline()) for c in below.children()), 10)
         (agent,) = [c for c in below.children() if c != worker]
         node = SimpleNamespace(all_processes={"raylet": [SimpleNamespace(process=daemon)]})
         monkeypatch.setattr(ray._private.worker, "_global_node", node)

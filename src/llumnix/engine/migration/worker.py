@@ -22,7 +22,7 @@ from typing import Any
 import msgspec
 import torch
 
-from llumnix.engine.cores import SWITCH_INTERVAL_S
+from llumnix.engine.cores import SWITCH_INTERVAL_S, nap_while_waiting
 from llumnix.engine.kv.agent import TransferOptions, WorkerAgent
 from llumnix.engine.migration.packed_tokens import take_packed
 from llumnix.engine.seeded import keep_generators
@@ -51,6 +51,7 @@ class LlumnixWorker:
         """Begins to serve this worker's KV blocks. Returns the address. `listen` has a `{rank}`."""
         # By default a thread of the agent would wait up to 5 ms for the interpreter's lock.
         sys.setswitchinterval(SWITCH_INTERVAL_S)
+        nap_while_waiting()
         take_packed(self.model_runner)
         self._llumnix_agent = WorkerAgent(
             tensors=list(distinct(self.model_runner.kv_caches)),
