@@ -149,7 +149,8 @@ PLACE = """(id) => {
 
 @needs_browser
 def test_the_page_shows_a_move_within_a_second_and_a_death_with_its_orphans(pair: Server) -> None:
-    with Load(pair, streams=1, max_tokens=1000) as load, chromium() as browser:
+    # The browser first: it starts slowly beside engines that have the cores.
+    with chromium() as browser, Load(pair, streams=1, max_tokens=1000) as load:
         page = browser.new_page()
         page.goto(pair.url + "/llumnix/ui")
         wait_for(page, "llumnix.model.ready && llumnix.model.rows.size", 30)

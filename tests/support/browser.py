@@ -30,17 +30,37 @@ def program() -> str | None:
 needs_browser = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
 
+LAUNCH_S = 60
+LAUNCHES_MAX = 2
+
+
 @contextmanager
 def chromium() -> Iterator[Any]:
     """A browser without a window."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=program(), args=["--no-sandbox"])
+        browser = launched(play)
         try:
             yield browser
         finally:
             browser.close()
+
+
+def launched(play: Any) -> Any:
+    """A browser that has started. One that does not start in time, because others have the cores,
+    is started once more."""
+    from playwright.sync_api import Error
+
+    for attempt in range(LAUNCHES_MAX):
+        try:
+            return play.chromium.launch(
+                executable_path=program(), args=["--no-sandbox"], timeout=LAUNCH_S * 1000
+            )
+        except Error:
+            if attempt + 1 == LAUNCHES_MAX:
+                raise
+    raise AssertionError("unreachable")
 
 
 def wait_for(page: Any, expression: str, timeout_s: float = 10) -> float:
