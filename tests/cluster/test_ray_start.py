@@ -95,7 +95,7 @@ def test_rays_processes_and_their_agents_are_killed_and_its_workers_are_not(
         assert daemon.stdout is not None
         worker = psutil.Process(int(daemon.stdout.readline()))
         below = psutil.Process(daemon.pid)
-        eventually(lambda: all("ray::" in "".join(c.cmdline()) for c in below.children()), 10)
+        eventually(lambda: all(_name(child).startswith("ray::") for child in below.children()), 10)
         (agent,) = [c for c in below.children() if c != worker]
         node = SimpleNamespace(all_processes={"raylet": [SimpleNamespace(process=daemon)]})
         monkeypatch.setattr(ray._private.worker, "_global_node", node)
@@ -105,6 +105,11 @@ def test_rays_processes_and_their_agents_are_killed_and_its_workers_are_not(
         eventually(lambda: not alive(agent.pid), 10)
         assert alive(worker.pid)
         worker.kill()
+
+
+def _name(process: psutil.Process) -> str:
+    """Its command line's first word; none while it is being started."""
+    return next(iter(process.cmdline()), "")
 
 
 def _deaf() -> None:
