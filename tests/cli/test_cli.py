@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socketserver
 import subprocess
 import sys
@@ -519,7 +520,7 @@ def test_what_nobody_foresaw_has_its_traceback_and_then_a_line(
     def broken(argv: list[str]) -> int:
         raise ZeroDivisionError("not\nforeseen")
 
-    monkeypatch.setattr(cli, "replay", broken)
+    monkeypatch.setattr("llumnix.commands.replaying.replay", broken)
     assert main(["replay", "x"]) == 1
     *story, last = capsys.readouterr().err.splitlines()
     assert story[0].startswith("Traceback")
@@ -545,11 +546,6 @@ def test_every_command_is_in_the_usage(capsys: pytest.CaptureFixture[str]) -> No
     assert main(["--help"]) == 0
     said = capsys.readouterr().out
     assert said == cli.USAGE
-    assert all(
-        f"\n  {c} " in said for c in ("serve", "status", "top", "migrate", "drain", "replay")
-    )
+    assert all(re.search(rf"^ +([a-z]+, )*{c}\b", said, re.M) for c in cli.COMMANDS), said
     assert main(["mgirate"]) == 2
-    assert (
-        "use serve, status, top, migrate, drain, undrain, simulate, profile or replay"
-        in capsys.readouterr().err
-    )
+    assert "use serve, status, top, requests, migrate, " in capsys.readouterr().err

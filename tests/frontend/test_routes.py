@@ -12,7 +12,7 @@ pytest.importorskip("vllm")
 from llumnix.core.supervision.lifecycle import InstanceStatus
 from llumnix.core.types import EngineIndex, InstanceId
 from llumnix.errors import CapacityError, LastInstanceError
-from llumnix.frontend.http.control import OwnControl
+from llumnix.frontend.http.control import OwnControl, RequestRows
 from llumnix.frontend.http.routes import DRAIN_TIMEOUT_MAX_S, control_app
 
 
@@ -120,3 +120,50 @@ async def test_a_hung_instance_is_listed_as_hung(http: httpx.AsyncClient) -> Non
     (row,) = (await http.get("/llumnix/v1/instances")).json()["instances"]
     assert (row["state"], row["hung"], row["in_flight"]) == ("hung", True, 2)
     assert row["why"] == "hung: no step for 4 s, and it has requests"
+
+
+class Listing(OwnControl):
+    """A control with made-up requests and moves."""
+
+    async def requests(self) -> RequestRows:
+        rows = [
+            {"id": f"r{n}", "instance": f"i{n % 2}", "class": c, "age_s": float(n)}
+            for n, c in enumerate(["high", "normal", "high", "normal"])
+        ]
+        return RequestRows(requests=rows, incomplete=["f1"])
+
+    async def migrations(self) -> list[dict[str, Any]]:
+        return [
+            {"id": f"m{n}", "ago_s": 10.0 - n, "why": w, "outcome": o}
+            for n, (w, o) in enumerate([
+                ("a user's order", "migrated"), ("Drain of i1", "aborted"), ("drain", "migrated"),
+            ])
+        ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("query", "found", "total"),
+    [
+        ("requests", "r3 r2 r1 r0", 4),
+        ("requests?limit=2", "r1 r0", 4),
+        ("requests?instance=i1", "r3 r1", 2),
+        ("requests?class=high", "r2 r0", 2),
+        ("requests?older_s=2", "r3 r2", 2),
+        ("migrations", "m0 m1 m2", 3),
+        ("migrations?limit=1", "m2", 3),
+        ("migrations?since_s=9", "m1 m2", 2),
+        ("migrations?reason=DRAIN", "m1 m2", 2),
+        ("migrations?outcome=migrated", "m0 m2", 2),
+    ],
+)
+async def test_a_list_has_what_was_asked_for_the_oldest_first(
+    control: Control, query: str, found: str, total: int
+) -> None:
+    client: Any = SimpleNamespace(client_index=0, streams=[], notes=None)
+    transport = httpx.ASGITransport(control_app(client, Listing(client, control)))
+    async with httpx.AsyncClient(transport=transport, base_url="http://t") as http:
+        body = (await http.get("/llumnix/v1/" + query)).json()
+        assert [row["id"] for row in body[query.partition("?")[0]]] == found.split()
+        assert body["total"] == total
+        assert (await http.get("/llumnix/v1/requests?limit=0")).status_code == 400
+        assert (await http.get("/llumnix/v1/migrations?outcome=odd")).status_code == 400

@@ -14,6 +14,7 @@ LINES_MAX = {
     "README.md": 124,
     "CONTRIBUTING.md": 80,
     "docs/architecture.md": 270,
+    "docs/commands.md": 80,
     "docs/compatibility.md": 120,
     "docs/figures.md": 225,
     "docs/getting-started.md": 120,

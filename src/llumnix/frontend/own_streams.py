@@ -38,6 +38,7 @@ class OwnStreams:
 
     def _row(self, stream: FleetStream) -> dict[str, Any]:
         engines, info = self._client.engines, stream.info
+        priorities = self._client.priorities
         return {
             "id": info.client_id,
             "request": stream.request,
@@ -45,6 +46,7 @@ class OwnStreams:
             "prompt_tokens": info.prompt_tokens,
             "output_tokens": stream.outputs,
             "priority": info.priority,
+            "class": priorities.classes[priorities.rank(info.priority)].name,
             "age_s": round(info.age_s, 3),
         }
 
@@ -55,7 +57,6 @@ class OwnStreams:
         moves = client.migrations.recent()
         return {
             **self._row(stream),
-            "class": client.priorities.classes[client.priorities.rank(stream.info.priority)].name,
             "why": stream.info.why_placed,
             "first_token_s": None if waited_s is None else round(waited_s, 4),
             "lives_used": stream.lives_used,
@@ -103,7 +104,7 @@ class OwnStreams:
     def migrations(self, name: str | None) -> list[tuple[float, dict[str, Any]]]:
         """The last migrations, or the one of that name: when each began, and as JSON."""
         records = self._client.migrations.records()
-        return [(m.began_s, m.shown()) for m in records if name in (None, m.id)]
+        return [(m.began_s, m.listed()) for m in records if name in (None, m.id)]
 
     async def move(self, order: MoveAsked) -> dict[str, Any]:
         """Moves a request, and returns the migration as JSON when that has ended."""

@@ -47,6 +47,8 @@ LOAD_SHOWN = (
 )
 
 
+Seconds = Annotated[float | None, Query(ge=0, allow_inf_nan=False)]
+Limit = Annotated[int | None, Query(ge=1)]
 DrainTimeout = Annotated[float | None, Query(ge=0, le=DRAIN_TIMEOUT_MAX_S, allow_inf_nan=False)]
 
 
@@ -131,12 +133,31 @@ async def undrain(instance: str, control: Control) -> dict[str, Any]:
 
 
 @router.get("/requests")
-async def requests(control: Control) -> dict[str, Any]:
-    """Every request that is running or waiting. `id` is the client's X-Request-Id if it sent
-    one, else the id in vLLM's answer; `n` > 1 gives as many rows. `instance` is null while no
-    instance has it, since its own has died. `incomplete` names the frontends that did not say
-    theirs in time."""
-    return asdict(await control.requests())
+async def requests(
+    control: Control,
+    instance: str | None = None,
+    priority_class: Annotated[str | None, Query(alias="class")] = None,
+    older_s: Seconds = None,
+    limit: Limit = None,
+) -> dict[str, Any]:
+    """Every request that is running or waiting, the oldest first. `id` is the client's X-Request-Id
+    if it sent one, else the id in vLLM's answer; `n` > 1 gives as many rows. `instance` is null
+    while no instance has it, since its own has died. `incomplete` names the frontends that did not
+    say theirs in time. The query asks for those of an instance, of a class, that came so many
+    seconds ago or more; `limit` for the newest of them, and `total` says how many there are."""
+    there = await control.requests()
+    rows = [
+        row
+        for row in sorted(there.requests, key=lambda row: -row["age_s"])
+        if instance in (None, row["instance"])
+        and priority_class in (None, row["class"])
+        and row["age_s"] >= (older_s or 0.0)
+    ]
+    return {
+        "requests": rows[-limit:] if limit else rows,
+        "total": len(rows),
+        "incomplete": there.incomplete,
+    }
 
 
 @router.get("/requests/{name:path}")
@@ -158,9 +179,24 @@ async def migrate(order: MigrationOrder, control: Control) -> dict[str, Any]:
 
 
 @router.get("/migrations")
-async def migrations(control: Control) -> dict[str, Any]:
-    """The last thousand migrations, the oldest first."""
-    return {"migrations": await control.migrations()}
+async def migrations(
+    control: Control,
+    since_s: Seconds = None,
+    reason: str | None = None,
+    outcome: Literal["running", "migrated", "aborted", "lost"] | None = None,
+    limit: Limit = None,
+) -> dict[str, Any]:
+    """The last thousand migrations, the oldest first. The query asks for those that began within
+    so many seconds, were ordered for a reason with these words, or ended so; `limit` for the newest
+    of them, and `total` says how many there are."""
+    rows = [
+        row
+        for row in await control.migrations()
+        if (since_s is None or row["ago_s"] <= since_s)
+        and (reason or "").lower() in row["why"].lower()
+        and outcome in (None, row["outcome"])
+    ]
+    return {"migrations": rows[-limit:] if limit else rows, "total": len(rows)}
 
 
 @router.get("/migrations/{migration}")

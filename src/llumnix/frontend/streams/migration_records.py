@@ -45,6 +45,10 @@ class Migration:
     source_lost: bool = False  # whether the source has died
     done: asyncio.Event = field(default_factory=asyncio.Event)
 
+    def listed(self) -> dict[str, Any]:
+        """As JSON, for users: with the seconds since it began."""
+        return {**self.shown(), "ago_s": round(time.monotonic() - self.began_s, 3)}
+
     def shown(self) -> dict[str, Any]:
         """As JSON."""
         stages: list[StageDone] = [] if self.report is None else self.report.stages
@@ -78,7 +82,7 @@ class MigrationRecords:
 
     def recent(self) -> list[dict[str, Any]]:
         """The last migrations, the oldest first."""
-        return [m.shown() for m in self._listed.values()]
+        return [m.listed() for m in self._listed.values()]
 
     def records(self) -> list[Migration]:
         """The same, as they are kept."""
@@ -87,7 +91,7 @@ class MigrationRecords:
     def get(self, migration: str) -> dict[str, Any]:
         """One migration; `UnknownMigrationError` if it is not among the last."""
         if (known := self._listed.get(MigrationId(migration))) is not None:
-            return known.shown()
+            return known.listed()
         raise UnknownMigrationError(
             f"no migration {migration} among the last {LISTED_MAX}; GET /llumnix/v1/migrations"
         )

@@ -1,0 +1,250 @@
+"""`llumnix status`, `add`, `drain`, `remove` and `undrain`: the instances of a running server."""
+
+import argparse
+import sys
+import time
+from typing import Any
+from urllib.parse import quote, urlencode
+
+from llumnix.commands.printing import print_json, table
+from llumnix.errors import UsageError
+from llumnix.server_client import ask, server_parser
+
+INSTANCES = "/llumnix/v1/instances"
+ANSWER_TIMEOUT_S = 5.0
+ADD_TIMEOUT_S = 20.0
+"""The server may have to ask Ray what is free."""
+POLL_S = 0.1
+
+Row = dict[str, Any]
+
+
+def status(argv: list[str]) -> int:
+    """`llumnix status`: the instances, as a table or as JSON."""
+    args = server_parser("status").parse_args(argv)
+    body = _list(args)
+    if args.json:
+        print_json(body)
+    else:
+        print("\n".join(_status_lines(body)))
+    return 0
+
+
+def add(argv: list[str]) -> int:
+    """`llumnix add`: starts more instances; 1 if one that is waited for does not serve."""
+    parser = server_parser("add")
+    parser.add_argument("count", metavar="N", type=int, nargs="?", default=1, help="default: 1")
+    parser.add_argument("--wait", action="store_true", help="return once all of them serve")
+    args = parser.parse_args(argv)
+    if args.count < 1:
+        raise UsageError(f"add {args.count}: name how many are to be added, 1 or more")
+    began_s, rows = time.monotonic(), []
+    for _ in range(args.count):
+        rows.append(ask(args, "POST", INSTANCES, wanted="state", timeout_s=ADD_TIMEOUT_S))
+        _say(args, f"{rows[-1]['id']} is {rows[-1]['state']}")
+    failed = False
+    if args.wait:
+        names = [row["id"] for row in rows]
+        rows = wait_until_serving(args, names)
+        for name, row in zip(names, rows, strict=True):
+            failed |= row["state"] != "serving"
+            _say(args, came_up_line(name, row, began_s))
+    if args.json:
+        print_json({"instances": rows})
+    return 1 if failed else 0
+
+
+def drain(argv: list[str]) -> int:
+    """`llumnix drain`: empties instances and stops them; returns once they are gone, with 1 if one
+    serves on."""
+    return _drain("drain", argv)
+
+
+def remove(argv: list[str]) -> int:
+    """`llumnix remove`: the same."""
+    return _drain("remove", argv)
+
+
+def undrain(argv: list[str]) -> int:
+    """`llumnix undrain`: lets instances that are being drained serve on."""
+    parser = _instances_parser("undrain")
+    args = parser.parse_args(argv)
+    rows = [
+        ask(args, "POST", path_of(name, "/undrain"), wanted="state", timeout_s=ANSWER_TIMEOUT_S)
+        for name in named(args)
+    ]
+    if args.json:
+        _print_rows(rows)
+    else:
+        print("\n".join(f"{row['id']} is {row['state']}" for row in rows))
+    return 0
+
+
+# -- what the others share
+
+
+def path_of(instance: str, rest: str = "") -> str:
+    """The route of an instance."""
+    return f"{INSTANCES}/{quote(instance, safe='')}{rest}"
+
+
+def named(args: argparse.Namespace) -> list[str]:
+    """The instances that the user means: those named, or those of a node."""
+    if args.node is None:
+        if not args.instances:
+            raise UsageError("name instances, as `llumnix status` shows them, or give --node NODE")
+        return list(dict.fromkeys(args.instances))
+    if args.instances:
+        raise UsageError("give instances or --node, not both")
+    rows = rows_of(args)
+    found = [name for name, row in rows.items() if row["node"] == args.node]
+    if not found:
+        nodes = ", ".join(sorted({str(r["node"]) for r in rows.values() if r["node"]})) or "none"
+        raise UsageError(f"--node {args.node}: no instance runs there; nodes with one: {nodes}")
+    return found
+
+
+def rows_of(args: argparse.Namespace) -> dict[str, Row]:
+    """All instances, by id."""
+    return {row["id"]: row for row in _list(args)["instances"]}
+
+
+def wait_until_serving(args: argparse.Namespace, names: list[str]) -> list[Row]:
+    """Waits until each of them serves, or will not by itself. Returns what became of them."""
+    while True:
+        rows = rows_of(args)
+        seen = [rows.get(name, {"id": name, "state": "gone", "why": None}) for name in names]
+        if not any(row["state"] in ("starting", "restarting") for row in seen):
+            return seen
+        time.sleep(POLL_S)
+
+
+def came_up_line(name: str, row: Row, began_s: float) -> str:
+    """What became of an instance that was waited for."""
+    if row["state"] == "serving":
+        return f"{name} serves after {time.monotonic() - began_s:.1f} s"
+    return f"{name} is {row['state']}: {row['why'] or 'it was not to serve any more'}"
+
+
+def drain_query(args: argparse.Namespace) -> str:
+    """The time-out and `force` as a query."""
+    query = {"timeout_s": args.timeout, "force": "true" if args.force else None}
+    given = urlencode({name: value for name, value in query.items() if value is not None})
+    return f"?{given}" if given else ""
+
+
+def drain_flags(parser: argparse.ArgumentParser) -> None:
+    """How long an instance is given to become empty."""
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        metavar="S",
+        help="end it with what it still holds after S seconds (default: as the server has it, 300)",
+    )
+    parser.add_argument("--force", action="store_true", help="end it now, with what it holds")
+
+
+def _instances_parser(command: str) -> argparse.ArgumentParser:
+    parser = server_parser(command)
+    parser.add_argument(
+        "instances", metavar="INSTANCE", nargs="*", help="ids, as `llumnix status` shows them"
+    )
+    parser.add_argument("--node", metavar="NODE", help="all instances of that node instead")
+    return parser
+
+
+def _list(args: argparse.Namespace) -> Row:
+    return ask(args, "GET", INSTANCES, wanted="instances", timeout_s=ANSWER_TIMEOUT_S)
+
+
+def _say(args: argparse.Namespace, line: str) -> None:
+    if not args.json:
+        print(line, flush=True)
+
+
+def _print_rows(rows: list[Row]) -> None:
+    """One instance as the server shows it, several as its list does."""
+    print_json(rows[0] if len(rows) == 1 else {"instances": rows})
+
+
+# -- drains
+
+
+def _drain(command: str, argv: list[str]) -> int:
+    parser = _instances_parser(command)
+    drain_flags(parser)
+    args = parser.parse_args(argv)
+    began_s, names, query = time.monotonic(), named(args), drain_query(args)
+    last: dict[str, Row] = {}
+    refused: UsageError | None = None
+    for name in names:
+        try:
+            path = path_of(name, f"/drain{query}")
+            last[name] = ask(args, "POST", path, wanted="state", timeout_s=ANSWER_TIMEOUT_S)
+        except UsageError as error:
+            refused = refused or error  # Those that were ordered before go on.
+    under, taken_back = list(last), False
+    while under:
+        time.sleep(POLL_S)
+        rows = rows_of(args)
+        for name in list(under):
+            row = rows.get(name)
+            if row is not None:
+                last[name] = row
+            if row is None:
+                _say(args, _gone_line(last[name], time.monotonic() - began_s))
+                last[name] = {**last[name], "state": "gone"}
+            elif row["state"] not in ("draining", "stopping"):
+                print(f"{name} is {row['state']}: its drain was taken back", file=_out(args))
+                taken_back = True
+            else:
+                continue
+            under.remove(name)
+    if args.json and last:
+        _print_rows(list(last.values()))
+    if refused is not None:
+        raise refused
+    return 1 if taken_back else 0
+
+
+def _out(args: argparse.Namespace) -> Any:
+    return sys.stderr if args.json else sys.stdout
+
+
+def _gone_line(row: Row, took_s: float) -> str:
+    if "of its requests" in (row["why"] or ""):
+        return f"{row['id']} is stopped after {took_s:.1f} s: {row['why']}"
+    return f"{row['id']} is empty and stopped after {took_s:.1f} s"
+
+
+def _status_lines(body: Row) -> list[str]:
+    head = (
+        "INSTANCE",
+        "STATE",
+        "NODE",
+        "PID",
+        "DEVICES",
+        "KV TOKENS",
+        "RUNNING",
+        "WAITING",
+        "RESTARTS",
+    )
+    rows = []
+    for i in body["instances"]:
+        total = i["kv_tokens_total"]
+        rows.append((
+            i["id"],
+            i["state"],
+            i["node"],
+            i["pid"],
+            " ".join(i["devices"]),
+            "-" if total is None else f"{i['kv_tokens_used']}/{total}",
+            i["running"],
+            i["waiting"],
+            i["restarts"],
+        ))  # fmt: skip
+    lines = table(head, rows)
+    lines += [f"{i['id']}: {i['why']}" for i in body["instances"] if i["why"]]
+    if body["controller"] != "up":
+        lines.append("The controller is away: the frontend places requests by itself.")
+    return lines

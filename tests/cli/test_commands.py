@@ -1,0 +1,180 @@
+"""The commands that list requests and moves, and that add, remove and restart instances."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+
+from cli.test_cli import INSTANCES, Server, refusal
+from llumnix.cli import main
+
+ROW = {
+    "id": "r1", "request": "r1-0a", "instance": "i0", "class": "high", "prompt_tokens": 80,
+    "output_tokens": 17, "priority": -100, "age_s": 4.04,
+}  # fmt: skip
+MOVE = {
+    "id": "m3", "request_id": "r1", "source": "i0", "destination": "i1", "outcome": "migrated",
+    "stages": [{"tokens": 80}, {"tokens": 17}], "downtime_ms": 2.16, "ago_s": 7.2,
+    "why": "a user's order", "reason": "",
+}  # fmt: skip
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    running = Server()
+    yield running
+    running.close()
+
+
+def play(server: Server, *bodies: Any) -> None:
+    """Each question gets the next of these; one that is a pair has a status first."""
+    left = iter(bodies)
+    answer = server.handler.answer
+
+    def next_one(handling: Any) -> None:
+        body = next(left)
+        server.status, server.body = body if isinstance(body, tuple) else (200, body)
+        answer(handling)
+
+    server.handler.do_GET = server.handler.do_POST = next_one
+
+
+def listed(*rows: tuple[str, str, str | None], node: str = "h") -> dict[str, Any]:
+    """A list of instances."""
+    one = INSTANCES["instances"][0]
+    return {
+        "controller": "up",
+        "instances": [{**one, "id": i, "state": s, "why": w, "node": node} for i, s, w in rows],
+    }
+
+
+def squeezed(line: str) -> str:
+    return " ".join(line.split())
+
+
+def query(server: Server) -> dict[str, list[str]]:
+    return parse_qs(urlsplit(server.asked[-1][1]).query)
+
+
+def test_requests_are_a_table_with_the_newest_first(
+    server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    newer = {**ROW, "id": "evil\x1b[2J" + "x" * 90, "instance": None, "age_s": 1.0}
+    server.body = {"requests": [ROW, newer], "total": 5, "incomplete": ["f1"]}
+    flags = ["--instance", "i0", "--class", "high", "--older", "0.5", "--limit", "2"]
+    assert main(["requests", *flags, "--url", server.url]) == 0
+    told = capsys.readouterr()
+    head, first, second, more = told.out.splitlines()
+    assert head.split() == ["REQUEST", "INSTANCE", "CLASS", "PROMPT", "OUTPUT", "AGE"]
+    assert "\x1b" not in first
+    assert first.split()[1:] == ["-", "high", "80", "17", "1.0", "s"]
+    assert second.split() == ["r1", "i0", "high", "80", "17", "4.0", "s"]
+    assert more == "3 more; --limit shows them"
+    assert told.err == "f1 did not say theirs\n"
+    assert query(server) == {
+        "instance": ["i0"], "class": ["high"], "older_s": ["0.5"], "limit": ["2"],
+    }  # fmt: skip
+
+
+def test_migrations_are_a_table_with_the_newest_first(
+    server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    aborted = {**MOVE, "id": "m4", "outcome": "aborted", "downtime_ms": None, "reason": "it ended"}
+    server.body = {"migrations": [MOVE, aborted], "total": 2}
+    flags = ["--since", "60", "--reason", "order", "--outcome", "migrated"]
+    assert main(["migrations", *flags, "--url", server.url]) == 0
+    _, first, second = capsys.readouterr().out.splitlines()
+    assert squeezed(first) == "m4 r1 i0 i1 aborted 97 - 7 s a user's order; it ended"
+    assert squeezed(second) == "m3 r1 i0 i1 migrated 97 2.2 ms 7 s a user's order"
+    assert query(server) == {
+        "since_s": ["60.0"], "reason": ["order"], "outcome": ["migrated"], "limit": ["100"],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("command", ["requests", "migrations"])
+def test_a_list_as_json_is_the_servers_answer(
+    server: Server, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    server.body = {"requests": [ROW], "migrations": [MOVE], "total": 1, "incomplete": []}
+    assert main([command, "--json", "--url", server.url]) == 0
+    assert json.loads(capsys.readouterr().out) == server.body
+
+
+def test_add_starts_as_many_as_it_is_told_and_may_wait_until_they_serve(
+    server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"id": i, "state": "starting", "why": None} for i in ("i1", "i2")]
+    coming = listed(("i1", "serving", None), ("i2", "starting", None))
+    play(server, *rows, coming, listed(("i1", "serving", None), ("i2", "serving", None)))
+    assert main(["add", "2", "--wait", "--url", server.url]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[:2] == ["i1 is starting", "i2 is starting"]
+    assert [line.split(" after ")[0] for line in said[2:]] == ["i1 serves", "i2 serves"]
+    assert [a[0] for a in server.asked] == ["POST", "POST", "GET", "GET"]
+
+
+def test_an_added_instance_that_fails_is_status_1_with_the_reason(
+    server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    play(server, {"id": "i1", "state": "starting"}, listed(("i1", "failed", "no memory")))
+    assert main(["add", "--wait", "--url", server.url]) == 1
+    assert capsys.readouterr().out.splitlines()[1] == "i1 is failed: no memory"
+
+
+def test_add_refuses_a_number_that_is_none(
+    server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["add", "0", "--url", server.url]) == 2
+    assert "1 or more" in capsys.readouterr().err
+    assert server.asked == []
+
+
+def test_all_instances_of_a_node_are_removed(
+    server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    both = listed(("i0", "serving", None), ("i1", "serving", None))
+    orders = [{"id": i, "state": "draining", "why": None} for i in ("i0", "i1")]
+    play(server, both, *orders, listed(("i1", "stopping", None)), listed())
+    assert main(["remove", "--node", "h", "--force", "--url", server.url]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(" after ")[0] for line in said] == [
+        "i0 is empty and stopped", "i1 is empty and stopped",
+    ]  # fmt: skip
+    assert [a[1] for a in server.asked if a[0] == "POST"] == [
+        f"/llumnix/v1/instances/{i}/drain?force=true" for i in ("i0", "i1")
+    ]
+
+
+def test_the_last_instance_is_refused_and_the_others_go_all_the_same(
+    server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    order = {"id": "i0", "state": "draining", "why": None}
+    play(server, order, (409, refusal("i1 is the only instance that serves")), listed())
+    assert main(["remove", "i0", "i1", "--url", server.url]) == 2
+    told = capsys.readouterr()
+    assert told.out.startswith("i0 is empty and stopped after ")
+    assert told.err == "llumnix: error: i1 is the only instance that serves\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "name instances, as `llumnix status` shows them, or give --node NODE"),
+        (["i0", "--node", "h"], "give instances or --node, not both"),
+        (["--node", "other"], "--node other: no instance runs there; nodes with one: h"),
+    ],
+)
+def test_who_is_meant_must_be_clear(
+    server: Server, capsys: pytest.CaptureFixture[str], words: list[str], said: str
+) -> None:
+    server.body = listed(("i0", "serving", None))
+    assert main(["drain", *words, "--url", server.url]) == 2
+    assert capsys.readouterr().err == f"llumnix: error: {said}\n"
+
+
+def test_undrain_takes_back_several(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    play(server, *({"id": i, "state": "serving"} for i in ("i0", "i1")))
+    assert main(["undrain", "i0", "i1", "--url", server.url]) == 0
+    assert capsys.readouterr().out == "i0 is serving\ni1 is serving\n"
