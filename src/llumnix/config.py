@@ -28,8 +28,18 @@ BODY_MAX_MB = 64
 STREAM_INTERVAL_MAX = 8
 """A token in a chunk of 8 costs the HTTP process a third of one that has its own; longer chunks
 save little more."""
+EVENT_LOG_MAX_MB = 1000
+"""Of one file; observe/log_files.py says how many there are."""
 ADMIN_API_KEY_VARIABLE = "LLUMNIX_ADMIN_API_KEY"
 API_KEY_VARIABLE = "VLLM_API_KEY"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogPlace:
+    """Where the event log is."""
+
+    path: str
+    file_max_bytes: int = EVENT_LOG_MAX_MB * 10**6  # then the next file is begun
 
 
 def knob(default: Any, help: str, *, secret: bool = False, **flag: Any) -> Any:
@@ -83,6 +93,13 @@ class DeploymentConfig:
         "Append every fact, decision and migration step to this file (JSON lines; "
         "`llumnix replay` reads it).",
         metavar="PATH",
+    )
+    event_log_max_mb: float = knob(
+        EVENT_LOG_MAX_MB,
+        "Size at which a file of --event-log is followed by the next, in MB; the last four are "
+        "kept.",
+        type=float,
+        metavar="MB",
     )
     migration_bandwidth: float | None = knob(
         None,
@@ -141,6 +158,8 @@ class DeploymentConfig:
                 f"--migration-bandwidth {self.migration_bandwidth}: must be above 0; leave it out "
                 "for no limit"
             )
+        if not self.event_log_max_mb > 0:
+            raise UsageError(f"--event-log-max-mb {self.event_log_max_mb}: must be above 0")
         if not self.max_body_mb > 0:
             raise UsageError(f"--max-body-mb {self.max_body_mb}: must be above 0")
         if self.max_stream_interval < 1:
@@ -169,6 +188,14 @@ class DeploymentConfig:
     def slots(self) -> int:
         """The most instances that the configuration allows for."""
         return max(self.instances, self.scheduler.scaling.instances_max or 0)
+
+    @property
+    def log_place(self) -> LogPlace | None:
+        """Where the event log is, for a process in any folder; None if there is none."""
+        if self.event_log is None:
+            return None
+        path = str(Path(self.event_log).absolute())
+        return LogPlace(path=path, file_max_bytes=round(self.event_log_max_mb * 1e6))
 
     def _scheduler(self) -> SchedulerSettings:
         settings = read_settings(self.scheduler_config)

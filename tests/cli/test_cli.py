@@ -16,7 +16,7 @@ import pytest
 
 from llumnix import cli, server_client
 from llumnix.cli import main
-from llumnix.config import knobs
+from llumnix.config import LogPlace, knobs
 from llumnix.core.events import LoadReported, RequestArrived
 from llumnix.core.reports import LoadReport
 from llumnix.core.scheduling.scheduler import Scheduler
@@ -428,7 +428,7 @@ def test_words_that_no_command_knows_are_status_2(words: list[str]) -> None:
 def log(tmp_path: Path) -> Path:
     """Two facts, one decision and two steps."""
     path = tmp_path / "log.jsonl"
-    writer = EventLog(str(path), who="test")
+    writer = EventLog(LogPlace(path=str(path)), who="test")
     settings = SchedulerSettings(policy="least-loaded")
     scheduler = Scheduler(settings)
     report = LoadReport(

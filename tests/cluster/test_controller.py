@@ -11,6 +11,7 @@ import zmq
 
 from llumnix.cluster import controller as module
 from llumnix.cluster.controller import FAILURES_MAX, Controller
+from llumnix.config import LogPlace
 from llumnix.core.events import (
     AddInstances,
     Dispatch,
@@ -259,7 +260,7 @@ def test_a_frontend_that_is_gone_takes_no_answer_from_the_others(served: Served)
 
 def test_a_controller_that_is_stopped_has_written_its_log(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    controller = Controller([f"ipc://{tmp_path}/c"], SchedulerSettings(), str(log))
+    controller = Controller([f"ipc://{tmp_path}/c"], SchedulerSettings(), LogPlace(path=str(log)))
     controller.stop()
     controller.run()
     # Its process is killed from here on.

@@ -24,6 +24,7 @@ def test_our_flags_are_these() -> None:
         "survival": None,
         "ray_address": None,
         "event_log": None,
+        "event_log_max_mb": 1000,
         "migration_bandwidth": None,
         "insecure": False,
         "api_key_file": None,

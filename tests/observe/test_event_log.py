@@ -12,13 +12,17 @@ from typing import Any
 
 import pytest
 
+from llumnix.config import LogPlace
 from llumnix.core.events import (
+    Decision,
     Dispatch,
+    DrainInstance,
     Fact,
     FleetReported,
     InstanceLost,
     LoadReported,
     NoInstance,
+    PrefixesChanged,
     RequestArrived,
     Tick,
 )
@@ -28,8 +32,9 @@ from llumnix.core.scheduling.scheduler import Scheduler
 from llumnix.core.settings import SchedulerSettings
 from llumnix.core.types import EngineIndex, InstanceId, MigrationId, RequestId
 from llumnix.errors import UsageError
-from llumnix.observe import event_log
-from llumnix.observe.event_log import LOG_VERSION, EventLog
+from llumnix.observe import log_files
+from llumnix.observe.event_log import SETTLED_AFTER_S, EventLog
+from llumnix.observe.log_files import FILES_MAX, LOG_VERSION
 from llumnix.observe.replay import DIFFERENCES_MAX, Replayed, replay
 from support.fake_cluster import Cluster, World
 
@@ -73,7 +78,7 @@ ARRIVALS = 9
 
 def record(path: Path, policy: str, who: str = "controller 1") -> None:
     """Does as cluster/controller.py does, at times that replay must take from the log."""
-    log = EventLog(str(path), who=who)
+    log = EventLog(LogPlace(path=str(path)), who=who)
     settings = SchedulerSettings(policy=policy)
     scheduler = Scheduler(settings)
     log.started(settings)
@@ -200,7 +205,7 @@ def test_only_the_first_differences_are_kept(tmp_path: Path) -> None:
 
 
 def record_steps(path: Path, seed: int) -> None:
-    log = EventLog(str(path), who="engines")
+    log = EventLog(LogPlace(path=str(path)), who="engines")
     world = World(loss=0.1, repeat=0.1, crash=0.004, abort=0.01, preempt=0.02, failed_pull=0.05)
     Cluster(seed, world, on_step=log.step).run()
     log.close()
@@ -233,7 +238,7 @@ def test_a_changed_step_is_found_at_its_line(tmp_path: Path) -> None:
 
 def test_a_dropped_step_is_found_with_the_story(tmp_path: Path) -> None:
     path = tmp_path / "log"
-    log = EventLog(str(path), who="engine 0")
+    log = EventLog(LogPlace(path=str(path)), who="engine 0")
     for event, state, action in [
         ("reserved", "between stages", "see what is left"),
         ("steps landed", "deciding", "send the rest, ask for the verdict"),
@@ -251,7 +256,7 @@ def test_a_dropped_step_is_found_with_the_story(tmp_path: Path) -> None:
 
 def append_much(path: str, who: str, together: Barrier) -> None:
     """One writer, in a process of its own."""
-    log = EventLog(path, who=who)
+    log = EventLog(LogPlace(path=path), who=who)
     together.wait(60)
     for number in range(LINES_EACH):
         requests = tuple(RequestId(f"{who}-{number}-{n}") for n in range(number % 40))
@@ -298,7 +303,7 @@ def test_a_writer_without_a_path_writes_nothing(
 
 def test_a_closed_writer_writes_nothing_more(tmp_path: Path) -> None:
     path = tmp_path / "log"
-    log = EventLog(str(path), who="somebody")
+    log = EventLog(LogPlace(path=str(path)), who="somebody")
     log.migration({"id": "m0"})
     log.close()
     log.migration({"id": "m1"})
@@ -357,8 +362,8 @@ def test_a_log_of_an_older_llumnix_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError) as error:
         replay(path)
     assert str(error.value) == (
-        f"{path} is an event log of version 1, and this llumnix replays version {LOG_VERSION}; "
-        "replay it with the llumnix that wrote it"
+        f"{path} is an event log of version 1, and this llumnix reads version {LOG_VERSION}; "
+        "read it with the llumnix that wrote it"
     )
 
 
@@ -395,7 +400,7 @@ def test_a_file_that_is_no_log_is_never_put_aside(tmp_path: Path) -> None:
 def record_quiet(path: Path, seed: int) -> int:
     """A scheduler that mostly hears what it knows; how many facts it was told."""
     dice, settings = random.Random(seed), SchedulerSettings()
-    log, scheduler = EventLog(str(path), who="controller 1"), Scheduler(settings)
+    log, scheduler = EventLog(LogPlace(path=str(path)), who="controller 1"), Scheduler(settings)
     log.started(settings)
     sequence, running, now, told = [0, 0, 0], [0, 0, 0], 100.0, 0
     for n in range(3000):
@@ -439,22 +444,124 @@ def test_what_is_not_news_is_left_out_and_a_replay_decides_the_same(
     assert len(found) < told / 3
 
 
-def test_an_idle_deployment_writes_next_to_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("scales", [False, True])
+def test_an_idle_deployment_writes_next_to_nothing(tmp_path: Path, scales: bool) -> None:
     path = tmp_path / "log"
-    log = EventLog(str(path), who="controller 1")
+    log, settings = EventLog(LogPlace(path=str(path)), who="controller 1"), SchedulerSettings()
+    if scales:
+        settings = replace(settings, scaling=replace(settings.scaling, instances_max=2))
+    log.started(settings)
+    serving = tuple(InstanceId(f"i{n}") for n in range(2))
     for n in range(6000):  # Ten minutes of two instances.
+        at = n * 0.1
         for engine in range(2):
-            log.fact(report(engine, n), n * 0.1)
-        log.fact(Tick(), n * 0.1, answered=False)
+            log.fact(report(engine, n), at, answered=False)
+        log.fact(Tick(), at, answered=False)
+        if n % 5 == 0:
+            fleet = FleetReported(starting=0, serving=serving, draining=())
+            log.fact(fleet, at, answered=False)
     log.close()
-    assert len(lines(path)) == 1 + 2
+    found = lines(path)
+    settling = 3 * SETTLED_AFTER_S * 2 if scales else 0  # the fleet's reports, and others before
+    assert len(found) <= 2 + 2 + 1 + settling
+    assert sum(map(len, path.read_bytes().splitlines())) < 30e6 / 86400 * 600
+
+
+def scaled(path: Path, seed: int) -> int:
+    """A scheduler that scales a fleet, which does as it says; how many decisions it took."""
+    dice = random.Random(seed)
+    scaling = replace(
+        SchedulerSettings().scaling,
+        instances_min=1,
+        instances_max=3,
+        freeness_low=20.0,
+        freeness_high=60.0,
+        down_after_s=15.0,
+        cooldown_s=15.0,
+    )
+    settings = replace(SchedulerSettings(), scaling=scaling)
+    log, scheduler = EventLog(LogPlace(path=str(path)), who="controller 1"), Scheduler(settings)
+    log.started(settings)
+    serving, starting, running, taken = [0], 0, 10, 0
+
+    def tell(fact: Fact, at: float) -> list[Decision]:
+        decisions = scheduler.handle(fact, at)
+        log.fact(fact, at, answered=bool(decisions))
+        for decision in decisions:
+            log.decision(decision, at)
+        return decisions
+
+    for n in range(6000):
+        at = 100.0 + n * 0.1
+        if dice.random() < 0.003:
+            running = dice.choice((4, 40))
+        if dice.random() < 0.003:
+            tell(arrived(n), at)  # Never reported: the booking lapses.
+        for engine in serving:
+            tell(report(engine, n, running=running), at)
+        tell(Tick(), at)
+        if n % 5:
+            continue
+        if starting and dice.random() < 0.1:
+            serving, starting = [*serving, max(serving) + 1], 0
+        names = tuple(InstanceId(f"i{i}") for i in serving)
+        for decision in tell(FleetReported(starting=starting, serving=names, draining=()), at):
+            taken += 1
+            if isinstance(decision, DrainInstance):
+                serving = [i for i in serving if f"i{i}" != decision.instance]
+            else:
+                starting = 1
+    log.close()
+    return taken
+
+
+def test_scaling_comes_out_the_same_though_repeated_reports_of_the_fleet_are_left_out(
+    tmp_path: Path,
+) -> None:
+    taken = fleets = 0
+    for seed in range(4):
+        path = tmp_path / f"log {seed}"
+        taken += scaled(path, seed)
+        assert replay(path).differences == []
+        fleets += sum(line.get("name") == "FleetReported" for line in lines(path))
+    assert taken > 10
+    assert fleets < 4 * 1200 * 2 / 3
+
+
+def test_a_prefix_cache_that_is_told_anew_costs_a_short_line(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    log, settings = EventLog(LogPlace(path=str(path)), who="c"), SchedulerSettings()
+    scheduler = Scheduler(settings)
+    log.started(settings)
+    names = [InstanceId(f"i{n}") for n in range(2)]
+    told = [
+        PrefixesChanged(
+            instance=name, engine_index=EngineIndex(n), stored=tuple(range(5000)), cleared=True
+        )
+        for n, name in enumerate(names)
+    ]
+    more = PrefixesChanged(instance=names[0], engine_index=EngineIndex(0), stored=(9000,))
+    facts: list[Fact] = [report(0, 1), report(1, 1), *told, *told, told[0], more, told[0]]
+    prompt = RequestArrived(request=RequestId("r"), prompt_tokens=9999, prefix=tuple(range(100)))
+    # Which of two that keep it has stored it last decides.
+    for number, fact in enumerate([*facts, prompt, told[1], prompt, told[0], prompt]):
+        decisions = scheduler.handle(fact, at := number * 0.001)
+        log.fact(fact, at)
+        for decision in decisions:
+            log.decision(decision, at)
+    log.close()
+    found = lines(path)
+    assert [line["kind"] for line in found].count("kept") == 3 + 2
+    assert sum(line.get("name") == "PrefixesChanged" for line in found) == 2 + 1 + 1
+    result = replay(path)
+    assert (result.decisions, result.differences) == (3, [])
 
 
 def test_an_engine_that_was_idle_for_long_is_not_replayed_as_one_that_stood_still(
     tmp_path: Path,
 ) -> None:
     path = tmp_path / "log"
-    log, settings = EventLog(str(path), who="controller 1"), SchedulerSettings()
+    log, settings = EventLog(LogPlace(path=str(path)), who="controller 1"), SchedulerSettings()
     scheduler = Scheduler(settings)
     log.started(settings)
     facts = [(report(0, n), n * 0.1) for n in range(600)]
@@ -476,7 +583,7 @@ def test_an_engine_that_was_idle_for_long_is_not_replayed_as_one_that_stood_stil
 def test_what_a_slow_disk_has_no_room_for_is_counted_and_nobody_waits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(event_log, "QUEUED_MAX", 100)
+    monkeypatch.setattr(log_files, "QUEUED_MAX", 100)
     real, goes_on, stuck = os.write, threading.Event(), threading.Event()
 
     def slow(file: int, data: bytes) -> int:
@@ -485,8 +592,8 @@ def test_what_a_slow_disk_has_no_room_for_is_counted_and_nobody_waits(
         return real(file, data)
 
     path = tmp_path / "log"
-    log = EventLog(str(path), who="engine 0")
-    monkeypatch.setattr(event_log.os, "write", slow)
+    log = EventLog(LogPlace(path=str(path)), who="engine 0")
+    monkeypatch.setattr(log_files.os, "write", slow)
     log.migration({"id": "first"})
     assert stuck.wait(60)
     for n in range(500):
@@ -502,7 +609,7 @@ def test_what_a_slow_disk_has_no_room_for_is_counted_and_nobody_waits(
 def test_a_full_disk_ends_the_log_for_a_while_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(event_log, "RETRY_S", 0.01)
+    monkeypatch.setattr(log_files, "RETRY_S", 0.01)
     real, full, failed = os.write, [False], threading.Event()
 
     def write_some(file: int, data: bytes) -> int:
@@ -511,9 +618,9 @@ def test_a_full_disk_ends_the_log_for_a_while_only(
         failed.set()
         return real(file, data[:10])
 
-    monkeypatch.setattr(event_log.os, "write", write_some)
+    monkeypatch.setattr(log_files.os, "write", write_some)
     path = tmp_path / "log"
-    log = EventLog(str(path), who="engine 0")
+    log = EventLog(LogPlace(path=str(path)), who="engine 0")
     log.step("source", MigrationId("m0"), "reserved", "between stages", "see what is left")
     while path.read_bytes().count(b"\n") < 2:
         pass
@@ -534,24 +641,157 @@ def test_a_full_disk_ends_the_log_for_a_while_only(
     assert (replayed.differences, replayed.dropped, replayed.steps) == ([], 1, 2)
 
 
+def test_a_disk_that_is_full_from_the_start_stops_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when an instance is started again meanwhile."""
+    monkeypatch.setattr(log_files, "RETRY_S", 0.01)
+    real, full, tried = os.write, [True], threading.Semaphore(0)
+
+    def write_some(file: int, data: bytes) -> int:
+        if not full[0]:
+            return real(file, data)
+        tried.release()
+        return real(file, data[:10])
+
+    monkeypatch.setattr(log_files.os, "write", write_some)
+    path = tmp_path / "log"
+    log = EventLog(LogPlace(path=str(path)), who="engine 0")
+    log.migration({"id": 0})
+    for _ in range(2):
+        assert tried.acquire(timeout=60)
+    full[0] = False
+    log.migration({"id": 1})
+    log.close()
+    assert [line["kind"] for line in lines(path)] == ["log", "dropped", "migration"]
+    assert log.dropped == 0, "a closed one has none"
+
+
+# -- several files
+
+
+def record_long(path: Path, monkeypatch: pytest.MonkeyPatch, rounds: int) -> None:
+    """So much that a log of small files begins a new one again and again. The writer is to look at
+    their size as often as it can."""
+    monkeypatch.setattr(log_files, "LOOK_EVERY_S", 0.0)
+    log = EventLog(LogPlace(path=str(path), file_max_bytes=10_000), who="controller 1")
+    settings, at = SchedulerSettings(), 100.0
+    scheduler = Scheduler(settings)
+    log.started(settings)
+    for n in range(rounds):
+        for fact in (report(0, n, running=n % 7), report(1, n, running=n % 5), arrived(n)):
+            at += 0.05
+            decisions = scheduler.handle(fact, at)
+            log.fact(fact, at)
+            for decision in decisions:
+                log.decision(decision, at)
+    log.close()
+
+
+def test_a_log_of_several_files_is_replayed_as_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "log"
+    record_long(path, monkeypatch, 18)
+    names = sorted(f.name for f in tmp_path.iterdir())
+    assert names[0] == "log"
+    assert 2 < len(names) <= FILES_MAX
+    assert replay(path) == Replayed(facts=54, decisions=18)
+    # A difference is named with its file.
+    older = tmp_path / "log.1"
+    found = lines(older)
+    at = number_of(found, kind="decision")
+    found[at]["body"]["instance"] = "i9"
+    write(older, found)
+    assert replay(path).differences[0].startswith(f"log.1, line {at + 1}: was Dispatch(")
+
+
+def test_of_a_long_log_the_last_files_are_kept_and_what_they_lack_is_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "log"
+    record_long(path, monkeypatch, 300)
+    names = sorted(f.name for f in tmp_path.iterdir())
+    assert names == ["log", *(f"log.{n}" for n in range(1, FILES_MAX))]
+    assert all((tmp_path / name).stat().st_size < 11_000 for name in names)
+    result = replay(path)
+    assert (result.facts, result.decisions, result.differences) == (0, 0, [])
+    assert result.skipped == sum(
+        line["kind"] == "fact" for name in names for line in lines(tmp_path / name)
+    )
+
+
+def test_moves_that_began_before_the_first_file_that_is_left_are_not_compared(
+    tmp_path: Path,
+) -> None:
+    whole = tmp_path / "whole"
+    record_steps(whole, 2)
+    found, path = lines(whole), tmp_path / "log"
+    assert found[0]["goes_on"] is False
+    # The second step of a move is the first that is left.
+    role = {"kind": "step", "role": "source"}
+    begun = number_of(found, **role)
+    cut = begun + 1 + number_of(found[begun + 1 :], **role, migration=found[begun]["migration"])
+    later = [{**found[0], "goes_on": True}, *found[cut:]]
+    write(path, later)
+    result = replay(path)
+    assert result.differences == []
+    assert 0 < result.steps < len(later) - 1
+    write(path, [found[0], *found[cut:]])
+    assert replay(path).differences != [], "as they are if nothing is missing"
+
+
+def test_all_lines_of_all_files_are_read_in_order_but_for_torn_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "log"
+    record_long(path, monkeypatch, 18)
+    expected = [line for file in log_files.files_of(path) for line in lines(file)]
+    with path.open("a") as file:
+        file.write('{"at": 5, "wh\n')
+    assert list(log_files.lines_of(path)) == expected
+    assert [line["kind"] for line in expected].count("started") == 1
+    for bad, why in ((tmp_path, "is no event log"), (tmp_path / "no", "cannot be read")):
+        with pytest.raises(UsageError, match=why):
+            list(log_files.lines_of(bad))
+    write(path, [{**expected[0], "version": 1}])
+    with pytest.raises(UsageError, match="version 1, and this llumnix reads"):
+        list(log_files.lines_of(path))
+    path.write_text("notes\n")
+    with pytest.raises(UsageError, match="is no event log"):
+        list(log_files.lines_of(path))
+
+
+def test_files_that_do_not_follow_one_another_are_not_read_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "log"
+    record_long(path, monkeypatch, 300)
+    (tmp_path / "log.2").unlink()
+    assert log_files.files_of(path) == [tmp_path / "log.1", path]
+    # One of another version is another log.
+    write(tmp_path / "log.1", [{**line, "version": 1} for line in lines(tmp_path / "log.1")])
+    assert log_files.files_of(path) == [path]
+
+
 def test_a_file_that_is_full_is_begun_anew_and_the_one_before_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(event_log, "FILE_MAX_BYTES", 10_000)
-    monkeypatch.setattr(event_log, "LOOK_EVERY_S", 0.0)
+    monkeypatch.setattr(log_files, "LOOK_EVERY_S", 0.0)
     path = tmp_path / "log"
-    logs = [EventLog(str(path), who=f"engine {n}") for n in range(2)]
+    place = LogPlace(path=str(path), file_max_bytes=10_000)
+    logs = [EventLog(place, who=f"engine {n}") for n in range(2)]
     for n in range(1000):
         for log in logs:
             log.migration({"id": n})
     for log in logs:
         log.close()
-    kept = sorted(f.name for f in tmp_path.iterdir())
-    assert kept == ["log", "log.1"]
+    kept = [f"log.{n}" for n in reversed(range(1, FILES_MAX))] + ["log"]
+    assert sorted(kept) == sorted(f.name for f in tmp_path.iterdir())
     assert all((tmp_path / name).stat().st_size < 11_000 for name in kept)
     for name in kept:
         assert lines(tmp_path / name)[0]["version"] == LOG_VERSION
-    found = [*lines(tmp_path / "log.1"), *lines(path)]
+    found = [line for name in kept for line in lines(tmp_path / name)]
     last = []
     for log in range(2):
         numbers = [

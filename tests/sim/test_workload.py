@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from llumnix.config import LogPlace
 from llumnix.core.events import RequestArrived
 from llumnix.core.settings import SchedulerSettings
 from llumnix.core.types import InstanceId, RequestId
@@ -229,7 +230,7 @@ def test_a_file_can_say_which_requests_are_urgent(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["events.jsonl", "log"])
 def test_an_event_log_is_a_trace(tmp_path: Path, name: str) -> None:
-    log = EventLog(str(tmp_path / name), who="controller 1")
+    log = EventLog(LogPlace(path=str(tmp_path / name)), who="controller 1")
     log.started(SchedulerSettings())
     log.fact(RequestArrived(request=RequestId("a"), prompt_tokens=30), 7.0)
     now_s = time.monotonic()
@@ -259,8 +260,20 @@ def test_an_event_log_is_a_trace(tmp_path: Path, name: str) -> None:
     ]
 
 
+def test_an_event_log_of_several_files_is_one_trace(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    for number, file in enumerate((tmp_path / "log.1", path)):
+        first = {"kind": "log", "who": "x", "at": 0.0, "version": 2, "goes_on": number > 0}
+        ended = {"started": 0.0, "prompt_tokens": 5 + number, "output_tokens": 3, "priority": 0}
+        line = {"at": number, "time": number, "who": "x", "kind": "request"}
+        body = {"body": {**ended, "started": number, "finish_reason": "stop"}}
+        file.write_text(f"{json.dumps(first)}\n{json.dumps({**line, **body})}\n")
+    drawn = whole(str(path), requests=2).draw(0)
+    assert [(a.at_s, a.prompt_tokens) for a in drawn] == [(0.0, 5), (1.0, 6)]
+
+
 def test_an_event_log_without_a_request_that_ended_is_refused(tmp_path: Path) -> None:
-    log = EventLog(str(tmp_path / "log"), who="controller 1")
+    log = EventLog(LogPlace(path=str(tmp_path / "log")), who="controller 1")
     log.started(SchedulerSettings())
     log.close()
     with pytest.raises(UsageError, match="has no requests"):

@@ -17,6 +17,7 @@ from functools import partial
 
 import zmq
 
+from llumnix.config import LogPlace
 from llumnix.core.events import (
     Dispatch,
     Fact,
@@ -74,7 +75,7 @@ class Controller:
         self,
         addresses: list[str],
         settings: SchedulerSettings,
-        event_log: str | None = None,
+        event_log: LogPlace | None = None,
         keys: SocketKeys | None = None,
     ) -> None:
         self._addresses = addresses

@@ -67,12 +67,13 @@ def serve(argv: list[str]) -> int:
 
 
 def _open_event_log(command: ServeCommand) -> EventLog:
-    path = command.deployment.event_log
+    place = command.deployment.log_place
     try:
-        return EventLog(path, who=f"frontend {os.getpid()}")
+        return EventLog(place, who=f"frontend {os.getpid()}")
     except OSError as error:
         raise UsageError(
-            f"--event-log {path} cannot be written ({error.strerror}); name a file that can"
+            f"--event-log {command.deployment.event_log} cannot be written ({error.strerror}); "
+            "name a file that can"
         ) from error
 
 

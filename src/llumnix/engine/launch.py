@@ -19,7 +19,7 @@ from vllm.v1.engine.utils import EngineZmqAddresses
 from vllm.v1.executor import Executor
 from vllm.v1.executor.ray_utils import WORKER_SPECIFIC_ENV_VARS
 
-from llumnix.config import ADMIN_API_KEY_VARIABLE
+from llumnix.config import ADMIN_API_KEY_VARIABLE, LogPlace
 from llumnix.core.limits import MigrationLimits
 from llumnix.core.priorities import Priorities
 from llumnix.core.types import EngineIndex, InstanceId
@@ -63,7 +63,7 @@ class InstanceConfig:
     slots: int  # of so many
     controller: str  # ZMQ address
     llumlet: LlumletConfig
-    event_log: str | None  # the file to append to
+    event_log: LogPlace | None
     host: str = ""  # this host's address in the cluster, known only there
     keys: SocketKeys | None = None  # of all sockets on TCP
 

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -87,7 +86,7 @@ class EngineLauncher:
         self._controller = addresses.controller
         self._keys = addresses.keys
         self._slots = config.slots
-        self.event_log = config.event_log and str(Path(config.event_log).absolute())
+        self.event_log = config.log_place
         limit, settings = config.migration_bandwidth, config.scheduler.without_keys()
         self._llumlet = LlumletConfig(
             peers=addresses.peers,

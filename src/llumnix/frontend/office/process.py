@@ -123,8 +123,7 @@ class Frontend:
         """Serves until it is told to stop."""
         start, loop = self._start, asyncio.get_running_loop()
         loop.add_reader(_office(), _office_ended)
-        path = start.deployment.event_log
-        event_log = EventLog(path, who=f"frontend {os.getpid()}")
+        event_log = EventLog(start.deployment.log_place, who=f"frontend {os.getpid()}")
         self._client = _client(start, event_log)
         self._llm = _llm(start, self._client)
         self._mirror = Mirror(self._llm)

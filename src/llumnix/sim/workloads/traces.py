@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from llumnix.errors import UsageError
+from llumnix.observe.log_files import files_of
 from llumnix.sim.workloads.event_log import requests_in
 
 FILES_KEPT_MAX = 16
@@ -254,7 +255,8 @@ def read_requests(path: Path, grid_s: float = 0.0) -> RequestFile:
     if (first := next(rows, None)) is not None:
         rows = itertools.chain([first], rows)
         if "who" in first:
-            rows = requests_in(rows)
+            older = (_rows(file) for file in files_of(path)[:-1])
+            rows = requests_in(itertools.chain(*older, rows))
     for n, row in enumerate(rows, start=1):
         if missing := [c for c in ("input_tokens", "output_tokens") if row.get(c) is None]:
             raise UsageError(f"{path}, request {n} has no {' and no '.join(missing)}; {COLUMNS}")
