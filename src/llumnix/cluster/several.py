@@ -18,7 +18,7 @@ from llumnix.errors import InstanceFailedError, LlumnixError, UsageError
 from llumnix.frontend.arguments import ServeCommand
 from llumnix.frontend.controller_link import ControllerLink
 from llumnix.frontend.engines.sockets import ClientPlace
-from llumnix.frontend.http.server import HTTP_CLOSE_TIMEOUT_S
+from llumnix.frontend.http.server import HTTP_CLOSE_TIMEOUT_S, say_stopping
 from llumnix.frontend.llm import Beside
 from llumnix.frontend.office.adapters import of_command_line
 from llumnix.frontend.office.engine_client import EngineClient
@@ -162,11 +162,7 @@ class Deployment:
             loop.add_signal_handler(number, self._second)
         timeout_s = self._command.vllm_config.shutdown_timeout
         gathered = await self.office.ask_all(HowManyRun())
-        running = sum(gathered.answers.values())
-        say(
-            f"stopping; {running} running requests have {timeout_s} s to end "
-            "(a second signal stops at once)"
-        )
+        say_stopping(sum(gathered.answers.values()), timeout_s)
         await self.processes.stop(timeout_s + END_TIMEOUT_S)
 
     def _second(self) -> None:

@@ -1,15 +1,17 @@
 """How far the start of a deployment is, and what is said once it serves."""
 
 import argparse
+import asyncio
 import time
 from collections.abc import Sequence
 
 from llumnix.frontend.http.listener import ListenAddress, Listener, StartProgress
 from llumnix.observe.console import say
+from llumnix.observe.service_manager import keep_alive, notify
 
 
 class Start:
-    """How far the start is, for the user at the terminal and for clients at the port."""
+    """How far the start is, for the user at the terminal, clients at the port and systemd."""
 
     def __init__(self) -> None:
         self.began_s = time.monotonic()
@@ -20,6 +22,7 @@ class Start:
     def say(self, text: str) -> None:
         """Says what the start does now."""
         say(text)
+        notify(f"STATUS={text}")
         self.progress.phase = text
 
     def listen(self, args: argparse.Namespace) -> None:
@@ -40,13 +43,15 @@ class Start:
 
     def announce(self, args: argparse.Namespace, tasks: Sequence[str], how: str = "") -> None:
         """Says where it serves, and a line to try. `tasks`: what vLLM can do with the model; `how`:
-        more about the server."""
+        more about the server. On the event loop, which the service manager watches from now on."""
         assert self.listener is not None
         url = self.listener.url
         model = (args.served_model_name or [args.model])[0]
         took_s = time.monotonic() - self.began_s
         say(f"serving {model} at {url}{how} after {took_s:.0f} s; try")
         say(curl_line(args, url, model, generates="generate" in tasks), prefix="  ")
+        notify("READY=1", f"STATUS=serving {model} at {url}{how}")
+        keep_alive(asyncio.get_running_loop())
 
 
 def curl_line(args: argparse.Namespace, url: str, model: str, *, generates: bool) -> str:

@@ -28,6 +28,7 @@ from llumnix.frontend.http.routes import control_app
 from llumnix.frontend.llm import FleetLLM
 from llumnix.frontend.streams.pace import StreamPace
 from llumnix.observe.console import say
+from llumnix.observe.service_manager import notify
 from llumnix.tasks import keep_running
 
 logger = logging.getLogger("llumnix.frontend")
@@ -143,9 +144,12 @@ def stop_begins(llm: FleetLLM) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, second)
 
-    running, timeout_s = llm.running(), llm.vllm_config.shutdown_timeout
-    say(
-        f"stopping; {running} running requests have {timeout_s} s to end "
-        "(a second signal stops at once)"
-    )
+    say_stopping(llm.running(), llm.vllm_config.shutdown_timeout)
     loop.call_soon_threadsafe(arm)
+
+
+def say_stopping(running: int, timeout_s: float) -> None:
+    """Says that a stop has begun, to the user and to the service manager."""
+    text = f"{running} running requests have {timeout_s} s to end"
+    say(f"stopping; {text} (a second signal stops at once)")
+    notify("STOPPING=1", f"STATUS=stopping; {text}")
