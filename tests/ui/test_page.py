@@ -1,6 +1,5 @@
 """The page in a real browser, over the real feed and a made-up deployment."""
 
-import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -385,47 +384,3 @@ def test_a_page_that_is_not_drawn_keeps_no_more_than_it_would_show(
         }"""
     )
     assert page.evaluate("llumnix.board.trails.length") <= 400
-
-
-COUNT = """(ms) => new Promise((done) => {
-  const began = performance.now(), before = llumnix.board.frames, times = [];
-  let last = began;
-  requestAnimationFrame(function next(now) {
-    times.push(now - last);
-    last = now;
-    if (now - began < ms) return requestAnimationFrame(next);
-    times.sort((a, b) => a - b);
-    const seconds = (now - began) / 1000;
-    done([(llumnix.board.frames - before) / seconds, times[Math.floor(times.length * 0.99)]]);
-  });
-})"""
-
-
-def test_a_full_board_draws_thirty_frames_a_second(stack: ExitStack, open_page: Open) -> None:
-    """2,000 requests on 64 instances, 20 moves a second, tokens for all."""
-    world = FakeDeployment(instances=64)
-    world.fill(2000)
-    site = stack.enter_context(served(application(world)))
-    page = open_page(site)
-    assert page.evaluate("llumnix.board.sprites.size") == 2000
-    over, names = threading.Event(), list(world.requests)
-
-    def churn() -> None:
-        n = 0
-        while not over.wait(0.2):
-            for _ in range(4):
-                n += 1
-                site.do(lambda n=n: world.move(names[n * 37 % 2000], f"i{n * 11 % 64}"))
-            site.do(lambda: world.step(2))
-
-    thread = threading.Thread(target=churn)
-    thread.start()
-    try:
-        # Others may have the cores for a moment, so that the best of some counts.
-        runs = [page.evaluate(COUNT, 2500) for _ in range(3)]
-    finally:
-        over.set()
-        thread.join()
-    print("frames a second, P99 of a frame in ms:", runs)
-    assert max(frames for frames, _ in runs) >= 30
-    assert page.evaluate("llumnix.model.rows.size") == 2000
