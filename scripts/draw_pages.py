@@ -1,8 +1,8 @@
 """Fills the pages between their markers, from the code and from raw figures.
 
-From the code: the tables of a migration, a stream and an instance's life as diagrams, the knobs and
-the policies as tables. From raw figures: the tables of scripts/raw_tables/. A page's markers say
-what stands between them:
+From the code: the tables of a migration, a stream and an instance's life as diagrams, the knobs,
+the policies and the metrics as tables. From raw figures: the tables of scripts/raw_tables/. A
+page's markers say what stands between them:
 
     <!-- knobs: drawn -->
     <!-- knobs: end -->
@@ -33,6 +33,7 @@ from llumnix.core.settings import PriorityClass, SchedulerSettings
 from llumnix.core.streams.states import STREAM, StreamState, stream_machine
 from llumnix.core.supervision.lifecycle import LIFE, LifeState, life_machine
 from llumnix.core.types import InstanceId, RequestId
+from llumnix.observe.metrics import FAMILIES, Family
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -115,6 +116,32 @@ def policies() -> list[str]:
     return rows + [f"| `{name}` | {preset.text} |" for name, preset in POLICIES.items()]
 
 
+def metrics() -> list[str]:
+    """The table of metrics: name, type, labels with their values, meaning."""
+    rows = ["| name | type | labels | what it says |", "|---|---|---|---|"]
+    for one in FAMILIES.values():
+        labels = "; ".join(f"`{n}`" + _values(known) for n, known in one.labels.items())
+        rows.append(f"| `{one.name}` | {one.kind} | {labels} | {one.help} |")
+    return rows
+
+
+def _values(known: tuple[str, ...]) -> str:
+    return f": {', '.join(known)}" if known else ""
+
+
+def buckets() -> list[str]:
+    """The table of histograms' buckets; histograms that share them share a row."""
+    found: dict[tuple[float, ...], list[Family]] = {}
+    for one in FAMILIES.values():
+        if one.buckets:
+            found.setdefault(one.buckets, []).append(one)
+    rows = ["| histograms | buckets up to |", "|---|---|"]
+    for bounds, those in found.items():
+        names = ", ".join(f"`{one.name}`" for one in those)
+        rows.append(f"| {names} | {', '.join(f'{b:g}' for b in bounds)} |")
+    return rows
+
+
 DRAWINGS: dict[str, Callable[[], str]] = {
     "source": lambda: diagram(SOURCE, source_machine("").state, SourceState.ABORTED),
     "destination": lambda: diagram(
@@ -124,6 +151,8 @@ DRAWINGS: dict[str, Callable[[], str]] = {
     "life": lambda: diagram(LIFE, life_machine(InstanceId("")).state, LifeState.FAILED),
     "knobs": lambda: "\n".join(knobs()),
     "policies": lambda: "\n".join(policies()),
+    "metrics": lambda: "\n".join(metrics()),
+    "buckets": lambda: "\n".join(buckets()),
     **raw_tables.DRAWINGS,
 }
 """What stands between the markers, by their names."""

@@ -105,6 +105,7 @@ class FakeRun:
         self.placed = False
         self.unwanted = False
         self.counted = False
+        self.began_s = 0.0
         self.heard_s: float | None = None
         self.ended: asyncio.Future[Death] | None = None
 

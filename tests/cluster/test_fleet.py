@@ -793,7 +793,11 @@ def test_an_engine_that_stands_still_for_too_long_is_fenced_and_blamed(
 
     with counted() as found:
         play(script, scheduler_config=str(knobs))
-    assert found == {"engine_deaths_total fenced true": 2}
+    assert found == {
+        "engine_deaths_total fenced true": 2,
+        "restarts_total 1 stall": 2,
+        "instance_start_seconds_count": 4,
+    }
 
 
 def test_an_engine_that_is_drained_is_fenced_too_and_is_gone(play: Callable[..., World]) -> None:
@@ -808,7 +812,12 @@ def test_an_engine_that_is_drained_is_fenced_too_and_is_gone(play: Callable[...,
 
     with counted() as found:
         play(script)
-    assert found == {"engine_deaths_total fenced false": 1}
+    assert found == {
+        "engine_deaths_total fenced false": 1,
+        "drains_total user died": 1,
+        "drain_seconds_count died": 1,
+        "instance_start_seconds_count": 2,
+    }
 
 
 def test_a_death_that_its_engine_is_to_blame_for_is_told_so(play: Callable[..., World]) -> None:
@@ -823,6 +832,9 @@ def test_a_death_that_its_engine_is_to_blame_for_is_told_so(play: Callable[..., 
     assert found == {
         "engine_deaths_total ended true": 1,
         "engine_deaths_total ended false": 1,
+        "restarts_total 0 exit": 1,
+        "restarts_total 1 exit": 1,
+        "instance_start_seconds_count": 4,
     }
 
 
@@ -845,7 +857,12 @@ def test_a_death_is_counted_once_though_a_drain_comes_while_its_streams_are_ende
 
     with counted() as found:
         play(script)
-    assert found == {"engine_deaths_total ended false": 1}
+    assert found == {
+        "engine_deaths_total ended false": 1,
+        "drains_total user died": 1,
+        "drain_seconds_count died": 1,
+        "instance_start_seconds_count": 2,
+    }
 
 
 def test_a_new_run_is_not_called_silent_for_the_silence_of_the_one_before(

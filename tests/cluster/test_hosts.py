@@ -21,6 +21,7 @@ from llumnix.cluster import ray_runtime
 from llumnix.cluster.supervision import hosts as hosts_module
 from llumnix.cluster.supervision.hosts import Hosts, HostWatch, OtherHost
 from llumnix.cluster.supervision.processes import HostLook, HostProcesses, Process, Remains
+from llumnix.core.codes import DeathCode
 from llumnix.core.supervision.blame import Death, Traces
 from llumnix.core.supervision.hang import LOOK_EVERY_S, STANDSTILL_LOOKS, Standstill
 from llumnix.core.types import EngineIndex, RequestId
@@ -302,17 +303,18 @@ async def test_a_stopped_process_is_noticed_though_the_event_loop_stands_still(
 
 
 @pytest.mark.parametrize(
-    ("traces", "before", "after"),
+    ("traces", "before", "after", "code"),
     [
-        (Traces(crashed=True), False, True),
-        (Traces(worker_exit=-9), True, False),
-        (Traces(raised=True), False, True),
-        (Traces(), True, True),
-        (Traces(), False, False),
+        (Traces(crashed=True), False, True, DeathCode.SIGNAL),
+        (Traces(worker_exit=-9), True, False, DeathCode.SIGNAL),
+        (Traces(worker_exit=1), True, True, DeathCode.EXIT),
+        (Traces(raised=True), False, True, DeathCode.EXIT),
+        (Traces(), True, True, DeathCode.EXIT),
+        (Traces(), False, False, DeathCode.SIGNAL),
     ],
 )
 async def test_a_death_is_blamed_by_what_its_host_knows(
-    traces: Traces, before: bool, after: bool
+    traces: Traces, before: bool, after: bool, code: DeathCode
 ) -> None:
     hosts = Hosts(lambda *_: None, here=lambda: "ours")
     w = Watched()
@@ -320,7 +322,7 @@ async def test_a_death_is_blamed_by_what_its_host_knows(
     hosts._watches["ours"] = w.watch
     run = run_on("ours", E1, 10)
     death = await hosts.examine(run, Death(why="it died", blamed=before))
-    assert death == Death(why="it died", blamed=after)
+    assert death == Death(why="it died", blamed=after, code=code)
     fenced = Death(why="fenced", blamed=before, fenced=True)
     assert await hosts.examine(run, fenced) == fenced
     elsewhere = Death(why="it died", blamed=before)

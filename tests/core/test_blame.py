@@ -4,7 +4,8 @@ import signal
 
 import pytest
 
-from llumnix.core.supervision.blame import Traces, is_blamed
+from llumnix.core.codes import DeathCode
+from llumnix.core.supervision.blame import Traces, code_of, is_blamed
 
 
 @pytest.mark.parametrize(
@@ -27,3 +28,18 @@ from llumnix.core.supervision.blame import Traces, is_blamed
 )
 def test_only_an_end_of_its_own_making_is_blamed(traces: Traces, blamed: bool) -> None:
     assert is_blamed(traces) is blamed
+
+
+@pytest.mark.parametrize(
+    ("traces", "code"),
+    [
+        (Traces(), DeathCode.SIGNAL),  # It is gone, and nothing else is known.
+        (Traces(raised=True), DeathCode.EXIT),
+        (Traces(crashed=True), DeathCode.SIGNAL),
+        (Traces(raised=True, out_of_memory=True), DeathCode.OOM),
+        (Traces(raised=True, worker_exit=1), DeathCode.EXIT),
+        (Traces(raised=True, worker_exit=-signal.SIGSEGV), DeathCode.SIGNAL),
+    ],
+)
+def test_an_end_has_one_code(traces: Traces, code: DeathCode) -> None:
+    assert code_of(traces) is code

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llumnix.core.codes import DispatchCode
 from llumnix.core.events import Dispatch, InstanceLost, LoadReported, NoInstance, RequestArrived
 from llumnix.core.reports import ClassLoad, LoadReport
 from llumnix.core.scheduling.presets import POLICIES
@@ -88,6 +89,9 @@ WHY = {
 }
 
 
+TURN = ("round_robin", "turn")
+
+
 @every_policy
 def test_the_decision_names_the_run_and_the_reason(policy: str) -> None:
     s = scheduler(policy)
@@ -98,6 +102,7 @@ def test_the_decision_names_the_run_and_the_reason(policy: str) -> None:
         instance=InstanceId("i0"),
         engine_index=EngineIndex(4),
         why=WHY[policy],
+        code=DispatchCode(WHY[policy].partition(":")[0].replace("-", "_").replace(*TURN)),
     )
 
 

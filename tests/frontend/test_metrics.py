@@ -90,8 +90,9 @@ def test_a_move_that_succeeds_is_counted_with_its_figures() -> None:
         assert found == {}
         TAKEN(world)
     assert found == {
-        "migrations_total migrated": 1,
+        "migrations_total user migrated": 1,
         "migration_seconds_count staged": 1,
+        "migration_stages_count staged": 1,
         "migration_downtime_seconds_count staged": 1,
         "migration_bytes_total staged": 400,
     }
@@ -102,7 +103,11 @@ def test_a_move_whose_source_measured_no_downtime_is_counted_without_one() -> No
     with counted() as found:
         MOVED(world)
         world.records.source_ended(MigrationEnded(migration=M0, request=R, taken=True, why=""))
-    assert found == {"migrations_total migrated": 1, "migration_seconds_count staged": 1}
+    assert found == {
+        "migrations_total user migrated": 1,
+        "migration_seconds_count staged": 1,
+        "migration_stages_count staged": 1,
+    }
 
 
 def test_a_move_that_fails_is_counted_with_its_bytes() -> None:
@@ -110,7 +115,11 @@ def test_a_move_that_fails_is_counted_with_its_bytes() -> None:
     with counted() as found:
         KEPT(world)
         world.grant_ended("aborted", "no room")
-    assert found == {"migrations_total aborted": 1, "migration_bytes_total staged": 400}
+    assert found == {
+        "migrations_total user aborted": 1,
+        "migration_aborts_total other": 1,
+        "migration_bytes_total staged": 400,
+    }
 
 
 def test_a_stream_whose_source_dies_in_its_handover_has_survived() -> None:
@@ -120,7 +129,7 @@ def test_a_stream_whose_source_dies_in_its_handover_has_survived() -> None:
         world.records.source_lost(I0)
     assert found == {
         "streams_survived_total handover": 1,
-        "migrations_total migrated": 1,
+        "migrations_total user migrated": 1,
         "migration_seconds_count staged": 1,
     }
 

@@ -23,7 +23,7 @@ def deaths():
 child = os.fork()
 if child == 0:
     metrics.ENGINE_DEATHS.labels(how="fenced", blamed="true").inc(2)
-    metrics.STREAMS_WAITING.labels(state="orphaned").set(5)
+    metrics.STREAMS.labels(state="orphaned").set(5)
     os._exit(0)
 os.waitpid(child, 0)
 metrics.ENGINE_DEATHS.labels(how="fenced", blamed="true").inc()

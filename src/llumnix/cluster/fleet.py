@@ -48,11 +48,13 @@ from llumnix.errors import (
     UnknownInstanceError,
     UsageError,
 )
+from llumnix.observe import metrics
 from llumnix.tasks import keep_running
 
 logger = logging.getLogger("llumnix.fleet")
 
 CLOSE_TIMEOUT_S = 5.0
+DECIDED = {AddInstances: "add", DrainInstance: "drain", UndrainInstance: "undrain"}
 
 
 class Fleet:
@@ -275,7 +277,9 @@ class Fleet:
                     if drain is not None and drain.by == "scheduler":
                         await self.undrain(instance)
             self._refused = ""
+            _count(decision, by, "done")
         except UsageError as error:
+            _count(decision, by, "refused")
             if str(error) != self._refused:  # Logged once, though it is decided again and again.
                 self._refused = str(error)
                 logger.warning("Not done (%s): %s", decision.why, error)
@@ -315,6 +319,7 @@ class Fleet:
         slot = self._free_slot()
         member = Member(id=InstanceId(f"i{slot}"), slot=slot)
         self._members[member.id] = member
+        metrics.settle({"engine": [str(slot)]})
         return member
 
     def _free_slot(self) -> int:
@@ -323,6 +328,12 @@ class Fleet:
         members = self._members.values()
         taken = {m.slot for m in members if m.state is not LifeState.FAILED or m.run is not None}
         return next(s for s in range(len(taken) + 1) if s not in taken)
+
+
+def _count(decision: ScalingDecision, by: DrainedBy, outcome: str) -> None:
+    """Adds to the metrics what became of a decision to scale."""
+    if by == "scheduler":
+        metrics.SCALING.labels(DECIDED[type(decision)], outcome).inc()
 
 
 async def _ask_ray(check: Callable[[], None]) -> None:

@@ -192,11 +192,12 @@ def _client(
             output_address=addresses.outputs[0],
             listeners=addresses.listeners_of(0),
         ),
-        ControllerLink(addresses.controller, addresses.keys),
+        ControllerLink(addresses.controller, addresses.keys, "f0"),
         deployment.slots,
         event_log,
         priorities_of(deployment.scheduler, keyed=bool(args.access.client_digests)),
         hash_prefixes=POLICIES[deployment.scheduler.policy].looks_at_caches,
+        policy=deployment.scheduler.policy,
         keys=addresses.keys,
         survival=deployment.scheduler.survival,
     )

@@ -7,6 +7,7 @@ carries its reason (`why`).
 from dataclasses import dataclass, field
 from typing import Literal
 
+from llumnix.core.codes import DispatchCode, MoveCode
 from llumnix.core.reports import LoadReport
 from llumnix.core.types import EngineIndex, InstanceId, OrderId, RequestId
 
@@ -82,6 +83,7 @@ class Dispatch:
     instance: InstanceId
     engine_index: EngineIndex
     why: str
+    code: DispatchCode = DispatchCode.SOONEST
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,6 +117,7 @@ class MoveOrder:
     destination_engine: EngineIndex
     limits: tuple[MoveLimit, ...]  # one for each class that may be moved
     why: str
+    code: MoveCode = MoveCode.BALANCE
     source_sequence: int = 0  # of the source's load report that the order was computed from
 
 

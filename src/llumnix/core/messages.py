@@ -9,6 +9,7 @@ Token counts are in tokens, sizes in bytes, times in seconds.
 
 from dataclasses import dataclass, field
 
+from llumnix.core.codes import MoveCode
 from llumnix.core.types import EngineIndex, Epoch, MigrationId, RequestId
 
 ABSENT = -1
@@ -227,6 +228,7 @@ class MigrationRequested:
     request: RequestId
     destination: EngineIndex
     why: str
+    code: MoveCode = MoveCode.BALANCE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,6 +26,7 @@ from vllm.v1.engine import (
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.metrics.stats import SchedulerStats
 
+from llumnix.core.codes import DispatchCode
 from llumnix.core.events import Dispatch, InstanceLost, RequestArrived
 from llumnix.core.priorities import Priorities
 from llumnix.core.settings import SurvivalSettings
@@ -40,18 +41,23 @@ from llumnix.frontend.prompt_blocks import prompt_blocks
 from llumnix.frontend.streams.info import FleetStream, StreamInfo
 from llumnix.frontend.streams.look import Placed
 from llumnix.frontend.streams.reviving import RevivingClient
+from llumnix.observe import metrics
 from llumnix.observe.event_log import EventLog
 from llumnix.sockets import SocketKeys
 
 STOPPING = "The server is stopping."
 PLACED_ALONE = "the frontend placed it by itself, where it had the fewest"
+_GATE, _HASH, _DISPATCH, _SEND, _TOTAL = (
+    metrics.ROUTING.labels(part) for part in ("gate", "hash", "dispatch", "send", "total")
+)
+_VIA = {via: metrics.DISPATCH_S.labels(via) for via in ("controller", "self")}
 
 
 class FleetClient(RevivingClient):
     """vLLM's engine client, over engines that come and go.
 
     `slots` is how many instances have metrics. `hash_prefixes` says whether the controller's policy
-    looks at prefix caches."""
+    looks at prefix caches, `policy` is that policy's name."""
 
     def __init__(
         self,
@@ -63,6 +69,7 @@ class FleetClient(RevivingClient):
         priorities: Priorities,
         *,
         hash_prefixes: bool = False,
+        policy: str = "",
         keys: SocketKeys | None = None,
         survival: SurvivalSettings | None = None,
     ) -> None:
@@ -71,6 +78,7 @@ class FleetClient(RevivingClient):
         self.priorities = priorities
         self._hash_prefixes = hash_prefixes and bool(vllm_config.cache_config.enable_prefix_caching)
         self._late_queries = LateQueries()
+        self._placed = {code: metrics.DISPATCHES.labels(policy, code) for code in DispatchCode}
 
     def start(self) -> None:
         """Begins to work; call it with the event loop running."""
@@ -150,6 +158,7 @@ class FleetClient(RevivingClient):
             self._info(request, http),
             detailed=getattr(request.sampling_params, "num_logprobs", None) is not None,
         )
+        self.show_open()
         self.keep(stream.info, request)
         try:
             engine = await self.choose(request, 0)
@@ -159,9 +168,14 @@ class FleetClient(RevivingClient):
             raise
         if not self.streams.placed(stream, engine.engine_index):
             return  # The request was aborted meanwhile, and its client has been told.
+        placed_s = time.monotonic()
         if http is not None:
             http.dispatched(engine.instance)
         await self.send_to(engine, request)
+        sent_s, gate_s = time.monotonic(), 0.0 if http is None else http.gate_s
+        _GATE.observe(gate_s)
+        _SEND.observe(sent_s - placed_s)
+        _TOTAL.observe(gate_s + sent_s - stream.info.started_s)
 
     def _priority(self, number: int, http: HttpRequest | None) -> int:
         """The priority number that the request runs under. `number` is vLLM's own field."""
@@ -196,24 +210,41 @@ class FleetClient(RevivingClient):
             stream.info.session = False
         await self.send_to(engine, request)
 
-    async def choose(self, request: EngineCoreRequest, outputs: int) -> Engine:
-        """The engine for the request: the controller's choice, if there is one."""
+    async def choose(
+        self, request: EngineCoreRequest, outputs: int, *, again: bool = False
+    ) -> Engine:
         held = self._late_queries.engine(request.pooling_params, self.engines.by_index)
         if held is not None:
+            self._placed[DispatchCode.PINNED].inc()
             return held
+        began_s = time.monotonic()
+        prefix = prompt_blocks(request) if self._hash_prefixes else ()
+        asked_s = time.monotonic()
         decision = await self.link.place(
             RequestArrived(
                 request=RequestId(request.request_id),
                 prompt_tokens=len(request.prompt_token_ids or ()) + outputs,
                 priority=request.priority,
-                prefix=prompt_blocks(request) if self._hash_prefixes else (),
+                prefix=prefix,
             )
         )
+        engine, why, code = None, PLACED_ALONE, DispatchCode.BYPASS
         if isinstance(decision, Dispatch):
-            engine = self.engines.get(decision.engine_index)
-            if engine is not None and engine.takes_requests:
-                return self._note_place(request, engine, decision.why)
-        return self._note_place(request, self._place_alone(), PLACED_ALONE)
+            engine, why, code = self.engines.get(decision.engine_index), decision.why, decision.code
+        via = "controller"
+        if engine is None or not engine.takes_requests:
+            via, why, code = "self", PLACED_ALONE, DispatchCode.BYPASS
+            try:
+                engine = self._place_alone()
+            except GracefulHTTPError:
+                self._placed[DispatchCode.NONE].inc()
+                raise
+        took_s = time.monotonic() - asked_s
+        _HASH.observe(asked_s - began_s)
+        _DISPATCH.observe(took_s)
+        _VIA[via].observe(took_s)
+        self._placed[DispatchCode.REVIVED if again else code].inc()
+        return self._note_place(request, engine, why)
 
     def _note_place(self, request: EngineCoreRequest, engine: Engine, why: str) -> Engine:
         stream = self.streams.get(RequestId(request.request_id))

@@ -20,6 +20,7 @@ class HttpRequest:
     priority_class: str | None = None  # as its X-Llumnix-Priority names it
     service_tier: str | None = None  # OpenAI's field of the body
     key: str | None = field(default=None, repr=False)  # the API key that it came with
+    gate_s: float = 0.0  # how long the gate took before vLLM had it
     instance: InstanceId | None = None  # of the first dispatch
     on_dispatch: Callable[[], None] | None = None  # called once, when the instance is known
     on_wait: Callable[[], None] | None = None  # called now and then while no engine has the request

@@ -25,6 +25,7 @@ from llumnix.core.events import (
 from llumnix.core.reports import LoadReport
 from llumnix.core.types import RequestId
 from llumnix.errors import ProtocolError
+from llumnix.observe import metrics
 from llumnix.sockets import SocketKeys, connect
 from llumnix.wire import Loads, LoadsAsked, Message, Ping, Pong, decode, encode
 
@@ -48,12 +49,16 @@ class PendingDispatch(NamedTuple):
 
 
 class ControllerLink:
-    """One frontend's connection to the controller at a ZMQ address."""
+    """One frontend's connection to the controller at a ZMQ address. `process` is its name among the
+    metrics; the office, which places nothing, has none."""
 
-    def __init__(self, address: str, keys: SocketKeys | None = None) -> None:
+    def __init__(
+        self, address: str, keys: SocketKeys | None = None, process: str | None = None
+    ) -> None:
         self._address = address
         self._keys = keys
         self._up = True
+        self._process = process
         self._number = 0
         self._pending: dict[RequestId, PendingDispatch] = {}
         self._replies: dict[int, asyncio.Future[Message]] = {}
@@ -173,8 +178,14 @@ class ControllerLink:
 
     async def _probe(self) -> None:
         """Sees that no request waits for the controller too long, and notices when it is back."""
+        lag = None if self._process is None else metrics.LOOP_LAG_S.labels(self._process)
+        self._note_up(True)
         while True:
-            await asyncio.sleep(LOOK_EVERY_S if self._up else PROBE_EVERY_S)
+            pause_s = LOOK_EVERY_S if self._up else PROBE_EVERY_S
+            due_s = self._loop.time() + pause_s
+            await asyncio.sleep(pause_s)
+            if lag is not None:
+                lag.observe(max(0.0, self._loop.time() - due_s))
             if self._up:
                 # What came while the event loop stood still is not late.
                 self._take_in()
@@ -184,15 +195,22 @@ class ControllerLink:
                     self._lost()
                 continue
             if await self.ping() is not None:
-                self._up = True
+                self._note_up(True)
                 logger.warning("The controller is back: it places requests again.")
+
+    def _note_up(self, up: bool) -> None:
+        self._up = up
+        if self._process is not None:
+            metrics.CONTROLLER_UP.labels(self._process).set(up)
+            if not up:
+                metrics.CONTROLLER_BYPASSES.inc()
 
     def _lost(self) -> None:
         for pending in self._pending.values():
             if not pending.decision.done():
                 pending.decision.set_result(None)
         if self._up:
-            self._up = False
+            self._note_up(False)
             logger.warning(
                 "The controller does not answer: this frontend places requests by itself "
                 "(fewest of its own first) until it is back."

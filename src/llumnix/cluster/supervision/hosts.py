@@ -21,7 +21,8 @@ from llumnix.cluster import ray_runtime
 from llumnix.cluster.ray_calls import off_loop, ray_call
 from llumnix.cluster.supervision.processes import HostLook, HostProcesses, Remains
 from llumnix.cluster.supervision.runs import EngineRun
-from llumnix.core.supervision.blame import Death, Traces, is_blamed
+from llumnix.core.codes import DeathCode
+from llumnix.core.supervision.blame import Death, Traces, code_of, is_blamed
 from llumnix.core.supervision.hang import GONE, LOOK_EVERY_S, Standstill, StopPolicy
 from llumnix.core.types import EngineIndex, RequestId
 from llumnix.engine.reporting.flight_recorder import Flight
@@ -249,8 +250,9 @@ class Hosts:
         except Exception as error:  # noqa: BLE001 - Ray's, of any kind
             logger.debug("the end of engine %d left no traces: %r", run.engine_index, error)
             return death
-        raised = traces.raised or death.blamed
-        return replace(death, blamed=is_blamed(replace(traces, raised=raised)))
+        traces = replace(traces, raised=traces.raised or death.blamed)
+        code = death.code if death.code is DeathCode.OOM else code_of(traces)
+        return replace(death, blamed=is_blamed(traces), code=code)
 
     async def suspects(self, run: EngineRun) -> frozenset[RequestId] | None:
         """The requests of which a run may have died; None if its host does not tell."""

@@ -26,7 +26,7 @@ from llumnix.cluster.supervision.engine_actor import EngineActor, pack
 from llumnix.config import DeploymentConfig
 from llumnix.core.limits import MigrationLimits
 from llumnix.core.scheduling.presets import POLICIES, priorities_of
-from llumnix.core.supervision.blame import Death, Traces, is_blamed
+from llumnix.core.supervision.blame import Death, Traces, code_of, is_blamed
 from llumnix.core.types import ENGINE_INDEX_MAX, EngineIndex, InstanceId
 from llumnix.engine.instance import InstanceFacts
 from llumnix.engine.kv.agent import TransferOptions
@@ -54,6 +54,7 @@ class EngineRun:
     facts: InstanceFacts | None = None  # where it runs; known once it is ready
     ended: asyncio.Future[Death] | None = None  # done once its engine has ended, or counts as dead
     listening: asyncio.Task[None] | None = field(default=None, repr=False)
+    began_s: float = field(default_factory=time.monotonic)
     counted: bool = False  # whether its death is in the metrics
     heard_s: float | None = None  # when outputs of it came last, as of the watcher's last look
     unwanted: bool = False  # whether what is still being made must be removed again
@@ -288,7 +289,7 @@ async def _until_ended(actor: Any) -> Death:
             raised=isinstance(error, ray.exceptions.RayTaskError),
             out_of_memory=isinstance(error, ray.exceptions.OutOfMemoryError),
         )
-        return Death(why=_reason(error), blamed=is_blamed(traces))
+        return Death(why=_reason(error), blamed=is_blamed(traces), code=code_of(traces))
     return Death(why="its engine stopped")
 
 

@@ -10,6 +10,7 @@ takes over. `Member.run` is forgotten only once nothing of the run is left.
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable
 
 from llumnix.cluster.frontends.seam import Frontends
@@ -20,7 +21,7 @@ from llumnix.core.events import DrainedBy
 from llumnix.core.limits import DRAIN_POLL_S
 from llumnix.core.supervision.blame import Death, Fenced
 from llumnix.core.supervision.hang import HangPolicy, Health
-from llumnix.core.supervision.lifecycle import LifeAction, LifeState
+from llumnix.core.supervision.lifecycle import Drain, LifeAction, LifeState
 from llumnix.core.types import InstanceId
 from llumnix.observe import metrics
 from llumnix.observe.notes import Notes
@@ -91,7 +92,8 @@ class Supervisor:
 
     def undrain(self, member: Member) -> None:
         """Lets a member that is being drained serve on."""
-        self._perform(member, member.life.undrain())
+        drain = member.life.drain
+        self._perform(member, member.life.undrain(), drain)
 
     def settle_drains(self) -> None:
         """While no other instance serves, one that is being drained takes requests all the same. If
@@ -114,15 +116,18 @@ class Supervisor:
 
     # -- actions
 
-    def _perform(self, member: Member, action: LifeAction) -> None:
-        """Carries out what the member's life decided."""
+    def _perform(self, member: Member, action: LifeAction, drain: Drain | None = None) -> None:
+        """Carries out what the member's life decided. `drain`: what it takes back, if anything."""
         life = member.life
+        if action is LifeAction.SERVE_ON:
+            _count_drain(drain, "undrained")
         if (kind := NOTED.get(action)) is not None:
             self.notes.note(kind, member.id, life.why or "")
         match action:
             case LifeAction.SERVE:
                 assert member.run is not None
                 self._launcher.accept(member.run, True)
+                metrics.START_S.observe(time.monotonic() - member.run.began_s)
                 if life.restarts:
                     logger.warning("Instance %s serves again.", member.id)
             case LifeAction.RESTART:
@@ -226,7 +231,10 @@ class Supervisor:
         if death.blamed:
             logger.warning("Instance %s: a request may have caused that.", member.id)
         member.health = Health()
-        self._perform(member, member.life.died(why, now_s))
+        action = member.life.died(why, now_s)
+        if action is LifeAction.RESTART:
+            metrics.RESTARTS.labels(str(member.slot), death.code).inc()
+        self._perform(member, action)
 
     async def _lose(self, run: EngineRun, *, blamed: bool) -> int:
         """Tells the frontends of a death, and of which requests it may have been. Returns how many
@@ -241,7 +249,8 @@ class Supervisor:
             return
         # First, as on its end the member's task goes on, and loses it too, without a suspect.
         streams = await self._lose(run, blamed=fenced.blamed)
-        run.end(Death(why=f"fenced: {fenced.why}", blamed=fenced.blamed, fenced=True))
+        why = f"fenced: {fenced.why}"
+        run.end(Death(why=why, blamed=fenced.blamed, fenced=True, code=fenced.code))
         logger.error(
             "Instance %s is fenced (%s); %d of its streams ended.", member.id, fenced.why, streams
         )
@@ -265,7 +274,7 @@ class Supervisor:
             action = member.life.drain_looked_at(now_s, busy=busy, hung=hung)
             if action is LifeAction.SERVE_ON:
                 logger.warning("Instance %s could not be emptied: it serves on.", member.id)
-                self._perform(member, action)
+                self._perform(member, action, drain)
                 return
             if action is LifeAction.NOTHING:
                 await asyncio.sleep(DRAIN_POLL_S)
@@ -279,6 +288,7 @@ class Supervisor:
         """Ends what is left of the streams of a member that is being stopped."""
         drain, run = member.life.drain, member.run
         if run is None:
+            _count_drain(drain, "died")
             return
         assert drain is not None
         took_s = asyncio.get_running_loop().time() - drain.began_s
@@ -290,6 +300,7 @@ class Supervisor:
             blamed = death.blamed
             _count(run, death)
         ended = await self._lose(run, blamed=blamed)
+        _count_drain(drain, "died" if died else "forced" if ended else "emptied")
         if ended:
             why = f"{drain.why}; {ended} of its requests {how} after {took_s:.1f} s"
             member.life.why = why
@@ -313,3 +324,12 @@ def _count(run: EngineRun | None, death: Death) -> None:
         run.counted = True
         how, blamed = "fenced" if death.fenced else "ended", str(death.blamed).lower()
         metrics.ENGINE_DEATHS.labels(how=how, blamed=blamed).inc()
+
+
+def _count_drain(drain: Drain | None, outcome: str) -> None:
+    """Adds a drain that ended to the metrics."""
+    if drain is not None:
+        cause = "scaling" if drain.by == "scheduler" else drain.by
+        metrics.DRAINS.labels(cause, outcome).inc()
+        took_s = asyncio.get_running_loop().time() - drain.began_s
+        metrics.DRAIN_S.labels(outcome).observe(took_s)

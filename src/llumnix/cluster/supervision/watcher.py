@@ -15,13 +15,14 @@ from llumnix.cluster.frontends.seam import Frontends
 from llumnix.cluster.supervision.hosts import Hosts
 from llumnix.cluster.supervision.member import Member
 from llumnix.cluster.supervision.runs import EngineRun
+from llumnix.core.codes import DeathCode
 from llumnix.core.supervision.blame import Death, Fenced
 from llumnix.core.supervision.hang import HOST_LOST_LOOKS, LOOK_EVERY_S, Health, Standstill
 from llumnix.core.types import EngineIndex
 
 logger = logging.getLogger("llumnix.fleet")
 
-HOST_LOST = Fenced(why="its host does not answer", blamed=False)
+HOST_LOST = Fenced(why="its host does not answer", blamed=False, code=DeathCode.NODE)
 
 
 class Watcher:
@@ -149,4 +150,5 @@ def _fence_for(run: EngineRun, standstill: Standstill) -> Fenced:
     own = run.facts is not None and standstill.pid == run.facts.pid
     who = "its process" if own else f"its worker process {standstill.pid}"
     what = "is gone" if standstill.gone else "is stopped"
-    return Fenced(why=f"{who} {what}", blamed=False)
+    code = DeathCode.EXIT if standstill.gone else DeathCode.STOPPED
+    return Fenced(why=f"{who} {what}", blamed=False, code=code)

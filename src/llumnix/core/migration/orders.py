@@ -107,7 +107,10 @@ class Orders:
             until_s=now + PENDING_MOVE_LIFETIME_S,
         )
         wanted = MigrationRequested(
-            request=victim.request, destination=order.destination_engine, why=order.why
+            request=victim.request,
+            destination=order.destination_engine,
+            why=order.why,
+            code=order.code,
         )
         client = self._port.client(victim.request)
         self._out.append(ToFrontend(client=client, message=wanted))

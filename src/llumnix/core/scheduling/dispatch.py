@@ -7,6 +7,7 @@ instance takes requests. It may keep state of its own, but it sees no clock and 
 from abc import ABC, abstractmethod
 from typing import ClassVar, NamedTuple
 
+from llumnix.core.codes import DispatchCode
 from llumnix.core.events import PrefixesChanged, RequestArrived
 from llumnix.core.prefixes import BLOCK_TOKENS
 from llumnix.core.scheduling.load import Load
@@ -28,6 +29,7 @@ class Choice(NamedTuple):
 
     instance: InstanceView
     why: str
+    code: DispatchCode
     cached: int = 0  # tokens of the prompt that are known to be in its prefix cache
 
 
@@ -59,7 +61,7 @@ class RoundRobin(DispatchPolicy):
         if chosen is None:
             return None
         self._last = chosen.report.instance
-        return Choice(chosen, "round-robin: its turn")
+        return Choice(chosen, "round-robin: its turn", DispatchCode.TURN)
 
 
 class LeastLoaded(DispatchPolicy):
@@ -78,7 +80,7 @@ class LeastLoaded(DispatchPolicy):
         chosen = next((v for v in tied if v.report.instance > self._last), tied[0])
         self._last = chosen.report.instance
         why = f"least-loaded: {lowest[0]} requests, {lowest[1]} KV tokens"
-        return Choice(chosen, why)
+        return Choice(chosen, why, DispatchCode.LEAST_LOADED)
 
 
 class FreenessKey(NamedTuple):
@@ -166,7 +168,8 @@ class HighestFreeness(DispatchPolicy):
         if chosen is None:
             return None
         freeness = chosen.load.freeness_for(rank, view.priorities)
-        return Choice(chosen, f"freest: {freeness:.0f} tokens a request")
+        why = f"freest: {freeness:.0f} tokens a request"
+        return Choice(chosen, why, DispatchCode.FREEST)
 
 
 class EarliestStart(DispatchPolicy):
@@ -203,7 +206,7 @@ class EarliestStart(DispatchPolicy):
         queued = best.load.queued_prefill_before(rank)
         freeness = best.load.freeness_for(rank, view.priorities)
         why = f"soonest: after {queued} tokens, {freeness:.0f} tokens a request"
-        return Choice(best, why, _tokens(here, request.prompt_tokens))
+        return Choice(best, why, DispatchCode.SOONEST, _tokens(here, request.prompt_tokens))
 
     def learn(self, fact: PrefixesChanged) -> None:
         if fact.cleared:
@@ -254,7 +257,7 @@ class EarliestStart(DispatchPolicy):
             if quanta < lowest and (best_closed or not _is_closed(known.load, rank, view)):
                 lowest = quanta
                 why = f"soonest: {hit} of {prompt} tokens are in its cache"
-                found = Choice(known, why, hit)
+                found = Choice(known, why, DispatchCode.CACHED, hit)
         return found
 
 

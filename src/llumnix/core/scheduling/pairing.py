@@ -21,6 +21,7 @@ Rules
 from collections.abc import Iterable, Iterator
 from itertools import islice, takewhile
 
+from llumnix.core.codes import MoveCode
 from llumnix.core.events import MoveLimit, MoveOrder
 from llumnix.core.limits import MigrationLimits
 from llumnix.core.priorities import Priorities
@@ -30,6 +31,12 @@ from llumnix.core.scheduling.view import ClusterView, InstanceView
 from llumnix.core.settings import MigrationSettings
 from llumnix.core.types import InstanceId, OrderId
 
+BALANCE, DRAIN, HEADROOM, QUEUE = (
+    MoveCode.BALANCE,
+    MoveCode.DRAIN,
+    MoveCode.HEADROOM,
+    MoveCode.QUEUE,
+)
 DRAIN_MOVES_MAX = MigrationLimits().outgoing_max
 """Moves at a time away from an instance that is being emptied: as many as its engine takes."""
 
@@ -71,7 +78,7 @@ class Pairing:
                     if not limits:
                         break
                     why = f"{report.instance} is being emptied"
-                    yield self._order(view, source, destination, limits, why, now)
+                    yield self._order(view, source, destination, limits, why, DRAIN, now)
                     left, slots = left - 1, slots - 1
 
     def _balances(
@@ -118,7 +125,7 @@ class Pairing:
                 )
                 if source.load.head:
                     why += f"; its queue waits for {source.load.head} tokens"
-                yield self._order(view, source, destination, limits, why, now)
+                yield self._order(view, source, destination, limits, why, BALANCE, now)
 
     def _first_gain(
         self,
@@ -168,7 +175,8 @@ class Pairing:
                     f"{head} tokens wait on {source.report.instance}, and only headroom is left "
                     f"on {there}"
                 )
-                yield self._order(view, source, destination, _waiting(source, room), why, now)
+                limits = _waiting(source, room)
+                yield self._order(view, source, destination, limits, why, HEADROOM, now)
 
     def _queues(
         self, view: ClusterView, takers: list[InstanceView], now: float
@@ -198,7 +206,7 @@ class Pairing:
                 f"{source.report.instance}, {destination.load.waiting} for "
                 f"{destination.load.queued} on {destination.report.instance}"
             )
-            yield self._order(view, source, destination, limits, why, now)
+            yield self._order(view, source, destination, limits, why, QUEUE, now)
 
     def _order(
         self,
@@ -207,6 +215,7 @@ class Pairing:
         destination: InstanceView,
         limits: tuple[MoveLimit, ...],
         why: str,
+        code: MoveCode,
         now: float,
     ) -> MoveOrder:
         order = OrderId(self._orders)
@@ -220,6 +229,7 @@ class Pairing:
             destination_engine=destination.report.engine_index,
             limits=limits,
             why=why,
+            code=code,
             source_sequence=source.report.sequence,
         )
 

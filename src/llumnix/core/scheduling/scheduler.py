@@ -87,6 +87,7 @@ class Scheduler:
             instance=report.instance,
             engine_index=report.engine_index,
             why=found.why,
+            code=found.code,
         )
 
     def _scale(self, fact: FleetReported, now: float) -> list[Decision]:

@@ -12,6 +12,8 @@ Rules
 
 from dataclasses import dataclass
 
+from llumnix.core.codes import DeathCode
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fenced:
@@ -19,6 +21,7 @@ class Fenced:
 
     why: str
     blamed: bool  # whether a request may have caused it
+    code: DeathCode = DeathCode.STALL
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +31,7 @@ class Death:
     why: str
     blamed: bool = False
     fenced: bool = False
+    code: DeathCode = DeathCode.EXIT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,3 +57,13 @@ def is_blamed(traces: Traces) -> bool:
     if traces.worker_exit is not None:
         return traces.worker_exit not in (0, *KILLS)
     return traces.raised
+
+
+def code_of(traces: Traces) -> DeathCode:
+    """How the engine ended. Of a kill from outside nothing is seen but that the engine is gone."""
+    if traces.out_of_memory:
+        return DeathCode.OOM
+    if traces.crashed or not (traces.raised or traces.worker_exit):
+        return DeathCode.SIGNAL
+    killed = traces.worker_exit is not None and traces.worker_exit < 0
+    return DeathCode.SIGNAL if killed else DeathCode.EXIT

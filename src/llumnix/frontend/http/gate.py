@@ -12,6 +12,7 @@ Starlette's `get_route_path` is what its router goes by: two readings of a path 
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Awaitable
 from typing import Any
 
@@ -33,6 +34,7 @@ from llumnix.frontend.http.page import EVENTS_PATH
 from llumnix.frontend.http.protocol import WRITE
 from llumnix.frontend.http.routes import openai_error
 from llumnix.frontend.llm import FleetLLM
+from llumnix.observe import metrics
 
 RETRY_AFTER_S = 1
 COMMENT = b": waiting for an instance\n\n"
@@ -57,6 +59,7 @@ class Gate:
             state.args.on_state(state)
             await self.app(scope, receive, send)
             return
+        began_s = time.monotonic()
         state = scope["app"].state
         write = scope.pop(WRITE, None)
         path = get_route_path(scope)
@@ -87,6 +90,7 @@ class Gate:
                 body.uncount()
             return
         token = current_http_request.set(http)
+        http.gate_s = time.monotonic() - began_s
         if scope["type"] == "websocket" or scope["method"] == "GET":
             body.count()
         try:
@@ -197,11 +201,13 @@ class RequestBody:
         if not self._counted:
             self._counted = True
             self._llm.open_http += 1
+            metrics.HTTP_OPEN.set(self._llm.open_http)
 
     def uncount(self) -> None:
         """The request is over."""
         if self._counted:
             self._llm.open_http -= 1
+            metrics.HTTP_OPEN.set(self._llm.open_http)
 
     async def __call__(self) -> Message:
         message = await self._receive()

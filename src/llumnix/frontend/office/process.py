@@ -239,11 +239,12 @@ def _client(start: FrontendStart, event_log: EventLog) -> FleetClient:
     client = FleetClient(
         start.vllm_config,
         start.place,
-        ControllerLink(start.controller, start.keys),
+        ControllerLink(start.controller, start.keys, f"f{start.beside.slot}"),
         deployment.slots,
         event_log,
         priorities_of(deployment.scheduler, keyed=bool(args.access.client_digests)),
         hash_prefixes=POLICIES[deployment.scheduler.policy].looks_at_caches,
+        policy=deployment.scheduler.policy,
         keys=start.keys,
         survival=deployment.scheduler.survival,
     )

@@ -27,6 +27,7 @@ from vllm.v1.engine import (
 )
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from llumnix.core.codes import MoveCode
 from llumnix.core.messages import (
     IN_BAND,
     DrainRequested,
@@ -65,6 +66,10 @@ from llumnix.wire import decode, encode
 
 ENDED_HOW = {DIED_CODE: "lost", QUARANTINED_CODE: "quarantined"}
 """By error code."""
+_OPEN = metrics.STREAMS.labels("open")
+_ENDED = {
+    how: metrics.STREAMS_ENDED.labels(how) for how in (*map(str, FinishReason), *ENDED_HOW.values())
+}
 GAVE_UP = "llumnix failed at this request. Please send it again."
 
 
@@ -219,6 +224,7 @@ class StreamClient(EngineCalls):
             source_engine=source,
             destination=target.instance,
             why="a user's order" if wanted is None else wanted.why,
+            code=MoveCode.USER if wanted is None else wanted.code,
         )
         try:
             await self.call_engine(source, "llumnix_migrate", encode(order))
@@ -305,9 +311,8 @@ class StreamClient(EngineCalls):
         stream = self.streams.get(request)
         if stream is None:
             return
-        if code in ENDED_HOW:
-            metrics.STREAMS_ENDED.labels(how=ENDED_HOW[code]).inc()
-        for engine_index in self._close(request, FinishReason.ERROR):
+        how = ENDED_HOW.get(code or "")
+        for engine_index in self._close(request, FinishReason.ERROR, how):
             self.start_task(self._abort_at(engine_index, [request]))
         self._fail(stream, why, HTTPStatus.INTERNAL_SERVER_ERROR, code)
 
@@ -343,12 +348,21 @@ class StreamClient(EngineCalls):
         if (engine := self.engines.get(engine_index)) is not None:
             await self._send_input(EngineCoreRequestType.ABORT, requests, engine.identity)
 
-    def _close(self, request: RequestId, reason: FinishReason) -> list[EngineIndex]:
-        """Forgets a stream; returns the engines that may still hold its request."""
+    def show_open(self) -> None:
+        """Has the metrics show how many streams there are."""
+        _OPEN.set(len(self.streams))
+
+    def _close(
+        self, request: RequestId, reason: FinishReason, counted: str | None = None
+    ) -> list[EngineIndex]:
+        """Forgets a stream; returns the engines that may still hold its request. `counted`: how the
+        metrics have its end, if not by vLLM's word."""
         closed = self.streams.close(request)
         if closed is None:
             return []
         stream, holders = closed
+        _ENDED[counted or str(reason)].inc()
+        self.show_open()
         self.migrations.closed(request)
         if stream.last_owner is not None:
             how, waited_s = str(reason), self.first_token_s(request)

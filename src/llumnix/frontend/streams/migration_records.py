@@ -11,6 +11,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from llumnix.core.codes import AbortCode, MoveCode
 from llumnix.core.messages import Migrate, MigrationEnded, StageDone, TookOver
 from llumnix.core.streams.effects import GrantEnded
 from llumnix.core.streams.table import SOURCE_DIED_AFTER
@@ -34,9 +35,11 @@ class Migration:
     destination: InstanceId
     began_s: float  # monotonic
     why: str  # it was ordered
+    code: MoveCode  # the same, for programs
     copy: str  # one of `COPIES`
     outcome: str = "running"  # then migrated, aborted or lost
     reason: str = ""  # for that outcome; empty if it went well
+    abort_code: AbortCode | None = None  # the same, for programs, if it was aborted
     total_ms: float | None = None  # None while it is running
     source_tokens: int | None = None  # generated at the source; the next is the destination's
     ended: GrantEnded | None = None  # how it ended for the stream
@@ -107,6 +110,7 @@ class MigrationRecords:
         source_engine: EngineIndex,
         destination: InstanceId,
         why: str,
+        code: MoveCode = MoveCode.USER,
     ) -> Migration:
         """The source is being ordered to move a request."""
         migration = Migration(
@@ -118,11 +122,13 @@ class MigrationRecords:
             destination=destination,
             began_s=time.monotonic(),
             why=why,
+            code=code,
             copy=order.copy,
         )
         self._listed[migration.id] = self._open[migration.id] = migration
         if len(self._listed) > LISTED_MAX:
             del self._listed[next(iter(self._listed))]
+        self._show_open()
         self._log.migration(migration.shown())
         return migration
 
@@ -130,6 +136,7 @@ class MigrationRecords:
         """The destination says after how many tokens it goes on."""
         if (known := self._listed.get(message.migration)) is not None:
             known.source_tokens = message.outputs
+            self._show_open()
 
     def grant_ended(self, ended: GrantEnded) -> None:
         """How it ended for the stream."""
@@ -172,9 +179,18 @@ class MigrationRecords:
     def _of(self, request: RequestId) -> list[Migration]:
         return [m for m in self._open.values() if m.request == request]
 
+    def _show_open(self) -> None:
+        """Has the metrics show how many are open, and of how many the destination's tokens wait for
+        the source's."""
+        metrics.MIGRATIONS_OPEN.set(len(self._open))
+        opened = self._open.values()
+        held = sum(m.source_tokens is not None and m.ended is None for m in opened)
+        metrics.STREAMS.labels("held").set(held)
+
     def _settle(self, migration: Migration) -> None:
         """Ends the migration if nothing more will be known of it."""
         ended, report = migration.ended, migration.report
+        self._show_open()
         if ended is not None and ended.outcome != "migrated":
             self._end(migration, ended.outcome, ended.why)
         elif ended is not None and report is not None:
@@ -195,6 +211,7 @@ class MigrationRecords:
         migration.outcome, migration.reason = outcome, reason
         migration.total_ms = round((time.monotonic() - migration.began_s) * 1e3, 3)
         migration.done.set()
+        self._show_open()
         _count(migration, migration.total_ms)
         self._log.migration(migration.shown())
 
@@ -202,9 +219,13 @@ class MigrationRecords:
 def _count(migration: Migration, total_ms: float) -> None:
     """Adds a migration that has ended to the metrics."""
     copy, report = migration.copy, migration.report
-    metrics.MIGRATIONS.labels(outcome=migration.outcome).inc()
+    metrics.MIGRATIONS.labels(migration.code, migration.outcome).inc()
     if migration.outcome == "migrated":
         metrics.MIGRATION_S.labels(copy=copy).observe(total_ms / 1e3)
+        if report is not None:
+            metrics.MIGRATION_STAGES.labels(copy=copy).observe(len(report.stages))
+    elif migration.outcome == "aborted":
+        metrics.MIGRATION_ABORTS.labels(migration.abort_code or AbortCode.OTHER).inc()
     if report is not None:
         metrics.MIGRATION_BYTES.labels(copy=copy).inc(sum(s.bytes for s in report.stages))
         if report.taken and report.downtime_ms is not None:

@@ -68,8 +68,11 @@ class RevivingClient(StreamClient):
         self._stir = asyncio.Event()
         self._reviving = False
 
-    async def choose(self, request: EngineCoreRequest, outputs: int) -> Engine:
-        """The engine for a request with so many output tokens; raises if none takes requests."""
+    async def choose(
+        self, request: EngineCoreRequest, outputs: int, *, again: bool = False
+    ) -> Engine:
+        """The engine for a request with so many output tokens: the controller's choice, if there is
+        one. Raises if none takes requests. `again`: its own died."""
         raise NotImplementedError
 
     # -- what is kept
@@ -88,13 +91,15 @@ class RevivingClient(StreamClient):
         info.sent, info.kept_bytes = request, size
         self._kept_bytes += size
 
-    def _close(self, request: RequestId, reason: FinishReason) -> list[EngineIndex]:
+    def _close(
+        self, request: RequestId, reason: FinishReason, counted: str | None = None
+    ) -> list[EngineIndex]:
         if (stream := self.streams.get(request)) is not None:
             self._kept_bytes -= stream.info.kept_bytes
             stream.info.sent, stream.info.kept_bytes = None, 0
             self.orphans.ended(request)
             self._stir.set()
-        return super()._close(request, reason)
+        return super()._close(request, reason, counted)
 
     # -- what happens
 
@@ -228,13 +233,13 @@ class RevivingClient(StreamClient):
                     await self._revive_some()
                 except Exception as error:  # noqa: BLE001 - what waits must not wait for ever
                     self.complaints.note("Requests of a dead engine wait", repr(error), error)
-                metrics.STREAMS_WAITING.labels(state="orphaned").set(len(self.orphans))
+                metrics.STREAMS.labels(state="orphaned").set(len(self.orphans))
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(LOOK_EVERY_S):
                         await self._stir.wait()
         finally:
             self._reviving = False
-            metrics.STREAMS_WAITING.labels(state="orphaned").set(len(self.orphans))
+            metrics.STREAMS.labels(state="orphaned").set(len(self.orphans))
 
     async def _revive_some(self) -> None:
         for request in self.orphans.late(time.monotonic()):
@@ -289,7 +294,7 @@ class RevivingClient(StreamClient):
         if takes(warm := self.engines.get(orphan.warm)):
             return warm
         try:
-            chosen = await self.choose(request, outputs)
+            chosen = await self.choose(request, outputs, again=True)
         except GracefulHTTPError:
             return None  # The last one has gone meanwhile: it waits, as it did before.
         if takes(chosen):

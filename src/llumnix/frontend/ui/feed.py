@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 from llumnix.errors import LlumnixError
 from llumnix.frontend.streams.look import Cursor, Look
 from llumnix.frontend.ui.picture import Deployment, Message, Picture
+from llumnix.observe import metrics
 from llumnix.tasks import keep_running
 
 logger = logging.getLogger("llumnix.frontend")
@@ -101,6 +102,7 @@ class Feed:
             )
         watcher = Watcher()
         self._watchers.add(watcher)
+        metrics.UI_WATCHERS.set(len(self._watchers))
         if self._task is None or self._task.done():
             work = keep_running("The page's feed", self._run, logger)
             self._task = asyncio.create_task(work, name="llumnix-feed")
@@ -109,6 +111,7 @@ class Feed:
     def leave(self, watcher: Watcher) -> None:
         """It does not watch any more."""
         self._watchers.discard(watcher)
+        metrics.UI_WATCHERS.set(len(self._watchers))
         if not self._watchers and self._task is not None:
             self._task.cancel()
             self._task = None
