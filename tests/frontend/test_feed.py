@@ -3,6 +3,7 @@ is skipped."""
 
 import asyncio
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,98 @@ async def test_a_seventeenth_is_turned_away(world: World) -> None:
     watchers.append(world.feed.join())
     for watcher in watchers:
         world.feed.leave(watcher)
+
+
+async def test_a_watcher_that_comes_back_gets_what_it_has_missed(world: World) -> None:
+    stays, lost = world.feed.join(), world.feed.join()
+    stream = lost.stream()
+    await anext(stream)
+    ((_, delta),) = events(await anext(stream))
+    world.feed.leave(lost)
+    looks = world.looks
+    await until(lambda: world.looks > looks + 3)
+    back = world.feed.join(since=delta["seq"])
+    got = events(await anext(back.stream()))
+    assert {name for name, _ in got} == {"delta"}
+    assert [d["seq"] for _, d in got] == [delta["seq"] + n + 1 for n in range(len(got))]
+    assert len(got) > 3
+    for each in (stays, back):
+        world.feed.leave(each)
+
+
+async def test_a_watcher_that_comes_back_too_late_gets_all(world: World) -> None:
+    stays = world.feed.join()
+    ((_, _), (_, _), (_, state)) = events(await anext(stays.stream()))
+    await until(lambda: world.looks > ui.KEPT_MAX + 3)
+    for since in (state["seq"], 0, 10**15):
+        late = world.feed.join(since=since)
+        names = [name for name, _ in events(await anext(late.stream()))]
+        assert names == ["hello", "history", "state"]
+        world.feed.leave(late)
+    world.feed.leave(stays)
+
+
+async def test_a_watcher_of_one_instance_is_told_of_it_alone(world: World) -> None:
+    there = SEEN._replace(request=RequestId("there"), instance=InstanceId("i1"))
+    here = SEEN._replace(request=RequestId("here"))
+    deaths = [{"t": 1.0, "kind": "death", "target": name, "why": ""} for name in ("i0", "i1")]
+    looks = [Look(streams=[here, there]), Look(streams=[there], notes=deaths)]
+    looks.append(Look(streams=[there, here._replace(instance=InstanceId("i1"))]))
+
+    async def look(since: Cursor) -> Look:
+        return looks.pop(0) if len(looks) > 1 else looks[0]
+
+    source = ui.Source(look=look, deployment=world.deployment)
+    feed = ui.Feed(source, lambda: Picture(PRIORITIES), greeting(PRIORITIES))
+    watcher = feed.join(ui.Wish(instance=InstanceId("i1")))
+    stream = watcher.stream()
+    *_, (_, state) = events(await anext(stream))
+    assert [row[8] for row in state["requests"]] == ["there"]
+    told = events(await anext(stream))
+    assert [d["target"] for name, d in told if name == "decision"] == ["i1"]
+    ((_, delta),) = events(await anext(stream))
+    assert [row[8] for row in delta["open"]] == ["here"]
+    feed.leave(watcher)
+
+
+async def test_a_slow_watcher_is_told_seldom_and_of_everything(world: World) -> None:
+    slow, quick = world.feed.join(ui.Wish(rate=1)), world.feed.join()
+    stream = slow.stream()
+    *_, (_, state) = events(await anext(stream))
+    seen = world.looks
+    *_, (_, delta) = events(await anext(stream))
+    assert world.looks >= seen + 4
+    assert [row[8] for row in delta["open"]] == [f"r{world.looks}"]
+    assert len(delta["close"]) == 1
+    assert delta["seq"] == state["seq"] + 1
+    for each in (slow, quick):
+        world.feed.leave(each)
+
+
+async def test_notes_between_two_messages_reach_a_slow_watcher_and_one_who_comes_later(
+    world: World,
+) -> None:
+    looks = [0]
+
+    async def look(since: Cursor) -> Look:
+        looks[0] += 1
+        note = {"t": time.time(), "kind": "up", "target": f"i{looks[0]}", "why": ""}
+        return Look(notes=[note])
+
+    source = ui.Source(look=look, deployment=world.deployment)
+    feed = ui.Feed(source, lambda: Picture(PRIORITIES), greeting(PRIORITIES))
+    slow, quick = feed.join(ui.Wish(rate=2)), feed.join()
+    stream = slow.stream()
+    heard = events(await anext(stream))[1][1]["events"]
+    heard += [d for name, d in events(await anext(stream)) if name == "decision"]
+    assert len(heard) >= 3
+    later = feed.join(ui.Wish(rate=4))
+    past = events(await anext(later.stream()))[1][1]["events"]
+    for told in (heard, past):
+        assert [d["target"] for d in told] == [f"i{n + 1}" for n in range(len(told))]
+    assert len(past) > len(heard)
+    for each in (slow, quick, later):
+        feed.leave(each)
 
 
 async def test_it_ends_when_the_server_stops(world: World) -> None:

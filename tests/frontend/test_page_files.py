@@ -67,11 +67,34 @@ async def test_without_the_page_there_is_neither_page_nor_feed() -> None:
 
 async def test_when_too_many_watch_one_more_is_told_to_wait() -> None:
     one = feed()
-    one._watchers = {ui.Watcher() for _ in range(ui.WATCHERS_MAX)}
+    for _ in range(ui.WATCHERS_MAX):
+        one.join()
     async with client(router_of(one)) as http:
         answer = await http.get("/llumnix/v1/events")
         assert answer.status_code == 429
         assert "close one" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("query", "status", "said"),
+    [
+        ("rate=0", 400, "rate: Input should be greater than or equal to 1"),
+        ("rate=6", 400, "rate: Input should be less than or equal to 5"),
+        ("since=x", 400, "since: Input should be a valid integer"),
+        ("instance=i7", 404, "no instance i7; there are: i0, i1"),
+    ],
+)
+async def test_what_a_watcher_cannot_have_is_told(query: str, status: int, said: str) -> None:
+    one: Any = feed()
+
+    async def instances() -> list[str]:
+        return ["i0", "i1"]
+
+    one.instances = instances
+    async with client(router_of(one)) as http:
+        answer = await http.get(f"/llumnix/v1/events?{query}")
+        assert (answer.status_code, one.watched) == (status, 0)
+        assert answer.json()["error"]["message"].startswith(said)
 
 
 def test_the_files_need_no_key_and_only_they() -> None:

@@ -7,13 +7,16 @@ for. The headers forbid it everything but this server.
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Query
 from starlette.exceptions import HTTPException
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 import llumnix
+from llumnix.core.types import InstanceId
+from llumnix.errors import UnknownInstanceError
 from llumnix.frontend.client import FleetClient
 from llumnix.frontend.http.access import PAGE_PATH
 from llumnix.frontend.http.control import Control
@@ -37,9 +40,9 @@ KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 class Events(StreamingResponse):
     """The feed, as one watcher gets it."""
 
-    def __init__(self, feed: ui.Feed) -> None:
+    def __init__(self, feed: ui.Feed, wish: ui.Wish, since: int | None) -> None:
         self._feed = feed
-        self._watcher = feed.join()
+        self._watcher = feed.join(wish, since)
         # A proxy that collects what passes would hold the events back.
         headers = {**HEADERS, "x-accel-buffering": "no"}
         super().__init__(self._watcher.stream(), media_type="text/event-stream", headers=headers)
@@ -76,10 +79,19 @@ def router_of(feed: ui.Feed) -> APIRouter:
     router = APIRouter()
 
     @router.get(EVENTS_PATH)
-    async def events() -> Response:
-        """What happens in the deployment, as server-sent events (docs/operating.md)."""
+    async def events(
+        since: Annotated[int | None, Query(ge=0)] = None,
+        instance: str | None = None,
+        rate: Annotated[int, Query(ge=1, le=ui.RATE_MAX)] = ui.RATE_MAX,
+    ) -> Response:
+        """What happens in the deployment, as server-sent events (docs/operating.md). `since`: the
+        `seq` of the last event that the caller has. `instance`: of this one alone. `rate`: so many
+        times a second at most."""
+        if instance is not None and instance not in (there := await feed.instances()):
+            raise UnknownInstanceError(f"no instance {instance}; there are: {', '.join(there)}")
+        one = None if instance is None else InstanceId(instance)
         try:
-            return Events(feed)
+            return Events(feed, ui.Wish(rate=rate, instance=one), since)
         except ui.TooManyWatchersError as error:
             raise HTTPException(429, str(error)) from error
 

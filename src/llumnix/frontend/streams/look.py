@@ -4,8 +4,8 @@ A look takes what has changed since the one before. `Cursor` says how far that c
 (observe/notes.py) of each process, how many items had been. Looks at several processes are joined.
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from llumnix.core.streams.states import StreamState
@@ -78,3 +78,20 @@ def joined(looks: Iterable[Look]) -> Look:
         cursor=cursor,
         frontends=sum(look.frontends for look in found),
     )
+
+
+def of_instance(look: Look, instance: InstanceId, known: Container[RequestId]) -> Look:
+    """What of a look concerns one instance. `known`: the requests that it had before."""
+    return replace(
+        look,
+        streams=[s for s in look.streams if s.instance == instance],
+        notes=[n for n in look.notes if _concerns(n, instance, known)],
+        placed=[p for p in look.placed if p.instance == instance],
+        ended=[e for e in look.ended if e.request in known],
+    )
+
+
+def _concerns(note: dict[str, Any], instance: InstanceId, known: Container[RequestId]) -> bool:
+    move, revival = note.get("move", {}), note.get("revival", {})
+    places = note["target"], move.get("source"), move.get("destination"), revival.get("instance")
+    return instance in places or note["target"] in known

@@ -1,31 +1,38 @@
 """The feed of the page: what happens in the deployment, as server-sent events.
 
-One task looks five times a second, while somebody watches, and sends the same bytes to all. It
-begins with the first watcher and ends with the last. A watcher who does not read fast enough is
-skipped, and gets all anew when it reads again. Nothing happens on a token's path.
+One task looks five times a second, while somebody watches, and sends the same bytes to all who want
+the same. It begins with the first watcher and ends with the last. A watcher who does not read fast
+enough is skipped, and gets all anew when it reads again. One that has lost its connection, and says
+what it knows, gets only the rest if that is kept. Nothing happens on a token's path.
 """
 
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import msgspec
 from starlette.exceptions import HTTPException
 
+from llumnix.core.types import InstanceId
 from llumnix.errors import LlumnixError
-from llumnix.frontend.streams.look import Cursor, Look
-from llumnix.frontend.ui.picture import Deployment, Message, Picture
+from llumnix.frontend.streams.look import Cursor, Look, joined, of_instance
+from llumnix.frontend.ui.picture import HISTORY_KEPT, Deployment, Message, Picture
 from llumnix.observe import metrics
 from llumnix.tasks import keep_running
 
 logger = logging.getLogger("llumnix.frontend")
 
 WATCHERS_MAX = 16
-LOOK_EVERY_S = 0.2
+RATE_MAX = 5
+LOOK_EVERY_S = 1 / RATE_MAX
 QUEUED_MAX = 10
 """So many messages wait for a watcher: two seconds' worth."""
+KEPT_MAX = 50
+"""So many are kept for watchers who come back: ten seconds' worth."""
 _encoder = msgspec.json.Encoder()
 
 
@@ -42,10 +49,25 @@ class Source:
     stopping: Callable[[], bool] = lambda: False  # whether a stop has begun; then the feed ends
 
 
-class Watcher:
-    """One page that is open."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wish:
+    """What a watcher wants to be told."""
 
-    def __init__(self) -> None:
+    rate: int = RATE_MAX  # so many times a second at most
+    instance: InstanceId | None = None  # of this one alone
+
+    @property
+    def every_s(self) -> float:
+        """Between two messages, at least."""
+        return LOOK_EVERY_S * RATE_MAX / self.rate
+
+
+class Watcher:
+    """One page that is open. `since`: the number of the last state or delta that it has."""
+
+    def __init__(self, wish: Wish, since: int | None) -> None:
+        self.wish = wish
+        self.since = since
         self._queue: asyncio.Queue[bytes | None] = asyncio.Queue(QUEUED_MAX)
         self._reading = True  # whether it has taken all that came before
         self.behind = True  # whether it has to be told all
@@ -78,6 +100,63 @@ class Watcher:
             yield payload
 
 
+class Group:
+    """Those who want the same, and get the same bytes."""
+
+    def __init__(self, wish: Wish, picture: Picture, past: Iterable[dict[str, Any]]) -> None:
+        self.wish = wish
+        self.watchers: set[Watcher] = set()
+        self._picture = picture
+        # What its picture has not taken yet. The streams of the last look are enough.
+        self._missed = [Look(notes=list(past), frontends=0)]
+        self._due_s = 0.0
+        self._sent: deque[tuple[int, bytes]] = deque(maxlen=KEPT_MAX)
+
+    def take(self, look: Look, deployment: Deployment, hello: Message, began_s: float) -> None:
+        """Takes a look in, and tells its watchers if it is time."""
+        if began_s < self._due_s - LOOK_EVERY_S / 2:
+            self._missed.append(replace(look, streams=[], frontends=0))
+            return
+        self._due_s = began_s + self.wish.every_s
+        look, self._missed = joined([*self._missed, look]), []
+        if (only := self.wish.instance) is not None:
+            look = of_instance(look, only, self._picture.requests)
+            deployment = deployment.of(only)
+        now_s = round(time.time(), 3)
+        changed = self._picture.take(look, deployment, now_s)
+        payload = encoded(changed)
+        self._sent.append((self._picture.seq, payload))
+        for watcher in self.watchers:
+            if not watcher.behind and payload:
+                watcher.put(payload)
+        self._tell_all(hello, now_s)
+
+    def _tell_all(self, hello: Message, now_s: float) -> None:
+        """Tells those who are behind all that there is, or what they have missed."""
+        fresh = [w for w in self.watchers if w.takes_all]
+        if not fresh:
+            return
+        whole = encoded(self._picture.whole(now_s))
+        start = b""
+        if any(w.new for w in fresh):
+            start = encoded([hello, self._picture.history(now_s)])
+        for watcher in fresh:
+            payload = start + whole if watcher.new else whole
+            if watcher.new and watcher.since is not None:
+                missed = self._since(watcher.since)
+                payload = payload if missed is None else missed
+            watcher.behind = watcher.new = False
+            if payload:
+                watcher.put(payload)
+
+    def _since(self, seq: int) -> bytes | None:
+        """What was sent after that number; None if not all of it is kept."""
+        first = self._sent[0][0]
+        if not first - 1 <= seq <= self._picture.seq:
+            return None
+        return b"".join(payload for number, payload in self._sent if number > seq)
+
+
 class Feed:
     """All watchers of one process. `picture` makes a fresh picture, `hello` is what each watcher is
     told first."""
@@ -86,23 +165,31 @@ class Feed:
         self._source = source
         self._new_picture = picture
         self._hello = hello
-        self._watchers: set[Watcher] = set()
+        self._groups: dict[Wish, Group] = {}
+        self._past: deque[dict[str, Any]] = deque(maxlen=HISTORY_KEPT)
         self._task: asyncio.Task[None] | None = None
 
     @property
     def watched(self) -> int:
         """How many watch."""
-        return len(self._watchers)
+        return sum(len(group.watchers) for group in self._groups.values())
 
-    def join(self) -> Watcher:
+    async def instances(self) -> list[InstanceId]:
+        """Those that can be watched."""
+        return [status.id for status in (await self._source.deployment()).statuses]
+
+    def join(self, wish: Wish = Wish(), since: int | None = None) -> Watcher:
         """One more watches. `TooManyWatchersError`"""
-        if len(self._watchers) >= WATCHERS_MAX:
+        if self.watched >= WATCHERS_MAX:
             raise TooManyWatchersError(
                 f"{WATCHERS_MAX} pages watch already; close one and try again"
             )
-        watcher = Watcher()
-        self._watchers.add(watcher)
-        metrics.UI_WATCHERS.set(len(self._watchers))
+        watcher = Watcher(wish, since)
+        group = self._groups.get(wish)
+        if group is None:
+            group = self._groups[wish] = Group(wish, self._new_picture(), self._past)
+        group.watchers.add(watcher)
+        metrics.UI_WATCHERS.set(self.watched)
         if self._task is None or self._task.done():
             work = keep_running("The page's feed", self._run, logger)
             self._task = asyncio.create_task(work, name="llumnix-feed")
@@ -110,21 +197,30 @@ class Feed:
 
     def leave(self, watcher: Watcher) -> None:
         """It does not watch any more."""
-        self._watchers.discard(watcher)
-        metrics.UI_WATCHERS.set(len(self._watchers))
-        if not self._watchers and self._task is not None:
+        group = self._groups.get(watcher.wish)
+        if group is not None:
+            group.watchers.discard(watcher)
+            if not group.watchers:
+                del self._groups[watcher.wish]
+        metrics.UI_WATCHERS.set(self.watched)
+        if not self._groups and self._task is not None:
             self._task.cancel()
             self._task = None
 
     async def _run(self) -> None:
-        picture, cursor = self._new_picture(), dict[str, int]()
-        for watcher in self._watchers:  # They know nothing of this picture.
-            watcher.behind = True
-        while self._watchers:
+        cursor = dict[str, int]()
+        self._past.clear()
+        for wish, before in self._groups.items():
+            group = self._groups[wish] = Group(wish, self._new_picture(), ())
+            group.watchers = before.watchers
+            for watcher in group.watchers:  # They know nothing of this picture.
+                watcher.behind = True
+        while self._groups:
             began_s = time.monotonic()
             if self._source.stopping():
-                for watcher in self._watchers:
-                    watcher.put(None)
+                for group in self._groups.values():
+                    for watcher in group.watchers:
+                        watcher.put(None)
                 return
             try:
                 look, deployment = await asyncio.gather(
@@ -135,24 +231,12 @@ class Feed:
             else:
                 # A process that did not answer this time goes on where it was.
                 cursor |= look.cursor
-                now_s = round(time.time(), 3)
-                self._send(picture, picture.take(look, deployment, now_s), now_s)
-            await asyncio.sleep(max(0.0, began_s + LOOK_EVERY_S - time.monotonic()))
-
-    def _send(self, picture: Picture, changed: Sequence[Message], now_s: float) -> None:
-        known = [w for w in self._watchers if not w.behind]
-        fresh = [w for w in self._watchers if w.takes_all]
-        if changed and known:
-            payload = encoded(changed)
-            for watcher in known:
-                watcher.put(payload)
-        if not fresh:
-            return
-        whole = encoded(picture.whole(now_s))
-        start = encoded([self._hello, picture.history(now_s)]) if any(w.new for w in fresh) else b""
-        for watcher in fresh:
-            watcher.put(start + whole if watcher.new else whole)
-            watcher.behind = watcher.new = False
+                for group in self._groups.values():
+                    group.take(look, deployment, self._hello, began_s)
+                self._past.extend(look.notes)
+            # All that want little are looked for as seldom as the quickest of them wants.
+            every_s = min((wish.every_s for wish in self._groups), default=LOOK_EVERY_S)
+            await asyncio.sleep(max(0.0, began_s + every_s - time.monotonic()))
 
 
 def encoded(messages: Iterable[Message]) -> bytes:

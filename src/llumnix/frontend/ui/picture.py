@@ -8,7 +8,7 @@ each class do. So of the requests without a token the youngest are shown as wait
 """
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -46,6 +46,11 @@ class Deployment(NamedTuple):
 
     statuses: Sequence[InstanceStatus]
     reports: Sequence[LoadReport] | None  # None: the controller does not answer
+
+    def of(self, instance: InstanceId) -> "Deployment":
+        """That one alone."""
+        reports = self.reports and [r for r in self.reports if r.instance == instance]
+        return Deployment([s for s in self.statuses if s.id == instance], reports)
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -120,21 +125,26 @@ class Picture:
         self._up = True
         self._frontends = 1
         self._next_k = 0
-        self._seq = 0
+        self.seq = 0  # of the last look; begins at the time, so that no two pictures share one
+
+    @property
+    def requests(self) -> Container[RequestId]:
+        """Those that it shows."""
+        return self._rows.keys()
 
     # -- what a watcher who comes now is told
 
     def whole(self, now_s: float) -> list[Message]:
         """All that there is."""
         state = {
-            "seq": self._seq,
+            "seq": self.seq,
             "t": now_s,
             "controller": self._controller(),
             "frontends": self._frontends,
             "instances": self._instances,
             "requests": [row.shown(now_s) for row in self._rows.values()],
             "more": self._more,
-            "rates": self._rates.shown() if self._seq else {},
+            "rates": self._rates.shown() if self.seq else {},
         }
         return [Message("state", state)]
 
@@ -148,9 +158,9 @@ class Picture:
     def take(self, look: Look, deployment: Deployment, now_s: float) -> list[Message]:
         """Takes a look in; returns what those are told who know all before it. `now_s`: the wall
         clock. The first look tells nothing: all of it is history."""
-        self._seq += 1
-        first = self._seq == 1
-        delta: dict[str, Any] = {"seq": self._seq, "t": now_s}
+        first = not self.seq
+        self.seq = self.seq + 1 if self.seq else int(now_s * 1000)
+        delta: dict[str, Any] = {"seq": self.seq, "t": now_s}
         self._take_instances(deployment, delta)
         closed = {end.request: end.how for end in look.ended}
         ks = {request: row.k for request, row in self._rows.items() if request in closed}
@@ -246,7 +256,7 @@ class Picture:
                     continue
                 opened.append(self._open(stream, rank, phase, now_s))
                 continue
-            row.seen, row.out = self._seq, stream.output_tokens
+            row.seen, row.out = self.seq, stream.output_tokens
             if row.instance != stream.instance or row.phase != phase:
                 row.instance, row.phase = stream.instance, phase
                 moved.append([row.k, row.instance, phase, row.out])
@@ -270,14 +280,14 @@ class Picture:
             out=stream.output_tokens,
             born_s=now_s - stream.age_s,
             told=stream.output_tokens,
-            seen=self._seq,
+            seen=self.seq,
         )
         self._next_k += 1
         self._rows[stream.request] = row
         return row
 
     def _close(self, closed: dict[RequestId, str], delta: dict[str, Any]) -> None:
-        over = [row for row in self._rows.values() if row.seen != self._seq]
+        over = [row for row in self._rows.values() if row.seen != self.seq]
         for row in over:
             del self._rows[row.request]
         if over:
