@@ -19,8 +19,17 @@ import ray
 
 from llumnix.cluster import ray_runtime
 from llumnix.cluster.supervision import hosts as hosts_module
+from llumnix.cluster.supervision import processes as processes_module
 from llumnix.cluster.supervision.hosts import Hosts, HostWatch, OtherHost
-from llumnix.cluster.supervision.processes import HostLook, HostProcesses, Process, Remains
+from llumnix.cluster.supervision.processes import (
+    MIND_EVERY_S,
+    UNASKED_S,
+    HostAgent,
+    HostLook,
+    HostProcesses,
+    Process,
+    Remains,
+)
 from llumnix.core.codes import DeathCode
 from llumnix.core.supervision.blame import Death, Traces
 from llumnix.core.supervision.hang import LOOK_EVERY_S, STANDSTILL_LOOKS, Standstill
@@ -99,6 +108,66 @@ def test_a_process_with_the_same_id_and_another_start_is_left_alone(
     assert child.wait(10) == -signal.SIGKILL
 
 
+class CutOff:
+    """An agent whose clock the test sets, which was asked about the child."""
+
+    def __init__(self, child: subprocess.Popen[str]) -> None:
+        self.now_s = 0.0
+        self.agent = HostAgent(clock=lambda: self.now_s)
+        self.agent.look([child.pid])
+
+    def wait(self, seconds: float) -> None:
+        for _ in range(round(seconds / MIND_EVERY_S)):
+            self.now_s += MIND_EVERY_S
+            self.agent.mind()
+
+
+def test_a_host_that_the_fleet_does_not_ask_any_more_ends_its_engines(
+    child: subprocess.Popen[str],
+) -> None:
+    grandchild = childs_child(child)
+    alone = CutOff(child)
+    alone.wait(UNASKED_S)
+    alone.agent.look([child.pid])
+    alone.wait(UNASKED_S)
+    assert child.poll() is None
+    alone.wait(MIND_EVERY_S)
+    assert child.wait(10) == -signal.SIGKILL
+    until(lambda: ended(grandchild))
+
+
+def test_an_agent_minds_only_the_engines_it_was_asked_for_last(
+    child: subprocess.Popen[str],
+) -> None:
+    alone = CutOff(child)
+    alone.agent.look([])
+    alone.wait(3 * UNASKED_S)
+    time.sleep(0.1)
+    assert child.poll() is None
+
+
+def test_a_host_that_stood_still_gives_the_fleet_its_time_again(
+    child: subprocess.Popen[str],
+) -> None:
+    alone = CutOff(child)
+    alone.now_s += 100
+    alone.agent.mind()
+    alone.wait(UNASKED_S)
+    time.sleep(0.1)
+    assert child.poll() is None
+    alone.wait(MIND_EVERY_S)
+    assert child.wait(10) == -signal.SIGKILL
+
+
+def test_an_agent_minds_by_itself(
+    child: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes_module, "MIND_EVERY_S", 0.02)
+    monkeypatch.setattr(processes_module, "UNASKED_S", 0.1)
+    HostAgent().look([child.pid])
+    assert child.wait(10) == -signal.SIGKILL
+
+
 def test_a_process_that_leads_no_group_is_ended_alone(child: subprocess.Popen[str]) -> None:
     """Its group may be ours."""
     grandchild = childs_child(child)
@@ -148,12 +217,16 @@ class FakeHost:
         self.traces = Traces()
         self.flights: dict[str, Flight] = {}
         self.fails: Exception | None = None
+        self.asked: list[list[int]] = []
 
     def look(self, pids: Iterable[int]) -> HostLook:
+        self.asked.append(list(pids))
         if self.fails is not None:
             raise self.fails
         there = {
-            p: Process(self.states[p], self.started.get(p, 5)) for p in pids if p in self.states
+            p: Process(self.states[p], self.started.get(p, 5))
+            for p in self.asked[-1]
+            if p in self.states
         }
         return HostLook(there, self.memory_kills)
 
@@ -248,6 +321,18 @@ def test_a_host_that_does_not_answer_is_silent_since_its_last_answer() -> None:
         w.watch.look()
     assert w.watch.silent_s == 3.0
     assert HostWatch(w.host, lambda *_: None).silent_s == 0.0, "it has not answered yet"
+
+
+def test_a_host_without_engines_of_ours_is_told_so_once() -> None:
+    """Its agent would end those that stop by themselves."""
+    w = Watched()
+    w.watch.watch({})
+    w.watch.start()
+    until(lambda: len(w.host.asked) > 1)
+    time.sleep(2 * LOOK_EVERY_S)
+    w.watch.close()
+    assert w.host.asked[1:] == [[]]
+    assert w.watch.silent_s == 0.0
 
 
 def test_the_thread_looks_on_after_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:

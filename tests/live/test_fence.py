@@ -175,7 +175,7 @@ def test_an_engine_on_another_node_is_fenced_and_so_is_a_node_that_falls_silent(
         pytest.skip("Ray has put all on the first node")
     victim = victims[0]
     name = victim["id"]
-    eventually(lambda: of("ray::HostProcesses", family(raylet)), 30, "it is watched")
+    eventually(lambda: of("ray::HostAgent", family(raylet)), 30, "it is watched")
     time.sleep(2)
     began_s = time.monotonic()
     for pid in family(raylet) if whole else [victim["pid"]]:

@@ -6,6 +6,7 @@ that does not answer keeps up nothing but its own thread.
 """
 
 import asyncio
+import contextlib
 import logging
 import threading
 import time
@@ -19,7 +20,12 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from llumnix.cluster import ray_runtime
 from llumnix.cluster.ray_calls import off_loop, ray_call
-from llumnix.cluster.supervision.processes import HostLook, HostProcesses, Remains
+from llumnix.cluster.supervision.processes import (
+    HostAgent,
+    HostLook,
+    HostProcesses,
+    Remains,
+)
 from llumnix.cluster.supervision.runs import EngineRun
 from llumnix.core.codes import DeathCode
 from llumnix.core.supervision.blame import Death, Traces, code_of, is_blamed
@@ -98,7 +104,7 @@ class OtherHost:
             if self._actor is None:
                 place = NodeAffinitySchedulingStrategy(self._node, soft=False)
                 self._actor = (
-                    ray.remote(HostProcesses)
+                    ray.remote(HostAgent)
                     .options(num_cpus=0, max_restarts=0, scheduling_strategy=place)
                     .remote()
                 )
@@ -144,8 +150,8 @@ class HostWatch:
     def _run(self) -> None:
         pause_s, said = LOOK_EVERY_S, False
         while not self._closing.wait(pause_s):
-            if not self._watched:  # The host may be gone for good.
-                self.answered_s = None
+            if not self._watched:
+                self._take_leave()
                 continue
             try:
                 self.look()
@@ -158,6 +164,13 @@ class HostWatch:
                     said = True
                     what = str(error).partition("\n")[0]
                     logger.warning("A host's processes cannot be watched: %s", what)
+
+    def _take_leave(self) -> None:
+        """Says once that no engine there is ours any more; the host may be gone for good."""
+        if self.answered_s is not None:
+            self.answered_s = None
+            with contextlib.suppress(Exception):
+                self._host.look([])
 
     def look(self) -> None:
         """Looks once. On the thread."""

@@ -8,10 +8,13 @@ an engine's busy loop. Without them a death counts as a kill.
 """
 
 import contextlib
+import logging
 import os
 import re
 import signal
-from collections.abc import Iterable, Mapping
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +22,12 @@ from llumnix.cluster import ray_runtime
 from llumnix.core.supervision.blame import Traces
 from llumnix.engine.reporting.flight_recorder import Flight, forget_flight, read_flight
 
+logger = logging.getLogger("llumnix.fleet")
+
+UNASKED_S = 10.0
+"""A host that is not asked about its engines for so long ends them. By then the fleet has long lost
+them and their streams go on elsewhere, or there is no fleet any more."""
+MIND_EVERY_S = 1.0
 _PROC = Path("/proc")
 _STATE, _STARTED = 0, 19  # among the fields of /proc/PID/stat after the name
 CRASHED = re.compile(r"^(Fatal Python error: |!!!!!!! Segfault encountered !!!!!!!)")
@@ -52,7 +61,7 @@ class Remains(NamedTuple):
 
 
 class HostProcesses:
-    """Of the host on which it is. On other hosts than ours it is a Ray actor."""
+    """Of the host on which it is."""
 
     def look(self, pids: Iterable[int]) -> HostLook:
         """What there is of these processes."""
@@ -89,6 +98,43 @@ class HostProcesses:
         flight = read_flight(path)
         forget_flight(path)
         return flight
+
+
+class HostAgent(HostProcesses):
+    """On another host than the fleet's, as a Ray actor. It ends the engines there once the fleet
+    has not asked for `UNASKED_S`: cut off from it, they would compute for nobody, and keep their
+    devices from those that are to come."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._asked_s = self._minded_s = clock()
+        self._known: dict[int, int | None] = {}  # as of the last look, with their starts
+        threading.Thread(target=self._run, name="llumnix-host-agent", daemon=True).start()
+
+    def look(self, pids: Iterable[int]) -> HostLook:
+        """What there is of these processes; it minds these from now on, and no others."""
+        seen = super().look(pids)
+        self._known = {pid: process.started for pid, process in seen.processes.items()}
+        self._asked_s = self._clock()
+        return seen
+
+    def mind(self) -> None:
+        """Ends the engines if the fleet has not asked for too long. Every `MIND_EVERY_S`; if it
+        comes later, this host itself stood still, and the fleet gets its time again."""
+        now_s = self._clock()
+        late = now_s - self._minded_s > 3 * MIND_EVERY_S
+        self._minded_s = now_s
+        if late:
+            self._asked_s = now_s
+        elif self._known and now_s - self._asked_s > UNASKED_S:
+            known, self._known = self._known, {}
+            logger.error("Nobody has asked for %d s: this host's engines are ended.", UNASKED_S)
+            self.kill(known)
+
+    def _run(self) -> None:
+        while True:
+            time.sleep(MIND_EVERY_S)
+            self.mind()
 
 
 def _process(pid: int) -> Process | None:
