@@ -29,6 +29,8 @@ of a running `llumnix serve`:
           move everything away from instances and stop them
   undrain INSTANCE ... [SERVER]
           let them serve on
+  restart [INSTANCE ... | --node NODE] [--together] [--timeout S] [--force] [SERVER]
+          move everything away from instances, stop them and start them again, one by one
 
 of this host, or of a file:
   doctor  look whether this host is fit to serve
@@ -58,6 +60,7 @@ COMMANDS = {
     "drain": "commands.instances:drain",
     "remove": "commands.instances:remove",
     "undrain": "commands.instances:undrain",
+    "restart": "commands.restarting:restart",
     "doctor": "commands.doctor:doctor",
     "version": "commands.doctor:version",
     "simulate": "sim.command:simulate",

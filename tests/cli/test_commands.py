@@ -178,3 +178,58 @@ def test_undrain_takes_back_several(server: Server, capsys: pytest.CaptureFixtur
     play(server, *({"id": i, "state": "serving"} for i in ("i0", "i1")))
     assert main(["undrain", "i0", "i1", "--url", server.url]) == 0
     assert capsys.readouterr().out == "i0 is serving\ni1 is serving\n"
+
+
+def again(*engines: tuple[str, str, int]) -> dict[str, Any]:
+    """A list of instances with the engines they have."""
+    body = listed(*((i, s, None) for i, s, _ in engines))
+    for row, (_, _, index) in zip(body["instances"], engines, strict=True):
+        row["engine_index"] = index
+    return body
+
+
+ORDER = {"id": "i0", "state": "draining"}
+
+
+def test_all_instances_are_restarted_one_after_the_other(
+    server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = again(("i0", "serving", 0), ("i1", "serving", 1))
+    half = again(("i0", "serving", 2), ("i1", "serving", 1))
+    play(
+        server, before, before, ORDER, again(("i0", "restarting", 0), ("i1", "serving", 1)), half,
+        half, {**ORDER, "id": "i1"}, again(("i0", "serving", 2), ("i1", "serving", 3)),
+    )  # fmt: skip
+    assert main(["restart", "--timeout", "9", "--url", server.url]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(" after ")[0] for line in said] == [
+        "i0 is draining", "i0 serves again", "i1 is draining", "i1 serves again",
+    ]  # fmt: skip
+    assert [a[1] for a in server.asked if a[0] == "POST"] == [
+        f"/llumnix/v1/instances/{i}/restart?timeout_s=9.0" for i in ("i0", "i1")
+    ]
+
+
+def test_instances_may_be_restarted_together(server: Server) -> None:
+    play(
+        server, again(("i0", "serving", 0), ("i1", "serving", 1)), ORDER, {**ORDER, "id": "i1"},
+        again(("i0", "serving", 2), ("i1", "draining", 1)), again(("i1", "serving", 3)),
+    )  # fmt: skip
+    assert main(["restart", "i0", "i1", "--together", "--url", server.url]) == 0
+    assert [a[0] for a in server.asked] == ["GET", "POST", "POST", "GET", "GET"]
+
+
+@pytest.mark.parametrize(
+    ("then", "said"),
+    [
+        (again(("i0", "failed", 2)), "i0 is failed: "),
+        (again(("i0", "serving", 0)), "i0 is not restarted: its restart was taken back"),
+        (again(), "i0 is gone: it was ordered away"),
+    ],
+)
+def test_the_first_that_does_not_serve_again_ends_a_rolling_restart(
+    server: Server, capsys: pytest.CaptureFixture[str], then: dict[str, Any], said: str
+) -> None:
+    play(server, again(("i0", "serving", 0), ("i1", "serving", 1)), ORDER, then)
+    assert main(["restart", "i0", "i1", "--url", server.url]) == 1
+    assert capsys.readouterr().out.splitlines()[1].startswith(said)

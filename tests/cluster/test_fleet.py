@@ -329,6 +329,88 @@ def test_force_cuts_off_at_once(play: Callable[..., World], first: bool) -> None
     play(script)
 
 
+def test_an_instance_is_emptied_and_started_again_under_its_name(
+    play: Callable[..., World],
+) -> None:
+    async def script(w: World) -> None:
+        w.hold("i1", 1)
+        w.launcher.ready_s = 5.0
+        await w.fleet.drain(I1, "a user's order to restart it", again=True)
+        await asyncio.sleep(100)
+        assert w.states["i1"] == "draining"
+        assert w.client.link.told[-1].starting == 1  # So that scaling adds none in its place.
+        w.client.held.clear()
+        await asyncio.sleep(1)
+        assert w.states == {"i0": "serving", "i1": "restarting"}
+        assert w.launcher.ended == [1]
+        await asyncio.sleep(5)
+        assert w.states == {"i0": "serving", "i1": "serving"}
+        again = w.fleet.status()[1]
+        assert (again.engine_index, again.restarts, again.why) == (2, 0, None)
+        assert w.accepting("i1")
+        w.kill("i1")
+        await asyncio.sleep(10)
+        assert w.fleet.status()[1].engine_index == 3  # It is supervised as before.
+
+    play(script)
+
+
+def test_a_restart_may_be_taken_back_or_made_a_removal(play: Callable[..., World]) -> None:
+    async def script(w: World) -> None:
+        w.hold("i1", 1)
+        await w.fleet.drain(I1, "a restart", again=True)
+        await w.fleet.undrain(I1)
+        assert w.states == {"i0": "serving", "i1": "serving"}
+        await w.fleet.drain(I1, "a restart", again=True)
+        await w.fleet.drain(I1, "a removal")
+        with pytest.raises(ConflictError, match="to be removed: undrain it first"):
+            await w.fleet.drain(I1, "a restart", again=True)
+        w.client.held.clear()
+        await asyncio.sleep(1)
+        assert w.states == {"i0": "serving"}
+
+    play(script)
+
+
+def test_the_only_instance_is_restarted_by_force_alone(play: Callable[..., World]) -> None:
+    async def script(w: World) -> None:
+        w.hold("i0", 2)
+        with pytest.raises(LastInstanceError, match="or give `force`"):
+            await w.fleet.drain(I0, "a restart", again=True)
+        await w.fleet.drain(I0, "a restart", again=True, force=True)
+        await asyncio.sleep(1)
+        assert w.states == {"i0": "serving"}
+        assert w.fleet.status()[0].engine_index == 1
+
+    play(script, count=1)
+
+
+def test_an_instance_that_was_given_up_is_started_again_by_a_restart(
+    play: Callable[..., World],
+) -> None:
+    async def script(w: World) -> None:
+        w.launcher.why_not = "no memory"
+        w.kill("i1")
+        await asyncio.sleep(100)
+        assert w.states["i1"] == "failed"
+        w.launcher.why_not = None
+        await w.fleet.drain(I1, "a restart", again=True)
+        await asyncio.sleep(1)
+        assert w.states == {"i0": "serving", "i1": "serving"}
+
+    play(script)
+
+
+def test_one_that_is_restarted_counts_among_the_most(play: Callable[..., World]) -> None:
+    async def script(w: World) -> None:
+        w.hold("i1", 1)
+        await w.fleet.drain(I1, "a restart", again=True)
+        with pytest.raises(CapacityError, match="--max-instances is 2"):
+            await w.fleet.add()
+
+    play(script, min_instances=1, max_instances=2)
+
+
 def test_what_was_cut_off_is_told_while_the_instance_stops(play: Callable[..., World]) -> None:
     async def script(w: World) -> None:
         seen: list[str | None] = []

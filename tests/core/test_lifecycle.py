@@ -52,8 +52,9 @@ def draining() -> Lifecycle:
     return life
 
 
-def stopping() -> Lifecycle:
-    life = draining()
+def stopping(again: bool = False) -> Lifecycle:
+    life = serving()
+    drain(life, again)
     assert life.drain_looked_at(NOW_S, busy=False, hung=False) is A.STOP
     return life
 
@@ -64,8 +65,10 @@ def failed() -> Lifecycle:
     return life
 
 
-def drain(life: Lifecycle) -> A:
-    return life.order_drain("user", "a user's order", NOW_S, timeout_s=None, force=False)
+def drain(life: Lifecycle, again: bool = False) -> A:
+    return life.order_drain(
+        "user", "a user's order", NOW_S, timeout_s=None, force=False, again=again
+    )
 
 
 def stuck(life: Lifecycle) -> A:
@@ -98,6 +101,7 @@ TRANSITIONS: dict[tuple[S, E], tuple[Callable[[], Lifecycle], Callable[[Lifecycl
     (S.STOPPING, E.DRAIN): (stopping, drain),
     (S.STOPPING, E.STUCK): (stopping, stuck),
     (S.STOPPING, E.STOPPED): (stopping, Lifecycle.stopped),
+    (S.STOPPING, E.STOPPED_TO_START): (lambda: stopping(again=True), Lifecycle.stopped),
     (S.FAILED, E.DRAIN): (failed, drain),
     (S.FAILED, E.STUCK): (failed, stuck),
 }
@@ -234,6 +238,31 @@ def test_a_second_order_changes_the_timeout_and_the_users_reason_replaces_the_sc
     life.order_drain("scheduler", "idle", NOW_S + 2, timeout_s=None, force=False)
     assert (life.drain.by, life.drain.deadline_s) == ("user", NOW_S + 3)
     assert life.why == "draining: a user's order"
+
+
+def test_a_restart_that_is_ordered_to_be_a_removal_ends_in_one_until_it_is_stopped() -> None:
+    for story in (draining, stopping):
+        life = story()
+        assert life.drain is not None
+        life.drain.again = True
+        drain(life)
+        assert not life.renewed
+
+
+def test_a_drain_of_the_schedulers_keeps_a_restart_a_restart() -> None:
+    life = stopping(again=True)
+    life.order_drain("scheduler", "idle", NOW_S, timeout_s=None, force=False)
+    assert life.renewed
+
+
+def test_after_a_users_restart_crashes_are_counted_anew() -> None:
+    life = crashed_often()
+    drain(life, again=True)
+    life.drain_looked_at(NOW_S, busy=False, hung=False)
+    assert life.stopped() is A.RENEW
+    assert (life.why, life.drain, life.start_at_s, life.coming) == (None, None, 0.0, True)
+    assert life.up(NOW_S) is A.SERVE
+    assert life.died("killed", NOW_S) is A.RESTART
 
 
 def test_force_moves_the_deadline_to_now() -> None:

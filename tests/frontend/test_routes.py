@@ -77,9 +77,9 @@ DELETE = ("DELETE", "/llumnix/v1/instances/i0")
 @pytest.mark.parametrize(
     ("query", "how"),
     [
-        ("", {"timeout_s": None, "force": False}),
-        ("?timeout_s=2.5", {"timeout_s": 2.5, "force": False}),
-        ("?force=true&timeout_s=0", {"timeout_s": 0.0, "force": True}),
+        ("", {"timeout_s": None, "force": False, "again": False}),
+        ("?timeout_s=2.5", {"timeout_s": 2.5, "force": False, "again": False}),
+        ("?force=true&timeout_s=0", {"timeout_s": 0.0, "force": True, "again": False}),
     ],
 )
 async def test_a_drain_may_say_how_long_it_takes_at_most(
@@ -93,6 +93,14 @@ async def test_a_drain_may_say_how_long_it_takes_at_most(
     answer = await http.request(method, path + query)
     assert answer.status_code == 202
     assert control.asked == [("drain", "i0", how)]
+
+
+async def test_a_restart_is_a_drain_after_which_it_is_started_again(
+    http: httpx.AsyncClient, control: Control
+) -> None:
+    answer = await http.post("/llumnix/v1/instances/i0/restart?timeout_s=2&force=true")
+    assert answer.status_code == 202
+    assert control.asked == [("drain", "i0", {"timeout_s": 2.0, "force": True, "again": True})]
 
 
 @pytest.mark.parametrize("value", ["-1", "nan", "inf", "soon", str(DRAIN_TIMEOUT_MAX_S + 1)])

@@ -145,7 +145,7 @@ class Fleet:
 
     async def add(self, why: str = "a user's order") -> InstanceStatus:
         async with self._adding:
-            there = [m for m in self._members.values() if m.life.counts]
+            there = [m for m in self._members.values() if m.life.counts or m.life.renewed]
             most = self._settings.scaling.instances_max
             if most is not None and len(there) >= most:
                 raise CapacityError(
@@ -168,11 +168,17 @@ class Fleet:
         by: DrainedBy = "user",
         timeout_s: float | None = None,
         force: bool = False,
+        again: bool = False,
     ) -> InstanceStatus:
         member = self._member(instance)
-        if member.life.drain is None:
-            self._check_not_last(member)
-        self._supervisor.drain(member, by, why, timeout_s=timeout_s, force=force)
+        drain = member.life.drain
+        if again and drain is not None and not drain.again:
+            raise ConflictError(
+                f"{instance} is {member.state.value} to be removed: undrain it first"
+            )
+        if drain is None and not (again and force):
+            self._check_not_last(member, again)
+        self._supervisor.drain(member, by, why, timeout_s=timeout_s, force=force, again=again)
         return member.status()
 
     async def undrain(self, instance: InstanceId) -> InstanceStatus:
@@ -193,7 +199,7 @@ class Fleet:
             raise UnknownInstanceError(f"no instance {instance}; there are: {known}")
         return member
 
-    def _check_not_last(self, member: Member) -> None:
+    def _check_not_last(self, member: Member, again: bool) -> None:
         """Raises `LastInstanceError` if no other instance could serve in the member's place.
 
         A member that serves needs another that does; one that is coming needs another that does or
@@ -204,9 +210,10 @@ class Fleet:
             return
         if not member.serves and any(m.life.counts for m in others):
             return
-        raise LastInstanceError(
-            f"{member.id} is the only instance that serves; POST /llumnix/v1/instances first"
-        )
+        fix = "POST /llumnix/v1/instances first"
+        if again:
+            fix += ", or give `force`: then its requests wait until it serves again"
+        raise LastInstanceError(f"{member.id} is the only instance that serves; {fix}")
 
     # -- what the scheduler and the instances ask for ----------------------------------------------
 
@@ -244,7 +251,7 @@ class Fleet:
         members = self._members.values()
         drains = {m.id: m.life.drain for m in members if m.state is LifeState.DRAINING}
         return FleetReported(
-            starting=sum(m.life.coming for m in members),
+            starting=sum(m.life.coming or m.life.renewed for m in members),
             serving=tuple(m.id for m in members if m.state is LifeState.SERVING),
             draining=tuple(drains),
             drained_by={name: drain.by for name, drain in drains.items() if drain is not None},

@@ -41,14 +41,14 @@ def add(argv: list[str]) -> int:
     began_s, rows = time.monotonic(), []
     for _ in range(args.count):
         rows.append(ask(args, "POST", INSTANCES, wanted="state", timeout_s=ADD_TIMEOUT_S))
-        _say(args, f"{rows[-1]['id']} is {rows[-1]['state']}")
+        say(args, f"{rows[-1]['id']} is {rows[-1]['state']}")
     failed = False
     if args.wait:
         names = [row["id"] for row in rows]
         rows = wait_until_serving(args, names)
         for name, row in zip(names, rows, strict=True):
             failed |= row["state"] != "serving"
-            _say(args, came_up_line(name, row, began_s))
+            say(args, came_up_line(name, row, began_s))
     if args.json:
         print_json({"instances": rows})
     return 1 if failed else 0
@@ -67,14 +67,14 @@ def remove(argv: list[str]) -> int:
 
 def undrain(argv: list[str]) -> int:
     """`llumnix undrain`: lets instances that are being drained serve on."""
-    parser = _instances_parser("undrain")
+    parser = instances_parser("undrain")
     args = parser.parse_args(argv)
     rows = [
         ask(args, "POST", path_of(name, "/undrain"), wanted="state", timeout_s=ANSWER_TIMEOUT_S)
         for name in named(args)
     ]
     if args.json:
-        _print_rows(rows)
+        print_rows(rows)
     else:
         print("\n".join(f"{row['id']} is {row['state']}" for row in rows))
     return 0
@@ -144,7 +144,8 @@ def drain_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="end it now, with what it holds")
 
 
-def _instances_parser(command: str) -> argparse.ArgumentParser:
+def instances_parser(command: str) -> argparse.ArgumentParser:
+    """The flags of a command about instances."""
     parser = server_parser(command)
     parser.add_argument(
         "instances", metavar="INSTANCE", nargs="*", help="ids, as `llumnix status` shows them"
@@ -157,12 +158,13 @@ def _list(args: argparse.Namespace) -> Row:
     return ask(args, "GET", INSTANCES, wanted="instances", timeout_s=ANSWER_TIMEOUT_S)
 
 
-def _say(args: argparse.Namespace, line: str) -> None:
+def say(args: argparse.Namespace, line: str) -> None:
+    """A line for a person."""
     if not args.json:
         print(line, flush=True)
 
 
-def _print_rows(rows: list[Row]) -> None:
+def print_rows(rows: list[Row]) -> None:
     """One instance as the server shows it, several as its list does."""
     print_json(rows[0] if len(rows) == 1 else {"instances": rows})
 
@@ -171,7 +173,7 @@ def _print_rows(rows: list[Row]) -> None:
 
 
 def _drain(command: str, argv: list[str]) -> int:
-    parser = _instances_parser(command)
+    parser = instances_parser(command)
     drain_flags(parser)
     args = parser.parse_args(argv)
     began_s, names, query = time.monotonic(), named(args), drain_query(args)
@@ -192,7 +194,7 @@ def _drain(command: str, argv: list[str]) -> int:
             if row is not None:
                 last[name] = row
             if row is None:
-                _say(args, _gone_line(last[name], time.monotonic() - began_s))
+                say(args, _gone_line(last[name], time.monotonic() - began_s))
                 last[name] = {**last[name], "state": "gone"}
             elif row["state"] not in ("draining", "stopping"):
                 print(f"{name} is {row['state']}: its drain was taken back", file=_out(args))
@@ -201,7 +203,7 @@ def _drain(command: str, argv: list[str]) -> int:
                 continue
             under.remove(name)
     if args.json and last:
-        _print_rows(list(last.values()))
+        print_rows(list(last.values()))
     if refused is not None:
         raise refused
     return 1 if taken_back else 0

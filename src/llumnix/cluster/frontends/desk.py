@@ -99,8 +99,12 @@ class Desk:
                 return self._instances()
             case AddInstance():
                 return await fleet.add()
-            case DrainOne(instance=instance, why=why, timeout_s=timeout_s, force=force):
-                return await fleet.drain(instance, why, timeout_s=timeout_s, force=force)
+            case DrainOne(
+                instance=instance, why=why, timeout_s=timeout_s, force=force, again=again
+            ):
+                return await fleet.drain(
+                    instance, why, timeout_s=timeout_s, force=force, again=again
+                )
             case UndrainOne(instance=instance):
                 return await fleet.undrain(instance)
             case AllFrontends():

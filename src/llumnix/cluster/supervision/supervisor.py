@@ -38,6 +38,7 @@ NOTED = {
     LifeAction.GIVE_UP: "give_up",
     LifeAction.DRAIN: "drain",
     LifeAction.SERVE_ON: "undrain",
+    LifeAction.RENEW: "renew",
     LifeAction.FORGET: "removed",
 }
 """What is noted of an instance, by the action that its life decides."""
@@ -84,10 +85,14 @@ class Supervisor:
         *,
         timeout_s: float | None = None,
         force: bool = False,
+        again: bool = False,
     ) -> None:
-        """Has the member emptied, ended and removed, in place of what is being done with it."""
+        """Has the member emptied, ended and removed, or started `again`, in place of what is being
+        done with it."""
         now_s = asyncio.get_running_loop().time()
-        action = member.life.order_drain(by, why, now_s, timeout_s=timeout_s, force=force)
+        action = member.life.order_drain(
+            by, why, now_s, timeout_s=timeout_s, force=force, again=again
+        )
         self._perform(member, action)
 
     def undrain(self, member: Member) -> None:
@@ -150,6 +155,9 @@ class Supervisor:
             case LifeAction.SERVE_ON:
                 assert member.run is not None
                 self._launcher.accept(member.run, True)
+                self.supervise(member)
+            case LifeAction.RENEW:
+                logger.info("Instance %s is started again.", member.id)
                 self.supervise(member)
             case LifeAction.FORGET:
                 if self._members.get(member.id) is member:

@@ -4,6 +4,7 @@ Rules
 - An instance that never served is given up at its first death: the same would kill it again.
 - An instance that has served is started again, until core/supervision/restart.py gives it up.
 - A drain ends in a stop, even if the engine dies meanwhile. Only an undrain prevents that.
+- After a stop the instance is gone, unless the order was to start it again.
 - A stop ends, even if the engine cannot be ended.
 - Every event in every state is in the table. An event that is missing is a bug, and raises with the
   story.
@@ -32,7 +33,8 @@ class LifeState(enum.Enum):
     SERVING = "serving"
     """Its engine runs and takes requests."""
     RESTARTING = "restarting"
-    """Its engine died; another run is coming up, perhaps after a pause."""
+    """Its engine died, or was stopped to be started again; another run is coming up, perhaps after
+    a pause."""
     DRAINING = "draining"
     """Its requests move away or end where they are."""
     STOPPING = "stopping"
@@ -54,6 +56,7 @@ class LifeEvent(enum.Enum):
     UNDRAIN = "undrain"
     EMPTY = "empty or cut off"
     STOPPED = "stopped"
+    STOPPED_TO_START = "stopped, to be started again"
 
 
 class LifeAction(enum.Enum):
@@ -66,6 +69,7 @@ class LifeAction(enum.Enum):
     DRAIN = "empty it"
     SERVE_ON = "let it take requests again"
     STOP = "end its engine"
+    RENEW = "start it anew"
     FORGET = "forget it"
 
 
@@ -101,6 +105,7 @@ LIFE: dict[LifeState, dict[LifeEvent, tuple[LifeState, LifeAction]]] = {
         E.DRAIN: (S.STOPPING, A.NOTHING),
         E.STUCK: (S.STOPPING, A.NOTHING),
         E.STOPPED: (S.GONE, A.FORGET),
+        E.STOPPED_TO_START: (S.RESTARTING, A.RENEW),
     },
     S.FAILED: {
         E.DRAIN: (S.DRAINING, A.DRAIN),  # A user removes it.
@@ -142,6 +147,7 @@ class Drain:
     deadline_s: float  # when the requests that are left are cut off
     force: bool = False  # whether they are cut off at once
     held: bool = False  # whether the instance takes requests all the same, as no other serves
+    again: bool = False  # whether it is to be started again once it is stopped
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -167,6 +173,11 @@ class Lifecycle:
     def coming(self) -> bool:
         """Whether it will serve by itself."""
         return self.state in (S.STARTING, S.RESTARTING)
+
+    @property
+    def renewed(self) -> bool:
+        """Whether it is being emptied or stopped only to be started again."""
+        return self.drain is not None and self.drain.again
 
     @property
     def counts(self) -> bool:
@@ -205,18 +216,28 @@ class Lifecycle:
     # -- drains
 
     def order_drain(
-        self, by: DrainedBy, why: str, now_s: float, *, timeout_s: float | None, force: bool
+        self,
+        by: DrainedBy,
+        why: str,
+        now_s: float,
+        *,
+        timeout_s: float | None,
+        force: bool,
+        again: bool = False,
     ) -> LifeAction:
-        """Somebody wants it emptied and stopped. A second order changes the first one's time-out;
-        it changes who asked and why only if the scheduler is not its author."""
+        """Somebody wants it emptied and stopped, and then started again if `again` is set. A second
+        order changes the first one's time-out; it changes who asked, why, and what comes then only
+        if the scheduler is not its author."""
         action = self.machine.feed(E.DRAIN)
         if self.state is S.STOPPING:
+            if self.drain is not None and by != "scheduler":
+                self.drain.again = again
             return action
         if self.drain is None:
             wait_s = DRAIN_TIMEOUT_S if timeout_s is None else timeout_s
             self.drain = Drain(by=by, why=why, began_s=now_s, deadline_s=now_s + wait_s)
         if by != "scheduler":
-            self.drain.by, self.drain.why = by, why
+            self.drain.by, self.drain.why, self.drain.again = by, why, again
         if timeout_s is not None:
             self.drain.deadline_s = now_s + timeout_s
         if force:
@@ -244,4 +265,8 @@ class Lifecycle:
 
     def stopped(self) -> LifeAction:
         """Its engine is ended, as far as it can be."""
-        return self.machine.feed(E.STOPPED)
+        if not self.renewed:
+            return self.machine.feed(E.STOPPED)
+        self.why = self.drain = None
+        self.crashes, self.start_at_s = RestartPolicy(), 0.0
+        return self.machine.feed(E.STOPPED_TO_START)

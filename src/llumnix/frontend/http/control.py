@@ -43,11 +43,18 @@ class InstanceControl(Protocol):
         ...
 
     async def drain(
-        self, instance: InstanceId, why: str, *, timeout_s: float | None = None, force: bool = False
+        self,
+        instance: InstanceId,
+        why: str,
+        *,
+        timeout_s: float | None = None,
+        force: bool = False,
+        again: bool = False,
     ) -> InstanceStatus:
         """Stops its intake, has its requests moved away, and stops it once it has none; what it
-        still holds after `timeout_s` (None: a default), or at once with `force`, is cut off. Called
-        again, it changes the time-out."""
+        still holds after `timeout_s` (None: a default), or at once with `force`, is cut off. With
+        `again` it is started again then, else it is gone. Ordered twice, it changes the
+        time-out."""
         ...
 
     async def undrain(self, instance: InstanceId) -> InstanceStatus:
@@ -72,7 +79,13 @@ class Control(Protocol):
         ...
 
     async def drain(
-        self, instance: InstanceId, why: str, *, timeout_s: float | None = None, force: bool = False
+        self,
+        instance: InstanceId,
+        why: str,
+        *,
+        timeout_s: float | None = None,
+        force: bool = False,
+        again: bool = False,
     ) -> InstanceStatus: ...
 
     async def undrain(self, instance: InstanceId) -> InstanceStatus: ...
@@ -139,9 +152,15 @@ class OwnControl:
         return await self._fleet.add()
 
     async def drain(
-        self, instance: InstanceId, why: str, *, timeout_s: float | None = None, force: bool = False
+        self,
+        instance: InstanceId,
+        why: str,
+        *,
+        timeout_s: float | None = None,
+        force: bool = False,
+        again: bool = False,
     ) -> InstanceStatus:
-        return await self._fleet.drain(instance, why, timeout_s=timeout_s, force=force)
+        return await self._fleet.drain(instance, why, timeout_s=timeout_s, force=force, again=again)
 
     async def undrain(self, instance: InstanceId) -> InstanceStatus:
         return await self._fleet.undrain(instance)

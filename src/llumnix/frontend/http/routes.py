@@ -126,6 +126,18 @@ async def drain(
     return asdict(await control.drain(name, why, timeout_s=timeout_s, force=force))
 
 
+@router.post("/instances/{instance}/restart", status_code=202)
+async def restart(
+    instance: str, control: Control, timeout_s: DrainTimeout = None, force: bool = False
+) -> dict[str, Any]:
+    """Empties the instance as a drain does, stops it, and starts it again. GET shows it as
+    restarting, then as serving with a new `engine_index`. The only instance that serves is
+    restarted with `force` alone; its requests wait meanwhile."""
+    name, why = InstanceId(instance), "a user's order to restart it"
+    row = await control.drain(name, why, timeout_s=timeout_s, force=force, again=True)
+    return asdict(row)
+
+
 @router.post("/instances/{instance}/undrain")
 async def undrain(instance: str, control: Control) -> dict[str, Any]:
     """Lets an instance that is being drained serve on."""

@@ -249,12 +249,13 @@ class AddInstance:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DrainOne:
-    """Empty an instance and stop it."""
+    """Empty an instance and stop it; start it again then, if `again` is set."""
 
     instance: InstanceId
     why: str
     timeout_s: float | None
     force: bool
+    again: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

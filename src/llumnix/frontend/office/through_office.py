@@ -84,9 +84,15 @@ class OfficeControl:
         return status
 
     async def drain(
-        self, instance: InstanceId, why: str, *, timeout_s: float | None = None, force: bool = False
+        self,
+        instance: InstanceId,
+        why: str,
+        *,
+        timeout_s: float | None = None,
+        force: bool = False,
+        again: bool = False,
     ) -> InstanceStatus:
-        order = DrainOne(instance=instance, why=why, timeout_s=timeout_s, force=force)
+        order = DrainOne(instance=instance, why=why, timeout_s=timeout_s, force=force, again=again)
         status: InstanceStatus = await self._as(InstanceStatus, order, ANSWER_S)
         return status
 

@@ -1,0 +1,74 @@
+"""`llumnix restart`: starts instances again without cutting their requests off."""
+
+import argparse
+import time
+
+from llumnix.commands.instances import (
+    ANSWER_TIMEOUT_S,
+    POLL_S,
+    Row,
+    drain_flags,
+    drain_query,
+    instances_parser,
+    named,
+    path_of,
+    print_rows,
+    rows_of,
+    say,
+)
+from llumnix.server_client import ask
+
+UNDER_WAY = ("draining", "stopping", "restarting", "starting")
+
+
+def restart(argv: list[str]) -> int:
+    """`llumnix restart`: 0 once each serves again, 1 at the first that does not."""
+    parser = instances_parser("restart")
+    drain_flags(parser)
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument(
+        "--one-by-one",
+        action="store_true",
+        help="the next once the last one serves again; the default",
+    )
+    how.add_argument("--together", action="store_true", help="all of them at once")
+    args = parser.parse_args(argv)
+    names = named(args) if args.instances or args.node else list(rows_of(args))
+    groups = [names] if args.together else [[name] for name in names]
+    rows: list[Row] = []
+    for group in groups:
+        rows += _restart(args, group)
+        if any(row["state"] != "serving" for row in rows):
+            break
+    if args.json:
+        print_rows(rows)
+    return 0 if all(row["state"] == "serving" for row in rows) else 1
+
+
+def _restart(args: argparse.Namespace, names: list[str]) -> list[Row]:
+    """Restarts these, and returns what became of each."""
+    began_s, query, before = time.monotonic(), drain_query(args), rows_of(args)
+    for name in names:
+        path = path_of(name, f"/restart{query}")
+        row = ask(args, "POST", path, wanted="state", timeout_s=ANSWER_TIMEOUT_S)
+        say(args, f"{name} is {row['state']}")
+    found: dict[str, Row] = {}
+    while len(found) < len(names):
+        time.sleep(POLL_S)
+        rows = rows_of(args)
+        for name in names:
+            row = rows.get(name, {"id": name, "state": "gone", "why": "it was ordered away"})
+            if name in found or row["state"] in UNDER_WAY:
+                continue
+            old = before[name]["engine_index"] if name in before else None
+            if row["state"] == "serving" and row["engine_index"] == old:
+                row = {**row, "state": "not restarted", "why": "its restart was taken back"}
+            found[name] = row
+            say(args, _line(row, time.monotonic() - began_s))
+    return [found[name] for name in names]
+
+
+def _line(row: Row, took_s: float) -> str:
+    if row["state"] == "serving":
+        return f"{row['id']} serves again after {took_s:.1f} s"
+    return f"{row['id']} is {row['state']}: {row['why']}"
