@@ -33,6 +33,8 @@ of a running `llumnix serve`:
           move everything away from instances, stop them and start them again, one by one
 
 of this host, or of a file:
+  config check [MODEL] [any flag of `llumnix serve`], config show [SERVER]
+          what `serve` would start with and where each value is from; or was started with
   doctor  look whether this host is fit to serve
   version, --version
           llumnix's version, and those of vLLM, Ray and Python here
@@ -52,7 +54,7 @@ LLUMNIX_URL, and LLUMNIX_ADMIN_API_KEY or VLLM_API_KEY, stand for what is not gi
 COMMANDS = {
     "serve": "cluster.serve:serve",
     "status": "commands.instances:status",
-    "top": "top:top",
+    "top": "commands.top:top",
     "requests": "commands.requests:requests",
     "migrate": "commands.requests:migrate",
     "migrations": "commands.requests:migrations",
@@ -61,6 +63,7 @@ COMMANDS = {
     "remove": "commands.instances:remove",
     "undrain": "commands.instances:undrain",
     "restart": "commands.restarting:restart",
+    "config": "commands.configuring:config",
     "doctor": "commands.doctor:doctor",
     "version": "commands.doctor:version",
     "simulate": "sim.command:simulate",

@@ -32,6 +32,8 @@ EVENT_LOG_MAX_MB = 1000
 """Of one file; observe/log_files.py says how many there are."""
 ADMIN_API_KEY_VARIABLE = "LLUMNIX_ADMIN_API_KEY"
 API_KEY_VARIABLE = "VLLM_API_KEY"
+SCHEDULER_FLAG = "--scheduler"
+"""The other name of --scheduler-config: in a file of flags the knobs stand there themselves."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +77,10 @@ class DeploymentConfig:
         metavar="NAME=NUMBER[:HEADROOM]",
     )
     scheduler_config: str | None = knob(
-        None, "The scheduler's finer knobs, a YAML file (docs/scheduling.md).", metavar="FILE"
+        None,
+        "The scheduler's finer knobs, a YAML file (docs/scheduling.md). In the --config file they "
+        "may stand under `scheduler`.",
+        metavar="FILE",
     )
     survival: str | None = knob(
         None,
@@ -220,6 +225,12 @@ def knobs() -> list[tuple[str, Any, dict[str, Any]]]:
     ]
 
 
+def option_strings(name: str) -> tuple[str, ...]:
+    """How the knob of that name is called on the command line."""
+    flag = "--" + name.replace("_", "-")
+    return (flag, SCHEDULER_FLAG) if name == "scheduler_config" else (flag,)
+
+
 def read_keys(path: str, flag: str) -> list[str]:
     """The API keys in a file, one a line; blank lines and lines that begin with # do not count.
     `UsageError` names the flag and the file, never a key."""
@@ -267,28 +278,27 @@ def with_survival(settings: SchedulerSettings, switch: str | None) -> SchedulerS
 
 
 def read_settings(path: str | None) -> SchedulerSettings:
-    """The scheduler's settings in a YAML file; the defaults without one. `UsageError` names the
-    file and the knob."""
+    """The scheduler's settings in a YAML file, or in YAML in braces; the defaults without either.
+    `UsageError` names the file and the knob."""
     if path is None:
         return SchedulerSettings()
+    inline = path.lstrip().startswith("{")
+    where = SCHEDULER_FLAG if inline else f"--scheduler-config {path}"
     try:
-        tree = yaml.safe_load(Path(path).read_text()) or {}
+        tree = yaml.safe_load(path if inline else Path(path).read_text()) or {}
     except OSError as error:
-        raise UsageError(f"--scheduler-config {path} cannot be read ({error.strerror})") from error
+        raise UsageError(f"{where} cannot be read ({error.strerror})") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         line = " ".join(str(error).split())
-        raise UsageError(f"--scheduler-config {path} is not YAML: {line}") from error
+        raise UsageError(f"{where} is not YAML: {line}") from error
     try:
-        _check_names(tree, SchedulerSettings, "", path)
+        _check_names(tree, SchedulerSettings, "", where)
         settings = msgspec.convert(tree, SchedulerSettings)
-    except msgspec.ValidationError as error:
-        raise UsageError(f"--scheduler-config {path}: {error}") from error
-    except UsageError as error:
-        raise UsageError(f"--scheduler-config {path}: {error}") from error
+    except (msgspec.ValidationError, UsageError) as error:
+        raise UsageError(f"{where}: {error}") from error
     if settings.policy not in POLICIES:
         raise UsageError(
-            f"--scheduler-config {path}: no policy {settings.policy!r}; there are: "
-            + ", ".join(POLICIES)
+            f"{where}: no policy {settings.policy!r}; there are: " + ", ".join(POLICIES)
         )
     return settings
 
@@ -300,25 +310,25 @@ def _check_appendable(path: Path) -> None:
         raise UsageError(f"--event-log {path} cannot be written; name a file that can")
 
 
-def _check_names(tree: Any, kind: Any, where: str, file: str) -> None:
+def _check_names(tree: Any, kind: Any, where: str, source: str) -> None:
     """Raises `UsageError` on a key that is no knob, since it would set nothing. Renames knobs in
-    `tree` that have their former names, with a warning that names the file."""
+    `tree` that have their former names, with a warning that names where they were read."""
     if not isinstance(tree, dict):
         raise UsageError(f"{where or 'the file'}: expected `knob: value` lines, not {tree!r}")
-    _rename(tree, kind, where, file)
+    _rename(tree, kind, where, source)
     known = get_type_hints(kind)
     for name, value in tree.items():
         path = f"{where}.{name}" if where else str(name)
         if name not in known:
             raise UsageError(f"no knob {path}; there are: {', '.join(known)}")
         if is_dataclass(known[name]):
-            _check_names(value, known[name], path, file)
+            _check_names(value, known[name], path, source)
         elif name == "classes" and isinstance(value, list):
             for number, each in enumerate(value):
-                _check_names(each, PriorityClass, f"{path}[{number}]", file)
+                _check_names(each, PriorityClass, f"{path}[{number}]", source)
 
 
-def _rename(tree: dict[Any, Any], kind: Any, where: str, file: str) -> None:
+def _rename(tree: dict[Any, Any], kind: Any, where: str, source: str) -> None:
     """Gives knobs their present names."""
     for f in fields(kind):
         was = f.metadata.get("was")
@@ -328,9 +338,8 @@ def _rename(tree: dict[Any, Any], kind: Any, where: str, file: str) -> None:
         if f.name in tree:
             raise UsageError(f"{old} is the former name of {new}; give that alone")
         logger.warning(
-            "--scheduler-config %s: %s is now called %s; the next release does not know the old "
-            "name.",
-            file,
+            "%s: %s is now called %s; the next release does not know the old name.",
+            source,
             old,
             new,
         )

@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 
-from llumnix import cli, server_client
+from llumnix import cli
 from llumnix.cli import main
+from llumnix.commands import server_client
 from llumnix.config import LogPlace, knobs
 from llumnix.core.events import LoadReported, RequestArrived
 from llumnix.core.reports import LoadReport

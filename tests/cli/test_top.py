@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("vllm")
 
 from llumnix.cli import main
-from llumnix.top import Board
+from llumnix.commands.top import Board
 from support.fake_deployment import FakeDeployment, Served, application, served
 
 

@@ -12,7 +12,9 @@ from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
 from llumnix.cluster.first_look import first_look
+from llumnix.config import knobs
 from llumnix.errors import UsageError
+from llumnix.flag_sources import _by_name, variable_of
 from llumnix.frontend import arguments
 from llumnix.frontend.arguments import ServeCommand, parse, settle_variables
 from llumnix.frontend.http.access import Access, digests
@@ -178,8 +180,8 @@ def refused(match: str, *words: str) -> None:
     ("flags", "said"),
     [
         (["--config", "/nowhere.yaml"], "nowhere.yaml"),
-        (["--config", "/etc/hosts"], "yaml"),
-        (["--config", "a.yaml", "--config", "b.yaml"], "More than one config file"),
+        (["--config", "/etc/hosts"], "write a `flag: value` a line"),
+        (["--config", "a.yaml", "--config", "b.yaml"], "--config is given twice"),
         (["--chat-template", "/nowhere/t.jinja"], "/nowhere/t.jinja"),
         (["--chat-template", "/tmp"], "Is a directory"),
         (["--event-log", "/tmp"], "--event-log /tmp cannot be written"),
@@ -239,7 +241,7 @@ def test_what_vllm_takes_for_a_model_is_not_called_a_missing_folder(tmp_path: Pa
 def test_the_first_look_has_the_real_parsers_names_and_defaults() -> None:
     real = vars(arguments.make_parser().parse_args(["serve"]))
     seen = vars(first_look(["serve"]))
-    assert seen == {name: real[name] for name in seen if name != "config"} | {"config": None}
+    assert seen == {name: real[name] for name in seen}
     words = [
         "serve",
         "m",
@@ -254,4 +256,66 @@ def test_the_first_look_has_the_real_parsers_names_and_defaults() -> None:
     words += ["--uds", "u", "--host", "h", "--insecure", "--tensor-parallel-size", "2"]
     given = vars(arguments.make_parser().parse_args(words))
     seen = vars(first_look(words))
-    assert seen == {name: given[name] for name in seen if name != "config"} | {"config": None}
+    assert seen == {name: given[name] for name in seen}
+
+
+# -- one file, and a variable for every flag
+
+
+def test_a_file_and_variables_give_vllms_flags_ours_and_the_schedulers_knobs(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "all.yaml"
+    file.write_text(
+        f"model: {tiny_model}\nmax-model-len: 96\ninstances: 3\nenforce_eager: true\n"
+        "scheduler: {migration: {gain_min: 17}, policy: least-loaded}\n"
+        "override-generation-config: {temperature: 0.5}\nsurvival: on\n"
+    )
+    monkeypatch.setenv("LLUMNIX_MAX_NUM_SEQS", "5")
+    monkeypatch.setenv("LLUMNIX_INSTANCES", "4")
+    command = parse(["serve", "--config", str(file), "--instances", "2"], say=lambda _: None)
+    assert command.deployment.instances == 2
+    assert command.deployment.scheduler.migration.gain_min == 17
+    assert command.args.policy == "least-loaded"
+    assert command.vllm_config.model_config.max_model_len == 96
+    assert command.vllm_config.scheduler_config.max_num_seqs == 5
+    assert command.args.override_generation_config == {"temperature": 0.5}
+    shown = {row["name"]: (row["value"], row["source"]) for row in command.args.settings}
+    assert shown["instances"] == (2, "command line")
+    assert shown["max-num-seqs"] == (5, "LLUMNIX_MAX_NUM_SEQS")
+    assert shown["max-model-len"] == (96, str(file))
+    assert shown["kv-cache-memory-bytes"] == (2**30, "llumnix")
+    assert "port" not in shown
+    assert command.args.settings == sorted(command.args.settings, key=lambda row: row["name"])
+
+
+def test_every_flag_of_the_real_parser_has_a_variable_of_its_own() -> None:
+    _, flags = arguments._make_parsers()
+    known = _by_name(flags)
+    assert {name for name, _, _ in knobs()} <= set(known)
+    assert {"max_model_len", "port", "tensor_parallel_size", "scheduler", "model"} <= set(known)
+    variables = {variable_of(name) for name in known}
+    assert len(variables) == len(known) > 200
+
+
+def test_secrets_are_shown_to_nobody(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLUMNIX_API_KEY", "sesame-1")
+    monkeypatch.setenv("LLUMNIX_ADMIN_API_KEY", "sesame-2")
+    command = parsed(
+        tiny_model, "--hf-token", "sesame-3", "--hf-overrides", '{"my_token": "sesame"}'
+    )
+    assert "sesame" not in repr(command.args.settings)
+    shown = {row["name"]: row for row in command.args.settings}
+    assert shown["api-key"] == {"name": "api-key", "value": "***", "source": "LLUMNIX_API_KEY"}
+    assert command.args.access.client_digests == digests(["sesame-1"])
+    assert "LLUMNIX_API_KEY" not in os.environ
+
+
+def test_the_first_look_goes_by_the_file_and_variables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "f.yaml"
+    file.write_text("port: 81\nray-address: head:1\nhost: '::1'\nkv-cache-dtype: fp8\n")
+    monkeypatch.setenv("LLUMNIX_PORT", "82")
+    seen = first_look(["serve", "--config", str(file)])
+    assert (seen.port, seen.ray_address, seen.host) == (82, "head:1", "::1")

@@ -175,3 +175,12 @@ async def test_a_list_has_what_was_asked_for_the_oldest_first(
         assert body["total"] == total
         assert (await http.get("/llumnix/v1/requests?limit=0")).status_code == 400
         assert (await http.get("/llumnix/v1/migrations?outcome=odd")).status_code == 400
+
+
+async def test_the_settings_are_shown(control: Control) -> None:
+    client: Any = SimpleNamespace(client_index=0, streams=[], notes=None)
+    rows = [{"name": "port", "value": 81, "source": "f.yaml"}]
+    app = control_app(client, OwnControl(client, control), settings=rows)
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://t") as http:
+        assert (await http.get("/llumnix/v1/config")).json() == {"settings": rows}

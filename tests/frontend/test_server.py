@@ -98,7 +98,9 @@ async def test_the_event_loop_is_followed_for_as_long_as_it_serves(
     for name in ("control_app", "enable_envs_cache"):
         monkeypatch.setattr(server, name, lambda *_, **__: None)
     monkeypatch.setattr(server.gc, "set_threshold", lambda _: None)
-    args = Namespace(middleware=[], no_ui=True, disable_fastapi_docs=True, max_stream_interval=4)
+    args = Namespace(
+        middleware=[], no_ui=True, disable_fastapi_docs=True, max_stream_interval=4, settings=[]
+    )
     llm: Any = SimpleNamespace(output_processor="p", engine_core=None, stopping=True)
     listener: Any = SimpleNamespace(url="", socket=None, close=lambda: told.append("closed"))
     control: Any = None

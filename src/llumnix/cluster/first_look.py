@@ -4,14 +4,15 @@ import argparse
 import os
 import ssl
 
-from llumnix.config import API_KEY_VARIABLE, knobs
+from llumnix.config import API_KEY_VARIABLE, knobs, option_strings
+from llumnix.flag_sources import layered
 
 _TEXT = ("host", "uds", "ssl_keyfile", "ssl_certfile", "ssl_ca_certs", "ssl_ciphers", "ray_address")
 
 
 def first_look(argv: list[str]) -> argparse.Namespace:
     """Where to listen, for whom, and which Ray to join, under the names and defaults of the real
-    parser. With `config` set, a file may say otherwise."""
+    parser: from the command line, variables and the --config file."""
     parser = argparse.ArgumentParser(
         prog="llumnix serve", usage="llumnix serve --help", add_help=False, allow_abbrev=False
     )
@@ -22,8 +23,8 @@ def first_look(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(*_spellings("api_key"), nargs="*")
     parser.add_argument(*_spellings("api_key_file"))
     parser.add_argument("--insecure", action="store_true")
-    parser.add_argument("--config")
-    seen, _ = parser.parse_known_args(argv)
+    words = layered(argv, parser, os.environ, strict=False).words
+    seen, _ = parser.parse_known_args(words)
     return seen
 
 
@@ -40,10 +41,12 @@ def help_text() -> str:
         description="Serve vLLM's OpenAI API over several vLLM instances. Without MODEL, the demo "
         "model is served.",
         epilog="For vLLM's flags vLLM is loaded first, some ten seconds: --help=all shows all, "
-        "--help=GROUP those of a group (--help=Frontend), --help=WORD those with the word.",
+        "--help=GROUP those of a group (--help=Frontend), --help=WORD those with the word. Every "
+        "flag may also stand in the file of --config, and has a variable: LLUMNIX_INSTANCES for "
+        "--instances. `llumnix config check` says what comes of it.",
     )
     for name, _, flag in knobs():
-        parser.add_argument(_spellings(name)[0], dest=name, **flag)
+        parser.add_argument(*option_strings(name), dest=name, **flag)
     return parser.format_help()
 
 

@@ -44,16 +44,13 @@ def serve(argv: list[str]) -> int:
     settle_variables()
     seen = first_look(argv)
     try:
-        if seen.config is None:
-            refuse_strangers(seen, keyed=has_key(seen), insecure=seen.insecure)
-            start.listen(seen)
+        refuse_strangers(seen, keyed=has_key(seen), insecure=seen.insecure)
+        start.listen(seen)
         # Ray reads its variables as it is imported, and vLLM imports it.
         ray_runtime.settle(local=seen.ray_address is None)
         ray_runtime.hide_arguments(argv)
         start.say("loading vLLM")
         command = parse(argv, start.say)
-        if command.deployment.ray_address != seen.ray_address:
-            raise UsageError("ray-address: give it on the command line, not in the --config file")
         start.listen(command.args)
         assert start.listener is not None
         command.args.port = start.listener.port

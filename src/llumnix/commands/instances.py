@@ -7,8 +7,8 @@ from typing import Any
 from urllib.parse import quote, urlencode
 
 from llumnix.commands.printing import print_json, table
+from llumnix.commands.server_client import ask, server_parser
 from llumnix.errors import UsageError
-from llumnix.server_client import ask, server_parser
 
 INSTANCES = "/llumnix/v1/instances"
 ANSWER_TIMEOUT_S = 5.0

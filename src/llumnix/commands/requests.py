@@ -6,8 +6,8 @@ from typing import Any
 from urllib.parse import urlencode
 
 from llumnix.commands.printing import count, print_json, printable, shortened, table
+from llumnix.commands.server_client import ask, server_parser
 from llumnix.core.messages import COPIES
-from llumnix.server_client import ask, server_parser
 
 REQUESTS = "/llumnix/v1/requests"
 MIGRATIONS = "/llumnix/v1/migrations"

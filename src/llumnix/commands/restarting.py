@@ -16,7 +16,7 @@ from llumnix.commands.instances import (
     rows_of,
     say,
 )
-from llumnix.server_client import ask
+from llumnix.commands.server_client import ask
 
 UNDER_WAY = ("draining", "stopping", "restarting", "starting")
 

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from llumnix.config import (
     ADMIN_API_KEY_VARIABLE,
     API_KEY_VARIABLE,
@@ -23,10 +21,12 @@ from llumnix.config import (
     check_keys,
     is_loopback,
     knobs,
+    option_strings,
     read_keys,
 )
 from llumnix.demo import DEMO_MODEL, prepare_demo_model
 from llumnix.errors import UsageError
+from llumnix.flag_sources import PREFIX, SECRET, layered, settings_shown
 from llumnix.frontend.checks import check_server_args, count_frontends
 from llumnix.frontend.http.access import Access, digests
 
@@ -78,6 +78,11 @@ def settle_variables() -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of `llumnix serve`."""
+    return _make_parsers()[0]
+
+
+def _make_parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
+    """The parser of the whole command line, and that of the flags of `serve`."""
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     from llumnix.vllm_seam import cli_args
@@ -92,11 +97,12 @@ def make_parser() -> argparse.ArgumentParser:
     )
     ours = serve.add_argument_group("llumnix")
     for name, default, flag in knobs():
-        ours.add_argument("--" + name.replace("_", "-"), dest=name, default=default, **flag)
+        names = option_strings(name)
+        ours.add_argument(*names, dest=name, default=default, **flag)
     cli_args().make_arg_parser(serve)
     # vLLM's own scheduling default (fcfs) ignores priorities.
     serve.set_defaults(shutdown_timeout=SHUTDOWN_TIMEOUT_S, scheduling_policy="priority")
-    return parser
+    return parser, serve
 
 
 def parse(argv: list[str], say: Any) -> ServeCommand:
@@ -107,13 +113,17 @@ def parse(argv: list[str], say: Any) -> ServeCommand:
 
     from llumnix.vllm_seam import cli_args
 
-    parser = make_parser()
+    parser, flags = _make_parsers()
     defaults = parser.parse_args(["serve"])
+    given = layered(argv, flags, os.environ)
+    for warning in given.warnings:
+        say(warning)
     try:
-        args = parser.parse_args(_with_demo_model(argv))
-    # AssertionError: vLLM's, for a second --config. A YAMLError has no other base.
-    except (ValueError, OSError, AssertionError, yaml.YAMLError) as error:
+        args = parser.parse_args(_with_demo_model(given.words))
+    except (ValueError, OSError) as error:
         raise UsageError(_one_line(error)) from error
+    for name in SECRET - {"admin_api_key"}:  # `_take_keys` takes that.
+        os.environ.pop(PREFIX + name.upper(), None)
     clients = _take_keys(args, "api_key", API_KEY_VARIABLE, say)
     admins = _take_keys(args, "admin_api_key", ADMIN_API_KEY_VARIABLE, say)
     deployment = DeploymentConfig(**{name: getattr(args, name) for name, _, _ in knobs()})
@@ -131,9 +141,9 @@ def parse(argv: list[str], say: Any) -> ServeCommand:
     args.api_server_count = count_frontends(args.api_server_count, deployment.instances, say)
     # Last, since it may take long.
     _choose_model(args, defaults, say)
-    return ServeCommand(
-        args=args, vllm_config=_engine_config(args, defaults, argv), deployment=deployment
-    )
+    vllm_config = _engine_config(args, defaults, given.words)
+    args.settings = settings_shown(args, defaults, given.sources)
+    return ServeCommand(args=args, vllm_config=vllm_config, deployment=deployment)
 
 
 def _refuse_what_breaks(args: argparse.Namespace, defaults: argparse.Namespace) -> None:
@@ -205,7 +215,7 @@ def _with_demo_model(argv: list[str]) -> list[str]:
     behind flags is told from a flag's value by the parser alone, so nothing is added else.)"""
     words = argv[1:]
     renamed = any(re.match(r"--served[-_]model[-_]name(=|$)", word) for word in words)
-    named = any(re.match(r"--(model|config)(=|$)", word) for word in words)
+    named = any(re.match(r"--model(=|$)", word) for word in words)
     if renamed and not named and words[0].startswith("-"):
         return [argv[0], DEMO_MODEL, *words]
     return argv

@@ -1,5 +1,6 @@
 """Our own routes, under /llumnix/v1."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
@@ -217,6 +218,13 @@ async def migration(migration: str, control: Control) -> dict[str, Any]:
     return await control.migration(migration)
 
 
+@router.get("/config")
+async def config(request: Request) -> dict[str, Any]:
+    """What the server was started with that is not a default, and where each value is from.
+    Secrets are masked."""
+    return {"settings": request.app.state.settings}
+
+
 @router.get("/quarantine")
 async def quarantine(control: Control) -> dict[str, Any]:
     """The requests of which instances died, the oldest first. Requests like them are refused:
@@ -267,10 +275,16 @@ def openai_error(
 
 
 def control_app(
-    client: FleetClient, control: AnyControl, *, docs: bool = True, page: APIRouter | None = None
+    client: FleetClient,
+    control: AnyControl,
+    *,
+    docs: bool = True,
+    page: APIRouter | None = None,
+    settings: Sequence[dict[str, Any]] = (),
 ) -> FastAPI:
     """The application behind /llumnix, with or without the pages that document it, and with the
-    page that shows the deployment (page.py) if there is to be one."""
+    page that shows the deployment (page.py) if there is to be one. `settings`: as
+    `settings_shown` has them."""
     app = FastAPI(
         title="llumnix",
         docs_url="/llumnix/docs" if docs else None,
@@ -284,6 +298,7 @@ def control_app(
     )
     app.state.client = client
     app.state.control = control
+    app.state.settings = list(settings)
     app.include_router(router)
     if page is not None:
         app.include_router(page)

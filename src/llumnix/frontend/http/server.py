@@ -77,7 +77,7 @@ async def serve(
     if not args.no_ui:
         page = page_router(llm.engine_core, control, args, stopping=lambda: llm.stopping)
     docs = not args.disable_fastapi_docs
-    ours = control_app(llm.engine_core, control, docs=docs, page=page)
+    ours = control_app(llm.engine_core, control, docs=docs, page=page, settings=args.settings)
     serving = _once(listener, announce)
     pace = StreamPace(llm.output_processor, args.max_stream_interval)
     pacing = asyncio.create_task(keep_running("following the event loop", pace.run, logger))

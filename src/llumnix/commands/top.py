@@ -6,8 +6,8 @@ from collections import Counter, deque
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from llumnix.commands.server_client import follow, server_parser
 from llumnix.observe.console import say
-from llumnix.server_client import follow, server_parser
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -1,0 +1,281 @@
+"""Where the flags of `llumnix serve` get their values: the command line, else a variable, else the
+--config file, else the default.
+
+Every flag has a variable: `LLUMNIX_` and its name, so LLUMNIX_MAX_MODEL_LEN for --max-model-len,
+and LLUMNIX_MODEL for the model. What variables and the file say becomes words of the command line,
+so the parser alone checks it. Where several places name a flag, the first in this order counts
+whole; values are not merged.
+"""
+
+import argparse
+import difflib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llumnix.errors import UsageError
+
+PREFIX = "LLUMNIX_"
+CONFIG_VARIABLE = "LLUMNIX_CONFIG"
+LEFT_ALONE = frozenset({"LLUMNIX_ADMIN_API_KEY", "LLUMNIX_CACHE", "LLUMNIX_URL", CONFIG_VARIABLE})
+"""Variables that are read elsewhere, at the place of the flag if there is one."""
+FLAG = "command line"
+ALIKE = 0.85
+"""How near a variable's name must be to that of a flag to be taken for a slip."""
+_SWITCH = {
+    "1": True, "true": True, "yes": True, "on": True,
+    "0": False, "false": False, "no": False, "off": False,
+}  # fmt: skip
+
+
+SECRET = frozenset({"api_key", "admin_api_key", "hf_token"})
+"""Flags whose values nobody is shown."""
+MASK = "***"
+OURS = "llumnix"
+"""Where a value is from that nobody gave: llumnix's own, which differs from vLLM's default."""
+_SECRET_WORD = re.compile(r"key$|token$|secret|password|credential", re.IGNORECASE)
+_NO_SETTING = frozenset({"subparser", "model_tag", "access", "config", "dispatch_function"})
+
+
+@dataclass(slots=True, kw_only=True)
+class Layered:
+    """A command line that has what variables and the file say."""
+
+    words: list[str]  # the command, the model if one is named, and flags; no --config
+    sources: dict[str, str]  # by the parser's name of a flag: where its value is from
+    warnings: list[str] = field(default_factory=list)
+
+
+def layered(
+    argv: Sequence[str],
+    parser: argparse.ArgumentParser,
+    environ: Mapping[str, str],
+    *,
+    strict: bool = True,
+) -> Layered:
+    """Adds to `argv`, which begins with the command, what variables and the file say of the
+    parser's flags. `UsageError` names the file or the variable. Unless `strict`, flags that the
+    parser does not know are left out."""
+    rest, path, where = _without_config(list(argv[1:]), environ)
+    known = _by_name(parser)
+    model = [rest.pop(0)] if rest and not rest[0].startswith("-") else []
+    sources = dict.fromkeys(_named(rest, parser), FLAG)
+    if model:
+        sources["model"] = FLAG
+    found, warnings = _of_variables(environ, known), []
+    if strict:
+        warnings = [w for name in environ if (w := _slip(name, known)) is not None]
+    words: list[str] = []
+    for name, value, source in (*found, *_of_file(path, where, known, strict=strict)):
+        action = known[name]
+        if action.dest in sources:
+            continue
+        sources[action.dest] = source
+        if action.dest == "model":
+            model = [str(value)]
+        else:
+            words += _words(action, value, source)
+    return Layered(words=[argv[0], *model, *words, *rest], sources=sources, warnings=warnings)
+
+
+def variable_of(flag: str) -> str:
+    """The variable of a flag, which is given without its dashes."""
+    return PREFIX + flag.upper().replace("-", "_")
+
+
+def _by_name(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
+    """Each flag by its names with underscores; the negations of switches are no names."""
+    known: dict[str, argparse.Action] = {}
+    for action in parser._actions:
+        for option in action.option_strings:
+            negates = isinstance(action, argparse.BooleanOptionalAction) and option.startswith(
+                "--no-"
+            )
+            if option.startswith("--") and not negates:
+                known[option[2:].replace("-", "_")] = action
+    for name in ("help", "config"):
+        known.pop(name, None)
+    return known
+
+
+# -- the command line
+
+
+def _without_config(
+    words: list[str], environ: Mapping[str, str]
+) -> tuple[list[str], str | None, str]:
+    """The words without --config, the file that it names, and what named it."""
+    rest: list[str] = []
+    files: list[str] = []
+    left = iter(words)
+    for word in left:
+        if word == "--config":
+            files.append(next(left, ""))
+        elif word.startswith("--config="):
+            files.append(word.partition("=")[2])
+        else:
+            rest.append(word)
+    if len(files) > 1:
+        raise UsageError("--config is given twice: put all of it into one file")
+    if files:
+        if not files[0] or files[0].startswith("--"):
+            raise UsageError("--config: name the file, as in --config llumnix.yaml")
+        return rest, files[0], "--config"
+    return rest, environ.get(CONFIG_VARIABLE) or None, CONFIG_VARIABLE
+
+
+def _named(words: Sequence[str], parser: argparse.ArgumentParser) -> Iterator[str]:
+    """The parser's names of the flags among the words; it takes abbreviations, too."""
+    options = parser._option_string_actions
+    for word in words:
+        if not word.startswith("-"):
+            continue
+        option = word.partition("=")[0].partition(".")[0]
+        if option.startswith("--"):
+            option = "--" + option[2:].replace("_", "-")
+        if option in options:
+            yield options[option].dest
+        elif option.startswith("--"):
+            meant = {a.dest for o, a in options.items() if o.startswith(option)}
+            if len(meant) == 1:
+                yield meant.pop()
+        elif option[:2] == "-O":
+            yield "optimization_level"
+
+
+# -- variables and the file
+
+
+def _of_variables(
+    environ: Mapping[str, str], known: Mapping[str, argparse.Action]
+) -> Iterator[tuple[str, Any, str]]:
+    for variable, text in environ.items():
+        name = variable.removeprefix(PREFIX).lower()
+        if not variable.startswith(PREFIX) or variable in LEFT_ALONE or not text:
+            continue
+        if name in known:
+            yield name, _value(known[name], text, variable), variable
+
+
+def _value(action: argparse.Action, text: str, variable: str) -> Any:
+    """What a variable says of a flag: a switch's true or false, a list as JSON (such as several
+    classes in LLUMNIX_PRIORITY_CLASS), or the text."""
+    if action.nargs == 0:
+        switch = _SWITCH.get(text.strip().lower())
+        if switch is None:
+            raise UsageError(f"{variable}: it is a switch, so write true or false")
+        return switch
+    if _takes_several(action) and text.lstrip().startswith("["):
+        try:
+            return json.loads(text)
+        except ValueError as error:
+            raise UsageError(f"{variable}: no list in JSON ({error})") from error
+    return text
+
+
+def _slip(variable: str, known: Mapping[str, argparse.Action]) -> str | None:
+    """A warning if a variable is named nearly as that of a flag."""
+    if not variable.startswith(PREFIX) or variable in LEFT_ALONE:
+        return None
+    name = variable.removeprefix(PREFIX).lower()
+    near = [] if name in known else difflib.get_close_matches(name, known, 1, ALIKE)
+    return (
+        f"warning: {variable} sets nothing; did you mean {variable_of(near[0])}?" if near else None
+    )
+
+
+def _of_file(
+    path: str | None, where: str, known: Mapping[str, argparse.Action], *, strict: bool
+) -> Iterator[tuple[str, Any, str]]:
+    for key, value in read_file(path, where).items() if path is not None else ():
+        name = str(key).replace("-", "_").replace("model_tag", "model")
+        if name in known:
+            yield name, value, str(path)
+        elif strict:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {near[0].replace('_', '-')}?" if near else "see --help=all"
+            raise UsageError(f"{where} {path}: no flag is called {key!r}; {hint}")
+
+
+def read_file(path: str, where: str) -> dict[str, Any]:
+    """What a YAML file of flags says; `where` names it in a `UsageError`."""
+    try:
+        tree = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise UsageError(f"{where} {path} cannot be read ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{where} {path} is not YAML: {' '.join(str(error).split())}") from error
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise UsageError(f"{where} {path}: write a `flag: value` a line")
+    return tree
+
+
+# -- as words
+
+
+def _takes_several(action: argparse.Action) -> bool:
+    return action.nargs in ("+", "*") or isinstance(action, argparse._AppendAction)
+
+
+def _words(action: argparse.Action, value: Any, source: str) -> list[str]:
+    """What gives the flag this value on a command line."""
+    flag = next(o for o in action.option_strings if o.startswith("--"))
+    if value is None:
+        return []
+    if action.nargs == 0:
+        if not isinstance(value, bool):
+            raise UsageError(f"{source}: {flag} is a switch, so write true or false")
+        negated = "--no-" + flag[2:]
+        return [flag] if value else [negated] if negated in action.option_strings else []
+    if isinstance(value, bool) and "on" in (action.choices or ()):
+        value = "on" if value else "off"  # YAML's own reading of these words.
+    if isinstance(value, list) and _takes_several(action):
+        items = [_text(item) for item in value]
+        if isinstance(action, argparse._AppendAction):
+            return [f"{flag}={item}" for item in items]
+        return [flag, *items] if items else []
+    return [f"{flag}={_text(value)}"]
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+# -- as users are shown them
+
+
+def settings_shown(
+    args: argparse.Namespace, defaults: argparse.Namespace, sources: Mapping[str, str]
+) -> list[dict[str, Any]]:
+    """Name, value and source of all that is not a default, by name. Secrets are masked."""
+    rows = []
+    for name, value in sorted(vars(args).items()):
+        if name in _NO_SETTING or (name not in sources and value == getattr(defaults, name, None)):
+            continue
+        rows.append({
+            "name": name.replace("_", "-"),
+            "value": MASK if name in SECRET else _plain(value),
+            "source": sources.get(name, OURS),
+        })  # fmt: skip
+    return rows
+
+
+def _plain(value: Any) -> Any:
+    """As JSON, with what looks like a secret masked."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Mapping):
+        return {
+            str(k): MASK if v and _SECRET_WORD.search(str(k)) else _plain(v)
+            for k, v in value.items()
+        }
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(each) for each in value]
+    return re.sub(r"(?i)((?:key|token|secret|password)\w*=)[^,)]+", rf"\1{MASK}", str(value))

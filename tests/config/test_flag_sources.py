@@ -1,0 +1,166 @@
+"""Where a flag's value is from: the command line, a variable, the file, or its default."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llumnix.errors import UsageError
+from llumnix.flag_sources import layered
+
+
+@pytest.fixture
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model_tag", nargs="?")
+    parser.add_argument("--model")
+    parser.add_argument("--config")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--max-model-len", "-mml", type=int)
+    parser.add_argument("--insecure", action="store_true")
+    parser.add_argument("--enforce-eager", action=argparse.BooleanOptionalAction)
+    parser.add_argument("--priority-class", action="append")
+    parser.add_argument("--api-key", nargs="+")
+    parser.add_argument("--survival", choices=["on", "off"])
+    parser.add_argument("--compilation-config")
+    return parser
+
+
+def read(
+    parser: argparse.ArgumentParser,
+    words: str = "",
+    file: tuple[Path, str] | None = None,
+    **environ: str,
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """What the parser reads, without defaults, and the sources."""
+    argv = ["serve", *words.split()]
+    if file is not None:
+        path = file[0] / "flags.yaml"
+        path.write_text(file[1])
+        argv += ["--config", str(path)]
+    got = layered(argv, parser, {f"LLUMNIX_{k}": v for k, v in environ.items()})
+    given = vars(parser.parse_args(got.words[1:]))
+    nothing = vars(parser.parse_args([]))
+    sources = {k: v.rpartition("/")[2] for k, v in got.sources.items()}
+    return {k: v for k, v in given.items() if v != nothing[k]}, sources
+
+
+def test_the_command_line_goes_before_variables_and_these_before_the_file(
+    parser: argparse.ArgumentParser, tmp_path: Path
+) -> None:
+    file = (tmp_path, "port: 1\nmax-model-len: 1\nsurvival: off\nmodel: from-file\n")
+    values, sources = read(parser, "--port 3", file, PORT="2", MAX_MODEL_LEN="2")
+    assert values == {"model_tag": "from-file", "port": 3, "max_model_len": 2, "survival": "off"}
+    assert sources == {
+        "port": "command line", "max_model_len": "LLUMNIX_MAX_MODEL_LEN",
+        "survival": "flags.yaml", "model": "flags.yaml",
+    }  # fmt: skip
+
+
+def test_lists_are_not_joined_from_several_places(
+    parser: argparse.ArgumentParser, tmp_path: Path
+) -> None:
+    file = (tmp_path, "priority-class: [a=1, b=2]\napi_key: [x, y]\n")
+    values, _ = read(parser, "", file)
+    assert values == {"priority_class": ["a=1", "b=2"], "api_key": ["x", "y"]}
+    values, _ = read(parser, "--priority-class c=3", file, API_KEY='["z", "w"]')
+    assert values == {"priority_class": ["c=3"], "api_key": ["z", "w"]}
+    assert read(parser, PRIORITY_CLASS="d=4")[0] == {"priority_class": ["d=4"]}
+
+
+@pytest.mark.parametrize("words", ["--max-model-len=5", "--max_model_len 5", "-mml 5", "--max-m 5"])
+def test_a_flag_is_known_however_it_is_written(parser: argparse.ArgumentParser, words: str) -> None:
+    words = words.replace("_", "-")  # As vLLM's parser reads it.
+    assert read(parser, words, MAX_MODEL_LEN="7")[0] == {"max_model_len": 5}
+
+
+def test_a_dotted_flag_stands_for_the_whole(parser: argparse.ArgumentParser) -> None:
+    got = layered(
+        ["serve", "--compilation-config.mode", "3"],
+        parser,
+        {"LLUMNIX_COMPILATION_CONFIG": "{}"},
+    )
+    assert got.words == ["serve", "--compilation-config.mode", "3"]
+
+
+def test_switches_are_true_or_false(parser: argparse.ArgumentParser, tmp_path: Path) -> None:
+    file = (tmp_path, "insecure: true\nenforce-eager: false\n")
+    assert read(parser, "", file)[0] == {"insecure": True, "enforce_eager": False}
+    assert read(parser, INSECURE="no", ENFORCE_EAGER="1")[0] == {"enforce_eager": True}
+    with pytest.raises(UsageError, match="LLUMNIX_INSECURE: it is a switch, so write true"):
+        read(parser, INSECURE="perhaps")
+    with pytest.raises(UsageError, match="--insecure is a switch, so write true or false"):
+        read(parser, "", (tmp_path, "insecure: 1\n"))
+
+
+def test_yamls_own_reading_of_on_is_undone(parser: argparse.ArgumentParser, tmp_path: Path) -> None:
+    assert read(parser, "", (tmp_path, "survival: on\n"))[0] == {"survival": "on"}
+
+
+def test_a_mapping_is_passed_on_as_json(parser: argparse.ArgumentParser, tmp_path: Path) -> None:
+    file = (tmp_path, "compilation-config: {mode: 3, custom: [a]}\n")
+    assert read(parser, "", file)[0] == {"compilation_config": '{"mode": 3, "custom": ["a"]}'}
+
+
+def test_the_model_is_the_command_lines_the_variables_or_the_files(
+    parser: argparse.ArgumentParser, tmp_path: Path
+) -> None:
+    file = (tmp_path, "model_tag: file\n")
+    assert read(parser, "given --port 1", file, MODEL="variable")[0]["model_tag"] == "given"
+    assert read(parser, "--port 1", file, MODEL="variable")[0]["model_tag"] == "variable"
+    assert read(parser, "--port 1", file)[0]["model_tag"] == "file"
+    assert read(parser, "--model m", file)[0] == {"model": "m"}
+
+
+def test_the_file_may_be_named_by_a_variable(
+    parser: argparse.ArgumentParser, tmp_path: Path
+) -> None:
+    (tmp_path / "f.yml").write_text("port: 5")
+    assert read(parser, CONFIG=str(tmp_path / "f.yml"))[0] == {"port": 5}
+    with pytest.raises(UsageError, match="LLUMNIX_CONFIG /nowhere cannot be read"):
+        read(parser, CONFIG="/nowhere")
+
+
+@pytest.mark.parametrize(
+    ("words", "text", "said"),
+    [
+        ("--config", None, "--config: name the file"),
+        ("--config --port 1", None, "--config: name the file"),
+        ("--config a --config=b", None, "--config is given twice: put all of it into one file"),
+        ("--config /nowhere", None, r"--config /nowhere cannot be read \(No such file"),
+        ("", "a: [", "flags.yaml is not YAML: "),
+        ("", "[a]", "flags.yaml: write a `flag: value` a line"),
+        ("", "prot: 1", "no flag is called 'prot'; did you mean port?"),
+        ("", "frobnicate: 1", "no flag is called 'frobnicate'; see --help=all"),
+        ("", "config: x", "no flag is called 'config'"),
+    ],
+)
+def test_a_bad_file_is_told_in_one_line(
+    parser: argparse.ArgumentParser, tmp_path: Path, words: str, text: str | None, said: str
+) -> None:
+    with pytest.raises(UsageError, match=said) as refused:
+        read(parser, words, None if text is None else (tmp_path, text))
+    assert "\n" not in str(refused.value)
+
+
+def test_a_variable_that_is_nearly_a_flags_is_told(parser: argparse.ArgumentParser) -> None:
+    environ = {"LLUMNIX_MAX_MODEL_LENGTH": "1", "LLUMNIX_URL": "u", "LLUMNIX_TRACES": "t"}
+    got = layered(["serve"], parser, environ)
+    assert got.warnings == [
+        "warning: LLUMNIX_MAX_MODEL_LENGTH sets nothing; did you mean LLUMNIX_MAX_MODEL_LEN?"
+    ]
+    assert got.words == ["serve"]
+
+
+def test_an_empty_variable_says_nothing(parser: argparse.ArgumentParser) -> None:
+    assert read(parser, PORT="", CONFIG="")[0] == {}
+
+
+def test_the_first_look_leaves_out_what_it_does_not_know(
+    parser: argparse.ArgumentParser, tmp_path: Path
+) -> None:
+    (tmp_path / "f.yaml").write_text("port: 5\ntensor-parallel-size: 2\n")
+    argv = ["serve", "m", "--config", str(tmp_path / "f.yaml"), "--seed", "1"]
+    got = layered(argv, parser, {}, strict=False)
+    assert got.words == ["serve", "m", "--port=5", "--seed", "1"]
