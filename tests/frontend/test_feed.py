@@ -146,7 +146,7 @@ async def test_a_watcher_that_comes_back_gets_what_it_has_missed(world: World) -
     ((_, delta),) = events(await anext(stream))
     world.feed.leave(lost)
     looks = world.looks
-    await until(lambda: world.looks > looks + 3)
+    await until(lambda: world.looks > looks + 4)
     back = world.feed.join(since=delta["seq"])
     got = events(await anext(back.stream()))
     assert {name for name, _ in got} == {"delta"}
@@ -191,21 +191,27 @@ async def test_a_watcher_of_one_instance_is_told_of_it_alone(world: World) -> No
     feed.leave(watcher)
 
 
-async def test_a_slow_watcher_is_told_seldom_and_of_everything(world: World) -> None:
-    slow, quick = world.feed.join(ui.Wish(rate=1)), world.feed.join()
-    stream = slow.stream()
-    *_, (_, state) = events(await anext(stream))
-    seen = world.looks
-    *_, (_, delta) = events(await anext(stream))
-    assert world.looks >= seen + 4
-    assert [row[8] for row in delta["open"]] == [f"r{world.looks}"]
-    assert len(delta["close"]) == 1
-    assert delta["seq"] == state["seq"] + 1
-    for each in (slow, quick):
-        world.feed.leave(each)
+async def test_a_slow_watcher_is_told_seldom_and_of_everything() -> None:
+    group = ui.Group(ui.Wish(rate=1), Picture(PRIORITIES), ())
+    watcher = ui.Watcher(group.wish, None)
+    group.watchers.add(watcher)
+    hello = greeting(PRIORITIES)
+    for n in range(6):
+        seen = SEEN._replace(request=RequestId(f"r{n}"))
+        note = {"t": time.time(), "kind": "up", "target": f"i{n}", "why": ""}
+        group.take(Look(streams=[seen], notes=[note]), Deployment([], []), hello, n * 0.2)
+    stream = watcher.stream()
+    (_, (_, past), (_, state)) = events(await anext(stream))
+    assert [row[8] for row in state["requests"]] == ["r0"]
+    told = events(await anext(stream))
+    (delta,) = [d for name, d in told if name == "delta"]
+    assert [row[8] for row in delta["open"]] == ["r5"]
+    assert (delta["close"], delta["seq"]) == ([[0, ""]], state["seq"] + 1)
+    heard = past["events"] + [d for name, d in told if name == "decision"]
+    assert [d["target"] for d in heard] == [f"i{n}" for n in range(6)]
 
 
-async def test_notes_between_two_messages_reach_a_slow_watcher_and_one_who_comes_later(
+async def test_one_who_comes_later_and_wants_another_thing_is_told_of_the_past(
     world: World,
 ) -> None:
     looks = [0]
@@ -217,17 +223,13 @@ async def test_notes_between_two_messages_reach_a_slow_watcher_and_one_who_comes
 
     source = ui.Source(look=look, deployment=world.deployment)
     feed = ui.Feed(source, lambda: Picture(PRIORITIES), greeting(PRIORITIES))
-    slow, quick = feed.join(ui.Wish(rate=2)), feed.join()
-    stream = slow.stream()
-    heard = events(await anext(stream))[1][1]["events"]
-    heard += [d for name, d in events(await anext(stream)) if name == "decision"]
-    assert len(heard) >= 3
+    first = feed.join()
+    await until(lambda: looks[0] > 3)
     later = feed.join(ui.Wish(rate=4))
     past = events(await anext(later.stream()))[1][1]["events"]
-    for told in (heard, past):
-        assert [d["target"] for d in told] == [f"i{n + 1}" for n in range(len(told))]
-    assert len(past) > len(heard)
-    for each in (slow, quick, later):
+    assert [d["target"] for d in past] == [f"i{n + 1}" for n in range(len(past))]
+    assert len(past) > 3
+    for each in (first, later):
         feed.leave(each)
 
 
