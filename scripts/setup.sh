@@ -9,7 +9,7 @@ what=${1:-serve}
 torch=2.13.0
 torch_index=${TORCH_INDEX:-https://download.pytorch.org/whl/cpu}
 locks=(requirements/cpu.lock)
-[ "$what" = dev ] && locks+=(requirements/dev.lock)
+[ "$what" = dev ] && locks+=(requirements/dev.lock requirements/deploy.lock)
 fail() { echo "setup: $1" >&2; exit 2; }
 
 [ "$(uname -sm)" = "Linux x86_64" ] ||

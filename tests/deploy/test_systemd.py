@@ -10,18 +10,25 @@ import sys
 import threading
 from pathlib import Path
 
-import httpx
 import pytest
 import yaml
 
 from llumnix.frontend.arguments import SHUTDOWN_TIMEOUT_S
 from llumnix.frontend.http.server import HTTP_CLOSE_TIMEOUT_S
-from support.managed import environment, notify_socket, seconds, unit_settings
+from support.managed import (
+    ADMIN_KEY,
+    KEY,
+    environment,
+    notify_socket,
+    one_stream,
+    running,
+    seconds,
+    unit_settings,
+)
 from support.server import alive, descendants, eventually, free_port
 
 UNIT = Path(__file__).resolve().parents[2] / "deploy" / "systemd" / "llumnix.service"
 PROGRAM = "/opt/llumnix/.venv/bin/llumnix"
-KEY, ADMIN_KEY = "an-ordinary-key", "an-administrators-key"
 
 
 def test_systemd_knows_every_setting_of_the_unit(tmp_path: Path) -> None:
@@ -88,24 +95,3 @@ def test_a_service_is_ready_when_it_serves_and_ends_when_its_stream_has_ended(
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(main.pid, signal.SIGKILL)
-
-
-def one_stream(port: int) -> str:
-    """The last line of a stream that takes some seconds."""
-    body = {"model": "tiny", "prompt": "p", "max_tokens": 1500, "ignore_eos": True, "stream": True}
-    with httpx.stream(
-        "POST",
-        f"http://127.0.0.1:{port}/v1/completions",
-        json=body,
-        headers={"Authorization": f"Bearer {KEY}"},
-        timeout=120,
-    ) as response:
-        return [line for line in response.iter_lines() if line][-1]
-
-
-def running(port: int) -> bool:
-    found = httpx.get(
-        f"http://127.0.0.1:{port}/llumnix/v1/requests",
-        headers={"Authorization": f"Bearer {ADMIN_KEY}"},
-    )
-    return any(row["output_tokens"] for row in found.raise_for_status().json()["requests"])

@@ -10,6 +10,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import httpx
+
+KEY, ADMIN_KEY = "an-ordinary-key", "an-administrators-key"
+"""Of servers in these tests."""
+
 
 @dataclass
 class NotifySocket:
@@ -72,3 +77,26 @@ def environment(**more: str) -> dict[str, str]:
     """A service's: without the variables of the test's own terminal that change llumnix."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("VLLM_", "LLUMNIX_"))}
     return {**kept, "HF_HUB_OFFLINE": "1", **more}
+
+
+def one_stream(port: int, max_tokens: int = 1500) -> str:
+    """The last line of a stream; with so many tokens it takes some seconds."""
+    body = {"model": "tiny", "prompt": "p", "max_tokens": max_tokens, "ignore_eos": True}
+    body["stream"] = True
+    with httpx.stream(
+        "POST",
+        f"http://127.0.0.1:{port}/v1/completions",
+        json=body,
+        headers={"Authorization": f"Bearer {KEY}"},
+        timeout=120,
+    ) as response:
+        return [line for line in response.iter_lines() if line][-1]
+
+
+def running(port: int) -> bool:
+    """Whether a request has its first token."""
+    found = httpx.get(
+        f"http://127.0.0.1:{port}/llumnix/v1/requests",
+        headers={"Authorization": f"Bearer {ADMIN_KEY}"},
+    )
+    return any(row["output_tokens"] for row in found.raise_for_status().json()["requests"])
