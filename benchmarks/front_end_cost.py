@@ -91,9 +91,9 @@ async def _serve(command: Any, folder: Path, off: list[str]) -> None:
     from llumnix.core.settings import PrioritySettings
     from llumnix.frontend.client import FleetClient
     from llumnix.frontend.controller_link import ControllerLink
+    from llumnix.frontend.door.listener import ListenAddress, Listener, StartProgress
     from llumnix.frontend.engines.sockets import ClientPlace
     from llumnix.frontend.http import direct_chunks, server
-    from llumnix.frontend.http.listener import ListenAddress, Listener, StartProgress
     from llumnix.frontend.llm import FleetLLM
     from llumnix.observe.event_log import EventLog
     from stub_engine import ENGINE, INSTANCE, addresses

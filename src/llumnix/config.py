@@ -30,6 +30,7 @@ STREAM_INTERVAL_MAX = 8
 save little more."""
 EVENT_LOG_MAX_MB = 1000
 """Of one file; observe/log_files.py says how many there are."""
+LAME_DUCK_MAX_S = 3600
 ADMIN_API_KEY_VARIABLE = "LLUMNIX_ADMIN_API_KEY"
 API_KEY_VARIABLE = "VLLM_API_KEY"
 SCHEDULER_FLAG = "--scheduler"
@@ -150,6 +151,16 @@ class DeploymentConfig:
         type=int,
         metavar="TOKENS",
     )
+    ready_min: int = knob(
+        1, "How many instances must serve for GET /ready to answer 200.", type=int, metavar="N"
+    )
+    lame_duck: float = knob(
+        0.0,
+        "How long requests are still let in after the first signal to stop, while /ready answers "
+        "503 already, in seconds.",
+        type=float,
+        metavar="S",
+    )
     no_ui: bool = knob(
         False, "Leave out /llumnix/ui, the page that shows the deployment.", action="store_true"
     )
@@ -171,6 +182,12 @@ class DeploymentConfig:
             raise UsageError(
                 f"--max-stream-interval {self.max_stream_interval}: must be 1 or more; with 1 no "
                 "tokens are joined"
+            )
+        if self.ready_min < 1:
+            raise UsageError(f"--ready-min {self.ready_min}: must be 1 or more")
+        if not 0 <= self.lame_duck <= LAME_DUCK_MAX_S:
+            raise UsageError(
+                f"--lame-duck {self.lame_duck:g}: must be seconds from 0 to {LAME_DUCK_MAX_S}"
             )
         for name in self.allowed_host or ():
             if name != "*" and not re.fullmatch(r"[\w.-]+", name):

@@ -42,7 +42,7 @@ class FakeFrontends:
 
     def __init__(self) -> None:
         self.grown: list[int] = []
-        self.stopping = False
+        self.leaving = False
         self.link = FakeLink()
         self.drain_requests: asyncio.Queue[DrainInstance] = asyncio.Queue()
         self.held: dict[int, int] = {}
@@ -106,6 +106,7 @@ class FakeRun:
         self.unwanted = False
         self.counted = False
         self.began_s = 0.0
+        self.step, self.step_for_s = "up", 3.0
         self.heard_s: float | None = None
         self.ended: asyncio.Future[Death] | None = None
 

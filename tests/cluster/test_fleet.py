@@ -460,7 +460,7 @@ def test_while_requests_end_nothing_is_started_or_drained_any_more(
     """A SIGTERM to every process: each instance asks for its drain, as the frontend stops."""
 
     async def script(w: World) -> None:
-        w.client.stopping = True
+        w.client.leaving = True
         w.decide(AddInstances(count=1, why="load"))
         w.ask_for_drain(I0)
         w.ask_for_drain(I1)
@@ -763,6 +763,37 @@ def test_what_the_scheduler_wants_and_cannot_have_is_said_once(
     assert sum("Not done (load): no room" in m for m in caplog.messages) == 1
 
 
+# -- what a probe is told
+
+
+def taking(w: World) -> list[str]:
+    return [each.id for each in w.fleet.seen().instances if each.takes_requests]
+
+
+def test_an_instance_counts_for_a_probe_from_its_start_to_its_death(
+    play: Callable[..., World],
+) -> None:
+    async def script(w: World) -> None:
+        assert taking(w) == ["i0", "i1"]
+        assert [s.step for s in w.fleet.seen().instances] == ["up", "up"]
+        w.launcher.ready_s = 5
+        w.kill("i1")
+        # At once, though the member's task has not run yet.
+        assert w.states["i1"] == "serving"
+        assert taking(w) == ["i0"]
+        await asyncio.sleep(3)
+        assert (w.states["i1"], taking(w)) == ("restarting", ["i0"])
+        await asyncio.sleep(3)
+        assert taking(w) == ["i0", "i1"]
+        await w.fleet.drain(I1, "a user's order")
+        assert taking(w) == ["i0"]
+        assert not w.fleet.seen().stopping
+        w.client.leaving = True
+        assert w.fleet.seen().stopping
+
+    play(script)
+
+
 # -- hung engines
 
 
@@ -998,10 +1029,12 @@ def test_a_drain_goes_on_once_the_only_other_instance_hangs_no_more(
             await asyncio.sleep(LOOK_EVERY_S)
         assert w.states == {"i0": "draining", "i1": "hung"}
         assert w.accepting("i0")
+        assert taking(w) == ["i0"]
         w.report(20)
         await asyncio.sleep(1.5 * LOOK_EVERY_S)
         assert w.states == {"i0": "draining", "i1": "serving"}
         assert not w.accepting("i0")
+        assert taking(w) == ["i1"]
         w.client.held.clear()
         await asyncio.sleep(LOOK_EVERY_S)
         assert w.states == {"i1": "serving"}

@@ -21,6 +21,7 @@ from llumnix.cluster.frontends.office import Office
 from llumnix.core.streams.quarantine import Quarantined
 from llumnix.core.supervision.frontends import Held
 from llumnix.core.supervision.lifecycle import InstanceStatus
+from llumnix.core.supervision.readiness import FleetSeen
 from llumnix.core.supervision.restart import RestartAfter
 from llumnix.core.types import EngineIndex, InstanceId, RequestId
 from llumnix.errors import (
@@ -107,6 +108,14 @@ class Fleet:
 
     def status(self) -> list[InstanceStatus]:
         return []
+
+    def seen(self) -> FleetSeen:
+        one = InstanceStatus(
+            id=InstanceId("i0"), state="serving", hung=False, engine_index=EngineIndex(0),
+            node="here", pid=7, devices=["cpu:0"], restarts=0, why=None, takes_requests=True,
+            step="up", for_s=1.5,
+        )  # fmt: skip
+        return FleetSeen(instances=[one], stopping=True)
 
     async def add(self) -> InstanceStatus:
         raise CapacityError("no room: DELETE one first")
@@ -447,6 +456,12 @@ async def test_what_the_fleet_refuses_is_the_same_error_at_the_frontend(tmp_path
     async with world(tmp_path) as w:
         with pytest.raises(CapacityError, match="no room: DELETE one first"):
             await w.fronts[0].control.add()
+
+
+async def test_a_probe_hears_of_every_frontend_what_the_fleet_says(tmp_path: Path) -> None:
+    async with world(tmp_path) as w:
+        for front in w.fronts:
+            assert await front.control.fleet() == Fleet().seen()
 
 
 # -- what all have in common

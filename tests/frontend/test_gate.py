@@ -10,13 +10,19 @@ import httpx
 import pytest
 from fastapi import Body, FastAPI, Request
 from fastapi.responses import PlainTextResponse, StreamingResponse
+from prometheus_client import REGISTRY
 
 pytest.importorskip("vllm")
 
 from starlette.middleware.cors import CORSMiddleware
 
+from llumnix.core.priorities import Priorities
+from llumnix.core.settings import PrioritySettings
+from llumnix.core.supervision.readiness import FleetSeen
 from llumnix.core.types import InstanceId
-from llumnix.frontend.context import HttpRequest, current_http_request
+from llumnix.frontend.context import HttpRequest, RefusedError, current_http_request
+from llumnix.frontend.door.probes import Probes
+from llumnix.frontend.door.refusals import REFUSALS
 from llumnix.frontend.http.access import Access, digests, needs_admin
 from llumnix.frontend.http.gate import COMMENT, Gate, ResponseHead
 from llumnix.frontend.http.routes import control_app
@@ -62,6 +68,9 @@ def application(
     async def control(scope: Any, receive: Any, send: Any) -> None:
         await PlainTextResponse("ours")(scope, receive, send)
 
+    async def fleet() -> FleetSeen:
+        return FleetSeen(instances=[], stopping=stopping)
+
     app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"])
     app.add_middleware(Gate)
     app.state.args = SimpleNamespace(
@@ -78,8 +87,10 @@ def application(
         allowed_headers=["*"],
         max_body_mb=body_mb,
         control_app=control,
+        probes=Probes(fleet, 1),
     )
-    app.state.engine_client = SimpleNamespace(stopping=stopping, open_http=0)
+    core = SimpleNamespace(priorities=Priorities(PrioritySettings()))
+    app.state.engine_client = SimpleNamespace(stopping=stopping, open_http=0, engine_core=core)
     return app
 
 
@@ -419,7 +430,7 @@ async def test_a_body_of_a_length_that_is_too_large_is_not_read() -> None:
         }  # fmt: skip
         await Gate(receive)(scope, receive, send)  # type: ignore[arg-type]
         assert sent[-2]["status"] == 413
-        assert json.loads(sent[-1]["body"])["error"]["code"] == 413
+        assert json.loads(sent[-1]["body"])["error"]["code"] == "too_large"
 
 
 async def test_our_own_routes_have_the_limit_and_openais_form_of_errors() -> None:
@@ -428,7 +439,7 @@ async def test_our_own_routes_have_the_limit_and_openais_form_of_errors() -> Non
     async with client(app) as http:
         headers = {"Content-Type": "application/json"}
         order = await http.post("/llumnix/v1/migrations", headers=headers, content=parts(1001))
-        assert reason(order) == (413, 413)
+        assert reason(order) == (413, "too_large")
         assert reason(await http.get("/llumnix/v1/nothing")) == (404, 404)
         assert reason(await http.put("/llumnix/v1/migrations")) == (405, 405)
 
@@ -467,6 +478,80 @@ async def test_the_service_tier_is_found_wherever_a_body_is_cut(
 
 
 # -- stopping, and what answers carry
+
+
+REFUSED: dict[str, tuple[dict[str, Any], tuple[str, str, dict[str, str]], int, str | None]] = {
+    "invalid_api_key": ({"keys": ["k"]}, ("POST", "/v1/x", {}), 401, None),
+    "admin_key_required": (
+        {"keys": ["secret"], "admins": ["root"]}, ("POST", "/pause", KEY), 403, None,
+    ),
+    "host_not_allowed": ({}, ("GET", "/v1/models", {"Host": "evil.example"}), 403, None),
+    "foreign_origin": ({}, ("POST", "/v1/x", {"Origin": PAGE}), 403, None),
+    "too_large": ({}, ("POST", "/v1/x", {"Content-Length": "5000"}), 413, None),
+    "bad_class": ({}, ("POST", "/v1/x", {"X-Llumnix-Priority": "urgent"}), 400, None),
+    "stopping": ({"stopping": True}, ("POST", "/v1/x", {}), 503, "1"),
+}  # fmt: skip
+"""By code: the server, the request, the status and when to try again."""
+
+
+def counted(code: str) -> float:
+    value = REGISTRY.get_sample_value("llumnix_gate_refusals_total", {"code": code})
+    assert value is not None
+    return value
+
+
+@pytest.mark.parametrize("code", REFUSED)
+async def test_a_refusal_has_its_code_in_head_and_body_and_is_counted_once(code: str) -> None:
+    server, (method, path, headers), status, retry = REFUSED[code]
+    before = {other: counted(other) for other in REFUSED}
+    async with client(application(**server)) as http:
+        answer = await http.request(method, path, headers=headers)
+    assert answer.status_code == status == REFUSALS[code].status
+    assert answer.headers["x-llumnix-reason"] == code
+    assert answer.headers.get("retry-after") == retry
+    if code == "invalid_api_key":
+        assert answer.json() == {"error": "Unauthorized"}  # As vLLM's.
+    else:
+        assert answer.json()["error"]["code"] == code
+        assert answer.json()["error"]["type"] == REFUSALS[code].kind
+    after = {other: counted(other) for other in REFUSED}
+    assert after == {**before, code: before[code] + 1}
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_what_is_refused_inside_the_application_carries_its_code_too(streamed: bool) -> None:
+    """vLLM's handlers know the status alone."""
+    before = counted("no_instance")
+    error = {"message": "No instance serves.", "type": "Service Unavailable", "code": 503}
+    body = json.dumps({"error": error}).encode()
+    http = HttpRequest(client_id=None)
+    refusal = RefusedError("no_instance", "No instance serves.", retry_s=12.2)
+    assert refusal.http_status == 503
+    refusal.note(http)
+    if streamed:
+        event = b"data: " + body + b"\n\n"
+        head, answer = await sent_of(http, (200, EVENTS), (event, 1), code=None)
+    else:
+        kind = [(b"content-type", b"application/json")]
+        head, answer = await sent_of(http, (503, kind), (body,), code=None)
+    found = {name.decode(): value.decode() for name, value in head["headers"]}
+    assert (head["status"], found["x-llumnix-reason"]) == (503, "no_instance")
+    assert found["retry-after"] == "13"
+    assert told(answer["body"])["code"] == "no_instance"
+    assert counted("no_instance") == before + 1
+
+
+async def test_a_body_that_grows_too_large_is_refused_with_its_code() -> None:
+    before = counted("too_large")
+
+    async def parts() -> AsyncIterator[bytes]:
+        for _ in range(4):
+            yield b"1" * 500
+
+    async with client(application()) as http:
+        answer = await http.post("/v1/streamed", content=parts())
+    assert answer.status_code == 413
+    assert counted("too_large") == before + 1
 
 
 async def test_while_stopping_nothing_new_comes_in() -> None:
@@ -570,10 +655,21 @@ async def test_a_stop_does_not_wait_for_who_watches(path: str, counted: int) -> 
     assert seen == [counted]
 
 
-async def test_the_liveness_path_is_open_and_says_so_while_it_stops() -> None:
-    async with client(application(["secret"], stopping=True)) as http:
-        answer = await http.get("/live")
-        assert (answer.status_code, answer.json()) == (200, {"live": True})
+async def test_probes_are_open_and_answer_while_it_stops() -> None:
+    """Whatever name they are addressed to, since an orchestrator asks by address."""
+    app = application(["secret"], hosts=frozenset(), stopping=True, root="/behind/proxy")
+    async with client(app) as http:
+        for headers in ({}, {"Host": "pod.example"}, {"Authorization": "Bearer wrong"}):
+            answer = await http.get("/live", headers=headers)
+            assert (answer.status_code, answer.json()) == (200, {"live": True})
+            answer = await http.get("/behind/proxy/ready?min=3", headers=headers)
+            assert answer.status_code == 503
+            assert answer.json() == {
+                "ready": False, "phase": "stopping", "reason": "stopping", "serving": 0, "min": 3,
+                "instances": [],
+            }  # fmt: skip
+        for path in ("/ready/", "/readyz", "/live/x", "//ready"):
+            assert (await http.get(path)).status_code == 401, path
 
 
 @pytest.mark.parametrize(
@@ -635,10 +731,13 @@ EVENTS = [(b"content-type", b"text/event-stream; charset=utf-8")]
 
 
 async def sent_of(
-    http: HttpRequest, *messages: tuple[Any, ...], code: str = "request_quarantined", after: int = 0
+    http: HttpRequest,
+    *messages: tuple[Any, ...],
+    code: str | None = "request_quarantined",
+    after: int = 0,
 ) -> list[Any]:
     """What leaves if vLLM sends these heads (status, headers) and bodies. It has failed, with a
-    code, before message number `after`."""
+    code, before message number `after`; None: with the code that the request has already."""
     sent: list[Any] = []
 
     async def send(message: Any) -> None:
@@ -646,7 +745,7 @@ async def sent_of(
 
     head = ResponseHead(http, send)
     for number, (first, *more) in enumerate(messages):
-        if number == after:
+        if number == after and code is not None:
             http.code = code
         if isinstance(first, int):
             await head({"type": "http.response.start", "status": first, "headers": list(more[0])})
@@ -705,6 +804,7 @@ async def test_a_stream_that_is_refused_before_it_begins_is_an_ordinary_error() 
         "content-type": "application/json",
         "content-length": str(len(answer["body"])),
         "x-should-retry": "false",
+        "x-llumnix-reason": "request_quarantined",
     }
     assert told(answer["body"])["code"] == "request_quarantined"
     assert not answer.get("more_body")

@@ -2,6 +2,7 @@
 
 import re
 import socket
+import time
 from argparse import Namespace
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -12,8 +13,10 @@ from typing import Any
 import httpx
 import pytest
 
+from llumnix.core.supervision.lifecycle import InstanceStatus
+from llumnix.core.types import EngineIndex, InstanceId
 from llumnix.errors import UsageError
-from llumnix.frontend.http.listener import ListenAddress, Listener, StartProgress
+from llumnix.frontend.door.listener import ListenAddress, Listener, StartProgress
 
 NO_TLS = dict.fromkeys(("ssl_keyfile", "ssl_certfile", "ssl_ca_certs", "ssl_ciphers"))
 
@@ -36,23 +39,67 @@ def listener(progress: StartProgress) -> Iterator[Listener]:
     one.close()
 
 
-def test_every_path_says_how_far_the_start_is(listener: Listener, progress: StartProgress) -> None:
+def status(name: str, state: str, step: str) -> InstanceStatus:
+    return InstanceStatus(
+        id=InstanceId(name), state=state, hung=False, engine_index=EngineIndex(0), node=None,
+        pid=None, devices=[], restarts=0, why=None, takes_requests=state == "serving", step=step,
+        for_s=2.0,
+    )  # fmt: skip
+
+
+SHOWN = [
+    {"id": "i0", "state": "serving", "step": "up", "for_s": 2.0},
+    {"id": "i1", "state": "starting", "step": "loading", "for_s": 2.0},
+]
+
+
+@pytest.fixture
+def half(progress: StartProgress) -> None:
+    """One instance of two is up."""
     progress.phase = "starting instance 2/2 (i1)"
-    progress.instances = lambda: [("i0", "serving"), ("i1", "starting")]
+    one, two = status("i0", "serving", "up"), status("i1", "starting", "loading")
+    progress.instances = lambda: [one, two]
+
+
+@pytest.mark.usefixtures("half")
+def test_every_path_says_how_far_the_start_is(listener: Listener) -> None:
     for method, path in (("GET", "/health"), ("POST", "/v1/chat/completions"), ("GET", "/x")):
         answer = httpx.request(method, listener.url + path)
         assert answer.status_code == 503
         assert int(answer.headers["retry-after"]) > 0
+        assert answer.headers["x-llumnix-reason"] == "loading"
         body = answer.json()
         assert body["error"]["type"] == "service_unavailable"
-        assert body["error"]["code"] == 503
+        assert body["error"]["code"] == "loading"
         assert "starting instance 2/2 (i1)" in body["error"]["message"]
         assert body["phase"] == "starting instance 2/2 (i1)"
-        assert body["instances"] == [
-            {"id": "i0", "state": "serving"},
-            {"id": "i1", "state": "starting"},
-        ]
+        assert body["instances"] == SHOWN
         assert body["elapsed_s"] > 0
+
+
+@pytest.mark.usefixtures("half")
+def test_a_start_is_not_ready_however_many_serve_already(
+    listener: Listener, progress: StartProgress
+) -> None:
+    """Nobody lets requests in yet."""
+    answer = httpx.get(listener.url + "/ready")
+    assert answer.status_code == 503
+    body = answer.json()
+    assert body.pop("elapsed_s") > 0
+    assert body == {
+        "ready": False, "phase": "loading", "reason": "loading", "serving": 1, "min": 1,
+        "doing": "starting instance 2/2 (i1)", "instances": SHOWN,
+    }  # fmt: skip
+    assert answer.headers["x-llumnix-reason"] == "loading"
+    assert int(answer.headers["retry-after"]) > 0
+    progress.ready_min = 2
+    assert httpx.get(listener.url + "/ready").json()["min"] == 2
+    assert httpx.get(listener.url + "/ready?min=1").json()["min"] == 1
+    assert httpx.get(listener.url + "/ready?min=0").status_code == 400
+    assert httpx.post(listener.url + "/ready").status_code == 405
+    progress.code = "no_frontend"
+    body = httpx.get(listener.url + "/ready").json()
+    assert (body["reason"], body["phase"]) == ("no_frontend", "serving")
 
 
 def test_the_elapsed_time_is_since_the_start() -> None:
@@ -122,6 +169,26 @@ def test_no_connection_is_refused_while_the_server_takes_over(listener: Listener
         early.sendall(b"GET / HTTP/1.0\r\n\r\n")
         assert early.recv(100).startswith(b"HTTP/1.0 204")
         thread.join()
+
+
+def test_a_request_that_is_on_its_way_at_the_takeover_is_answered(listener: Listener) -> None:
+    with socket.create_connection(("127.0.0.1", listener.port), timeout=10) as client:
+        client.sendall(b"GET /live HTTP/1.1\r\n")
+        time.sleep(0.2)  # Accepted by now.
+        stopping = Thread(target=listener.stop_answering)
+        stopping.start()
+        time.sleep(0.5)
+        client.sendall(b"Host: t\r\n\r\n")
+        assert client.recv(1000).startswith(b"HTTP/1.1 200")
+        stopping.join()
+
+
+def test_who_connects_and_asks_nothing_does_not_hold_the_takeover(listener: Listener) -> None:
+    with socket.create_connection(("127.0.0.1", listener.port), timeout=10):
+        time.sleep(0.2)
+        began_s = time.monotonic()
+        listener.stop_answering()
+        assert time.monotonic() - began_s < 5
 
 
 def test_a_closed_listener_is_gone(progress: StartProgress) -> None:

@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("vllm")
 
 from llumnix.core.supervision.lifecycle import InstanceStatus
+from llumnix.core.supervision.readiness import FleetSeen
 from llumnix.core.types import EngineIndex, InstanceId
 from llumnix.errors import CapacityError, LastInstanceError
 from llumnix.frontend.http.control import OwnControl, RequestRows
@@ -42,6 +43,9 @@ class Control:
 
     def status(self) -> list[InstanceStatus]:
         return [self.row]
+
+    def seen(self) -> FleetSeen:
+        return FleetSeen(instances=[self.row], stopping=False)
 
     async def add(self) -> InstanceStatus:
         return self._note("add")

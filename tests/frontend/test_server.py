@@ -2,6 +2,7 @@
 
 import asyncio
 import signal
+import time
 from argparse import Namespace
 from types import SimpleNamespace
 from typing import Any
@@ -13,16 +14,17 @@ pytest.importorskip("vllm")
 from fastapi import FastAPI
 
 from llumnix.frontend.http import server
-from llumnix.frontend.http.server import GATE, stop_begins, with_gate
+from llumnix.frontend.http.server import GATE, say_stopping, stop_begins, with_gate
 from llumnix.frontend.llm import FleetLLM
 
 
 def test_vllm_gets_the_gate_as_its_outermost_middleware_and_our_application_beside_it() -> None:
     args = Namespace(middleware=["a.B"], port=1)
-    ours = FastAPI()
-    given = with_gate(args, ours)
+    ours, probes = FastAPI(), FastAPI()
+    given = with_gate(args, ours, probes)
     assert given.middleware == ["a.B", GATE]
     assert given.control_app is ours
+    assert given.probes is probes
     assert given.port == 1
     assert vars(args) == {"middleware": ["a.B"], "port": 1}
 
@@ -34,6 +36,7 @@ async def test_a_second_signal_stops_at_once(capsys: pytest.CaptureFixture[str])
         engine_core=SimpleNamespace(loop=loop),
         vllm_config=SimpleNamespace(shutdown_timeout=7),
         running=lambda: 3,
+        lame_duck_s=0.0,
         stop_now=lambda: stops.append("now"),
     )
     # Without a handler the signal would end the tests.
@@ -65,11 +68,60 @@ async def test_only_a_stop_by_signal_is_announced(
     monkeypatch.setattr(FleetLLM.__base__, "shutdown", lambda self, timeout: None)
     monkeypatch.setattr(FleetLLM, "_let_streams_end", lambda self, timeout_s: None)
     llm = FleetLLM.__new__(FleetLLM)
-    llm.stopping, llm._on_stopping = False, begun.append
+    llm.leaving = llm.stopping = False
+    llm.lame_duck_s, llm._on_stopping = 0.0, begun.append
     for _ in range(2):
         await asyncio.to_thread(llm.shutdown, 1) if on_thread else llm.shutdown(1)
     assert llm.stopping
     assert begun == [llm] * on_thread
+
+
+async def lame_duck(
+    monkeypatch: pytest.MonkeyPatch, *, seconds: float, serving: bool = True, hurry: bool = False
+) -> tuple[list[tuple[bool, bool]], float]:
+    """How a stop with a lame duck of so many seconds goes: whether it leaves and whether it lets
+    nothing in any more, as often as that is asked meanwhile, and how long it took."""
+    monkeypatch.setattr(FleetLLM.__base__, "shutdown", lambda self, timeout: None)
+    monkeypatch.setattr(FleetLLM, "_let_streams_end", lambda self, timeout_s: None)
+    llm: Any = FleetLLM.__new__(FleetLLM)
+    llm.leaving = llm.stopping = llm._stop_now = False
+    llm.lame_duck_s, llm._on_stopping = seconds, lambda _: None
+    llm.engine_core = SimpleNamespace(serving=serving)
+    seen: list[tuple[bool, bool]] = []
+    began_s = time.monotonic()
+    stopping = asyncio.create_task(asyncio.to_thread(llm.shutdown, 1))
+    while not stopping.done():
+        await asyncio.sleep(0.01)
+        seen.append((llm.leaving, llm.stopping))
+        if hurry:
+            llm.stop_now()
+    await stopping
+    assert llm.stopping
+    return seen, time.monotonic() - began_s
+
+
+async def test_a_lame_duck_lets_requests_in_though_it_leaves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen, took_s = await lame_duck(monkeypatch, seconds=0.3)
+    assert seen.count((True, False)) > 3
+    assert 0.3 <= took_s < 5
+
+
+@pytest.mark.parametrize("why", ["a second signal", "no instance serves"])
+async def test_a_lame_duck_ends_with(monkeypatch: pytest.MonkeyPatch, why: str) -> None:
+    hurry = why == "a second signal"
+    _, took_s = await lame_duck(monkeypatch, seconds=60, serving=hurry, hurry=hurry)
+    assert took_s < 10
+
+
+def test_what_is_said_at_a_stop_names_what_is_waited_for(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    say_stopping(3, 30)
+    assert "stopping; 3 running requests have 30 s to end" in capsys.readouterr().out
+    say_stopping(3, 30, 7.5)
+    assert "let in for 7.5 s more" in capsys.readouterr().out
 
 
 async def test_the_event_loop_is_followed_for_as_long_as_it_serves(
@@ -99,11 +151,16 @@ async def test_the_event_loop_is_followed_for_as_long_as_it_serves(
         monkeypatch.setattr(server, name, lambda *_, **__: None)
     monkeypatch.setattr(server.gc, "set_threshold", lambda _: None)
     args = Namespace(
-        middleware=[], no_ui=True, disable_fastapi_docs=True, max_stream_interval=4, settings=[]
+        middleware=[],
+        no_ui=True,
+        disable_fastapi_docs=True,
+        max_stream_interval=4,
+        ready_min=1,
+        settings=[],
     )
     llm: Any = SimpleNamespace(output_processor="p", engine_core=None, stopping=True)
     listener: Any = SimpleNamespace(url="", socket=None, close=lambda: told.append("closed"))
-    control: Any = None
+    control: Any = SimpleNamespace(fleet=None)
 
     async def announce() -> None:
         pass

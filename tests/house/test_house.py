@@ -33,6 +33,8 @@ def test_our_flags_are_these() -> None:
         "allowed_host": None,
         "max_body_mb": 64,
         "max_stream_interval": 8,
+        "ready_min": 1,
+        "lame_duck": 0.0,
         "no_ui": False,
     }
 

@@ -284,7 +284,8 @@ def test_a_server_that_reads_each_chunk_is_left_alone(more: dict[str, Any]) -> N
 
 def test_the_middlewares_of_vllm_s_application_let_a_body_pass() -> None:
     parser = cli_args().make_arg_parser(FlexibleArgumentParser())
-    args = with_gate(parser.parse_args(["--enable-request-id-headers", "--api-key", "x"]), None)  # type: ignore[arg-type]
+    given = parser.parse_args(["--enable-request-id-headers", "--api-key", "x"])
+    args = with_gate(given, None, None)  # type: ignore[arg-type]
     assert args.middleware == [GATE]
     assert args.sse_keep_alive_interval == 0
     app = build_app(args, ("generate",))

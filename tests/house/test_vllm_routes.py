@@ -112,7 +112,8 @@ async def test_a_body_that_grows_too_large_is_refused_by_vllms_own_handler(
         for path in ("/v1/completions", "/invocations", "/tokenize"):
             headers = {"Content-Type": "application/json", "Origin": "http://a"}
             answer = await http.post(path, headers=headers, content=content())
-            assert (answer.status_code, answer.json()["error"]["code"]) == (413, 413)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (413, "too_large")
+            assert answer.headers["x-llumnix-reason"] == "too_large"
             assert answer.headers["access-control-allow-origin"] == "http://a"
 
 

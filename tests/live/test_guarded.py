@@ -73,7 +73,8 @@ def test_a_body_over_the_limit_is_refused_in_openais_form(guarded: Server) -> No
     headers = {"Content-Type": "application/json"}
     for content in (b"1" * 200_000, iter([b"1" * 50_000] * 4)):
         answer = guarded.http.post("/v1/completions", headers=headers, content=content)
-        assert (answer.status_code, answer.json()["error"]["code"]) == (413, 413)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (413, "too_large")
+        assert answer.headers["x-llumnix-reason"] == "too_large"
     assert guarded.complete(max_tokens=2).status_code == 200
 
 

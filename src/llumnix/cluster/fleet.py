@@ -38,6 +38,7 @@ from llumnix.core.events import (
 from llumnix.core.limits import FLEET_REPORT_EVERY_S
 from llumnix.core.supervision.hang import Standstill
 from llumnix.core.supervision.lifecycle import InstanceStatus, LifeState
+from llumnix.core.supervision.readiness import FleetSeen
 from llumnix.core.types import EngineIndex, InstanceId
 from llumnix.engine.launch import EngineLaunch
 from llumnix.errors import (
@@ -142,6 +143,9 @@ class Fleet:
 
     def status(self) -> list[InstanceStatus]:
         return [m.status() for m in sorted(self._members.values(), key=lambda m: m.slot)]
+
+    def seen(self) -> FleetSeen:
+        return FleetSeen(instances=self.status(), stopping=self._frontends.leaving)
 
     async def add(self, why: str = "a user's order") -> InstanceStatus:
         async with self._adding:
@@ -269,7 +273,7 @@ class Fleet:
             self._keep(asyncio.create_task(self._carry_out(request, by="signal")))
 
     async def _carry_out(self, decision: ScalingDecision, by: DrainedBy) -> None:
-        if self._frontends.stopping:
+        if self._frontends.leaving:
             return  # A SIGTERM to all processes makes the instances ask for drains as well.
         try:
             match decision:

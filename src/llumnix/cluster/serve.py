@@ -54,6 +54,7 @@ def serve(argv: list[str]) -> int:
         start.listen(command.args)
         assert start.listener is not None
         command.args.port = start.listener.port
+        start.progress.ready_min = command.deployment.ready_min
         return _with_ray(command, _open_event_log(command), start, logs)
     except KeyboardInterrupt:
         say("stopped before it served")
@@ -140,7 +141,7 @@ async def _run(
         undo.callback(event_log.close)
         llm = _client(command, event_log, addresses, undo)
         fleet = Fleet(OwnFrontend(llm), launch, addresses, deployment)
-        start.progress.instances = lambda: [(s.id, s.state) for s in fleet.status()]
+        start.progress.instances = fleet.status
         failed = None
         try:
             await fleet.check_capacity(deployment.instances)
@@ -207,6 +208,7 @@ def _client(
         log_requests=args.enable_log_requests,
         aggregate_engine_logging=args.aggregate_engine_logging,
         on_stopping=stop_begins,
+        lame_duck_s=deployment.lame_duck,
     )
     undo.callback(llm.shutdown)
     return llm

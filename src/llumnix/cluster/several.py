@@ -62,6 +62,7 @@ class Deployment:
         self._changed = asyncio.Event()
         self.office.on_serving = self._serving
         self.stop_asked = asyncio.Event()
+        self.hurried = asyncio.Event()  # set by a second signal
 
     def _place(self, client: int) -> ClientPlace:
         addresses = self._addresses
@@ -144,6 +145,7 @@ class Deployment:
                 await asyncio.to_thread(listener.stop_answering)
             elif announced:
                 self._start.progress.phase = "no frontend serves at the moment"
+                self._start.progress.code = "no_frontend"
                 listener.answer()
             if roster.serving and roster.settled and not announced:
                 announced = True
@@ -160,13 +162,26 @@ class Deployment:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._second)
+        self.office.leaving = True
         timeout_s = self._command.vllm_config.shutdown_timeout
+        lame_duck_s = self._command.deployment.lame_duck
         gathered = await self.office.ask_all(HowManyRun())
-        say_stopping(sum(gathered.answers.values()), timeout_s)
+        say_stopping(sum(gathered.answers.values()), timeout_s, lame_duck_s)
+        await self._be_lame_duck(lame_duck_s)
         await self.processes.stop(timeout_s + END_TIMEOUT_S)
+
+    async def _be_lame_duck(self, lame_duck_s: float) -> None:
+        """Waits while requests are still let in, but not if none could be served, and no longer
+        than until a second signal."""
+        ends = [self.hurried, self.fleet.all_failed, self.processes.all_failed]
+        waiting = [asyncio.create_task(event.wait()) for event in ends]
+        await asyncio.wait(waiting, timeout=lame_duck_s, return_when=asyncio.FIRST_COMPLETED)
+        for task in waiting:
+            task.cancel()
 
     def _second(self) -> None:
         say("stopping at once")
+        self.hurried.set()
         self.processes.hurry(END_TIMEOUT_S)
 
     async def close(self) -> None:
@@ -189,7 +204,7 @@ async def run(command: ServeCommand, addresses: Addresses, start: Start) -> int:
     with contextlib.ExitStack() as undo:
         it = Deployment(command, launch, addresses, start, undo)
         fleet = it.fleet
-        start.progress.instances = lambda: [(s.id, s.state) for s in fleet.status()]
+        start.progress.instances = fleet.status
         try:
             await it.run()
             if it.stop_asked.is_set() or fleet.all_failed.is_set():

@@ -5,7 +5,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 
-from llumnix.frontend.http.listener import ListenAddress, Listener, StartProgress
+from llumnix.frontend.door.listener import ListenAddress, Listener, StartProgress
 from llumnix.observe.console import say
 from llumnix.observe.service_manager import keep_alive, notify
 

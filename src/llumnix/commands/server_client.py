@@ -16,7 +16,7 @@ UNIX = "unix:"
 CONNECT_TIMEOUT_S = 5.0
 SILENCE_S = 15.0
 """A feed of events tells something every second."""
-_OUR_ERRORS = ("invalid_request_error", "forbidden", "service_unavailable")
+_OUR_ERRORS = ("invalid_request_error", "forbidden", "service_unavailable", "rate_limit_error")
 
 
 def server_parser(command: str) -> argparse.ArgumentParser:

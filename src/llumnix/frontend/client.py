@@ -16,7 +16,6 @@ import time
 from http import HTTPStatus
 
 from vllm.config import VllmConfig
-from vllm.exceptions import GracefulHTTPError
 from vllm.v1.engine import (
     EngineCoreOutput,
     EngineCoreOutputs,
@@ -31,7 +30,7 @@ from llumnix.core.events import Dispatch, InstanceLost, RequestArrived
 from llumnix.core.priorities import Priorities
 from llumnix.core.settings import SurvivalSettings
 from llumnix.core.types import EngineIndex, RequestId
-from llumnix.frontend.context import HttpRequest, current_http_request
+from llumnix.frontend.context import HttpRequest, RefusedError, current_http_request
 from llumnix.frontend.controller_link import ControllerLink
 from llumnix.frontend.engines.engine import Engine
 from llumnix.frontend.engines.late_queries import LateQueries
@@ -132,13 +131,20 @@ class FleetClient(RevivingClient):
         return self.engines.serving
 
     def ensure_served(self) -> None:
-        """Raises if a request that came now would find no engine."""
+        """Raises if the request at hand would find no engine."""
+        try:
+            self._check_served()
+        except RefusedError as error:
+            error.note(current_http_request.get())
+            raise
+
+    def _check_served(self) -> None:
         if not self.serving:
-            raise GracefulHTTPError(
+            why = (
                 "No instance serves at the moment; try again shortly "
-                "(GET /llumnix/v1/instances tells why).",
-                HTTPStatus.SERVICE_UNAVAILABLE,
+                "(GET /llumnix/v1/instances tells why)."
             )
+            raise RefusedError("no_instance", why, retry_s=self.engines.next_in_s())
 
     # -- requests --------------------------------------------------------------------------------
 
@@ -162,9 +168,11 @@ class FleetClient(RevivingClient):
         self.keep(stream.info, request)
         try:
             engine = await self.choose(request, 0)
-        except BaseException:
+        except BaseException as error:
             if self.streams.get(stream.request) is stream:
                 self._close(stream.request, FinishReason.ABORT)
+            if isinstance(error, RefusedError):
+                error.note(http)
             raise
         if not self.streams.placed(stream, engine.engine_index):
             return  # The request was aborted meanwhile, and its client has been told.
@@ -236,7 +244,7 @@ class FleetClient(RevivingClient):
             via, why, code = "self", PLACED_ALONE, DispatchCode.BYPASS
             try:
                 engine = self._place_alone()
-            except GracefulHTTPError:
+            except RefusedError:
                 self._placed[DispatchCode.NONE].inc()
                 raise
         took_s = time.monotonic() - asked_s
@@ -256,7 +264,7 @@ class FleetClient(RevivingClient):
     def _place_alone(self) -> Engine:
         """The engine for a request without the controller: the one with the fewest requests of this
         frontend, in turn if several have as few."""
-        self.ensure_served()
+        self._check_served()
         return min(self.engines.in_turn(), key=lambda e: self.streams.count(e.engine_index))
 
     async def abort_requests_async(self, request_ids: list[str]) -> None:

@@ -7,9 +7,14 @@ variable, which the gate sets and the engine client reads.
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from http import HTTPStatus
+
+from vllm.exceptions import GracefulHTTPError
 
 from llumnix.core.types import InstanceId
 from llumnix.frontend.direct import DirectOutputs, WriteBody
+from llumnix.frontend.door.refusals import REFUSALS
+from llumnix.observe import metrics
 
 
 @dataclass(slots=True, kw_only=True)
@@ -25,8 +30,14 @@ class HttpRequest:
     on_dispatch: Callable[[], None] | None = None  # called once, when the instance is known
     on_wait: Callable[[], None] | None = None  # called now and then while no engine has the request
     code: str | None = None  # of the error that it ends with, if that has one of its own
+    retry_s: float | None = None  # when it may be tried again, if that is known
     write: WriteBody | None = None  # parts of the answer's body, past all middlewares
     outputs: list[DirectOutputs] = field(default_factory=list)  # of the requests that stream to it
+
+    def refused(self, code: str, *, retry_s: float | None = None) -> None:
+        """It is turned away, for the reason that this code of door/refusals.py gives."""
+        self.code, self.retry_s = code, retry_s
+        count_refusal(code)
 
     def dispatched(self, instance: InstanceId) -> None:
         """Takes in a dispatch. With `n` > 1 there are several, and only the first counts."""
@@ -39,6 +50,24 @@ class HttpRequest:
         """No engine has had the request for a while."""
         if self.on_wait is not None:
             self.on_wait()
+
+
+def count_refusal(code: str) -> None:
+    """A request was turned away."""
+    metrics.GATE_REFUSALS.labels(code=code).inc()
+
+
+class RefusedError(GracefulHTTPError):
+    """A new request is turned away. Who catches it tells the request's `HttpRequest`."""
+
+    def __init__(self, code: str, why: str, *, retry_s: float | None = None) -> None:
+        super().__init__(why, HTTPStatus(REFUSALS[code].status))
+        self.code, self.retry_s = code, retry_s
+
+    def note(self, http: HttpRequest | None) -> None:
+        """Has the answer to this HTTP request say so."""
+        if http is not None:
+            http.refused(self.code, retry_s=self.retry_s)
 
 
 current_http_request: ContextVar[HttpRequest | None] = ContextVar("llumnix_http", default=None)

@@ -7,6 +7,8 @@ vLLM internals relied on here (tests/house/test_vllm_contract.py fails when one 
   nothing else with it.
 - `AsyncLLM._add_request` registers and sends a request with `n` = 1 (vLLM takes back by itself what
   it registered for others when sending fails).
+- `AsyncLLM.add_request` raises `QueueOverflowError` or `MaxQueuedTokensError`, which are answered
+  with 503, if the request would exceed the user's limits of vLLM's own.
 - `OutputProcessor.request_states[id].queue` takes an exception for the request's consumer, which
   `generate` passes on as it is if it is a `GracefulHTTPError`; `_finish_request` forgets a request.
 - `OutputProcessor.request_states[id].stats.first_token_latency`: seconds until a request's first
@@ -29,7 +31,13 @@ from http import HTTPStatus
 from typing import Any
 
 from vllm.config import VllmConfig
-from vllm.exceptions import GenerationError, GracefulHTTPError, VLLMValidationError
+from vllm.exceptions import (
+    GenerationError,
+    GracefulHTTPError,
+    MaxQueuedTokensError,
+    QueueOverflowError,
+    VLLMValidationError,
+)
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import SamplingParams
 from vllm.usage.usage_lib import UsageContext
@@ -93,9 +101,13 @@ class FleetLLM(AsyncLLM):
         aggregate_engine_logging: bool,
         on_stopping: Callable[["FleetLLM"], None],
         beside: Beside | None = None,
+        lame_duck_s: float = 0.0,
     ) -> None:
-        """`on_stopping` is called once, when a stop begins, on the thread of `shutdown`."""
-        self.stopping = False
+        """`on_stopping` is called once, when a stop begins, on the thread of `shutdown`.
+        `lame_duck_s`: for how long requests are let in after that."""
+        self.leaving = False  # whether a stop has begun
+        self.stopping = False  # whether no more requests are let in
+        self.lame_duck_s = lame_duck_s
         self.open_http = 0
         self._on_stopping = on_stopping
         self._stop_now = False
@@ -146,9 +158,14 @@ class FleetLLM(AsyncLLM):
         if isinstance(prompt, PendingAdd):
             return await prompt.outcome()
         await self._grammars.check(params)
-        with one_request():
-            outputs = await super().add_request(request_id, prompt, params, *args, **kwargs)
         http = current_http_request.get()
+        try:
+            with one_request():
+                outputs = await super().add_request(request_id, prompt, params, *args, **kwargs)
+        except (QueueOverflowError, MaxQueuedTokensError):
+            if http is not None:
+                http.refused("queue_limit")
+            raise
         if http is not None and outputs.aggregate:
             http.outputs.append(DirectOutputs.of(outputs))
         return outputs
@@ -222,16 +239,27 @@ class FleetLLM(AsyncLLM):
         self.logger_manager.log_engine_initialized()
 
     def shutdown(self, timeout: float | None = None) -> None:
-        """Lets the open HTTP requests end, at most `timeout` seconds, then closes.
+        """Lets the open HTTP requests end, at most `timeout` seconds, then closes. Before, it lets
+        requests in for `lame_duck_s` more, since load balancers may not have noticed yet.
 
         vLLM calls it on a thread, with the event loop running on.
         """
-        if not self.stopping:
-            self.stopping = True
-            if not self._loop_is_here():
+        if not self.leaving:
+            self.leaving = True
+            if self._loop_is_here():
+                self.stopping = True
+            else:
                 self._on_stopping(self)
+                self._be_lame_duck()
+                self.stopping = True
                 self._let_streams_end(timeout or 0)
         super().shutdown(timeout=0)
+
+    def _be_lame_duck(self) -> None:
+        """Waits while requests are still let in, but not if none could be served."""
+        deadline = time.monotonic() + self.lame_duck_s
+        while time.monotonic() < deadline and self.engine_core.serving and not self._stop_now:
+            time.sleep(DRAIN_POLL_S)
 
     def _let_streams_end(self, timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s

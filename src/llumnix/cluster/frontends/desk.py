@@ -33,6 +33,7 @@ from llumnix.frontend.office.messages import (
     Condemned,
     DoYouHave,
     DrainOne,
+    HowIsTheFleet,
     Instances,
     LoadAdapter,
     Message,
@@ -97,6 +98,8 @@ class Desk:
         match question:
             case Instances():
                 return self._instances()
+            case HowIsTheFleet():
+                return fleet.seen()
             case AddInstance():
                 return await fleet.add()
             case DrainOne(

@@ -74,7 +74,8 @@ class Office:
         self.drain_requests: asyncio.Queue[DrainInstance] = client.drain_requests
         self.engine_client = client
         self.roster = Roster(count)
-        self.stopping = False
+        self.leaving = False  # whether a stop has begun
+        self.stopping = False  # whether frontends let no more requests in
         self.on_question: Callable[[int, Question], Coroutine[Any, Any, Any]] = _nobody
         self.on_message: Callable[[Message], None] = lambda message: None
         self.on_greeted: Callable[[int], None] = lambda client: None

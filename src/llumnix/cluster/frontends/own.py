@@ -18,17 +18,15 @@ class OwnFrontend:
         self.drain_requests: asyncio.Queue[DrainInstance] = self._client.drain_requests
 
     @property
-    def stopping(self) -> bool:
-        """Whether a stop has begun."""
-        return self._llm.stopping
+    def leaving(self) -> bool:
+        """See `Frontends`, as for all below."""
+        return self._llm.leaving
 
     @property
     def paused(self) -> bool:
-        """Whether engines stand still on purpose."""
         return self._client.shared_state.paused
 
     def expect(self, instance: InstanceId, engine_index: EngineIndex, slot: int) -> None:
-        """See `Frontends`, as for all below."""
         self._client.expect(instance, engine_index, slot)
 
     def locate(self, engine_index: EngineIndex, address: str) -> None:

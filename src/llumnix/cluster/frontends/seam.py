@@ -15,8 +15,8 @@ class Frontends(Protocol):
     drain_requests: asyncio.Queue[DrainInstance]  # of instances that were told to end
 
     @property
-    def stopping(self) -> bool:
-        """Whether a stop has begun."""
+    def leaving(self) -> bool:
+        """Whether a stop has begun. Requests may still be let in for a while."""
         ...
 
     @property

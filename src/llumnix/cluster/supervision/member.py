@@ -39,18 +39,31 @@ class Member:
         """Whether requests may be sent to it, and are answered."""
         return self.state is LifeState.SERVING and self.health.hung is None
 
+    @property
+    def takes_requests(self) -> bool:
+        """As `serves`, but true of one too that takes requests while it is drained, and no longer
+        of one whose engine has just died."""
+        drain = self.life.drain
+        held = self.state is LifeState.DRAINING and drain is not None and drain.held
+        takes = self.state is LifeState.SERVING or held
+        return takes and self.alive and self.health.hung is None
+
     def status(self) -> InstanceStatus:
         """What a user gets to see."""
-        facts = self.run.facts if self.run else None
+        run = self.run
+        facts = run.facts if run else None
         hung, why = self.health.hung, self.life.why
         return InstanceStatus(
             id=self.id,
             state="hung" if hung and self.state is LifeState.SERVING else self.state.value,
             hung=hung is not None,
-            engine_index=self.run.engine_index if self.run else None,
+            engine_index=run.engine_index if run else None,
             node=facts.node if facts else None,
             pid=facts.pid if facts else None,
             devices=facts.devices if facts else [],
             restarts=self.life.restarts,
             why=f"hung: {hung}" if hung and why is None else why,
+            takes_requests=self.takes_requests,
+            step=run.step if run else None,
+            for_s=round(run.step_for_s, 1) if run else None,
         )

@@ -50,6 +50,8 @@ class EngineRun:
     made: asyncio.Future[None] = field(init=False)  # done once Ray knows the actor
     group: Any = None  # Ray's placement group, which holds its devices
     placed: bool = False  # whether Ray has given it its devices
+    step: str = "placing"  # of its start; then "loading", then "up"
+    step_began_s: float = field(default_factory=time.monotonic)
     actor: Any = None
     facts: InstanceFacts | None = None  # where it runs; known once it is ready
     ended: asyncio.Future[Death] | None = None  # done once its engine has ended, or counts as dead
@@ -65,6 +67,15 @@ class EngineRun:
     def alive(self) -> bool:
         """Whether its engine runs."""
         return self.ended is not None and not self.ended.done()
+
+    @property
+    def step_for_s(self) -> float:
+        """For how long it has been at its step."""
+        return time.monotonic() - self.step_began_s
+
+    def reach(self, step: str) -> None:
+        """Its start has come so far."""
+        self.step, self.step_began_s = step, time.monotonic()
 
     def end(self, death: Death) -> None:
         """It has ended, or counts as dead from now on. The first word stands."""
@@ -156,6 +167,7 @@ class EngineLauncher:
                 )
                 .remote(launch.environment, arguments)
             )
+            run.reach("loading")
         finally:
             if run.unwanted:
                 for clear in _clearing(run):
@@ -202,6 +214,7 @@ class EngineLauncher:
             await asyncio.wait({run.ended, connected}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             connected.cancel()
+        run.reach("up")
         return run.ended.result().why if run.ended.done() else None
 
     def accept(self, run: EngineRun, accepting: bool) -> None:

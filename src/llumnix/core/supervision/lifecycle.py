@@ -135,6 +135,9 @@ class InstanceStatus:
     devices: list[str]
     restarts: int
     why: str | None  # what went wrong with it last, or why it is drained
+    takes_requests: bool = False  # whether requests may be sent to it, and are answered
+    step: str | None = None  # of its engine's start: "placing", "loading", or "up"
+    for_s: float | None = None  # for how long it has been at that step
 
 
 @dataclass(slots=True, kw_only=True)

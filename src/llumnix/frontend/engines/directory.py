@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from llumnix.core.types import EngineIndex, InstanceId
 from llumnix.frontend.engines.engine import Engine
+from llumnix.frontend.engines.start_times import StartTimes
 
 LOST_REMEMBERED_MAX = 256
 """How many engines that are gone are remembered, the newest ones. One may still own a stream, until
@@ -28,15 +29,19 @@ class EngineDirectory:
         self._engines: dict[EngineIndex, Engine] = {}
         self._lost: dict[EngineIndex, Engine] = {}
         self._rotation = 0
+        self._starts = StartTimes()
 
     # -- what becomes of engines
 
     def expect(self, instance: InstanceId, engine_index: EngineIndex, slot: int) -> None:
         """Makes an engine known that will announce itself. Needs a running event loop."""
-        ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        ready: asyncio.Future[None] = loop.create_future()
         self._engines[engine_index] = Engine(
             instance=instance, engine_index=engine_index, slot=slot, ready=ready
         )
+        self._starts.began(engine_index, loop.time())
+        ready.add_done_callback(lambda _: self._starts.up(engine_index, loop.time()))
 
     def locate(self, engine_index: EngineIndex, address: str) -> None:
         """Says where the engine's llumlet listens."""
@@ -55,6 +60,7 @@ class EngineDirectory:
     def lose(self, engine_index: EngineIndex) -> Engine | None:
         """Takes an engine out that is gone; None if it is out already."""
         engine = self._engines.pop(engine_index, None)
+        self._starts.over(engine_index)
         if engine is not None:
             self._lost[engine_index] = engine
             if len(self._lost) > LOST_REMEMBERED_MAX:
@@ -84,6 +90,11 @@ class EngineDirectory:
     def serving(self) -> bool:
         """Whether one takes requests."""
         return any(e.takes_requests for e in self._engines.values())
+
+    def next_in_s(self) -> float | None:
+        """After how many seconds the next engine will be there, as far as starts can be foretold;
+        None if they cannot."""
+        return self._starts.left_s(asyncio.get_running_loop().time())
 
     def takers(self) -> list[Engine]:
         """Those that take requests, in order of their slots."""

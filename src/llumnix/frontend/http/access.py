@@ -12,9 +12,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 
-from llumnix.frontend.http.listener import LIVE_PATH
+from llumnix.frontend.door.probes import PROBE_PATHS
 
-OPEN_PATHS = ("/health", LIVE_PATH)
+OPEN_PATHS = ("/health", *PROBE_PATHS)
 PAGE_PATH = "/llumnix/ui"
 """The page that shows the deployment. Its files hold no data, and it asks for a key itself."""
 READS = ("GET", "HEAD", "OPTIONS")

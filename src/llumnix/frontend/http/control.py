@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from llumnix.core.supervision.frontends import FrontendStatus
 from llumnix.core.supervision.lifecycle import InstanceStatus
+from llumnix.core.supervision.readiness import FleetSeen
 from llumnix.core.types import InstanceId
 from llumnix.frontend.client import FleetClient
 from llumnix.frontend.own_streams import MoveAsked, OwnStreams, quarantine_rows, release
@@ -36,6 +37,10 @@ class InstanceControl(Protocol):
 
     def status(self) -> list[InstanceStatus]:
         """All instances, in order of id."""
+        ...
+
+    def seen(self) -> FleetSeen:
+        """What a probe's answer follows from."""
         ...
 
     async def add(self) -> InstanceStatus:
@@ -72,6 +77,10 @@ class Control(Protocol):
 
     async def frontends(self) -> list[FrontendStatus]:
         """The processes that speak HTTP."""
+        ...
+
+    async def fleet(self) -> FleetSeen:
+        """What a probe's answer follows from."""
         ...
 
     async def add(self) -> InstanceStatus:
@@ -147,6 +156,9 @@ class OwnControl:
 
     async def frontends(self) -> list[FrontendStatus]:
         return [FrontendStatus(id="f0", state="serving", pid=os.getpid(), restarts=0, why=None)]
+
+    async def fleet(self) -> FleetSeen:
+        return self._fleet.seen()
 
     async def add(self) -> InstanceStatus:
         return await self._fleet.add()

@@ -12,6 +12,7 @@ import msgspec
 from starlette.datastructures import MutableHeaders
 from starlette.types import Message
 
+from llumnix.frontend.door.refusals import mark
 from llumnix.frontend.engines.outputs import QUARANTINED_CODE
 from llumnix.frontend.http.stream_ends import ERROR_ITEM
 
@@ -28,9 +29,12 @@ def with_code(body: bytes, code: str) -> bytes:
     return body if changed is None else _DATA + changed + end + more
 
 
-def whole_answer(head: Message, body: bytes, code: str) -> tuple[Message, Message] | None:
+def whole_answer(
+    head: Message, body: bytes, code: str, *, retry_s: float | None = None
+) -> tuple[Message, Message] | None:
     """Head and body of an answer that is nothing but an error; None if it is something else. An
-    error that begins a stream becomes such an answer, as the stream's head has not been sent."""
+    error that begins a stream becomes such an answer, as the stream's head has not been sent.
+    `retry_s`: when the request may be tried again, if that is known."""
     status, in_stream = head["status"], body.startswith(_EVENT)
     if in_stream:
         body = body.removeprefix(_DATA).partition(b"\n\n")[0]
@@ -42,6 +46,7 @@ def whole_answer(head: Message, body: bytes, code: str) -> tuple[Message, Messag
     headers = MutableHeaders(scope=head)
     headers["content-type"] = "application/json"
     headers["content-length"] = str(len(changed))
+    mark(headers, code, retry_s=retry_s)
     if code == QUARANTINED_CODE:
         headers["x-should-retry"] = "false"  # OpenAI's clients go by it.
     return head, {"type": "http.response.body", "body": changed}

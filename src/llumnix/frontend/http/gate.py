@@ -25,18 +25,17 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llumnix.errors import UsageError
-from llumnix.frontend.context import HttpRequest, current_http_request
+from llumnix.frontend.context import HttpRequest, count_refusal, current_http_request
+from llumnix.frontend.door.probes import PROBE_PATHS
+from llumnix.frontend.door.refusals import mark, refused
 from llumnix.frontend.http import direct_chunks, stream_ends
 from llumnix.frontend.http.access import Access, Caller, Refusal, is_json
 from llumnix.frontend.http.error_codes import whole_answer, with_code
-from llumnix.frontend.http.listener import LIVE_PATH
 from llumnix.frontend.http.page import EVENTS_PATH
 from llumnix.frontend.http.protocol import WRITE
-from llumnix.frontend.http.routes import openai_error
 from llumnix.frontend.llm import FleetLLM
 from llumnix.observe import metrics
 
-RETRY_AFTER_S = 1
 COMMENT = b": waiting for an instance\n\n"
 """A line of a stream of events that its reader skips."""
 PRIORITY_HEADER = "x-llumnix-priority"
@@ -71,6 +70,9 @@ class Gate:
         answer = self._turn_away(scope, path, headers, caller, state)
         if answer is not None:
             await _with_cors(answer, state.args)(scope, receive, send)
+            return
+        if path in PROBE_PATHS and scope["type"] == "http":
+            await _with_cors(state.args.probes, state.args)(scope, receive, send)
             return
         http = HttpRequest(
             client_id=headers.get("x-request-id"),
@@ -109,29 +111,33 @@ class Gate:
         refusal = access.refusal(scope.get("method", "WEBSOCKET"), path, headers, caller)
         if refusal is not None:
             return _refused(refusal)
-        if path == LIVE_PATH:
-            return JSONResponse({"live": True})
         if llm.stopping and (scope["type"] == "websocket" or scope["method"] == "POST"):
-            answer = openai_error("The server is stopping.", 503, "service_unavailable")
-            answer.headers["retry-after"] = str(RETRY_AFTER_S)
-            return answer
+            return _turned_away("stopping", "The server is stopping.")
         bytes_max = _bytes_max(state.args)
         if int(headers.get("content-length", 0)) > bytes_max:
-            return openai_error(_too_large(bytes_max), 413, "invalid_request_error")
+            return _turned_away("too_large", _too_large(bytes_max))
         name = headers.get(PRIORITY_HEADER)
         try:
             if name is not None:
                 llm.engine_core.priorities.rank_named(name)
         except UsageError as error:
-            return openai_error(f"{PRIORITY_HEADER}: {error}", 400, "invalid_request_error")
+            return _turned_away("bad_class", f"{PRIORITY_HEADER}: {error}")
         return None
 
 
 def _refused(refusal: Refusal) -> JSONResponse:
     if refusal.status == 401:
         challenge = {"www-authenticate": "Bearer"}
-        return JSONResponse({"error": refusal.message}, 401, challenge)  # The body is vLLM's.
-    return openai_error(refusal.message, refusal.status, "forbidden", code=refusal.reason)
+        answer = JSONResponse({"error": refusal.message}, 401, challenge)  # The body is vLLM's.
+        mark(answer.headers, refusal.reason)
+        count_refusal(refusal.reason)
+        return answer
+    return _turned_away(refusal.reason, refusal.message)
+
+
+def _turned_away(code: str, message: str) -> JSONResponse:
+    count_refusal(code)
+    return refused(code, message)
 
 
 def _is_preflight(scope: Scope, headers: Headers) -> bool:
@@ -218,6 +224,7 @@ class RequestBody:
             self._bytes += len(part)
             if self._bytes > self._bytes_max:
                 self._parts.clear()
+                self._http.refused("too_large")
                 raise HTTPException(413, _too_large(self._bytes_max))
             if self._is_json:
                 self._keep(part, last=not message.get("more_body"))
@@ -291,7 +298,9 @@ class ResponseHead:
             self._head = message
             return
         body = message.get("body", b"")
-        answer = None if self._head is None else whole_answer(self._head, body, code)
+        answer = None
+        if self._head is not None:
+            answer = whole_answer(self._head, body, code, retry_s=self._http.retry_s)
         if answer is None:
             await self._begin({**message, "body": with_code(body, code)})
             return

@@ -23,9 +23,11 @@ from llumnix.errors import (
     UsageError,
 )
 from llumnix.frontend.client import FleetClient
+from llumnix.frontend.door.refusals import refused
 from llumnix.frontend.http.control import Control as AnyControl
 from llumnix.frontend.own_streams import MoveAsked
 
+TOO_LARGE = 413
 DRAIN_TIMEOUT_MAX_S = 86_400.0
 STATUS: dict[type[Exception], int] = {
     UnknownInstanceError: 404,
@@ -255,6 +257,8 @@ async def _invalid(_: Request, error: Any) -> JSONResponse:
 
 
 async def _refused(_: Request, error: Any) -> JSONResponse:
+    if error.status_code == TOO_LARGE:
+        return refused("too_large", str(error.detail))
     return openai_error(str(error.detail), error.status_code, "invalid_request_error")
 
 

@@ -17,10 +17,12 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
 from fastapi import FastAPI
+from starlette.types import ASGIApp
 from vllm.entrypoints.launchers.api_server.entry import build_and_serve
 from vllm.envs import enable_envs_cache
 
 from llumnix.errors import LlumnixError
+from llumnix.frontend.door.probes import Probes
 from llumnix.frontend.http.control import Control
 from llumnix.frontend.http.page import page_router
 from llumnix.frontend.http.protocol import HttpProtocol
@@ -86,7 +88,7 @@ async def serve(
             llm,
             listener.url,
             listener.socket,
-            with_gate(args, ours, on_state),
+            with_gate(args, ours, Probes(control.fleet, args.ready_min), on_state),
             peer_loads=peer_loads,
             callback_notify=serving,
             http=HttpProtocol,
@@ -105,12 +107,15 @@ async def serve(
 
 
 def with_gate(
-    args: Namespace, ours: FastAPI, on_state: Callable[[Any], None] = lambda state: None
+    args: Namespace,
+    ours: FastAPI,
+    probes: ASGIApp,
+    on_state: Callable[[Any], None] = lambda state: None,
 ) -> Namespace:
     """vLLM's arguments with the gate around its application, and ours beside it. vLLM hands them on
     to the gate in the application's state."""
     middleware = [*args.middleware, GATE]
-    more = {"middleware": middleware, "control_app": ours, "on_state": on_state}
+    more = {"middleware": middleware, "control_app": ours, "probes": probes, "on_state": on_state}
     return Namespace(**{**vars(args), **more})
 
 
@@ -144,12 +149,17 @@ def stop_begins(llm: FleetLLM) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, second)
 
-    say_stopping(llm.running(), llm.vllm_config.shutdown_timeout)
+    say_stopping(llm.running(), llm.vllm_config.shutdown_timeout, llm.lame_duck_s)
     loop.call_soon_threadsafe(arm)
 
 
-def say_stopping(running: int, timeout_s: float) -> None:
+def say_stopping(running: int, timeout_s: float, lame_duck_s: float = 0.0) -> None:
     """Says that a stop has begun, to the user and to the service manager."""
     text = f"{running} running requests have {timeout_s} s to end"
+    if lame_duck_s:
+        text = (
+            f"new requests are let in for {lame_duck_s:g} s more, then those that run have "
+            f"{timeout_s} s to end"
+        )
     say(f"stopping; {text} (a second signal stops at once)")
     notify("STOPPING=1", f"STATUS=stopping; {text}")

@@ -243,6 +243,11 @@ class Instances:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HowIsTheFleet:
+    """What does a probe's answer follow from? As a `FleetSeen`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AddInstance:
     """Start one more; as an `InstanceStatus`, like the next two."""
 
@@ -360,6 +365,7 @@ Question = (
     | AdaptersAre
     | QuarantineIs
     | Instances
+    | HowIsTheFleet
     | AddInstance
     | DrainOne
     | UndrainOne

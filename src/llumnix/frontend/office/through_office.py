@@ -11,6 +11,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from llumnix.core.streams.quarantine import Quarantined
 from llumnix.core.supervision.frontends import FrontendStatus
 from llumnix.core.supervision.lifecycle import InstanceStatus
+from llumnix.core.supervision.readiness import FleetSeen
 from llumnix.core.types import EngineIndex, InstanceId
 from llumnix.errors import LlumnixError
 from llumnix.frontend.http.control import InstanceRow, RequestRows
@@ -28,6 +29,7 @@ from llumnix.frontend.office.messages import (
     CallAll,
     Condemned,
     DrainOne,
+    HowIsTheFleet,
     Instances,
     LoadAdapter,
     MoveAny,
@@ -78,6 +80,10 @@ class OfficeControl:
     async def frontends(self) -> list[FrontendStatus]:
         rows: list[FrontendStatus] = await self._as(list[FrontendStatus], AllFrontends())
         return rows
+
+    async def fleet(self) -> FleetSeen:
+        seen: FleetSeen = await self._as(FleetSeen, HowIsTheFleet())
+        return seen
 
     async def add(self) -> InstanceStatus:
         status: InstanceStatus = await self._as(InstanceStatus, AddInstance(), ANSWER_S)

@@ -371,5 +371,5 @@ class RevivingClient(StreamClient):
         if self.others is not None:
             self.others.refused(known.id)
         if http is not None:
-            http.code = QUARANTINED_CODE
+            http.refused(QUARANTINED_CODE)
         raise QuarantinedError(known.id)

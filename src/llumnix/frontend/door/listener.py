@@ -1,10 +1,11 @@
 """Listens on the server's port before anything is loaded, and answers from the first second.
 
 Loading a model takes minutes. Until vLLM's server takes the socket over, a small server on a thread
-of its own answers each request with 503 and says what the start is waiting for. Only `LIVE_PATH`
+of its own answers each request with 503 and says what the start is waiting for. Only `/live`
 gets 200. Both servers accept from one listening socket, so no connection is refused in between.
 """
 
+import asyncio
 import contextlib
 import os
 import socket
@@ -15,17 +16,19 @@ from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import uvicorn
 from starlette.responses import JSONResponse
 
+from llumnix.core.supervision.lifecycle import InstanceStatus
 from llumnix.errors import UsageError
+from llumnix.frontend.door import probes
+from llumnix.frontend.door.refusals import error_of, mark
 
-LIVE_PATH = "/live"
-RETRY_AFTER_S = 5
 BACKLOG = 2048
 CLOSE_TIMEOUT_S = 1
+CLOSE_POLL_S = 0.02
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,20 +69,45 @@ class StartProgress:
 
     began_s: float  # time.monotonic()
     phase: str = "loading"
-    instances: Callable[[], list[tuple[str, str]]] = field(default=list)  # id and state of each
+    code: Literal["loading", "no_frontend"] = "loading"  # why nobody else answers
+    ready_min: int = 1  # so many instances must serve for it to be ready
+    instances: Callable[[], list[InstanceStatus]] = field(default=list)
 
     def answer(self, now_s: float) -> dict[str, Any]:
         """What a client reads during the start: an error in OpenAI's form, and the same as
         fields."""
         elapsed_s = now_s - self.began_s
         message = f"llumnix is starting ({elapsed_s:.0f} s): {self.phase}."
-        kind = "service_unavailable"
         return {
-            "error": {"message": message, "type": kind, "param": None, "code": 503},
+            "error": error_of(self.code, message),
             "phase": self.phase,
             "elapsed_s": round(elapsed_s, 1),
-            "instances": [{"id": name, "state": state} for name, state in self.instances()],
+            "instances": probes.rows(self.instances()),
         }
+
+    def ready(self, least: int | None, now_s: float) -> JSONResponse:
+        """What a probe gets that wants `least` instances to serve; None: it asks for nonsense."""
+        if least is None:
+            return probes.bad_min()
+        more = {"doing": self.phase, "elapsed_s": round(now_s - self.began_s, 1)}
+        phase = "loading" if self.code == "loading" else "serving"
+        return probes.ready(self.instances(), least, self.code, phase=phase, **more)
+
+
+class _SmallServer(uvicorn.Server):
+    """uvicorn's, but a client whose connection it has accepted and whose request is still on its
+    way is answered before it ends. uvicorn would reset such a connection."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for server in self.servers:
+            server.close()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                # First a pause, since a connection is listed a moment after it was accepted.
+                await asyncio.sleep(CLOSE_POLL_S)
+                while self.server_state.connections:
+                    await asyncio.sleep(CLOSE_POLL_S)
+        await super().shutdown(sockets)
 
 
 class Listener:
@@ -129,7 +157,7 @@ class Listener:
             self._answer_with(self._server_config())
 
     def _answer_with(self, config: uvicorn.Config) -> None:
-        self._server = uvicorn.Server(config)
+        self._server = _SmallServer(config)
         # A duplicate, since the small server closes it and vLLM's keeps the other.
         sockets = [self.socket.dup()]
         self._thread = threading.Thread(
@@ -191,12 +219,21 @@ class Listener:
         return config
 
     async def _answer(self, scope: Any, receive: Any, send: Any) -> None:
-        live = scope["path"] == LIVE_PATH
-        content = {"live": True} if live else self._progress.answer(time.monotonic())
-        answer = JSONResponse(content, 200 if live else 503, {"connection": "close"})
-        if not live:
-            answer.headers["retry-after"] = str(RETRY_AFTER_S)
+        answer = self._answer_to(scope)
+        answer.headers["connection"] = "close"
         await answer(scope, receive, send)
+
+    def _answer_to(self, scope: Any) -> JSONResponse:
+        progress, now_s = self._progress, time.monotonic()
+        if scope["path"] in probes.PROBE_PATHS and scope["method"] not in probes.METHODS:
+            return probes.wrong_method()
+        if scope["path"] == probes.LIVE_PATH:
+            return probes.live()
+        if scope["path"] == probes.READY_PATH:
+            return progress.ready(probes.least_asked(scope, progress.ready_min), now_s)
+        answer = JSONResponse(progress.answer(now_s), 503)
+        mark(answer.headers, progress.code)
+        return answer
 
 
 def _family(address: ListenAddress) -> socket.AddressFamily:
