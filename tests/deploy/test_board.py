@@ -1,19 +1,26 @@
 """The board and the alerts ask for metrics and labels that there are. Nobody renders the board
 here: Grafana is not among what can be installed."""
 
+import contextlib
 import importlib.util
+import os
 import re
 import shutil
+import signal
+import subprocess
+import time
 from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import httpx
 import pytest
 import yaml
 
 from llumnix.observe.metrics import FAMILIES
+from support.server import Server, eventually, free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMETHEUS_LABELS = {"job", "instance"}
@@ -139,3 +146,85 @@ def test_grafana_could_place_every_panel() -> None:
 needs_prometheus = pytest.mark.skipif(
     shutil.which("prometheus") is None, reason="needs Debian's package prometheus"
 )
+UNSEEN = {"Scaling", "Drains"}
+"""Annotations of what does not happen in the test below."""
+WINDOW = "15s"  # of rates, in place of Grafana's
+FLAGS = ("--dtype", "float32", "--kv-cache-memory-bytes", "33554432", "--max-num-seqs", "16")
+
+
+@contextlib.contextmanager
+def scraping(port: int, folder: Path) -> Iterator[httpx.Client]:
+    """A Prometheus that looks at the server each second, and where to ask it."""
+    config = {
+        "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
+        "rule_files": [str(ROOT / "deploy" / "prometheus" / "alerts.yml")],
+        "scrape_configs": [
+            {"job_name": "llumnix", "static_configs": [{"targets": [f"127.0.0.1:{port}"]}]}
+        ],
+    }
+    (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
+    own = free_port()
+    words = ["prometheus", f"--config.file={folder}/prometheus.yml"]
+    words += [f"--storage.tsdb.path={folder}/data", f"--web.listen-address=127.0.0.1:{own}"]
+    with (folder / "prometheus.log").open("w") as log:
+        process = subprocess.Popen(words, stdout=log, stderr=log)
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{own}", trust_env=False) as client:
+            yield client
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def samples(prometheus: httpx.Client, query: str) -> list[Any]:
+    answer = prometheus.get("/api/v1/query", params={"query": query}).json()
+    assert answer["status"] == "success", (query, answer)
+    return answer["data"]["result"]
+
+
+def make_something_happen(server: Server) -> None:
+    """A dispatch, a refusal, a move, and a death with a revival."""
+    server.complete(max_tokens=8).raise_for_status()
+    assert server.http.get("/llumnix/v1/instances", headers={"Host": "x.org"}).status_code == 403
+    body = {"prompt": "p", "max_tokens": 1200, "ignore_eos": True, "stream": True}
+    with server.http.stream("POST", "/v1/completions", json=body) as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        (row,) = server.requests()
+        order = {"request_id": row["request"]}
+        moved = server.http.post("/llumnix/v1/migrations", json=order).json()
+        assert moved["outcome"] == "migrated", moved
+        os.kill(server.instances()[moved["destination"]]["pid"], signal.SIGKILL)
+        assert [line for line in lines if line][-1] == "data: [DONE]"
+
+
+@pytest.mark.live
+@needs_prometheus
+def test_every_query_of_the_board_has_something_to_show(tmp_path: Path, tiny_model: Path) -> None:
+    log = tmp_path / "log"
+    server = Server(str(tiny_model), "--served-model-name", "tiny", *FLAGS, log=log)
+    try:
+        server.wait_until_serving()
+        with scraping(server.port, tmp_path) as prometheus:
+            eventually(lambda: up(prometheus), 30, "a scrape")
+            time.sleep(3)
+            make_something_happen(server)
+            time.sleep(5)
+            empty = [
+                (where, text)
+                for where, text in BOARD.queries()
+                if where not in UNSEEN
+                and not samples(prometheus, asked(text.replace("$__rate_interval", WINDOW)))
+            ]
+            assert empty == []
+            (survived,) = samples(prometheus, 'llumnix_streams_survived_total{how="revived"}')
+            assert survived["value"][1] == "1"
+    finally:
+        server.stop()
+
+
+def up(prometheus: httpx.Client) -> bool:
+    """Whether it runs, and has scraped."""
+    with contextlib.suppress(httpx.TransportError):
+        return any(one["value"][1] == "1" for one in samples(prometheus, "up"))
+    return False
