@@ -31,6 +31,8 @@ of a running `llumnix serve`:
           let them serve on
   restart [INSTANCE ... | --node NODE] [--together] [--timeout S] [--force] [SERVER]
           move everything away from instances, stop them and start them again, one by one
+  reload [SERVER]
+          have it read its file of --keys again
 
 of this host, or of a file:
   config check [MODEL] [any flag of `llumnix serve`], config show [SERVER]
@@ -64,6 +66,7 @@ COMMANDS = {
     "undrain": "commands.instances:undrain",
     "restart": "commands.restarting:restart",
     "config": "commands.configuring:config",
+    "reload": "commands.configuring:reload",
     "doctor": "commands.doctor:doctor",
     "version": "commands.doctor:version",
     "simulate": "sim.command:simulate",

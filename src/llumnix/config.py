@@ -133,6 +133,12 @@ class DeploymentConfig:
     admin_api_key_file: str | None = knob(
         None, "File with more keys like --admin-api-key's, one a line.", metavar="FILE"
     )
+    keys: str | None = knob(
+        None,
+        "YAML file of keys with names, roles and limits, which is read again on `llumnix reload` "
+        "(docs/keys.md).",
+        metavar="FILE",
+    )
     allowed_host: Sequence[str] | None = knob(
         None,
         "A name that requests without a key may be addressed to, beside names and addresses of "

@@ -9,10 +9,11 @@ import pytest
 
 from cli.test_cli import INSTANCES, Server, refusal
 from llumnix.cli import main
+from llumnix.commands import server_client
 
 ROW = {
-    "id": "r1", "request": "r1-0a", "instance": "i0", "class": "high", "prompt_tokens": 80,
-    "output_tokens": 17, "priority": -100, "age_s": 4.04,
+    "id": "r1", "request": "r1-0a", "instance": "i0", "class": "high", "key": "ada",
+    "prompt_tokens": 80, "output_tokens": 17, "priority": -100, "age_s": 4.04,
 }  # fmt: skip
 MOVE = {
     "id": "m3", "request_id": "r1", "source": "i0", "destination": "i1", "outcome": "migrated",
@@ -67,10 +68,10 @@ def test_requests_are_a_table_with_the_newest_first(
     assert main(["requests", *flags, "--url", server.url]) == 0
     told = capsys.readouterr()
     head, first, second, more = told.out.splitlines()
-    assert head.split() == ["REQUEST", "INSTANCE", "CLASS", "PROMPT", "OUTPUT", "AGE"]
+    assert head.split() == ["REQUEST", "INSTANCE", "CLASS", "KEY", "PROMPT", "OUTPUT", "AGE"]
     assert "\x1b" not in first
-    assert first.split()[1:] == ["-", "high", "80", "17", "1.0", "s"]
-    assert second.split() == ["r1", "i0", "high", "80", "17", "4.0", "s"]
+    assert first.split()[1:] == ["-", "high", "ada", "80", "17", "1.0", "s"]
+    assert second.split() == ["r1", "i0", "high", "ada", "80", "17", "4.0", "s"]
     assert more == "3 more; --limit shows them"
     assert told.err == "f1 did not say theirs\n"
     assert query(server) == {
@@ -233,3 +234,17 @@ def test_the_first_that_does_not_serve_again_ends_a_rolling_restart(
     play(server, again(("i0", "serving", 0), ("i1", "serving", 1)), ORDER, then)
     assert main(["restart", "i0", "i1", "--url", server.url]) == 1
     assert capsys.readouterr().out.splitlines()[1].startswith(said)
+
+
+def test_a_command_that_waits_asks_a_busy_server_again(
+    server: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(server_client, "PAUSE_S", 0.0)
+    order = {"id": "i0", "state": "draining", "why": None}
+    play(server, order, (0, None), (0, None), listed())
+    assert main(["remove", "i0", "--url", server.url]) == 0
+    assert len(server.asked) == 4
+    monkeypatch.setattr(server_client, "PATIENCE_S", 0.0)
+    play(server, order, (0, None), (0, None))
+    assert main(["remove", "i0", "--url", server.url]) == 2
+    assert "no llumnix answers" in capsys.readouterr().err

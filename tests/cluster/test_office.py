@@ -31,6 +31,7 @@ from llumnix.errors import (
     UnknownMigrationError,
     UnknownQuarantineError,
     UnknownRequestError,
+    UsageError,
 )
 from llumnix.frontend.engines.directory import EngineDirectory
 from llumnix.frontend.engines.state import EngineState
@@ -43,6 +44,7 @@ from llumnix.frontend.office.messages import (
     EngineDied,
     EngineSaid,
     FleetWants,
+    KeysAre,
     Message,
     MoveYours,
     QuarantineIs,
@@ -55,6 +57,7 @@ from llumnix.frontend.office.messages import (
 )
 from llumnix.frontend.office.through_office import OfficeControl, OfficeOthers
 from llumnix.frontend.own_streams import MoveAsked
+from llumnix.key_file import KeyRing
 from llumnix.observe.notes import Notes
 
 E0, E1 = EngineIndex(0), EngineIndex(1)
@@ -182,13 +185,13 @@ class World:
 
 
 @asynccontextmanager
-async def world(folder: Path, count: int = 2) -> AsyncIterator[World]:
+async def world(folder: Path, count: int = 2, ring: KeyRing | None = None) -> AsyncIterator[World]:
     engines, told = Engines(), []
     link: Any = SimpleNamespace(tell=told.append)
     address = f"ipc://{folder}/office"
     office = Office(engines, link, address, count, 2)  # type: ignore[arg-type]
     office.start()
-    desk = Desk(office, Fleet())  # type: ignore[arg-type]
+    desk = Desk(office, Fleet(), ring or KeyRing())  # type: ignore[arg-type]
     fronts: list[Front] = []
     for slot in range(count):
         client = office.roster.begin(slot)
@@ -206,6 +209,30 @@ async def world(folder: Path, count: int = 2) -> AsyncIterator[World]:
             front.link.close()
         office.close()
         await asyncio.sleep(0)
+
+
+# -- the file of --keys
+
+
+async def test_a_reload_reads_the_file_once_and_tells_all_frontends(tmp_path: Path) -> None:
+    file = tmp_path / "keys.yaml"
+    file.touch(mode=0o600)
+    file.write_text("ada: {key: a, open_max: 2}\n")
+    ring = KeyRing(str(file))
+    async with world(tmp_path, ring=ring) as w:
+        changes = await w.fronts[0].control.reload()
+        assert changes == {"keys": 1, "added": ["ada"], "removed": [], "changed": []}
+        for front in w.fronts:
+            (told,) = [q for q in front.asked if isinstance(q, KeysAre) and q.keys]
+            assert told.keys == list(ring.keys)
+        file.write_text("ada: {}")
+        with pytest.raises(UsageError, match="ada: give one of key and sha256"):
+            await w.fronts[1].control.reload()
+        assert [k.name for k in ring.keys] == ["ada"]
+        late = Front(w.fronts[0].link._address, w.office.roster.begin(0) or 0)
+        late.link.start(late.take, late.answer)
+        await w.until(lambda: any(isinstance(q, KeysAre) for q in late.asked))
+        late.link.close()
 
 
 # -- what the fleet wants

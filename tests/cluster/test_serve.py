@@ -46,7 +46,7 @@ def test_it_listens_once_and_elsewhere_if_the_whole_command_line_says_so() -> No
 
 def printed(keys: bool, url: str = "http://0.0.0.0:8000", *, generates: bool = True) -> list[str]:
     """The words of the line to try, as a shell with VLLM_API_KEY or KEY passes them on."""
-    args: Any = SimpleNamespace(access=SimpleNamespace(client_digests=keys), uds=None)
+    args: Any = SimpleNamespace(access=SimpleNamespace(keyed=keys), uds=None)
     line = curl_line(args, url, "m", generates=generates)
     words = []
     for environment in ({"VLLM_API_KEY": "k"}, {"KEY": "k"}):
@@ -87,7 +87,7 @@ async def test_what_fails_while_the_parts_are_made_leaves_none_of_them_open(
     monkeypatch.setattr(client, "FleetClient", Client)
     monkeypatch.setattr(llm, "FleetLLM", fails)
     args: Any = SimpleNamespace(
-        access=SimpleNamespace(client_digests=()),
+        access=SimpleNamespace(keyed=False),
         disable_log_stats=True,
         enable_log_requests=False,
         aggregate_engine_logging=False,

@@ -113,3 +113,52 @@ def test_under_nohup_the_terminals_end_is_nothing() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "on\n")
+
+
+RELOADING = """
+import asyncio, os, signal, sys
+from llumnix.cluster import signals
+from llumnix.errors import UsageError
+
+async def run():
+    loop, asked = asyncio.get_running_loop(), []
+    loop.add_signal_handler(signal.SIGTERM, lambda: print("told to stop", flush=True))
+
+    async def reload():
+        asked.append(1)
+        if len(asked) == 2:
+            raise UsageError("a bad file")
+        print("reloaded", flush=True)
+
+    signals.pass_hangup_on(loop, reload)
+    for _ in range(3):
+        os.kill(os.getpid(), signal.SIGHUP)
+        await asyncio.sleep(0.05)
+
+asyncio.run(run())
+"""
+
+
+def test_where_there_is_no_terminal_a_hangup_reloads_and_a_bad_file_ends_nothing() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", RELOADING], capture_output=True, text=True, start_new_session=True
+    )
+    assert done.stdout == "reloaded\nreloaded\n", done.stderr
+    assert "Not reloaded: a bad file" in done.stderr
+
+
+def test_where_there_is_a_terminal_a_hangup_stops() -> None:
+    import os
+    import pty
+
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execv(sys.executable, [sys.executable, "-c", RELOADING])
+    said = b""
+    try:
+        while part := os.read(terminal, 1000):
+            said += part
+    except OSError:  # It has ended.
+        pass
+    os.waitpid(pid, 0)
+    assert said.split() == [b"told", b"to", b"stop"] * 3

@@ -257,6 +257,7 @@ def test_the_default_cap_is_what_the_settings_say(keyed: bool) -> None:
     priorities = Priorities(some, keyed=keyed)
     assert [priorities.resolve(*a) for a in ASKS] == [-20, -7, -20, -20]
     assert [priorities.resolve(*a, key="little") for a in ASKS] == [0, 0, 0, 0]
+    assert [priorities.resolve(*a, granted="normal") for a in ASKS] == [0, 0, 0, 0]
 
 
 def test_a_cap_leaves_a_request_that_asks_for_nothing_as_it_is() -> None:

@@ -19,7 +19,9 @@ from llumnix.core.messages import (
 )
 from llumnix.core.types import EngineIndex, InstanceId, MigrationId, RequestId
 from llumnix.errors import ConflictError, UnknownRequestError
+from llumnix.frontend.context import HttpRequest, current_http_request
 from llumnix.frontend.engines.calls import DRAIN_REQUESTS_MAX
+from llumnix.frontend.own_streams import OwnStreams
 from llumnix.frontend.streams.info import FleetStream, find
 from llumnix.wire import decode, encode
 from support.frontend import Front, front, packed, request, tokens
@@ -415,3 +417,24 @@ async def test_a_stop_ends_every_stream(tmp_path: Path) -> None:
         await one.client.abort_all()
         assert one.due() == {"a": ["abort"], "b": ["abort"]}
         assert len(one.client.streams) == 0
+
+
+async def test_a_request_tells_its_key_what_it_used_when_it_ends_and_goes_by_its_class(
+    tmp_path: Path,
+) -> None:
+    async with front(tmp_path) as one:
+        spent: list[int] = []
+        http = HttpRequest(
+            client_id=None, priority_class="high", key_name="ada", cap="high", spend=spent.append
+        )
+        token = current_http_request.set(http)
+        await one.add_request("r", 0)
+        current_http_request.reset(token)
+        assert find(one.client.streams, "r").info.priority == -100
+        one.take_in(tokens(0, "r", 1, 2))
+        assert spent == []
+        (row,) = OwnStreams(one.client).rows()
+        assert (row["key"], row["class"]) == ("ada", "high")
+        last = EngineCoreOutput("r", [3], finish_reason=FinishReason.LENGTH)
+        one.take_in(packed(EngineCoreOutputs(engine_index=0, outputs=[last])))
+        assert spent == [3 + 3]  # Of the prompt, and of the answer.

@@ -139,7 +139,13 @@ class Listing(OwnControl):
 
     async def requests(self) -> RequestRows:
         rows = [
-            {"id": f"r{n}", "instance": f"i{n % 2}", "class": c, "age_s": float(n)}
+            {
+                "id": f"r{n}",
+                "instance": f"i{n % 2}",
+                "class": c,
+                "key": "ada" if n == 3 else None,
+                "age_s": float(n),
+            }
             for n, c in enumerate(["high", "normal", "high", "normal"])
         ]
         return RequestRows(requests=rows, incomplete=["f1"])
@@ -160,6 +166,7 @@ class Listing(OwnControl):
         ("requests?limit=2", "r1 r0", 4),
         ("requests?instance=i1", "r3 r1", 2),
         ("requests?class=high", "r2 r0", 2),
+        ("requests?key=ada", "r3", 1),
         ("requests?older_s=2", "r3 r2", 2),
         ("migrations", "m0 m1 m2", 3),
         ("migrations?limit=1", "m2", 3),

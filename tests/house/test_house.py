@@ -30,6 +30,7 @@ def test_our_flags_are_these() -> None:
         "api_key_file": None,
         "admin_api_key": None,
         "admin_api_key_file": None,
+        "keys": None,
         "allowed_host": None,
         "max_body_mb": 64,
         "max_stream_interval": 8,

@@ -21,6 +21,7 @@ LINES_MAX = {
     "docs/deploying.md": 200,
     "docs/figures.md": 225,
     "docs/getting-started.md": 120,
+    "docs/keys.md": 80,
     "docs/laboratory.md": 600,
     "docs/metrics.md": 120,
     "docs/migration.md": 245,

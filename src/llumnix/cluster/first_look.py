@@ -22,6 +22,7 @@ def first_look(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(*_spellings("ssl_cert_reqs"), type=int, default=int(ssl.CERT_NONE))
     parser.add_argument(*_spellings("api_key"), nargs="*")
     parser.add_argument(*_spellings("api_key_file"))
+    parser.add_argument("--keys")
     parser.add_argument("--insecure", action="store_true")
     words = layered(argv, parser, os.environ, strict=False).words
     seen, _ = parser.parse_known_args(words)
@@ -30,7 +31,7 @@ def first_look(argv: list[str]) -> argparse.Namespace:
 
 def has_key(seen: argparse.Namespace) -> bool:
     """Whether any key is given. The real parser says whether it is a good one."""
-    return bool(seen.api_key or seen.api_key_file or os.environ.get(API_KEY_VARIABLE))
+    return bool(seen.api_key or seen.api_key_file or seen.keys or os.environ.get(API_KEY_VARIABLE))
 
 
 def help_text() -> str:

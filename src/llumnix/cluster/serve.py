@@ -149,12 +149,14 @@ async def _run(
             await fleet.start(deployment.instances, start.say)
             failed = asyncio.create_task(_stop_when_all_failed(fleet))
             assert start.listener is not None
-            signals.pass_hangup_on(asyncio.get_running_loop())
+            ring = args.access.ring
+            control = OwnControl(llm.engine_core, fleet, ring)
+            loop = asyncio.get_running_loop()
+            signals.pass_hangup_on(loop, control.reload if ring else None)
 
             async def announce() -> None:
                 start.announce(args, await llm.get_supported_tasks())
 
-            control = OwnControl(llm.engine_core, fleet)
             await serve_http(llm, control, start.listener, args, announce)
         except InstanceFailedError as error:
             start.crashed = True
@@ -193,7 +195,7 @@ def _client(
         ControllerLink(addresses.controller, addresses.keys, "f0"),
         deployment.slots,
         event_log,
-        priorities_of(deployment.scheduler, keyed=bool(args.access.client_digests)),
+        priorities_of(deployment.scheduler, keyed=args.access.keyed),
         hash_prefixes=POLICIES[deployment.scheduler.policy].looks_at_caches,
         policy=deployment.scheduler.policy,
         keys=addresses.keys,

@@ -3,15 +3,21 @@
 While the server starts, the first signal interrupts it. Further ones do nothing, since half a
 clean-up would leave Ray's processes and files behind. While it serves, vLLM handles SIGINT and
 SIGTERM (frontend/http/server.py); SIGHUP, which comes when the terminal is closed, counts as
-SIGTERM. While it cleans up, signals do nothing.
+SIGTERM. Where there is no terminal and something to reload, it reloads, as services do. While it
+cleans up, signals do nothing.
 """
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
+
+from llumnix.errors import UsageError
+
+logger = logging.getLogger("llumnix.serve")
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -23,11 +29,40 @@ def interrupt() -> None:
             signal.signal(number, _interrupt)
 
 
-def pass_hangup_on(loop: asyncio.AbstractEventLoop) -> None:
-    """From now on SIGHUP counts as SIGTERM. The loop handles it, because uvloop counts a signal
-    twice that comes while it runs a plain handler."""
-    if not _under_nohup():
+def pass_hangup_on(
+    loop: asyncio.AbstractEventLoop, reload: Callable[[], Awaitable[Any]] | None = None
+) -> None:
+    """From now on SIGHUP counts as SIGTERM; or it reloads, if no terminal can be closed. The loop
+    handles it, because uvloop counts a signal twice that comes while it runs a plain handler."""
+    if reload is not None and not _has_terminal():
+        tasks: set[asyncio.Task[None]] = set()
+
+        def begin() -> None:
+            task = loop.create_task(_reload(reload))
+            tasks.add(task)
+            task.add_done_callback(tasks.discard)
+
+        loop.add_signal_handler(signal.SIGHUP, begin)
+    elif not _under_nohup():
         loop.add_signal_handler(signal.SIGHUP, os.kill, os.getpid(), signal.SIGTERM)
+
+
+async def _reload(reload: Callable[[], Awaitable[Any]]) -> None:
+    try:
+        logger.info("Reloaded: %s.", await reload())
+    except UsageError as error:
+        logger.error("Not reloaded: %s", error)
+    except Exception:
+        logger.exception("Not reloaded")
+
+
+def _has_terminal() -> bool:
+    """Whether a terminal controls this process."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
 
 
 def ignore(loop: asyncio.AbstractEventLoop | None = None) -> None:

@@ -56,7 +56,7 @@ class Start:
 
 def curl_line(args: argparse.Namespace, url: str, model: str, *, generates: bool) -> str:
     """A command that asks the server something. It has the key's variable, never the key."""
-    keyed = bool(args.access.client_digests)
+    keyed = args.access.keyed
     key = ' -H "Authorization: Bearer ${VLLM_API_KEY:-$KEY}"' if keyed else ""
     base = url.replace("//0.0.0.0", "//127.0.0.1").replace("//[::]", "//[::1]")
     curl = f"curl --unix-socket {args.uds} http://localhost" if args.uds else f"curl {base}"

@@ -4,13 +4,15 @@ with."""
 import os
 from typing import Any
 
-from llumnix.commands.printing import print_json, table
+from llumnix.commands.printing import count, print_json, table
 from llumnix.commands.server_client import ask, server_parser
 from llumnix.errors import UsageError
 from llumnix.versions import check_versions
 
 CONFIG = "/llumnix/v1/config"
+RELOAD = "/llumnix/v1/reload"
 ANSWER_TIMEOUT_S = 5.0
+RELOAD_TIMEOUT_S = 20.0
 VALUE_MAX = 80
 USAGE = """usage: llumnix config check [--json] [MODEL] [any flag of `llumnix serve`]
           reads all of it as `llumnix serve` would, without Ray, engines or GPU
@@ -55,6 +57,20 @@ def _show(flags: list[str]) -> int:
     args = server_parser("config show").parse_args(flags)
     body = ask(args, "GET", CONFIG, wanted="settings", timeout_s=ANSWER_TIMEOUT_S)
     _print(body["settings"], args.json)
+    return 0
+
+
+def reload(argv: list[str]) -> int:
+    """`llumnix reload`: has a server read its file of --keys again."""
+    args = server_parser("reload").parse_args(argv)
+    body = ask(args, "POST", RELOAD, wanted="keys", timeout_s=RELOAD_TIMEOUT_S)
+    if args.json:
+        print_json(body)
+        return 0
+    parts = [
+        f"{word} {', '.join(body[word])}" for word in ("added", "changed", "removed") if body[word]
+    ]
+    print(f"{count(body['keys'], 'key')}: {'; '.join(parts) or 'nothing has changed'}")
     return 0
 
 

@@ -7,11 +7,12 @@ from typing import Any
 from urllib.parse import quote, urlencode
 
 from llumnix.commands.printing import print_json, table
-from llumnix.commands.server_client import ask, server_parser
+from llumnix.commands.server_client import ask, ask_again, server_parser
 from llumnix.errors import UsageError
 
 INSTANCES = "/llumnix/v1/instances"
-ANSWER_TIMEOUT_S = 5.0
+ANSWER_TIMEOUT_S = 10.0
+"""A busy server may take some seconds for the loads of all."""
 ADD_TIMEOUT_S = 20.0
 """The server may have to ask Ray what is free."""
 POLL_S = 0.1
@@ -96,7 +97,7 @@ def named(args: argparse.Namespace) -> list[str]:
         return list(dict.fromkeys(args.instances))
     if args.instances:
         raise UsageError("give instances or --node, not both")
-    rows = rows_of(args)
+    rows = {row["id"]: row for row in _list(args)["instances"]}
     found = [name for name, row in rows.items() if row["node"] == args.node]
     if not found:
         nodes = ", ".join(sorted({str(r["node"]) for r in rows.values() if r["node"]})) or "none"
@@ -106,7 +107,8 @@ def named(args: argparse.Namespace) -> list[str]:
 
 def rows_of(args: argparse.Namespace) -> dict[str, Row]:
     """All instances, by id."""
-    return {row["id"]: row for row in _list(args)["instances"]}
+    body = ask_again(args, INSTANCES, wanted="instances", timeout_s=ANSWER_TIMEOUT_S)
+    return {row["id"]: row for row in body["instances"]}
 
 
 def wait_until_serving(args: argparse.Namespace, names: list[str]) -> list[Row]:

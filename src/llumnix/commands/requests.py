@@ -21,12 +21,14 @@ def requests(argv: list[str]) -> int:
     parser = server_parser("requests")
     parser.add_argument("--instance", metavar="INSTANCE", help="only those of that instance")
     parser.add_argument("--class", dest="priority_class", metavar="NAME", help="only of that class")
+    parser.add_argument("--key", metavar="NAME", help="only of the key of that name")
     parser.add_argument("--older", type=float, metavar="S", help="only those that came S s ago")
     _limit_flag(parser)
     args = parser.parse_args(argv)
     query = {
         "instance": args.instance,
         "class": args.priority_class,
+        "key": args.key,
         "older_s": args.older,
         "limit": args.limit,
     }
@@ -39,13 +41,16 @@ def requests(argv: list[str]) -> int:
             shortened(r["id"]),
             r["instance"],
             r["class"],
+            r["key"],
             r["prompt_tokens"],
             r["output_tokens"],
             f"{r['age_s']:.1f} s",
         )
         for r in reversed(body["requests"])
     ]
-    print("\n".join(table(("REQUEST", "INSTANCE", "CLASS", "PROMPT", "OUTPUT", "AGE"), rows)))
+    print(
+        "\n".join(table(("REQUEST", "INSTANCE", "CLASS", "KEY", "PROMPT", "OUTPUT", "AGE"), rows))
+    )
     _say_more(body["total"], len(rows))
     if body["incomplete"]:
         print(f"{', '.join(body['incomplete'])} did not say theirs", file=sys.stderr)

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 DEFAULT_URL = "http://127.0.0.1:8000"
 UNIX = "unix:"
 CONNECT_TIMEOUT_S = 5.0
+PATIENCE_S, PAUSE_S = 60.0, 0.5
+"""So long a server may not answer a command that waits for something, and so often it is asked."""
 SILENCE_S = 15.0
 """A feed of events tells something every second."""
 _OUR_ERRORS = ("invalid_request_error", "forbidden", "service_unavailable", "rate_limit_error")
@@ -92,6 +95,10 @@ def _client(args: argparse.Namespace, timeout_s: float) -> "httpx.Client":
         ) from error
 
 
+class NobodyError(UsageError):
+    """No server answers."""
+
+
 def ask(
     args: argparse.Namespace,
     method: str,
@@ -146,8 +153,23 @@ def follow(args: argparse.Namespace, path: str) -> Iterator[tuple[str, dict[str,
         raise _nobody(args, error) from error
 
 
+def ask_again(
+    args: argparse.Namespace, path: str, *, wanted: str, timeout_s: float
+) -> dict[str, Any]:
+    """The same by GET, for a command that waits for something: a server that is busy for a while is
+    asked again, for `PATIENCE_S`."""
+    began_s = time.monotonic()
+    while True:
+        try:
+            return ask(args, "GET", path, wanted=wanted, timeout_s=timeout_s)
+        except NobodyError:
+            if time.monotonic() > began_s + PATIENCE_S:
+                raise
+            time.sleep(PAUSE_S)
+
+
 def _nobody(args: argparse.Namespace, error: Exception) -> UsageError:
-    return UsageError(
+    return NobodyError(
         f"no llumnix answers at {args.url} ({error}): start `llumnix serve`, or give --url"
     )
 

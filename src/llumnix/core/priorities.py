@@ -69,11 +69,17 @@ class Priorities:
         raise UsageError(f"no priority class {name!r}; there are: {names}")
 
     def resolve(
-        self, number: int, name: str | None = None, tier: str | None = None, key: str | None = None
+        self,
+        number: int,
+        name: str | None = None,
+        tier: str | None = None,
+        key: str | None = None,
+        granted: str | None = None,
     ) -> int:
         """The number that a request runs under: no more urgent than its cap, nor than the most
         urgent class. `number`: vLLM's own field, which wins unless it is 0. `name`: of a class.
-        `tier`: OpenAI's `service_tier`. `key`: the API key, which may have a cap of its own."""
+        `tier`: OpenAI's `service_tier`. `key`: the API key, which may have a cap of its own.
+        `granted`: the class that is this key's cap by the file of --keys."""
         if self._ignore_priorities:
             return 0
         if number == 0 and name is not None:
@@ -86,6 +92,8 @@ class Priorities:
         cap = self._default_cap
         if key is not None and self._caps:
             cap = self._caps.get(key_digest(key), cap)
+        if granted is not None:
+            cap = self.classes[self.rank_named(granted)].priority
         return min(max(number, cap, self._numbers[0]), NUMBER_MAX)
 
     def aged(self, priority: int, waited_s: float) -> int:

@@ -29,6 +29,7 @@ from llumnix.errors import UsageError
 from llumnix.flag_sources import PREFIX, SECRET, layered, settings_shown
 from llumnix.frontend.checks import check_server_args, count_frontends
 from llumnix.frontend.http.access import Access, digests
+from llumnix.key_file import KeyRing
 
 SHUTDOWN_TIMEOUT_S = 30
 CPU_KV_CACHE_BYTES = 2**30
@@ -177,8 +178,8 @@ def refuse_strangers(args: argparse.Namespace, *, keyed: bool, insecure: bool) -
         args.host = "127.0.0.1"
     if not (args.uds or is_loopback(args.host) or keyed or insecure):
         raise UsageError(
-            f"--host {args.host} is reachable from elsewhere: give --api-key KEY, or --insecure to "
-            "serve without one"
+            f"--host {args.host} is reachable from elsewhere: give --api-key KEY or --keys FILE, "
+            "or --insecure to serve without one"
         )
 
 
@@ -190,14 +191,20 @@ def _access(
     say: Any,
 ) -> Access:
     """Who may do what."""
-    refuse_strangers(args, keyed=bool(clients), insecure=deployment.insecure)
+    ring = KeyRing(deployment.keys, [c.name for c in deployment.scheduler.priorities.classes])
+    ring.others = frozenset(digests([*clients, *admins]))
+    if ring:
+        ring.replace(ring.read())
+    keyed = bool(clients or ring)
+    refuse_strangers(args, keyed=keyed, insecure=deployment.insecure)
     local = bool(args.uds) or is_loopback(args.host)
     if set(clients) & set(admins):
         raise UsageError(
             "a key is both an --api-key and an --admin-api-key: leave it out of --api-key"
         )
     clients_administer = local or deployment.insecure
-    if not admins and not clients_administer:
+    administered = admins or any("admin" in key.roles for key in ring.keys)
+    if not administered and (ring or not clients_administer):
         say("warning: without an --admin-api-key nobody can add, drain or move on this server")
     names = frozenset(name.lower() for name in deployment.allowed_host or ())
     return Access(
@@ -207,6 +214,7 @@ def _access(
         # A browser reaches no Unix socket.
         hosts=names if names or (local and not args.uds) else None,
         origins=tuple(args.allowed_origins),
+        ring=ring,
     )
 
 

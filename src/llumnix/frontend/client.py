@@ -189,7 +189,9 @@ class FleetClient(RevivingClient):
         """The priority number that the request runs under. `number` is vLLM's own field."""
         if http is None:
             return self.priorities.resolve(number)
-        return self.priorities.resolve(number, http.priority_class, http.service_tier, http.key)
+        return self.priorities.resolve(
+            number, http.priority_class, http.service_tier, http.key, http.cap
+        )
 
     def _info(self, request: EngineCoreRequest, http: HttpRequest | None) -> StreamInfo:
         named = http.client_id if http is not None else None

@@ -25,6 +25,9 @@ class HttpRequest:
     priority_class: str | None = None  # as its X-Llumnix-Priority names it
     service_tier: str | None = None  # OpenAI's field of the body
     key: str | None = field(default=None, repr=False)  # the API key that it came with
+    key_name: str | None = None  # its name, if it is one of the file of --keys
+    cap: str | None = None  # the most urgent class that this key gets
+    spend: Callable[[int], None] | None = None  # is told the tokens of each sequence at its end
     gate_s: float = 0.0  # how long the gate took before vLLM had it
     instance: InstanceId | None = None  # of the first dispatch
     on_dispatch: Callable[[], None] | None = None  # called once, when the instance is known

@@ -47,6 +47,7 @@ class OwnStreams:
             "output_tokens": stream.outputs,
             "priority": info.priority,
             "class": priorities.classes[priorities.rank(info.priority)].name,
+            "key": None if info.http is None else info.http.key_name,
             "age_s": round(info.age_s, 3),
         }
 

@@ -215,8 +215,9 @@ HTTP_OPEN = _gauge("http_open", "HTTP requests that a stop would wait for")
 GATE_REFUSALS = _counter(
     "gate_refusals", "Requests that were turned away before vLLM",
     {"code": ("no_instance", "stopping", "queue_limit", "queue_full", "overloaded", "rate_limited",
-              "too_many_open", "invalid_api_key", "admin_key_required", "host_not_allowed",
-              "foreign_origin", "too_large", "bad_class", "request_quarantined")},
+              "too_many_open", "invalid_api_key", "admin_key_required", "role_required",
+              "host_not_allowed", "foreign_origin", "too_large", "bad_class",
+              "request_quarantined")},
 )  # fmt: skip
 
 # -- streams (frontend/streams/)

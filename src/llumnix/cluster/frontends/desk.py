@@ -35,6 +35,7 @@ from llumnix.frontend.office.messages import (
     DrainOne,
     HowIsTheFleet,
     Instances,
+    KeysAre,
     LoadAdapter,
     Message,
     MoveAny,
@@ -43,6 +44,7 @@ from llumnix.frontend.office.messages import (
     Question,
     RefusedOne,
     Release,
+    Reload,
     UndrainOne,
     UnloadAdapter,
     YourLook,
@@ -53,6 +55,7 @@ from llumnix.frontend.office.messages import (
 from llumnix.frontend.own_streams import quarantine_rows, release
 from llumnix.frontend.streams.look import Cursor, Look, joined
 from llumnix.frontend.streams.migration_records import LISTED_MAX
+from llumnix.key_file import KeyRing
 
 logger = logging.getLogger("llumnix.office")
 
@@ -63,9 +66,10 @@ FOUND_S = 5.0
 class Desk:
     """The answers of one office."""
 
-    def __init__(self, office: Office, fleet: InstanceControl) -> None:
+    def __init__(self, office: Office, fleet: InstanceControl, ring: KeyRing) -> None:
         self._office = office
         self._fleet = fleet
+        self._ring = ring
         self._engine_client = office.engine_client
         self._quarantine = Quarantine()
         self._adapters: dict[str, Adapter] = {}
@@ -79,6 +83,8 @@ class Desk:
         """A frontend is there: it is told what all have in common."""
         self._office.begin(self._tell(client, self._adapters_are()))
         self._office.begin(self._tell(client, self._quarantine_is()))
+        if self._ring:
+            self._office.begin(self._tell(client, self._keys_are()))
 
     async def _tell(self, client: int, question: Question) -> None:
         try:
@@ -131,6 +137,8 @@ class Desk:
 
     async def _shared(self, question: Question) -> Any:
         match question:
+            case Reload():
+                return await self.reload()
             case AllQuarantined():
                 return quarantine_rows(self._quarantine)
             case Release(name=name):
@@ -198,6 +206,15 @@ class Desk:
 
     def _quarantine_is(self) -> QuarantineIs:
         return QuarantineIs(quarantined=self._quarantine.all(self._office.now_s()))
+
+    def _keys_are(self) -> KeysAre:
+        return KeysAre(keys=list(self._ring.keys))
+
+    async def reload(self) -> dict[str, Any]:
+        """Reads the file of --keys again, and tells all frontends. Returns what that changes."""
+        changes = self._ring.replace(await asyncio.to_thread(self._ring.read))
+        await self._office.ask_all(self._keys_are())
+        return changes
 
     def _adapters_are(self) -> AdaptersAre:
         return AdaptersAre(adapters=list(self._adapters.values()))

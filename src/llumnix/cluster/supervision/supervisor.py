@@ -38,7 +38,6 @@ NOTED = {
     LifeAction.GIVE_UP: "give_up",
     LifeAction.DRAIN: "drain",
     LifeAction.SERVE_ON: "undrain",
-    LifeAction.RENEW: "renew",
     LifeAction.FORGET: "removed",
 }
 """What is noted of an instance, by the action that its life decides."""

@@ -9,10 +9,12 @@ import hashlib
 import ipaddress
 import secrets
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from enum import IntEnum
+from dataclasses import dataclass, field, replace
+from enum import IntFlag
 
+from llumnix.core.keys import NamedKey
 from llumnix.frontend.door.probes import PROBE_PATHS
+from llumnix.key_file import KeyRing
 
 OPEN_PATHS = ("/health", *PROBE_PATHS)
 PAGE_PATH = "/llumnix/ui"
@@ -20,23 +22,34 @@ PAGE_PATH = "/llumnix/ui"
 READS = ("GET", "HEAD", "OPTIONS")
 ANY = "*"
 
-CLIENT_PATHS = frozenset({
-    "/classify", "/detokenize", "/docs", "/docs/oauth2-redirect", "/generative_scoring", "/health",
-    "/inference/v1/generate", "/invocations", "/load", "/metrics", "/openapi.json", "/ping",
-    "/pooling", "/redoc", "/rerank", "/score", "/tokenize", "/tokenizer_info", "/version",
-    "/llumnix/docs", "/llumnix/docs/oauth2-redirect", "/llumnix/openapi.json",
+MODEL_PATHS = frozenset({
+    "/classify", "/detokenize", "/generative_scoring", "/inference/v1/generate", "/invocations",
+    "/pooling", "/rerank", "/score", "/tokenize", "/tokenizer_info",
 })  # fmt: skip
+SERVER_PATHS = frozenset({
+    "/docs", "/docs/oauth2-redirect", "/health", "/load", "/metrics", "/openapi.json", "/ping",
+    "/redoc", "/version", "/llumnix/docs", "/llumnix/docs/oauth2-redirect", "/llumnix/openapi.json",
+})  # fmt: skip
+"""What any key may read of the server."""
+CLIENT_PATHS = MODEL_PATHS | SERVER_PATHS
 CLIENT_READS = frozenset({"/llumnix/v1/instances"})
+VIEW_TREE = "/llumnix/v1/"
+"""What may be read there shows the whole deployment."""
 CLIENT_TREES = ("/cohere/", "/static/", "/v1/", "/v2/")
 ADMIN_PATHS = frozenset({"/v1/load_lora_adapter", "/v1/unload_lora_adapter"})
 
 
-class Role(IntEnum):
-    """What a caller may do; each includes the ones before."""
+class Role(IntFlag):
+    """What a caller may do. A key may have several; an administrator may do everything."""
 
     STRANGER = 0
-    CLIENT = 1
-    ADMIN = 2
+    CLIENT = 1  # use the model
+    VIEW = 2  # see what the deployment does
+    ADMIN = 4
+
+
+ROLE_OF = {"inference": Role.CLIENT, "view": Role.VIEW, "admin": Role.ADMIN}
+"""By its name in the file of --keys."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +59,7 @@ class Caller:
     role: Role
     key: str | None = field(repr=False)  # the API key that it sent
     proved: bool  # whether that key is one of the server's
+    named: NamedKey | None = None  # what the file of --keys says of it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +80,12 @@ class Access:
     clients_administer: bool  # whether clients administer if there is no admin key
     hosts: frozenset[str] | None  # its further names, for requests without a key; None: any
     origins: tuple[str, ...]  # web origins whose pages may use the server
+    ring: KeyRing = field(default_factory=KeyRing)  # keys of the file of --keys
+
+    @property
+    def keyed(self) -> bool:
+        """Whether those who use the model need a key."""
+        return bool(self.client_digests or self.ring)
 
     def caller(self, headers: Mapping[str, str]) -> Caller:
         """The caller by its `Authorization: Bearer` or its `x-api-key`, as Anthropic's clients
@@ -75,21 +95,30 @@ class Access:
         presented = [key for key in (bearer, headers.get("x-api-key", "")) if key]
         best = Caller(role=Role.STRANGER, key=presented[0] if presented else None, proved=False)
         for key in presented:
-            role = self._role(key)
+            role, named = self._role(key)
             if role > best.role:
-                best = Caller(role=role, key=key, proved=True)
+                best = Caller(role=role, key=key, proved=True, named=named)
         role = best.role
-        if role is Role.STRANGER and not self.client_digests:
+        if role == Role.STRANGER and not self.keyed:
             role = Role.CLIENT
-        if role is Role.CLIENT and not self.admin_digests and self.clients_administer:
+        if (
+            role == Role.CLIENT
+            and self.clients_administer
+            and not (self.admin_digests or self.ring)
+        ):
             role = Role.ADMIN
-        return Caller(role=role, key=best.key, proved=best.proved)
+        return replace(best, role=role)
 
-    def _role(self, key: str) -> Role:
+    def _role(self, key: str) -> tuple[Role, NamedKey | None]:
         found = digest(key)
         if _among(found, self.admin_digests):
-            return Role.ADMIN
-        return Role.CLIENT if _among(found, self.client_digests) else Role.STRANGER
+            return Role.ADMIN, None
+        if _among(found, self.client_digests):
+            return Role.CLIENT, None
+        named, role = self.ring.find(found), Role.STRANGER
+        for name in () if named is None else named.roles:
+            role |= ROLE_OF[name]
+        return role, named
 
     def refusal(
         self, method: str, path: str, headers: Mapping[str, str], caller: Caller
@@ -98,21 +127,30 @@ class Access:
         of HTTP's."""
         if path in OPEN_PATHS or _is_page(method, path):
             return None
-        administers = needs_admin(method, path)
-        if caller.role is Role.STRANGER or (
-            administers and self.admin_digests and not caller.proved
-        ):
+        administers, wanted = needs_admin(method, path), roles_for(method, path)
+        guarded = self.admin_digests or self.ring
+        if caller.role == Role.STRANGER or (administers and guarded and not caller.proved):
             return Refusal(status=401, reason="invalid_api_key", message="Unauthorized")
         if not caller.proved:
             refusal = self._page_refusal(method, headers, administers)
             if refusal is not None:
                 return refusal
-        if administers and caller.role is not Role.ADMIN:
+        if caller.role & (wanted | Role.ADMIN):
+            return None
+        if wanted & Role.CLIENT:
+            return Refusal(
+                status=403,
+                reason="role_required",
+                message=f"{method} {path} is for keys with the role `inference`.",
+            )
+        if administers:
             fix = (
                 "use an admin key"
-                if self.admin_digests
+                if guarded
                 else "this server has none, so start it with --admin-api-key"
             )
+            if guarded and wanted & Role.VIEW:
+                fix += ", or one with the role `view`"
             return Refusal(
                 status=403,
                 reason="admin_key_required",
@@ -161,6 +199,17 @@ def needs_admin(method: str, path: str) -> bool:
     if path in CLIENT_PATHS or (path in CLIENT_READS and method in READS):
         return False
     return not path.startswith(CLIENT_TREES)
+
+
+def roles_for(method: str, path: str) -> Role:
+    """Who may use the route, beside administrators."""
+    path, reads = path.rstrip("/") or "/", method in READS
+    if needs_admin(method, path):
+        sees = reads and path.startswith(VIEW_TREE) and "\n" not in path
+        return Role.VIEW if sees else Role.ADMIN
+    if path in SERVER_PATHS or (path in CLIENT_READS and reads):
+        return Role.CLIENT | Role.VIEW
+    return Role.CLIENT
 
 
 def _is_page(method: str, path: str) -> bool:

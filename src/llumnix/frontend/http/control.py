@@ -1,5 +1,6 @@
 """What the routes under /llumnix ask for, and who answers them in a deployment of one frontend."""
 
+import asyncio
 import os
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -11,6 +12,7 @@ from llumnix.core.types import InstanceId
 from llumnix.frontend.client import FleetClient
 from llumnix.frontend.own_streams import MoveAsked, OwnStreams, quarantine_rows, release
 from llumnix.frontend.streams.look import Cursor, Look, joined, new_items
+from llumnix.key_file import KeyRing
 from llumnix.observe.notes import Notes
 
 
@@ -124,6 +126,11 @@ class Control(Protocol):
         """One of them."""
         ...
 
+    async def reload(self) -> dict[str, Any]:
+        """Reads the file of --keys again; what that changes, as JSON. A bad file changes
+        nothing."""
+        ...
+
     async def quarantined(self) -> list[dict[str, Any]]:
         """The requests of which instances died, as JSON, the oldest first."""
         ...
@@ -137,9 +144,12 @@ class Control(Protocol):
 class OwnControl:
     """`Control` of the only frontend, which has the fleet in its process."""
 
-    def __init__(self, client: FleetClient, fleet: InstanceControl) -> None:
+    def __init__(
+        self, client: FleetClient, fleet: InstanceControl, ring: KeyRing | None = None
+    ) -> None:
         self._client = client
         self._fleet = fleet
+        self._ring = ring or KeyRing()
         self._streams = OwnStreams(client)
 
     async def instances(self) -> list[InstanceRow]:
@@ -194,6 +204,9 @@ class OwnControl:
 
     async def migration(self, name: str) -> dict[str, Any]:
         return self._client.migrations.get(name)
+
+    async def reload(self) -> dict[str, Any]:
+        return self._ring.replace(await asyncio.to_thread(self._ring.read))
 
     async def quarantined(self) -> list[dict[str, Any]]:
         return quarantine_rows(self._client.quarantine)

@@ -24,6 +24,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from llumnix.core.keys import KeyMeter, Meters, NamedKey
 from llumnix.errors import UsageError
 from llumnix.frontend.context import HttpRequest, count_refusal, current_http_request
 from llumnix.frontend.door.probes import PROBE_PATHS
@@ -49,6 +50,7 @@ class Gate:
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
+        self._meters: Meters | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
@@ -80,6 +82,8 @@ class Gate:
             key=caller.key,
             write=write,
         )
+        if caller.named is not None:
+            http.key_name, http.cap = caller.named.name, caller.named.cap
         llm = state.engine_client
         body = RequestBody(http, receive, llm, _bytes_max(state.args), is_json(headers))
         if path == "/llumnix" or path.startswith("/llumnix/"):
@@ -91,15 +95,43 @@ class Gate:
             finally:
                 body.uncount()
             return
-        token = current_http_request.set(http)
+        meter = self._meter(scope, caller.named, state)
+        over = None if meter is None else meter.admit(began_s)
+        if over is not None:
+            answer = _turned_away(over.code, over.message, retry_s=over.retry_after_s)
+            await _with_cors(answer, state.args)(scope, receive, send)
+            return
         http.gate_s = time.monotonic() - began_s
+        await self._to_vllm(scope, body, http, send, meter)
+
+    async def _to_vllm(
+        self,
+        scope: Scope,
+        body: "RequestBody",
+        http: HttpRequest,
+        send: Send,
+        meter: KeyMeter | None,
+    ) -> None:
+        token = current_http_request.set(http)
+        if meter is not None:
+            http.spend = lambda tokens: meter.spend(tokens, time.monotonic())
         if scope["type"] == "websocket" or scope["method"] == "GET":
             body.count()
         try:
             await self.app(scope, body, ResponseHead(http, send))
         finally:
             body.uncount()
+            if meter is not None:
+                meter.ended()
             current_http_request.reset(token)
+
+    def _meter(self, scope: Scope, key: NamedKey | None, state: Any) -> KeyMeter | None:
+        """Counts what a key uses; None if this request costs nothing of what is limited."""
+        if key is None or (scope["type"] == "http" and scope["method"] != "POST"):
+            return None
+        if self._meters is None:
+            self._meters = Meters(getattr(state.args, "api_server_count", None) or 1)
+        return self._meters.of(key, time.monotonic())
 
     @staticmethod
     def _turn_away(
@@ -135,9 +167,9 @@ def _refused(refusal: Refusal) -> JSONResponse:
     return _turned_away(refusal.reason, refusal.message)
 
 
-def _turned_away(code: str, message: str) -> JSONResponse:
+def _turned_away(code: str, message: str, *, retry_s: float | None = None) -> JSONResponse:
     count_refusal(code)
-    return refused(code, message)
+    return refused(code, message, retry_s=retry_s)
 
 
 def _is_preflight(scope: Scope, headers: Headers) -> bool:

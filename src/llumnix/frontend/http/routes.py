@@ -152,20 +152,23 @@ async def requests(
     control: Control,
     instance: str | None = None,
     priority_class: Annotated[str | None, Query(alias="class")] = None,
+    key: str | None = None,
     older_s: Seconds = None,
     limit: Limit = None,
 ) -> dict[str, Any]:
     """Every request that is running or waiting, the oldest first. `id` is the client's X-Request-Id
     if it sent one, else the id in vLLM's answer; `n` > 1 gives as many rows. `instance` is null
     while no instance has it, since its own has died. `incomplete` names the frontends that did not
-    say theirs in time. The query asks for those of an instance, of a class, that came so many
-    seconds ago or more; `limit` for the newest of them, and `total` says how many there are."""
+    say theirs in time. The query asks for those of an instance, a class or a key's name, that
+    came so many seconds ago or more; `limit` for the newest of them, and `total` says how many
+    there are."""
     there = await control.requests()
     rows = [
         row
         for row in sorted(there.requests, key=lambda row: -row["age_s"])
         if instance in (None, row["instance"])
         and priority_class in (None, row["class"])
+        and key in (None, row["key"])
         and row["age_s"] >= (older_s or 0.0)
     ]
     return {
@@ -225,6 +228,13 @@ async def config(request: Request) -> dict[str, Any]:
     """What the server was started with that is not a default, and where each value is from.
     Secrets are masked."""
     return {"settings": request.app.state.settings}
+
+
+@router.post("/reload")
+async def reload(control: Control) -> dict[str, Any]:
+    """Reads the file of --keys again. Answers how many keys there are now, and the names of those
+    that were added, removed and changed. A bad file changes nothing."""
+    return await control.reload()
 
 
 @router.get("/quarantine")

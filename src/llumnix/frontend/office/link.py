@@ -18,6 +18,7 @@ from llumnix.frontend.office.messages import (
     EngineDied,
     Hello,
     Holding,
+    KeysAre,
     Message,
     QuarantineIs,
     Question,
@@ -33,7 +34,7 @@ LOOK_EVERY_S = 0.05
 SAY_EVERY_S = 1.0
 """So often it is said though it has not changed."""
 LINGER_MS = 1000
-IN_ORDER = (AdaptersAre, EngineDied, QuarantineIs, WhoIsAccused)
+IN_ORDER = (AdaptersAre, EngineDied, KeysAre, QuarantineIs, WhoIsAccused)
 """Questions that are answered before the next message is read; none of them takes time."""
 
 

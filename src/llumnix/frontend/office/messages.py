@@ -13,6 +13,7 @@ A question is a message inside an `Ask`, and has one answer: a value of JSON's k
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
+from llumnix.core.keys import NamedKey
 from llumnix.core.streams.quarantine import Quarantined
 from llumnix.core.supervision.frontends import Held
 from llumnix.core.types import EngineIndex, InstanceId, RequestId
@@ -180,8 +181,7 @@ class YourRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DoYouHave:
-    """Which of your requests does a user mean by this name? Answered by their ids, and whether the
-    name is the id of one."""
+    """Which requests does a user mean by this? Answered by their ids, and whether it is an id."""
 
     name: str
 
@@ -232,6 +232,13 @@ class QuarantineIs:
     """These requests are refused, and no others."""
 
     quarantined: list[Quarantined]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeysAre:
+    """The file of --keys has these keys, and no others."""
+
+    keys: list[NamedKey]
 
 
 # -- what a frontend asks the office
@@ -311,6 +318,11 @@ class AllMigrations:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Reload:
+    """Read the file of --keys again, and tell all. Answered by what that changes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AllQuarantined:
     """All quarantined requests, as users see them."""
 
@@ -331,8 +343,7 @@ class Condemned:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CallAll:
-    """Make this call to all engines, which changes what they share. Answered by pairs of engine and
-    answer."""
+    """Call all engines, which changes what they share. Answered by pairs of engine and answer."""
 
     method: str
     args: list[Any] = field(default_factory=list)
@@ -340,7 +351,7 @@ class CallAll:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadAdapter:
-    """Load it on all engines, and make it known to all frontends. Answered by its number."""
+    """Load it on all engines, and tell all frontends. Answered by its number."""
 
     adapter: Adapter
 
@@ -364,6 +375,7 @@ Question = (
     | HowManyRun
     | AdaptersAre
     | QuarantineIs
+    | KeysAre
     | Instances
     | HowIsTheFleet
     | AddInstance
@@ -375,6 +387,7 @@ Question = (
     | AnyRequest
     | MoveAny
     | AllMigrations
+    | Reload
     | AllQuarantined
     | Release
     | Condemned

@@ -35,6 +35,7 @@ from llumnix.frontend.office.messages import (
     EngineSaid,
     FleetWants,
     HowManyRun,
+    KeysAre,
     Message,
     MoveYours,
     QuarantineIs,
@@ -214,6 +215,8 @@ class Frontend:
                 client.quarantine.release(None)
                 for one in quarantined:
                     client.quarantine.add(one)
+            case KeysAre(keys=keys):
+                self._start.args.access.ring.replace(keys)
             case AdaptersAre(adapters=adapters):
                 self._adapters.set(adapters)
             case YourRequests():
@@ -242,7 +245,7 @@ def _client(start: FrontendStart, event_log: EventLog) -> FleetClient:
         ControllerLink(start.controller, start.keys, f"f{start.beside.slot}"),
         deployment.slots,
         event_log,
-        priorities_of(deployment.scheduler, keyed=bool(args.access.client_digests)),
+        priorities_of(deployment.scheduler, keyed=args.access.keyed),
         hash_prefixes=POLICIES[deployment.scheduler.policy].looks_at_caches,
         policy=deployment.scheduler.policy,
         keys=start.keys,

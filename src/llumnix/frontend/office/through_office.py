@@ -36,6 +36,7 @@ from llumnix.frontend.office.messages import (
     Question,
     RefusedOne,
     Release,
+    Reload,
     UndrainOne,
     UnloadAdapter,
 )
@@ -136,6 +137,10 @@ class OfficeControl:
         (row,) = await self._as(list[dict[str, Any]], AllMigrations(name=name))
         one: dict[str, Any] = row
         return one
+
+    async def reload(self) -> dict[str, Any]:
+        changes: dict[str, Any] = await self._as(dict[str, Any], Reload(), ANSWER_S)
+        return changes
 
     async def quarantined(self) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = await self._as(list[dict[str, Any]], AllQuarantined())

@@ -18,7 +18,7 @@ export const KINDS = {
 };
 const KIND_OF = {
   move: "move", death: "death", give_up: "death", revive: "death", quarantine: "death", bypass: "death",
-  back: "death", up: "scale", add: "scale", drain: "scale", undrain: "scale", renew: "scale", removed: "scale",
+  back: "death", up: "scale", add: "scale", drain: "scale", undrain: "scale", removed: "scale",
   order: "scale", refused: "death", dispatch: "place", dispatches: "place",
 };
 
@@ -161,7 +161,6 @@ function told(m, e) {
     case "up": return `${e.target} serves`;
     case "add": return `${e.target} is added`;
     case "drain": return `${e.target} drains`;
-    case "renew": return `${e.target} is started again`;
     case "undrain": return `${e.target} serves on`;
     case "removed": return `${e.target} is removed`;
     case "death": return `${e.target} died and starts again`;

@@ -1,0 +1,128 @@
+"""API keys that have names: what each may do, and how much of it."""
+
+from dataclasses import dataclass, field
+
+ROLES = ("inference", "view", "admin")
+"""To use the model; to see what the deployment does; to do everything."""
+MINUTE_S = 60.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeyLimits:
+    """How much a key may use. None: as much as it likes."""
+
+    requests_per_min: float | None = None
+    tokens_per_min: float | None = None  # of prompts and answers
+    open_max: float | None = None  # requests at a time
+
+    def shared(self, among: int) -> "KeyLimits":
+        """The part of each of so many processes. Each lets one request through at a time."""
+        if among == 1:
+            return self
+        open_max = None if self.open_max is None else max(1.0, self.open_max // among)
+        return KeyLimits(
+            requests_per_min=self.requests_per_min and self.requests_per_min / among,
+            tokens_per_min=self.tokens_per_min and self.tokens_per_min / among,
+            open_max=open_max,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NamedKey:
+    """One key. Of the key itself only the SHA-256 digest is kept."""
+
+    name: str
+    digest: bytes = field(repr=False)
+    roles: tuple[str, ...]  # of `ROLES`
+    cap: str | None = None  # the most urgent class of requests that it gets
+    limits: KeyLimits = field(default_factory=KeyLimits)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Over:
+    """A key has used up what it may."""
+
+    code: str  # for programs
+    message: str  # for users
+    retry_after_s: float
+
+
+class _Bucket:
+    """Lets so much through a minute, and at most a minute's worth at once."""
+
+    def __init__(self, per_min: float, now_s: float) -> None:
+        self.per_min = per_min
+        self._size = max(1.0, per_min)
+        self._level, self._seen_s = self._size, now_s
+
+    def level(self, now_s: float) -> float:
+        """What is left."""
+        gained = (now_s - self._seen_s) * self.per_min / MINUTE_S
+        self._level, self._seen_s = min(self._size, self._level + gained), now_s
+        return self._level
+
+    def take(self, amount: float) -> None:
+        self._level -= amount
+
+    def wait_s(self, wanted: float) -> float:
+        """Until so much is there."""
+        return max(0.0, (wanted - self._level) * MINUTE_S / self.per_min)
+
+
+class KeyMeter:
+    """Counts what one key uses in one process. Tokens are known when a request has ended, so they
+    are charged then: a key that is over its limit waits until the debt is paid."""
+
+    def __init__(self, limits: KeyLimits, now_s: float) -> None:
+        self.limits = limits
+        self.open = 0
+        per_min = limits.requests_per_min, limits.tokens_per_min
+        self._requests, self._tokens = (
+            None if most is None else _Bucket(most, now_s) for most in per_min
+        )
+
+    def admit(self, now_s: float) -> Over | None:
+        """Lets a request in, or says why not. One that is let in must be told to have `ended`."""
+        most, requests, tokens = self.limits.open_max, self._requests, self._tokens
+        if most is not None and self.open >= most:
+            message = f"This key may have {most:.0f} requests open at a time."
+            return Over(code="too_many_open", message=message, retry_after_s=1.0)
+        if tokens is not None and tokens.level(now_s) <= 0:
+            message = f"This key may use {tokens.per_min:.0f} tokens a minute."
+            return Over(code="rate_limited", message=message, retry_after_s=tokens.wait_s(1))
+        if requests is not None and requests.level(now_s) < 1:
+            message = f"This key may send {requests.per_min:g} requests a minute."
+            return Over(code="rate_limited", message=message, retry_after_s=requests.wait_s(1))
+        if requests is not None:
+            requests.take(1)
+        self.open += 1
+        return None
+
+    def ended(self) -> None:
+        """A request that was let in is over."""
+        self.open -= 1
+
+    def spend(self, tokens: int, now_s: float) -> None:
+        """A request has used so many tokens."""
+        if self._tokens is not None:
+            self._tokens.level(now_s)
+            self._tokens.take(tokens)
+
+
+class Meters:
+    """One meter a key that has limits, in one of `among` processes."""
+
+    def __init__(self, among: int) -> None:
+        self._among = among
+        self._meters: dict[str, KeyMeter] = {}
+
+    def of(self, key: NamedKey | None, now_s: float) -> KeyMeter | None:
+        """The meter of that key; a new one if its limits have changed."""
+        if key is None or key.limits == KeyLimits():
+            return None
+        limits, known = key.limits.shared(self._among), self._meters.get(key.name)
+        if known is None or known.limits != limits:
+            opened = 0 if known is None else known.open
+            known = self._meters[key.name] = KeyMeter(limits, now_s)
+            known.open = opened
+        return known

@@ -1,0 +1,81 @@
+"""What a key may use, in time that the test passes in."""
+
+import pytest
+
+from llumnix.core.keys import KeyLimits, KeyMeter, Meters, NamedKey, Over
+
+
+def codes(meter: KeyMeter, *times_s: float) -> list[str | None]:
+    """What each request gets, of which none stays open."""
+    found = []
+    for now_s in times_s:
+        over = meter.admit(now_s)
+        found.append(None if over is None else over.code)
+        if over is None:
+            meter.ended()
+    return found
+
+
+def test_a_minutes_requests_pass_at_once_and_then_as_many_as_come_free() -> None:
+    meter = KeyMeter(KeyLimits(requests_per_min=3), 0.0)
+    assert codes(meter, 0, 0, 0, 0, 19.9) == [None, None, None, "rate_limited", "rate_limited"]
+    assert codes(meter, 20, 20, 40) == [None, "rate_limited", None]
+    assert codes(meter, 1000, 1000, 1000, 1000) == [None, None, None, "rate_limited"]
+
+
+def test_the_pause_is_until_the_next_request_passes() -> None:
+    meter = KeyMeter(KeyLimits(requests_per_min=30), 0.0)
+    for _ in range(30):
+        meter.admit(0.0)
+    over = meter.admit(0.5)
+    assert over == Over(
+        code="rate_limited",
+        message="This key may send 30 requests a minute.",
+        retry_after_s=pytest.approx(1.5),
+    )
+    assert meter.admit(2.01) is None
+
+
+def test_tokens_are_charged_when_they_are_known_and_a_debt_is_paid_first() -> None:
+    meter = KeyMeter(KeyLimits(tokens_per_min=60), 0.0)
+    assert codes(meter, 0, 0) == [None, None]
+    meter.spend(90, 0.0)
+    over = meter.admit(10.0)
+    assert over is not None
+    assert (over.code, over.retry_after_s) == ("rate_limited", pytest.approx(21))
+    assert codes(meter, 29.9, 30.5) == ["rate_limited", None]
+
+
+def test_so_many_are_open_at_a_time() -> None:
+    meter = KeyMeter(KeyLimits(open_max=2, requests_per_min=3), 0.0)
+    assert [meter.admit(0.0), meter.admit(0.0)] == [None, None]
+    over = meter.admit(0.0)
+    assert over is not None
+    assert (over.code, over.retry_after_s) == ("too_many_open", 1.0)
+    meter.ended()
+    assert meter.admit(0.0) is None  # What was refused took nothing of the rate.
+
+
+def test_processes_share_a_limit_and_each_lets_one_through() -> None:
+    limits = KeyLimits(requests_per_min=60, tokens_per_min=100, open_max=3)
+    assert limits.shared(1) is limits
+    shared = limits.shared(4)
+    assert shared == KeyLimits(requests_per_min=15, tokens_per_min=25, open_max=1)
+    slow = KeyMeter(KeyLimits(requests_per_min=1).shared(4), 0.0)
+    assert codes(slow, 0, 0, 239, 241) == [None, "rate_limited", "rate_limited", None]
+
+
+def test_a_key_without_limits_has_no_meter_and_new_limits_make_a_new_one() -> None:
+    meters = Meters(1)
+    free = NamedKey(name="a", digest=b"", roles=("inference",))
+    assert meters.of(None, 0.0) is None
+    assert meters.of(free, 0.0) is None
+    tight = NamedKey(name="a", digest=b"", roles=(), limits=KeyLimits(open_max=1))
+    meter = meters.of(tight, 0.0)
+    assert meter is not None
+    assert meters.of(tight, 5.0) is meter
+    assert meter.admit(0.0) is None
+    wide = NamedKey(name="a", digest=b"", roles=(), limits=KeyLimits(open_max=2))
+    other = meters.of(wide, 0.0)
+    assert other is not None
+    assert other.open == 1  # What is open counts on.

@@ -1,0 +1,182 @@
+"""Keys of the file of --keys at the gate: roles, classes, limits, and a file that is read again."""
+
+import asyncio
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+
+pytest.importorskip("vllm")
+
+from frontend.test_gate import application, client, reason
+from llumnix.errors import UsageError
+from llumnix.frontend.context import current_http_request
+from llumnix.frontend.http.control import OwnControl
+from llumnix.key_file import KeyRing
+
+MODEL, SEEN, STATUS = "/v1/chat/completions", "/llumnix/v1/requests", "/llumnix/v1/instances"
+FILE = """
+ada: {key: user, class: high}
+vic: {key: viewer, roles: [view]}
+all: {key: both, roles: [inference, view]}
+ops: {key: root, roles: [admin]}
+"""
+
+
+def ring(tmp_path: Path, text: str = FILE) -> KeyRing:
+    path = tmp_path / "keys.yaml"
+    path.touch(mode=0o600)
+    path.write_text(text)
+    found = KeyRing(str(path), ["high", "normal"])
+    found.replace(found.read())
+    return found
+
+
+def guarded(named: KeyRing, frontends: int = 1, **more: Any) -> Any:
+    app = application(**more)
+    app.state.args.access = replace(app.state.args.access, ring=named)
+    app.state.args.api_server_count = frontends
+    return app
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "let_in"),
+    [
+        ("POST", MODEL, "user both root"),
+        ("GET", "/v1/models", "user both root"),
+        ("POST", "/score", "user both root"),
+        ("GET", "/metrics", "user viewer both root"),
+        ("GET", STATUS, "user viewer both root"),
+        ("GET", "/version", "user viewer both root"),
+        ("GET", SEEN, "viewer both root"),
+        ("GET", SEEN + "/r1", "viewer both root"),
+        ("GET", "/llumnix/v1/events", "viewer both root"),
+        ("GET", "/llumnix/v1/config", "viewer both root"),
+        ("POST", "/llumnix/v1/migrations", "root"),
+        ("DELETE", "/llumnix/v1/quarantine", "root"),
+        ("POST", STATUS, "root"),
+        ("POST", "/pause", "root"),
+        ("GET", "/server_info", "root"),
+        ("POST", "/v1/load_lora_adapter", "root"),
+    ],
+)
+async def test_a_key_opens_what_its_roles_are_for(
+    tmp_path: Path, method: str, path: str, let_in: str
+) -> None:
+    async with client(guarded(ring(tmp_path))) as http:
+        opened = [
+            key
+            for key in ("user", "viewer", "both", "root")
+            if (await http.request(method, path, headers=bearer(key))).status_code not in (401, 403)
+        ]
+        assert opened == let_in.split()
+        for headers in ({}, bearer("other")):
+            assert (await http.request(method, path, headers=headers)).status_code == 401
+
+
+async def test_a_refusal_says_which_key_would_do(tmp_path: Path) -> None:
+    async with client(guarded(ring(tmp_path))) as http:
+        model = await http.post(MODEL, headers=bearer("viewer"))
+        assert reason(model) == (403, "role_required")
+        assert "the role `inference`" in model.text
+        seen = await http.get(SEEN, headers=bearer("user"))
+        assert reason(seen) == (403, "admin_key_required")
+        assert "use an admin key, or one with the role `view`" in seen.text
+        drain = await http.post(STATUS, headers=bearer("viewer"))
+        assert drain.json()["error"]["message"].endswith("use an admin key.")
+
+
+async def test_where_there_is_a_file_nobody_administers_without_the_role(tmp_path: Path) -> None:
+    """On loopback ordinary keys administer where there is no admin key at all."""
+    keys = ring(tmp_path, "ada: {key: user}")
+    async with client(guarded(keys, keys=["old"])) as http:
+        assert (await http.post("/v1/models", headers=bearer("old"))).status_code == 200
+        for key in ("old", "user"):
+            assert (await http.post("/pause", headers=bearer(key))).status_code == 403
+
+
+async def test_the_name_and_the_class_go_with_the_request_and_the_key_does_not(
+    tmp_path: Path,
+) -> None:
+    app = guarded(ring(tmp_path))
+    seen: list[Any] = []
+
+    @app.middleware("http")
+    async def note(request: Any, go_on: Any) -> Any:
+        seen.append(current_http_request.get())
+        return await go_on(request)
+
+    app.user_middleware.reverse()  # The gate is the outermost, as in vLLM's.
+    async with client(app) as http:
+        await http.post(MODEL, headers=bearer("user"))
+        await http.post(MODEL, headers=bearer("root"))
+    assert [(h.key_name, h.cap) for h in seen] == [("ada", "high"), ("ops", None)]
+    assert "user" not in repr(seen)
+
+
+async def test_a_key_over_its_limits_is_told_when_to_come_again(tmp_path: Path) -> None:
+    keys = ring(tmp_path, "ada: {key: user, requests_per_min: 2}\nbea: {key: free}\n")
+    async with client(guarded(keys)) as http:
+        for _ in range(2):
+            assert (await http.post(MODEL, headers=bearer("user"))).status_code == 200
+        over = await http.post(MODEL, headers=bearer("user"))
+        assert reason(over) == (429, "rate_limited")
+        assert over.json()["error"]["type"] == "rate_limit_error"
+        assert 25 <= int(over.headers["retry-after"]) <= 30
+        assert (await http.get("/v1/models", headers=bearer("user"))).status_code == 200
+        assert (await http.post(MODEL, headers=bearer("free"))).status_code == 200
+
+
+async def test_frontends_share_a_limit(tmp_path: Path) -> None:
+    keys = ring(tmp_path, "ada: {key: user, requests_per_min: 4}")
+    async with client(guarded(keys, frontends=2)) as http:
+        statuses = [(await http.post(MODEL, headers=bearer("user"))).status_code for _ in range(3)]
+        assert statuses == [200, 200, 429]
+
+
+async def test_so_many_requests_are_open_at_a_time(tmp_path: Path) -> None:
+    keys = ring(tmp_path, "ada: {key: user, open_max: 1}")
+    app, go_on, begun = guarded(keys), asyncio.Event(), asyncio.Event()
+
+    @app.middleware("http")
+    async def wait(request: Any, answer: Any) -> Any:
+        begun.set()
+        await go_on.wait()
+        return await answer(request)
+
+    app.user_middleware.reverse()
+    async with client(app) as http:
+        first = asyncio.create_task(http.post(MODEL, headers=bearer("user")))
+        await begun.wait()
+        assert reason(await http.post(MODEL, headers=bearer("user"))) == (429, "too_many_open")
+        go_on.set()
+        assert (await first).status_code == 200
+        assert (await http.post(MODEL, headers=bearer("user"))).status_code == 200
+
+
+async def test_the_file_is_read_again_while_it_serves(tmp_path: Path) -> None:
+    keys = ring(tmp_path)
+    control: Any = OwnControl(SimpleNamespace(client_index=0), SimpleNamespace(), keys)  # type: ignore[arg-type]
+    async with client(guarded(keys)) as http:
+        assert (await http.post(MODEL, headers=bearer("new"))).status_code == 401
+        Path(str(keys.path)).write_text("ada: {key: new}\nops: {key: root, roles: [admin]}\n")
+        assert await control.reload() == {
+            "keys": 2, "added": [], "removed": ["all", "vic"], "changed": ["ada"],
+        }  # fmt: skip
+        statuses = {k: await _status(http, k) for k in ("new", "user", "both", "root")}
+        assert statuses == {"new": 200, "user": 401, "both": 401, "root": 200}
+        Path(str(keys.path)).write_text("ada: {}")
+        with pytest.raises(UsageError, match="ada: give one of key and sha256"):
+            await control.reload()
+        assert await _status(http, "new") == 200
+
+
+async def _status(http: httpx.AsyncClient, key: str) -> int:
+    return (await http.post(MODEL, headers=bearer(key))).status_code
