@@ -1,173 +1,242 @@
-"""Two engines without a model, their llumlets' hosts, and as little of a frontend as will do:
-for what happens on the engine's thread."""
+"""Several hosts on this machine: namespaces, with a network of their own between them.
 
-import queue
+Each host has its own network, processes, shared memory, host name and folder for Ray; files are
+this machine's. Nothing outside changes, and the end of a host's first process ends all of it.
+Needs root, `ip`, `unshare`, `nsenter` and /dev/net/tun.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-from vllm.v1.engine import FinishReason
+import pytest
 
-from llumnix.core.limits import MigrationLimits
-from llumnix.core.messages import IN_BAND, Migrate, MigrationEnded, TookOver
-from llumnix.core.priorities import Priorities
-from llumnix.core.settings import PrioritySettings
-from llumnix.core.types import EngineIndex, Epoch, MigrationId, RequestId
-from llumnix.engine.kv.agent import TransferOptions
-from llumnix.engine.launch import LlumletConfig
-from llumnix.engine.migration import host
-from llumnix.engine.migration.host import HostItem, LlumletHost
-from llumnix.engine.queueing import Queueing
-from llumnix.wire import decode, encode
-from support.no_model import engine_core
+from support import relay
+from support.server import Server
 
-LIMITS = MigrationLimits(
-    reserve_timeout_s=0.2,
-    stage_timeout_s=0.2,
-    progress_every_s=0.05,
-    verdict_again_s=0.02,
-    silence_timeout_s=0.4,
-)
-TURN_S = 0.001
-"""By the hosts' clock, so that a loaded machine loses no message to a time-out."""
-THREADS_S = 0.004
-"""What a turn leaves to the threads that carry messages and blocks, while they have any."""
-STEP_TURNS = 4
-"""While a request moves, only one turn in so many makes a step, or it would end before."""
-KEY = b"hosts"
+NETWORK = "192.0.2."  # for documentation: nobody's
+RAY_PORT = 6379
+TOOLS = ("ip", "unshare", "nsenter", "mount", "hostname")
+INIT = """
+mount --make-rprivate /
+mount -t tmpfs tmpfs /dev/shm
+mkdir -p {folder}/ray /tmp/ray
+mount --bind {folder}/ray /tmp/ray
+hostname {name}
+mount --bind {folder}/hosts /etc/hosts
+echo $$ > {folder}/up
+exec sleep 3600
+"""
 
 
-class HostedEngine:
-    """One of them. `turn` is one turn of vLLM's busy loop."""
+def missing() -> str | None:
+    """Why there can be no hosts here; None if there can."""
+    if os.geteuid() != 0:
+        return "needs root"
+    if not Path("/dev/net/tun").exists():
+        return "no /dev/net/tun here"
+    absent = [tool for tool in TOOLS if shutil.which(tool) is None]
+    return f"not here: {', '.join(absent)}" if absent else None
 
-    def __init__(self, number: int, folder: Path, model: Path, blocks: int) -> None:
-        self.core: Any = engine_core(model, blocks=blocks)
-        self.core.input_queue = queue.Queue()
-        self.core.output_queue = queue.Queue()
-        self.host = LlumletHost(
-            self.core,
-            EngineIndex(number),
-            LlumletConfig(
-                peers=f"ipc://{folder}/peer-{{engine}}",
-                agents=f"unix:{folder}/kv-{{engine}}-{{rank}}",
-                key=KEY,
-                limits=LIMITS,
-                priorities=Priorities(PrioritySettings()),
-                min_stay=10.0,
-                looks_at_caches=False,
-                transfer=TransferOptions(checksums=True),
-            ),
-            "127.0.0.1",
-            lambda *_: None,
+
+needs_hosts = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+
+
+class Host:
+    """One of them."""
+
+    def __init__(self, name: str, address: str, folder: Path) -> None:
+        self.name = name
+        self.address = address
+        self.folder = folder
+        self._init: subprocess.Popen[bytes] | None = None
+
+    def start(self, names: dict[str, str]) -> None:
+        """`names`: all hosts' addresses."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lines = ["127.0.0.1 localhost", *(f"{a} {n}" for n, a in names.items())]
+        (self.folder / "hosts").write_text("\n".join(lines) + "\n")
+        up = self.folder / "up"
+        up.unlink(missing_ok=True)
+        script = INIT.format(folder=self.folder, name=self.name)
+        unshare = "unshare --mount --uts --ipc --pid --fork --kill-child --mount-proc sh -ec"
+        self._init = subprocess.Popen(
+            ["ip", "netns", "exec", self.name, *unshare.split(), script],
+            stderr=subprocess.DEVNULL,  # unshare complains as its child is killed.
+            start_new_session=True,
         )
-        self.host.start()
-        Queueing(self.core.scheduler, Priorities(PrioritySettings()))
+        deadline_s = time.monotonic() + 10
+        while not (up.exists() and up.read_text().strip()):
+            assert time.monotonic() < deadline_s, f"host {self.name} does not come up"
+            time.sleep(0.02)
+
+    @property
+    def inside(self) -> list[str]:
+        """The command that runs another on this host."""
+        assert self._init is not None
+        (first,) = _children(self._init.pid)
+        return ["nsenter", "-t", str(first), "-m", "-u", "-i", "-n", "-p", "--"]
+
+    def run(self, *words: str, timeout_s: float = 60, **env: str) -> str:
+        """Runs a command here; its output."""
+        done = subprocess.run(
+            [*self.inside, *words],
+            env={**os.environ, **env},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=timeout_s,
+        )
+        assert done.returncode == 0, done.stdout
+        return done.stdout
+
+    def processes(self, title: str) -> list[int]:
+        """Ids, as this machine knows them, of its processes with this in their command lines."""
+        assert self._init is not None
+        found = []
+        for pid in _descendants(self._init.pid):
+            with contextlib.suppress(OSError):
+                if title.encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    found.append(pid)
+        return found
+
+    def kill(self) -> None:
+        """Ends all of it at once, as a power cut would."""
+        if self._init is not None and self._init.poll() is None:
+            for pid in _children(self._init.pid):
+                os.kill(pid, signal.SIGKILL)
+            self._init.wait(10)
+
+
+class Network:
+    """The hosts, and how the ways between them are."""
+
+    def __init__(self, folder: Path, count: int) -> None:
+        # A device's and a namespace's name is short.
+        names = [f"h{os.getpid()}{letter}" for letter in "abcdefgh"[:count]]
+        self.hosts = [Host(n, f"{NETWORK}{i + 1}", folder / n) for i, n in enumerate(names)]
+        self._relay: subprocess.Popen[str] | None = None
+
+    def start(self) -> None:
+        for host in self.hosts:
+            subprocess.run(["ip", "netns", "add", host.name], check=True)
+        self._relay = subprocess.Popen(
+            [sys.executable, relay.__file__, *(f"{h.name}={h.address}" for h in self.hosts)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        self._answered()
+        for host in self.hosts:
+            host.start({h.name: h.address for h in self.hosts})
+
+    def way(self, source: Host, destination: Host, **how: Any) -> None:
+        """How packets go from one to the other from now on (support/relay.py); as at first with
+        nothing given."""
+        assert self._relay is not None
+        assert self._relay.stdin is not None
+        line = {"from": source.name, "to": destination.name, **how}
+        self._relay.stdin.write(json.dumps(line) + "\n")
+        self._relay.stdin.flush()
+        self._answered()
+
+    def both_ways(self, one: Host, other: Host, **how: Any) -> None:
+        self.way(one, other, **how)
+        self.way(other, one, **how)
+
+    def _answered(self) -> None:
+        assert self._relay is not None
+        assert self._relay.stdout is not None
+        assert self._relay.stdout.readline() == "ok\n"
 
     def close(self) -> None:
-        self.host.close()
-        self.core.model_executor.agent.close()
-
-    def turn(self, *, step: bool = True) -> None:
-        """As `run_busy_loop` does, with our hooks in it."""
-        while not self.core.input_queue.empty():
-            kind, item = self.core.input_queue.get()
-            assert kind is HostItem
-            self.host.handle(item)
-        self.host.poll()
-        if step:
-            outputs, ran = self.core.step_fn()
-            for output in (outputs or {}).items():
-                self.core.output_queue.put(output)
-            self.host.port.between_steps(ran)
-            self.host.poll()
-        self.host.defer_prefills()
-        self.host.hold_s(None)
-        self.host.moving()
-
-    def at_rest(self) -> bool:
-        """Whether nothing of any request or migration is left."""
-        scheduler, port = self.core.scheduler, self.host.port
-        pool = scheduler.kv_cache_manager.block_pool
-        held = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
-        return not (
-            scheduler.requests
-            or scheduler.finished_req_ids
-            or held
-            or port.destination._arriving
-            or port.source._pins
-            or port.source._stopped
-            or port.source._places
-            or self.host.llumlet.busy
-        )
+        for host in self.hosts:
+            host.kill()
+        if self._relay is not None:
+            self._relay.kill()
+            self._relay.wait(10)
+        for host in self.hosts:
+            subprocess.run(["ip", "netns", "del", host.name], check=False)
 
 
-class Hosts:
-    """Both, and what a client got: tokens by the engine that said them."""
+@contextlib.contextmanager
+def network(folder: Path, count: int = 2) -> Iterator[Network]:
+    """Hosts that are gone afterwards in any case. The calling thread, and what it starts, is in the
+    first one's network meanwhile: its loopback is that host's."""
+    net = Network(folder, count)
+    try:
+        net.start()
+        with relay.inside(net.hosts[0].name):
+            yield net
+    finally:
+        net.close()
 
-    def __init__(self, folder: Path, model: Path, blocks: int = 100) -> None:
-        self.engines = [HostedEngine(n, folder, model, blocks) for n in range(2)]
-        self.renew()
-        self._migrations = 0
-        self._turns = 0
-        self._now_s = time.monotonic()
-        self._time = host.time
-        host.time = SimpleNamespace(monotonic=lambda: self._now_s)  # type: ignore[attr-defined]
 
-    def renew(self) -> None:
-        self.tokens: dict[str, list[int]] = {}
-        self.ended: dict[str, str] = {}
-        self.took_over: dict[str, int] = {}
-        self.outcomes: list[MigrationEnded] = []
+class ServerOnHosts(Server):
+    """`llumnix serve` on the first host, over a Ray cluster of all."""
 
-    def close(self) -> None:
-        host.time = self._time  # type: ignore[attr-defined]
-        for engine in self.engines:
-            engine.close()
+    def __init__(self, net: Network, model: Path, *flags: str, log: Path, **env: str) -> None:
+        self.net = net
+        token = net.hosts[0].folder / "token"
+        token.write_text("a-token-of-the-tests-0123456789abcdef")
+        self.settings = {
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(token),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_DISABLE_DOCKER_CPU_WARNING": "1",
+            **env,
+        }
+        for host in net.hosts:
+            self.join(host)
+        head = net.hosts[0]
+        super().__init__(
+            str(model), "--served-model-name", "tiny", *flags,
+            "--ray-address", f"{head.address}:{RAY_PORT}",
+            log=log, before=head.inside, **self.settings,
+        )  # fmt: skip
 
-    def migrate(self, request: str) -> None:
-        self._migrations += 1
-        order = Migrate(
-            migration=MigrationId(f"m{self._migrations}"),
-            request=RequestId(request),
-            destination=EngineIndex(1),
-            address=self.engines[1].host.address,
-            epoch=Epoch(1),
-        )
-        self.engines[0].host.migrate(encode(order))
+    def join(self, host: Host) -> None:
+        """Starts Ray on it."""
+        head = self.net.hosts[0]
+        how = ["--head", "--port", str(RAY_PORT), "--include-dashboard=false"]
+        if host is not head:
+            how = ["--address", f"{head.address}:{RAY_PORT}"]
+        host.run(
+            sys.executable, "-m", "ray.scripts.scripts", "start", *how,
+            "--node-ip-address", host.address, "--num-cpus", "2",
+            "--object-store-memory", str(80 * 2**20), "--disable-usage-stats",
+            **self.settings,
+        )  # fmt: skip
 
-    def turn(self) -> None:
-        self._turns += 1
-        self._now_s += TURN_S
-        moving = any(engine.host.llumlet.busy for engine in self.engines)
-        if moving:
-            time.sleep(THREADS_S)
-        for number, engine in enumerate(self.engines):
-            engine.turn(step=not moving or not self._turns % STEP_TURNS)
-            while not engine.core.output_queue.empty():
-                self._hear(number, engine.core.output_queue.get()[1])
+    def signal(self, number: int = signal.SIGTERM, *, group: bool = True) -> None:
+        """`nsenter` passes none on, so it is the group's."""
+        super().signal(number, group=True)
 
-    def _hear(self, number: int, outputs: Any) -> None:
-        for output in outputs.outputs:
-            if output.kv_transfer_params and IN_BAND in output.kv_transfer_params:
-                message = decode(output.kv_transfer_params[IN_BAND])
-                if isinstance(message, TookOver):
-                    self.took_over[message.request] = message.outputs
-                elif isinstance(message, MigrationEnded):
-                    self.outcomes.append(message)
-                continue
-            said = self.tokens.setdefault(output.request_id, [0, 0])
-            said[number] += len(output.new_token_ids)
-            if output.finish_reason is not None:
-                name = "error" if output.finish_reason == FinishReason.ERROR else "finished"
-                assert output.request_id not in self.ended, "it ended twice"
-                self.ended[output.request_id] = name
+    def host_of(self, row: dict[str, Any]) -> Host:
+        """Where an instance runs."""
+        (host,) = [h for h in self.net.hosts if h.address in row["node"] or h.name in row["node"]]
+        return host
 
-    def until(self, done: Any, within_s: float = 60.0) -> None:
-        end = time.monotonic() + within_s
-        while not done():
-            assert time.monotonic() < end, "it never came to an end"
-            self.turn()
 
-    def until_at_rest(self) -> None:
-        self.until(lambda: all(engine.at_rest() for engine in self.engines))
+def _children(pid: int) -> list[int]:
+    found: list[int] = []
+    with contextlib.suppress(OSError):
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            found += map(int, (task / "children").read_text().split())
+    return found
+
+
+def _descendants(pid: int) -> list[int]:
+    found = _children(pid)
+    for child in found:
+        found += _children(child)
+    return found
