@@ -22,7 +22,7 @@ def net(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Network]:
 
 
 @pytest.fixture(scope="module")
-def server(net: Network, tiny_model: Path, request: pytest.FixtureRequest) -> Iterator[ServerOnHosts]:
+def server(net: Network, tiny_model: Path) -> Iterator[ServerOnHosts]:
     """An instance on each of the two hosts."""
     log = net.hosts[0].folder / "serve.log"
     server = ServerOnHosts(net, tiny_model, *FLAGS, log=log)

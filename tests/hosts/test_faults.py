@@ -40,8 +40,12 @@ class Streams:
 
     def __enter__(self) -> "Streams":
         for body, begun in zip(KINDS, self._begun, strict=True):
+
+            def heard(count: int, begun: threading.Event = begun) -> None:
+                if count > 20:
+                    begun.set()
+
             arguments = (self._server, COMPLETIONS, body)
-            heard = lambda count, begun=begun: begun.set() if count > 20 else None
             self._futures.append(self._pool.submit(stream, *arguments, on_chunk=heard))
         for begun in self._begun:
             assert begun.wait(60)
