@@ -1,17 +1,21 @@
 """Faults of the network between two hosts, and of a host: no client notices."""
 
+import sys
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
-from support.hosts import Network, ServerOnHosts, needs_hosts
-from support.server import eventually
+from support.hosts import Host, Network, ServerOnHosts, needs_hosts
+from support.server import alive, eventually
 from support.streaming import Recorded, first_difference, stream
 
-pytestmark = [needs_hosts, pytest.mark.hosts, pytest.mark.live, pytest.mark.timeout(600)]
+pytestmark = [
+    needs_hosts, pytest.mark.hosts, pytest.mark.live, pytest.mark.slow, pytest.mark.timeout(600)
+]  # fmt: skip
 
 COMPLETIONS = "/v1/completions"
 KINDS: list[dict[str, Any]] = [
@@ -63,23 +67,204 @@ def same(calm: list[Recorded], seen: list[Recorded]) -> None:
     assert [first_difference(a, b) for a, b in zip(calm, seen, strict=True)] == [None] * len(seen)
 
 
+@pytest.fixture
+def whole(net: Network, server: ServerOnHosts) -> Iterator[ServerOnHosts]:
+    """Both instances serve, one on each host, and nothing is wrong with the network, before and
+    after."""
+
+    def serving() -> bool:
+        rows = server.instances().values()
+        return [row["state"] for row in rows] == ["serving"] * 2
+
+    eventually(serving, 180, "both serve")
+    assert len({server.host_of(row).name for row in server.instances().values()}) == 2
+    yield server
+    net.both_ways(*net.hosts)
+
+
+def processes(server: ServerOnHosts) -> dict[str, Any]:
+    return {name: (row["pid"], row["restarts"]) for name, row in server.instances().items()}
+
+
+def other_host(server: ServerOnHosts) -> tuple[str, Host]:
+    """The instance that is not on our host, and its host."""
+    own = server.net.hosts[0]
+    ((name, host),) = [
+        (name, host)
+        for name, row in server.instances().items()
+        if (host := server.host_of(row)) is not own
+    ]
+    return name, host
+
+
+def downtimes_ms(server: ServerOnHosts, moves: int = 5) -> list[float]:
+    """Of one request that is moved to and fro over the network."""
+    found = []
+    begun = threading.Event()
+    body = {**KINDS[0], "max_tokens": 900}
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(
+            stream, server, COMPLETIONS, body, name="mover",
+            on_chunk=lambda count: begun.set() if count > 5 else None,
+        )  # fmt: skip
+        assert begun.wait(60)
+        for _ in range(moves):
+            answer = server.http.post("/llumnix/v1/migrations", json={"request_id": "mover"})
+            if answer.status_code == 404:
+                break  # It has ended.
+            assert answer.json()["outcome"] == "migrated", answer.json()
+            found.append(answer.json()["downtime_ms"])
+        assert future.result().error is None
+    return found
+
+
 def test_a_link_that_is_down_for_a_second_ends_nothing(
-    net: Network, server: ServerOnHosts, calm: list[Recorded]
+    net: Network, whole: ServerOnHosts, calm: list[Recorded]
 ) -> None:
-    before = {i: row["pid"] for i, row in server.instances().items()}
-    with Streams(server) as streams:
+    before = processes(whole)
+    with Streams(whole) as streams:
         net.both_ways(*net.hosts, cut=True)
         time.sleep(1)
         net.both_ways(*net.hosts)
         same(calm, streams.ended())
-    assert {i: row["pid"] for i, row in server.instances().items()} == before
+    time.sleep(2)
+    assert processes(whole) == before
 
 
-def test_a_host_that_is_lost(net: Network, server: ServerOnHosts, calm: list[Recorded]) -> None:
-    lost = next(r for r in server.instances().values() if server.host_of(r) is net.hosts[1])
-    with Streams(server) as streams:
+@pytest.mark.parametrize("delay_s", [0.001, 0.005, 0.02])
+def test_a_delay_costs_a_move_four_one_way_trips_at_most(
+    net: Network, whole: ServerOnHosts, calm: list[Recorded], delay_s: float
+) -> None:
+    before, near_ms = processes(whole), downtimes_ms(whole)
+    net.both_ways(*net.hosts, delay_s=delay_s, jitter_s=delay_s / 4)
+    with Streams(whole) as streams:
+        same(calm, streams.ended())
+    far_ms = downtimes_ms(whole)
+    print(f"downtime, ms: {near_ms} here, {far_ms} with {1000 * delay_s:g} ms one way")
+    # Jitter comes on top, and on two cores a step that is late.
+    assert min(far_ms) <= min(near_ms) + 4 * 1.25 * 1000 * delay_s + 10
+    assert whole.http.get("/llumnix/v1/instances").json()["controller"] == "up"
+    assert "The controller does not answer" not in whole.log
+    assert processes(whole) == before
+
+
+@pytest.mark.parametrize("loss", [0.01, 0.05])
+def test_lost_packets_end_nothing(
+    net: Network, whole: ServerOnHosts, calm: list[Recorded], loss: float
+) -> None:
+    before = processes(whole)
+    net.both_ways(*net.hosts, loss=loss)
+    with Streams(whole) as streams:
+        same(calm, streams.ended())
+    assert len(downtimes_ms(whole)) >= 2
+    assert processes(whole) == before
+
+
+def test_a_slow_link_ends_nothing(net: Network, whole: ServerOnHosts, calm: list[Recorded]) -> None:
+    before = processes(whole)
+    net.both_ways(*net.hosts, bytes_per_s=100e6 / 8)
+    with Streams(whole) as streams:
+        same(calm, streams.ended())
+    assert len(downtimes_ms(whole)) >= 2
+    assert processes(whole) == before
+
+
+@pytest.mark.parametrize("deaf", ["we", "they"])
+def test_a_link_that_is_down_one_way_counts_as_down(
+    net: Network, whole: ServerOnHosts, calm: list[Recorded], deaf: str
+) -> None:
+    name, there = other_host(whole)
+    ways = (there, net.hosts[0]) if deaf == "we" else (net.hosts[0], there)
+    with Streams(whole) as streams:
         began_s = time.monotonic()
-        net.hosts[1].kill()
-        eventually(lambda: server.instances()[lost["id"]]["state"] != "serving", 10, "noticed")
-        print(f"noticed after {time.monotonic() - began_s:.2f} s")
+        net.way(*ways, cut=True)
+        eventually(lambda: whole.instances()[name]["state"] != "serving", 10, "noticed")
+        took_s = time.monotonic() - began_s
+        same(calm, streams.ended())
+    print(f"noticed after {took_s:.2f} s")
+    assert took_s < 5
+
+
+def test_a_host_that_is_cut_off_is_lost_and_ends_its_engines_and_comes_back(
+    net: Network, whole: ServerOnHosts, calm: list[Recorded]
+) -> None:
+    name, there = other_host(whole)
+    engines = there.processes("ray::EngineActor")
+    assert engines
+    with Streams(whole) as streams:
+        began_s = time.monotonic()
+        net.both_ways(*net.hosts, cut=True)
+        eventually(lambda: whole.instances()[name]["state"] != "serving", 10, "noticed")
+        took_s = time.monotonic() - began_s
+        same(calm, streams.ended())
+    eventually(lambda: not any(map(alive, engines)), 20, "its engines end by themselves")
+    ended_s = time.monotonic() - began_s
+    print(f"noticed after {took_s:.2f} s, its engines ended after {ended_s:.2f} s")
+    assert took_s < 3  # 2.0 to 2.3 s where cores are free
+    assert ended_s < 20
+    time.sleep(max(0.0, 30 - ended_s))
+    net.both_ways(*net.hosts)
+    eventually(lambda: whole.instances()[name]["state"] == "serving", 240, "it serves again")
+    with Streams(whole) as streams:
+        same(calm, streams.ended())
+
+
+def test_what_a_stranger_sends_to_any_port_ends_nothing(
+    net: Network, whole: ServerOnHosts, calm: list[Recorded]
+) -> None:
+    """From a host of the network that has no key."""
+    before = processes(whole)
+    with Streams(whole) as streams:
+        asked = 0
+        for host in net.hosts:
+            listing = host.run("ss", "-Hltn")
+            for line in listing.splitlines():
+                address, _, port = line.split()[3].rpartition(":")
+                if address in (host.address, "0.0.0.0", "*", "[::]"):
+                    asked += throw_junk(net, host, int(port))
+        assert asked > 20
+        same(calm, streams.ended())
+    assert whole.complete().status_code == 200
+    assert processes(whole) == before
+
+
+JUNK = """
+import os, random, socket, sys
+dice = random.Random(int(sys.argv[2]))
+greeting = b"\xff" + bytes(8) + b"\x7f\x03\x00CURVE" + bytes(48)
+page, zeros = b"GET / HTTP/1.1\r\n\r\n", b"\0" * 70000
+for data in (dice.randbytes(4000), greeting + dice.randbytes(300), page, zeros):
+    try:
+        with socket.create_connection((sys.argv[1], int(sys.argv[2])), 5) as there:
+            there.settimeout(0.3)
+            there.sendall(data)
+            there.recv(100)
+    except OSError:
+        pass
+"""
+
+
+def throw_junk(net: Network, host: Host, port: int) -> int:
+    """From another host than that one."""
+    other = next(h for h in net.hosts if h is not host)
+    other.run(sys.executable, "-c", JUNK, host.address, str(port))
+    return 1
+
+
+def test_a_host_that_is_lost_for_good_can_be_joined_again(
+    net: Network, whole: ServerOnHosts, calm: list[Recorded]
+) -> None:
+    name, there = other_host(whole)
+    with Streams(whole) as streams:
+        began_s = time.monotonic()
+        there.kill()
+        eventually(lambda: whole.instances()[name]["state"] != "serving", 10, "noticed")
+        took_s = time.monotonic() - began_s
+        same(calm, streams.ended())
+    print(f"noticed after {took_s:.2f} s")
+    assert took_s < 3
+    there.start({h.name: h.address for h in net.hosts})
+    whole.join(there)
+    eventually(lambda: whole.instances()[name]["state"] == "serving", 240, "it serves again")
+    with Streams(whole) as streams:
         same(calm, streams.ended())
