@@ -1,6 +1,7 @@
 """The Helm chart, rendered without a cluster: what it makes is what Kubernetes knows, and hangs
 together. No cluster is there to apply it."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 
 from llumnix.frontend.arguments import make_parser
 
-from .rendered import CHART, CI, config_of, helm, objects, of_kind, pods, read, render
+from .rendered import CHART, CI, DEPLOY, config_of, helm, objects, of_kind, pods, read, render
 
 MINIMAL = {"model": "m", "keys": {"existingSecret": "k"}}
 OTHERS_KINDS = {"RayCluster", "ServiceMonitor", "PrometheusRule", "HTTPRoute"}
@@ -104,7 +105,8 @@ def test_a_pods_grace_is_more_than_a_stop_takes(path: Path) -> None:
         (container,) = worker["spec"]["containers"]
         (shell, _, drain) = container["lifecycle"]["preStop"]["exec"]["command"]
         assert shell == "/bin/bash"
-        assert 'llumnix drain --node "$POD_IP" --timeout 60 ' in drain
+        # What an instance calls its node (engine/instance.py), and bash its host.
+        assert 'llumnix drain --node "$HOSTNAME" --timeout 60 ' in drain
         assert worker["spec"]["terminationGracePeriodSeconds"] == 80
 
 
@@ -142,3 +144,12 @@ def test_ray_starts_beside_the_server_and_only_the_server_is_signalled() -> None
     assert lines[-1].startswith("exec llumnix serve ")
     (script,) = worker["spec"]["containers"][0]["args"]
     assert script.strip().splitlines()[-1] == 'eval "exec $KUBERAY_GEN_RAY_START_CMD"'
+
+
+def test_the_alerts_and_the_board_travel_with_it() -> None:
+    values = read(CHART / "ci" / "pod-values.yaml")
+    rules = of_kind("PrometheusRule", values)["spec"]
+    assert rules == read(DEPLOY / "prometheus" / "alerts.yml")
+    boards = [o["data"] for o in objects(values) if "llumnix.json" in o.get("data", {})]
+    (board,) = [json.loads(data["llumnix.json"]) for data in boards]
+    assert board == json.loads((DEPLOY / "grafana" / "llumnix.json").read_text())
