@@ -423,9 +423,13 @@ async def test_a_request_tells_its_key_what_it_used_when_it_ends_and_goes_by_its
     tmp_path: Path,
 ) -> None:
     async with front(tmp_path) as one:
-        spent: list[int] = []
+        spent: list[tuple[int, int]] = []
+
+        def spend(prompt: int, output: int) -> None:
+            spent.append((prompt, output))
+
         http = HttpRequest(
-            client_id=None, priority_class="high", key_name="ada", cap="high", spend=spent.append
+            client_id=None, priority_class="high", key_name="ada", cap="high", spend=spend
         )
         token = current_http_request.set(http)
         await one.add_request("r", 0)
@@ -437,4 +441,4 @@ async def test_a_request_tells_its_key_what_it_used_when_it_ends_and_goes_by_its
         assert (row["key"], row["class"]) == ("ada", "high")
         last = EngineCoreOutput("r", [3], finish_reason=FinishReason.LENGTH)
         one.take_in(packed(EngineCoreOutputs(engine_index=0, outputs=[last])))
-        assert spent == [3 + 3]  # Of the prompt, and of the answer.
+        assert spent == [(3, 3)]

@@ -11,11 +11,14 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from prometheus_client import REGISTRY
+
 from frontend.test_gate import application, client, reason
 from llumnix.errors import UsageError
 from llumnix.frontend.context import current_http_request
 from llumnix.frontend.http.control import OwnControl
 from llumnix.key_file import KeyRing
+from llumnix.observe import metrics
 
 MODEL, SEEN, STATUS = "/v1/chat/completions", "/llumnix/v1/requests", "/llumnix/v1/instances"
 FILE = """
@@ -180,3 +183,38 @@ async def test_the_file_is_read_again_while_it_serves(tmp_path: Path) -> None:
 
 async def _status(http: httpx.AsyncClient, key: str) -> int:
     return (await http.post(MODEL, headers=bearer(key))).status_code
+
+
+async def test_use_is_counted_by_the_names_of_keys(tmp_path: Path) -> None:
+    def count(name: str, **labels: str) -> float:
+        return REGISTRY.get_sample_value(f"llumnix_key_{name}_total", labels) or 0.0
+
+    app, seen = guarded(ring(tmp_path)), []
+
+    @app.middleware("http")
+    async def note(request: Any, go_on: Any) -> Any:
+        seen.append(current_http_request.get())
+        return await go_on(request)
+
+    app.user_middleware.reverse()
+    before = {n: count("requests", key=n) for n in ("ada", "ops", "vic")}
+    tokens = count("tokens", key="ada", kind="output")
+    async with client(app) as http:
+        for key in ("user", "user", "root", "viewer", "other"):
+            await http.post(MODEL, headers=bearer(key))
+    after = {n: count("requests", key=n) - b for n, b in before.items()}
+    assert after == {"ada": 2, "ops": 1, "vic": 0}
+    seen[0].spend(5, 7)
+    assert count("tokens", key="ada", kind="output") == tokens + 7
+
+
+async def test_no_more_names_are_told_apart_than_metrics_bear(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metrics, "KEYS_MAX", 1)
+    before = REGISTRY.get_sample_value("llumnix_key_requests_total", {"key": "other"}) or 0.0
+    async with client(guarded(ring(tmp_path))) as http:
+        for key in ("both", "user", "root"):
+            await http.post(MODEL, headers=bearer(key))
+    after = REGISTRY.get_sample_value("llumnix_key_requests_total", {"key": "other"})
+    assert after == before + 2

@@ -70,6 +70,8 @@ histogram loop_lag_seconds process
 gauge controller_up process
 counter controller_bypasses_total
 gauge http_open
+counter key_requests_total key
+counter key_tokens_total key kind
 counter gate_refusals_total code
 gauge streams state
 counter streams_ended_total how

@@ -27,7 +27,7 @@ class HttpRequest:
     key: str | None = field(default=None, repr=False)  # the API key that it came with
     key_name: str | None = None  # its name, if it is one of the file of --keys
     cap: str | None = None  # the most urgent class that this key gets
-    spend: Callable[[int], None] | None = None  # is told the tokens of each sequence at its end
+    spend: Callable[[int, int], None] | None = None  # is told each sequence's tokens at its end
     gate_s: float = 0.0  # how long the gate took before vLLM had it
     instance: InstanceId | None = None  # of the first dispatch
     on_dispatch: Callable[[], None] | None = None  # called once, when the instance is known

@@ -212,6 +212,16 @@ CONTROLLER_BYPASSES = _counter(
     "controller_bypasses", "Times that a process began to place requests by itself"
 )
 HTTP_OPEN = _gauge("http_open", "HTTP requests that a stop would wait for")
+KEYS_MAX = 100
+"""So many keys of the file of --keys are told apart; those that come later count as `other`."""
+KEY: Labels = {"key": OPEN}
+KEY_REQUESTS = _counter(
+    "key_requests", "Requests let in, by the name of their key in the file of --keys", KEY
+)
+KEY_TOKENS = _counter(
+    "key_tokens", "Tokens of requests that ended, by the name of their key",
+    {**KEY, "kind": ("prompt", "output")},
+)  # fmt: skip
 GATE_REFUSALS = _counter(
     "gate_refusals", "Requests that were turned away before vLLM",
     {"code": ("no_instance", "stopping", "queue_limit", "queue_full", "overloaded", "rate_limited",

@@ -51,6 +51,7 @@ class Gate:
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
         self._meters: Meters | None = None
+        self._labels: set[str] = set()  # names of keys that metrics tell apart
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
@@ -58,6 +59,8 @@ class Gate:
             stream_ends.adapt(state, state.engine_client.engine_core.ensure_served)
             direct_chunks.adapt(scope["app"])
             state.args.on_state(state)
+            self._labels = {k.name for k in state.args.access.ring.keys[: metrics.KEYS_MAX]}
+            metrics.settle({"key": [*self._labels, "other"] if self._labels else []})
             await self.app(scope, receive, send)
             return
         began_s = time.monotonic()
@@ -102,7 +105,24 @@ class Gate:
             await _with_cors(answer, state.args)(scope, receive, send)
             return
         http.gate_s = time.monotonic() - began_s
+        if caller.named is not None:
+            self._count(http, caller.named.name, meter)
         await self._to_vllm(scope, body, http, send, meter)
+
+    def _count(self, http: HttpRequest, key: str, meter: KeyMeter | None) -> None:
+        """Has a request counted to its key, and its tokens when they are known."""
+        if len(self._labels) < metrics.KEYS_MAX:
+            self._labels.add(key)
+        label = key if key in self._labels else "other"
+        metrics.KEY_REQUESTS.labels(key=label).inc()
+
+        def spend(prompt: int, output: int) -> None:
+            for kind, tokens in (("prompt", prompt), ("output", output)):
+                metrics.KEY_TOKENS.labels(key=label, kind=kind).inc(tokens)
+            if meter is not None:
+                meter.spend(prompt + output, time.monotonic())
+
+        http.spend = spend
 
     async def _to_vllm(
         self,
@@ -113,8 +133,6 @@ class Gate:
         meter: KeyMeter | None,
     ) -> None:
         token = current_http_request.set(http)
-        if meter is not None:
-            http.spend = lambda tokens: meter.spend(tokens, time.monotonic())
         if scope["type"] == "websocket" or scope["method"] == "GET":
             body.count()
         try:

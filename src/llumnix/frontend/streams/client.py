@@ -366,7 +366,7 @@ class StreamClient(EngineCalls):
         self.migrations.closed(request)
         http = stream.info.http
         if http is not None and http.spend is not None:
-            http.spend(stream.info.prompt_tokens + stream.outputs)
+            http.spend(stream.info.prompt_tokens, stream.outputs)
         if stream.last_owner is not None:
             how, waited_s = str(reason), self.first_token_s(request)
             self.ends.add(Ended(request, how, stream.outputs, waited_s))
