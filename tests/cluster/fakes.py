@@ -171,6 +171,7 @@ class World:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, **config: Any) -> None:
         async def call(function: Callable[..., Any], *args: Any) -> Any:
+            await asyncio.sleep(0)  # Ray answers later, and much may happen meanwhile.
             return function(*args)
 
         self.room = 100

@@ -18,6 +18,7 @@ from llumnix.core.messages import (
     Verdict,
 )
 from llumnix.core.migration.llumlet import Llumlet
+from llumnix.core.migration.orders import PENDING_MOVE_LIFETIME_S
 from llumnix.core.migration.port import Refusal
 from llumnix.core.migration.setbacks import (
     DESTINATION_PAUSE_MAX_S,
@@ -161,6 +162,18 @@ def test_a_users_order_is_not_held_to_the_limits_of_the_schedulers(to: EngineInd
     out = source.migrate("r0", to=to, wanted=False)
     assert not source.ended
     assert any(isinstance(o, ToPeer) and isinstance(o.message, Reserve) for o in out)
+
+
+def test_one_that_no_grant_comes_for_is_on_its_way_out_for_a_moment_only() -> None:
+    """Its frontend may be gone. Reports would take from the load what stays."""
+    source = Source(48)
+    assert source.take(source.order(1)) == ["r0"]
+    on_its_way = source.llumlet.moving(PENDING_MOVE_LIFETIME_S - 0.01)
+    assert (on_its_way.out, on_its_way.out_tokens) == (1, 64)
+    stays = source.llumlet.moving(PENDING_MOVE_LIFETIME_S)
+    assert (stays.out, stays.out_tokens) == (0, 0)
+    source.llumlet.reported(2)
+    assert source.take(source.order(2)) == ["r0"]
 
 
 def test_one_that_came_stays_for_as_long_as_its_move_has_to_pay() -> None:

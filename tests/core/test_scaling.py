@@ -152,6 +152,22 @@ def test_plenty_that_lasts_empties_the_one_with_the_fewest_requests() -> None:
     assert f.now >= 10
 
 
+@pytest.mark.parametrize("change", [AddInstances, UndrainInstance, DrainInstance])
+def test_for_a_while_after_their_number_has_changed_none_is_drained(change: type) -> None:
+    """Whichever way it was changed."""
+    f = Fleet(cooldown_s=60.0, down_after_s=1.0)
+    f.serving = ["i0", "i1"]
+    if change is UndrainInstance:
+        f.draining = [f.serving.pop()]
+    loads = (IDLE, IDLE) if change is DrainInstance else (FULL, FULL)
+    (decided,) = f.until(70, i0=loads[0], i1=loads[1])
+    assert isinstance(decided, change)
+    changed_s, f.serving, f.draining = f.now, ["i0", "i1", "i2"], []
+    (decided,) = f.until(70, i0=IDLE, i1=IDLE, i2=IDLE)
+    assert isinstance(decided, DrainInstance)
+    assert f.now - changed_s >= 60
+
+
 def test_on_a_tie_the_newest_instance_is_drained() -> None:
     f = Fleet()
     f.serving = ["i0", "i1"]

@@ -199,6 +199,7 @@ def make_something_happen(server: Server) -> None:
 
 
 @pytest.mark.live
+@pytest.mark.slow
 @needs_prometheus
 def test_every_query_of_the_board_has_something_to_show(tmp_path: Path, tiny_model: Path) -> None:
     log = tmp_path / "log"

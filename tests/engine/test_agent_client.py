@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from engine.test_agent import Rig, kv_tensors, snapshot
-from llumnix.engine.kv import agent_client
+from llumnix.engine.kv import agent, agent_client
 from llumnix.engine.kv.agent import TransferOptions
 from llumnix.engine.kv.links import Pull, TransferError
 from llumnix.engine.kv.transports import ReadGate
@@ -37,6 +37,46 @@ def test_a_cancelled_pull_ends_with_its_chunk_and_writes_no_more(rig: Rig) -> No
     client.pull(2, [peer], [], [])
     assert rig.answer().error is None
     assert torch.equal(snapshot(ours), before)
+
+
+class StuckReader:
+    """Of a peer that has stopped in the middle of an answer."""
+
+    def __init__(self) -> None:
+        self.begun, self.stopped, self.closed = (threading.Event() for _ in range(3))
+
+    def pull(self, *_: Any) -> int:
+        self.begun.set()
+        self.stopped.wait(30)
+        raise TransferError("broken off")
+
+    def ended(self) -> bool:
+        return False
+
+    def stop(self) -> None:
+        self.stopped.set()
+
+    def close(self) -> None:
+        self.closed.set()
+
+
+@pytest.mark.parametrize("end", ["forgotten", "closed"])
+def test_a_pull_whose_peer_stands_still_is_broken_off_at_once(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    """The peer is known to be dead, or this worker ends. Else it would take the link's time-out."""
+    reader, peer = StuckReader(), "unix:/of/the/peer"
+    monkeypatch.setattr(agent, "open_peer", lambda *_: reader)
+    client = rig.client(rig.agent(kv_tensors(100)))
+    client.pull(1, [peer], [0], [5])
+    assert reader.begun.wait(5)
+    if end == "forgotten":
+        client.forget([peer])
+    else:
+        rig.agents[0].close()
+    assert reader.stopped.wait(2)
+    assert rig.answer().error is not None
+    assert reader.closed.wait(5)
 
 
 def test_a_cancelled_pull_does_not_wait_for_those_before_it(rig: Rig) -> None:

@@ -8,13 +8,13 @@ import pytest
 pytest.importorskip("vllm")
 
 from vllm.v1.engine import EngineCoreEventType
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 
 from llumnix.core.priorities import Priorities
 from llumnix.core.reports import MoveCounts, compose_report
 from llumnix.core.scheduling.load import Load, derive
 from llumnix.core.settings import PrioritySettings
-from llumnix.core.types import EngineIndex, InstanceId
+from llumnix.core.types import EngineIndex, InstanceId, RequestId
 from llumnix.engine.queueing import has_waited, waited_s
 from llumnix.engine.readings import client_priority
 from llumnix.engine.reporting.load_reader import LoadReader
@@ -61,6 +61,36 @@ def test_one_that_runs_has_not_waited(hosts: Hosts) -> None:
     assert waited_s(known, known.llumnix_waits[0] + 7) == 7
     hosts.turn()
     assert waited_s(known, known.llumnix_waits[0] + 7) == 0
+
+
+QUEUES = ("running", "waiting", "kv_holding_waiting", "deferred_waiting")
+
+
+@pytest.mark.parametrize("queue", QUEUES[:3])
+def test_one_that_is_handed_over_is_in_no_queue_until_it_stays_after_all(
+    hosts: Hosts, queue: str
+) -> None:
+    """Else it would run here and there. One that came by a move waits with its KV."""
+    source = hosts.engines[SOURCE]
+    scheduler, port = source.core.scheduler, source.host.port.source
+
+    def found() -> list[str]:
+        return [q for q in QUEUES if any(r is known for r in getattr(scheduler, q))]
+
+    if queue == "waiting":
+        known = waiting_at_the_source(hosts)
+    else:
+        known = add(source.core, "r", list(range(5 * BLOCK)), 50)
+        hosts.turn()
+    if queue == "kv_holding_waiting":
+        scheduler.running.remove(known)
+        known.status = RequestStatus.PREEMPTED
+        source.host.port.destination._core.queue(known)
+    assert found() == [queue]
+    port.stop(RequestId("r"))
+    assert found() == []
+    port.resume(RequestId("r"))
+    assert found() == [queue]
 
 
 def test_one_that_was_promoted_stays_so_while_it_runs(hosts: Hosts) -> None:

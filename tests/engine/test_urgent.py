@@ -187,6 +187,35 @@ def test_blocks_that_others_share_do_not_become_free(
     assert urgent.make_room() == preempted
 
 
+def test_workers_get_all_tokens_of_one_that_is_resumed_at_once(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the urgent one leaves of the next step is given to the one that was preempted for it.
+    With asynchronous scheduling a worker fails on one that has generated some and comes without its
+    tokens."""
+    core = no_model.engine_core(tiny_model, blocks=64, max_num_batched_tokens=64)
+    scheduler, batches, launch = core.scheduler, [], core.model_executor.execute_model
+
+    def noted(batch: Any, *args: Any, **more: Any) -> Any:
+        batches.append(batch)
+        return launch(batch, *args, **more)
+
+    monkeypatch.setattr(core.model_executor, "execute_model", noted)
+    low = no_model.add(core, "low", list(range(300)), 40, priority=LOW)
+    while low.num_output_tokens < 4:
+        core.step_fn()
+    assert scheduler.reset_prefix_cache(reset_running_requests=True)
+    core.step_fn()  # Begins to compute all of it once more.
+    assert low.is_prefill_chunk
+    no_model.add(core, "urgent", list(range(1000, 1050)), 2, priority=HIGH)
+    assert UrgentAdmission(scheduler, Priorities(PrioritySettings(classes=CLASSES))).make_room()
+    core.step_fn()
+    assert set(batches[-1].num_scheduled_tokens) == {"urgent", "low"}
+    cached = batches[-1].scheduled_cached_reqs
+    assert cached.resumed_req_ids == {"low"}
+    assert cached.all_token_ids["low"] == list(low.all_token_ids)
+
+
 def test_one_that_aged_preempts_nobody_and_is_not_preempted(line: Line) -> None:
     line.add("aged", LOW, tokens=30)
     aged = line.scheduler.requests["aged"]

@@ -638,6 +638,39 @@ async def test_a_stop_waits_for_requests_that_have_come_whole_and_for_no_upload(
         assert llm.open_http == 0
 
 
+@pytest.mark.parametrize("path", ["/v1/x", "/llumnix/v1/x", "/llumnix/v1/events", "/live"])
+@pytest.mark.parametrize("ends", ["answers", "raises", "is left"])
+async def test_a_stop_waits_for_no_request_that_is_over(path: str, ends: str) -> None:
+    app, began = application(), asyncio.Event()
+
+    async def inside(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        began.set()
+        if ends == "raises":
+            raise RuntimeError("the handler failed")
+        if ends == "is left":
+            await asyncio.Event().wait()
+        await PlainTextResponse("done")(scope, receive, send)
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: Any) -> None:
+        pass
+
+    app.state.args.control_app = inside
+    for method in ("POST", "GET"):
+        began.clear()
+        scope = {"type": "http", "method": method, "path": path, "headers": [], "app": app}
+        answering = asyncio.create_task(Gate(inside)(scope, receive, send))
+        waiting = asyncio.create_task(began.wait())
+        await asyncio.wait([answering, waiting], return_when=asyncio.FIRST_COMPLETED)
+        for task in (answering, waiting) if ends == "is left" else (waiting,):
+            task.cancel()
+        await asyncio.wait([answering])
+        assert app.state.engine_client.open_http == 0
+
+
 @pytest.mark.parametrize(("path", "counted"), [("/llumnix/v1/events", 0), ("/llumnix/v1/x", 1)])
 async def test_a_stop_does_not_wait_for_who_watches(path: str, counted: int) -> None:
     app = application()
