@@ -70,10 +70,12 @@ class LoadsAsked:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loads:
-    """The last report of every instance that the controller knows."""
+    """The last report of every instance that the controller knows, and what it did so far."""
 
     number: int
     reports: list[LoadReport] = field(default_factory=list)
+    busy_s: float = 0.0  # time that its scheduler took
+    facts: dict[str, int] = field(default_factory=dict)  # that it was told, by kind
 
 
 Message = (

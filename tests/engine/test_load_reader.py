@@ -9,7 +9,7 @@ import pytest
 vllm = pytest.importorskip("vllm")
 
 from vllm import SamplingParams  # noqa: E402
-from vllm.v1.request import RequestStatus  # noqa: E402
+from vllm.v1.request import Request, RequestStatus  # noqa: E402
 
 from llumnix.core.priorities import Priorities  # noqa: E402
 from llumnix.core.reports import ClassLoad, EngineCounts  # noqa: E402
@@ -33,13 +33,14 @@ class Count:
         self.generated: dict[str, int] = {}
         self.urgent: dict[str, bool] = {}
         self.order: list[str] = []
-        self.preempted = self.finished = self.finished_tokens = 0
+        self.preempted = {True: 0, False: 0}  # by whether it is urgent
+        self.finished = self.finished_tokens = 0
         self.said: set[str] = set()
         preempt = self.scheduler._preempt_request
 
-        def counted(*args: Any, **kwargs: Any) -> None:
-            self.preempted += 1
-            preempt(*args, **kwargs)
+        def counted(request: Request, *args: Any, **kwargs: Any) -> None:
+            self.preempted[self.urgent[request.request_id]] += 1
+            preempt(request, *args, **kwargs)
 
         monkeypatch.setattr(self.scheduler, "_preempt_request", counted)
 
@@ -81,7 +82,7 @@ class Count:
             classes=tuple(self._class(urgent, waiting) for urgent in (True, False)),
             head_tokens=self._needed(waiting[0]) if waiting else 0,
             kv_token_bytes=TOKEN_BYTES,
-            preemptions=self.preempted,
+            preemptions=sum(self.preempted.values()),
             finished=self.finished,
             finished_tokens=self.finished_tokens,
         )
@@ -108,6 +109,7 @@ class Count:
             waiting=len(queued),
             waiting_tokens=sum(self._needed(n) for n in queued),
             waiting_prefill=sum(self.tokens[n] for n in queued),
+            preempted=self.preempted[urgent],
         )
 
 
@@ -140,8 +142,9 @@ def test_the_numbers_agree_with_a_count_at_every_step(
         count.step()
         assert reader.read() == count.numbers()
     assert engine.idle()
-    assert numbers.classes == (ClassLoad(), ClassLoad())
-    assert count.preempted > 0, "a workload that never preempts shows little"
+    idle = (ClassLoad(preempted=count.preempted[urgent]) for urgent in (True, False))
+    assert numbers.classes == tuple(idle)
+    assert sum(count.preempted.values()) > 0, "a workload that never preempts shows little"
     assert most_waiting > 3
     assert most_used > 0.8 * BLOCKS * BLOCK
     assert most_left > BLOCK

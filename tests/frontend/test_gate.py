@@ -65,6 +65,9 @@ def application(
     async def anything(path: str) -> PlainTextResponse:
         return PlainTextResponse("inside")
 
+    async def scrape() -> bytes:
+        return b"inside"
+
     async def control(scope: Any, receive: Any, send: Any) -> None:
         await PlainTextResponse("ours")(scope, receive, send)
 
@@ -88,6 +91,7 @@ def application(
         max_body_mb=body_mb,
         control_app=control,
         probes=Probes(fleet, 1),
+        control=SimpleNamespace(metrics=scrape),
     )
     core = SimpleNamespace(priorities=Priorities(PrioritySettings()))
     app.state.engine_client = SimpleNamespace(stopping=stopping, open_http=0, engine_core=core)

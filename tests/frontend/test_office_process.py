@@ -20,11 +20,11 @@ from llumnix.core.settings import SurvivalSettings
 from llumnix.core.streams.quarantine import Quarantined
 from llumnix.core.types import EngineIndex, InstanceId, RequestId
 from llumnix.frontend.engines.sockets import ClientPlace
+from llumnix.frontend.office.adapter import Adapter
 from llumnix.frontend.office.adapters import Adapters, as_request, of_command_line, of_request
 from llumnix.frontend.office.asking import AskedError
 from llumnix.frontend.office.engine_client import EngineClient
 from llumnix.frontend.office.messages import (
-    Adapter,
     EngineDied,
     EngineWanted,
     Failure,

@@ -12,6 +12,7 @@ import gc
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 
@@ -88,6 +89,8 @@ class Controller:
         self._refused = Faults("messages that make no sense were refused", traceback=False)
         self._failed = Faults("messages could not be handled, which is a bug", traceback=True)
         self._in_a_row: dict[str, int] = {}
+        self._busy_s = 0.0
+        self._facts: Counter[str] = Counter()
         self._stopping = False
 
     def run(self) -> None:
@@ -182,7 +185,10 @@ class Controller:
                 self._send(sender, pong)
             case LoadsAsked(number=number):
                 reports = [view.report for view in self._scheduler.view]
-                self._send(sender, Loads(number=number, reports=reports))
+                loads = Loads(
+                    number=number, reports=reports, busy_s=self._busy_s, facts=dict(self._facts)
+                )
+                self._send(sender, loads)
             case _ if isinstance(message, _FACTS):
                 self._decide(sender, message)
             case _:
@@ -191,7 +197,9 @@ class Controller:
     def _decide(self, sender: bytes, fact: Fact) -> None:
         """Handles a fact, and sends each decision to the process that carries it out."""
         now = time.monotonic()
+        self._facts[type(fact).__name__] += 1
         decisions = self._scheduler.handle(fact, now)
+        self._busy_s += time.monotonic() - now
         self._log.fact(fact, now, answered=bool(decisions))
         for decision in decisions:
             self._log.decision(decision, now)

@@ -50,6 +50,7 @@ class ControllerProcess:
         self._kill = kill
         self._task: asyncio.Task[None] | None = None
         self._told: tuple[int, float] = (0, -TOLD_EVERY_S)
+        self.starts = 0  # processes so far
 
     def start(self) -> None:
         """Starts it, and keeps it running until `close`."""
@@ -64,6 +65,7 @@ class ControllerProcess:
 
     async def _keep_one(self) -> None:
         actor = await off_loop(self._create)
+        self.starts += 1
         ended = asyncio.wrap_future(actor.run.remote().future())
         pid = asyncio.wrap_future(actor.pid.remote().future())
         for future in (ended, pid):  # Else asyncio would warn when nobody awaits one that fails.

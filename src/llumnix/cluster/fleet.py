@@ -15,6 +15,7 @@ from ray.util.scheduling_strategies import (
     NodeAffinitySchedulingStrategy,
 )
 
+from llumnix import __version__
 from llumnix.cluster.addresses import Addresses
 from llumnix.cluster.controller import Controller
 from llumnix.cluster.controller_process import ControllerProcess
@@ -36,6 +37,7 @@ from llumnix.core.events import (
     UndrainInstance,
 )
 from llumnix.core.limits import FLEET_REPORT_EVERY_S
+from llumnix.core.scheduling.presets import priorities_of
 from llumnix.core.supervision.hang import Standstill
 from llumnix.core.supervision.lifecycle import InstanceStatus, LifeState
 from llumnix.core.supervision.readiness import FleetSeen
@@ -50,7 +52,10 @@ from llumnix.errors import (
     UsageError,
 )
 from llumnix.observe import metrics
+from llumnix.observe.exposition import Exposition, Seen
+from llumnix.observe.fleet_metrics import FleetAtScrape, FleetMetrics
 from llumnix.tasks import keep_running
+from llumnix.versions import installed
 
 logger = logging.getLogger("llumnix.fleet")
 
@@ -93,6 +98,8 @@ class Fleet:
             on_health=lambda _: self._changed(),
         )
         self._refused = ""
+        self._figures = FleetMetrics(priorities_of(self._settings), _build(self._settings.policy))
+        self.exposition = Exposition(self._scraped)
         self._controller: ControllerProcess | None = None
         self._adding = asyncio.Lock()
         self._news = asyncio.Event()
@@ -297,6 +304,16 @@ class Fleet:
         except Exception:
             logger.exception("Not done (%s)", decision.why)
 
+    async def _scraped(self) -> Seen:
+        """The fleet, as a scrape of the metrics sees it."""
+        seen = FleetAtScrape(
+            instances=self.status(),
+            frontends=self._frontends.status(),
+            controller_starts=0 if self._controller is None else self._controller.starts,
+            loads=await self._frontends.link.told(),
+        )
+        return Seen(engines=self._figures.engines(seen), families=self._figures.families(seen))
+
     async def check_capacity(self, count: int) -> None:
         """Raises `CapacityError` unless the cluster has room for `count` instances in all."""
         await _ask_ray(lambda: check_start(self._launch, count))
@@ -339,6 +356,12 @@ class Fleet:
         members = self._members.values()
         taken = {m.slot for m in members if m.state is not LifeState.FAILED or m.run is not None}
         return next(s for s in range(len(taken) + 1) if s not in taken)
+
+
+def _build(policy: str) -> dict[str, str]:
+    """Versions and policy in use."""
+    packages = {what: (installed(what) or ("", ""))[1] for what in ("vllm", "ray")}
+    return {"version": __version__, "policy": policy, **packages}
 
 
 def _count(decision: ScalingDecision, by: DrainedBy, outcome: str) -> None:

@@ -10,13 +10,14 @@ from llumnix.core.types import EngineIndex, InstanceId, OrderId, RequestId
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClassLoad:
     """The requests of one priority class on one instance, and KV tokens of those that wait. The
-    last two are as of when each request began to wait."""
+    three of waiting requests are as of when each request began to wait."""
 
     running: int = 0  # requests in the batch
     waiting: int = 0  # requests in the queue
     waiting_tokens: int = 0  # needed to start all that wait
     waiting_shared: int = 0  # the part that running requests hold already, as a shared prefix
     waiting_prefill: int = 0  # the part that has to be computed: it is not in the prefix cache
+    preempted: int = 0  # running total of requests that lost their KV memory to others
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

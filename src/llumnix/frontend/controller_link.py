@@ -105,9 +105,14 @@ class ControllerLink:
 
     async def loads(self) -> list[LoadReport] | None:
         """The last report of every instance, or None if there is no controller to ask."""
+        told = await self.told()
+        return None if told is None else told.reports
+
+    async def told(self) -> Loads | None:
+        """The same, with what the controller says of itself."""
         self._number += 1
         reply = await self._ask(LoadsAsked(number=self._number), self._number)
-        return reply.reports if isinstance(reply, Loads) else None
+        return reply if isinstance(reply, Loads) else None
 
     async def ping(self, timeout_s: float = REPLY_TIMEOUT_S) -> Pong | None:
         """What the controller says of itself, or None if it does not answer in time."""

@@ -58,6 +58,7 @@ from llumnix.frontend.grammars import GrammarChecks
 from llumnix.frontend.output_guard import guard
 from llumnix.frontend.prompt_blocks import one_request
 from llumnix.frontend.streams.client import GAVE_UP
+from llumnix.observe.exposition import carried
 
 logger = logging.getLogger("llumnix.frontend")
 
@@ -223,9 +224,10 @@ class FleetLLM(AsyncLLM):
 
     def grow_metrics(self, slots: int) -> None:
         """Makes room for the metrics of that many instances. As with vLLM's own elastic scaling the
-        counters start anew; Prometheus takes that for a restart."""
+        counters start anew, and `/metrics` adds what they had counted."""
         if self.logger_manager is None or slots <= len(self.engine_core.engine_ranks_managed):
             return
+        carried.keep()
         self.engine_core.engine_ranks_managed = list(range(slots))
         self.logger_manager = StatLoggerManager(
             vllm_config=self.vllm_config,

@@ -18,9 +18,9 @@ from llumnix.errors import (
     UnknownRequestError,
 )
 from llumnix.frontend.http.control import InstanceControl, InstanceRow, RequestRows, fleet_look
+from llumnix.frontend.office.adapter import Adapter
 from llumnix.frontend.office.adapters import as_request
 from llumnix.frontend.office.messages import (
-    Adapter,
     AdaptersAre,
     AddInstance,
     AllFrontends,
@@ -45,6 +45,7 @@ from llumnix.frontend.office.messages import (
     RefusedOne,
     Release,
     Reload,
+    Scrape,
     UndrainOne,
     UnloadAdapter,
     YourLook,
@@ -118,6 +119,8 @@ class Desk:
                 return await fleet.undrain(instance)
             case AllFrontends():
                 return self._office.roster.status()
+            case Scrape():
+                return (await fleet.exposition.text()).decode()
             case AllRequests():
                 return await self._requests()
             case AllLooks(since=since):

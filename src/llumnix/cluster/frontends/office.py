@@ -15,7 +15,7 @@ import zmq
 import zmq.asyncio
 
 from llumnix.core.events import DrainInstance, InstanceLost
-from llumnix.core.supervision.frontends import Roster
+from llumnix.core.supervision.frontends import FrontendStatus, Roster
 from llumnix.core.supervision.restart import GiveUp, RestartAfter
 from llumnix.core.types import EngineIndex, InstanceId, RequestId
 from llumnix.errors import LlumnixError
@@ -198,6 +198,9 @@ class Office:
             self.engine_client.engines.heard_s(engine_index),
         )
         return max((t for t in times if t is not None), default=None)
+
+    def status(self) -> list[FrontendStatus]:
+        return list(self.roster.status())
 
     def grow_metrics(self, slots: int) -> None:
         if slots > self._slots:

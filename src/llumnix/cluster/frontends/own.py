@@ -1,8 +1,10 @@
 """The one frontend of a deployment that has it in the fleet's own process."""
 
 import asyncio
+import os
 
 from llumnix.core.events import DrainInstance
+from llumnix.core.supervision.frontends import FrontendStatus
 from llumnix.core.types import EngineIndex, InstanceId, RequestId
 from llumnix.frontend.controller_link import ControllerLink
 from llumnix.frontend.llm import FleetLLM
@@ -61,6 +63,9 @@ class OwnFrontend:
 
     def heard_s(self, engine_index: EngineIndex) -> float | None:
         return self._client.engines.heard_s(engine_index)
+
+    def status(self) -> list[FrontendStatus]:
+        return [FrontendStatus(id="f0", state="serving", pid=os.getpid(), restarts=0, why=None)]
 
     def grow_metrics(self, slots: int) -> None:
         self._llm.grow_metrics(slots)

@@ -4,6 +4,7 @@ import asyncio
 from typing import Protocol
 
 from llumnix.core.events import DrainInstance
+from llumnix.core.supervision.frontends import FrontendStatus
 from llumnix.core.types import EngineIndex, InstanceId, RequestId
 from llumnix.frontend.controller_link import ControllerLink
 
@@ -75,6 +76,10 @@ class Frontends(Protocol):
         ...
 
     # -- metrics
+
+    def status(self) -> list[FrontendStatus]:
+        """The processes that speak HTTP."""
+        ...
 
     def grow_metrics(self, slots: int) -> None:
         """Makes room for the metrics of that many instances."""

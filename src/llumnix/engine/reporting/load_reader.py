@@ -72,7 +72,7 @@ class LoadReader:
         self._prompts: list[Request] = []
         self._last: EngineCounts | None = None
         self._changes = 0
-        self._preemptions = 0
+        self._preempted = [0] * len(priorities)
         self._finished = 0
         self._finished_tokens = 0
 
@@ -129,7 +129,7 @@ class LoadReader:
             classes=self._classes,
             head_tokens=head,
             kv_token_bytes=self._token_bytes,
-            preemptions=self._preemptions,
+            preemptions=sum(self._preempted),
             finished=self._finished,
             finished_tokens=self._finished_tokens,
         )
@@ -171,8 +171,15 @@ class LoadReader:
             self._waits_no_more(known)
             self._begins_to_wait(known)
         self._classes = tuple(
-            ClassLoad(running=r, waiting=w, waiting_tokens=t, waiting_shared=s, waiting_prefill=p)
-            for r, (w, t, s, p) in zip(running, self._queued, strict=True)
+            ClassLoad(
+                running=r,
+                waiting=w,
+                waiting_tokens=t,
+                waiting_shared=s,
+                waiting_prefill=p,
+                preempted=lost,
+            )
+            for r, (w, t, s, p), lost in zip(running, self._queued, self._preempted, strict=True)
         )
 
     def _look_again(self, known: "CountedRequest") -> None:
@@ -188,7 +195,7 @@ class LoadReader:
 
     def _begins_to_wait(self, known: "CountedRequest") -> None:
         request = known.request
-        self._preemptions += request.num_preemptions - known.preemptions
+        self._preempted[known.rank] += request.num_preemptions - known.preemptions
         known.preemptions = request.num_preemptions
         known.waits = self._wanted(request)
         if request.resumable:
@@ -235,7 +242,7 @@ class LoadReader:
     def _left(self, known: "CountedRequest") -> None:
         request = known.request
         self._waits_no_more(known)
-        self._preemptions += request.num_preemptions - known.preemptions
+        self._preempted[known.rank] += request.num_preemptions - known.preemptions
         if request.status in _ANSWERED:
             self._finished += 1
             self._finished_tokens += request.num_output_tokens

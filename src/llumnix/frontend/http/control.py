@@ -13,6 +13,7 @@ from llumnix.frontend.client import FleetClient
 from llumnix.frontend.own_streams import MoveAsked, OwnStreams, quarantine_rows, release
 from llumnix.frontend.streams.look import Cursor, Look, joined, new_items
 from llumnix.key_file import KeyRing
+from llumnix.observe.exposition import Exposition
 from llumnix.observe.notes import Notes
 
 
@@ -36,6 +37,7 @@ class InstanceControl(Protocol):
     """Starts and stops instances."""
 
     notes: Notes  # what became of them lately
+    exposition: Exposition  # the metrics of all processes
 
     def status(self) -> list[InstanceStatus]:
         """All instances, in order of id."""
@@ -83,6 +85,10 @@ class Control(Protocol):
 
     async def fleet(self) -> FleetSeen:
         """What a probe's answer follows from."""
+        ...
+
+    async def metrics(self) -> bytes:
+        """All metrics, as Prometheus reads them."""
         ...
 
     async def add(self) -> InstanceStatus:
@@ -169,6 +175,9 @@ class OwnControl:
 
     async def fleet(self) -> FleetSeen:
         return self._fleet.seen()
+
+    async def metrics(self) -> bytes:
+        return await self._fleet.exposition.text()
 
     async def add(self) -> InstanceStatus:
         return await self._fleet.add()

@@ -2,7 +2,7 @@
 
 vLLM adds it as the last of its middlewares, by import path, so it takes no arguments and finds
 the rest in the application's state: `args.access` has the rules, `args.max_body_mb` the limit of a
-body, `args.control_app` the application behind /llumnix.
+body, `args.control_app` the application behind /llumnix, `args.control` makes the metrics.
 
 vLLM internals relied on here (tests/frontend/test_gate.py and tests/house/test_vllm_routes.py
 fail when one changes): an `HTTPException` out of `receive()` reaches vLLM's own handler; CORS is
@@ -36,6 +36,7 @@ from llumnix.frontend.http.page import EVENTS_PATH
 from llumnix.frontend.http.protocol import WRITE
 from llumnix.frontend.llm import FleetLLM
 from llumnix.observe import metrics
+from llumnix.observe.exposition import METRICS_PATHS, metrics_answer
 
 COMMENT = b": waiting for an instance\n\n"
 """A line of a stream of events that its reader skips."""
@@ -97,6 +98,10 @@ class Gate:
                 await ours(scope, received, send)
             finally:
                 body.uncount()
+            return
+        if path in METRICS_PATHS:
+            answer = await metrics_answer(state.args.control.metrics, scope["method"])
+            await _with_cors(answer, state.args)(scope, receive, send)
             return
         meter = self._meter(scope, caller.named, state)
         over = None if meter is None else meter.admit(began_s)

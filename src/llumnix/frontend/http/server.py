@@ -88,7 +88,7 @@ async def serve(
             llm,
             listener.url,
             listener.socket,
-            with_gate(args, ours, Probes(control.fleet, args.ready_min), on_state),
+            with_gate(args, ours, Probes(control.fleet, args.ready_min), on_state, control),
             peer_loads=peer_loads,
             callback_notify=serving,
             http=HttpProtocol,
@@ -111,12 +111,13 @@ def with_gate(
     ours: FastAPI,
     probes: ASGIApp,
     on_state: Callable[[Any], None] = lambda state: None,
+    control: Control | None = None,
 ) -> Namespace:
     """vLLM's arguments with the gate around its application, and ours beside it. vLLM hands them on
-    to the gate in the application's state."""
+    to the gate in the application's state. `control` makes the metrics."""
     middleware = [*args.middleware, GATE]
-    more = {"middleware": middleware, "control_app": ours, "probes": probes, "on_state": on_state}
-    return Namespace(**{**vars(args), **more})
+    more = {"control_app": ours, "probes": probes, "on_state": on_state, "control": control}
+    return Namespace(**{**vars(args), "middleware": middleware, **more})
 
 
 def _once(

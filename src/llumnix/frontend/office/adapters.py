@@ -16,7 +16,7 @@ from typing import Any
 
 from vllm.lora.request import LoRARequest
 
-from llumnix.frontend.office.messages import Adapter
+from llumnix.frontend.office.adapter import Adapter
 
 
 class Adapters:

@@ -17,6 +17,7 @@ from llumnix.core.keys import NamedKey
 from llumnix.core.streams.quarantine import Quarantined
 from llumnix.core.supervision.frontends import Held
 from llumnix.core.types import EngineIndex, InstanceId, RequestId
+from llumnix.frontend.office.adapter import Adapter
 from llumnix.wire import Codec
 
 # -- office to frontend
@@ -209,18 +210,6 @@ class HowManyRun:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Adapter:
-    """A LoRA adapter, as vLLM's `LoRARequest` has it."""
-
-    name: str
-    number: int  # the same for all processes, which tell adapters apart by it; 0: to be given
-    path: str
-    base_model: str | None = None
-    in_place: bool = False
-    is_3d: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class AdaptersAre:
     """These adapters are loaded, and no others."""
 
@@ -280,6 +269,11 @@ class UndrainOne:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AllFrontends:
     """All frontends; as a list of `FrontendStatus`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scrape:
+    """The metrics of all processes; as text."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -382,6 +376,7 @@ Question = (
     | DrainOne
     | UndrainOne
     | AllFrontends
+    | Scrape
     | AllRequests
     | AllLooks
     | AnyRequest

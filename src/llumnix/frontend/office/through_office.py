@@ -37,6 +37,7 @@ from llumnix.frontend.office.messages import (
     RefusedOne,
     Release,
     Reload,
+    Scrape,
     UndrainOne,
     UnloadAdapter,
 )
@@ -85,6 +86,10 @@ class OfficeControl:
     async def fleet(self) -> FleetSeen:
         seen: FleetSeen = await self._as(FleetSeen, HowIsTheFleet())
         return seen
+
+    async def metrics(self) -> bytes:
+        text: str = await self._as(str, Scrape())
+        return text.encode()
 
     async def add(self) -> InstanceStatus:
         status: InstanceStatus = await self._as(InstanceStatus, AddInstance(), ANSWER_S)
