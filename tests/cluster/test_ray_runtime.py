@@ -41,3 +41,15 @@ def test_a_run_on_one_host_is_at_no_address_of_the_network(
     assert os.environ["VLLM_HOST_IP"] == "192.0.2.2"
     ray_runtime.settle(local=True)
     assert os.environ["VLLM_HOST_IP"] == "127.0.0.1"
+
+
+@pytest.mark.parametrize("mode", ["disabled", "token"])
+def test_a_cluster_that_lets_in_everybody_is_warned_of(mode: str) -> None:
+    code = (
+        "from llumnix.cluster import ray_runtime; print(ray_runtime.warning_without_token('h:1'))"
+    )
+    environment = {**os.environ, "RAY_AUTH_MODE": mode}
+    run = [sys.executable, "-c", code]
+    told = subprocess.run(run, env=environment, capture_output=True, text=True, check=True).stdout
+    assert (told == "None\n") is (mode == "token")
+    assert ("start it, and llumnix, with RAY_AUTH_MODE=token" in told) is (mode == "disabled")

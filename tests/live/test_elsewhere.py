@@ -98,6 +98,7 @@ def test_a_running_ray_cluster_is_joined_and_left_as_it_was(
         RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",
     ).wait_until_serving()  # fmt: skip
     pid = server.instances()["i0"]["pid"]
+    assert f"warning: Ray at {ray_head} asks for no token" in server.log
     assert server.complete().status_code == 200
     assert server.stop() == 0
     eventually(lambda: not alive(pid), 10, "its instance is gone")

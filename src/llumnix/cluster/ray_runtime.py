@@ -100,6 +100,19 @@ def join(address: str, *, logs: bool) -> None:
         raise UsageError(why_not_joined(address, error)) from error
 
 
+def warning_without_token(address: str) -> str | None:
+    """What to say of a cluster that was joined and lets in everybody who reaches it. One that wants
+    a token lets nobody in who has none, so this process's own setting tells."""
+    from ray._raylet import AuthenticationMode, get_authentication_mode
+
+    if get_authentication_mode() != AuthenticationMode.DISABLED:
+        return None
+    return (
+        f"warning: Ray at {address} asks for no token, so whoever reaches it runs programs as you: "
+        "start it, and llumnix, with RAY_AUTH_MODE=token"
+    )
+
+
 def why_not_joined(address: str, error: BaseException) -> str:
     """Why a cluster was not joined, and what to do."""
     text = _one_line(error)

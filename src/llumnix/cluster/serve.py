@@ -86,6 +86,9 @@ def _with_ray(command: ServeCommand, event_log: EventLog, start: Start, logs: bo
             check_encryption()
             start.say(f"joining Ray at {joined}")
             ray_runtime.join(joined, logs=logs)
+            warning = ray_runtime.warning_without_token(joined)
+            if warning is not None and not command.deployment.insecure:
+                start.say(warning)
             addresses = Addresses.make(ray_runtime.node_address(), known)
         else:
             start.say("starting Ray on this machine")
