@@ -4,6 +4,7 @@ import importlib
 import sys
 import traceback
 
+from llumnix.commands.registry import COMMANDS
 from llumnix.errors import LlumnixError, UsageError
 from llumnix.versions import check_versions, versions_line
 
@@ -40,6 +41,8 @@ of this host, or of a file:
   doctor  look whether this host is fit to serve
   version, --version
           llumnix's version, and those of vLLM, Ray and Python here
+  completion bash|zsh
+          a script with which the shell completes commands and flags
   simulate [--policy P,P] [--trace NAME|FILE] [--rate R] [--instances N] [--report FILE] ...
           the same scheduler and migrations in virtual time: which policy, how many instances
   profile [MODEL] [any engine flag of vLLM] --out FILE
@@ -53,29 +56,7 @@ LLUMNIX_URL, and LLUMNIX_ADMIN_API_KEY or VLLM_API_KEY, stand for what is not gi
 `llumnix COMMAND --help` says more.
 """
 
-COMMANDS = {
-    "serve": "cluster.serve:serve",
-    "status": "commands.instances:status",
-    "top": "commands.top:top",
-    "requests": "commands.requests:requests",
-    "migrate": "commands.requests:migrate",
-    "migrations": "commands.requests:migrations",
-    "add": "commands.instances:add",
-    "drain": "commands.instances:drain",
-    "remove": "commands.instances:remove",
-    "undrain": "commands.instances:undrain",
-    "restart": "commands.restarting:restart",
-    "config": "commands.configuring:config",
-    "reload": "commands.configuring:reload",
-    "doctor": "commands.doctor:doctor",
-    "version": "commands.doctor:version",
-    "simulate": "sim.command:simulate",
-    "profile": "sim.profiling:profile",
-    "replay": "commands.replaying:replay",
-}
-"""The function of each: it takes the words that follow, and returns the exit status. Its module is
-imported when it is called, because some take seconds."""
-WITH_VLLM = ("serve", "profile")
+WITH_VLLM = ("serve", "profile", "completion")
 """Those that stop at once where the wrong vLLM or Ray is installed."""
 
 

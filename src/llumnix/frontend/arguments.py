@@ -82,6 +82,12 @@ def make_parser() -> argparse.ArgumentParser:
     return _make_parsers()[0]
 
 
+def flag_names() -> list[str]:
+    """All flags of `serve`, vLLM's too, as they are written."""
+    names = _make_parsers()[1]._option_string_actions
+    return sorted(name for name in names if name.startswith("--"))
+
+
 def _make_parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     """The parser of the whole command line, and that of the flags of `serve`."""
     from vllm.utils.argparse_utils import FlexibleArgumentParser
