@@ -167,6 +167,16 @@ class DeploymentConfig:
         type=float,
         metavar="S",
     )
+    metrics_port: int | None = knob(
+        None,
+        "Port for /metrics, /live and /ready alone, beside the model's; 0: any free one.",
+        type=int,
+        metavar="PORT",
+    )
+    metrics_host: str = knob("127.0.0.1", "Where --metrics-port listens.", metavar="HOST")
+    metrics_open: bool = knob(
+        False, "Show metrics at --metrics-port to everybody, without a key.", action="store_true"
+    )
     no_ui: bool = knob(
         False, "Leave out /llumnix/ui, the page that shows the deployment.", action="store_true"
     )
@@ -195,6 +205,8 @@ class DeploymentConfig:
             raise UsageError(
                 f"--lame-duck {self.lame_duck:g}: must be seconds from 0 to {LAME_DUCK_MAX_S}"
             )
+        if self.metrics_port is not None and not 0 <= self.metrics_port <= 65535:
+            raise UsageError(f"--metrics-port {self.metrics_port}: must be 0 to 65535")
         for name in self.allowed_host or ():
             if name != "*" and not re.fullmatch(r"[\w.-]+", name):
                 raise UsageError(

@@ -36,6 +36,9 @@ def test_our_flags_are_these() -> None:
         "max_stream_interval": 8,
         "ready_min": 1,
         "lame_duck": 0.0,
+        "metrics_port": None,
+        "metrics_host": "127.0.0.1",
+        "metrics_open": False,
         "no_ui": False,
     }
 

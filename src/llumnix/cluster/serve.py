@@ -55,6 +55,7 @@ def serve(argv: list[str]) -> int:
         assert start.listener is not None
         command.args.port = start.listener.port
         start.progress.ready_min = command.deployment.ready_min
+        start.take_metrics_port(command.args)
         return _with_ray(command, _open_event_log(command), start, logs)
     except KeyboardInterrupt:
         say("stopped before it served")
@@ -145,6 +146,7 @@ async def _run(
         llm = _client(command, event_log, addresses, undo)
         fleet = Fleet(OwnFrontend(llm), launch, addresses, deployment)
         start.progress.instances = fleet.status
+        start.serve_metrics(fleet.exposition.text, fleet.seen)
         failed = None
         try:
             await fleet.check_capacity(deployment.instances)

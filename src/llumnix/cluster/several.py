@@ -206,6 +206,7 @@ async def run(command: ServeCommand, addresses: Addresses, start: Start) -> int:
         it = Deployment(command, launch, addresses, start, undo)
         fleet = it.fleet
         start.progress.instances = fleet.status
+        start.serve_metrics(fleet.exposition.text, fleet.seen)
         try:
             await it.run()
             if it.stop_asked.is_set() or fleet.all_failed.is_set():

@@ -3,9 +3,12 @@
 import argparse
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
+from llumnix.core.supervision.readiness import FleetSeen
 from llumnix.frontend.door.listener import ListenAddress, Listener, StartProgress
+from llumnix.frontend.door.probes import Probes
+from llumnix.frontend.http.metrics_port import MetricsPort
 from llumnix.observe.console import say
 from llumnix.observe.service_manager import keep_alive, notify
 
@@ -17,6 +20,7 @@ class Start:
         self.began_s = time.monotonic()
         self.progress = StartProgress(began_s=self.began_s)
         self.listener: Listener | None = None
+        self.metrics: MetricsPort | None = None
         self.crashed = False  # whether an instance was lost; then the logs are kept
 
     def say(self, text: str) -> None:
@@ -35,8 +39,30 @@ class Start:
         listener.open()
         self.listener = listener
 
+    def take_metrics_port(self, args: argparse.Namespace) -> None:
+        """Takes the port of --metrics-port, if it is asked for."""
+        if args.metrics_port is not None:
+            self.metrics = MetricsPort(
+                args.metrics_host, args.metrics_port, args.access, public=args.metrics_open
+            )
+            say(f"metrics are at http://{args.metrics_host}:{self.metrics.port}/metrics")
+
+    def serve_metrics(
+        self, text: Callable[[], Awaitable[bytes]], seen: Callable[[], FleetSeen]
+    ) -> None:
+        """Answers there from now on: the metrics, and what follows of the fleet for probes."""
+
+        async def look() -> FleetSeen:
+            return seen()
+
+        if self.metrics is not None:
+            self.metrics.serve(text, Probes(look, self.progress.ready_min))
+
     def close(self) -> None:
         """Stops listening."""
+        if self.metrics is not None:
+            self.metrics.close()
+            self.metrics = None
         if self.listener is not None:
             self.listener.close()
             self.listener = None
