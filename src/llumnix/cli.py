@@ -49,6 +49,8 @@ of this host, or of a file:
           time one engine's steps, for `simulate --profile FILE`
   replay LOG [--json]
           run the decisions of an event log again, and compare
+  ui LOG [--port N]
+          show an event log on the page of a running server, at any time of it
 
 SERVER: [--url URL | --uds PATH] [--api-key KEY | --api-key-file FILE] [--cacert FILE] [--json];
 LLUMNIX_URL, and LLUMNIX_ADMIN_API_KEY or VLLM_API_KEY, stand for what is not given

@@ -16,6 +16,7 @@ from llumnix.core.scheduling.scheduler import Scheduler
 from llumnix.core.supervision.hang import LOOK_EVERY_S, LOST_LOOKS, SILENT_LOOKS, STALL_S
 from llumnix.core.supervision.lifecycle import DRAIN_TIMEOUT_S
 from llumnix.errors import CapacityError, ConflictError, InstanceFailedError, LastInstanceError
+from llumnix.observe.log_files import lines_of
 from support.counted import counted
 from support.virtual_time import run
 
@@ -40,6 +41,22 @@ def play(monkeypatch: pytest.MonkeyPatch) -> Callable[..., World]:
         return world
 
     return play
+
+
+def test_what_becomes_of_instances_is_in_the_event_log(
+    play: Callable[..., World], tmp_path: Path
+) -> None:
+    async def script(w: World) -> None:
+        await w.fleet.drain(I0, "a user's order")
+        await asyncio.sleep(5)
+
+    path = tmp_path / "events.jsonl"
+    play(script, event_log=str(path))
+    noted = [line["body"] for line in lines_of(path) if line["kind"] == "instance"]
+    assert [(n["kind"], n["target"], n["why"]) for n in noted] == [
+        ("up", "i0", ""), ("up", "i1", ""), ("drain", "i0", "draining: a user's order"),
+        ("removed", "i0", "draining: a user's order"),
+    ]  # fmt: skip
 
 
 # -- start and restart

@@ -42,7 +42,8 @@ def test_a_request_that_no_engine_has_is_not_there() -> None:
 def test_the_event_log_keeps_how_it_ended() -> None:
     stream = find(streams(a="mine"), "a")
     stream.tokens += range(9)
-    assert shown(stream, InstanceId("i4"), "stop") == {
+    assert shown(stream, InstanceId("i4"), "stop", 0.25) == {
         "request": "a", "client_id": "mine", "instance": "i4", "started": 7.5, "priority": -1,
         "prompt_tokens": 3, "output_tokens": 9, "finish_reason": "stop",
+        "first_token_s": 0.25,
     }  # fmt: skip

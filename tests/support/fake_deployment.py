@@ -223,9 +223,15 @@ class FakeDeployment:
         self.notes.note("add", name, "a user's order")
         return self.status_of(name)
 
-    async def drain(self, instance: InstanceId, why: str, **how: Any) -> InstanceStatus:
+    async def drain(
+        self, instance: InstanceId, why: str, *, again: bool = False, **how: Any
+    ) -> InstanceStatus:
         if instance not in self.states:
             raise UnknownInstanceError(f"no instance {instance}")
+        if again:
+            self.orders.append(("restart", instance))
+            self.notes.note("renew", instance, why)
+            return self.status_of(instance)
         self.orders.append(("drain", instance))
         self.states[instance], self.whys[instance] = "draining", f"draining: {why}"
         self.notes.note("drain", instance, why)

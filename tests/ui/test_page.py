@@ -179,6 +179,12 @@ def test_ids_are_text_whatever_a_client_sends(
     assert page.query_selector("img, b > b, body script") is None
 
 
+ORDERS = (
+    ("d", ("drain", "i0")), ("u", ("undrain", "i0")), ("r", ("restart", "i0")), ("a", "add")
+)  # fmt: skip
+"""Keys, and what they order."""
+
+
 def test_every_control_has_a_key(world: FakeDeployment, site: Served, open_page: Open) -> None:
     one = world.add_request("i0", prompt=3000)
     page = open_page(site)
@@ -186,7 +192,7 @@ def test_every_control_has_a_key(world: FakeDeployment, site: Served, open_page:
     page.keyboard.press("ArrowRight")
     page.keyboard.press("Enter")
     assert page.text_content("#panel h2") == "i0"
-    for key, order in (("d", ("drain", "i0")), ("u", ("undrain", "i0")), ("a", "add")):
+    for key, order in ORDERS:
         page.keyboard.press(key)
         page.wait_for_selector("dialog[open]")
         page.keyboard.press("Enter")

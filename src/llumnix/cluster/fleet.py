@@ -7,6 +7,7 @@ them. Every run of an instance is a new Ray actor with a new engine index.
 import asyncio
 import contextlib
 import logging
+import os
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -52,6 +53,7 @@ from llumnix.errors import (
     UsageError,
 )
 from llumnix.observe import metrics
+from llumnix.observe.event_log import EventLog
 from llumnix.observe.exposition import Exposition, Seen
 from llumnix.observe.fleet_metrics import FleetAtScrape, FleetMetrics
 from llumnix.tasks import keep_running
@@ -89,6 +91,8 @@ class Fleet:
             stall_s=self._settings.survival.stall_s,
         )
         self.notes = self._supervisor.notes
+        self._log_place = config.log_place
+        self._log: EventLog | None = None
         self._watcher = Watcher(
             self._frontends,
             self._members.values,
@@ -129,6 +133,8 @@ class Fleet:
         """Starts the first `count` instances and returns once all serve; `InstanceFailedError`
         if one cannot be started."""
         self._loop = asyncio.get_running_loop()
+        self._log = EventLog(self._log_place, who=f"fleet {os.getpid()}")
+        self.notes.heard = self._log.instance
         members = [self._register() for _ in range(count)]
         for number, member in enumerate(members, 1):
             say(f"starting instance {number}/{count} ({member.id})")
@@ -341,6 +347,8 @@ class Fleet:
         for what, result in zip(steps, results, strict=True):
             if isinstance(result, Exception):
                 logger.error("%s could not be ended: %s: %s", what, type(result).__name__, result)
+        if self._log is not None:
+            self._log.close()
 
     def _register(self) -> Member:
         """Adds a new member, in the lowest free slot."""

@@ -20,6 +20,7 @@ COMMANDS = {
     "simulate": "sim.command:simulate",
     "profile": "sim.profiling:profile",
     "replay": "commands.replaying:replay",
+    "ui": "commands.page:ui",
 }
 """The function of each: it takes the words that follow, and returns the exit status. Its module is
 imported when it is called, because some take seconds."""

@@ -1,9 +1,11 @@
-"""The event log: facts, decisions, steps of migrations, revivals, requests; one JSON object a line.
+"""The event log: facts, decisions, steps of migrations, revivals, requests, what became of
+instances; one JSON object a line.
 
 All processes of a deployment on one host append to the same file. Each line is written with one
 call, so lines never mix. `at` is the writer's monotonic clock in seconds, `time` the wall clock.
 Lines of one writer (`who`) are in the order of the events. observe/replay.py runs the core on the
-log again, and the simulator takes its requests as a trace (sim/workloads/traces.py).
+log again, the simulator takes its requests as a trace (sim/workloads/traces.py), and the page shows
+it as it was (frontend/ui/past.py).
 
 Rules
 - The first line of a file names the version of its lines (`LOG_VERSION`). A replay refuses a file
@@ -138,6 +140,10 @@ class EventLog:
         """A request whose engine died goes on at another."""
         self.notes.note("revive", shown.get("request", ""), shown.get("why", ""), revival=shown)
         self._write("revival", time.monotonic(), {"body": shown})
+
+    def instance(self, note: dict[str, Any]) -> None:
+        """What became of an instance, as its fleet notes it (observe/notes.py)."""
+        self._write("instance", time.monotonic(), {"body": note})
 
     def request(self, shown: dict[str, Any]) -> None:
         """A request as its frontend saw it, when it is over."""

@@ -2,6 +2,7 @@
 
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 NOTES_KEPT = 1000
@@ -35,7 +36,11 @@ class Notes(Ring[dict[str, Any]]):
 
     def __init__(self) -> None:
         super().__init__(NOTES_KEPT)
+        self.heard: Callable[[dict[str, Any]], None] | None = None  # is told of each new one
 
     def note(self, kind: str, target: str, why: str, **more: Any) -> None:
         """`target`: the instance or request that it happened to."""
-        self.add({"t": round(time.time(), 3), "kind": kind, "target": target, "why": why, **more})
+        one = {"t": round(time.time(), 3), "kind": kind, "target": target, "why": why, **more}
+        self.add(one)
+        if self.heard is not None:
+            self.heard(one)

@@ -7,7 +7,7 @@ for. The headers forbid it everything but this server.
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from fastapi import APIRouter, Query
 from starlette.exceptions import HTTPException
@@ -17,11 +17,13 @@ from starlette.types import Receive, Scope, Send
 import llumnix
 from llumnix.core.types import InstanceId
 from llumnix.errors import UnknownInstanceError
-from llumnix.frontend.client import FleetClient
 from llumnix.frontend.http.access import PAGE_PATH
-from llumnix.frontend.http.control import Control
 from llumnix.frontend.ui import feed as ui
 from llumnix.frontend.ui.picture import Deployment, Picture, greeting
+
+if TYPE_CHECKING:  # `llumnix ui` goes without vLLM.
+    from llumnix.frontend.client import FleetClient
+    from llumnix.frontend.http.control import Control
 
 EVENTS_PATH = "/llumnix/v1/events"
 POLICY = (
@@ -55,7 +57,7 @@ class Events(StreamingResponse):
 
 
 def page_router(
-    client: FleetClient, control: Control, args: Namespace, *, stopping: Callable[[], bool]
+    client: "FleetClient", control: "Control", args: Namespace, *, stopping: Callable[[], bool]
 ) -> APIRouter:
     """The page of a server that was started with these arguments."""
 
@@ -75,8 +77,7 @@ def page_router(
 
 def router_of(feed: ui.Feed) -> APIRouter:
     """The page's files, and its feed."""
-    files = _files()
-    router = APIRouter()
+    router = files_router()
 
     @router.get(EVENTS_PATH)
     async def events(
@@ -94,6 +95,14 @@ def router_of(feed: ui.Feed) -> APIRouter:
             return Events(feed, ui.Wish(rate=rate, instance=one), since)
         except ui.TooManyWatchersError as error:
             raise HTTPException(429, str(error)) from error
+
+    return router
+
+
+def files_router() -> APIRouter:
+    """The page's files."""
+    files = _files()
+    router = APIRouter()
 
     @router.get(PAGE_PATH, include_in_schema=False)
     async def page() -> Response:

@@ -370,7 +370,8 @@ class StreamClient(EngineCalls):
         if stream.last_owner is not None:
             how, waited_s = str(reason), self.first_token_s(request)
             self.ends.add(Ended(request, how, stream.outputs, waited_s))
-            self._log.request(shown(stream, self.engines.name(stream.last_owner), str(reason)))
+            name = self.engines.name(stream.last_owner)
+            self._log.request(shown(stream, name, how, waited_s))
         return holders
 
 

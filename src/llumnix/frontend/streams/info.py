@@ -42,9 +42,11 @@ FleetStream = Stream[StreamInfo, EngineCoreOutput]
 FleetStreams = StreamTable[StreamInfo, EngineCoreOutput]
 
 
-def shown(stream: FleetStream, instance: InstanceId, finish_reason: str) -> dict[str, Any]:
+def shown(
+    stream: FleetStream, instance: InstanceId, finish_reason: str, first_token_s: float | None
+) -> dict[str, Any]:
     """What the event log keeps of a stream. `instance` is that of its last owner, `finish_reason`
-    is vLLM's word for its end."""
+    is vLLM's word for its end, `first_token_s` how long it waited for its first token."""
     info = stream.info
     return {
         "request": stream.request,
@@ -55,6 +57,7 @@ def shown(stream: FleetStream, instance: InstanceId, finish_reason: str) -> dict
         "prompt_tokens": info.prompt_tokens,
         "output_tokens": stream.outputs,
         "finish_reason": finish_reason,
+        "first_token_s": None if first_token_s is None else round(first_token_s, 4),
     }
 
 

@@ -1,17 +1,21 @@
 // What the page gets from the server and asks of it. The key stays in this module's memory.
 
 const RETRY_MS = [500, 1000, 2000, 5000];
-let key = "";
+let key = "", asked = null;
+
+/** Asks for the feed anew. */
+export const again = () => asked?.abort();
 
 export const setKey = (text) => { key = text.trim(); };
 const headers = (more = {}) => (key ? { authorization: `Bearer ${key}`, ...more } : more);
 
-/** Reads the feed for ever. `on.lost(text)`: it is not connected; `on.key(why)` resolves when the
+/** Reads the feed for ever, each time with `on.query()`. `on.lost(text)`: it is not connected; `on.key(why)` resolves when the
  *  user has given another key. */
 export async function follow(on) {
   for (let failures = 0; ; failures++) {
+    const { signal } = asked = new AbortController();
     try {
-      const answer = await fetch("v1/events", { headers: headers() });
+      const answer = await fetch(`v1/events${on.query()}`, { headers: headers(), signal });
       if (answer.status === 401 || answer.status === 403) {
         await on.key(await reason(answer));
         continue;
@@ -21,6 +25,7 @@ export async function follow(on) {
       await read(answer.body, on.event);
       throw new Error("The server has ended the feed");
     } catch (error) {
+      if (signal.aborted) continue;
       on.lost(`${error.message || error}. Trying again …`);
       await new Promise((go) => setTimeout(go, RETRY_MS[Math.min(failures, RETRY_MS.length - 1)]));
     }

@@ -1,7 +1,7 @@
 // Puts the page together: the feed goes into the model, and the model is drawn.
 
 import { Board, looks } from "./board.js";
-import { ask, follow, setKey } from "./feed.js";
+import { again, ask, follow, setKey } from "./feed.js";
 import { apply, className, count, millis, newModel, ordered } from "./model.js";
 import { Panel, dialog, el, table } from "./panel.js";
 import { Timeline } from "./timeline.js";
@@ -12,7 +12,7 @@ const board = new Board($("board"), model);
 const panel = new Panel(model, act, swatch);
 const timeline = new Timeline(model, chooseEvent);
 const dark = matchMedia("(prefers-color-scheme: dark)");
-let theme = null, asTable = false, said = 0, spoken = [];
+let theme = null, asTable = false, said = 0, spoken = [], past = null;
 window.llumnix = { model, board }; // for tests
 
 function choose({ instance = null, k = null }) {
@@ -44,19 +44,22 @@ async function order(title, text, go, fields, send) {
   if (done) tell(ordered(model, done.told[0], done.told[1], false, performance.now()));
 }
 
+const LIFE = {
+  drain: ["Drain", "Its requests move to other instances, then it is stopped."],
+  undrain: ["Undrain", "It takes requests again."],
+  restart: ["Restart", "Its requests move to other instances, then it is stopped and started again."],
+};
+
 function act(what) {
   const { instance, k } = board.chosen, row = model.rows.get(k), id = row ? row.inst : instance;
-  const path = `v1/instances/${encodeURIComponent(id)}`;
   if (what === "close") return close();
+  if (model.hello.log) return;
   if (what === "add") {
     return order("Add an instance?", "It serves once its engine is up.", "Add", [], async () => [`${(await ask("POST", "v1/instances")).id} starts`, ""]);
   }
-  if (what === "drain" && id) {
-    return order(`Drain ${id}?`, "Its requests move to other instances, then it is stopped.", "Drain", [],
-      async () => [`${id}: ${(await ask("POST", `${path}/drain`)).state}`, "ordered on this page"]);
-  }
-  if (what === "undrain" && id) {
-    return order(`Undrain ${id}?`, "It takes requests again.", "Undrain", [], async () => [`${id}: ${(await ask("POST", `${path}/undrain`)).state}`, "ordered on this page"]);
+  if (LIFE[what] && id) {
+    const [name, text] = LIFE[what];
+    return order(`${name} ${id}?`, text, name, [], async () => [`${id}: ${(await ask("POST", `v1/instances/${encodeURIComponent(id)}/${what}`)).state}`, "ordered on this page"]);
   }
   if (what === "migrate" && row) {
     const others = [...model.instances].filter(([name, one]) => name !== row.inst && one.state === "serving").map(([name]) => [name, name]);
@@ -70,7 +73,7 @@ function act(what) {
 }
 
 const KEYS = [["← →", "an instance"], ["↑ ↓", "a request of it"], ["Enter", "show it"], ["Esc", "let go"], ["d", "drain"], ["u", "undrain"],
-  ["m", "move the request"], ["a", "add an instance"], ["t", "table or board"], ["/", "filter decisions"], ["?", "these keys"]];
+  ["r", "restart"], ["m", "move the request"], ["a", "add an instance"], ["t", "table or board"], ["/", "filter decisions"], ["?", "these keys"]];
 
 function help() {
   const list = el("dl", { class: "facts" }, ...KEYS.flatMap(([key, what]) => [el("dt", {}, el("kbd", {}, key)), el("dd", {}, what)]));
@@ -81,7 +84,7 @@ document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || $("dialog").open) return;
   if (event.key === "Escape") { $("search").blur(); return close(); }
   if (event.target.closest("input, select")) return;
-  const doing = { d: "drain", u: "undrain", m: "migrate", a: "add" }[event.key];
+  const doing = { d: "drain", u: "undrain", r: "restart", m: "migrate", a: "add" }[event.key];
   if (doing) act(doing);
   else if (event.key === "?") help();
   else if (event.key === "t") views();
@@ -198,6 +201,7 @@ function banner(text) {
 }
 
 follow({
+  query: () => past?.query() ?? (model.seq ? `?since=${model.seq}` : ""),
   event(name, data) {
     banner("");
     tell(apply(model, name, data, performance.now()));
@@ -206,6 +210,7 @@ follow({
     $("policy").textContent = data.policy;
     document.title = `${data.model} · llumnix`;
     paint();
+    if (data.log) import("./past.js").then((bar) => { past = bar; bar.show(model, again); });
   },
   lost: banner,
   async key(reason) {

@@ -16,11 +16,11 @@ export const KINDS = {
   scale: { name: "instances", loud: true },
   place: { name: "dispatches", loud: false },
 };
-const KIND_OF = {
-  move: "move", death: "death", give_up: "death", revive: "death", quarantine: "death", bypass: "death",
-  back: "death", up: "scale", add: "scale", drain: "scale", undrain: "scale", removed: "scale",
-  order: "scale", refused: "death", dispatch: "place", dispatches: "place",
+const LANES = {
+  move: "move", place: "dispatch dispatches", scale: "up add drain undrain removed renew order",
+  death: "death give_up revive quarantine bypass back refused",
 };
+const KIND_OF = Object.fromEntries(Object.entries(LANES).flatMap(([lane, kinds]) => kinds.split(" ").map((kind) => [kind, lane])));
 
 export function newModel() {
   return {
@@ -29,13 +29,17 @@ export function newModel() {
   };
 }
 
-/** The server's time now, in seconds. `nowMs`: the browser's clock. */
-export const serverTime = (m, nowMs) => m.t + (nowMs - m.heardMs) / 1000;
+/** The server's time now, or that of the log, in seconds. `nowMs`: the browser's clock. */
+export function serverTime(m, nowMs) {
+  const { speed = 1, end = Infinity } = m.hello.log ?? {};
+  return Math.min(end, m.t + (nowMs - m.heardMs) / 1000 * speed);
+}
 
 export const tokens = (row) => row.prompt + row.out;
 
 export function apply(m, event, data, nowMs) {
   if (data.t) [m.t, m.heardMs] = [data.t, nowMs];
+  if (data.seq) m.seq = data.seq;
   const seen = [];
   switch (event) {
     case "hello": m.hello = data; break;
@@ -129,8 +133,7 @@ function note(m, event, data, seen) {
 
 /** A line for the outcome of an order that was given on this page. */
 export function ordered(m, text, why, failed, nowMs) {
-  const data = { t: serverTime(m, nowMs), kind: failed ? "refused" : "order", target: "", text, why };
-  const seen = [];
+  const seen = [], data = { t: serverTime(m, nowMs), kind: failed ? "refused" : "order", target: "", text, why };
   note(m, "decision", data, seen);
   return seen;
 }
@@ -148,28 +151,24 @@ function whyOf(e) {
   return e.why ?? "";
 }
 
+const SAID = {
+  up: "serves", add: "is added", drain: "drains", undrain: "serves on", renew: "is started again", removed: "is removed",
+  death: "died and starts again", give_up: "is given up", quarantine: "is quarantined",
+};
+
 function told(m, e) {
   if (e.event === "move") {
     if (e.outcome !== "migrated") return `${e.request} stays at ${e.from}`;
     const paused = e.downtime_ms === null ? "" : `, paused ${millis(e.downtime_ms)}`;
     return `${e.request} moved ${e.from} → ${e.to}${paused}`;
   }
-  const row = m.rows.get(e.k);
   switch (e.kind) {
-    case "dispatch": return `${row ? row.id : "a request"} placed at ${e.target}`;
+    case "dispatch": return `${m.rows.get(e.k)?.id ?? "a request"} placed at ${e.target}`;
     case "dispatches": return `${e.count} more placed`;
-    case "up": return `${e.target} serves`;
-    case "add": return `${e.target} is added`;
-    case "drain": return `${e.target} drains`;
-    case "undrain": return `${e.target} serves on`;
-    case "removed": return `${e.target} is removed`;
-    case "death": return `${e.target} died and starts again`;
-    case "give_up": return `${e.target} is given up`;
     case "revive": return `${e.client_id ?? e.target} goes on at ${e.instance} after ${seconds(e.gap_s)}`;
-    case "quarantine": return `${e.target} is quarantined`;
     case "bypass": return "controller bypassed";
     case "back": return "controller is back";
-    default: return e.text ?? e.kind;
+    default: return SAID[e.kind] ? `${e.target} ${SAID[e.kind]}` : e.text ?? e.kind;
   }
 }
 

@@ -61,9 +61,10 @@ export class Panel {
         ["Freeness", one.free === null ? "–" : `${one.free} steps`],
         ["Running", sum(one.run)], ["Waiting", sum(one.wait)], ["Restarts", one.restarts], ["Host", one.node],
       ]),
-      el("div", { class: "acts" },
-        drains ? button("Undrain", "u", () => this.act("undrain"), { "data-act": "undrain" })
-          : button("Drain", "d", () => this.act("drain"), { "data-act": "drain" })),
+      el("div", { class: "acts" }, ...(drains ? [["Undrain", "u"]] : [["Drain", "d"], ["Restart", "r"]]).map(([name, key]) => {
+        const what = name.toLowerCase();
+        return button(name, key, () => this.act(what), { "data-act": what });
+      })),
     ];
   }
 

@@ -174,7 +174,7 @@ class Picture:
             delta |= {"controller": self._controller(), "frontends": look.frontends}
         told = [self._noted(note, ks) for note in look.notes]
         told += self._controller_changed(deployment, now_s)
-        self._history.extend(told)
+        self._history.extend(m for m in told if m.data.get("phase") != "begun")
         if first:
             return []
         changed = [Message("delta", delta)] if len(delta) > 2 else []
