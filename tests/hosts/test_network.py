@@ -11,7 +11,7 @@ import pytest
 
 from support.hosts import Network, needs_hosts, network
 
-pytestmark = [needs_hosts, pytest.mark.hosts]
+pytestmark = [needs_hosts, pytest.mark.hosts, pytest.mark.slow]
 
 ECHO = """
 import socket, sys
