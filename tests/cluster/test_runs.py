@@ -15,11 +15,12 @@ pytest.importorskip("vllm")
 import ray
 
 from llumnix.cluster import ray_calls
-from llumnix.cluster.supervision import runs
+from llumnix.cluster.supervision import places, runs
+from llumnix.cluster.supervision.places import Places
 from llumnix.cluster.supervision.runs import EngineLauncher, EngineRun
 from llumnix.config import DeploymentConfig
 from llumnix.core.supervision.blame import Death
-from llumnix.core.types import InstanceId
+from llumnix.core.types import EngineIndex, InstanceId
 
 I0 = InstanceId("i0")
 
@@ -95,6 +96,7 @@ class FakeRay:
         monkeypatch.setattr(runs, "pack", lambda *_: b"")
         monkeypatch.setattr(ray, "remote", lambda _: remote)
         monkeypatch.setattr(ray, "kill", lambda _: self.call("kill"))
+        monkeypatch.setattr(ray, "nodes", lambda: [{"NodeID": "ab", "Alive": True}])
         self.accepting: list[bool] = []
         frontends: Any = SimpleNamespace(
             expect=lambda *_: self.accepting.append(False),
@@ -307,3 +309,42 @@ async def test_a_call_that_never_returns_is_given_up(monkeypatch: pytest.MonkeyP
     with pytest.raises(TimeoutError):
         await ray_calls.ray_call(for_ever.wait)
     for_ever.set()
+
+
+class Hosts:
+    """A cluster's hosts, and which of them runs were put on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, alive: dict[str, bool]) -> None:
+        self.alive = alive
+        nodes = lambda: [{"NodeID": n, "Alive": up} for n, up in self.alive.items()]  # noqa: E731
+        monkeypatch.setattr(ray, "nodes", nodes)
+        monkeypatch.setattr(
+            places, "NodeAffinitySchedulingStrategy", lambda node, soft: (node, soft)
+        )
+        self._places = Places()
+
+    def take(self) -> tuple[EngineRun, str]:
+        run = EngineRun(engine_index=EngineIndex(0))
+        host, soft = self._places.take(run)
+        assert soft, "it must start elsewhere if its host is lost meanwhile"
+        return run, host
+
+
+async def test_engines_without_devices_are_spread_over_the_hosts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    hosts = Hosts(monkeypatch, {"a": True, "b": True, "lost": False})
+    taken = [hosts.take() for _ in range(4)]
+    assert sorted(host for _, host in taken) == ["a", "a", "b", "b"]
+    for run, host in taken:
+        if host == "b":
+            run.ended = asyncio.get_running_loop().create_future()
+            run.end(Death(why="killed"))
+    assert [hosts.take()[1] for _ in range(2)] == ["b", "b"]
+
+
+async def test_a_run_that_is_not_wanted_takes_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    hosts = Hosts(monkeypatch, {"a": True, "b": True})
+    run, host = hosts.take()
+    run.unwanted = True
+    assert hosts.take()[1] == host == "a"

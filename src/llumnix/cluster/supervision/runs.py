@@ -23,6 +23,7 @@ from llumnix.cluster.addresses import Addresses
 from llumnix.cluster.frontends.seam import Frontends
 from llumnix.cluster.ray_calls import off_loop, ray_call
 from llumnix.cluster.supervision.engine_actor import EngineActor, pack
+from llumnix.cluster.supervision.places import Places
 from llumnix.config import DeploymentConfig
 from llumnix.core.limits import MigrationLimits
 from llumnix.core.scheduling.presets import POLICIES, priorities_of
@@ -110,6 +111,7 @@ class EngineLauncher:
             min_stay=settings.migration.min_stay,
             looks_at_caches=POLICIES[settings.policy].looks_at_caches,
         )
+        self._places = Places()
         self._started = 0
 
     def create(self, instance: InstanceId, slot: int) -> EngineRun:
@@ -144,8 +146,10 @@ class EngineLauncher:
         """Has Ray make the actor, and a placement group for its devices. On a thread."""
         try:
             launch = self._launch
-            options: dict[str, Any] = {"scheduling_strategy": "SPREAD"}
-            if launch.device is not None:
+            options: dict[str, Any]
+            if launch.device is None:
+                options = {"scheduling_strategy": self._places.take(run)}
+            else:
                 run.group = placement_group([{launch.device: launch.devices_per_instance}])
                 self._wait_placed(run, instance)
                 options = {
