@@ -28,11 +28,13 @@ BODIES = [
 ]
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["one frontend", "two frontends"])
-def three(request: pytest.FixtureRequest, tiny_model: Path, logs: Path) -> Iterator[Server]:
+@pytest.fixture(scope="module", params=[(3, 1), (2, 2)], ids=["one frontend", "two frontends"])
+def fleet(request: pytest.FixtureRequest, tiny_model: Path, logs: Path) -> Iterator[Server]:
+    """Three instances behind one frontend, or two behind two."""
+    instances, frontends = request.param
     server = Server(
-        str(tiny_model), "--served-model-name", "tiny", *FLAGS, "--instances", "3",
-        "--api-server-count", str(request.param), log=logs / f"rolling{request.param}.log",
+        str(tiny_model), "--served-model-name", "tiny", *FLAGS, "--instances", str(instances),
+        "--api-server-count", str(frontends), log=logs / f"rolling{frontends}.log",
     )  # fmt: skip
     yield server.wait_until_serving()
     assert server.stop() == 0
@@ -55,21 +57,21 @@ def engines(server: Server) -> dict[str, int]:
     return {name: row["engine_index"] for name, row in server.instances().items()}
 
 
-def test_a_rolling_restart_under_load_costs_no_stream(three: Server) -> None:
-    wanted, before = calm(three), engines(three)
+def test_a_rolling_restart_under_load_costs_no_stream(fleet: Server) -> None:
+    wanted, before = calm(fleet), engines(fleet)
 
     def one(thread: int, number: int) -> Recorded:
-        return stream(three, COMPLETIONS, BODIES[thread], name=f"{thread}-{number}")
+        return stream(fleet, COMPLETIONS, BODIES[thread], name=f"{thread}-{number}")
 
     with Background(STREAMS, one).running() as load:
-        eventually(lambda: len(three.requests()) == STREAMS, 30, "the load")
-        done = command(three, "restart", "--json")
+        eventually(lambda: len(fleet.requests()) == STREAMS, 30, "the load")
+        done = command(fleet, "restart", "--json")
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)["instances"]
     assert [(row["id"], row["state"], row["restarts"]) for row in rows] == [
-        (name, "serving", 0) for name in ("i0", "i1", "i2")
+        (name, "serving", 0) for name in before
     ]
-    after = engines(three)
+    after = engines(fleet)
     assert all(after[name] > index for name, index in before.items())
     assert len(load.done) > STREAMS
     assert [s.error for s in load.done if s.error] == []
@@ -77,48 +79,49 @@ def test_a_rolling_restart_under_load_costs_no_stream(three: Server) -> None:
     assert [d for d in different if d] == []
 
 
-def test_a_stopped_engine_that_is_removed_by_force_costs_no_stream(three: Server) -> None:
+def test_a_stopped_engine_that_is_removed_by_force_costs_no_stream(fleet: Server) -> None:
     """The engine is stopped first, so that nobody can move anything away from it."""
-    wanted = calm(three)
+    wanted, before = calm(fleet), engines(fleet)
     row: dict[str, Any] = {}
 
     def remove() -> None:
         real_time()
 
         def running() -> Any:
-            there = three.requests()
+            there = fleet.requests()
             return len(there) == STREAMS and all(r["output_tokens"] > 5 for r in there) and there
 
         there = eventually(running, 60, "all run")
-        most = max(("i0", "i1", "i2"), key=lambda name: sum(r["instance"] == name for r in there))
-        row.update(three.instances()[most])
+        names = list(fleet.instances())
+        most = max(names, key=lambda name: sum(r["instance"] == name for r in there))
+        row.update(fleet.instances()[most])
         os.kill(row["pid"], signal.SIGSTOP)
-        done = command(three, "remove", most, "--force")
+        done = command(fleet, "remove", most, "--force")
         row["said"], row["status"] = done.stdout + done.stderr, done.returncode
 
-    *seen, _ = all_at_once([*(lambda b=b: stream(three, COMPLETIONS, b) for b in BODIES), remove])
+    *seen, _ = all_at_once([*(lambda b=b: stream(fleet, COMPLETIONS, b) for b in BODIES), remove])
     assert row["status"] == 0, row["said"]
-    assert row["id"] not in three.instances()
+    assert row["id"] not in fleet.instances()
     assert [s.error for s in seen] == [None] * STREAMS
     assert [first_difference(a, b) for a, b in zip(wanted, seen, strict=True)] == [None] * STREAMS
     eventually(lambda: not Path(f"/proc/{row['pid']}").exists(), 30, "its process is gone")
-    assert command(three, "add", "--wait").returncode == 0
-    assert set(three.instances()) == {"i0", "i1", "i2"}
+    assert command(fleet, "add", "--wait").returncode == 0
+    assert set(fleet.instances()) == set(before)
 
 
-def test_the_commands_list_what_happened(three: Server) -> None:
+def test_the_commands_list_what_happened(fleet: Server) -> None:
     body = {**BODIES[0], "max_tokens": 400}
 
     def look() -> None:
         real_time()
-        eventually(lambda: three.requests(), 30, "it runs")
-        listed = command(three, "requests", "--class", "normal", "--json")
+        eventually(lambda: fleet.requests(), 30, "it runs")
+        listed = command(fleet, "requests", "--class", "normal", "--json")
         (mine,) = json.loads(listed.stdout)["requests"]
         assert (mine["id"], mine["class"]) == ("seen", "normal")
-        other = next(i for i in three.instances() if i != mine["instance"])
-        assert command(three, "migrate", "seen", "--to", other).returncode == 0
+        other = next(i for i in fleet.instances() if i != mine["instance"])
+        assert command(fleet, "migrate", "seen", "--to", other).returncode == 0
 
-    all_at_once([lambda: stream(three, COMPLETIONS, body, name="seen"), look])
-    moved = json.loads(command(three, "migrations", "--reason", "order", "--json").stdout)
+    all_at_once([lambda: stream(fleet, COMPLETIONS, body, name="seen"), look])
+    moved = json.loads(command(fleet, "migrations", "--reason", "order", "--json").stdout)
     assert moved["migrations"][-1]["request_id"] == "seen"
     assert all(a["ago_s"] >= b["ago_s"] for a, b in itertools.pairwise(moved["migrations"]))
