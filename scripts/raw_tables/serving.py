@@ -134,6 +134,18 @@ def token_cost() -> str:
     return table(head, [[kind, a, c, b, d] for kind, (a, b, c, d) in rows.items()])
 
 
+def observed() -> str:
+    """What a scrape costs, and what is counted for a request."""
+    head = ["what", "CPU, ms", "longest stall, ms", "kB"]
+    rows = [
+        [r["what"], f"{r['cpu_ms']:.1f}", f"{r['stall_ms']:.1f}", f"{r['kB']:.0f}"]
+        if r["part"] == "metrics"
+        else [r["what"], f"{r['us'] / 1e3:.4f}", "", ""]
+        for r in load("observe.json")["rows"]
+    ]
+    return table(head, rows)
+
+
 def carried() -> str:
     """The most requests a second that each variant of the HTTP process carried in bounds."""
     head = ["variant", "req/s in bounds", "of a core", "added TTFT there: P50 / P99, ms"]

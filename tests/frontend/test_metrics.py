@@ -13,7 +13,7 @@ from llumnix.core.messages import MigrationEnded
 from llumnix.core.settings import SurvivalSettings
 from llumnix.core.types import EngineIndex
 from support.counted import counted
-from support.frontend import OFF, front, tokens
+from support.frontend import OFF, front, request, tokens
 
 from .test_migration_records import KEPT, M0, MOVED, TAKEN, R, World
 from .test_quarantine import died_twice, with_requests
@@ -132,6 +132,45 @@ def test_a_stream_whose_source_dies_in_its_handover_has_survived() -> None:
         "migrations_total user migrated": 1,
         "migration_seconds_count staged": 1,
     }
+
+
+async def test_nothing_is_counted_for_a_token(tmp_path: Path) -> None:
+    async with front(tmp_path, survival=ON) as one:
+        await one.add_request("a", 0)
+        with counted(each_request=True) as found:
+            for token in range(100):
+                one.take_in(tokens(0, "a", token))
+        assert {name for name in found if not name.startswith("loop_lag")} == set()
+
+
+async def test_what_a_request_adds(tmp_path: Path) -> None:
+    async with front(tmp_path, survival=ON) as one:
+        with counted(each_request=True) as found:
+            await one.add_request("a", 0)
+            await one.client.abort_requests_async(["a"])
+        parts = ("gate", "hash", "dispatch", "send", "total")
+        left_over = ("loop_lag", "streams open")  # by time, and by other tests' streams
+        assert {n: v for n, v in found.items() if not n.startswith(left_over)} == {
+            "dispatches_total  soonest": 1,
+            "dispatch_seconds_count controller": 1,
+            "streams_ended_total abort": 1,
+            **{f"routing_seconds_count {part}": 1 for part in parts},
+        }
+
+
+async def test_without_a_controller_a_dispatch_is_a_bypass_and_without_an_engine_none(
+    tmp_path: Path,
+) -> None:
+    async with front(tmp_path, engines=1, survival=ON) as one:
+        one.link.where = 7
+        with counted(each_request=True) as found:
+            await one.client.add_request_async(request("a"))
+            one.client.engines.accept(I0, False)
+            with pytest.raises(GracefulHTTPError):
+                await one.client.add_request_async(request("b"))
+        assert found["dispatches_total  bypass"] == 1
+        assert found["dispatch_seconds_count self"] == 1
+        assert found["dispatches_total  none"] == 1
 
 
 async def test_vllms_route_shows_them() -> None:

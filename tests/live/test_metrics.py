@@ -18,7 +18,7 @@ from support.server import Server, eventually, free_port
 
 from .conftest import FLAGS
 
-pytestmark = pytest.mark.live
+pytestmark = [pytest.mark.live, pytest.mark.slow]  # Servers of its own, and bare vLLM.
 HELD_BACK = ("llumnix_mean_freeness_tokens",)
 """Absent while no instance stays."""
 Found = dict[tuple[str, frozenset[tuple[str, str]]], float]

@@ -77,7 +77,7 @@ def test_a_metric_in_parts_is_what_prometheus_client_makes_in_one_go() -> None:
     registry = CollectorRegistry()
     many = Histogram("seconds", "With times of its own", ("of",), registry=registry)
     for n in range(100):
-        many.labels(str(n)).observe(n)
+        many.labels(f'{n} \\ "of"\n').observe(n)
     Counter("empty", "Without a value", ("of",), registry=registry)
     (metric, empty) = registry.collect()
     assert len(metric.samples) > 5 * exposition.SAMPLES_AT_ONCE

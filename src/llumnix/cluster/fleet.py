@@ -62,6 +62,8 @@ from llumnix.versions import installed
 logger = logging.getLogger("llumnix.fleet")
 
 CLOSE_TIMEOUT_S = 5.0
+SETTLED_SLOTS = 64
+"""Restarts are shown from the start for so many instances, for the others from their first on."""
 DECIDED = {AddInstances: "add", DrainInstance: "drain", UndrainInstance: "undrain"}
 
 
@@ -355,7 +357,8 @@ class Fleet:
         slot = self._free_slot()
         member = Member(id=InstanceId(f"i{slot}"), slot=slot)
         self._members[member.id] = member
-        metrics.settle({"engine": [str(slot)]})
+        if slot < SETTLED_SLOTS:
+            metrics.settle({"engine": [str(slot)]})
         return member
 
     def _free_slot(self) -> int:

@@ -15,12 +15,14 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, CollectorRegistry, generate_latest
 from prometheus_client.core import Metric
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
+from prometheus_client.utils import floatToGoString
 from starlette.exceptions import HTTPException
 from starlette.responses import PlainTextResponse, Response
 
@@ -152,9 +154,26 @@ def rendered(metric: Metric) -> Iterator[bytes]:
     made = metric.name + "_created"
     own = [s for s in metric.samples if s.name != made]
     times = [s for s in metric.samples if s.name == made]
-    for samples, heads in ((own, 0), (times, 2)):
-        empty = not metric.samples and not heads  # Its name is shown all the same.
-        for at in range(0, len(samples) or empty, SAMPLES_AT_ONCE):
-            text = generate_latest(_One(_with(metric, samples[at : at + SAMPLES_AT_ONCE])))
-            skipped = heads + 2 * bool(at)  # lines of HELP and TYPE that are there already
-            yield text.split(b"\n", skipped)[skipped]
+    yield generate_latest(_One(_with(metric, [])))
+    if times:
+        heads = generate_latest(_One(_with(metric, times[:1]))).splitlines(keepends=True)
+        own += times
+    for at in range(0, len(own), SAMPLES_AT_ONCE):
+        part = own[at : at + SAMPLES_AT_ONCE]
+        lines = [f"{s.name}{_labels(*s.labels.items())} {floatToGoString(s.value)}\n" for s in part]
+        first = len(own) - len(times) - at  # the first of the times
+        if times and 0 <= first < len(part):
+            lines.insert(first, b"".join(heads[2:4]).decode())
+        yield "".join(lines).encode()
+
+
+@lru_cache(maxsize=2**16)
+def _labels(*labels: tuple[str, str]) -> str:
+    """Labels as text. prometheus_client makes them anew for each line, which takes it longest."""
+    if not labels:
+        return ""
+    return "{" + ",".join(f'{name}="{_escaped(value)}"' for name, value in sorted(labels)) + "}"
+
+
+def _escaped(value: str) -> str:
+    return value.replace("\\", r"\\").replace("\n", r"\n").replace('"', r"\"")
