@@ -18,7 +18,7 @@ import msgspec
 import yaml
 
 from llumnix.core.scheduling.presets import POLICIES
-from llumnix.core.settings import PriorityClass, SchedulerSettings
+from llumnix.core.settings import AdmissionSettings, PriorityClass, SchedulerSettings
 from llumnix.errors import UsageError
 
 logger = logging.getLogger("llumnix.config")
@@ -76,6 +76,12 @@ class DeploymentConfig:
         "high=-100:0.88 and normal=0.",
         action="append",
         metavar="NAME=NUMBER[:HEADROOM]",
+    )
+    queue_max: int | None = knob(
+        None,
+        "Answer 429 once so many requests wait and no room is near; default: all may wait.",
+        type=int,
+        metavar="N",
     )
     scheduler_config: str | None = knob(
         None,
@@ -162,8 +168,7 @@ class DeploymentConfig:
     )
     lame_duck: float = knob(
         0.0,
-        "How long requests are still let in after the first signal to stop, while /ready answers "
-        "503 already, in seconds.",
+        "Seconds after the first signal to stop in which requests are let in, and /ready is 503.",
         type=float,
         metavar="S",
     )
@@ -245,6 +250,8 @@ class DeploymentConfig:
         given = {name: value for name, value in flags.items() if value is not None}
         if given:
             settings = replace(settings, scaling=replace(settings.scaling, **given))
+        if self.queue_max is not None:
+            settings = replace(settings, admission=AdmissionSettings(queue_max=self.queue_max))
         if self.priority_class:
             classes = tuple(_priority_class(text) for text in self.priority_class)
             settings = replace(settings, priorities=replace(settings.priorities, classes=classes))

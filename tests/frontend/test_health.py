@@ -10,10 +10,13 @@ pytest.importorskip("vllm")
 from vllm.exceptions import GracefulHTTPError
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from llumnix.core.events import NoInstance, RefusalCode, RequestArrived
 from llumnix.core.types import EngineIndex, InstanceId
 from llumnix.frontend.client import FleetClient
+from llumnix.frontend.context import HttpRequest, RefusedError, current_http_request
 from llumnix.frontend.llm import FleetLLM
 from support.frontend import Front, front
+from support.frontend import request as request_of
 
 
 class LLM(FleetLLM):
@@ -40,6 +43,33 @@ async def request(one: Front, name: str) -> int:
     except GracefulHTTPError as error:
         return int(error.http_status)
     return 200
+
+
+@pytest.mark.parametrize("code", ["overloaded", "queue_full"])
+async def test_a_request_that_the_controller_turns_away_leaves_nothing(
+    tmp_path: Path, code: RefusalCode
+) -> None:
+    async with front(tmp_path) as one:
+        asked: list[RequestArrived] = []
+
+        async def place(fact: RequestArrived) -> NoInstance:
+            asked.append(fact)
+            return NoInstance(request=fact.request, why="7 wait", code=code, retry_s=6.4)
+
+        one.link.place = place  # type: ignore[assignment]
+        http = HttpRequest(client_id=None)
+        token = current_http_request.set(http)
+        try:
+            with pytest.raises(RefusedError, match="busy: 7 wait") as raised:
+                await one.client.add_request_async(request_of("r1"))
+        finally:
+            current_http_request.reset(token)
+        assert int(raised.value.http_status) == 429
+        assert (http.code, http.retry_s) == (code, 6.4)
+        assert len(one.client.streams) == 0
+        assert await one.heard(0) == await one.heard(1) == []
+        assert not asked[0].again
+        assert await health(one.client) == 200  # It serves, though not this request.
 
 
 async def test_health_and_new_requests_agree_whatever_the_instances_do(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ def test_our_flags_are_these() -> None:
         "min_instances": None,
         "max_instances": None,
         "priority_class": None,
+        "queue_max": None,
         "scheduler_config": None,
         "survival": None,
         "ray_address": None,

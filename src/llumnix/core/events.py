@@ -22,6 +22,7 @@ class RequestArrived:
     prefix: tuple[
         int, ...
     ] = ()  # hashes of the prompt's leading blocks (core/prefixes.py), if wanted
+    again: bool = False  # whether it was let in before, and its engine died
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,12 +87,18 @@ class Dispatch:
     code: DispatchCode = DispatchCode.SOONEST
 
 
+RefusalCode = Literal["no_instance", "queue_full", "overloaded"]
+"""Why: none is known that could, or too many wait, of the request's class or of all."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NoInstance:
-    """No instance can take the request now."""
+    """No instance takes the request now."""
 
     request: RequestId
     why: str
+    code: RefusalCode = "no_instance"
+    retry_s: float | None = None  # when it may be tried again, if that can be foretold
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -40,6 +40,7 @@ class PriorityClass:
     headroom: float = 0.0
     """Share of an instance's KV memory (0 to 1) that is kept free while a request of the class runs
     there, so that it decodes as fast as on an instance of its own."""
+    queue_max: int | None = None  # more that would wait, over all instances, are turned away
 
     def __post_init__(self) -> None:
         if not self.name or not self.name.replace("-", "").replace("_", "").isalnum():
@@ -49,6 +50,7 @@ class PriorityClass:
                 f"priority class {self.name}: headroom {self.headroom} must be a share between 0 "
                 "and 1"
             )
+        _check(f"priority class {self.name}: queue_max", self.queue_max, 1)
 
 
 _DIGEST = "sha256:"
@@ -71,7 +73,8 @@ class PrioritySettings:
     classes: tuple[PriorityClass, ...] = knob(
         (HIGH, NORMAL),
         "name, vLLM's priority number, share of KV memory",
-        "The classes. A request belongs to the first whose number is not below its own.",
+        "The classes. A request belongs to the first whose number is not below its own. With "
+        "`queue_max`, the most of a class that wait.",
     )
     aging_s: float = knob(
         30.0, "s", "A request that has waited this long is queued as the most urgent class."
@@ -237,6 +240,21 @@ class ScalingSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AdmissionSettings:
+    """When new requests are turned away because too many wait."""
+
+    queue_max: int | None = knob(
+        None,
+        "requests",
+        "Once so many wait, and the mean freeness is below zero, no more are let in "
+        "(--queue-max). null: all are.",
+    )
+
+    def __post_init__(self) -> None:
+        _check("admission.queue_max", self.queue_max, 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SurvivalSettings:
     """What becomes of the requests of an engine that died."""
 
@@ -289,6 +307,7 @@ class SchedulerSettings:
     migration: MigrationSettings = field(default_factory=MigrationSettings)
     scaling: ScalingSettings = field(default_factory=ScalingSettings)
     survival: SurvivalSettings = field(default_factory=SurvivalSettings)
+    admission: AdmissionSettings = field(default_factory=AdmissionSettings)
 
     def without_keys(self) -> "SchedulerSettings":
         """The settings without API keys, for all processes but the frontend, which checks them."""

@@ -26,7 +26,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.metrics.stats import SchedulerStats
 
 from llumnix.core.codes import DispatchCode
-from llumnix.core.events import Dispatch, InstanceLost, RequestArrived
+from llumnix.core.events import Dispatch, InstanceLost, NoInstance, RequestArrived
 from llumnix.core.priorities import Priorities
 from llumnix.core.settings import SurvivalSettings
 from llumnix.core.types import EngineIndex, RequestId
@@ -236,8 +236,14 @@ class FleetClient(RevivingClient):
                 prompt_tokens=len(request.prompt_token_ids or ()) + outputs,
                 priority=request.priority,
                 prefix=prefix,
+                again=again,
             )
         )
+        if isinstance(decision, NoInstance) and decision.code != "no_instance":
+            self._placed[DispatchCode.NONE].inc()
+            raise RefusedError(
+                decision.code, f"The server is busy: {decision.why}.", retry_s=decision.retry_s
+            )
         engine, why, code = None, PLACED_ALONE, DispatchCode.BYPASS
         if isinstance(decision, Dispatch):
             engine, why, code = self.engines.get(decision.engine_index), decision.why, decision.code

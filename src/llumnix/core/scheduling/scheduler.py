@@ -19,7 +19,8 @@ from llumnix.core.events import (
     UndrainInstance,
 )
 from llumnix.core.scheduling.dispatch import DISPATCH_POLICIES
-from llumnix.core.scheduling.malformed import why_malformed
+from llumnix.core.scheduling.intake.admission import Admission
+from llumnix.core.scheduling.intake.malformed import why_malformed
 from llumnix.core.scheduling.pairing import Pairing
 from llumnix.core.scheduling.presets import POLICIES, priorities_of
 from llumnix.core.scheduling.scaling import Scaling
@@ -38,6 +39,7 @@ class Scheduler:
         preset = POLICIES[settings.policy]
         balance = settings.migration.balance
         self.view = ClusterView(priorities_of(settings), settings.migration)
+        self._admission = Admission(settings, self.view)
         self._dispatch = DISPATCH_POLICIES[preset.dispatch]()
         self._pairing = Pairing(
             settings.migration, balance=preset.balance if balance is None else balance
@@ -52,6 +54,7 @@ class Scheduler:
             raise ProtocolError(f"refused, since it says {why}: {str(fact)[:STORY_MAX]}")
         match fact:
             case LoadReported(report=report):
+                self._admission.take(report, now)
                 self.view.apply(report, now)
             case RequestArrived():
                 return [self._place(fact, now)]
@@ -70,6 +73,9 @@ class Scheduler:
         return []
 
     def _place(self, fact: RequestArrived, now: float) -> Decision:
+        refusal = self._admission.refusal(fact, now)
+        if refusal is not None:
+            return refusal
         found = self._dispatch.choose(self.view, fact, now)
         if found is None:
             return NoInstance(request=fact.request, why="no instance that takes requests is known")
