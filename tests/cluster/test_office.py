@@ -74,6 +74,8 @@ class Engines:
         self.on_statistics: Callable[[list[bytes]], None] = lambda frames: None
         self.dropped: list[int] = []
         self.loaded: list[LoRARequest] = []
+        self.begun, self.loading = asyncio.Event(), asyncio.Event()
+        self.loading.set()  # Else a load waits for it.
         self.broken: Exception | None = None
 
     def expect(self, instance: InstanceId, engine_index: EngineIndex, slot: int) -> None:
@@ -92,7 +94,9 @@ class Engines:
         self.dropped.append(client)
 
     async def add_lora_async(self, request: LoRARequest) -> bool:
+        self.begun.set()
         await asyncio.sleep(0)
+        await self.loading.wait()
         if self.broken is not None:
             raise self.broken
         self.loaded.append(request)
@@ -557,6 +561,33 @@ async def test_the_same_adapter_loaded_twice_is_loaded_once_and_another_path_is_
         await other.others.load_adapter(adapter("a", "/b", in_place=True))
         assert [r.lora_path for r in w.engines.loaded] == ["/a", "/b"]
         assert w.engines.loaded[-1].lora_int_id == 1
+
+
+async def test_an_adapter_that_two_load_at_the_same_time_has_one_number(tmp_path: Path) -> None:
+    async with world(tmp_path) as w:
+        mine, theirs = adapter("a"), adapter("a")
+        one, other = w.fronts
+        await asyncio.gather(one.others.load_adapter(mine), other.others.load_adapter(theirs))
+        assert mine.lora_int_id == theirs.lora_int_id == 1
+        assert len(w.engines.loaded) == 1
+
+
+async def test_an_adapter_that_is_unloaded_while_it_is_loaded_is_known_nowhere(
+    tmp_path: Path,
+) -> None:
+    """In whatever order they come in, all go by the last of them."""
+    async with world(tmp_path) as w:
+        one, other = w.fronts
+        go_on = w.engines.loading = asyncio.Event()
+        loading = asyncio.create_task(one.others.load_adapter(adapter("a")))
+        await asyncio.wait_for(w.engines.begun.wait(), 5)
+        unloading = asyncio.create_task(other.others.unload_adapter("a"))
+        await asyncio.sleep(0.1)
+        go_on.set()
+        await asyncio.gather(loading, unloading)
+        for front in w.fronts:
+            known = [q for q in front.asked if isinstance(q, AdaptersAre)][-1]
+            assert known.adapters == []
 
 
 async def test_an_adapter_that_cannot_be_loaded_is_known_nowhere(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from engine.test_agent import Rig, kv_tensors, snapshot
 from llumnix.engine.kv import agent, agent_client
 from llumnix.engine.kv.agent import TransferOptions
-from llumnix.engine.kv.links import Pull, TransferError
+from llumnix.engine.kv.links import Cancel, Command, Done, Link, Pull, TransferError
 from llumnix.engine.kv.transports import ReadGate
 
 SLOW = TransferOptions(staging_bytes=1, bandwidth_bytes_per_s=1.0)
@@ -184,6 +184,45 @@ def test_a_pull_that_is_sent_as_its_link_dies_is_answered(
     pulled = rig.answer()
     assert pulled.ticket == 1
     assert "the agent closed the link" in str(pulled.error)
+
+
+@pytest.mark.parametrize("lost", [Command, Pull, Cancel, Done])
+def test_a_pull_is_answered_whatever_message_about_it_cannot_be_sent(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, lost: type
+) -> None:
+    """A part of it may be out. So the link is given up, and the next pull has a new one."""
+    peer = rig.agent(kv_tensors(1))
+    client = rig.client(rig.agent(kv_tensors(100), SLOW))
+    send, left = Link.send, [lost]
+
+    def sends(link: Link, message: Any) -> None:
+        if type(message) in left:
+            left.clear()
+            raise TimeoutError("the other end does not read")
+        send(link, message)
+
+    monkeypatch.setattr(Link, "send", sends)
+    blocks = [0, 1, 2] if lost is Cancel else [0]  # SLOW lets one pass.
+    client.pull(1, [peer], blocks, blocks)
+    if lost is Cancel:
+        client.cancel(1)
+    pulled = rig.answer()
+    assert (pulled.ticket, pulled.error is None) == (1, False)
+    assert not left
+    client.pull(2, [peer], [], [])
+    assert rig.answer().error is None
+    client.open_links(3, [peer])
+    assert rig.answer().error is None
+
+
+def test_a_client_that_is_closed_leaves_no_thread_though_its_agent_goes_on(rig: Rig) -> None:
+    peer, ours = rig.agent(kv_tensors(1)), rig.agent(kv_tensors(100))
+    client = rig.client(ours)
+    client.open_links(1, [peer])
+    assert rig.answer().error is None
+    client.close()
+    clients = ("llumnix-kv-tell", "llumnix-kv-hear", "llumnix-kv-report")
+    assert [t.name for t in threading.enumerate() if t.name.startswith(clients)] == []
 
 
 def test_no_peer_reads_memory_that_is_held_and_holding_waits_for_those_who_read() -> None:

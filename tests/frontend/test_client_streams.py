@@ -150,6 +150,22 @@ async def test_without_the_controller_the_engine_with_fewest_requests_gets_the_n
         assert sorted(one.client.in_flight(e) for e in (I0, I1, I2)) == [2, 2, 3]
 
 
+@pytest.mark.parametrize("what", ["is being emptied", "has died"])
+async def test_a_decision_for_an_engine_that_takes_none_by_now_is_not_followed(
+    tmp_path: Path, what: str
+) -> None:
+    """The controller decided before it could know."""
+    async with front(tmp_path) as one:
+        if what == "has died":
+            await one.client.lose(EngineIndex(0))
+        else:
+            one.client.engines.accept(EngineIndex(0), False)
+        await one.add_request("a", 0)
+        stream = one.client.streams.get(RequestId("a"))
+        assert stream is not None
+        assert stream.owner == 1
+
+
 async def test_the_next_input_of_a_session_goes_where_the_first_went(tmp_path: Path) -> None:
     async with front(tmp_path) as one:
         await one.add_request("s", 1, resumable=True)

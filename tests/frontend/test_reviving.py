@@ -324,7 +324,9 @@ async def test_one_that_moves_on_before_its_first_token_is_taken_up_no_more(tmp_
         assert not one.client.orphans.taken_up
 
 
-async def test_it_goes_first_where_a_part_of_its_kv_may_be(tmp_path: Path) -> None:
+@pytest.mark.parametrize("emptied", [False, True])
+async def test_it_goes_first_where_a_part_of_its_kv_may_be(tmp_path: Path, emptied: bool) -> None:
+    """Unless no more requests are to go there."""
     async with front(tmp_path, engines=3, survival=ON) as one:
         await one.add_request("a", 0)
         stream = one.client.streams.get(RequestId("a"))
@@ -337,9 +339,11 @@ async def test_it_goes_first_where_a_part_of_its_kv_may_be(tmp_path: Path) -> No
         await one.client.lose(I0)
         assert stream.grant is not None
         effects = one.client.streams.fate(stream.grant.migration, "declined")
+        one.client.engines.accept(I2, not emptied)
         one.client._perform(effects, [])
-        (again,) = await sent_to(one, 2)
-        assert order_in(again).destination == I2
+        chosen = I1 if emptied else I2
+        (again,) = await sent_to(one, chosen)
+        assert order_in(again).destination == chosen
 
 
 @pytest.mark.parametrize(
