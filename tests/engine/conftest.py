@@ -49,8 +49,8 @@ def engine(shared_engine: Any) -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def shared_hosts(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """Two engines without a model, each with its llumlet's host (`support.hosts.Hosts`)."""
-    from support.hosts import Hosts
+    """Two engines without a model, each with its llumlet's host (`support.hosted.Hosts`)."""
+    from support.hosted import Hosts
 
     one = Hosts(tmp_path_factory.mktemp("hosts"), tiny_model)
     yield one

@@ -16,7 +16,7 @@ from llumnix.core.messages import (
 )
 from llumnix.core.types import EngineIndex, Epoch, MigrationId, RequestId
 from llumnix.wire import decode, encode
-from support.hosts import Hosts
+from support.hosted import Hosts
 from support.no_model import BLOCK, add
 
 PROMPT = list(range(20 * BLOCK))

@@ -14,7 +14,7 @@ from llumnix.core.types import EngineIndex, MigrationId
 from llumnix.engine.migration.guard import LOG_EVERY_S, TRIES_MAX, ErrorLog
 from llumnix.engine.migration.peers import Peers
 from llumnix.engine.migration.vllm_port import VllmPort
-from support.hosts import Hosts
+from support.hosted import Hosts
 from support.no_model import BLOCK, add
 
 SOURCE, DESTINATION = 0, 1

@@ -16,7 +16,7 @@ from llumnix.core.messages import REVIVE, Handover, Stage
 from llumnix.engine.kv.agent_client import Pulled
 from llumnix.engine.memory_calls import MemoryCalls
 from llumnix.engine.migration.vllm_core import is_sent_again
-from support.hosts import Hosts
+from support.hosted import Hosts
 from support.no_model import BLOCK, add
 
 SOURCE, DESTINATION = 0, 1

@@ -18,7 +18,7 @@ from llumnix.core.types import EngineIndex, InstanceId, RequestId
 from llumnix.engine.queueing import has_waited, waited_s
 from llumnix.engine.readings import client_priority
 from llumnix.engine.reporting.load_reader import LoadReader
-from support.hosts import HostedEngine, Hosts
+from support.hosted import HostedEngine, Hosts
 from support.no_model import BLOCK, add
 
 SOURCE, DESTINATION = 0, 1
