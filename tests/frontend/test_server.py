@@ -158,7 +158,9 @@ async def test_the_event_loop_is_followed_for_as_long_as_it_serves(
         ready_min=1,
         settings=[],
     )
-    llm: Any = SimpleNamespace(output_processor="p", engine_core=None, stopping=True)
+    llm: Any = SimpleNamespace(
+        output_processor="p", engine_core=SimpleNamespace(streams=[]), stopping=True
+    )
     listener: Any = SimpleNamespace(url="", socket=None, close=lambda: told.append("closed"))
     control: Any = SimpleNamespace(fleet=None)
 

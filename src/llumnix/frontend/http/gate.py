@@ -38,7 +38,7 @@ from llumnix.frontend.llm import FleetLLM
 from llumnix.observe import metrics
 from llumnix.observe.exposition import METRICS_PATHS, metrics_answer
 
-COMMENT = b": waiting for an instance\n\n"
+COMMENT = b": waiting\n\n"
 """A line of a stream of events that its reader skips."""
 PRIORITY_HEADER = "x-llumnix-priority"
 BYTES_PER_MB = 1_000_000

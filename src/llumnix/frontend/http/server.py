@@ -29,6 +29,7 @@ from llumnix.frontend.http.protocol import HttpProtocol
 from llumnix.frontend.http.routes import control_app
 from llumnix.frontend.llm import FleetLLM
 from llumnix.frontend.streams.pace import StreamPace
+from llumnix.frontend.streams.waiting import show_waiting
 from llumnix.observe.console import say
 from llumnix.observe.service_manager import notify
 from llumnix.tasks import keep_running
@@ -82,7 +83,12 @@ async def serve(
     ours = control_app(llm.engine_core, control, docs=docs, page=page, settings=args.settings)
     serving = _once(listener, announce)
     pace = StreamPace(llm.output_processor, args.max_stream_interval)
-    pacing = asyncio.create_task(keep_running("following the event loop", pace.run, logger))
+    streams = llm.engine_core.streams
+    beside = {
+        "following the event loop": pace.run,
+        "showing streams that wait": lambda: show_waiting(streams),
+    }
+    tasks = [asyncio.create_task(keep_running(what, work, logger)) for what, work in beside.items()]
     try:
         rest = await build_and_serve(
             llm,
@@ -94,7 +100,8 @@ async def serve(
             http=HttpProtocol,
         )
     finally:
-        pacing.cancel()
+        for task in tasks:
+            task.cancel()
     try:
         # Bounded, since a client may never end its request, or never read the answer.
         await asyncio.wait_for(rest, HTTP_CLOSE_TIMEOUT_S)
