@@ -121,7 +121,10 @@ def test_services_and_policies_find_their_pods(path: Path) -> None:
     assert service.items() <= head.items()
     policy = of_kind("NetworkPolicy", values)["spec"]
     assert all(policy["podSelector"]["matchLabels"].items() <= each.items() for each in labels)
-    assert len(policy["ingress"]) == len(templates)  # Beyond one, pods of the release among them.
+    # HTTP, metrics, and in a cluster of Ray's the release's pods among themselves.
+    assert len(policy["ingress"]) == 1 + len(templates)
+    named = {port["name"] for port in templates[0]["spec"]["containers"][0]["ports"]}
+    assert {p["targetPort"] for p in of_kind("Service", values)["spec"]["ports"]} <= named
 
 
 def test_a_pod_has_a_gpu_for_each_part_of_each_instance() -> None:

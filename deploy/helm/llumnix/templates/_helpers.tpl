@@ -34,14 +34,17 @@ ray.io/node-type: head
 {{- $ours := dict
     "model" (required "model: name one, such as --set model=meta-llama/Llama-3.1-8B-Instruct" $v.model)
     "instances" (int $v.instances) "host" $v.host "port" (int $v.port)
+    "metrics-port" (int $v.metrics.port) "metrics-host" $v.host
     "lame-duck" (int $v.shutdown.lameDuckSeconds) "shutdown-timeout" (int $v.shutdown.timeoutSeconds) -}}
 {{- if gt (int $v.gpusPerInstance) 1 }}{{ $_ := set $ours "tensor-parallel-size" (int $v.gpusPerInstance) }}{{ end -}}
 {{- if $v.keys.existingSecret -}}
 {{- $_ := set $ours "api-key-file" "/etc/llumnix-keys/api-keys" -}}
 {{- $_ := set $ours "admin-api-key-file" "/etc/llumnix-keys/admin-api-keys" -}}
+{{- if $v.keys.named }}{{ $_ := set $ours "keys" "/etc/llumnix-keys/keys.yaml" }}{{ end -}}
 {{- else if not (get $v.config "insecure") -}}
 {{- fail "keys.existingSecret: name a secret with the entries api-keys and admin-api-keys, or set config.insecure=true to serve everybody who reaches the pods" -}}
 {{- end -}}
+{{- if $v.metrics.open }}{{ $_ := set $ours "metrics-open" true }}{{ end -}}
 {{- range $name, $_ := $v.config -}}
 {{- if hasKey $ours $name }}{{ fail (printf "config.%s: the chart sets this one, see values.yaml" $name) }}{{ end -}}
 {{- end -}}
@@ -115,6 +118,9 @@ readinessProbe:
     items:
       - {key: {{ .apiKeys }}, path: api-keys}
       - {key: {{ .adminApiKeys }}, path: admin-api-keys}
+      {{- with .named }}
+      - {key: {{ . }}, path: keys.yaml}
+      {{- end }}
 {{- end }}
 {{- end }}
 {{- if .Values.cache.existingClaim }}
