@@ -811,7 +811,7 @@ async def test_an_error_with_a_code_of_its_own_carries_it(
     headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
     head, answer = await sent_of(http, (500, headers), (body,), code=code)
     assert head["status"] == 500
-    assert told(answer["body"]) == {**ERROR, "code": code}
+    assert told(answer["body"]) == {**ERROR, "code": code, "retryable": code == "engine_died"}
     found = {name.decode(): value.decode() for name, value in head["headers"]}
     assert found["content-length"] == str(len(answer["body"]))
     assert found.get("x-should-retry") == retry
@@ -826,7 +826,7 @@ async def test_an_error_in_a_stream_carries_its_code_behind_the_tokens_before_it
     head, *bodies = await sent_of(http, *messages, code="engine_died", after=2)
     assert head["status"] == 200
     assert [b["body"] for b in bodies[:2]] == [b"data: 1\n\n", b"data: 2\n\n"]
-    assert told(bodies[2]["body"]) == {**ERROR, "code": "engine_died"}
+    assert told(bodies[2]["body"]) == {**ERROR, "code": "engine_died", "retryable": True}
     assert bodies[2]["body"].endswith(b"}\n\n")
     assert bodies[3]["body"] == b"data: [DONE]\n\n"
 

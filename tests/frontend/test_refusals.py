@@ -1,6 +1,7 @@
 """What is said when a request is turned away: codes, and when to try again."""
 
 import asyncio
+import json
 import re
 from pathlib import Path
 
@@ -34,7 +35,9 @@ def test_every_code_has_its_count() -> None:
 def test_what_may_help_a_second_time_says_when(code: str) -> None:
     answer = refused(code, "no")
     assert answer.status_code == REFUSALS[code].status
-    assert (answer.status_code in (429, 503)) is ("retry-after" in answer.headers)
+    again = answer.status_code in (429, 503)
+    assert ("retry-after" in answer.headers) is again
+    assert json.loads(answer.body)["error"]["retryable"] is again
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,9 @@ def test_every_route_of_the_application_wants_the_key(guarded: Server) -> None:
     assert {"/v1/chat/completions", "/invocations", "/llumnix/v1/instances"} <= paths
     for path in sorted(paths - {"/health"}):
         bare = re.sub(r"\{[^}]*\}", "x", path)
-        assert httpx.post(guarded.url + bare, timeout=10).status_code == 401, path
+        refused = httpx.post(guarded.url + bare, timeout=10)
+        assert refused.status_code == 401, path
+        assert refused.headers["x-llumnix-reason"] == "invalid_api_key"
         assert httpx.get(guarded.url + bare, timeout=10).status_code == 401, path
     assert httpx.get(guarded.url + "/health", timeout=10).status_code == 200
 
@@ -61,6 +63,7 @@ def test_an_ordinary_key_uses_the_model_and_an_admin_key_administers(guarded: Se
     ]:  # fmt: skip
         answer = guarded.http.request(method, path)
         assert (answer.status_code, answer.json()["error"]["code"]) == (403, "admin_key_required")
+        assert answer.headers["x-llumnix-reason"] == "admin_key_required"
         admin = httpx.request(method, guarded.url + path, headers={"x-api-key": "root-secret"})
         assert admin.status_code == 404  # There is no such instance or migration.
     assert httpx.request("OPTIONS", guarded.url + "/metrics").status_code == 401
@@ -77,6 +80,24 @@ def test_a_body_over_the_limit_is_refused_in_openais_form(guarded: Server) -> No
         assert (answer.status_code, answer.json()["error"]["code"]) == (413, "too_large")
         assert answer.headers["x-llumnix-reason"] == "too_large"
     assert guarded.complete(max_tokens=2).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 50_000, b'{"prompt": ' * 5000,
+     b'{"prompt": "x", "max_tokens": 1e400}', b'{"prompt": "x", "n": -1}',
+     b'{"prompt": "x", "max_tokens": 1, "service_tier": ' + b"[" * 2000],
+)  # fmt: skip
+def test_junk_is_the_clients_mistake_and_ends_nothing(guarded: Server, body: bytes) -> None:
+    headers = {"Content-Type": "application/json"}
+    answer = guarded.http.post("/v1/completions", headers=headers, content=body)
+    assert 400 <= answer.status_code < 500, answer.text
+    assert answer.json()["error"]["message"]
+    answer = guarded.http.post(
+        "/v1/completions", headers={**headers, "X-Llumnix-Priority": "urgent"}, content=body
+    )
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "bad_class")
+    assert {row["state"] for row in guarded.instances().values()} == {"serving"}
 
 
 def test_when_too_many_wait_the_next_is_told_to_come_again(guarded: Server) -> None:

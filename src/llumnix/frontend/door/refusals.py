@@ -47,6 +47,10 @@ REFUSALS: dict[str, Refusal] = {
 }
 """By code. Those that are answered while the server starts are not counted."""
 
+RETRYABLE = frozenset({"engine_died"})
+"""Errors that are no refusals, since an engine had the request, and after which it may be sent
+again."""
+
 
 def refused(code: str, message: str, *, retry_s: float | None = None) -> JSONResponse:
     """The answer to a request that is turned away, in OpenAI's form. `retry_s`: when it may be
@@ -56,9 +60,16 @@ def refused(code: str, message: str, *, retry_s: float | None = None) -> JSONRes
     return answer
 
 
-def error_of(code: str, message: str) -> dict[str, str | None]:
+def error_of(code: str, message: str) -> dict[str, str | bool | None]:
     """The error of such an answer's body."""
-    return {"message": message, "type": REFUSALS[code].kind, "param": None, "code": code}
+    kind, again = REFUSALS[code].kind, retryable(code)
+    return {"message": message, "type": kind, "param": None, "code": code, "retryable": again}
+
+
+def retryable(code: str) -> bool:
+    """Whether the same request may well succeed later."""
+    refusal = REFUSALS.get(code)
+    return code in RETRYABLE if refusal is None else refusal.retry_s is not None
 
 
 def mark(headers: MutableHeaders, code: str, *, retry_s: float | None = None) -> None:

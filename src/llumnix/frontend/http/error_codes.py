@@ -12,7 +12,7 @@ import msgspec
 from starlette.datastructures import MutableHeaders
 from starlette.types import Message
 
-from llumnix.frontend.door.refusals import mark
+from llumnix.frontend.door.refusals import mark, retryable
 from llumnix.frontend.engines.outputs import QUARANTINED_CODE
 from llumnix.frontend.http.stream_ends import ERROR_ITEM
 
@@ -63,6 +63,7 @@ def _coded(body: bytes, code: str) -> bytes | None:
     if answer is None:
         return None
     answer["error"]["code"] = code
+    answer["error"]["retryable"] = retryable(code)
     return msgspec.json.encode(answer)
 
 

@@ -67,11 +67,14 @@ class Admission:
                 return self._refused("queue_full", why, fact, waiting, now)
         if self._queue_max is not None:
             waiting = sum(v.load.waiting + _on_the_way(v) for v in accepting)
-            spare = sum(v.load.spare(self._view.priorities) for v in accepting)
-            if waiting >= self._queue_max and spare < 0:
+            if waiting >= self._queue_max and self._no_room(accepting):
                 why = f"{waiting} requests wait, and the limit is {self._queue_max} without room"
                 return self._refused("overloaded", why, fact, waiting, now)
         return None
+
+    def _no_room(self, accepting: list[InstanceView]) -> bool:
+        """Whether the mean freeness is below zero."""
+        return sum(v.load.spare(self._view.priorities) for v in accepting) < 0
 
     def _refused(
         self, code: RefusalCode, why: str, fact: RequestArrived, waiting: int, now: float
@@ -90,7 +93,10 @@ class Admission:
 
 def _on_the_way(view: InstanceView) -> int:
     """How many of the requests that are on their way to the instance will wait there."""
-    load, booked = view.load, len(view.bookings)
+    booked = len(view.bookings)
+    if not booked:
+        return 0
+    load = view.load
     if load.waiting or load.is_blocked:
         return booked
     return min(booked, max(0, load.batch - load.slots)) if load.slots else 0
