@@ -93,6 +93,47 @@ def test_one_that_is_handed_over_is_in_no_queue_until_it_stays_after_all(
     assert found() == [queue]
 
 
+def test_one_that_stays_after_it_was_handed_over_is_taken_up_anew_by_the_workers(
+    hosts: Hosts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They have forgotten it meanwhile, and fail on one that is resumed without its tokens."""
+    source = hosts.engines[SOURCE]
+    known, port = add(source.core, "r", list(range(5 * BLOCK)), 50), source.host.port.source
+    while known.num_output_tokens < 3:
+        hosts.turn()
+    batches, launch = [], source.core.model_executor.execute_model
+
+    def noted(batch: Any, *args: Any, **more: Any) -> Any:
+        batches.append(batch)
+        return launch(batch, *args, **more)
+
+    monkeypatch.setattr(source.core.model_executor, "execute_model", noted)
+    port.stop(RequestId("r"))
+    port.handover_state(RequestId("r"), 0)
+    port.resume(RequestId("r"))
+    tokens = list(known.all_token_ids)
+    hosts.turn()
+    assert batches[0].preempted_req_ids == {"r"}
+    cached = batches[0].scheduled_cached_reqs
+    assert (cached.resumed_req_ids, cached.all_token_ids) == ({"r"}, {"r": tokens})
+    assert batches[0].num_scheduled_tokens == {"r": 1}
+
+
+def test_one_that_is_handed_over_in_the_middle_of_its_prompt_reserves_no_more_blocks(
+    hosts: Hosts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else others would wait for memory that nobody is going to take."""
+    source = hosts.engines[SOURCE]
+    scheduler = source.core.scheduler
+    monkeypatch.setattr(scheduler, "max_num_scheduled_tokens", 64)
+    add(source.core, "r", list(range(2000, 2000 + 60 * BLOCK)), 10)
+    hosts.turn()
+    assert scheduler._inflight_prefill_reserved_blocks() > 0
+    source.host.port.source.stop(RequestId("r"))
+    assert scheduler._inflight_prefill_reserved_blocks() == 0
+    source.host.port.source.resume(RequestId("r"))
+
+
 def test_one_that_was_promoted_stays_so_while_it_runs(hosts: Hosts) -> None:
     known = add(hosts.engines[SOURCE].core, "r", list(range(5 * BLOCK)), 50)
     hosts.turn()
