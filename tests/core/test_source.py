@@ -1,12 +1,15 @@
 """The source's half of a migration: one llumlet on an engine without a model, and the destination's
 words in the test's hand."""
 
+from collections.abc import Callable
 from typing import TypeVar
 
 import pytest
 
+from llumnix.core.codes import AbortCode
 from llumnix.core.limits import MigrationLimits
 from llumnix.core.messages import (
+    OFFICE,
     CancelMigration,
     FromDestination,
     Handover,
@@ -215,3 +218,36 @@ def test_progress_of_a_stage_that_is_over_changes_nothing() -> None:
     source.hear(declined())
     source.hear(StageProgress(migration=M, stage=1))
     assert not source.llumlet.busy
+
+
+@pytest.mark.parametrize(
+    ("happens", "code"),
+    [
+        (lambda s: s.hear(Verdict(migration=M, taken=False, why="", code=AbortCode.NO_ROOM)),
+         AbortCode.NO_ROOM),
+        (lambda s: s.engine.abort(R), AbortCode.ENDED),
+        (lambda s: s.engine.preempt_somebody(), AbortCode.PREEMPTED),
+        (lambda s: setattr(s, "now", s.now + 2 * LIMITS.silence_timeout_s), AbortCode.SILENT),
+        (lambda s: s.out.extend(s.llumlet.engine_lost(EngineIndex(1), {M}, s.now, OFFICE)),
+         AbortCode.PEER_LOST),
+    ],
+)  # fmt: skip
+def test_an_aborted_move_says_why_in_one_word(
+    happens: Callable[[Source], object], code: AbortCode
+) -> None:
+    source = Source()
+    happens(source)
+    source.poll()
+    (ended,) = source.said(MigrationEnded)
+    assert (ended.taken, ended.code) == (False, code)
+
+
+def test_a_second_move_of_a_request_is_refused_as_busy() -> None:
+    source = Source()
+    again = Migrate(
+        migration=MigrationId("m2"), request=R, destination=EngineIndex(2), address="x",
+        epoch=Epoch(2),
+    )  # fmt: skip
+    source.out += source.llumlet.migrate(again, source.now)
+    (ended,) = source.said(MigrationEnded)
+    assert ended.code is AbortCode.BUSY

@@ -9,8 +9,10 @@ from fastapi import FastAPI
 from vllm.entrypoints.serve.instrumentator.metrics import attach_router
 from vllm.exceptions import GracefulHTTPError
 
+from llumnix.core.codes import AbortCode
 from llumnix.core.messages import MigrationEnded
 from llumnix.core.settings import SurvivalSettings
+from llumnix.core.streams.effects import GrantEnded
 from llumnix.core.types import EngineIndex
 from support.counted import counted
 from support.frontend import OFF, front, request, tokens
@@ -114,10 +116,13 @@ def test_a_move_that_fails_is_counted_with_its_bytes() -> None:
     world = World()
     with counted() as found:
         KEPT(world)
-        world.grant_ended("aborted", "no room")
+        ended = GrantEnded(
+            migration=M0, outcome="aborted", why="no room", code=AbortCode.NO_ROOM
+        )  # fmt: skip
+        world.records.grant_ended(ended)
     assert found == {
         "migrations_total user aborted": 1,
-        "migration_aborts_total other": 1,
+        "migration_aborts_total no_room": 1,
         "migration_bytes_total staged": 400,
     }
 

@@ -157,7 +157,7 @@ def test_a_user_sees_the_figures() -> None:
         "id": "m0", "request_id": "the client's", "request": "r", "outcome": "migrated",
         "source": "i0", "destination": "i1", "stages": [{"tokens": 8, "bytes": 400, "ms": 1.5}],
         "downtime_ms": 2.5, "source_tokens": 97, "tokens_before": 97, "why": "balance",
-        "reason": "",
+        "code": "user", "reason": "", "reason_code": None,
     }  # fmt: skip
 
 

@@ -2,10 +2,11 @@
 
 from typing import Any
 
+from llumnix.core.codes import AbortCode
 from llumnix.core.messages import Grant, Migrate, MigrationEnded, Revive, TookOver
 from llumnix.core.streams.effects import Abort, Effect, GrantEnded, Orphaned, Revived
 from llumnix.core.streams.stream import Stream
-from llumnix.core.streams.table import ENGINE_DIED, StreamTable
+from llumnix.core.streams.table import DESTINATION_DIED, ENGINE_DIED, StreamTable
 from llumnix.core.types import EngineIndex, RequestId
 
 R = RequestId("r")
@@ -122,7 +123,8 @@ def lost(order: Migrate, why: str = ENGINE_DIED) -> GrantEnded:
 
 
 def aborted(order: Migrate, why: str = "") -> GrantEnded:
-    return GrantEnded(migration=order.migration, outcome="aborted", why=why)
+    code = AbortCode.PEER_LOST if why == DESTINATION_DIED else AbortCode.OTHER
+    return GrantEnded(migration=order.migration, outcome="aborted", why=why, code=code)
 
 
 def abort(*engines: EngineIndex) -> list[Effect]:

@@ -9,7 +9,7 @@ Token counts are in tokens, sizes in bytes, times in seconds.
 
 from dataclasses import dataclass, field
 
-from llumnix.core.codes import MoveCode
+from llumnix.core.codes import AbortCode, MoveCode
 from llumnix.core.types import EngineIndex, Epoch, MigrationId, RequestId
 
 ABSENT = -1
@@ -173,6 +173,7 @@ class Verdict:
     migration: MigrationId
     taken: bool  # the destination owns the request; else it never will
     why: str
+    code: AbortCode = AbortCode.OTHER  # if it was not taken
     bytes: int = 0  # of the last pull
     seconds: float = 0.0
 
@@ -215,6 +216,7 @@ class MigrationEnded:
     request: RequestId
     taken: bool
     why: str
+    code: AbortCode = AbortCode.OTHER  # if it was not taken
     stages: list[StageDone] = field(default_factory=list)
     downtime_ms: float | None = None  # from out of the source's batch to the verdict, seen there
     total_ms: float = 0.0
@@ -262,7 +264,9 @@ class ToFrontend:
 Out = ToPeer | ToFrontend
 
 
-def not_taken(grant: Grant, why: str) -> ToFrontend:
+def not_taken(grant: Grant, why: str, code: AbortCode = AbortCode.OTHER) -> ToFrontend:
     """Tells the frontend that granted it that nothing comes of this grant."""
-    ended = MigrationEnded(migration=grant.migration, request=grant.request, taken=False, why=why)
+    ended = MigrationEnded(
+        migration=grant.migration, request=grant.request, taken=False, why=why, code=code
+    )
     return ToFrontend(client=grant.client, message=ended)

@@ -31,6 +31,7 @@ from llumnix.observe import shared_metrics
 METRICS_PATHS = ("/metrics", "/metrics/")
 SAMPLES_AT_ONCE = 200
 VLLM = "vllm:"
+_number: Callable[[float], str] = floatToGoString
 _Key = tuple[str, tuple[tuple[str, str], ...]]
 
 
@@ -160,7 +161,7 @@ def rendered(metric: Metric) -> Iterator[bytes]:
         own += times
     for at in range(0, len(own), SAMPLES_AT_ONCE):
         part = own[at : at + SAMPLES_AT_ONCE]
-        lines = [f"{s.name}{_labels(*s.labels.items())} {floatToGoString(s.value)}\n" for s in part]
+        lines = [f"{s.name}{_labels(*s.labels.items())} {_number(s.value)}\n" for s in part]
         first = len(own) - len(times) - at  # the first of the times
         if times and 0 <= first < len(part):
             lines.insert(first, b"".join(heads[2:4]).decode())

@@ -19,9 +19,10 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from llumnix.core.codes import AbortCode
 from llumnix.core.limits import MigrationLimits
 from llumnix.core.messages import Handover, Reserve, Stage
-from llumnix.core.migration.port import EnginePort, Phase
+from llumnix.core.migration.port import EnginePort, Phase, Refusal, busy
 from llumnix.core.migration.tables import DestinationMachine, DestinationState
 from llumnix.core.types import RequestId
 
@@ -52,6 +53,7 @@ class Incoming:
     bytes: int = 0  # of the last pull
     seconds: float = 0.0
     why: str = ""  # why it was declined
+    code: AbortCode = AbortCode.OTHER  # the same, for programs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +62,22 @@ class RecentArrival:
 
     at_s: float
     took_s: float  # how long its move took
+
+
+def source_silent(incoming: Incoming) -> Refusal:
+    """Why a migration ends of which the source says nothing more."""
+    why = f"the source was silent while {incoming.machine.state.value}"
+    return Refusal(why=why, code=AbortCode.SILENT)
+
+
+def takes_none(why: str) -> Refusal:
+    """Why an engine declines all migrations to it."""
+    return busy(f"the destination takes none: {why}")
+
+
+def error_here(why: str) -> Refusal:
+    """Why a migration ends over which an exception was raised."""
+    return Refusal(why=f"an error at its destination: {why}")
 
 
 class StepTimer:

@@ -38,11 +38,14 @@ from llumnix.core.migration.arrivals import (
     FirstSteps,
     Incoming,
     RecentArrival,
+    error_here,
     hold_s,
     message_awaited,
+    source_silent,
+    takes_none,
 )
-from llumnix.core.migration.port import EnginePort, Refusal
-from llumnix.core.migration.setbacks import FRONTEND_DIED, Losses
+from llumnix.core.migration.port import EnginePort, Refusal, busy
+from llumnix.core.migration.setbacks import FRONTEND_DIED, SOURCE_DIED, Losses
 from llumnix.core.migration.tables import (
     DestinationAction,
     DestinationEvent,
@@ -103,7 +106,7 @@ class IncomingMigrations:
         )
         hit = self._make_room(reservation)
         if isinstance(hit, Refusal):
-            incoming.why = hit.why
+            incoming.why, incoming.code = hit.why, hit.code
             self._walk(incoming, DestinationEvent.FAILED)
             self._decide(incoming, taken=False)
             return
@@ -133,7 +136,7 @@ class IncomingMigrations:
         if incoming is None or incoming.machine.over:
             self._verdicts.receive(message)
         elif isinstance(message, CancelMigration):
-            self._may_end(incoming, DestinationEvent.CANCELLED, message.why)
+            self._may_end(incoming, DestinationEvent.CANCELLED, Refusal(why=message.why))
         elif isinstance(message, HandoverAnnounced):
             if incoming.machine.state is DestinationState.READY:
                 self._walk(incoming, DestinationEvent.ANNOUNCED)
@@ -157,7 +160,7 @@ class IncomingMigrations:
         if incoming.machine.over:
             self._free(incoming)
         elif error is not None:
-            self._may_end(incoming, DestinationEvent.FAILED, error)
+            self._may_end(incoming, DestinationEvent.FAILED, Refusal(why=error))
         else:
             self._have_it(incoming, now)
 
@@ -166,7 +169,7 @@ class IncomingMigrations:
         for incoming in self._still_open():
             if gone(incoming.reservation):
                 self._at = incoming
-                self._may_end(incoming, DestinationEvent.CLIENT_GONE, why)
+                self._may_end(incoming, DestinationEvent.CLIENT_GONE, Refusal(why=why))
         self.settled()
 
     def engine_lost(self, engine: EngineIndex) -> None:
@@ -174,14 +177,14 @@ class IncomingMigrations:
         for incoming in self._still_open():
             if incoming.reservation.source == engine:
                 self._at = incoming
-                self._may_end(incoming, DestinationEvent.SOURCE_LOST, "the source died")
+                self._may_end(incoming, DestinationEvent.SOURCE_LOST, SOURCE_DIED)
 
     def fate(self, migration: MigrationId) -> str:
         """`taken`, `declined` or `undecided`, of a migration whose source died. One that was never
         heard of is declined from now on."""
         incoming = self._open.get(migration)
         if incoming is not None:  # It may have come after the news of the death.
-            self._may_end(incoming, DestinationEvent.SOURCE_LOST, "the source died")
+            self._may_end(incoming, DestinationEvent.SOURCE_LOST, SOURCE_DIED)
             if not incoming.machine.over:
                 return "undecided"
         return self._verdicts.fate(migration)
@@ -197,7 +200,7 @@ class IncomingMigrations:
         """Declines all that are not decided."""
         for incoming in self._still_open():
             self._at = incoming
-            self._may_end(incoming, DestinationEvent.FAILED, f"the destination takes none: {why}")
+            self._may_end(incoming, DestinationEvent.FAILED, takes_none(why))
         self.settled()
 
     def settled(self) -> None:
@@ -208,7 +211,7 @@ class IncomingMigrations:
         """An exception came out of what was being dealt with. Ends that migration, if any."""
         incoming, self._at = self._at, None
         if incoming is not None and not incoming.machine.over:
-            self._may_end(incoming, DestinationEvent.FAILED, f"an error at its destination: {why}")
+            self._may_end(incoming, DestinationEvent.FAILED, error_here(why))
 
     # -- one of them -------------------------------------------------------------------------------
 
@@ -219,17 +222,14 @@ class IncomingMigrations:
         if reservation.client in self._losses.clients:
             return FRONTEND_DIED
         if self.closed is not None:
-            return Refusal(why=f"the destination takes none: {self.closed}")
+            return takes_none(self.closed)
         if len(self._open) >= self._limits.incoming_max:
-            return Refusal(why=f"{len(self._open)} requests are on their way there already")
+            return busy(f"{len(self._open)} requests are on their way there already")
         if any(other.reservation.request == reservation.request for other in self._open.values()):
-            return Refusal(why="it is on its way there already")
+            return busy("it is on its way there already")
+        about = reservation
         return self._port.reserve(
-            reservation.request,
-            reservation.body,
-            reservation.outputs,
-            reservation.tokens,
-            reservation.agents,
+            about.request, about.body, about.outputs, about.tokens, about.agents
         )
 
     def _advance(self, incoming: Incoming, now: float) -> None:
@@ -237,7 +237,7 @@ class IncomingMigrations:
         if incoming.machine.state is DestinationState.PREPARING:
             ready = self._port.ready(about.request)
             if isinstance(ready, Refusal):
-                self._may_end(incoming, DestinationEvent.FAILED, ready.why)
+                self._may_end(incoming, DestinationEvent.FAILED, ready)
                 return
             if ready:
                 self._walk(incoming, DestinationEvent.PREPARED)
@@ -248,8 +248,7 @@ class IncomingMigrations:
             if self._walk(incoming, DestinationEvent.TIMED_OUT) is DestinationAction.SAY_PROGRESS:
                 self._answer(about, StageProgress(migration=name, stage=incoming.stage))
         elif now >= incoming.deadline_s:
-            why = f"the source was silent while {incoming.machine.state.value}"
-            self._may_end(incoming, DestinationEvent.TIMED_OUT, why)
+            self._may_end(incoming, DestinationEvent.TIMED_OUT, source_silent(incoming))
 
     # Output tokens are numbered from 0, and those below `incoming.outputs` are known. The message
     # brings tokens from `first_output` on. It may repeat known ones and skips none, since each
@@ -282,7 +281,7 @@ class IncomingMigrations:
             slots = computed + self._port.block_tokens if computed else 0
         refusal = self._port.reach(incoming.reservation.request, slots, new)
         if refusal is not None:
-            self._may_end(incoming, DestinationEvent.FAILED, refusal.why)
+            self._may_end(incoming, DestinationEvent.FAILED, refusal)
         elif message.end > message.start:
             incoming.deadline_s = now + self._limits.progress_every_s
             self._pull(incoming, message)
@@ -327,7 +326,7 @@ class IncomingMigrations:
         assert isinstance(handover, Handover)
         refusal = self._port.commit(reservation.request, self._computed(incoming), handover.state)
         if refusal is not None:
-            self._may_end(incoming, DestinationEvent.FAILED, refusal.why)
+            self._may_end(incoming, DestinationEvent.FAILED, refusal)
             return
         self._walk(incoming, DestinationEvent.INSTALLED)
         del self._open[reservation.migration]
@@ -353,12 +352,11 @@ class IncomingMigrations:
         assert isinstance(incoming.last, Handover)
         return max(incoming.last.end, incoming.hit)
 
-    def _may_end(self, incoming: Incoming, event: DestinationEvent, why: str) -> None:
-        """Feeds an event that may end the migration. If it does, frees its room and tells the
-        source."""
+    def _may_end(self, incoming: Incoming, event: DestinationEvent, ended: Refusal) -> None:
+        """Feeds an event that may end the migration. Then frees its room and tells the source."""
         if self._walk(incoming, event) is not DestinationAction.DROP:
             return
-        incoming.why = why
+        incoming.why, incoming.code = ended.why, ended.code
         self._decide(incoming, taken=False)
         if incoming.ticket is None:
             self._free(incoming)
@@ -375,6 +373,7 @@ class IncomingMigrations:
             migration=reservation.migration,
             taken=taken,
             why=incoming.why,
+            code=incoming.code,
             bytes=incoming.bytes,
             seconds=incoming.seconds,
         )

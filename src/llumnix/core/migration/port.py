@@ -9,6 +9,7 @@ import enum
 from dataclasses import dataclass
 from typing import Protocol
 
+from llumnix.core.codes import AbortCode
 from llumnix.core.messages import Blocks
 from llumnix.core.types import EngineIndex, RequestId
 
@@ -18,7 +19,13 @@ class Refusal:
     """A call that cannot be carried out."""
 
     why: str
+    code: AbortCode = AbortCode.OTHER
     for_ever: bool = False  # it will never be possible for that request
+
+
+def busy(why: str) -> Refusal:
+    """The engine moves as many requests as it may, or takes none just now."""
+    return Refusal(why=why, code=AbortCode.BUSY)
 
 
 class Phase(enum.Enum):

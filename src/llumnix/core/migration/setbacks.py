@@ -21,6 +21,7 @@ Rules
 from dataclasses import dataclass
 from math import inf
 
+from llumnix.core.codes import AbortCode
 from llumnix.core.messages import Migrate
 from llumnix.core.migration.port import Refusal
 from llumnix.core.migration.tables import SourceAction, SourceEvent
@@ -33,7 +34,8 @@ DESTINATION_PAUSE_MAX_S = 4.0
 SETBACKS_MAX = 4096
 """Requests and destinations that are remembered; the oldest are forgotten first."""
 
-FRONTEND_DIED = Refusal(why="its frontend died")
+SOURCE_DIED = Refusal(why="the source died", code=AbortCode.PEER_LOST)
+FRONTEND_DIED = Refusal(why="its frontend died", code=AbortCode.PEER_LOST)
 _NOT_TAKEN = (SourceEvent.DECLINED, SourceEvent.TIMED_OUT)
 _Key = tuple[RequestId | None, EngineIndex | None]
 

@@ -10,6 +10,7 @@ Rules
   `HandoverAnnounced`, `Handover`), all that it pulled before were the bytes of this request.
 """
 
+from llumnix.core.codes import AbortCode
 from llumnix.core.limits import REMEMBERED_MAX, MigrationLimits
 from llumnix.core.messages import (
     CancelMigration,
@@ -30,7 +31,7 @@ from llumnix.core.messages import (
     Verdict,
     not_taken,
 )
-from llumnix.core.migration.port import EnginePort, Phase, Refusal
+from llumnix.core.migration.port import EnginePort, Phase, Refusal, busy
 from llumnix.core.migration.setbacks import FRONTEND_DIED, Losses, Setbacks
 from llumnix.core.migration.stages import GOING_ON, Outgoing, next_event
 from llumnix.core.migration.tables import (
@@ -135,7 +136,7 @@ class OutgoingMigrations:
 
     def refuse(self, grant: Migrate, refusal: Refusal) -> None:
         """Tells the frontend that the migration does not begin."""
-        self._out.append(not_taken(grant, refusal.why))
+        self._out.append(not_taken(grant, refusal.why, refusal.code))
 
     def receive(self, message: FromDestination, now: float) -> None:
         """Takes in a destination's message."""
@@ -153,7 +154,7 @@ class OutgoingMigrations:
             if message.taken and outgoing.handover is not None:
                 self._note_stage(outgoing, outgoing.handover.end, message, now)
             if outgoing.machine.state is not SourceState.RELEASING:
-                outgoing.why = message.why
+                outgoing.why, outgoing.code = message.why, message.code
             self._walk(outgoing, SourceEvent.TAKEN if message.taken else SourceEvent.DECLINED, now)
         elif message.stage != outgoing.stage or outgoing.machine.state is not SourceState.COPYING:
             pass  # The message was late, or came twice.
@@ -174,7 +175,7 @@ class OutgoingMigrations:
         to_it = [o for o in self._open.values() if o.grant.destination == engine]
         for outgoing in [o for o in to_it if o.grant.client == client]:
             self._at = outgoing
-            outgoing.why = "the destination died"
+            outgoing.why, outgoing.code = "the destination died", AbortCode.PEER_LOST
             mine = outgoing.grant.migration in granted
             self._walk(outgoing, SourceEvent.GRANTED if mine else SourceEvent.FORFEITED, now)
         self.settled()
@@ -223,6 +224,7 @@ class OutgoingMigrations:
         event, why = next_event(outgoing, progress, self._port, self._limits, now)
         if self._losses.forfeits(outgoing.grant):
             event, why = SourceEvent.FORFEITED, FRONTEND_DIED.why
+            outgoing.code = FRONTEND_DIED.code
         if event is None:
             return
         outgoing.why = why or outgoing.why
@@ -233,15 +235,15 @@ class OutgoingMigrations:
 
     def _describe(self, grant: Migrate, now: float) -> bytes | Refusal:
         if self.closed is not None:
-            return Refusal(why=self.closed)
+            return busy(self.closed)
         if not grant.address:
-            return Refusal(why="its destination is still starting")
+            return busy("its destination is still starting")
         if grant.request in self._open:
-            return Refusal(why="it is being moved already")
+            return busy("it is being moved already")
         if len(self._open) >= self._limits.outgoing_max:
-            return Refusal(why=f"{len(self._open)} requests are being moved away already")
+            return busy(f"{len(self._open)} requests are being moved away already")
         if self._port.progress(grant.request).phase is Phase.GONE:
-            return Refusal(why="it has ended")
+            return Refusal(why="it has ended", code=AbortCode.ENDED)
         described = self._port.describe(grant.request)
         if isinstance(described, Refusal):
             self._setbacks.stuck(grant.request, now, for_ever=described.for_ever)

@@ -13,6 +13,7 @@ Rules
 
 from dataclasses import dataclass, field
 
+from llumnix.core.codes import AbortCode
 from llumnix.core.limits import MigrationLimits
 from llumnix.core.messages import Handover, Migrate, MigrationEnded, StageDone
 from llumnix.core.migration.port import EnginePort, Phase, Progress
@@ -43,6 +44,7 @@ class Outgoing:
     handover: Handover | None = None  # kept to be sent again
     stages: list[StageDone] = field(default_factory=list)
     why: str = ""  # why it ended
+    code: AbortCode = AbortCode.OTHER  # the same, for programs
 
     def ended(self, *, taken: bool, now: float) -> MigrationEnded:
         """What its frontend is told at its end."""
@@ -52,6 +54,7 @@ class Outgoing:
             request=self.grant.request,
             taken=taken,
             why=self.why,
+            code=self.code,
             stages=self.stages,
             downtime_ms=down,
             total_ms=round((now - self.began_s) * 1e3, 3),
@@ -62,15 +65,18 @@ def next_event(
     outgoing: Outgoing, progress: Progress, port: EnginePort, limits: MigrationLimits, now: float
 ) -> tuple[SourceEvent | None, str]:
     """What has happened to a migration by the look of its request and the time, if anything, and
-    why it is bad news."""
+    why it is bad news, which the migration remembers as a code."""
     state = outgoing.machine.state
     if progress.phase is Phase.GONE and state is not SourceState.RELEASING:
+        outgoing.code = AbortCode.ENDED
         return SourceEvent.REQUEST_ENDED, "it ended meanwhile"
     if state in GOING_ON and progress.preemptions != outgoing.preemptions:
+        outgoing.code = AbortCode.PREEMPTED
         return SourceEvent.REQUEST_ENDED, "it was preempted meanwhile"
     if state is SourceState.STOPPING and not progress.in_flight:
         return SourceEvent.STEPS_LANDED, ""
     if now >= outgoing.deadline_s:
+        outgoing.code = AbortCode.SILENT
         silent = f"the destination was silent while {state.value}"
         return SourceEvent.TIMED_OUT, "" if state is SourceState.RELEASING else silent
     if state is SourceState.BETWEEN_STAGES:

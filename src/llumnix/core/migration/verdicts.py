@@ -10,6 +10,7 @@ Rules
 
 from dataclasses import dataclass
 
+from llumnix.core.codes import AbortCode
 from llumnix.core.limits import REMEMBERED_MAX
 from llumnix.core.messages import (
     CancelMigration,
@@ -63,7 +64,9 @@ class Verdicts:
         """`taken` or `declined`. A migration that was never heard of is declined from now on."""
         verdict = self.get(migration)
         if verdict is None:
-            verdict = Verdict(migration=migration, taken=False, why="its source died")
+            verdict = Verdict(
+                migration=migration, taken=False, why="its source died", code=AbortCode.PEER_LOST
+            )
             self.remember(Decided(verdict=verdict))
         return "taken" if verdict.taken else "declined"
 

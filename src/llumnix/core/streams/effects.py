@@ -4,6 +4,7 @@ the frontend carries them out in order."""
 from dataclasses import dataclass
 from typing import Literal
 
+from llumnix.core.codes import AbortCode
 from llumnix.core.types import EngineIndex, MigrationId, RequestId
 
 Outcome = Literal["migrated", "aborted", "lost"]
@@ -71,6 +72,7 @@ class GrantEnded:
     migration: MigrationId
     outcome: Outcome
     why: str = ""  # empty if nothing went wrong
+    code: AbortCode = AbortCode.OTHER  # why it was aborted, if it was
 
 
 Effect = Abort | TellLost | AskFate | Moved | Orphaned | Revived | GrantEnded

@@ -7,6 +7,7 @@ keeps the records (core/streams/stream.py), and answers each event with the effe
 
 from collections.abc import Iterable, Sequence
 
+from llumnix.core.codes import AbortCode
 from llumnix.core.messages import Grant, Migrate, MigrationEnded, Revive, TookOver
 from llumnix.core.streams.effects import (
     Abort,
@@ -176,7 +177,8 @@ class StreamTable(StreamIndex[Info, Output]):
         else:
             stream.machine.feed(StreamEvent.KEPT)
             self._drop_grant(stream)
-        return [GrantEnded(migration=migration, outcome="aborted", why=message.why)]
+        why, code = message.why, message.code
+        return [GrantEnded(migration=migration, outcome="aborted", why=why, code=code)]
 
     def refused(self, migration: MigrationId, why: str) -> Sequence[Effect]:
         """The source could not take the order in, and says no more of it; or the engine that was to
@@ -310,7 +312,7 @@ class StreamTable(StreamIndex[Info, Output]):
         outputs = tuple(output for _, output in held)
         return [
             Moved(request=stream.request, owner=grant.destination, missing=missing, held=outputs),
-            *(GrantEnded(migration=m, outcome="aborted", why=DESTINATION_DIED) for m in revoked),
+            *(_died_there(migration) for migration in revoked),
             GrantEnded(migration=grant.migration, outcome="migrated", why=why),
         ]
 
@@ -343,6 +345,12 @@ class StreamTable(StreamIndex[Info, Output]):
             warm=None if warm in self._dead else warm,
         )
         return [*aborts, *ended, orphaned]
+
+
+def _died_there(migration: MigrationId) -> GrantEnded:
+    return GrantEnded(
+        migration=migration, outcome="aborted", why=DESTINATION_DIED, code=AbortCode.PEER_LOST
+    )
 
 
 def _check_count(stream: Stream[Info, Output], takeover: TookOver, outputs: int) -> None:

@@ -20,8 +20,9 @@ import msgspec
 from vllm.v1.engine import EngineCoreEvent, EngineCoreEventType
 from vllm.v1.request import Request, RequestStatus
 
+from llumnix.core.codes import AbortCode
 from llumnix.core.messages import ABSENT, Blocks
-from llumnix.core.migration.port import Refusal
+from llumnix.core.migration.port import Refusal, busy
 from llumnix.core.types import EngineIndex, RequestId
 from llumnix.engine.kv.agent_client import AgentClient
 from llumnix.engine.migration.grammars import Grammars
@@ -137,20 +138,22 @@ class VllmDestination:
         scheduler = self._scheduler
         taken = len(scheduler.running) + len(scheduler.kv_holding_waiting) + len(self._arriving)
         if self._core.unsupported is not None:
-            return Refusal(why=self._core.unsupported)
+            return Refusal(why=self._core.unsupported, code=AbortCode.IMMOVABLE)
         if request in scheduler.requests:
-            return Refusal(why="it has not quite left there since its last visit")
+            return busy("it has not quite left there since its last visit")
         if taken >= scheduler.max_num_active_reqs:
-            return Refusal(why=f"the destination runs {taken} requests already (--max-num-seqs)")
+            why = f"the destination runs {taken} requests already (--max-num-seqs)"
+            return Refusal(why=why, code=AbortCode.NO_ROOM)
         if len(agents) != self._client.ranks:
             return Refusal(
                 why=f"{len(agents)} workers have its KV, and {self._client.ranks} would take it: "
-                "all instances need the same --tensor-parallel-size"
+                "all instances need the same --tensor-parallel-size",
+                code=AbortCode.IMMOVABLE,
             )
         try:
             described = self._decoder.read(body)
         except ProtocolError as error:
-            return Refusal(why=f"it cannot be read there: {error}")
+            return Refusal(why=f"it cannot be read there: {error}", code=AbortCode.STATE)
         if described.prompt_token_ids is not None:
             described.prompt_token_ids = Prompt(described.prompt_token_ids)
         new = Request.from_engine_core_request(described, self._core.engine.request_block_hasher)
@@ -187,7 +190,7 @@ class VllmDestination:
     def admit(self, request: RequestId, made: object, outputs: list[int]) -> Refusal | None:
         assert isinstance(made, Request)
         if request in self._scheduler.requests or request in self._arriving:
-            return Refusal(why="it has not quite left there since its last visit")
+            return busy("it has not quite left there since its last visit")
         incoming = ReservedRequest(
             request=made, revived=len(outputs), fence=self._core.steps_in_flight()
         )
@@ -206,14 +209,16 @@ class VllmDestination:
             return False  # A step may have computed a token for it before it was aborted here.
         if incoming.agents and incoming.agents not in self._linked:
             why = self._link_errors.get(incoming.agents)
-            return Refusal(why=f"its blocks cannot be read: {why}") if why else False
+            unread = Refusal(why=f"its blocks cannot be read: {why}", code=AbortCode.STATE)
+            return unread if why else False
         structured = incoming.request.structured_output_request
         if structured is None:
             return True
         if not structured.is_grammar_ready:
             return False
         if isinstance(structured.grammar, Exception):
-            return Refusal(why=f"its grammar does not compile there ({structured.grammar})")
+            why = f"its grammar does not compile there ({structured.grammar})"
+            return Refusal(why=why, code=AbortCode.GRAMMAR)
         return self._feed(incoming, FED_MAX)
 
     def reach(self, request: RequestId, tokens: int, outputs: list[int]) -> Refusal | None:
@@ -285,9 +290,9 @@ class VllmDestination:
         try:
             handed = self._handed(incoming, state)
         except msgspec.MsgspecError as error:
-            return Refusal(why=f"its state cannot be read there: {error}")
+            return Refusal(why=f"its state cannot be read there: {error}", code=AbortCode.STATE)
         if incoming.unfed:
-            return Refusal(why="its grammar was not ready there")
+            return Refusal(why="its grammar was not ready there", code=AbortCode.GRAMMAR)
         new.num_computed_tokens = computed
         new.num_preemptions = handed.preemptions
         now = time.monotonic()
@@ -318,7 +323,8 @@ class VllmDestination:
         ):
             # Some workers may have it by now.
             self._scheduler.finished_req_ids.add(request)
-            return Refusal(why=f"its state cannot be installed there: {why}")
+            why = f"its state cannot be installed there: {why}"
+            return Refusal(why=why, code=AbortCode.STATE)
         self._on_commit(new)
         # Last, since nothing may fail after it: a refused request must not be in any queue.
         self._core.queue(new)
@@ -371,7 +377,8 @@ class VllmDestination:
             token = incoming.unfed.popleft()
             new.append_output_token_ids([token])
             if not manager.accept_tokens(new, [token]):
-                return Refusal(why="its grammar there does not accept what it has generated")
+                why = "its grammar there does not accept what it has generated"
+                return Refusal(why=why, code=AbortCode.GRAMMAR)
         return not incoming.unfed
 
     def _in_flight(self, steps: list[Any]) -> bool:
@@ -381,4 +388,5 @@ class VllmDestination:
 
     def _no_room(self, tokens: int) -> Refusal:
         free = self._core.pool.get_num_free_blocks() * self._core.block_tokens
-        return Refusal(why=f"no room: {tokens} tokens are needed there, {free} are free")
+        why = f"no room: {tokens} tokens are needed there, {free} are free"
+        return Refusal(why=why, code=AbortCode.NO_ROOM)

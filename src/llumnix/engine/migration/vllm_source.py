@@ -21,6 +21,7 @@ from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.serial_utils import MsgpackEncoder
 
+from llumnix.core.codes import AbortCode
 from llumnix.core.limits import WAITING_SHOWN_MAX
 from llumnix.core.messages import OFFICE, Blocks
 from llumnix.core.migration.port import Movable, Phase, Progress, Refusal
@@ -94,7 +95,7 @@ class VllmSource:
         known = self._scheduler.requests[request]
         why = self._core.unsupported or request_unsupported(known)
         if why is not None:
-            return Refusal(why=why)
+            return Refusal(why=why, code=AbortCode.IMMOVABLE)
         structured = known.structured_output_request
         parts = self._encoder.encode(
             EngineCoreRequest(
@@ -117,7 +118,8 @@ class VllmSource:
             )
         )
         if len(parts) != 1:
-            return Refusal(why="it carries tensors, which cannot be moved yet", for_ever=True)
+            why = "it carries tensors, which cannot be moved yet"
+            return Refusal(why=why, code=AbortCode.IMMOVABLE, for_ever=True)
         return bytes(parts[0])
 
     def agents(self) -> list[str]:

@@ -39,7 +39,7 @@ class Migration:
     copy: str  # one of `COPIES`
     outcome: str = "running"  # then migrated, aborted or lost
     reason: str = ""  # for that outcome; empty if it went well
-    abort_code: AbortCode | None = None  # the same, for programs, if it was aborted
+    abort_code: AbortCode = AbortCode.OTHER  # the same, for programs, if it was aborted
     total_ms: float | None = None  # None while it is running
     source_tokens: int | None = None  # generated at the source; the next is the destination's
     ended: GrantEnded | None = None  # how it ended for the stream
@@ -68,7 +68,9 @@ class Migration:
             "source_tokens": self.source_tokens,
             "tokens_before": self.source_tokens,  # its old name, until the next release
             "why": self.why,
+            "code": self.code,
             "reason": self.reason,
+            "reason_code": self.abort_code if self.outcome == "aborted" else None,
         }
 
 
@@ -192,7 +194,7 @@ class MigrationRecords:
         ended, report = migration.ended, migration.report
         self._show_open()
         if ended is not None and ended.outcome != "migrated":
-            self._end(migration, ended.outcome, ended.why)
+            self._end(migration, ended.outcome, ended.why, ended.code)
         elif ended is not None and report is not None:
             self._end(migration, "migrated", ended.why)
         elif ended is not None and migration.source_lost:
@@ -202,13 +204,21 @@ class MigrationRecords:
                 migration,
                 "migrated" if report.taken else "aborted",
                 "" if report.taken else report.why,
+                report.code,
             )
         elif ended is None and migration.closed and migration.source_lost:
-            self._end(migration, "aborted", "the request ended, and the source died")
+            why = "the request ended, and the source died"
+            self._end(migration, "aborted", why, AbortCode.ENDED)
 
-    def _end(self, migration: Migration, outcome: str, reason: str) -> None:
+    def _end(
+        self,
+        migration: Migration,
+        outcome: str,
+        reason: str,
+        code: AbortCode = AbortCode.OTHER,
+    ) -> None:
         del self._open[migration.id]
-        migration.outcome, migration.reason = outcome, reason
+        migration.outcome, migration.reason, migration.abort_code = outcome, reason, code
         migration.total_ms = round((time.monotonic() - migration.began_s) * 1e3, 3)
         migration.done.set()
         self._show_open()
@@ -225,7 +235,7 @@ def _count(migration: Migration, total_ms: float) -> None:
         if report is not None:
             metrics.MIGRATION_STAGES.labels(copy=copy).observe(len(report.stages))
     elif migration.outcome == "aborted":
-        metrics.MIGRATION_ABORTS.labels(migration.abort_code or AbortCode.OTHER).inc()
+        metrics.MIGRATION_ABORTS.labels(migration.abort_code).inc()
     if report is not None:
         metrics.MIGRATION_BYTES.labels(copy=copy).inc(sum(s.bytes for s in report.stages))
         if report.taken and report.downtime_ms is not None:
