@@ -6,6 +6,7 @@ from pathlib import Path
 import httpx
 import pytest
 from fastapi import FastAPI
+from prometheus_client import REGISTRY
 from vllm.entrypoints.serve.instrumentator.metrics import attach_router
 from vllm.exceptions import GracefulHTTPError
 
@@ -25,6 +26,11 @@ I0 = EngineIndex(0)
 ON = SurvivalSettings()
 
 
+def placed(reason: str) -> float:
+    labels = {"policy": "", "reason": reason}
+    return REGISTRY.get_sample_value("llumnix_dispatches_total", labels) or 0.0
+
+
 async def test_each_stream_that_outlives_its_engine_is_counted_with_its_gap(tmp_path: Path) -> None:
     async with front(tmp_path, survival=ON) as one:
         with counted() as found:
@@ -32,6 +38,7 @@ async def test_each_stream_that_outlives_its_engine_is_counted_with_its_gap(tmp_
             await one.add_request("without", 0)
             one.take_in(tokens(0, "with tokens", 5))
             one.link.where = 1
+            before = placed("revived")
             await one.client.lose(I0)
             again = [order_in(a) for a in await sent_to(one, 1)]
             assert len(again) == 2
@@ -39,6 +46,7 @@ async def test_each_stream_that_outlives_its_engine_is_counted_with_its_gap(tmp_
                 one.take_in(took(1, order))
                 one.take_in(tokens(1, order.request, 8))
             one.take_in(tokens(1, "without", 9))
+            assert placed("revived") - before == 2
         assert found == {
             "streams_survived_total revived": 1,
             "streams_survived_total resent": 1,

@@ -19,8 +19,10 @@ from support.server import Server, eventually, free_port
 from .conftest import FLAGS
 
 pytestmark = [pytest.mark.live, pytest.mark.slow]  # Servers of its own, and bare vLLM.
-HELD_BACK = ("llumnix_mean_freeness_tokens",)
-"""Absent while no instance stays."""
+HELD_BACK = (
+    "llumnix_mean_freeness_tokens", "llumnix_key_requests_total", "llumnix_key_tokens_total",
+)  # fmt: skip
+"""Absent while no instance stays, and without keys."""
 Found = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 

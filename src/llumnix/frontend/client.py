@@ -225,7 +225,7 @@ class FleetClient(RevivingClient):
     ) -> Engine:
         held = self._late_queries.engine(request.pooling_params, self.engines.by_index)
         if held is not None:
-            self._placed[DispatchCode.PINNED].inc()
+            self.count_dispatch(DispatchCode.PINNED)
             return held
         began_s = time.monotonic()
         prefix = prompt_blocks(request) if self._hash_prefixes else ()
@@ -253,14 +253,18 @@ class FleetClient(RevivingClient):
             try:
                 engine = self._place_alone()
             except RefusedError:
-                self._placed[DispatchCode.NONE].inc()
+                self.count_dispatch(DispatchCode.NONE)
                 raise
         took_s = time.monotonic() - asked_s
         _HASH.observe(asked_s - began_s)
         _DISPATCH.observe(took_s)
         _VIA[via].observe(took_s)
-        self._placed[DispatchCode.REVIVED if again else code].inc()
+        if not again:
+            self.count_dispatch(code)
         return self._note_place(request, engine, why)
+
+    def count_dispatch(self, code: DispatchCode) -> None:
+        self._placed[code].inc()
 
     def _note_place(self, request: EngineCoreRequest, engine: Engine, why: str) -> Engine:
         stream = self.streams.get(RequestId(request.request_id))

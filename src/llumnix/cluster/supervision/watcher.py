@@ -122,10 +122,11 @@ class Watcher:
         async def work() -> None:
             if ask and await self._answers(run):
                 return
-            blamed = fenced.blamed
+            seen = fenced
             if look:
-                blamed = (await self._hosts.examine(run, Death(why=fenced.why))).blamed
-            await self._fence(member, run, replace(fenced, blamed=blamed))
+                death = await self._hosts.examine(run, Death(why=fenced.why, code=fenced.code))
+                seen = replace(fenced, blamed=death.blamed, code=death.code)
+            await self._fence(member, run, seen)
 
         task = asyncio.create_task(work())
         self._fences[run.engine_index] = task
@@ -150,5 +151,7 @@ def _fence_for(run: EngineRun, standstill: Standstill) -> Fenced:
     own = run.facts is not None and standstill.pid == run.facts.pid
     who = "its process" if own else f"its worker process {standstill.pid}"
     what = "is gone" if standstill.gone else "is stopped"
-    code = DeathCode.EXIT if standstill.gone else DeathCode.STOPPED
+    code = (
+        DeathCode.SIGNAL if standstill.gone else DeathCode.STOPPED
+    )
     return Fenced(why=f"{who} {what}", blamed=False, code=code)

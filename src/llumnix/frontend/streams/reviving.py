@@ -17,6 +17,7 @@ from typing import Any
 from vllm.exceptions import GracefulHTTPError
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 
+from llumnix.core.codes import DispatchCode
 from llumnix.core.messages import MigrationRequested
 from llumnix.core.settings import SurvivalSettings
 from llumnix.core.streams.effects import Moved, Orphaned
@@ -73,6 +74,10 @@ class RevivingClient(StreamClient):
     ) -> Engine:
         """The engine for a request with so many output tokens: the controller's choice, if there is
         one. Raises if none takes requests. `again`: its own died."""
+        raise NotImplementedError
+
+    def count_dispatch(self, code: DispatchCode) -> None:
+        """Adds a dispatch to the metrics."""
         raise NotImplementedError
 
     # -- what is kept
@@ -275,6 +280,7 @@ class RevivingClient(StreamClient):
         if isinstance(order, Refusal):
             return  # The stream has ended meanwhile, or the engine has died.
         self.orphans.begin(orphan.request, chosen.engine_index, stream.outputs)
+        self.count_dispatch(DispatchCode.REVIVED)
         assert stream.info.sent is not None
         await self.send_to(chosen, again(stream.info.sent, order))
 
