@@ -76,6 +76,7 @@ class Loads:
     reports: list[LoadReport] = field(default_factory=list)
     busy_s: float = 0.0  # time that its scheduler took
     facts: dict[str, int] = field(default_factory=dict)  # that it was told, by kind
+    log_dropped: int = 0  # lines that its event log could not write
 
 
 Message = (

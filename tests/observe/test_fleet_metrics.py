@@ -147,6 +147,18 @@ async def test_totals_never_fall_when_a_controller_or_an_engine_is_started_anew(
     assert found["controller_facts_total", "Tick"] == 11
 
 
+async def test_lines_that_event_logs_lost_are_counted_by_their_writer() -> None:
+    def lost(writer: str) -> float:
+        return metrics.EVENT_LOG_DROPPED.labels(writer)._value.get()
+
+    world, before = World(), (lost("controller"), lost("engine"))
+    for lines in (3, 5):
+        reports = [report(0, log_dropped=lines), report(1, log_dropped=1)]
+        world.loads = Loads(number=1, reports=reports, log_dropped=2 * lines)
+        await world.scrape()
+    assert (lost("controller") - before[0], lost("engine") - before[1]) == (10, 6)
+
+
 async def test_the_age_of_the_last_step_grows_though_no_report_comes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -186,7 +186,11 @@ class Controller:
             case LoadsAsked(number=number):
                 reports = [view.report for view in self._scheduler.view]
                 loads = Loads(
-                    number=number, reports=reports, busy_s=self._busy_s, facts=dict(self._facts)
+                    number=number,
+                    reports=reports,
+                    busy_s=self._busy_s,
+                    facts=dict(self._facts),
+                    log_dropped=self._log.dropped,
                 )
                 self._send(sender, loads)
             case _ if isinstance(message, _FACTS):

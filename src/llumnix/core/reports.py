@@ -83,6 +83,7 @@ class LoadReport:
     finished_tokens: int = 0  # in those answers
     moved_bytes: int = 0  # moved away
     moved_s: float = 0.0
+    log_dropped: int = 0  # lines that its event log could not write
     # Not a total:
     stalled_s: float = 0.0  # since the last step was completed; 0 without requests
     in_call: bool = False  # whether it carries out a call, and makes no steps meanwhile
@@ -112,6 +113,7 @@ def compose_report(
     steps_s: float = 0.0,
     stalled_s: float = 0.0,
     in_call: bool = False,
+    log_dropped: int = 0,
 ) -> LoadReport:
     """The one place where a report is put together, of what the engine and its llumlet counted."""
     return LoadReport(
@@ -142,4 +144,5 @@ def compose_report(
         moved_s=moves.moved_s,
         stalled_s=stalled_s,
         in_call=in_call,
+        log_dropped=log_dropped,
     )

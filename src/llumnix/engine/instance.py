@@ -130,6 +130,7 @@ class EngineInstance(MemoryCalls, EngineCoreActor):
             engine_index=config.engine_index,
             controller=self._controller,
             on_order=self._host.order,
+            log_dropped=lambda: self._log.dropped,
         )
         priorities = config.llumlet.priorities
         slots = self.scheduler.max_num_active_reqs

@@ -77,12 +77,21 @@ class FleetClient(RevivingClient):
         self.priorities = priorities
         self._hash_prefixes = hash_prefixes and bool(vllm_config.cache_config.enable_prefix_caching)
         self._late_queries = LateQueries()
+        self._log_dropped = 0  # lines that the metrics have
         self._placed = {code: metrics.DISPATCHES.labels(policy, code) for code in DispatchCode}
 
     def start(self) -> None:
         """Begins to work; call it with the event loop running."""
+        self.link.on_look = self._look_at_log
         self.link.start()
         self.listen()
+
+    def _look_at_log(self) -> None:
+        """Counts the lines that the event log has lost."""
+        dropped = self._log.dropped
+        if dropped != self._log_dropped:
+            metrics.EVENT_LOG_DROPPED.labels("frontend").inc(max(0, dropped - self._log_dropped))
+            self._log_dropped = dropped
 
     def close(self) -> None:
         """Closes the sockets."""

@@ -10,6 +10,7 @@ itself, until the controller answers a ping.
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import zmq
@@ -59,6 +60,7 @@ class ControllerLink:
         self._keys = keys
         self._up = True
         self._process = process
+        self.on_look: Callable[[], None] = lambda: None
         self._number = 0
         self._pending: dict[RequestId, PendingDispatch] = {}
         self._replies: dict[int, asyncio.Future[Message]] = {}
@@ -189,6 +191,7 @@ class ControllerLink:
             pause_s = LOOK_EVERY_S if self._up else PROBE_EVERY_S
             due_s = self._loop.time() + pause_s
             await asyncio.sleep(pause_s)
+            self.on_look()
             if lag is not None:
                 lag.observe(max(0.0, self._loop.time() - due_s))
             if self._up:

@@ -43,11 +43,13 @@ class Rising:
         self._last: dict[object, float] = {}
         self.total = 0.0
 
-    def add(self, source: object, value: float) -> None:
-        """The source's newest value."""
+    def add(self, source: object, value: float) -> float:
+        """The source's newest value; returns by how much the total rises."""
         last = self._last.get(source, 0.0)
-        self.total += value - last if value >= last else value
+        rise = value - last if value >= last else value
+        self.total += rise
         self._last[source] = value
+        return rise
 
 
 class _Steps:
@@ -80,6 +82,7 @@ class FleetMetrics:
         self._steps = _Steps()
         self._preemptions = {name: Rising() for name in self._names}
         self._busy_s = Rising()
+        self._dropped = Rising()
         self._facts = {fact: Rising() for fact in metrics.CONTROLLER_FACTS.labels["fact"]}
 
     def engines(self, seen: FleetAtScrape) -> set[str]:
@@ -125,6 +128,7 @@ class FleetMetrics:
     async def _load(self, loads: Loads, instances: list[InstanceStatus]) -> AsyncIterator[Metric]:
         known = {(r.instance, r.engine_index): r for r in loads.reports}
         self._busy_s.add("", loads.busy_s)
+        self._note_dropped("controller", "", loads.log_dropped)
         for fact, total in self._facts.items():
             total.add("", loads.facts.get(fact, 0))
         now = time.monotonic()
@@ -137,6 +141,7 @@ class FleetMetrics:
                 report = known.get((one.id, one.engine_index))
             if report is not None:
                 rows.append((slot(one), one, report, derive(report, (), 0)))
+                self._note_dropped("engine", report.engine_index, report.log_dropped)
                 for name, load in zip(self._names, report.classes, strict=False):
                     self._preemptions[name].add(report.engine_index, load.preempted)
         self._steps.forget({report.engine_index for _, _, report, _ in rows})
@@ -145,6 +150,11 @@ class FleetMetrics:
             await asyncio.sleep(0)
         for family in self._sums(rows):
             yield family
+
+    def _note_dropped(self, writer: str, source: object, lines: int) -> None:
+        """Counts lines that an event log lost whose process has no registry."""
+        if rise := self._dropped.add((writer, source), lines):
+            metrics.EVENT_LOG_DROPPED.labels(writer).inc(rise)
 
     def _instances(
         self, rows: list[tuple[str, InstanceStatus, LoadReport, Load]], now: float

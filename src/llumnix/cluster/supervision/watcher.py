@@ -151,7 +151,5 @@ def _fence_for(run: EngineRun, standstill: Standstill) -> Fenced:
     own = run.facts is not None and standstill.pid == run.facts.pid
     who = "its process" if own else f"its worker process {standstill.pid}"
     what = "is gone" if standstill.gone else "is stopped"
-    code = (
-        DeathCode.SIGNAL if standstill.gone else DeathCode.STOPPED
-    )
+    code = DeathCode.SIGNAL if standstill.gone else DeathCode.STOPPED
     return Fenced(why=f"{who} {what}", blamed=False, code=code)

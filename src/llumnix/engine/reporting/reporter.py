@@ -48,11 +48,13 @@ class LoadReporter:
         controller: ControllerSocket,
         on_order: Callable[[MoveOrder], None],
         clock: Callable[[], float] = time.monotonic,
+        log_dropped: Callable[[], int] = lambda: 0,
     ) -> None:
         """`on_order` is given the orders that came while the engine stood still, on the second
-        thread. `clock`: monotonic, in seconds."""
+        thread. `clock`: monotonic, in seconds. `log_dropped`: lines that the event log has lost."""
         self._on_order = on_order
         self._clock = clock
+        self._log_dropped = log_dropped
         self._instance = instance
         self._engine_index = engine_index
         self._controller = controller
@@ -181,6 +183,7 @@ class LoadReporter:
             steps_s=self._steps.seconds,
             stalled_s=self._stalled_s(self._counts, now),
             in_call=self._in_call,
+            log_dropped=self._log_dropped(),
         )
         if not self._controller.send(LoadReported(report=report)):
             return
