@@ -867,6 +867,16 @@ def test_prometheus_labels_engines_by_a_fixed_list() -> None:
     )
 
 
+def test_prometheus_metrics_begin_with_vllm_and_are_made_anew_with_each_logger() -> None:
+    from vllm.v1.metrics import prometheus
+    from vllm.v1.metrics.loggers import PrometheusStatLogger
+
+    who = "observe/exposition.py"
+    says(PrometheusStatLogger.__init__, 'labelnames = ["model_name", "engine"]', who=who)
+    says(PrometheusStatLogger.__init__, "unregister_vllm_metrics()", who=who)
+    says(prometheus.unregister_vllm_metrics, 'startswith("vllm:")', who=who)
+
+
 def test_nothing_on_our_sockets_is_unpickled_unless_asked_for() -> None:
     """engine/migration/request_decoder.py does not even then: a request comes from another
     engine."""

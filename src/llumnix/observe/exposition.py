@@ -7,6 +7,8 @@ Rules
   slot. Counters stay, and those of slots that never had an engine are left out.
 - Counters never fall. vLLM makes its metrics anew when there are more slots; what they had counted
   until then is kept here, and added (`Carried`).
+- vLLM internals relied on here (tests/house/test_vllm_contract.py fails when one changes): its
+  metrics' names begin with `vllm:`, and their label `engine` is the slot.
 - Several processes are added up through files, which takes the loop's time for as long as it takes:
   so that is done on a thread, in a process without streams.
 """
