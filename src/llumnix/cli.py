@@ -22,7 +22,7 @@ of a running `llumnix serve`:
           list what is running or waiting
   migrate REQUEST [--to INSTANCE] [--copy staged|blocking|recompute] [SERVER]
           move a running request to another instance
-  migrations [--since S] [--reason WORDS] [--outcome WORD] [SERVER]
+  migrations [--since S] [--reason WORD] [--outcome WORD] [SERVER]
           list the last moves
   add [N] [--wait] [SERVER]
           start more instances

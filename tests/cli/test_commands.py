@@ -84,13 +84,13 @@ def test_migrations_are_a_table_with_the_newest_first(
 ) -> None:
     aborted = {**MOVE, "id": "m4", "outcome": "aborted", "downtime_ms": None, "reason": "it ended"}
     server.body = {"migrations": [MOVE, aborted], "total": 2}
-    flags = ["--since", "60", "--reason", "order", "--outcome", "migrated"]
+    flags = ["--since", "60", "--reason", "user", "--outcome", "migrated"]
     assert main(["migrations", *flags, "--url", server.url]) == 0
     _, first, second = capsys.readouterr().out.splitlines()
     assert squeezed(first) == "m4 r1 i0 i1 aborted 97 - 7 s a user's order; it ended"
     assert squeezed(second) == "m3 r1 i0 i1 migrated 97 2.2 ms 7 s a user's order"
     assert query(server) == {
-        "since_s": ["60.0"], "reason": ["order"], "outcome": ["migrated"], "limit": ["100"],
+        "since_s": ["60.0"], "reason": ["user"], "outcome": ["migrated"], "limit": ["100"],
     }  # fmt: skip
 
 

@@ -152,9 +152,9 @@ class Listing(OwnControl):
 
     async def migrations(self) -> list[dict[str, Any]]:
         return [
-            {"id": f"m{n}", "ago_s": 10.0 - n, "why": w, "outcome": o}
-            for n, (w, o) in enumerate([
-                ("a user's order", "migrated"), ("Drain of i1", "aborted"), ("drain", "migrated"),
+            {"id": f"m{n}", "ago_s": 10.0 - n, "code": c, "outcome": o}
+            for n, (c, o) in enumerate([
+                ("user", "migrated"), ("drain", "aborted"), ("drain", "migrated"),
             ])
         ]  # fmt: skip
 
@@ -171,7 +171,7 @@ class Listing(OwnControl):
         ("migrations", "m0 m1 m2", 3),
         ("migrations?limit=1", "m2", 3),
         ("migrations?since_s=9", "m1 m2", 2),
-        ("migrations?reason=DRAIN", "m1 m2", 2),
+        ("migrations?reason=drain", "m1 m2", 2),
         ("migrations?outcome=migrated", "m0 m2", 2),
     ],
 )
@@ -185,7 +185,8 @@ async def test_a_list_has_what_was_asked_for_the_oldest_first(
         assert [row["id"] for row in body[query.partition("?")[0]]] == found.split()
         assert body["total"] == total
         assert (await http.get("/llumnix/v1/requests?limit=0")).status_code == 400
-        assert (await http.get("/llumnix/v1/migrations?outcome=odd")).status_code == 400
+        for odd in ("outcome=odd", "reason=odd"):
+            assert (await http.get(f"/llumnix/v1/migrations?{odd}")).status_code == 400
 
 
 async def test_the_settings_are_shown(control: Control) -> None:

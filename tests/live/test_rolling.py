@@ -122,6 +122,6 @@ def test_the_commands_list_what_happened(fleet: Server) -> None:
         assert command(fleet, "migrate", "seen", "--to", other).returncode == 0
 
     all_at_once([lambda: stream(fleet, COMPLETIONS, body, name="seen"), look])
-    moved = json.loads(command(fleet, "migrations", "--reason", "order", "--json").stdout)
+    moved = json.loads(command(fleet, "migrations", "--reason", "user", "--json").stdout)
     assert moved["migrations"][-1]["request_id"] == "seen"
     assert all(a["ago_s"] >= b["ago_s"] for a, b in itertools.pairwise(moved["migrations"]))

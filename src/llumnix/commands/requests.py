@@ -7,6 +7,7 @@ from urllib.parse import urlencode
 
 from llumnix.commands.printing import count, print_json, printable, shortened, table
 from llumnix.commands.server_client import ask, server_parser
+from llumnix.core.codes import MoveCode
 from llumnix.core.messages import COPIES
 
 REQUESTS = "/llumnix/v1/requests"
@@ -61,7 +62,8 @@ def migrations(argv: list[str]) -> int:
     """`llumnix migrations`: the last moves, the newest first."""
     parser = server_parser("migrations")
     parser.add_argument("--since", type=float, metavar="S", help="only those of the last S s")
-    parser.add_argument("--reason", metavar="WORDS", help="only those ordered for such a reason")
+    reasons = [code.value for code in MoveCode]
+    parser.add_argument("--reason", choices=reasons, help="only those ordered for such a reason")
     parser.add_argument(
         "--outcome", choices=("running", "migrated", "aborted", "lost"), help="only such"
     )

@@ -10,6 +10,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
+from llumnix.core.codes import MoveCode
 from llumnix.core.scheduling.load import derive
 from llumnix.core.types import InstanceId
 from llumnix.errors import (
@@ -200,18 +201,18 @@ async def migrate(order: MigrationOrder, control: Control) -> dict[str, Any]:
 async def migrations(
     control: Control,
     since_s: Seconds = None,
-    reason: str | None = None,
+    reason: MoveCode | None = None,
     outcome: Literal["running", "migrated", "aborted", "lost"] | None = None,
     limit: Limit = None,
 ) -> dict[str, Any]:
     """The last thousand migrations, the oldest first. The query asks for those that began within
-    so many seconds, were ordered for a reason with these words, or ended so; `limit` for the newest
+    so many seconds, were ordered for that reason (`code`), or ended so; `limit` for the newest
     of them, and `total` says how many there are."""
     rows = [
         row
         for row in await control.migrations()
         if (since_s is None or row["ago_s"] <= since_s)
-        and (reason or "").lower() in row["why"].lower()
+        and reason in (None, row["code"])
         and outcome in (None, row["outcome"])
     ]
     return {"migrations": rows[-limit:] if limit else rows, "total": len(rows)}

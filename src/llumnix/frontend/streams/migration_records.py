@@ -49,8 +49,9 @@ class Migration:
     done: asyncio.Event = field(default_factory=asyncio.Event)
 
     def listed(self) -> dict[str, Any]:
-        """As JSON, for users: with the seconds since it began."""
-        return {**self.shown(), "ago_s": round(time.monotonic() - self.began_s, 3)}
+        """As JSON, for users: with the code of `why`, and the seconds since it began."""
+        ago_s = round(time.monotonic() - self.began_s, 3)
+        return {**self.shown(), "code": self.code.value, "ago_s": ago_s}
 
     def shown(self) -> dict[str, Any]:
         """As JSON."""
