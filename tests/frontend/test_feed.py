@@ -17,7 +17,8 @@ from vllm.v1.engine import FinishReason
 
 from llumnix.core.priorities import Priorities
 from llumnix.core.settings import PrioritySettings
-from llumnix.core.types import InstanceId, RequestId
+from llumnix.core.supervision.lifecycle import InstanceStatus
+from llumnix.core.types import EngineIndex, InstanceId, RequestId
 from llumnix.frontend.own_streams import OwnStreams
 from llumnix.frontend.streams.look import Cursor, Look, SeenStream, joined
 from llumnix.frontend.ui import feed as ui
@@ -231,6 +232,31 @@ async def test_one_who_comes_later_and_wants_another_thing_is_told_of_the_past(
     assert len(past) > 3
     for each in (first, later):
         feed.leave(each)
+
+
+@pytest.mark.parametrize(("count", "often"), [(ui.MANY, True), (ui.MANY + 1, False)])
+async def test_many_instances_are_looked_at_once_a_second(
+    world: World, count: int, often: bool
+) -> None:
+    asked = []
+    status = InstanceStatus(
+        id=InstanceId("i0"), state="serving", hung=False, node="", pid=1, restarts=0, why=None,
+        engine_index=EngineIndex(0), devices=[],
+    )  # fmt: skip
+
+    async def deployment() -> Deployment:
+        asked.append(1)
+        return Deployment([status] * count, [])
+
+    feed = ui.Feed(
+        ui.Source(look=world.look, deployment=deployment),
+        lambda: Picture(PRIORITIES),
+        greeting(PRIORITIES),
+    )
+    watcher = feed.join()
+    await until(lambda: world.looks > 5)
+    assert len(asked) == (world.looks if often else 1)
+    feed.leave(watcher)
 
 
 async def test_it_ends_when_the_server_stops(world: World) -> None:

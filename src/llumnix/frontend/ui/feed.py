@@ -31,6 +31,9 @@ RATE_MAX = 5
 LOOK_EVERY_S = 1 / RATE_MAX
 QUEUED_MAX = 10
 """So many messages wait for a watcher: two seconds' worth."""
+MANY, MANY_EVERY_S = 64, 1.0
+"""More instances than that are a grid on the page, and are looked at once a second: a thousand
+reports cost as much as all streams."""
 KEPT_MAX = 50
 """So many are kept for watchers who come back: ten seconds' worth."""
 _encoder = msgspec.json.Encoder()
@@ -167,6 +170,7 @@ class Feed:
         self._hello = hello
         self._groups: dict[Wish, Group] = {}
         self._past: deque[dict[str, Any]] = deque(maxlen=HISTORY_KEPT)
+        self._last: tuple[float, Deployment | None] = 0.0, None  # when it was looked at
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -207,7 +211,16 @@ class Feed:
             self._task.cancel()
             self._task = None
 
+    async def _deployment(self, now_s: float) -> Deployment:
+        """The instances as they are, or as they were a moment ago if they are many."""
+        last_s, last = self._last
+        if last is None or len(last.statuses) <= MANY or now_s >= last_s + MANY_EVERY_S:
+            last = await self._source.deployment()
+            self._last = now_s, last
+        return last
+
     async def _run(self) -> None:
+        self._last = 0.0, None
         cursor = dict[str, int]()
         self._past.clear()
         for wish, before in self._groups.items():
@@ -224,7 +237,7 @@ class Feed:
                 return
             try:
                 look, deployment = await asyncio.gather(
-                    self._source.look(cursor), self._source.deployment()
+                    self._source.look(cursor), self._deployment(began_s)
                 )
             except HTTPException as error:  # Another process is late.
                 logger.debug("the page's feed leaves out a look: %s", error.detail)

@@ -118,6 +118,7 @@ class Picture:
         self._priorities = priorities
         self._rows: dict[RequestId, Row] = {}
         self._instances: dict[InstanceId, dict[str, Any]] = {}
+        self._deployment: Deployment | None = None  # the last one
         self._more: dict[InstanceId, list[int]] = {}
         self._rates = Rates()
         self._rates_at_s = float("-inf")
@@ -184,6 +185,9 @@ class Picture:
         return "up" if self._up else "bypassed"
 
     def _take_instances(self, deployment: Deployment, delta: dict[str, Any]) -> None:
+        if deployment is self._deployment:
+            return
+        self._deployment = deployment
         reports = {(r.instance, r.engine_index): r for r in deployment.reports or ()}
         there: dict[InstanceId, dict[str, Any]] = {}
         changes: dict[InstanceId, dict[str, Any] | None] = {}
@@ -240,21 +244,22 @@ class Picture:
         moved: list[list[Any]] = []
         # The youngest first, since those are the ones that wait.
         for stream in sorted(streams, key=lambda s: s.age_s) if waiting else streams:
-            row, rank = self._rows.get(stream.request), self._priorities.rank(stream.priority)
+            row = self._rows.get(stream.request)
             phase = DECODES if stream.output_tokens else PROMPT
-            place = stream.instance, rank
             if stream.orphan:
                 phase = ORPHAN
-            elif phase == PROMPT and waiting.get(place, 0) > 0:
-                waiting[place] -= 1
-                phase = WAITS
+            elif phase == PROMPT and waiting:
+                place = stream.instance, self._priorities.rank(stream.priority)
+                if waiting.get(place, 0) > 0:
+                    waiting[place] -= 1
+                    phase = WAITS
             if row is None:
                 if len(self._rows) >= ROWS_MAX:
                     count = more.setdefault(stream.instance, [0, 0])
                     count[0] += 1
                     count[1] += stream.prompt_tokens + stream.output_tokens
                     continue
-                opened.append(self._open(stream, rank, phase, now_s))
+                opened.append(self._open(stream, phase, now_s))
                 continue
             row.seen, row.out = self.seq, stream.output_tokens
             if row.instance != stream.instance or row.phase != phase:
@@ -268,13 +273,13 @@ class Picture:
         if more != self._more:
             delta["more"] = self._more = more
 
-    def _open(self, stream: SeenStream, rank: int, phase: str, now_s: float) -> Row:
+    def _open(self, stream: SeenStream, phase: str, now_s: float) -> Row:
         row = Row(
             k=self._next_k,
             request=stream.request,
             client_id=stream.client_id,
             instance=stream.instance,
-            rank=rank,
+            rank=self._priorities.rank(stream.priority),
             phase=phase,
             prompt=stream.prompt_tokens,
             out=stream.output_tokens,
