@@ -5,11 +5,11 @@ come. Watchers are connections of another process, which reads all that they get
 nothing else, so that its CPU time with watchers, less that without, is the feed's. Of several
 rounds the least counts, since what else runs on the machine only adds.
 
-    python benchmarks/observe.py feed [--out FILE] [--seconds 5] [--rounds 5]
+`python benchmarks/observe.py feed` measures it; as a program this file is the process.
 """
 
-import argparse
 import asyncio
+import gc
 import itertools
 import os
 import subprocess
@@ -22,7 +22,7 @@ from typing import Any
 
 import httpx
 
-from common import free_port, markdown, write_result
+from common import free_port
 
 WORLDS = {"two": (2, 16), "usual": (8, 256), "page": (64, 2000), "big": (1024, 2000)}
 """Instances and requests of each."""
@@ -30,6 +30,8 @@ WATCHERS = (0, 1, 16)
 TOKENS_S, MOVES_S, ENDS_S = 25, 20, 20
 TICK_S = 0.2
 START_TIMEOUT_S = 180
+SECONDS = 4.0
+"""Of a round."""
 
 
 # -- the process that is measured
@@ -141,6 +143,7 @@ def serve(port: int, world: str) -> None:
     from llumnix.core.priorities import Priorities
     from llumnix.core.settings import PrioritySettings
     from llumnix.frontend.http.page import router_of
+    from llumnix.frontend.http.server import GARBAGE_EVERY
     from llumnix.frontend.own_streams import OwnStreams
     from llumnix.frontend.ui.feed import Feed, Source
     from llumnix.frontend.ui.picture import Picture, greeting
@@ -161,6 +164,10 @@ def serve(port: int, world: str) -> None:
     async def cpu() -> dict[str, float]:
         tasks = sum(t.get_name() == "llumnix-feed" for t in asyncio.all_tasks())
         return {"cpu_s": time.process_time(), "at_s": time.monotonic(), "feed_tasks": tasks}
+
+    gc.collect()
+    gc.freeze()  # What vLLM's modules hold is none of the feed's.
+    gc.set_threshold(GARBAGE_EVERY)
 
     async def run() -> None:
         living = asyncio.create_task(one.live())
@@ -211,7 +218,7 @@ async def measure(world: str, seconds: float, rounds: int) -> list[dict[str, Any
     """A row for each number of watchers."""
     port = free_port()
     process = subprocess.Popen(
-        [sys.executable, __file__, "--serve", str(port), "--world", world],
+        [sys.executable, __file__, str(port), world],
         cwd=Path(__file__).parent,
     )
     found: dict[int, list[dict]] = {n: [] for n in WATCHERS}
@@ -245,34 +252,10 @@ async def measure(world: str, seconds: float, rounds: int) -> list[dict[str, Any
     ]  # fmt: skip
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """The figures, for people."""
-    head = ["instances", "requests", "watchers", "% of a core", "kB/s each", "tasks"]
-    return markdown(head, [
-        [str(r["instances"]), str(r["requests"]), str(r["watchers"]),
-         f"{100 * r['feed_share']:.2f}", f"{r['bytes_s'] / 1000:.0f}", str(r["feed_tasks"])]
-        for r in rows
-    ])  # fmt: skip
-
-
-def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--seconds", type=float, default=5.0)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--world", choices=WORLDS, help="this one alone")
-    parser.add_argument("--serve", type=int, help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
-    if args.serve is not None:
-        return serve(args.serve, args.world)
-    rows = []
-    for world in [args.world] if args.world else WORLDS:
-        rows += asyncio.run(measure(world, args.seconds, args.rounds))
-        print(table(rows[-len(WATCHERS) :]), flush=True)
-    if args.out is not None:
-        write_result(args.out, rows, seconds=args.seconds, rounds=args.rounds)
-    return None
+def feed(rounds: int) -> list[dict[str, Any]]:
+    """All worlds, with each number of watchers."""
+    return [row for world in WORLDS for row in asyncio.run(measure(world, SECONDS, rounds))]
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    serve(int(sys.argv[1]), sys.argv[2])

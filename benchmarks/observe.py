@@ -6,8 +6,9 @@ on the machine only adds to it.
   configuration too, in one process. A stall is what the event loop does between two turns of
   another task.
 - `path`: all that is counted for one request, on its way in and out.
+- `feed`: the page's feed, by how many watch (feed.py).
 
-    python benchmarks/observe.py [metrics|path] [--rounds 5] [--out FILE]
+    python benchmarks/observe.py [metrics|path|feed] [--rounds 5] [--out FILE]
 """
 
 import argparse
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from common import markdown, write_result
+from feed import feed
 from shapes import write_shape
 
 BIG, ENGINES = 1024, 8
@@ -201,7 +203,11 @@ def path(rounds: int) -> list[dict[str, Any]]:
     return [{"what": "counted for a request", **least(rounds, many)}]
 
 
-PARTS: dict[str, Callable[[int], list[dict[str, Any]]]] = {"metrics": metrics, "path": path}
+PARTS: dict[str, Callable[[int], list[dict[str, Any]]]] = {
+    "metrics": metrics,
+    "path": path,
+    "feed": feed,
+}
 
 
 def main() -> None:
