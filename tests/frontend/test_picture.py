@@ -208,7 +208,7 @@ def test_a_move_of_a_request_that_has_just_ended_names_it(watched: Watched) -> N
 
 
 def test_what_happened_before_the_page_was_opened_is_history(watched: Watched) -> None:
-    assert watched.look(notes=[move("migrated")]) == []
+    assert watched.look(notes=[move("running"), move("migrated")]) == []
     (event,) = watched.picture.history(move("migrated")["t"]).data["events"]
     assert (event["event"], event["phase"]) == ("move", "ended")
     assert watched.picture.history(1e12).data["events"] == []

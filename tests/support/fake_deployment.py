@@ -46,6 +46,7 @@ class Request:
     orphan: bool = False
     waits: bool = False
     speed: float = 1.0
+    key: str | None = None  # the name of its client's
 
 
 class FakeDeployment:
@@ -211,7 +212,8 @@ class FakeDeployment:
         one = self.requests[name]
         moves = [m for m in self.moves if m["request"] == name]
         why = f"{one.instance}: soonest start, 0.1 steps"
-        return {"why": why, "first_token_s": 0.084, "lives_used": 0, "migrations": moves}
+        shown = {"why": why, "first_token_s": 0.084, "lives_used": 0, "migrations": moves}
+        return {**shown, "key": one.key}
 
     async def instances(self) -> list[Any]:
         return []

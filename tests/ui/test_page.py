@@ -161,7 +161,7 @@ HOSTILE = "<img src=x onerror='window.pwned=1'>\u202e\n</script><b>"
 def test_ids_are_text_whatever_a_client_sends(
     world: FakeDeployment, site: Served, open_page: Open
 ) -> None:
-    one = world.add_request("i0", HOSTILE, prompt=3000)
+    one = world.add_request("i0", HOSTILE, prompt=3000, key="<b>batch</b>")
     page = open_page(site)
     site.do(lambda: world.move(one.name, "i1", HOSTILE))
     soon(lambda: HOSTILE in page.text_content("#events"))
@@ -170,6 +170,7 @@ def test_ids_are_text_whatever_a_client_sends(
         page.keyboard.press(key)
     assert page.text_content("#panel h2") == HOSTILE
     soon(lambda: HOSTILE in page.text_content("#panel .moves"))
+    assert "<b>batch</b>" in page.text_content("#panel .facts")
     page.keyboard.press("m")
     assert page.text_content("dialog form > p") == HOSTILE
     page.keyboard.press("Escape")

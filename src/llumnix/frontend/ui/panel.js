@@ -80,7 +80,7 @@ export class Panel {
         ["Tokens", `${row.prompt} prompt, ${row.out} generated`],
         ["Age", seconds(Math.max(0, serverTime(this.model, nowMs) - row.born))],
         ["First token", life?.first_token_s ? `after ${millis(life.first_token_s * 1000)}` : "–"],
-        ["Placed at", life?.why],
+        ["Placed at", life?.why], ...(life?.key ? [["Key", life.key]] : []),
         ...(life?.lives_used ? [["Lives used", life.lives_used]] : []),
       ]),
       gone ? null : el("div", { class: "acts" }, button("Move to …", "m", () => this.act("migrate"), { "data-act": "migrate" })),
