@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from support.server import Server, alive, descendants, eventually
+from support.streaming import Background, Recorded, stream
 
 from .conftest import FLAGS
 
@@ -79,6 +80,51 @@ def test_a_stopped_engine_is_replaced_though_the_controller_is_dead(pair: Server
         eventually(lambda: server.instances()["i0"]["state"] == "restarting", NOTICED_S)
         eventually(lambda: server.instances()["i0"]["state"] == "serving", 120, "comes back")
         assert (BLAMED in server.log) is (number == signal.SIGSEGV)
+
+
+FREEZER = Path("/sys/fs/cgroup/freezer")
+
+
+@pytest.fixture
+def freezer() -> Iterator[Path]:
+    """A group of processes that can be frozen, as a container's is: none of them is stopped, none
+    runs, and a kill waits until they are thawed."""
+    group = FREEZER / f"llumnix-{os.getpid()}"
+    try:
+        group.mkdir()
+    except OSError:
+        pytest.skip("no freezer of cgroups here, or not root")
+    yield group
+    (group / "freezer.state").write_text("THAWED")
+    eventually(lambda: not (group / "cgroup.procs").read_text(), 10, "its processes have ended")
+    group.rmdir()
+
+
+def test_an_engine_that_is_silent_and_not_stopped_is_replaced_and_its_streams_go_on(
+    pair: Server, freezer: Path
+) -> None:
+    victim = pair.instances()["i1"]
+
+    def one(thread: int, number: int) -> Recorded:
+        body = {"prompt": f"{thread} {number}", "max_tokens": 400, "ignore_eos": True}
+        return stream(pair, "/v1/completions", {**body, "return_token_ids": True})
+
+    with Background(4, one).running() as load:
+        eventually(lambda: pair.instances()["i1"]["running"], 30, "it has requests")
+        for pid in (victim["pid"], *descendants(victim["pid"])):
+            (freezer / "cgroup.procs").write_text(str(pid))
+        began_s = time.monotonic()
+        (freezer / "freezer.state").write_text("FROZEN")
+        eventually(lambda: fenced(pair, "i1"), 20, "noticed")
+        took_s = time.monotonic() - began_s
+        assert pair.instances()["i1"]["why"] == "fenced: its process reports nothing"
+        (freezer / "freezer.state").write_text("THAWED")
+        eventually(lambda: pair.instances()["i1"]["state"] == "serving", 120, "comes back")
+    print(f"noticed after {took_s:.2f} s")
+    assert took_s < 10  # Five seconds, and the question whether it answers.
+    assert [s.error for s in load.done] == [None] * len(load.done)
+    assert {len(s.tokens()) for s in load.done} == {400}
+    assert BLAMED not in pair.log
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
-from support.poison import AT_ONCE, LATER, as_plugin
+from support.poison import AT_ONCE, HANGS, LATER, as_plugin
 from support.server import Server, eventually
 from support.streaming import all_at_once, stream
 
@@ -26,7 +26,7 @@ def poisoned(
 ) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("plugin")
     patient = folder / "patient.yaml"
-    patient.write_text("survival: {wait_s: 300}\n")
+    patient.write_text("survival: {wait_s: 300, stall_s: 10}\n")
     server = Server(
         str(tiny_model), "--served-model-name", "tiny", *FLAGS, "--max-num-seqs", str(STREAMS),
         "--policy", "least-loaded", "--scheduler-config", str(patient),
@@ -54,7 +54,7 @@ def restarts(server: Server) -> int:
     return sum(row["restarts"] for row in server.instances().values())
 
 
-@pytest.mark.parametrize("token", [AT_ONCE, LATER])
+@pytest.mark.parametrize("token", [AT_ONCE, LATER, HANGS])
 def test_it_alone_ends_after_two_deaths_and_the_streams_beside_it_are_exact(
     poisoned: Server, token: int
 ) -> None:
@@ -84,6 +84,7 @@ def test_it_alone_ends_after_two_deaths_and_the_streams_beside_it_are_exact(
         lambda: [i["state"] for i in server.instances().values()] == ["serving"] * 2, 120, "both"
     )
     assert restarts(server) - before <= 2
+    assert ("no step for 10 s" in server.log) is (token == HANGS)
 
     again = [poison(server, token), poison(server, token, stream=True)]
     assert [a.status_code for a in again] == [422] * 2

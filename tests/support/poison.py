@@ -1,13 +1,14 @@
 """A plugin of vLLM's for tests: requests of which every engine dies.
 
 One with `AT_ONCE` in its prompt ends its engine in the step that computes the prompt, one with
-`LATER` as it is to compute the token after its fifth.
+`LATER` as it is to compute the token after its fifth. With `HANGS` that step never ends.
 """
 
+import time
 from pathlib import Path
 from typing import Any
 
-AT_ONCE, LATER = 511, 510
+AT_ONCE, LATER, HANGS = 511, 510, 509
 METADATA = "Metadata-Version: 2.1\nName: poison\nVersion: 0\n"
 ENTRY = "[vllm.general_plugins]\npoison = support.poison:install\n"
 
@@ -34,8 +35,11 @@ def install() -> None:
         cached = batch.scheduled_cached_reqs
         for name, outputs in zip(cached.req_ids, cached.num_output_tokens, strict=True):
             known = self.requests.get(name)
-            if outputs >= 5 and known is not None and LATER in (known.prompt_token_ids or ()):
+            prompt = (known is not None and known.prompt_token_ids) or ()
+            if outputs >= 5 and LATER in prompt:
                 raise RuntimeError("poison")
+            if outputs >= 5 and HANGS in prompt:
+                time.sleep(3600)
         return execute(self, batch, *args, **options)
 
     GPUModelRunner.execute_model = execute_model
