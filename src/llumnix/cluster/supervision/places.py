@@ -28,15 +28,16 @@ class Places:
         self._hosts: dict[Run, str] = {}
 
     def take(self, run: Run) -> Any:
-        """Ray's strategy that makes the run on the host with the fewest of ours, or on another if
-        that is lost meanwhile."""
+        """Ray's strategy that makes the run on the host with the fewest of ours. If that is lost
+        meanwhile, the run fails, and its instance's next one is elsewhere. As a mere wish (`soft`)
+        Ray grants it to every other actor or so."""
         alive = [str(node["NodeID"]) for node in ray.nodes() if node["Alive"]]
         with self._lock:
             self._hosts = {r: host for r, host in self._hosts.items() if not _is_over(r)}
             counts = Counter(self._hosts.values())
             host = min(alive, key=lambda host: counts[host])
             self._hosts[run] = host
-        return NodeAffinitySchedulingStrategy(host, soft=True)
+        return NodeAffinitySchedulingStrategy(host, soft=False)
 
 
 def _is_over(run: Run) -> bool:
