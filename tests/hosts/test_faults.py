@@ -77,9 +77,21 @@ def whole(net: Network, server: ServerOnHosts) -> Iterator[ServerOnHosts]:
         return [row["state"] for row in rows] == ["serving"] * 2
 
     eventually(serving, 180, "both serve")
-    assert len({server.host_of(row).name for row in server.instances().values()}) == 2
+    if len(places(server)) < 2:
+        # Ray gave the other host up in the test before.
+        there = net.hosts[1]
+        there.kill()
+        there.start({h.name: h.address for h in net.hosts})
+        server.join(there)
+        server.http.post("/llumnix/v1/instances/i1/restart").raise_for_status()
+        eventually(lambda: len(places(server)) == 2 and serving(), 180, "one serves on each host")
     yield server
     net.both_ways(*net.hosts)
+
+
+def places(server: ServerOnHosts) -> set[str]:
+    """The hosts that have an engine."""
+    return {server.host_of(row).name for row in server.instances().values() if row["node"]}
 
 
 def processes(server: ServerOnHosts) -> dict[str, Any]:
