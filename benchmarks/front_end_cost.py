@@ -28,6 +28,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -131,7 +132,7 @@ async def _serve(command: Any, folder: Path, off: list[str]) -> None:
         all_real_time()
         print("serving", flush=True)
 
-    control: Any = None
+    control: Any = SimpleNamespace(fleet=None, metrics=None)  # Nobody asks it anything.
     await server.serve(llm, control, listener, command.args, announce)
 
 

@@ -9,18 +9,21 @@ on the machine only adds to it.
 - `feed`: the page's feed, by how many watch (feed.py).
 
     python benchmarks/observe.py [metrics|path|feed] [--rounds 5] [--out FILE]
+    python benchmarks/observe.py eventlog ...   (event_log.py)
 """
 
 import argparse
 import asyncio
 import gc
 import random
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import event_log
 from common import markdown, write_result
 from feed import feed
 from shapes import write_shape
@@ -211,6 +214,9 @@ PARTS: dict[str, Callable[[int], list[dict[str, Any]]]] = {
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["eventlog"]:
+        event_log.main(sys.argv[2:])
+        return
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("part", choices=PARTS, nargs="?", help="all by default")
     parser.add_argument("--rounds", type=int, default=5)
