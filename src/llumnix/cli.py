@@ -6,6 +6,7 @@ import traceback
 
 from llumnix.commands.registry import COMMANDS
 from llumnix.errors import LlumnixError, UsageError
+from llumnix.observe.console import lines_are_json, say
 from llumnix.versions import check_versions, versions_line
 
 USAGE = """usage: llumnix COMMAND ...
@@ -68,18 +69,22 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _run(argv)
     except UsageError as error:
-        print(f"llumnix: error: {error}", file=sys.stderr)
+        say(f"error: {error}", error=True)
         return 2
     except LlumnixError as error:
-        print(f"llumnix: {error}", file=sys.stderr)
+        say(str(error), error=True)
         return 1
     except KeyboardInterrupt:
         return 130
     except Exception as error:  # noqa: BLE001
         # A bug, or a fault that nobody foresaw: the traceback, then one line.
-        traceback.print_exc()
         what = " ".join(f"{type(error).__name__}: {error}".split())
-        print(f"llumnix: unexpected {what}; the traceback is above", file=sys.stderr)
+        trace = traceback.format_exc()
+        if lines_are_json():
+            say(f"unexpected {what}", error=True, trace=trace)
+        else:
+            say(trace, prefix="", error=True)
+            say(f"unexpected {what}; the traceback is above", error=True)
         return 1
 
 

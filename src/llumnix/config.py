@@ -7,7 +7,6 @@ those from a YAML file; flags override it.
 
 import ipaddress
 import logging
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -28,8 +27,7 @@ BODY_MAX_MB = 64
 STREAM_INTERVAL_MAX = 8
 """A token in a chunk of 8 costs the HTTP process a third of one that has its own; longer chunks
 save little more."""
-EVENT_LOG_MAX_MB = 1000
-"""Of one file; observe/log_files.py says how many there are."""
+EVENT_LOG_MAX_MB = 1000  # of one file; observe/log_files.py says how many there are
 LAME_DUCK_MAX_S = 3600
 ADMIN_API_KEY_VARIABLE = "LLUMNIX_ADMIN_API_KEY"
 API_KEY_VARIABLE = "VLLM_API_KEY"
@@ -108,10 +106,19 @@ class DeploymentConfig:
     )
     event_log_max_mb: float = knob(
         EVENT_LOG_MAX_MB,
-        "Size at which a file of --event-log is followed by the next, in MB; the last four are "
-        "kept.",
+        "Size of a file of --event-log, in MB, before the next begins; the last four are kept.",
         type=float,
         metavar="MB",
+    )
+    log_format: str = knob(
+        "text",
+        "How lines of the log look, vLLM's too; json: one JSON object a line.",
+        choices=["text", "json"],
+    )
+    log_dir: str | None = knob(
+        None,
+        "Keep the logs of engines and controller in this folder, on each host, a file a process.",
+        metavar="DIR",
     )
     migration_bandwidth: float | None = knob(
         None,
@@ -217,8 +224,6 @@ class DeploymentConfig:
                 raise UsageError(
                     f"--allowed-host {name}: give the name alone, without scheme, port and path"
                 )
-        if self.event_log is not None:
-            _check_appendable(Path(self.event_log).absolute())
         # A frozen dataclass has no other way to set a field that follows from others.
         object.__setattr__(self, "scheduler", self._scheduler())
         scaling = self.scheduler.scaling
@@ -343,13 +348,6 @@ def read_settings(path: str | None) -> SchedulerSettings:
             f"{where}: no policy {settings.policy!r}; there are: " + ", ".join(POLICIES)
         )
     return settings
-
-
-def _check_appendable(path: Path) -> None:
-    if not path.parent.is_dir():
-        raise UsageError(f"--event-log {path}: its folder does not exist; make it first")
-    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise UsageError(f"--event-log {path} cannot be written; name a file that can")
 
 
 def _check_names(tree: Any, kind: Any, where: str, source: str) -> None:

@@ -108,6 +108,7 @@ class FakeRun:
         self.began_s = 0.0
         self.step, self.step_for_s = "up", 3.0
         self.heard_s: float | None = None
+        self.last_words: list[str] = ["its last line"]
         self.ended: asyncio.Future[Death] | None = None
 
     @property

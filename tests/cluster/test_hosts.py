@@ -234,7 +234,7 @@ class FakeHost:
         self.killed.update(processes)
 
     def examine(self, pid: int) -> Remains:
-        return Remains(self.traces, self.memory_kills)
+        return Remains(self.traces, self.memory_kills, ["its last line"])
 
     def take_flight(self, path: str) -> Flight | None:
         return self.flights.pop(path, None)
@@ -410,6 +410,7 @@ async def test_a_death_is_blamed_by_what_its_host_knows(
     assert death == Death(why="it died", blamed=after, code=code)
     fenced = Death(why="fenced", blamed=before, fenced=True)
     assert await hosts.examine(run, fenced) == fenced
+    assert await hosts.tail(run) == ["its last line"]
     elsewhere = Death(why="it died", blamed=before)
     assert await hosts.examine(run_on("new", E2, 1), elsewhere) == elsewhere
 

@@ -44,6 +44,10 @@ class FakeHosts:
         await asyncio.sleep(0.001)
         return Death(why=death.why, blamed=death.blamed or self.worker_crashed)
 
+    async def tail(self, run: Any) -> list[str]:
+        await asyncio.sleep(0.001)
+        return [f"last words of engine {run.engine_index}"]
+
     async def suspects(self, run: Any) -> frozenset[RequestId] | None:
         await asyncio.sleep(0.001)
         return self.recorded.get(run.engine_index)
@@ -282,3 +286,28 @@ def test_a_fence_names_the_suspects_before_the_instance_is_started_again(
         assert w.client.blamed == {1: True}
 
     play(script)
+
+
+def test_a_death_is_one_line_with_its_cause_and_the_end_of_the_engines_log(
+    play: Callable[[Script], Hosted], caplog: pytest.LogCaptureFixture
+) -> None:
+    async def script(w: Hosted) -> None:
+        w.kill("i0", "it ran out of luck", blamed=True)
+        await asyncio.sleep(6)
+        w.fleet._stopped(EngineIndex(1), Standstill(pid=2000, gone=False))
+        await asyncio.sleep(6)
+
+    with caplog.at_level(logging.INFO):
+        play(script)
+    told = [r for r in caplog.records if getattr(r, "llumnix", {}).get("event") == "death"]
+    first, second = [(r.getMessage(), getattr(r, "llumnix")) for r in told]  # noqa: B009
+    assert first[0] == (
+        "Instance i0 died (it ran out of luck); 0 of its streams ended; a request may have caused "
+        "that."
+    )
+    assert (first[1]["instance"], first[1]["blamed"]) == ("i0", True)
+    assert first[1]["tail"] == ["last words of engine 0"]
+    assert second[0].startswith("Instance i1 is fenced (its process is stopped)")
+    assert (second[1]["cause"], second[1]["tail"]) == ("stopped", ["last words of engine 1"])
+    events = [r.llumnix["event"] for r in caplog.records if hasattr(r, "llumnix")]
+    assert events == ["death", "restart", "ready"] * 2

@@ -186,6 +186,7 @@ def refused(match: str, *words: str) -> None:
         (["--chat-template", "/tmp"], "Is a directory"),
         (["--event-log", "/tmp"], "--event-log /tmp cannot be written"),
         (["--event-log", "/nowhere/log"], "its folder does not exist"),
+        (["--log-dir", "/proc/logs"], "--log-dir /proc/logs cannot be made or written"),
         (["--lora-modules", "x=/nowhere", "--enable-lora"], "x=/nowhere: .*adapter_config.json"),
         (["--middleware", "nowhere.Nothing"], "--middleware nowhere.Nothing cannot be imported"),
         (["--middleware", "os.nothing"], "os.nothing cannot be imported .*package.module.Name"),

@@ -94,7 +94,9 @@ def application(
         control=SimpleNamespace(metrics=scrape),
     )
     core = SimpleNamespace(priorities=Priorities(PrioritySettings()))
-    app.state.engine_client = SimpleNamespace(stopping=stopping, open_http=0, engine_core=core)
+    app.state.engine_client = SimpleNamespace(
+        stopping=stopping, open_http=0, tracing=None, engine_core=core
+    )
     return app
 
 

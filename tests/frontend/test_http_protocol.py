@@ -238,7 +238,9 @@ def application(outputs: DirectOutputs, passed: list[str]) -> FastAPI:
         max_body_mb=1, sse_keep_alive_interval=0, on_state=lambda state: None,
     )  # fmt: skip
     core = SimpleNamespace(ensure_served=lambda: None)
-    app.state.engine_client = SimpleNamespace(stopping=False, open_http=0, engine_core=core)
+    app.state.engine_client = SimpleNamespace(
+        stopping=False, open_http=0, tracing=None, engine_core=core
+    )
     app.state.openai_serving_completion = serving = Serving()
 
     async def generated() -> AsyncIterator[Any]:

@@ -26,6 +26,8 @@ def test_our_flags_are_these() -> None:
         "ray_address": None,
         "event_log": None,
         "event_log_max_mb": 1000,
+        "log_format": "text",
+        "log_dir": None,
         "migration_bandwidth": None,
         "insecure": False,
         "api_key_file": None,

@@ -18,6 +18,7 @@ LINES_MAX = {
     "docs/commands.md": 80,
     "docs/compatibility.md": 120,
     "docs/configuration.md": 80,
+    "docs/logs.md": 80,
     "docs/deploying.md": 200,
     "docs/figures.md": 225,
     "docs/getting-started.md": 120,

@@ -106,7 +106,7 @@ async def test_a_body_that_grows_too_large_is_refused_by_vllms_own_handler(
         for _ in range(65):
             yield b"1" * 1_000_000
 
-    application.state.engine_client = SimpleNamespace(stopping=False, open_http=0)
+    application.state.engine_client = SimpleNamespace(stopping=False, open_http=0, tracing=None)
     transport = httpx.ASGITransport(application)
     async with httpx.AsyncClient(transport=transport, base_url="http://t") as http:
         for path in ("/v1/completions", "/invocations", "/tokenize"):

@@ -267,7 +267,8 @@ def test_ctrl_c_lets_running_requests_end_and_leaves_nothing(pair: Server) -> No
     assert results[0]["tokens"] == 600
     eventually(lambda: not any(map(alive, pids)), 10, "no process is left")
     eventually(lambda: unused_memory() <= unused, 10, "no shared memory")
-    assert "Traceback" not in server.log
+    # But for what an engine that was killed had logged.
+    assert not any("Traceback" in t for t in server.log.splitlines() if not t.startswith("    | "))
 
 
 @pytest.mark.slow

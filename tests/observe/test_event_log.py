@@ -599,6 +599,7 @@ def test_what_a_slow_disk_has_no_room_for_is_counted_and_nobody_waits(
     for n in range(500):
         log.migration({"id": n})
     goes_on.set()
+    assert log.dropped == 400
     log.close()
     found = lines(path)
     assert [line["lines"] for line in found if line["kind"] == "dropped"] == [400]
@@ -642,7 +643,7 @@ def test_a_full_disk_ends_the_log_for_a_while_only(
 
 
 def test_a_disk_that_is_full_from_the_start_stops_nobody(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As when an instance is started again meanwhile."""
     monkeypatch.setattr(log_files, "RETRY_S", 0.01)
@@ -664,7 +665,10 @@ def test_a_disk_that_is_full_from_the_start_stops_nobody(
     log.migration({"id": 1})
     log.close()
     assert [line["kind"] for line in lines(path)] == ["log", "dropped", "migration"]
-    assert log.dropped == 0, "a closed one has none"
+    assert [r.getMessage() for r in caplog.records] == [
+        "The event log stands still (engine 0): No space left on device",
+        "The event log goes on (engine 0): 1 lines lack",
+    ]
 
 
 # -- several files

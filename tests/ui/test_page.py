@@ -248,7 +248,7 @@ def guarded(of: FakeDeployment, keys: list[str], admins: list[str]) -> FastAPI:
         allowed_origins=(), allow_credentials=False, allowed_methods=["*"], allowed_headers=["*"],
         max_body_mb=1, control_app=application(of),
     )  # fmt: skip
-    app.state.engine_client = SimpleNamespace(stopping=False, open_http=0)
+    app.state.engine_client = SimpleNamespace(stopping=False, open_http=0, tracing=None)
     return app
 
 

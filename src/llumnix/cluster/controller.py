@@ -18,6 +18,7 @@ from functools import partial
 
 import zmq
 
+from llumnix.cluster import ray_runtime
 from llumnix.config import LogPlace
 from llumnix.core.events import (
     Dispatch,
@@ -35,6 +36,7 @@ from llumnix.core.scheduling.scheduler import STORY_MAX, Scheduler, handling_key
 from llumnix.core.settings import SchedulerSettings
 from llumnix.core.types import EngineIndex
 from llumnix.errors import ProtocolError
+from llumnix.observe.console import log_to_stderr
 from llumnix.observe.event_log import EventLog
 from llumnix.sockets import Listening, SocketKeys
 from llumnix.wire import Loads, LoadsAsked, Message, Ping, Pong, decode, encode
@@ -78,7 +80,15 @@ class Controller:
         settings: SchedulerSettings,
         event_log: LogPlace | None = None,
         keys: SocketKeys | None = None,
+        log_format: str | None = None,
+        log: tuple[str, str] | None = None,
     ) -> None:
+        """`log_format`: how lines of the log look, in a process that has no other log. `log`: where
+        they are kept, a folder and a name."""
+        if log is not None:
+            ray_runtime.keep_log(*log)
+        if log_format is not None:
+            log_to_stderr(log_format, process="controller")
         self._addresses = addresses
         self._keys = keys
         self._log = EventLog(event_log, who=f"controller {os.getpid()}")

@@ -29,6 +29,14 @@ def first_look(argv: list[str]) -> argparse.Namespace:
     return seen
 
 
+def log_format(argv: list[str]) -> str:
+    """How lines of the log are to look, for what is said of a mistake in the other flags too."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(*_spellings("log_format"), dest="log_format", default="text")
+    words = layered(argv, parser, os.environ, strict=False).words
+    return str(parser.parse_known_args(words)[0].log_format)
+
+
 def has_key(seen: argparse.Namespace) -> bool:
     """Whether any key is given. The real parser says whether it is a good one."""
     return bool(seen.api_key or seen.api_key_file or seen.keys or os.environ.get(API_KEY_VARIABLE))

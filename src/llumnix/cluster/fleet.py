@@ -122,7 +122,12 @@ class Fleet:
                 ray.remote(Controller)
                 .options(num_cpus=0, max_concurrency=2, max_restarts=0, scheduling_strategy=here)
                 .remote(
-                    [addresses.controller], self._settings, self._launcher.event_log, addresses.keys
+                    [addresses.controller],
+                    self._settings,
+                    self._launcher.event_log,
+                    addresses.keys,
+                    self._launcher.log_format,
+                    self._launcher.kept_log("controller"),
                 )
             )
 

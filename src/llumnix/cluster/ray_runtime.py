@@ -15,6 +15,7 @@ import psutil
 import setproctitle
 
 from llumnix.errors import UsageError
+from llumnix.observe.own_log import keep_own_log
 
 OBJECT_STORE_BYTES = 80 * 2**20
 """The smallest object store that Ray allows. Only configuration goes through it."""
@@ -177,17 +178,31 @@ _ROOT_CAUSE = re.compile(r"\b([A-Za-z_.]*(?:Error|Exception): .+)")
 _NOT_A_CAUSE = ("See stack trace", "See root cause", "ray.exceptions", "initialization failed")
 
 
-def error_logged(about: str) -> str | None:
-    """The last error in the log of a Ray worker that died. `about` is Ray's message, which names
-    the worker.
+def keep_log(folder: str, name: str) -> None:
+    """Keeps the log of this worker in a folder of the user's. It is found among Ray's all the same
+    (`log_tail`)."""
+    import ray
 
-    A dead engine's exception often says only that a process behind it failed. The reason stands in
-    the log that both write to. None if the worker ran on another node, or wrote nothing."""
-    pid = re.search(r"pid=(\d+)", about)
-    if pid is None:
-        return None
+    path = keep_own_log(Path(folder), name)
+    node = ray._private.worker._global_node
+    if node is not None:
+        link = Path(node.get_logs_dir_path()) / f"worker-kept-{os.getpid()}.out"
+        with contextlib.suppress(OSError):
+            link.symlink_to(path)
+
+
+def log_about(error: str) -> list[str]:
+    """The last lines of a Ray worker that died. `error` is Ray's message, which names the worker.
+    None if it ran on another node."""
+    pid = re.search(r"pid=(\d+)", error)
+    return [] if pid is None else log_tail(int(pid[1]))
+
+
+def root_cause(lines: list[str]) -> str | None:
+    """The last error in the log of a dead engine. Its exception often says only that a process
+    behind it failed; the reason stands in the log that both write to. None if it wrote nothing."""
     found = None
-    for line in log_tail(int(pid[1])):
+    for line in lines:
         match = _ROOT_CAUSE.search(line)
         if match is not None and not any(word in line for word in _NOT_A_CAUSE):
             found = match[1].strip()

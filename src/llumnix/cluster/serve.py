@@ -10,7 +10,7 @@ from typing import Any
 
 from llumnix.cluster import ray_runtime, signals
 from llumnix.cluster.addresses import Addresses
-from llumnix.cluster.first_look import first_look, has_key, help_text
+from llumnix.cluster.first_look import first_look, has_key, help_text, log_format
 from llumnix.cluster.kept_logs import keep_logs
 from llumnix.cluster.start import Start
 from llumnix.core.scheduling.presets import POLICIES, priorities_of
@@ -27,6 +27,7 @@ from llumnix.frontend.arguments import (
 from llumnix.observe import shared_metrics
 from llumnix.observe.console import log_to_stderr, say
 from llumnix.observe.event_log import EventLog
+from llumnix.observe.lines import Captured
 from llumnix.sockets import check_encryption
 
 
@@ -37,13 +38,13 @@ def serve(argv: list[str]) -> int:
         return 0
     start = Start()
     signals.interrupt()
-    log_to_stderr()
     # vLLM's many lines at the start would hide ours. A user who sets the level gets all of them.
     logs = "VLLM_LOGGING_LEVEL" in os.environ
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     settle_variables()
-    seen = first_look(argv)
+    captured = _log(log_format(argv))
     try:
+        seen = first_look(argv)
         refuse_strangers(seen, keyed=has_key(seen), insecure=seen.insecure)
         start.listen(seen)
         # Ray reads its variables as it is imported, and vLLM imports it.
@@ -63,6 +64,14 @@ def serve(argv: list[str]) -> int:
     finally:
         signals.ignore()
         start.close()
+        if captured is not None:
+            captured.close()
+
+
+def _log(form: str) -> Captured | None:
+    """Has lines come out in this form. What is returned is to be closed at the end."""
+    log_to_stderr(form)
+    return Captured("main") if form == "json" else None
 
 
 def _open_event_log(command: ServeCommand) -> EventLog:

@@ -74,7 +74,7 @@ class Start:
         url = self.listener.url
         model = (args.served_model_name or [args.model])[0]
         took_s = time.monotonic() - self.began_s
-        say(f"serving {model} at {url}{how} after {took_s:.0f} s; try")
+        say(f"serving {model} at {url}{how} after {took_s:.0f} s; try", event="ready", url=url)
         say(curl_line(args, url, model, generates="generate" in tasks), prefix="  ")
         notify("READY=1", f"STATUS=serving {model} at {url}{how}")
         keep_alive(asyncio.get_running_loop())

@@ -64,6 +64,7 @@ class InstanceConfig:
     controller: str  # ZMQ address
     llumlet: LlumletConfig
     event_log: LogPlace | None
+    log_format: str = "text"
     host: str = ""  # this host's address in the cluster, known only there
     keys: SocketKeys | None = None  # of all sockets on TCP
 

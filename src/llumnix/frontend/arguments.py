@@ -10,7 +10,7 @@ import argparse
 import os
 import re
 import stat
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,13 @@ from llumnix.config import (
 from llumnix.demo import DEMO_MODEL, prepare_demo_model
 from llumnix.errors import UsageError
 from llumnix.flag_sources import PREFIX, SECRET, layered, settings_shown
-from llumnix.frontend.checks import check_server_args, count_frontends
+from llumnix.frontend.checks import check_logs, check_server_args, count_frontends
 from llumnix.frontend.http.access import Access, digests
 from llumnix.key_file import KeyRing
 
 SHUTDOWN_TIMEOUT_S = 30
+PROBES = "/live,/ready,/health,/metrics"
+"""Asked every few seconds, and not worth a line of the access log."""
 CPU_KV_CACHE_BYTES = 2**30
 """KV memory of one instance on a CPU host, unless the user says otherwise. vLLM's default is a
 large part of the host's memory, too much for several instances."""
@@ -108,7 +110,11 @@ def _make_parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
         ours.add_argument(*names, dest=name, default=default, **flag)
     cli_args().make_arg_parser(serve)
     # vLLM's own scheduling default (fcfs) ignores priorities.
-    serve.set_defaults(shutdown_timeout=SHUTDOWN_TIMEOUT_S, scheduling_policy="priority")
+    serve.set_defaults(
+        shutdown_timeout=SHUTDOWN_TIMEOUT_S,
+        scheduling_policy="priority",
+        disable_access_log_for_endpoints=PROBES,
+    )
     return parser, serve
 
 
@@ -134,6 +140,7 @@ def parse(argv: list[str], say: Any) -> ServeCommand:
     clients = _take_keys(args, "api_key", API_KEY_VARIABLE, say)
     admins = _take_keys(args, "admin_api_key", ADMIN_API_KEY_VARIABLE, say)
     deployment = DeploymentConfig(**{name: getattr(args, name) for name, _, _ in knobs()})
+    check_logs(deployment.event_log, deployment.log_dir)
     args.policy = deployment.scheduler.policy
     _refuse_what_breaks(args, defaults)
     args.access = _access(args, deployment, clients, admins, say)
@@ -144,6 +151,7 @@ def parse(argv: list[str], say: Any) -> ServeCommand:
         load_chat_template(args.chat_template)
     except (TypeError, ValueError, KeyError, VLLMError) as error:
         raise UsageError(_one_line(error)) from error
+    _suit_log(args, deployment.log_format)
     check_server_args(args)
     args.api_server_count = count_frontends(args.api_server_count, deployment.instances, say)
     # Last, since it may take long.
@@ -151,6 +159,17 @@ def parse(argv: list[str], say: Any) -> ServeCommand:
     vllm_config = _engine_config(args, defaults, given.words)
     args.settings = settings_shown(args, defaults, given.sources)
     return ServeCommand(args=args, vllm_config=vllm_config, deployment=deployment)
+
+
+def _suit_log(args: argparse.Namespace, form: str) -> None:
+    """Has vLLM's lines look as ours do: here, in its workers, and uvicorn's."""
+    if form == "json":
+        from vllm.config.logging import LoggingConfig
+        from vllm.logger import configure_logging
+
+        config = getattr(args, "logging_config", None) or LoggingConfig()
+        args.logging_config = replace(config, formatter="json")
+        configure_logging(args.logging_config)
 
 
 def _refuse_what_breaks(args: argparse.Namespace, defaults: argparse.Namespace) -> None:

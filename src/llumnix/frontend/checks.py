@@ -8,6 +8,7 @@ vLLM internals relied on here (tests/house/test_vllm_contract.py fails when one 
 their own process.
 """
 
+import contextlib
 import importlib
 import os
 import re
@@ -19,6 +20,23 @@ from llumnix.errors import UsageError
 
 CORES_EACH = 4
 """A frontend takes a core when it is busy, and an engine with its workers two or more."""
+
+
+def check_logs(event_log: str | None, log_dir: str | None) -> None:
+    """`UsageError` if the event log or the logs of processes cannot be written. Makes the folder
+    for these."""
+    if log_dir is not None:
+        folder = Path(log_dir).absolute()
+        with contextlib.suppress(OSError):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise UsageError(f"--log-dir {folder} cannot be made or written; name a folder")
+    if event_log is not None:
+        path = Path(event_log).absolute()
+        if not path.parent.is_dir():
+            raise UsageError(f"--event-log {path}: its folder does not exist; make it first")
+        if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise UsageError(f"--event-log {path} cannot be written; name a file that can")
 
 
 def check_server_args(args: Namespace) -> None:

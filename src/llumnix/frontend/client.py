@@ -270,13 +270,17 @@ class FleetClient(RevivingClient):
         _VIA[via].observe(took_s)
         if not again:
             self.count_dispatch(code)
-        return self._note_place(request, engine, why)
+        stream = self.streams.get(RequestId(request.request_id))
+        if stream is not None and (http := stream.info.http) is not None and http.span is not None:
+            about = {"request": stream.request, "instance": engine.instance, "via": via}
+            code = DispatchCode.REVIVED if again else code
+            http.span.placed(asked_s, **about, code=code, why=why)
+        return self._note_place(stream, engine, why)
 
     def count_dispatch(self, code: DispatchCode) -> None:
         self._placed[code].inc()
 
-    def _note_place(self, request: EngineCoreRequest, engine: Engine, why: str) -> Engine:
-        stream = self.streams.get(RequestId(request.request_id))
+    def _note_place(self, stream: FleetStream | None, engine: Engine, why: str) -> Engine:
         if stream is not None and not stream.info.why_placed:
             stream.info.why_placed = f"{engine.instance}: {why}"
             self.placements.add(Placed(stream.request, engine.instance, why))

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from http import HTTPStatus
+from typing import Any
 
 from vllm.exceptions import GracefulHTTPError
 
@@ -28,6 +29,7 @@ class HttpRequest:
     key_name: str | None = None  # its name, if it is one of the file of --keys
     cap: str | None = None  # the most urgent class that this key gets
     spend: Callable[[int, int], None] | None = None  # is told each sequence's tokens at its end
+    span: Any = None  # streams/spans.py's, if it is traced
     gate_s: float = 0.0  # how long the gate took before vLLM had it
     instance: InstanceId | None = None  # of the first dispatch
     on_dispatch: Callable[[], None] | None = None  # called once, when the instance is known

@@ -27,6 +27,7 @@ from llumnix.core.reports import LoadReport
 from llumnix.core.types import RequestId
 from llumnix.errors import ProtocolError
 from llumnix.observe import metrics
+from llumnix.observe.lines import about
 from llumnix.sockets import SocketKeys, connect
 from llumnix.wire import Loads, LoadsAsked, Message, Ping, Pong, decode, encode
 
@@ -204,7 +205,9 @@ class ControllerLink:
                 continue
             if await self.ping() is not None:
                 self._note_up(True)
-                logger.warning("The controller is back: it places requests again.")
+                logger.warning(
+                    "The controller is back: it places requests again.", extra=about("back")
+                )
 
     def _note_up(self, up: bool) -> None:
         self._up = up
@@ -221,5 +224,6 @@ class ControllerLink:
             self._note_up(False)
             logger.warning(
                 "The controller does not answer: this frontend places requests by itself "
-                "(fewest of its own first) until it is back."
+                "(fewest of its own first) until it is back.",
+                extra=about("bypass"),
             )

@@ -58,6 +58,7 @@ from llumnix.frontend.grammars import GrammarChecks
 from llumnix.frontend.output_guard import guard
 from llumnix.frontend.prompt_blocks import one_request
 from llumnix.frontend.streams.client import GAVE_UP
+from llumnix.frontend.streams.spans import Tracing
 from llumnix.observe.exposition import carried
 
 logger = logging.getLogger("llumnix.frontend")
@@ -110,6 +111,7 @@ class FleetLLM(AsyncLLM):
         self.stopping = False  # whether no more requests are let in
         self.lame_duck_s = lame_duck_s
         self.open_http = 0
+        self.tracing: Tracing | None = None
         self._on_stopping = on_stopping
         self._stop_now = False
         self._aggregate_logging = aggregate_engine_logging
@@ -132,6 +134,8 @@ class FleetLLM(AsyncLLM):
             )
         guard(self.output_processor, self._give_up)
         client.first_token_s = self._first_token_s
+        if vllm_config.observability_config.otlp_traces_endpoint is not None:
+            self.tracing = Tracing(self.output_processor)
         self._grammars = GrammarChecks(
             vllm_config.model_config,
             vllm_config.structured_outputs_config,
@@ -256,6 +260,8 @@ class FleetLLM(AsyncLLM):
                 self.stopping = True
                 self._let_streams_end(timeout or 0)
         super().shutdown(timeout=0)
+        if self.tracing is not None:
+            self.tracing.close()
 
     def _be_lame_duck(self) -> None:
         """Waits while requests are still let in, but not if none could be served."""

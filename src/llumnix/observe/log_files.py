@@ -130,7 +130,7 @@ class Writer:
         self._who = who
         self._file_max_bytes = file_max_bytes
         self._file = self._open()
-        self._begun = self._torn = False
+        self._begun = self._torn = self._stands_still = False
         with contextlib.suppress(OSError):  # The disk is full: the thread tries again.
             self._begin()
         self._lines: queue.Queue[bytes | None] = queue.Queue(QUEUED_MAX)
@@ -173,13 +173,22 @@ class Writer:
                 if not self._begun:
                     self._begin()
                 self._append(line)
+                self._tell(None)
             except OSError as error:
                 # A full disk must not stop an engine. Once it has room again, the log goes on.
-                logger.error("The event log stands still (%s): %s", self._who, error.strerror)
+                self._tell(error)
                 self._failed += 1
                 if last_try:
                     return
                 last_try = self._closing.wait(RETRY_S)
+
+    def _tell(self, error: OSError | None) -> None:
+        """Says once that the log stands still, and once that it goes on."""
+        if error is not None and not self._stands_still:
+            logger.error("The event log stands still (%s): %s", self._who, error.strerror)
+        elif error is None and self._stands_still:
+            logger.warning("The event log goes on (%s): %d lines lack", self._who, self.dropped)
+        self._stands_still = error is not None
 
     def _append(self, line: bytes) -> None:
         if self._torn:

@@ -23,6 +23,7 @@ from llumnix.core.supervision.restart import GiveUp
 from llumnix.frontend.office.messages import StopAsked
 from llumnix.frontend.office.process import FrontendStart, run
 from llumnix.observe import shared_metrics
+from llumnix.observe.lines import about
 
 logger = logging.getLogger("llumnix.office")
 
@@ -82,7 +83,8 @@ class FrontendProcesses:
             if isinstance(decided, GiveUp):
                 logger.error("Frontend f%d is given up (%s): %s", slot, why, decided.why)
                 break
-            logger.error("Frontend f%d died (%s); it is started again.", slot, why)
+            extra = about("frontend_death", frontend=f"f{slot}", why=why)
+            logger.error("Frontend f%d died (%s); it is started again.", slot, why, extra=extra)
             await self._pause(decided.delay_s)
         if roster.all_failed:
             self.all_failed.set()

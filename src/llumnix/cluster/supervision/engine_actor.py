@@ -22,8 +22,13 @@ STDERR = 2
 class EngineActor:
     """One run of an instance's engine. Ray calls the methods of `EngineInstance` through it."""
 
-    def __init__(self, environment: dict[str, str], arguments: bytes) -> None:
-        """`arguments`: those of `EngineInstance`, pickled by the driver (`pack`)."""
+    def __init__(
+        self, environment: dict[str, str], arguments: bytes, log: tuple[str, str] | None = None
+    ) -> None:
+        """`arguments`: those of `EngineInstance`, pickled by the driver (`pack`). `log`: where its
+        log is kept, a folder and a name."""
+        if log is not None:
+            ray_runtime.keep_log(*log)
         host = ray_runtime.node_address()
         os.environ.update(environment)
         # Else vLLM would take the address of the default route. The other hosts may be unable to
@@ -38,8 +43,10 @@ class EngineActor:
         release, packed = pickle.loads(arguments)  # noqa: S301
         require_release(release)  # Another would fail somewhere in what follows, or misread it.
         from llumnix.engine.instance import EngineInstance
+        from llumnix.observe.console import log_to_stderr
 
         config, *others = pickle.loads(packed)  # noqa: S301
+        log_to_stderr(config.log_format, process=f"engine {config.instance}")
         self._engine = EngineInstance(replace(config, host=host), *others)
 
     def describe(self) -> Any:

@@ -202,8 +202,12 @@ class HostWatch:
     def traces(self, pid: int) -> Traces:
         """What the end of an engine left on the host; `pid` was its process."""
         before = min(self._memory_kills, default=None)
-        traces, kills = self._host.examine(pid)
+        traces, kills, _ = self._host.examine(pid)
         return replace(traces, out_of_memory=before is not None and kills > before)
+
+    def tail(self, pid: int) -> list[str]:
+        """The end of what an engine has logged; `pid` was its process."""
+        return self._host.examine(pid).tail
 
     def take_flight(self, path: str) -> Flight | None:
         """What an engine's flight recorder says, which is removed."""
@@ -266,6 +270,18 @@ class Hosts:
         traces = replace(traces, raised=traces.raised or death.blamed)
         code = death.code if death.code is DeathCode.OOM else code_of(traces)
         return replace(death, blamed=is_blamed(traces), code=code)
+
+    async def tail(self, run: EngineRun) -> list[str]:
+        """The end of what a run has logged; empty if its host does not tell."""
+        watch = self._watch_of(run)
+        if watch is None:
+            return run.last_words
+        try:
+            async with asyncio.timeout(EXAMINED_S):
+                return await off_loop(watch.tail, _pids(run)[0])
+        except Exception as error:  # noqa: BLE001 - Ray's, of any kind
+            logger.debug("engine %d left no log: %r", run.engine_index, error)
+            return []
 
     async def suspects(self, run: EngineRun) -> frozenset[RequestId] | None:
         """The requests of which a run may have died; None if its host does not tell."""

@@ -21,6 +21,7 @@ from typing import NamedTuple
 from llumnix.cluster import ray_runtime
 from llumnix.core.supervision.blame import Traces
 from llumnix.engine.reporting.flight_recorder import Flight, forget_flight, read_flight
+from llumnix.observe.lines import tail_of
 
 logger = logging.getLogger("llumnix.fleet")
 
@@ -58,6 +59,7 @@ class Remains(NamedTuple):
 
     traces: Traces
     memory_kills: int  # as in `HostLook`, after its end
+    tail: list[str]  # of its log
 
 
 class HostProcesses:
@@ -91,7 +93,8 @@ class HostProcesses:
             crashed=any(map(CRASHED.search, lines)),
             worker_exit=exits[0] if exits else None,
         )
-        return Remains(traces, _memory_kills())
+        ends = (n for n, line in enumerate(lines) if RAISED.search(line) or CRASHED.search(line))
+        return Remains(traces, _memory_kills(), tail_of(lines, next(ends, None)))
 
     def take_flight(self, path: str) -> Flight | None:
         """What an engine's flight recorder says, which is removed."""

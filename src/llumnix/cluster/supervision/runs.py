@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -33,6 +34,7 @@ from llumnix.engine.instance import InstanceFacts
 from llumnix.engine.kv.agent import TransferOptions
 from llumnix.engine.launch import EngineLaunch, InstanceConfig, LlumletConfig
 from llumnix.errors import LlumnixError
+from llumnix.observe.lines import tail_of
 
 logger = logging.getLogger("llumnix.fleet")
 
@@ -59,6 +61,7 @@ class EngineRun:
     listening: asyncio.Task[None] | None = field(default=None, repr=False)
     began_s: float = field(default_factory=time.monotonic)
     counted: bool = False  # whether its death is in the metrics
+    last_words: list[str] = field(default_factory=list)  # the end of its log, if it never was ready
     heard_s: float | None = None  # when outputs of it came last, as of the watcher's last look
     unwanted: bool = False  # whether what is still being made must be removed again
     accepting: bool = True  # what its reports are to say
@@ -99,7 +102,8 @@ class EngineLauncher:
         self._controller = addresses.controller
         self._keys = addresses.keys
         self._slots = config.slots
-        self.event_log = config.log_place
+        self.event_log, self.log_format = config.log_place, config.log_format
+        self._log_dir = config.log_dir and str(Path(config.log_dir).absolute())
         limit, settings = config.migration_bandwidth, config.scheduler.without_keys()
         self._llumlet = LlumletConfig(
             peers=addresses.peers,
@@ -113,6 +117,10 @@ class EngineLauncher:
         )
         self._places = Places()
         self._started = 0
+
+    def kept_log(self, name: str) -> tuple[str, str] | None:
+        """Where a process of that name keeps its log, as `keep_log` has it; None for nowhere."""
+        return None if self._log_dir is None else (self._log_dir, name)
 
     def create(self, instance: InstanceId, slot: int) -> EngineRun:
         """Begins a new run: a new actor, known to the frontends before it can announce itself."""
@@ -130,6 +138,7 @@ class EngineLauncher:
             controller=self._controller,
             llumlet=self._llumlet,
             event_log=self.event_log,
+            log_format=self.log_format,
             keys=self._keys,
         )
         run = EngineRun(engine_index=index)
@@ -169,7 +178,7 @@ class EngineLauncher:
                     runtime_env={"env_vars": launch.environment_before},
                     **options,
                 )
-                .remote(launch.environment, arguments)
+                .remote(launch.environment, arguments, self.kept_log(instance))
             )
             run.reach("loading")
         finally:
@@ -208,8 +217,9 @@ class EngineLauncher:
         except LlumnixError as error:
             return str(error)
         except ray.exceptions.RayError as error:
-            logged = await asyncio.to_thread(ray_runtime.error_logged, str(error))
-            return logged or _reason(error)
+            lines = await asyncio.to_thread(ray_runtime.log_about, str(error))
+            run.last_words = tail_of(lines)
+            return ray_runtime.root_cause(lines) or _reason(error)
         self._frontends.locate(run.engine_index, run.facts.address)
         run.ended = asyncio.get_running_loop().create_future()
         run.listening = asyncio.create_task(_listen(run))

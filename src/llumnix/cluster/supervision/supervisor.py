@@ -24,11 +24,13 @@ from llumnix.core.supervision.hang import HangPolicy, Health
 from llumnix.core.supervision.lifecycle import Drain, LifeAction, LifeState
 from llumnix.core.types import InstanceId
 from llumnix.observe import metrics
+from llumnix.observe.lines import about
 from llumnix.observe.notes import Notes
 from llumnix.tasks import keep_running
 
 logger = logging.getLogger("llumnix.fleet")
 
+FENCED = "fenced: "
 FAILURES_MAX = 10
 """Unexpected failures in a row, with pauses between of three minutes in all."""
 
@@ -110,7 +112,8 @@ class Supervisor:
             others = [m for m in self._members.values() if m is not member]
             alone = not drain.force and not any(m.serves for m in others)
             if alone and not any(m.life.coming or m.health.hung for m in others):
-                logger.warning("Instance %s serves on: there is no other.", member.id)
+                extra = about("undrain", instance=member.id)
+                logger.warning("Instance %s serves on: there is no other.", member.id, extra=extra)
                 self.undrain(member)
             elif alone != drain.held:
                 drain.held = alone
@@ -133,12 +136,18 @@ class Supervisor:
                 self._launcher.accept(member.run, True)
                 metrics.START_S.observe(time.monotonic() - member.run.began_s)
                 if life.restarts:
-                    logger.warning("Instance %s serves again.", member.id)
+                    extra = about("ready", instance=member.id)
+                    logger.warning("Instance %s serves again.", member.id, extra=extra)
             case LifeAction.RESTART:
                 assert life.restart is not None
                 delay_s, why = life.restart.delay_s, life.restart.why
+                extra = about("restart", instance=member.id, delay_s=delay_s, why=why)
                 logger.warning(
-                    "Instance %s is started again in %.0f s (%s).", member.id, delay_s, why
+                    "Instance %s is started again in %.0f s (%s).",
+                    member.id,
+                    delay_s,
+                    why,
+                    extra=extra,
                 )
             case LifeAction.GIVE_UP:
                 self.given_up += 1
@@ -146,10 +155,12 @@ class Supervisor:
                     "Instance %s is %s. Mend the cause, then POST /llumnix/v1/instances.",
                     member.id,
                     life.why,
+                    extra=about("give_up", instance=member.id, why=life.why),
                 )
             case LifeAction.DRAIN:
                 assert life.drain is not None
-                logger.info("Instance %s is drained: %s.", member.id, life.drain.why)
+                extra = about("drain_begun", instance=member.id, why=life.drain.why)
+                logger.info("Instance %s is drained: %s.", member.id, life.drain.why, extra=extra)
                 self._begin_drain(member)
             case LifeAction.SERVE_ON:
                 assert member.run is not None
@@ -234,9 +245,8 @@ class Supervisor:
         _count(member.run, death)
         if member.run is not None and not death.fenced:
             streams = await self._lose(member.run, blamed=death.blamed)
-            logger.error("Instance %s died (%s); %d of its streams ended.", member.id, why, streams)
-        if death.blamed:
-            logger.warning("Instance %s: a request may have caused that.", member.id)
+            tail = await self._hosts.tail(member.run)
+            _tell_death(member, member.run, death, streams, tail)
         member.health = Health()
         action = member.life.died(why, now_s)
         if action is LifeAction.RESTART:
@@ -256,11 +266,13 @@ class Supervisor:
             return
         # First, as on its end the member's task goes on, and loses it too, without a suspect.
         streams = await self._lose(run, blamed=fenced.blamed)
-        why = f"fenced: {fenced.why}"
-        run.end(Death(why=why, blamed=fenced.blamed, fenced=True, code=fenced.code))
-        logger.error(
-            "Instance %s is fenced (%s); %d of its streams ended.", member.id, fenced.why, streams
+        death = Death(
+            why=f"{FENCED}{fenced.why}", blamed=fenced.blamed, fenced=True, code=fenced.code
         )
+        tail = await self._hosts.tail(run)
+        if run.alive:  # Else it has died meanwhile, and its death is told.
+            run.end(death)
+            _tell_death(member, run, death, streams, tail)
         await self._hosts.kill(run)
 
     # -- emptied
@@ -280,7 +292,10 @@ class Supervisor:
             hung = member.health.hung is not None
             action = member.life.drain_looked_at(now_s, busy=busy, hung=hung)
             if action is LifeAction.SERVE_ON:
-                logger.warning("Instance %s could not be emptied: it serves on.", member.id)
+                extra = about("undrain", instance=member.id)
+                logger.warning(
+                    "Instance %s could not be emptied: it serves on.", member.id, extra=extra
+                )
                 self._perform(member, action, drain)
                 return
             if action is LifeAction.NOTHING:
@@ -289,7 +304,8 @@ class Supervisor:
                 self._perform(member, action)
         await self._cut_off(member)
         await self.end(member)
-        logger.info("Instance %s is stopped.", member.id)
+        extra = about("drain_ended", instance=member.id)
+        logger.info("Instance %s is stopped.", member.id, extra=extra)
 
     async def _cut_off(self, member: Member) -> None:
         """Ends what is left of the streams of a member that is being stopped."""
@@ -340,3 +356,27 @@ def _count_drain(drain: Drain | None, outcome: str) -> None:
         metrics.DRAINS.labels(cause, outcome).inc()
         took_s = asyncio.get_running_loop().time() - drain.began_s
         metrics.DRAIN_S.labels(outcome).observe(took_s)
+
+
+def _tell_death(
+    member: Member, run: EngineRun, death: Death, streams: int, tail: list[str]
+) -> None:
+    """One line for a death, with the end of what the engine has logged."""
+    logger.error(
+        "Instance %s %s (%s); %d of its streams ended%s.",
+        member.id,
+        "is fenced" if death.fenced else "died",
+        death.why.removeprefix(FENCED),
+        streams,
+        "; a request may have caused that" if death.blamed else "",
+        extra=about(
+            "death",
+            instance=member.id,
+            engine=run.engine_index,
+            cause=death.code,
+            why=death.why,
+            blamed=death.blamed,
+            streams_ended=streams,
+            tail=tail,
+        ),
+    )

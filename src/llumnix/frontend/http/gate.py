@@ -31,6 +31,7 @@ from llumnix.frontend.door.probes import PROBE_PATHS
 from llumnix.frontend.door.refusals import mark, refused
 from llumnix.frontend.http import direct_chunks, stream_ends
 from llumnix.frontend.http.access import Access, Caller, Refusal, is_json
+from llumnix.frontend.http.audit import audited
 from llumnix.frontend.http.error_codes import whole_answer, with_code
 from llumnix.frontend.http.page import EVENTS_PATH
 from llumnix.frontend.http.protocol import WRITE
@@ -80,6 +81,7 @@ class Gate:
         if path in PROBE_PATHS and scope["type"] == "http":
             await _with_cors(state.args.probes, state.args)(scope, receive, send)
             return
+        send = audited(scope, path, caller, send)
         http = HttpRequest(
             client_id=headers.get("x-request-id"),
             priority_class=headers.get(PRIORITY_HEADER),
@@ -137,6 +139,9 @@ class Gate:
         send: Send,
         meter: KeyMeter | None,
     ) -> None:
+        tracing = scope["app"].state.engine_client.tracing
+        if tracing is not None and scope.get("method") == "POST":
+            http.span = tracing.request(scope, http.client_id)
         token = current_http_request.set(http)
         if scope["type"] == "websocket" or scope["method"] == "GET":
             body.count()
@@ -147,6 +152,8 @@ class Gate:
             if meter is not None:
                 meter.ended()
             current_http_request.reset(token)
+            if http.span is not None:
+                http.span.end()
 
     def _meter(self, scope: Scope, key: NamedKey | None, state: Any) -> KeyMeter | None:
         """Counts what a key uses; None if this request costs nothing of what is limited."""
@@ -385,4 +392,6 @@ class ResponseHead:
         if self._http.instance is not None:
             instance = self._http.instance.encode()
             head["headers"] = [*head.get("headers", ()), (b"x-llumnix-instance", instance)]
+        if self._http.span is not None:
+            self._http.span.answered(head["status"])
         await self._send(head)

@@ -102,7 +102,7 @@ def run(start: FrontendStart) -> None:
         return  # It ended before this process began.
     os.setsid()
     setproctitle.setproctitle(f"llumnix: frontend {start.beside.slot}")
-    log_to_stderr()
+    log_to_stderr(start.deployment.log_format, process=f"frontend f{start.beside.slot}")
     start.vllm_config.parallel_config._api_process_rank = start.beside.slot
     try:
         check_server_args(start.args)  # Imports parsers.

@@ -225,6 +225,7 @@ class StreamClient(EngineCalls):
             destination=target.instance,
             why="a user's order" if wanted is None else wanted.why,
             code=MoveCode.USER if wanted is None else wanted.code,
+            span=None if stream.info.http is None else stream.info.http.span,
         )
         try:
             await self.call_engine(source, "llumnix_migrate", encode(order))

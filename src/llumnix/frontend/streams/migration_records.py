@@ -17,6 +17,7 @@ from llumnix.core.streams.effects import GrantEnded
 from llumnix.core.streams.table import SOURCE_DIED_AFTER
 from llumnix.core.types import EngineIndex, InstanceId, MigrationId, RequestId
 from llumnix.errors import UnknownMigrationError
+from llumnix.frontend.streams.spans import RequestSpan
 from llumnix.observe import metrics
 from llumnix.observe.event_log import EventLog
 
@@ -46,6 +47,7 @@ class Migration:
     report: MigrationEnded | None = None  # what the source says of its end
     closed: bool = False  # whether the stream has ended
     source_lost: bool = False  # whether the source has died
+    span: RequestSpan | None = None  # of its HTTP request, if that is traced
     done: asyncio.Event = field(default_factory=asyncio.Event)
 
     def listed(self) -> dict[str, Any]:
@@ -114,6 +116,7 @@ class MigrationRecords:
         destination: InstanceId,
         why: str,
         code: MoveCode = MoveCode.USER,
+        span: RequestSpan | None = None,
     ) -> Migration:
         """The source is being ordered to move a request."""
         migration = Migration(
@@ -127,6 +130,7 @@ class MigrationRecords:
             why=why,
             code=code,
             copy=order.copy,
+            span=span,
         )
         self._listed[migration.id] = self._open[migration.id] = migration
         if len(self._listed) > LISTED_MAX:
@@ -225,6 +229,8 @@ class MigrationRecords:
         self._show_open()
         _count(migration, migration.total_ms)
         self._log.migration(migration.shown())
+        if migration.span is not None:
+            migration.span.moved(migration)
 
 
 def _count(migration: Migration, total_ms: float) -> None:

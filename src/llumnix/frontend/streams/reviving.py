@@ -36,6 +36,7 @@ from llumnix.frontend.streams.digests import digest_of
 from llumnix.frontend.streams.info import FleetStream, StreamInfo
 from llumnix.frontend.streams.revivable import again, kept_bytes, why_never, why_not_now
 from llumnix.observe import metrics
+from llumnix.observe.lines import about
 
 logger = logging.getLogger("llumnix.frontend")
 
@@ -226,6 +227,8 @@ class RevivingClient(StreamClient):
             how = "revived" if orphan.tokens > stream.info.prompt_tokens else "resent"
             metrics.STREAMS_SURVIVED.labels(how=how).inc()
             metrics.STREAM_GAP_S.labels(how=how).observe(revival["gap_s"])
+            if (http := stream.info.http) is not None and http.span is not None:
+                http.span.revived(orphan.since_s, how, revival)
 
     # -- one after the other
 
@@ -345,6 +348,7 @@ class RevivingClient(StreamClient):
                 one.id,
                 one.prompt_tokens,
                 one.output_tokens,
+                extra=about("quarantine", request=one.id),
             )
             if self.others is not None:
                 self.start_task(self._end_once_known(stream.request, one, self.others))

@@ -1,0 +1,77 @@
+"""The files of a process's own log."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llumnix.observe import own_log
+
+CODE = """
+import faulthandler, os, subprocess, sys
+from pathlib import Path
+from llumnix.observe.own_log import keep_own_log
+faulthandler.enable(2)
+print("before")
+print(keep_own_log(Path(sys.argv[1]), sys.argv[2]))
+print("printed")
+os.write(2, b"to standard error\\n")
+subprocess.run(["sh", "-c", "echo of a child"])
+sys.stdout.flush()
+os.abort()
+"""
+
+
+def run(folder: Path, name: str) -> str:
+    words = [sys.executable, "-c", CODE, str(folder), name]
+    return subprocess.run(words, capture_output=True, text=True, check=False).stdout
+
+
+def test_all_that_a_process_and_its_children_write_is_in_its_file(tmp_path: Path) -> None:
+    folder = tmp_path / "made" / "logs"
+    assert run(folder, "i1") == "before\n"
+    (path,) = folder.iterdir()
+    assert path.name.startswith("i1-")
+    text = path.read_text()
+    for part in (str(path), "printed", "to standard error", "of a child", "Fatal Python error"):
+        assert part in text
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert folder.stat().st_mode & 0o777 == 0o700
+
+
+def test_the_last_processes_of_a_name_are_kept(tmp_path: Path) -> None:
+    for number in range(own_log.RUNS_MAX + 2):
+        (tmp_path / f"i1-2020010{number}T000000-7.log").write_text("old")
+        (tmp_path / f"i1-2020010{number}T000000-7.log.1").write_text("older")
+    (tmp_path / "i10-20200101T000000-7.log").write_text("another's")
+    (tmp_path / "i1-x-20200101T000000-7.log").write_text("another's")
+    run(tmp_path, "i1")
+    names = sorted(p.name for p in tmp_path.iterdir())
+    assert [n for n in names if "2020" not in n], "the new one"
+    kept = range(3, own_log.RUNS_MAX + 2)
+    assert [n for n in names if n.startswith("i1-2020")] == [
+        f"i1-2020010{n}T000000-7.log{end}" for n in kept for end in ("", ".1")
+    ]
+    assert {"i10-20200101T000000-7.log", "i1-x-20200101T000000-7.log"} <= set(names)
+
+
+def test_a_large_file_is_copied_and_emptied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(own_log, "FILE_MAX_BYTES", 8)
+    path = tmp_path / "log"
+    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    for number in range(own_log.COPIES_MAX + 3):
+        os.write(file, f"{number} of many\n".encode())
+        own_log.cut(path)
+        assert path.read_bytes() == b""
+    os.write(file, b"short\n")
+    os.close(file)
+    own_log.cut(path)
+    assert path.read_text() == "short\n", "where an appending writer goes on"
+    copies = [(tmp_path / f"log.{n}").read_text() for n in range(1, own_log.COPIES_MAX + 1)]
+    last = own_log.COPIES_MAX + 2
+    assert copies == [f"{last - n} of many\n" for n in range(own_log.COPIES_MAX)]
+    assert not (tmp_path / f"log.{own_log.COPIES_MAX + 1}").exists()
