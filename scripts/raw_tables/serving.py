@@ -146,6 +146,18 @@ def observed() -> str:
     return table(head, rows)
 
 
+def fed() -> str:
+    """What the page's feed costs, by how many watch."""
+    head = ["instances", "requests", "pages open", "% of a core", "kB/s to each"]
+    rows = [
+        [str(r["instances"]), str(r["requests"]), str(r["watchers"]),
+         f"{100 * r['feed_share']:.1f}", f"{r['bytes_s'] / 1e3:.0f}"]
+        for r in load("observe_feed.json")["rows"]
+        if r["watchers"]
+    ]  # fmt: skip
+    return table(head, rows)
+
+
 def carried() -> str:
     """The most requests a second that each variant of the HTTP process carried in bounds."""
     head = ["variant", "req/s in bounds", "of a core", "added TTFT there: P50 / P99, ms"]
