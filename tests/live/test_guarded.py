@@ -24,8 +24,7 @@ KEY = {"Authorization": "Bearer secret"}
 def guarded(logs: Path) -> Iterator[Server]:
     server = Server(
         None, "--instances", "1", "--api-key", "secret", "--shutdown-timeout", "1",
-        "--admin-api-key", "root-secret", "--max-body-mb", "0.1", "--max-num-seqs", "2",
-        "--queue-max", "2", log=logs / "guarded.log",
+        "--admin-api-key", "root-secret", "--max-body-mb", "0.1", log=logs / "guarded.log",
     )  # fmt: skip
     server.http.headers.update(KEY)
     yield server.wait_until_serving()
@@ -98,45 +97,6 @@ def test_junk_is_the_clients_mistake_and_ends_nothing(guarded: Server, body: byt
     )
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "bad_class")
     assert {row["state"] for row in guarded.instances().values()} == {"serving"}
-
-
-def test_when_too_many_wait_the_next_is_told_to_come_again(guarded: Server) -> None:
-    """Two run, two wait, and the fifth is turned away, as a stream too."""
-    long = {"prompt": "x", "max_tokens": 1500, "ignore_eos": True, "stream": True}
-    over = threading.Event()
-
-    def stream() -> None:
-        headers = guarded.http.headers
-        url = guarded.url + "/v1/completions"
-        with httpx.stream("POST", url, json=long, headers=headers, timeout=120) as answer:
-            for _ in answer.iter_lines():
-                if over.is_set():
-                    return
-
-    def queue() -> tuple[int, int]:
-        (row,) = guarded.instances().values()
-        return row["running"], row["waiting"]
-
-    threads = [threading.Thread(target=stream) for _ in range(4)]
-    try:
-        for thread in threads:
-            thread.start()
-        eventually(lambda: queue() == (2, 2), 30, "two wait")
-        for streamed in (False, True):
-            answer = guarded.http.post("/v1/completions", json={**long, "stream": streamed})
-            assert answer.status_code == 429, answer.text
-            assert answer.json()["error"]["code"] == "overloaded"
-            assert answer.headers["x-llumnix-reason"] == "overloaded"
-            assert 1 <= int(answer.headers["retry-after"]) <= 72
-        assert httpx.get(guarded.url + "/ready").status_code == 200
-    finally:
-        over.set()
-        for thread in threads:
-            thread.join()
-    eventually(lambda: queue() == (0, 0), 20, "none is left")
-    assert guarded.complete(max_tokens=2).status_code == 200
-    metrics = guarded.http.get("/metrics").text
-    assert 'llumnix_gate_refusals_total{code="overloaded"} 2.0' in metrics
 
 
 def test_status_prints_the_instances(guarded: Server) -> None:
