@@ -121,6 +121,13 @@ def test_those_on_their_way_wait_only_where_no_slot_is_free_for_them() -> None:
     assert found == [None] * (SLOTS + 3) + ["queue_full"] * 2
 
 
+def test_a_burst_at_an_idle_instance_finds_its_slots() -> None:
+    """A report may show the first of it in the queue, before the step that starts it."""
+    w = World(queue_max=2, classes=(HIGH, CAPPED))
+    w.report(waiting=1)
+    assert [w.code() for _ in range(SLOTS)] == [None] * SLOTS
+
+
 def test_a_class_has_a_limit_of_its_own_over_all_instances() -> None:
     w = World(classes=(HIGH, CAPPED))
     w.full(waiting=2, urgent=50)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any
 
-from vllm.exceptions import GracefulHTTPError
+from vllm.exceptions import GenerationError, GracefulHTTPError
 
 from llumnix.core.types import InstanceId
 from llumnix.frontend.direct import DirectOutputs, WriteBody
@@ -62,12 +62,15 @@ def count_refusal(code: str) -> None:
     metrics.GATE_REFUSALS.labels(code=code).inc()
 
 
-class RefusedError(GracefulHTTPError):
-    """A new request is turned away. Who catches it tells the request's `HttpRequest`."""
+class RefusedError(GenerationError, GracefulHTTPError):
+    """A new request is turned away. Who catches it tells the request's `HttpRequest`.
+
+    vLLM ends a stream with the message of a `GenerationError`, and logs no traceback."""
 
     def __init__(self, code: str, why: str, *, retry_s: float | None = None) -> None:
-        super().__init__(why, HTTPStatus(REFUSALS[code].status))
-        self.code, self.retry_s = code, retry_s
+        Exception.__init__(self, why)
+        self.message, self.code, self.retry_s = why, code, retry_s
+        self.http_status = self.status_code = HTTPStatus(REFUSALS[code].status)
 
     def note(self, http: HttpRequest | None) -> None:
         """Has the answer to this HTTP request say so."""

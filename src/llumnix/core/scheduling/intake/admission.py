@@ -4,8 +4,9 @@ Rules
 - No more than a class's `queue_max` of its requests wait, over all instances.
 - Once `admission.queue_max` requests of all classes wait, none is let in while the mean freeness is
   below zero. Above zero those that wait will start soon.
-- A request waits if it is in an engine's queue. One that is on its way to an engine, and in no
-  report yet, waits if the engine has a queue or no slot for it.
+- A request waits if it is in an engine's queue, or on its way there and in no report yet, and the
+  next step cannot start it: memory is short for the first in the queue, or slots are for it. In a
+  burst, reports show requests in the queue of an idle engine for a moment.
 - A request that was let in before, and whose engine died, is never turned away.
 - It may be tried again when the queue is likely to be worked off, at the pace at which requests
   ended in the last `PACE_S`: after `RETRY_MIN_S` to `RETRY_MAX_S`, less or more by a fifth, so that
@@ -66,7 +67,7 @@ class Admission:
                 why = f"{waiting} requests of class {name} wait, and its queue_max is {most}"
                 return self._refused("queue_full", why, fact, waiting, now)
         if self._queue_max is not None:
-            waiting = sum(v.load.waiting + _on_the_way(v) for v in accepting)
+            waiting = sum(map(_waiting, accepting))
             if waiting >= self._queue_max and self._no_room(accepting):
                 why = f"{waiting} requests wait, and the limit is {self._queue_max} without room"
                 return self._refused("overloaded", why, fact, waiting, now)
@@ -91,18 +92,16 @@ class Admission:
             self._ended.popleft()
 
 
-def _on_the_way(view: InstanceView) -> int:
-    """How many of the requests that are on their way to the instance will wait there."""
-    booked = len(view.bookings)
-    if not booked:
-        return 0
-    load = view.load
-    if load.waiting or load.is_blocked:
-        return booked
-    return min(booked, max(0, load.batch - load.slots)) if load.slots else 0
+def _waiting(view: InstanceView) -> int:
+    """How many requests wait at the instance, or will: all that are there or on their way and do
+    not run, but for those that the engine's next step can start."""
+    load, report = view.load, view.report
+    if report.head_tokens > max(0, load.free):
+        return load.waiting + len(view.bookings)
+    return max(0, load.batch + load.waiting - load.slots) if load.slots else 0
 
 
 def _waiting_of(view: InstanceView, rank: int) -> int:
-    """How many requests of the class wait at the instance, or will."""
+    """How many of these are of that class, at most."""
     queued = view.report.classes[rank].waiting if rank < len(view.report.classes) else 0
-    return queued + min(view.booked[rank], _on_the_way(view))
+    return min(queued + view.booked[rank], _waiting(view))
