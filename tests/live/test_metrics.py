@@ -196,7 +196,7 @@ def test_vllms_own_are_those_of_bare_vllm(server: Server, tiny_model: Path, tmp_
     """Names and labels, of one engine."""
     port, log = free_port(), (tmp_path / "log").open("w")
     words = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(tiny_model)]
-    words += ["--served-model-name", "tiny", "--port", str(port), *FLAGS]
+    words += ["--served-model-name", "tiny", "--port", str(port), "--enforce-eager", *FLAGS]
     bare = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT)
     url = f"http://127.0.0.1:{port}"
     try:
