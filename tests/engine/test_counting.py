@@ -1,6 +1,7 @@
 """The engine's load is counted from what changed, and comes out as if all had been counted."""
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -90,7 +91,7 @@ def test_it_counts_as_one_that_has_just_begun(tiny_model: Path, seed: int) -> No
             continue
         seen.add(do)
         ours, fresh = engine.reader.read(), engine.new_reader().read()
-        assert ours.classes == fresh.classes
+        assert [replace(c, preempted=0) for c in ours.classes] == list(fresh.classes)
         assert ours.prefill_tokens == fresh.prefill_tokens
         assert ours.head_tokens == fresh.head_tokens
         assert sum(c.running + c.waiting for c in ours.classes) == len(engine.scheduler.requests)

@@ -200,7 +200,8 @@ class Fleet:
             raise ConflictError(
                 f"{instance} is {member.state.value} to be removed: undrain it first"
             )
-        if drain is None and not (again and force):
+        removed = drain is not None and drain.again and not again  # It was to be started again.
+        if (drain is None and not (again and force)) or removed:
             self._check_not_last(member, again)
         self._supervisor.drain(member, by, why, timeout_s=timeout_s, force=force, again=again)
         return member.status()
@@ -230,7 +231,8 @@ class Fleet:
         will. A hung one counts, since it may only be slow: the drained one takes requests until
         then."""
         others = [m for m in self._members.values() if m is not member]
-        if not member.life.counts or any(m.state is LifeState.SERVING for m in others):
+        needed = member.life.counts or member.life.renewed
+        if not needed or any(m.state is LifeState.SERVING for m in others):
             return
         if not member.serves and any(m.life.counts for m in others):
             return

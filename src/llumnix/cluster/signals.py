@@ -43,6 +43,8 @@ def pass_hangup_on(
             task.add_done_callback(tasks.discard)
 
         loop.add_signal_handler(signal.SIGHUP, begin)
+    elif "NOTIFY_SOCKET" in os.environ:  # It was told to reload.
+        loop.add_signal_handler(signal.SIGHUP, logger.warning, "Nothing to reload: no --keys.")
     elif not _under_nohup():
         loop.add_signal_handler(signal.SIGHUP, os.kill, os.getpid(), signal.SIGTERM)
 

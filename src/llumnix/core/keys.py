@@ -69,17 +69,28 @@ class _Bucket:
         return max(0.0, (wanted - self._level) * MINUTE_S / self.per_min)
 
 
+def _bucket(per_min: float | None, now_s: float) -> _Bucket | None:
+    return None if per_min is None else _Bucket(per_min, now_s)
+
+
 class KeyMeter:
     """Counts what one key uses in one process. Tokens are known when a request has ended, so they
     are charged then: a key that is over its limit waits until the debt is paid."""
 
     def __init__(self, limits: KeyLimits, now_s: float) -> None:
-        self.limits = limits
+        self.limits = KeyLimits()
         self.open = 0
-        per_min = limits.requests_per_min, limits.tokens_per_min
-        self._requests, self._tokens = (
-            None if most is None else _Bucket(most, now_s) for most in per_min
-        )
+        self._requests: _Bucket | None = None
+        self._tokens: _Bucket | None = None
+        self.change(limits, now_s)
+
+    def change(self, limits: KeyLimits, now_s: float) -> None:
+        """The key has these limits from now on. What it used of those that stay counts on."""
+        before, self.limits = self.limits, limits
+        if limits.requests_per_min != before.requests_per_min:
+            self._requests = _bucket(limits.requests_per_min, now_s)
+        if limits.tokens_per_min != before.tokens_per_min:
+            self._tokens = _bucket(limits.tokens_per_min, now_s)
 
     def admit(self, now_s: float) -> Over | None:
         """Lets a request in, or says why not. One that is let in must be told to have `ended`."""
@@ -117,12 +128,12 @@ class Meters:
         self._meters: dict[str, KeyMeter] = {}
 
     def of(self, key: NamedKey | None, now_s: float) -> KeyMeter | None:
-        """The meter of that key; a new one if its limits have changed."""
+        """The meter of that key."""
         if key is None or key.limits == KeyLimits():
             return None
         limits, known = key.limits.shared(self._among), self._meters.get(key.name)
-        if known is None or known.limits != limits:
-            opened = 0 if known is None else known.open
+        if known is None:
             known = self._meters[key.name] = KeyMeter(limits, now_s)
-            known.open = opened
+        elif known.limits != limits:
+            known.change(limits, now_s)
         return known

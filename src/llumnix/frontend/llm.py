@@ -92,6 +92,7 @@ class FleetLLM(AsyncLLM):
     """The engine client that vLLM's HTTP application talks to."""
 
     engine_core: FleetClient
+    tracing: Tracing | None = None
 
     def __init__(
         self,
@@ -111,7 +112,6 @@ class FleetLLM(AsyncLLM):
         self.stopping = False  # whether no more requests are let in
         self.lame_duck_s = lame_duck_s
         self.open_http = 0
-        self.tracing: Tracing | None = None
         self._on_stopping = on_stopping
         self._stop_now = False
         self._aggregate_logging = aggregate_engine_logging

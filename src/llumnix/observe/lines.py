@@ -147,7 +147,7 @@ def as_json(line: bytes, process: str) -> bytes:
     match = _FROM_RAY.match(line)
     text = line[match.end() :] if match else line
     if text.lstrip().startswith(b"{"):
-        with contextlib.suppress(msgspec.DecodeError):
+        with contextlib.suppress(msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             msgspec.json.decode(text, type=dict[str, Any])
             return text
     if match:

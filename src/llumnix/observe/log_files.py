@@ -33,6 +33,8 @@ RETRY_S = 5.0
 CLOSE_TIMEOUT_S = 2.0
 FILES_MAX = 4
 FIRST_LINE_BYTES_MAX = 1000
+NOT_A_LINE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""What reading a torn line raises: it may be cut within a character."""
 LOOK_EVERY_S = 1.0
 """Between two looks at the file's size, and at whether another process has renamed it."""
 
@@ -54,7 +56,7 @@ def first_line(path: Path) -> FirstLine | None:
         first = file.readline(FIRST_LINE_BYTES_MAX)
     try:
         line = msgspec.json.decode(first, type=dict[str, Any])
-    except msgspec.DecodeError:
+    except NOT_A_LINE:
         # Version 1 could begin with a line of any length.
         return FirstLine(version=1) if first.startswith(b'{"at":') else None
     if line.get("kind") == "log":
@@ -90,7 +92,7 @@ def lines_of(path: Path) -> Iterator[dict[str, Any]]:
         for file in files_of(path):
             with file.open("rb") as opened:
                 for raw in opened:
-                    with contextlib.suppress(msgspec.DecodeError):
+                    with contextlib.suppress(*NOT_A_LINE):
                         yield msgspec.json.decode(raw, type=dict[str, Any])
     except OSError as error:
         raise UsageError(f"{path} cannot be read ({error.strerror})") from error

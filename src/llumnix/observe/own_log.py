@@ -58,9 +58,15 @@ def cut(path: Path) -> None:
     """Copies the file and empties it, if it is too large. The oldest copy goes."""
     if path.stat().st_size <= FILE_MAX_BYTES:
         return
+    copy = Path(f"{path}.new")
+    try:
+        shutil.copyfile(path, copy)
+    except OSError:  # The disk is full: the copies that are there must stay.
+        copy.unlink(missing_ok=True)
+        raise
+    os.chmod(copy, 0o600)
     for number in reversed(range(1, COPIES_MAX)):
         with contextlib.suppress(FileNotFoundError):
             os.replace(f"{path}.{number}", f"{path}.{number + 1}")
-    shutil.copyfile(path, f"{path}.1")
-    os.chmod(f"{path}.1", 0o600)
+    os.replace(copy, f"{path}.1")
     os.truncate(path, 0)

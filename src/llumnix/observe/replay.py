@@ -23,7 +23,7 @@ from llumnix.core.scheduling.scheduler import Scheduler
 from llumnix.core.settings import SchedulerSettings
 from llumnix.core.types import InstanceId
 from llumnix.errors import ProtocolError, UsageError
-from llumnix.observe.log_files import check_version, files_of, first_goes_on
+from llumnix.observe.log_files import NOT_A_LINE, check_version, files_of, first_goes_on
 
 DIFFERENCES_MAX = 20
 _FACTS: dict[str, type] = {c.__name__: c for c in get_args(Fact)}
@@ -173,7 +173,7 @@ def _read(files: list[Path], run: _Replay) -> None:
             for number, raw in enumerate(file, 1):
                 try:
                     line = msgspec.json.decode(raw)
-                except msgspec.DecodeError as error:
+                except NOT_A_LINE as error:
                     torn = torn or _not_a_line(path, number, error)
                     continue
                 try:

@@ -41,6 +41,7 @@ NOTED = {
     LifeAction.DRAIN: "drain",
     LifeAction.SERVE_ON: "undrain",
     LifeAction.FORGET: "removed",
+    LifeAction.RENEW: "renew",
 }
 """What is noted of an instance, by the action that its life decides."""
 
@@ -111,7 +112,7 @@ class Supervisor:
             assert drain is not None
             others = [m for m in self._members.values() if m is not member]
             alone = not drain.force and not any(m.serves for m in others)
-            if alone and not any(m.life.coming or m.health.hung for m in others):
+            if alone and not any(m.life.coming or m.life.renewed or m.health.hung for m in others):
                 extra = about("undrain", instance=member.id)
                 logger.warning("Instance %s serves on: there is no other.", member.id, extra=extra)
                 self.undrain(member)
