@@ -402,6 +402,40 @@ def test_the_only_instance_is_restarted_by_force_alone(play: Callable[..., World
     play(script, count=1)
 
 
+def test_a_restart_of_the_only_instance_is_not_made_a_removal(play: Callable[..., World]) -> None:
+    """Nothing would serve any more, and the server would end."""
+
+    async def script(w: World) -> None:
+        w.launcher.ready_s = 5.0
+        await w.fleet.drain(I0, "a restart", again=True, force=True)
+        for state in ("draining", "restarting"):
+            assert w.states == {"i0": state}
+            with pytest.raises(LastInstanceError):
+                await w.fleet.drain(I0, "a removal")
+            await asyncio.sleep(1)
+        await asyncio.sleep(10)
+        assert w.states == {"i0": "serving"}
+
+    play(script, count=1)
+
+
+def test_a_forced_restart_leaves_the_drain_of_another_as_it_is(
+    play: Callable[..., World],
+) -> None:
+    async def script(w: World) -> None:
+        w.hold("i1", 1)
+        w.launcher.ready_s = 5.0
+        await w.fleet.drain(I1, "a removal")
+        await w.fleet.drain(I0, "a restart", again=True, force=True)
+        await asyncio.sleep(1)
+        assert w.states == {"i0": "restarting", "i1": "draining"}
+        await asyncio.sleep(10)
+        assert w.states == {"i0": "serving", "i1": "draining"}
+        assert "renew" in [n["kind"] for n in w.fleet.notes.since(0) if n["target"] == "i0"]
+
+    play(script)
+
+
 def test_an_instance_that_was_given_up_is_started_again_by_a_restart(
     play: Callable[..., World],
 ) -> None:

@@ -1,5 +1,6 @@
 """A stop is cleaned up after, however often and by whatever signal it is asked for."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -145,6 +146,19 @@ def test_where_there_is_no_terminal_a_hangup_reloads_and_a_bad_file_ends_nothing
     )
     assert done.stdout == "reloaded\nreloaded\n", done.stderr
     assert "Not reloaded: a bad file" in done.stderr
+
+
+def test_a_service_manager_that_has_nothing_to_reload_stops_nothing() -> None:
+    """`systemctl reload` sends a hangup, whether the service has --keys or not."""
+    done = subprocess.run(
+        [sys.executable, "-c", RELOADING.replace("loop, reload)", "loop)")],
+        env={**os.environ, "NOTIFY_SOCKET": "/run/systemd/notify"},
+        capture_output=True,
+        text=True,
+        start_new_session=True,
+    )
+    assert done.stdout == ""
+    assert done.stderr.count("Nothing to reload: no --keys.") == 3
 
 
 def test_where_there_is_a_terminal_a_hangup_stops() -> None:

@@ -1,5 +1,7 @@
 """What a key may use, in time that the test passes in."""
 
+from dataclasses import replace
+
 import pytest
 
 from llumnix.core.keys import KeyLimits, KeyMeter, Meters, NamedKey, Over
@@ -65,7 +67,7 @@ def test_processes_share_a_limit_and_each_lets_one_through() -> None:
     assert codes(slow, 0, 0, 239, 241) == [None, "rate_limited", "rate_limited", None]
 
 
-def test_a_key_without_limits_has_no_meter_and_new_limits_make_a_new_one() -> None:
+def test_a_key_without_limits_has_no_meter_and_new_limits_keep_what_was_used() -> None:
     meters = Meters(1)
     free = NamedKey(name="a", digest=b"", roles=("inference",))
     assert meters.of(None, 0.0) is None
@@ -78,4 +80,15 @@ def test_a_key_without_limits_has_no_meter_and_new_limits_make_a_new_one() -> No
     wide = NamedKey(name="a", digest=b"", roles=(), limits=KeyLimits(open_max=2))
     other = meters.of(wide, 0.0)
     assert other is not None
-    assert other.open == 1  # What is open counts on.
+    assert other.open == 1  # What is open counts on,
+    meter.ended()
+    assert other.open == 0  # until it ends.
+    limits = KeyLimits(requests_per_min=2, tokens_per_min=10, open_max=5)
+    half = NamedKey(name="a", digest=b"", roles=(), limits=limits)
+    counted = meters.of(half, 10.0)
+    assert counted is not None
+    assert codes(counted, 10, 10, 10) == [None, None, "rate_limited"]
+    more = NamedKey(name="a", digest=b"", roles=(), limits=replace(limits, tokens_per_min=20))
+    changed = meters.of(more, 10.0)
+    assert changed is not None
+    assert codes(changed, 10) == ["rate_limited"]  # This limit did not change.

@@ -87,6 +87,8 @@ def test_a_tail_begins_with_the_line_that_tells_of_the_end() -> None:
             {"logger": "printed", "process": "main 7", "msg": "plain \ufffd text"},
         ),
         (b"{not json", {"msg": "{not json"}),
+        (b'{"cut": "\xc3"}', {"msg": '{"cut": "\ufffd"}'}),
+        (b'{"deep": ' + b"[" * 100_000, {"logger": "printed"}),
         (b'"a string"', {"msg": '"a string"'}),
         (b"(EngineActor pid=42) hello", {"process": "EngineActor 42", "msg": "hello"}),
         (b'\x1b[36m(EngineActor pid=42, ip=::1)\x1b[0m {"b": 2}', {"b": 2}),

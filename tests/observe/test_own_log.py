@@ -1,5 +1,6 @@
 """The files of a process's own log."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -75,3 +76,28 @@ def test_a_large_file_is_copied_and_emptied(
     last = own_log.COPIES_MAX + 2
     assert copies == [f"{last - n} of many\n" for n in range(own_log.COPIES_MAX)]
     assert not (tmp_path / f"log.{own_log.COPIES_MAX + 1}").exists()
+
+
+def test_on_a_full_disk_the_copies_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(own_log, "FILE_MAX_BYTES", 8)
+    path = tmp_path / "log"
+    for number in range(3):
+        path.write_text(f"{number} of many\n")
+        own_log.cut(path)
+
+    def full(source: Path, copy: Path) -> None:
+        copy.write_text("torn")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(own_log.shutil, "copyfile", full)
+    path.write_text("more of many\n")
+    for _ in range(own_log.COPIES_MAX):
+        with pytest.raises(OSError, match="No space"):
+            own_log.cut(path)
+    copies = {p.name: p.read_text() for p in tmp_path.iterdir()}
+    assert copies == {
+        "log": "more of many\n",
+        "log.1": "2 of many\n",
+        "log.2": "1 of many\n",
+        "log.3": "0 of many\n",
+    }
