@@ -77,10 +77,8 @@ class OtherHost:
             answer: HostLook = ray.get(self._asked, timeout=ANSWER_S)
         except ray.exceptions.GetTimeoutError as error:
             raise TimeoutError from error
-        except ray.exceptions.RayError:  # It died; if not, it must not outlive this.
-            actor, self._actor, self._asked = self._actor, None, None
-            with contextlib.suppress(Exception):
-                ray.kill(actor)
+        except ray.exceptions.RayError:
+            self._actor = self._asked = None  # It died.
             raise
         self._asked = None
         return answer
