@@ -18,7 +18,7 @@ import yaml
 
 from llumnix.core.scheduling.presets import POLICIES
 from llumnix.core.settings import AdmissionSettings, PriorityClass, SchedulerSettings
-from llumnix.errors import UsageError
+from llumnix.errors import UsageError, yaml_line
 
 logger = logging.getLogger("llumnix.config")
 
@@ -336,8 +336,7 @@ def read_settings(path: str | None) -> SchedulerSettings:
     except OSError as error:
         raise UsageError(f"{where} cannot be read ({error.strerror})") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        line = " ".join(str(error).split())
-        raise UsageError(f"{where} is not YAML: {line}") from error
+        raise UsageError(f"{where} is not YAML{yaml_line(error)}") from None
     try:
         _check_names(tree, SchedulerSettings, "", where)
         settings = msgspec.convert(tree, SchedulerSettings)

@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from llumnix.errors import UsageError
+from llumnix.errors import UsageError, yaml_line
 
 PREFIX = "LLUMNIX_"
 CONFIG_VARIABLE = "LLUMNIX_CONFIG"
@@ -209,7 +209,7 @@ def read_file(path: str, where: str) -> dict[str, Any]:
     except OSError as error:
         raise UsageError(f"{where} {path} cannot be read ({error.strerror})") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{where} {path} is not YAML: {' '.join(str(error).split())}") from error
+        raise UsageError(f"{where} {path} is not YAML{yaml_line(error)}") from None
     if tree is None:
         return {}
     if not isinstance(tree, dict):
@@ -261,10 +261,20 @@ def settings_shown(
             continue
         rows.append({
             "name": name.replace("_", "-"),
-            "value": MASK if name in SECRET else _plain(value),
+            "value": MASK if name in SECRET else _shown(name, value),
             "source": sources.get(name, OURS),
         })  # fmt: skip
     return rows
+
+
+def _shown(name: str, value: Any) -> Any:
+    """As JSON, without a secret. The scheduler's tree of a --config file is a text here, and its
+    `key_caps` are keys."""
+    if name == "scheduler_config" and isinstance(value, str) and value.lstrip().startswith("{"):
+        value = json.loads(value)
+        if (value.get("priorities") or {}).get("key_caps"):
+            value["priorities"]["key_caps"] = MASK
+    return _plain(value)
 
 
 def _plain(value: Any) -> Any:

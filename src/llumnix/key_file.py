@@ -14,7 +14,7 @@ import yaml
 
 from llumnix.config import check_keys
 from llumnix.core.keys import ROLES, KeyLimits, NamedKey
-from llumnix.errors import UsageError
+from llumnix.errors import UsageError, yaml_line
 
 LIMITS = ("requests_per_min", "tokens_per_min", "open_max")
 FIELDS = ("key", "sha256", "roles", "class", *LIMITS)
@@ -76,9 +76,7 @@ def read_key_file(path: str, classes: Collection[str]) -> tuple[NamedKey, ...]:
     except OSError as error:
         raise UsageError(f"{where} cannot be read ({error.strerror})") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" (line {mark.line + 1})" if mark is not None else ""
-        raise UsageError(f"{where} is not YAML{line}") from error  # The rest may have a key.
+        raise UsageError(f"{where} is not YAML{yaml_line(error)}") from None
     if mode & stat.S_IROTH:
         raise UsageError(f"{where} can be read by every user here: chmod 600 it")
     if not isinstance(tree, dict) or not tree:

@@ -1,13 +1,14 @@
 """Where a flag's value is from: the command line, a variable, the file, or its default."""
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from llumnix.errors import UsageError
-from llumnix.flag_sources import layered
+from llumnix.flag_sources import layered, settings_shown
 
 
 @pytest.fixture
@@ -129,7 +130,7 @@ def test_the_file_may_be_named_by_a_variable(
         ("--config --port 1", None, "--config: name the file"),
         ("--config a --config=b", None, "--config is given twice: put all of it into one file"),
         ("--config /nowhere", None, r"--config /nowhere cannot be read \(No such file"),
-        ("", "a: [", "flags.yaml is not YAML: "),
+        ("", "api-key: [sesame", r"flags.yaml is not YAML \(line 1\)$"),
         ("", "[a]", "flags.yaml: write a `flag: value` a line"),
         ("", "prot: 1", "no flag is called 'prot'; did you mean port?"),
         ("", "frobnicate: 1", "no flag is called 'frobnicate'; see --help=all"),
@@ -142,6 +143,19 @@ def test_a_bad_file_is_told_in_one_line(
     with pytest.raises(UsageError, match=said) as refused:
         read(parser, words, None if text is None else (tmp_path, text))
     assert "\n" not in str(refused.value)
+    assert "sesame" not in str(refused.value)
+
+
+def test_the_keys_of_a_schedulers_tree_are_not_shown() -> None:
+    """A --config file's `scheduler:` is a text by then."""
+    tree = {"policy": "llumnix", "priorities": {"key_caps": {"sesame": "high"}}}
+    args = argparse.Namespace(scheduler_config=json.dumps(tree), port=1)
+    rows = settings_shown(args, argparse.Namespace(port=1), {"scheduler_config": "the file"})
+    assert "sesame" not in json.dumps(rows)
+    assert rows[0]["value"]["policy"] == "llumnix"
+    path = argparse.Namespace(scheduler_config="knobs.yaml")
+    (row,) = settings_shown(path, argparse.Namespace(), {})
+    assert row["value"] == "knobs.yaml"
 
 
 def test_a_variable_that_is_nearly_a_flags_is_told(parser: argparse.ArgumentParser) -> None:

@@ -72,7 +72,7 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
         ("migration: {interval_s: 99}", "migration.interval_s: 99 must be between 0.001 and 10"),
         ("migration: 5", "migration: expected `knob: value` lines"),
         ("- a", "the file: expected `knob: value` lines"),
-        ("a: [", "is not YAML"),
+        ("a: [sesame", "is not YAML (line 1)"),
         ("policy: fastest", "no policy 'fastest'; there are: llumnix, llumnix-base, infaas++"),
         ("migration: {source_below: 5}", "give both source_below and destination_above"),
         (
