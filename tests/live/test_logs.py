@@ -16,7 +16,7 @@ from support.server import Server, eventually
 
 from .conftest import FLAGS
 
-pytestmark = pytest.mark.live
+pytestmark = [pytest.mark.live, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

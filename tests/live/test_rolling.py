@@ -19,7 +19,7 @@ from support.streaming import Background, Recorded, all_at_once, first_differenc
 from .conftest import FLAGS
 from .test_migration import COMPLETIONS, LONG, WHOLE
 
-pytestmark = [pytest.mark.live, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.live, pytest.mark.slow, pytest.mark.timeout(900)]
 
 STREAMS = 4
 BODIES = [

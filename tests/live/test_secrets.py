@@ -23,7 +23,7 @@ from support.server import Server, eventually, real_time, title
 from .conftest import FLAGS
 from .test_network import ray_logs
 
-pytestmark = [pytest.mark.live, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.live, pytest.mark.slow, pytest.mark.timeout(600)]
 
 FLAG, ADMIN, NAMED, VIEWER = (f"planted-{n}-key" for n in ("flag", "admin", "named", "viewer"))
 TOKENS = {"HF_TOKEN": "planted-hf-token", "S3_SECRET_ACCESS_KEY": "planted-s3-secret"}

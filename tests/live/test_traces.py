@@ -18,7 +18,7 @@ from support.streaming import migrate
 
 from .conftest import FLAGS
 
-pytestmark = pytest.mark.live
+pytestmark = [pytest.mark.live, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
