@@ -249,7 +249,7 @@ def test_an_event_log_is_a_trace(tmp_path: Path, name: str) -> None:
         )
         stream = FleetStreams().open(RequestId(request), info)
         stream.tokens = [0] * output
-        log.request(shown(stream, InstanceId("i0"), reason))
+        log.request(shown(stream, InstanceId("i0"), reason, None))
     log.close()
     trace = str(tmp_path / name)
     assert requests_of(trace, None) == 2
