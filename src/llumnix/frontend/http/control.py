@@ -33,19 +33,8 @@ class RequestRows:
     incomplete: list[str]  # frontends that did not say theirs
 
 
-class InstanceControl(Protocol):
-    """Starts and stops instances."""
-
-    notes: Notes  # what became of them lately
-    exposition: Exposition  # the metrics of all processes
-
-    def status(self) -> list[InstanceStatus]:
-        """All instances, in order of id."""
-        ...
-
-    def seen(self) -> FleetSeen:
-        """What a probe's answer follows from."""
-        ...
+class InstanceOrders(Protocol):
+    """What a user may order of instances."""
 
     async def add(self) -> InstanceStatus:
         """Begins to start one more. `CapacityError` if nothing can hold it."""
@@ -71,7 +60,22 @@ class InstanceControl(Protocol):
         ...
 
 
-class Control(Protocol):
+class InstanceControl(InstanceOrders, Protocol):
+    """Starts and stops instances."""
+
+    notes: Notes  # what became of them lately
+    exposition: Exposition  # the metrics of all processes
+
+    def status(self) -> list[InstanceStatus]:
+        """All instances, in order of id."""
+        ...
+
+    def seen(self) -> FleetSeen:
+        """What a probe's answer follows from."""
+        ...
+
+
+class Control(InstanceOrders, Protocol):
     """All that the routes ask for, over all frontends. What a user can mend is raised as
     `UsageError`."""
 
@@ -90,22 +94,6 @@ class Control(Protocol):
     async def metrics(self) -> bytes:
         """All metrics, as Prometheus reads them."""
         ...
-
-    async def add(self) -> InstanceStatus:
-        """See `InstanceControl`, as for the next two."""
-        ...
-
-    async def drain(
-        self,
-        instance: InstanceId,
-        why: str,
-        *,
-        timeout_s: float | None = None,
-        force: bool = False,
-        again: bool = False,
-    ) -> InstanceStatus: ...
-
-    async def undrain(self, instance: InstanceId) -> InstanceStatus: ...
 
     async def requests(self) -> RequestRows:
         """Every request that is running or waiting."""
