@@ -607,25 +607,32 @@ def test_what_a_slow_disk_has_no_room_for_is_counted_and_nobody_waits(
     assert replay(path).dropped == 400
 
 
+class Disk:
+    """That of the log. While it is full, it takes ten bytes of each line; `tried` counts these."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, full: bool) -> None:
+        self.full, self.tried = full, threading.Semaphore(0)
+        self._write = os.write
+        monkeypatch.setattr(log_files, "RETRY_S", 0.01)
+        monkeypatch.setattr(log_files.os, "write", self.write)
+
+    def write(self, file: int, data: bytes) -> int:
+        if not self.full:
+            return self._write(file, data)
+        self.tried.release()
+        return self._write(file, data[:10])
+
+
 def test_a_full_disk_ends_the_log_for_a_while_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(log_files, "RETRY_S", 0.01)
-    real, full, failed = os.write, [False], threading.Event()
-
-    def write_some(file: int, data: bytes) -> int:
-        if not full[0]:
-            return real(file, data)
-        failed.set()
-        return real(file, data[:10])
-
-    monkeypatch.setattr(log_files.os, "write", write_some)
+    disk = Disk(monkeypatch, full=False)
     path = tmp_path / "log"
     log = EventLog(LogPlace(path=str(path)), who="engine 0")
     log.step("source", MigrationId("m0"), "reserved", "between stages", "see what is left")
     while path.read_bytes().count(b"\n") < 2:
         pass
-    full[0] = True
+    disk.full = True
     log.step(
         "source",
         MigrationId("m0"),
@@ -633,8 +640,8 @@ def test_a_full_disk_ends_the_log_for_a_while_only(
         "between stages",
         "say when the handover will be",
     )
-    assert failed.wait(60)
-    full[0] = False
+    assert disk.tried.acquire(timeout=60)
+    disk.full = False
     log.step("source", MigrationId("m0"), "last", "stopping", "take it out of the batch")
     log.step("source", MigrationId("m1"), "reserved", "between stages", "see what is left")
     log.close()
@@ -646,22 +653,13 @@ def test_a_disk_that_is_full_from_the_start_stops_nobody(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As when an instance is started again meanwhile."""
-    monkeypatch.setattr(log_files, "RETRY_S", 0.01)
-    real, full, tried = os.write, [True], threading.Semaphore(0)
-
-    def write_some(file: int, data: bytes) -> int:
-        if not full[0]:
-            return real(file, data)
-        tried.release()
-        return real(file, data[:10])
-
-    monkeypatch.setattr(log_files.os, "write", write_some)
+    disk = Disk(monkeypatch, full=True)
     path = tmp_path / "log"
     log = EventLog(LogPlace(path=str(path)), who="engine 0")
     log.migration({"id": 0})
     for _ in range(2):
-        assert tried.acquire(timeout=60)
-    full[0] = False
+        assert disk.tried.acquire(timeout=60)
+    disk.full = False
     log.migration({"id": 1})
     log.close()
     assert [line["kind"] for line in lines(path)] == ["log", "dropped", "migration"]
