@@ -139,6 +139,9 @@ async def play(past: "Past", name: str, at_s: float, speed: float) -> AsyncItera
     while speed and t < past.end_s:
         await asyncio.sleep(STEP_S)
         t = min(past.end_s, at_s + (time.monotonic() - began_s) * speed)
-        if changed := picture.take(*moment.at(t), t):
+        changed = picture.take(*moment.at(t), t)
+        if t == past.end_s:  # The page is to come to it, though nothing may have changed.
+            changed += picture.whole(t)
+        if changed:
             yield encoded(changed)
     await asyncio.Event().wait()
