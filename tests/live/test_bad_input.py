@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from llumnix.commands.registry import COMMANDS
 from llumnix.engine.folders import is_dead
 from support.server import eventually, unused_memory
 
@@ -154,7 +155,7 @@ def test_a_port_in_use(warm: Warm, tiny_model: Path) -> None:
 
 def test_beyond_loopback_without_a_key(warm: Warm, tiny_model: Path) -> None:
     line = complaint("serve", str(tiny_model), "--host", "0.0.0.0", run=warm)
-    assert "give --api-key KEY, or --insecure" in line
+    assert "give --api-key KEY or --keys FILE, or --insecure" in line
 
 
 @pytest.mark.parametrize(
@@ -227,4 +228,6 @@ def test_no_server_to_ask() -> None:
 
 def test_an_unknown_command() -> None:
     line = complaint("sevre")
-    assert "use serve, status, top, migrate, drain, undrain, simulate, profile or replay" in line
+    first, *_, last = COMMANDS
+    assert f"no command 'sevre'; use {first}, " in line
+    assert f" or {last}" in line
