@@ -63,6 +63,7 @@ class Server:
                 start_new_session=True,
             )
         self.http = httpx.Client(base_url=self.url, timeout=120)
+        self.key: str | None = None  # that of the streams of support/streaming.py
 
     @property
     def log(self) -> str:

@@ -138,13 +138,14 @@ def stream(
     real_time()
     seen = Recorded(name=name or f"stream-{next(_numbers)}")
     body = {"stream_options": {"include_usage": True}, **body, "model": body.get("model", "tiny")}
+    key = {"Authorization": f"Bearer {server.key}"} if server.key else {}
     chunks = 0
     try:
         with httpx.stream(
             "POST",
             server.url + path,
             json={**body, "stream": True},
-            headers={"X-Request-Id": seen.name},
+            headers={"X-Request-Id": seen.name, **key},
             timeout=TIMEOUT_S,
         ) as response:
             seen.status = response.status_code
