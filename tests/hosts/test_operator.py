@@ -1,5 +1,5 @@
-"""An operator's day over two hosts, with what the documents name alone: commands, /metrics, lines of
-the log, keys and the page."""
+"""An operator's day over two hosts, with what the documents name alone: commands, /metrics, the log,
+keys and the page."""
 
 import json
 import os
