@@ -1,4 +1,4 @@
-"""An operator's day over two hosts, with what the documents name alone: commands, /metrics, the log,
+"""An operator's day over two hosts, with what the documents name alone: commands, metrics, the log,
 keys and the page."""
 
 import json
