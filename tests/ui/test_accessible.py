@@ -18,13 +18,15 @@ from .conftest import Open
 pytestmark = [needs_browser, pytest.mark.timeout(120)]
 
 RULES_MIN = 20
-"""So many of its rules found something to look at in the page."""
+RULES_MIN_OF_A_DIALOG = 8
+"""So many of its rules found something to look at. An open dialog hides the page from it: it looks at
+what is in the dialog, with 22 rules as a rule, and once with 10 on a busy machine."""
 
 
-def faults(page: Any) -> list[str]:
+def faults(page: Any, rules_min: int = RULES_MIN) -> list[str]:
     """What axe-core has to say against the page as it is now."""
     found = Axe().run(page, options={"resultTypes": ["violations", "passes"]}).response
-    assert len(found["passes"]) >= RULES_MIN
+    assert len(found["passes"]) >= rules_min
     return [
         f"{one['id']}: {node['html'][:200]}" for one in found["violations"] for node in one["nodes"]
     ]
@@ -57,8 +59,8 @@ def test_what_is_chosen_and_the_dialogs_keep_nobody_out(page: Any) -> None:
     assert faults(page) == []
     for key in ("m", "?"):
         page.keyboard.press(key)
-        page.wait_for_selector("dialog[open]")
-        assert faults(page) == []
+        page.wait_for_selector("dialog[open] button")
+        assert faults(page, RULES_MIN_OF_A_DIALOG) == []
         page.keyboard.press("Escape")
         page.wait_for_selector("dialog", state="hidden")
 
