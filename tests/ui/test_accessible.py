@@ -19,8 +19,8 @@ pytestmark = [needs_browser, pytest.mark.timeout(120)]
 
 RULES_MIN = 20
 RULES_MIN_OF_A_DIALOG = 8
-"""So many of its rules found something to look at. An open dialog hides the page from it: it looks at
-what is in the dialog, with 22 rules as a rule, and once with 10 on a busy machine."""
+"""So many of its rules found something to look at. It looks at an open dialog alone, with 22 as a
+rule, and once, on a busy machine, with 10."""
 
 
 def faults(page: Any, rules_min: int = RULES_MIN) -> list[str]:
