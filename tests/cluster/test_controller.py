@@ -266,3 +266,19 @@ def test_a_controller_that_is_stopped_has_written_its_log(tmp_path: Path) -> Non
     # Its process is killed from here on.
     assert controller._log._writer is None
     assert '"started"' in log.read_text()
+
+
+def test_logs_that_cannot_be_written_keep_no_controller_from_starting(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    away = str(tmp_path / "file" / "away")
+    place = LogPlace(path=away)
+    controller = Controller(
+        [f"ipc://{tmp_path}/c"], SchedulerSettings(), place, log=(away, "controller")
+    )
+    controller.stop()
+    controller.run()
+    kept, event_log = (record.getMessage() for record in caplog.records[:2])
+    assert kept.startswith(f"The controller keeps no log: --log-dir {away} on ")
+    assert event_log.startswith("The event log stands still (controller ")

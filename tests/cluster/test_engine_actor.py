@@ -3,6 +3,7 @@
 import os
 import re
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -55,6 +56,23 @@ def test_the_engine_finds_the_drivers_environment_and_its_own_hosts_address(
     assert made["environment"]["HF_TOKEN"] == "secret"
     # What was set on that host before Ray started is that host's to say.
     assert made["environment"]["VLLM_HOST_IP"] == (own or "192.0.2.2")
+
+
+def test_a_log_that_cannot_be_kept_keeps_no_engine_from_starting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    monkeypatch.setattr(ray_runtime, "node_address", lambda: "192.0.2.2")
+    monkeypatch.setattr(ray_runtime, "host_name", lambda: "here")
+    facts = instance.InstanceFacts(node="", pid=0, devices=[], address="")
+    monkeypatch.setattr(
+        instance, "EngineInstance", lambda *_: SimpleNamespace(describe=lambda: facts)
+    )
+    (tmp_path / "file").touch()
+    actor = EngineActor({}, pack(CONFIG, "config", True), (str(tmp_path / "file" / "logs"), "i0"))
+    why = actor.describe().no_log
+    assert why.startswith(f"--log-dir {tmp_path}/file/logs on ")
+    assert why.endswith("Not a directory")
 
 
 def test_a_host_with_another_vllm_is_told_so_before_anything_of_vllms_is_read(

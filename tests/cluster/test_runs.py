@@ -74,7 +74,8 @@ class FakeRay:
         self.placed.set()
         self.holds = threading.Event()  # Lets actors be made.
         self.holds.set()
-        facts = SimpleNamespace(node="n", pid=1, devices=[], address="a")
+        facts = SimpleNamespace(node="n", pid=1, devices=[], address="a", no_log=None)
+        self.facts = facts
         run = Method(self, "run")
         self.actor = SimpleNamespace(
             describe=Method(self, "describe", facts),
@@ -151,6 +152,17 @@ async def test_no_call_of_rays_is_made_on_the_event_loop(monkeypatch: pytest.Mon
     ]  # fmt: skip
     assert world.on_loop == set()
     assert world.accepting == [False, True, False]
+
+
+async def test_the_user_hears_that_an_engine_keeps_no_log(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    world = FakeRay(monkeypatch)
+    world.facts.no_log = "--log-dir /away on h: Read-only file system"
+    await world.launcher.end(await world.ready())
+    assert [r.getMessage() for r in caplog.records] == [
+        "Engine 0 keeps no log: --log-dir /away on h: Read-only file system"
+    ]
 
 
 async def test_an_engine_is_told_the_newest_word_though_an_older_one_is_on_its_way(

@@ -1,5 +1,6 @@
 """The flight recorder: which requests an engine was computing when it died."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -138,6 +139,31 @@ def test_many_long_names_fit(tmp_path: Path) -> None:
     names = tuple(f"{number}-" + "x" * 500 for number in range(300))
     assert core.launch(step(new=names)) == (set(names), set(names))
     assert core.launch(step(**dict.fromkeys(names, (1, 1)))) == (set(), set(names))
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_an_engine_without_room_for_the_file_goes_on(
+    later: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(file: int, offset: int, size: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    core = Core(tmp_path) if later else None
+    monkeypatch.setattr(flight_recorder.os, "posix_fallocate", full)
+    core = core or Core(tmp_path)
+    names = tuple(f"{number}-" + "x" * 500 for number in range(300))
+    for _ in range(2):
+        core.scheduler.running = [SimpleNamespace(request_id=name) for name in names]
+        assert core.model_executor.execute_model(step(new=names), non_block=True) == "future"
+    assert read_flight(core.recorder.path) is None, "what the file said would be wrong now"
+    assert [r.getMessage() for r in caplog.records] == [
+        "If this engine dies, all its requests are suspects: [Errno 28] No space left on device"
+    ]
+
+
+def test_the_files_room_is_taken_before_it_is_written(tmp_path: Path) -> None:
+    found = Core(tmp_path).recorder.path.stat()
+    assert found.st_blocks * 512 >= found.st_size
 
 
 def test_a_torn_write_is_seen(tmp_path: Path) -> None:

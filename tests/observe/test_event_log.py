@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import random
 import threading
+import time
 from dataclasses import replace
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
@@ -285,6 +286,36 @@ def test_lines_of_several_processes_never_mix(tmp_path: Path) -> None:
         assert [r["sequence"] for r in mine] == list(range(LINES_EACH))
         assert all(len(r["admitted"]) == r["sequence"] % 40 for r in mine)
     assert replay(path) == Replayed(skipped=WRITERS * LINES_EACH)
+
+
+def test_a_file_that_cannot_be_opened_keeps_nobody_from_starting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(log_files, "RETRY_S", 0.05)
+    folder = tmp_path / "away"
+    log = EventLog(LogPlace(path=str(folder / "log")), who="engine 0")
+    log.migration({"id": "m0"})
+    while not log.dropped:
+        time.sleep(0.01)
+    folder.mkdir()
+    log.migration({"id": "m1"})
+    log.close()
+    found = lines(folder / "log")
+    assert [line["kind"] for line in found] == ["log", "dropped", "migration"]
+    assert found[1]["lines"] == 1
+    assert [r.getMessage() for r in caplog.records] == [
+        "The event log stands still (engine 0): No such file or directory",
+        "The event log goes on (engine 0): 1 lines lack",
+    ]
+
+
+def test_a_log_that_never_opens_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log_files, "RETRY_S", 0.05)
+    log = EventLog(LogPlace(path=str(tmp_path / "away" / "log")), who="engine 0")
+    log.migration({"id": "m0"})
+    log.close()
+    with pytest.raises(FileNotFoundError):  # As a user's own word at the start of `serve`.
+        EventLog(LogPlace(path=str(tmp_path / "away" / "log")), who="frontend", must_open=True)
 
 
 def test_a_writer_without_a_path_writes_nothing(

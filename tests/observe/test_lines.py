@@ -4,6 +4,7 @@ import json
 import logging
 import subprocess
 import sys
+import time
 from typing import Any
 
 import pytest
@@ -143,3 +144,32 @@ def test_all_that_a_process_and_its_children_write_is_json_until_it_is_closed() 
     assert "ZeroDivisionError: division by zero" in messages
     assert messages[-1] == "at the end"
     assert sum(len(msg) for msg in messages if set(msg) == {"x"}) == 100_000
+
+
+NOT_BLOCKING = """
+import os, sys, time
+from llumnix.observe import lines
+real = lines.as_json
+def odd(line, process):
+    if b"odd" in line:
+        raise MemoryError("as good as any")
+    return real(line, process)
+lines.as_json = odd
+os.set_blocking(1, False)
+captured = lines.Captured("main")
+print("an odd line", flush=True)
+for number in range(3000):
+    print(f"{number} " + "x" * 100, flush=True)
+captured.close()
+"""
+
+
+def test_no_line_ends_the_thread_and_none_is_lost_where_the_stream_does_not_block() -> None:
+    words = [sys.executable, "-c", NOT_BLOCKING]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as run:
+        time.sleep(0.5)  # So that the pipe is full.
+        assert run.stdout is not None
+        odd, *others = run.stdout.read().splitlines()
+        assert run.wait(60) == 0
+    assert odd == "an odd line"
+    assert [json.loads(line)["msg"].split()[0] for line in others] == [str(n) for n in range(3000)]

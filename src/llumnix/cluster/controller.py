@@ -85,10 +85,11 @@ class Controller:
     ) -> None:
         """`log_format`: how lines of the log look, in a process that has no other log. `log`: where
         they are kept, a folder and a name."""
-        if log is not None:
-            ray_runtime.keep_log(*log)
+        no_log = None if log is None else ray_runtime.keep_log(*log)
         if log_format is not None:
             log_to_stderr(log_format, process="controller")
+        if no_log is not None:
+            logger.warning("The controller keeps no log: %s", no_log)
         self._addresses = addresses
         self._keys = keys
         self._log = EventLog(event_log, who=f"controller {os.getpid()}")

@@ -178,17 +178,21 @@ _ROOT_CAUSE = re.compile(r"\b([A-Za-z_.]*(?:Error|Exception): .+)")
 _NOT_A_CAUSE = ("See stack trace", "See root cause", "ray.exceptions", "initialization failed")
 
 
-def keep_log(folder: str, name: str) -> None:
+def keep_log(folder: str, name: str) -> str | None:
     """Keeps the log of this worker in a folder of the user's. It is found among Ray's all the same
-    (`log_tail`)."""
+    (`log_tail`). Returns why it cannot be kept there; it stays among Ray's alone then."""
     import ray
 
-    path = keep_own_log(Path(folder), name)
+    try:
+        path = keep_own_log(Path(folder), name)
+    except OSError as error:
+        return f"--log-dir {folder} on {socket.gethostname()}: {error.strerror or error}"
     node = ray._private.worker._global_node
     if node is not None:
         link = Path(node.get_logs_dir_path()) / f"worker-kept-{os.getpid()}.out"
         with contextlib.suppress(OSError):
             link.symlink_to(path)
+    return None
 
 
 def log_about(error: str) -> list[str]:

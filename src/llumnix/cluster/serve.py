@@ -77,7 +77,7 @@ def _log(form: str) -> Captured | None:
 def _open_event_log(command: ServeCommand) -> EventLog:
     place = command.deployment.log_place
     try:
-        return EventLog(place, who=f"frontend {os.getpid()}")
+        return EventLog(place, who=f"frontend {os.getpid()}", must_open=True)
     except OSError as error:
         raise UsageError(
             f"--event-log {command.deployment.event_log} cannot be written ({error.strerror}); "

@@ -88,6 +88,7 @@ class InstanceFacts:
     workers: list[int] = field(default_factory=list)  # processes of its own beside `pid`
     flight: str = ""  # the file of its flight recorder
     host: str = ""  # within which `pid` and `workers` mean something; its actor says it
+    no_log: str | None = None  # why its log is not kept where the user wants it; likewise
 
 
 class EngineInstance(MemoryCalls, EngineCoreActor):

@@ -10,8 +10,9 @@ it as it was (frontend/ui/past.py).
 Rules
 - The first line of a file names the version of its lines (`LOG_VERSION`). A replay refuses a file
   of another version. A writer puts such a file aside and does not append to it.
-- A thread writes, so that a slow disk delays no engine, frontend or controller. At most
-  `QUEUED_MAX` lines wait for it. A line that finds no room in the queue or on the disk is counted.
+- A thread writes, so that a slow disk delays no engine, frontend or controller, and a file that
+  cannot be opened keeps none from starting. At most `QUEUED_MAX` lines wait for the thread. A line
+  that finds no room in the queue or on the disk is counted.
   Writing is tried again every `RETRY_S`; a line `dropped` then says how many lines are missing.
 - A tick without a decision is not written. Of reports that say nothing new, only the last before a
   line that may depend on its time is written, as a short line `again`. What a fleet says again is
@@ -38,10 +39,11 @@ again changes nothing there (core/scheduling/tuning.py, scaling.py)."""
 
 
 class EventLog:
-    """One writer of the log at `place`; without one it writes nothing. `OSError` if the file
-    cannot be opened. `notes` keeps what happened lately to requests, with or without a place."""
+    """One writer of the log at `place`; without one it writes nothing. `must_open`: `OSError` if
+    the file cannot be opened; else that is said once, and tried again. `notes` keeps what happened
+    lately to requests, with or without a place."""
 
-    def __init__(self, place: LogPlace | None, *, who: str) -> None:
+    def __init__(self, place: LogPlace | None, *, who: str, must_open: bool = False) -> None:
         self._who = who
         self.notes = Notes()
         self._writer: Writer | None = None
@@ -53,7 +55,7 @@ class EventLog:
         self._scales = False
         self._news_s = -math.inf  # when the last fact was written from which scaling may follow
         if place is not None:
-            self._writer = Writer(place.path, who, place.file_max_bytes)
+            self._writer = Writer(place.path, who, place.file_max_bytes, must_open=must_open)
 
     @property
     def dropped(self) -> int:

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import re
+import select
 import selectors
 import sys
 import threading
@@ -123,23 +124,36 @@ class Captured:
             if not ready and self._closing.is_set():
                 break
             for key, _ in ready:
-                fd: int = key.data
-                if not (some := os.read(key.fd, LINE_BYTES_MAX)):
-                    self._selector.unregister(key.fd)
-                    continue
-                *lines, rest = (self._rests[fd] + some).split(b"\n")
-                if len(rest) > LINE_BYTES_MAX:
-                    lines, rest = [*lines, rest], b""
-                self._rests[fd] = rest
-                self._put(fd, lines)
+                self._pass_on(key.fd, key.data)
         for fd, rest in self._rests.items():
             self._put(fd, [rest])
 
+    def _pass_on(self, reader: int, fd: int) -> None:
+        if not (some := os.read(reader, LINE_BYTES_MAX)):
+            self._selector.unregister(reader)
+            return
+        *lines, rest = (self._rests[fd] + some).split(b"\n")
+        if len(rest) > LINE_BYTES_MAX:
+            lines, rest = [*lines, rest], b""
+        self._rests[fd] = rest
+        self._put(fd, lines)
+
     def _put(self, fd: int, lines: list[bytes]) -> None:
-        out = b"".join(as_json(line, self._process) + b"\n" for line in lines if line.strip())
+        """Writes the lines. Nothing may end the thread: whoever prints would wait for it forever
+        once the pipe is full."""
+        out = b"".join(self._as_json(line) + b"\n" for line in lines if line.strip())
         with contextlib.suppress(OSError):  # Its reader has gone.
             while out:
-                out = out[os.write(self._kept[fd], out) :]
+                try:
+                    out = out[os.write(self._kept[fd], out) :]
+                except BlockingIOError:  # Somebody who shares the stream has it not block.
+                    select.select((), (self._kept[fd],), ())
+
+    def _as_json(self, line: bytes) -> bytes:
+        try:
+            return as_json(line, self._process)
+        except Exception:  # noqa: BLE001 - better as it is than not at all
+            return line
 
 
 def as_json(line: bytes, process: str) -> bytes:

@@ -124,15 +124,22 @@ def line_of(who: str, kind: str, at: float, rest: dict[str, Any]) -> bytes:
 
 
 class Writer:
-    """Appends lines to the log at `path`, on a thread of its own. `OSError` if it cannot be
-    opened."""
+    """Appends lines to the log at `path`, on a thread of its own. A file that cannot be opened is
+    tried again like one that cannot be written: a log keeps no process from starting. With
+    `must_open` that is an `OSError`."""
 
-    def __init__(self, path: str, who: str, file_max_bytes: int) -> None:
+    def __init__(self, path: str, who: str, file_max_bytes: int, *, must_open: bool) -> None:
         self._path = path
         self._who = who
         self._file_max_bytes = file_max_bytes
-        self._file = self._open()
+        self._file: int | None = None
         self._begun = self._torn = self._stands_still = False
+        try:
+            self._opened()
+        except OSError as error:
+            if must_open:
+                raise
+            self._tell(error)
         with contextlib.suppress(OSError):  # The disk is full: the thread tries again.
             self._begin()
         self._lines: queue.Queue[bytes | None] = queue.Queue(QUEUED_MAX)
@@ -160,7 +167,7 @@ class Writer:
         with contextlib.suppress(queue.Full):
             self._lines.put(None, timeout=CLOSE_TIMEOUT_S)
         self._thread.join(CLOSE_TIMEOUT_S)
-        if not self._thread.is_alive():
+        if not self._thread.is_alive() and self._file is not None:
             os.close(self._file)
 
     # -- on the thread
@@ -176,7 +183,7 @@ class Writer:
                     self._begin()
                 self._append(line)
                 self._tell(None)
-            except OSError as error:
+            except Exception as error:  # noqa: BLE001 - without the thread nothing would be told
                 # A full disk must not stop an engine. Once it has room again, the log goes on.
                 self._tell(error)
                 self._failed += 1
@@ -184,10 +191,11 @@ class Writer:
                     return
                 last_try = self._closing.wait(RETRY_S)
 
-    def _tell(self, error: OSError | None) -> None:
+    def _tell(self, error: Exception | None) -> None:
         """Says once that the log stands still, and once that it goes on."""
         if error is not None and not self._stands_still:
-            logger.error("The event log stands still (%s): %s", self._who, error.strerror)
+            why = getattr(error, "strerror", None) or repr(error)
+            logger.error("The event log stands still (%s): %s", self._who, why)
         elif error is None and self._stands_still:
             logger.warning("The event log goes on (%s): %d lines lack", self._who, self.dropped)
         self._stands_still = error is not None
@@ -202,13 +210,19 @@ class Writer:
         self._put_down(line)
 
     def _put_down(self, line: bytes) -> None:
-        count = os.write(self._file, line)
+        count = os.write(self._opened(), line)
         if count < len(line):
             # The disk is full, and part of the line is written. The next begins with a line break.
             self._torn = True
             raise _no_room()
 
     # -- files
+
+    def _opened(self) -> int:
+        """The file, which is opened if it could not be before."""
+        if self._file is None:
+            self._file = self._open()
+        return self._file
 
     def _open(self) -> int:
         """The file to append to, which may be empty."""
@@ -220,20 +234,21 @@ class Writer:
 
     def _begin(self) -> None:
         """Writes the first line if the file is empty."""
-        fcntl.flock(self._file, fcntl.LOCK_EX)
+        file = self._opened()
+        fcntl.flock(file, fcntl.LOCK_EX)
         try:
-            if not os.fstat(self._file).st_size:
+            if not os.fstat(file).st_size:
                 goes_on = False
                 with contextlib.suppress(FileNotFoundError):
                     before = first_line(_older(self._path, 1))
                     goes_on = before is not None and before.version == LOG_VERSION
                 more = {"version": LOG_VERSION, "goes_on": goes_on}
                 line = line_of(self._who, "log", time.monotonic(), more)
-                if os.write(self._file, line) < len(line):
-                    os.ftruncate(self._file, 0)
+                if os.write(file, line) < len(line):
+                    os.ftruncate(file, 0)
                     raise _no_room()
         finally:
-            fcntl.flock(self._file, fcntl.LOCK_UN)
+            fcntl.flock(file, fcntl.LOCK_UN)
         self._begun = True
 
     def _put_aside(self) -> None:
@@ -245,9 +260,10 @@ class Writer:
 
     def _turn_over(self) -> None:
         """Begins a new file if this one is full, or if another process has begun one."""
-        fcntl.flock(self._file, fcntl.LOCK_EX)
+        file = self._opened()
+        fcntl.flock(file, fcntl.LOCK_EX)
         try:
-            mine = os.fstat(self._file)
+            mine = os.fstat(file)
             try:
                 there = os.stat(self._path)
             except FileNotFoundError:
@@ -257,9 +273,9 @@ class Writer:
                     return
                 self._put_aside()
         finally:
-            fcntl.flock(self._file, fcntl.LOCK_UN)
-        before, self._file, self._begun = self._file, self._open(), False
-        os.close(before)
+            fcntl.flock(file, fcntl.LOCK_UN)
+        self._file, self._begun = self._open(), False
+        os.close(file)
 
 
 def _no_room() -> OSError:

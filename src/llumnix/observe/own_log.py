@@ -22,17 +22,20 @@ _SUFFIX = ".log"
 
 
 def keep_own_log(folder: Path, name: str) -> Path:
-    """From now on this process writes there; returns its file. `OSError` if it cannot be made."""
+    """From now on this process writes there; returns its file. `OSError` if it cannot be made; the
+    process writes where it did before then."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     for old in _runs(folder, name)[: 1 - RUNS_MAX]:
         for part in folder.glob(old.name + "*"):
-            part.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                part.unlink()
     began = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
     path = folder / f"{name}-{began}-{os.getpid()}{_SUFFIX}"
     # Appending is what makes it safe to empty the file while others write to it.
     file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
     for stream in (sys.stdout, sys.stderr):
-        stream.flush()
+        with contextlib.suppress(OSError):  # What was written before goes to another file.
+            stream.flush()
     for number in (1, 2):
         os.dup2(file, number)
     os.close(file)

@@ -27,8 +27,7 @@ class EngineActor:
     ) -> None:
         """`arguments`: those of `EngineInstance`, pickled by the driver (`pack`). `log`: where its
         log is kept, a folder and a name."""
-        if log is not None:
-            ray_runtime.keep_log(*log)
+        self._no_log = None if log is None else ray_runtime.keep_log(*log)
         host = ray_runtime.node_address()
         os.environ.update(environment)
         # Else vLLM would take the address of the default route. The other hosts may be unable to
@@ -51,7 +50,8 @@ class EngineActor:
 
     def describe(self) -> Any:
         """Where it lives; answers once the engine is ready."""
-        return replace(self._engine.describe(), host=ray_runtime.host_name())
+        host = ray_runtime.host_name()
+        return replace(self._engine.describe(), host=host, no_log=self._no_log)
 
     def run(self) -> None:
         """The engine's busy loop; returns once the engine was asked to stop."""

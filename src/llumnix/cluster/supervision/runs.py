@@ -220,6 +220,8 @@ class EngineLauncher:
             lines = await asyncio.to_thread(ray_runtime.log_about, str(error))
             run.last_words = tail_of(lines)
             return ray_runtime.root_cause(lines) or _reason(error)
+        if run.facts.no_log is not None:
+            logger.warning("Engine %d keeps no log: %s", run.engine_index, run.facts.no_log)
         self._frontends.locate(run.engine_index, run.facts.address)
         run.ended = asyncio.get_running_loop().create_future()
         run.listening = asyncio.create_task(_listen(run))

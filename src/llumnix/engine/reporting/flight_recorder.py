@@ -10,7 +10,7 @@ Rules
 - The file names those that start in a step in flight, and all that run. It is written when the
   first set changes, before the step is launched. In between no other begins to run.
 - The engine writes into a mapped file, so that nothing is lost with the process. A checksum tells a
-  reader that the engine died as it wrote.
+  reader that the engine died as it wrote. An engine that finds no room for the file goes on without.
 
 vLLM internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
 - `EngineCore` launches every step with `model_executor.execute_model(SchedulerOutput, ...)`, right
@@ -23,6 +23,7 @@ vLLM internals relied on here (tests/house/test_vllm_contract.py fails when one 
 - `scheduler.running` has all that run, as of the step that is launched.
 """
 
+import logging
 import mmap
 import os
 import struct
@@ -34,6 +35,8 @@ from typing import Any
 import msgspec
 
 from llumnix.core.types import RequestId
+
+logger = logging.getLogger("llumnix.engine")
 
 FILE = "flight"
 """Its name in the engine's own folder."""
@@ -63,9 +66,8 @@ class FlightRecorder:
         self.path = folder / FILE
         self.writes = 0
         self._starting: frozenset[str] = frozenset()
-        with self.path.open("w+b") as file:
-            file.truncate(_BYTES_AT_FIRST)
-            self._file = mmap.mmap(file.fileno(), _BYTES_AT_FIRST)
+        self._file: mmap.mmap | None = None
+        self._map(_BYTES_AT_FIRST)
         self._write(())
         launch = core.model_executor.execute_model
 
@@ -83,12 +85,28 @@ class FlightRecorder:
             self._starting = starting
             self._write(request.request_id for request in core.scheduler.running)
 
+    def _map(self, size: int) -> None:
+        """Maps a file of that size. Its room on the disk is taken before: to write into a mapped
+        file on a full disk would end the process. Without room the engine goes on unrecorded."""
+        try:
+            with self.path.open("a+b") as file:
+                os.posix_fallocate(file.fileno(), 0, size)
+                self._file = mmap.mmap(file.fileno(), size)
+        except OSError as error:
+            logger.warning("If this engine dies, all its requests are suspects: %s", error)
+            self._file = None
+            forget_flight(self.path)  # What it says would soon be wrong.
+
     def _write(self, running: Iterable[str]) -> None:
+        if self._file is None:
+            return
         self.writes += 1
         body = msgspec.msgpack.encode((list(self._starting), list(running)))
         size = _HEAD.size + len(body)
         if size > len(self._file):
-            self._file.resize(2 * size)
+            self._map(2 * size)
+            if self._file is None:
+                return
         head = _HEAD.pack(_MARK, self.writes, len(body), _checksum(self.writes, body))
         self._file[_HEAD.size : size] = body
         self._file[: _HEAD.size] = head
