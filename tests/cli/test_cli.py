@@ -363,12 +363,14 @@ def test_silence_after_an_order_is_unknown_and_says_where_to_look(
 
 
 class Draining:
-    """A body that changes with each question: the drain's answer, then the lists of instances."""
+    """A body that changes with each question: what there is, the drain's answer, then the lists of
+    instances."""
 
     def __init__(self, server: Server, *states: tuple[str, str | None]) -> None:
         rows = [{"id": "i1", "state": state, "why": why} for state, why in states]
         listed = [{"controller": "up", "instances": [row]} for row in rows]
-        bodies = iter([rows[0], *listed, {"controller": "up", "instances": []}])
+        there = {"controller": "up", "instances": [{**rows[0], "state": "serving"}]}
+        bodies = iter([there, rows[0], *listed, {"controller": "up", "instances": []}])
         handler = server.handler
         answer = handler.answer
 
@@ -394,8 +396,8 @@ def test_drain_sends_what_it_was_told_and_returns_once_the_instance_is_gone(
     Draining(server, ("draining", "draining: a user's order"), ("stopping", None))
     assert main(["drain", "i1", *flags, "--url", server.url]) == 0
     assert capsys.readouterr().out.startswith("i1 is empty and stopped after 0.")
-    assert server.asked[0][:2] == ("POST", f"/llumnix/v1/instances/i1/drain{query}")
-    assert [a[0] for a in server.asked] == ["POST", "GET", "GET", "GET"]
+    assert server.asked[1][:2] == ("POST", f"/llumnix/v1/instances/i1/drain{query}")
+    assert [a[0] for a in server.asked] == ["GET", "POST", "GET", "GET", "GET"]
 
 
 def test_drain_says_what_was_cut_off(server: Server, capsys: pytest.CaptureFixture[str]) -> None:

@@ -151,8 +151,9 @@ def test_all_instances_of_a_node_are_removed(
 def test_the_last_instance_is_refused_and_the_others_go_all_the_same(
     server: Server, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    there = listed(("i0", "serving", None), ("i1", "serving", None))
     order = {"id": "i0", "state": "draining", "why": None}
-    play(server, order, (409, refusal("i1 is the only instance that serves")), listed())
+    play(server, there, order, (409, refusal("i1 is the only instance that serves")), listed())
     assert main(["remove", "i0", "i1", "--url", server.url]) == 2
     told = capsys.readouterr()
     assert told.out.startswith("i0 is empty and stopped after ")
@@ -189,7 +190,8 @@ def again(*engines: tuple[str, str, int]) -> dict[str, Any]:
     return body
 
 
-ORDER = {"id": "i0", "state": "draining"}
+ORDER = {"id": "i0", "state": "draining", "why": None}
+TWO = [again(("i0", "serving", 0), ("i1", "serving", 1))] * 2
 
 
 def test_all_instances_are_restarted_one_after_the_other(
@@ -213,11 +215,11 @@ def test_all_instances_are_restarted_one_after_the_other(
 
 def test_instances_may_be_restarted_together(server: Server) -> None:
     play(
-        server, again(("i0", "serving", 0), ("i1", "serving", 1)), ORDER, {**ORDER, "id": "i1"},
+        server, *TWO, ORDER, {**ORDER, "id": "i1"},
         again(("i0", "serving", 2), ("i1", "draining", 1)), again(("i1", "serving", 3)),
     )  # fmt: skip
     assert main(["restart", "i0", "i1", "--together", "--url", server.url]) == 0
-    assert [a[0] for a in server.asked] == ["GET", "POST", "POST", "GET", "GET"]
+    assert [a[0] for a in server.asked] == ["GET", "GET", "POST", "POST", "GET", "GET"]
 
 
 @pytest.mark.parametrize(
@@ -231,20 +233,100 @@ def test_instances_may_be_restarted_together(server: Server) -> None:
 def test_the_first_that_does_not_serve_again_ends_a_rolling_restart(
     server: Server, capsys: pytest.CaptureFixture[str], then: dict[str, Any], said: str
 ) -> None:
-    play(server, again(("i0", "serving", 0), ("i1", "serving", 1)), ORDER, then)
+    play(server, *TWO, ORDER, then)
     assert main(["restart", "i0", "i1", "--url", server.url]) == 1
     assert capsys.readouterr().out.splitlines()[1].startswith(said)
 
 
+BUSY: list[Any] = [
+    (0, None),
+    (502, None),
+    (503, refusal("nobody serves now", "service_unavailable")),
+]
+
+
+def serials(*rows: tuple[str, str, int], engine: int | None = None) -> dict[str, Any]:
+    """A list of instances with their serial numbers."""
+    body = again(*((i, s, serial if engine is None else engine) for i, s, serial in rows))
+    for row, (_, _, serial) in zip(body["instances"], rows, strict=True):
+        row["serial"] = serial
+    return body
+
+
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_client, "PAUSE_S", 0.0)
+
+
+@pytest.mark.usefixtures("patient")
 def test_a_command_that_waits_asks_a_busy_server_again(
     server: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(server_client, "PAUSE_S", 0.0)
-    order = {"id": "i0", "state": "draining", "why": None}
-    play(server, order, (0, None), (0, None), listed())
+    there = serials(("i0", "serving", 4))
+    order = there["instances"][0] | {"state": "draining"}
+    play(server, there, order, *BUSY, serials())
     assert main(["remove", "i0", "--url", server.url]) == 0
-    assert len(server.asked) == 4
+    assert len(server.asked) == 3 + len(BUSY)
     monkeypatch.setattr(server_client, "PATIENCE_S", 0.0)
-    play(server, order, (0, None), (0, None))
+    play(server, there, order, (0, None), (0, None))
     assert main(["remove", "i0", "--url", server.url]) == 2
     assert "no llumnix answers" in capsys.readouterr().err
+
+
+def test_a_command_waits_for_no_server_before_it_has_ordered_anything(
+    server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.status = 0
+    for command in ("drain", "restart"):
+        assert main([command, "i0", "--url", server.url]) == 2
+        assert "no llumnix answers" in capsys.readouterr().err
+    assert len(server.asked) == 2
+
+
+@pytest.mark.usefixtures("patient")
+@pytest.mark.parametrize("failure", BUSY)
+def test_a_drain_without_an_answer_is_ordered_again_of_the_instance_that_was_meant(
+    server: Server, capsys: pytest.CaptureFixture[str], failure: Any
+) -> None:
+    there = serials(("i0", "serving", 4))
+    order = there["instances"][0] | {"state": "draining"}
+    play(server, there, failure, there, order, serials())
+    assert main(["drain", "i0", "--url", server.url]) == 0
+    assert [a[0] for a in server.asked] == ["GET", "POST", "GET", "POST", "GET"]
+    # Carried out meanwhile, and another instance has its id.
+    server.asked.clear()
+    other = serials(("i0", "starting", 5))
+    play(server, there, failure, other, other)
+    assert main(["drain", "i0", "--url", server.url]) == 0
+    assert [a[0] for a in server.asked] == ["GET", "POST", "GET", "GET"]
+    out = capsys.readouterr().out.splitlines()
+    assert [line.split(" after ")[0] for line in out] == ["i0 is empty and stopped"] * 2
+
+
+def test_an_instance_that_got_the_id_of_a_drained_one_is_another(
+    server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    there = serials(("i0", "serving", 4))
+    order = there["instances"][0] | {"state": "draining"}
+    play(server, there, order, serials(("i0", "serving", 5)))
+    assert main(["drain", "i0", "--url", server.url]) == 0
+    assert capsys.readouterr().out.startswith("i0 is empty and stopped after ")
+
+
+@pytest.mark.usefixtures("patient")
+@pytest.mark.parametrize("failure", BUSY)
+def test_a_restart_without_an_answer_is_not_ordered_twice(
+    server: Server, capsys: pytest.CaptureFixture[str], failure: Any
+) -> None:
+    there, done = serials(("i0", "serving", 4), engine=0), serials(("i0", "serving", 4), engine=1)
+    play(server, there, there, failure, done, done)
+    assert main(["restart", "i0", "--url", server.url]) == 0
+    assert [a[0] for a in server.asked] == ["GET", "GET", "POST", "GET", "GET"]
+    order = there["instances"][0] | {"state": "draining"}
+    play(server, there, there, failure, there, order, done)
+    assert main(["restart", "i0", "--url", server.url]) == 0
+    assert [a[0] for a in server.asked[5:]] == ["GET", "GET", "POST", "GET", "POST", "GET"]
+    # Another instance with its id serves, which is not the one that was to serve again.
+    play(server, there, there, order, serials(("i0", "serving", 5), engine=2))
+    assert main(["restart", "i0", "--url", server.url]) == 1
+    assert capsys.readouterr().out.splitlines()[-1] == "i0 is gone: it was ordered away"

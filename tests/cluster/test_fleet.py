@@ -714,11 +714,13 @@ def test_a_drain_of_the_schedulers_own_cuts_nothing_off(play: Callable[..., Worl
 
 def test_an_added_instance_starts_in_the_lowest_free_slot(play: Callable[..., World]) -> None:
     async def script(w: World) -> None:
+        before = {status.serial for status in w.fleet.status()}
         await w.fleet.drain(I0, "a user's order")
         await asyncio.sleep(1)
         w.launcher.ready_s = 5
         added = await w.fleet.add()
         assert (added.id, added.state) == ("i0", "starting")
+        assert added.serial not in before
         await asyncio.sleep(0.1)
         assert w.client.link.told[-1].starting == 1
         await asyncio.sleep(6)

@@ -6,6 +6,7 @@ them. Every run of an instance is a new Ray actor with a new engine index.
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import os
 from collections.abc import Callable, Coroutine
@@ -104,6 +105,7 @@ class Fleet:
             on_health=lambda _: self._changed(),
         )
         self._refused = ""
+        self._serials = itertools.count()
         self._figures = FleetMetrics(priorities_of(self._settings), _build(self._settings.policy))
         self.exposition = Exposition(self._scraped)
         self._controller: ControllerProcess | None = None
@@ -362,7 +364,7 @@ class Fleet:
     def _register(self) -> Member:
         """Adds a new member, in the lowest free slot."""
         slot = self._free_slot()
-        member = Member(id=InstanceId(f"i{slot}"), slot=slot)
+        member = Member(id=InstanceId(f"i{slot}"), slot=slot, serial=next(self._serials))
         self._members[member.id] = member
         if slot < SETTLED_SLOTS:
             metrics.settle({"engine": [str(slot)]})

@@ -3,12 +3,13 @@
 import argparse
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 from urllib.parse import quote, urlencode
 
 from llumnix.commands.printing import print_json, table
-from llumnix.commands.server_client import ask, ask_again, server_parser
-from llumnix.errors import UsageError
+from llumnix.commands.server_client import ask, ask_again, server_parser, with_patience
+from llumnix.errors import LlumnixError, UsageError
 
 INSTANCES = "/llumnix/v1/instances"
 ANSWER_TIMEOUT_S = 10.0
@@ -45,11 +46,10 @@ def add(argv: list[str]) -> int:
         say(args, f"{rows[-1]['id']} is {rows[-1]['state']}")
     failed = False
     if args.wait:
-        names = [row["id"] for row in rows]
-        rows = wait_until_serving(args, names)
-        for name, row in zip(names, rows, strict=True):
+        rows = wait_until_serving(args, rows)
+        for row in rows:
             failed |= row["state"] != "serving"
-            say(args, came_up_line(name, row, began_s))
+            say(args, came_up_line(row, began_s))
     if args.json:
         print_json({"instances": rows})
     return 1 if failed else 0
@@ -70,9 +70,11 @@ def undrain(argv: list[str]) -> int:
     """`llumnix undrain`: lets instances that are being drained serve on."""
     parser = instances_parser("undrain")
     args = parser.parse_args(argv)
+    check_named(args)
+    names = named(args, rows_at_first(args) if args.node else {})
     rows = [
         ask(args, "POST", path_of(name, "/undrain"), wanted="state", timeout_s=ANSWER_TIMEOUT_S)
-        for name in named(args)
+        for name in names
     ]
     if args.json:
         print_rows(rows)
@@ -89,15 +91,18 @@ def path_of(instance: str, rest: str = "") -> str:
     return f"{INSTANCES}/{quote(instance, safe='')}{rest}"
 
 
-def named(args: argparse.Namespace) -> list[str]:
-    """The instances that the user means: those named, or those of a node."""
-    if args.node is None:
-        if not args.instances:
-            raise UsageError("name instances, as `llumnix status` shows them, or give --node NODE")
-        return list(dict.fromkeys(args.instances))
-    if args.instances:
+def check_named(args: argparse.Namespace) -> None:
+    """`UsageError` unless the user names either instances or a node."""
+    if not args.node and not args.instances:
+        raise UsageError("name instances, as `llumnix status` shows them, or give --node NODE")
+    if args.node and args.instances:
         raise UsageError("give instances or --node, not both")
-    rows = {row["id"]: row for row in _list(args)["instances"]}
+
+
+def named(args: argparse.Namespace, rows: dict[str, Row]) -> list[str]:
+    """The instances that the user means: those named, or those of a node. `rows`: all there are."""
+    if not args.node:
+        return list(dict.fromkeys(args.instances))
     found = [name for name, row in rows.items() if row["node"] == args.node]
     if not found:
         nodes = ", ".join(sorted({str(r["node"]) for r in rows.values() if r["node"]})) or "none"
@@ -105,27 +110,62 @@ def named(args: argparse.Namespace) -> list[str]:
     return found
 
 
+def rows_at_first(args: argparse.Namespace) -> dict[str, Row]:
+    """All instances, by id, before anything is ordered: no server is waited for."""
+    return _rows(_list(args))
+
+
 def rows_of(args: argparse.Namespace) -> dict[str, Row]:
-    """All instances, by id."""
-    body = ask_again(args, INSTANCES, wanted="instances", timeout_s=ANSWER_TIMEOUT_S)
+    """The same, while something is waited for: a server that is busy is asked again."""
+    return _rows(ask_again(args, INSTANCES, wanted="instances", timeout_s=ANSWER_TIMEOUT_S))
+
+
+def _rows(body: Row) -> dict[str, Row]:
     return {row["id"]: row for row in body["instances"]}
 
 
-def wait_until_serving(args: argparse.Namespace, names: list[str]) -> list[Row]:
+def now(before: Row, rows: dict[str, Row]) -> Row | None:
+    """What an instance is now; None if it is gone. Its id may be another's by now."""
+    row = rows.get(before["id"])
+    return row if row is not None and row.get("serial") == before.get("serial") else None
+
+
+def order(
+    args: argparse.Namespace,
+    path: str,
+    before: Row | None,
+    taken: Callable[[Row], bool] = lambda row: False,
+) -> Row:
+    """What the server answers to an order about an instance. If no answer came, the order may have
+    been carried out, and the id may be another instance's. So the order is given again only to the
+    instance that is meant, `before`, and only unless it was `taken`."""
+
+    def unless() -> Row | None:
+        if before is None:  # There was none: the server may say so.
+            return None
+        row = now(before, rows_of(args)) or {**before, "state": "gone"}
+        return row if row["state"] == "gone" or taken(row) else None
+
+    return with_patience(
+        lambda: ask(args, "POST", path, wanted="state", timeout_s=ANSWER_TIMEOUT_S), unless
+    )
+
+
+def wait_until_serving(args: argparse.Namespace, added: list[Row]) -> list[Row]:
     """Waits until each of them serves, or will not by itself. Returns what became of them."""
     while True:
         rows = rows_of(args)
-        seen = [rows.get(name, {"id": name, "state": "gone", "why": None}) for name in names]
+        seen = [now(row, rows) or {**row, "state": "gone", "why": None} for row in added]
         if not any(row["state"] in ("starting", "restarting") for row in seen):
             return seen
         time.sleep(POLL_S)
 
 
-def came_up_line(name: str, row: Row, began_s: float) -> str:
+def came_up_line(row: Row, began_s: float) -> str:
     """What became of an instance that was waited for."""
     if row["state"] == "serving":
-        return f"{name} serves after {time.monotonic() - began_s:.1f} s"
-    return f"{name} is {row['state']}: {row['why'] or 'it was not to serve any more'}"
+        return f"{row['id']} serves after {time.monotonic() - began_s:.1f} s"
+    return f"{row['id']} is {row['state']}: {row['why'] or 'it was not to serve any more'}"
 
 
 def drain_query(args: argparse.Namespace) -> str:
@@ -178,21 +218,22 @@ def _drain(command: str, argv: list[str]) -> int:
     parser = instances_parser(command)
     drain_flags(parser)
     args = parser.parse_args(argv)
-    began_s, names, query = time.monotonic(), named(args), drain_query(args)
+    check_named(args)
+    before = rows_at_first(args)
+    began_s, query = time.monotonic(), drain_query(args)
     last: dict[str, Row] = {}
-    refused: UsageError | None = None
-    for name in names:
+    refused: LlumnixError | None = None
+    for name in named(args, before):
         try:
-            path = path_of(name, f"/drain{query}")
-            last[name] = ask(args, "POST", path, wanted="state", timeout_s=ANSWER_TIMEOUT_S)
-        except UsageError as error:
+            last[name] = order(args, path_of(name, f"/drain{query}"), before.get(name))
+        except LlumnixError as error:
             refused = refused or error  # Those that were ordered before go on.
     under, taken_back = list(last), False
     while under:
         time.sleep(POLL_S)
         rows = rows_of(args)
         for name in list(under):
-            row = rows.get(name)
+            row = now(last[name], rows)
             if row is not None:
                 last[name] = row
             if row is None:

@@ -4,19 +4,21 @@ import argparse
 import time
 
 from llumnix.commands.instances import (
-    ANSWER_TIMEOUT_S,
     POLL_S,
     Row,
+    check_named,
     drain_flags,
     drain_query,
     instances_parser,
     named,
+    now,
+    order,
     path_of,
     print_rows,
+    rows_at_first,
     rows_of,
     say,
 )
-from llumnix.commands.server_client import ask
 
 UNDER_WAY = ("draining", "stopping", "restarting", "starting")
 
@@ -33,7 +35,12 @@ def restart(argv: list[str]) -> int:
     )
     how.add_argument("--together", action="store_true", help="all of them at once")
     args = parser.parse_args(argv)
-    names = named(args) if args.instances or args.node else list(rows_of(args))
+    there = rows_at_first(args)
+    if args.instances or args.node:
+        check_named(args)
+        names = named(args, there)
+    else:
+        names = list(there)
     groups = [names] if args.together else [[name] for name in names]
     rows: list[Row] = []
     for group in groups:
@@ -47,21 +54,28 @@ def restart(argv: list[str]) -> int:
 
 def _restart(args: argparse.Namespace, names: list[str]) -> list[Row]:
     """Restarts these, and returns what became of each."""
-    began_s, query, before = time.monotonic(), drain_query(args), rows_of(args)
+    began_s, query, rows = time.monotonic(), drain_query(args), rows_of(args)
+    before: dict[str, Row] = {}
     for name in names:
-        path = path_of(name, f"/restart{query}")
-        row = ask(args, "POST", path, wanted="state", timeout_s=ANSWER_TIMEOUT_S)
+        there = rows.get(name)
+        old = None if there is None else there["engine_index"]
+
+        def begun(row: Row, old: int | None = old) -> bool:
+            return row["state"] in UNDER_WAY or row["engine_index"] != old
+
+        row = order(args, path_of(name, f"/restart{query}"), there, begun)
+        before[name] = {**row, "engine_index": old}
         say(args, f"{name} is {row['state']}")
     found: dict[str, Row] = {}
     while len(found) < len(names):
         time.sleep(POLL_S)
         rows = rows_of(args)
         for name in names:
-            row = rows.get(name, {"id": name, "state": "gone", "why": "it was ordered away"})
+            gone = {**before[name], "state": "gone", "why": "it was ordered away"}
+            row = now(before[name], rows) or gone
             if name in found or row["state"] in UNDER_WAY:
                 continue
-            old = before[name]["engine_index"] if name in before else None
-            if row["state"] == "serving" and row["engine_index"] == old:
+            if row["state"] == "serving" and row["engine_index"] == before[name]["engine_index"]:
                 row = {**row, "state": "not restarted", "why": "its restart was taken back"}
             found[name] = row
             say(args, _line(row, time.monotonic() - began_s))

@@ -4,7 +4,7 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from llumnix.errors import LlumnixError, UsageError
@@ -99,6 +99,10 @@ class NobodyError(UsageError):
     """No server answers."""
 
 
+class BusyError(LlumnixError):
+    """The server, or a proxy before it, cannot answer now."""
+
+
 def ask(
     args: argparse.Namespace,
     method: str,
@@ -158,14 +162,25 @@ def ask_again(
 ) -> dict[str, Any]:
     """The same by GET, for a command that waits for something: a server that is busy for a while is
     asked again, for `PATIENCE_S`."""
+    return with_patience(lambda: ask(args, "GET", path, wanted=wanted, timeout_s=timeout_s))
+
+
+def with_patience(
+    attempt: Callable[[], dict[str, Any]],
+    unless: Callable[[], dict[str, Any] | None] = lambda: None,
+) -> dict[str, Any]:
+    """Tries again for `PATIENCE_S` while nobody answers, or a server that is busy. `unless`: looks
+    before each further attempt whether it is still wanted; what it returns is the result then."""
     began_s = time.monotonic()
     while True:
         try:
-            return ask(args, "GET", path, wanted=wanted, timeout_s=timeout_s)
-        except NobodyError:
+            return attempt()
+        except (NobodyError, BusyError):
             if time.monotonic() > began_s + PATIENCE_S:
                 raise
             time.sleep(PAUSE_S)
+        if (found := unless()) is not None:
+            return found
 
 
 def _nobody(args: argparse.Namespace, error: Exception) -> UsageError:
@@ -189,8 +204,8 @@ def _refused(args: argparse.Namespace, answer: "httpx.Response") -> LlumnixError
     body = _json_of(answer)
     error = body.get("error") if isinstance(body, dict) else None
     if isinstance(error, dict) and error.get("type") in _OUR_ERRORS:
-        kind = UsageError if answer.status_code < 500 else LlumnixError
+        kind = UsageError if answer.status_code < 500 else BusyError
         return kind(str(error.get("message")))
     if answer.status_code >= 500:
-        return LlumnixError(f"{args.url} failed (status {answer.status_code}); its log says why")
+        return BusyError(f"{args.url} failed (status {answer.status_code}); its log says why")
     return UsageError(f"{args.url} is no llumnix server (status {answer.status_code})")

@@ -15,6 +15,7 @@ class Member:
 
     id: InstanceId
     slot: int  # its number among the metrics
+    serial: int = 0  # never used again, while a later instance may get the id and the slot
     life: Lifecycle = field(init=False)
     run: EngineRun | None = None  # of its engine; kept until nothing of it is left
     health: Health = field(default_factory=Health)
@@ -66,4 +67,5 @@ class Member:
             takes_requests=self.takes_requests,
             step=run.step if run else None,
             for_s=round(run.step_for_s, 1) if run else None,
+            serial=self.serial,
         )

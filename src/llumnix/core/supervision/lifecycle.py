@@ -138,6 +138,7 @@ class InstanceStatus:
     takes_requests: bool = False  # whether requests may be sent to it, and are answered
     step: str | None = None  # of its engine's start: "placing", "loading", or "up"
     for_s: float | None = None  # for how long it has been at that step
+    serial: int = 0  # tells it from an earlier instance with the same id
 
 
 @dataclass(slots=True, kw_only=True)

@@ -10,7 +10,7 @@ Rules
 - The file names those that start in a step in flight, and all that run. It is written when the
   first set changes, before the step is launched. In between no other begins to run.
 - The engine writes into a mapped file, so that nothing is lost with the process. A checksum tells a
-  reader that the engine died as it wrote. An engine that finds no room for the file goes on without.
+  reader that the engine died as it wrote. Without room for the file the engine goes on unrecorded.
 
 vLLM internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
 - `EngineCore` launches every step with `model_executor.execute_model(SchedulerOutput, ...)`, right
