@@ -4,7 +4,8 @@
 Every flag has a variable: `LLUMNIX_` and its name, so LLUMNIX_MAX_MODEL_LEN for --max-model-len,
 and LLUMNIX_MODEL for the model. What variables and the file say becomes words of the command line,
 so the parser alone checks it. Where several places name a flag, the first in this order counts
-whole; values are not merged.
+whole; values are not merged. Keys and the file of keys count as one flag there: who gives a key on
+the command line does not let in those of a file that --config names.
 """
 
 import argparse
@@ -12,7 +13,7 @@ import difflib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,18 @@ from llumnix.errors import UsageError, yaml_line
 
 PREFIX = "LLUMNIX_"
 CONFIG_VARIABLE = "LLUMNIX_CONFIG"
-LEFT_ALONE = frozenset({"LLUMNIX_ADMIN_API_KEY", "LLUMNIX_CACHE", "LLUMNIX_URL", CONFIG_VARIABLE})
+LEFT_ALONE = frozenset({"LLUMNIX_CACHE", "LLUMNIX_URL", CONFIG_VARIABLE})
 """Variables that are read elsewhere, at the place of the flag if there is one."""
+ALIASES = {"VLLM_API_KEY": "api_key"}
+"""Variables of vLLM's that stand for a flag, where no variable of ours does."""
+_TWINS = {
+    one: other
+    for name in ("api_key", "admin_api_key")
+    for one, other in ((name, f"{name}_file"), (f"{name}_file", name))
+}
+_SERVICE_LINK = re.compile(r"(tcp|udp|sctp)://\S+")
+"""What Kubernetes writes into NAME_PORT and its like in pods beside a service called NAME."""
+_OF_SERVICE_LINK = re.compile(r"_SERVICE_(HOST|PORT)(_|$)|_PORT_\d+_(TCP|UDP|SCTP)(_|$)")
 FLAG = "command line"
 ALIKE = 0.85
 """How near a variable's name must be to that of a flag to be taken for a slip."""
@@ -38,7 +49,14 @@ SECRET = frozenset({"api_key", "admin_api_key", "hf_token"})
 MASK = "***"
 OURS = "llumnix"
 """Where a value is from that nobody gave: llumnix's own, which differs from vLLM's default."""
-_SECRET_WORD = re.compile(r"key$|token$|secret|password|credential", re.IGNORECASE)
+_SECRET_WORD = re.compile(
+    r"key$|token$|secret|passw|passphrase|credential|authorization", re.IGNORECASE
+)
+_SECRET_IN_TEXT = re.compile(
+    r"""(?ix) ( \w* (?: key | token | secret | passw\w* | passphrase | credential | authorization)
+    \w* ["']? \s* [=:] \s* ) (?: "[^"]*" | '[^']*' | [^\s,;)}\]]+ )"""
+)
+_SECRET_IN_URL = re.compile(r"(://)[^/@\s]*@")
 _NO_SETTING = frozenset({"subparser", "model_tag", "access", "config", "dispatch_function"})
 
 
@@ -67,19 +85,27 @@ def layered(
     sources = dict.fromkeys(_named(rest, parser), FLAG)
     if model:
         sources["model"] = FLAG
-    found, warnings = _of_variables(environ, known), []
+    warnings = []
     if strict:
-        warnings = [w for name in environ if (w := _slip(name, known)) is not None]
+        warnings = [
+            w for name, text in environ.items() if (w := _warning(name, text, known)) is not None
+        ]
     words: list[str] = []
-    for name, value, source in (*found, *_of_file(path, where, known, strict=strict)):
-        action = known[name]
-        if action.dest in sources:
-            continue
-        sources[action.dest] = source
-        if action.dest == "model":
-            model = [str(value)]
-        else:
-            words += _words(action, value, source)
+    for place in (
+        _of_variables(environ, known),
+        _of_aliases(environ, known),
+        _of_file(path, where, known, strict=strict),
+    ):
+        before = frozenset(sources)
+        for name, value, source in place:
+            action = known[name]
+            if action.dest in sources or _TWINS.get(action.dest) in before:
+                continue
+            sources[action.dest] = source
+            if action.dest == "model":
+                model = [str(value)]
+            else:
+                words += _words(action, value, source)
     return Layered(words=[argv[0], *model, *words, *rest], sources=sources, warnings=warnings)
 
 
@@ -158,8 +184,20 @@ def _of_variables(
         name = variable.removeprefix(PREFIX).lower()
         if not variable.startswith(PREFIX) or variable in LEFT_ALONE or not text:
             continue
-        if name in known:
+        if name in known and not _is_service_link(variable, text):
             yield name, _value(known[name], text, variable), variable
+
+
+def _of_aliases(
+    environ: Mapping[str, str], known: Mapping[str, argparse.Action]
+) -> Iterator[tuple[str, Any, str]]:
+    for variable, name in ALIASES.items():
+        if name in known and environ.get(variable):
+            yield name, environ[variable], variable
+
+
+def _is_service_link(variable: str, text: str) -> bool:
+    return variable.endswith("_PORT") and _SERVICE_LINK.fullmatch(text) is not None
 
 
 def _value(action: argparse.Action, text: str, variable: str) -> Any:
@@ -178,11 +216,20 @@ def _value(action: argparse.Action, text: str, variable: str) -> Any:
     return text
 
 
-def _slip(variable: str, known: Mapping[str, argparse.Action]) -> str | None:
-    """A warning if a variable is named nearly as that of a flag."""
+def _warning(variable: str, text: str, known: Mapping[str, argparse.Action]) -> str | None:
+    """A warning if a variable is named as that of a flag and comes from elsewhere, or nearly so."""
     if not variable.startswith(PREFIX) or variable in LEFT_ALONE:
         return None
     name = variable.removeprefix(PREFIX).lower()
+    if _is_service_link(variable, text):
+        return (
+            f"warning: {variable}={text} is a service link of Kubernetes and sets nothing; "
+            f"give --{name.replace('_', '-')} on the command line, or enableServiceLinks: false"
+            if name in known
+            else None
+        )
+    if _OF_SERVICE_LINK.search(variable):
+        return None
     near = [] if name in known else difflib.get_close_matches(name, known, 1, ALIKE)
     return (
         f"warning: {variable} sets nothing; did you mean {variable_of(near[0])}?" if near else None
@@ -278,9 +325,14 @@ def _shown(name: str, value: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """As JSON, with what looks like a secret masked."""
-    if value is None or isinstance(value, bool | int | float | str):
+    """As JSON, with what looks like a secret masked. Of a configuration object: what is set."""
+    if value is None or isinstance(value, bool | int | float):
         return value
+    if isinstance(value, str):
+        return _SECRET_IN_URL.sub(rf"\1{MASK}@", value)
+    if is_dataclass(value) and not isinstance(value, type):
+        shown = {f.name: getattr(value, f.name, None) for f in fields(value) if f.repr}
+        return _plain({name: each for name, each in shown.items() if each not in (None, {}, [])})
     if isinstance(value, Mapping):
         return {
             str(k): MASK if v and _SECRET_WORD.search(str(k)) else _plain(v)
@@ -288,4 +340,4 @@ def _plain(value: Any) -> Any:
         }
     if isinstance(value, list | tuple | set | frozenset):
         return [_plain(each) for each in value]
-    return re.sub(r"(?i)((?:key|token|secret|password)\w*=)[^,)]+", rf"\1{MASK}", str(value))
+    return _plain(_SECRET_IN_TEXT.sub(rf"\1{MASK}", str(value)))

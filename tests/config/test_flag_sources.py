@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,10 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--enforce-eager", action=argparse.BooleanOptionalAction)
     parser.add_argument("--priority-class", action="append")
     parser.add_argument("--api-key", nargs="+")
+    parser.add_argument("--api-key-file")
+    parser.add_argument("--admin-api-key", action="append")
+    parser.add_argument("--admin-api-key-file")
+    parser.add_argument("--metrics-port", type=int)
     parser.add_argument("--survival", choices=["on", "off"])
     parser.add_argument("--compilation-config")
     return parser
@@ -40,7 +45,8 @@ def read(
         path = file[0] / "flags.yaml"
         path.write_text(file[1])
         argv += ["--config", str(path)]
-    got = layered(argv, parser, {f"LLUMNIX_{k}": v for k, v in environ.items()})
+    names = {k: k if k.startswith("VLLM_") else f"LLUMNIX_{k}" for k in environ}
+    got = layered(argv, parser, {names[k]: v for k, v in environ.items()})
     given = vars(parser.parse_args(got.words[1:]))
     nothing = vars(parser.parse_args([]))
     sources = {k: v.rpartition("/")[2] for k, v in got.sources.items()}
@@ -178,3 +184,98 @@ def test_the_first_look_leaves_out_what_it_does_not_know(
     argv = ["serve", "m", "--config", str(tmp_path / "f.yaml"), "--seed", "1"]
     got = layered(argv, parser, {}, strict=False)
     assert got.words == ["serve", "m", "--port=5", "--seed", "1"]
+
+
+@pytest.mark.parametrize(
+    ("words", "environ", "keys"),
+    [
+        ("", {}, {"api_key": ["file"], "admin_api_key": ["file"]}),
+        ("", {"VLLM_API_KEY": "[v"}, {"api_key": ["[v"], "admin_api_key": ["file"]}),
+        ("", {"VLLM_API_KEY": "v", "API_KEY": "l"}, {"api_key": ["l"], "admin_api_key": ["file"]}),
+        ("", {"VLLM_API_KEY": "v", "API_KEY_FILE": "/l"}, {"api_key_file": "/l"}),
+        ("", {"ADMIN_API_KEY": "l"}, {"admin_api_key": ["l"]}),
+        ("", {"ADMIN_API_KEY_FILE": "/l"}, {"admin_api_key_file": "/l"}),
+        ("--admin-api-key-file /f", {"ADMIN_API_KEY": "l"}, {"admin_api_key_file": "/f"}),
+        ("--admin-api-key f", {"ADMIN_API_KEY": "l"}, {"admin_api_key": ["f"]}),
+        ("--api-key f", {"VLLM_API_KEY": "v", "API_KEY_FILE": "/l"}, {"api_key": ["f"]}),
+        (
+            "--api-key f --api-key-file /f",
+            {"ADMIN_API_KEY": "l", "ADMIN_API_KEY_FILE": "/l"},
+            {
+                "api_key": ["f"], "api_key_file": "/f",
+                "admin_api_key": ["l"], "admin_api_key_file": "/l",
+            },
+        ),
+    ],
+)  # fmt: skip
+def test_keys_are_those_of_the_first_place_that_has_some(
+    parser: argparse.ArgumentParser,
+    tmp_path: Path,
+    words: str,
+    environ: dict[str, str],
+    keys: dict[str, Any],
+) -> None:
+    file = (tmp_path, "api-key: [file]\nadmin-api-key: [file]\nport: 1\n")
+    found = read(parser, words, file, **environ)[0]
+    assert found.pop("port") == 1
+    others = {"api_key": ["file"], "admin_api_key": ["file"]}
+    for name in list(others):
+        if keys.keys() & {name, f"{name}_file"}:
+            del others[name]
+    assert found == others | keys
+
+
+def test_service_links_of_kubernetes_are_no_flags(parser: argparse.ArgumentParser) -> None:
+    """What a pod gets beside services called llumnix and llumnix-metrics."""
+    environ = {
+        "LLUMNIX_PORT": "tcp://10.0.0.1:8000",
+        "LLUMNIX_PORT_8000_TCP": "tcp://10.0.0.1:8000",
+        "LLUMNIX_PORT_8000_TCP_PROTO": "tcp",
+        "LLUMNIX_PORT_8000_TCP_PORT": "8000",
+        "LLUMNIX_PORT_8000_TCP_ADDR": "10.0.0.1",
+        "LLUMNIX_SERVICE_HOST": "10.0.0.1",
+        "LLUMNIX_SERVICE_PORT": "8000",
+        "LLUMNIX_SERVICE_PORT_HTTP": "8000",
+        "LLUMNIX_METRICS_PORT": "udp://[fd00::1]:29000",
+        "LLUMNIX_METRICS_SERVICE_PORT": "29000",
+        "LLUMNIX_INSTANCES_PORT": "tcp://10.0.0.1:8000",
+    }
+    got = layered(["serve"], parser, environ)
+    assert (got.words, got.sources) == (["serve"], {})
+    fix = "on the command line, or enableServiceLinks: false"
+    assert got.warnings == [
+        "warning: LLUMNIX_PORT=tcp://10.0.0.1:8000 is a service link of Kubernetes and sets "
+        f"nothing; give --port {fix}",
+        "warning: LLUMNIX_METRICS_PORT=udp://[fd00::1]:29000 is a service link of Kubernetes and "
+        f"sets nothing; give --metrics-port {fix}",
+    ]
+    assert layered(["serve"], parser, {"LLUMNIX_PORT": "81"}).words == ["serve", "--port=81"]
+
+
+@dataclass
+class Connector:
+    """As vLLM's KVTransferConfig."""
+
+    name: str
+    extra: dict[str, Any]
+    unset: str | None = None
+    inner: "Connector | None" = None
+
+
+class Plain:
+    def __repr__(self) -> str:
+        return "Plain(api_key='sesame', more={'token': \"sesame\", 'n': 3}, password: sesame)"
+
+
+def test_no_secret_within_a_configuration_object_is_shown() -> None:
+    inner = Connector("inner", {"x": [{"S3_SECRET_KEY": "sesame"}], "max_tokens": 7})
+    extra = {"api_key": "sesame", "url": "redis://me:sesame@h:1/0", "passwd": "sesame", "size": 4}
+    args = argparse.Namespace(kv=Connector("outer", extra, inner=inner), plain=Plain())
+    rows = settings_shown(args, argparse.Namespace(), {})
+    assert "sesame" not in json.dumps(rows)
+    assert rows[0]["value"] == {
+        "name": "outer",
+        "extra": {"api_key": "***", "url": "redis://***@h:1/0", "passwd": "***", "size": 4},
+        "inner": {"name": "inner", "extra": {"x": [{"S3_SECRET_KEY": "***"}], "max_tokens": 7}},
+    }
+    assert rows[1]["value"] == "Plain(api_key=***, more={'token': ***, 'n': 3}, password: ***)"

@@ -4,7 +4,7 @@ import argparse
 import os
 import ssl
 
-from llumnix.config import API_KEY_VARIABLE, knobs, option_strings
+from llumnix.config import knobs, option_strings
 from llumnix.flag_sources import layered
 
 _TEXT = ("host", "uds", "ssl_keyfile", "ssl_certfile", "ssl_ca_certs", "ssl_ciphers", "ray_address")
@@ -39,7 +39,7 @@ def log_format(argv: list[str]) -> str:
 
 def has_key(seen: argparse.Namespace) -> bool:
     """Whether any key is given. The real parser says whether it is a good one."""
-    return bool(seen.api_key or seen.api_key_file or seen.keys or os.environ.get(API_KEY_VARIABLE))
+    return bool(seen.api_key or seen.api_key_file or seen.keys)
 
 
 def help_text() -> str:

@@ -10,13 +10,12 @@ import argparse
 import os
 import re
 import stat
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from llumnix.config import (
-    ADMIN_API_KEY_VARIABLE,
-    API_KEY_VARIABLE,
     DeploymentConfig,
     check_keys,
     is_loopback,
@@ -26,7 +25,7 @@ from llumnix.config import (
 )
 from llumnix.demo import DEMO_MODEL, prepare_demo_model
 from llumnix.errors import UsageError
-from llumnix.flag_sources import PREFIX, SECRET, layered, settings_shown
+from llumnix.flag_sources import ALIASES, FLAG, PREFIX, SECRET, layered, settings_shown
 from llumnix.frontend.checks import check_logs, check_server_args, count_frontends
 from llumnix.frontend.http.access import Access, digests
 from llumnix.key_file import KeyRing
@@ -135,10 +134,10 @@ def parse(argv: list[str], say: Any) -> ServeCommand:
         args = parser.parse_args(_with_demo_model(given.words))
     except (ValueError, OSError) as error:
         raise UsageError(_one_line(error)) from error
-    for name in SECRET - {"admin_api_key"}:  # `_take_keys` takes that.
-        os.environ.pop(PREFIX + name.upper(), None)
-    clients = _take_keys(args, "api_key", API_KEY_VARIABLE, say)
-    admins = _take_keys(args, "admin_api_key", ADMIN_API_KEY_VARIABLE, say)
+    for variable in (*ALIASES, *(PREFIX + name.upper() for name in SECRET)):
+        os.environ.pop(variable, None)
+    clients = _take_keys(args, "api_key", given.sources, say)
+    admins = _take_keys(args, "admin_api_key", given.sources, say)
     deployment = DeploymentConfig(**{name: getattr(args, name) for name, _, _ in knobs()})
     check_logs(deployment.event_log, deployment.log_dir)
     args.policy = deployment.scheduler.policy
@@ -178,20 +177,20 @@ def _refuse_what_breaks(args: argparse.Namespace, defaults: argparse.Namespace) 
             raise UsageError(f"--{name.replace('_', '-')} does not go with llumnix: {fix}")
 
 
-def _take_keys(args: argparse.Namespace, name: str, variable: str, say: Any) -> list[str]:
-    """The keys of a flag and its file; without either, the variable's. They are taken out of `args`
-    and the environment: the gate alone needs them, and neither logs, Ray nor an engine gets them.
+def _take_keys(
+    args: argparse.Namespace, name: str, sources: Mapping[str, str], say: Any
+) -> list[str]:
+    """The keys of a flag and its file. They are taken out of `args`, as their variables were out of
+    the environment: the gate alone needs them, and neither logs, Ray nor an engine gets them.
     vLLM's own check, which it makes of them, knows no `x-api-key` and covers a part of the routes.
     """
     flag, file_flag = (f"--{n.replace('_', '-')}" for n in (name, f"{name}_file"))
-    keys = check_keys(getattr(args, name) or (), flag)
+    source = sources.get(name, FLAG)
+    keys = check_keys(getattr(args, name) or (), flag if source == FLAG else f"{source}: {flag}")
     if (path := getattr(args, f"{name}_file")) is not None:
         keys += read_keys(path, file_flag)
         if os.stat(path).st_mode & stat.S_IROTH:
             say(f"warning: {file_flag} {path} can be read by every user here; chmod 600 it")
-    in_variable = os.environ.pop(variable, None)
-    if in_variable and not keys:
-        keys = check_keys([in_variable], f"${variable}")
     setattr(args, name, None)
     return keys
 
