@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 import stat
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ class KeyRing:
         self._classes = tuple(classes)
         self._by_digest: dict[bytes, NamedKey] = {}
         self.others: frozenset[bytes] = frozenset()  # digests of keys that are given elsewhere
+        self.on_change: Callable[[], None] | None = None  # called once keys are others
 
     def __bool__(self) -> bool:
         return self.path is not None
@@ -59,6 +60,8 @@ class KeyRing:
         before = {k.name: k for k in self.keys}
         now = {k.name: k for k in keys}
         self._by_digest = {k.digest: k for k in keys}
+        if self.on_change is not None:
+            self.on_change()
         return {
             "keys": len(now),
             "added": sorted(now.keys() - before),

@@ -330,3 +330,18 @@ def test_a_restart_without_an_answer_is_not_ordered_twice(
     play(server, there, there, order, serials(("i0", "serving", 5), engine=2))
     assert main(["restart", "i0", "--url", server.url]) == 1
     assert capsys.readouterr().out.splitlines()[-1] == "i0 is gone: it was ordered away"
+
+
+@pytest.mark.parametrize("silent", [[], ["f1"]])
+def test_a_reload_that_not_all_have_confirmed_is_status_1(
+    server: Server, capsys: pytest.CaptureFixture[str], silent: list[str]
+) -> None:
+    names: dict[str, Any] = {"added": ["ada"], "removed": [], "changed": ["bob", "ops"]}
+    server.body = {"keys": 4, **names, "unconfirmed": silent}
+    assert main(["reload", "--url", server.url]) == len(silent)
+    said = ["4 keys: added ada; changed bob, ops"]
+    if silent:
+        said.append("not confirmed by f1: what stands still has them once it goes on")
+    assert capsys.readouterr().out.splitlines() == said
+    assert main(["reload", "--json", "--url", server.url]) == len(silent)
+    assert json.loads(capsys.readouterr().out) == server.body

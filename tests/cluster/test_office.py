@@ -3,6 +3,7 @@
 A frontend here is the real link with a directory of engines, and no vLLM."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -225,7 +226,8 @@ async def test_a_reload_reads_the_file_once_and_tells_all_frontends(tmp_path: Pa
     ring = KeyRing(str(file))
     async with world(tmp_path, ring=ring) as w:
         changes = await w.fronts[0].control.reload()
-        assert changes == {"keys": 1, "added": ["ada"], "removed": [], "changed": []}
+        names = {"added": ["ada"], "removed": [], "changed": []}
+        assert changes == {"keys": 1, **names, "unconfirmed": []}
         for front in w.fronts:
             (told,) = [q for q in front.asked if isinstance(q, KeysAre) and q.keys]
             assert told.keys == list(ring.keys)
@@ -237,6 +239,61 @@ async def test_a_reload_reads_the_file_once_and_tells_all_frontends(tmp_path: Pa
         late.link.start(late.take, late.answer)
         await w.until(lambda: any(isinstance(q, KeysAre) for q in late.asked))
         late.link.close()
+
+
+async def test_a_reload_names_the_frontends_that_have_not_confirmed(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "keys.yaml"
+    file.touch(mode=0o600)
+    file.write_text("ada: {key: a}\n")
+    async with world(tmp_path, ring=KeyRing(str(file))) as w:
+        w.fronts[1].answers[KeysAre] = asyncio.sleep
+        changes = await w.fronts[0].control.reload()
+        assert (changes["added"], changes["unconfirmed"]) == (["ada"], ["f1"])
+        # It reads them all the same, once it goes on.
+        (told,) = [q for q in w.fronts[1].asked if isinstance(q, KeysAre) and q.keys]
+        assert [k.name for k in told.keys] == ["ada"]
+
+
+async def test_of_two_reloads_at_once_the_later_reads_the_file_last(tmp_path: Path) -> None:
+    file = tmp_path / "keys.yaml"
+    file.touch(mode=0o600)
+    file.write_text("ada: {key: a}\n")
+    ring = KeyRing(str(file))
+    read, slow = ring.read, [0.3, 0.0]
+
+    def slower() -> Any:
+        keys = read()
+        time.sleep(slow.pop(0))
+        return keys
+
+    ring.read = slower  # type: ignore[method-assign]
+    async with world(tmp_path, ring=ring) as w:
+        first = asyncio.create_task(w.desk.reload())
+        await asyncio.sleep(0.1)
+        file.write_text("bob: {key: b}\n")
+        second = await w.desk.reload()
+        assert (second["added"], second["removed"]) == (["bob"], ["ada"])
+        assert (await first)["added"] == ["ada"]
+        for front in w.fronts:
+            last = [q for q in front.asked if isinstance(q, KeysAre)][-1]
+            assert [k.name for k in last.keys] == ["bob"]
+
+
+async def test_a_frontend_that_comes_during_a_reload_ends_up_with_the_new_keys(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "keys.yaml"
+    file.touch(mode=0o600)
+    file.write_text("ada: {key: a}\n")
+    ring = KeyRing(str(file))
+    async with world(tmp_path, ring=ring) as w:
+        w.desk.greeted(w.fronts[0].client)  # The task that tells it runs after the change.
+        ring.replace(ring.read())
+        await w.office.ask_all(YourRequests())
+        last = [q for q in w.fronts[0].asked if isinstance(q, KeysAre)][-1]
+        assert [k.name for k in last.keys] == ["ada"]
 
 
 # -- what the fleet wants

@@ -13,10 +13,13 @@ pytest.importorskip("vllm")
 
 from prometheus_client import REGISTRY
 
+from frontend.test_feed import PRIORITIES, World, until
 from frontend.test_gate import application, client, reason
 from llumnix.errors import UsageError
 from llumnix.frontend.context import current_http_request
 from llumnix.frontend.http.control import OwnControl
+from llumnix.frontend.http.page import page_router
+from llumnix.frontend.http.routes import control_app
 from llumnix.key_file import KeyRing
 from llumnix.observe import metrics
 
@@ -172,6 +175,7 @@ async def test_the_file_is_read_again_while_it_serves(tmp_path: Path) -> None:
         Path(str(keys.path)).write_text("ada: {key: new}\nops: {key: root, roles: [admin]}\n")
         assert await control.reload() == {
             "keys": 2, "added": [], "removed": ["all", "vic"], "changed": ["ada"],
+            "unconfirmed": [],
         }  # fmt: skip
         statuses = {k: await _status(http, k) for k in ("new", "user", "both", "root")}
         assert statuses == {"new": 200, "user": 401, "both": 401, "root": 200}
@@ -179,6 +183,45 @@ async def test_the_file_is_read_again_while_it_serves(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="ada: give one of key and sha256"):
             await control.reload()
         assert await _status(http, "new") == 200
+
+
+async def test_a_feed_ends_when_its_key_goes_and_others_go_on(tmp_path: Path) -> None:
+    keys, world = ring(tmp_path), World()
+
+    async def nothing() -> list[Any]:
+        return []
+
+    def watched() -> float | None:
+        return REGISTRY.get_sample_value("llumnix_ui_watchers")
+
+    fakes: Any = SimpleNamespace(
+        priorities=PRIORITIES, link=SimpleNamespace(loads=nothing), look=world.look,
+        instances=nothing,
+    )  # fmt: skip
+    args: Any = SimpleNamespace(
+        access=replace(application().state.args.access, ring=keys),
+        served_model_name=["m"], policy="llumnix",
+    )  # fmt: skip
+    page = page_router(fakes, fakes, args, stopping=lambda: world.stopping)
+    app = control_app(fakes, fakes, page=page)
+    file = Path(str(keys.path))
+    async with client(app) as http:
+        feeds = {
+            key: asyncio.create_task(http.get("/llumnix/v1/events", headers=bearer(key)))
+            for key in ("viewer", "both", "root")
+        }
+        await until(lambda: watched() == len(feeds))
+        file.write_text(FILE.replace("viewer", "other").replace("[inference, view]", "[inference]"))
+        keys.replace(keys.read())
+        await until(lambda: watched() == 1)
+        ended = [await feeds[key] for key in ("viewer", "both")]
+        assert [answer.status_code for answer in ended] == [200, 200]
+        assert not feeds["root"].done()
+        # A key that goes between the gate's look and the feed's beginning.
+        async with asyncio.timeout(5):
+            await http.get("/llumnix/v1/events", headers=bearer("viewer"))
+        world.stopping = True
+        assert (await feeds["root"]).status_code == 200
 
 
 async def _status(http: httpx.AsyncClient, key: str) -> int:

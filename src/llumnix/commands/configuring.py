@@ -61,17 +61,21 @@ def _show(flags: list[str]) -> int:
 
 
 def reload(argv: list[str]) -> int:
-    """`llumnix reload`: has a server read its file of --keys again."""
+    """`llumnix reload`: has a server read its file of --keys again; 1 if a frontend has not
+    confirmed."""
     args = server_parser("reload").parse_args(argv)
     body = ask(args, "POST", RELOAD, wanted="keys", timeout_s=RELOAD_TIMEOUT_S)
+    unconfirmed = ", ".join(body.get("unconfirmed", ()))
     if args.json:
         print_json(body)
-        return 0
+        return 1 if unconfirmed else 0
     parts = [
         f"{word} {', '.join(body[word])}" for word in ("added", "changed", "removed") if body[word]
     ]
     print(f"{count(body['keys'], 'key')}: {'; '.join(parts) or 'nothing has changed'}")
-    return 0
+    if unconfirmed:
+        print(f"not confirmed by {unconfirmed}: what stands still has them once it goes on")
+    return 1 if unconfirmed else 0
 
 
 def _print(settings: list[dict[str, Any]], as_json: bool) -> None:

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -76,20 +76,22 @@ class Desk:
         self._adapters: dict[str, Adapter] = {}
         self._numbered = 0
         self._loading = asyncio.Lock()
+        self._reloading = asyncio.Lock()
         office.on_question = self.answer
         office.on_message = self.take
         office.on_greeted = self.greeted
 
     def greeted(self, client: int) -> None:
         """A frontend is there: it is told what all have in common."""
-        self._office.begin(self._tell(client, self._adapters_are()))
-        self._office.begin(self._tell(client, self._quarantine_is()))
+        self._office.begin(self._tell(client, self._adapters_are))
+        self._office.begin(self._tell(client, self._quarantine_is))
         if self._ring:
-            self._office.begin(self._tell(client, self._keys_are()))
+            self._office.begin(self._tell(client, self._keys_are))
 
-    async def _tell(self, client: int, question: Question) -> None:
+    async def _tell(self, client: int, question: Callable[[], Question]) -> None:
+        """Tells it what is so as it is told: a change may have overtaken this."""
         try:
-            await self._office.ask(client, question)
+            await self._office.ask(client, question())
         except Exception as error:  # noqa: BLE001 - it is told again with the next change
             logger.warning("A frontend was not told what the others know: %r", error)
 
@@ -214,10 +216,12 @@ class Desk:
         return KeysAre(keys=list(self._ring.keys))
 
     async def reload(self) -> dict[str, Any]:
-        """Reads the file of --keys again, and tells all frontends. Returns what that changes."""
-        changes = self._ring.replace(await asyncio.to_thread(self._ring.read))
-        await self._office.ask_all(self._keys_are())
-        return changes
+        """Reads the file of --keys again, and tells all frontends. Returns what that changes, and
+        which frontends have not confirmed it. These stand still, and find it when they go on."""
+        async with self._reloading:  # Else a later reload could read the file first.
+            changes = self._ring.replace(await asyncio.to_thread(self._ring.read))
+            gathered = await self._office.ask_all(self._keys_are())
+        return {**changes, "unconfirmed": gathered.missing}
 
     def _adapters_are(self) -> AdaptersAre:
         return AdaptersAre(adapters=list(self._adapters.values()))

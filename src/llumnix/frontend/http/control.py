@@ -121,8 +121,8 @@ class Control(InstanceOrders, Protocol):
         ...
 
     async def reload(self) -> dict[str, Any]:
-        """Reads the file of --keys again; what that changes, as JSON. A bad file changes
-        nothing."""
+        """Reads the file of --keys again; what that changes, and the ids of frontends that have not
+        confirmed it, as JSON. A bad file changes nothing."""
         ...
 
     async def quarantined(self) -> list[dict[str, Any]]:
@@ -144,6 +144,7 @@ class OwnControl:
         self._client = client
         self._fleet = fleet
         self._ring = ring or KeyRing()
+        self._reloading = asyncio.Lock()
         self._streams = OwnStreams(client)
 
     async def instances(self) -> list[InstanceRow]:
@@ -203,7 +204,9 @@ class OwnControl:
         return self._client.migrations.get(name)
 
     async def reload(self) -> dict[str, Any]:
-        return self._ring.replace(await asyncio.to_thread(self._ring.read))
+        async with self._reloading:  # Else a later reload could read the file first.
+            changes = self._ring.replace(await asyncio.to_thread(self._ring.read))
+        return {**changes, "unconfirmed": []}
 
     async def quarantined(self) -> list[dict[str, Any]]:
         return quarantine_rows(self._client.quarantine)

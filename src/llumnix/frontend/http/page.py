@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Query, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -17,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 import llumnix
 from llumnix.core.types import InstanceId
 from llumnix.errors import UnknownInstanceError
-from llumnix.frontend.http.access import PAGE_PATH
+from llumnix.frontend.http.access import PAGE_PATH, Access
 from llumnix.frontend.ui import feed as ui
 from llumnix.frontend.ui.picture import Deployment, Picture, greeting
 
@@ -40,11 +40,16 @@ KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 
 
 class Events(StreamingResponse):
-    """The feed, as one watcher gets it."""
+    """The feed, as one watcher gets it, for as long as it is `welcome`."""
 
-    def __init__(self, feed: ui.Feed, wish: ui.Wish, since: int | None) -> None:
+    def __init__(
+        self, feed: ui.Feed, wish: ui.Wish, since: int | None, welcome: Callable[[], bool]
+    ) -> None:
         self._feed = feed
         self._watcher = feed.join(wish, since)
+        self._watcher.welcome = welcome
+        if not welcome():  # Its key has gone since the gate looked.
+            self._watcher.put(None)
         # A proxy that collects what passes would hold the events back.
         headers = {**HEADERS, "x-accel-buffering": "no"}
         super().__init__(self._watcher.stream(), media_type="text/event-stream", headers=headers)
@@ -72,15 +77,18 @@ def page_router(
         version=llumnix.__version__,
     )
     source = ui.Source(look=control.look, deployment=deployment, stopping=stopping)
-    return router_of(ui.Feed(source, lambda: Picture(client.priorities), hello))
+    feed = ui.Feed(source, lambda: Picture(client.priorities), hello)
+    args.access.ring.on_change = feed.turn_out
+    return router_of(feed, args.access)
 
 
-def router_of(feed: ui.Feed) -> APIRouter:
-    """The page's files, and its feed."""
+def router_of(feed: ui.Feed, access: Access | None = None) -> APIRouter:
+    """The page's files, and its feed, which ends for those who lose their `access`."""
     router = files_router()
 
     @router.get(EVENTS_PATH)
     async def events(
+        request: Request,
         since: Annotated[int | None, Query(ge=0)] = None,
         instance: str | None = None,
         rate: Annotated[int, Query(ge=1, le=ui.RATE_MAX)] = ui.RATE_MAX,
@@ -91,8 +99,15 @@ def router_of(feed: ui.Feed) -> APIRouter:
         if instance is not None and instance not in (there := await feed.instances()):
             raise UnknownInstanceError(f"no instance {instance}; there are: {', '.join(there)}")
         one = None if instance is None else InstanceId(instance)
+
+        def welcome() -> bool:
+            if access is None:
+                return True
+            caller = access.caller(request.headers)
+            return access.refusal("GET", EVENTS_PATH, request.headers, caller) is None
+
         try:
-            return Events(feed, ui.Wish(rate=rate, instance=one), since)
+            return Events(feed, ui.Wish(rate=rate, instance=one), since, welcome)
         except ui.TooManyWatchersError as error:
             raise HTTPException(429, str(error)) from error
 

@@ -234,7 +234,8 @@ async def config(request: Request) -> dict[str, Any]:
 @router.post("/reload")
 async def reload(control: Control) -> dict[str, Any]:
     """Reads the file of --keys again. Answers how many keys there are now, and the names of those
-    that were added, removed and changed. A bad file changes nothing."""
+    that were added, removed and changed. `unconfirmed`: frontends that stand still and have the new
+    keys once they go on. A bad file changes nothing."""
     return await control.reload()
 
 

@@ -73,6 +73,7 @@ class Watcher:
         self.since = since
         self._queue: asyncio.Queue[bytes | None] = asyncio.Queue(QUEUED_MAX)
         self._reading = True  # whether it has taken all that came before
+        self.welcome: Callable[[], bool] = lambda: True  # whether it may still watch
         self.behind = True  # whether it has to be told all
         self.new = True  # whether it knows nothing of the past
 
@@ -210,6 +211,13 @@ class Feed:
         if not self._groups and self._task is not None:
             self._task.cancel()
             self._task = None
+
+    def turn_out(self) -> None:
+        """Ends the feed of those who may not watch any more."""
+        for group in self._groups.values():
+            for watcher in group.watchers:
+                if not watcher.welcome():
+                    watcher.put(None)
 
     async def _deployment(self, now_s: float) -> Deployment:
         """The instances as they are, or as they were a moment ago if they are many."""
