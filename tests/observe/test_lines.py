@@ -168,8 +168,10 @@ def test_no_line_ends_the_thread_and_none_is_lost_where_the_stream_does_not_bloc
     words = [sys.executable, "-c", NOT_BLOCKING]
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as run:
         time.sleep(0.5)  # So that the pipe is full.
-        assert run.stdout is not None
-        odd, *others = run.stdout.read().splitlines()
-        assert run.wait(60) == 0
+        try:
+            odd, *others = run.communicate(timeout=20)[0].splitlines()
+        finally:
+            run.kill()
+    assert run.returncode == 0
     assert odd == "an odd line"
     assert [json.loads(line)["msg"].split()[0] for line in others] == [str(n) for n in range(3000)]
