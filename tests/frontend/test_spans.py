@@ -1,5 +1,8 @@
 """Spans of requests, as a collector gets them."""
 
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -16,7 +19,7 @@ from llumnix.core.messages import Migrate, MigrationEnded, StageDone
 from llumnix.core.streams.effects import GrantEnded, Outcome
 from llumnix.core.types import EngineIndex, Epoch, InstanceId, MigrationId, RequestId
 from llumnix.frontend.streams.migration_records import MigrationRecords
-from llumnix.frontend.streams.spans import Tracing
+from llumnix.frontend.streams.spans import FLUSH_TIMEOUT_S, Tracing
 from llumnix.observe.event_log import EventLog
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -174,3 +177,36 @@ def test_a_move_that_was_called_off_is_told_too(world: World) -> None:
     found = dict(moved(world, "aborted").attributes or {})
     assert (found["llumnix.outcome"], found["llumnix.reason"]) == ("aborted", "no room")
     assert "llumnix.downtime_ms" not in found
+
+
+AWAY = """
+import sys, time
+from types import SimpleNamespace
+from opentelemetry import trace
+from vllm.tracing.otel import init_otel_tracer
+from llumnix.frontend.streams.spans import Tracing
+init_otel_tracer("vllm", sys.argv[1])
+tracing = Tracing(SimpleNamespace(do_tracing=None))
+trace.get_tracer("x").start_span("one").end()
+began_s = time.monotonic()
+tracing.close()
+tracing.close()
+print(time.monotonic() - began_s, flush=True)
+"""
+
+
+def test_a_stop_does_not_wait_for_a_collector_that_is_away() -> None:
+    """At this port somebody listens and never says a word."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        words = [sys.executable, "-c", AWAY, address]
+        with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as run:
+            try:
+                assert run.stdout is not None
+                closed_s, ended_s = float(run.stdout.readline()), time.monotonic()
+                run.wait(60)
+            finally:
+                run.kill()
+    assert run.returncode == 0
+    assert closed_s < FLUSH_TIMEOUT_S + 1
+    assert time.monotonic() - ended_s < 15  # Python takes some seconds to end vLLM.

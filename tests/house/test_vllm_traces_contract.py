@@ -8,13 +8,19 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from vllm.config import ObservabilityConfig
 from vllm.tracing import extract_trace_context, init_tracer
+from vllm.tracing.otel import init_otel_tracer
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.output_processor import OutputProcessor
 from vllm.v1.metrics.stats import RequestStateStats
+
+from llumnix.frontend.streams.spans import exporters
 
 
 def calls(function: object) -> list[str]:
@@ -48,3 +54,12 @@ def test_the_headers_come_back_with_outputs() -> None:
     assert "trace_headers" in EngineCoreOutput.__struct_fields__
     source = inspect.getsource(Scheduler.update_from_output)
     assert "trace_headers=request.trace_headers" in source
+
+
+def test_a_provider_is_shut_down_at_exit_and_its_exporters_can_be_found() -> None:
+    assert "atexit.register(trace_provider.shutdown)" in calls(init_otel_tracer)
+    assert "atexit.register(self.shutdown)" in calls(TracerProvider.__init__)
+    provider, exporter = TracerProvider(shutdown_on_exit=False), InMemorySpanExporter()
+    provider.add_span_processor(BatchSpanProcessor(exporter))
+    assert exporters(provider) == [exporter]
+    provider.shutdown()

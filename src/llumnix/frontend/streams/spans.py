@@ -9,9 +9,13 @@ vLLM internals relied on here (tests/house/test_vllm_traces_contract.py fails wh
 with the flag, `AsyncLLM` makes OpenTelemetry's global tracer provider; `OutputProcessor` calls
 `do_tracing(output, state, stats)` when a sequence has ended. `output.trace_headers` are those of
 its HTTP request, wherever it has moved; `state.stats.queued_ts` and `scheduled_ts` are monotonic
-seconds.
+seconds. Both have `provider.shutdown` called at exit; `span_exporter` is an attribute of each of
+`provider._active_span_processor._span_processors`.
 """
 
+import atexit
+import logging
+import threading
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -19,7 +23,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from llumnix.frontend.streams.migration_records import Migration
 
-FLUSH_TIMEOUT_MS = 2000
+logger = logging.getLogger("llumnix.frontend")
+
+FLUSH_TIMEOUT_S = 2.0
 _HEADERS = (b"traceparent", b"tracestate")
 
 
@@ -36,6 +42,7 @@ class Tracing:
         self._processor = processor
         self._vllm_does = processor.do_tracing
         processor.do_tracing = self._do_tracing
+        self._away = False  # whether the collector has not answered at the end
 
     def request(self, scope: Any, client_id: str | None) -> "RequestSpan":
         """The span of an HTTP request, which begins now. `scope` is ASGI's; what comes after the
@@ -76,10 +83,25 @@ class Tracing:
             self.span("queue", context, times.queued_ts, times.scheduled_ts, about)
 
     def close(self) -> None:
-        """Sends what has not been sent yet."""
+        """Sends what has not been sent yet, within `FLUSH_TIMEOUT_S`. OpenTelemetry knows no limit:
+        with the collector away it tries for half a minute, and once more as the process exits."""
         provider = self._trace.get_tracer_provider()
-        if hasattr(provider, "force_flush"):
-            provider.force_flush(FLUSH_TIMEOUT_MS)
+        if not hasattr(provider, "force_flush") or self._away:
+            return
+        flushing = threading.Thread(target=provider.force_flush, name="spans", daemon=True)
+        flushing.start()
+        flushing.join(FLUSH_TIMEOUT_S)
+        atexit.unregister(provider.shutdown)
+        if flushing.is_alive():
+            self._away = True
+            logger.warning("The last spans are lost: no trace collector takes them.")
+            for exporter in exporters(provider):
+                exporter.shutdown()  # Else gRPC would wait for the collector as the process exits.
+
+
+def exporters(provider: Any) -> list[Any]:
+    """What sends a provider's spans."""
+    return [each.span_exporter for each in provider._active_span_processor._span_processors]
 
 
 class RequestSpan:
