@@ -86,6 +86,9 @@ def test_the_relief_that_is_wanted_lets_a_blocked_head_start() -> None:
     one, other = pair((900, 5, 0, 250), (0, 0, 0, 0))
     (limit,) = rule().limits(one, other)
     assert limit.tokens_wanted == 150
+    one.load = one.load._replace(keep=30)
+    (limit,) = rule().limits(one, other)
+    assert limit.tokens_wanted == 180, "and leaves the batch room to grow"
 
 
 def test_without_a_head_the_relief_that_is_wanted_lifts_the_source_over_the_threshold() -> None:

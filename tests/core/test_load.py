@@ -88,6 +88,25 @@ def test_cached_tokens_of_waiting_requests_are_not_computed_before_a_newcomer() 
     assert (load.queued_prefill_before(1), load.queued) == (200, 3000)
 
 
+def test_prompts_behind_a_blocked_head_are_no_work_before_a_newcomer_that_may_pass_it() -> None:
+    known = report(9000, 9, waiting=2, waiting_tokens=3000, head=900, prefill_tokens=50)
+    for more, before in (
+        ({"passable": True, "keep_tokens": 160}, 50),
+        ({"passable": True, "keep_tokens": 40}, 3050),  # It fits, and starts next.
+        ({"passable": False, "keep_tokens": 160}, 3050),
+    ):
+        load = derive(replace(known, **more), (), 0)  # type: ignore[arg-type]
+        assert load.queued_prefill_before(1) == before
+        assert load.is_blocked == (load.keep == 160)
+
+
+def test_a_newcomer_of_another_class_waits_for_a_blocked_head() -> None:
+    known = replace(report(9000, 9, waiting=2, waiting_tokens=3000, head=2000), passable=True)
+    urgent = replace(known.classes[0], waiting=1, waiting_tokens=2000, waiting_prefill=2000)
+    load = derive(replace(known, classes=(urgent, known.classes[1])), (), 0)
+    assert (load.queued_prefill_before(0), load.queued_prefill_before(1)) == (0, 5000)
+
+
 def test_shared_tokens_of_waiting_requests_are_in_use_already() -> None:
     """For a newcomer. Where else they might go, they need all of it."""
     one = report(used=5000, running=3, waiting=1, waiting_tokens=3000, head=3000)

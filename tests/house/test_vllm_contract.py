@@ -727,6 +727,55 @@ def test_the_scheduler_knows_its_queue_by_its_methods_alone() -> None:
     says(Scheduler.schedule, first, who=who)
 
 
+def test_the_scheduler_asks_the_queue_anew_before_each_start() -> None:
+    """So a request may pass the head without a change to either's place."""
+    who = "engine/queueing.py"
+    assert inspect.getsource(Scheduler).count("peek_request(") == 1, who
+    says(
+        Scheduler.schedule,
+        "new_blocks = self.kv_cache_manager.allocate_slots(",
+        "request_queue = self.kv_holding_waiting",
+        "request = request_queue.peek_request()",
+        "has_scheduled_reqs=bool(self.running)",
+        "if new_blocks is None:",
+        "break",
+        "request = request_queue.pop_request()",
+        "self.running.append(request)",
+        "request.status = RequestStatus.RUNNING",
+        who=who,
+    )
+    text = source(Scheduler.schedule)
+    skips = text.split("def skip_request(")[1].split("while token_budget")[0]
+    assert "from_queue.pop_request()" in skips, who
+    known = request("a")
+    known.llumnix_blocked = None, 0  # No __slots__ forbid it.
+
+
+def test_a_watermark_must_be_free_beside_what_a_waiting_request_needs() -> None:
+    who = "engine/queueing.py"
+    says(KVCacheManager.__init__, "self.watermark_blocks = int(watermark *", who=who)
+    says(
+        KVCacheManager.allocate_slots,
+        "if has_scheduled_reqs and request.status in ( RequestStatus.WAITING, "
+        "RequestStatus.PREEMPTED, ): watermark_blocks = self.watermark_blocks",
+        who=who,
+    )
+    says(Scheduler.__init__, "self.kv_cache_config = kv_cache_config", who=who)
+    kv = manager()  # Of nine blocks.
+    assert kv.watermark_blocks == 0, who
+    running, waits = request("a", range(48)), request("b", range(100, 148))
+    assert kv.allocate_slots(running, 48) is not None
+    kv.watermark_blocks = 4
+    ask = {"full_sequence_must_fit": True, "has_scheduled_reqs": True}
+    assert kv.allocate_slots(waits, 48, **ask) is None, who
+    running.status = RequestStatus.RUNNING
+    running.num_computed_tokens = 48
+    kv.watermark_blocks = 99
+    assert kv.allocate_slots(running, 1) is not None, who
+    kv.watermark_blocks = 2
+    assert kv.allocate_slots(waits, 48, **ask) is not None, who
+
+
 # -- the prefix cache: engine/reporting/prefix_reader.py
 
 

@@ -3,9 +3,11 @@
 import pytest
 
 from llumnix.core.priorities import Priorities
+from llumnix.core.queue_rules import PLAIN, QueueRules
 from llumnix.core.settings import PrioritySettings
-from llumnix.core.types import RequestId
-from llumnix.sim.model.batching import Batch, Batching, EngineOptions
+from llumnix.core.types import EngineIndex, RequestId
+from llumnix.sim.model.batching import Batch, EngineOptions
+from llumnix.sim.model.engine import SimEngine
 from llumnix.sim.model.jobs import Job
 from llumnix.sim.model.memory import Memory
 from llumnix.sim.model.profile import Profile
@@ -22,8 +24,15 @@ PROFILE = Profile(
 )
 
 
-def engine(**options: int) -> Batching:
-    return Batching(PROFILE, EngineOptions(**options), Priorities(PrioritySettings()))
+def engine(rules: QueueRules = PLAIN, **options: int) -> SimEngine:
+    return SimEngine(
+        EngineIndex(0),
+        PROFILE,
+        EngineOptions(**options),
+        Priorities(PrioritySettings()),
+        job_of={}.__getitem__,
+        rules=rules,
+    )
 
 
 def job(name: str, prompt: int, answer: int, arrived_s: float = 0.0, priority: int = 0) -> Job:
@@ -37,7 +46,7 @@ def scheduled(batch: Batch | None) -> list[tuple[str, int]]:
     return [(str(seq.job.id), new) for seq, new in batch.scheduled]
 
 
-def live(it: Batching, steps: int, now: float = 0.0) -> list[list[tuple[str, int]]]:
+def live(it: SimEngine, steps: int, now: float = 0.0) -> list[list[tuple[str, int]]]:
     """Makes steps; what each computed of whom."""
     made = []
     for _ in range(steps):

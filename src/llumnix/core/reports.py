@@ -35,6 +35,8 @@ class EngineCounts:
     preemptions: int
     finished: int
     finished_tokens: int
+    keep_tokens: int = 0
+    passable: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +65,8 @@ class LoadReport:
     slots: int = 0  # requests that can run at a time; 0 for no limit
     classes: tuple[ClassLoad, ...] = ()  # most urgent first
     head_tokens: int = 0  # what the first request in the queue needs to start; 0 if none waits
+    keep_tokens: int = 0  # what must stay free beside those when it starts
+    passable: bool = False  # whether a newcomer of its class may start before it, if it fits
     admitted: tuple[RequestId, ...] = ()
     """Requests that reached the engine since the report before. They run or wait now, or are over
     already."""
@@ -127,6 +131,8 @@ def compose_report(
         slots=counts.slots,
         classes=counts.classes,
         head_tokens=counts.head_tokens,
+        keep_tokens=counts.keep_tokens,
+        passable=counts.passable,
         admitted=tuple(admitted),
         accepting=accepting,
         moving_out=moves.out,

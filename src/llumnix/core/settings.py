@@ -188,6 +188,35 @@ class MigrationSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class QueueSettings:
+    """Which request of an engine's queue starts next where memory is short."""
+
+    growth_blocks: int | None = knob(
+        None,
+        "KV blocks a request",
+        "A request starts only if each that runs, itself included, can then take so many more; "
+        "twice as many if it was preempted. 0: none. null: 1 under `llumnix` and `llumnix-base`, "
+        "else 0.",
+    )
+    passers: int | None = knob(
+        None,
+        "requests",
+        "If the head of the queue does not fit, so many behind it are tried. 0: none may pass it. "
+        "null: 8 under `llumnix` and `llumnix-base`, else 0.",
+    )
+    pass_s: float = knob(20.0, "s", "No longer is a head of the queue passed.")
+    pass_share: float = knob(
+        0.5, "times the head's tokens", "All that pass a head take no more than this together."
+    )
+
+    def __post_init__(self) -> None:
+        _check("queue.growth_blocks", self.growth_blocks, 0, 64)
+        _check("queue.passers", self.passers, 0, 64)
+        _check("queue.pass_s", self.pass_s, 0)
+        _check("queue.pass_share", self.pass_share, 0, 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ScalingSettings:
     """When instances are added and drained. Off while `instances_max` is null."""
 
@@ -304,6 +333,7 @@ class SchedulerSettings:
 
     policy: str = knob("llumnix", "a policy's name", "How requests are scheduled (--policy).")
     priorities: PrioritySettings = field(default_factory=PrioritySettings)
+    queue: QueueSettings = field(default_factory=QueueSettings)
     migration: MigrationSettings = field(default_factory=MigrationSettings)
     scaling: ScalingSettings = field(default_factory=ScalingSettings)
     survival: SurvivalSettings = field(default_factory=SurvivalSettings)

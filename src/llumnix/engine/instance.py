@@ -134,11 +134,9 @@ class EngineInstance(MemoryCalls, EngineCoreActor):
             log_dropped=lambda: self._log.dropped,
         )
         priorities = config.llumlet.priorities
-        slots = self.scheduler.max_num_active_reqs
-        self._queueing = Queueing(self.scheduler, priorities)
+        self._queueing = Queueing(self.scheduler, priorities, rules=config.llumlet.queue_rules)
         self._urgent = UrgentAdmission(self.scheduler, priorities)
-        self._stepped_s = 0.0
-        self._deferrals_left = DEFER_PREFILLS_STEPS_MAX
+        self._stepped_s, self._deferrals_left = 0.0, DEFER_PREFILLS_STEPS_MAX
         self._changed = True
         self._prefixes: PrefixReader | None = None
         if config.llumlet.looks_at_caches:
@@ -147,7 +145,12 @@ class EngineInstance(MemoryCalls, EngineCoreActor):
             )
         cached = {} if self._prefixes is None else {"cached_tokens": self._prefixes.cached_tokens}
         self._reader = LoadReader(
-            self.scheduler, slots, priorities, taken_out=self._host.port.source.taken_out, **cached
+            self.scheduler,
+            self.scheduler.max_num_active_reqs,
+            priorities,
+            taken_out=self._host.port.source.taken_out,
+            blocked=self._queueing.blocked,
+            **cached,
         )
         self._flight = None if self._folder is None else FlightRecorder(self._folder.path, self)
         self._leave_on_sigterm()
@@ -310,6 +313,7 @@ class EngineInstance(MemoryCalls, EngineCoreActor):
             with _landing_only(self.scheduler):
                 ran = bool(super()._process_engine_step())
         else:
+            self._queueing.before_step()
             self._urgent.make_room()
             ran = bool(super()._process_engine_step())
         self._count_step(began_s, ran, landing=landing, prompts=prompts)

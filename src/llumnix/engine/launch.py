@@ -22,6 +22,7 @@ from vllm.v1.executor.ray_utils import WORKER_SPECIFIC_ENV_VARS
 from llumnix.config import ADMIN_API_KEY_VARIABLE, LogPlace
 from llumnix.core.limits import MigrationLimits
 from llumnix.core.priorities import Priorities
+from llumnix.core.queue_rules import PLAIN, QueueRules
 from llumnix.core.types import EngineIndex, InstanceId
 from llumnix.engine.kv.transports import TransferOptions
 from llumnix.sockets import SocketKeys
@@ -51,6 +52,7 @@ class LlumletConfig:
     priorities: Priorities  # the classes as the policy treats them
     min_stay: float  # a request that was moved stays for that many times what its move took
     looks_at_caches: bool  # the policy wants to know what is in prefix caches
+    queue_rules: QueueRules = PLAIN  # which request starts next where memory is short
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

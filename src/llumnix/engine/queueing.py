@@ -1,4 +1,5 @@
-"""Queue order inside an engine: aging, and preempted requests first.
+"""Queue order inside an engine: aging, preempted requests first, and who starts where memory is
+short.
 
 Rules
 - A request that has waited for `aging_s` is queued as the most urgent class, so that none starves.
@@ -7,30 +8,38 @@ Rules
   last, since its client is in the middle of a stream. vLLM does so where it serves first come first
   served; by priority it would queue the request behind all that came earlier. The request's wait
   begins anew.
+- Room to grow, and bounded passing of a head that does not fit (core/queue_rules.py). Prompts under
+  way get their memory first: vLLM hands it to them chunk by chunk, and admits others into it.
 
 The queue is our own, since vLLM's changes a request's place only by looking at all requests. With
 thousands in it that took longer than a step, at every step that preempts. Here each change takes
 time in the logarithm of the queue's length. So does a look, for each request that has aged
-meanwhile, of which it takes `AGED_MAX` at most.
+meanwhile, of which it takes `AGED_MAX` at most. A request that passes the head keeps its place in
+the order too: vLLM asks the queue for the next request, and the queue names that one.
 
 vLLM internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
 `scheduler.waiting` is used by the methods of `RequestQueue` alone; by priority it is ordered by
 `priority`, then `arrival_time` (seconds since the epoch, and used for nothing else in an engine);
 running requests are preempted by the same two, the last first. A preemption counts in
 `num_preemptions` before the request is queued again. Requests that wait with KV blocks are in
-another queue, which goes first.
+another queue, which goes first. `schedule()` alone asks `peek_request()`, after it has given the
+running requests their blocks, and then either breaks off or takes that request with
+`pop_request()`: to run, with status RUNNING, or to skip it. Beside the blocks that a request needs
+to start, `kv_cache_manager.watermark_blocks` must be free, if any request runs.
 """
 
 import heapq
 import time
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from typing import Any
 
 from vllm.v1.core.sched.request_queue import FCFSRequestQueue, RequestQueue, SchedulingPolicy
 from vllm.v1.request import Request, RequestStatus
 
 from llumnix.core.priorities import AGING_LOOK_EVERY_S, Priorities
-from llumnix.engine.readings import client_priority
+from llumnix.core.queue_rules import QueueRules, Wait
+from llumnix.engine.readings import ABLE, client_priority, start_blocks
 
 AGED_MAX = 100
 """Requests whose place one look changes at most. The rest follow at the next step."""
@@ -43,11 +52,16 @@ once that has left."""
 
 
 class AgingQueue(RequestQueue):
-    """Requests that wait without KV blocks, most urgent first."""
+    """Requests that wait without KV blocks, most urgent first. `starts`: says which of them is
+    next; None for the first."""
 
-    def __init__(self, priorities: Priorities, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, priorities: Priorities, clock: Callable[[], float], starts: "Starts | None" = None
+    ) -> None:
         self._priorities = priorities
         self._clock = clock
+        self._starts = starts
+        self._next: Request | None = None  # what vLLM was last told
         self._heap: list[Any] = []
         self._entries: dict[str, Any] = {}
         # When each request will have aged, soonest first: seconds, number of its entry, its id.
@@ -119,18 +133,32 @@ class AgingQueue(RequestQueue):
         return aged
 
     def pop_request(self) -> Request:
-        """Takes out the first request."""
-        request = self.peek_request()
+        """Takes out the request that was just peeked at, else the first."""
+        request, self._next = self._next, None
+        if request is None or request.request_id not in self._entries:
+            request = self.first()
         self._take(request)
         self._trim()
         return request
 
     def peek_request(self) -> Request:
-        """The first request."""
+        """The next to start: the first request, or one that may pass it."""
+        self._next = self.first()
+        if self._starts is not None:
+            self._next = self._starts.choose(self._next, self)
+        return self._next
+
+    def first(self) -> Request:
+        """The head of the queue."""
         self._trim()
         if not self._heap:
             raise IndexError("peek from an empty queue")
         return self._heap[0][3]
+
+    @property
+    def version(self) -> tuple[int, int]:
+        """Differs after each change."""
+        return self._number, len(self._entries)
 
     def prepend_request(self, request: Request) -> None:
         """As `add_request`, since its place does not depend on when it is queued."""
@@ -177,17 +205,129 @@ class AgingQueue(RequestQueue):
                     heapq.heappush(edge, (heap[child], child))
 
 
+class Starts:
+    """Which request of a queue starts next (core/queue_rules.py). vLLM tries one after the other,
+    until one does not fit."""
+
+    def __init__(self, scheduler: Any, rules: QueueRules, clock: Callable[[], float]) -> None:
+        self._scheduler = scheduler
+        self._rules = rules
+        self._clock = clock
+        self._kv = scheduler.kv_cache_manager
+        self._watermark = self._kv.watermark_blocks  # what the operator wants free
+        # A request that grows by a block takes one in each group of layers.
+        self._groups = len(scheduler.kv_cache_config.kv_cache_groups)
+        self._prompts: list[Request] = []
+        self._passer: tuple[Request, Wait, int] | None = None  # what was let past, and its tokens
+        self._in_vain: tuple[Any, ...] = ()
+
+    def prepare(self, queue: AgingQueue) -> None:
+        """Before a step is scheduled."""
+        scheduler, self._prompts = self._scheduler, []
+        self._count_passer()
+        if not queue:
+            return
+        if any(r.status in ABLE for r in scheduler.kv_holding_waiting):
+            self._kv.watermark_blocks = 0  # They have their memory, and must not wait for more.
+        else:
+            self._kv.watermark_blocks = self.room(queue.first())
+        self._prompts = [r for r in scheduler.running if r.is_prefill_chunk]
+
+    def room(self, request: Request) -> int:
+        """Blocks that must be free beside what the request needs to start."""
+        running = len(self._scheduler.running)
+        room = self._rules.room(running, preempted=bool(request.num_preemptions))
+        return max(self._watermark, room * self._groups)
+
+    def passable(self, head: Request) -> bool:
+        """Whether a newcomer may start before the head of the queue."""
+        wait, rules = _wait(head), self._rules
+        if wait is None:
+            return rules.passers > 0
+        block = int(self._scheduler.block_size)
+        return rules.may_pass(wait, self._clock()) and rules.may_take(
+            wait, self._needed(head), block
+        )
+
+    def choose(self, head: Request, queue: AgingQueue) -> Request:
+        """The head, or one that passes it. Sets the watermark for it."""
+        self._count_passer()
+        promised = self._promised()
+        free = self._kv.block_pool.get_num_free_blocks() - promised
+        chosen = head
+        if head.status in ABLE and not self._fits(head, free):
+            seen = (head, queue.version, len(self._scheduler.running))
+            if seen != self._in_vain[:-1] or free > self._in_vain[-1]:
+                chosen = self._passing(head, queue, free)
+                self._in_vain = (*seen, free) if chosen is head else ()
+        self._kv.watermark_blocks = self.room(chosen) + promised
+        return chosen
+
+    def _passing(self, head: Request, queue: AgingQueue, free: int) -> Request:
+        """The first of those behind the head that may pass it; the head if there is none."""
+        rules, now, wait = self._rules, self._clock(), _wait(head)
+        if wait is None:
+            wait = Wait(since_s=now)
+            head.llumnix_blocked = wait, head.num_preemptions
+        if not rules.may_pass(wait, now):
+            return head
+        needed, group = self._needed(head), (head.priority, client_priority(head))
+        for request in islice(iter(queue), 1, rules.passers + 1):
+            if request.status not in ABLE or group != (request.priority, client_priority(request)):
+                continue
+            blocks = start_blocks(self._scheduler, request)[0]
+            tokens = blocks * int(self._scheduler.block_size) // self._groups
+            if rules.may_take(wait, needed, tokens) and blocks + self.room(request) <= free:
+                self._passer = request, wait, tokens
+                return request
+        return head
+
+    def _count_passer(self) -> None:
+        """vLLM took the last passer, or it skipped it for some other reason than memory."""
+        if self._passer is not None:
+            request, wait, tokens = self._passer
+            self._passer = None
+            if request.status == RequestStatus.RUNNING:
+                wait.passed_tokens += tokens
+
+    def _fits(self, request: Request, free: int) -> bool:
+        free -= self.room(request)
+        # The prefix cache is looked up only where it decides.
+        most = -(-request.num_tokens // self._scheduler.block_size) * self._groups
+        return most <= free or start_blocks(self._scheduler, request)[0] <= free
+
+    def _needed(self, request: Request) -> int:
+        block = int(self._scheduler.block_size)
+        return -(-int(request.num_tokens) // block) * block
+
+    def _promised(self) -> int:
+        """Blocks that prompts under way have not taken yet."""
+        block, promised = int(self._scheduler.block_size), 0
+        for request in self._prompts:
+            held = self._kv.get_blocks(request.request_id).blocks
+            whole = -(-request.num_tokens // block)
+            promised += sum(max(0, whole - len(blocks)) for blocks in held)
+        return promised
+
+
 class Queueing:
     """Puts a queue of ours in place of a scheduler's, if that goes by priority."""
 
     def __init__(
-        self, scheduler: Any, priorities: Priorities, clock: Callable[[], float] = time.monotonic
+        self,
+        scheduler: Any,
+        priorities: Priorities,
+        clock: Callable[[], float] = time.monotonic,
+        rules: QueueRules | None = None,
     ) -> None:
         self._clock = clock
         self._next_s = 0.0
         self._queue: AgingQueue | None = None
+        self._starts: Starts | None = None
         if scheduler.policy == SchedulingPolicy.PRIORITY:
-            self._queue = AgingQueue(priorities, clock)
+            if rules is not None and (rules.growth or rules.passers):
+                self._starts = Starts(scheduler, rules, clock)
+            self._queue = AgingQueue(priorities, clock, self._starts)
             self._queue.prepend_requests(scheduler.waiting)
             scheduler.waiting = self._queue
 
@@ -196,6 +336,18 @@ class Queueing:
         if self._queue is not None and self._clock() >= self._next_s:
             more = self._queue.age() == AGED_MAX
             self._next_s = self._clock() + (0.0 if more else AGING_LOOK_EVERY_S)
+
+    def before_step(self) -> None:
+        """Before a step is scheduled."""
+        if self._starts is not None and self._queue is not None:
+            self._starts.prepare(self._queue)
+
+    def blocked(self, head: Request) -> tuple[int, bool]:
+        """Of the head of the queue: blocks that must be free beside what it needs, and whether a
+        newcomer may start before it."""
+        if self._starts is None:
+            return 0, False
+        return self._starts.room(head), self._starts.passable(head)
 
 
 def waited_s(request: Request, now: float) -> float:
@@ -231,3 +383,9 @@ def queue_by_arrival(queue: RequestQueue, request: Request) -> None:
 def _waits(request: Request) -> tuple[float, int] | None:
     """Since when a request waits (seconds), and its preemptions by then."""
     return getattr(request, "llumnix_waits", None)
+
+
+def _wait(request: Request) -> Wait | None:
+    """How long it has been a head that did not fit, since it was last preempted."""
+    wait, preemptions = getattr(request, "llumnix_blocked", (None, 0))
+    return wait if preemptions == request.num_preemptions else None

@@ -6,6 +6,7 @@ steps tests/house/test_vllm_migration_contract.py):
   whole allocation, which `num_blocks` share; `kv_cache_groups[i].kv_cache_spec.block_size`.
 - `MultiprocExecutor.workers[i].proc`: each worker's process. The executor of a single worker that
   runs in the engine's own process has no `workers`.
+- `KVCacheManager.get_computed_blocks` and `coordinator.get_num_blocks_to_allocate` change nothing.
 - `SchedulerOutput`: `total_num_scheduled_tokens`, and `num_scheduled_tokens` by request.
 """
 
@@ -43,3 +44,22 @@ def has_prompts(batch: Any) -> bool:
 def worker_pids(executor: Any) -> list[int]:
     """The engine's workers that are processes of their own. `executor`: vLLM's."""
     return [worker.proc.pid for worker in getattr(executor, "workers", ())]
+
+
+def start_blocks(scheduler: Any, request: Request) -> tuple[int, int]:
+    """The free blocks that a request takes which waits without KV, counted as vLLM does when it
+    admits it, and how many of its tokens are in the prefix cache."""
+    kv = scheduler.kv_cache_manager
+    computed, cached, *_ = kv.get_computed_blocks(request)
+    blocks = kv.coordinator.get_num_blocks_to_allocate(
+        request_id=request.request_id,
+        num_tokens=request.num_tokens,
+        new_computed_blocks=computed.blocks,
+        num_encoder_tokens=0,
+        total_computed_tokens=cached,
+        num_local_computed_tokens=cached,
+        num_tokens_main_model=request.num_tokens,
+        apply_admission_cap=True,
+        prefill_end=max(request.num_prompt_tokens, request.num_tokens - 1),
+    )
+    return blocks, cached

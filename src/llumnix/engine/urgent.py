@@ -20,7 +20,8 @@ vLLM internals relied on here (tests/house/test_vllm_contract.py fails when one 
 `Scheduler._preempt_request` takes a request that was taken out of `running` between two steps, as
 `reset_prefix_cache` has it; `max_num_active_reqs` and `num_waiting_for_streaming_input` bound
 `running`, `max_num_scheduled_tokens` a step; running requests are scheduled before waiting ones;
-`KVCacheManager.get_computed_blocks` and `coordinator.get_num_blocks_to_allocate` change nothing;
+`kv_cache_manager.watermark_blocks` must be free beside what the head needs (engine/queueing.py sets
+it before);
 `_request_blocks_can_be_freed` says whether blocks return to the pool at once; a request that waits
 is skipped, and those behind it looked at, if its status is another than WAITING or PREEMPTED, if it
 has `num_stale_output_tokens` without `drop_stale_output`, or if its adapter would be one too many
@@ -37,7 +38,7 @@ from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.request import Request
 
 from llumnix.core.priorities import Priorities
-from llumnix.engine.readings import ABLE, client_priority
+from llumnix.engine.readings import ABLE, client_priority, start_blocks
 
 PASSED_OVER_MAX = 8
 """So many at the front of the queue are looked at for one that lacks nothing but room."""
@@ -125,18 +126,7 @@ class UrgentAdmission:
         admits a request: the running requests get theirs first."""
         scheduler = self._scheduler
         kv = scheduler.kv_cache_manager
-        computed, cached, *_ = kv.get_computed_blocks(head)
-        needed = kv.coordinator.get_num_blocks_to_allocate(
-            request_id=head.request_id,
-            num_tokens=head.num_tokens,
-            new_computed_blocks=computed.blocks,
-            num_encoder_tokens=0,
-            total_computed_tokens=cached,
-            num_local_computed_tokens=cached,
-            num_tokens_main_model=head.num_tokens,
-            apply_admission_cap=True,
-            prefill_end=max(head.num_prompt_tokens, head.num_tokens - 1),
-        )
+        needed, cached = start_blocks(scheduler, head)
         running = [self._wanted(r) for r in scheduler.running]
         budget = scheduler.max_num_scheduled_tokens
         active = len(running) + scheduler.num_waiting_for_streaming_input

@@ -27,7 +27,7 @@ from llumnix.cluster.supervision.engine_actor import EngineActor, pack
 from llumnix.cluster.supervision.places import Places
 from llumnix.config import DeploymentConfig
 from llumnix.core.limits import MigrationLimits
-from llumnix.core.scheduling.presets import POLICIES, priorities_of
+from llumnix.core.scheduling.presets import POLICIES, priorities_of, queue_rules_of
 from llumnix.core.supervision.blame import Death, Traces, code_of, is_blamed
 from llumnix.core.types import ENGINE_INDEX_MAX, EngineIndex, InstanceId
 from llumnix.engine.instance import InstanceFacts
@@ -112,6 +112,7 @@ class EngineLauncher:
             limits=MigrationLimits(),
             transfer=TransferOptions(bandwidth_bytes_per_s=limit and limit * 1e6),
             priorities=priorities_of(settings),
+            queue_rules=queue_rules_of(settings),
             min_stay=settings.migration.min_stay,
             looks_at_caches=POLICIES[settings.policy].looks_at_caches,
         )

@@ -30,8 +30,8 @@ destination would give requests away itself, and below 0 it would preempt. Witho
 condition the two could change places, and the next round would move the request back.
 
 `tokens_wanted` is the smallest t that ends the source's trouble. If a request waits at the head of
-its queue, that is S + t >= 0, so that the head can start; else F_s >= threshold, which is
-t >= threshold b - S.
+its queue, that is S + t >= what must stay free beside the head, so that it can start; else
+F_s >= threshold, which is t >= threshold b - S.
 
 A shortage is not divided by the batch (load.py): where `least` is 0 or below, F_s = S + t, and
 `tokens_min` is (least - S) / (1 - k).
@@ -91,7 +91,7 @@ class GainRule:
             even = (ratio(spare_d, batch_d) - spare_s / batch_s) / (1 / batch_d + 1 / batch_s)
             tokens_min = max(1, relief)
             tokens_max = max(0, min(room, int(min(above_floor, even))))
-            relieved = 0.0 if load.head else self.threshold * batch_s
+            relieved = load.keep if load.head else self.threshold * batch_s
             wanted = max(0, int(relieved - spare_s))
         if (not requests.running or tokens_max < tokens_min) and not waiting_max:
             return None

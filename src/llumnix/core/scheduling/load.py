@@ -24,6 +24,7 @@ class Load(NamedTuple):
     total: int  # KV tokens in all
     used: int  # KV tokens in use, or about to be
     head: int  # tokens that the head of the queue needs; all that are free if it waits for a slot
+    keep: int  # tokens that must stay free beside those when it starts
     queued: int  # tokens that all waiting requests need
     shared: int  # the part of `queued` that is in use already
     batch: int  # requests that run, or are about to
@@ -45,7 +46,7 @@ class Load(NamedTuple):
     @property
     def is_blocked(self) -> bool:
         """Whether the head of the queue cannot start, for want of memory or of a slot."""
-        return self.head > max(0, self.free)
+        return self.head > 0 and self.head + self.keep > max(0, self.free)
 
     def queued_prefill_before(self, rank: int) -> int:
         """Tokens of prompts that are computed before those of a newcomer of that class."""
@@ -117,7 +118,9 @@ def derive(
                 + requests on their way in, whose memory is in use already
         queued_prefill, for a newcomer of class r
                 the rest of running prompts, and prompts on their way, less their cached tokens
-                + what waiting requests of class r and more urgent ones have to compute
+                + what waiting requests of class r and more urgent ones have to compute, but for
+                  those of the head's class r if the newcomer may pass them: if the head does not
+                  fit, they wait, and the newcomer does not wait for them
 
     A head of the queue that waits for a slot makes the instance full: whatever memory is free is of
     no use, so the head is taken to need all of it beside its own tokens."""
@@ -126,14 +129,18 @@ def derive(
     waiting = queued = shared = 0
     by_class: list[int] = []
     queued_prefill = [] if report.classes else [computed]
+    used = max(0, report.kv_tokens_used - report.moving_out_tokens) + prefill
+    wanted = report.head_tokens + report.keep_tokens
+    passed = report.passable and wanted > report.kv_tokens_total - used
     for rank, known in enumerate(report.classes):
+        before = computed
         waiting += known.waiting
         queued += known.waiting_tokens
         shared += known.waiting_shared
         computed += known.waiting_prefill
         by_class.append(known.running + (booked[rank] if booked else 0))
-        queued_prefill.append(computed)
-    used = max(0, report.kv_tokens_used - report.moving_out_tokens) + prefill
+        queued_prefill.append(before if passed and known.waiting else computed)
+        passed = passed and not known.waiting  # The head is of the first class that waits.
     leaving = report.moving_out - report.moving_out_waiting
     batch = max(0, sum(by_class) - leaving) + report.moving_in
     head = report.head_tokens
@@ -143,6 +150,7 @@ def derive(
         total=report.kv_tokens_total,
         used=used,
         head=head,
+        keep=report.keep_tokens,
         queued=max(queued, report.head_tokens),
         shared=shared,
         batch=batch,

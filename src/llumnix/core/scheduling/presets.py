@@ -1,8 +1,10 @@
-"""The policies by name: how each dispatches, whether it balances, and whether it keeps headroom."""
+"""The policies by name: how each dispatches, whether it balances, whether it keeps headroom, and
+which rules its engines' queues have."""
 
 from dataclasses import dataclass, replace
 
 from llumnix.core.priorities import Priorities
+from llumnix.core.queue_rules import QueueRules
 from llumnix.core.scheduling.dispatch import DISPATCH_POLICIES
 from llumnix.core.settings import SchedulerSettings
 
@@ -16,6 +18,8 @@ class Preset:
     headroom: bool  # keeps the headroom of urgent classes free; else those only go first
     text: str  # for docs/scheduling.md: "a new request goes to ..."
     priorities: bool = True  # false: all requests are treated alike
+    growth_blocks: int = 0  # the knob `queue.growth_blocks` if it is null
+    passers: int = 0  # the same for `queue.passers`
 
     @property
     def looks_at_caches(self) -> bool:
@@ -28,6 +32,8 @@ POLICIES: dict[str, Preset] = {
         dispatch="soonest",
         balance=True,
         headroom=True,
+        growth_blocks=1,
+        passers=8,
         text="one with room and the fewest prompt tokens to compute until its first, less those in "
         "the prefix cache, then the highest freeness, and requests move while they run",
     ),
@@ -36,6 +42,8 @@ POLICIES: dict[str, Preset] = {
         balance=True,
         headroom=False,
         priorities=False,
+        growth_blocks=1,
+        passers=8,
         text="the same with all requests alike, whatever priority they ask for",
     ),
     "infaas++": Preset(
@@ -74,3 +82,15 @@ def priorities_of(settings: SchedulerSettings, *, keyed: bool = False) -> Priori
     bare = tuple(replace(c, headroom=0.0) for c in given.classes)
     given = replace(given, classes=bare)
     return Priorities(given, ignore_priorities=not preset.priorities, keyed=keyed)
+
+
+def queue_rules_of(settings: SchedulerSettings) -> QueueRules:
+    """The rules of the engines' queues: what the knobs say, else what the policy has."""
+    given, preset = settings.queue, POLICIES[settings.policy]
+    growth, passers = given.growth_blocks, given.passers
+    return QueueRules(
+        growth=preset.growth_blocks if growth is None else growth,
+        passers=preset.passers if passers is None else passers,
+        pass_s=given.pass_s,
+        pass_share=given.pass_share,
+    )

@@ -11,7 +11,7 @@ Rules
 
 vLLM internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
 - `scheduler.requests` holds all that are not finished; `running`, `waiting` and
-  `kv_holding_waiting` those that run and wait; `waiting.peek_request()` is the next to start, and
+  `kv_holding_waiting` those that run and wait; the first of `waiting` is the next to start, and
   starts only if blocks for all its tokens are free (`scheduler_reserve_full_isl`).
 - `Request`: `priority`, `num_tokens`, `num_output_tokens`, `num_preemptions`, `status`; a finished
   one keeps them. `is_prefill_chunk`: it runs, and tokens of its prompt (or, after a preemption, of
@@ -41,7 +41,9 @@ _ANSWERED = (
 class LoadReader:
     """Of one engine core. `cached_tokens` says how many of a request's tokens are in the prefix
     cache, and how many of them requests hold. It is asked when the request begins to wait.
-    `taken_out` gives the requests that moves have taken out of the batch."""
+    `taken_out` gives the requests that moves have taken out of the batch. `blocked` says of the
+    head of the queue how many blocks must be free beside it when it starts, and whether a newcomer
+    may start before it."""
 
     def __init__(
         self,
@@ -51,12 +53,14 @@ class LoadReader:
         *,
         cached_tokens: Callable[[Request], tuple[int, int]] = lambda request: (0, 0),
         taken_out: Callable[[], list[Request]] = list,
+        blocked: Callable[[Request], tuple[int, bool]] = lambda head: (0, False),
     ) -> None:
         self._scheduler = scheduler
         self._slots = slots
         self._priorities = priorities
         self._cached_tokens = cached_tokens
         self._taken_out = taken_out
+        self._blocked = blocked
         self._block = int(scheduler.block_size)
         self._token_bytes = token_bytes(scheduler)
         self._seen: tuple[Any, ...] = ()
@@ -112,13 +116,13 @@ class LoadReader:
         if counted:
             self._seen = seen
             self._count()
-        head = self.needed(scheduler.waiting.peek_request()) if scheduler.waiting else 0
-        last, now = self._last, (used, self._prefill(), head)
-        if (
-            last is not None
-            and not counted
-            and now == (last.kv_tokens_used, last.prefill_tokens, last.head_tokens)
-        ):
+        prefill, head, keep, passable = self._prefill(), 0, 0, False
+        if scheduler.waiting:
+            first = next(iter(scheduler.waiting))
+            head, (blocks, passable) = self.needed(first), self._blocked(first)
+            keep = blocks * self._block
+        last, now = self._last, (used, prefill, head, keep, passable)
+        if last is not None and not counted and now == _told(last):
             return last
         self._last = EngineCounts(
             kv_tokens_used=used,
@@ -128,6 +132,8 @@ class LoadReader:
             slots=self._slots,
             classes=self._classes,
             head_tokens=head,
+            keep_tokens=keep,
+            passable=passable,
             kv_token_bytes=self._token_bytes,
             preemptions=sum(self._preempted),
             finished=self._finished,
@@ -246,6 +252,17 @@ class LoadReader:
         if request.status in _ANSWERED:
             self._finished += 1
             self._finished_tokens += request.num_output_tokens
+
+
+def _told(counts: EngineCounts) -> tuple[Any, ...]:
+    """What `read` compares of the counts before."""
+    return (
+        counts.kv_tokens_used,
+        counts.prefill_tokens,
+        counts.head_tokens,
+        counts.keep_tokens,
+        counts.passable,
+    )
 
 
 @dataclass(slots=True, kw_only=True)

@@ -12,19 +12,21 @@ Rules, as vLLM 0.32 has them with priority scheduling
   waiting prompts alone, whole, as older versions do.
 - llumnix's own queueing (engine/queueing.py): a request that waited for long is queued as the most
   urgent, a preempted one goes before those of its class that have not started.
+- llumnix's own rules of who starts (core/queue_rules.py): room for the batch to grow, and bounded
+  passing of a head that does not fit.
 - llumnix's own preemption (engine/urgent.py): running requests of less urgent classes are preempted
   for a head of the queue that could not start in this step.
 """
 
 from bisect import insort
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from llumnix.core.priorities import AGING_LOOK_EVERY_S, Priorities, QueueKey
+from llumnix.core.queue_rules import PLAIN, QueueRules, Wait
 from llumnix.core.reports import ClassLoad
 from llumnix.core.types import RequestId
 from llumnix.sim.model.jobs import Job, Sequence, Token
-from llumnix.sim.model.memory import Memory
+from llumnix.sim.model.memory import SequenceBlocks, Start
 from llumnix.sim.model.profile import Profile
 
 
@@ -47,15 +49,23 @@ class Batch:
     seconds: float
 
 
-class Batching:
+class Batching(SequenceBlocks):
     """One engine's requests, and the steps that serve them."""
 
-    def __init__(self, profile: Profile, options: EngineOptions, priorities: Priorities) -> None:
-        self.block_tokens = profile.block_tokens
+    def __init__(
+        self,
+        profile: Profile,
+        options: EngineOptions,
+        priorities: Priorities,
+        rules: QueueRules = PLAIN,
+    ) -> None:
+        super().__init__(
+            options.kv_tokens or profile.kv_tokens,
+            profile.block_tokens,
+            caching=options.prefix_caching,
+        )
         self.profile = profile
         self.options = options
-        total = (options.kv_tokens or profile.kv_tokens) // profile.block_tokens
-        self.memory = Memory(total, caching=options.prefix_caching)
         self.requests: dict[RequestId, Sequence] = {}
         self.running: list[Sequence] = []
         self.holding: list[Sequence] = []
@@ -65,11 +75,12 @@ class Batching:
         self.steps = 0
         self.steps_s = 0.0
         self._priorities = priorities
+        self.rules = rules
         self._queue: list[tuple[QueueKey, int, Sequence]] = []
         self._count = 0
         self._next_look_s = 0.0
         self._classes: tuple[ClassLoad, ...] | None = None
-        self._pinned_blocks: dict[RequestId, int] = {}
+        self._now_s = 0.0
 
     # -- what a frontend does
 
@@ -89,6 +100,7 @@ class Batching:
 
     def schedule(self, now: float) -> Batch | None:
         """The next step, or None if there is nothing to do."""
+        self._now_s = now
         if self._queue and now >= self._next_look_s:
             self._look(now)
         self._make_room(now)
@@ -164,18 +176,18 @@ class Batching:
 
     def _admit(self, scheduled: list[tuple[Sequence, int]], budget: int, now: float) -> int:
         """Starts those that wait; returns what is left of the budget."""
-        block, memory = self.block_tokens, self.memory
         while budget > 0 and len(self.running) < self.options.slots:
             if self.holding:
                 seq = self.holding[0]
-                shared = private_blocks = 0
+                start = Start((), 0, seq.computed, seq.blocks, self._blocks(seq) - seq.blocks)
+                fits = start.wanted <= self.memory.free
             elif self._queue:
                 seq = self._queue[0][2]
-                shared, private_blocks = self._hits(seq)
+                start = self._start(seq)
+                fits = self._fits(seq, start)
             else:
                 break
-            found = seq.computed + (shared * seq.job.prefix_blocks + private_blocks) * block
-            new = seq.tokens - found
+            new = seq.tokens - start.found
             if new > budget:
                 if not self.options.chunked:
                     # Older versions want a budget of the longest prompt. Here none is stuck.
@@ -183,29 +195,74 @@ class Batching:
                         break
                     budget = new
                 new = min(new, budget)
-            ids = seq.job.prefix[:shared]
-            idle = memory.idle(ids) * seq.job.prefix_blocks + private_blocks
-            held_blocks = seq.blocks + shared * seq.job.prefix_blocks + private_blocks
-            if -(-seq.tokens // block) - held_blocks + idle > memory.free:
-                break
+            if not fits:
+                if self.holding or not self.rules.passers:
+                    break
+                return self._pass(scheduled, budget, now)
             if self.holding:
                 self.holding.pop(0)
             else:
                 self._queue.pop(0)
-                memory.hold(ids, seq.job.prefix_blocks)
-                memory.take_back(private_blocks)
-                seq.held = list(ids)
-                seq.blocks, seq.computed, seq.freed_blocks = held_blocks, found, None
-            need = -(-(seq.computed + new) // block) - seq.blocks
-            if need > 0:
-                memory.take(need)
-                seq.blocks += need
-            seq.running = True
-            self.running.append(seq)
-            self._classes = None
+            self._begin(seq, start, new)
             scheduled.append((seq, new))
             budget -= new
         return budget
+
+    def _pass(self, scheduled: list[tuple[Sequence, int]], budget: int, now: float) -> int:
+        """The head of the queue does not fit. Starts some of those behind it that do; returns what
+        is left of the budget."""
+        head, rules = self._queue[0][2], self.rules
+        if head.wait is None:
+            head.wait = Wait(since_s=now)
+        if not rules.may_pass(head.wait, now):
+            return budget
+        for _, _, seq in [entry for entry in self._queue[1 : rules.passers + 1]]:
+            if budget <= 0 or len(self.running) >= self.options.slots:
+                break
+            if (seq.turn.priority, seq.job.priority) != (head.turn.priority, head.job.priority):
+                continue
+            start = self._start(seq)
+            new = seq.tokens - start.found
+            if (
+                (new > budget and not self.options.chunked)
+                or not rules.may_take(
+                    head.wait, self.needed(head), start.wanted * self.block_tokens
+                )
+                or not self._fits(seq, start)
+            ):
+                continue
+            self._queue = [entry for entry in self._queue if entry[2] is not seq]
+            head.wait.passed_tokens += start.wanted * self.block_tokens
+            new = min(new, budget)
+            self._begin(seq, start, new)
+            scheduled.append((seq, new))
+            budget -= new
+        return budget
+
+    def _fits(self, seq: Sequence, start: Start) -> bool:
+        """Whether there is memory for it, with room for the batch to grow. What prompts under way
+        will take is taken already: while tokens are left for others, they have got all theirs."""
+        return start.wanted + self.room(seq) <= self.memory.free
+
+    def room(self, seq: Sequence) -> int:
+        """Blocks to leave free when it starts."""
+        return self.rules.room(len(self.running), preempted=bool(seq.preemptions))
+
+    def _begin(self, seq: Sequence, start: Start, new: int) -> None:
+        """Runs it from this step on, in which it computes `new` tokens."""
+        memory = self.memory
+        if seq.computed == 0:
+            memory.hold(start.ids, seq.job.prefix_blocks)
+            memory.take_back(start.private_blocks)
+            seq.held = list(start.ids)
+            seq.blocks, seq.computed, seq.freed_blocks = start.held, start.found, None
+        need = -(-(seq.computed + new) // self.block_tokens) - seq.blocks
+        if need > 0:
+            memory.take(need)
+            seq.blocks += need
+        seq.running, seq.wait = True, None
+        self.running.append(seq)
+        self._classes = None
 
     def _make_room(self, now: float) -> None:
         """Preempts less urgent requests if the head of the queue could not start otherwise."""
@@ -239,7 +296,7 @@ class Batching:
         taken = sum(w[0] for w in wanted)
         return (
             len(wanted) + 1 - self.options.slots,
-            -(-head.tokens // self.block_tokens) - held_blocks + idle + taken - self.memory.free,
+            self._blocks(head) - held_blocks + idle + taken + self.room(head) - self.memory.free,
             min(head.tokens - held_blocks * self.block_tokens, self.options.budget - len(wanted))
             + sum(w[1] for w in wanted)
             - self.options.budget,
@@ -249,18 +306,6 @@ class Batching:
         """Blocks and tokens that a running request takes in the next step."""
         new = seq.tokens - seq.computed
         return max(0, -(-(seq.computed + new) // self.block_tokens) - seq.blocks), new
-
-    def _hits(self, seq: Sequence) -> tuple[int, int]:
-        """What the prefix cache has of a request: shared ids, and blocks of its own after them. At
-        least one token is left to compute."""
-        job, most = seq.job, (seq.tokens - 1) // self.block_tokens
-        shared = self.memory.hits(job.prefix) if job.prefix else 0
-        while shared and shared * job.prefix_blocks > most:
-            shared -= 1
-        private_blocks = self.memory.kept(seq.freed_blocks) if seq.freed_blocks is not None else 0
-        if shared < len(job.prefix):
-            return shared, 0
-        return shared, max(0, min(private_blocks, most - shared * job.prefix_blocks))
 
     def _batch(self, scheduled: list[tuple[Sequence, int]]) -> Batch:
         decodes = context = 0
@@ -272,11 +317,6 @@ class Batching:
             else:
                 prompts.append((new, seq.computed))
         return Batch(scheduled=scheduled, seconds=self.profile.step(decodes, context, prompts))
-
-    def _publish(self, seq: Sequence) -> None:
-        """Its prompt is computed: whole prefix blocks of it can be shared."""
-        rest = seq.job.prefix[len(seq.held) :]
-        seq.held += self.memory.publish(rest)
 
     def _preempt(self, seq: Sequence, now: float) -> None:
         self.running.remove(seq)
@@ -306,20 +346,6 @@ class Batching:
         elif not seq.stopped:
             self._queue = [entry for entry in self._queue if entry[2] is not seq]
 
-    def _free(self, seq: Sequence, kept: int = 0) -> None:
-        """Frees its blocks, but those that are being copied only when that is over."""
-        job = seq.job
-        private_blocks = seq.blocks - len(seq.held) * job.prefix_blocks
-        self.memory.unhold(seq.held, job.prefix_blocks)
-        if seq.pinned:
-            pinned = min(seq.pinned, private_blocks)
-            self._pinned_blocks[job.id] = self._pinned_blocks.get(job.id, 0) + pinned
-            private_blocks, kept, seq.pinned = private_blocks - pinned, 0, 0
-        mine = max(0, min(private_blocks, kept - len(seq.held) * job.prefix_blocks))
-        self.memory.give(private_blocks - mine)
-        seq.freed_blocks = self.memory.leave(mine) if mine else None
-        seq.held, seq.blocks, seq.computed = [], 0, 0
-
     def _enqueue(self, seq: Sequence) -> None:
         seq.turn = self._priorities.queue_key(
             *seq.turn, waited_s=0.0, preempted=bool(seq.preemptions)
@@ -341,57 +367,6 @@ class Batching:
 
     # -- what it counts
 
-    def classes(self) -> tuple[ClassLoad, ...]:
-        """Requests by priority class, most urgent first."""
-        if self._classes is None:
-            rank = self._priorities.rank
-            counts = [[0] * 5 for _ in range(len(self._priorities))]
-            for seq in self.running:
-                counts[rank(seq.job.priority)][0] += 1
-            for seq in self._waiting():
-                mine = counts[rank(seq.job.priority)]
-                mine[1] += 1
-                if seq.found is None:
-                    seq.found = (0, 0) if seq.preemptions else self._found(seq)
-                cached, held = seq.found
-                mine[2] += self.needed(seq)
-                mine[3] += max(held, seq.computed)
-                mine[4] += seq.tokens - max(cached, seq.computed)
-            self._classes = tuple(
-                ClassLoad(
-                    running=r, waiting=w, waiting_tokens=t, waiting_shared=s, waiting_prefill=p
-                )
-                for r, w, t, s, p in counts
-            )
-        return self._classes
-
-    def head_tokens(self) -> int:
-        """What the head of the queue needs to start."""
-        return self.needed(self._queue[0][2]) if self._queue else 0
-
-    def prefill_tokens(self) -> int:
-        """Tokens of running requests' prompts that no step has been given yet."""
-        block = self.block_tokens
-        return sum(
-            max(0, s.tokens - s.blocks * block) for s in self.running if s.computed < s.tokens - 1
-        )
-
     def waiting(self) -> int:
         """Requests in the queue."""
         return len(self._queue) + len(self.holding)
-
-    def needed(self, seq: Sequence) -> int:
-        """KV tokens of a request, in whole blocks."""
-        return -(-seq.tokens // self.block_tokens) * self.block_tokens
-
-    def _found(self, seq: Sequence) -> tuple[int, int]:
-        """Tokens of a request in the prefix cache, and how many of them others hold."""
-        shared, private_blocks = self._hits(seq)
-        held = shared - self.memory.idle(seq.job.prefix[:shared])
-        each = seq.job.prefix_blocks
-        return (shared * each + private_blocks) * self.block_tokens, held * each * self.block_tokens
-
-    def _waiting(self) -> Iterable[Sequence]:
-        yield from self.holding
-        for _, _, seq in self._queue:
-            yield seq

@@ -33,7 +33,7 @@ from llumnix.core.events import (
 from llumnix.core.limits import DRAIN_POLL_S, FLEET_REPORT_EVERY_S, HEARTBEAT_S
 from llumnix.core.messages import FrontendMessage, PeerMessage, ToPeer
 from llumnix.core.migration.llumlet import Llumlet
-from llumnix.core.scheduling.presets import POLICIES, priorities_of
+from llumnix.core.scheduling.presets import POLICIES, priorities_of, queue_rules_of
 from llumnix.core.scheduling.scheduler import Scheduler
 from llumnix.core.settings import SchedulerSettings
 from llumnix.core.streams.effects import Abort, AskFate, TellLost
@@ -335,8 +335,8 @@ class Cluster:
         index = EngineIndex(self._engines)
         self._engines += 1
         setup, job_of = self.setup, self.clients.jobs.__getitem__
-        engine = SimEngine(index, setup.profile, setup.engine, self._priorities, job_of)
-        min_stay = setup.scheduler.migration.min_stay
+        rules, min_stay = queue_rules_of(setup.scheduler), setup.scheduler.migration.min_stay
+        engine = SimEngine(index, setup.profile, setup.engine, self._priorities, job_of, rules)
         llumlet = Llumlet(index, "", engine, priorities=self._priorities, min_stay=min_stay)
         instance = SimInstance(name, engine, llumlet, reports_prefixes=self._cache_aware)
         self.instances[name] = self.by_engine[index] = instance

@@ -4,14 +4,15 @@ Messages are dealt with between two steps, when nothing is in flight, as with vL
 scheduling. Tokens have no values: their number is what is moved and checked.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from llumnix.core.limits import WAITING_SHOWN_MAX
 from llumnix.core.messages import OFFICE, Blocks
 from llumnix.core.migration.port import Movable, Phase, Progress, Refusal
 from llumnix.core.priorities import Priorities, QueueKey
-from llumnix.core.reports import EngineCounts
+from llumnix.core.queue_rules import PLAIN, QueueRules
+from llumnix.core.reports import ClassLoad, EngineCounts
 from llumnix.core.types import EngineIndex, RequestId
 from llumnix.sim.model.batching import Batch, Batching, EngineOptions
 from llumnix.sim.model.jobs import Job, Sequence
@@ -41,8 +42,9 @@ class SimEngine(Batching):
         options: EngineOptions,
         priorities: Priorities,
         job_of: Callable[[RequestId], Job],
+        rules: QueueRules = PLAIN,
     ) -> None:
-        super().__init__(profile, options, priorities)
+        super().__init__(profile, options, priorities, rules)
         self.index = index
         self.arriving: dict[RequestId, Sequence] = {}
         self._job_of = job_of
@@ -60,7 +62,8 @@ class SimEngine(Batching):
 
     def counts(self) -> EngineCounts:
         """What a load report says of the engine itself."""
-        block = self.block_tokens
+        block, queue = self.block_tokens, [seq for _, _, seq in self._queue[:WAITING_SHOWN_MAX]]
+        keep = self.room(queue[0]) if queue else 0
         return EngineCounts(
             kv_tokens_used=(self.memory.total - self.memory.free) * block,
             kv_tokens_total=self.memory.total * block,
@@ -69,11 +72,71 @@ class SimEngine(Batching):
             slots=self.options.slots,
             classes=self.classes(),
             head_tokens=self.head_tokens(),
+            keep_tokens=keep * block,
+            passable=self._passable(),
             kv_token_bytes=self.profile.kv_token_bytes,
             preemptions=self.preemptions,
             finished=self.finished,
             finished_tokens=self.finished_tokens,
         )
+
+    def classes(self) -> tuple[ClassLoad, ...]:
+        """Requests by priority class, most urgent first."""
+        if self._classes is None:
+            rank = self._priorities.rank
+            counts = [[0] * 5 for _ in range(len(self._priorities))]
+            for seq in self.running:
+                counts[rank(seq.job.priority)][0] += 1
+            for seq in self._waiting():
+                mine = counts[rank(seq.job.priority)]
+                mine[1] += 1
+                if seq.found is None:
+                    seq.found = (0, 0) if seq.preemptions else self._found(seq)
+                cached, held = seq.found
+                mine[2] += self.needed(seq)
+                mine[3] += max(held, seq.computed)
+                mine[4] += seq.tokens - max(cached, seq.computed)
+            self._classes = tuple(
+                ClassLoad(
+                    running=r, waiting=w, waiting_tokens=t, waiting_shared=s, waiting_prefill=p
+                )
+                for r, w, t, s, p in counts
+            )
+        return self._classes
+
+    def head_tokens(self) -> int:
+        """What the head of the queue needs to start."""
+        return self.needed(self._queue[0][2]) if self._queue else 0
+
+    def prefill_tokens(self) -> int:
+        """Tokens of running requests' prompts that no step has been given yet."""
+        block = self.block_tokens
+        return sum(
+            max(0, s.tokens - s.blocks * block) for s in self.running if s.computed < s.tokens - 1
+        )
+
+    def _passable(self) -> bool:
+        """Whether a newcomer may start before the head of the queue."""
+        if not self._queue or not self.rules.passers:
+            return False
+        head = self._queue[0][2]
+        wait = head.wait
+        return wait is None or (
+            self.rules.may_pass(wait, self._now_s)
+            and self.rules.may_take(wait, self.needed(head), self.block_tokens)
+        )
+
+    def _found(self, seq: Sequence) -> tuple[int, int]:
+        """Tokens of a request in the prefix cache, and how many of them others hold."""
+        shared, private_blocks = self._hits(seq)
+        held = shared - self.memory.idle(seq.job.prefix[:shared])
+        each = seq.job.prefix_blocks
+        return (shared * each + private_blocks) * self.block_tokens, held * each * self.block_tokens
+
+    def _waiting(self) -> Iterable[Sequence]:
+        yield from self.holding
+        for _, _, seq in self._queue:
+            yield seq
 
     @property
     def step_s(self) -> float:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from llumnix.core.priorities import QueueKey
+from llumnix.core.queue_rules import Wait
 from llumnix.core.types import RequestId
 
 Token = tuple[RequestId, bool]
@@ -50,6 +51,7 @@ class Sequence:
     preemptions: int = 0
     pinned: int = 0  # leading blocks that are being copied
     again: int = 0  # leading tokens that a dead engine had computed before
+    wait: Wait | None = None  # as a head that does not fit
     found: tuple[int, int] | None = None  # cached tokens when it began to wait; those others held
 
     @property

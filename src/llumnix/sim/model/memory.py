@@ -9,6 +9,10 @@ out of the middle of vLLM's queue, and those behind it are reused earlier.
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
+
+from llumnix.core.types import RequestId
+from llumnix.sim.model import jobs
 
 
 @dataclass(slots=True)
@@ -120,3 +124,71 @@ class Memory:
                 self.free += blocks
                 shared.until = self.taken + self.free
                 heapq.heappush(self._fading, (shared.until, name))
+
+
+class Start(NamedTuple):
+    """What it takes to start a request."""
+
+    ids: tuple[int, ...]  # of its prefix, that are cached
+    private_blocks: int  # that are cached beside those
+    found: int  # tokens that have KV
+    held: int  # blocks of these
+    wanted: int  # free blocks that it takes
+
+
+class SequenceBlocks:
+    """The blocks of one engine's requests. `kv_tokens`: of its memory; `caching`: whether there is
+    a prefix cache."""
+
+    def __init__(self, kv_tokens: int, block_tokens: int, *, caching: bool) -> None:
+        self.block_tokens = block_tokens
+        self.memory = Memory(kv_tokens // block_tokens, caching=caching)
+        self._pinned_blocks: dict[RequestId, int] = {}
+
+    def needed(self, seq: jobs.Sequence) -> int:
+        """KV tokens of a request, in whole blocks."""
+        return self._blocks(seq) * self.block_tokens
+
+    def _blocks(self, seq: jobs.Sequence) -> int:
+        return -(-seq.tokens // self.block_tokens)
+
+    def _start(self, seq: jobs.Sequence) -> "Start":
+        """What there is of a request that waits without KV, and what it takes to start it."""
+        shared, private_blocks = self._hits(seq)
+        cached = shared * seq.job.prefix_blocks + private_blocks
+        ids = seq.job.prefix[:shared]
+        idle = self.memory.idle(ids) * seq.job.prefix_blocks + private_blocks
+        held = seq.blocks + cached
+        wanted = self._blocks(seq) - held + idle
+        return Start(ids, private_blocks, seq.computed + cached * self.block_tokens, held, wanted)
+
+    def _hits(self, seq: jobs.Sequence) -> tuple[int, int]:
+        """What the prefix cache has of a request: shared ids, and blocks of its own after them. At
+        least one token is left to compute."""
+        job, most = seq.job, (seq.tokens - 1) // self.block_tokens
+        shared = self.memory.hits(job.prefix) if job.prefix else 0
+        while shared and shared * job.prefix_blocks > most:
+            shared -= 1
+        private_blocks = self.memory.kept(seq.freed_blocks) if seq.freed_blocks is not None else 0
+        if shared < len(job.prefix):
+            return shared, 0
+        return shared, max(0, min(private_blocks, most - shared * job.prefix_blocks))
+
+    def _publish(self, seq: jobs.Sequence) -> None:
+        """Its prompt is computed: whole prefix blocks of it can be shared."""
+        rest = seq.job.prefix[len(seq.held) :]
+        seq.held += self.memory.publish(rest)
+
+    def _free(self, seq: jobs.Sequence, kept: int = 0) -> None:
+        """Frees its blocks, but those that are being copied only when that is over."""
+        job = seq.job
+        private_blocks = seq.blocks - len(seq.held) * job.prefix_blocks
+        self.memory.unhold(seq.held, job.prefix_blocks)
+        if seq.pinned:
+            pinned = min(seq.pinned, private_blocks)
+            self._pinned_blocks[job.id] = self._pinned_blocks.get(job.id, 0) + pinned
+            private_blocks, kept, seq.pinned = private_blocks - pinned, 0, 0
+        mine = max(0, min(private_blocks, kept - len(seq.held) * job.prefix_blocks))
+        self.memory.give(private_blocks - mine)
+        seq.freed_blocks = self.memory.leave(mine) if mine else None
+        seq.held, seq.blocks, seq.computed = [], 0, 0

@@ -1,0 +1,59 @@
+"""Two rules of an engine's queue where memory is short, for live engines and simulated ones.
+
+Room to grow
+    A request starts only if every request that runs, itself included, can then take `growth` more
+    blocks. Else the batch takes the last blocks within a few steps, and a request is preempted and
+    computed again. With one block nobody is preempted for want of memory for as many steps as a
+    block has tokens, unless another prompt or a move comes in. A request that was preempted leaves
+    twice as much. Nothing is kept free where nothing runs.
+
+Bounded passing
+    Behind a head of the queue that does not fit, the first few requests of its class may start if
+    they fit. They may take a share of the head's own tokens in all, and pass it for a limited time.
+    So the head's wait grows by no more than it takes to free as much.
+
+Both are in blocks and tokens, so that they hold on engines of any speed.
+"""
+
+from dataclasses import dataclass
+
+AGAIN = 2
+"""A preempted request leaves so many times the room: to preempt it once more costs most."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Wait:
+    """Of a request that headed the queue and did not fit."""
+
+    since_s: float  # when it was first seen there
+    passed_tokens: int = 0  # taken by requests that passed it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QueueRules:
+    """The rules as one deployment has them."""
+
+    growth: int = 0  # blocks that each running request can take after a start
+    passers: int = 0  # requests behind the head that are tried
+    pass_s: float = 0.0  # so long a head may be passed
+    pass_share: float = 0.0  # of a head's tokens, that all who pass it may take together
+
+    def room(self, running: int, *, preempted: bool) -> int:
+        """Blocks to leave free beside a request that starts. `running`: requests that run
+        without it. `preempted`: whether it ran before."""
+        if not running:
+            return 0
+        return self.growth * (running + 1) * (AGAIN if preempted else 1)
+
+    def may_pass(self, wait: Wait, now: float) -> bool:
+        """Whether a head may still be passed, as far as time goes."""
+        return self.passers > 0 and now - wait.since_s <= self.pass_s
+
+    def may_take(self, wait: Wait, head_tokens: int, tokens: int) -> bool:
+        """Whether a request that takes so many tokens may pass a head that needs
+        `head_tokens`."""
+        return wait.passed_tokens + tokens <= self.pass_share * head_tokens
+
+
+PLAIN = QueueRules()
+"""No rules: the queue of stock vLLM."""

@@ -1,0 +1,52 @@
+"""Which rules of an engine's queue a deployment has."""
+
+from dataclasses import replace
+
+import pytest
+
+from llumnix.core.queue_rules import PLAIN, QueueRules, Wait
+from llumnix.core.scheduling.presets import POLICIES, queue_rules_of
+from llumnix.core.settings import QueueSettings, SchedulerSettings
+from llumnix.errors import UsageError
+
+RULES = QueueRules(growth=1, passers=8, pass_s=20.0, pass_share=0.5)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_the_baselines_have_vllms_queue(policy: str) -> None:
+    rules = queue_rules_of(SchedulerSettings(policy=policy))
+    if policy in ("llumnix", "llumnix-base"):
+        assert rules == RULES
+    else:
+        assert (rules.growth, rules.passers) == (PLAIN.growth, PLAIN.passers) == (0, 0)
+
+
+def test_knobs_win_over_the_policy() -> None:
+    off = QueueSettings(growth_blocks=0, passers=0, pass_s=3.0)
+    assert queue_rules_of(SchedulerSettings(queue=off)) == replace(
+        RULES, growth=0, passers=0, pass_s=3.0
+    )
+    on = QueueSettings(growth_blocks=1, passers=8)
+    assert queue_rules_of(SchedulerSettings(policy="infaas++", queue=on)) == RULES
+
+
+@pytest.mark.parametrize(
+    ("knob", "value"),
+    [("growth_blocks", -1), ("passers", 65), ("pass_s", -1), ("pass_share", 1.5)],
+)
+def test_a_knob_out_of_bounds_is_named(knob: str, value: float) -> None:
+    with pytest.raises(UsageError, match=rf"queue\.{knob}: {value:g} must be"):
+        QueueSettings(**{knob: value})  # type: ignore[arg-type]
+
+
+def test_room_grows_with_the_batch_and_is_none_where_nothing_runs() -> None:
+    assert [RULES.room(n, preempted=False) for n in (0, 1, 9)] == [0, 2, 10]
+    assert [RULES.room(n, preempted=True) for n in (0, 1, 9)] == [0, 4, 20]
+    assert PLAIN.room(9, preempted=True) == 0
+
+
+def test_a_head_is_passed_for_so_long_and_by_so_much() -> None:
+    wait = Wait(since_s=100.0, passed_tokens=300)
+    assert [RULES.may_pass(wait, now) for now in (100.0, 120.0, 120.1)] == [True, True, False]
+    assert [RULES.may_take(wait, 1000, tokens) for tokens in (200, 201)] == [True, False]
+    assert not replace(RULES, passers=0).may_pass(wait, 100.0)
