@@ -58,6 +58,7 @@ from llumnix.frontend.office.messages import (
 )
 from llumnix.frontend.office.through_office import OfficeControl, OfficeOthers
 from llumnix.frontend.own_streams import MoveAsked
+from llumnix.frontend.streams.migration_records import LISTED_MAX
 from llumnix.key_file import KeyRing
 from llumnix.observe.notes import Notes
 
@@ -538,6 +539,16 @@ async def test_migrations_are_listed_in_the_order_in_which_they_began(tmp_path: 
         other.answers[YourMigrations] = []
         with pytest.raises(UnknownMigrationError, match="m2-0"):
             await one.control.migration("m2-0")
+
+
+async def test_of_more_migrations_than_are_listed_the_last_are(tmp_path: Path) -> None:
+    async with world(tmp_path) as w:
+        for at, front in enumerate(w.fronts):
+            front.answers[YourMigrations] = [
+                [float(n), {"id": f"m{n}"}] for n in range(at, LISTED_MAX + 4, 2)
+            ]
+        listed = await w.fronts[0].control.migrations()
+        assert [m["id"] for m in listed] == [f"m{n}" for n in range(4, LISTED_MAX + 4)]
 
 
 async def test_what_the_fleet_refuses_is_the_same_error_at_the_frontend(tmp_path: Path) -> None:

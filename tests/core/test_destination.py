@@ -22,7 +22,9 @@ from llumnix.core.messages import (
     ToPeer,
     Verdict,
 )
+from llumnix.core.migration import verdicts
 from llumnix.core.migration.llumlet import Llumlet
+from llumnix.core.migration.verdicts import Decided, Verdicts
 from llumnix.core.types import EngineIndex, Epoch, MigrationId, RequestId
 from support.fake_engine import FakeEngine
 
@@ -300,3 +302,14 @@ def test_what_was_declined_unheard_stays_declined() -> None:
         )
     )
     assert [v.taken for v in there.said(Verdict)[before:]] == [False]
+
+
+def test_of_more_verdicts_than_are_remembered_the_last_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A handover that comes again after its request went on from here is still answered rightly."""
+    monkeypatch.setattr(verdicts, "REMEMBERED_MAX", 2)
+    known = Verdicts(FakeEngine(EngineIndex(1)), [])
+    names = [MigrationId(f"m{n}") for n in range(4)]
+    for name in names:
+        known.remember(Decided(verdict=Verdict(migration=name, taken=True, why="")))
+    assert [known.get(name) is not None for name in names] == [False, False, True, True]
+    assert known.fate(names[-1]) == "taken"

@@ -3,6 +3,8 @@
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from llumnix.core.keys import KeyLimits, KeyMeter, Meters, NamedKey, Over
 
@@ -46,6 +48,51 @@ def test_tokens_are_charged_when_they_are_known_and_a_debt_is_paid_first() -> No
     assert over is not None
     assert (over.code, over.retry_after_s) == ("rate_limited", pytest.approx(21))
     assert codes(meter, 29.9, 30.5) == ["rate_limited", None]
+
+
+PER_MIN = 60
+"""One a second."""
+times = st.lists(st.tuples(st.integers(0, 90), st.integers(0, 150)), min_size=1, max_size=8)
+
+
+def left(used: list[tuple[float, int]], now_s: float) -> float:
+    """What a key has left that used so much and then. In any stretch of time up to now it may use a
+    minute's worth, and what the stretch brings."""
+    stretches = [
+        PER_MIN + (now_s - since_s) * PER_MIN / 60 - sum(u for at_s, u in used if at_s >= since_s)
+        for since_s, _ in used
+    ]
+    return min([PER_MIN, *stretches])
+
+
+@given(times)
+def test_tokens_count_from_when_they_were_used_whoever_asked_before(
+    gaps: list[tuple[int, int]],
+) -> None:
+    """No request comes while they are used, as with long answers."""
+    meter, now_s, used = KeyMeter(KeyLimits(tokens_per_min=PER_MIN), 0.0), 0.0, []
+    for gap_s, tokens in gaps:
+        now_s += gap_s
+        meter.spend(tokens, now_s)
+        used.append((now_s, tokens))
+    over = meter.admit(now_s)
+    debt = -left(used, now_s)
+    assert (over is None) == (debt < 0)
+    if over is not None:
+        assert over.retry_after_s == pytest.approx(debt + 1)
+
+
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=90))
+def test_requests_count_from_when_they_were_let_in(gaps: list[int]) -> None:
+    meter, now_s, used = KeyMeter(KeyLimits(requests_per_min=PER_MIN), 0.0), 0.0, []
+    for gap in gaps:
+        now_s += gap / 10
+        room = left(used, now_s)
+        if abs(room - 1) < 1e-6:
+            return  # Either is right, by a rounding.
+        assert (meter.admit(now_s) is None) == (room > 1)
+        if room > 1:
+            used.append((now_s, 1))
 
 
 def test_so_many_are_open_at_a_time() -> None:

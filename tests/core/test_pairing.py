@@ -277,6 +277,48 @@ def test_a_longer_queue_gives_to_a_shorter_one() -> None:
     assert order.why == "20 wait for 4900 tokens on i0, 2 for 700 on i1"
 
 
+def test_a_queue_that_cannot_give_keeps_no_shorter_one_from_giving() -> None:
+    """On average a request of the longest is more than half the difference."""
+    s = scheduler()
+    tell(s, queue(0, 9500, 2, 4000, 4000), queue(2, 9500, 1, 0, 600))
+    tell(s, queue(1, 9500, 30, 100, 3000), queue(3, 9500, 1, 0, 700))
+    assert pairs(moves(s)) == [("i1", "i3")]
+
+
+def test_a_queue_that_had_nothing_to_give_keeps_no_shorter_one_from_giving() -> None:
+    s, longest = scheduler(), queue(0, 9500, 60, 100, 3000)
+    tell(s, longest, queue(2, 9500, 1, 0, 600))
+    (order,) = moves(s)
+    assert pairs([order]) == [("i0", "i2")]
+    tell(s, replace(longest, sequence=2, orders=(order.order,)), now=0.1)
+    tell(s, queue(1, 9500, 30, 100, 3000), queue(3, 9500, 1, 0, 700), now=0.1)
+    assert pairs(moves(s, now=0.1)) == [("i1", "i3")]
+
+
+def test_one_without_headroom_hides_none_that_has_some() -> None:
+    s = scheduler()
+    tell(s, load(0, 9900, head=500), load(1, 9900), load(2, 2000, high=1))
+    assert pairs(moves(s)) == [("i0", "i2")]
+
+
+def test_one_without_room_hides_none_that_has_some_from_an_instance_that_is_emptied() -> None:
+    """Headroom makes the second the less free, and keeps nothing of a drain out."""
+    s = scheduler()
+    tell(s, load(0, 3000, running=1, accepting=False), load(1, TOTAL), load(2, 6000, high=1))
+    assert s.view[InstanceId("i1")].freeness > s.view[InstanceId("i2")].freeness
+    assert pairs(moves(s)) == [("i0", "i2")]
+
+
+def test_a_head_that_went_into_no_headroom_keeps_no_other_from_it() -> None:
+    s = scheduler()
+    tell(s, load(0, 9990, head=600), load(2, 2000, high=1))
+    (order,) = moves(s)
+    assert pairs([order]) == [("i0", "i2")]
+    tell(s, load(0, 9990, head=600, sequence=2, orders=(order.order,)), now=0.1)
+    tell(s, load(1, 9950, head=500), now=0.1)
+    assert pairs(moves(s, now=0.1)) == [("i1", "i2")]
+
+
 def test_queues_that_are_about_even_stay() -> None:
     s = scheduler()
     tell(s, queue(0, 9500, 20, 100, 3000), queue(1, 9500, 18, 100, 3000))

@@ -123,6 +123,19 @@ def test_only_crashes_in_a_row_count(served_s: float) -> None:
     assert isinstance(decided, RestartAfter if served_s > 60 else GiveUp)
 
 
+def test_one_that_ends_before_it_serves_has_not_served_however_long_those_before_it_did() -> None:
+    roster = started()
+    decided = [roster.ended(2, "killed", 1000.0)]
+    for _ in range(CRASHES_MAX - 1):
+        client = roster.begin(1)
+        assert client is not None
+        roster.greeted(client, 7)
+        decided.append(roster.ended(client, "status 1", 2000.0))
+    pauses = [d.delay_s for d in decided if isinstance(d, RestartAfter)]
+    assert pauses == [0.0, 1.0, 2.0, 4.0]
+    assert isinstance(decided[-1], GiveUp)
+
+
 def test_an_end_is_known_once() -> None:
     roster = started()
     assert roster.ended(1, "killed", 1.0) is not None

@@ -279,8 +279,21 @@ def test_instances_that_cannot_be_started_are_started_less_and_less_often(least:
     assert len(hour) < 15
     pauses = [later - sooner for sooner, later in itertools.pairwise(hour)]
     assert all(longer >= pause for pause, longer in itertools.pairwise(pauses)), pauses
-    assert pauses[1] >= RETRY_FIRST_S, "the first time it is tried again at once"
     assert 500 < pauses[-1] <= RETRY_MAX_S + 5
+
+
+def test_the_pause_begins_with_the_second_in_a_row_and_doubles_up_to_the_longest() -> None:
+    f, times = Fleet(least=2), []
+    f.serving = ["i0"]
+    for _ in range(3600):
+        if f.second(i0=IDLE):
+            times.append(f.now)
+            f.given_up += 1
+    pauses = [later - sooner for sooner, later in itertools.pairwise(times)]
+    # Each is heard of a second after the start.
+    wanted = [0.0, *(min(RETRY_FIRST_S * 2**n, RETRY_MAX_S) for n in range(len(pauses) - 1))]
+    assert pauses == [1.0 + pause_s for pause_s in wanted]
+    assert wanted.count(RETRY_MAX_S) > 1
 
 
 def test_the_first_that_is_given_up_is_made_up_for_at_once_and_so_is_one_long_after() -> None:

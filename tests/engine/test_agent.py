@@ -13,13 +13,20 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from llumnix.engine.kv import links, readers, transports
-from llumnix.engine.kv.agent import AgentClient, Pulled, TransferOptions, WorkerAgent
+from llumnix.engine.kv import agent, links, readers, transports
+from llumnix.engine.kv.agent import (
+    AgentClient,
+    Pulled,
+    RateLimiter,
+    TransferOptions,
+    WorkerAgent,
+)
 from llumnix.engine.kv.blocks import HostMemory, Piece, Plane, fuse, lay_out, runs, view
 from llumnix.engine.kv.blocks_cuda import pair_up, word
 from llumnix.errors import UsageError
@@ -304,6 +311,22 @@ def test_the_bandwidth_limit_holds_over_all_peers(rig: Rig) -> None:
     # The sources stage all 12 blocks at once: of two chunks, the first is free.
     elapsed_s = time.monotonic() - started_s
     assert 12 / 60 <= elapsed_s < 24 / 60 + 1
+
+
+def test_a_chunk_starts_when_all_before_it_are_paid_for_and_no_rest_is_saved_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Though they ask at the same moment, as several peers' pulls do."""
+    clock, waited = [1000.0], list[float]()
+    monkeypatch.setattr(agent, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    limiter, never = RateLimiter(100.0), SimpleNamespace(wait=waited.append)
+    for now_s in (1000.0, 1010.0):
+        clock[0] = now_s
+        for size in (50, 10, 50, 10):
+            limiter.take(size, never)  # type: ignore[arg-type]
+    assert waited == [pytest.approx(s) for s in (0.5, 0.6, 1.1) * 2]
+    RateLimiter(None).take(10**12, never)  # type: ignore[arg-type]
+    assert len(waited) == 6
 
 
 # ---------------------------------------------------------------- failures

@@ -174,6 +174,23 @@ def test_memory_goes_only_when_no_pull_can_touch_it(
     assert not gate._held
 
 
+def test_peers_read_again_only_once_all_memory_is_back(hosts: Hosts) -> None:
+    core = hosts.engines[SOURCE].core
+    gate = core.model_executor.agent._gate
+    answered(hosts, core.sleep(0, "keep"))  # It only pauses.
+    assert not gate._held
+    answered(hosts, core.sleep(1, "keep"))
+    for tag, back in (("weights", False), ("kv_cache", True)):
+        assert gate._held
+        assert core.wake_up([tag]) is back
+    assert not gate._held
+    answered(hosts, core.pause_scheduler("keep"))
+    core.release_kv_cache_memory()
+    assert gate._held
+    assert core.wake_up(["kv_cache"]) is True
+    assert not gate._held
+
+
 @pytest.mark.parametrize("again", [False, True])
 def test_an_engine_that_refuses_new_requests_takes_one_that_is_sent_again(again: bool) -> None:
     """As after a user's pause since vLLM 0.33."""

@@ -46,9 +46,12 @@ async def test_other_requests_may_go_anywhere() -> None:
     assert queries.engine(about("x"), {}) is None
 
 
-async def test_no_more_than_so_many_queries_are_remembered() -> None:
+async def test_no_more_than_so_many_queries_are_remembered_and_these_are_the_last() -> None:
     queries = LateQueries()
     engines = {EngineIndex(0): engine(0)}
     for number in range(QUERIES_MAX + 10):
         queries.engine(about(f"{number}"), engines)
     assert len(queries._engines) == QUERIES_MAX
+    engines[EngineIndex(1)] = engine(1)
+    last = [queries.engine(about(f"{QUERIES_MAX + n}"), engines) for n in range(10)]
+    assert {each.slot for each in last if each} == {0}
