@@ -149,7 +149,7 @@ def test_an_instance_that_is_being_emptied_takes_nothing() -> None:
 def test_a_blocked_head_sends_others_away_until_it_fits() -> None:
     """De-fragmentation: 1,200 tokens are free in all, 700 are wanted in one place."""
     s = scheduler()
-    tell(s, load(0, 9700, head=700), load(1, 8500, running=5))
+    tell(s, load(0, 9700, head=700), load(1, 9100, running=5))
     (order,) = moves(s)
     assert (order.source, order.destination) == ("i0", "i1")
     (limit,) = order.limits

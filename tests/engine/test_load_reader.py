@@ -11,6 +11,7 @@ vllm = pytest.importorskip("vllm")
 from vllm import SamplingParams  # noqa: E402
 from vllm.v1.request import Request, RequestStatus  # noqa: E402
 
+from llumnix.core.limits import WAITING_SHOWN_MAX  # noqa: E402
 from llumnix.core.priorities import Priorities  # noqa: E402
 from llumnix.core.reports import ClassLoad, EngineCounts  # noqa: E402
 from llumnix.core.settings import PrioritySettings  # noqa: E402
@@ -73,14 +74,19 @@ class Count:
         waiting = [n for n in self.tokens if n not in self._running()]
         waiting.sort(key=lambda n: (not self.urgent[n], self.order.index(n)))
         pool = self.scheduler.kv_cache_manager.block_pool
+        used = sum(b.ref_cnt > 0 for b in pool.blocks if not b.is_null) * BLOCK
+        left = sum(map(self._left, self._running() - self.said))
+        needed = [self._needed(name) for name in waiting[:WAITING_SHOWN_MAX]]
+        blocked = bool(needed) and needed[0] > BLOCKS * BLOCK - used - left
         return EngineCounts(
-            kv_tokens_used=sum(b.ref_cnt > 0 for b in pool.blocks if not b.is_null) * BLOCK,
+            kv_tokens_used=used,
             kv_tokens_total=BLOCKS * BLOCK,
-            prefill_tokens=sum(map(self._left, self._running() - self.said)),
+            prefill_tokens=left,
             block_tokens=BLOCK,
             slots=4,
             classes=tuple(self._class(urgent, waiting) for urgent in (True, False)),
-            head_tokens=self._needed(waiting[0]) if waiting else 0,
+            head_tokens=needed[0] if needed else 0,
+            waiting_least=min(needed) if blocked else 0,
             kv_token_bytes=TOKEN_BYTES,
             preemptions=sum(self.preempted.values()),
             finished=self.finished,

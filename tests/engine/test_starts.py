@@ -174,6 +174,7 @@ def test_behind_a_head_that_does_not_fit_the_small_ones_start(tiny_model: Path) 
     assert it.step() == ["b", "c"]
     counts = it.reader.read()
     assert (counts.head_tokens, counts.passable) == (16 * BLOCK, True)
+    assert counts.waiting_least == 12 * BLOCK
     assert [r.request_id for r in it.scheduler.waiting] == ["head", "large"]
 
 

@@ -271,7 +271,7 @@ def test_where_memory_is_not_short_the_rules_change_nothing() -> None:
     off = QueueSettings(growth_blocks=0, passers=0)
     moving = replace(MANY_MOVES, source_below=8000.0, destination_above=8000.0)
     seen = []
-    for queue, migration in ((QueueSettings(), moving), (off, moving)):
+    for queue, migration in ((QueueSettings(), moving), (off, replace(moving, rescues=0))):
         decided: list[str] = []
         scheduler = SchedulerSettings(queue=queue, migration=migration)
         one = replace(case, scheduler=scheduler)

@@ -37,6 +37,7 @@ class EngineCounts:
     finished_tokens: int
     keep_tokens: int = 0
     passable: bool = False
+    waiting_least: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +67,7 @@ class LoadReport:
     classes: tuple[ClassLoad, ...] = ()  # most urgent first
     head_tokens: int = 0  # what the first request in the queue needs to start; 0 if none waits
     keep_tokens: int = 0  # what must stay free beside those when it starts
+    waiting_least: int = 0  # what the smallest of the first few needs; 0 if the head fits
     passable: bool = False  # whether a newcomer of its class may start before it, if it fits
     admitted: tuple[RequestId, ...] = ()
     """Requests that reached the engine since the report before. They run or wait now, or are over
@@ -133,6 +135,7 @@ def compose_report(
         head_tokens=counts.head_tokens,
         keep_tokens=counts.keep_tokens,
         passable=counts.passable,
+        waiting_least=counts.waiting_least,
         admitted=tuple(admitted),
         accepting=accepting,
         moving_out=moves.out,

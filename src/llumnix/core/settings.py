@@ -167,6 +167,12 @@ class MigrationSettings:
         "A request that was moved stays for this long at least.",
         was="payback",
     )
+    rescues: int = knob(
+        2,
+        "requests",
+        "So many that wait behind a head that does not fit leave an instance in a round, for where "
+        "they fit now. 0: none.",
+    )
     moves_max: int = knob(
         1, "migrations", "Moves away from one instance at a time. A drain takes its engine's limit."
     )
@@ -175,6 +181,7 @@ class MigrationSettings:
         _check("migration.interval_s", self.interval_s, 0.001, 10)
         _check("migration.gain_min", self.gain_min, 0)
         _check("migration.min_stay", self.min_stay, 0)
+        _check("migration.rescues", self.rescues, 0, MigrationLimits().outgoing_max)
         _check("migration.moves_max", self.moves_max, 1, MigrationLimits().outgoing_max)
         low, high = self.source_below, self.destination_above
         if (low is None) != (high is None):

@@ -9,6 +9,10 @@ Rules
   If the destination has room for the head, the head goes: it has no KV to copy.
 - Freeness is not room: an instance with few requests may have much of the one and none of the
   other. So a head that waits for memory first looks for the most room, between the thresholds too.
+- Requests that wait at or behind a head that does not fit are rescued: they go where they fit now,
+  though freeness there is below the threshold of destinations, as long as it stays above that of
+  sources. The head goes to the smallest room that takes it; else the smallest of the first few that
+  wait goes to the largest room. Instances with a queue take none.
 - A request that waits for memory, and fits nowhere else, goes into the headroom of urgent requests.
 - Blocked instances even out their queues: the longest gives to the shortest, no more than makes the
   two alike.
@@ -39,6 +43,8 @@ BALANCE, DRAIN, HEADROOM, QUEUE = (
 )
 DRAIN_MOVES_MAX = MigrationLimits().outgoing_max
 """Moves at a time away from an instance that is being emptied: as many as its engine takes."""
+RESCUES_MAX = DRAIN_MOVES_MAX
+"""Moves at a time away from an instance, or to one, beyond which it has no part in a rescue."""
 
 
 class Pairing:
@@ -54,6 +60,7 @@ class Pairing:
         takers = [v for v in view if v.accepting and v.answers(now)]
         decided = list(self._drains(view, takers, now))
         if self._balance:
+            decided += self._rescues(view, takers, now)
             decided += self._balances(view, takers, now)
             decided += self._into_headroom(view, takers, now)
             decided += self._queues(view, takers, now)
@@ -80,6 +87,44 @@ class Pairing:
                     why = f"{report.instance} is being emptied"
                     yield self._order(view, source, destination, limits, why, DRAIN, now)
                     left, slots = left - 1, slots - 1
+
+    def _rescues(
+        self, view: ClusterView, takers: list[InstanceView], now: float
+    ) -> Iterator[MoveOrder]:
+        """Moves requests that wait at or behind a head that does not fit to where they fit now."""
+        most, below, last = self._settings.rescues, view.thresholds[0], len(view.priorities) - 1
+        blocked = [v for v in takers if v.load.waiting and v.load.is_blocked]
+        sources = sorted(
+            (v for v in blocked if moves_out(v) < RESCUES_MAX),
+            key=lambda v: (v.freeness, v.report.instance),
+        )
+        if not sources or not most:
+            return
+        rooms = []
+        for known in takers:
+            if known.load.waiting or not known.load.has_slot or moves_out(known):
+                continue
+            spare = known.load.spare_for(last, view.priorities) - below * (known.load.batch + 1)
+            room = min(int(spare), room_in(known))
+            if room > 0 and moves_in(known) < RESCUES_MAX:
+                rooms.append((room, known.report.instance, known))
+        rooms.sort()  # Ids differ, so that views are never compared.
+        for source in sources[:ORDERS_MAX]:
+            report = source.report
+            left = min(most, source.load.waiting, RESCUES_MAX - moves_out(source))
+            head = report.head_tokens
+            for _ in range(left):
+                chosen = _rescue_room(rooms, source, head)
+                if chosen is None:
+                    break
+                rooms.remove(chosen)
+                room, there, destination = chosen
+                why = (
+                    f"{source.load.waiting} wait behind a head of {report.head_tokens} tokens on "
+                    f"{report.instance}, and {room} fit on {there}"
+                )
+                limits, head = _waiting(source, room), 0  # Only the first order is for the head.
+                yield self._order(view, source, destination, limits, why, QUEUE, now)
 
     def _balances(
         self, view: ClusterView, takers: list[InstanceView], now: float
@@ -253,6 +298,20 @@ def _room_above(destination: InstanceView, below: float, priorities: Priorities)
     above."""
     spare = destination.load.spare(priorities) - below * (destination.load.batch + 1)
     return min(int(spare), room_in(destination))
+
+
+def _rescue_room(
+    rooms: list[tuple[int, InstanceId, InstanceView]], source: InstanceView, head: int
+) -> tuple[int, InstanceId, InstanceView] | None:
+    """The smallest room that takes the head of the source's queue; else the largest, if it takes
+    the smallest request that waits. `rooms`: the smallest first; `head`: 0 if it has one."""
+    free = [room for room in rooms if room[1] not in source.fruitless]
+    if not free:
+        return None
+    fits = next((room for room in free if 0 < head <= room[0]), None)
+    if fits is None and 0 < source.report.waiting_least <= free[-1][0]:
+        return free[-1]
+    return fits
 
 
 def _waiting(source: InstanceView, tokens: int) -> tuple[MoveLimit, ...]:

@@ -22,11 +22,12 @@ vLLM internals relied on here (tests/house/test_vllm_contract.py fails when one 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 from vllm.v1.request import Request, RequestStatus
 
+from llumnix.core.limits import WAITING_SHOWN_MAX
 from llumnix.core.priorities import Priorities
 from llumnix.core.reports import ClassLoad, EngineCounts
 from llumnix.engine.readings import client_priority, token_bytes
@@ -116,12 +117,14 @@ class LoadReader:
         if counted:
             self._seen = seen
             self._count()
-        prefill, head, keep, passable = self._prefill(), 0, 0, False
+        prefill, head, keep, least, passable = self._prefill(), 0, 0, 0, False
         if scheduler.waiting:
             first = next(iter(scheduler.waiting))
             head, (blocks, passable) = self.needed(first), self._blocked(first)
             keep = blocks * self._block
-        last, now = self._last, (used, prefill, head, keep, passable)
+            if head + keep > total * self._block - used - prefill:
+                least = min(map(self.needed, islice(iter(scheduler.waiting), WAITING_SHOWN_MAX)))
+        last, now = self._last, (used, prefill, head, keep, passable, least)
         if last is not None and not counted and now == _told(last):
             return last
         self._last = EngineCounts(
@@ -134,6 +137,7 @@ class LoadReader:
             head_tokens=head,
             keep_tokens=keep,
             passable=passable,
+            waiting_least=least,
             kv_token_bytes=self._token_bytes,
             preemptions=sum(self._preempted),
             finished=self._finished,
@@ -262,6 +266,7 @@ def _told(counts: EngineCounts) -> tuple[Any, ...]:
         counts.head_tokens,
         counts.keep_tokens,
         counts.passable,
+        counts.waiting_least,
     )
 
 

@@ -64,6 +64,9 @@ class SimEngine(Batching):
         """What a load report says of the engine itself."""
         block, queue = self.block_tokens, [seq for _, _, seq in self._queue[:WAITING_SHOWN_MAX]]
         keep = self.room(queue[0]) if queue else 0
+        least = 0
+        if queue and self._blocks(queue[0]) + keep > self.memory.free:
+            least = min(map(self.needed, queue))
         return EngineCounts(
             kv_tokens_used=(self.memory.total - self.memory.free) * block,
             kv_tokens_total=self.memory.total * block,
@@ -74,6 +77,7 @@ class SimEngine(Batching):
             head_tokens=self.head_tokens(),
             keep_tokens=keep * block,
             passable=self._passable(),
+            waiting_least=least,
             kv_token_bytes=self.profile.kv_token_bytes,
             preemptions=self.preemptions,
             finished=self.finished,
