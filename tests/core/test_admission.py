@@ -128,6 +128,16 @@ def test_a_burst_at_an_idle_instance_finds_its_slots() -> None:
     assert [w.code() for _ in range(SLOTS)] == [None] * SLOTS
 
 
+def test_a_burst_that_no_report_shows_yet_finds_no_more_than_the_limit() -> None:
+    w = World(queue_max=2)
+    w.report()
+    burst = [w.code() for _ in range(SLOTS + 5)]
+    assert burst == [None] * (SLOTS + 2) + ["overloaded"] * 3
+    w.report(1)  # Another instance, with room: so many run there, and one waits.
+    burst = [w.code() for _ in range(SLOTS + 5)]
+    assert burst == [None] * (SLOTS + 1) + ["overloaded"] * 4
+
+
 def test_a_class_has_a_limit_of_its_own_over_all_instances() -> None:
     w = World(classes=(HIGH, CAPPED))
     w.full(waiting=2, urgent=50)

@@ -75,7 +75,16 @@ class Admission:
 
     def _no_room(self, accepting: list[InstanceView]) -> bool:
         """Whether the mean freeness is below zero."""
-        return sum(v.load.spare(self._view.priorities) for v in accepting) < 0
+        return sum(map(self._spare, accepting)) < 0
+
+    def _spare(self, view: InstanceView) -> float:
+        """Tokens of memory that are left there. None are, whatever the last report shows, once more
+        are on their way than it has slots for: the last of them would wait for a slot."""
+        load = view.load
+        spare = load.spare(self._view.priorities)
+        if load.slots and load.batch > load.slots:
+            return min(spare, -max(1, view.booked_tokens))
+        return spare
 
     def _refused(
         self, code: RefusalCode, why: str, fact: RequestArrived, waiting: int, now: float
