@@ -1,5 +1,6 @@
 """The port answers from the first second on, and says what the start waits for."""
 
+import logging
 import re
 import socket
 import time
@@ -189,6 +190,16 @@ def test_who_connects_and_asks_nothing_does_not_hold_the_takeover(listener: List
         began_s = time.monotonic()
         listener.stop_answering()
         assert time.monotonic() - began_s < 5
+
+
+def test_its_end_is_not_told_as_the_end_of_a_server(
+    listener: Listener, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "uvicorn.error"):  # As vLLM's server sets it.
+        assert httpx.get(listener.url + "/live").status_code == 200
+        listener.stop_answering()
+        logging.getLogger("uvicorn.error").info("of vLLM's server")
+    assert [record.message for record in caplog.records] == ["of vLLM's server"]
 
 
 def test_a_closed_listener_is_gone(progress: StartProgress) -> None:

@@ -7,6 +7,7 @@ gets 200. Both servers accept from one listening socket, so no connection is ref
 
 import asyncio
 import contextlib
+import logging
 import os
 import socket
 import ssl
@@ -29,6 +30,8 @@ from llumnix.frontend.door.refusals import error_of, mark
 BACKLOG = 2048
 CLOSE_TIMEOUT_S = 1
 CLOSE_POLL_S = 0.02
+THREAD = "starting"
+"""The small server's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +113,12 @@ class _SmallServer(uvicorn.Server):
         await super().shutdown(sockets)
 
 
+def _not_of_the_small_server(record: logging.LogRecord) -> bool:
+    """vLLM sets the level of uvicorn's logger before it takes the socket over. The end of the small
+    server would read as that of the whole."""
+    return record.threadName != THREAD
+
+
 class Listener:
     """The listening socket, and the small server that answers on it until vLLM's does."""
 
@@ -161,8 +170,9 @@ class Listener:
         # A duplicate, since the small server closes it and vLLM's keeps the other.
         sockets = [self.socket.dup()]
         self._thread = threading.Thread(
-            target=self._server.run, args=(sockets,), name="starting", daemon=True
+            target=self._server.run, args=(sockets,), name=THREAD, daemon=True
         )
+        logging.getLogger("uvicorn.error").addFilter(_not_of_the_small_server)
         self._thread.start()
 
     def stop_answering(self) -> None:
