@@ -26,7 +26,14 @@ from raw_tables.serving import (
     soak,
     token_cost,
 )
-from raw_tables.simulator import errors, fidelity, memory, simulated
+from raw_tables.simulator import (
+    errors,
+    fidelity,
+    memory,
+    short_memory,
+    short_memory_traces,
+    simulated,
+)
 
 TABLES: dict[str, Callable[[], str]] = {
     "six figures": six_figures,
@@ -51,6 +58,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "overloaded": overloaded,
     "paced": paced,
     "simulated": simulated,
+    "short memory": short_memory,
+    "short memory traces": short_memory_traces,
     "fidelity h200": lambda: fidelity("fidelity_h200.json"),
     "fidelity h100": lambda: fidelity("fidelity_h100.json"),
     "fidelity paced": lambda: fidelity("fidelity.json"),

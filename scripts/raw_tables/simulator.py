@@ -29,6 +29,38 @@ def simulated() -> str:
     return table(head, rows)
 
 
+SHORT_MEMORY = "sim/short_memory_equal.json"
+SHORT_MEMORY_COLUMNS = {
+    "TTFT mean, s": ("ttft", 1), "TTFT P99, s": ("p99", 1), "W1, s": ("worst1", 1),
+    "longest, s": ("longest", 1), "TTFT + loss, s": ("wait", 1), "TPOT P99, ms": ("tpot99", 1000),
+    "e2e mean, s": ("e2e", 1), "preemptions": ("preemptions", 1),
+}  # fmt: skip
+
+
+def short_memory() -> str:
+    """benchmarks/short_memory.py: the ratios over all pairs, as it wrote them."""
+    return "\n".join(load(SHORT_MEMORY)["table"])
+
+
+def short_memory_traces() -> str:
+    """The same trace by trace, in seconds: means over the seeds of three variants."""
+    groups: dict[tuple[str, float], dict[str, list[Row]]] = {}
+    for r in load(SHORT_MEMORY)["rows"]:
+        known = groups.setdefault((r["trace"], r["rate"]), {})
+        known.setdefault(r["variant"], []).append(r["figures"])
+    shown = ("infaas++", "llumnix without the rules", "llumnix")
+    rows = []
+    for (trace, rate), found in groups.items():
+
+        def means(name: str, factor: int, found: dict[str, list[Row]] = found) -> str:
+            each = (statistics.fmean(f[name] for f in found[v]) * factor for v in shown)
+            return " → ".join(f"{value:.3g}" for value in each)
+
+        cells = [means(*column) for column in SHORT_MEMORY_COLUMNS.values()]
+        rows.append([f"{trace} {rate:g}", str(len(found["llumnix"])), *cells])
+    return table(["trace, req/s", "seeds", *SHORT_MEMORY_COLUMNS], rows)
+
+
 FIDELITY = {
     "TTFT mean, s": ("ttft_s", "mean"), "TTFT P99, s": ("ttft_s", "p99"),
     "TPOT mean, ms": ("tpot_s", "mean"), "TPOT P99, ms": ("tpot_s", "p99"),

@@ -4,12 +4,17 @@ import json
 import random
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 pytest.importorskip("prometheus_client")
 
+from llumnix.core.types import RequestId
+from llumnix.sim.model.jobs import Job
+from short_memory import COLUMNS, figures, ratios
 from watch import PeerWatch
 from workload import Arrival, encode
 
@@ -68,3 +73,27 @@ async def test_a_peer_is_read_by_engine_over_all_its_servers() -> None:
     assert seen == [(f"{server}-{e[0]}", *e[1:]) for server in (0, 1) for e in each]
     grown = await watch.counters()
     assert grown == {"preemptions": 18, "prefix_queries": 200, "prefix_hits": 60}
+
+
+def test_variants_are_compared_by_pairs_of_trace_and_seed() -> None:
+    def row(trace: str, seed: int, variant: str, value: float) -> dict[str, Any]:
+        found = dict.fromkeys([name for _, name in COLUMNS], value)
+        return {"trace": trace, "seed": seed, "variant": variant, "figures": found}
+
+    rows = [row("a", 0, "base", 4.0), row("a", 0, "ours", 2.0), row("a", 1, "ours", 9.0)]
+    assert ratios(rows, "ours", "base")[:2] == ["1", "0.50"]
+    rows += [row("b", 0, "base", 1.0), row("b", 0, "ours", 2.0)]
+    assert ratios(rows, "ours", "base")[1].startswith("1.00 (")
+    assert ratios(rows, "ours", "base", "b")[:2] == ["1", "2.00"]
+
+
+def test_w1_is_the_mean_of_the_worst_hundredth() -> None:
+    jobs = [
+        Job(id=RequestId(f"r{n}"), arrived_s=0.0, prompt=1, answer=2, first_s=n, ended_s=n + 1.0)
+        for n in range(200)
+    ]
+    jobs[0].lost_s = 20.0
+    cluster: Any = SimpleNamespace(preemptions=3, clients=SimpleNamespace(moves=[]))
+    found = figures(jobs, cluster)
+    assert (found["worst1"], found["longest"], found["loss"]) == (198.5, 199.0, 0.1)
+    assert found["wait"] == found["ttft"] + 0.1

@@ -1,0 +1,212 @@
+"""What the scheduler's rules gain where memory is short, in the simulator: pairs of runs by seed.
+
+Each variant serves the same requests. Figures are compared by geometric means of their ratios over
+the pairs of trace and seed, with 95 % t-intervals. Besides the usual figures there are W1, the mean
+of the worst 1 % of TTFT, and the sum of TTFT and preemption loss, which counts those that wait
+before their first token and those that wait after it alike. Needs no GPU.
+
+    python benchmarks/short_memory.py --set equal --seeds 20:24
+    python benchmarks/short_memory.py --set paper --seeds 20:23
+    python benchmarks/shared_prefixes.py FOLDER
+    LLUMNIX_TRACES=TRACES python benchmarks/short_memory.py --set real --shared FOLDER --seeds 20:24
+
+Sets: `equal` has rates at which `infaas++` queues about as the paper published, `paper` the paper's
+rates on half of its instances, `real` public and made-up traces on four H200. A run takes up to a
+minute. What is in the file of --runs is not run again.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from common import ROOT, markdown, write_result
+from llumnix.core.settings import MigrationSettings, QueueSettings, SchedulerSettings
+from llumnix.sim.model.batching import EngineOptions
+from llumnix.sim.model.cluster import Cluster
+from llumnix.sim.model.jobs import Job
+from llumnix.sim.model.profile import load_profile
+from llumnix.sim.simulate import Spec, figures_of
+from llumnix.sim.summary import format_ratio
+
+# Trace, and requests a second of the sets `paper` and `equal`.
+RATES = (
+    ("sharegpt", 3.75, 4.05),
+    ("burstgpt", 4.25, 4.887),
+    ("S-S", 18.0, 31.0),
+    ("M-M", 3.9, 4.4),
+    ("L-L", 1.5, 1.52),
+    ("S-L", 2.15, 2.15),
+    ("L-S", 9.0, 12.5),
+)
+# Trace, requests a second, requests, KV tokens, scale.
+REAL = (
+    ("azure-conv", 24.0, 1000, 13616, 1.0),
+    ("azure-code", 18.0, 1000, 13616, 1.0),
+    ("mooncake-conversation", 19.0, 800, 27232, 0.25),
+    ("servegen-m-large", 18.0, 1000, 13616, 1.0),
+    ("servegen-deepseek-r1", 2.4, 600, 60000, 1.0),
+    ("chats.jsonl", 15.0, 1000, 60000, 1.0),
+    ("tools.jsonl", 27.0, 1000, 60000, 1.0),
+)
+ON, OFF = QueueSettings(growth_blocks=1, passers=8), QueueSettings(growth_blocks=0, passers=0)
+STAY = MigrationSettings(rescues=0)
+VARIANTS = {
+    "infaas++": SchedulerSettings(policy="infaas++", queue=OFF),
+    "infaas++ with the queue's rules": SchedulerSettings(policy="infaas++", queue=ON),
+    "llumnix without the rules": SchedulerSettings(queue=OFF, migration=STAY),
+    "llumnix": SchedulerSettings(),
+    # One rule left out:
+    "llumnix without room to grow": SchedulerSettings(queue=replace(ON, growth_blocks=0)),
+    "llumnix without passing": SchedulerSettings(queue=replace(ON, passers=0)),
+    "llumnix without rescues": SchedulerSettings(migration=STAY),
+}
+"""Name and settings."""
+MAIN = tuple(VARIANTS)[:4]
+# Title, name of the figure.
+COLUMNS = (
+    ("TTFT mean", "ttft"),
+    ("TTFT P99", "p99"),
+    ("W1", "worst1"),
+    ("longest", "longest"),
+    ("TTFT + loss", "wait"),
+    ("TPOT P99", "tpot99"),
+    ("e2e mean", "e2e"),
+    ("loss", "loss"),
+    ("preemptions", "preemptions"),
+)
+LEAST = {"loss": 1e-3, "preemptions": 3.0}
+"""What is added to both sides of a ratio, so that a run without any has one."""
+
+
+def specs(name: str, shared: Path, seed: int) -> list[Spec]:
+    """The runs of a set, each with the default settings."""
+    common: dict[str, Any] = {"scheduler": SchedulerSettings(), "start_s": None, "seed": seed}
+    if name == "real":
+        profile = load_profile("h200-llama-8b")
+        return [
+            Spec(
+                profile=profile,
+                engine=EngineOptions(kv_tokens=kv_tokens),
+                instances=4,
+                rate_per_s=rate,
+                requests=requests,
+                trace=str(shared / trace) if trace.endswith(".jsonl") else trace,
+                scale=scale,
+                **common,
+            )
+            for trace, rate, requests, kv_tokens, scale in REAL
+        ]
+    return [
+        Spec(
+            profile=load_profile("a10-llama-7b"),
+            engine=EngineOptions(chunked=False, prefix_caching=False, budget=8192),
+            instances=8,
+            rate_per_s=rates[name == "equal"],
+            requests=3000,
+            trace=trace,
+            **common,
+        )
+        for trace, *rates in RATES
+    ]
+
+
+def figures(jobs: Sequence[Job], cluster: Cluster) -> dict[str, float]:
+    """Of one run, in seconds but for the counts."""
+    known = figures_of(jobs)
+    first = sorted(j.first_s - j.arrived_s for j in jobs if j.first_s is not None)
+    loss = known["preemption_loss_s"]["mean"]
+    return {
+        "ttft": known["ttft_s"]["mean"],
+        "p99": known["ttft_s"]["p99"],
+        "worst1": statistics.fmean(first[-max(1, round(len(first) / 100)) :]),
+        "longest": first[-1],
+        "wait": known["ttft_s"]["mean"] + loss,
+        "tpot99": known["tpot_s"]["p99"],
+        "e2e": known["e2e_s"]["mean"],
+        "loss": loss,
+        "preemptions": cluster.preemptions,
+        "moves": sum(m.outcome == "migrated" for m in cluster.clients.moves),
+        "failed": known["requests_failed"],
+    }
+
+
+def run(spec: Spec, variant: str) -> dict[str, Any]:
+    """One run of a variant."""
+    spec = replace(spec, scheduler=VARIANTS[variant])
+    jobs, cluster = spec.jobs(), Cluster(spec.setup())
+    cluster.run(jobs)
+    found = {name: round(value, 6) for name, value in figures(jobs, cluster).items()}
+    row = {"trace": Path(spec.trace).name.removesuffix(".jsonl"), "rate": spec.rate_per_s}
+    return {**row, "seed": spec.seed, "variant": variant, "figures": found}
+
+
+def ratios(
+    rows: Sequence[dict[str, Any]], variant: str, base: str, trace: str | None = None
+) -> list[str]:
+    """The ratio of each of `COLUMNS` over all pairs, or those of a trace; the first cell is the
+    number of pairs."""
+    found = {(r["trace"], r["seed"], r["variant"]): r["figures"] for r in rows}
+    pairs = [
+        (found[t, s, variant], found[t, s, base])
+        for t, s, v in found
+        if v == variant and (t, s, base) in found and trace in (None, t)
+    ]
+    cells = [str(len(pairs))]
+    for _, name in COLUMNS:
+        least = LEAST.get(name, 0.0)
+        ours, theirs = ([p[side][name] + least for p in pairs] for side in (0, 1))
+        cells.append(format_ratio(ours, theirs))
+    return cells
+
+
+def compared(rows: Sequence[dict[str, Any]], variants: Iterable[str]) -> list[str]:
+    """The table over all traces."""
+    names = [v for v in variants if v != "infaas++"]
+    pairs = [(v, b) for b in ("infaas++", "llumnix without the rules") for v in names if v != b]
+    cells = [[f"{v} : {b}", *ratios(rows, v, b)] for v, b in pairs]
+    return markdown(["", "pairs", *(title for title, _ in COLUMNS)], cells).split("\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--set", choices=("equal", "paper", "real"), default="equal")
+    parser.add_argument("--variants", default=",".join(MAIN))
+    parser.add_argument("--seeds", default="20:24", help="FIRST:END")
+    parser.add_argument("--traces", default="", help="only these")
+    parser.add_argument("--shared", type=Path, default=Path(), help="folder of chats and tools")
+    parser.add_argument("--runs", type=Path, help="JSON lines; runs that stand there are kept")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    rows = []
+    if args.runs and args.runs.exists():
+        rows = [json.loads(line) for line in args.runs.read_text().splitlines()]
+    done = {(r["trace"], r["seed"], r["variant"]) for r in rows}
+    first, end = map(int, args.seeds.split(":"))
+    variants, traces = args.variants.split(","), args.traces.split(",")
+    for seed in range(first, end):
+        for spec in specs(args.set, args.shared, seed):
+            trace = Path(spec.trace).name.removesuffix(".jsonl")
+            if args.traces and trace not in traces:
+                continue
+            for variant in variants:
+                if (trace, seed, variant) in done:
+                    continue
+                row = run(spec, variant)
+                rows.append(row)
+                if args.runs:
+                    with args.runs.open("a") as out:
+                        print(json.dumps(row), file=out)
+                print(trace, seed, variant, row["figures"], file=sys.stderr, flush=True)
+    table = compared(rows, variants)
+    print("\n".join(table))
+    out = args.out or ROOT / f"benchmarks/results/sim/short_memory_{args.set}.json"
+    write_result(out, rows, table=table)
+
+
+if __name__ == "__main__":
+    main()
