@@ -113,6 +113,26 @@ async def test_counters_never_fall_though_vllm_makes_them_anew(stock: Stock) -> 
         stock.make_anew()
 
 
+async def test_counters_are_right_though_they_are_made_anew_during_a_scrape(stock: Stock) -> None:
+    deployment = Deployment()
+    stock.tokens.labels("m", "0").inc(5)
+    stock.wait_s.labels("m", "0").observe(2)
+    turns = sum([1 async for _ in deployment.exposition._parts()])
+    for turn in range(turns):  # Both before each part, and within the look.
+
+        async def add(turn: int = turn) -> None:
+            for _ in range(turn):
+                await asyncio.sleep(0)
+            exposition.carried.keep()
+            stock.make_anew()
+
+        adding = asyncio.create_task(add())
+        found = await deployment.scrape()
+        await adding
+        assert found["vllm:generation_tokens_total", "0"] == 5, turn
+        assert found["vllm:request_queue_time_seconds_count", "0"] == 1, turn
+
+
 async def test_streams_get_turns_while_it_is_made(stock: Stock) -> None:
     for engine in range(64):
         stock.wait_s.labels("m", str(engine))

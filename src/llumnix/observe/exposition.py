@@ -6,7 +6,8 @@ Rules
 - A gauge of vLLM's says something of an engine. It is left out while no engine serves in that
   slot. Counters stay, and those of slots that never had an engine are left out.
 - Counters never fall. vLLM makes its metrics anew when there are more slots; what they had counted
-  until then is kept here, and added (`Carried`).
+  until then is kept here, and added (`Carried`). A scrape goes by the metrics that there were as it
+  began, and adds what had been kept by then.
 - vLLM internals relied on here (tests/house/test_vllm_contract.py fails when one changes): its
   metrics' names begin with `vllm:`, and their label `engine` is the slot.
 - Several processes are added up through files, which takes the loop's time for as long as it takes:
@@ -15,7 +16,7 @@ Rules
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -51,29 +52,27 @@ class Carried:
     """What vLLM's counters had counted before they were made anew."""
 
     def __init__(self) -> None:
-        self._values: dict[_Key, float] = {}
+        self.so_far: Mapping[_Key, float] = {}  # replaced as a whole
 
     def keep(self) -> None:
         """They are about to be made anew."""
         if shared_metrics.VARIABLE in os.environ:
             return  # The files keep them.
-        self._values = {
-            _key(sample): self.of(sample)
+        before = self.so_far
+        self.so_far = {
+            _key(sample): _with_before(sample, before)
             for metric in REGISTRY.collect()
             if metric.name.startswith(VLLM) and metric.type in ("counter", "histogram")
             for sample in metric.samples
             if not sample.name.endswith("_created")
         }
 
-    def of(self, sample: Sample) -> float:
-        """The value with what was counted before."""
-        return sample.value + self._values.get(_key(sample), 0.0)
-
-    def __bool__(self) -> bool:
-        return bool(self._values)
-
 
 carried = Carried()
+
+
+def _with_before(sample: Sample, before: Mapping[_Key, float]) -> float:
+    return sample.value + before.get(_key(sample), 0.0)
 
 
 def _key(sample: Sample) -> _Key:
@@ -104,8 +103,10 @@ class Exposition:
     async def _parts(self) -> AsyncIterator[bytes]:
         seen = await self._look()
         self._used |= seen.engines
-        for metric in await self._counted():
-            for part in rendered(self._shown(metric, seen.engines)):
+        counted = await self._counted()
+        before = carried.so_far  # Nothing else has its turn until the metrics are listed, below.
+        for metric in counted:
+            for part in rendered(self._shown(metric, seen.engines, before)):
                 yield part
                 await asyncio.sleep(0)
         async for metric in seen.families:
@@ -120,7 +121,7 @@ class Exposition:
         collector = MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
         return await asyncio.to_thread(lambda: list(collector.collect()))  # type: ignore[no-untyped-call]
 
-    def _shown(self, metric: Metric, serving: set[str]) -> Metric:
+    def _shown(self, metric: Metric, serving: set[str], before: Mapping[_Key, float]) -> Metric:
         """The metric without what says nothing any more, and with what was counted before."""
         if not metric.name.startswith(VLLM):
             return metric
@@ -130,8 +131,8 @@ class Exposition:
             for sample in metric.samples
             if (engine := sample.labels.get("engine")) is None or engine in of
         ]
-        if carried and metric.type in ("counter", "histogram"):
-            samples = [s._replace(value=carried.of(s)) for s in samples]
+        if before and metric.type in ("counter", "histogram"):
+            samples = [s._replace(value=_with_before(s, before)) for s in samples]
         return _with(metric, samples)
 
 
