@@ -28,7 +28,8 @@ STREAM_INTERVAL_MAX = 8
 """A token in a chunk of 8 costs the HTTP process a third of one that has its own; longer chunks
 save little more."""
 EVENT_LOG_MAX_MB = 1000  # of one file; observe/log_files.py says how many there are
-LAME_DUCK_MAX_S = 3600
+WAIT_MAX_S = 3600
+BOUNDED = ("instances", "ready_min", "event_log_max_mb", "max_body_mb", "lame_duck", "ray_wait")
 ADMIN_API_KEY_VARIABLE = "LLUMNIX_ADMIN_API_KEY"
 API_KEY_VARIABLE = "VLLM_API_KEY"
 SCHEDULER_FLAG = "--scheduler"
@@ -97,6 +98,9 @@ class DeploymentConfig:
         "Join this Ray cluster (HOST:PORT, or 'auto' for the one running here) instead of starting "
         "Ray on this machine.",
         metavar="ADDRESS",
+    )
+    ray_wait: float = knob(
+        0.0, "Seconds in which hosts with room for all may join it.", type=float, metavar="S"
     )
     event_log: str | None = knob(
         None,
@@ -195,27 +199,25 @@ class DeploymentConfig:
     scheduler: SchedulerSettings = field(default_factory=SchedulerSettings)
 
     def __post_init__(self) -> None:
-        if self.instances < 1:
-            raise UsageError(f"--instances {self.instances}: must be 1 or more")
+        given = {name: f"{option_strings(name)[0]} {getattr(self, name):g}" for name in BOUNDED}
+        for name in ("instances", "ready_min"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{given[name]}: must be 1 or more")
+        for name in ("event_log_max_mb", "max_body_mb"):
+            if not getattr(self, name) > 0:
+                raise UsageError(f"{given[name]}: must be above 0")
+        for name in ("lame_duck", "ray_wait"):
+            if not 0 <= getattr(self, name) <= WAIT_MAX_S:
+                raise UsageError(f"{given[name]}: must be seconds from 0 to {WAIT_MAX_S}")
         if self.migration_bandwidth is not None and not self.migration_bandwidth > 0:
             raise UsageError(
                 f"--migration-bandwidth {self.migration_bandwidth}: must be above 0; leave it out "
                 "for no limit"
             )
-        if not self.event_log_max_mb > 0:
-            raise UsageError(f"--event-log-max-mb {self.event_log_max_mb}: must be above 0")
-        if not self.max_body_mb > 0:
-            raise UsageError(f"--max-body-mb {self.max_body_mb}: must be above 0")
         if self.max_stream_interval < 1:
             raise UsageError(
                 f"--max-stream-interval {self.max_stream_interval}: must be 1 or more; with 1 no "
                 "tokens are joined"
-            )
-        if self.ready_min < 1:
-            raise UsageError(f"--ready-min {self.ready_min}: must be 1 or more")
-        if not 0 <= self.lame_duck <= LAME_DUCK_MAX_S:
-            raise UsageError(
-                f"--lame-duck {self.lame_duck:g}: must be seconds from 0 to {LAME_DUCK_MAX_S}"
             )
         if self.metrics_port is not None and not 0 <= self.metrics_port <= 65535:
             raise UsageError(f"--metrics-port {self.metrics_port}: must be 0 to 65535")

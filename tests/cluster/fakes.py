@@ -176,7 +176,7 @@ class World:
             return function(*args)
 
         self.room = 100
-        monkeypatch.setattr(fleet_module, "ray_call", call)
+        monkeypatch.setattr(fleet_module, "ask_ray", call)
         monkeypatch.setattr(fleet_module, "check_one_more", self._check)
         self.client = FakeFrontends()
         self.grown = self.client.grown

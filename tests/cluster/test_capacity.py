@@ -1,5 +1,6 @@
 """Whether there is room for an instance (cluster/supervision/capacity.py)."""
 
+import asyncio
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,7 +9,12 @@ import pytest
 pytest.importorskip("vllm")
 
 from llumnix.cluster.supervision import capacity
-from llumnix.cluster.supervision.capacity import GIB, check_one_more, check_start
+from llumnix.cluster.supervision.capacity import (
+    GIB,
+    check_one_more,
+    check_start,
+    wait_for_room,
+)
 from llumnix.errors import CapacityError
 
 
@@ -84,3 +90,33 @@ def test_memory_bounds_them_too(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CapacityError, match="at the start: lower --kv-cache-memory-bytes"):
         check_start(on_cpus(monkeypatch, cores=64, memory=GIB, kv=2 * GIB), 1)
     check_start(on_cpus(monkeypatch, cores=64, memory=GIB, kv=None), 3)
+
+
+async def test_hosts_may_join_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capacity, "ASKED_EVERY_S", 0.01)
+    looks: list[int] = []
+
+    def check() -> None:
+        looks.append(1)
+        if len(looks) < 3:
+            raise CapacityError("there are 2: use --instances 2")
+
+    said: list[str] = []
+    await wait_for_room(check, 60.0, said.append)
+    assert len(looks) == 3
+    assert said == ["waiting for hosts to join Ray, at most 60 s: there are 2: use --instances 2"]
+    looks.clear()
+    with pytest.raises(CapacityError, match="there are 2"):
+        await wait_for_room(check, 0.0, said.append)
+    assert (len(looks), len(said)) == (1, 1)
+
+
+async def test_a_wait_for_hosts_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capacity, "ASKED_EVERY_S", 0.01)
+
+    def check() -> None:
+        raise CapacityError("too few")
+
+    async with asyncio.timeout(10):
+        with pytest.raises(CapacityError, match="too few"):
+            await wait_for_room(check, 0.1, lambda _: None)

@@ -145,6 +145,11 @@ def test_ray_starts_beside_the_server_and_only_the_server_is_signalled() -> None
     lines = script.strip().splitlines()
     assert lines[1] == 'eval "$KUBERAY_GEN_RAY_START_CMD" &'
     assert lines[-1].startswith("exec llumnix serve ")
+    # It is bounded, and within what the startup probe allows for.
+    probe = head["spec"]["containers"][0]["startupProbe"]
+    waits_s = config_of(values)["ray-wait"]
+    assert 0 < waits_s < probe["periodSeconds"] * probe["failureThreshold"]
+    assert "ray-wait" not in config_of(MINIMAL)
     (script,) = worker["spec"]["containers"][0]["args"]
     assert script.strip().splitlines()[-1] == 'eval "exec $KUBERAY_GEN_RAY_START_CMD"'
 

@@ -130,7 +130,7 @@ def test_keys_are_left_neither_in_the_arguments_nor_in_the_environment(
         (["--admin-api-key-file", "{binary}"], "is no text; write one key a line"),
         (["--allowed-host", "https://llm.example"], "give the name alone, without scheme"),
         (["--allowed-host", "llm.example:443"], "give the name alone, without scheme"),
-        (["--max-body-mb", "0"], "--max-body-mb 0.0: must be above 0"),
+        (["--max-body-mb", "0"], "--max-body-mb 0: must be above 0"),
     ],
 )
 def test_a_bad_key_or_file_is_told_in_one_line(

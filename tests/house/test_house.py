@@ -24,6 +24,7 @@ def test_our_flags_are_these() -> None:
         "scheduler_config": None,
         "survival": None,
         "ray_address": None,
+        "ray_wait": 0.0,
         "event_log": None,
         "event_log_max_mb": 1000,
         "log_format": "text",

@@ -22,8 +22,12 @@ from llumnix.cluster.addresses import Addresses
 from llumnix.cluster.controller import Controller
 from llumnix.cluster.controller_process import ControllerProcess
 from llumnix.cluster.frontends.seam import Frontends
-from llumnix.cluster.ray_calls import ray_call
-from llumnix.cluster.supervision.capacity import check_one_more, check_start
+from llumnix.cluster.supervision.capacity import (
+    ask_ray,
+    check_one_more,
+    check_start,
+    wait_for_room,
+)
 from llumnix.cluster.supervision.hosts import Hosts
 from llumnix.cluster.supervision.member import Member
 from llumnix.cluster.supervision.runs import EngineLauncher
@@ -331,15 +335,16 @@ class Fleet:
         )
         return Seen(engines=self._figures.engines(seen), families=self._figures.families(seen))
 
-    async def check_capacity(self, count: int) -> None:
-        """Raises `CapacityError` unless the cluster has room for `count` instances in all."""
-        await _ask_ray(lambda: check_start(self._launch, count))
+    async def check_capacity(self, count: int, wait_s: float, say: Callable[[str], None]) -> None:
+        """Raises `CapacityError` unless the cluster has room for `count` instances in all, or gets
+        it within so long."""
+        await wait_for_room(lambda: check_start(self._launch, count), wait_s, say)
 
     async def _check_room(self) -> None:
         members = self._members.values()
         waiting = sum(m.life.coming and not (m.run is not None and m.run.placed) for m in members)
         there = sum(m.state is not LifeState.FAILED for m in members)
-        await _ask_ray(lambda: check_one_more(self._launch, there=there, waiting=waiting))
+        await ask_ray(lambda: check_one_more(self._launch, there=there, waiting=waiting))
 
     async def close(self) -> None:
         """Stops all instances and the controller. Every step is tried; a failure is logged."""
@@ -388,10 +393,3 @@ def _count(decision: ScalingDecision, by: DrainedBy, outcome: str) -> None:
     """Adds to the metrics what became of a decision to scale."""
     if by == "scheduler":
         metrics.SCALING.labels(DECIDED[type(decision)], outcome).inc()
-
-
-async def _ask_ray(check: Callable[[], None]) -> None:
-    try:
-        await ray_call(check)
-    except TimeoutError as error:
-        raise CapacityError("Ray does not say what is free; try again shortly") from error

@@ -158,7 +158,7 @@ async def _run(
         start.serve_metrics(fleet.exposition.text, fleet.seen)
         failed = None
         try:
-            await fleet.check_capacity(deployment.instances)
+            await fleet.check_capacity(deployment.instances, deployment.ray_wait, start.say)
             fleet.start_controller()
             await fleet.start(deployment.instances, start.say)
             failed = asyncio.create_task(_stop_when_all_failed(fleet))

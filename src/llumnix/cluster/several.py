@@ -106,7 +106,7 @@ class Deployment:
         """Starts everything, and returns once it is to stop."""
         deployment, start = self._command.deployment, self._start
         self.processes.start()
-        await self.fleet.check_capacity(deployment.instances)
+        await self.fleet.check_capacity(deployment.instances, deployment.ray_wait, start.say)
         self.fleet.start_controller()
         await self.fleet.start(deployment.instances, start.say)
         try:

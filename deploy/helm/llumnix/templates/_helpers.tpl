@@ -44,6 +44,7 @@ ray.io/node-type: head
 {{- else if not (get $v.config "insecure") -}}
 {{- fail "keys.existingSecret: name a secret with the entries api-keys and admin-api-keys, or set config.insecure=true to serve everybody who reaches the pods" -}}
 {{- end -}}
+{{- if eq $v.mode "ray" }}{{ $_ := set $ours "ray-wait" (int $v.ray.joinSeconds) }}{{ end -}}
 {{- if $v.metrics.open }}{{ $_ := set $ours "metrics-open" true }}{{ end -}}
 {{- range $name, $_ := $v.config -}}
 {{- if hasKey $ours $name }}{{ fail (printf "config.%s: the chart sets this one, see values.yaml" $name) }}{{ end -}}

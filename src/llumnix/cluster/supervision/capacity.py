@@ -3,13 +3,18 @@
 An instance that computes on GPUs needs some that are free, another needs cores and memory. All
 functions ask Ray, and may have to wait for its answer."""
 
+import asyncio
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from llumnix.cluster.ray_calls import ray_call
 from llumnix.engine.launch import EngineLaunch
 from llumnix.errors import CapacityError
 
 CPU_INSTANCES_PER_CORE_MAX = 4
 GIB = 2**30
+ASKED_EVERY_S = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +90,31 @@ def check_one_more(launch: EngineLaunch, *, there: int, waiting: int) -> None:
             f"{found.total} are free{wanted}: DELETE an instance first, or add a host to the "
             "Ray cluster"
         )
+
+
+async def ask_ray(check: Callable[[], None]) -> None:
+    """Makes one of these checks, beside the event loop."""
+    try:
+        await ray_call(check)
+    except TimeoutError as error:
+        raise CapacityError("Ray does not say what is free; try again shortly") from error
+
+
+async def wait_for_room(
+    check: Callable[[], None], wait_s: float, say: Callable[[str], None]
+) -> None:
+    """Makes the check again and again until it succeeds; its `CapacityError` after `wait_s`."""
+    until_s, said = time.monotonic() + wait_s, False
+    while True:
+        try:
+            return await ask_ray(check)
+        except CapacityError as error:
+            if time.monotonic() >= until_s:
+                raise
+            if not said:
+                say(f"waiting for hosts to join Ray, at most {wait_s:g} s: {error}")
+                said = True
+        await asyncio.sleep(ASKED_EVERY_S)
 
 
 def _check_cpus(launch: EngineLaunch, count: int, what: str, mend: str) -> None:
