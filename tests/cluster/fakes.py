@@ -10,6 +10,7 @@ import pytest
 from llumnix.cluster import fleet as fleet_module
 from llumnix.cluster.fleet import Fleet
 from llumnix.cluster.supervision.member import Member
+from llumnix.cluster.supervision.runs import EngineRun
 from llumnix.config import DeploymentConfig
 from llumnix.core.events import DrainInstance, FleetReported, ScalingDecision
 from llumnix.core.reports import LoadReport
@@ -104,7 +105,7 @@ class FakeRun:
         self.facts = None
         self.placed = False
         self.unwanted = False
-        self.counted = False
+        self.counted = self.fenced = False
         self.began_s = 0.0
         self.step, self.step_for_s = "up", 3.0
         self.heard_s: float | None = None
@@ -115,9 +116,7 @@ class FakeRun:
     def alive(self) -> bool:
         return self.ended is not None and not self.ended.done()
 
-    def end(self, death: Death) -> None:
-        if self.ended is not None and not self.ended.done():
-            self.ended.set_result(death)
+    end: Any = EngineRun.end
 
 
 class FakeLauncher:

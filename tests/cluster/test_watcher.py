@@ -28,6 +28,8 @@ class FakeHosts:
         self.worker_crashed = False
         self.recorded: dict[EngineIndex, frozenset[RequestId]] = {}
         self.closed = False
+        self.tail_s = 0.001
+        self.killed_before_tail = False
 
     def watch(self, runs: Any) -> None:
         self.watched.append({run.engine_index for run in runs})
@@ -37,6 +39,8 @@ class FakeHosts:
 
     async def kill(self, run: Any) -> None:
         self.killed.append(run.engine_index)
+        await asyncio.sleep(0.001)
+        run.end(Death(why="killed by signal 9"))  # As Ray has it.
 
     async def examine(self, run: Any, death: Death) -> Death:
         if death.fenced:
@@ -45,7 +49,8 @@ class FakeHosts:
         return Death(why=death.why, blamed=death.blamed or self.worker_crashed)
 
     async def tail(self, run: Any) -> list[str]:
-        await asyncio.sleep(0.001)
+        await asyncio.sleep(self.tail_s)
+        self.killed_before_tail = run.engine_index in self.killed
         return [f"last words of engine {run.engine_index}"]
 
     async def suspects(self, run: Any) -> frozenset[RequestId] | None:
@@ -311,3 +316,20 @@ def test_a_death_is_one_line_with_its_cause_and_the_end_of_the_engines_log(
     assert (second[1]["cause"], second[1]["tail"]) == ("stopped", ["last words of engine 1"])
     events = [r.llumnix["event"] for r in caplog.records if hasattr(r, "llumnix")]
     assert events == ["death", "restart", "ready"] * 2
+
+
+def test_a_fence_kills_though_the_log_is_slow_and_its_word_of_the_death_stands(
+    play: Callable[[Script], Hosted], caplog: pytest.LogCaptureFixture
+) -> None:
+    async def script(w: Hosted) -> None:
+        w.hosts.tail_s = 0.4
+        w.fleet._stopped(EngineIndex(1), Standstill(pid=2000, gone=False))
+        await asyncio.sleep(7)
+        assert w.hosts.killed_before_tail
+
+    with caplog.at_level(logging.INFO):
+        play(script)
+    told = [r for r in caplog.records if hasattr(r, "llumnix")]
+    assert [r.llumnix["event"] for r in told] == ["death", "restart", "ready"]
+    assert told[0].getMessage().startswith("Instance i1 is fenced (its process is stopped)")
+    assert getattr(told[0], "llumnix")["tail"] == ["last words of engine 1"]  # noqa: B009

@@ -61,6 +61,7 @@ class EngineRun:
     listening: asyncio.Task[None] | None = field(default=None, repr=False)
     began_s: float = field(default_factory=time.monotonic)
     counted: bool = False  # whether its death is in the metrics
+    fenced: bool = False  # whether its fence says when it counts as dead, and of what
     last_words: list[str] = field(default_factory=list)  # the end of its log, if it never was ready
     heard_s: float | None = None  # when outputs of it came last, as of the watcher's last look
     unwanted: bool = False  # whether what is still being made must be removed again
@@ -82,7 +83,10 @@ class EngineRun:
         self.step, self.step_began_s = step, time.monotonic()
 
     def end(self, death: Death) -> None:
-        """It has ended, or counts as dead from now on. The first word stands."""
+        """It has ended, or counts as dead from now on. The first word stands, and a fence's goes
+        before what follows from its kill."""
+        if self.fenced and not death.fenced:
+            return
         if self.ended is not None and not self.ended.done():
             self.ended.set_result(death)
 

@@ -270,11 +270,16 @@ class Supervisor:
         death = Death(
             why=f"{FENCED}{fenced.why}", blamed=fenced.blamed, fenced=True, code=fenced.code
         )
-        tail = await self._hosts.tail(run)
-        if run.alive:  # Else it has died meanwhile, and its death is told.
+        tell = run.alive  # Else it has died meanwhile, and its death is told.
+        run.fenced = True
+        killing, tail = asyncio.create_task(self._hosts.kill(run)), list[str]()
+        try:
+            tail = await self._hosts.tail(run)  # It may take long, and the kill does not wait.
+        finally:
             run.end(death)
+        if tell:
             _tell_death(member, run, death, streams, tail)
-        await self._hosts.kill(run)
+        await killing
 
     # -- emptied
 
