@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llumnix.core.keys import KeyLimits, KeyMeter, Meters, NamedKey, Over
+from llumnix.core.keys import KeyLimits, KeyMeter, Meters, NamedKey, Over, Standing
 
 
 def codes(meter: KeyMeter, *times_s: float) -> list[str | None]:
@@ -139,3 +139,23 @@ def test_a_key_without_limits_has_no_meter_and_new_limits_keep_what_was_used() -
     changed = meters.of(more, 10.0)
     assert changed is not None
     assert codes(changed, 10) == ["rate_limited"]  # This limit did not change.
+
+
+def test_what_is_left_of_limits_comes_back_with_time() -> None:
+    meter = KeyMeter(KeyLimits(requests_per_min=60, tokens_per_min=6000, open_max=9), 0.0)
+    meter.admit(0.0)
+    meter.admit(0.0)
+    meter.spend(9000, 0.0)
+    requests, tokens = meter.standings(0.5)
+    assert requests == Standing(of="requests", limit=60, remaining=58, reset_s=pytest.approx(1.5))
+    assert tokens == Standing(of="tokens", limit=6000, remaining=0, reset_s=pytest.approx(89.5))
+    requests, tokens = meter.standings(60.0)
+    assert (requests.remaining, requests.reset_s) == (60, 0.0)
+    assert (tokens.remaining, tokens.reset_s) == (3000, pytest.approx(30.0))
+    assert KeyMeter(KeyLimits(open_max=1), 0.0).standings(0.0) == []
+
+
+def test_a_request_that_began_before_its_key_was_looked_at_passes() -> None:
+    meter = KeyMeter(KeyLimits(requests_per_min=1, tokens_per_min=60), 10.0)
+    assert codes(meter, 9.9) == [None]
+    assert [each.remaining for each in meter.standings(9.9)] == [0, 60]

@@ -48,6 +48,10 @@ def guarded(named: KeyRing, frontends: int = 1, **more: Any) -> Any:
     return app
 
 
+LIMIT_RESETS = {1: [f"{n}s" for n in range(5, 31)], 0: ["1m0s", *(f"{n}s" for n in range(30, 60))]}
+"""A slow machine may take seconds for a request."""
+
+
 def bearer(key: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"}
 
@@ -138,6 +142,29 @@ async def test_a_key_over_its_limits_is_told_when_to_come_again(tmp_path: Path) 
         assert 25 <= int(over.headers["retry-after"]) <= 30
         assert (await http.get("/v1/models", headers=bearer("user"))).status_code == 200
         assert (await http.post(MODEL, headers=bearer("free"))).status_code == 200
+
+
+async def test_every_answer_says_what_is_left_of_a_keys_limits(tmp_path: Path) -> None:
+    def told(answer: httpx.Response) -> dict[str, str]:
+        begin = "x-ratelimit-"
+        found = answer.headers.items()
+        return {name.removeprefix(begin): value for name, value in found if begin in name}
+
+    keys = ring(
+        tmp_path,
+        "ada: {key: user, requests_per_min: 2, tokens_per_min: 900}\n"
+        "bea: {key: free, open_max: 3}\n",
+    )
+    async with client(guarded(keys)) as http:
+        tokens = {"limit-tokens": "900", "remaining-tokens": "900", "reset-tokens": "0s"}
+        for left, status in ((1, 200), (0, 200), (0, 429)):
+            answer = await http.post(MODEL, headers=bearer("user"))
+            found = told(answer)
+            assert found.pop("reset-requests") in LIMIT_RESETS[left]
+            requests = {"limit-requests": "2", "remaining-requests": str(left)}
+            assert (answer.status_code, found) == (status, tokens | requests)
+        for key, path in (("free", MODEL), ("user", "/llumnix/v1/reload")):
+            assert told(await http.post(path, headers=bearer(key))) == {}
 
 
 async def test_frontends_share_a_limit(tmp_path: Path) -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from starlette.datastructures import MutableHeaders
 
+from llumnix.core.keys import KeyLimits, KeyMeter
 from llumnix.core.types import EngineIndex, InstanceId
-from llumnix.frontend.door.refusals import REFUSALS, mark, refused
+from llumnix.frontend.door.refusals import REFUSALS, limit_headers, mark, refused
 from llumnix.frontend.engines.directory import EngineDirectory
 from llumnix.frontend.engines.start_times import StartTimes
 from llumnix.observe import metrics
@@ -97,3 +98,16 @@ async def test_the_directory_follows_its_engines(monkeypatch: pytest.MonkeyPatch
     assert engines.next_in_s() == 25.0
     engines.lose(E1)
     assert engines.next_in_s() == 30.0
+
+
+def test_what_is_left_of_limits_is_told_as_openai_has_it() -> None:
+    meter = KeyMeter(KeyLimits(requests_per_min=60, tokens_per_min=6000), 0.0)
+    meter.admit(0.0)
+    meter.admit(0.0)
+    meter.spend(9000, 0.0)
+    assert limit_headers(None, 0.5) == []
+    assert dict(limit_headers(meter, 0.5)) == {
+        b"x-ratelimit-limit-requests": b"60", b"x-ratelimit-remaining-requests": b"58",
+        b"x-ratelimit-reset-requests": b"2s", b"x-ratelimit-limit-tokens": b"6000",
+        b"x-ratelimit-remaining-tokens": b"0", b"x-ratelimit-reset-tokens": b"1m30s",
+    }  # fmt: skip

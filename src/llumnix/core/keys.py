@@ -1,5 +1,6 @@
 """API keys that have names: what each may do, and how much of it."""
 
+import math
 from dataclasses import dataclass, field
 
 ROLES = ("inference", "view", "admin")
@@ -47,6 +48,16 @@ class Over:
     retry_after_s: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Standing:
+    """How much of one limit is left."""
+
+    of: str  # "requests" or "tokens"
+    limit: int  # a minute
+    remaining: int  # now
+    reset_s: float  # until all of it is there again
+
+
 class _Bucket:
     """Lets so much through a minute, and at most a minute's worth at once."""
 
@@ -57,8 +68,10 @@ class _Bucket:
 
     def level(self, now_s: float) -> float:
         """What is left."""
-        gained = (now_s - self._seen_s) * self.per_min / MINUTE_S
-        self._level, self._seen_s = min(self._size, self._level + gained), now_s
+        # A request may have begun before another was looked at, or before the bucket was made.
+        gained = max(0.0, now_s - self._seen_s) * self.per_min / MINUTE_S
+        self._level = min(self._size, self._level + gained)
+        self._seen_s = max(self._seen_s, now_s)
         return self._level
 
     def take(self, amount: float) -> None:
@@ -67,6 +80,11 @@ class _Bucket:
     def wait_s(self, wanted: float) -> float:
         """Until so much is there."""
         return max(0.0, (wanted - self._level) * MINUTE_S / self.per_min)
+
+    def standing(self, of: str, now_s: float) -> Standing:
+        left = max(0, math.floor(self.level(now_s)))
+        reset_s = self.wait_s(self._size)
+        return Standing(of=of, limit=math.floor(self._size), remaining=left, reset_s=reset_s)
 
 
 def _bucket(per_min: float | None, now_s: float) -> _Bucket | None:
@@ -108,6 +126,11 @@ class KeyMeter:
             requests.take(1)
         self.open += 1
         return None
+
+    def standings(self, now_s: float) -> list[Standing]:
+        """How much is left of the limits by the minute. Tokens of open requests are not in yet."""
+        buckets = (("requests", self._requests), ("tokens", self._tokens))
+        return [each.standing(of, now_s) for of, each in buckets if each is not None]
 
     def ended(self) -> None:
         """A request that was let in is over."""

@@ -12,6 +12,7 @@ from typing import Any
 
 from vllm.exceptions import GenerationError, GracefulHTTPError
 
+from llumnix.core.keys import KeyMeter
 from llumnix.core.types import InstanceId
 from llumnix.frontend.direct import DirectOutputs, WriteBody
 from llumnix.frontend.door.refusals import REFUSALS
@@ -28,6 +29,7 @@ class HttpRequest:
     key: str | None = field(default=None, repr=False)  # the API key that it came with
     key_name: str | None = None  # its name, if it is one of the file of --keys
     cap: str | None = None  # the most urgent class that this key gets
+    meter: KeyMeter | None = None  # counts what its key uses, if that has limits
     spend: Callable[[int, int], None] | None = None  # is told each sequence's tokens at its end
     span: Any = None  # streams/spans.py's, if it is traced
     gate_s: float = 0.0  # how long the gate took before vLLM had it

@@ -5,10 +5,13 @@ where the body is not ours. docs/answers.md lists the codes; each is a promise.
 """
 
 import math
+import time
 from dataclasses import dataclass
 
 from starlette.datastructures import MutableHeaders
 from starlette.responses import JSONResponse
+
+from llumnix.core.keys import KeyMeter
 
 REASON_HEADER = "x-llumnix-reason"
 SHORTLY_S = 1.0
@@ -52,11 +55,14 @@ RETRYABLE = frozenset({"engine_died"})
 again."""
 
 
-def refused(code: str, message: str, *, retry_s: float | None = None) -> JSONResponse:
+def refused(
+    code: str, message: str, *, retry_s: float | None = None, meter: KeyMeter | None = None
+) -> JSONResponse:
     """The answer to a request that is turned away, in OpenAI's form. `retry_s`: when it may be
-    tried again, if that is known better than in general."""
+    tried again, if that is known better than in general. `meter`: of its key, if that has one."""
     answer = JSONResponse({"error": error_of(code, message)}, REFUSALS[code].status)
     mark(answer.headers, code, retry_s=retry_s)
+    answer.raw_headers += limit_headers(meter)
     return answer
 
 
@@ -79,3 +85,15 @@ def mark(headers: MutableHeaders, code: str, *, retry_s: float | None = None) ->
     refusal = REFUSALS.get(code)
     if refusal is not None and refusal.retry_s is not None:
         headers["retry-after"] = str(max(1, math.ceil(retry_s or refusal.retry_s)))
+
+
+def limit_headers(meter: KeyMeter | None, now_s: float | None = None) -> list[tuple[bytes, bytes]]:
+    """What is left of a key's limits, as OpenAI has it: `x-ratelimit-limit-requests`, and so on.
+    `now_s`: on the monotonic clock."""
+    told, now_s = {}, time.monotonic() if now_s is None else now_s
+    for each in () if meter is None else meter.standings(now_s):
+        told[f"limit-{each.of}"] = str(each.limit)
+        told[f"remaining-{each.of}"] = str(each.remaining)
+        minutes, seconds = divmod(math.ceil(each.reset_s), 60)
+        told[f"reset-{each.of}"] = f"{minutes}m{seconds}s" if minutes else f"{seconds}s"
+    return [(f"x-ratelimit-{name}".encode(), value.encode()) for name, value in told.items()]

@@ -28,7 +28,7 @@ from llumnix.core.keys import KeyMeter, Meters, NamedKey
 from llumnix.errors import UsageError
 from llumnix.frontend.context import HttpRequest, count_refusal, current_http_request
 from llumnix.frontend.door.probes import PROBE_PATHS
-from llumnix.frontend.door.refusals import mark, refused
+from llumnix.frontend.door.refusals import limit_headers, mark, refused
 from llumnix.frontend.http import direct_chunks, stream_ends
 from llumnix.frontend.http.access import Access, Caller, Refusal, is_json
 from llumnix.frontend.http.audit import audited
@@ -105,10 +105,10 @@ class Gate:
             answer = await metrics_answer(state.args.control.metrics, scope["method"])
             await _with_cors(answer, state.args)(scope, receive, send)
             return
-        meter = self._meter(scope, caller.named, state)
+        meter = http.meter = self._meter(scope, caller.named, state)
         over = None if meter is None else meter.admit(began_s)
         if over is not None:
-            answer = _turned_away(over.code, over.message, retry_s=over.retry_after_s)
+            answer = _turned_away(over.code, over.message, retry_s=over.retry_after_s, meter=meter)
             await _with_cors(answer, state.args)(scope, receive, send)
             return
         http.gate_s = time.monotonic() - began_s
@@ -197,9 +197,11 @@ def _refused(refusal: Refusal) -> JSONResponse:
     return _turned_away(refusal.reason, refusal.message)
 
 
-def _turned_away(code: str, message: str, *, retry_s: float | None = None) -> JSONResponse:
+def _turned_away(
+    code: str, message: str, *, retry_s: float | None = None, meter: KeyMeter | None = None
+) -> JSONResponse:
     count_refusal(code)
-    return refused(code, message, retry_s=retry_s)
+    return refused(code, message, retry_s=retry_s, meter=meter)
 
 
 def _is_preflight(scope: Scope, headers: Headers) -> bool:
@@ -389,9 +391,9 @@ class ResponseHead:
         head, self._head = self._head, None
         if head is None:
             return
+        head["headers"] = [*head.get("headers", ()), *limit_headers(self._http.meter)]
         if self._http.instance is not None:
-            instance = self._http.instance.encode()
-            head["headers"] = [*head.get("headers", ()), (b"x-llumnix-instance", instance)]
+            head["headers"].append((b"x-llumnix-instance", self._http.instance.encode()))
         if self._http.span is not None:
             self._http.span.answered(head["status"])
         await self._send(head)
