@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -23,14 +24,20 @@ mutate = load()
 MUTATIONS = mutate.mutations()
 
 
+@cache
+def functions_of(path: str) -> frozenset[str]:
+    """Those of a file of tests; none if it is not there."""
+    if not (ROOT / path).is_file():
+        return frozenset()
+    tree = ast.parse((ROOT / path).read_text())
+    functions = (n for n in tree.body if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef))
+    return frozenset(f.name for f in functions)
+
+
 def is_there(test: str) -> bool:
     """Whether this id names a test function. Parameters in it are not looked at."""
     path, _, name = test.partition("[")[0].partition("::")
-    if not (ROOT / path).is_file():
-        return False
-    tree = ast.parse((ROOT / path).read_text())
-    functions = (n for n in tree.body if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef))
-    return name.startswith("test_") and name in {f.name for f in functions}
+    return name.startswith("test_") and name in functions_of(path)
 
 
 def test_each_mutation_has_a_name_of_its_own() -> None:
