@@ -54,6 +54,11 @@ def test_two_leave_in_a_round_for_different_rooms() -> None:
     assert len(moves(alone)) == 1
 
 
+def test_a_room_is_given_to_one_alone_in_a_round() -> None:
+    s = told(blocked(0, 1000, 200), blocked(1, 1000, 200), load(2, 6000, running=45))
+    assert pairs([o for o in moves(s) if o.destination == "i2"]) == [("i0", "i2")]
+
+
 def test_four_at_most_are_on_their_way_from_an_instance() -> None:
     s = told(blocked(0, 1000, 200, moving_out=3), load(1, 6000, running=45), load(2, 6500))
     assert len(moves(s)) == 1
