@@ -66,7 +66,10 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        ("migrations: {}", "no knob migrations; there are: policy, priorities, migration, scaling"),
+        (
+            "migrations: {}",
+            "no knob migrations; there are: policy, priorities, queue, migration, scaling",
+        ),
         ("migration: {tick: 1}", "no knob migration.tick; there are: balance, interval_s"),
         ("migration: {interval_s: fast}", "`$.migration.interval_s`"),
         ("migration: {interval_s: 99}", "migration.interval_s: 99 must be between 0.001 and 10"),
