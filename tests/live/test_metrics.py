@@ -14,11 +14,13 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from llumnix.observe import metrics
-from support.server import Server, eventually, free_port
+from support.server import START_TIMEOUT_S, Server, eventually, free_port
 
 from .conftest import FLAGS
 
-pytestmark = [pytest.mark.live, pytest.mark.slow]  # Servers of its own, and bare vLLM.
+# Servers of its own, and bare vLLM.
+pytestmark = [pytest.mark.live, pytest.mark.slow, pytest.mark.timeout(900)]
+VLLM = Path(__file__).resolve().parents[2] / "benchmarks" / "vllm_cli.py"
 HELD_BACK = (
     "llumnix_mean_freeness_tokens", "llumnix_key_requests_total", "llumnix_key_tokens_total",
 )  # fmt: skip
@@ -194,13 +196,15 @@ def check_names_and_labels(text: str) -> None:
 
 def test_vllms_own_are_those_of_bare_vllm(server: Server, tiny_model: Path, tmp_path: Path) -> None:
     """Names and labels, of one engine."""
-    port, log = free_port(), (tmp_path / "log").open("w")
-    words = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(tiny_model)]
+    port, log = free_port(), tmp_path / "log"
+    words = [sys.executable, str(VLLM), "serve", str(tiny_model)]
     words += ["--served-model-name", "tiny", "--port", str(port), "--enforce-eager", *FLAGS]
-    bare = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT)
+    with log.open("w") as out:
+        bare = subprocess.Popen(words, stdout=out, stderr=subprocess.STDOUT)
     url = f"http://127.0.0.1:{port}"
     try:
-        eventually(lambda: _healthy(url), 200)
+        eventually(lambda: _healthy(url) or bare.poll() is not None, START_TIMEOUT_S)
+        assert bare.poll() is None, log.read_text()[-4000:]
         body = {"prompt": "hello", "max_tokens": 4}
         for each in (url, server.url):
             assert httpx.post(each + "/v1/completions", json=body, timeout=60).status_code == 200
