@@ -240,8 +240,8 @@ def test_what_a_stranger_sends_to_any_port_ends_nothing(
     assert processes(whole) == before
 
 
-JUNK = """
-import os, random, socket, sys
+JUNK = r"""
+import random, socket, sys
 dice = random.Random(int(sys.argv[2]))
 greeting = b"\xff" + bytes(8) + b"\x7f\x03\x00CURVE" + bytes(48)
 page, zeros = b"GET / HTTP/1.1\r\n\r\n", b"\0" * 70000
