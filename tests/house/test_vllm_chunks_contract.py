@@ -274,7 +274,7 @@ async def test_a_stream_without_a_form_is_not_looked_at_for_ever(
 @pytest.mark.parametrize(
     "more",
     [{"parser_cls": object}, {"enable_log_outputs": True, "request_logger": object()}],
-    ids=str,
+    ids=["parser", "logger"],
 )
 def test_a_server_that_reads_each_chunk_is_left_alone(more: dict[str, Any]) -> None:
     path = Path(OpenAIServingChat, more, {})
