@@ -147,14 +147,20 @@ PLACE = """(id) => {
 }"""
 
 
+def begun(server: Server) -> dict | None:
+    """A request with few of its tokens, if there is one."""
+    return next((row for row in server.requests() if row["output_tokens"] < 100), None)
+
+
 @needs_browser
 def test_the_page_shows_a_move_within_a_second_and_a_death_with_its_orphans(pair: Server) -> None:
     # The browser first: it starts slowly beside engines that have the cores.
-    with chromium() as browser, Load(pair, streams=1, max_tokens=1000) as load:
+    with chromium() as browser, Load(pair, streams=1, max_tokens=1500) as load:
         page = browser.new_page()
         page.goto(pair.url + "/llumnix/ui")
         wait_for(page, "llumnix.model.ready && llumnix.model.rows.size", 30)
-        (row,) = eventually(pair.requests, 30, "a request runs")
+        # One that has just begun, so that it outlasts what follows.
+        row = eventually(lambda: begun(pair), 60, "a request begins")
         eventually(lambda: page.evaluate(PLACE, row["id"]), 5, "the page shows it")
         other = "i1" if row["instance"] == "i0" else "i0"
         order = {"request_id": row["request"], "destination": other}
@@ -182,6 +188,7 @@ def test_the_page_shows_a_move_within_a_second_and_a_death_with_its_orphans(pair
 
 def test_with_the_controller_killed_no_request_fails_and_it_comes_back(pair: Server) -> None:
     server = pair
+    eventually(lambda: all(i["state"] == "serving" for i in server.instances().values()), 120)
     pids = server.controllers()
     assert len(pids) == 1
     with Load(server, streams=4, max_tokens=20) as load:
