@@ -33,8 +33,10 @@ mount --bind {folder}/ray /tmp/ray
 hostname {name}
 mount --bind {folder}/hosts /etc/hosts
 echo $$ > {folder}/up
-exec sleep 3600
+while [ -e /sys/class/net/eth0 ]; do sleep 1; done
 """
+"""The shell buries orphans, as a host's first process must: else Ray takes a raylet that has ended
+for one that lives. It ends with the network, so that nothing is left of a run that was killed."""
 
 
 def missing() -> str | None:
