@@ -175,8 +175,11 @@ def test_the_page_shows_a_move_within_a_second_and_a_death_with_its_orphans(pair
           const { board } = llumnix, see = board.see.bind(board), seen = window.seen = [];
           board.see = (list, now) => { seen.push(...list); see(list, now); };
         }""")
+        # The page knows of the deaths before it was opened, too.
+        known = page.evaluate("llumnix.model.events.length")
+        lines = f"llumnix.model.events.slice({known}).map((e) => e.text).join()"
         os.kill(pair.instances()[other]["pid"], signal.SIGKILL)
-        wait_for(page, f"{lines}.includes('{other} died and starts again')")
+        wait_for(page, f"{lines}.includes('{other} died and starts again')", 30)
         wait_for(page, f"{lines}.includes('goes on at {row['instance']} after')", 30)
         assert page.evaluate("seen.some((s) => s.see === 'flash')")
         flights = page.evaluate("seen.filter((s) => s.see === 'flight').map((s) => s.orphan)")
