@@ -155,10 +155,10 @@ def test_an_answer_that_came_while_the_event_loop_stood_still_is_not_late(
     async def main() -> None:
         link = ControllerLink(controller.address)
         await up(link)
-        asking = asyncio.create_task(link.place(asked("r")))
-        await asyncio.sleep(0)
         # The loop may come to its timers before it looks at sockets.
         asyncio.get_running_loop().remove_reader(link._readable)
+        asking = asyncio.create_task(link.place(asked("r")))
+        await asyncio.sleep(0)
         while not int(link._socket.get(zmq.EVENTS)) & zmq.POLLIN:
             time.sleep(0.01)
         time.sleep(2 * REPLY_TIMEOUT_S)
