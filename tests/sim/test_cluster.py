@@ -163,7 +163,7 @@ def test_every_stream_outlives_its_instances(name: str) -> None:
     found = run_one(replace(spec, scheduler=replace(spec.scheduler, policy=name)))["metrics"]
     assert found["requests_failed"] == 0
     survival = found["survival"]
-    assert survival["revivals"] > survival["streams_revived"] > 50
+    assert survival["revivals"] > survival["streams_revived"] > 40
     assert survival["streams_ended"] == 0
     assert 0 < survival["pause_s"]["p50"] < survival["pause_s"]["max"]
     assert survival["streams_slowed"] > 20
