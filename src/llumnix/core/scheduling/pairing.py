@@ -28,7 +28,6 @@ from itertools import islice, takewhile
 from llumnix.core.codes import MoveCode
 from llumnix.core.events import MoveLimit, MoveOrder
 from llumnix.core.limits import MigrationLimits
-from llumnix.core.priorities import Priorities
 from llumnix.core.scheduling.gain import GainRule, room_in
 from llumnix.core.scheduling.tuning import ORDERS_MAX, TRIES_MAX
 from llumnix.core.scheduling.view import ClusterView, InstanceView
@@ -104,8 +103,7 @@ class Pairing:
         for known in takers:
             if known.load.waiting or not known.load.has_slot or moves_out(known):
                 continue
-            spare = known.load.spare_for(last, view.priorities) - below * (known.load.batch + 1)
-            room = min(int(spare), room_in(known))
+            room = _room_above(known, below, known.load.spare_for(last, view.priorities))
             if room > 0 and moves_in(known) < RESCUES_MAX:
                 rooms.append((room, known.report.instance, known))
         rooms.sort()  # Ids differ, so that views are never compared.
@@ -144,7 +142,7 @@ class Pairing:
         roomiest: list[_Ranked] = []
         if any(v.load.is_blocked for v in sources):
             roomiest = sorted(
-                (-_room_above(v, below, view.priorities), v.report.instance, v)
+                (-_room_above(v, below, v.load.spare(view.priorities)), v.report.instance, v)
                 for v in takers
                 if v.freeness >= below
             )
@@ -207,8 +205,8 @@ class Pairing:
                 continue
             if moves_in(known) < most and not moves_out(known):
                 # No headroom is kept from the most urgent class.
-                spare = known.load.spare_for(0, view.priorities) - below * (known.load.batch + 1)
-                rooms.append((min(int(spare), room_in(known)), known.report.instance, known))
+                room = _room_above(known, below, known.load.spare_for(0, view.priorities))
+                rooms.append((room, known.report.instance, known))
         rooms.sort()  # Ids differ, so that views are never compared.
         for source in sources[:ORDERS_MAX]:
             head = source.load.head
@@ -293,11 +291,10 @@ def moves_in(known: InstanceView) -> int:
     return known.report.moving_in + len(known.incoming)
 
 
-def _room_above(destination: InstanceView, below: float, priorities: Priorities) -> int:
+def _room_above(destination: InstanceView, below: float, spare: float) -> int:
     """The largest request, in KV tokens, that leaves the destination's freeness at the threshold or
-    above."""
-    spare = destination.load.spare(priorities) - below * (destination.load.batch + 1)
-    return min(int(spare), room_in(destination))
+    above. `spare`: tokens that are left there for it."""
+    return min(int(spare - below * (destination.load.batch + 1)), room_in(destination))
 
 
 def _rescue_room(
