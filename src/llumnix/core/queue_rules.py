@@ -54,6 +54,12 @@ class QueueRules:
         `head_tokens`."""
         return wait.passed_tokens + tokens <= self.pass_share * head_tokens
 
+    def passable(self, wait: Wait | None, now: float, head_tokens: int, tokens: int) -> bool:
+        """Both, as a report says it. `wait`: None for a head that was not seen to wait yet."""
+        if wait is None:
+            return self.passers > 0
+        return self.may_pass(wait, now) and self.may_take(wait, head_tokens, tokens)
+
 
 PLAIN = QueueRules()
 """No rules: the queue of stock vLLM."""

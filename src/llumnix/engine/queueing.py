@@ -39,7 +39,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from llumnix.core.priorities import AGING_LOOK_EVERY_S, Priorities
 from llumnix.core.queue_rules import QueueRules, Wait
-from llumnix.engine.readings import ABLE, client_priority, start_blocks
+from llumnix.engine.readings import ABLE, client_priority, needed_tokens, start_blocks
 
 AGED_MAX = 100
 """Requests whose place one look changes at most. The rest follow at the next step."""
@@ -215,6 +215,7 @@ class Starts:
         self._clock = clock
         self._kv = scheduler.kv_cache_manager
         self._watermark = self._kv.watermark_blocks  # what the operator wants free
+        self._block = int(scheduler.block_size)
         # A request that grows by a block takes one in each group of layers.
         self._groups = len(scheduler.kv_cache_config.kv_cache_groups)
         self._prompts: list[Request] = []
@@ -241,13 +242,8 @@ class Starts:
 
     def passable(self, head: Request) -> bool:
         """Whether a newcomer may start before the head of the queue."""
-        wait, rules = _wait(head), self._rules
-        if wait is None:
-            return rules.passers > 0
-        block = int(self._scheduler.block_size)
-        return rules.may_pass(wait, self._clock()) and rules.may_take(
-            wait, self._needed(head), block
-        )
+        needed = needed_tokens(head, self._block)
+        return self._rules.passable(_wait(head), self._clock(), needed, self._block)
 
     def choose(self, head: Request, queue: AgingQueue) -> Request:
         """The head, or one that passes it. Sets the watermark for it."""
@@ -271,12 +267,13 @@ class Starts:
             head.llumnix_blocked = wait, head.num_preemptions
         if not rules.may_pass(wait, now):
             return head
-        needed, group = self._needed(head), (head.priority, client_priority(head))
+        needed = needed_tokens(head, self._block)
+        group = head.priority, client_priority(head)
         for request in islice(iter(queue), 1, rules.passers + 1):
             if request.status not in ABLE or group != (request.priority, client_priority(request)):
                 continue
             blocks = start_blocks(self._scheduler, request)[0]
-            tokens = blocks * int(self._scheduler.block_size) // self._groups
+            tokens = blocks * self._block // self._groups
             if rules.may_take(wait, needed, tokens) and blocks + self.room(request) <= free:
                 self._passer = request, wait, tokens
                 return request
@@ -293,19 +290,15 @@ class Starts:
     def _fits(self, request: Request, free: int) -> bool:
         free -= self.room(request)
         # The prefix cache is looked up only where it decides.
-        most = -(-request.num_tokens // self._scheduler.block_size) * self._groups
+        most = needed_tokens(request, self._block) // self._block * self._groups
         return most <= free or start_blocks(self._scheduler, request)[0] <= free
-
-    def _needed(self, request: Request) -> int:
-        block = int(self._scheduler.block_size)
-        return -(-int(request.num_tokens) // block) * block
 
     def _promised(self) -> int:
         """Blocks that prompts under way have not taken yet."""
-        block, promised = int(self._scheduler.block_size), 0
+        promised = 0
         for request in self._prompts:
             held = self._kv.get_blocks(request.request_id).blocks
-            whole = -(-request.num_tokens // block)
+            whole = needed_tokens(request, self._block) // self._block
             promised += sum(max(0, whole - len(blocks)) for blocks in held)
         return promised
 

@@ -46,6 +46,11 @@ def worker_pids(executor: Any) -> list[int]:
     return [worker.proc.pid for worker in getattr(executor, "workers", ())]
 
 
+def needed_tokens(request: Request, block: int) -> int:
+    """The KV tokens, in whole blocks, that a request needs to start or holds while it runs."""
+    return -(-int(request.num_tokens) // block) * block
+
+
 def start_blocks(scheduler: Any, request: Request) -> tuple[int, int]:
     """The free blocks that a request takes which waits without KV, counted as vLLM does when it
     admits it, and how many of its tokens are in the prefix cache."""

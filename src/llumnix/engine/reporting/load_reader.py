@@ -30,7 +30,7 @@ from vllm.v1.request import Request, RequestStatus
 from llumnix.core.limits import WAITING_SHOWN_MAX
 from llumnix.core.priorities import Priorities
 from llumnix.core.reports import ClassLoad, EngineCounts
-from llumnix.engine.readings import client_priority, token_bytes
+from llumnix.engine.readings import client_priority, needed_tokens, token_bytes
 
 _ANSWERED = (
     RequestStatus.FINISHED_STOPPED,
@@ -146,8 +146,8 @@ class LoadReader:
         return self._last
 
     def needed(self, request: Request) -> int:
-        """The KV tokens, in whole blocks, that a request needs to start or holds while it runs."""
-        return -(-int(request.num_tokens) // self._block) * self._block
+        """Its KV tokens (readings.py)."""
+        return needed_tokens(request, self._block)
 
     def _count(self) -> None:
         requests = self._scheduler.requests

@@ -121,14 +121,10 @@ class SimEngine(Batching):
 
     def _passable(self) -> bool:
         """Whether a newcomer may start before the head of the queue."""
-        if not self._queue or not self.rules.passers:
+        if not self._queue:
             return False
         head = self._queue[0][2]
-        wait = head.wait
-        return wait is None or (
-            self.rules.may_pass(wait, self._now_s)
-            and self.rules.may_take(wait, self.needed(head), self.block_tokens)
-        )
+        return self.rules.passable(head.wait, self._now_s, self.needed(head), self.block_tokens)
 
     def _found(self, seq: Sequence) -> tuple[int, int]:
         """Tokens of a request in the prefix cache, and how many of them others hold."""
