@@ -104,6 +104,10 @@ class LoadReport:
         """Requests in the queue."""
         return sum(c.waiting for c in self.classes)
 
+    def lacks(self, free: int) -> bool:
+        """Whether the head of the queue waits for memory where so many tokens are free."""
+        return self.head_tokens > 0 and self.head_tokens + self.keep_tokens > free
+
 
 def compose_report(
     counts: EngineCounts,

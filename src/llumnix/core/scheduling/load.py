@@ -130,8 +130,7 @@ def derive(
     by_class: list[int] = []
     queued_prefill = [] if report.classes else [computed]
     used = max(0, report.kv_tokens_used - report.moving_out_tokens) + prefill
-    wanted = report.head_tokens + report.keep_tokens
-    passed = report.passable and wanted > report.kv_tokens_total - used
+    passed = report.passable and report.lacks(report.kv_tokens_total - used)
     for rank, known in enumerate(report.classes):
         before = computed
         waiting += known.waiting

@@ -105,7 +105,7 @@ def _waiting(view: InstanceView) -> int:
     """How many requests wait at the instance, or will: all that are there or on their way and do
     not run, but for those that the engine's next step can start."""
     load, report = view.load, view.report
-    if report.head_tokens and report.head_tokens + report.keep_tokens > max(0, load.free):
+    if report.lacks(load.free):
         return load.waiting + len(view.bookings)
     return max(0, load.batch + load.waiting - load.slots) if load.slots else 0
 
