@@ -1,23 +1,22 @@
 """Faults of the network between two hosts, and of a host: no client notices."""
 
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
 from support.hosts import Host, Network, ServerOnHosts, needs_hosts
 from support.server import alive, eventually
-from support.streaming import Recorded, first_difference, stream
+from support.streaming import Recorded
+
+from .streams import Streams, same, to_and_fro, undisturbed
 
 pytestmark = [
     needs_hosts, pytest.mark.hosts, pytest.mark.live, pytest.mark.slow, pytest.mark.timeout(600)
 ]  # fmt: skip
 
-COMPLETIONS = "/v1/completions"
 KINDS: list[dict[str, Any]] = [
     {"prompt": f"stream {i} " * (1 + 8 * (i % 3)), "max_tokens": 400, "temperature": 0.3,
      "seed": i, "ignore_eos": True, "return_token_ids": True}
@@ -28,43 +27,7 @@ KINDS: list[dict[str, Any]] = [
 @pytest.fixture(scope="module")
 def calm(server: ServerOnHosts) -> list[Recorded]:
     """The same streams with nothing going on."""
-    seen = [stream(server, COMPLETIONS, body) for body in KINDS]
-    assert [s.error for s in seen] == [None] * len(KINDS)
-    return seen
-
-
-class Streams:
-    """All of `KINDS` at once; the block begins once each has some tokens."""
-
-    def __init__(self, server: ServerOnHosts) -> None:
-        self._server = server
-        self._pool = ThreadPoolExecutor(len(KINDS))
-        self._begun = [threading.Event() for _ in KINDS]
-        self._futures: list[Future[Recorded]] = []
-
-    def __enter__(self) -> "Streams":
-        for body, begun in zip(KINDS, self._begun, strict=True):
-
-            def heard(count: int, begun: threading.Event = begun) -> None:
-                if count > 20:
-                    begun.set()
-
-            arguments = (self._server, COMPLETIONS, body)
-            self._futures.append(self._pool.submit(stream, *arguments, on_chunk=heard))
-        for begun in self._begun:
-            assert begun.wait(60)
-        return self
-
-    def ended(self) -> list[Recorded]:
-        return [future.result(120) for future in self._futures]
-
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown()
-
-
-def same(calm: list[Recorded], seen: list[Recorded]) -> None:
-    assert [s.error for s in seen] == [None] * len(seen)
-    assert [first_difference(a, b) for a, b in zip(calm, seen, strict=True)] == [None] * len(seen)
+    return undisturbed(server, KINDS)
 
 
 @pytest.fixture
@@ -111,30 +74,16 @@ def other_host(server: ServerOnHosts) -> tuple[str, Host]:
 
 def downtimes_ms(server: ServerOnHosts, moves: int = 5) -> list[float]:
     """Of one request that is moved to and fro over the network."""
-    found = []
-    begun = threading.Event()
-    body = {**KINDS[0], "max_tokens": 900}
-    with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(
-            stream, server, COMPLETIONS, body, name="mover",
-            on_chunk=lambda count: begun.set() if count > 5 else None,
-        )  # fmt: skip
-        assert begun.wait(60)
-        for _ in range(moves):
-            answer = server.http.post("/llumnix/v1/migrations", json={"request_id": "mover"})
-            if answer.status_code == 404:
-                break  # It has ended.
-            assert answer.json()["outcome"] == "migrated", answer.json()
-            found.append(answer.json()["downtime_ms"])
-        assert future.result().error is None
-    return found
+    answers = to_and_fro(server, {**KINDS[0], "max_tokens": 900}, moves)
+    assert [a["outcome"] for a in answers] == ["migrated"] * len(answers), answers
+    return [a["downtime_ms"] for a in answers]
 
 
 def test_a_link_that_is_down_for_a_second_ends_nothing(
     net: Network, whole: ServerOnHosts, calm: list[Recorded]
 ) -> None:
     before = processes(whole)
-    with Streams(whole) as streams:
+    with Streams(whole, KINDS) as streams:
         net.both_ways(*net.hosts, cut=True)
         time.sleep(1)
         net.both_ways(*net.hosts)
@@ -149,7 +98,7 @@ def test_a_delay_costs_a_move_four_one_way_trips_at_most(
 ) -> None:
     before, near_ms = processes(whole), downtimes_ms(whole)
     net.both_ways(*net.hosts, delay_s=delay_s, jitter_s=delay_s / 4)
-    with Streams(whole) as streams:
+    with Streams(whole, KINDS) as streams:
         same(calm, streams.ended())
     far_ms = downtimes_ms(whole)
     print(f"downtime, ms: {near_ms} here, {far_ms} with {1000 * delay_s:g} ms one way")
@@ -166,7 +115,7 @@ def test_lost_packets_end_nothing(
 ) -> None:
     before = processes(whole)
     net.both_ways(*net.hosts, loss=loss)
-    with Streams(whole) as streams:
+    with Streams(whole, KINDS) as streams:
         same(calm, streams.ended())
     assert len(downtimes_ms(whole)) >= 2
     assert processes(whole) == before
@@ -175,7 +124,7 @@ def test_lost_packets_end_nothing(
 def test_a_slow_link_ends_nothing(net: Network, whole: ServerOnHosts, calm: list[Recorded]) -> None:
     before = processes(whole)
     net.both_ways(*net.hosts, bytes_per_s=100e6 / 8)
-    with Streams(whole) as streams:
+    with Streams(whole, KINDS) as streams:
         same(calm, streams.ended())
     assert len(downtimes_ms(whole)) >= 2
     assert processes(whole) == before
@@ -187,7 +136,7 @@ def test_a_link_that_is_down_one_way_counts_as_down(
 ) -> None:
     name, there = other_host(whole)
     ways = (there, net.hosts[0]) if deaf == "we" else (net.hosts[0], there)
-    with Streams(whole) as streams:
+    with Streams(whole, KINDS) as streams:
         began_s = time.monotonic()
         net.way(*ways, cut=True)
         eventually(lambda: whole.instances()[name]["state"] != "serving", 10, "noticed")
@@ -203,7 +152,7 @@ def test_a_host_that_is_cut_off_is_lost_and_ends_its_engines_and_comes_back(
     name, there = other_host(whole)
     engines = there.processes("ray::EngineActor")
     assert engines
-    with Streams(whole) as streams:
+    with Streams(whole, KINDS) as streams:
         began_s = time.monotonic()
         net.both_ways(*net.hosts, cut=True)
         eventually(lambda: whole.instances()[name]["state"] != "serving", 10, "noticed")
@@ -217,7 +166,7 @@ def test_a_host_that_is_cut_off_is_lost_and_ends_its_engines_and_comes_back(
     time.sleep(max(0.0, 30 - ended_s))
     net.both_ways(*net.hosts)
     eventually(lambda: whole.instances()[name]["state"] == "serving", 240, "it serves again")
-    with Streams(whole) as streams:
+    with Streams(whole, KINDS) as streams:
         same(calm, streams.ended())
 
 
@@ -226,7 +175,7 @@ def test_what_a_stranger_sends_to_any_port_ends_nothing(
 ) -> None:
     """From a host of the network that has no key."""
     before = processes(whole)
-    with Streams(whole) as streams:
+    with Streams(whole, KINDS) as streams:
         asked = 0
         for host in net.hosts:
             listing = host.run("ss", "-Hltn")
@@ -267,7 +216,7 @@ def test_a_host_that_is_lost_for_good_can_be_joined_again(
     net: Network, whole: ServerOnHosts, calm: list[Recorded]
 ) -> None:
     name, there = other_host(whole)
-    with Streams(whole) as streams:
+    with Streams(whole, KINDS) as streams:
         began_s = time.monotonic()
         there.kill()
         eventually(lambda: whole.instances()[name]["state"] != "serving", 10, "noticed")
@@ -278,5 +227,5 @@ def test_a_host_that_is_lost_for_good_can_be_joined_again(
     there.start({h.name: h.address for h in net.hosts})
     whole.join(there)
     eventually(lambda: whole.instances()[name]["state"] == "serving", 240, "it serves again")
-    with Streams(whole) as streams:
+    with Streams(whole, KINDS) as streams:
         same(calm, streams.ended())

@@ -6,10 +6,9 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from support.browser import chromium, needs_browser
 from support.hosts import Network, ServerOnHosts, needs_hosts
 from support.server import eventually, free_port
-from support.streaming import Recorded, all_at_once, first_difference, stream
+from support.streaming import Recorded, stream
 
 from .conftest import FLAGS
+from .streams import COMPLETIONS, Streams, same, to_and_fro, undisturbed
 
 pytestmark = [
     needs_hosts, pytest.mark.hosts, pytest.mark.live, pytest.mark.slow, pytest.mark.timeout(900)
@@ -34,7 +34,7 @@ ada: {{key: {ada}}}
 grafana: {{key: {grafana}, roles: [view]}}
 ops: {{key: {ops}, roles: [admin]}}
 """
-COMPLETIONS = "/v1/completions"
+MOVES = 6
 BODIES: list[dict[str, Any]] = [
     {"prompt": f"stream {i} " * 12, "max_tokens": 500, "temperature": 0.3, "seed": i,
      "ignore_eos": True, "return_token_ids": True}
@@ -111,40 +111,15 @@ def deployment(
 @pytest.fixture(scope="module")
 def calm(deployment: Deployment) -> list[Recorded]:
     """The streams with nothing going on."""
-    seen = [stream(deployment, COMPLETIONS, body) for body in BODIES]
-    assert [s.error for s in seen] == [None] * len(BODIES)
-    return seen
+    return undisturbed(deployment, BODIES)
 
 
-class Streams:
-    """All of `BODIES` at once; the block begins once each has some tokens. Afterwards each is what
-    it was undisturbed."""
-
-    def __init__(self, deployment: Deployment, calm: list[Recorded]) -> None:
-        self._deployment = deployment
-        self._calm = calm
-        self._pool = ThreadPoolExecutor(1)
-
-    def __enter__(self) -> None:
-        begun = [threading.Event() for _ in BODIES]
-        works = [
-            lambda body=body, begun=begun: stream(
-                self._deployment, COMPLETIONS, body,
-                on_chunk=lambda count: begun.set() if count > 10 else None,
-            )
-            for body, begun in zip(BODIES, begun, strict=True)
-        ]  # fmt: skip
-        self._seen = self._pool.submit(all_at_once, works)
-        for event in begun:
-            assert event.wait(60)
-
-    def __exit__(self, *_: object) -> None:
-        seen = self._seen.result(180)
-        self._pool.shutdown()
-        assert [s.error for s in seen] == [None] * len(BODIES)
-        assert [first_difference(a, b) for a, b in zip(self._calm, seen, strict=True)] == (
-            [None] * len(BODIES)
-        )
+@contextmanager
+def streaming(deployment: Deployment, calm: list[Recorded]) -> Iterator[None]:
+    """Streams that begin before the block, end after it, and are what they are undisturbed."""
+    with Streams(deployment, BODIES) as streams:
+        yield
+        same(calm, streams.ended(180))
 
 
 def nodes(deployment: Deployment) -> dict[str, str]:
@@ -180,22 +155,22 @@ def test_a_host_is_taken_out_and_comes_back(
         for name, node in nodes(deployment).items()
         if net.hosts[1].name in node or net.hosts[1].address in node
     )
-    with Streams(deployment, calm):
+    with streaming(deployment, calm):
         deployment.command("drain", "--node", node)
         assert name not in nodes(deployment)
-    with Streams(deployment, calm):
+    with streaming(deployment, calm):
         deployment.command("add", "--wait")
     assert node in nodes(deployment).values()
 
 
 def test_a_key_is_changed_while_requests_run(deployment: Deployment, calm: list[Recorded]) -> None:
-    with Streams(deployment, calm):
+    with streaming(deployment, calm):
         keys_file(deployment.keys, "ada-of-today")
         deployment.command("reload")
         refused = stream(deployment, COMPLETIONS, BODIES[0])
         assert refused.status == 401
     deployment.key = "ada-of-today"
-    with Streams(deployment, calm):
+    with streaming(deployment, calm):
         pass
     assert {e["key"] for e in deployment.events() if e.get("event") == "admin_call"} == {"ops"}
 
@@ -224,34 +199,20 @@ def signs(
     if now_s > 3 * usual_s:
         found.add("a slow link")
     dropped = "llumnix_event_log_dropped_total"
-    if rise(dropped) and any("stands still" in line["msg"] for line in lines):
+    if rise(dropped) and any("stands still" in line.get("msg", "") for line in lines):
         found.add("a full disk")
     return found
-
-
-def moves(deployment: Deployment, count: int = 6) -> None:
-    """One request, moved to and fro."""
-    begun = threading.Event()
-    body = {**BODIES[0], "max_tokens": 1500}
-    with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(
-            stream, deployment, COMPLETIONS, body, name="mover",
-            on_chunk=lambda chunks: begun.set() if chunks > 5 else None,
-        )  # fmt: skip
-        assert begun.wait(60)
-        for _ in range(count):
-            deployment.http.post("/llumnix/v1/migrations", json={"request_id": "mover"})
-        assert future.result().error is None
 
 
 @pytest.mark.parametrize("fault", ["nothing", "an engine hangs", "a slow link", "a full disk"])
 def test_metrics_and_logs_tell_faults_apart(
     net: Network, deployment: Deployment, calm: list[Recorded], fault: str
 ) -> None:
-    moves(deployment)  # what is usual
+    mover = {**BODIES[0], "max_tokens": 1500}
+    to_and_fro(deployment, mover, MOVES)  # what is usual
     before, written = deployment.samples(), len(deployment.log)
     ballast = deployment.disk / "ballast"
-    with Streams(deployment, calm):
+    with streaming(deployment, calm):
         match fault:
             case "an engine hangs":
                 pid = deployment.instances()["i0"]["pid"]
@@ -264,7 +225,7 @@ def test_metrics_and_logs_tell_faults_apart(
             case "a full disk":
                 host = net.hosts[0]
                 host.run("sh", "-c", f"head -c 9M /dev/zero > {ballast} || true")
-    moves(deployment)
+    to_and_fro(deployment, mover, MOVES)
     time.sleep(3)
     net.both_ways(*net.hosts)
     net.hosts[0].run("rm", "-f", str(ballast))
