@@ -220,10 +220,15 @@ async def world(folder: Path, count: int = 2, ring: KeyRing | None = None) -> As
 # -- the file of --keys
 
 
-async def test_a_reload_reads_the_file_once_and_tells_all_frontends(tmp_path: Path) -> None:
-    file = tmp_path / "keys.yaml"
+def keys_file(folder: Path, text: str) -> Path:
+    file = folder / "keys.yaml"
     file.touch(mode=0o600)
-    file.write_text("ada: {key: a, open_max: 2}\n")
+    file.write_text(text)
+    return file
+
+
+async def test_a_reload_reads_the_file_once_and_tells_all_frontends(tmp_path: Path) -> None:
+    file = keys_file(tmp_path, "ada: {key: a, open_max: 2}\n")
     ring = KeyRing(str(file))
     async with world(tmp_path, ring=ring) as w:
         changes = await w.fronts[0].control.reload()
@@ -245,9 +250,7 @@ async def test_a_reload_reads_the_file_once_and_tells_all_frontends(tmp_path: Pa
 async def test_a_reload_names_the_frontends_that_have_not_confirmed(
     tmp_path: Path,
 ) -> None:
-    file = tmp_path / "keys.yaml"
-    file.touch(mode=0o600)
-    file.write_text("ada: {key: a}\n")
+    file = keys_file(tmp_path, "ada: {key: a}\n")
     async with world(tmp_path, ring=KeyRing(str(file))) as w:
         w.fronts[1].answers[KeysAre] = asyncio.sleep
         changes = await w.fronts[0].control.reload()
@@ -258,9 +261,7 @@ async def test_a_reload_names_the_frontends_that_have_not_confirmed(
 
 
 async def test_of_two_reloads_at_once_the_later_reads_the_file_last(tmp_path: Path) -> None:
-    file = tmp_path / "keys.yaml"
-    file.touch(mode=0o600)
-    file.write_text("ada: {key: a}\n")
+    file = keys_file(tmp_path, "ada: {key: a}\n")
     ring = KeyRing(str(file))
     read, slow = ring.read, [0.3, 0.0]
 
@@ -285,9 +286,7 @@ async def test_of_two_reloads_at_once_the_later_reads_the_file_last(tmp_path: Pa
 async def test_a_frontend_that_comes_during_a_reload_ends_up_with_the_new_keys(
     tmp_path: Path,
 ) -> None:
-    file = tmp_path / "keys.yaml"
-    file.touch(mode=0o600)
-    file.write_text("ada: {key: a}\n")
+    file = keys_file(tmp_path, "ada: {key: a}\n")
     ring = KeyRing(str(file))
     async with world(tmp_path, ring=ring) as w:
         w.desk.greeted(w.fronts[0].client)  # The task that tells it runs after the change.

@@ -76,7 +76,6 @@ class Desk:
         self._adapters: dict[str, Adapter] = {}
         self._numbered = 0
         self._loading = asyncio.Lock()
-        self._reloading = asyncio.Lock()
         office.on_question = self.answer
         office.on_message = self.take
         office.on_greeted = self.greeted
@@ -218,8 +217,7 @@ class Desk:
     async def reload(self) -> dict[str, Any]:
         """Reads the file of --keys again, and tells all frontends. Returns what that changes, and
         which frontends have not confirmed it. These stand still, and find it when they go on."""
-        async with self._reloading:  # Else a later reload could read the file first.
-            changes = self._ring.replace(await asyncio.to_thread(self._ring.read))
+        async with self._ring.reloaded() as changes:
             gathered = await self._office.ask_all(self._keys_are())
         return {**changes, "unconfirmed": gathered.missing}
 

@@ -1,6 +1,5 @@
 """What the routes under /llumnix ask for, and who answers them in a deployment of one frontend."""
 
-import asyncio
 import os
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -144,7 +143,6 @@ class OwnControl:
         self._client = client
         self._fleet = fleet
         self._ring = ring or KeyRing()
-        self._reloading = asyncio.Lock()
         self._streams = OwnStreams(client)
 
     async def instances(self) -> list[InstanceRow]:
@@ -204,9 +202,8 @@ class OwnControl:
         return self._client.migrations.get(name)
 
     async def reload(self) -> dict[str, Any]:
-        async with self._reloading:  # Else a later reload could read the file first.
-            changes = self._ring.replace(await asyncio.to_thread(self._ring.read))
-        return {**changes, "unconfirmed": []}
+        async with self._ring.reloaded() as changes:
+            return {**changes, "unconfirmed": []}
 
     async def quarantined(self) -> list[dict[str, Any]]:
         return quarantine_rows(self._client.quarantine)
