@@ -2,37 +2,13 @@
 
 import pytest
 
-from llumnix.core.priorities import Priorities
-from llumnix.core.queue_rules import PLAIN, QueueRules
-from llumnix.core.settings import PrioritySettings
-from llumnix.core.types import EngineIndex, RequestId
-from llumnix.sim.model.batching import Batch, EngineOptions
+from llumnix.core.types import RequestId
+from llumnix.sim.model.batching import Batch
 from llumnix.sim.model.engine import SimEngine
 from llumnix.sim.model.jobs import Job
 from llumnix.sim.model.memory import Memory
-from llumnix.sim.model.profile import Profile
 
-PROFILE = Profile(
-    name="round",
-    text="",
-    step_s=0.01,
-    request_s=0.001,
-    context_s=0.00001,
-    prompt_s=0.0001,
-    kv_tokens=160,
-    kv_token_bytes=1,
-)
-
-
-def engine(rules: QueueRules = PLAIN, **options: int) -> SimEngine:
-    return SimEngine(
-        EngineIndex(0),
-        PROFILE,
-        EngineOptions(**options),
-        Priorities(PrioritySettings()),
-        job_of={}.__getitem__,
-        rules=rules,
-    )
+from sim.one_engine import engine
 
 
 def job(name: str, prompt: int, answer: int, arrived_s: float = 0.0, priority: int = 0) -> Job:

@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 
 from llumnix.core.events import Decision
-from llumnix.core.priorities import Priorities
 from llumnix.core.queue_rules import AGAIN, PLAIN, QueueRules
 from llumnix.core.settings import (
     PriorityClass,
@@ -14,25 +13,16 @@ from llumnix.core.settings import (
     QueueSettings,
     SchedulerSettings,
 )
-from llumnix.core.types import EngineIndex, RequestId
+from llumnix.core.types import RequestId
 from llumnix.sim.model.batching import EngineOptions
 from llumnix.sim.model.cluster import Cluster
-from llumnix.sim.model.engine import SimEngine
 from llumnix.sim.model.jobs import Job, Sequence
 from llumnix.sim.model.profile import Profile
+from sim import one_engine
 from sim.recorded_runs import MANY_MOVES, spec
 
 BLOCK = 16
-PROFILE = Profile(
-    name="round",
-    text="",
-    step_s=0.1,
-    request_s=0.001,
-    context_s=0.00001,
-    prompt_s=0.0001,
-    kv_tokens=20 * BLOCK,
-    kv_token_bytes=1,
-)
+PROFILE = replace(one_engine.PROFILE, step_s=0.1, kv_tokens=20 * BLOCK)
 GROW = replace(PLAIN, growth=1)
 PASS = replace(PLAIN, passers=8, pass_s=20.0, pass_share=0.5)
 BOTH = replace(PASS, growth=1)
@@ -45,22 +35,11 @@ CLASSES = PrioritySettings(
 )
 
 
-def engine(rules: QueueRules, profile: Profile = PROFILE, **options: int) -> SimEngine:
-    return SimEngine(
-        EngineIndex(0),
-        profile,
-        EngineOptions(**options),
-        Priorities(CLASSES),
-        {}.__getitem__,
-        rules,
-    )
-
-
 class Served:
     """An engine that makes its steps one after the other."""
 
     def __init__(self, rules: QueueRules, profile: Profile = PROFILE, **options: int) -> None:
-        self.engine = engine(rules, profile, **options)
+        self.engine = one_engine.engine(rules, profile, CLASSES, **options)
         self.now = 0.0
 
     def add(self, name: str, blocks: int, answer: int = 100, priority: int = 0) -> Job:
