@@ -7,7 +7,6 @@ from llumnix.sim.model.batching import Batch
 from llumnix.sim.model.engine import SimEngine
 from llumnix.sim.model.jobs import Job
 from llumnix.sim.model.memory import Memory
-
 from sim.one_engine import engine
 
 
