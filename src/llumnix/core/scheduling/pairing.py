@@ -99,14 +99,12 @@ class Pairing:
         )
         if not sources or not most:
             return
-        rooms = []
-        for known in takers:
-            if known.load.waiting or not known.load.has_slot or moves_out(known):
-                continue
-            room = _room_above(known, below, known.load.spare_for(last, view.priorities))
-            if room > 0 and moves_in(known) < RESCUES_MAX:
-                rooms.append((room, known.report.instance, known))
-        rooms.sort()  # Ids differ, so that views are never compared.
+        free = [v for v in takers if not v.load.waiting and v.load.has_slot and not moves_out(v)]
+        rooms = sorted(  # Ids differ, so that views are never compared.
+            (_room_above(v, below, v.load.spare_for(last, view.priorities)), v.report.instance, v)
+            for v in free
+            if moves_in(v) < RESCUES_MAX
+        )
         for source in sources[:ORDERS_MAX]:
             report = source.report
             left = min(most, source.load.waiting, RESCUES_MAX - moves_out(source))
