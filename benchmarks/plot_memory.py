@@ -1,9 +1,9 @@
 """Draws README's picture: KV memory of four simulated instances, without moves and with them.
 
-Both runs have the same requests and the same dispatch (`cache-aware` and `llumnix`), so that moves
-are the only difference. Of the six seeds of simulated.py it is one that fills all memory for a
-while; README says what the others show. Writes the raw figures and the picture. matplotlib is
-needed for the picture only, and is not among the locked packages:
+Both runs have the same requests, the same dispatch (`cache-aware` and `llumnix`) and vLLM's queue,
+so that moves are the only difference. Of the six seeds of simulated.py it is one that fills all
+memory for a while; README says what the others show. Writes the raw figures and the picture.
+matplotlib is needed for the picture only, and is not among the locked packages:
 
     pip install matplotlib
     python benchmarks/plot_memory.py [--seed 3]

@@ -1,7 +1,8 @@
 """What moves gain on four and eight simulated GPUs, policy by policy.
 
-`cache-aware` places requests as `llumnix` does and lets them stay, so that the two differ by moves
-alone. The engines have the measured profile of an H100 with a 7B model. Needs no GPU.
+`cache-aware` places requests as `llumnix` does and lets them stay, and the rules of the engines'
+queues are off, so that the two differ by moves alone: short_memory.py has the rules. The engines
+have the measured profile of an H100 with a 7B model. Needs no GPU.
 
     python benchmarks/simulated.py [--seeds 6] [--processes 1]
 """
@@ -12,13 +13,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from common import ROOT, write_result
-from llumnix.core.settings import SchedulerSettings
+from llumnix.core.settings import QueueSettings, SchedulerSettings
 from llumnix.sim.model.batching import EngineOptions
 from llumnix.sim.model.profile import load_profile
 from llumnix.sim.simulate import Spec, runs
 
 POLICIES = ("round-robin", "infaas++", "cache-aware", "llumnix")
 PROFILE = "h100-llama-7b"
+VLLMS_QUEUE = QueueSettings(growth_blocks=0, passers=0)
 # Trace, requests a second, requests, instances.
 LOADS = (
     ("M-M", 14.0, 700, 4),
@@ -34,7 +36,7 @@ def spec(
     """One run."""
     trace, rate, requests, instances = load
     return Spec(
-        scheduler=replace(SchedulerSettings(), policy=policy),
+        scheduler=replace(SchedulerSettings(), policy=policy, queue=VLLMS_QUEUE),
         profile=load_profile(PROFILE),
         engine=EngineOptions(),
         instances=instances,
