@@ -64,7 +64,7 @@ import aiohttp
 from common import ROOT, as_flags, python_path, real_time, write_result
 from plot_live import Run, packed, table
 from shapes import SHAPES, write_shape
-from systems import PEERS, System, stop_all
+from systems import PEERS, VARIANTS, System, stop_all
 from watch import IDLE_TIMEOUT_S, SAMPLED, PeerWatch, Watch, fragmentation, moments
 from workload import PAIRS, Answer, Arrival, Workload, encode, mean, of_requests, send, stalls
 
@@ -375,7 +375,7 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     add = parser.add_argument
     add("--policies", default="round-robin,infaas++,llumnix",
-        help=f"by comma: names for llumnix's --policy, and {', '.join(PEERS)}")  # fmt: skip
+        help=f"by comma: llumnix's policies, and {', '.join((*VARIANTS, *PEERS))}")  # fmt: skip
     add("--instances", type=int, default=2)
     add("--seeds", type=int, default=3, help="so many draws of the arrivals")
     add("--share-servers", action="store_true", help="one server serves all seeds of a policy")

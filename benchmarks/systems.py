@@ -1,6 +1,7 @@
 """Systems that serve one model on several instances behind one URL, with the same flags of vLLM's.
 
 - a policy of llumnix: `llumnix serve --policy POLICY`
+- one of `VARIANTS`: llumnix's own policy with a few knobs changed, to see what they are worth
 - `vllm-dp`: `vllm serve --data-parallel-size N`, which balances by requests running and waiting;
   N processes speak HTTP, as is its default
 - `vllm-router`: vLLM's cache-aware router from PyPI (benchmarks/router.py), with its defaults,
@@ -8,12 +9,21 @@
 """
 
 import asyncio
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from common import ROOT, Served, free_port, serve
 
 PEERS = ("vllm-dp", "vllm-router")
+VARIANTS: dict[str, dict[str, Any]] = {
+    "llumnix-own-queue": {
+        "queue": {"growth_blocks": 0, "passers": 0},
+        "migration": {"rescues": 0},
+    },
+}
+"""Knobs that differ from llumnix's. The first: vLLM's queue alone decides who starts."""
 NAME = "m"
 """Of the model, in requests."""
 
@@ -34,7 +44,13 @@ class System:
             more = ["--data-parallel-size", str(instances)]
             self.servers = [self._serve("bare", model, flags + more)]
         else:
-            more = ["--instances", str(instances), "--policy", name]
+            more = ["--instances", str(instances)]
+            if knobs := VARIANTS.get(name):
+                file = logs / f"{name}.yaml"
+                file.write_text(json.dumps({"policy": "llumnix", **knobs}))
+                more += ["--scheduler-config", str(file)]
+            else:
+                more += ["--policy", name]
             self.servers = [self._serve("llumnix", model, flags + more)]
 
     def _serve(
