@@ -6,20 +6,21 @@ of the worst 1 % of TTFT, and the sum of TTFT and preemption loss, which counts 
 before their first token and those that wait after it alike. Needs no GPU.
 
     python benchmarks/short_memory.py --set equal --seeds 20:24
-    python benchmarks/short_memory.py --set paper --seeds 20:23
+    python benchmarks/short_memory.py --set paper --seeds 20:23 --jobs 4
     python benchmarks/shared_prefixes.py FOLDER
     LLUMNIX_TRACES=TRACES python benchmarks/short_memory.py --set real --shared FOLDER --seeds 20:24
 
 Sets: `equal` has rates at which `infaas++` queues about as the paper published, `paper` the paper's
 rates on half of its instances, `real` public and made-up traces on four H200. A run takes up to a
-minute. What is in the file of --runs is not run again.
+minute; --jobs makes so many at a time. What is in the file of --runs is not run again.
 """
 
 import argparse
 import json
 import statistics
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,7 @@ MAIN = tuple(VARIANTS)[:4]
 # Title, name of the figure.
 COLUMNS = (
     ("TTFT mean", "ttft"),
+    ("TTFT P50", "p50"),
     ("TTFT P99", "p99"),
     ("W1", "worst1"),
     ("longest", "longest"),
@@ -122,6 +124,7 @@ def figures(jobs: Sequence[Job], cluster: Cluster) -> dict[str, float]:
     loss = known["preemption_loss_s"]["mean"]
     return {
         "ttft": known["ttft_s"]["mean"],
+        "p50": known["ttft_s"]["p50"],
         "p99": known["ttft_s"]["p99"],
         "worst1": statistics.fmean(first[-max(1, round(len(first) / 100)) :]),
         "longest": first[-1],
@@ -172,6 +175,35 @@ def compared(rows: Sequence[dict[str, Any]], variants: Iterable[str]) -> list[st
     return markdown(["", "pairs", *(title for title, _ in COLUMNS)], cells).split("\n")
 
 
+def compared_by_trace(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """`llumnix` to the two others, trace by trace."""
+    bases = ("infaas++", "llumnix without the rules")
+    traces = dict.fromkeys(r["trace"] for r in rows)
+    cells = [[t, b, *ratios(rows, "llumnix", b, t)] for b in bases for t in traces]
+    head = ["trace", "`llumnix` to", "pairs", *(title for title, _ in COLUMNS)]
+    return markdown(head, cells).split("\n")
+
+
+Task = tuple[Spec, str]
+"""A run: what it is, with the name of its variant."""
+
+
+def key(task: Task) -> tuple[str, int, str]:
+    """What a run is known by in a file."""
+    spec, variant = task
+    return Path(spec.trace).name.removesuffix(".jsonl"), spec.seed, variant
+
+
+def made(tasks: Sequence[Task], jobs: int) -> Iterator[dict[str, Any]]:
+    """The runs as they end, so many at a time, each in one process."""
+    if jobs == 1:
+        yield from (run(*task) for task in tasks)
+        return
+    with ProcessPoolExecutor(jobs) as pool:
+        for found in as_completed([pool.submit(run, *task) for task in tasks]):
+            yield found.result()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--set", choices=("equal", "paper", "real"), default="equal")
@@ -179,33 +211,34 @@ def main() -> None:
     parser.add_argument("--seeds", default="20:24", help="FIRST:END")
     parser.add_argument("--traces", default="", help="only these")
     parser.add_argument("--shared", type=Path, default=Path(), help="folder of chats and tools")
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--runs", type=Path, help="JSON lines; runs that stand there are kept")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    rows = []
-    if args.runs and args.runs.exists():
-        rows = [json.loads(line) for line in args.runs.read_text().splitlines()]
-    done = {(r["trace"], r["seed"], r["variant"]) for r in rows}
-    first, end = map(int, args.seeds.split(":"))
     variants, traces = args.variants.split(","), args.traces.split(",")
-    for seed in range(first, end):
-        for spec in specs(args.set, args.shared, seed):
-            trace = Path(spec.trace).name.removesuffix(".jsonl")
-            if args.traces and trace not in traces:
-                continue
-            for variant in variants:
-                if (trace, seed, variant) in done:
-                    continue
-                row = run(spec, variant)
-                rows.append(row)
-                if args.runs:
-                    with args.runs.open("a") as out:
-                        print(json.dumps(row), file=out)
-                print(trace, seed, variant, row["figures"], file=sys.stderr, flush=True)
-    table = compared(rows, variants)
-    print("\n".join(table))
+    tasks = [
+        (spec, variant)
+        for seed in range(*map(int, args.seeds.split(":")))
+        for spec in specs(args.set, args.shared, seed)
+        for variant in variants
+    ]
+    if args.traces:
+        tasks = [task for task in tasks if key(task)[0] in traces]
+    known = {}
+    if args.runs and args.runs.exists():
+        rows = map(json.loads, args.runs.read_text().splitlines())
+        known = {(r["trace"], r["seed"], r["variant"]): r for r in rows}
+    for row in made([task for task in tasks if key(task) not in known], args.jobs):
+        known[row["trace"], row["seed"], row["variant"]] = row
+        if args.runs:
+            with args.runs.open("a") as out:
+                print(json.dumps(row), file=out)
+        print(*(row[name] for name in row if name != "rate"), file=sys.stderr, flush=True)
+    rows_of_tasks = [known[key(task)] for task in tasks]
+    table, by_trace = compared(rows_of_tasks, variants), compared_by_trace(rows_of_tasks)
+    print("\n".join([*table, "", *by_trace]))
     out = args.out or ROOT / f"benchmarks/results/sim/short_memory_{args.set}.json"
-    write_result(out, rows, table=table)
+    write_result(out, rows_of_tasks, table=table, traces=by_trace)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import json
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ pytest.importorskip("prometheus_client")
 
 from llumnix.core.types import RequestId
 from llumnix.sim.model.jobs import Job
-from short_memory import COLUMNS, figures, ratios
+from short_memory import COLUMNS, figures, key, made, ratios, specs
 from watch import PeerWatch
 from workload import Arrival, encode
 
@@ -85,6 +86,19 @@ def test_variants_are_compared_by_pairs_of_trace_and_seed() -> None:
     rows += [row("b", 0, "base", 1.0), row("b", 0, "ours", 2.0)]
     assert ratios(rows, "ours", "base")[1].startswith("1.00 (")
     assert ratios(rows, "ours", "base", "b")[:2] == ["1", "2.00"]
+
+
+def test_runs_on_several_processes_have_the_figures_of_runs_on_one() -> None:
+    short = [replace(s, requests=60, trace="M-M") for s in specs("real", Path(), 0)[:2]]
+    tasks = [(replace(s, seed=n), "llumnix") for n, s in enumerate(short)]
+
+    def sorted_rows(jobs: int) -> list[dict[str, Any]]:
+        return sorted(made(tasks, jobs), key=lambda row: int(row["seed"]))
+
+    rows = sorted_rows(1)
+    assert [(r["trace"], r["seed"], r["variant"]) for r in rows] == [key(t) for t in tasks]
+    assert sorted_rows(2) == rows
+    assert rows[0]["figures"] != rows[1]["figures"]
 
 
 def test_w1_is_the_mean_of_the_worst_hundredth() -> None:
