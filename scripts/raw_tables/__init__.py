@@ -7,7 +7,7 @@ from functools import partial
 from raw_tables.moves import copies, drains, moves, others, steps
 from raw_tables.overview import goals, index, six_figures
 from raw_tables.paper import paper_gains, paper_seconds, paper_table, paper_urgent
-from raw_tables.raw import SERVED_4, SERVED_SHORT, SHARED, with_age
+from raw_tables.raw import RULES, SERVED_4, SERVED_SHORT, SHARED, with_age
 from raw_tables.serving import (
     burst_ratios,
     bursts,
@@ -60,6 +60,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "simulated": simulated,
     "short memory": short_memory,
     "short memory traces": short_memory_traces,
+    "rules live": lambda: serving(*RULES),
     "fidelity h200": lambda: fidelity("fidelity_h200.json"),
     "fidelity h100": lambda: fidelity("fidelity_h100.json"),
     "fidelity paced": lambda: fidelity("fidelity.json"),

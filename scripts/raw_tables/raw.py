@@ -22,6 +22,7 @@ SHARED = (
     ("gpu/shared_prefixes_4.json", "chats.jsonl"),
     ("gpu/shared_prefixes_4.json", "tools.jsonl"),
 )
+RULES = "gpu/serving_rules.json", "sharegpt"
 Row = dict[str, Any]
 
 
