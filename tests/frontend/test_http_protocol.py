@@ -142,6 +142,21 @@ async def test_answers_to_pipelined_requests_keep_their_order(answer: Answer) ->
         assert [packet.endswith(b"hi") for packet in wire.packets] == [True, False, True]
 
 
+async def test_a_client_that_goes_before_the_head_leaves_is_no_error() -> None:
+    wrong: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, what: wrong.append(what))
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send(OK)
+        wire.close()
+        wire.protocol.connection_lost(None)
+
+    wire, server = connected(app)
+    wire.protocol.data_received(request())
+    await until_answered(server)
+    assert (wire.packets, wrong) == ([], [])
+
+
 async def test_an_unknown_method_is_405_and_rubbish_is_400() -> None:
     (packet,) = (await ask(whole, request("BREW"))).packets
     head, body = packet.split(b"\r\n\r\n")

@@ -16,7 +16,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from support.browser import chromium, needs_browser
+from support.browser import chromium, needs_browser, wait_for
 from support.hosts import Network, ServerOnHosts, needs_hosts
 from support.server import eventually, free_port
 from support.streaming import Recorded, stream
@@ -143,7 +143,7 @@ def test_the_page_opens_for_who_may_look_on(deployment: Deployment) -> None:
         page.goto(deployment.url + "/llumnix/ui")
         page.get_by_role("textbox", name="Key").fill(GRAFANA)
         page.get_by_role("button", name="Open").click()
-        page.wait_for_function("llumnix.model.ready", timeout=30_000)
+        wait_for(page, "llumnix.model.ready", 30)
         assert page.evaluate("[...llumnix.model.instances.keys()].sort()") == ["i0", "i1"]
 
 

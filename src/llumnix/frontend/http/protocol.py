@@ -77,7 +77,8 @@ class _HeadWithBody:
     def _flush(self) -> None:
         if self._head:
             head, self._head = self._head, None
-            self._transport.write(head)
+            if not self._transport.is_closing():  # The client may have gone in the same turn.
+                self._transport.write(head)
 
     def close(self) -> None:
         self._flush()
