@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ from .test_migration import COMPLETIONS, LONG, WHOLE
 pytestmark = [pytest.mark.live, pytest.mark.slow, pytest.mark.timeout(900)]
 
 STREAMS = 4
+COMMAND_S = 600
+"""The longest one restarts three engines one after the other. On two cores that the load keeps busy
+one engine took 88 s to start."""
 BODIES = [
     {"prompt": f"{n} of them. " + LONG, "max_tokens": 300, "temperature": 0.2, "seed": n, **WHOLE}
     for n in range(STREAMS)
@@ -44,7 +48,7 @@ def fleet(request: pytest.FixtureRequest, tiny_model: Path, logs: Path) -> Itera
 def command(server: Server, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "llumnix", *words, "--url", server.url],
-        capture_output=True, text=True, timeout=300, check=False,
+        capture_output=True, text=True, timeout=COMMAND_S, check=False,
     )  # fmt: skip
 
 
@@ -110,18 +114,22 @@ def test_a_stopped_engine_that_is_removed_by_force_costs_no_stream(fleet: Server
 
 
 def test_the_commands_list_what_happened(fleet: Server) -> None:
-    body = {**BODIES[0], "max_tokens": 400}
+    """The stream lasts until they have been given, however slowly they start."""
+    body, looked = {**BODIES[0], "max_tokens": 1900}, threading.Event()
 
     def look() -> None:
-        real_time()
         eventually(lambda: fleet.requests(), 30, "it runs")
         listed = command(fleet, "requests", "--class", "normal", "--json")
         (mine,) = json.loads(listed.stdout)["requests"]
         assert (mine["id"], mine["class"]) == ("seen", "normal")
         other = next(i for i in fleet.instances() if i != mine["instance"])
         assert command(fleet, "migrate", "seen", "--to", other).returncode == 0
+        looked.set()
 
-    all_at_once([lambda: stream(fleet, COMPLETIONS, body, name="seen"), look])
+    def watch() -> Recorded:
+        return stream(fleet, COMPLETIONS, body, name="seen", on_chunk=lambda _: not looked.is_set())
+
+    all_at_once([watch, look])
     moved = json.loads(command(fleet, "migrations", "--reason", "user", "--json").stdout)
     assert moved["migrations"][-1]["request_id"] == "seen"
     assert all(a["ago_s"] >= b["ago_s"] for a, b in itertools.pairwise(moved["migrations"]))
