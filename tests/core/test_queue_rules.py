@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from llumnix.core.queue_rules import PLAIN, QueueRules, Wait
+from llumnix.core.queue_rules import PLAIN, QueueRules, SliceRules, Wait
 from llumnix.core.scheduling.presets import POLICIES, queue_rules_of
 from llumnix.core.settings import QueueSettings, SchedulerSettings
 from llumnix.errors import UsageError
@@ -17,7 +17,10 @@ def test_the_baselines_have_vllms_queue(policy: str) -> None:
     rules = queue_rules_of(SchedulerSettings(policy=policy))
     if policy in ("llumnix", "llumnix-base"):
         assert rules == RULES
+    elif policy == "scls":
+        assert rules == replace(RULES, growth=0, slices=SliceRules())
     else:
+        assert rules.slices is None
         assert (rules.growth, rules.passers) == (PLAIN.growth, PLAIN.passers) == (0, 0)
 
 
@@ -28,11 +31,24 @@ def test_knobs_win_over_the_policy() -> None:
     )
     on = QueueSettings(growth_blocks=1, passers=8)
     assert queue_rules_of(SchedulerSettings(policy="infaas++", queue=on)) == RULES
+    sliced = QueueSettings(slices=True, slice_tokens=99, slice_quantile=0.5)
+    assert queue_rules_of(SchedulerSettings(queue=sliced)) == replace(
+        RULES, slices=SliceRules(tokens=99, quantile=0.5)
+    )
+    whole = QueueSettings(slices=False)
+    assert queue_rules_of(SchedulerSettings(policy="scls", queue=whole)).slices is None
 
 
 @pytest.mark.parametrize(
     ("knob", "value"),
-    [("growth_blocks", -1), ("passers", 65), ("pass_s", -1), ("pass_share", 1.5)],
+    [
+        ("growth_blocks", -1),
+        ("passers", 65),
+        ("pass_s", -1),
+        ("pass_share", 1.5),
+        ("slice_tokens", 0),
+        ("slice_quantile", 1.0),
+    ],
 )
 def test_a_knob_out_of_bounds_is_named(knob: str, value: float) -> None:
     with pytest.raises(UsageError, match=rf"queue\.{knob}: {value:g} must be"):

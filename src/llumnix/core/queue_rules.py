@@ -30,6 +30,14 @@ class Wait:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SliceRules:
+    """How far ahead room is kept for what runs (core/slices/promises.py)."""
+
+    tokens: int = 0  # of answer in a slice; 0: as answers are long
+    quantile: float = 0.8  # a slice is no longer than this share of requests go on for
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class QueueRules:
     """The rules as one deployment has them."""
 
@@ -37,6 +45,7 @@ class QueueRules:
     passers: int = 0  # requests behind the head that are tried
     pass_s: float = 0.0  # so long a head may be passed
     pass_share: float = 0.0  # of a head's tokens, that all who pass it may take together
+    slices: SliceRules | None = None  # None: no promises are kept
 
     def room(self, running: int, *, preempted: bool) -> int:
         """Blocks to leave free beside a request that starts. `running`: requests that run

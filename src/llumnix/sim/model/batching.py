@@ -19,7 +19,9 @@ Rules, as vLLM 0.32 has them with priority scheduling
 """
 
 from bisect import insort
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 
 from llumnix.core.priorities import AGING_LOOK_EVERY_S, Priorities, QueueKey
 from llumnix.core.queue_rules import PLAIN, QueueRules, Wait
@@ -39,6 +41,7 @@ class EngineOptions:
     slots: int = 256
     chunked: bool = True
     prefix_caching: bool = True
+    watermark: float = 0.0  # share of memory that is left free by what starts, if any runs
 
 
 @dataclass(slots=True, kw_only=True)
@@ -63,6 +66,7 @@ class Batching(SequenceBlocks):
             options.kv_tokens or profile.kv_tokens,
             profile.block_tokens,
             caching=options.prefix_caching,
+            slices=rules.slices,
         )
         self.profile = profile
         self.options = options
@@ -100,7 +104,7 @@ class Batching(SequenceBlocks):
 
     def schedule(self, now: float) -> Batch | None:
         """The next step, or None if there is nothing to do."""
-        self._now_s = now
+        self._now_s, self._promised = now, None
         if self._queue and now >= self._next_look_s:
             self._look(now)
         self._make_room(now)
@@ -139,6 +143,8 @@ class Batching(SequenceBlocks):
             if over:
                 self.finished += 1
                 self.finished_tokens += seq.outputs
+                if self.slices is not None:
+                    self.slices.ended(seq.promise, "", seq.outputs)
                 self._finish(seq)
         return said
 
@@ -246,7 +252,17 @@ class Batching(SequenceBlocks):
 
     def room(self, seq: Sequence) -> int:
         """Blocks to leave free when it starts."""
-        return self.rules.room(len(self.running), preempted=bool(seq.preemptions))
+        running = len(self.running)
+        room = self.rules.room(running, preempted=bool(seq.preemptions))
+        if running:
+            room = max(room, int(self.options.watermark * self.memory.total))
+        if self.slices is None or not (running or self.holding):
+            return room
+        return max(room, self.slice_room(seq))
+
+    def _holders(self) -> Iterable[Sequence]:
+        """Requests that have KV and run, or will."""
+        return chain(self.running, self.holding)
 
     def _begin(self, seq: Sequence, start: Start, new: int) -> None:
         """Runs it from this step on, in which it computes `new` tokens."""
@@ -262,7 +278,7 @@ class Batching(SequenceBlocks):
             seq.blocks += need
         seq.running, seq.wait = True, None
         self.running.append(seq)
-        self._classes = None
+        self._classes = self._promised = None
 
     def _make_room(self, now: float) -> None:
         """Preempts less urgent requests if the head of the queue could not start otherwise."""
@@ -281,7 +297,8 @@ class Batching(SequenceBlocks):
             need, new = self._wanted(seq)
             if slots > 0 or blocks > 0 or new > 1:
                 private_blocks = seq.blocks - len(seq.held) * seq.job.prefix_blocks - seq.pinned
-                slots, blocks, tokens = slots - 1, blocks - private_blocks - need, tokens - new
+                blocks -= private_blocks + max(need, self.left(seq))
+                slots, tokens = slots - 1, tokens - new
                 chosen.append(seq)
         if max(slots, blocks, tokens) <= 0:
             for seq in chosen:
@@ -292,11 +309,12 @@ class Batching(SequenceBlocks):
         shared, private_blocks = self._hits(head)
         held_blocks = shared * head.job.prefix_blocks + private_blocks
         idle = self.memory.idle(head.job.prefix[:shared]) * head.job.prefix_blocks + private_blocks
-        wanted = [self._wanted(seq) for seq in self.running]
-        taken = sum(w[0] for w in wanted)
+        wanted, room = [self._wanted(seq) for seq in self.running], self.room(head)
+        # What is promised to them is part of the room for the head.
+        taken = sum(max(0, w[0] - self.left(s)) for w, s in zip(wanted, self.running, strict=True))
         return (
             len(wanted) + 1 - self.options.slots,
-            self._blocks(head) - held_blocks + idle + taken + self.room(head) - self.memory.free,
+            self._blocks(head) - held_blocks + idle + taken + room - self.memory.free,
             min(head.tokens - held_blocks * self.block_tokens, self.options.budget - len(wanted))
             + sum(w[1] for w in wanted)
             - self.options.budget,
@@ -328,14 +346,14 @@ class Batching(SequenceBlocks):
         if seq.job.preempted_s is None:
             seq.job.preempted_s = now
         self.preemptions += 1
-        seq.found = None
+        seq.found = seq.promise = self._promised = None
         self._enqueue(seq)
 
     def _finish(self, seq: Sequence) -> None:
         del self.requests[seq.job.id]
         self._take_out(seq)
         self._free(seq)
-        self._classes = None
+        self._classes = self._promised = None
 
     def _take_out(self, seq: Sequence) -> None:
         if seq.running:
