@@ -54,7 +54,8 @@ REAL = (
     ("chats.jsonl", 15.0, 1000, 60000, 1.0),
     ("tools.jsonl", 27.0, 1000, 60000, 1.0),
 )
-ON, OFF = QueueSettings(growth_blocks=1, passers=8), QueueSettings(growth_blocks=0, passers=0)
+ON = QueueSettings(growth_blocks=1, passers=8)
+OFF = QueueSettings(growth_blocks=0, passers=0, short_first=0.0)
 STAY = MigrationSettings(rescues=0)
 VARIANTS = {
     "infaas++": SchedulerSettings(policy="infaas++", queue=OFF),
@@ -64,6 +65,7 @@ VARIANTS = {
     # One rule left out:
     "llumnix without room to grow": SchedulerSettings(queue=replace(ON, growth_blocks=0)),
     "llumnix without passing": SchedulerSettings(queue=replace(ON, passers=0)),
+    "llumnix without short prompts first": SchedulerSettings(queue=replace(ON, short_first=0.0)),
     "llumnix without rescues": SchedulerSettings(migration=STAY),
 }
 """Name and settings."""

@@ -20,7 +20,7 @@ from llumnix.sim.simulate import Spec, runs
 
 POLICIES = ("round-robin", "infaas++", "cache-aware", "llumnix")
 PROFILE = "h100-llama-7b"
-VLLMS_QUEUE = QueueSettings(growth_blocks=0, passers=0)
+VLLMS_QUEUE = QueueSettings(growth_blocks=0, passers=0, short_first=0.0)
 # Trace, requests a second, requests, instances.
 LOADS = (
     ("M-M", 14.0, 700, 4),

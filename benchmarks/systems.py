@@ -19,7 +19,7 @@ from common import ROOT, Served, free_port, serve
 PEERS = ("vllm-dp", "vllm-router")
 VARIANTS: dict[str, dict[str, Any]] = {
     "llumnix-own-queue": {
-        "queue": {"growth_blocks": 0, "passers": 0},
+        "queue": {"growth_blocks": 0, "passers": 0, "short_first": 0},
         "migration": {"rescues": 0},
     },
 }

@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 
-from llumnix.core.queue_rules import PLAIN, QueueRules, SliceRules, Wait
+from llumnix.core.queue_rules import HALF_LIFE_STEPS, PLAIN, PromptTimer, QueueRules, Wait
 from llumnix.core.scheduling.presets import POLICIES, queue_rules_of
 from llumnix.core.settings import QueueSettings, SchedulerSettings
 from llumnix.errors import UsageError
 
-RULES = QueueRules(growth=1, passers=8, pass_s=20.0, pass_share=0.5)
+RULES = QueueRules(growth=1, passers=8, pass_s=20.0, pass_share=0.5, short_first=4.0)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -17,26 +17,18 @@ def test_the_baselines_have_vllms_queue(policy: str) -> None:
     rules = queue_rules_of(SchedulerSettings(policy=policy))
     if policy in ("llumnix", "llumnix-base"):
         assert rules == RULES
-    elif policy == "scls":
-        assert rules == replace(RULES, growth=0, slices=SliceRules())
     else:
-        assert rules.slices is None
-        assert (rules.growth, rules.passers) == (PLAIN.growth, PLAIN.passers) == (0, 0)
+        assert (rules.growth, rules.passers, rules.short_first) == (0, 0, 0)
+        assert replace(rules, pass_s=0.0, pass_share=0.0) == PLAIN
 
 
 def test_knobs_win_over_the_policy() -> None:
-    off = QueueSettings(growth_blocks=0, passers=0, pass_s=3.0)
+    off = QueueSettings(growth_blocks=0, passers=0, pass_s=3.0, short_first=0.0)
     assert queue_rules_of(SchedulerSettings(queue=off)) == replace(
-        RULES, growth=0, passers=0, pass_s=3.0
+        RULES, growth=0, passers=0, pass_s=3.0, short_first=0.0
     )
-    on = QueueSettings(growth_blocks=1, passers=8)
+    on = QueueSettings(growth_blocks=1, passers=8, short_first=4.0)
     assert queue_rules_of(SchedulerSettings(policy="infaas++", queue=on)) == RULES
-    sliced = QueueSettings(slices=True, slice_tokens=99, slice_quantile=0.5)
-    assert queue_rules_of(SchedulerSettings(queue=sliced)) == replace(
-        RULES, slices=SliceRules(tokens=99, quantile=0.5)
-    )
-    whole = QueueSettings(slices=False)
-    assert queue_rules_of(SchedulerSettings(policy="scls", queue=whole)).slices is None
 
 
 @pytest.mark.parametrize(
@@ -46,8 +38,7 @@ def test_knobs_win_over_the_policy() -> None:
         ("passers", 65),
         ("pass_s", -1),
         ("pass_share", 1.5),
-        ("slice_tokens", 0),
-        ("slice_quantile", 1.0),
+        ("short_first", -1),
     ],
 )
 def test_a_knob_out_of_bounds_is_named(knob: str, value: float) -> None:
@@ -66,3 +57,26 @@ def test_a_head_is_passed_for_so_long_and_by_so_much() -> None:
     assert [RULES.may_pass(wait, now) for now in (100.0, 120.0, 120.1)] == [True, True, False]
     assert [RULES.may_take(wait, 1000, tokens) for tokens in (200, 201)] == [True, False]
     assert not replace(RULES, passers=0).may_pass(wait, 100.0)
+
+
+def test_a_request_is_queued_later_by_its_own_prompts_time_within_a_bound() -> None:
+    assert RULES.later_s(1000, 0.0005) == pytest.approx(2.0)
+    assert RULES.later_s(1000, 0.0) == 0, "what a token takes is not known yet"
+    assert RULES.later_s(1000, 1.0) == RULES.pass_s
+    assert PLAIN.later_s(1000, 0.0005) == 0
+
+
+def test_what_a_prompts_token_takes_follows_from_steps_with_many() -> None:
+    timer = PromptTimer()
+    assert timer.token_s == 0
+    for tokens in (16, 32, 2048):
+        timer.record(tokens, 0.02 + 0.0001 * tokens)
+    assert 0.0001 < timer.token_s < 0.00012, "the rest of a step is not counted as its few tokens'"
+
+
+def test_an_engine_that_has_become_faster_is_seen_to_be() -> None:
+    timer = PromptTimer()
+    for seconds in (1.0, 0.1):
+        for _ in range(3 * HALF_LIFE_STEPS):
+            timer.record(1000, seconds)
+    assert timer.token_s == pytest.approx(0.0001, rel=0.2)

@@ -15,8 +15,7 @@ from llumnix.core.reports import MoveCounts, compose_report
 from llumnix.core.scheduling.load import Load, derive
 from llumnix.core.settings import PrioritySettings
 from llumnix.core.types import EngineIndex, InstanceId, RequestId
-from llumnix.engine.queueing import has_waited, waited_s
-from llumnix.engine.readings import client_priority
+from llumnix.engine.readings import client_priority, has_waited, waited_s
 from llumnix.engine.reporting.load_reader import LoadReader
 from support.hosted import HostedEngine, Hosts
 from support.no_model import BLOCK, add

@@ -19,11 +19,8 @@ from llumnix.core.reports import ClassLoad  # noqa: E402
 from llumnix.core.settings import PriorityClass, PrioritySettings  # noqa: E402
 from llumnix.core.types import RequestId  # noqa: E402
 from llumnix.engine import queueing  # noqa: E402
-from llumnix.engine.queueing import (  # noqa: E402
-    AGED_MAX,
-    Queueing,
-    queue_by_arrival,
-)
+from llumnix.engine.migration.vllm_core import queue_by_arrival  # noqa: E402
+from llumnix.engine.queueing import AGED_MAX, Queueing  # noqa: E402
 from llumnix.engine.readings import client_priority  # noqa: E402
 from llumnix.engine.reporting.load_reader import LoadReader  # noqa: E402
 

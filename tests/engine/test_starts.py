@@ -28,6 +28,8 @@ CLASSES = (
 GROW = replace(PLAIN, growth=1)
 PASS = replace(PLAIN, passers=8, pass_s=20.0, pass_share=0.5)
 BOTH = replace(PASS, growth=1)
+SHORT = replace(PASS, short_first=4.0)
+ALL = replace(SHORT, growth=1)
 
 
 class Served:
@@ -75,6 +77,7 @@ class Served:
         self.urgent.make_room()
         _, ran = self.core.step_fn()
         self.port.between_steps(ran)
+        self.queueing.stepped(0.1)
         self.now_s += 0.1
         left = self.waiting()
         return [name for name in before if name not in left]
@@ -230,6 +233,68 @@ def test_a_cached_prompt_counts_for_what_it_takes(tiny_model: Path) -> None:
     assert it.step() == ["like-a"]
 
 
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_short_prompt_starts_before_a_long_one_that_came_just_before(
+    tiny_model: Path, ahead: bool
+) -> None:
+    # A step of 0.1 s has computed 64 tokens: the long prompt's are taken for 0.75 s. Requests come
+    # a second apart.
+    for rules, first in ((SHORT, "short"), (PASS, "long")):
+        it = Served(tiny_model, rules, blocks=100, max_num_seqs=1, ahead=ahead)
+        a = it.add("a", 4)
+        while not a.num_output_tokens:
+            it.step()
+        it.add("long", 30)
+        it.add("short", 2)
+        it.scheduler.finish_requests("a", RequestStatus.FINISHED_ABORTED)
+        assert it.step() == [first]
+        arrivals = [r.arrival_time for r in it.scheduler.requests.values()]
+        assert sorted(arrivals) == [2, 3], "vLLM preempts by it"
+
+
+def test_but_not_if_it_comes_later_than_four_times_what_the_long_one_takes(
+    tiny_model: Path,
+) -> None:
+    it = Served(tiny_model, SHORT, blocks=100, max_num_seqs=1).running(4)
+    it.add("long", 30)
+    it.came += 1
+    it.add("in time", 2)
+    it.came += 1
+    it.add("late", 1)
+    assert [r.request_id for r in it.scheduler.waiting] == ["in time", "long", "late"]
+
+
+def test_what_is_in_the_prefix_cache_makes_no_prompt_long(tiny_model: Path) -> None:
+    it = Served(tiny_model, SHORT, blocks=100, max_num_seqs=1).running(30)
+    options: dict[str, Any] = {"priority": NORMAL, "arrival_time": 2}
+    for name, first in (("like-a", 1), ("other", 2)):
+        add(it.core, name, [first, *range(1, 30 * BLOCK), 5], 9, **options)
+    options["arrival_time"] = 2.1  # The other's prompt is taken for 0.1 s, this for 0.03 s.
+    add(it.core, "short", [3, *range(1, 10 * BLOCK)], 9, **options)
+    assert [r.request_id for r in it.scheduler.waiting] == ["like-a", "short", "other"]
+
+
+def test_one_that_was_preempted_keeps_its_place(tiny_model: Path) -> None:
+    it = Served(tiny_model, SHORT, blocks=100, max_num_seqs=1).running(30)
+    it.add("short", 1)
+    (a,) = it.scheduler.running
+    it.scheduler.running.remove(a)
+    it.scheduler._preempt_request(a, 0.0)
+    assert [r.request_id for r in it.scheduler.waiting] == ["a", "short"]
+
+
+def test_a_head_that_memory_holds_up_is_passed_within_the_bounds_of_passing_alone(
+    tiny_model: Path,
+) -> None:
+    it = Served(tiny_model, SHORT).running(10)
+    it.add("head", 12)
+    started = it.step()
+    for number in range(10):
+        it.add(f"b{number}", 1, answer=1)
+        started += it.step()
+    assert started == [f"b{number}" for number in range(6)], "half of the head's blocks"
+
+
 def test_one_that_waits_for_something_else_is_no_blocked_head(tiny_model: Path) -> None:
     it = Served(tiny_model, PASS).running(10)
     head = it.add("head", 16)
@@ -247,7 +312,7 @@ def test_in_no_world_is_a_head_passed_by_more_or_the_batch_short_of_memory(
     """Looked at from outside. All are served in the end."""
     dice = random.Random(f"{seed} starts")
     blocks = dice.randrange(20, 60)
-    it = Served(tiny_model, BOTH, blocks=blocks, ahead=ahead, enable_prefix_caching=False)
+    it = Served(tiny_model, ALL, blocks=blocks, ahead=ahead, enable_prefix_caching=False)
     left, step, calm_until, passes, preempted = 120, 0, -1, 0, 0
     passed: dict[str, tuple[float, int]] = {}
     while left or it.scheduler.requests:

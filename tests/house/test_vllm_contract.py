@@ -730,6 +730,9 @@ def test_the_scheduler_knows_its_queue_by_its_methods_alone() -> None:
 def test_the_scheduler_asks_the_queue_anew_before_each_start() -> None:
     """So a request may pass the head without a change to either's place."""
     who = "engine/queueing.py"
+    landed = "self.scheduler.update_from_output( scheduler_output, model_output )"
+    for step in (core.EngineCore.step, core.EngineCore.step_with_batch_queue):
+        says(step, landed, who=who)
     assert inspect.getsource(Scheduler).count("peek_request(") == 1, who
     says(
         Scheduler.schedule,

@@ -26,6 +26,8 @@ PROFILE = replace(one_engine.PROFILE, step_s=0.1, kv_tokens=20 * BLOCK)
 GROW = replace(PLAIN, growth=1)
 PASS = replace(PLAIN, passers=8, pass_s=20.0, pass_share=0.5)
 BOTH = replace(PASS, growth=1)
+SHORT = replace(PASS, short_first=4.0)
+ALL = replace(SHORT, growth=1)
 CLASSES = PrioritySettings(
     classes=(
         PriorityClass(name="high", priority=-100, headroom=0.5),
@@ -189,7 +191,76 @@ def test_who_passes_leaves_room_to_grow_too() -> None:
     assert it.step() == ["c"]
 
 
+# -- short prompts first
+
+
+def long_and_short(rules: QueueRules, gap_s: float) -> list[str]:
+    """What starts, step by step, where a long prompt has come, and a short one `gap_s` later,
+    while nothing but a place in the batch is missing."""
+    it = Served(rules, replace(PROFILE, kv_tokens=100 * BLOCK), slots=1).running(4)
+    it.add("long", 30)
+    it.now += gap_s
+    it.add("short", 2)
+    it.engine.abort(RequestId("a"))
+    started = it.step()
+    it.engine.abort(RequestId(started[0]))
+    return [*started, *it.step()]
+
+
+def test_a_short_prompt_starts_before_a_long_one_that_came_just_before() -> None:
+    assert long_and_short(SHORT, 1.0) == ["short", "long"]
+    assert long_and_short(PASS, 1.0) == ["long", "short"]
+
+
+def test_but_not_if_it_comes_later_than_four_times_what_the_long_one_takes() -> None:
+    # A step with 64 tokens has taken 0.1064 s: the long prompt's 480 are taken for 0.8 s, and the
+    # short one's for 0.05 s.
+    assert long_and_short(SHORT, 2.9) == ["short", "long"]
+    assert long_and_short(SHORT, 3.3) == ["long", "short"]
+    assert long_and_short(replace(SHORT, pass_s=2.0), 2.9) == ["long", "short"]
+
+
+def test_what_is_in_the_prefix_cache_makes_no_prompt_long() -> None:
+    it = Served(SHORT, replace(PROFILE, kv_tokens=100 * BLOCK), slots=1)
+    shared = {"prefix": tuple(range(28)), "prefix_blocks": 1}
+    for name, more in (("first", shared), ("long", shared), ("middle", {})):
+        blocks = 10 if name == "middle" else 30
+        job = Job(id=RequestId(name), arrived_s=it.now, prompt=blocks * BLOCK, answer=9, **more)
+        it.engine.add(job, it.now)
+        if name == "first":
+            assert it.step() == ["first"]
+            it.now += 1.0
+    it.engine.abort(RequestId("first"))
+    assert it.step() == ["long"]
+
+
+def test_one_that_was_preempted_keeps_its_place() -> None:
+    it = Served(SHORT, replace(PROFILE, kv_tokens=100 * BLOCK), slots=2).running(30)
+    it.add("b", 2)
+    assert it.step() == ["b"]
+    seq = it.engine.requests[RequestId("a")]
+    it.engine._preempt(seq, it.now)
+    it.add("short", 1)
+    assert it.step() == ["a"]
+    assert seq.later_s == 0
+
+
+def test_a_head_that_memory_holds_up_is_passed_within_the_bounds_of_passing_alone() -> None:
+    it = Served(SHORT).running(10)
+    it.add("head", 12)
+    assert it.step() == []
+    started = []
+    for number in range(10):
+        it.add(f"b{number}", 1, answer=1)
+        started += it.step()
+    assert started == [f"b{number}" for number in range(6)], "half of the head's blocks"
+
+
 # -- whatever comes
+
+
+SLOWEST = 200
+"""In the world below a step takes 0.1 s and more, and may compute a prompt of 8 tokens alone."""
 
 
 def needed(seq: Sequence) -> int:
@@ -203,11 +274,11 @@ def test_in_no_world_is_a_head_passed_by_more_or_the_batch_short_of_memory(seed:
     dice = random.Random(f"{seed} queue rules")
     profile = replace(PROFILE, kv_tokens=dice.randrange(20, 60) * BLOCK)
     options = {"chunked": dice.random() < 0.5, "budget": dice.choice((64, 2048)), "slots": 12}
-    it = Served(BOTH, profile, prefix_caching=False, **options)
+    it = Served(ALL, profile, prefix_caching=False, **options)
     total, left = it.engine.memory.total, 150
     passed: dict[tuple[str, int], tuple[float, int]] = {}
     calm_until, step = -1, 0
-    passes = calm = 0
+    passes = calm = overtaken = 0
     while left or it.engine.requests:
         if left and dice.random() < 0.15:
             left -= 1
@@ -215,10 +286,12 @@ def test_in_no_world_is_a_head_passed_by_more_or_the_batch_short_of_memory(seed:
             it.add(f"r{left}", blocks, dice.randrange(1, 70), dice.choice((0, 0, 0, -100)))
         queue = [seq for _, _, seq in it.engine._queue]
         sizes = {seq: needed(seq) for seq in queue}
+        later_s = {seq: seq.later_s for seq in queue}
         running, preemptions, now = list(it.engine.running), it.engine.preemptions, it.now
         it.step()
         step += 1
-        queue.sort(key=lambda s: s.turn)  # Some may have aged just before the step.
+        # Some may have aged just before the step.
+        queue.sort(key=lambda s: (s.turn.priority, s.turn.arrived_s + later_s[s]))
         waiting = {s for _, _, s in it.engine._queue}
         started = [s for s in queue if s not in waiting]
         head = next((s for s in queue if s in waiting), None)
@@ -232,6 +305,12 @@ def test_in_no_world_is_a_head_passed_by_more_or_the_batch_short_of_memory(seed:
             assert passed[key][1] <= 0.5 * sizes[head]
             assert now - since_s <= 20 + 1e-9
             assert {s.job.priority for s in passing} == {head.job.priority}
+        for seq in started:
+            for other in waiting if seq not in passing else ():
+                if other.turn.priority == seq.turn.priority and not seq.preemptions:
+                    bound_s = 4 * 0.0001 * SLOWEST * other.tokens
+                    assert seq.job.arrived_s <= other.job.arrived_s + min(20.0, bound_s)
+                    overtaken += seq.job.arrived_s > other.job.arrived_s
         if it.engine.preemptions > preemptions:
             assert step > calm_until, "what started had no room to grow"
         if started and running:
@@ -241,13 +320,14 @@ def test_in_no_world_is_a_head_passed_by_more_or_the_batch_short_of_memory(seed:
         calm += step <= calm_until
         assert step < 20_000
     assert passes
+    assert overtaken or seed == 2, "the queues of that world are short"
     assert calm > 100
 
 
 def test_where_memory_is_not_short_the_rules_change_nothing() -> None:
     """Not one decision, and no request's time."""
     case = spec(engine=EngineOptions(kv_tokens=60_000), requests=250, rate_per_s=20.0, seed=3)
-    off = QueueSettings(growth_blocks=0, passers=0)
+    off = QueueSettings(growth_blocks=0, passers=0, short_first=0.0)
     moving = replace(MANY_MOVES, source_below=8000.0, destination_above=8000.0)
     seen = []
     for queue, migration in ((QueueSettings(), moving), (off, replace(moving, rescues=0))):

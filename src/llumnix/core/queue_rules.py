@@ -1,4 +1,4 @@
-"""Two rules of an engine's queue where memory is short, for live engines and simulated ones.
+"""Three rules of an engine's queue, for live engines and simulated ones.
 
 Room to grow
     A request starts only if every request that runs, itself included, can then take `growth` more
@@ -12,11 +12,19 @@ Bounded passing
     they fit. They may take a share of the head's own tokens in all, and pass it for a limited time.
     So the head's wait grows by no more than it takes to free as much.
 
-Both are in blocks and tokens, so that they hold on engines of any speed.
+Short prompts first
+    A class is served by arrival plus `short_first` times what the prompt takes to compute, so that
+    a request is passed only by those that come within that time. It is never more than `pass_s`.
+    A request that has run or has generated tokens keeps its place.
+
+The first two are in blocks and tokens, the third in what this engine takes for a token of a prompt,
+so that they hold on engines of any speed.
 """
 
 from dataclasses import dataclass
 
+HALF_LIFE_STEPS = 512
+"""A step with prompts loses half its weight for every so many new ones, or half as many."""
 AGAIN = 2
 """A preempted request leaves so many times the room: to preempt it once more costs most."""
 
@@ -30,14 +38,6 @@ class Wait:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SliceRules:
-    """How far ahead room is kept for what runs (core/slices/promises.py)."""
-
-    tokens: int = 0  # of answer in a slice; 0: as answers are long
-    quantile: float = 0.8  # a slice is no longer than this share of requests go on for
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class QueueRules:
     """The rules as one deployment has them."""
 
@@ -45,7 +45,7 @@ class QueueRules:
     passers: int = 0  # requests behind the head that are tried
     pass_s: float = 0.0  # so long a head may be passed
     pass_share: float = 0.0  # of a head's tokens, that all who pass it may take together
-    slices: SliceRules | None = None  # None: no promises are kept
+    short_first: float = 0.0  # a prompt is queued so many times its own time behind its arrival
 
     def room(self, running: int, *, preempted: bool) -> int:
         """Blocks to leave free beside a request that starts. `running`: requests that run
@@ -53,6 +53,11 @@ class QueueRules:
         if not running:
             return 0
         return self.growth * (running + 1) * (AGAIN if preempted else 1)
+
+    def later_s(self, tokens: int, token_s: float) -> float:
+        """How much later than it came a request is queued. `tokens`: of its prompt, to be computed.
+        `token_s`: what one takes."""
+        return min(self.pass_s, self.short_first * token_s * tokens)
 
     def may_pass(self, wait: Wait, now: float) -> bool:
         """Whether a head may still be passed, as far as time goes."""
@@ -68,6 +73,32 @@ class QueueRules:
         if wait is None:
             return self.passers > 0
         return self.may_pass(wait, now) and self.may_take(wait, head_tokens, tokens)
+
+
+class PromptTimer:
+    """What a token of a prompt takes on one engine, in seconds, while it is under way with others.
+    The line through the origin that fits steps with prompts best, so that those with the most
+    tokens count most: in a step with few of them it is the rest of the step that takes time."""
+
+    def __init__(self) -> None:
+        self._products = 0.0  # tokens times seconds
+        self._squares = 0.0  # tokens squared
+        self._steps = 0
+
+    def record(self, tokens: int, seconds: float) -> None:
+        """A step has ended that computed so many tokens of prompts."""
+        self._products += tokens * seconds
+        self._squares += tokens * tokens
+        self._steps += 1
+        if self._steps >= HALF_LIFE_STEPS:
+            self._steps //= 2
+            self._products /= 2
+            self._squares /= 2
+
+    @property
+    def token_s(self) -> float:
+        """Seconds a token; 0 before the first step."""
+        return self._products / self._squares if self._squares else 0.0
 
 
 PLAIN = QueueRules()

@@ -326,10 +326,10 @@ class EngineInstance(MemoryCalls, EngineCoreActor):
         self._changed = True
         self._reporter.stepped(now - began_s if ran else None)
         self._host.port.between_steps(ran)
-        if landing:
-            self._host.port.step_timer.record_step(now - self._stepped_s, prompts=prompts)
-        elif ran and not self.batch_queue:
-            self._host.port.step_timer.record_step(now - began_s)
+        if landing or (ran and not self.batch_queue):
+            seconds = now - (self._stepped_s if landing else began_s)
+            self._host.port.step_timer.record_step(seconds, prompts=prompts)
+            self._queueing.stepped(seconds)
         self._stepped_s = now
 
     def _should_throttle_prefills(self) -> bool:

@@ -1,5 +1,5 @@
-"""Queue order inside an engine: aging, preempted requests first, and who starts where memory is
-short.
+"""Queue order inside an engine: aging, preempted requests first, short prompts first, and who
+starts where memory is short.
 
 Rules
 - A request that has waited for `aging_s` is queued as the most urgent class, so that none starves.
@@ -8,8 +8,9 @@ Rules
   last, since its client is in the middle of a stream. vLLM does so where it serves first come first
   served; by priority it would queue the request behind all that came earlier. The request's wait
   begins anew.
-- Room to grow, and bounded passing of a head that does not fit (core/queue_rules.py). Prompts under
-  way get their memory first: vLLM hands it to them chunk by chunk, and admits others into it.
+- Room to grow, bounded passing of a head that does not fit, and short prompts first
+  (core/queue_rules.py). Prompts under way get their memory first: vLLM hands it to them chunk by
+  chunk, and admits others into it. What a token of a prompt takes is seen of the engine's steps.
 
 The queue is our own, since vLLM's changes a request's place only by looking at all requests. With
 thousands in it that took longer than a step, at every step that preempts. Here each change takes
@@ -25,7 +26,8 @@ running requests are preempted by the same two, the last first. A preemption cou
 another queue, which goes first. `schedule()` alone asks `peek_request()`, after it has given the
 running requests their blocks, and then either breaks off or takes that request with
 `pop_request()`: to run, with status RUNNING, or to skip it. Beside the blocks that a request needs
-to start, `kv_cache_manager.watermark_blocks` must be free, if any request runs.
+to start, `kv_cache_manager.watermark_blocks` must be free, if any request runs. Each step that
+lands goes through `update_from_output(scheduler_output, ...)`.
 """
 
 import heapq
@@ -34,12 +36,20 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any
 
-from vllm.v1.core.sched.request_queue import FCFSRequestQueue, RequestQueue, SchedulingPolicy
+from vllm.v1.core.sched.request_queue import RequestQueue, SchedulingPolicy
 from vllm.v1.request import Request, RequestStatus
 
 from llumnix.core.priorities import AGING_LOOK_EVERY_S, Priorities
-from llumnix.core.queue_rules import QueueRules, Wait
-from llumnix.engine.readings import ABLE, client_priority, needed_tokens, start_blocks
+from llumnix.core.queue_rules import PromptTimer, QueueRules, Wait
+from llumnix.engine.readings import (
+    ABLE,
+    client_priority,
+    head_wait,
+    needed_tokens,
+    prompt_tokens,
+    start_blocks,
+    waits_since,
+)
 
 AGED_MAX = 100
 """Requests whose place one look changes at most. The rest follow at the next step."""
@@ -71,7 +81,7 @@ class AgingQueue(RequestQueue):
     def add_request(self, request: Request) -> None:
         """Queues it by its class, its age and its arrival."""
         now = self._clock()
-        waits = _waits(request)
+        waits = waits_since(request)
         if waits is None or waits[1] != request.num_preemptions:
             request.llumnix_waits = now, request.num_preemptions
         request.llumnix_priority = client_priority(request)
@@ -96,9 +106,25 @@ class AgingQueue(RequestQueue):
 
     def _enter(self, request: Request) -> None:
         self._number += 1
-        entry = Entry((request.priority, request.arrival_time, self._number, request))
+        arrival = request.arrival_time + self._later_s(request)
+        entry = Entry((request.priority, arrival, self._number, request))
         self._entries[request.request_id] = entry
         heapq.heappush(self._heap, entry)
+
+    def _later_s(self, request: Request) -> float:
+        """So much later than it came a request is queued. Found once on an engine."""
+        if self._starts is None or request.num_preemptions or request.num_output_tokens:
+            return 0.0
+        if head_wait(request) is not None:
+            return 0.0  # From now on it is passed within bounds alone.
+        if not hasattr(request, "llumnix_later_s"):
+            request.llumnix_later_s = self._starts.later_s(request)
+        return float(request.llumnix_later_s)
+
+    def queue_again(self, request: Request) -> None:
+        """Gives a request that is there its place anew."""
+        self._take(request)
+        self._enter(request)
 
     def _waits_as(self, due: tuple[float, int, str]) -> Request | None:
         """The request, if it still waits with that entry."""
@@ -125,9 +151,8 @@ class AgingQueue(RequestQueue):
         while self._due and self._due[0][0] <= now and aged < AGED_MAX:
             due = heapq.heappop(self._due)
             if (request := self._waits_as(due)) is not None:
-                self._take(request)
                 request.priority = self._aged(request)
-                self._enter(request)
+                self.queue_again(request)
                 aged += 1
         self._trim()
         return aged
@@ -221,6 +246,29 @@ class Starts:
         self._prompts: list[Request] = []
         self._passer: tuple[Request, Wait, int] | None = None  # what was let past, and its tokens
         self._in_vain: tuple[Any, ...] = ()
+        self._prompt_timer = PromptTimer()
+        self._landed_tokens = 0  # of prompts, in the step that landed last
+        if rules.short_first:
+            self._update = scheduler.update_from_output
+            scheduler.update_from_output = self._landing
+
+    def _landing(self, batch: Any, output: Any) -> Any:
+        self._landed_tokens += prompt_tokens(batch)
+        return self._update(batch, output)
+
+    def stepped(self, seconds: float) -> None:
+        """A step has landed, and took so long."""
+        if self._landed_tokens:
+            self._prompt_timer.record(self._landed_tokens, seconds)
+            self._landed_tokens = 0
+
+    def later_s(self, request: Request) -> float:
+        """How much later than it came a request is queued that has not begun."""
+        token_s = self._prompt_timer.token_s * self._rules.short_first
+        if not token_s:
+            return 0.0
+        left = int(request.num_tokens) - start_blocks(self._scheduler, request)[1]
+        return self._rules.later_s(left, self._prompt_timer.token_s)
 
     def prepare(self, queue: AgingQueue) -> None:
         """Before a step is scheduled."""
@@ -243,7 +291,7 @@ class Starts:
     def passable(self, head: Request) -> bool:
         """Whether a newcomer may start before the head of the queue."""
         needed = needed_tokens(head, self._block)
-        return self._rules.passable(_wait(head), self._clock(), needed, self._block)
+        return self._rules.passable(head_wait(head), self._clock(), needed, self._block)
 
     def choose(self, head: Request, queue: AgingQueue) -> Request:
         """The head, or one that passes it. Sets the watermark for it."""
@@ -261,10 +309,11 @@ class Starts:
 
     def _passing(self, head: Request, queue: AgingQueue, free: int) -> Request:
         """The first of those behind the head that may pass it; the head if there is none."""
-        rules, now, wait = self._rules, self._clock(), _wait(head)
+        rules, now, wait = self._rules, self._clock(), head_wait(head)
         if wait is None:
             wait = Wait(since_s=now)
             head.llumnix_blocked = wait, head.num_preemptions
+            queue.queue_again(head)
         if not rules.may_pass(wait, now):
             return head
         needed = needed_tokens(head, self._block)
@@ -318,7 +367,7 @@ class Queueing:
         self._queue: AgingQueue | None = None
         self._starts: Starts | None = None
         if scheduler.policy == SchedulingPolicy.PRIORITY:
-            if rules is not None and (rules.growth or rules.passers):
+            if rules is not None and (rules.growth or rules.passers or rules.short_first):
                 self._starts = Starts(scheduler, rules, clock)
             self._queue = AgingQueue(priorities, clock, self._starts)
             self._queue.prepend_requests(scheduler.waiting)
@@ -335,50 +384,14 @@ class Queueing:
         if self._starts is not None and self._queue is not None:
             self._starts.prepare(self._queue)
 
+    def stepped(self, seconds: float) -> None:
+        """A step has landed, and took so long."""
+        if self._starts is not None:
+            self._starts.stepped(seconds)
+
     def blocked(self, head: Request) -> tuple[int, bool]:
         """Of the head of the queue: blocks that must be free beside what it needs, and whether a
         newcomer may start before it."""
         if self._starts is None:
             return 0, False
         return self._starts.room(head), self._starts.passable(head)
-
-
-def waited_s(request: Request, now: float) -> float:
-    """How long a request has waited without KV blocks, over all instances. 0 if it runs."""
-    waits = _waits(request)
-    if waits is None or request.num_computed_tokens or waits[1] != request.num_preemptions:
-        return 0.0
-    return max(0.0, now - waits[0])
-
-
-def has_waited(request: Request, seconds: float, now: float) -> None:
-    """Notes that a request waited that long on another instance. Before it is queued."""
-    request.llumnix_waits = now - seconds, request.num_preemptions
-
-
-def queue_by_arrival(queue: RequestQueue, request: Request) -> None:
-    """Queues a request that has not started, and that came by a move or stayed after one. Where
-    vLLM serves first come first served, it goes behind all that arrived before it, on any
-    instance."""
-    if not isinstance(queue, FCFSRequestQueue):
-        queue.add_request(request)
-        return
-    at = len(queue)
-    while (
-        at
-        and queue[at - 1].status == RequestStatus.WAITING
-        and (queue[at - 1].arrival_time > request.arrival_time)
-    ):
-        at -= 1
-    queue.insert(at, request)
-
-
-def _waits(request: Request) -> tuple[float, int] | None:
-    """Since when a request waits (seconds), and its preemptions by then."""
-    return getattr(request, "llumnix_waits", None)
-
-
-def _wait(request: Request) -> Wait | None:
-    """How long it has been a head that did not fit, since it was last preempted."""
-    wait, preemptions = getattr(request, "llumnix_blocked", (None, 0))
-    return wait if preemptions == request.num_preemptions else None

@@ -7,12 +7,15 @@ steps tests/house/test_vllm_migration_contract.py):
 - `MultiprocExecutor.workers[i].proc`: each worker's process. The executor of a single worker that
   runs in the engine's own process has no `workers`.
 - `KVCacheManager.get_computed_blocks` and `coordinator.get_num_blocks_to_allocate` change nothing.
-- `SchedulerOutput`: `total_num_scheduled_tokens`, and `num_scheduled_tokens` by request.
+- `SchedulerOutput`: `total_num_scheduled_tokens`, and by request `num_scheduled_tokens` and, of
+  these, `scheduled_spec_decode_tokens`.
 """
 
 from typing import Any
 
 from vllm.v1.request import Request, RequestStatus
+
+from llumnix.core.queue_rules import Wait
 
 ABLE = (RequestStatus.WAITING, RequestStatus.PREEMPTED)
 """A request that waits in one of these could start. In others it waits for something from outside:
@@ -39,6 +42,13 @@ def client_priority(request: Request) -> int:
 def has_prompts(batch: Any) -> bool:
     """Whether a step computes prompts (or checks drafts). `batch`: vLLM's `SchedulerOutput`."""
     return bool(batch.total_num_scheduled_tokens > len(batch.num_scheduled_tokens))
+
+
+def prompt_tokens(batch: Any) -> int:
+    """The tokens of prompts that a step computes but for the last of each. `batch`: vLLM's
+    `SchedulerOutput`."""
+    drafts = sum(map(len, batch.scheduled_spec_decode_tokens.values()))
+    return int(batch.total_num_scheduled_tokens - len(batch.num_scheduled_tokens) - drafts)
 
 
 def worker_pids(executor: Any) -> list[int]:
@@ -68,3 +78,27 @@ def start_blocks(scheduler: Any, request: Request) -> tuple[int, int]:
         prefill_end=max(request.num_prompt_tokens, request.num_tokens - 1),
     )
     return blocks, cached
+
+
+def waited_s(request: Request, now: float) -> float:
+    """How long a request has waited without KV blocks, over all instances. 0 if it runs."""
+    waits = waits_since(request)
+    if waits is None or request.num_computed_tokens or waits[1] != request.num_preemptions:
+        return 0.0
+    return max(0.0, now - waits[0])
+
+
+def has_waited(request: Request, seconds: float, now: float) -> None:
+    """Notes that a request waited that long on another instance. Before it is queued."""
+    request.llumnix_waits = now - seconds, request.num_preemptions
+
+
+def waits_since(request: Request) -> tuple[float, int] | None:
+    """Since when a request waits (seconds), and its preemptions by then."""
+    return getattr(request, "llumnix_waits", None)
+
+
+def head_wait(request: Request) -> Wait | None:
+    """How long it has been a head that did not fit, since it was last preempted."""
+    wait, preemptions = getattr(request, "llumnix_blocked", (None, 0))
+    return wait if preemptions == request.num_preemptions else None

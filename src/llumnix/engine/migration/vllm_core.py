@@ -9,6 +9,7 @@ changes):
   is one token: no prefill. `waiting`: those without blocks.
 - `Scheduler.prev_step_scheduled_req_ids`: runner V1 wants all tokens of a resumed request that is
   not in it.
+- A queue that is first come first served is a deque of its requests, the next to start first.
 - `KVCacheManager.get_blocks`, block by block of each group; a block that `is_null` was given up.
 - `SamplingParams.extra_args` and `PoolingParams.extra_kwargs` carry anything that msgpack can, and
   the engine looks at no key in them that it does not know.
@@ -17,13 +18,13 @@ changes):
 from typing import Any
 
 import msgspec
+from vllm.v1.core.sched.request_queue import FCFSRequestQueue, RequestQueue
 from vllm.v1.engine.core import EngineCore
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 
 from llumnix.core.messages import ABSENT, REVIVE, Blocks, Revive
 from llumnix.core.types import RequestId
 from llumnix.engine.migration.unsupported import engine_unsupported
-from llumnix.engine.queueing import queue_by_arrival
 from llumnix.errors import ProtocolError
 from llumnix.wire import decode
 
@@ -121,3 +122,20 @@ def note_reasoning(request: Request) -> None:
     structured = request.structured_output_request
     if structured is not None:
         structured.llumnix_reasoning_ended = structured.reasoning_ended
+
+
+def queue_by_arrival(queue: RequestQueue, request: Request) -> None:
+    """Queues a request that has not started, and that came by a move or stayed after one. Where
+    vLLM serves first come first served, it goes behind all that arrived before it, on any
+    instance."""
+    if not isinstance(queue, FCFSRequestQueue):
+        queue.add_request(request)
+        return
+    at = len(queue)
+    while (
+        at
+        and queue[at - 1].status == RequestStatus.WAITING
+        and (queue[at - 1].arrival_time > request.arrival_time)
+    ):
+        at -= 1
+    queue.insert(at, request)

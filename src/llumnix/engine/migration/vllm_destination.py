@@ -30,8 +30,7 @@ from llumnix.engine.migration.packed_tokens import Prompt
 from llumnix.engine.migration.request_decoder import RequestDecoder
 from llumnix.engine.migration.vllm_core import HandoverState, VllmCore, note_reasoning
 from llumnix.engine.migration.worker import RunnerState
-from llumnix.engine.queueing import has_waited
-from llumnix.engine.readings import client_priority
+from llumnix.engine.readings import client_priority, has_waited
 from llumnix.errors import ProtocolError
 
 FED_MAX = 256

@@ -28,8 +28,7 @@ from llumnix.core.migration.port import Movable, Phase, Progress, Refusal
 from llumnix.core.types import RequestId
 from llumnix.engine.migration.unsupported import request_unsupported
 from llumnix.engine.migration.vllm_core import HandoverState, VllmCore
-from llumnix.engine.queueing import waited_s
-from llumnix.engine.readings import client_priority
+from llumnix.engine.readings import client_priority, waited_s
 
 
 class VllmSource:

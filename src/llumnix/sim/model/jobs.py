@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 
 from llumnix.core.priorities import QueueKey
 from llumnix.core.queue_rules import Wait
-from llumnix.core.slices.promises import Promise
 from llumnix.core.types import RequestId
 
 Token = tuple[RequestId, bool]
@@ -40,7 +39,7 @@ class Sequence:
     """A request on one engine."""
 
     job: Job
-    turn: QueueKey  # its place in the queue: the lowest goes first
+    turn: QueueKey  # class and arrival: the highest of those that run is preempted first
     queued_s: float
     outputs: int = 0  # tokens generated
     computed: int = 0  # leading tokens that have KV
@@ -53,10 +52,15 @@ class Sequence:
     pinned: int = 0  # leading blocks that are being copied
     again: int = 0  # leading tokens that a dead engine had computed before
     wait: Wait | None = None  # as a head that does not fit
-    promise: Promise | None = None  # of the slice that it runs
+    later_s: float = 0.0  # so much later than its turn it is queued
     found: tuple[int, int] | None = None  # cached tokens when it began to wait; those others held
 
     @property
     def tokens(self) -> int:
         """Prompt and output."""
         return self.job.prompt + self.outputs
+
+    @property
+    def queued(self) -> QueueKey:
+        """Its place in the queue."""
+        return QueueKey(self.turn.priority, self.turn.arrived_s + self.later_s)
