@@ -16,7 +16,7 @@ from typing import Any, get_type_hints
 import msgspec
 import yaml
 
-from llumnix.core.scheduling.presets import POLICIES
+from llumnix.core.scheduling.presets import POLICIES, check_served
 from llumnix.core.settings import AdmissionSettings, PriorityClass, SchedulerSettings
 from llumnix.errors import UsageError, yaml_line
 
@@ -253,6 +253,7 @@ class DeploymentConfig:
         settings = read_settings(self.scheduler_config)
         if self.policy is not None:
             settings = replace(settings, policy=self.policy)
+        check_served(settings)
         flags = {"instances_min": self.min_instances, "instances_max": self.max_instances}
         given = {name: value for name, value in flags.items() if value is not None}
         if given:

@@ -86,6 +86,7 @@ WHY = {
     "infaas++": "freest: 3301 tokens a request",
     "least-loaded": "least-loaded: 3 requests, 96 KV tokens",
     "round-robin": "round-robin: its turn",
+    "scls": "soonest: after 0 tokens, 3301 tokens a request",
 }
 
 

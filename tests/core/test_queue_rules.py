@@ -4,7 +4,14 @@ from dataclasses import replace
 
 import pytest
 
-from llumnix.core.queue_rules import HALF_LIFE_STEPS, PLAIN, PromptTimer, QueueRules, Wait
+from llumnix.core.queue_rules import (
+    HALF_LIFE_STEPS,
+    PLAIN,
+    PromptTimer,
+    QueueRules,
+    SliceRules,
+    Wait,
+)
 from llumnix.core.scheduling.presets import POLICIES, queue_rules_of
 from llumnix.core.settings import QueueSettings, SchedulerSettings
 from llumnix.errors import UsageError
@@ -17,7 +24,10 @@ def test_the_baselines_have_vllms_queue(policy: str) -> None:
     rules = queue_rules_of(SchedulerSettings(policy=policy))
     if policy in ("llumnix", "llumnix-base"):
         assert rules == RULES
+    elif policy == "scls":
+        assert rules == replace(RULES, growth=0, slices=SliceRules(), short_first=0.0)
     else:
+        assert rules.slices is None
         assert (rules.growth, rules.passers, rules.short_first) == (0, 0, 0)
         assert replace(rules, pass_s=0.0, pass_share=0.0) == PLAIN
 
@@ -29,6 +39,12 @@ def test_knobs_win_over_the_policy() -> None:
     )
     on = QueueSettings(growth_blocks=1, passers=8, short_first=4.0)
     assert queue_rules_of(SchedulerSettings(policy="infaas++", queue=on)) == RULES
+    sliced = QueueSettings(slices=True, slice_tokens=99, slice_quantile=0.5)
+    assert queue_rules_of(SchedulerSettings(queue=sliced)) == replace(
+        RULES, slices=SliceRules(tokens=99, quantile=0.5)
+    )
+    whole = QueueSettings(slices=False)
+    assert queue_rules_of(SchedulerSettings(policy="scls", queue=whole)).slices is None
 
 
 @pytest.mark.parametrize(
@@ -38,6 +54,8 @@ def test_knobs_win_over_the_policy() -> None:
         ("passers", 65),
         ("pass_s", -1),
         ("pass_share", 1.5),
+        ("slice_tokens", 0),
+        ("slice_quantile", 1.0),
         ("short_first", -1),
     ],
 )

@@ -14,7 +14,7 @@ LINES_MAX = {
     "README.md": 124,
     "CONTRIBUTING.md": 80,
     "docs/answers.md": 110,
-    "docs/architecture.md": 272,
+    "docs/architecture.md": 276,
     "docs/commands.md": 80,
     "docs/compatibility.md": 120,
     "docs/configuration.md": 80,
@@ -30,6 +30,7 @@ LINES_MAX = {
     "docs/paper.md": 150,
     "docs/scheduling.md": 240,
     "docs/simulator.md": 150,
+    "docs/slices.md": 80,
     "docs/survival.md": 120,
 }
 """A page has a reader, who has so much time. Grow one on purpose, or cut it."""

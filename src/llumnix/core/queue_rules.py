@@ -38,6 +38,14 @@ class Wait:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SliceRules:
+    """How far ahead room is kept for what runs (core/slices/promises.py)."""
+
+    tokens: int = 0  # of answer in a slice; 0: as answers are long
+    quantile: float = 0.8  # a slice is no longer than this share of requests go on for
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class QueueRules:
     """The rules as one deployment has them."""
 
@@ -45,6 +53,7 @@ class QueueRules:
     passers: int = 0  # requests behind the head that are tried
     pass_s: float = 0.0  # so long a head may be passed
     pass_share: float = 0.0  # of a head's tokens, that all who pass it may take together
+    slices: SliceRules | None = None  # None: no promises are kept
     short_first: float = 0.0  # a prompt is queued so many times its own time behind its arrival
 
     def room(self, running: int, *, preempted: bool) -> int:
@@ -87,6 +96,8 @@ class PromptTimer:
 
     def record(self, tokens: int, seconds: float) -> None:
         """A step has ended that computed so many tokens of prompts."""
+        if not tokens:
+            return
         self._products += tokens * seconds
         self._squares += tokens * tokens
         self._steps += 1

@@ -215,6 +215,18 @@ class QueueSettings:
     pass_share: float = knob(
         0.5, "times the head's tokens", "All that pass a head take no more than this together."
     )
+    slices: bool | None = knob(
+        None,
+        "true or false",
+        "A request starts only if its slice fits beside what those that run may take until theirs "
+        "end. null: true under `scls`, else false.",
+    )
+    slice_tokens: int | None = knob(
+        None, "tokens of answer", "A slice's length. null: a quarter of the mean answer."
+    )
+    slice_quantile: float = knob(
+        0.8, "share of requests", "A slice is no longer than this share of requests go on for."
+    )
     short_first: float | None = knob(
         None,
         "times a prompt's own time",
@@ -228,6 +240,8 @@ class QueueSettings:
         _check("queue.passers", self.passers, 0, 64)
         _check("queue.pass_s", self.pass_s, 0)
         _check("queue.pass_share", self.pass_share, 0, 1)
+        _check("queue.slice_tokens", self.slice_tokens, 1, 2**20)
+        _check("queue.slice_quantile", self.slice_quantile, 0.01, 0.999)
         _check("queue.short_first", self.short_first, 0, 1000)
 
 

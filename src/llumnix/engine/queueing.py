@@ -258,9 +258,8 @@ class Starts:
 
     def stepped(self, seconds: float) -> None:
         """A step has landed, and took so long."""
-        if self._landed_tokens:
-            self._prompt_timer.record(self._landed_tokens, seconds)
-            self._landed_tokens = 0
+        self._prompt_timer.record(self._landed_tokens, seconds)
+        self._landed_tokens = 0
 
     def later_s(self, request: Request) -> float:
         """How much later than it came a request is queued that has not begun."""

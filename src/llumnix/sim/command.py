@@ -202,6 +202,7 @@ def _specs(args: argparse.Namespace) -> list[Spec]:
         slots=args.max_num_seqs,
         chunked=args.chunked_prefill,
         prefix_caching=args.prefix_caching,
+        watermark=args.watermark,
     )
     requests: int = args.requests
     if requests is None:
@@ -274,6 +275,16 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: give a share from 0 to below 1, such as 0.05")
+    return share
+
+
 class _OldName(argparse.Action):
     """An option under its old name. It works with a warning that names the new one."""
 
@@ -323,6 +334,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--kv-tokens", type=_count, help="KV memory of an instance (default: the profile's)")
     add("--max-num-batched-tokens", type=_count, default=2048, help="of a step")
     add("--max-num-seqs", type=_count, default=256, help="requests that run at a time")
+    add("--watermark", type=_share, default=0.0, metavar="SHARE", help="vLLM's: memory kept free")
     flag = argparse.BooleanOptionalAction
     add("--chunked-prefill", action=flag, default=True, help="prompts share steps with others")
     add("--prefix-caching", action=flag, default=True, help="as vLLM's")

@@ -4,9 +4,10 @@ which rules its engines' queues have."""
 from dataclasses import dataclass, replace
 
 from llumnix.core.priorities import Priorities
-from llumnix.core.queue_rules import QueueRules
+from llumnix.core.queue_rules import QueueRules, SliceRules
 from llumnix.core.scheduling.dispatch import DISPATCH_POLICIES
 from llumnix.core.settings import SchedulerSettings
+from llumnix.errors import UsageError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,6 +21,8 @@ class Preset:
     priorities: bool = True  # false: all requests are treated alike
     growth_blocks: int = 0  # the knob `queue.growth_blocks` if it is null
     passers: int = 0  # the same for `queue.passers`
+    slices: bool = False  # the same for `queue.slices`
+    simulated: bool = False  # for `llumnix simulate` alone
     short_first: float = 0.0  # the same for `queue.short_first`
 
     @property
@@ -73,7 +76,27 @@ POLICIES: dict[str, Preset] = {
         headroom=False,
         text="the instances in turn, and requests stay",
     ),
+    "scls": Preset(
+        dispatch="soonest",
+        balance=True,
+        headroom=True,
+        passers=8,
+        slices=True,
+        simulated=True,
+        text="placed and moved as by `llumnix`. An engine starts it only if a slice of its answer "
+        "fits beside those of all that run",
+    ),
 }
+
+
+def check_served(settings: SchedulerSettings) -> None:
+    """Raises `UsageError` if engines do not have the policy."""
+    if POLICIES[settings.policy].simulated:
+        served = ", ".join(name for name, preset in POLICIES.items() if not preset.simulated)
+        raise UsageError(
+            f"policy {settings.policy}: it is simulated only, by `llumnix simulate`; serve with "
+            f"one of {served}"
+        )
 
 
 def priorities_of(settings: SchedulerSettings, *, keyed: bool = False) -> Priorities:
@@ -91,10 +114,14 @@ def queue_rules_of(settings: SchedulerSettings) -> QueueRules:
     """The rules of the engines' queues: what the knobs say, else what the policy has."""
     given, preset = settings.queue, POLICIES[settings.policy]
     growth, passers, short = given.growth_blocks, given.passers, given.short_first
+    slices = None
+    if preset.slices if given.slices is None else given.slices:
+        slices = SliceRules(tokens=given.slice_tokens or 0, quantile=given.slice_quantile)
     return QueueRules(
         growth=preset.growth_blocks if growth is None else growth,
         passers=preset.passers if passers is None else passers,
         pass_s=given.pass_s,
         pass_share=given.pass_share,
+        slices=slices,
         short_first=preset.short_first if short is None else short,
     )

@@ -12,14 +12,15 @@ Rules, as vLLM 0.32 has them with priority scheduling
   waiting prompts alone, whole, as older versions do.
 - llumnix's own queueing (engine/queueing.py): a request that waited for long is queued as the most
   urgent, a preempted one goes before those of its class that have not started.
-- llumnix's own rules of who starts (core/queue_rules.py): room for the batch to grow, bounded
-  passing of a head that does not fit, and short prompts first.
+- llumnix's own rules of who starts (core/queue_rules.py).
 - llumnix's own preemption (engine/urgent.py): running requests of less urgent classes are preempted
   for a head of the queue that could not start in this step.
 """
 
 from bisect import insort
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 
 from llumnix.core.priorities import AGING_LOOK_EVERY_S, Priorities, QueueKey
 from llumnix.core.queue_rules import PLAIN, PromptTimer, QueueRules, Wait
@@ -39,6 +40,7 @@ class EngineOptions:
     slots: int = 256
     chunked: bool = True
     prefix_caching: bool = True
+    watermark: float = 0.0  # share of memory that is left free by what starts, if any runs
 
 
 @dataclass(slots=True, kw_only=True)
@@ -64,6 +66,7 @@ class Batching(SequenceBlocks):
             options.kv_tokens or profile.kv_tokens,
             profile.block_tokens,
             caching=options.prefix_caching,
+            slices=rules.slices,
         )
         self.profile = profile
         self.options = options
@@ -102,7 +105,7 @@ class Batching(SequenceBlocks):
 
     def schedule(self, now: float) -> Batch | None:
         """The next step, or None if there is nothing to do."""
-        self._now_s = now
+        self._now_s, self._promised = now, None
         if self._queue and now >= self._next_look_s:
             self._look(now)
         self._make_room(now)
@@ -124,8 +127,7 @@ class Batching(SequenceBlocks):
         """The step is over. Returns the tokens that it brought."""
         self.steps += 1
         self.steps_s += batch.seconds
-        if batch.prompt_tokens:
-            self._prompt_timer.record(batch.prompt_tokens, batch.seconds)
+        self._prompt_timer.record(batch.prompt_tokens, batch.seconds)
         said = []
         for seq, new in batch.scheduled:
             seq.computed += new
@@ -143,6 +145,8 @@ class Batching(SequenceBlocks):
             if over:
                 self.finished += 1
                 self.finished_tokens += seq.outputs
+                if self.slices is not None:
+                    self.slices.ended(seq.promise, "", seq.outputs)
                 self._finish(seq)
         return said
 
@@ -252,7 +256,17 @@ class Batching(SequenceBlocks):
 
     def room(self, seq: Sequence) -> int:
         """Blocks to leave free when it starts."""
-        return self.rules.room(len(self.running), preempted=bool(seq.preemptions))
+        running = len(self.running)
+        room = self.rules.room(running, preempted=bool(seq.preemptions))
+        if running:
+            room = max(room, int(self.options.watermark * self.memory.total))
+        if self.slices is None or not (running or self.holding):
+            return room
+        return max(room, self.slice_room(seq))
+
+    def _holders(self) -> Iterable[Sequence]:
+        """Requests that have KV and run, or will."""
+        return chain(self.running, self.holding)
 
     def _begin(self, seq: Sequence, start: Start, new: int) -> None:
         """Runs it from this step on, in which it computes `new` tokens."""
@@ -268,7 +282,7 @@ class Batching(SequenceBlocks):
             seq.blocks += need
         seq.running, seq.wait = True, None
         self.running.append(seq)
-        self._classes = None
+        self._classes = self._promised = None
 
     def _make_room(self, now: float) -> None:
         """Preempts less urgent requests if the head of the queue could not start otherwise."""
@@ -287,7 +301,8 @@ class Batching(SequenceBlocks):
             need, new = self._wanted(seq)
             if slots > 0 or blocks > 0 or new > 1:
                 private_blocks = seq.blocks - len(seq.held) * seq.job.prefix_blocks - seq.pinned
-                slots, blocks, tokens = slots - 1, blocks - private_blocks - need, tokens - new
+                blocks -= private_blocks + max(need, self.left(seq))
+                slots, tokens = slots - 1, tokens - new
                 chosen.append(seq)
         if max(slots, blocks, tokens) <= 0:
             for seq in chosen:
@@ -298,11 +313,12 @@ class Batching(SequenceBlocks):
         shared, private_blocks = self._hits(head)
         held_blocks = shared * head.job.prefix_blocks + private_blocks
         idle = self.memory.idle(head.job.prefix[:shared]) * head.job.prefix_blocks + private_blocks
-        wanted = [self._wanted(seq) for seq in self.running]
-        taken = sum(w[0] for w in wanted)
+        wanted, room = [self._wanted(seq) for seq in self.running], self.room(head)
+        # What is promised to them is part of the room for the head.
+        taken = sum(max(0, w[0] - self.left(s)) for w, s in zip(wanted, self.running, strict=True))
         return (
             len(wanted) + 1 - self.options.slots,
-            self._blocks(head) - held_blocks + idle + taken + self.room(head) - self.memory.free,
+            self._blocks(head) - held_blocks + idle + taken + room - self.memory.free,
             min(head.tokens - held_blocks * self.block_tokens, self.options.budget - len(wanted))
             + sum(w[1] for w in wanted)
             - self.options.budget,
@@ -322,11 +338,9 @@ class Batching(SequenceBlocks):
                 context += seq.computed + 1
             else:
                 prompts.append((new, seq.computed))
-        return Batch(
-            scheduled=scheduled,
-            prompt_tokens=sum(new for new, _ in prompts),
-            seconds=self.profile.step(decodes, context, prompts),
-        )
+        tokens = sum(new for new, _ in prompts)
+        seconds = self.profile.step(decodes, context, prompts)
+        return Batch(scheduled=scheduled, prompt_tokens=tokens, seconds=seconds)
 
     def _preempt(self, seq: Sequence, now: float) -> None:
         self.running.remove(seq)
@@ -338,14 +352,14 @@ class Batching(SequenceBlocks):
         if seq.job.preempted_s is None:
             seq.job.preempted_s = now
         self.preemptions += 1
-        seq.found = None
+        seq.found = seq.promise = self._promised = None
         self._enqueue(seq)
 
     def _finish(self, seq: Sequence) -> None:
         del self.requests[seq.job.id]
         self._take_out(seq)
         self._free(seq)
-        self._classes = None
+        self._classes = self._promised = None
 
     def _take_out(self, seq: Sequence) -> None:
         if seq.running:
@@ -361,8 +375,7 @@ class Batching(SequenceBlocks):
             *seq.turn, waited_s=0.0, preempted=bool(seq.preemptions)
         )
         seq.later_s = 0.0
-        began = seq.preemptions or seq.outputs or seq.wait is not None
-        if self.rules.short_first and not began:
+        if self.rules.short_first and not (seq.preemptions or seq.outputs or seq.wait):
             left = seq.tokens - self._start(seq).found
             seq.later_s = self.rules.later_s(left, self._prompt_timer.token_s)
         self._count += 1

@@ -6,6 +6,7 @@ scheduling. Tokens have no values: their number is what is moved and checked.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import chain
 
 from llumnix.core.limits import WAITING_SHOWN_MAX
 from llumnix.core.messages import OFFICE, Blocks
@@ -158,6 +159,9 @@ class SimEngine(Batching):
 
     def client(self, request: RequestId) -> int:
         return OFFICE
+
+    def _holders(self) -> Iterable[Sequence]:
+        return chain(super()._holders(), self.arriving.values())
 
     # -- source
 

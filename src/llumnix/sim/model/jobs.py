@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from llumnix.core.priorities import QueueKey
 from llumnix.core.queue_rules import Wait
+from llumnix.core.slices.promises import Promise
 from llumnix.core.types import RequestId
 
 Token = tuple[RequestId, bool]
@@ -52,6 +53,7 @@ class Sequence:
     pinned: int = 0  # leading blocks that are being copied
     again: int = 0  # leading tokens that a dead engine had computed before
     wait: Wait | None = None  # as a head that does not fit
+    promise: Promise | None = None  # of the slice that it runs
     later_s: float = 0.0  # so much later than its turn it is queued
     found: tuple[int, int] | None = None  # cached tokens when it began to wait; those others held
 

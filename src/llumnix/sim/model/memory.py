@@ -7,10 +7,12 @@ out of the middle of vLLM's queue, and those behind it are reused earlier.
 """
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from llumnix.core.queue_rules import SliceRules
+from llumnix.core.slices.promises import Slices
 from llumnix.core.types import RequestId
 from llumnix.sim.model import jobs
 
@@ -137,13 +139,53 @@ class Start(NamedTuple):
 
 
 class SequenceBlocks:
-    """The blocks of one engine's requests. `kv_tokens`: of its memory; `caching`: whether there is
-    a prefix cache."""
+    """The blocks of one engine's requests, and those that are promised to them. `kv_tokens`: of
+    its memory; `caching`: whether there is a prefix cache."""
 
-    def __init__(self, kv_tokens: int, block_tokens: int, *, caching: bool) -> None:
+    def __init__(
+        self,
+        kv_tokens: int,
+        block_tokens: int,
+        *,
+        caching: bool,
+        slices: SliceRules | None = None,
+    ) -> None:
         self.block_tokens = block_tokens
         self.memory = Memory(kv_tokens // block_tokens, caching=caching)
+        self.slices = Slices(slices, block_tokens) if slices is not None else None
+        self._promised: int | None = None  # as counted in this step; None if that has changed
         self._pinned_blocks: dict[RequestId, int] = {}
+
+    def slice_room(self, seq: jobs.Sequence) -> int:
+        """Blocks that its slice takes beyond those it starts with, and all others' promises."""
+        assert self.slices is not None
+        ahead = self.slices.first("", seq.tokens, seq.outputs, self._answer_max(seq))
+        return self.promised() + ahead
+
+    def promised(self) -> int:
+        """Blocks that requests which run, hold KV or arrive may still take in their slices."""
+        if self.slices is None:
+            return 0
+        if self._promised is None:
+            self._promised = 0
+            for seq in self._holders():
+                seq.promise, left = self.slices.left(
+                    seq.promise, "", seq.tokens, seq.outputs, seq.blocks, self._answer_max(seq)
+                )
+                self._promised += left
+        return self._promised
+
+    def left(self, seq: jobs.Sequence) -> int:
+        """Blocks that one of them may still take, as it was last counted."""
+        return 0 if seq.promise is None else max(0, seq.promise.blocks - seq.blocks)
+
+    def _holders(self) -> Iterable[jobs.Sequence]:
+        """Requests that have KV, or will."""
+        raise NotImplementedError
+
+    def _answer_max(self, seq: jobs.Sequence) -> int:
+        """Tokens of answer that memory has room for, which stands for a model's length."""
+        return self.memory.total * self.block_tokens - seq.job.prompt
 
     def needed(self, seq: jobs.Sequence) -> int:
         """KV tokens of a request, in whole blocks."""

@@ -1,0 +1,156 @@
+"""What slices gain and cost beside the other ways to keep room for what runs, in the simulator.
+
+Each variant serves the same requests of each load and seed. `vLLM` has the dispatch and the moves
+of `llumnix` over vLLM's own admission, which looks at prompts alone; `watermark` adds vLLM's fixed
+reserve to it. Ratios are geometric means over pairs by seed. Needs no GPU.
+
+    python benchmarks/slices.py --processes 2
+    python benchmarks/slices.py --variants vLLM,scls --loads sharegpt --seeds 1:3
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from common import ROOT, markdown, write_result
+from llumnix.core.settings import MigrationSettings, QueueSettings, SchedulerSettings
+from llumnix.sim.model.batching import EngineOptions
+from llumnix.sim.model.cluster import Cluster
+from llumnix.sim.model.profile import load_profile
+from llumnix.sim.simulate import Spec
+from short_memory import COLUMNS, figures, ratios
+
+OUT = ROOT / "benchmarks/results/sim/slices.json"
+# Name, trace, requests a second, requests, instances, profile, KV tokens (0: the profile's).
+LOADS = (
+    ("sharegpt", "sharegpt", 2.6, 500, 4, "a10-llama-7b", 0),
+    ("S-L", "S-L", 1.5, 500, 4, "a10-llama-7b", 0),
+    ("L-S", "L-S", 4.5, 1000, 4, "a10-llama-7b", 0),
+    ("M-M", "M-M", 1.95, 500, 4, "a10-llama-7b", 0),
+    ("S-S", "S-S", 9.0, 1000, 4, "a10-llama-7b", 0),
+    ("azure-conv", "azure-conv", 5.56, 1000, 4, "h200-llama-8b", 0),
+    ("azure-conv short", "azure-conv", 10.0, 1000, 2, "h100-llama-7b", 0),
+    ("deepseek-r1", "servegen-deepseek-r1", 2.4, 400, 2, "h200-llama-8b", 60000),
+)
+QUEUE = QueueSettings(growth_blocks=0, passers=0)
+PLAIN = SchedulerSettings(queue=QUEUE, migration=MigrationSettings(rescues=0))
+
+
+def _scls(**queue: Any) -> SchedulerSettings:
+    return SchedulerSettings(policy="scls", queue=QueueSettings(**queue))
+
+
+VARIANTS: dict[str, tuple[SchedulerSettings, float]] = {
+    "vLLM": (PLAIN, 0.0),
+    "watermark 0.02": (PLAIN, 0.02),
+    "watermark 0.05": (PLAIN, 0.05),
+    "watermark 0.1": (PLAIN, 0.1),
+    "llumnix": (SchedulerSettings(), 0.0),
+    "llumnix 2 blocks": (SchedulerSettings(queue=QueueSettings(growth_blocks=2)), 0.0),
+    "llumnix 4 blocks": (SchedulerSettings(queue=QueueSettings(growth_blocks=4)), 0.0),
+    "llumnix 8 blocks": (SchedulerSettings(queue=QueueSettings(growth_blocks=8)), 0.0),
+    "scls": (_scls(), 0.0),
+    "scls 64": (_scls(slice_tokens=64), 0.0),
+    "scls 128": (_scls(slice_tokens=128), 0.0),
+    "scls 256": (_scls(slice_tokens=256), 0.0),
+    "scls 512": (_scls(slice_tokens=512), 0.0),
+    "scls q 0.5": (_scls(slice_quantile=0.5), 0.0),
+    "scls q 0.95": (_scls(slice_quantile=0.95), 0.0),
+    "scls no passing": (_scls(passers=0), 0.0),
+    "scls and a block": (_scls(growth_blocks=1), 0.0),
+    "slices alone": (replace(PLAIN, queue=replace(QUEUE, slices=True)), 0.0),
+}
+"""Settings, and the watermark."""
+MAIN = ("vLLM", "watermark 0.05", "llumnix", "llumnix 4 blocks", "scls")
+
+
+def spec(load: tuple[Any, ...], variant: str, seed: int) -> Spec:
+    """One run."""
+    _, trace, rate, requests, instances, profile, kv_tokens = load
+    settings, watermark = VARIANTS[variant]
+    return Spec(
+        scheduler=settings,
+        profile=load_profile(profile),
+        engine=EngineOptions(kv_tokens=kv_tokens, watermark=watermark),
+        instances=instances,
+        start_s=None,
+        trace=trace,
+        rate_per_s=rate,
+        requests=requests,
+        seed=seed,
+    )
+
+
+def run(load: tuple[Any, ...], variant: str, seed: int) -> dict[str, Any]:
+    """Its figures."""
+    one = spec(load, variant, seed)
+    jobs, cluster = one.jobs(), Cluster(one.setup())
+    cluster.run(jobs)
+    found = {name: round(value, 6) for name, value in figures(jobs, cluster).items()}
+    return {
+        "trace": load[0],
+        "rate": load[2],
+        "seed": seed,
+        "variant": variant,
+        "figures": found,
+    }
+
+
+def compared(rows: Sequence[dict[str, Any]], base: str = "vLLM") -> str:
+    """Each variant's ratios to the base, load by load."""
+    cells = []
+    for load in dict.fromkeys(r["trace"] for r in rows):
+        mine = [r for r in rows if r["trace"] == load]
+        for variant in dict.fromkeys(r["variant"] for r in mine):
+            if variant != base:
+                cells.append([load, variant, *ratios(mine, variant, base)])
+    return markdown(["load", f"variant : {base}", "pairs", *(c[0] for c in COLUMNS)], cells)
+
+
+def means(rows: Sequence[dict[str, Any]]) -> str:
+    """Means over the seeds, load by load."""
+    groups: dict[tuple[str, str], list[dict[str, float]]] = {}
+    for r in rows:
+        groups.setdefault((r["trace"], r["variant"]), []).append(r["figures"])
+    names = ["ttft", "p99", "longest", "wait", "tpot99", "e2e", "loss", "preemptions", "moves"]
+    cells = [
+        [*key, *(f"{statistics.fmean(f[n] for f in found):.4g}" for n in [*names, "failed"])]
+        for key, found in groups.items()
+    ]
+    return markdown(["load", "variant", *names, "failed"], cells)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--loads", default=",".join(load[0] for load in LOADS))
+    parser.add_argument("--variants", default=",".join(MAIN))
+    parser.add_argument("--seeds", default="1:6", help="FIRST:END")
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=OUT)
+    args = parser.parse_args()
+    first, end = map(int, args.seeds.split(":"))
+    variants = args.variants.split(",")
+    loads = [load for load in LOADS if load[0] in args.loads.split(",")]
+    wanted = [(load, v, s) for s in range(first, end) for load in loads for v in variants]
+    rows = []
+    with ProcessPoolExecutor(args.processes, get_context("spawn")) as pool:
+        for future in as_completed([pool.submit(run, *one) for one in wanted]):
+            rows.append(future.result())
+            print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+    order = {(load[0], v, s): n for n, (load, v, s) in enumerate(wanted)}
+    rows.sort(key=lambda r: order[r["trace"], r["variant"], r["seed"]])
+    rows.sort(key=lambda r: [load[0] for load in loads].index(r["trace"]))
+    print(means(rows))
+    print(compared(rows))
+    write_result(args.out, rows, table=compared(rows).split("\n"))
+
+
+if __name__ == "__main__":
+    main()

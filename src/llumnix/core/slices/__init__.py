@@ -1,0 +1,1 @@
+"""How long answers become, and what each running request may still take until its slice ends."""

@@ -1,0 +1,173 @@
+"""How long answers become: survival by length, counted while requests run. No model is asked.
+
+Rules
+- Lengths are split into buckets whose edges are 16·2^(i/2) tokens. A request counts in a bucket
+  once it has left it: it ended in it by itself, or its answer became longer. What is cut off by a
+  limit, aborted or moved away counts in no further bucket. So requests that still run count with
+  what is known of them, and long answers are not missed because they end late.
+- A bucket's hazard is the share of the requests that came into it and ended in it. That of a key
+  leans on that of all requests, with the weight of `LEAN` requests.
+- Before `KEY_ENDS_MIN` answers of a key have ended, all requests speak for it. Before `ENDS_MIN`
+  answers in all nothing is known.
+- All counts are halved every `HALF_LIFE_ENDS` answers.
+- What follows from the counts is worked out anew once `FRESH_SHARE` more is known.
+"""
+
+import math
+from bisect import bisect_left, bisect_right
+from collections import OrderedDict
+
+EDGES = tuple(round(16 * 2 ** (i / 2)) for i in range(27))
+"""Upper edges of the buckets, in tokens of answer. A bucket beyond the last has no edge."""
+LEAN = 20.0
+ENDS_MIN = 20
+KEY_ENDS_MIN = 50
+KEYS_MAX = 256
+"""Keys that are remembered; the one that was least recently counted is forgotten."""
+HALF_LIFE_ENDS = 2000
+FRESH_SHARE = 0.02
+_REST_TOLERANCE = 1e-12
+
+
+class _Counts:
+    """Of one key, or of all requests."""
+
+    def __init__(self) -> None:
+        self.left = [0.0] * (len(EDGES) + 1)  # requests that left each bucket
+        self.ended = [0.0] * (len(EDGES) + 1)  # those of them that ended in it
+        self.ends = 0.0
+        self.events = 0.0
+        self.curve: _Curve | None = None
+
+    def halve(self) -> None:
+        self.left = [n / 2 for n in self.left]
+        self.ended = [n / 2 for n in self.ended]
+        self.ends /= 2
+        self.events /= 2
+        self.curve = None
+
+
+class Lengths:
+    """What is known of answers on one engine. A key stands for who asks; "" for nobody."""
+
+    def __init__(self) -> None:
+        self._all = _Counts()
+        self._keys: OrderedDict[str, _Counts] = OrderedDict()
+
+    def passed(self, key: str, bucket: int, outputs: int) -> int:
+        """A running request has come so far. `bucket`: in which it was when it was counted last.
+        Returns in which it is now, for the next time."""
+        now = bucket_of(outputs)
+        if now > bucket:
+            for counts in self._of(key):
+                for number in range(bucket, now):
+                    counts.left[number] += 1
+                counts.events += now - bucket
+        return now
+
+    def ended(self, key: str, bucket: int, outputs: int) -> None:
+        """A request ended by itself after so many tokens of answer."""
+        now = bucket_of(max(0, outputs - 1))
+        self.passed(key, bucket, max(0, outputs - 1))
+        for counts in self._of(key):
+            counts.left[now] += 1
+            counts.ended[now] += 1
+            counts.ends += 1
+            counts.events += 1
+            if counts.ends >= HALF_LIFE_ENDS:
+                counts.halve()
+
+    def rest(self, key: str, outputs: int, share: float) -> float:
+        """Tokens after which this share of the requests that came so far have ended. Infinite if
+        that is not known."""
+        known = self._curve(key)
+        if known is None:
+            return math.inf
+        survived = known.survived
+        aim = known.at(outputs) + math.log(1 - share)
+        # The first edge at which no more than the aim have survived, of logarithms that fall.
+        edge = bisect_left(survived, -aim, key=lambda log: -log + _REST_TOLERANCE)
+        if edge >= len(survived):
+            return math.inf
+        low, width = _span(edge)
+        before = survived[edge - 1] if edge else 0.0
+        return max(0.0, low + width * (before - aim) / known.falls[edge] - outputs)
+
+    def mean(self) -> float | None:
+        """Mean length of an answer, in tokens; None before enough have ended. Answers that are
+        longer than any that ended count up to the last edge that one passed."""
+        known = self._curve("")
+        return None if known is None else known.mean
+
+    @property
+    def ends(self) -> float:
+        """Answers that ended, the older ones with less weight."""
+        return self._all.ends
+
+    def _of(self, key: str) -> tuple[_Counts, ...]:
+        """What a request of that key counts in."""
+        if not key:
+            return (self._all,)
+        counts = self._keys.get(key)
+        if counts is None:
+            counts = self._keys[key] = _Counts()
+            if len(self._keys) > KEYS_MAX:
+                self._keys.popitem(last=False)
+        self._keys.move_to_end(key)
+        return self._all, counts
+
+    def _curve(self, key: str) -> "_Curve | None":
+        """What follows for a key; None if too little is known."""
+        if self._all.ends < ENDS_MIN:
+            return None
+        mine = self._keys.get(key)
+        counts = self._all if mine is None or mine.ends < KEY_ENDS_MIN else mine
+        events = self._all.events + counts.events
+        if counts.curve is None or abs(events - counts.curve.events) > FRESH_SHARE * events:
+            counts.curve = _Curve(self._all, counts, events)
+        return counts.curve
+
+
+class _Curve:
+    """Survival by bucket, in logarithms. `events`: what was known by then."""
+
+    def __init__(self, everybody: _Counts, counts: _Counts, events: float) -> None:
+        self.events = events
+        self.survived: list[float] = []  # at each edge
+        self.falls: list[float] = []  # within each bucket, evenly
+        self.mean = 0.0
+        log = 0.0
+        for number in range(len(EDGES)):
+            share = _share(everybody.ended[number], everybody.left[number])
+            if counts is not everybody:
+                share = _share(counts.ended[number] + LEAN * share, counts.left[number] + LEAN)
+            fall = -math.log(1 - min(share, 0.999))
+            if counts.left[number]:
+                there, width = math.exp(log), _span(number)[1]
+                self.mean += width * there * ((1 - math.exp(-fall)) / fall if fall else 1.0)
+            log -= fall
+            self.survived.append(log)
+            self.falls.append(fall)
+
+    def at(self, outputs: int) -> float:
+        """At so many tokens of answer."""
+        bucket = bucket_of(outputs)
+        if bucket >= len(self.survived):
+            return self.survived[-1]
+        low, width = _span(bucket)
+        return self.survived[bucket] + self.falls[bucket] * (1 - (outputs - low) / width)
+
+
+def bucket_of(outputs: int) -> int:
+    """The number of the bucket in which a request with so many tokens of answer is."""
+    return bisect_right(EDGES, outputs)
+
+
+def _span(bucket: int) -> tuple[int, int]:
+    """Where a bucket begins, and its width, in tokens."""
+    low = EDGES[bucket - 1] if bucket else 0
+    return low, EDGES[bucket] - low
+
+
+def _share(ended: float, left: float) -> float:
+    return ended / left if left else 0.0

@@ -1,0 +1,77 @@
+"""Slices: a bound on what each running request may still take, so that none starts without room.
+
+Rules
+- A running request has a promise: the KV blocks that it may take until its slice ends. A request
+  starts only if its own first slice fits beside all promises. At its slice's end a request goes on
+  with the next slice: it does not pause, and nobody asks whether that fits.
+- A slice is a quarter of the mean answer, from `SLICE_MIN` to `SLICE_MAX` tokens, and `SLICE_FIRST`
+  until enough answers have ended. It is shorter where requests that came so far mostly end sooner,
+  or where the request's own limit is near.
+- Nothing is kept free where nothing runs.
+
+So nobody is preempted for want of memory in a step in which every renewal was covered too.
+"""
+
+from dataclasses import dataclass
+
+from llumnix.core.queue_rules import SliceRules
+from llumnix.core.slices.lengths import Lengths, bucket_of
+
+SLICE_MIN, SLICE_MAX, SLICE_FIRST = 64, 1024, 128
+"""Tokens of answer."""
+SHARE_OF_MEAN = 0.25
+ENDS_MIN = 50
+
+
+@dataclass(slots=True)
+class Promise:
+    """What a request may take."""
+
+    until: int  # tokens of answer at which its slice ends
+    blocks: int  # whole blocks that it has by then
+    bucket: int  # in which it was when it was counted last (lengths.py)
+
+
+class Slices:
+    """The promises of one engine. `block_tokens`: of a KV block."""
+
+    def __init__(self, rules: SliceRules, block_tokens: int) -> None:
+        self.lengths = Lengths()
+        self._rules = rules
+        self.block_tokens = block_tokens
+
+    def slice_tokens(self) -> int:
+        """The length of a slice, in tokens of answer."""
+        if self._rules.tokens:
+            return self._rules.tokens
+        mean = self.lengths.mean() if self.lengths.ends >= ENDS_MIN else None
+        if mean is None:
+            return SLICE_FIRST
+        return round(min(SLICE_MAX, max(SLICE_MIN, SHARE_OF_MEAN * mean)))
+
+    def first(self, key: str, tokens: int, outputs: int, most: int) -> int:
+        """Blocks that a request takes in its next slice beyond those of its `tokens`. `most`:
+        tokens of answer at which it ends in any case."""
+        ahead = self._slice(key, outputs, most)
+        return -(-(tokens + ahead) // self.block_tokens) - -(-tokens // self.block_tokens)
+
+    def left(
+        self, promise: Promise | None, key: str, tokens: int, outputs: int, blocks: int, most: int
+    ) -> tuple[Promise, int]:
+        """The promise of a request that has so many blocks, renewed if its slice is over, and the
+        blocks that it may still take. `promise`: None if it has none yet."""
+        if promise is None or outputs >= promise.until:
+            ahead = self._slice(key, outputs, most)
+            bucket = bucket_of(outputs)
+            if promise is not None:
+                bucket = self.lengths.passed(key, promise.bucket, outputs)
+            promise = Promise(outputs + ahead, -(-(tokens + ahead) // self.block_tokens), bucket)
+        return promise, max(0, promise.blocks - blocks)
+
+    def ended(self, promise: Promise | None, key: str, outputs: int) -> None:
+        """A request ended by itself."""
+        self.lengths.ended(key, 0 if promise is None else promise.bucket, outputs)
+
+    def _slice(self, key: str, outputs: int, most: int) -> int:
+        rest = self.lengths.rest(key, outputs, self._rules.quantile)
+        return max(1, round(min(self.slice_tokens(), rest, most - outputs)))
