@@ -31,6 +31,7 @@ from raw_tables.simulator import (
     fidelity,
     memory,
     short_memory,
+    short_memory_ratios,
     short_memory_traces,
     simulated,
 )
@@ -59,6 +60,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "paced": paced,
     "simulated": simulated,
     "short memory": short_memory,
+    "short memory ratios": short_memory_ratios,
     "short memory traces": short_memory_traces,
     "rules live": lambda: serving(*RULES),
     "fidelity h200": lambda: fidelity("fidelity_h200.json"),

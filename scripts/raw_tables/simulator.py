@@ -29,7 +29,13 @@ def simulated() -> str:
     return table(head, rows)
 
 
-SHORT_MEMORY = "sim/short_memory_equal.json"
+SHORT_MEMORY = "sim/short_memory_{}.json"
+SHORT_MEMORY_PAIRS = (
+    "infaas++ with the queue's rules : infaas++",
+    "llumnix without the rules : infaas++",
+    "llumnix : infaas++",
+    "llumnix : llumnix without the rules",
+)
 SHORT_MEMORY_COLUMNS = {
     "TTFT mean, s": ("ttft", 1), "TTFT P99, s": ("p99", 1), "W1, s": ("worst1", 1),
     "longest, s": ("longest", 1), "TTFT + loss, s": ("wait", 1), "TPOT P99, ms": ("tpot99", 1000),
@@ -38,14 +44,32 @@ SHORT_MEMORY_COLUMNS = {
 
 
 def short_memory() -> str:
-    """benchmarks/short_memory.py: the ratios over all pairs, as it wrote them."""
-    return "\n".join(load(SHORT_MEMORY)["table"])
+    """benchmarks/short_memory.py: the ratios over all pairs of each set, as it wrote them."""
+    rows = []
+    for name in ("equal", "paper", "real"):
+        head, *found = _cells(load(SHORT_MEMORY.format(name))["table"])
+        rows += [[name, *row] for row in found if row[0] in SHORT_MEMORY_PAIRS]
+    return table(["set", "", *head[1:]], rows)
+
+
+def short_memory_ratios() -> str:
+    """The same trace by trace, of `llumnix` to `infaas++`."""
+    rows = []
+    for name in ("equal", "real"):
+        head, *found = _cells(load(SHORT_MEMORY.format(name))["traces"])
+        rows += [[f"{name}: {row[0]}", *row[2:]] for row in found if row[1] == "infaas++"]
+    return table(["trace", *head[2:]], rows)
+
+
+def _cells(lines: list[str]) -> list[list[str]]:
+    """A table's rows, its heading first."""
+    return [line.strip("|")[1:-1].split(" | ") for n, line in enumerate(lines) if n != 1]
 
 
 def short_memory_traces() -> str:
-    """The same trace by trace, in seconds: means over the seeds of three variants."""
+    """The set `equal` trace by trace, in seconds: means over the seeds of three variants."""
     groups: dict[tuple[str, float], dict[str, list[Row]]] = {}
-    for r in load(SHORT_MEMORY)["rows"]:
+    for r in load(SHORT_MEMORY.format("equal"))["rows"]:
         known = groups.setdefault((r["trace"], r["rate"]), {})
         known.setdefault(r["variant"], []).append(r["figures"])
     shown = ("infaas++", "llumnix without the rules", "llumnix")
