@@ -238,7 +238,7 @@ def test_no_peer_reads_memory_that_is_held_and_holding_waits_for_those_who_read(
     reader = threading.Thread(target=read)
     reader.start()
     assert reading.wait(10)
-    holder = threading.Thread(target=lambda: gate.hold(held=True))
+    holder = threading.Thread(target=lambda: gate.hold(held=True), daemon=True)
     holder.start()
     while gate._held is False:
         pass
@@ -248,6 +248,7 @@ def test_no_peer_reads_memory_that_is_held_and_holding_waits_for_those_who_read(
     go_on.set()
     holder.join(10)
     reader.join(10)
+    assert not holder.is_alive()
     gate.hold(held=False)
     with gate.passed():
         pass

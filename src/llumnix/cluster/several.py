@@ -215,7 +215,7 @@ async def run(command: ServeCommand, addresses: Addresses, start: Start) -> int:
             start.crashed = True
             raise UsageError(str(error)) from error
         finally:
-            start.crashed |= any(s.restarts or s.state == "failed" for s in fleet.status())
+            start.note_losses(fleet.status())
             # From here on no signal interrupts: half a clean-up would leave processes and files.
             signals.ignore(asyncio.get_running_loop())
             await it.close()

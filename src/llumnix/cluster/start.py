@@ -3,8 +3,9 @@
 import argparse
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 
+from llumnix.core.supervision.lifecycle import InstanceStatus
 from llumnix.core.supervision.readiness import FleetSeen
 from llumnix.frontend.door.listener import ListenAddress, Listener, StartProgress
 from llumnix.frontend.door.probes import Probes
@@ -57,6 +58,10 @@ class Start:
 
         if self.metrics is not None:
             self.metrics.serve(text, Probes(look, self.progress.ready_min))
+
+    def note_losses(self, instances: Iterable[InstanceStatus]) -> None:
+        """Has the logs kept if any of the instances was lost, even if it came back."""
+        self.crashed |= any(one.restarts or one.state == "failed" for one in instances)
 
     def close(self) -> None:
         """Stops listening."""
