@@ -77,9 +77,10 @@ def test_a_death_is_one_line_with_its_cause_and_the_end_of_the_engines_log(serve
 def test_a_stop_is_told_in_json_to_the_end(server: Server) -> None:
     assert server.stop() == 0
     assert server.log.endswith("\n")
-    stopped, kept = lines(server)[-2:]
-    assert stopped["msg"] == "stopped"
-    assert kept["msg"].startswith("an instance was lost; what it logged is in /"), "that of above"
+    # The last lines of an engine, which is another process, may come between.
+    *_, stopped, kept = [line["msg"] for line in lines(server) if line.get("logger") == "llumnix"]
+    assert stopped == "stopped"
+    assert kept.startswith("an instance was lost; what it logged is in /"), "that of above"
     assert not any("Traceback" in line.get("msg", "") for line in lines(server))
 
 
