@@ -34,6 +34,7 @@ from raw_tables.simulator import (
     short_memory_ratios,
     short_memory_traces,
     simulated,
+    slices,
 )
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -59,6 +60,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "overloaded": overloaded,
     "paced": paced,
     "simulated": simulated,
+    "slices": slices,
     "short memory": short_memory,
     "short memory ratios": short_memory_ratios,
     "short memory traces": short_memory_traces,
