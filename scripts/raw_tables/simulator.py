@@ -109,6 +109,20 @@ def slices() -> str:
     return table(["trace, req/s", *SLICES_COLUMNS], rows)
 
 
+def published_slices() -> str:
+    """benchmarks/slices.py --published: means over the seeds."""
+    groups: dict[str, list[Row]] = {}
+    for r in load("sim/slices_published.json")["rows"]:
+        groups.setdefault(r["variant"], []).append(r["figures"])
+    rows = []
+    for policy, found in groups.items():
+        done_s, e2e, wasted = (
+            statistics.fmean(f[name] for f in found) for name in ("done_s", "e2e", "wasted")
+        )
+        rows.append([f"`{policy}`", f"{done_s:.1f}", f"{e2e:.0f}", f"{wasted:.0%}"])
+    return table(["policy", "req/s", "e2e mean, s", "places of ended requests"], rows)
+
+
 FIDELITY = {
     "TTFT mean, s": ("ttft_s", "mean"), "TTFT P99, s": ("ttft_s", "p99"),
     "TPOT mean, ms": ("tpot_s", "mean"), "TPOT P99, ms": ("tpot_s", "p99"),
