@@ -67,6 +67,9 @@ class Recorded:
                 _join(choices.setdefault(choice["index"], {}), choice)
             if piece not in rest:
                 rest.append(piece)
+        for choice in choices.values():
+            for call in choice.get("delta", {}).get("tool_calls") or ():
+                call["function"]["arguments"] = _first_value(call["function"]["arguments"] or "")
         return json.dumps([choices[i] for i in sorted(choices)] + rest, indent=0)
 
     def text(self, index: int = 0) -> str:
@@ -92,20 +95,32 @@ _ANY_ID = re.compile(r'("id": ?")[^"]*')
 _ANY_TIME = re.compile(r'("created": ?)\d+')
 
 
+def _first_value(text: str) -> str:
+    """A tool call's arguments alone. vLLM 0.32's parser for hermes sends with them the brace that
+    closes the call, if that does not come in one chunk with what follows it."""
+    try:
+        return text[: json.JSONDecoder(strict=False).raw_decode(text)[1]]
+    except ValueError:  # They were cut off.
+        return text
+
+
 def _join(whole: dict[str, Any], piece: dict[str, Any]) -> None:
     """Adds a chunk's fields to those of the chunks before it."""
     for key, value in piece.items():
         before = whole.get(key)
         if value is None or value == before == piece.get("index"):
             whole.setdefault(key, value)
-        elif before is None:
-            whole[key] = copy.deepcopy(value)
-        elif isinstance(value, dict) and key != "top_logprobs":
-            _join(before, value)
         elif key == "tool_calls":
+            # One chunk may have several pieces of one call.
+            before = whole[key] = before or []
             for call in value:
                 mine = next((c for c in before if c["index"] == call["index"]), None)
                 before.append(copy.deepcopy(call)) if mine is None else _join(mine, call)
+        elif isinstance(value, dict) and key != "top_logprobs":
+            before = whole[key] = before or {}
+            _join(before, value)
+        elif before is None:
+            whole[key] = copy.deepcopy(value)
         elif isinstance(value, list):
             before += value
         elif key in CONCATENATED:

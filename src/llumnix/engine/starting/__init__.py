@@ -1,1 +1,0 @@
-"""Which request of an engine starts next where memory is short."""
