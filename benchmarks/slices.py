@@ -6,6 +6,10 @@ reserve to it. Ratios are geometric means over pairs by seed. Needs no GPU.
 
     python benchmarks/slices.py --processes 2
     python benchmarks/slices.py --variants vLLM,scls --loads sharegpt --seeds 1:3
+    python benchmarks/slices.py --published --seeds 0:3
+
+`--published` serves ShareGPT's lengths within the paper's limits by SCLS as published, by the steps
+to it, and by continuous batching.
 """
 
 import argparse
@@ -21,10 +25,11 @@ from typing import Any
 
 from common import ROOT, markdown, write_result
 from llumnix.core.settings import MigrationSettings, QueueSettings, SchedulerSettings
+from llumnix.core.slices.published import STATIC
 from llumnix.sim.model.batching import EngineOptions
 from llumnix.sim.model.cluster import Cluster
 from llumnix.sim.model.profile import load_profile
-from llumnix.sim.simulate import Spec
+from llumnix.sim.simulate import Spec, run_one
 from short_memory import COLUMNS, figures, ratios
 
 OUT = ROOT / "benchmarks/results/sim/slices.json"
@@ -39,6 +44,7 @@ LOADS = (
     ("azure-conv short", "azure-conv", 10.0, 1000, 2, "h100-llama-7b", 0),
     ("deepseek-r1", "servegen-deepseek-r1", 2.4, 400, 2, "h200-llama-8b", 60000),
 )
+PUBLISHED = ("sharegpt-helix", "sharegpt-helix", 24.0, 2400, 8, "a10-llama-7b", 40_000)
 QUEUE = QueueSettings(growth_blocks=0, passers=0)
 PLAIN = SchedulerSettings(queue=QUEUE, migration=MigrationSettings(rescues=0))
 
@@ -127,15 +133,49 @@ def means(rows: Sequence[dict[str, Any]]) -> str:
     return markdown(["load", "variant", *names, "failed"], cells)
 
 
+def run_published(policy: str, seed: int) -> dict[str, Any]:
+    """A run of `--published`. Continuous batching is that of `infaas++`."""
+    one = spec(PUBLISHED, "vLLM", seed)
+    static = policy if policy in STATIC else None
+    scheduler = SchedulerSettings(policy="infaas++" if static else policy)
+    metrics = run_one(replace(one, scheduler=scheduler, static=static))["metrics"]
+    found = {
+        "done_s": metrics["requests_done"] / metrics["virtual_s"],
+        "e2e": metrics["e2e_s"]["mean"],
+        "ttft": metrics["ttft_s"]["mean"],
+        "wasted": metrics.get("slots_wasted", 0.0),
+    }
+    return {"trace": PUBLISHED[0], "seed": seed, "variant": policy, "figures": found}
+
+
+def published(rows: Sequence[dict[str, Any]]) -> str:
+    """Means over the seeds."""
+    cells = []
+    for policy in dict.fromkeys(r["variant"] for r in rows):
+        mine = [r["figures"] for r in rows if r["variant"] == policy]
+        done_s, e2e, ttft, wasted = (
+            statistics.fmean(f[name] for f in mine) for name in ("done_s", "e2e", "ttft", "wasted")
+        )
+        cells.append([policy, f"{done_s:.2f}", f"{e2e:.3g}", f"{ttft:.3g}", f"{wasted:.0%}"])
+    return markdown(["policy", "req/s", "e2e mean, s", "TTFT mean, s", "wasted"], cells)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--loads", default=",".join(load[0] for load in LOADS))
     parser.add_argument("--variants", default=",".join(MAIN))
     parser.add_argument("--seeds", default="1:6", help="FIRST:END")
     parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--published", action="store_true")
+    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     first, end = map(int, args.seeds.split(":"))
+    if args.published:
+        policies = [*STATIC, "infaas++"]
+        rows = [run_published(p, s) for s in range(first, end) for p in policies]
+        print(published(rows))
+        write_result(args.out or OUT.with_stem("slices_published"), rows)
+        return
     variants = args.variants.split(",")
     loads = [load for load in LOADS if load[0] in args.loads.split(",")]
     wanted = [(load, v, s) for s in range(first, end) for load in loads for v in variants]
@@ -149,7 +189,7 @@ def main() -> None:
     rows.sort(key=lambda r: [load[0] for load in loads].index(r["trace"]))
     print(means(rows))
     print(compared(rows))
-    write_result(args.out, rows, table=compared(rows).split("\n"))
+    write_result(args.out or OUT, rows, table=compared(rows).split("\n"))
 
 
 if __name__ == "__main__":

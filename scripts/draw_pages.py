@@ -30,6 +30,7 @@ from llumnix.core.migration.tables import (
 )
 from llumnix.core.scheduling.presets import POLICIES
 from llumnix.core.settings import PriorityClass, SchedulerSettings
+from llumnix.core.slices.published import STATIC
 from llumnix.core.streams.states import STREAM, StreamState, stream_machine
 from llumnix.core.supervision.lifecycle import LIFE, LifeState, life_machine
 from llumnix.core.types import InstanceId, RequestId
@@ -116,6 +117,12 @@ def policies() -> list[str]:
     return rows + [f"| `{name}` | {preset.text} |" for name, preset in POLICIES.items()]
 
 
+def published() -> list[str]:
+    """The table of the policies for static batches."""
+    rows = ["| policy | what it is |", "|---|---|"]
+    return rows + [f"| `{name}` | {rules.text} |" for name, rules in STATIC.items()]
+
+
 def metrics() -> list[str]:
     """The table of metrics: name, type, labels with their values, meaning."""
     rows = ["| name | type | labels | what it says |", "|---|---|---|---|"]
@@ -151,6 +158,7 @@ DRAWINGS: dict[str, Callable[[], str]] = {
     "life": lambda: diagram(LIFE, life_machine(InstanceId("")).state, LifeState.FAILED),
     "knobs": lambda: "\n".join(knobs()),
     "policies": lambda: "\n".join(policies()),
+    "published policies": lambda: "\n".join(published()),
     "metrics": lambda: "\n".join(metrics()),
     "buckets": lambda: "\n".join(buckets()),
     **raw_tables.DRAWINGS,

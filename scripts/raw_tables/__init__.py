@@ -30,10 +30,12 @@ from raw_tables.simulator import (
     errors,
     fidelity,
     memory,
+    published_slices,
     short_memory,
     short_memory_ratios,
     short_memory_traces,
     simulated,
+    slices,
 )
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -59,6 +61,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "overloaded": overloaded,
     "paced": paced,
     "simulated": simulated,
+    "slices": slices,
+    "published slices": published_slices,
     "short memory": short_memory,
     "short memory ratios": short_memory_ratios,
     "short memory traces": short_memory_traces,

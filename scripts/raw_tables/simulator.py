@@ -85,6 +85,44 @@ def short_memory_traces() -> str:
     return table(["trace, req/s", "seeds", *SHORT_MEMORY_COLUMNS], rows)
 
 
+SLICES_COLUMNS = {
+    "TTFT mean, s": ("ttft", 1), "TTFT + loss, s": ("wait", 1), "TPOT P99, ms": ("tpot99", 1000),
+    "e2e mean, s": ("e2e", 1), "preemptions": ("preemptions", 1),
+}  # fmt: skip
+
+
+def slices() -> str:
+    """benchmarks/slices.py: means over the seeds, load by load."""
+    groups: dict[tuple[str, float], dict[str, list[Row]]] = {}
+    for r in load("sim/slices.json")["rows"]:
+        known = groups.setdefault((r["trace"], r["rate"]), {})
+        known.setdefault(r["variant"], []).append(r["figures"])
+    shown = ("vLLM", "watermark 0.05", "llumnix", "scls")
+    rows = []
+    for (trace, rate), found in groups.items():
+
+        def means(name: str, factor: int, found: dict[str, list[Row]] = found) -> str:
+            each = (statistics.fmean(f[name] for f in found[v]) * factor for v in shown)
+            return " → ".join(f"{value:.3g}" for value in each)
+
+        rows.append([f"{trace} {rate:g}", *(means(*c) for c in SLICES_COLUMNS.values())])
+    return table(["trace, req/s", *SLICES_COLUMNS], rows)
+
+
+def published_slices() -> str:
+    """benchmarks/slices.py --published: means over the seeds."""
+    groups: dict[str, list[Row]] = {}
+    for r in load("sim/slices_published.json")["rows"]:
+        groups.setdefault(r["variant"], []).append(r["figures"])
+    rows = []
+    for policy, found in groups.items():
+        done_s, e2e, wasted = (
+            statistics.fmean(f[name] for f in found) for name in ("done_s", "e2e", "wasted")
+        )
+        rows.append([f"`{policy}`", f"{done_s:.1f}", f"{e2e:.0f}", f"{wasted:.0%}"])
+    return table(["policy", "req/s", "e2e mean, s", "places of ended requests"], rows)
+
+
 FIDELITY = {
     "TTFT mean, s": ("ttft_s", "mean"), "TTFT P99, s": ("ttft_s", "p99"),
     "TPOT mean, ms": ("tpot_s", "mean"), "TPOT P99, ms": ("tpot_s", "p99"),

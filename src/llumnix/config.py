@@ -16,8 +16,9 @@ from typing import Any, get_type_hints
 import msgspec
 import yaml
 
-from llumnix.core.scheduling.presets import POLICIES, check_served
+from llumnix.core.scheduling.presets import POLICIES
 from llumnix.core.settings import AdmissionSettings, PriorityClass, SchedulerSettings
+from llumnix.core.slices.published import served
 from llumnix.errors import UsageError, yaml_line
 
 logger = logging.getLogger("llumnix.config")
@@ -60,6 +61,7 @@ class DeploymentConfig:
     policy: str | None = knob(
         None,
         "How requests are scheduled; llumnix if neither this nor --scheduler-config says.",
+        type=served,
         choices=list(POLICIES),
     )
     min_instances: int | None = knob(
@@ -253,7 +255,6 @@ class DeploymentConfig:
         settings = read_settings(self.scheduler_config)
         if self.policy is not None:
             settings = replace(settings, policy=self.policy)
-        check_served(settings)
         flags = {"instances_min": self.min_instances, "instances_max": self.max_instances}
         given = {name: value for name, value in flags.items() if value is not None}
         if given:
@@ -328,8 +329,7 @@ def with_survival(settings: SchedulerSettings, switch: str | None) -> SchedulerS
 
 
 def read_settings(path: str | None) -> SchedulerSettings:
-    """The scheduler's settings in a YAML file, or in YAML in braces; the defaults without either.
-    `UsageError` names the file and the knob."""
+    """The scheduler's settings in a YAML file or in braces. `UsageError` names file and knob."""
     if path is None:
         return SchedulerSettings()
     inline = path.lstrip().startswith("{")
@@ -345,7 +345,7 @@ def read_settings(path: str | None) -> SchedulerSettings:
         settings = msgspec.convert(tree, SchedulerSettings)
     except (msgspec.ValidationError, UsageError) as error:
         raise UsageError(f"{where}: {error}") from error
-    if settings.policy not in POLICIES:
+    if served(settings.policy) not in POLICIES:
         raise UsageError(
             f"{where}: no policy {settings.policy!r}; there are: " + ", ".join(POLICIES)
         )

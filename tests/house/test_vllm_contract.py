@@ -779,6 +779,35 @@ def test_a_watermark_must_be_free_beside_what_a_waiting_request_needs() -> None:
     assert kv.allocate_slots(waits, 48, **ask) is not None, who
 
 
+# -- slices: engine/starting/promises.py
+
+
+def test_what_runs_is_kept_in_order_and_what_ended_is_named_until_the_next_step() -> None:
+    who = "engine/starting/promises.py"
+    says(
+        Scheduler.__init__,
+        "self.max_model_len = vllm_config.model_config.max_model_len",
+        "self.num_spec_tokens = vllm_config.num_speculative_tokens",
+        "self.num_lookahead_tokens = vllm_config.num_lookahead_tokens",
+        who=who,
+    )
+    says(Scheduler._free_request, "self.finished_req_ids.add(request_id)", who=who)
+    says(Scheduler._update_after_schedule, "self.finished_req_ids = set()", who=who)
+    says(
+        Scheduler.schedule,
+        "while req_index < len(self.running) and token_budget > 0",
+        "request_queue.peek_request()",
+        "self.running.append(request)",
+        who=who,
+    )
+    known = request("a")
+    assert known.lora_request is None, who
+    assert known.num_prompt_tokens == 3, who
+    assert known.num_output_tokens == 0, who
+    assert known.max_tokens >= 1, who
+    known.llumnix_promise = None  # No __slots__ forbid it.
+
+
 # -- the prefix cache: engine/reporting/prefix_reader.py
 
 

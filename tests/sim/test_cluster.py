@@ -11,6 +11,7 @@ from llumnix.core.events import RequestArrived
 from llumnix.core.settings import ScalingSettings, SchedulerSettings, SurvivalSettings
 from llumnix.core.types import InstanceId, RequestId
 from llumnix.errors import UsageError
+from llumnix.sim.capacity import parse_bound, smallest_fleet
 from llumnix.sim.command import _parser, simulate
 from llumnix.sim.model.batching import EngineOptions
 from llumnix.sim.model.checks import (
@@ -26,7 +27,7 @@ from llumnix.sim.model.faults import FaultInjector, Faults
 from llumnix.sim.model.instance import SimInstance
 from llumnix.sim.model.jobs import Job
 from llumnix.sim.model.profile import Profile, load_profile, profile_names, save_profile
-from llumnix.sim.simulate import Spec, idle_bound, parse_bound, run_one, runs, smallest_fleet
+from llumnix.sim.simulate import Spec, idle_bound, run_one, runs
 
 SMALL = replace(load_profile("a10-llama-7b"), kv_tokens=4096, start_s=5.0)
 SPEC = Spec(
@@ -75,7 +76,8 @@ def test_no_request_is_faster_than_alone() -> None:
 
 @pytest.mark.parametrize("chunked", [True, False])
 @pytest.mark.parametrize(
-    "name", ["llumnix", "llumnix-base", "infaas++", "cache-aware", "least-loaded", "round-robin"]
+    "name",
+    ["llumnix", "llumnix-base", "scls", "infaas++", "cache-aware", "least-loaded", "round-robin"],
 )
 def test_every_policy_serves_everything_and_leaves_nothing_behind(name: str, chunked: bool) -> None:
     spec = replace(SPEC, scheduler=policy(name), engine=EngineOptions(chunked=chunked))
@@ -85,7 +87,7 @@ def test_every_policy_serves_everything_and_leaves_nothing_behind(name: str, chu
     come_to_rest(cluster)
     jobs = cluster.clients.jobs.values()
     assert [j.got for j in jobs] == [j.answer for j in jobs]
-    assert bool(cluster.clients.moves) == (name in ("llumnix", "llumnix-base"))
+    assert bool(cluster.clients.moves) == (name in ("llumnix", "llumnix-base", "scls"))
 
 
 def test_llumnix_loses_less_than_its_dispatch_alone_and_waits_no_longer() -> None:

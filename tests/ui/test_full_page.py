@@ -102,6 +102,16 @@ def held(page: Any) -> tuple[float, int]:
         session.detach()
 
 
+def least_held(page: Any) -> tuple[float, int]:
+    """The least of a few looks: requests that fade out and moves that are shown come and go, and
+    with them up to 1 MB."""
+    looks = [held(page)]
+    for _ in range(4):
+        time.sleep(1.5)
+        looks.append(held(page))
+    return min(used for used, _ in looks), min(nodes for _, nodes in looks)
+
+
 def fill_lists(world: FakeDeployment, site: Served, page: Any) -> None:
     """Fills what the page keeps of the past, as ten busy minutes would."""
     names = list(world.requests)
@@ -122,11 +132,11 @@ def test_a_page_with_thousands_of_requests_that_come_and_go_grows_no_further(
     fill_lists(world, site, page)
     with churn(world, site, ends=200):
         time.sleep(5)
-        before, nodes = held(page)
-        time.sleep(12)
-        after, nodes_after = held(page)
+        before, nodes = least_held(page)
+        time.sleep(6)
+        after, nodes_after = least_held(page)
     print(f"{before:.1f} MB and {nodes} nodes, then {after:.1f} MB and {nodes_after} nodes")
-    assert after < before + 0.7
+    assert after < before + 0.5
     assert nodes_after < nodes + NODES_MORE_MAX
 
 
@@ -142,7 +152,7 @@ def test_a_page_that_is_open_for_ten_minutes_grows_no_further(
     with churn(world, site, ends=4):
         for _ in range(11):
             time.sleep(60)
-            seen.append(held(page))
+            seen.append(least_held(page))
     print("MB and nodes, by the minute:", [(round(used, 1), nodes) for used, nodes in seen])
-    assert seen[-1][0] < 1.05 * seen[0][0]
+    assert seen[-1][0] < 1.1 * seen[0][0]
     assert seen[-1][1] < seen[0][1] + 500

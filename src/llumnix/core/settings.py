@@ -209,7 +209,7 @@ class QueueSettings:
         None,
         "requests",
         "If the head of the queue does not fit, so many behind it are tried. 0: none may pass it. "
-        "null: 8 under `llumnix` and `llumnix-base`, else 0.",
+        "null: 8 under `llumnix`, `llumnix-base` and `scls`, else 0.",
     )
     pass_s: float = knob(20.0, "s", "No longer is a request passed by later ones.")
     pass_share: float = knob(

@@ -134,10 +134,10 @@ class EngineInstance(MemoryCalls, EngineCoreActor):
             log_dropped=lambda: self._log.dropped,
         )
         priorities = config.llumlet.priorities
-        self._queueing = Queueing(self.scheduler, priorities, rules=config.llumlet.queue_rules)
-        self._urgent = UrgentAdmission(self.scheduler, priorities)
-        self._stepped_s, self._deferrals_left = 0.0, DEFER_PREFILLS_STEPS_MAX
-        self._changed = True
+        rules, arriving = config.llumlet.queue_rules, self._host.port.destination.arriving
+        self._queueing = Queueing(self.scheduler, priorities, rules=rules, arriving=arriving)
+        self._urgent = UrgentAdmission(self.scheduler, priorities, self._queueing.left)
+        self._stepped_s, self._deferrals_left, self._changed = 0.0, DEFER_PREFILLS_STEPS_MAX, True
         self._prefixes: PrefixReader | None = None
         if config.llumlet.looks_at_caches:
             self._prefixes = prefix_reader(
@@ -149,7 +149,7 @@ class EngineInstance(MemoryCalls, EngineCoreActor):
             self.scheduler.max_num_active_reqs,
             priorities,
             taken_out=self._host.port.source.taken_out,
-            blocked=self._queueing.blocked,
+            **self._queueing.for_reports,
             **cached,
         )
         self._flight = None if self._folder is None else FlightRecorder(self._folder.path, self)
@@ -272,9 +272,8 @@ class EngineInstance(MemoryCalls, EngineCoreActor):
         """Utility call: a frontend died. Frees all that is here of its requests, and takes no more
         of them. It may be called again. Returns how many were here."""
         self._host.client_lost(client)
-        requests = self.scheduler.requests.values()
-        orphans = [r.request_id for r in requests if r.client_index == client]
-        self.abort_requests(orphans)
+        there = self.scheduler.requests.values()
+        self.abort_requests(orphans := [r.request_id for r in there if r.client_index == client])
         self._host.poll()  # Their moves have ended.
         self._lost_clients.add(client)
         self.output_queue.put_nowait((client, EngineCoreOutputs()))  # Its socket is closed now.

@@ -8,9 +8,7 @@ Rules
   last, since its client is in the middle of a stream. vLLM does so where it serves first come first
   served; by priority it would queue the request behind all that came earlier. The request's wait
   begins anew.
-- Room to grow, bounded passing of a head that does not fit, and short prompts first
-  (core/queue_rules.py). Prompts under way get their memory first: vLLM hands it to them chunk by
-  chunk, and admits others into it. What a token of a prompt takes is seen of the engine's steps.
+- Where memory is short, starting/starts.py says which request is next.
 
 The queue is our own, since vLLM's changes a request's place only by looking at all requests. With
 thousands in it that took longer than a step, at every step that preempts. Here each change takes
@@ -33,23 +31,19 @@ lands goes through `update_from_output(scheduler_output, ...)`.
 import heapq
 import time
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
 from typing import Any
 
 from vllm.v1.core.sched.request_queue import RequestQueue, SchedulingPolicy
-from vllm.v1.request import Request, RequestStatus
+from vllm.v1.request import Request
 
 from llumnix.core.priorities import AGING_LOOK_EVERY_S, Priorities
-from llumnix.core.queue_rules import PromptTimer, QueueRules, Wait
+from llumnix.core.queue_rules import QueueRules
 from llumnix.engine.readings import (
-    ABLE,
     client_priority,
     head_wait,
-    needed_tokens,
-    prompt_tokens,
-    start_blocks,
     waits_since,
 )
+from llumnix.engine.starting.starts import Starts
 
 AGED_MAX = 100
 """Requests whose place one look changes at most. The rest follow at the next step."""
@@ -66,7 +60,7 @@ class AgingQueue(RequestQueue):
     next; None for the first."""
 
     def __init__(
-        self, priorities: Priorities, clock: Callable[[], float], starts: "Starts | None" = None
+        self, priorities: Priorities, clock: Callable[[], float], starts: Starts | None = None
     ) -> None:
         self._priorities = priorities
         self._clock = clock
@@ -230,127 +224,6 @@ class AgingQueue(RequestQueue):
                     heapq.heappush(edge, (heap[child], child))
 
 
-class Starts:
-    """Which request of a queue starts next (core/queue_rules.py). vLLM tries one after the other,
-    until one does not fit."""
-
-    def __init__(self, scheduler: Any, rules: QueueRules, clock: Callable[[], float]) -> None:
-        self._scheduler = scheduler
-        self._rules = rules
-        self._clock = clock
-        self._kv = scheduler.kv_cache_manager
-        self._watermark = self._kv.watermark_blocks  # what the operator wants free
-        self._block = int(scheduler.block_size)
-        # A request that grows by a block takes one in each group of layers.
-        self._groups = len(scheduler.kv_cache_config.kv_cache_groups)
-        self._prompts: list[Request] = []
-        self._passer: tuple[Request, Wait, int] | None = None  # what was let past, and its tokens
-        self._in_vain: tuple[Any, ...] = ()
-        self._prompt_timer = PromptTimer()
-        self._landed_tokens = 0  # of prompts, in the step that landed last
-        if rules.short_first:
-            self._update = scheduler.update_from_output
-            scheduler.update_from_output = self._landing
-
-    def _landing(self, batch: Any, output: Any) -> Any:
-        self._landed_tokens += prompt_tokens(batch)
-        return self._update(batch, output)
-
-    def stepped(self, seconds: float) -> None:
-        """A step has landed, and took so long."""
-        self._prompt_timer.record(self._landed_tokens, seconds)
-        self._landed_tokens = 0
-
-    def later_s(self, request: Request) -> float:
-        """How much later than it came a request is queued that has not begun."""
-        token_s = self._prompt_timer.token_s * self._rules.short_first
-        if not token_s:
-            return 0.0
-        left = int(request.num_tokens) - start_blocks(self._scheduler, request)[1]
-        return self._rules.later_s(left, self._prompt_timer.token_s)
-
-    def prepare(self, queue: AgingQueue) -> None:
-        """Before a step is scheduled."""
-        scheduler, self._prompts = self._scheduler, []
-        self._count_passer()
-        if not queue:
-            return
-        if any(r.status in ABLE for r in scheduler.kv_holding_waiting):
-            self._kv.watermark_blocks = 0  # They have their memory, and must not wait for more.
-        else:
-            self._kv.watermark_blocks = self.room(queue.first())
-        self._prompts = [r for r in scheduler.running if r.is_prefill_chunk]
-
-    def room(self, request: Request) -> int:
-        """Blocks that must be free beside what the request needs to start."""
-        running = len(self._scheduler.running)
-        room = self._rules.room(running, preempted=bool(request.num_preemptions))
-        return max(self._watermark, room * self._groups)
-
-    def passable(self, head: Request) -> bool:
-        """Whether a newcomer may start before the head of the queue."""
-        needed = needed_tokens(head, self._block)
-        return self._rules.passable(head_wait(head), self._clock(), needed, self._block)
-
-    def choose(self, head: Request, queue: AgingQueue) -> Request:
-        """The head, or one that passes it. Sets the watermark for it."""
-        self._count_passer()
-        promised = self._promised()
-        free = self._kv.block_pool.get_num_free_blocks() - promised
-        chosen = head
-        if head.status in ABLE and not self._fits(head, free):
-            seen = (head, queue.version, len(self._scheduler.running))
-            if seen != self._in_vain[:-1] or free > self._in_vain[-1]:
-                chosen = self._passing(head, queue, free)
-                self._in_vain = (*seen, free) if chosen is head else ()
-        self._kv.watermark_blocks = self.room(chosen) + promised
-        return chosen
-
-    def _passing(self, head: Request, queue: AgingQueue, free: int) -> Request:
-        """The first of those behind the head that may pass it; the head if there is none."""
-        rules, now, wait = self._rules, self._clock(), head_wait(head)
-        if wait is None:
-            wait = Wait(since_s=now)
-            head.llumnix_blocked = wait, head.num_preemptions
-            queue.queue_again(head)
-        if not rules.may_pass(wait, now):
-            return head
-        needed = needed_tokens(head, self._block)
-        group = head.priority, client_priority(head)
-        for request in islice(iter(queue), 1, rules.passers + 1):
-            if request.status not in ABLE or group != (request.priority, client_priority(request)):
-                continue
-            blocks = start_blocks(self._scheduler, request)[0]
-            tokens = blocks * self._block // self._groups
-            if rules.may_take(wait, needed, tokens) and blocks + self.room(request) <= free:
-                self._passer = request, wait, tokens
-                return request
-        return head
-
-    def _count_passer(self) -> None:
-        """vLLM took the last passer, or it skipped it for some other reason than memory."""
-        if self._passer is not None:
-            request, wait, tokens = self._passer
-            self._passer = None
-            if request.status == RequestStatus.RUNNING:
-                wait.passed_tokens += tokens
-
-    def _fits(self, request: Request, free: int) -> bool:
-        free -= self.room(request)
-        # The prefix cache is looked up only where it decides.
-        most = needed_tokens(request, self._block) // self._block * self._groups
-        return most <= free or start_blocks(self._scheduler, request)[0] <= free
-
-    def _promised(self) -> int:
-        """Blocks that prompts under way have not taken yet."""
-        promised = 0
-        for request in self._prompts:
-            held = self._kv.get_blocks(request.request_id).blocks
-            whole = needed_tokens(request, self._block) // self._block
-            promised += sum(max(0, whole - len(blocks)) for blocks in held)
-        return promised
-
-
 class Queueing:
     """Puts a queue of ours in place of a scheduler's, if that goes by priority."""
 
@@ -360,14 +233,17 @@ class Queueing:
         priorities: Priorities,
         clock: Callable[[], float] = time.monotonic,
         rules: QueueRules | None = None,
+        arriving: Callable[[], Iterable[Request]] = tuple,
     ) -> None:
         self._clock = clock
         self._next_s = 0.0
         self._queue: AgingQueue | None = None
         self._starts: Starts | None = None
         if scheduler.policy == SchedulingPolicy.PRIORITY:
-            if rules is not None and (rules.growth or rules.passers or rules.short_first):
-                self._starts = Starts(scheduler, rules, clock)
+            if rules is not None and (
+                rules.growth or rules.passers or rules.short_first or rules.slices
+            ):
+                self._starts = Starts(scheduler, rules, clock, arriving)
             self._queue = AgingQueue(priorities, clock, self._starts)
             self._queue.prepend_requests(scheduler.waiting)
             scheduler.waiting = self._queue
@@ -394,3 +270,18 @@ class Queueing:
         if self._starts is None:
             return 0, False
         return self._starts.room(head), self._starts.passable(head)
+
+    @property
+    def for_reports(self) -> dict[str, Callable[[Request], Any]]:
+        """What it says to a `LoadReader`, and hears from it."""
+        return {"blocked": self.blocked, "ended": self.ended}
+
+    def left(self, request: Request) -> int:
+        """Blocks that are promised to a request that runs."""
+        promises = None if self._starts is None else self._starts.promises
+        return 0 if promises is None else promises.left(request)
+
+    def ended(self, request: Request) -> None:
+        """A request has left the engine."""
+        if self._starts is not None and self._starts.promises is not None:
+            self._starts.promises.ended(request)

@@ -29,6 +29,7 @@ for `lora_config.max_loras`.
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -45,10 +46,17 @@ PASSED_OVER_MAX = 8
 
 
 class UrgentAdmission:
-    """For one engine core. Works only with priority scheduling and at least two classes."""
+    """For one engine core. Works only with priority scheduling and at least two classes. `left`:
+    blocks that are promised to a running request, which the watermark has in it."""
 
-    def __init__(self, scheduler: Any, priorities: Priorities) -> None:
+    def __init__(
+        self,
+        scheduler: Any,
+        priorities: Priorities,
+        left: Callable[[Request], int] = lambda request: 0,
+    ) -> None:
         self._scheduler = scheduler
+        self._left = left
         self._priorities = priorities
         self._on = (
             priorities.preempt
@@ -128,12 +136,13 @@ class UrgentAdmission:
         kv = scheduler.kv_cache_manager
         needed, cached = start_blocks(scheduler, head)
         running = [self._wanted(r) for r in scheduler.running]
+        beyond = zip(running, scheduler.running, strict=True)
         budget = scheduler.max_num_scheduled_tokens
         active = len(running) + scheduler.num_waiting_for_streaming_input
         return Amount(
             slots=active + 1 - scheduler.max_num_active_reqs,
             blocks=needed
-            + sum(w.blocks for w in running)
+            + sum(max(0, w.blocks - self._left(r)) for w, r in beyond)
             + kv.watermark_blocks
             - kv.block_pool.get_num_free_blocks(),
             tokens=min(head.num_tokens - cached, budget - len(running))
@@ -157,7 +166,9 @@ class UrgentAdmission:
         groups = self._scheduler.kv_cache_manager.get_blocks(victim.request_id).blocks
         own = sum(b.ref_cnt == 1 and not b.is_null for group in groups for b in group)
         wanted = self._wanted(victim)
-        return Amount(slots=1, blocks=own + wanted.blocks, tokens=wanted.tokens)
+        return Amount(
+            slots=1, blocks=own + max(wanted.blocks, self._left(victim)), tokens=wanted.tokens
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,11 +19,13 @@ from rich.table import Table
 from llumnix.config import read_settings, with_survival
 from llumnix.core.scheduling.presets import POLICIES
 from llumnix.core.settings import SchedulerSettings
+from llumnix.core.slices.published import STATIC
 from llumnix.errors import UsageError
+from llumnix.sim.capacity import parse_bound, smallest_fleet
 from llumnix.sim.model.batching import EngineOptions
 from llumnix.sim.model.faults import Faults
 from llumnix.sim.model.profile import load_profile, profile_names
-from llumnix.sim.simulate import Run, Spec, parse_bound, runs, smallest_fleet
+from llumnix.sim.simulate import Run, Spec, runs
 from llumnix.sim.summary import format_mean
 from llumnix.sim.workloads.named_files import FOLDER_VARIABLE
 from llumnix.sim.workloads.workload import TRACES, requests_of
@@ -165,7 +167,7 @@ def _capacity(specs: list[Spec], args: argparse.Namespace, began: float) -> int:
     rows = []
     for policy in args.policy:
         for rate in dict.fromkeys(s.rate_per_s for s in specs):
-            mine = [s for s in specs if s.scheduler.policy == policy and s.rate_per_s == rate]
+            mine = [s for s in specs if s.policy == policy and s.rate_per_s == rate]
             found = [smallest_fleet(spec, args.capacity_for, INSTANCES_MAX) for spec in mine]
             counts = [count for count, _ in found]
             rows.append(
@@ -208,12 +210,15 @@ def _specs(args: argparse.Namespace) -> list[Spec]:
     if requests is None:
         requests = min(REQUESTS, requests_of(args.trace, args.traces) or REQUESTS)
     faults = Faults.parse(args.faults) if args.faults is not None else None
+    if faults is not None and (static := [p for p in args.policy if p in STATIC]):
+        raise UsageError(f"--faults: {', '.join(static)} are simulated without any; leave it out")
     rates = _sweep(args.sweep) if args.sweep else [args.rate]
     if args.capacity_for:
         parse_bound(args.capacity_for)
     return [
         Spec(
-            scheduler=replace(settings, policy=policy),
+            scheduler=settings if policy in STATIC else replace(settings, policy=policy),
+            static=policy if policy in STATIC else None,
             profile=profile,
             engine=engine,
             instances=args.instances,
@@ -264,8 +269,9 @@ def _sweep(text: str) -> list[float | None]:
 def _policies(text: str) -> list[str]:
     names = [name.strip() for name in text.split(",")]
     for name in names:
-        if name not in POLICIES:
-            raise argparse.ArgumentTypeError(f"no policy {name!r}; there are {', '.join(POLICIES)}")
+        if name not in POLICIES and name not in STATIC:
+            known = ", ".join([*POLICIES, *STATIC])
+            raise argparse.ArgumentTypeError(f"no policy {name!r}; there are {known}")
     return names
 
 

@@ -19,7 +19,7 @@ estimates `preemption_loss_s` from gaps between tokens, and does not count insta
 
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,6 @@ from llumnix.core.prefixes import BLOCK_TOKENS
 from llumnix.core.scheduling.presets import priorities_of
 from llumnix.core.settings import SchedulerSettings
 from llumnix.core.types import InstanceId, RequestId
-from llumnix.errors import UsageError
 from llumnix.sim.model.batching import EngineOptions
 from llumnix.sim.model.checks import check_view, come_to_rest
 from llumnix.sim.model.clients import ENGINE_DIED
@@ -37,6 +36,7 @@ from llumnix.sim.model.cluster import Cluster, Setup
 from llumnix.sim.model.faults import FaultInjector, Faults
 from llumnix.sim.model.jobs import Job
 from llumnix.sim.model.profile import Profile
+from llumnix.sim.static_batches import serve_static
 from llumnix.sim.summary import satisfied, spread
 from llumnix.sim.workloads.workload import Workload
 
@@ -67,6 +67,12 @@ class Spec:
     folder: str | Path | None = None
     faults: Faults | None = None
     details: bool = False
+    static: str | None = None  # a published policy (static_batches.py), not the scheduler's
+
+    @property
+    def policy(self) -> str:
+        """The name of its policy."""
+        return self.static or self.scheduler.policy
 
     def setup(self) -> Setup:
         """What the cluster is."""
@@ -191,6 +197,9 @@ class DecisionRecorder:
 def run_one(spec: Spec) -> Run:
     """Simulates one run."""
     jobs = spec.jobs()
+    if spec.static is not None:
+        more = serve_static(spec.static, jobs, spec.profile, spec.engine, spec.instances)
+        return _row(spec, figures_of(jobs) | more)
     decisions = DecisionRecorder()
     injector = FaultInjector(spec.faults, spec.seed) if spec.faults is not None else None
     cluster = Cluster(
@@ -229,8 +238,15 @@ def run_one(spec: Spec) -> Run:
         }
         figures["survival"] = survival_of(jobs, cluster.clients.pauses_s)
     figures |= _classes(jobs)
-    run: Run = {
-        "policy": spec.scheduler.policy,
+    run = _row(spec, figures)
+    if spec.details:
+        run["details"] = _details(sampler, cluster, decisions, jobs)
+    return run
+
+
+def _row(spec: Spec, figures: dict[str, Any]) -> Run:
+    return {
+        "policy": spec.policy,
         "trace": spec.trace if not Path(spec.trace).is_file() else Path(spec.trace).name,
         "rate": spec.rate_per_s,
         "cv": spec.cv,
@@ -238,9 +254,6 @@ def run_one(spec: Spec) -> Run:
         "instances": spec.instances,
         "metrics": figures,
     }
-    if spec.details:
-        run["details"] = _details(sampler, cluster, decisions, jobs)
-    return run
 
 
 def runs(specs: Sequence[Spec], processes: int) -> Iterator[tuple[int, Run]]:
@@ -255,37 +268,6 @@ def runs(specs: Sequence[Spec], processes: int) -> Iterator[tuple[int, Run]]:
         places = {pool.submit(run_one, spec): place for place, spec in enumerate(specs)}
         for future in as_completed(places):
             yield places[future], future.result()
-
-
-def smallest_fleet(spec: Spec, bound: str, most: int) -> tuple[int, Run]:
-    """The fewest instances with which a run keeps a bound such as `ttft_p99<2s`, and that run.
-    Doubles until it holds, then halves the gap; that more instances make it worse is chance."""
-    figure, limit = parse_bound(bound)
-
-    def holds(count: int) -> tuple[bool, Run]:
-        run = run_one(replace(spec, instances=count))
-        value = run["metrics"][figure[0]][figure[1]]
-        done = run["metrics"]["requests_failed"] == 0
-        return done and value is not None and value < limit, run
-
-    low, high = 0, 1
-    kept, found = holds(high)
-    while not kept:
-        if high >= most:
-            raise UsageError(
-                f"{bound} does not hold with {most} instances either: "
-                f"{figure[0]} {figure[1]} is {found['metrics'][figure[0]][figure[1]]:.3g}"
-            )
-        low, high = high, min(most, high * 2)
-        kept, found = holds(high)
-    while high - low > 1:
-        middle = (low + high) // 2
-        kept, run = holds(middle)
-        if kept:
-            high, found = middle, run
-        else:
-            low = middle
-    return high, found
 
 
 def idle_bound(spec: Spec) -> dict[str, Any]:
@@ -305,27 +287,6 @@ def idle_bound(spec: Spec) -> dict[str, Any]:
         # Contexts grow by one a step, so the mean step is that of the mean context.
         job.ended_s = now + (job.answer - 1) * profile.decode(1, job.prompt + job.answer / 2)
     return figures_of(jobs) | _classes(jobs)
-
-
-def parse_bound(text: str) -> tuple[tuple[str, str], float]:
-    """`ttft_p99<2s` or `tpot_mean<80ms` as a figure's place and seconds."""
-    name, sign, value = text.replace(" ", "").partition("<")
-    figure, _, part = name.rpartition("_")
-    number, unit = value.removesuffix("s"), 1.0
-    if number.endswith("m"):
-        number, unit = number[:-1], 1e-3
-    try:
-        limit = float(number) * unit
-    except ValueError:
-        limit = 0.0
-    if not sign or figure not in ("ttft", "tpot", "e2e") or part not in ("mean", "p50", "p99"):
-        limit = 0.0
-    if limit <= 0:
-        raise UsageError(
-            f"--capacity-for {text!r}: write a bound like ttft_p99<2s or tpot_mean<80ms (ttft, "
-            "tpot or e2e; mean, p50 or p99)"
-        )
-    return (f"{figure}_s", part), limit
 
 
 def figures_of(jobs: Sequence[Job]) -> dict[str, Any]:

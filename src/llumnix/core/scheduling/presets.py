@@ -7,7 +7,6 @@ from llumnix.core.priorities import Priorities
 from llumnix.core.queue_rules import QueueRules, SliceRules
 from llumnix.core.scheduling.dispatch import DISPATCH_POLICIES
 from llumnix.core.settings import SchedulerSettings
-from llumnix.errors import UsageError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,7 +21,6 @@ class Preset:
     growth_blocks: int = 0  # the knob `queue.growth_blocks` if it is null
     passers: int = 0  # the same for `queue.passers`
     slices: bool = False  # the same for `queue.slices`
-    simulated: bool = False  # for `llumnix simulate` alone
     short_first: float = 0.0  # the same for `queue.short_first`
 
     @property
@@ -82,21 +80,10 @@ POLICIES: dict[str, Preset] = {
         headroom=True,
         passers=8,
         slices=True,
-        simulated=True,
         text="placed and moved as by `llumnix`. An engine starts it only if a slice of its answer "
         "fits beside those of all that run",
     ),
 }
-
-
-def check_served(settings: SchedulerSettings) -> None:
-    """Raises `UsageError` if engines do not have the policy."""
-    if POLICIES[settings.policy].simulated:
-        served = ", ".join(name for name, preset in POLICIES.items() if not preset.simulated)
-        raise UsageError(
-            f"policy {settings.policy}: it is simulated only, by `llumnix simulate`; serve with "
-            f"one of {served}"
-        )
 
 
 def priorities_of(settings: SchedulerSettings, *, keyed: bool = False) -> Priorities:

@@ -1,9 +1,9 @@
-"""Slices: a bound on what each running request may still take, so that none starts without room.
+"""Promises: a bound on what each running request may still take, so that none starts without room.
 
 Rules
 - A running request has a promise: the KV blocks that it may take until its slice ends. A request
   starts only if its own first slice fits beside all promises. At its slice's end a request goes on
-  with the next slice: it does not pause, and nobody asks whether that fits.
+  with the next slice: it does not pause, whether that fits or not.
 - A slice is a quarter of the mean answer, from `SLICE_MIN` to `SLICE_MAX` tokens, and `SLICE_FIRST`
   until enough answers have ended. It is shorter where requests that came so far mostly end sooner,
   or where the request's own limit is near.

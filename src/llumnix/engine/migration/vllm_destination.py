@@ -97,6 +97,10 @@ class VllmDestination:
         """Whether requests on their way here hold blocks."""
         return bool(self._arriving)
 
+    def arriving(self) -> list[Request]:
+        """Requests on their way here."""
+        return [incoming.request for incoming in self._arriving.values()]
+
     def begin_pulls(self) -> None:
         """Between two steps, begins the pulls whose steps have ended."""
         for pull in list(self._deferred):

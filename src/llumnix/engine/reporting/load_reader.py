@@ -44,7 +44,7 @@ class LoadReader:
     cache, and how many of them requests hold. It is asked when the request begins to wait.
     `taken_out` gives the requests that moves have taken out of the batch. `blocked` says of the
     head of the queue how many blocks must be free beside it when it starts, and whether a newcomer
-    may start before it."""
+    may start before it. `ended` is told of each request that has left."""
 
     def __init__(
         self,
@@ -55,6 +55,7 @@ class LoadReader:
         cached_tokens: Callable[[Request], tuple[int, int]] = lambda request: (0, 0),
         taken_out: Callable[[], list[Request]] = list,
         blocked: Callable[[Request], tuple[int, bool]] = lambda head: (0, False),
+        ended: Callable[[Request], None] = lambda request: None,
     ) -> None:
         self._scheduler = scheduler
         self._slots = slots
@@ -62,6 +63,7 @@ class LoadReader:
         self._cached_tokens = cached_tokens
         self._taken_out = taken_out
         self._blocked = blocked
+        self._ended = ended
         self._block = int(scheduler.block_size)
         self._token_bytes = token_bytes(scheduler)
         self._seen: tuple[Any, ...] = ()
@@ -253,6 +255,7 @@ class LoadReader:
         request = known.request
         self._waits_no_more(known)
         self._preempted[known.rank] += request.num_preemptions - known.preemptions
+        self._ended(request)
         if request.status in _ANSWERED:
             self._finished += 1
             self._finished_tokens += request.num_output_tokens

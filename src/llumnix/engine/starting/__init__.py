@@ -1,0 +1,1 @@
+"""Which request of an engine starts next where memory is short."""

@@ -1,0 +1,178 @@
+"""What one engine's requests may still take in their slices (core/slices/promises.py).
+
+Rules
+- It is counted only while requests wait, and while one more could run. Otherwise nobody asks.
+- All that run are counted once in `COUNT_EVERY` steps. In between the sum follows what happens:
+  blocks that a step takes for those that run are taken off, and so is what is left of a request
+  that ended. A slice that may be over is renewed. What began to run is added. Where the sum cannot
+  follow, as after a preemption or a move, all are counted again. So a step costs no more with many
+  requests than with few.
+- Requests that come by a move, or hold KV and wait, are few, and counted each time.
+- With several groups of layers a token takes a block in each. Blocks that a sliding window gives
+  back are promised all the same.
+
+vLLM internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
+`scheduler.running` is in the order in which its requests began, and a request is taken out of it
+when it ends; `scheduler.finished_req_ids` has those that ended since the last `schedule()`, which
+drops them; between its beginning and the first `peek_request()` that call takes blocks for running
+requests alone; `Request.max_tokens`, `num_output_tokens`, `num_prompt_tokens`, `lora_request`;
+`scheduler.max_model_len`, `num_lookahead_tokens`, `num_spec_tokens`.
+"""
+
+import heapq
+from collections.abc import Callable, Iterable
+from itertools import chain
+from typing import Any
+
+from vllm.v1.request import Request, RequestStatus
+
+from llumnix.core.queue_rules import SliceRules
+from llumnix.core.slices.promises import Promise, Slices
+
+COUNT_EVERY = 256
+
+
+class EnginePromises:
+    """Of one engine core. `arriving`: requests that a move brings, which have blocks already."""
+
+    def __init__(
+        self, scheduler: Any, rules: SliceRules, arriving: Callable[[], Iterable[Request]] = tuple
+    ) -> None:
+        self.slices = Slices(rules, int(scheduler.block_size))
+        self._scheduler = scheduler
+        self._kv = scheduler.kv_cache_manager
+        self._arriving = arriving
+        self._groups = len(scheduler.kv_cache_config.kv_cache_groups)
+        self._ahead = scheduler.num_lookahead_tokens  # tokens that have a place before they are
+        self._pace = 1 + scheduler.num_spec_tokens  # tokens that a request gets in a step at most
+        self._known: dict[str, Request] = {}  # those that run, as counted
+        self._left = 0  # blocks that these may still take
+        # When a slice may be over: the step, a number that differs, the request.
+        self._due: list[tuple[int, int, Request]] = []
+        self._step = self._number = 0
+        self._free: int | None = None  # blocks when the step began; None once `admitting` took it
+        self._skipped = True  # nobody asked in the step before
+
+    def before_step(self) -> None:
+        """Before a step is scheduled, while requests wait."""
+        scheduler, known = self._scheduler, self._known
+        running = scheduler.running
+        self._step += 1
+        for name in scheduler.finished_req_ids:
+            if (request := known.pop(name, None)) is not None:
+                held = -(-(int(request.num_tokens) + self._ahead) // self.slices.block_tokens)
+                self._left -= max(0, _promise(request).blocks - held)
+        count = len(known)
+        followed = self._free is None and not self._skipped and self._step % COUNT_EVERY != 0
+        if followed and count <= len(running) and (not count or _is(running[count - 1], known)):
+            for request in running[count:]:
+                self._add(request)
+            self._renew()
+        else:
+            self._count()
+        self._free, self._skipped = self._kv.block_pool.get_num_free_blocks(), False
+
+    def skip(self) -> None:
+        """Nobody is expected to ask in this step."""
+        self._free, self._skipped = None, True
+
+    def admitting(self) -> None:
+        """Those that run have got their blocks, and the queue is asked who starts."""
+        running, free = self._scheduler.running, self._kv.block_pool.get_num_free_blocks()
+        if self._free is not None:
+            taken = max(0, self._free - free) // self._groups
+            self._left, self._free = max(0, self._left - taken), None
+        if self._skipped or len(running) < len(self._known):
+            self._count()  # Some were preempted for an urgent request.
+            self._skipped = False
+        for request in running[len(self._known) :]:
+            self._add(request)
+
+    def room(self, request: Request) -> int:
+        """Blocks that must be free beside those that it needs to start."""
+        ahead = self.slices.first(
+            _key(request), int(request.num_tokens), request.num_output_tokens, self._most(request)
+        )
+        others = sum(self._left_of(r) for r in self._others())
+        return (self._left + others + ahead) * self._groups
+
+    def left(self, request: Request) -> int:
+        """Blocks that a running request may still take, as it was last counted."""
+        promise = getattr(request, "llumnix_promise", None)
+        if promise is None or request.request_id not in self._known:
+            return 0
+        return max(0, promise.blocks - self._held(request)) * self._groups
+
+    def ended(self, request: Request) -> None:
+        """Learns from a request that has left. One that was cut off teaches nothing."""
+        if request.status == RequestStatus.FINISHED_STOPPED:
+            promise = getattr(request, "llumnix_promise", None)
+            self.slices.ended(promise, _key(request), request.num_output_tokens)
+
+    def _count(self) -> None:
+        """Counts all that run."""
+        self._known, self._left, self._due = {}, 0, []
+        for request in self._scheduler.running:
+            self._add(request)
+
+    def _add(self, request: Request) -> None:
+        self._known[request.request_id] = request
+        self._left += self._left_of(request)
+        self._watch(request)
+
+    def _renew(self) -> None:
+        """Renews the slices that are over."""
+        while self._due and self._due[0][0] <= self._step:
+            request = heapq.heappop(self._due)[2]
+            if self._known.get(request.request_id) is request:
+                promise = _promise(request)
+                if request.num_output_tokens >= promise.until:
+                    held = self._held(request)
+                    before = max(0, promise.blocks - held)
+                    self._left += self._left_of(request, held) - before
+                self._watch(request)
+
+    def _watch(self, request: Request) -> None:
+        """Looks at it again when its slice may be over."""
+        rest = _promise(request).until - request.num_output_tokens
+        due = self._step + max(1, rest // self._pace)
+        self._number += 1
+        heapq.heappush(self._due, (due, self._number, request))
+
+    def _left_of(self, request: Request, held: int | None = None) -> int:
+        """Blocks that it may still take in one group, its slice renewed if it is over."""
+        request.llumnix_promise, left = self.slices.left(
+            getattr(request, "llumnix_promise", None),
+            _key(request),
+            int(request.num_tokens) + self._ahead,
+            request.num_output_tokens,
+            self._held(request) if held is None else held,
+            self._most(request),
+        )
+        return left
+
+    def _others(self) -> Iterable[Request]:
+        return chain(self._scheduler.kv_holding_waiting, self._arriving())
+
+    def _held(self, request: Request) -> int:
+        return len(self._kv.get_blocks(request.request_id).blocks[0])
+
+    def _most(self, request: Request) -> int:
+        room = self._scheduler.max_model_len - request.num_prompt_tokens
+        return int(min(request.max_tokens, room))
+
+
+def _promise(request: Request) -> Promise:
+    promise = request.llumnix_promise
+    assert isinstance(promise, Promise)
+    return promise
+
+
+def _key(request: Request) -> str:
+    """Who asks, as far as an engine knows."""
+    lora = request.lora_request
+    return "" if lora is None else str(lora.lora_name)
+
+
+def _is(request: Request, known: dict[str, Request]) -> bool:
+    return known.get(request.request_id) is request

@@ -1,0 +1,169 @@
+"""Which request of an engine's queue starts next where memory is short.
+
+Rules
+- Room to grow, bounded passing of a head that does not fit, and short prompts first
+  (core/queue_rules.py). Prompts under way get their memory first: vLLM hands it to them chunk by
+  chunk, and admits others into it. What a token of a prompt takes is seen of the engine's steps.
+- With slices there must be room for all promises instead (promises.py).
+
+What it relies on in vLLM stands in engine/queueing.py, whose queue asks it.
+"""
+
+from collections.abc import Callable, Iterable
+from itertools import islice
+from typing import Any
+
+from vllm.v1.request import Request, RequestStatus
+
+from llumnix.core.queue_rules import PromptTimer, QueueRules, Wait
+from llumnix.engine.readings import (
+    ABLE,
+    client_priority,
+    head_wait,
+    needed_tokens,
+    prompt_tokens,
+    start_blocks,
+)
+from llumnix.engine.starting.promises import EnginePromises
+
+
+class Starts:
+    """Which request of a queue starts next (core/queue_rules.py). vLLM tries one after the other,
+    until one does not fit."""
+
+    def __init__(
+        self,
+        scheduler: Any,
+        rules: QueueRules,
+        clock: Callable[[], float],
+        arriving: Callable[[], Iterable[Request]] = tuple,
+    ) -> None:
+        self._scheduler = scheduler
+        self.promises: EnginePromises | None = None
+        if rules.slices is not None:
+            self.promises = EnginePromises(scheduler, rules.slices, arriving)
+        self._rules = rules
+        self._clock = clock
+        self._kv = scheduler.kv_cache_manager
+        self._watermark = self._kv.watermark_blocks  # what the operator wants free
+        self._block = int(scheduler.block_size)
+        # A request that grows by a block takes one in each group of layers.
+        self._groups = len(scheduler.kv_cache_config.kv_cache_groups)
+        self._prompts: list[Request] = []
+        self._passer: tuple[Request, Wait, int] | None = None  # what was let past, and its tokens
+        self._in_vain: tuple[Any, ...] = ()
+        self._prompt_timer = PromptTimer()
+        self._landed_tokens = 0  # of prompts, in the step that landed last
+        if rules.short_first:
+            self._update = scheduler.update_from_output
+            scheduler.update_from_output = self._landing
+
+    def _landing(self, batch: Any, output: Any) -> Any:
+        self._landed_tokens += prompt_tokens(batch)
+        return self._update(batch, output)
+
+    def stepped(self, seconds: float) -> None:
+        """A step has landed, and took so long."""
+        self._prompt_timer.record(self._landed_tokens, seconds)
+        self._landed_tokens = 0
+
+    def later_s(self, request: Request) -> float:
+        """How much later than it came a request is queued that has not begun."""
+        token_s = self._prompt_timer.token_s * self._rules.short_first
+        if not token_s:
+            return 0.0
+        left = int(request.num_tokens) - start_blocks(self._scheduler, request)[1]
+        return self._rules.later_s(left, self._prompt_timer.token_s)
+
+    def prepare(self, queue: Any) -> None:
+        """Before a step is scheduled."""
+        scheduler, self._prompts = self._scheduler, []
+        self._count_passer()
+        if self.promises is not None:
+            # Where no slot is free nobody starts.
+            if queue and len(scheduler.running) < scheduler.max_num_active_reqs:
+                self.promises.before_step()
+            else:
+                self.promises.skip()
+        if not queue:
+            return
+        if any(r.status in ABLE for r in scheduler.kv_holding_waiting):
+            self._kv.watermark_blocks = 0  # They have their memory, and must not wait for more.
+        else:
+            self._kv.watermark_blocks = self.room(queue.first())
+        self._prompts = [r for r in scheduler.running if r.is_prefill_chunk]
+
+    def room(self, request: Request) -> int:
+        """Blocks that must be free beside what the request needs to start."""
+        running = len(self._scheduler.running)
+        room = self._rules.room(running, preempted=bool(request.num_preemptions)) * self._groups
+        if self.promises is not None and running:
+            room = max(room, self.promises.room(request))
+        return max(self._watermark, room)
+
+    def passable(self, head: Request) -> bool:
+        """Whether a newcomer may start before the head of the queue."""
+        needed = needed_tokens(head, self._block)
+        return self._rules.passable(head_wait(head), self._clock(), needed, self._block)
+
+    def choose(self, head: Request, queue: Any) -> Request:
+        """The head, or one that passes it. Sets the watermark for it."""
+        self._count_passer()
+        if self.promises is None:
+            promised = self._promised()
+        else:
+            self.promises.admitting()
+            promised = 0  # The rest of prompts is a part of `room`.
+        free = self._kv.block_pool.get_num_free_blocks() - promised
+        chosen = head
+        if head.status in ABLE and not self._fits(head, free):
+            seen = (head, queue.version, len(self._scheduler.running))
+            if seen != self._in_vain[:-1] or free > self._in_vain[-1]:
+                chosen = self._passing(head, queue, free)
+                self._in_vain = (*seen, free) if chosen is head else ()
+        self._kv.watermark_blocks = self.room(chosen) + promised
+        return chosen
+
+    def _passing(self, head: Request, queue: Any, free: int) -> Request:
+        """The first of those behind the head that may pass it; the head if there is none."""
+        rules, now, wait = self._rules, self._clock(), head_wait(head)
+        if wait is None:
+            wait = Wait(since_s=now)
+            head.llumnix_blocked = wait, head.num_preemptions
+            queue.queue_again(head)
+        if not rules.may_pass(wait, now):
+            return head
+        needed = needed_tokens(head, self._block)
+        group = head.priority, client_priority(head)
+        for request in islice(iter(queue), 1, rules.passers + 1):
+            if request.status not in ABLE or group != (request.priority, client_priority(request)):
+                continue
+            blocks = start_blocks(self._scheduler, request)[0]
+            tokens = blocks * self._block // self._groups
+            if rules.may_take(wait, needed, tokens) and blocks + self.room(request) <= free:
+                self._passer = request, wait, tokens
+                return request
+        return head
+
+    def _count_passer(self) -> None:
+        """vLLM took the last passer, or it skipped it for some other reason than memory."""
+        if self._passer is not None:
+            request, wait, tokens = self._passer
+            self._passer = None
+            if request.status == RequestStatus.RUNNING:
+                wait.passed_tokens += tokens
+
+    def _fits(self, request: Request, free: int) -> bool:
+        free -= self.room(request)
+        # The prefix cache is looked up only where it decides.
+        most = needed_tokens(request, self._block) // self._block * self._groups
+        return most <= free or start_blocks(self._scheduler, request)[0] <= free
+
+    def _promised(self) -> int:
+        """Blocks that prompts under way have not taken yet."""
+        promised = 0
+        for request in self._prompts:
+            held = self._kv.get_blocks(request.request_id).blocks
+            whole = needed_tokens(request, self._block) // self._block
+            promised += sum(max(0, whole - len(blocks)) for blocks in held)
+        return promised
