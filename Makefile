@@ -11,7 +11,7 @@ setup-dev:
 	@scripts/setup.sh dev
 
 test: setup-dev
-	@.venv/bin/python -m pytest $(ARGS)
+	@scripts/test.sh $(ARGS)
 
 test-all: setup-dev
 	@LLUMNIX_SEEDS=$${LLUMNIX_SEEDS:-2000} .venv/bin/python -m pytest -m "slow or not slow" $(ARGS)

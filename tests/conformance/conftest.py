@@ -6,7 +6,7 @@ import pytest
 from conformance.engines import RealKind
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def real(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealKind]:
     """Two of vLLM's engine cores in this process, their workers in processes of their own."""
     from support.real_engine import RealEngine

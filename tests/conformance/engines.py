@@ -103,6 +103,7 @@ class RealKind:
     def __init__(self, engines: list[Any], prompts: Callable[[int], list[int]]) -> None:
         self.engines = engines
         self.prompts = prompts
+        self.stories: dict[str, list[Any]] = {}  # of cases that were left alone
         self._known: dict[tuple, list[int]] = {}
 
     def duo(self) -> Duo:

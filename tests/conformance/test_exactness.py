@@ -125,6 +125,13 @@ def run(
     return story(duo, request), sum(e.taken for e in duo.ended)
 
 
+def left_alone(kind: RealKind, case: str) -> list[Any]:
+    """The story of a case that is neither moved nor loses its engine. It is run once."""
+    if case not in kind.stories:
+        kind.stories[case], _ = run(kind, options(**CASES[case]), 0)
+    return kind.stories[case]
+
+
 def _going(duo: Duo, request: Any) -> bool:
     stream = duo.streams.get(request)
     return stream is not None and stream.grant is not None
@@ -132,9 +139,8 @@ def _going(duo: Duo, request: Any) -> bool:
 
 @pytest.mark.parametrize("case", CASES)
 def test_six_hops_change_nothing(real: RealKind, case: str) -> None:
-    expected, _ = run(real, options(**CASES[case]), 0)
     found, moved = run(real, options(**CASES[case]), HOPS)
-    assert found == expected
+    assert found == left_alone(real, case)
     assert moved >= 5
 
 

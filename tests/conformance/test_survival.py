@@ -9,7 +9,7 @@ import pytest
 
 from conformance.engines import RealKind
 from conformance.scenarios import owner_of
-from conformance.test_exactness import CASES, PROMPT, options, run, story
+from conformance.test_exactness import CASES, PROMPT, left_alone, options, run, story
 from support.duo import Duo
 from support.tiny_model import make_lora
 
@@ -60,8 +60,7 @@ def kill(duo: Duo, request: Any, tokens: int, unheard: int = 0) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_four_deaths_change_nothing(real: RealKind, case: str) -> None:
-    expected, _ = run(real, options(**CASES[case]), 0)
-    assert outlived(real, options(**CASES[case])) == expected
+    assert outlived(real, options(**CASES[case])) == left_alone(real, case)
 
 
 @pytest.mark.parametrize("case", ["greedy", "seeded with every option", "json"])
@@ -69,8 +68,8 @@ def test_four_deaths_change_nothing(real: RealKind, case: str) -> None:
 def test_what_nobody_heard_is_computed_again(
     real: RealKind, case: str, kills: tuple[int, ...]
 ) -> None:
-    expected, _ = run(real, options(**CASES[case]), 0)
-    assert outlived(real, options(**CASES[case]), kills, unheard=3) == expected
+    found = outlived(real, options(**CASES[case]), kills, unheard=3)
+    assert found == left_alone(real, case)
 
 
 def test_a_stop_token_after_a_death_stops_it(real: RealKind) -> None:
@@ -190,7 +189,6 @@ def test_a_token_that_is_not_handed_over_would_be_noticed(
 ) -> None:
     """The negative control."""
     for case in ("greedy", "seeded", "json"):
-        expected, _ = run(real, options(**CASES[case]), 0)
         with monkeypatch.context() as patch:
             duo = real.duo()
             duo.survival = True
@@ -200,5 +198,5 @@ def test_a_token_that_is_not_handed_over_would_be_noticed(
             patch.setattr(port, "admit", forgetful(port.admit))
             kill(duo, request, 20)
             duo.finish()
-        assert story(duo, request) != expected
+        assert story(duo, request) != left_alone(real, case)
         assert duo.revived == 1

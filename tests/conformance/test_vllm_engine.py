@@ -11,8 +11,15 @@ from llumnix.core.messages import Handover
 pytestmark = pytest.mark.live
 
 
+OF_THE_LINE = ("the other side is silent", "the message is lost", "the message comes twice")
+"""Faults that no engine sees: what they do to the protocol, the fake engine's tests show."""
+
+
 @pytest.mark.parametrize("moment", MOMENTS)
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(
+    "fault",
+    [pytest.param(f, marks=[pytest.mark.slow] * (f in OF_THE_LINE)) for f in FAULTS],
+)
 def test_a_migration_stands(real: RealKind, fault: str, moment: type) -> None:
     strike(real, fault, moment)
 

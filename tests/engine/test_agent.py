@@ -30,7 +30,7 @@ from llumnix.engine.kv.agent import (
 from llumnix.engine.kv.blocks import HostMemory, Piece, Plane, fuse, lay_out, runs, view
 from llumnix.engine.kv.blocks_cuda import pair_up, word
 from llumnix.errors import UsageError
-from support.server import unused_memory
+from support.server import eventually, unused_memory
 
 KEY = b"a key of the tests"
 BLOCKS = 24
@@ -417,8 +417,8 @@ def test_a_killed_source_fails_the_pull_and_its_successor_serves(
     client.pull(4, [second.address] * 2, [6, 7], [9, 8])
     assert rig.answer().error is None
     assert torch.equal(snapshot(ours), expected)
-    # SIGKILL left nothing behind.
-    assert unused_memory() <= unused
+    # Others' semaphores are there for a moment, too.
+    eventually(lambda: unused_memory() <= unused, 10, "SIGKILL left nothing behind")
 
 
 def test_a_peer_restarted_between_pulls_is_not_noticed(rig: Rig) -> None:

@@ -1,3 +1,4 @@
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,7 +23,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def first_in_line() -> None:
-    real_time()
+    if "PYTEST_XDIST_WORKER" not in os.environ:  # Else the others' tests would go last.
+        real_time()
 
 
 @pytest.fixture(scope="session")

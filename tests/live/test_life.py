@@ -8,7 +8,9 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -152,16 +154,24 @@ def begun(server: Server) -> dict | None:
     return next((row for row in server.requests() if row["output_tokens"] < 100), None)
 
 
-@needs_browser
-def test_the_page_shows_a_move_within_a_second_and_a_death_with_its_orphans(pair: Server) -> None:
+@contextmanager
+def watched(server: Server) -> Iterator[tuple[Any, dict]]:
+    """The page, while one stream after the other goes on; and a request that has just begun, so
+    that it outlasts what follows."""
     # The browser first: it starts slowly beside engines that have the cores.
-    with chromium() as browser, Load(pair, streams=1, max_tokens=1500) as load:
+    with chromium() as browser, Load(server, streams=1, max_tokens=1500) as load:
         page = browser.new_page()
-        page.goto(pair.url + "/llumnix/ui")
+        page.goto(server.url + "/llumnix/ui")
         wait_for(page, "llumnix.model.ready && llumnix.model.rows.size", 30)
-        # One that has just begun, so that it outlasts what follows.
-        row = eventually(lambda: begun(pair), 60, "a request begins")
+        row = eventually(lambda: begun(server), 60, "a request begins")
         eventually(lambda: page.evaluate(PLACE, row["id"]), 5, "the page shows it")
+        yield page, row
+    assert [s["error"] for s in load.done] == [None] * len(load.done)
+
+
+@needs_browser
+def test_the_page_shows_a_move_within_a_second(pair: Server) -> None:
+    with watched(pair) as (page, row):
         other = "i1" if row["instance"] == "i0" else "i0"
         order = {"request_id": row["request"], "destination": other}
         moved = pair.http.post("/llumnix/v1/migrations", json=order).json()
@@ -171,6 +181,14 @@ def test_the_page_shows_a_move_within_a_second_and_a_death_with_its_orphans(pair
         assert time.monotonic() - ended_s < 3  # Within one, where a browser has cores to spare.
         lines = "llumnix.model.events.map((e) => e.text).join()"
         wait_for(page, f"{lines}.includes('moved {row['instance']} → {other}, paused')")
+
+
+@pytest.mark.slow  # tests/ui has it too, over a deployment that is made up.
+@needs_browser
+def test_the_page_shows_a_death_with_its_orphans(pair: Server) -> None:
+    with watched(pair) as (page, row):
+        here = row["instance"]
+        other = "i1" if here == "i0" else "i0"
         page.evaluate("""() => {
           const { board } = llumnix, see = board.see.bind(board), seen = window.seen = [];
           board.see = (list, now) => { seen.push(...list); see(list, now); };
@@ -178,15 +196,14 @@ def test_the_page_shows_a_move_within_a_second_and_a_death_with_its_orphans(pair
         # The page knows of the deaths before it was opened, too.
         known = page.evaluate("llumnix.model.events.length")
         lines = f"llumnix.model.events.slice({known}).map((e) => e.text).join()"
-        os.kill(pair.instances()[other]["pid"], signal.SIGKILL)
-        wait_for(page, f"{lines}.includes('{other} died and starts again')", 30)
-        wait_for(page, f"{lines}.includes('goes on at {row['instance']} after')", 30)
+        os.kill(pair.instances()[here]["pid"], signal.SIGKILL)
+        wait_for(page, f"{lines}.includes('{here} died and starts again')", 30)
+        wait_for(page, f"{lines}.includes('goes on at {other} after')", 30)
         assert page.evaluate("seen.some((s) => s.see === 'flash')")
         flights = page.evaluate("seen.filter((s) => s.see === 'flight').map((s) => s.orphan)")
         assert flights == [True]
-        eventually(lambda: pair.instances()[other]["state"] == "serving", 120, f"{other} serves")
-        wait_for(page, f"llumnix.model.instances.get('{other}').state === 'serving'")
-    assert [s["error"] for s in load.done] == [None] * len(load.done)
+        eventually(lambda: pair.instances()[here]["state"] == "serving", 120, f"{here} serves")
+        wait_for(page, f"llumnix.model.instances.get('{here}').state === 'serving'")
 
 
 def test_with_the_controller_killed_no_request_fails_and_it_comes_back(pair: Server) -> None:

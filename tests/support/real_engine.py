@@ -4,12 +4,15 @@ import contextlib
 import os
 import queue
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+# Else each engine compiles a part of vLLM's sampler for ten seconds. Servers of tests do.
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
@@ -26,6 +29,7 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from llumnix.core.messages import OFFICE, Revive
 from llumnix.core.types import RequestId
+from llumnix.engine.cores import nap_while_waiting, share_of_cores
 from llumnix.engine.kv.agent import TransferOptions
 from llumnix.engine.kv.agent_client import AgentClient, Pulled
 from llumnix.engine.migration.unsupported import WORKER_EXTENSION
@@ -35,6 +39,25 @@ from llumnix.frontend.streams.revivable import again
 from support.duo import Said
 
 KEY = b"conformance"
+COPY_PATIENCE_S = 0.002
+
+
+@contextlib.contextmanager
+def own_cores(ranks: int) -> Iterator[None]:
+    """Where several processes run the tests, engines that are started in this context compute on
+    this one's share of the cores. vLLM would put those of all processes on the same ones."""
+    name, worker = "VLLM_CPU_OMP_THREADS_BIND", os.environ.get("PYTEST_XDIST_WORKER")
+    if worker is None or name in os.environ:
+        yield
+        return
+    slot, slots = int(worker.removeprefix("gw")), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    share = share_of_cores(sorted(os.sched_getaffinity(0)), slot, slots, ranks)
+    if share is not None:
+        os.environ[name] = share
+    try:
+        yield
+    finally:
+        os.environ.pop(name, None)
 
 
 class RealEngine:
@@ -67,7 +90,9 @@ class RealEngine:
         if force_async:
             config.scheduler_config.async_scheduling = True
         self.config = config
-        self.core = EngineCore(config, Executor.get_class(config), log_stats=False)
+        nap_while_waiting()  # As the host does.
+        with own_cores(config.parallel_config.world_size):
+            self.core = EngineCore(config, Executor.get_class(config), log_stats=False)
         self.processor = InputProcessor(config)
         if current_platform.is_cpu():  # As the host does.
             self.rpc("llumnix_keep_generators")
@@ -181,10 +206,12 @@ class RealEngine:
 
     def pulls(self) -> list[tuple[int, str | None, int, float]]:
         found = []
+        # A moment's patience: a test's clock must not run away from a real copy.
+        copies = self.client._joining or self.port.destination.holds()
+        patience_s = COPY_PATIENCE_S if copies else 0.0
         with contextlib.suppress(queue.Empty):
             while True:
-                # A moment's patience: a test's clock must not run away from a real copy.
-                done = self.finished.get(timeout=0.002)
+                done = self.finished.get(timeout=patience_s)
                 if done.ticket < 0:
                     self.port.destination.linked(done.ticket, done.error)
                     continue
