@@ -27,6 +27,7 @@ from raw_tables.serving import (
     token_cost,
 )
 from raw_tables.simulator import (
+    admission,
     errors,
     fidelity,
     memory,
@@ -62,6 +63,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "paced": paced,
     "simulated": simulated,
     "slices": slices,
+    "admission": admission,
     "published slices": published_slices,
     "short memory": short_memory,
     "short memory ratios": short_memory_ratios,

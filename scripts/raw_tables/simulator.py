@@ -123,6 +123,15 @@ def published_slices() -> str:
     return table(["policy", "req/s", "e2e mean, s", "places of ended requests"], rows)
 
 
+def admission() -> str:
+    """benchmarks/admission.py: microseconds of an engine's thread in a step."""
+    rows = [
+        [f"`{r['rules']}`", *(f"{r[f'step_us_{name}']:g}" for name in ("p50", "p90", "mean"))]
+        for r in load("admission.json")["rows"]
+    ]
+    return table(["rules", "P50, µs", "P90, µs", "mean, µs"], rows)
+
+
 FIDELITY = {
     "TTFT mean, s": ("ttft_s", "mean"), "TTFT P99, s": ("ttft_s", "p99"),
     "TPOT mean, ms": ("tpot_s", "mean"), "TPOT P99, ms": ("tpot_s", "p99"),
