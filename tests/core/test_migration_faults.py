@@ -9,7 +9,7 @@ import pytest
 
 from support.fake_cluster import Cluster, World
 
-SEEDS = int(os.environ.get("LLUMNIX_SEEDS", "250"))
+SEEDS = int(os.environ.get("LLUMNIX_SEEDS", "500"))
 FIRST = int(os.environ.get("LLUMNIX_FIRST_SEED", "0"))
 
 WORLDS = {
