@@ -126,6 +126,17 @@ def test_an_order_from_before_the_last_one_was_told_is_answered_and_dropped() ->
     assert source.take(source.order(9))
 
 
+def test_orders_for_which_there_is_nothing_to_move_are_counted() -> None:
+    source = Source(100, 110)
+    assert source.llumlet.moving(0.0).void_orders == 0
+    assert not source.take(source.order(5, most=50), source.order(5, most=60))
+    assert source.llumlet.moving(0.0).void_orders == 2
+    assert source.fail(6)
+    assert source.llumlet.moving(0.0).void_orders == 2, "declined is not void"
+    assert not source.fail(7), "a destination that has just declined is not asked"
+    assert source.llumlet.moving(0.0).void_orders == 3
+
+
 def test_orders_of_one_round_are_all_carried_out() -> None:
     source = Source(*range(100, 110))
     assert len(source.take(source.order(5), source.order(5))) == 2

@@ -48,6 +48,7 @@ class MoveCounts:
     out_waiting: int = 0  # those of them that wait, and hold no KV
     out_tokens: int = 0  # KV tokens that the others hold here
     incoming: int = 0  # requests on their way in
+    void_orders: int = 0  # running total of orders for which there was nothing to move
     moved_bytes: int = 0  # running total of what was moved away
     moved_s: float = 0.0  # running total of the seconds that it took
 
@@ -89,6 +90,7 @@ class LoadReport:
     finished_tokens: int = 0  # in those answers
     moved_bytes: int = 0  # moved away
     moved_s: float = 0.0
+    void_orders: int = 0  # for which there was nothing to move
     log_dropped: int = 0  # lines that its event log could not write
     # Not a total:
     stalled_s: float = 0.0  # since the last step was completed; 0 without requests
@@ -146,6 +148,7 @@ def compose_report(
         moving_out_tokens=moves.out_tokens,
         moving_out_waiting=moves.out_waiting,
         moving_in=moves.incoming,
+        void_orders=moves.void_orders,
         orders=tuple(orders),
         kv_token_bytes=counts.kv_token_bytes,
         preemptions=counts.preemptions,

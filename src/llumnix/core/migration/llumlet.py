@@ -119,6 +119,7 @@ class Llumlet:
             out_waiting=waiting,
             out_tokens=tokens,
             incoming=len(self._incoming),
+            void_orders=self._orders.void,
             moved_bytes=self._outgoing.moved_bytes,
             moved_s=self._outgoing.moved_s,
         )

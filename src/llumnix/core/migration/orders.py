@@ -67,6 +67,7 @@ class Orders:
         self._pending_moves: dict[RequestId, PendingMove] = {}
         self._setbacks = setbacks
         self._answered: list[OrderId] = []
+        self.void = 0  # orders so far for which there was nothing to move
         # Numbers of two load reports: the one from which the last order that was carried out was
         # computed, and the first that told of that order, None until it goes out.
         self._carried_from = -1
@@ -92,10 +93,11 @@ class Orders:
         return self._told_in is not None and order.source_sequence >= self._told_in
 
     def _carry_out(self, order: MoveOrder, now: float) -> None:
-        if self._setbacks.pauses(None, order.destination_engine, now):
-            return
-        victim = choose_victim(self._candidates(order.destination_engine, now), order.limits)
+        victim = None
+        if not self._setbacks.pauses(None, order.destination_engine, now):
+            victim = choose_victim(self._candidates(order.destination_engine, now), order.limits)
         if victim is None:
+            self.void += 1
             return
         self._carried_from, self._told_in = order.source_sequence, None
         limit = next(li for li in order.limits if li.rank == victim.rank)
