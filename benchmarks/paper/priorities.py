@@ -1,7 +1,7 @@
 """Figure 13 of Llumnix (OSDI 2024): one request in ten is urgent, arrivals come in bursts.
 
-Beside the default headroom (0.88) two smaller ones, and what each urgent request would take alone
-on an idle instance, which no headroom can beat.
+Headroom of fixed sizes, the default (0.88) beside two smaller ones; headroom by need, as it is by
+default; and what each urgent request would take alone on an idle instance, which none can beat.
 
 python benchmarks/paper/priorities.py [--seeds 3] [--requests 10000] [--processes N]
 """
@@ -31,11 +31,15 @@ PUBLISHED = {
 FIGURES = (("e2e_s", "mean"), ("ttft_s", "p99"), ("tpot_s", "mean"))
 BASE = "llumnix-base"
 HEADROOMS = (HIGH.headroom, 0.6, 0.4)
+NEED = PrioritySettings().headroom_need
 
 
-def run(policy: str, headroom: float, cv: int, requests: int, seed: int) -> Spec:
+def run(
+    policy: str, headroom: float, need: float | None, cv: int, requests: int, seed: int
+) -> Spec:
     high = PriorityClass(name=HIGH.name, priority=HIGH.priority, headroom=headroom)
-    scheduler = SchedulerSettings(priorities=PrioritySettings(classes=(high, NORMAL)))
+    priorities = PrioritySettings(classes=(high, NORMAL), headroom_need=need)
+    scheduler = SchedulerSettings(priorities=priorities)
     return spec(
         policy, "S-S", 26.0, requests, seed, cv=float(cv), high_share=0.1, scheduler=scheduler
     )
@@ -48,18 +52,23 @@ def _mean(found: Found, label: str, name: str) -> list[Any]:
 def main() -> None:
     began = time.monotonic()
     args = arguments(__doc__ or "", "priorities")
-    kinds = [(BASE, BASE, 0.0), *((f"headroom {h:g}", "llumnix", h) for h in HEADROOMS)]
+    kinds = [
+        (BASE, BASE, 0.0, None),
+        *((f"headroom {h:g}", "llumnix", h, None) for h in HEADROOMS),
+        (f"by need, {NEED:g}", "llumnix", HIGH.headroom, NEED),
+    ]
     specs, labels = [], []
     for cv in PUBLISHED:
-        for name, policy, headroom in kinds:
-            specs += [run(policy, headroom, cv, args.requests, s) for s in range(args.seeds)]
+        for name, policy, headroom, need in kinds:
+            specs += [run(policy, headroom, need, cv, args.requests, s) for s in range(args.seeds)]
             labels += [f"CV {cv} {name}"] * args.seeds
     found = simulate(specs, labels, args)
-    bounds = [idle_bound(run(BASE, 0.0, 2, args.requests, s))["classes"] for s in range(args.seeds)]
+    idle = [run(BASE, 0.0, None, 2, args.requests, seed) for seed in range(args.seeds)]
+    bounds = [idle_bound(one)["classes"] for one in idle]
     rows = []
     for cv, published in PUBLISHED.items():
         base = f"CV {cv} {BASE}"
-        for name, policy, headroom in kinds:
+        for name, policy, headroom, need in kinds:
             label = f"CV {cv} {name}"
             cells = [str(cv), name]
             for (figure, part), pair in zip(FIGURES, published, strict=True):
@@ -67,6 +76,7 @@ def main() -> None:
                     column(found, label, lambda m, f=figure, p=part: m["classes"]["high"][f][p])
                 )
                 paper = {0.0: pair[0], HIGH.headroom: pair[1]}.get(headroom)
+                paper = paper if need is None else None
                 cells.append(text if paper is None else f"{text} ({paper:g})")
             gain = loss = ""  # Of the base to itself.
             if policy != BASE:

@@ -115,7 +115,7 @@ class World:
         requests = v.load.batch + v.load.waiting
         if v.load.slots and requests >= v.load.slots:
             return True
-        kept = rank and v.load.running[0] and self.s.view.priorities.share(0)
+        kept = rank and v.load.running[0] and self.s.view.priorities.headroom_max
         return bool(kept) and self.freeness(v, rank) < THRESHOLD
 
     def cost(self, v: InstanceView, request: RequestArrived, rank: int, others: int) -> float:

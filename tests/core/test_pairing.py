@@ -11,7 +11,7 @@ from llumnix.core.migration.victim import Candidate, choose_victim
 from llumnix.core.reports import ClassLoad, LoadReport
 from llumnix.core.scheduling.scheduler import Scheduler
 from llumnix.core.scheduling.tuning import FRUITLESS_S, ORDER_LIFETIME_S
-from llumnix.core.settings import MigrationSettings, SchedulerSettings
+from llumnix.core.settings import MigrationSettings, PrioritySettings, SchedulerSettings
 from llumnix.core.types import EngineIndex, InstanceId, OrderId, RequestId
 
 TOTAL = 10_000
@@ -19,7 +19,8 @@ FIXED = MigrationSettings(source_below=48.0, destination_above=100.0, gain_min=8
 
 
 def scheduler(policy: str = "llumnix", migration: MigrationSettings = FIXED) -> Scheduler:
-    return Scheduler(SchedulerSettings(policy=policy, migration=migration))
+    fixed = PrioritySettings(headroom_need=None)
+    return Scheduler(SchedulerSettings(policy=policy, migration=migration, priorities=fixed))
 
 
 def load(

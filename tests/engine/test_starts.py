@@ -286,7 +286,8 @@ def test_one_that_was_preempted_keeps_its_place(tiny_model: Path) -> None:
 def test_a_head_that_memory_holds_up_is_passed_within_the_bounds_of_passing_alone(
     tiny_model: Path,
 ) -> None:
-    it = Served(tiny_model, SHORT).running(10)
+    # Its own prompt is taken for seconds, so that by arrival alone the others would go before it.
+    it = Served(tiny_model, replace(SHORT, short_first=100.0)).running(10)
     it.add("head", 12)
     started = it.step()
     for number in range(10):

@@ -90,8 +90,10 @@ async def test_each_instance_and_the_fleet_as_one_server() -> None:
     assert found["class_requests", "high", "running"] == 2
     assert found["class_requests", "normal", "running"] == 4
     load = derive(report(0), (), 0)
-    spare = load.spare(PRIORITIES)
-    assert found["instance_freeness_tokens", "0"] == load.freeness(PRIORITIES)
+    kept = PRIORITIES.needed(0.3)  # All use 300 of 1,000 tokens.
+    spare = load.spare(kept)
+    assert kept.headroom_max < PRIORITIES.headroom_max
+    assert found["instance_freeness_tokens", "0"] == load.freeness(kept)
     assert found["instance_virtual_usage_tokens", "0"] == 1000 - spare
     assert found["mean_freeness_tokens",] == 2 * spare / 10
     assert found["frontend_processes", "serving"] == 1

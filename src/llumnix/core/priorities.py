@@ -7,6 +7,7 @@ below it. The last class takes the rest.
 
 from bisect import bisect_left
 from collections.abc import Sequence
+from copy import copy
 from typing import NamedTuple
 
 from llumnix.core.settings import PrioritySettings, key_digest
@@ -43,8 +44,10 @@ class Priorities:
         self._ignore_priorities = ignore_priorities
         self.classes = tuple(sorted(settings.classes, key=lambda c: c.priority))
         self._numbers = [c.priority for c in self.classes]
-        self._headrooms = [c.headroom for c in self.classes]
-        self._with_headroom = [(r, h) for r, h in enumerate(self._headrooms) if h]
+        self._with_headroom = [(r, c.headroom) for r, c in enumerate(self.classes) if c.headroom]
+        self._need = settings.headroom_need
+        # An instance keeps no larger share of its memory free, whatever runs there.
+        self.headroom_max = sum(h for _, h in self._with_headroom)
         self.aging_s = settings.aging_s
         self.preempt = settings.preempt and not ignore_priorities
         numbers = {c.name: c.priority for c in self.classes}
@@ -110,9 +113,16 @@ class Priorities:
             arrived_s -= STARTED_S
         return QueueKey(self.aged(priority, waited_s), arrived_s)
 
-    def share(self, rank: int) -> float:
-        """The headroom of that class: a share of an instance's KV memory."""
-        return self._headrooms[rank]
+    def needed(self, used: float) -> "Priorities":
+        """The same classes where instances use that share of their KV memory on the mean. Headroom
+        is for decoding among fewer neighbours. What an instance keeps free beyond the use of the
+        others makes these the fuller, so it may use `headroom_need` times the mean in any case."""
+        if self._need is None:
+            return self
+        found = copy(self)
+        most = sum(h for _, h in self._with_headroom)
+        found.headroom_max = min(most, max(0.0, 1 - self._need * used))
+        return found
 
     def headroom(self, total: int, running: Sequence[int], above: int | None = None) -> float:
         """Tokens to keep free on an instance of `total` KV tokens that runs that many requests of
@@ -122,4 +132,4 @@ class Priorities:
         for rank, headroom in self._with_headroom:
             if rank < ranks and running[rank]:
                 share += headroom
-        return total * share
+        return total * min(share, self.headroom_max)

@@ -84,6 +84,12 @@ class PrioritySettings:
         "true or false",
         "Preempt running requests of less urgent classes for one that cannot start.",
     )
+    headroom_need: float | None = knob(
+        1.1,
+        "times the mean use of memory",
+        "An instance that keeps headroom may use so much of its memory all the same. null: no more "
+        "than its classes' headroom leaves.",
+    )
     default_cap: str | None = knob(
         None,
         "a class's name",
@@ -102,6 +108,7 @@ class PrioritySettings:
 
     def __post_init__(self) -> None:
         _check("priorities.aging_s", self.aging_s, 0.1)
+        _check("priorities.headroom_need", self.headroom_need, 0, 100)
         names = [c.name for c in self.classes]
         numbers = [c.priority for c in self.classes]
         if not names:

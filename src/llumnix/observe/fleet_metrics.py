@@ -12,7 +12,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from llumnix.core.priorities import Priorities
 from llumnix.core.reports import LoadReport
-from llumnix.core.scheduling.load import Load, derive
+from llumnix.core.scheduling.load import Load, derive, mean_use
 from llumnix.core.supervision.frontends import FrontendStatus
 from llumnix.core.supervision.lifecycle import InstanceStatus
 from llumnix.observe import metrics
@@ -145,10 +145,11 @@ class FleetMetrics:
                 for name, load in zip(self._names, report.classes, strict=False):
                     self._preemptions[name].add(report.engine_index, load.preempted)
         self._steps.forget({report.engine_index for _, _, report, _ in rows})
-        for family in self._instances(rows, now):
+        kept = self._priorities.needed(mean_use(load for _, _, _, load in rows))
+        for family in self._instances(rows, now, kept):
             yield family
             await asyncio.sleep(0)
-        for family in self._sums(rows):
+        for family in self._sums(rows, kept):
             yield family
 
     def _note_dropped(self, writer: str, source: object, lines: int) -> None:
@@ -157,9 +158,8 @@ class FleetMetrics:
             metrics.EVENT_LOG_DROPPED.labels(writer).inc(rise)
 
     def _instances(
-        self, rows: list[tuple[str, InstanceStatus, LoadReport, Load]], now: float
+        self, rows: list[tuple[str, InstanceStatus, LoadReport, Load]], now: float, kept: Priorities
     ) -> Iterable[Metric]:
-        mine = self._priorities
         placed = [r for r in rows if r[2].accepting and not r[1].hung]
         yield _made(metrics.KV_USED, (((s,), r.kv_tokens_used) for s, _, r, _ in rows))
         yield _made(metrics.KV_CAPACITY, (((s,), r.kv_tokens_total) for s, _, r, _ in rows))
@@ -172,13 +172,15 @@ class FleetMetrics:
             ),
         )
         yield _made(metrics.STEP_AGE_S, (((s,), self._steps.age_s(r, now)) for s, _, r, _ in rows))
-        yield _made(metrics.FREENESS, (((s,), load.freeness(mine)) for s, _, _, load in placed))
+        yield _made(metrics.FREENESS, (((s,), load.freeness(kept)) for s, _, _, load in placed))
         yield _made(
             metrics.VIRTUAL_USAGE,
-            (((s,), load.total - load.spare(mine)) for s, _, _, load in placed),
+            (((s,), load.total - load.spare(kept)) for s, _, _, load in placed),
         )
 
-    def _sums(self, rows: list[tuple[str, InstanceStatus, LoadReport, Load]]) -> Iterable[Metric]:
+    def _sums(
+        self, rows: list[tuple[str, InstanceStatus, LoadReport, Load]], kept: Priorities
+    ) -> Iterable[Metric]:
         reports = [report for _, _, report, _ in rows]
         used = sum(r.kv_tokens_used for r in reports)
         total = sum(r.kv_tokens_total for r in reports)
@@ -187,7 +189,7 @@ class FleetMetrics:
         yield _made(metrics.KV_USAGE, [((), used / total)] if total else [])
         stay = [load for _, _, report, load in rows if report.accepting]
         requests = sum(load.batch + load.waiting for load in stay)
-        spare = sum(load.spare(self._priorities) for load in stay)
+        spare = sum(load.spare(kept) for load in stay)
         yield _made(metrics.MEAN_FREENESS, [((), spare / max(1, requests))] if stay else [])
         yield _made(
             metrics.CLASS_REQUESTS,

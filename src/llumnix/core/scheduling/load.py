@@ -11,7 +11,7 @@ Rules
 - An instance that is being emptied has a request of infinite size, and so a freeness of -inf.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from llumnix.core.priorities import Priorities
@@ -60,13 +60,10 @@ class Load(NamedTuple):
     def spare_after(self, rank: int, requests: int, priorities: Priorities) -> float:
         """`spare` after that many requests of a class have come (below 0: have left). Their tokens
         are left out, so that only the headroom of the class may change it."""
-        spare = self.spare(priorities)
-        if rank >= len(self.running):
-            return spare
-        before = self.running[rank]
-        return spare + priorities.share(rank) * self.total * (
-            bool(before) - bool(before + requests)
-        )
+        before = self.running[rank] if rank < len(self.running) else 0
+        if bool(before) == bool(before + requests):
+            return self.spare(priorities)
+        return self._replace(running=self._running_after(rank, requests)).spare(priorities)
 
     def freeness(self, priorities: Priorities) -> float:
         """F, for migration and scaling."""
@@ -91,10 +88,22 @@ class Load(NamedTuple):
     def changed(self, rank: int, requests: int, tokens: int) -> "Load":
         """The load after that many requests of a class, of `tokens` together, have come (below 0:
         have left)."""
-        running = tuple(n + requests * (r == rank) for r, n in enumerate(self.running))
         return self._replace(
-            used=self.used + tokens, batch=max(0, self.batch + requests), running=running
+            used=self.used + tokens,
+            batch=max(0, self.batch + requests),
+            running=self._running_after(rank, requests),
         )
+
+    def _running_after(self, rank: int, requests: int) -> tuple[int, ...]:
+        return tuple(n + requests * (r == rank) for r, n in enumerate(self.running))
+
+
+def mean_use(loads: Iterable[Load]) -> float:
+    """The share of KV memory that is used, over all instances; 0 if there is none."""
+    used = total = 0
+    for load in loads:
+        used, total = used + min(load.used, load.total), total + load.total
+    return used / total if total else 0.0
 
 
 def ratio(spare: float, requests: int) -> float:

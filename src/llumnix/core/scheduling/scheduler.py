@@ -19,6 +19,7 @@ from llumnix.core.events import (
     UndrainInstance,
 )
 from llumnix.core.scheduling.dispatch import DISPATCH_POLICIES
+from llumnix.core.scheduling.headroom import Headroom
 from llumnix.core.scheduling.intake.admission import Admission
 from llumnix.core.scheduling.intake.malformed import why_malformed
 from llumnix.core.scheduling.pairing import Pairing
@@ -39,6 +40,7 @@ class Scheduler:
         preset = POLICIES[settings.policy]
         balance = settings.migration.balance
         self.view = ClusterView(priorities_of(settings), settings.migration)
+        self._headroom = Headroom(self.view.priorities)
         self._admission = Admission(settings, self.view)
         self._dispatch = DISPATCH_POLICIES[preset.dispatch]()
         self._pairing = Pairing(
@@ -59,6 +61,7 @@ class Scheduler:
             case RequestArrived():
                 return [self._place(fact, now)]
             case Tick():
+                self._headroom.follow(self.view, now)
                 return list(self._pairing.round(self.view, now))
             case InstanceLost(instance=instance, engine_index=engine_index):
                 over = self.view.is_over(instance, engine_index)

@@ -114,6 +114,12 @@ Evidence: guess."""
 THRESHOLD_STEP = 0.05
 """Share of a threshold. Thresholds follow the answers in steps of this size, since sort keys depend
 on them: with each change all heaps are made anew. Evidence: guess."""
+USE_TICKS = 20
+"""Rounds of pairing. The mean use of memory that headroom follows is smoothed over so many.
+Evidence: guess."""
+HEADROOM_STEP = 0.02
+"""Share of an instance's memory. Headroom follows the use of memory in steps of this size, since
+sort keys depend on it: with each change those of all instances are made anew. Evidence: guess."""
 HEAP_ENTRIES_PER_INSTANCE = 8
 """Entries. A heap with more of them for each instance, and `HEAP_ENTRIES_MORE` beyond, is dropped
 and made anew when it is next asked for. Evidence: guess."""

@@ -236,8 +236,7 @@ class ClusterView:
 
     def drain(self, instance: InstanceId, now: float) -> None:
         """Records that the scheduler just decided to drain an instance."""
-        known = self._instances.get(instance)
-        if known is not None:
+        if (known := self._instances.get(instance)) is not None:
             known.drain_decided_s = now
             self._changed(known)
 
@@ -259,6 +258,12 @@ class ClusterView:
         """Drops what is known of an instance; its next report makes it known again."""
         if instance in self._instances:
             self._forget(instance)
+
+    def keep(self, priorities: Priorities) -> None:
+        """Takes the same classes with other headroom."""
+        self.priorities = priorities
+        for known in self._instances.values():
+            self._changed(known)
 
     def _forget(self, instance: InstanceId) -> None:
         known = self._instances.pop(instance)
@@ -282,22 +287,18 @@ class ClusterView:
         name = self._destinations.pop(order)
         if now is not None and not source.report.moving_out:
             source.fruitless[name] = now
-        destination = self._instances.get(name)
-        if destination is not None:
-            destination.incoming.pop(order, None)
+        if name in self._instances:
+            self._instances[name].incoming.pop(order, None)
 
     def _lapse(self, known: InstanceView, now: float) -> None:
         for order, made_s in list(known.orders.items()):
             if known.lapsed(made_s, ORDER_LIFETIME_S, now):
                 self._settle(known, order)
-        for order, made_s in list(known.incoming.items()):
-            if now - made_s >= ORDER_LIFETIME_S:
-                del known.incoming[order]  # whatever became of its source
+        known.incoming = {o: s for o, s in known.incoming.items() if now - s < ORDER_LIFETIME_S}
         known.fruitless = {i: s for i, s in known.fruitless.items() if now - s < FRUITLESS_S}
 
     def _follow_answers(self) -> None:
-        """Takes new thresholds if they have changed by `THRESHOLD_STEP`, and drops all heaps, whose
-        sort keys depend on them."""
+        """Takes thresholds that changed by `THRESHOLD_STEP`, and drops the heaps sorted by them."""
         thresholds = self.observed.migration_thresholds(self._migration)
         changed = zip(thresholds, self.thresholds, strict=True)
         if any(abs(new - old) > THRESHOLD_STEP * old for new, old in changed):

@@ -189,13 +189,16 @@ class Picture:
             return
         self._deployment = deployment
         reports = {(r.instance, r.engine_index): r for r in deployment.reports or ()}
+        total = sum(r.kv_tokens_total for r in reports.values())
+        used = sum(r.kv_tokens_used for r in reports.values()) / total if total else 0.0
+        kept = self._priorities.needed(used)
         there: dict[InstanceId, dict[str, Any]] = {}
         changes: dict[InstanceId, dict[str, Any] | None] = {}
         for status in deployment.statuses:
             run = status.engine_index
             report = None if run is None else reports.get((status.id, run))
             before = self._instances.get(status.id, {})
-            load = self._load(report)
+            load = self._load(report, kept)
             if deployment.reports is None and before:
                 load = {name: before[name] for name in load}
             now = {
@@ -214,10 +217,10 @@ class Picture:
         if changes:
             delta["instances"] = changes
 
-    def _load(self, report: LoadReport | None) -> dict[str, Any]:
+    def _load(self, report: LoadReport | None, kept: Priorities) -> dict[str, Any]:
         if report is None:
             return {"kv": 0, "cap": 0, "free": None, "run": [], "wait": []}
-        freeness = derive(report, (), 0).freeness(self._priorities) if report.accepting else None
+        freeness = derive(report, (), 0).freeness(kept) if report.accepting else None
         return {
             "kv": report.kv_tokens_used,
             "cap": report.kv_tokens_total,

@@ -1,0 +1,36 @@
+"""How much headroom is kept: no more than is of use where all instances are full.
+
+Rules
+- Urgent requests decode faster among fewer neighbours. Where the others use half of their memory,
+  an instance that keeps 88 % free is ahead of them by far. Where they use nearly all of it, that
+  much headroom fills them up, and normal requests pay for it.
+- So an instance with headroom may use `priorities.headroom_need` times what instances use on the
+  mean, as they report it, smoothed over `USE_TICKS` rounds of pairing.
+- It follows in steps of `HEADROOM_STEP`.
+"""
+
+from llumnix.core.priorities import Priorities
+from llumnix.core.scheduling.load import mean_use
+from llumnix.core.scheduling.tuning import HEADROOM_STEP, USE_TICKS
+from llumnix.core.scheduling.view import ClusterView
+
+
+class Headroom:
+    """Of one deployment. `priorities`: its classes as they are set."""
+
+    def __init__(self, priorities: Priorities) -> None:
+        self._set = priorities
+        self._used: float | None = None  # None before the first report
+
+    def follow(self, view: ClusterView, now: float) -> None:
+        """Adapts what the view keeps to the use of memory. Once a round."""
+        if not self._set.headroom_max:
+            return
+        loads = [v.load for v in view if v.accepting and v.answers(now)]
+        if not loads:
+            return
+        used = mean_use(loads)
+        self._used = used if self._used is None else self._used + (used - self._used) / USE_TICKS
+        found = self._set.needed(self._used)
+        if abs(found.headroom_max - view.priorities.headroom_max) >= HEADROOM_STEP:
+            view.keep(found)

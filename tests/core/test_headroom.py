@@ -1,0 +1,94 @@
+"""Headroom follows how full the instances are."""
+
+from itertools import pairwise
+
+import pytest
+
+from llumnix.core.events import LoadReported, Tick
+from llumnix.core.priorities import Priorities
+from llumnix.core.reports import ClassLoad, LoadReport
+from llumnix.core.scheduling.scheduler import Scheduler
+from llumnix.core.scheduling.tuning import HEADROOM_STEP, USE_TICKS
+from llumnix.core.settings import PriorityClass, PrioritySettings, SchedulerSettings
+from llumnix.core.types import EngineIndex, InstanceId
+from llumnix.errors import UsageError
+
+TOTAL = 1000
+CLASSES = (
+    PriorityClass(name="high", priority=-100, headroom=0.6),
+    PriorityClass(name="soon", priority=-50, headroom=0.2),
+    PriorityClass(name="normal", priority=0),
+)
+URGENT, NORMAL = (1, 0, 4), (0, 0, 5)
+
+
+class World:
+    """A scheduler with two instances, of which one runs an urgent request."""
+
+    def __init__(self, need: float | None = 1.1, policy: str = "llumnix") -> None:
+        classes = PrioritySettings(classes=CLASSES, headroom_need=need)
+        settings = SchedulerSettings(policy=policy, priorities=classes)
+        self.scheduler, self.now, self.sequence = Scheduler(settings), 0.0, 0
+
+    def tick(self, share: float, times: int = 1) -> float:
+        """So many rounds in which instances use that share of their memory; the headroom that is
+        kept now, as a share of an instance's."""
+        for _ in range(times):
+            self.now, self.sequence = self.now + 0.05, self.sequence + 1
+            for number, running in enumerate((URGENT, NORMAL)):
+                report = LoadReport(
+                    instance=InstanceId(f"i{number}"),
+                    engine_index=EngineIndex(number),
+                    sequence=self.sequence,
+                    kv_tokens_used=round(share * TOTAL),
+                    kv_tokens_total=TOTAL,
+                    classes=tuple(ClassLoad(running=n) for n in running),
+                    steps=self.sequence,
+                )
+                self.scheduler.handle(LoadReported(report=report), self.now)
+            self.scheduler.handle(Tick(), self.now)
+            self.scheduler.view.check(self.now)
+        known = self.scheduler.view[InstanceId("i0")]
+        kept = (TOTAL - known.load.used - known.freeness * known.load.batch) / TOTAL
+        assert known.freeness == known.load.freeness(self.scheduler.view.priorities)
+        return kept if known.freeness > 0 else (TOTAL - known.load.used - known.freeness) / TOTAL
+
+
+@pytest.mark.parametrize(
+    ("need", "used", "kept"),
+    [
+        *((1.1, 0.0, 0.6), (1.1, 0.3, 0.6), (1.1, 0.5, 0.45), (1.1, 0.8, 0.12), (1.1, 0.95, 0.0)),
+        *((2.0, 0.3, 0.4), (0.0, 0.95, 0.6), (None, 0.95, 0.6)),
+    ],
+)
+def test_an_instance_may_use_so_many_times_the_mean_use(
+    need: float | None, used: float, kept: float
+) -> None:
+    assert World(need).tick(used) == pytest.approx(kept, abs=1e-9)
+
+
+def test_it_is_smoothed_and_follows_in_steps() -> None:
+    it = World()
+    assert it.tick(0.5) == pytest.approx(0.45)
+    seen = [it.tick(0.9) for _ in range(6 * USE_TICKS)]
+    assert seen[0] == pytest.approx(1 - 1.1 * (0.5 + 0.4 / USE_TICKS))
+    assert seen == sorted(seen, reverse=True)
+    steps = [a - b for a, b in pairwise(seen) if a != b]
+    assert min(steps) >= HEADROOM_STEP
+    assert 0 < seen[-1] < 1 - 1.1 * 0.9 + HEADROOM_STEP
+
+
+def test_policies_without_headroom_keep_none() -> None:
+    assert World(policy="llumnix-base").tick(0.5) == pytest.approx(0.0, abs=1e-9)
+
+
+def test_headroom_of_several_classes_is_bounded_together() -> None:
+    classes = Priorities(PrioritySettings(classes=CLASSES)).needed(0.5)
+    assert classes.headroom(TOTAL, (1, 1, 1)) == pytest.approx(450)
+    assert classes.headroom(TOTAL, (0, 1, 1)) == pytest.approx(200)
+    assert classes.headroom(TOTAL, (1, 1, 1), above=1) == pytest.approx(450)
+
+
+def test_a_need_below_zero_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"priorities\.headroom_need: -1 must be"):
+        PrioritySettings(headroom_need=-1)
