@@ -8,7 +8,7 @@ from llumnix.core.events import LoadReported, Tick
 from llumnix.core.priorities import Priorities
 from llumnix.core.reports import ClassLoad, LoadReport
 from llumnix.core.scheduling.scheduler import Scheduler
-from llumnix.core.scheduling.tuning import HEADROOM_STEP, USE_TICKS
+from llumnix.core.scheduling.tuning import HEADROOM_STEP, USE_EVERY_S, USE_S
 from llumnix.core.settings import PriorityClass, PrioritySettings, SchedulerSettings
 from llumnix.core.types import EngineIndex, InstanceId
 from llumnix.errors import UsageError
@@ -20,6 +20,7 @@ CLASSES = (
     PriorityClass(name="normal", priority=0),
 )
 URGENT, NORMAL = (1, 0, 4), (0, 0, 5)
+EVERY_S = 1.25 * USE_EVERY_S
 
 
 class World:
@@ -30,24 +31,24 @@ class World:
         settings = SchedulerSettings(policy=policy, priorities=classes)
         self.scheduler, self.now, self.sequence = Scheduler(settings), 0.0, 0
 
-    def tick(self, share: float, times: int = 1) -> float:
-        """So many rounds in which instances use that share of their memory; the headroom that is
-        kept now, as a share of an instance's."""
-        for _ in range(times):
-            self.now, self.sequence = self.now + 0.05, self.sequence + 1
-            for number, running in enumerate((URGENT, NORMAL)):
-                report = LoadReport(
-                    instance=InstanceId(f"i{number}"),
-                    engine_index=EngineIndex(number),
-                    sequence=self.sequence,
-                    kv_tokens_used=round(share * TOTAL),
-                    kv_tokens_total=TOTAL,
-                    classes=tuple(ClassLoad(running=n) for n in running),
-                    steps=self.sequence,
-                )
-                self.scheduler.handle(LoadReported(report=report), self.now)
+    def tick(self, share: float, *, rounds: bool = True) -> float:
+        """All instances report that they use that share of their memory, and a round follows; the
+        headroom that is kept then, as a share of an instance's."""
+        self.now, self.sequence = self.now + EVERY_S, self.sequence + 1
+        for number, running in enumerate((URGENT, NORMAL)):
+            report = LoadReport(
+                instance=InstanceId(f"i{number}"),
+                engine_index=EngineIndex(number),
+                sequence=self.sequence,
+                kv_tokens_used=round(share * TOTAL),
+                kv_tokens_total=TOTAL,
+                classes=tuple(ClassLoad(running=n) for n in running),
+                steps=self.sequence,
+            )
+            self.scheduler.handle(LoadReported(report=report), self.now)
+        if rounds:
             self.scheduler.handle(Tick(), self.now)
-            self.scheduler.view.check(self.now)
+        self.scheduler.view.check(self.now)
         known = self.scheduler.view[InstanceId("i0")]
         kept = (TOTAL - known.load.used - known.freeness * known.load.batch) / TOTAL
         assert known.freeness == known.load.freeness(self.scheduler.view.priorities)
@@ -70,12 +71,23 @@ def test_an_instance_may_use_so_many_times_the_mean_use(
 def test_it_is_smoothed_and_follows_in_steps() -> None:
     it = World()
     assert it.tick(0.5) == pytest.approx(0.45)
-    seen = [it.tick(0.9) for _ in range(6 * USE_TICKS)]
-    assert seen[0] == pytest.approx(1 - 1.1 * (0.5 + 0.4 / USE_TICKS))
+    seen = [it.tick(0.9) for _ in range(round(6 * USE_S / EVERY_S))]
+    # The look is at the first of the two reports, when the mean is 0.7, and too little has changed.
+    used = 0.5 + 0.2 * EVERY_S / USE_S
+    used += (0.9 - used) * EVERY_S / USE_S
+    assert seen[:2] == pytest.approx([0.45, 1 - 1.1 * used])
     assert seen == sorted(seen, reverse=True)
     steps = [a - b for a, b in pairwise(seen) if a != b]
     assert min(steps) >= HEADROOM_STEP
     assert 0 < seen[-1] < 1 - 1.1 * 0.9 + HEADROOM_STEP
+
+
+def test_rounds_that_decide_nothing_change_nothing() -> None:
+    """The event log leaves them out, and must tell the same story."""
+    one, other = World(), World()
+    for n in range(60):
+        share = (n * 37 % 100) / 100
+        assert one.tick(share) == other.tick(share, rounds=n % 7 == 0)
 
 
 def test_policies_without_headroom_keep_none() -> None:

@@ -5,13 +5,16 @@ Rules
   an instance that keeps 88 % free is ahead of them by far. Where they use nearly all of it, that
   much headroom fills them up, and normal requests pay for it.
 - So an instance with headroom may use `priorities.headroom_need` times what instances use on the
-  mean, as they report it, smoothed over `USE_TICKS` rounds of pairing.
-- It follows in steps of `HEADROOM_STEP`.
+  mean, as they report it, smoothed over `USE_S`.
+- It follows in steps of `HEADROOM_STEP`, with the reports, at most once in `USE_EVERY_S`: all
+  reports are in the event log, and of the rounds of pairing only those that decided something.
 """
+
+import math
 
 from llumnix.core.priorities import Priorities
 from llumnix.core.scheduling.load import mean_use
-from llumnix.core.scheduling.tuning import HEADROOM_STEP, USE_TICKS
+from llumnix.core.scheduling.tuning import HEADROOM_STEP, USE_EVERY_S, USE_S
 from llumnix.core.scheduling.view import ClusterView
 
 
@@ -21,16 +24,20 @@ class Headroom:
     def __init__(self, priorities: Priorities) -> None:
         self._set = priorities
         self._used: float | None = None  # None before the first report
+        self._looked_s = -math.inf
 
     def follow(self, view: ClusterView, now: float) -> None:
-        """Adapts what the view keeps to the use of memory. Once a round."""
-        if not self._set.headroom_max:
+        """Adapts what the view keeps to the use of memory. A report has come."""
+        past_s = now - self._looked_s
+        if not self._set.headroom_max or past_s < USE_EVERY_S:
             return
+        self._looked_s = now
         loads = [v.load for v in view if v.accepting and v.answers(now)]
         if not loads:
             return
         used = mean_use(loads)
-        self._used = used if self._used is None else self._used + (used - self._used) / USE_TICKS
+        before = used if self._used is None else self._used
+        self._used = before + (used - before) * min(1.0, past_s / USE_S)
         found = self._set.needed(self._used)
         if abs(found.headroom_max - view.priorities.headroom_max) >= HEADROOM_STEP:
             view.keep(found)

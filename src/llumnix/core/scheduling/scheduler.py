@@ -58,10 +58,10 @@ class Scheduler:
             case LoadReported(report=report):
                 self._admission.take(report, now)
                 self.view.apply(report, now)
+                self._headroom.follow(self.view, now)
             case RequestArrived():
                 return [self._place(fact, now)]
             case Tick():
-                self._headroom.follow(self.view, now)
                 return list(self._pairing.round(self.view, now))
             case InstanceLost(instance=instance, engine_index=engine_index):
                 over = self.view.is_over(instance, engine_index)

@@ -114,8 +114,11 @@ Evidence: guess."""
 THRESHOLD_STEP = 0.05
 """Share of a threshold. Thresholds follow the answers in steps of this size, since sort keys depend
 on them: with each change all heaps are made anew. Evidence: guess."""
-USE_TICKS = 20
-"""Rounds of pairing. The mean use of memory that headroom follows is smoothed over so many.
+USE_S = 1.0
+"""Seconds. The mean use of memory that headroom follows is smoothed over so long.
+Evidence: guess."""
+USE_EVERY_S = 0.05
+"""Seconds. It is looked at that often at most, since a look counts all instances.
 Evidence: guess."""
 HEADROOM_STEP = 0.02
 """Share of an instance's memory. Headroom follows the use of memory in steps of this size, since
