@@ -3,6 +3,7 @@
 import random
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -59,6 +60,18 @@ def test_several_that_start_at_once_count_with_their_promises(tiny_model: Path) 
         it.add(name, 1)
     # The first takes six in all, each of the others four.
     assert it.step() == ["b", "c", "d"]
+
+
+def test_a_model_without_kv_promises_little_and_ends_no_engine(tiny_model: Path) -> None:
+    it = Served(tiny_model, SLICES).running(4)
+    newcomer = it.add("b", 1)
+    scheduler = it.scheduler
+    scheduler.kv_cache_config = SimpleNamespace(kv_cache_groups=[])
+    scheduler.kv_cache_manager.get_blocks = lambda name: SimpleNamespace(blocks=())
+    those = EnginePromises(scheduler, SliceRules(tokens=3 * BLOCK))
+    those.before_step()
+    those.admitting()
+    assert those.room(newcomer) > 0
 
 
 def test_an_engine_that_runs_nothing_starts_whatever_fits(tiny_model: Path) -> None:

@@ -42,12 +42,14 @@ class Served:
         *,
         blocks: int = 20,
         preempt: bool = False,
+        aging_s: float = 30.0,
         **args: Any,
     ) -> None:
         self.core: Any = engine_core(model, blocks=blocks, **args)
         self.scheduler = self.core.scheduler
         self.now_s = 1000.0
-        classes = Priorities(PrioritySettings(classes=CLASSES, preempt=preempt))
+        settings = PrioritySettings(classes=CLASSES, preempt=preempt, aging_s=aging_s)
+        classes = Priorities(settings)
         self.queueing = Queueing(self.scheduler, classes, lambda: self.now_s, rules)
         self.urgent = UrgentAdmission(self.scheduler, classes)
         self.reader = LoadReader(self.scheduler, 8, classes, blocked=self.queueing.blocked)
@@ -139,7 +141,8 @@ def test_what_prompts_under_way_will_take_is_not_free(tiny_model: Path) -> None:
         assert it.step() == starts
 
 
-def test_one_that_comes_with_its_kv_waits_for_no_room(tiny_model: Path) -> None:
+@pytest.mark.parametrize("alone", [False, True])
+def test_one_that_comes_with_its_kv_waits_for_no_room(tiny_model: Path, alone: bool) -> None:
     it = Served(tiny_model, GROW).running(10)
     moved = it.add("moved", 7)
     assert it.step() == ["moved"]
@@ -148,7 +151,8 @@ def test_one_that_comes_with_its_kv_waits_for_no_room(tiny_model: Path) -> None:
     it.port.stop("moved")
     it.port.handover_state("moved", 0)
     it.port.resume("moved")
-    it.add("b", 1)
+    if not alone:
+        it.add("b", 1)
     assert moved in it.scheduler.kv_holding_waiting
     assert it.step() == ["moved"]
 
@@ -213,6 +217,28 @@ def test_a_head_is_passed_for_20_s_at_most(tiny_model: Path) -> None:
     it.add("c", 1)
     assert it.step() == []
     assert not it.reader.read().passable
+
+
+def test_a_head_that_is_held_up_ages_as_the_others_do(tiny_model: Path) -> None:
+    it = Served(tiny_model, ALL).running(10)
+    head, other = it.add("head", 16), it.add("other", 15)
+    it.step()
+    it.now_s += 40
+    it.step()
+    assert (head.priority, other.priority) == (HIGH, HIGH)
+    it.add("urgent", 16, priority=HIGH)
+    assert it.waiting() == ["head", "other", "urgent"]
+
+
+def test_one_that_has_aged_is_no_longer_queued_later_for_its_long_prompt(tiny_model: Path) -> None:
+    it = Served(tiny_model, replace(SHORT, short_first=1000.0), max_num_seqs=1, aging_s=5.0)
+    it.running(4)
+    it.add("long", 12)
+    it.now_s += 6
+    it.queueing.look()
+    it.came += 8
+    it.add("urgent", 1, priority=HIGH)
+    assert it.waiting() == ["long", "urgent"]
 
 
 def test_no_request_of_another_class_passes(tiny_model: Path) -> None:

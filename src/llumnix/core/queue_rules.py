@@ -96,7 +96,7 @@ class PromptTimer:
 
     def record(self, tokens: int, seconds: float) -> None:
         """A step has ended that computed so many tokens of prompts."""
-        if not tokens:
+        if tokens <= 0:
             return
         self._products += tokens * seconds
         self._squares += tokens * tokens

@@ -87,6 +87,10 @@ class AgingQueue(RequestQueue):
             preempted=bool(request.num_preemptions),
         )
         self._enter(request)
+        self._watch(request)
+
+    def _watch(self, request: Request) -> None:
+        """Looks at it again when it will have aged. After each new place, whose number is noted."""
         if self._aged(request) != request.priority:
             due_s = request.llumnix_waits[0] + self._priorities.aging_s
             heapq.heappush(self._due, (due_s, self._number, request.request_id))
@@ -111,6 +115,8 @@ class AgingQueue(RequestQueue):
             return 0.0
         if head_wait(request) is not None:
             return 0.0  # From now on it is passed within bounds alone.
+        if request.priority != client_priority(request):
+            return 0.0  # It has aged.
         if not hasattr(request, "llumnix_later_s"):
             request.llumnix_later_s = self._starts.later_s(request)
         return float(request.llumnix_later_s)
@@ -119,6 +125,7 @@ class AgingQueue(RequestQueue):
         """Gives a request that is there its place anew."""
         self._take(request)
         self._enter(request)
+        self._watch(request)
 
     def _waits_as(self, due: tuple[float, int, str]) -> Request | None:
         """The request, if it still waits with that entry."""

@@ -42,7 +42,8 @@ class EnginePromises:
         self._scheduler = scheduler
         self._kv = scheduler.kv_cache_manager
         self._arriving = arriving
-        self._groups = len(scheduler.kv_cache_config.kv_cache_groups)
+        # A model that only embeds may have none.
+        self._groups = max(1, len(scheduler.kv_cache_config.kv_cache_groups))
         self._ahead = scheduler.num_lookahead_tokens  # tokens that have a place before they are
         self._pace = 1 + scheduler.num_spec_tokens  # tokens that a request gets in a step at most
         self._known: dict[str, Request] = {}  # those that run, as counted
@@ -155,7 +156,8 @@ class EnginePromises:
         return chain(self._scheduler.kv_holding_waiting, self._arriving())
 
     def _held(self, request: Request) -> int:
-        return len(self._kv.get_blocks(request.request_id).blocks[0])
+        blocks = self._kv.get_blocks(request.request_id).blocks
+        return len(blocks[0]) if blocks else 0
 
     def _most(self, request: Request) -> int:
         room = self._scheduler.max_model_len - request.num_prompt_tokens

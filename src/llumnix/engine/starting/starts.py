@@ -48,7 +48,8 @@ class Starts:
         self._watermark = self._kv.watermark_blocks  # what the operator wants free
         self._block = int(scheduler.block_size)
         # A request that grows by a block takes one in each group of layers.
-        self._groups = len(scheduler.kv_cache_config.kv_cache_groups)
+        # A model that only embeds may have none.
+        self._groups = max(1, len(scheduler.kv_cache_config.kv_cache_groups))
         self._prompts: list[Request] = []
         self._passer: tuple[Request, Wait, int] | None = None  # what was let past, and its tokens
         self._in_vain: tuple[Any, ...] = ()
@@ -85,12 +86,14 @@ class Starts:
                 self.promises.before_step()
             else:
                 self.promises.skip()
-        if not queue:
-            return
         if any(r.status in ABLE for r in scheduler.kv_holding_waiting):
             self._kv.watermark_blocks = 0  # They have their memory, and must not wait for more.
-        else:
+        elif queue:
             self._kv.watermark_blocks = self.room(queue.first())
+        else:
+            self._kv.watermark_blocks = self._watermark
+        if not queue:
+            return
         self._prompts = [r for r in scheduler.running if r.is_prefill_chunk]
 
     def room(self, request: Request) -> int:
