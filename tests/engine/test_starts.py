@@ -236,8 +236,10 @@ def test_one_that_has_aged_is_no_longer_queued_later_for_its_long_prompt(tiny_mo
     it.add("long", 12)
     it.now_s += 6
     it.queueing.look()
-    it.came += 8
-    it.add("urgent", 1, priority=HIGH)
+    it.came += 8  # Less than the 20 s that the prompt is queued later.
+    urgent = it.add("urgent", 1, priority=HIGH)
+    urgent.llumnix_later_s = 0.0
+    it.queueing._queue.queue_again(urgent)
     assert it.waiting() == ["long", "urgent"]
 
 
