@@ -1,5 +1,6 @@
 """Headroom follows how full the instances are."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from llumnix.core.events import LoadReported, Tick
 from llumnix.core.priorities import Priorities
 from llumnix.core.reports import ClassLoad, LoadReport
+from llumnix.core.scheduling.headroom import freeness_now
 from llumnix.core.scheduling.scheduler import Scheduler
 from llumnix.core.scheduling.tuning import HEADROOM_STEP, USE_EVERY_S, USE_S
 from llumnix.core.settings import PriorityClass, PrioritySettings, SchedulerSettings
@@ -88,6 +90,16 @@ def test_rounds_that_decide_nothing_change_nothing() -> None:
     for n in range(60):
         share = (n * 37 % 100) / 100
         assert one.tick(share) == other.tick(share, rounds=n % 7 == 0)
+
+
+def test_what_is_shown_keeps_the_headroom_that_decides() -> None:
+    it = World()
+    it.tick(0.5)
+    view = it.scheduler.view
+    reports = [known.report for known in view]
+    shown = freeness_now(Priorities(PrioritySettings(classes=CLASSES)), reports)
+    assert shown == {(r.instance, r.engine_index): view[r.instance].freeness for r in reports}
+    assert freeness_now(view.priorities, [replace(r, accepting=False) for r in reports]) == {}
 
 
 def test_policies_without_headroom_keep_none() -> None:

@@ -47,7 +47,7 @@ class Priorities:
         self._with_headroom = [(r, c.headroom) for r, c in enumerate(self.classes) if c.headroom]
         self._need = settings.headroom_need
         # An instance keeps no larger share of its memory free, whatever runs there.
-        self.headroom_max = sum(h for _, h in self._with_headroom)
+        self._headroom_set = self.headroom_max = sum(h for _, h in self._with_headroom)
         self.aging_s = settings.aging_s
         self.preempt = settings.preempt and not ignore_priorities
         numbers = {c.name: c.priority for c in self.classes}
@@ -120,8 +120,7 @@ class Priorities:
         if self._need is None:
             return self
         found = copy(self)
-        most = sum(h for _, h in self._with_headroom)
-        found.headroom_max = min(most, max(0.0, 1 - self._need * used))
+        found.headroom_max = min(self._headroom_set, max(0.0, 1 - self._need * used))
         return found
 
     def headroom(self, total: int, running: Sequence[int], above: int | None = None) -> float:

@@ -12,7 +12,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from llumnix.core.priorities import Priorities
 from llumnix.core.reports import LoadReport
-from llumnix.core.scheduling.load import Load, derive, mean_use
+from llumnix.core.scheduling.headroom import kept_now
+from llumnix.core.scheduling.load import Load, derive
 from llumnix.core.supervision.frontends import FrontendStatus
 from llumnix.core.supervision.lifecycle import InstanceStatus
 from llumnix.observe import metrics
@@ -145,7 +146,7 @@ class FleetMetrics:
                 for name, load in zip(self._names, report.classes, strict=False):
                     self._preemptions[name].add(report.engine_index, load.preempted)
         self._steps.forget({report.engine_index for _, _, report, _ in rows})
-        kept = self._priorities.needed(mean_use(load for _, _, _, load in rows))
+        kept = kept_now(self._priorities, (load for _, _, _, load in rows))
         for family in self._instances(rows, now, kept):
             yield family
             await asyncio.sleep(0)

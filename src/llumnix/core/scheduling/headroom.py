@@ -11,11 +11,34 @@ Rules
 """
 
 import math
+from collections.abc import Iterable
 
 from llumnix.core.priorities import Priorities
-from llumnix.core.scheduling.load import mean_use
+from llumnix.core.reports import LoadReport
+from llumnix.core.scheduling.load import Load, derive, mean_use
 from llumnix.core.scheduling.tuning import HEADROOM_STEP, USE_EVERY_S, USE_S
 from llumnix.core.scheduling.view import ClusterView
+from llumnix.core.types import EngineIndex, InstanceId
+
+Freeness = dict[tuple[InstanceId, EngineIndex], float]
+"""Tokens a request, of each run of an instance."""
+
+
+def kept_now(priorities: Priorities, loads: Iterable[Load]) -> Priorities:
+    """The classes as they are set, with the headroom that is kept where instances have these loads.
+    For whoever shows freeness. What decides is smoothed (`Headroom`)."""
+    return priorities.needed(mean_use(loads))
+
+
+def freeness_now(priorities: Priorities, reports: Iterable[LoadReport]) -> Freeness:
+    """The freeness to show of each instance that takes requests, in tokens a request."""
+    loads = [(report, derive(report, (), 0)) for report in reports]
+    kept = kept_now(priorities, (load for _, load in loads))
+    return {
+        (report.instance, report.engine_index): load.freeness(kept)
+        for report, load in loads
+        if report.accepting
+    }
 
 
 class Headroom:

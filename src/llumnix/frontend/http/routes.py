@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
 from llumnix.core.codes import MoveCode
-from llumnix.core.scheduling.load import derive
+from llumnix.core.scheduling.headroom import freeness_now
 from llumnix.core.types import InstanceId
 from llumnix.errors import (
     CapacityError,
@@ -91,19 +91,18 @@ async def instances(client: Client, control: Control) -> dict[str, Any]:
     instance is being emptied. `frontends`: the processes that speak HTTP."""
     loads = await client.link.loads()
     reports = {(r.instance, r.engine_index): r for r in loads or ()}
+    freeness = freeness_now(client.priorities, reports.values())
     rows = []
     for each in await control.instances():
-        status, report = each.status, None
+        status, report, free = each.status, None, None
         row = asdict(status)
         if status.engine_index is not None:
             row["in_flight"] = each.in_flight
             report = reports.get((status.id, status.engine_index))
+            free = freeness.get((status.id, status.engine_index))
         for name in LOAD_SHOWN:
             row[name] = getattr(report, name, None)
-        row["freeness"] = None
-        if report is not None and report.accepting:
-            load = derive(report, (), 0)
-            row["freeness"] = round(load.freeness(client.priorities), 1)
+        row["freeness"] = None if free is None else round(free, 1)
         rows.append(row)
     return {
         "controller": "up" if loads is not None else "away",

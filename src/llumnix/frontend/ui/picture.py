@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from llumnix.core.priorities import Priorities
 from llumnix.core.reports import LoadReport
-from llumnix.core.scheduling.load import derive
+from llumnix.core.scheduling.headroom import Freeness, freeness_now
 from llumnix.core.supervision.lifecycle import InstanceStatus
 from llumnix.core.types import InstanceId, RequestId
 from llumnix.frontend.streams.look import Ended, Look, Placed, SeenStream
@@ -189,16 +189,14 @@ class Picture:
             return
         self._deployment = deployment
         reports = {(r.instance, r.engine_index): r for r in deployment.reports or ()}
-        total = sum(r.kv_tokens_total for r in reports.values())
-        used = sum(r.kv_tokens_used for r in reports.values()) / total if total else 0.0
-        kept = self._priorities.needed(used)
+        freeness = freeness_now(self._priorities, reports.values())
         there: dict[InstanceId, dict[str, Any]] = {}
         changes: dict[InstanceId, dict[str, Any] | None] = {}
         for status in deployment.statuses:
             run = status.engine_index
             report = None if run is None else reports.get((status.id, run))
             before = self._instances.get(status.id, {})
-            load = self._load(report, kept)
+            load = _load(report, freeness)
             if deployment.reports is None and before:
                 load = {name: before[name] for name in load}
             now = {
@@ -216,18 +214,6 @@ class Picture:
         self._instances = there
         if changes:
             delta["instances"] = changes
-
-    def _load(self, report: LoadReport | None, kept: Priorities) -> dict[str, Any]:
-        if report is None:
-            return {"kv": 0, "cap": 0, "free": None, "run": [], "wait": []}
-        freeness = derive(report, (), 0).freeness(kept) if report.accepting else None
-        return {
-            "kv": report.kv_tokens_used,
-            "cap": report.kv_tokens_total,
-            "free": None if freeness is None else round(freeness),
-            "run": [c.running for c in report.classes],
-            "wait": [c.waiting for c in report.classes],
-        }
 
     def _take_streams(
         self,
@@ -369,3 +355,16 @@ def greeting(priorities: Priorities, **known: Any) -> Message:
     classes = [asdict(c) for c in priorities.classes]
     shown = [{"name": c["name"], "priority": c["priority"]} for c in classes]
     return Message("hello", {"v": 1, "classes": shown, **known})
+
+
+def _load(report: LoadReport | None, freeness: Freeness) -> dict[str, Any]:
+    if report is None:
+        return {"kv": 0, "cap": 0, "free": None, "run": [], "wait": []}
+    free = freeness.get((report.instance, report.engine_index))
+    return {
+        "kv": report.kv_tokens_used,
+        "cap": report.kv_tokens_total,
+        "free": None if free is None else round(free),
+        "run": [c.running for c in report.classes],
+        "wait": [c.waiting for c in report.classes],
+    }
