@@ -56,6 +56,12 @@ def worker_pids(executor: Any) -> list[int]:
     return [worker.proc.pid for worker in getattr(executor, "workers", ())]
 
 
+def kv_groups(scheduler: Any) -> int:
+    """Groups of layers, in each of which a request that grows takes a block; 1 for a model that has
+    none, as one that only embeds may."""
+    return max(1, len(scheduler.kv_cache_config.kv_cache_groups))
+
+
 def needed_tokens(request: Request, block: int) -> int:
     """The KV tokens, in whole blocks, that a request needs to start or holds while it runs."""
     return -(-int(request.num_tokens) // block) * block

@@ -79,7 +79,6 @@ class SliceCost:
     prompt_s: float
     prompt_context_s: float = 0.0
     overlap_s: float = 0.0
-    prompts_least_s: float = 0.0
 
     def terms(self, length: int, steps: int) -> tuple[float, float]:
         """Seconds for each request, and for the batch, if it is padded to `length` tokens."""

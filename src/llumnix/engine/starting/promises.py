@@ -28,6 +28,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from llumnix.core.queue_rules import SliceRules
 from llumnix.core.slices.promises import Promise, Slices
+from llumnix.engine.readings import kv_groups
 
 COUNT_EVERY = 256
 
@@ -42,8 +43,7 @@ class EnginePromises:
         self._scheduler = scheduler
         self._kv = scheduler.kv_cache_manager
         self._arriving = arriving
-        # A model that only embeds may have none.
-        self._groups = max(1, len(scheduler.kv_cache_config.kv_cache_groups))
+        self._groups = kv_groups(scheduler)
         self._ahead = scheduler.num_lookahead_tokens  # tokens that have a place before they are
         self._pace = 1 + scheduler.num_spec_tokens  # tokens that a request gets in a step at most
         self._known: dict[str, Request] = {}  # those that run, as counted

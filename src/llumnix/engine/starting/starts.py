@@ -20,6 +20,7 @@ from llumnix.engine.readings import (
     ABLE,
     client_priority,
     head_wait,
+    kv_groups,
     needed_tokens,
     prompt_tokens,
     start_blocks,
@@ -47,9 +48,7 @@ class Starts:
         self._kv = scheduler.kv_cache_manager
         self._watermark = self._kv.watermark_blocks  # what the operator wants free
         self._block = int(scheduler.block_size)
-        # A request that grows by a block takes one in each group of layers.
-        # A model that only embeds may have none.
-        self._groups = max(1, len(scheduler.kv_cache_config.kv_cache_groups))
+        self._groups = kv_groups(scheduler)
         self._prompts: list[Request] = []
         self._passer: tuple[Request, Wait, int] | None = None  # what was let past, and its tokens
         self._in_vain: tuple[Any, ...] = ()
@@ -70,11 +69,11 @@ class Starts:
 
     def later_s(self, request: Request) -> float:
         """How much later than it came a request is queued that has not begun."""
-        token_s = self._prompt_timer.token_s * self._rules.short_first
-        if not token_s:
-            return 0.0
+        token_s = self._prompt_timer.token_s
+        if not (token_s and self._rules.short_first):
+            return 0.0  # Without a look at the prefix cache.
         left = int(request.num_tokens) - start_blocks(self._scheduler, request)[1]
-        return self._rules.later_s(left, self._prompt_timer.token_s)
+        return self._rules.later_s(left, token_s)
 
     def prepare(self, queue: Any) -> None:
         """Before a step is scheduled."""
