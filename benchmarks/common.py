@@ -18,11 +18,14 @@ from typing import Any
 import aiohttp
 
 import llumnix
+from llumnix.core.settings import QueueSettings
 from llumnix.sim.summary import quantile
 
 ROOT = Path(__file__).resolve().parent.parent
 START_TIMEOUT_S = 300
 STOP_TIMEOUT_S = 60
+VLLMS_QUEUE = QueueSettings(growth_blocks=0, passers=0, short_first=0.0)
+"""Under any policy: no rule of llumnix's says who starts."""
 
 
 def real_time() -> str:

@@ -6,32 +6,31 @@ of the worst 1 % of TTFT, and the sum of TTFT and preemption loss, which counts 
 before their first token and those that wait after it alike. Needs no GPU.
 
     python benchmarks/short_memory.py --set equal --seeds 20:24
-    python benchmarks/short_memory.py --set paper --seeds 20:23 --jobs 4
+    python benchmarks/short_memory.py --set paper --seeds 20:23 --processes 4
     python benchmarks/shared_prefixes.py FOLDER
     LLUMNIX_TRACES=TRACES python benchmarks/short_memory.py --set real --shared FOLDER --seeds 20:24
 
 Sets: `equal` has rates at which `infaas++` queues about as the paper published, `paper` the paper's
 rates on half of its instances, `real` public and made-up traces on four H200. A run takes up to a
-minute; --jobs makes so many at a time. What is in the file of --runs is not run again.
+minute; --processes makes so many at a time. What is in the file of --runs is not run again.
 """
 
 import argparse
 import json
 import statistics
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, markdown, write_result
+from common import ROOT, VLLMS_QUEUE, markdown, write_result
 from llumnix.core.settings import MigrationSettings, QueueSettings, SchedulerSettings
 from llumnix.sim.model.batching import EngineOptions
 from llumnix.sim.model.cluster import Cluster
 from llumnix.sim.model.jobs import Job
 from llumnix.sim.model.profile import load_profile
-from llumnix.sim.simulate import Spec, figures_of
+from llumnix.sim.simulate import Spec, figures_of, spread_over
 from llumnix.sim.summary import format_ratio
 
 # Trace, and requests a second of the sets `paper` and `equal`.
@@ -55,12 +54,11 @@ REAL = (
     ("tools.jsonl", 27.0, 1000, 60000, 1.0),
 )
 ON = QueueSettings(growth_blocks=1, passers=8)
-OFF = QueueSettings(growth_blocks=0, passers=0, short_first=0.0)
 STAY = MigrationSettings(rescues=0)
 VARIANTS = {
-    "infaas++": SchedulerSettings(policy="infaas++", queue=OFF),
+    "infaas++": SchedulerSettings(policy="infaas++", queue=VLLMS_QUEUE),
     "infaas++ with the queue's rules": SchedulerSettings(policy="infaas++", queue=ON),
-    "llumnix without the rules": SchedulerSettings(queue=OFF, migration=STAY),
+    "llumnix without the rules": SchedulerSettings(queue=VLLMS_QUEUE, migration=STAY),
     "llumnix": SchedulerSettings(),
     # One rule left out:
     "llumnix without room to grow": SchedulerSettings(queue=replace(ON, growth_blocks=0)),
@@ -119,8 +117,15 @@ def specs(name: str, shared: Path, seed: int) -> list[Spec]:
     ]
 
 
+def simulated(spec: Spec) -> dict[str, float]:
+    """The figures of one run, in seconds but for the counts."""
+    jobs, cluster = spec.jobs(), Cluster(spec.setup())
+    cluster.run(jobs)
+    return {name: round(value, 6) for name, value in figures(jobs, cluster).items()}
+
+
 def figures(jobs: Sequence[Job], cluster: Cluster) -> dict[str, float]:
-    """Of one run, in seconds but for the counts."""
+    """As they are."""
     known = figures_of(jobs)
     first = sorted(j.first_s - j.arrived_s for j in jobs if j.first_s is not None)
     loss = known["preemption_loss_s"]["mean"]
@@ -142,10 +147,7 @@ def figures(jobs: Sequence[Job], cluster: Cluster) -> dict[str, float]:
 
 def run(spec: Spec, variant: str) -> dict[str, Any]:
     """One run of a variant."""
-    spec = replace(spec, scheduler=VARIANTS[variant])
-    jobs, cluster = spec.jobs(), Cluster(spec.setup())
-    cluster.run(jobs)
-    found = {name: round(value, 6) for name, value in figures(jobs, cluster).items()}
+    found = simulated(replace(spec, scheduler=VARIANTS[variant]))
     row = {"trace": Path(spec.trace).name.removesuffix(".jsonl"), "rate": spec.rate_per_s}
     return {**row, "seed": spec.seed, "variant": variant, "figures": found}
 
@@ -196,16 +198,6 @@ def key(task: Task) -> tuple[str, int, str]:
     return Path(spec.trace).name.removesuffix(".jsonl"), spec.seed, variant
 
 
-def made(tasks: Sequence[Task], jobs: int) -> Iterator[dict[str, Any]]:
-    """The runs as they end, so many at a time, each in one process."""
-    if jobs == 1:
-        yield from (run(*task) for task in tasks)
-        return
-    with ProcessPoolExecutor(jobs) as pool:
-        for found in as_completed([pool.submit(run, *task) for task in tasks]):
-            yield found.result()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--set", choices=("equal", "paper", "real"), default="equal")
@@ -213,7 +205,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="20:24", help="FIRST:END")
     parser.add_argument("--traces", default="", help="only these")
     parser.add_argument("--shared", type=Path, default=Path(), help="folder of chats and tools")
-    parser.add_argument("--jobs", type=int, default=1, help="processes")
+    parser.add_argument("--processes", "--jobs", type=int, default=1)
     parser.add_argument("--runs", type=Path, help="JSON lines; runs that stand there are kept")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -230,7 +222,8 @@ def main() -> None:
     if args.runs and args.runs.exists():
         rows = map(json.loads, args.runs.read_text().splitlines())
         known = {(r["trace"], r["seed"], r["variant"]): r for r in rows}
-    for row in made([task for task in tasks if key(task) not in known], args.jobs):
+    missing = [task for task in tasks if key(task) not in known]
+    for _, row in spread_over(run, missing, args.processes):
         known[row["trace"], row["seed"], row["variant"]] = row
         if args.runs:
             with args.runs.open("a") as out:

@@ -12,15 +12,14 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from common import ROOT, write_result
-from llumnix.core.settings import QueueSettings, SchedulerSettings
+from common import ROOT, VLLMS_QUEUE, write_result
+from llumnix.core.settings import SchedulerSettings
 from llumnix.sim.model.batching import EngineOptions
 from llumnix.sim.model.profile import load_profile
 from llumnix.sim.simulate import Spec, runs
 
 POLICIES = ("round-robin", "infaas++", "cache-aware", "llumnix")
 PROFILE = "h100-llama-7b"
-VLLMS_QUEUE = QueueSettings(growth_blocks=0, passers=0, short_first=0.0)
 # Trace, requests a second, requests, instances.
 LOADS = (
     ("M-M", 14.0, 700, 4),

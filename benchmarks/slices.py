@@ -17,20 +17,17 @@ import json
 import statistics
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, markdown, write_result
+from common import ROOT, VLLMS_QUEUE, markdown, write_result
 from llumnix.core.settings import MigrationSettings, QueueSettings, SchedulerSettings
 from llumnix.core.slices.published import STATIC
 from llumnix.sim.model.batching import EngineOptions
-from llumnix.sim.model.cluster import Cluster
 from llumnix.sim.model.profile import load_profile
-from llumnix.sim.simulate import Spec, run_one
-from short_memory import COLUMNS, figures, ratios
+from llumnix.sim.simulate import Spec, run_one, spread_over
+from short_memory import COLUMNS, ratios, simulated
 
 OUT = ROOT / "benchmarks/results/sim/slices.json"
 # Name, trace, requests a second, requests, instances, profile, KV tokens (0: the profile's).
@@ -45,8 +42,7 @@ LOADS = (
     ("deepseek-r1", "servegen-deepseek-r1", 2.4, 400, 2, "h200-llama-8b", 60000),
 )
 PUBLISHED = ("sharegpt-helix", "sharegpt-helix", 24.0, 2400, 8, "a10-llama-7b", 40_000)
-QUEUE = QueueSettings(growth_blocks=0, passers=0)
-PLAIN = SchedulerSettings(queue=QUEUE, migration=MigrationSettings(rescues=0))
+PLAIN = SchedulerSettings(queue=VLLMS_QUEUE, migration=MigrationSettings(rescues=0))
 
 
 def _scls(**queue: Any) -> SchedulerSettings:
@@ -71,7 +67,7 @@ VARIANTS: dict[str, tuple[SchedulerSettings, float]] = {
     "scls q 0.95": (_scls(slice_quantile=0.95), 0.0),
     "scls no passing": (_scls(passers=0), 0.0),
     "scls and a block": (_scls(growth_blocks=1), 0.0),
-    "slices alone": (replace(PLAIN, queue=replace(QUEUE, slices=True)), 0.0),
+    "slices alone": (replace(PLAIN, queue=replace(VLLMS_QUEUE, slices=True)), 0.0),
 }
 """Settings, and the watermark."""
 MAIN = ("vLLM", "watermark 0.05", "llumnix", "llumnix 4 blocks", "scls")
@@ -96,17 +92,9 @@ def spec(load: tuple[Any, ...], variant: str, seed: int) -> Spec:
 
 def run(load: tuple[Any, ...], variant: str, seed: int) -> dict[str, Any]:
     """Its figures."""
-    one = spec(load, variant, seed)
-    jobs, cluster = one.jobs(), Cluster(one.setup())
-    cluster.run(jobs)
-    found = {name: round(value, 6) for name, value in figures(jobs, cluster).items()}
-    return {
-        "trace": load[0],
-        "rate": load[2],
-        "seed": seed,
-        "variant": variant,
-        "figures": found,
-    }
+    found = simulated(spec(load, variant, seed))
+    row = {"trace": load[0], "rate": load[2], "seed": seed, "variant": variant}
+    return {**row, "figures": found}
 
 
 def compared(rows: Sequence[dict[str, Any]], base: str = "vLLM") -> str:
@@ -178,15 +166,12 @@ def main() -> None:
         return
     variants = args.variants.split(",")
     loads = [load for load in LOADS if load[0] in args.loads.split(",")]
-    wanted = [(load, v, s) for s in range(first, end) for load in loads for v in variants]
-    rows = []
-    with ProcessPoolExecutor(args.processes, get_context("spawn")) as pool:
-        for future in as_completed([pool.submit(run, *one) for one in wanted]):
-            rows.append(future.result())
-            print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-    order = {(load[0], v, s): n for n, (load, v, s) in enumerate(wanted)}
-    rows.sort(key=lambda r: order[r["trace"], r["variant"], r["seed"]])
-    rows.sort(key=lambda r: [load[0] for load in loads].index(r["trace"]))
+    wanted = [(load, v, s) for load in loads for s in range(first, end) for v in variants]
+    found = {}
+    for place, row in spread_over(run, wanted, args.processes):
+        found[place] = row
+        print(json.dumps(row), file=sys.stderr, flush=True)
+    rows = [found[place] for place in range(len(wanted))]
     print(means(rows))
     print(compared(rows))
     write_result(args.out or OUT, rows, table=compared(rows).split("\n"))

@@ -11,17 +11,15 @@
 import asyncio
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, Served, free_port, serve
+from common import ROOT, VLLMS_QUEUE, Served, free_port, serve
 
 PEERS = ("vllm-dp", "vllm-router")
 VARIANTS: dict[str, dict[str, Any]] = {
-    "llumnix-own-queue": {
-        "queue": {"growth_blocks": 0, "passers": 0, "short_first": 0},
-        "migration": {"rescues": 0},
-    },
+    "llumnix-own-queue": {"queue": asdict(VLLMS_QUEUE), "migration": {"rescues": 0}},
 }
 """Knobs that differ from llumnix's. The first: vLLM's queue alone decides who starts."""
 NAME = "m"

@@ -18,10 +18,10 @@ estimates `preemption_loss_s` from gaps between tokens, and does not count insta
 """
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from llumnix.core.events import Decision, Dispatch, Fact, MoveOrder, NoInstance
 from llumnix.core.prefixes import BLOCK_TOKENS
@@ -45,6 +45,7 @@ SAMPLES = 400
 DECISIONS_MAX = 1000
 """Decisions that a run's details keep: the last ones but for dispatches."""
 
+T = TypeVar("T")
 Run = dict[str, Any]
 
 
@@ -258,14 +259,22 @@ def _row(spec: Spec, figures: dict[str, Any]) -> Run:
 
 def runs(specs: Sequence[Spec], processes: int) -> Iterator[tuple[int, Run]]:
     """All of them on so many processes, in the order in which they end: each with its place."""
-    if processes <= 1 or len(specs) == 1:
-        yield from enumerate(map(run_one, specs))
+    return spread_over(run_one, [(spec,) for spec in specs], processes)
+
+
+def spread_over(
+    work: Callable[..., T], calls: Sequence[tuple[Any, ...]], processes: int
+) -> Iterator[tuple[int, T]]:
+    """What `work` returns for each call's arguments, on so many processes: in the order in which
+    they end, each with its place. All of it has to go through pickle."""
+    if processes <= 1 or len(calls) == 1:
+        yield from enumerate(work(*call) for call in calls)
         return
     from concurrent.futures import ProcessPoolExecutor, as_completed
     from multiprocessing import get_context
 
-    with ProcessPoolExecutor(min(processes, len(specs)), get_context("spawn")) as pool:
-        places = {pool.submit(run_one, spec): place for place, spec in enumerate(specs)}
+    with ProcessPoolExecutor(min(processes, len(calls)), get_context("spawn")) as pool:
+        places = {pool.submit(work, *call): place for place, call in enumerate(calls)}
         for future in as_completed(places):
             yield places[future], future.result()
 
