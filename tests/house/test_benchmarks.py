@@ -15,7 +15,8 @@ pytest.importorskip("prometheus_client")
 
 from llumnix.core.types import RequestId
 from llumnix.sim.model.jobs import Job
-from short_memory import COLUMNS, figures, key, made, ratios, specs
+from llumnix.sim.simulate import spread_over
+from short_memory import COLUMNS, figures, key, ratios, run, specs
 from watch import PeerWatch
 from workload import Arrival, encode
 
@@ -92,12 +93,12 @@ def test_runs_on_several_processes_have_the_figures_of_runs_on_one() -> None:
     short = [replace(s, requests=60, trace="M-M") for s in specs("real", Path(), 0)[:2]]
     tasks = [(replace(s, seed=n), "llumnix") for n, s in enumerate(short)]
 
-    def sorted_rows(jobs: int) -> list[dict[str, Any]]:
-        return sorted(made(tasks, jobs), key=lambda row: int(row["seed"]))
+    def placed_rows(processes: int) -> list[dict[str, Any]]:
+        return [row for _, row in sorted(spread_over(run, tasks, processes))]
 
-    rows = sorted_rows(1)
+    rows = placed_rows(1)
     assert [(r["trace"], r["seed"], r["variant"]) for r in rows] == [key(t) for t in tasks]
-    assert sorted_rows(2) == rows
+    assert placed_rows(2) == rows
     assert rows[0]["figures"] != rows[1]["figures"]
 
 
