@@ -9,6 +9,9 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from llumnix.core.priorities import Priorities
+from llumnix.core.reports import ClassLoad, LoadReport
+from llumnix.core.settings import PrioritySettings
 from llumnix.core.supervision.lifecycle import InstanceStatus
 from llumnix.core.supervision.readiness import FleetSeen
 from llumnix.core.types import EngineIndex, InstanceId
@@ -63,11 +66,21 @@ def control() -> Control:
 
 
 @pytest.fixture
-async def http(control: Control) -> AsyncIterator[httpx.AsyncClient]:
-    async def loads() -> list[Any]:
-        return []
+def reports() -> list[LoadReport]:
+    """The last of each instance."""
+    return []
 
-    client: Any = SimpleNamespace(link=SimpleNamespace(loads=loads), in_flight=lambda _: 2)
+
+@pytest.fixture
+async def http(control: Control, reports: list[LoadReport]) -> AsyncIterator[httpx.AsyncClient]:
+    async def loads() -> list[LoadReport]:
+        return reports
+
+    client: Any = SimpleNamespace(
+        link=SimpleNamespace(loads=loads),
+        in_flight=lambda _: 2,
+        priorities=Priorities(PrioritySettings()),
+    )
     transport = httpx.ASGITransport(control_app(client, OwnControl(client, control)))
     async with httpx.AsyncClient(transport=transport, base_url="http://t") as http:
         yield http
@@ -132,6 +145,28 @@ async def test_a_hung_instance_is_listed_as_hung(http: httpx.AsyncClient) -> Non
     (row,) = (await http.get("/llumnix/v1/instances")).json()["instances"]
     assert (row["state"], row["hung"], row["in_flight"]) == ("hung", True, 2)
     assert row["why"] == "hung: no step for 4 s, and it has requests"
+
+
+@pytest.mark.parametrize(("accepting", "freeness"), [(True, 125.0), (False, None)])
+async def test_an_instances_load_is_that_of_its_last_report(
+    http: httpx.AsyncClient, reports: list[LoadReport], accepting: bool, freeness: float | None
+) -> None:
+    of_another_run, mine = (
+        LoadReport(
+            instance=InstanceId("i0"),
+            engine_index=EngineIndex(run),
+            sequence=1,
+            kv_tokens_used=used,
+            kv_tokens_total=1000,
+            classes=(ClassLoad(), ClassLoad(running=6)),
+            accepting=accepting,
+            steps=1,
+        )
+        for run, used in ((2, 900), (3, 250))
+    )
+    reports += [of_another_run, mine]
+    (row,) = (await http.get("/llumnix/v1/instances")).json()["instances"]
+    assert (row["kv_tokens_used"], row["freeness"]) == (250, freeness)
 
 
 class Listing(OwnControl):
