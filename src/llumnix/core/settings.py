@@ -218,7 +218,12 @@ class QueueSettings:
         "If the head of the queue does not fit, so many behind it are tried. 0: none may pass it. "
         "null: 8 under `llumnix`, `llumnix-base` and `scls`, else 0.",
     )
-    pass_s: float = knob(20.0, "s", "No longer is a request passed by later ones.")
+    pass_s: float = knob(
+        20.0,
+        "s",
+        "No longer is a head that does not fit passed, and no later behind its arrival is a prompt "
+        "queued.",
+    )
     pass_share: float = knob(
         0.5, "times the head's tokens", "All that pass a head take no more than this together."
     )
