@@ -236,6 +236,23 @@ def test_nothing_is_ordered_without_a_confirmation(
     assert world.orders == []
 
 
+def test_what_is_asked_as_soon_as_the_last_question_is_closed_stays(
+    site: Served, open_page: Open
+) -> None:
+    """A browser tells later that a dialog is closed. A slow machine tells it after the next key."""
+    page = open_page(site)
+    page.keyboard.press("a")
+    page.wait_for_selector("dialog[open] button")
+    page.evaluate(
+        """() => {
+          document.querySelector("dialog").close();
+          document.body.dispatchEvent(new KeyboardEvent("keydown", { key: "?", bubbles: true }));
+        }"""
+    )
+    wait_for(page, "document.querySelectorAll('dialog').length === 1")
+    assert "add an instance" in page.text_content("dialog[open]")
+
+
 def guarded(of: FakeDeployment, keys: list[str], admins: list[str]) -> FastAPI:
     """The page behind the gate of a server with these keys."""
     app = FastAPI()

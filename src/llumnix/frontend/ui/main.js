@@ -3,7 +3,7 @@
 import { Board, looks } from "./board.js";
 import { again, ask, follow, setKey } from "./feed.js";
 import { apply, className, count, millis, newModel, ordered } from "./model.js";
-import { Panel, dialog, el, table } from "./panel.js";
+import { Panel, asking, dialog, el, table } from "./panel.js";
 import { Timeline } from "./timeline.js";
 
 const $ = (id) => document.getElementById(id);
@@ -81,7 +81,7 @@ function help() {
 }
 
 document.addEventListener("keydown", (event) => {
-  if (event.ctrlKey || event.metaKey || event.altKey || $("dialog").open) return;
+  if (event.ctrlKey || event.metaKey || event.altKey || asking()) return;
   if (event.key === "Escape") { $("search").blur(); return close(); }
   if (event.target.closest("input, select")) return;
   const doing = { d: "drain", u: "undrain", r: "restart", m: "migrate", a: "add" }[event.key];

@@ -95,24 +95,29 @@ export class Panel {
   }
 }
 
+/** Whether the user is being asked something. */
+export const asking = () => document.querySelector("dialog[open]") !== null;
+
 /** Asks the user; resolves with the fields' values, or null. `submit(values)` may throw: its message
  *  is shown, and the key is asked for if that was refused. */
 export function dialog({ title, text, fields = [], go, submit }) {
-  const box = document.getElementById("dialog");
-  if (box.open) return Promise.resolve(null);
+  if (asking()) return Promise.resolve(null);
+  // An element of its own: the news that one is closed comes later, when the next may be open.
+  const box = el("dialog", { "aria-label": title });
   const inputs = new Map(), error = el("p", { class: "error", role: "alert" });
   const label = (name, input) => { inputs.set(name, input); return el("label", {}, name, input); };
   const made = fields.map((f) => label(f.name, f.options
     ? el("select", {}, ...f.options.map(([value, shown]) => el("option", { value }, shown)))
     : el("input", { type: f.type ?? "text", autocomplete: "off" })));
   const cancel = el("button", { type: "button" }, "Cancel"), ok = el("button", { class: "go" }, go);
-  const form = el("form", { method: "dialog" }, el("h2", { id: "dialog-title" }, title), text ? el("p", {}, text) : null,
+  const form = el("form", { method: "dialog" }, el("h2", {}, title), text ? el("p", {}, text) : null,
     ...made, error, el("div", { class: "acts" }, cancel, ok));
-  box.replaceChildren(form);
+  box.append(form);
+  document.body.append(box);
   return new Promise((resolve) => {
     let result = null;
     cancel.addEventListener("click", () => box.close());
-    box.onclose = () => { box.replaceChildren(); resolve(result); };
+    box.addEventListener("close", () => { box.remove(); resolve(result); });
     form.addEventListener("submit", async (event) => {
       event.preventDefault();
       const values = Object.fromEntries([...inputs].map(([name, input]) => [name, input.value]));
