@@ -1,5 +1,6 @@
 """Which rules of an engine's queue a deployment has."""
 
+import random
 from dataclasses import replace
 
 import pytest
@@ -84,17 +85,45 @@ def test_a_request_is_queued_later_by_its_own_prompts_time_within_a_bound() -> N
     assert PLAIN.later_s(1000, 0.0005) == 0
 
 
-def test_what_a_prompts_token_takes_follows_from_steps_with_many() -> None:
+def test_what_a_step_takes_in_any_case_is_not_counted_as_its_prompts() -> None:
     timer = PromptTimer()
     assert timer.token_s == 0
-    for tokens in (16, 32, 2048):
+    for tokens in (16, 32, 64, 2048):
         timer.record(tokens, 0.02 + 0.0001 * tokens)
-    assert 0.0001 < timer.token_s < 0.00012, "the rest of a step is not counted as its few tokens'"
+    assert timer.token_s == pytest.approx(0.0001)
+
+
+@pytest.mark.parametrize("slow_s", [0.02, 1.0])
+def test_the_first_long_prompt_after_many_short_ones_is_queued_little_later(slow_s: float) -> None:
+    """A step of 20 ms and some noise hides all that a short prompt takes. One step was slow."""
+    dice, timer = random.Random(1), PromptTimer()
+    for number in range(300):
+        seconds = slow_s if number == 7 else dice.gauss(0.02, 0.0002)
+        timer.record(dice.randrange(12, 20), seconds + 0.00002 * 16)
+    # 8,000 tokens take 0.16 s. As parts of such steps they would take 10 s.
+    assert RULES.later_s(8000, timer.token_s) < 1.0
+
+
+def test_a_long_prompt_is_seen_for_what_it_takes_at_once() -> None:
+    dice, timer = random.Random(1), PromptTimer()
+    for _ in range(300):
+        timer.record(dice.randrange(12, 20), dice.gauss(0.02, 0.0002))
+    for _ in range(4):
+        timer.record(2048, 0.02 + 0.00002 * 2048)
+    assert timer.token_s == pytest.approx(0.00002, rel=0.1)
+
+
+def test_prompts_that_are_all_alike_tell_nothing_of_a_token() -> None:
+    timer = PromptTimer()
+    for number in range(10):
+        timer.record(0, 0.01)
+        timer.record(16, 0.02 + 0.001 * (number % 2))
+    assert timer.token_s == 0
 
 
 def test_an_engine_that_has_become_faster_is_seen_to_be() -> None:
     timer = PromptTimer()
     for seconds in (1.0, 0.1):
-        for _ in range(3 * HALF_LIFE_STEPS):
-            timer.record(1000, seconds)
+        for number in range(5 * HALF_LIFE_STEPS):
+            timer.record(1000 * (1 + number % 2), seconds * (1 + number % 2))
     assert timer.token_s == pytest.approx(0.0001, rel=0.2)

@@ -19,6 +19,7 @@ from llumnix.engine.queueing import Queueing
 from llumnix.engine.reporting.load_reader import LoadReader
 from llumnix.engine.urgent import UrgentAdmission
 from support.no_model import BLOCK, add, engine_core
+from support.prompt_times import teach
 
 HIGH, NORMAL = -100, 0
 CLASSES = (
@@ -64,6 +65,12 @@ class Served:
         came = add(self.core, name, prompt, answer, priority=priority, arrival_time=self.came)
         self.reader.arrived(came)
         return came
+
+    def takes(self, token_s: float) -> "Served":
+        """It, where a prompt is known to take so many seconds a token."""
+        assert self.queueing._starts is not None
+        teach(self.queueing._starts._prompt_timer, token_s)
+        return self
 
     def running(self, blocks: int) -> "Served":
         """It, with a request under way that needs so many blocks."""
@@ -232,7 +239,7 @@ def test_a_head_that_is_held_up_ages_as_the_others_do(tiny_model: Path) -> None:
 
 def test_one_that_has_aged_is_no_longer_queued_later_for_its_long_prompt(tiny_model: Path) -> None:
     it = Served(tiny_model, replace(SHORT, short_first=1000.0), max_num_seqs=1, aging_s=5.0)
-    it.running(4)
+    it.running(4).takes(1 / 600)
     it.add("long", 12)
     it.now_s += 6
     it.queueing.look()
@@ -265,14 +272,13 @@ def test_a_cached_prompt_counts_for_what_it_takes(tiny_model: Path) -> None:
 def test_a_short_prompt_starts_before_a_long_one_that_came_just_before(
     tiny_model: Path, ahead: bool
 ) -> None:
-    # A step of 0.1 s has computed 64 tokens: the long prompt's are taken for 0.75 s. Requests come
-    # a second apart.
+    # The long prompt's tokens are taken for 0.8 s. Requests come a second apart.
     for rules, first in ((SHORT, "short"), (PASS, "long")):
         it = Served(tiny_model, rules, blocks=100, max_num_seqs=1, ahead=ahead)
         a = it.add("a", 4)
         while not a.num_output_tokens:
             it.step()
-        it.add("long", 30)
+        it.takes(1 / 600).add("long", 30)
         it.add("short", 2)
         it.scheduler.finish_requests("a", RequestStatus.FINISHED_ABORTED)
         assert it.step() == [first]
@@ -284,7 +290,7 @@ def test_but_not_if_it_comes_later_than_four_times_what_the_long_one_takes(
     tiny_model: Path,
 ) -> None:
     it = Served(tiny_model, SHORT, blocks=100, max_num_seqs=1).running(4)
-    it.add("long", 30)
+    it.takes(1 / 600).add("long", 30)
     it.came += 1
     it.add("in time", 2)
     it.came += 1
@@ -293,7 +299,7 @@ def test_but_not_if_it_comes_later_than_four_times_what_the_long_one_takes(
 
 
 def test_what_is_in_the_prefix_cache_makes_no_prompt_long(tiny_model: Path) -> None:
-    it = Served(tiny_model, SHORT, blocks=100, max_num_seqs=1).running(30)
+    it = Served(tiny_model, SHORT, blocks=100, max_num_seqs=1).running(30).takes(1 / 4800)
     options: dict[str, Any] = {"priority": NORMAL, "arrival_time": 2}
     for name, first in (("like-a", 1), ("other", 2)):
         add(it.core, name, [first, *range(1, 30 * BLOCK), 5], 9, **options)
@@ -303,7 +309,7 @@ def test_what_is_in_the_prefix_cache_makes_no_prompt_long(tiny_model: Path) -> N
 
 
 def test_one_that_was_preempted_keeps_its_place(tiny_model: Path) -> None:
-    it = Served(tiny_model, SHORT, blocks=100, max_num_seqs=1).running(30)
+    it = Served(tiny_model, SHORT, blocks=100, max_num_seqs=1).running(30).takes(1 / 4800)
     it.add("short", 1)
     (a,) = it.scheduler.running
     it.scheduler.running.remove(a)
@@ -315,7 +321,7 @@ def test_a_head_that_memory_holds_up_is_passed_within_the_bounds_of_passing_alon
     tiny_model: Path,
 ) -> None:
     # Its own prompt is taken for seconds, so that by arrival alone the others would go before it.
-    it = Served(tiny_model, replace(SHORT, short_first=100.0)).running(10)
+    it = Served(tiny_model, replace(SHORT, short_first=100.0)).running(10).takes(1 / 600)
     it.add("head", 12)
     started = it.step()
     for number in range(10):

@@ -20,6 +20,7 @@ from llumnix.sim.model.jobs import Job, Sequence
 from llumnix.sim.model.profile import Profile
 from sim import one_engine
 from sim.recorded_runs import MANY_MOVES, spec
+from support.prompt_times import teach
 
 BLOCK = 16
 PROFILE = replace(one_engine.PROFILE, step_s=0.1, kv_tokens=20 * BLOCK)
@@ -43,6 +44,11 @@ class Served:
     def __init__(self, rules: QueueRules, profile: Profile = PROFILE, **options: int) -> None:
         self.engine = one_engine.engine(rules, profile, CLASSES, **options)
         self.now = 0.0
+
+    def takes(self, token_s: float) -> "Served":
+        """It, where a prompt is known to take so many seconds a token."""
+        teach(self.engine._prompt_timer, token_s)
+        return self
 
     def add(self, name: str, blocks: int, answer: int = 100, priority: int = 0) -> Job:
         """A request that needs so many whole blocks to start."""
@@ -198,6 +204,7 @@ def long_and_short(rules: QueueRules, gap_s: float) -> list[str]:
     """What starts, step by step, where a long prompt has come, and a short one `gap_s` later,
     while nothing but a place in the batch is missing."""
     it = Served(rules, replace(PROFILE, kv_tokens=100 * BLOCK), slots=1).running(4)
+    it.takes(1 / 600)
     it.add("long", 30)
     it.now += gap_s
     it.add("short", 2)
@@ -213,15 +220,14 @@ def test_a_short_prompt_starts_before_a_long_one_that_came_just_before() -> None
 
 
 def test_but_not_if_it_comes_later_than_four_times_what_the_long_one_takes() -> None:
-    # A step with 64 tokens has taken 0.1064 s: the long prompt's 480 are taken for 0.8 s, and the
-    # short one's for 0.05 s.
+    # The long prompt's 480 tokens are taken for 0.8 s, and the short one's for 0.05 s.
     assert long_and_short(SHORT, 2.9) == ["short", "long"]
     assert long_and_short(SHORT, 3.3) == ["long", "short"]
     assert long_and_short(replace(SHORT, pass_s=2.0), 2.9) == ["long", "short"]
 
 
 def test_what_is_in_the_prefix_cache_makes_no_prompt_long() -> None:
-    it = Served(SHORT, replace(PROFILE, kv_tokens=100 * BLOCK), slots=1)
+    it = Served(SHORT, replace(PROFILE, kv_tokens=100 * BLOCK), slots=1).takes(1 / 600)
     shared = {"prefix": tuple(range(28)), "prefix_blocks": 1}
     for name, more in (("first", shared), ("long", shared), ("middle", {})):
         blocks = 10 if name == "middle" else 30
@@ -236,6 +242,7 @@ def test_what_is_in_the_prefix_cache_makes_no_prompt_long() -> None:
 
 def test_one_that_was_preempted_keeps_its_place() -> None:
     it = Served(SHORT, replace(PROFILE, kv_tokens=100 * BLOCK), slots=2).running(30)
+    it.takes(1 / 600)
     it.add("b", 2)
     assert it.step() == ["b"]
     seq = it.engine.requests[RequestId("a")]
@@ -246,7 +253,7 @@ def test_one_that_was_preempted_keeps_its_place() -> None:
 
 
 def test_a_head_that_memory_holds_up_is_passed_within_the_bounds_of_passing_alone() -> None:
-    it = Served(SHORT).running(10)
+    it = Served(SHORT).running(10).takes(1 / 100)
     it.add("head", 12)
     assert it.step() == []
     started = []
@@ -259,8 +266,8 @@ def test_a_head_that_memory_holds_up_is_passed_within_the_bounds_of_passing_alon
 # -- whatever comes
 
 
-SLOWEST = 200
-"""In the world below a step takes 0.1 s and more, and may compute a prompt of 8 tokens alone."""
+PROMPT_S = 0.01
+"""What a token of a prompt takes in the world below."""
 
 
 def needed(seq: Sequence) -> int:
@@ -272,7 +279,7 @@ def test_in_no_world_is_a_head_passed_by_more_or_the_batch_short_of_memory(seed:
     """Requests of two classes at an engine that is short of memory, step by step, looked at from
     outside. All are served in the end."""
     dice = random.Random(f"{seed} queue rules")
-    profile = replace(PROFILE, kv_tokens=dice.randrange(20, 60) * BLOCK)
+    profile = replace(PROFILE, kv_tokens=dice.randrange(20, 60) * BLOCK, prompt_s=PROMPT_S)
     options = {"chunked": dice.random() < 0.5, "budget": dice.choice((64, 2048)), "slots": 12}
     it = Served(ALL, profile, prefix_caching=False, **options)
     total, left = it.engine.memory.total, 150
@@ -306,9 +313,10 @@ def test_in_no_world_is_a_head_passed_by_more_or_the_batch_short_of_memory(seed:
             assert now - since_s <= 20 + 1e-9
             assert {s.job.priority for s in passing} == {head.job.priority}
         for seq in started:
-            for other in waiting if seq not in passing else ():
+            # What was preempted in this step was not there to be overtaken.
+            for other in waiting.intersection(queue) if seq not in passing else ():
                 if other.turn.priority == seq.turn.priority and not seq.preemptions:
-                    bound_s = 4 * 0.0001 * SLOWEST * other.tokens
+                    bound_s = 4 * PROMPT_S * other.tokens
                     assert seq.job.arrived_s <= other.job.arrived_s + min(20.0, bound_s)
                     overtaken += seq.job.arrived_s > other.job.arrived_s
         if it.engine.preemptions > preemptions:

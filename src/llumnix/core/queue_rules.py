@@ -21,10 +21,13 @@ The first two are in blocks and tokens, the third in what this engine takes for 
 so that they hold on engines of any speed.
 """
 
+import math
 from dataclasses import dataclass
 
 HALF_LIFE_STEPS = 512
 """A step with prompts loses half its weight for every so many new ones, or half as many."""
+STEPS_MIN = 4
+"""Steps with prompts before which nothing is said of a token."""
 AGAIN = 2
 """A preempted request leaves so many times the room: to preempt it once more costs most."""
 
@@ -86,30 +89,40 @@ class QueueRules:
 
 class PromptTimer:
     """What a token of a prompt takes on one engine, in seconds, while it is under way with others.
-    The line through the origin that fits steps with prompts best, so that those with the most
-    tokens count most: in a step with few of them it is the rest of the step that takes time."""
+
+    It is the slope of the line that fits steps with prompts best: what such a step takes in any
+    case is none of its tokens'. Two standard errors of it are left out, so that a few slow steps
+    with like prompts tell of no slope. Where all prompts are alike none is seen, nor needed."""
 
     def __init__(self) -> None:
-        self._products = 0.0  # tokens times seconds
-        self._squares = 0.0  # tokens squared
-        self._steps = 0
+        self._steps = 0.0
+        # Sums over steps: tokens, seconds, their squares, their products.
+        self._sums = [0.0] * 5
 
     def record(self, tokens: int, seconds: float) -> None:
         """A step has ended that computed so many tokens of prompts."""
         if tokens <= 0:
             return
-        self._products += tokens * seconds
-        self._squares += tokens * tokens
+        new = (tokens, seconds, tokens * tokens, seconds * seconds, tokens * seconds)
+        self._sums = [old + more for old, more in zip(self._sums, new, strict=True)]
         self._steps += 1
         if self._steps >= HALF_LIFE_STEPS:
-            self._steps //= 2
-            self._products /= 2
-            self._squares /= 2
+            self._steps /= 2
+            self._sums = [old / 2 for old in self._sums]
 
     @property
     def token_s(self) -> float:
-        """Seconds a token; 0 before the first step."""
-        return self._products / self._squares if self._squares else 0.0
+        """Seconds a token, rather too few than too many; 0 before steps differ in their tokens."""
+        n, (x, y, xx, yy, xy) = self._steps, self._sums
+        if n < STEPS_MIN:
+            return 0.0
+        # Squares and products of what lies off the means.
+        xx, yy, xy = xx - x * x / n, yy - y * y / n, xy - x * y / n
+        if xx < 1:
+            return 0.0
+        slope = xy / xx
+        error = math.sqrt(max(0.0, yy - slope * xy) / (n - 2) / xx)
+        return max(0.0, slope - 2 * error)
 
 
 PLAIN = QueueRules()
