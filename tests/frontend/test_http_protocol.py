@@ -1,4 +1,5 @@
-"""Answers as they leave on the wire: how many packets, and what unknown methods get."""
+"""Answers as they leave on the wire: how many packets, and what unknown methods and old clients
+get."""
 
 import asyncio
 import json
@@ -130,8 +131,8 @@ async def test_nothing_is_lost_where_the_connection_is_closed_at_once(answer: An
     wire = await ask(answer, request(version="1.0"))
     assert wire.closed
     assert b"".join(wire.packets).startswith(b"HTTP/1.1 20")
-    ends = {whole: b"hi", in_parts: b"0\r\n\r\n", headless: b"\r\n\r\n"}
-    assert wire.packets[-1].endswith(ends[answer])
+    ends = {whole: b"\r\n\r\nhi", in_parts: b"\r\n\r\nonetwo", headless: b"\r\n\r\n"}
+    assert b"".join(wire.packets).endswith(ends[answer])
 
 
 @pytest.mark.parametrize("answer", [whole, headless])
@@ -184,6 +185,23 @@ async def test_parts_that_are_written_directly_are_framed_as_uvicorn_frames_them
     body = b"".join(wire.packets).partition(b"\r\n\r\n")[2]
     assert body == b"3\r\none\r\n1b\r\n" + b"two" * 9 + b"\r\n5\r\nthree\r\n0\r\n\r\n"
     assert said == [False, True, False]
+
+
+async def test_a_client_of_http_1_0_gets_no_chunks() -> None:
+    """It would take their sizes for text. nginx and ab speak HTTP/1.0 by default."""
+    part = b"a part of sixteen\r\n" * 2
+
+    async def writes(write: BodyWriter, send: Any) -> None:
+        await send(OK)
+        await send({"type": "http.response.body", "body": b"one", "more_body": True})
+        assert write(part)
+        await send({"type": "http.response.body", "body": b"end"})
+
+    wire = await ask(whole, request(version="1.0"), writes=writes)
+    head, _, body = b"".join(wire.packets).partition(b"\r\n\r\n")
+    assert b"chunked" not in head
+    assert body == b"one" + part + b"end"
+    assert wire.closed, "nothing else says where it ends"
 
 
 async def test_a_body_whose_length_was_announced_is_not_written_directly() -> None:

@@ -1,16 +1,17 @@
-"""HTTP as uvicorn speaks it, with three differences.
+"""HTTP as uvicorn speaks it, with four differences.
 
 An answer's head travels with the beginning of its body where both are there at once: one packet,
 and one wakeup of the client, instead of two. A method that HTTP does not know is answered with 405
-as an error in OpenAI's form; uvicorn calls it an invalid request. And who has a part of a body and
+as an error in OpenAI's form; uvicorn calls it an invalid request. A client of HTTP/1.0 gets a
+stream without chunks, which it does not know; uvicorn sends them. And who has a part of a body and
 cannot wait may write it past the application (`BodyWriter`).
 
 uvicorn 0.54 internals relied on here (tests/frontend/test_http_protocol.py fails when one changes):
 `HttpToolsProtocol.on_headers_complete` makes `self.cycle`, which writes the head and each part of
-the body with one `transport.write` each and uses no more of its transport than `write`, `close` and
-`is_closing`; what the parser cannot read is answered by `send_400_response`. A cycle knows of its
-answer `response_complete`, `chunked_encoding`, `disconnected` and
-`flow.write_paused`, and gets its `scope` before the application does.
+the body, with its chunk's size before it, with one `transport.write` each and uses no more of its
+transport than `write`, `close` and `is_closing`; what the parser cannot read is answered by
+`send_400_response`. A cycle knows of its answer `response_complete`, `chunked_encoding`,
+`disconnected` and `flow.write_paused`, and gets its `scope` before the application does.
 """
 
 import asyncio
@@ -37,7 +38,9 @@ class HttpProtocol(HttpToolsProtocol):
         earlier = self.cycle
         super().on_headers_complete()
         if self.cycle is not earlier:
-            self.cycle.transport = _HeadWithBody(self.transport)  # type: ignore[assignment]
+            old = self.cycle.scope["http_version"] == "1.0"
+            transport = _WithoutChunks if old else _HeadWithBody
+            self.cycle.transport = transport(self.transport)  # type: ignore[assignment]
             self.cycle.scope[WRITE] = BodyWriter(self.cycle)  # type: ignore[typeddict-unknown-key]
 
     def send_400_response(self, msg: str) -> None:
@@ -86,6 +89,21 @@ class _HeadWithBody:
 
     def is_closing(self) -> bool:
         return self._transport.is_closing()
+
+
+class _WithoutChunks(_HeadWithBody):
+    """The transport of one answer to a client of HTTP/1.0. The close of the connection ends it."""
+
+    _chunked = False
+
+    def write(self, data: bytes) -> None:
+        if not self._begun:
+            head, data = data, data.replace(b"transfer-encoding: chunked\r\n", b"")
+            self._chunked = data != head
+        elif self._chunked:
+            size, _, rest = data.partition(b"\r\n")
+            data = rest[: int(size, 16)]
+        super().write(data)
 
 
 class BodyWriter:
