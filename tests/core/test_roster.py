@@ -46,8 +46,12 @@ def test_counts_are_added_up_and_go_with_the_process_that_had_them() -> None:
     assert (roster.heard_s(E0), roster.heard_s(E1)) == (7.0, None)
     roster.ended(2, "killed", 1.0)
     assert (roster.in_flight(E0), roster.in_flight(E1)) == (2, 0)
-    roster.holds(2, Held(version=3, in_flight={E0: 1}))  # It was on its way.
+    # It was on its way, as its other words may be.
+    roster.holds(2, Held(version=3, in_flight={E0: 1}))
+    roster.greeted(2, 102)
+    roster.serves(2, 2.0)
     assert roster.in_flight(E0) == 2
+    assert (roster.serving, roster.greeted_clients()) == (1, [1])
 
 
 def test_an_engine_is_empty_only_once_each_frontend_knows_that_it_takes_nothing() -> None:

@@ -1,6 +1,9 @@
 """The routes under /llumnix that start, drain and list instances."""
 
+import os
 from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,9 +18,11 @@ from llumnix.core.settings import PrioritySettings
 from llumnix.core.supervision.lifecycle import InstanceStatus
 from llumnix.core.supervision.readiness import FleetSeen
 from llumnix.core.types import EngineIndex, InstanceId
-from llumnix.errors import CapacityError, LastInstanceError
+from llumnix.errors import CapacityError, LastInstanceError, UsageError
 from llumnix.frontend.http.control import OwnControl, RequestRows
-from llumnix.frontend.http.routes import DRAIN_TIMEOUT_MAX_S, control_app
+from llumnix.frontend.http.routes import DRAIN_TIMEOUT_MAX_S, STATUS, control_app
+from llumnix.observe.notes import Notes
+from support.frontend import front
 
 
 class Control:
@@ -26,6 +31,8 @@ class Control:
     def __init__(self) -> None:
         self.asked: list[tuple[Any, ...]] = []
         self.error: Exception | None = None
+        self.notes = Notes()
+        self.exposition = SimpleNamespace(text=self._text)
         self.row = InstanceStatus(
             id=InstanceId("i0"),
             state="hung",
@@ -43,6 +50,9 @@ class Control:
         if self.error is not None:
             raise self.error
         return self.row
+
+    async def _text(self) -> bytes:
+        return b"metrics"
 
     def status(self) -> list[InstanceStatus]:
         return [self.row]
@@ -231,3 +241,81 @@ async def test_the_settings_are_shown(control: Control) -> None:
     transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(transport=transport, base_url="http://t") as http:
         assert (await http.get("/llumnix/v1/config")).json() == {"settings": rows}
+
+
+@pytest.mark.parametrize("error", sorted(STATUS, key=lambda kind: kind.__name__))
+async def test_an_error_that_a_user_can_mend_has_a_status_of_its_own(
+    http: httpx.AsyncClient, control: Control, error: type[Exception]
+) -> None:
+    control.error = error("so it is")
+    answer = await http.post("/llumnix/v1/instances/i0/undrain")
+    assert answer.status_code == (404 if error.__name__.startswith("Unknown") else 409)
+    control.error = UsageError("odd")
+    assert (await http.post("/llumnix/v1/instances")).status_code == 400
+
+
+async def test_an_instance_is_added_and_may_serve_on(
+    http: httpx.AsyncClient, control: Control
+) -> None:
+    added = await http.post("/llumnix/v1/instances")
+    again = await http.post("/llumnix/v1/instances/i0/undrain")
+    assert (added.status_code, again.status_code) == (202, 200)
+    assert added.json()["id"] == again.json()["id"] == "i0"
+    assert control.asked == [("add",), ("undrain", "i0")]
+
+
+async def test_while_the_controller_is_away_instances_are_listed_without_load(
+    control: Control,
+) -> None:
+    async def none() -> None:
+        return None
+
+    client: Any = SimpleNamespace(
+        link=SimpleNamespace(loads=none),
+        in_flight=lambda _: 2,
+        priorities=Priorities(PrioritySettings()),
+    )
+    transport = httpx.ASGITransport(control_app(client, OwnControl(client, control)))
+    async with httpx.AsyncClient(transport=transport, base_url="http://t") as http:
+        body = (await http.get("/llumnix/v1/instances")).json()
+        assert body["controller"] == "away"
+        assert [(r["id"], r["in_flight"], r["freeness"]) for r in body["instances"]] == [
+            ("i0", 2, None)
+        ]
+        (frontend,) = body["frontends"]
+        assert (frontend["id"], frontend["state"], frontend["pid"]) == (
+            "f0",
+            "serving",
+            os.getpid(),
+        )
+        control.row = replace(control.row, engine_index=None)  # It has no engine at the moment.
+        (row,) = (await http.get("/llumnix/v1/instances")).json()["instances"]
+        assert (row["in_flight"], row["freeness"]) == (None, None)
+
+
+async def test_of_a_deployment_with_one_frontend_its_own_requests_are_listed(
+    tmp_path: Path, control: Control
+) -> None:
+    async with front(tmp_path) as one:
+        control.notes.note(kind="up", target="i0", why="")
+        ours = OwnControl(one.client, control)
+        await one.add_request("r", 1)
+        transport = httpx.ASGITransport(control_app(one.client, ours))
+        async with httpx.AsyncClient(transport=transport, base_url="http://t") as http:
+            body = (await http.get("/llumnix/v1/requests")).json()
+            assert [row["request"] for row in body["requests"]] == ["r"]
+            assert (body["total"], body["incomplete"]) == (1, [])
+            assert (await http.get("/llumnix/v1/requests/r")).json()["instance"] == "i1"
+            for path in ("requests/other", "migrations/other"):
+                assert (await http.get(f"/llumnix/v1/{path}")).status_code == 404
+            order = {"request_id": "other"}
+            assert (await http.post("/llumnix/v1/migrations", json=order)).status_code == 404
+            assert (await http.get("/llumnix/v1/migrations")).json() == {
+                "migrations": [], "total": 0,
+            }  # fmt: skip
+            assert (await http.get("/llumnix/v1/quarantine")).json() == {"quarantine": []}
+        look = await ours.look({})
+        assert [s.request for s in look.streams] == ["r"]
+        assert [n["kind"] for n in look.notes] == ["up"]
+        assert await ours.fleet() == control.seen()
+        assert await ours.metrics() == b"metrics"

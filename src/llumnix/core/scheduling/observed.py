@@ -59,10 +59,8 @@ class Observed:
         self._moves = Mean(HALF_LIFE_BYTES)
         self._token_bytes = 0
 
-    def take(self, report: LoadReport, before: LoadReport | None) -> None:
+    def take(self, report: LoadReport, before: LoadReport) -> None:
         """Takes in one instance's next report. `before`: the last one of the same run."""
-        if before is None:
-            return
         finished = report.finished - before.finished
         if finished:
             self._answers.add(report.finished_tokens - before.finished_tokens, finished)

@@ -95,9 +95,8 @@ async def instances(client: Client, control: Control) -> dict[str, Any]:
     rows = []
     for each in await control.instances():
         status, report, free = each.status, None, None
-        row = asdict(status)
+        row = {**asdict(status), "in_flight": each.in_flight}
         if status.engine_index is not None:
-            row["in_flight"] = each.in_flight
             report = reports.get((status.id, status.engine_index))
             free = freeness.get((status.id, status.engine_index))
         for name in LOAD_SHOWN:
