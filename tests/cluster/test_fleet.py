@@ -15,6 +15,7 @@ from llumnix.core.limits import FLEET_REPORT_EVERY_S
 from llumnix.core.scheduling.scheduler import Scheduler
 from llumnix.core.supervision.hang import LOOK_EVERY_S, LOST_LOOKS, SILENT_LOOKS, STALL_S
 from llumnix.core.supervision.lifecycle import DRAIN_TIMEOUT_S
+from llumnix.core.types import InstanceId
 from llumnix.errors import CapacityError, ConflictError, InstanceFailedError, LastInstanceError
 from llumnix.observe.log_files import lines_of
 from support.counted import counted
@@ -814,6 +815,36 @@ def test_what_the_scheduler_wants_and_cannot_have_is_said_once(
 
     play(script)
     assert sum("Not done (load): no room" in m for m in caplog.messages) == 1
+
+
+def test_each_decision_is_counted_with_what_became_of_it(
+    play: Callable[..., World], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And one over which an error is raised is logged, and keeps no other from being done."""
+
+    async def script(w: World) -> None:
+        with counted() as found:
+            w.decide(AddInstances(count=2, why="load"))
+            await asyncio.sleep(1)
+            w.decide(DrainInstance(instance=I2, why="no load"))
+            await asyncio.sleep(0.1)
+            w.decide(UndrainInstance(instance=InstanceId("i9"), why="load"))
+            w.ask_for_drain(InstanceId("i8"))  # No decision of the scheduler's.
+            await asyncio.sleep(0.1)
+        assert {k: v for k, v in found.items() if k.startswith("scaling")} == {
+            "scaling_decisions_total add done": 1,
+            "scaling_decisions_total drain done": 1,
+            "scaling_decisions_total undrain refused": 1,
+        }
+        assert "no instance i9; there are: i0, i1, i" in caplog.text
+        monkeypatch.setattr(w.fleet, "drain", None)  # As a mistake of ours would.
+        w.decide(DrainInstance(instance=I1, why="a mistake"))
+        w.decide(AddInstances(count=1, why="load"))
+        await asyncio.sleep(1)
+        assert "Not done (a mistake)" in caplog.text
+        assert "i4" in w.states or "i2" in w.states
+
+    play(script)
 
 
 # -- what a probe is told

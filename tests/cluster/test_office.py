@@ -3,6 +3,7 @@
 A frontend here is the real link with a directory of engines, and no vLLM."""
 
 import asyncio
+import os
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -36,6 +37,7 @@ from llumnix.errors import (
 )
 from llumnix.frontend.engines.directory import EngineDirectory
 from llumnix.frontend.engines.state import EngineState
+from llumnix.frontend.office.adapter import Adapter
 from llumnix.frontend.office.asking import AskedError
 from llumnix.frontend.office.link import OfficeLink
 from llumnix.frontend.office.messages import (
@@ -53,11 +55,14 @@ from llumnix.frontend.office.messages import (
     Serving,
     TurnIs,
     WhoIsAccused,
+    YourLook,
     YourMigrations,
+    YourRequest,
     YourRequests,
 )
 from llumnix.frontend.office.through_office import OfficeControl, OfficeOthers
 from llumnix.frontend.own_streams import MoveAsked
+from llumnix.frontend.streams.look import Look
 from llumnix.frontend.streams.migration_records import LISTED_MAX
 from llumnix.key_file import KeyRing
 from llumnix.observe.notes import Notes
@@ -113,10 +118,25 @@ class Engines:
 class Fleet:
     """A fleet that is full."""
 
-    notes = Notes()
+    def __init__(self) -> None:
+        self.notes = Notes()
+        self.rows: list[InstanceStatus] = []
+        self.asked: list[tuple[Any, ...]] = []
+        self.exposition = SimpleNamespace(text=self._text)
+
+    async def _text(self) -> bytes:
+        return b"metrics"
 
     def status(self) -> list[InstanceStatus]:
-        return []
+        return self.rows
+
+    async def drain(self, instance: InstanceId, why: str, **how: Any) -> InstanceStatus:
+        self.asked.append(("drain", instance, why, how))
+        return self.seen().instances[0]
+
+    async def undrain(self, instance: InstanceId) -> InstanceStatus:
+        self.asked.append(("undrain", instance))
+        return self.seen().instances[0]
 
     def seen(self) -> FleetSeen:
         one = InstanceStatus(
@@ -183,6 +203,7 @@ class World:
     def __init__(self, office: Office, engines: Engines, desk: Desk, fronts: list[Front]) -> None:
         self.office, self.engines, self.desk, self.fronts = office, engines, desk, fronts
         self.told: list[Any] = []
+        self.fleet: Any = desk._fleet
 
     async def until(self, true: Callable[[], Any]) -> None:
         async with asyncio.timeout(5):
@@ -680,3 +701,108 @@ async def test_calls_that_change_what_engines_share_are_the_offices(tmp_path: Pa
         assert type(failed.value) is Exception
         with pytest.raises(AskedError):
             await w.fronts[0].link.ask(CallAll(method="sleep"))
+
+
+# -- what else a frontend asks
+
+
+async def test_a_frontend_asks_the_office_for_all_that_a_user_may_see(tmp_path: Path) -> None:
+    async with world(tmp_path) as w:
+        one, other = w.fronts
+        w.fleet.rows = list(Fleet().seen().instances)
+        w.office.expect(I0, E0, 0)
+        other.hold(in_flight={E0: 3})
+        await w.until(lambda: w.office.in_flight(E0) == 3)
+        (row,) = await one.control.instances()
+        assert (row.status.id, row.in_flight) == ("i0", 3)
+        rows = await one.control.frontends()
+        assert [(r.id, r.pid) for r in rows] == [("f0", os.getpid()), ("f1", os.getpid())]
+        assert await one.control.metrics() == b"metrics"
+        status = await one.control.drain(I0, "why", timeout_s=2.5, force=True, again=True)
+        assert status.id == "i0"
+        assert (await one.control.undrain(I0)).id == "i0"
+        assert w.fleet.asked == [
+            ("drain", "i0", "why", {"timeout_s": 2.5, "force": True, "again": True}),
+            ("undrain", "i0"),
+        ]
+
+
+async def test_a_request_is_shown_by_the_frontend_that_has_it(tmp_path: Path) -> None:
+    async with world(tmp_path) as w:
+        one, other = w.fronts
+        one.answers[DoYouHave] = [[], False]
+        other.answers[DoYouHave] = [["r-0"], False]
+        other.answers[YourRequest] = {"request": "r-0"}
+        assert await one.control.request("r") == {"request": "r-0"}
+        assert [q.name for q in other.asked if isinstance(q, YourRequest)] == ["r-0"]
+
+
+async def test_a_look_joins_those_of_all_and_what_became_of_instances(tmp_path: Path) -> None:
+    async with world(tmp_path) as w:
+        for front in w.fronts:
+            name = f"f{front.client}"
+            front.answers[YourLook] = Look(
+                notes=[{"t": 1.0, "kind": "move", "target": name, "why": ""}], cursor={name: 7}
+            )
+        w.fleet.notes.note("up", "i0", "")
+        look = await w.fronts[0].control.look({"f1": 3})
+        assert sorted(n["target"] for n in look.notes) == ["f1", "f2", "i0"]
+        assert look.cursor == {"f1": 7, "f2": 7, "fleet/notes": 1}
+        assert look.frontends == 2
+        assert [q.since for q in w.fronts[1].asked if isinstance(q, YourLook)] == [{"f1": 3}]
+
+
+async def test_the_command_lines_adapters_are_loaded_in_order(tmp_path: Path) -> None:
+    async with world(tmp_path) as w:
+        await w.desk.load_all([Adapter(name=n, number=0, path=f"/{n}") for n in "ab"])
+        assert [(a.lora_name, a.lora_int_id) for a in w.engines.loaded] == [("a", 1), ("b", 2)]
+        listed = [q for q in w.fronts[0].asked if isinstance(q, AdaptersAre)][-1]
+        assert [a.name for a in listed.adapters] == ["a", "b"]
+
+
+async def test_an_engine_was_heard_when_any_of_them_or_the_office_heard_it(tmp_path: Path) -> None:
+    async with world(tmp_path) as w:
+        assert w.office.heard_s(E0) is None
+        w.office.expect(I0, E0, 0)
+        own = w.office.heard_s(E0)
+        assert own is not None
+        w.fronts[0].hold(heard_s={E0: own - 5.0})
+        w.fronts[1].hold(heard_s={E0: own + 5.0})
+        await w.until(lambda: w.office.heard_s(E0) == own + 5.0)
+
+
+async def test_room_for_more_instances_is_made_everywhere_and_never_given_up(
+    tmp_path: Path,
+) -> None:
+    async with world(tmp_path) as w:
+        w.office.grow_metrics(5)
+        await w.until(lambda: w.fronts[1].wants.slots == 5)
+        version = w.fronts[1].wants.version
+        w.office.grow_metrics(3)
+        w.office.expect(I0, E0, 0)
+        await w.until(lambda: w.fronts[1].wants.version > version)
+        assert w.fronts[1].wants.slots == 5
+
+
+async def test_a_frontend_is_silent_since_its_last_word(tmp_path: Path) -> None:
+    async with world(tmp_path) as w:
+        client = w.fronts[0].client
+        assert w.office.silent_s(99) is None
+        w.office._lines[client].heard_s -= 50.0
+        assert w.office.silent_s(client) >= 50.0  # type: ignore[operator]
+        w.fronts[0].hold()
+        await w.until(lambda: (w.office.silent_s(client) or 0.0) < 50.0)
+
+
+async def test_a_word_that_is_not_for_the_office_harms_nobody(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with world(tmp_path) as w:
+        one = w.fronts[0]
+        one.link.send(TurnIs(mine=True))
+        await w.until(lambda: "could not be handled" in caplog.text)
+        with pytest.raises(AskedError, match="not for the office"):
+            await one.link.ask(YourRequests())
+        with pytest.raises(LlumnixError, match="has just ended"):
+            await w.office.ask(99, YourRequests())
+        assert await one.control.frontends()
