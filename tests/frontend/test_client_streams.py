@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from vllm.pooling_params import PoolingParams
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.engine.exceptions import EngineDeadError
@@ -194,6 +195,16 @@ async def test_a_session_ends_for_the_reasons_for_which_vllms_does(
             one.take_in(tokens(1, name, 5, finish_reason=reason))
             ended = one.client.streams.get(RequestId(name)) is None
             assert ended is (reason in ends)
+
+
+async def test_a_session_that_is_over_between_two_inputs_ends_here(tmp_path: Path) -> None:
+    """The engine says nothing more of it."""
+    async with front(tmp_path) as one:
+        await one.add_request("s", 1, resumable=True)
+        one.take_in(tokens(1, "s", 5, finish_reason=FinishReason.LENGTH))
+        await one.add_request("s", 0)
+        assert len(one.client.streams) == 0
+        assert (len(await one.heard(0)), len(await one.heard(1))) == (0, 2)
 
 
 async def test_the_next_input_of_a_session_whose_engine_is_gone_is_refused(tmp_path: Path) -> None:
@@ -427,11 +438,15 @@ async def test_a_source_that_could_not_be_told_of_a_death_keeps_what_it_has_said
 
 
 async def test_a_stop_ends_every_stream(tmp_path: Path) -> None:
+    """One of pooling by an error, since no output of it could say so."""
     async with front(tmp_path) as one:
         for name, engine in (("a", 0), ("b", 1)):
             await one.add_request(name, engine)
+        await one.add_request(
+            "p", 0, sampling_params=None, pooling_params=PoolingParams(task="embed")
+        )
         await one.client.abort_all()
-        assert one.due() == {"a": ["abort"], "b": ["abort"]}
+        assert one.due() == {"a": ["abort"], "b": ["abort"], "p": ["error"]}
         assert len(one.client.streams) == 0
 
 

@@ -8,11 +8,19 @@ from pathlib import Path
 
 import pytest
 import zmq
+from prometheus_client import REGISTRY
 
 from llumnix.core.events import AddInstances, Dispatch, RequestArrived, ScalingDecision
+from llumnix.core.reports import LoadReport
 from llumnix.core.types import EngineIndex, InstanceId, RequestId
 from llumnix.frontend.controller_link import DECISIONS_MAX, REPLY_TIMEOUT_S, ControllerLink
-from llumnix.wire import Message, Ping, Pong, decode, encode
+from llumnix.wire import Loads, LoadsAsked, Message, Ping, Pong, decode, encode
+from support.counted import counted
+
+REPORT = LoadReport(
+    instance=InstanceId("i0"), engine_index=EngineIndex(0), sequence=1, kv_tokens_used=1,
+    kv_tokens_total=2,
+)  # fmt: skip
 
 
 class FakeController:
@@ -57,6 +65,8 @@ class FakeController:
 def _answer(message: Message) -> Message:
     if isinstance(message, Ping):
         return Pong(number=message.number)
+    if isinstance(message, LoadsAsked):
+        return Loads(number=message.number, reports=[REPORT], log_dropped=3)
     assert isinstance(message, RequestArrived)
     return Dispatch(
         request=message.request,
@@ -258,3 +268,50 @@ def test_decisions_wait_for_the_fleet_in_order_and_a_bounded_number_of_them(
 
     asyncio.run(asyncio.wait_for(main(), 60))
     assert f"A decision of the controller's was dropped: load {DECISIONS_MAX}" in caplog.text
+
+
+def test_what_the_controller_knows_is_asked_of_it_and_none_is_known_without_one(
+    controller: FakeController,
+) -> None:
+    async def main() -> None:
+        link = ControllerLink(controller.address)
+        await up(link)
+        assert await link.loads() == [REPORT]
+        told = await link.told()
+        assert told is not None
+        assert told.log_dropped == 3
+        controller.answering.clear()
+        assert await link.loads() is None
+        link.close()
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
+def up_now() -> float | None:
+    return REGISTRY.get_sample_value("llumnix_controller_up", {"process": "f7"})
+
+
+def test_a_frontend_that_places_requests_by_itself_is_counted(controller: FakeController) -> None:
+    async def main() -> None:
+        link = ControllerLink(controller.address, process="f7")
+        looks: list[int] = []
+        link.on_look = lambda: looks.append(1)
+        await up(link)
+        assert up_now() == 1
+        with counted(each_request=True) as found:
+            await asyncio.sleep(0.2)
+        assert 0 < found["loop_lag_seconds_count f7"] <= len(looks)
+        controller.answering.clear()
+        with counted(each_request=True) as found:
+            assert await link.place(asked("late")) is None
+        assert up_now() == 0
+        assert found["controller_bypasses_total"] == 1
+        controller.answering.set()
+        with counted(each_request=True) as found:
+            while not link.up:
+                await asyncio.sleep(0.01)
+        assert up_now() == 1
+        assert "controller_bypasses_total" not in found
+        link.close()
+
+    asyncio.run(asyncio.wait_for(main(), 60))

@@ -619,11 +619,16 @@ async def test_a_stop_waits_for_requests_that_have_come_whole_and_for_no_upload(
     llm = app.state.engine_client
     rest, seen = asyncio.Event(), []
 
+    def note() -> None:
+        seen.append(llm.open_http)
+        if llm.open_http:
+            assert REGISTRY.get_sample_value("llumnix_http_open") == llm.open_http
+
     async def inside(scope: Any, receive: Any, send: Any) -> None:
-        seen.append(llm.open_http)
+        note()
         while (await receive()).get("more_body"):
-            seen.append(llm.open_http)
-        seen.append(llm.open_http)
+            note()
+        note()
         await PlainTextResponse("done")(scope, receive, send)
 
     async def receive() -> dict[str, Any]:
@@ -642,6 +647,7 @@ async def test_a_stop_waits_for_requests_that_have_come_whole_and_for_no_upload(
         await Gate(inside)(scope, receive, send)
         assert seen == counts
         assert llm.open_http == 0
+        assert REGISTRY.get_sample_value("llumnix_http_open") == 0
 
 
 @pytest.mark.parametrize("path", ["/v1/x", "/llumnix/v1/x", "/llumnix/v1/events", "/live"])
@@ -857,3 +863,23 @@ async def test_what_is_no_error_passes_as_it_is(body: bytes) -> None:
             HttpRequest(client_id=None), (status, [(b"content-type", b"text/plain")]), (sent,)
         )
         assert (head["status"], answer["body"]) == (status, sent)
+
+
+# -- traces
+
+
+async def test_a_request_is_traced_from_its_coming_to_its_answer() -> None:
+    """Those that compute something: a GET is not."""
+    app, told = application(), list[Any]()
+    span = SimpleNamespace(answered=told.append, end=lambda: told.append("end"))
+
+    def begin(scope: Any, client_id: str | None) -> Any:
+        told.append((scope["path"], client_id))
+        return span
+
+    app.state.engine_client.tracing = SimpleNamespace(request=begin)
+    async with client(app) as http:
+        await http.get("/v1/x")
+        assert told == []
+        await http.post("/v1/x", headers={"x-request-id": "mine"})
+    assert told == [("/v1/x", "mine"), 200, "end"]

@@ -2,6 +2,7 @@
 
 import asyncio
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -11,10 +12,13 @@ from vllm.entrypoints.serve.instrumentator.metrics import attach_router
 from vllm.exceptions import GracefulHTTPError
 
 from llumnix.core.codes import AbortCode
+from llumnix.core.events import Dispatch, RequestArrived
 from llumnix.core.messages import MigrationEnded
 from llumnix.core.settings import SurvivalSettings
 from llumnix.core.streams.effects import GrantEnded
-from llumnix.core.types import EngineIndex
+from llumnix.core.types import EngineIndex, InstanceId
+from llumnix.frontend import client
+from llumnix.frontend.context import HttpRequest, current_http_request
 from support.counted import counted
 from support.frontend import OFF, front, request, tokens
 
@@ -194,3 +198,64 @@ async def test_vllms_route_shows_them() -> None:
         said = (await client.get("/metrics")).text
     assert '\nllumnix_streams_survived_total{how="revived"} ' in said
     assert '\nllumnix_migration_downtime_seconds_bucket{copy="staged",le="0.004"} ' in said
+
+
+def seconds(metric: str, **labels: str) -> float:
+    return REGISTRY.get_sample_value(f"llumnix_{metric}_seconds_sum", labels) or 0.0
+
+
+async def test_where_the_time_before_an_engine_has_a_request_goes_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A gate of 0.25 s, a prompt that takes 0.5 s to name, a controller that takes 1 s, and 2 s to
+    send."""
+    now = [100.0]
+    monkeypatch.setattr(client, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    parts = ("gate", "hash", "dispatch", "send", "total")
+
+    def all_parts() -> list[float]:
+        routing = [seconds("routing", part=part) for part in parts]
+        return [*routing, seconds("dispatch", via="controller"), seconds("dispatch", via="self")]
+
+    async with front(tmp_path) as one:
+
+        def name_blocks(request: object) -> tuple[int, ...]:
+            now[0] += 0.5
+            return ()
+
+        async def place(fact: RequestArrived) -> Dispatch:
+            now[0] += 1.0
+            return Dispatch(
+                request=fact.request, instance=InstanceId("i0"), engine_index=I0, why=""
+            )
+
+        async def send(*_: object) -> None:
+            now[0] += 2.0
+
+        monkeypatch.setattr(client, "prompt_blocks", name_blocks)
+        monkeypatch.setattr(one.link, "place", place)
+        monkeypatch.setattr(one.client, "send_to", send)
+        http = HttpRequest(client_id=None)
+        http.gate_s = 0.25
+        for instance_is_there, dispatch in ((True, [1.0, 0.0]), (False, [0.0, 1.0])):
+            one.client.engines.accept(I0, instance_is_there)
+            before = all_parts()
+            token = current_http_request.set(http)
+            await one.client.add_request_async(request(f"there {instance_is_there}"))
+            current_http_request.reset(token)
+            spent = [after - b for after, b in zip(all_parts(), before, strict=True)]
+            assert spent == pytest.approx([0.25, 0.5, 1.0, 2.0, 3.75, *dispatch])
+
+
+async def test_lines_that_the_event_log_lost_are_counted_once(tmp_path: Path) -> None:
+    async with front(tmp_path) as one:
+        log = SimpleNamespace(dropped=3)
+        one.client._log = log  # type: ignore[assignment]
+        with counted() as found:
+            one.client._look_at_log()
+            one.client._look_at_log()
+        assert found == {"event_log_dropped_total frontend": 3}
+        log.dropped = 5
+        with counted() as found:
+            one.client._look_at_log()
+        assert found == {"event_log_dropped_total frontend": 2}

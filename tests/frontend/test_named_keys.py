@@ -268,14 +268,15 @@ async def test_use_is_counted_by_the_names_of_keys(tmp_path: Path) -> None:
 
     app.user_middleware.reverse()
     before = {n: count("requests", key=n) for n in ("ada", "ops", "vic")}
-    tokens = count("tokens", key="ada", kind="output")
+    tokens = [count("tokens", key="ada", kind=kind) for kind in ("prompt", "output")]
     async with client(app) as http:
         for key in ("user", "user", "root", "viewer", "other"):
             await http.post(MODEL, headers=bearer(key))
     after = {n: count("requests", key=n) - b for n, b in before.items()}
     assert after == {"ada": 2, "ops": 1, "vic": 0}
     seen[0].spend(5, 7)
-    assert count("tokens", key="ada", kind="output") == tokens + 7
+    spent = [count("tokens", key="ada", kind=kind) for kind in ("prompt", "output")]
+    assert spent == [tokens[0] + 5, tokens[1] + 7]
 
 
 async def test_no_more_names_are_told_apart_than_metrics_bear(

@@ -169,3 +169,52 @@ async def test_the_event_loop_is_followed_for_as_long_as_it_serves(
 
     await server.serve(llm, control, listener, args, announce)
     assert told == [("p", 4), "runs", "serves", "ends", "closed"]
+
+
+class Ending(FleetLLM):
+    """One with requests that run, of which only the stop is run."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, *, open_http: int, unfinished: int) -> None:
+        self.open_http, self.unfinished = open_http, unfinished
+        self._stop_now = False
+        self.did: list[str] = []
+
+        async def abort_all() -> None:
+            self.did.append(f"aborted {self.running()}")
+            self.unfinished = 0
+
+        self.engine_core: Any = SimpleNamespace(loop=loop, abort_all=abort_all)
+
+    def __del__(self) -> None:
+        pass
+
+    def get_num_unfinished_requests(self) -> int:
+        return self.unfinished
+
+
+@pytest.mark.parametrize(("open_http", "unfinished"), [(1, 0), (0, 1)])
+async def test_a_stop_waits_for_what_is_open_and_then_ends_what_is_left(
+    open_http: int, unfinished: int
+) -> None:
+    """Whether HTTP waits for its end, or it runs on in the background."""
+    llm = Ending(asyncio.get_running_loop(), open_http=open_http, unfinished=unfinished)
+    assert llm.running() == 1
+    stopping = asyncio.create_task(asyncio.to_thread(llm._let_streams_end, 30))
+    await asyncio.sleep(0.15)
+    assert not llm.did
+    assert not stopping.done()
+    llm.open_http = llm.unfinished = 0
+    await asyncio.wait_for(stopping, 5)
+    await asyncio.sleep(0)
+    assert llm.did == ["aborted 0"]
+
+
+@pytest.mark.parametrize("why", ["its time is over", "a second signal"])
+async def test_a_stop_ends_requests_that_do_not_end(why: str) -> None:
+    llm = Ending(asyncio.get_running_loop(), open_http=0, unfinished=2)
+    if why == "a second signal":
+        llm.stop_now()
+    began_s = time.monotonic()
+    await asyncio.to_thread(llm._let_streams_end, 0.1 if why == "its time is over" else 30)
+    assert time.monotonic() - began_s < 5
+    assert llm.did == ["aborted 2"]
