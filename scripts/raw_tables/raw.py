@@ -74,7 +74,9 @@ def with_age(draw: Callable[[], str]) -> str:
     if not old:
         return text
     said = ", ".join(f"`{name}` {age(name)}" for name in old)
-    return f"{text}\n\n*From older code, in commits of `core/` before the newest run: {said}.*"
+    return (
+        f"{text}\n\n*From older code. Commits to `core/` between each run and the newest: {said}.*"
+    )
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

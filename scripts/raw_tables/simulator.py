@@ -234,9 +234,10 @@ def memory() -> str:
     return (
         "*Simulated, not measured: the same 700 requests on four instances, dispatched by the same "
         f"rule. Without moves a request waits for up to {waits['cache-aware']:.0f} s: there is "
-        "free memory for it, but spread over four instances. With moves none waits for more than "
-        f"{waits['llumnix']:.1f} s. The longest wait falls in {lower} of {len(longest['llumnix'])} "
-        f"seeds, of which this is number {seed + 1}: from {ranges['cache-aware']} to "
-        f"{ranges['llumnix']} ([all of them, and two more "
-        "traces](docs/laboratory.md#simulated-instances); `python benchmarks/plot_memory.py`).*"
+        "enough free memory for it, but spread over four instances. With moves none waits for more "
+        f"than {waits['llumnix']:.1f} s. Moves shorten the longest wait in {lower} of "
+        f"{len(longest['llumnix'])} seeds, of which this is seed {seed}. It is "
+        f"{ranges['cache-aware']} without moves, {ranges['llumnix']} with them ([the means, and "
+        "more traces](docs/laboratory.md#simulated-instances); "
+        "`python benchmarks/plot_memory.py`).*"
     )
