@@ -20,7 +20,7 @@ from vllm.v1.engine.utils import EngineZmqAddresses
 from vllm.v1.request import Request
 
 from llumnix.core.events import LoadReported
-from llumnix.core.limits import MigrationLimits
+from llumnix.core.limits import DEFER_PREFILLS_STEPS_MAX, MigrationLimits
 from llumnix.core.messages import IN_BAND, Migrate, MigrationEnded
 from llumnix.core.priorities import Priorities
 from llumnix.core.settings import PrioritySettings
@@ -28,7 +28,7 @@ from llumnix.core.types import EngineIndex, Epoch, InstanceId, MigrationId, Requ
 from llumnix.engine import folders
 from llumnix.engine import instance as module
 from llumnix.engine.folders import PrivateFolder
-from llumnix.engine.instance import DEFER_PREFILLS_STEPS_MAX, EngineInstance
+from llumnix.engine.instance import EngineInstance
 from llumnix.engine.kv.agent import TransferOptions
 from llumnix.engine.launch import InstanceConfig, LlumletConfig
 from llumnix.engine.queueing import AgingQueue

@@ -3,9 +3,8 @@
 import pytest
 
 from llumnix.core.types import RequestId
-from llumnix.sim.model.batching import Batch
 from llumnix.sim.model.engine import SimEngine
-from llumnix.sim.model.jobs import Job
+from llumnix.sim.model.jobs import Batch, Job
 from llumnix.sim.model.memory import Memory
 from sim.one_engine import engine
 
@@ -65,6 +64,33 @@ def test_what_a_prompt_has_left_has_no_memory_yet() -> None:
         left.append(it.prefill_tokens())
         it.land(batch, 0.0)
     assert left == [24, 8, 0, 0], "in whole blocks"
+
+
+def test_near_a_handover_prompts_wait_for_eight_steps_in_a_row_and_no_more() -> None:
+    it = engine(budget=16)
+    it.add(job("a", 10, 40), 0.0)
+    it.land(it.schedule(0.0), 0.0)  # type: ignore[arg-type]
+    it.add(job("b", 70, 2), 0.0)
+    steps = []
+    for _ in range(10):
+        batch = it.schedule(0.0, defer=True)
+        steps.append(scheduled(batch))
+        it.land(batch, 0.0)  # type: ignore[arg-type]
+    with_prompt = [("a", 1), ("b", 15)]
+    assert steps == [[("a", 1)]] * 8 + [with_prompt, [("a", 1)]]
+    assert scheduled(it.schedule(0.0)) == with_prompt, "the rest of a prompt waits likewise"
+
+
+def test_prompts_are_not_put_off_where_nothing_decodes_or_more_wait_than_a_step_admits() -> None:
+    it = engine(budget=16)
+    it.add(job("a", 20, 9), 0.0)
+    assert scheduled(it.schedule(0.0, defer=True)) == [("a", 16)]
+    it = engine(slots=1)
+    it.add(job("a", 10, 40), 0.0)
+    it.add(job("b", 10, 40), 0.0)
+    it.land(it.schedule(0.0), 0.0)  # type: ignore[arg-type]
+    it.schedule(0.0, defer=True)
+    assert not it.quiet
 
 
 def test_without_chunks_prompts_are_computed_alone_and_whole() -> None:

@@ -52,6 +52,7 @@ from vllm.v1.engine.utils import EngineZmqAddresses
 from vllm.v1.executor import Executor
 from vllm.v1.request import Request
 
+from llumnix.core.limits import DEFER_PREFILLS_STEPS_MAX
 from llumnix.core.types import EngineIndex, MigrationId, RequestId
 from llumnix.engine.cores import take_devices
 from llumnix.engine.folders import leave_folder, own_folder, start_resource_tracker
@@ -73,8 +74,6 @@ from llumnix.observe.event_log import EventLog
 from llumnix.vllm_seam import start_watchdog
 
 UTILITY = EngineCoreRequestType.UTILITY
-DEFER_PREFILLS_STEPS_MAX = 8
-"""Prompts are deferred in at most so many steps in a row, and in at most half of many steps."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

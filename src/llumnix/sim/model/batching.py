@@ -8,6 +8,7 @@ Rules, as vLLM 0.32 has them with priority scheduling
 - Then, while there are slots: requests that came with their KV, then the queue by priority and
   arrival. The head starts only if blocks for all its tokens are free, and if it has to wait, all
   wait. It takes blocks for what it computes in the step.
+- A `quiet` step leaves prompts out, those that wait too.
 - `chunked`: prompts share steps with others and are cut to the budget. Without, a step computes
   waiting prompts alone, whole, as older versions do.
 - llumnix's own queueing (engine/queueing.py): a request that waited for long is queued as the most
@@ -26,7 +27,7 @@ from llumnix.core.priorities import AGING_LOOK_EVERY_S, Priorities, QueueKey
 from llumnix.core.queue_rules import PLAIN, PromptTimer, QueueRules, Wait
 from llumnix.core.reports import ClassLoad
 from llumnix.core.types import RequestId
-from llumnix.sim.model.jobs import Job, Sequence, Token
+from llumnix.sim.model.jobs import Batch, Job, Sequence, Token
 from llumnix.sim.model.memory import SequenceBlocks, Start
 from llumnix.sim.model.profile import Profile
 
@@ -41,15 +42,6 @@ class EngineOptions:
     chunked: bool = True
     prefix_caching: bool = True
     watermark: float = 0.0  # share of memory that is left free by what starts, if any runs
-
-
-@dataclass(slots=True, kw_only=True)
-class Batch:
-    """One step, and how long it takes."""
-
-    scheduled: list[tuple[Sequence, int]]  # requests, each with the tokens to compute
-    prompt_tokens: int  # of these, those of prompts
-    seconds: float
 
 
 class Batching(SequenceBlocks):
@@ -86,6 +78,7 @@ class Batching(SequenceBlocks):
         self._next_look_s = 0.0
         self._classes: tuple[ClassLoad, ...] | None = None
         self._now_s = 0.0
+        self.quiet = False  # whether the next step is to compute no prompts
 
     # -- what a frontend does
 
@@ -160,6 +153,9 @@ class Batching(SequenceBlocks):
             new = seq.job.prompt + seq.outputs - seq.computed
             if new > budget:
                 new = budget
+            if new > 1 and self.quiet:
+                place += 1
+                continue
             need = -(-(seq.computed + new) // block) - seq.blocks
             if need > 0:
                 while need > memory.free:
@@ -189,7 +185,7 @@ class Batching(SequenceBlocks):
                 seq = self.holding[0]
                 start = Start((), 0, seq.computed, seq.blocks, self._blocks(seq) - seq.blocks)
                 fits = start.wanted <= self.memory.free
-            elif self._queue:
+            elif self._queue and not self.quiet:
                 seq = self._queue[0][2]
                 start = self._start(seq)
                 fits = self._fits(seq, start)

@@ -8,15 +8,15 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import chain
 
-from llumnix.core.limits import WAITING_SHOWN_MAX
+from llumnix.core.limits import DEFER_PREFILLS_STEPS_MAX, WAITING_SHOWN_MAX
 from llumnix.core.messages import OFFICE, Blocks
 from llumnix.core.migration.port import Movable, Phase, Progress, Refusal
 from llumnix.core.priorities import Priorities, QueueKey
 from llumnix.core.queue_rules import PLAIN, QueueRules
 from llumnix.core.reports import ClassLoad, EngineCounts
 from llumnix.core.types import EngineIndex, RequestId
-from llumnix.sim.model.batching import Batch, Batching, EngineOptions
-from llumnix.sim.model.jobs import Job, Sequence
+from llumnix.sim.model.batching import Batching, EngineOptions
+from llumnix.sim.model.jobs import Batch, Job, Sequence
 from llumnix.sim.model.profile import Profile
 
 _TOKEN = [0]
@@ -51,6 +51,8 @@ class SimEngine(Batching):
         self._job_of = job_of
         self._revives = False  # or has revived one
         self._pulls: list[Pull] = []
+        self._deferrals_left = DEFER_PREFILLS_STEPS_MAX
+        self._more_wait = False  # than the last step that admitted any could take
 
     def idle(self) -> bool:
         """Whether it has nothing to do and holds nothing."""
@@ -60,6 +62,27 @@ class SimEngine(Batching):
         """The copies that began since this was asked last."""
         pulls, self._pulls = self._pulls, []
         return pulls
+
+    def schedule(self, now: float, *, defer: bool = False) -> Batch | None:
+        """The next step, or None if there is nothing to do. `defer`: it should compute no prompts,
+        since a handover is near."""
+        self.quiet = defer and self._defers()
+        if not defer:
+            self._deferrals_left = min(DEFER_PREFILLS_STEPS_MAX, self._deferrals_left + 1)
+        batch = super().schedule(now)
+        if not self.quiet:
+            self._more_wait = bool(self._queue)
+        return batch
+
+    def _defers(self) -> bool:
+        """Whether the next step leaves prompts out, within the bounds of engine/instance.py and of
+        vLLM's scheduler."""
+        prompts = [seq.computed + 1 < seq.tokens for seq in self.running]
+        if not self._queue and not any(prompts):
+            return False
+        deferred = self._deferrals_left > 0
+        self._deferrals_left += -1 if deferred else 1
+        return deferred and not self._more_wait and not all(prompts)
 
     def counts(self) -> EngineCounts:
         """What a load report says of the engine itself."""

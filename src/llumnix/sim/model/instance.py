@@ -25,9 +25,8 @@ from llumnix.core.migration.llumlet import Llumlet
 from llumnix.core.reports import LoadReport, compose_report
 from llumnix.core.streams.effects import Abort, AskFate, TellLost
 from llumnix.core.types import EngineIndex, InstanceId, MigrationId, RequestId
-from llumnix.sim.model.batching import Batch
 from llumnix.sim.model.engine import Pull, SimEngine
-from llumnix.sim.model.jobs import Job, Token
+from llumnix.sim.model.jobs import Batch, Job, Token
 
 WAKE_AFTER_S = 0.001
 """The soonest look at a llumlet's deadline while the engine stands still."""
@@ -129,7 +128,7 @@ class SimInstance:
             self.inbox = []
         if llumlet.busy:
             self._say(llumlet.poll(now))
-        self._batch = batch = engine.schedule(now)
+        self._batch = batch = engine.schedule(now, defer=llumlet.defer_prefills(now))
         report = self.report(now)
         prefixes = None if report is None else self.prefixes()
         step_ends_s = wake_s = None

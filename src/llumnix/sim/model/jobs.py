@@ -66,3 +66,12 @@ class Sequence:
     def queued(self) -> QueueKey:
         """Its place in the queue."""
         return QueueKey(self.turn.priority, self.turn.arrived_s + self.later_s)
+
+
+@dataclass(slots=True, kw_only=True)
+class Batch:
+    """One step, and how long it takes."""
+
+    scheduled: list[tuple[Sequence, int]]  # requests, each with the tokens to compute
+    prompt_tokens: int  # of these, those of prompts
+    seconds: float
