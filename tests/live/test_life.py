@@ -358,7 +358,10 @@ def test_ctrl_c_while_it_starts_leaves_nothing(tiny_model: Path, logs: Path) -> 
     eventually(lambda: "starting instance 2/2" in server.log, 120)
     time.sleep(2)
     early = server.http.get("/v1/models").json()
-    assert early["instances"] == [{"id": i, "state": "starting"} for i in ("i0", "i1")]
+    assert [(one["id"], one["state"]) for one in early["instances"]] == [
+        ("i0", "starting"),
+        ("i1", "starting"),
+    ]
     pids = server.descendants()
     server.signal(signal.SIGINT, group=True)
     time.sleep(0.5)
