@@ -1,11 +1,13 @@
 """The destination's half of a migration: one llumlet on an engine without a model, and the source's
 words in the test's hand."""
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import TypeVar
 
 import pytest
 
+from llumnix.core.codes import AbortCode
 from llumnix.core.limits import TAIL_MAX, MigrationLimits
 from llumnix.core.messages import (
     CancelMigration,
@@ -24,12 +26,15 @@ from llumnix.core.messages import (
 )
 from llumnix.core.migration import verdicts
 from llumnix.core.migration.llumlet import Llumlet
+from llumnix.core.migration.port import Refusal
 from llumnix.core.migration.verdicts import Decided, Verdicts
 from llumnix.core.types import EngineIndex, Epoch, MigrationId, RequestId
+from llumnix.errors import ProtocolError
 from support.fake_engine import FakeEngine
 
 R, M = RequestId("r"), MigrationId("m")
 PROMPT = list(range(100, 140))
+LIMITS = MigrationLimits()
 Message = TypeVar("Message")
 
 
@@ -313,3 +318,93 @@ def test_of_more_verdicts_than_are_remembered_the_last_are(monkeypatch: pytest.M
         known.remember(Decided(verdict=Verdict(migration=name, taken=True, why="")))
     assert [known.get(name) is not None for name in names] == [False, False, True, True]
     assert known.fate(names[-1]) == "taken"
+
+
+# -- what it declines, and what fails
+
+
+def reserve(name: str) -> Reserve:
+    return Reserve(
+        migration=MigrationId(f"move of {name}"), request=RequestId(name), source=EngineIndex(0),
+        address="there", epoch=Epoch(1), body=repr((PROMPT, 600)).encode(), outputs=[], tokens=0,
+        agents=["fake"],
+    )  # fmt: skip
+
+
+def last(there: Destination) -> tuple[bool, AbortCode, str]:
+    verdict = there.said(Verdict)[-1]
+    return verdict.taken, verdict.code, verdict.why
+
+
+def test_what_it_declines_says_why_and_holds_nothing() -> None:
+    there = Destination()
+    for n in range(LIMITS.incoming_max - 1):
+        there.hear(reserve(f"r{n}"))
+    assert there.said(Verdict) == []
+    there.hear(reserve("one more"))
+    most = LIMITS.incoming_max
+    assert last(there) == (
+        False, AbortCode.BUSY, f"{most} requests are on their way there already"
+    )  # fmt: skip
+    assert set(there.engine.arriving) == {R, *(RequestId(f"r{n}") for n in range(most - 1))}
+    there.hear(CancelMigration(migration=M, why=""))
+    there.hear(reserve("r0"))  # The message came twice.
+    again = replace(reserve("r0"), migration=MigrationId("another move"))
+    there.hear(again)
+    assert last(there) == (False, AbortCode.BUSY, "it is on its way there already")
+
+
+def test_while_it_takes_none_it_says_so_and_ends_what_is_on_its_way() -> None:
+    there = Destination()
+    there.out += there.llumlet.cancel_all("it is going to sleep", there.now, leaving=False)
+    assert last(there) == (
+        False, AbortCode.BUSY, "the destination takes none: it is going to sleep"
+    )  # fmt: skip
+    assert there.engine.blocks_used() == 0
+    there.hear(reserve("late"))
+    assert last(there)[2] == "the destination takes none: it is going to sleep"
+    there.llumlet.welcome()
+    there.hear(reserve("later"))
+    assert RequestId("later") in there.engine.arriving
+
+
+def test_one_over_which_an_exception_was_raised_is_declined() -> None:
+    there = Destination()
+    there.llumlet._incoming._at = there.llumlet._incoming._open[M]
+    there.out += there.llumlet.failed("ValueError: no", there.now)
+    assert last(there) == (False, AbortCode.OTHER, "an error at its destination: ValueError: no")
+    assert there.engine.blocks_used() == 0
+    assert not there.llumlet.busy
+    said = len(there.out)
+    there.out += there.llumlet.failed("ValueError: no", there.now)
+    assert len(there.out) == said, "nothing was being dealt with"
+
+
+@pytest.mark.parametrize("at", ["ready", "reach", "commit"])
+def test_what_the_engine_refuses_on_the_way_ends_the_move(
+    at: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FakeEngine, at, lambda *_: Refusal(why=f"no {at}", code=AbortCode.STATE))
+    there = Destination()
+    if at != "ready":
+        there.handover(0, 0, 0, [200])
+    assert last(there) == (False, AbortCode.STATE, f"no {at}")
+    assert there.engine.blocks_used() == 0
+    assert not there.llumlet.busy
+    assert not there.said(TookOver)
+
+
+def test_the_end_of_a_pull_that_was_never_begun_is_a_mistake() -> None:
+    with pytest.raises(ProtocolError, match="nobody waits for the end of pull 7"):
+        Destination().llumlet.pulled(7, None, 1, 0.1, 0.0)
+
+
+def test_a_word_about_a_move_that_is_over_is_answered_once_more_if_it_wants_an_answer() -> None:
+    there = Destination()
+    there.handover(0, 0, 0, [200])
+    assert [v.taken for v in there.said(Verdict)] == [True]
+    there.stage(1, 0, 32)  # It came twice, or late.
+    there.hear(HandoverAnnounced(migration=M, in_s=0.01))
+    assert len(there.said(Verdict)) == 1
+    there.handover(0, 0, 0, [200])
+    assert [v.taken for v in there.said(Verdict)] == [True, True]

@@ -57,6 +57,43 @@ def test_a_report_that_makes_no_sense_is_refused_and_changes_nothing(odd: dict) 
     assert len(s.view) == 1
 
 
+@pytest.mark.parametrize(
+    "odd",
+    [
+        RequestArrived(request=RequestId("r"), prompt_tokens=-1),
+        RequestArrived(request=RequestId("r"), prompt_tokens=2**40 + 1),
+        FleetReported(starting=-1, serving=(), draining=()),
+        FleetReported(starting=0, serving=(), draining=(), given_up=-1),
+        InstanceLost(instance=InstanceId("i0"), engine_index=EngineIndex(2**16)),
+        InstanceLost(instance=InstanceId("i0"), engine_index=EngineIndex(-1)),
+    ],
+    ids=str,
+)
+def test_another_fact_that_makes_no_sense_is_refused_too(odd: Fact) -> None:
+    s = Scheduler(SchedulerSettings())
+    s.handle(LoadReported(report=GOOD), 0.0)
+    with pytest.raises(ProtocolError, match="refused"):
+        s.handle(odd, 0.1)
+    assert s.view[InstanceId("i0")].report == GOOD
+
+
+@pytest.mark.parametrize(
+    "at_the_edge",
+    [
+        RequestArrived(request=RequestId("r"), prompt_tokens=0),
+        RequestArrived(request=RequestId("r"), prompt_tokens=2**40),
+        FleetReported(starting=0, serving=(), draining=(), given_up=0),
+        InstanceLost(instance=InstanceId("i0"), engine_index=EngineIndex(2**16 - 1)),
+        LoadReported(report=replace(GOOD, sequence=2, kv_tokens_used=0, block_tokens=1)),
+    ],
+    ids=str,
+)
+def test_the_largest_and_the_smallest_that_make_sense_are_handled(at_the_edge: Fact) -> None:
+    s = Scheduler(SchedulerSettings())
+    s.handle(LoadReported(report=GOOD), 0.0)
+    s.handle(at_the_edge, 0.1)
+
+
 def test_every_number_of_a_report_is_looked_at() -> None:
     assert len(COUNTS) + len(SECONDS) == sum(f.type in (int, float) for f in fields(LoadReport)) + 1
 

@@ -201,6 +201,9 @@ def test_a_digest_is_refused_for_ten_minutes_or_until_it_is_released() -> None:
     assert quarantine.find("0" * 64, REFUSED_FOR_S - 1) is not None
     assert quarantine.find("0" * 64, REFUSED_FOR_S) is None
     assert [q.id for q in quarantine.all(REFUSED_FOR_S)] == ["1" * 16, "2" * 16]
+    quarantine.note_refused("1" * 16)
+    quarantine.note_refused("none")
+    assert [q.refused for q in quarantine.all(REFUSED_FOR_S)] == [1, 0]
     assert quarantine.release("0" * 16) == 0
     assert quarantine.release("1" * 16) == 1
     assert quarantine.find("1" * 64, REFUSED_FOR_S) is None

@@ -2,7 +2,7 @@
 words in the test's hand."""
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 
@@ -26,6 +26,7 @@ from llumnix.core.messages import (
     ToPeer,
     Verdict,
 )
+from llumnix.core.migration import source as source_module
 from llumnix.core.migration.llumlet import Llumlet
 from llumnix.core.types import EngineIndex, Epoch, MigrationId, RequestId
 from support.fake_engine import FakeEngine
@@ -251,3 +252,71 @@ def test_a_second_move_of_a_request_is_refused_as_busy() -> None:
     source.out += source.llumlet.migrate(again, source.now)
     (ended,) = source.said(MigrationEnded)
     assert ended.code is AbortCode.BUSY
+
+
+# -- what cannot begin, and what fails
+
+
+def another(name: str, **fields: object) -> Migrate:
+    given: dict[str, Any] = {
+        "migration": MigrationId(f"move of {name}"), "request": RequestId(name),
+        "destination": EngineIndex(1), "address": "there", "epoch": Epoch(1),
+    }  # fmt: skip
+    return Migrate(**(given | fields))
+
+
+def test_what_cannot_begin_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = Source()
+    for n in range(LIMITS.outgoing_max):
+        source.engine.add(RequestId(f"r{n}"), [1], 100)
+    source.engine.step()
+
+    def told(order: Migrate) -> tuple[AbortCode, str]:
+        source.out.clear()
+        source.out += source.llumlet.migrate(order, source.now)
+        (ended,) = source.said(MigrationEnded)
+        assert (ended.taken, ended.migration) == (False, order.migration)
+        return ended.code, ended.why
+
+    assert told(another("r0", address="")) == (
+        AbortCode.BUSY, "its destination is still starting"
+    )  # fmt: skip
+    assert told(another("nobody")) == (AbortCode.ENDED, "it has ended")
+    for n in range(LIMITS.outgoing_max - 1):
+        source.llumlet.migrate(another(f"r{n}"), source.now)
+    most = LIMITS.outgoing_max
+    assert told(another(f"r{most - 1}")) == (
+        AbortCode.BUSY, f"{most} requests are being moved away already"
+    )  # fmt: skip
+    source.llumlet.cancel_all("it is going to sleep", source.now, leaving=True)
+    code, why = told(another("r0"))
+    assert (code, "it is going to sleep" in why) == (AbortCode.BUSY, True)
+    source.llumlet.may_leave()
+    source.out.clear()
+    source.out += source.llumlet.migrate(another("r0"), source.now)
+    assert source.said(Reserve)
+
+
+def test_a_move_over_which_an_exception_was_raised_ends_and_the_request_stays() -> None:
+    source = Source()
+    source.hear(Reserved(migration=M, hit=0))
+    source.llumlet._outgoing._at = source.llumlet._outgoing._open[R]
+    source.out += source.llumlet.failed("ValueError: no", source.now)
+    (ended,) = source.said(MigrationEnded)
+    assert (ended.taken, ended.why) == (False, "an error at its source: ValueError: no")
+    assert not source.llumlet.busy
+    assert not source.engine.pinned
+    source.out.clear()
+    source.out += source.llumlet.failed("ValueError: no", source.now)
+    assert source.out == [], "nothing was being dealt with"
+
+
+def test_of_more_moves_than_are_remembered_the_last_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A word about one that is forgotten is no mistake of anybody's."""
+    monkeypatch.setattr(source_module, "REMEMBERED_MAX", 1)
+    source = Source()
+    source.hear(declined())
+    source.out += source.llumlet.migrate(another("r", migration=MigrationId("m2")), source.now)
+    source.hear(Verdict(migration=MigrationId("m2"), taken=False, why=""))
+    assert list(source.llumlet._outgoing._ended) == ["m2"]
+    source.hear(declined())

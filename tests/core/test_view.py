@@ -263,6 +263,16 @@ def test_bookings_of_an_instance_are_bounded() -> None:
     view.check(0.0)
 
 
+def test_what_is_forgotten_gets_nothing_until_its_next_report() -> None:
+    s = scheduler()
+    tell(s, 0.0, report(0, 1), report(1, 1, running=5, used=5000))
+    s.view.forget(InstanceId("i0"))
+    s.view.forget(InstanceId("i0"))
+    assert place(s, 0.0) == "i1"
+    tell(s, 0.1, report(0, 2))
+    assert place(s, 0.1) == "i0"
+
+
 def test_a_report_that_came_twice_changes_nothing() -> None:
     """Nor does one with the same number and other content."""
     s = scheduler()

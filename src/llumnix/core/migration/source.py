@@ -194,7 +194,6 @@ class OutgoingMigrations:
                 self._at = outgoing
                 outgoing.why = why
                 self._walk(outgoing, SourceEvent.FAILED, now)
-        self.settled()
 
     def settled(self) -> None:
         """What was being dealt with is done, without an exception."""
