@@ -104,7 +104,9 @@ def test_what_a_killed_process_left_is_swept_and_what_a_living_one_has_is_not(
     unlocked.mkdir()
     PrivateFolder.of(other)
     mine = PrivateFolder.of(tmp_path / "llumnix-c")
+    files = len(os.listdir("/proc/self/fd"))
     assert sweep(tmp_path) == [dead]
+    assert len(os.listdir("/proc/self/fd")) == files, "every lock that it tried is closed"
     assert sorted(tmp_path.iterdir()) == [unlocked, mine.path, other]
 
 
@@ -125,6 +127,7 @@ def test_another_users_folder_stays(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     killed_owner_of(tmp_path / "llumnix-a")
     monkeypatch.setattr(os, "geteuid", lambda: 12345)
     assert sweep(tmp_path) == []
+    assert sweep(tmp_path / "gone meanwhile") == []
 
 
 def test_an_engine_on_another_host_makes_its_own_rather_than_take_one(

@@ -314,3 +314,22 @@ def test_after_a_failure_it_waits_for_no_worker_and_leaves_its_flight_recorder(
     assert shut_down == ([] if left else [engine])
     assert recorder.path.exists() == left
     assert (tmp_path / "deployment").exists() == left
+
+
+def test_a_sigterm_asks_for_a_drain_and_a_second_one_is_rays() -> None:
+    """It was blocked from the start of the process until an engine is there to be drained."""
+    left: list[str] = []
+    rays: list[int] = []
+    engine: Any = object.__new__(EngineInstance)
+    engine._host = SimpleNamespace(leave=left.append)
+    before = signal.signal(signal.SIGTERM, lambda number, _: rays.append(number))
+    masked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        engine._leave_on_sigterm()
+        signal.raise_signal(signal.SIGTERM)
+        assert (left, rays) == (["its process got a SIGTERM"], [])
+        signal.raise_signal(signal.SIGTERM)
+        assert (len(left), rays) == (1, [signal.SIGTERM])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, masked)

@@ -1,9 +1,13 @@
 """Timing a real engine's steps, and what that relies on inside vLLM."""
 
 import inspect
+import itertools
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -12,10 +16,12 @@ pytest.importorskip("vllm")
 from vllm.v1.engine.core import EngineCore
 
 from llumnix.cli import main
-from llumnix.engine.profiler import Sample, Step
+from llumnix.engine import profiler
+from llumnix.engine.profiler import DECODED, SETTLED, Sample, Step
 from llumnix.errors import UsageError
 from llumnix.sim.model.profile import Profile, load_profile
 from llumnix.sim.profiling import fit
+from support.no_model import BLOCK, NoModel, engine_config
 
 
 def test_the_engine_core_is_made_and_stepped_as_the_profiler_does() -> None:
@@ -82,6 +88,47 @@ def test_prompts_that_all_take_the_least_time_are_refused() -> None:
 def test_too_little_to_fit_is_refused() -> None:
     with pytest.raises(UsageError, match="too few measurements"):
         fit([Sample(steps=(Step(decodes=1, context=32),), seconds=0.006)])
+
+
+def test_an_engine_is_timed_in_prompts_and_in_batches_that_only_decode(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One without a model, whose clock shows a millisecond more at each look."""
+    cores: list[Any] = []
+    told: list[str] = []
+    ended: list[bool] = []
+
+    def make(config: Any, executor: Any, log_stats: bool) -> EngineCore:
+        core = EngineCore(config, NoModel, log_stats)
+        core.model_executor.core = core
+        monkeypatch.setattr(core, "shutdown", lambda: ended.append(core.scheduler.has_requests()))
+        cores.append(core)
+        return core
+
+    looks = itertools.count()
+    clock = SimpleNamespace(perf_counter=lambda: next(looks) * 1e-3, monotonic=time.monotonic)
+    monkeypatch.setattr(profiler, "time", clock)
+    monkeypatch.setattr(profiler, "EngineCore", make)
+    config = engine_config(tiny_model, blocks=20, max_num_batched_tokens=64)
+    found = profiler.measure(config, "tiny", 2, told.append)
+    assert (found.model, found.kv_tokens, found.block_tokens) == ("tiny", 20 * BLOCK, BLOCK)
+    assert found.kv_token_bytes > 0
+    assert ended == [False], "no request is left as it ends"
+    prompts = [s.steps for s in found.samples if s.steps[0].prompts]
+    assert prompts[:3] == [
+        (Step(prompts=((16, 0),)),),
+        (Step(prompts=((64, 0),)),),
+        (Step(prompts=((64, 0),)), Step(prompts=((64, 64),))),
+    ]
+    assert len(prompts) == 4, "up to 256 of the 288 tokens that may be used"
+    decodes = [s.steps[0] for s in found.samples if s.steps[0].decodes]
+    assert [step.decodes for step in decodes] == [1, 2, 4, 1]
+    for step, context in zip(decodes, (32, 32, 32, 256), strict=True):
+        decoded = step.context / step.decodes - context
+        assert SETTLED < decoded <= SETTLED + DECODED
+    assert all(sample.seconds == pytest.approx(1e-3) for sample in found.samples)
+    assert told[0] == "prompt of 16: 1.00 ms"
+    assert told[-1] == "1 decoding after 256: 1.00 ms"
 
 
 @pytest.mark.live

@@ -144,6 +144,13 @@ def test_what_says_something_of_moves_does_not_wait(pair: Pair) -> None:
     assert last.kv_tokens_used == 9
 
 
+def test_whether_it_takes_requests_is_said_at_once_and_from_then_on(pair: Pair) -> None:
+    for accepting in (False, True):
+        pair.reporter.accept(accepting)
+        assert pair.controller.next().accepting == accepting
+        assert pair.heartbeat().accepting == accepting
+
+
 def test_a_request_is_named_only_with_numbers_that_count_it(pair: Pair) -> None:
     pair.reporter.admit(RequestId("r"))
     # A heartbeat knows the numbers from before it came.

@@ -1,6 +1,7 @@
 """Calls that wait until nothing moves: in which order they are made, and what they keep from
 moving."""
 
+from concurrent.futures import Future
 from typing import Any
 
 import pytest
@@ -85,3 +86,31 @@ def test_a_call_that_has_waited_long_enough_is_made_and_may_fail() -> None:
     made.calls.make(5.0 + MOVES_END_MAX_S)
     with pytest.raises(RuntimeError, match="a block is in use"):
         answer.result(0)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_vllm_answers_later_is_passed_on_when_it_comes(when: str, fails: bool) -> None:
+    vllms: Future[str] = Future()
+
+    def answer() -> None:
+        if fails:
+            vllms.set_exception(RuntimeError("a block is in use"))
+        else:
+            vllms.set_result("done")
+
+    moves = Moves(coming=True)
+    made = Made(moves)
+    waiting = made.calls.wait(lambda: vllms, 0.0, leaving=False)
+    if when == "before":
+        answer()
+    moves.coming = False
+    made.calls.make(1.0)
+    if when == "after":
+        assert not waiting.done()
+        answer()
+    if fails:
+        with pytest.raises(RuntimeError, match="a block is in use"):
+            waiting.result(0)
+    else:
+        assert waiting.result(0) == "done"
