@@ -19,6 +19,7 @@ from llumnix.core.events import (
     FleetReported,
     InstanceLost,
     LoadReported,
+    MoveOrder,
     NoInstance,
     RequestArrived,
     Tick,
@@ -26,7 +27,7 @@ from llumnix.core.events import (
 from llumnix.core.reports import ClassLoad, LoadReport
 from llumnix.core.scheduling.scheduler import Scheduler
 from llumnix.core.settings import ScalingSettings, SchedulerSettings
-from llumnix.core.types import EngineIndex, InstanceId, RequestId
+from llumnix.core.types import EngineIndex, InstanceId, OrderId, RequestId
 from llumnix.wire import Loads, LoadsAsked, Message, Ping, Pong, decode, encode
 
 ANSWER_TIMEOUT_MS = 20_000
@@ -282,3 +283,46 @@ def test_logs_that_cannot_be_written_keep_no_controller_from_starting(
     kept, event_log = (record.getMessage() for record in caplog.records[:2])
     assert kept.startswith(f"The controller keeps no log: --log-dir {away} on ")
     assert event_log.startswith("The event log stands still (controller ")
+
+
+def test_an_order_goes_to_the_engine_that_is_to_give_load_as_long_as_it_lives(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order = MoveOrder(
+        order=OrderId(1),
+        source=InstanceId("i0"),
+        source_engine=EngineIndex(0),
+        destination=InstanceId("i1"),
+        destination_engine=EngineIndex(1),
+        limits=(),
+        why="it is short of memory",
+        source_sequence=1,
+    )
+    source, destination = served.another(), served.another()
+    handle = served.controller._scheduler.handle
+
+    def decide(fact: Fact, now: float) -> Any:
+        decided = handle(fact, now)
+        about = getattr(fact, "report", None)
+        ordered = about is not None and (about.engine_index, about.sequence) in ((1, 2), (1, 3))
+        return [order] if ordered else decided
+
+    monkeypatch.setattr(served.controller._scheduler, "handle", decide)
+    source.send(encode(report(0)))
+    served.pong()
+    destination.send(encode(report(1)))
+    served.pong()
+    while served.controller._scheduler.view.get(InstanceId("i1")) is None:
+        served.pong()
+    destination.send(encode(report(1, 2)))
+    assert source.poll(ANSWER_TIMEOUT_MS)
+    assert decode(source.recv()) == order
+    served.say(InstanceLost(instance=InstanceId("i0"), engine_index=EngineIndex(0)))
+    served.pong()
+    destination.send(encode(report(1, 3)))
+    while served.controller._facts["LoadReported"] < 4:
+        served.pong()
+    assert not source.poll(50)
+    assert not destination.poll(0)
+    for socket in (source, destination):
+        socket.close()

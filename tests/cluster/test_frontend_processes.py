@@ -195,7 +195,10 @@ async def test_a_second_signal_ends_one_that_hangs(
         for client, pid in zip((1, 2), pids, strict=True):
             w.office.roster.greeted(client, pid)
         stopping = asyncio.create_task(w.processes.stop(20))
+        await asyncio.sleep(0)
+        assert w.office.sent == [StopAsked()]
         w.processes.hurry(0.1)
+        assert w.office.sent == [StopAsked()] * 2, "again means: at once"
         async with asyncio.timeout(5):
             await stopping
         assert not any(map(alive, pids))

@@ -15,7 +15,9 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from vllm.exceptions import GracefulHTTPError
 from vllm.lora.request import LoRARequest
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from llumnix.cluster.frontends import office as office_module
 from llumnix.cluster.frontends.desk import Desk, the_one
@@ -701,6 +703,13 @@ async def test_calls_that_change_what_engines_share_are_the_offices(tmp_path: Pa
         assert type(failed.value) is Exception
         with pytest.raises(AskedError):
             await w.fronts[0].link.ask(CallAll(method="sleep"))
+        w.engines.broken = EngineDeadError()
+        with pytest.raises(EngineDeadError):
+            await others.call_all("sleep", (1, "abort"))
+        w.engines.broken = GracefulHTTPError("instance i1 did not answer", 504)
+        with pytest.raises(GracefulHTTPError, match="i1 did not answer") as late:
+            await others.call_all("sleep", (1, "abort"))
+        assert int(late.value.http_status) == 504
 
 
 # -- what else a frontend asks

@@ -5,6 +5,7 @@ import concurrent.futures
 import operator
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +21,8 @@ from llumnix.cluster.supervision.places import Places
 from llumnix.cluster.supervision.runs import EngineLauncher, EngineRun
 from llumnix.config import DeploymentConfig
 from llumnix.core.supervision.blame import Death
-from llumnix.core.types import EngineIndex, InstanceId
+from llumnix.core.types import ENGINE_INDEX_MAX, EngineIndex, InstanceId
+from llumnix.errors import LlumnixError
 
 I0 = InstanceId("i0")
 
@@ -360,3 +362,73 @@ async def test_a_run_that_is_not_wanted_takes_no_place(monkeypatch: pytest.Monke
     run, host = hosts.take()
     run.unwanted = True
     assert hosts.take()[1] == host == "a"
+
+
+@pytest.mark.parametrize("device", ["GPU", None])
+async def test_an_engine_is_started_with_what_the_deployment_says(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, device: str | None
+) -> None:
+    world = FakeRay(monkeypatch, device)
+    expected: list[tuple[Any, ...]] = []
+    packed: list[Any] = []
+    asked: list[dict[str, Any]] = []
+    started: list[tuple[Any, ...]] = []
+
+    def options(**given: Any) -> Any:
+        asked.append(given)
+        return SimpleNamespace(remote=lambda *what: started.append(what) or world.actor)
+
+    monkeypatch.setattr(runs, "pack", lambda *what: packed.append(what) or b"packed")
+    monkeypatch.setattr(ray, "remote", lambda _: SimpleNamespace(options=options))
+    monkeypatch.setattr(Places, "take", lambda places, run: "a host")
+    frontends: Any = SimpleNamespace(expect=lambda *what: expected.append(what))
+    launch: Any = SimpleNamespace(
+        device=device, devices_per_instance=2, environment={"A": "1"},
+        environment_before={"B": "2"}, vllm_config="config", addresses="addresses",
+        executor_class="executor", log_stats=True,
+    )  # fmt: skip
+    addresses: Any = SimpleNamespace(
+        controller="ipc:///controller", peers="ipc:///peers", agents="unix:/agents", keys="keys"
+    )
+    config = DeploymentConfig(
+        instances=2, log_dir=str(tmp_path), log_format="json", migration_bandwidth=50.0,
+        event_log="events.jsonl",
+    )  # fmt: skip
+    launcher = EngineLauncher(frontends, launch, addresses, config)
+    for slot in (0, 7):
+        run = launcher.create(InstanceId(f"i{slot}"), slot)
+        assert run.made is not None
+        await run.made
+        assert (run.step, run.placed) == ("loading", device is not None)
+    assert expected == [("i0", 0, 0), ("i7", 1, 7)]
+    for (given, *engine), slot, index in zip(packed, (0, 7), (0, 1), strict=True):
+        assert engine == ["config", "addresses", "executor", True]
+        assert (given.instance, given.engine_index, given.slot) == (f"i{slot}", index, slot)
+        assert given.slots == max(config.slots, slot + 1)
+        assert (given.controller, given.keys) == ("ipc:///controller", "keys")
+        assert (given.event_log, given.log_format) == (config.log_place, "json")
+        llumlet = given.llumlet
+        assert (llumlet.peers, llumlet.agents) == ("ipc:///peers", "unix:/agents")
+        assert llumlet.transfer.bandwidth_bytes_per_s == 50e6
+        assert llumlet.min_stay == config.scheduler.migration.min_stay
+        assert llumlet.looks_at_caches
+        assert len(llumlet.key) == 32
+    assert packed[0][0].llumlet.key == packed[1][0].llumlet.key
+    assert started == [({"A": "1"}, b"packed", (str(tmp_path), f"i{n}")) for n in (0, 7)]
+    for each in asked:
+        assert (each["num_cpus"], each["max_concurrency"], each["max_restarts"]) == (0, 2, 0)
+        assert each["runtime_env"] == {"env_vars": {"B": "2"}}
+        assert each.get("num_gpus") == (None if device is None else 2)
+        assert each["scheduling_strategy"] == (None if device else "a host")  # None is a fake's.
+
+
+async def test_no_engine_is_started_under_a_number_that_does_not_fit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = FakeRay(monkeypatch)
+    world.launcher._started = ENGINE_INDEX_MAX
+    run = world.launcher.create(I0, 0)
+    assert run.engine_index == ENGINE_INDEX_MAX
+    with pytest.raises(LlumnixError, match="65,536 engines were started"):
+        world.launcher.create(I0, 0)
+    await world.launcher.end(run)

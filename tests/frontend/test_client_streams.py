@@ -2,6 +2,7 @@
 
 import asyncio
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,11 +19,12 @@ from llumnix.core.messages import (
     StageDone,
     TookOver,
 )
+from llumnix.core.reports import LoadReport
 from llumnix.core.types import EngineIndex, InstanceId, MigrationId, RequestId
-from llumnix.errors import ConflictError, UnknownRequestError
+from llumnix.errors import ConflictError, UnknownInstanceError, UnknownRequestError
 from llumnix.frontend.context import HttpRequest, current_http_request
 from llumnix.frontend.engines.calls import DRAIN_REQUESTS_MAX
-from llumnix.frontend.own_streams import OwnStreams
+from llumnix.frontend.own_streams import MoveAsked, OwnStreams
 from llumnix.frontend.streams.info import FleetStream, find
 from llumnix.wire import decode, encode
 from support.frontend import Front, front, packed, request, tokens
@@ -473,3 +475,79 @@ async def test_a_request_tells_its_key_what_it_used_when_it_ends_and_goes_by_its
         last = EngineCoreOutput("r", [3], finish_reason=FinishReason.LENGTH)
         one.take_in(packed(EngineCoreOutputs(engine_index=0, outputs=[last])))
         assert spent == [(3, 3)]
+
+
+# -- what a user asks for
+
+
+async def test_without_a_destination_the_instance_with_the_most_free_memory_gets_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And of instances of which nothing is known the one with the fewest requests."""
+    async with front(tmp_path, engines=3) as one:
+        ours, moved = OwnStreams(one.client), list[tuple[int, str]]()
+
+        async def migrate(stream: FleetStream, target: Any, copy: str) -> Any:
+            moved.append((target.engine_index, copy))
+            return SimpleNamespace(shown=lambda: {"id": "m"})
+
+        async def loads() -> list[LoadReport] | None:
+            return reports
+
+        monkeypatch.setattr(one.client, "migrate", migrate)
+        monkeypatch.setattr(one.link, "loads", loads, raising=False)
+        await one.add_request("r", 0)
+        await one.add_request("other", 1)
+        order = MoveAsked(request_id="r", destination=None, copy="blocking")
+        free = {0: 900, 1: 500, 2: 400}
+        reports: list[LoadReport] | None = [
+            LoadReport(
+                instance=InstanceId(f"i{n}"), engine_index=EngineIndex(n), sequence=1,
+                kv_tokens_used=1000 - tokens_free, kv_tokens_total=1000,
+            )
+            for n, tokens_free in free.items()
+        ]  # fmt: skip
+        assert await ours.move(order) == {"id": "m"}
+        reports = None
+        await ours.move(order)
+        named = MoveAsked(request_id="r", destination="i1", copy="staged")
+        await ours.move(named)
+        assert moved == [(1, "blocking"), (2, "blocking"), (1, "staged")]
+        nowhere = MoveAsked(request_id="r", destination="i9", copy="staged")
+        with pytest.raises(UnknownInstanceError, match=r"no instance i9 .*: i0, i1, i2"):
+            await ours.move(nowhere)
+        for index in (I1, I2):
+            one.client.engines.accept(index, False)
+        with pytest.raises(ConflictError, match="no other instance"):
+            await ours.move(order)
+
+
+async def test_a_request_is_found_by_its_id_or_else_by_its_clients_name(tmp_path: Path) -> None:
+    async with front(tmp_path) as one:
+        ours = OwnStreams(one.client)
+        for name in ("r-0", "r-1", "x"):
+            await one.add_request(name, 0, external_req_id="x" if name == "r-1" else "r")
+        assert ours.named("r") == (["r-0", "x"], False)
+        assert ours.named("x") == (["x"], True)
+        assert ours.named("r-1") == (["r-1"], True)
+        assert ours.named("none") == ([], False)
+
+
+async def test_a_look_has_what_happened_since_the_one_before(tmp_path: Path) -> None:
+    async with front(tmp_path) as one:
+        ours = OwnStreams(one.client)
+        await one.add_request("a", 0)
+        first = ours.look({})
+        assert [(s.request, s.instance, s.orphan) for s in first.streams] == [("a", "i0", False)]
+        assert (first.placed, first.ended) == ([], []), "what was before the first look is old"
+        await one.add_request("b", 1, prompt_token_ids=[1, 2])
+        one.take_in(tokens(0, "a", 7, 8))
+        one.take_in(tokens(0, "a", 9, finish_reason=FinishReason.STOP))
+        second = ours.look(first.cursor)
+        assert [(s.request, s.prompt_tokens, s.output_tokens) for s in second.streams] == [
+            ("b", 2, 0)
+        ]
+        assert [(p.request, p.instance) for p in second.placed] == [("b", "i1")]
+        assert [(e.request, e.how, e.tokens) for e in second.ended] == [("a", "stop", 3)]
+        third = ours.look(second.cursor)
+        assert (third.placed, third.ended) == ([], [])

@@ -865,6 +865,28 @@ async def test_what_is_no_error_passes_as_it_is(body: bytes) -> None:
         assert (head["status"], answer["body"]) == (status, sent)
 
 
+async def test_a_token_waits_for_the_head_before_it() -> None:
+    """The head was given to the connection at the dispatch, and may take its time."""
+    http, sent = HttpRequest(client_id=None), list[str]()
+    taken = asyncio.Event()
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.start":
+            await taken.wait()
+        sent.append(message["type"])
+
+    head = ResponseHead(http, send)
+    await head({"type": "http.response.start", "status": 200, "headers": []})
+    http.dispatched(InstanceId("i3"))
+    token = asyncio.ensure_future(head({"type": "http.response.body", "body": b"token"}))
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert sent == []
+    taken.set()
+    await token
+    assert sent == ["http.response.start", "http.response.body"]
+
+
 # -- traces
 
 

@@ -13,16 +13,17 @@ pytest.importorskip("vllm")
 from starlette.exceptions import HTTPException
 from vllm.exceptions import GracefulHTTPError
 from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.metrics.stats import SchedulerStats
 
-from llumnix.core.messages import IN_BAND, DrainRequested
+from llumnix.core.messages import IN_BAND, DrainRequested, MigrationEnded
 from llumnix.core.settings import SurvivalSettings
 from llumnix.core.streams.quarantine import Quarantined
-from llumnix.core.types import EngineIndex, InstanceId, RequestId
+from llumnix.core.types import EngineIndex, InstanceId, MigrationId, RequestId
 from llumnix.frontend.engines.sockets import ClientPlace
 from llumnix.frontend.office.adapter import Adapter
 from llumnix.frontend.office.adapters import Adapters, as_request, of_command_line, of_request
-from llumnix.frontend.office.asking import AskedError
+from llumnix.frontend.office.asking import AskedError, LineClosedError
 from llumnix.frontend.office.engine_client import EngineClient
 from llumnix.frontend.office.messages import (
     EngineDied,
@@ -252,6 +253,54 @@ async def test_the_offices_client_hears_drains_and_passes_statistics_on(tmp_path
         assert item.scheduler_stats.num_running_reqs == 3
 
 
+class Calls:
+    """Notes the office's calls of engines, and answers or raises what is in `answers`."""
+
+    def __init__(self, client: EngineClient) -> None:
+        self.made: list[tuple[int, str, tuple[Any, ...]]] = []
+        self.answers: dict[int, Exception] = {}
+        client.call_engine = self._call  # type: ignore[method-assign]
+
+    async def _call(self, engine: EngineIndex, method: str, *args: Any) -> None:
+        self.made.append((engine, method, args))
+        if engine in self.answers:
+            raise self.answers[engine]
+
+
+async def test_engines_are_told_of_the_death_of_another_and_of_frontends(tmp_path: Path) -> None:
+    async with front(tmp_path, engines=0) as one:
+        place = ClientPlace(
+            input_address=f"ipc://{tmp_path}/i", output_address=f"ipc://{tmp_path}/o"
+        )
+        client = EngineClient(one.client.vllm_config, place, 2)
+        calls = Calls(client)
+        try:
+            for index in (E0, E1, E5):
+                client.expect(InstanceId(f"i{index}"), index, index)
+                client.engines.by_index[index].ready.set_result(None)
+            client.engines.locate(E1, "ipc:///gone")
+            assert client.lose(E1)
+            assert not client.lose(E1), "it is known already"
+            await asyncio.sleep(0)
+            lost = (E1, "ipc:///gone", [], 0)
+            assert calls.made == [(i, "llumnix_engine_lost", lost) for i in (E0, E5)]
+            calls.made.clear()
+            calls.answers = {E0: EngineDeadError(), E5: RuntimeError("busy")}
+            await client.drop_client(3)
+            assert calls.made == [(i, "llumnix_client_lost", (3,)) for i in (E0, E5)]
+            assert list(client.complaints.counts) == [
+                "An instance keeps requests of a lost frontend"
+            ]
+            ended = MigrationEnded(
+                migration=MigrationId("m"), request=RequestId("r"), taken=True, why=""
+            )
+            frames = tokens(0, "", kv_transfer_params={IN_BAND: encode(ended)})
+            client._take_in([zmq.Frame(frames)])
+            assert "An engine told the office what is a frontend's" in client.complaints.counts
+        finally:
+            client.close_sockets()
+
+
 @pytest.mark.parametrize("kind", ["TimeoutError", "LineClosedError", "LlumnixError"])
 async def test_a_frontend_that_does_not_answer_the_office_is_told_as_such(kind: str) -> None:
     async def ask(question: Any, timeout_s: float | None) -> Any:
@@ -261,3 +310,23 @@ async def test_a_frontend_that_does_not_answer_the_office_is_told_as_such(kind: 
     with pytest.raises(HTTPException, match="does not answer; try again") as told:
         await control.request("r")
     assert told.value.status_code == 503
+
+
+@pytest.mark.parametrize("error", [TimeoutError(), LineClosedError("the office has ended")])
+async def test_an_office_that_does_not_answer_is_told_as_such(error: Exception) -> None:
+    async def ask(question: Any, timeout_s: float | None) -> Any:
+        raise error
+
+    control = OfficeControl(SimpleNamespace(ask=ask), SimpleNamespace())  # type: ignore[arg-type]
+    with pytest.raises(HTTPException, match="The main process does not answer; try again") as told:
+        await control.instances()
+    assert told.value.status_code == 503
+
+
+async def test_another_librarys_error_is_passed_on_as_it_is() -> None:
+    async def ask(question: Any, timeout_s: float | None) -> Any:
+        raise AskedError(Failure(kind="RayActorError", text="gone", status=None))
+
+    control = OfficeControl(SimpleNamespace(ask=ask), SimpleNamespace())  # type: ignore[arg-type]
+    with pytest.raises(AskedError, match="gone"):
+        await control.instances()

@@ -173,6 +173,21 @@ def test_without_the_controller_loads_stay_and_it_is_told(watched: Watched) -> N
     assert [m.data["kind"] for m in watched.look()] == ["back"]
 
 
+def test_once_a_second_it_is_told_how_requests_are_placed_and_by_how_many_frontends(
+    watched: Watched,
+) -> None:
+    watched.look()
+    told = [watched.delta(every_s=0.2, frontends=3) for _ in range(11)]
+    told = [delta for delta in told if delta]
+    assert len(told) == 2, "in 2.2 s"
+    assert [(d["controller"], d["frontends"]) for d in told] == [("up", 3)] * 2
+    watched.deployment = Deployment(watched.deployment.statuses, None)
+    told = [watched.delta(every_s=0.2) for _ in range(6)]
+    assert ("bypassed", 1) in [(d["controller"], d["frontends"]) for d in told if "rates" in d]
+    (state,) = watched.picture.whole(watched.t)
+    assert state.data["frontends"] == 1
+
+
 def move(outcome: str, request: str = "a", downtime_ms: float | None = None) -> dict[str, Any]:
     notes = Notes()
     stages = [] if outcome == "running" else [{"tokens": 9, "bytes": 90, "ms": 1}] * 2

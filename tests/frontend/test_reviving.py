@@ -4,6 +4,7 @@ client has."""
 import asyncio
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -21,8 +22,9 @@ from llumnix.core.streams.states import StreamState
 from llumnix.core.types import EngineIndex, RequestId
 from llumnix.frontend.context import HttpRequest, current_http_request
 from llumnix.frontend.streams.client import died
+from llumnix.frontend.streams.revivable import why_never, why_not_now
 from llumnix.wire import decode, encode
-from support.frontend import Front, front, packed, tokens
+from support.frontend import Front, front, packed, request, tokens
 
 I0, I1, I2 = EngineIndex(0), EngineIndex(1), EngineIndex(2)
 ON = SurvivalSettings()
@@ -455,3 +457,49 @@ async def test_it_waits_though_the_last_engine_goes_while_its_place_is_asked_for
         monkeypatch.setattr(one.link, "place", place)
         one.client.engines.accept(I1, True)
         await until(lambda: state(one, "a") is StreamState.REVIVING)
+
+
+# -- what cannot outlive its engine
+
+
+def config(**fields: Any) -> Any:
+    given = {"v2": False, "aux": False, "mask": False, "extension": ""} | fields
+    return SimpleNamespace(
+        use_v2_model_runner=given["v2"],
+        aux_output_config=SimpleNamespace(enabled=given["aux"]),
+        model_config=SimpleNamespace(return_sampling_mask=given["mask"]),
+        parallel_config=SimpleNamespace(worker_extension_cls=given["extension"]),
+    )
+
+
+def test_what_only_the_engine_kept_cannot_outlive_it() -> None:
+    late = PoolingParams(task="token_embed", late_interaction_params=LATE)
+    plain, session = request("r"), request("r", resumable=True)
+    scored = request("r", sampling_params=None, pooling_params=late)
+    embedded = request("r", sampling_params=None, pooling_params=PoolingParams(task="embed"))
+    for kept, what in ((plain, config()), (embedded, config()), (plain, config(v2=True))):
+        assert why_never(kept, what) is None
+    for lost, what, why in (
+        (session, config(), "it is a session"),
+        (scored, config(), "it is scored against an embedding"),
+        (plain, config(aux=True), "the engine kept what comes with its last token"),
+        (plain, config(mask=True), "the engine kept what comes with its last token"),
+    ):
+        assert (why_never(lost, what) or "").startswith(why)
+
+
+def test_with_tokens_only_plain_prompts_go_on_in_model_runner_v1() -> None:
+    plain, images = request("r"), request("r", mm_features=["an image"])
+    embeds = request("r", prompt_token_ids=None)
+    both = request("r", prompt_embeds=object())
+    for any_of_them in (plain, images, embeds, both):
+        assert why_not_now(any_of_them, config(extension="a.B"), 0) is None, "it has no token"
+        assert why_not_now(any_of_them, config(extension="a.B", v2=True), 5) is None
+    assert why_not_now(plain, config(), 5) is None
+    for lost, what, why in (
+        (plain, config(extension="a.B"), "with a --worker-extension-cls of your own"),
+        (images, config(), "it has multimodal inputs and tokens"),
+        (embeds, config(), "its prompt is embeddings"),
+        (both, config(), "its prompt is embeddings"),
+    ):
+        assert (why_not_now(lost, what, 5) or "").startswith(why)
