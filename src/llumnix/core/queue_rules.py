@@ -1,24 +1,24 @@
 """Three rules of an engine's queue, for live engines and simulated ones.
 
 Room to grow
-    A request starts only if every request that runs, itself included, can then take `growth` more
+    A request starts only if every running request, itself included, can then take `growth` more
     blocks. Else the batch takes the last blocks within a few steps, and a request is preempted and
-    computed again. With one block nobody is preempted for want of memory for as many steps as a
-    block has tokens, unless another prompt or a move comes in. A request that was preempted leaves
-    twice as much. Nothing is kept free where nothing runs.
+    computed again. With one block each, none is preempted for want of memory for as many steps as
+    a block has tokens, unless another prompt or a move comes in. A request that was preempted must
+    leave twice as much. Nothing is kept free where nothing runs.
 
 Bounded passing
     Behind a head of the queue that does not fit, the first few requests of its class may start if
-    they fit. They may take a share of the head's own tokens in all, and pass it for a limited time.
-    So the head's wait grows by no more than it takes to free as much.
+    they fit. Together they may take a share of the head's own tokens, and they may pass it for a
+    limited time. So the head waits longer by no more than it takes to free that share again.
 
 Short prompts first
-    A class is served by arrival plus `short_first` times what the prompt takes to compute, so that
-    a request is passed only by those that come within that time. It is never more than `pass_s`.
+    A request is queued as if it had come later, by `short_first` times what its prompt takes to
+    compute, `pass_s` at most. Only requests of its class that come within that time may pass it.
     A request that has run or has generated tokens keeps its place.
 
-The first two are in blocks and tokens, the third in what this engine takes for a token of a prompt,
-so that they hold on engines of any speed.
+The first two rules count blocks and tokens, the third the time that this engine takes for a token
+of a prompt. So the rules hold on engines of any speed.
 """
 
 import math
@@ -34,7 +34,7 @@ AGAIN = 2
 
 @dataclass(slots=True, kw_only=True)
 class Wait:
-    """Of a request that headed the queue and did not fit."""
+    """The wait of a request that headed the queue and did not fit."""
 
     since_s: float  # when it was first seen there
     passed_tokens: int = 0  # taken by requests that passed it
@@ -55,9 +55,9 @@ class QueueRules:
     growth: int = 0  # blocks that each running request can take after a start
     passers: int = 0  # requests behind the head that are tried
     pass_s: float = 0.0  # so long a head may be passed
-    pass_share: float = 0.0  # of a head's tokens, that all who pass it may take together
+    pass_share: float = 0.0  # of a head's tokens: what all requests that pass it may take
     slices: SliceRules | None = None  # None: no promises are kept
-    short_first: float = 0.0  # a prompt is queued so many times its own time behind its arrival
+    short_first: float = 0.0  # times a prompt's own time: how much later than it came it is queued
 
     def room(self, running: int, *, preempted: bool) -> int:
         """Blocks to leave free beside a request that starts. `running`: requests that run
@@ -67,12 +67,12 @@ class QueueRules:
         return self.growth * (running + 1) * (AGAIN if preempted else 1)
 
     def later_s(self, tokens: int, token_s: float) -> float:
-        """How much later than it came a request is queued. `tokens`: of its prompt, to be computed.
-        `token_s`: what one takes."""
+        """How much later than it came a request is queued, in seconds. `tokens`: of its prompt, to
+        be computed. `token_s`: seconds that one takes."""
         return min(self.pass_s, self.short_first * token_s * tokens)
 
     def may_pass(self, wait: Wait, now: float) -> bool:
-        """Whether a head may still be passed, as far as time goes."""
+        """Whether the time for which a head may be passed is not over."""
         return self.passers > 0 and now - wait.since_s <= self.pass_s
 
     def may_take(self, wait: Wait, head_tokens: int, tokens: int) -> bool:
@@ -81,7 +81,8 @@ class QueueRules:
         return wait.passed_tokens + tokens <= self.pass_share * head_tokens
 
     def passable(self, wait: Wait | None, now: float, head_tokens: int, tokens: int) -> bool:
-        """Both, as a report says it. `wait`: None for a head that was not seen to wait yet."""
+        """`may_pass` and `may_take` together. `wait`: None for a head that was not seen to wait
+        yet."""
         if wait is None:
             return self.passers > 0
         return self.may_pass(wait, now) and self.may_take(wait, head_tokens, tokens)

@@ -40,7 +40,7 @@ class PriorityClass:
     headroom: float = 0.0
     """Share of an instance's KV memory (0 to 1) that is kept free while a request of the class runs
     there, so that it decodes as fast as on an instance of its own."""
-    queue_max: int | None = None  # more that would wait, over all instances, are turned away
+    queue_max: int | None = None  # the most that wait, over all instances; more are refused
 
     def __post_init__(self) -> None:
         if not self.name or not self.name.replace("-", "").replace("_", "").isalnum():
@@ -87,14 +87,14 @@ class PrioritySettings:
     headroom_need: float | None = knob(
         1.1,
         "times the mean use of memory",
-        "An instance that keeps headroom may use so much of its memory all the same. null: no more "
-        "than its classes' headroom leaves.",
+        "An instance that keeps headroom may use this much of its memory in any case. null: no "
+        "more than its classes' headroom leaves.",
     )
     default_cap: str | None = knob(
         None,
         "a class's name",
-        "The most urgent class for requests whose API key has no cap of its own. null: any where "
-        "the server has no API keys, else none that is more urgent than usual.",
+        "The most urgent class for requests whose API key has no cap of its own. null: any class "
+        "if the server has no API keys, else none that is more urgent than usual.",
     )
     key_caps: dict[str, str] = field(
         default_factory=dict,
@@ -161,7 +161,7 @@ class MigrationSettings:
         "An instance of lower freeness gives requests away. null: observed.",
     )
     destination_above: float | None = knob(
-        None, "tokens a request", "One of higher freeness takes them. null: observed."
+        None, "tokens a request", "An instance of higher freeness takes them. null: observed."
     )
     gain_min: float = knob(
         8.0,
@@ -177,8 +177,8 @@ class MigrationSettings:
     rescues: int = knob(
         2,
         "requests",
-        "So many that wait behind a head that does not fit leave an instance in a round, for where "
-        "they fit now. 0: none.",
+        "The most requests that leave one instance in a round because they wait at or behind a "
+        "head that does not fit, and fit elsewhere now. 0: none.",
     )
     moves_max: int = knob(
         1, "migrations", "Moves away from one instance at a time. A drain takes its engine's limit."
@@ -208,43 +208,46 @@ class QueueSettings:
     growth_blocks: int | None = knob(
         None,
         "KV blocks a request",
-        "A request starts only if each that runs, itself included, can then take so many more; "
-        "twice as many if it was preempted. 0: none. null: 1 under `llumnix` and `llumnix-base`, "
-        "else 0.",
+        "A request starts only if each running request, itself included, can then take this many "
+        "more; twice as many if it was preempted. 0: none. null: 1 under `llumnix` and "
+        "`llumnix-base`, else 0.",
     )
     passers: int | None = knob(
         None,
         "requests",
-        "If the head of the queue does not fit, so many behind it are tried. 0: none may pass it. "
+        "How many requests behind a head that does not fit are tried. 0: none may pass it. "
         "null: 8 under `llumnix`, `llumnix-base` and `scls`, else 0.",
     )
     pass_s: float = knob(
         20.0,
         "s",
-        "No longer is a head that does not fit passed, and no later behind its arrival is a prompt "
-        "queued.",
+        "The longest for which a head that does not fit is passed, and the most by which "
+        "`short_first` queues a request later than it came.",
     )
     pass_share: float = knob(
-        0.5, "times the head's tokens", "All that pass a head take no more than this together."
+        0.5, "times the head's tokens", "All requests that pass a head take no more than this."
     )
     slices: bool | None = knob(
         None,
         "true or false",
-        "A request starts only if its slice fits beside what those that run may take until theirs "
-        "end. null: true under `scls`, else false.",
+        "A request starts only if its first slice fits beside what running requests may take until "
+        "their slices end. null: true under `scls`, else false.",
     )
     slice_tokens: int | None = knob(
         None, "tokens of answer", "A slice's length. null: a quarter of the mean answer."
     )
     slice_quantile: float = knob(
-        0.8, "share of requests", "A slice is no longer than this share of requests go on for."
+        0.8,
+        "share of requests",
+        "A slice is no longer than the tokens within which this share of answers that came so far "
+        "end.",
     )
     short_first: float | None = knob(
         None,
         "times a prompt's own time",
-        "So much later than it came a request is queued, so that its class passes it only within "
-        "that time, and within `pass_s`. 0: none. null: 4 under `llumnix` and `llumnix-base`, else "
-        "0.",
+        "A request is queued as if it had come this much later, so that shorter prompts of its "
+        "class pass it for that long. 0: by arrival. null: 4 under `llumnix` and `llumnix-base`, "
+        "else 0.",
     )
 
     def __post_init__(self) -> None:
@@ -266,18 +269,22 @@ class ScalingSettings:
     freeness_low: float | None = knob(
         None,
         "tokens a request",
-        "Below this mean freeness of normal requests one more is started. null: observed.",
+        "Below this mean freeness of normal requests one more instance is started. null: observed.",
         was="low",
     )
     freeness_high: float | None = knob(
-        None, "tokens a request", "Above it one is drained. null: observed.", was="high"
+        None,
+        "tokens a request",
+        "Above this mean freeness an instance is drained. null: observed.",
+        was="high",
     )
     up_after_s: float = knob(2.0, "s", "How long it must be below `freeness_low`.")
     down_after_s: float = knob(30.0, "s", "How long it must be above `freeness_high`.")
     cooldown_s: float = knob(
         10.0,
         "s",
-        "After a change nothing is drained for this long once all that start are up.",
+        "After a change nothing is drained until all instances that start have been up for this "
+        "long.",
         was="settle_s",
     )
 
@@ -311,12 +318,12 @@ class ScalingSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdmissionSettings:
-    """When new requests are turned away because too many wait."""
+    """When new requests are refused because too many wait."""
 
     queue_max: int | None = knob(
         None,
         "requests",
-        "Once so many wait, and the mean freeness is below zero, no more are let in "
+        "Once this many wait and the mean freeness is below zero, no more are let in "
         "(--queue-max). null: all are.",
     )
 
@@ -334,24 +341,24 @@ class SurvivalSettings:
         "A request outlives so many engines that die under it. 0: none (--survival off).",
     )
     wait_s: float = knob(
-        60.0, "s", "So long a request waits for an engine that goes on with it; then it ends."
+        60.0, "s", "The longest that a request waits for an engine that goes on with it."
     )
     at_once: int = knob(
         8,
         "requests",
-        "An engine takes up so many at a time that another left; the rest wait for their turn.",
+        "The most requests of dead engines that an engine takes up at a time; others wait.",
     )
     kept_mb: float = knob(
         1024.0,
         "MB",
-        "Images, audio and embeddings of open requests that the frontend keeps. Requests beyond it "
-        "end with their engine.",
+        "The most that the frontend keeps of images, audio and embeddings of open requests. "
+        "Requests beyond it end with their engine.",
     )
     stall_s: float | None = knob(
         None,
         "s",
-        "An engine that has requests and makes no step for so long is ended, though not within "
-        "120 s of its first step. null: 20 times its longest step of the last minute, at least "
+        "An engine that has requests and makes no step for this long is ended, but no sooner than "
+        "after 120 s if its first step has not ended. null: 20 times its longest step of the last minute, at least "
         "10 s, and 60 s if the step may compute a prompt.",
     )
 

@@ -37,8 +37,9 @@ POLICIES: dict[str, Preset] = {
         growth_blocks=1,
         passers=8,
         short_first=4.0,
-        text="one with room and the fewest prompt tokens to compute until its first, less those in "
-        "the prefix cache, then the highest freeness, and requests move while they run",
+        text="one with room and the fewest prompt tokens to compute before the request's first "
+        "token, prefix caches taken into account; then the highest freeness. Requests move while "
+        "they run",
     ),
     "llumnix-base": Preset(
         dispatch="soonest",
@@ -48,31 +49,31 @@ POLICIES: dict[str, Preset] = {
         growth_blocks=1,
         passers=8,
         short_first=4.0,
-        text="the same with all requests alike, whatever priority they ask for",
+        text="the same, with all requests treated alike whatever priority they ask for",
     ),
     "infaas++": Preset(
         dispatch="freest",
         balance=False,
         headroom=False,
-        text="the highest freeness, and requests stay (the paper's baseline)",
+        text="the highest freeness (the paper's baseline). Requests stay",
     ),
     "cache-aware": Preset(
         dispatch="soonest",
         balance=False,
         headroom=False,
-        text="placed as by `llumnix`, and requests stay",
+        text="as under `llumnix`, but for headroom. Requests stay",
     ),
     "least-loaded": Preset(
         dispatch="least-loaded",
         balance=False,
         headroom=False,
-        text="the fewest requests, and requests stay",
+        text="the fewest requests. Requests stay",
     ),
     "round-robin": Preset(
         dispatch="round-robin",
         balance=False,
         headroom=False,
-        text="the instances in turn, and requests stay",
+        text="the instances in turn. Requests stay",
     ),
     "scls": Preset(
         dispatch="soonest",
@@ -80,8 +81,8 @@ POLICIES: dict[str, Preset] = {
         headroom=True,
         passers=8,
         slices=True,
-        text="placed and moved as by `llumnix`. An engine starts it only if a slice of its answer "
-        "fits beside those of all that run",
+        text="as under `llumnix`. Requests move. An engine starts one only if the first slice of "
+        "its answer fits beside the slices of all that run",
     ),
 }
 
