@@ -120,7 +120,9 @@ def published_slices() -> str:
             statistics.fmean(f[name] for f in found) for name in ("done_s", "e2e", "wasted")
         )
         rows.append([f"`{policy}`", f"{done_s:.1f}", f"{e2e:.0f}", f"{wasted:.0%}"])
-    return table(["policy", "req/s", "e2e mean, s", "places of ended requests"], rows)
+    return table(
+        ["policy", "req/s", "e2e mean, s", "batch places of ended requests over all others"], rows
+    )
 
 
 def admission() -> str:

@@ -33,22 +33,28 @@ class StaticRules:
     sorted: bool = False  # batches of like lengths
     by_memory: bool = False  # batches as large as memory allows; else for the longest requests
     max_min: bool = False  # one pool, and batches to the least loaded; else requests in turn
-    by_load: bool = False  # the pool is looked at the less often the more there is to do
+    by_load: bool = False  # the more there is to do, the less often the pool is looked at
 
 
 STATIC: dict[str, StaticRules] = {
-    "sls": StaticRules(text="static batches, first come first served, to the end", slices=False),
-    "scls-so": StaticRules(text="`sls` for a slice at a time"),
-    "scls-pm": StaticRules(text="batches of like lengths", sorted=True),
-    "scls-ab": StaticRules(text="batches as large as memory allows", sorted=True, by_memory=True),
+    "sls": StaticRules(
+        text="static batches of requests in order of arrival, each batch served to its end",
+        slices=False,
+    ),
+    "scls-so": StaticRules(text="a batch is served for one slice at a time"),
+    "scls-pm": StaticRules(text="the requests of a batch have like lengths", sorted=True),
+    "scls-ab": StaticRules(
+        text="batches are as large as memory allows", sorted=True, by_memory=True
+    ),
     "scls-lb": StaticRules(
-        text="one pool, batches to the least loaded instance",
+        text="all instances have one pool, and a batch goes to the least loaded one",
         sorted=True,
         by_memory=True,
         max_min=True,
     ),
     "scls-paper": StaticRules(
-        text="the pool is looked at after half the least load: SCLS as published",
+        text="the pool is looked at again after half the time that the least loaded instance has "
+        "to do: SCLS as published",
         sorted=True,
         by_memory=True,
         max_min=True,
