@@ -358,8 +358,8 @@ class SurvivalSettings:
         None,
         "s",
         "An engine that has requests and makes no step for this long is ended, but no sooner than "
-        "after 120 s if its first step has not ended. null: 20 times its longest step of the last minute, at least "
-        "10 s, and 60 s if the step may compute a prompt.",
+        "after 120 s if its first step has not ended. null: 20 times its longest step of the last "
+        "minute, at least 10 s, and 60 s if the step may compute a prompt.",
     )
 
     def __post_init__(self) -> None:
