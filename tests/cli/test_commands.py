@@ -160,6 +160,17 @@ def test_the_last_instance_is_refused_and_the_others_go_all_the_same(
     assert told.err == "llumnix: error: i1 is the only instance that serves\n"
 
 
+def test_each_refusal_of_several_is_said(
+    server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ("i0", "i1")
+    no = [(409, refusal(f"{name} is stopping already")) for name in names]
+    play(server, listed(*((name, "stopping", None) for name in names)), *no)
+    assert main(["drain", *names, "--url", server.url]) == 2
+    said = "i0 is stopping already; i1 is stopping already"
+    assert capsys.readouterr().err == f"llumnix: error: {said}\n"
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -220,6 +231,34 @@ def test_instances_may_be_restarted_together(server: Server) -> None:
     )  # fmt: skip
     assert main(["restart", "i0", "i1", "--together", "--url", server.url]) == 0
     assert [a[0] for a in server.asked] == ["GET", "GET", "POST", "POST", "GET", "GET"]
+
+
+@pytest.mark.parametrize("json", [[], ["--json"]])
+def test_one_that_is_refused_keeps_none_from_a_restart_together(
+    server: Server, capsys: pytest.CaptureFixture[str], json: list[str]
+) -> None:
+    play(
+        server, *TWO, (409, refusal("i0 is failed: DELETE it")), {**ORDER, "id": "i1"},
+        again(("i0", "failed", 0), ("i1", "serving", 3)),
+    )  # fmt: skip
+    assert main(["restart", "i0", "i1", "--together", *json, "--url", server.url]) == 2
+    told = capsys.readouterr()
+    assert "llumnix: error: i0 is failed: DELETE it\n" in told.err
+    if json:
+        assert '"i1"' in told.out
+        assert '"i0"' not in told.out
+    else:
+        lines = [line.split(" after ")[0] for line in told.out.splitlines()]
+        assert lines == ["i1 is draining", "i1 serves again"]
+
+
+def test_a_refusal_ends_a_rolling_restart(
+    server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    play(server, *TWO, (409, refusal("i0 is failed: DELETE it")))
+    assert main(["restart", "i0", "i1", "--url", server.url]) == 2
+    assert capsys.readouterr().err == "llumnix: error: i0 is failed: DELETE it\n"
+    assert [a[0] for a in server.asked] == ["GET", "GET", "POST"]
 
 
 @pytest.mark.parametrize(

@@ -151,6 +151,15 @@ def order(
     )
 
 
+def raise_refusals(refused: list[LlumnixError]) -> None:
+    """Raises what was refused as one error, each with its own words."""
+    if len(refused) == 1:
+        raise refused[0]
+    if refused:
+        usage = all(isinstance(error, UsageError) for error in refused)
+        raise (UsageError if usage else LlumnixError)("; ".join(map(str, refused)))
+
+
 def wait_until_serving(args: argparse.Namespace, added: list[Row]) -> list[Row]:
     """Waits until each of them serves, or will not by itself. Returns what became of them."""
     while True:
@@ -222,12 +231,12 @@ def _drain(command: str, argv: list[str]) -> int:
     before = rows_at_first(args)
     began_s, query = time.monotonic(), drain_query(args)
     last: dict[str, Row] = {}
-    refused: LlumnixError | None = None
+    refused: list[LlumnixError] = []
     for name in named(args, before):
         try:
             last[name] = order(args, path_of(name, f"/drain{query}"), before.get(name))
         except LlumnixError as error:
-            refused = refused or error  # Those that were ordered before go on.
+            refused.append(error)  # Those that were ordered before go on.
     under, taken_back = list(last), False
     while under:
         time.sleep(POLL_S)
@@ -247,8 +256,7 @@ def _drain(command: str, argv: list[str]) -> int:
             under.remove(name)
     if args.json and last:
         print_rows(list(last.values()))
-    if refused is not None:
-        raise refused
+    raise_refusals(refused)
     return 1 if taken_back else 0
 
 

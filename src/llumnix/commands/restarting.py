@@ -15,16 +15,19 @@ from llumnix.commands.instances import (
     order,
     path_of,
     print_rows,
+    raise_refusals,
     rows_at_first,
     rows_of,
     say,
 )
+from llumnix.errors import LlumnixError
 
 UNDER_WAY = ("draining", "stopping", "restarting", "starting")
 
 
 def restart(argv: list[str]) -> int:
-    """`llumnix restart`: 0 once each serves again, 1 at the first that does not."""
+    """`llumnix restart`: 0 once each serves again, 1 at the first that does not. Raises what was
+    refused, once the others of its group serve again."""
     parser = instances_parser("restart")
     drain_flags(parser)
     how = parser.add_mutually_exclusive_group()
@@ -43,17 +46,21 @@ def restart(argv: list[str]) -> int:
         names = list(there)
     groups = [names] if args.together else [[name] for name in names]
     rows: list[Row] = []
+    refused: list[LlumnixError] = []
     for group in groups:
-        rows += _restart(args, group)
-        if any(row["state"] != "serving" for row in rows):
+        rows += _restart(args, group, refused)
+        if refused or any(row["state"] != "serving" for row in rows):
             break
-    if args.json:
+    if args.json and rows:
         print_rows(rows)
+    raise_refusals(refused)
     return 0 if all(row["state"] == "serving" for row in rows) else 1
 
 
-def _restart(args: argparse.Namespace, names: list[str]) -> list[Row]:
-    """Restarts these, and returns what became of each."""
+def _restart(
+    args: argparse.Namespace, names: list[str], refused: list[LlumnixError]
+) -> list[Row]:
+    """Restarts these, and returns what became of each that was not `refused`."""
     began_s, query, rows = time.monotonic(), drain_query(args), rows_of(args)
     before: dict[str, Row] = {}
     for name in names:
@@ -63,14 +70,18 @@ def _restart(args: argparse.Namespace, names: list[str]) -> list[Row]:
         def begun(row: Row, old: int | None = old) -> bool:
             return row["state"] in UNDER_WAY or row["engine_index"] != old
 
-        row = order(args, path_of(name, f"/restart{query}"), there, begun)
+        try:
+            row = order(args, path_of(name, f"/restart{query}"), there, begun)
+        except LlumnixError as error:
+            refused.append(error)  # Those that were ordered before go on.
+            continue
         before[name] = {**row, "engine_index": old}
         say(args, f"{name} is {row['state']}")
     found: dict[str, Row] = {}
-    while len(found) < len(names):
+    while len(found) < len(before):
         time.sleep(POLL_S)
         rows = rows_of(args)
-        for name in names:
+        for name in before:
             gone = {**before[name], "state": "gone", "why": "it was ordered away"}
             row = now(before[name], rows) or gone
             if name in found or row["state"] in UNDER_WAY:
@@ -79,7 +90,7 @@ def _restart(args: argparse.Namespace, names: list[str]) -> list[Row]:
                 row = {**row, "state": "not restarted", "why": "its restart was taken back"}
             found[name] = row
             say(args, _line(row, time.monotonic() - began_s))
-    return [found[name] for name in names]
+    return [found[name] for name in before]
 
 
 def _line(row: Row, took_s: float) -> str:
