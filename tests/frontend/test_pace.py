@@ -59,6 +59,7 @@ class Front:
 
 def test_chunks_get_longer_step_by_step_and_shorter_again() -> None:
     front = Front()
+    front.add("r")
     seen = []
     for _ in range(5):
         front.look(True, LATE_LOOKS)
@@ -74,13 +75,30 @@ def test_chunks_get_longer_step_by_step_and_shorter_again() -> None:
 )
 def test_a_loop_that_is_late_without_being_busy_joins_nothing(late_s: float, busy: float) -> None:
     front = Front()
+    front.add("r")
     for _ in range(9):
         front.pace.look(late_s, busy)
     assert front.pace.interval == 1
 
 
+def test_where_no_stream_could_be_joined_nothing_is_and_nothing_is_said(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    front = Front()
+    front.add("whole", output_kind=RequestOutputKind.FINAL_ONLY)
+    front.look(True, 2 * LATE_LOOKS)
+    assert (front.pace.interval, caplog.records) == (1, [])
+    front.add("stream")
+    front.look(True, LATE_LOOKS)
+    assert front.pace.interval == 2
+    assert [r.message for r in caplog.records] == [
+        "This process is late by 20 ms: the chunks of its streams join up to 2 tokens."
+    ]
+
+
 def test_a_single_late_turn_joins_nothing() -> None:
     front = Front()
+    front.add("r")
     for _ in range(9):
         front.look(True)
         front.look(False)
@@ -89,6 +107,7 @@ def test_a_single_late_turn_joins_nothing() -> None:
 
 def test_the_most_that_may_be_joined_is_kept_to() -> None:
     front = Front(interval_max=3)
+    front.add("r")
     front.look(True, 20)
     assert front.pace.interval == 2
 

@@ -5,7 +5,7 @@ the event loop runs late, streams get a chunk for every 2, 4, 8 tokens, until it
 A stream's first token is sent at once all the same, and none later than with its last.
 
 The loop may be late because others use the cores. Joining would not help then, so it counts only if
-the loop itself is busy.
+the loop itself is busy. Nor does it count while no stream could be joined, as at a start's end.
 
 vLLM internals relied on here (tests/frontend/test_pace.py fails when one changes):
 - `OutputProcessor.request_states` has each open request's state. One that streams deltas
@@ -61,7 +61,7 @@ class StreamPace:
 
     def look(self, late_s: float, busy: float) -> None:
         """Takes in how late the loop came, and the share of a core that it took since."""
-        late = late_s > LATE_S and busy > BUSY
+        late = late_s > LATE_S and busy > BUSY and self._has_streams()
         self._late, self._calm = (self._late + 1, 0) if late else (0, self._calm + 1)
         if self._late >= LATE_LOOKS and self.interval * 2 <= self._interval_max:
             self.interval, self._late = self.interval * 2, 0
@@ -70,6 +70,9 @@ class StreamPace:
             self.interval, self._calm = self.interval // 2, 0
         if self.interval > 1 or self._own:
             self._own = dict(self._set())
+
+    def _has_streams(self) -> bool:
+        return any(map(_can_join, self._processor.request_states.values()))
 
     def _set(self) -> Iterator[tuple[str, int]]:
         """Gives each stream its interval; yields those that must be looked at again."""
