@@ -1,5 +1,8 @@
 """How a request that failed ends for its consumer: with what it reads, and nothing left behind."""
 
+import asyncio
+import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,12 +11,13 @@ from vllm.entrypoints.serve.exception_handling.error_response import create_erro
 from vllm.exceptions import VLLMValidationError
 from vllm.pooling_params import PoolingParams
 from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.v1.engine import async_llm
 from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
 from vllm.v1.engine.parallel_sampling import ParentRequest
 
 from llumnix.frontend.engines.outputs import FailedRequest
 from llumnix.frontend.llm import FleetLLM, RequestLostError
-from support.frontend import request
+from support.frontend import front, request
 
 DIED = "The instance died."
 
@@ -115,3 +119,31 @@ async def test_vllms_generate_passes_the_error_on_as_it_is(monkeypatch: pytest.M
     with pytest.raises(RequestLostError, match=DIED):
         async for _ in llm.generate({"type": "token"}, SamplingParams(), "a"):
             pass
+
+
+async def test_a_stop_is_no_failure_of_the_output_handler(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(async_llm, "logger", SimpleNamespace(exception=said.append))
+    stock = async_llm.cancel_task_threadsafe
+
+    def late(task: Any) -> None:
+        time.sleep(0.2)  # The thread of the stop loses its core.
+        stock(task)
+
+    monkeypatch.setattr(async_llm, "cancel_task_threadsafe", late)
+    async with front(tmp_path) as one:
+        llm = LLM()
+        llm.engine_core, llm.leaving, llm.tracing = one.client, True, None
+        llm.log_stats, llm.logger_manager = False, None
+        llm.renderer = SimpleNamespace(mm_processor_cache=None, shutdown=lambda: None)
+        llm.output_handler = None
+        llm._run_output_handler()
+        handler = llm.output_handler
+        assert handler is not None
+        await asyncio.sleep(0)
+        await asyncio.to_thread(llm.shutdown)
+        await asyncio.wait([handler], timeout=5)
+    assert handler.cancelled()
+    assert said == []

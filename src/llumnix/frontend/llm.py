@@ -18,7 +18,8 @@ vLLM internals relied on here (tests/house/test_vllm_contract.py fails when one 
 - `client_count` and `client_index` say how many processes like this there are, and which this is;
   `client_addresses["mp_admission_counters"]` is an array in which they count their requests.
 - `shutdown(timeout)` is called on a thread of its own after the first SIGINT or SIGTERM, before the
-  HTTP server is told to stop.
+  HTTP server is told to stop. It closes the engine client, whose end is a dead engine to the task
+  `output_handler`, and cancels that task afterwards. `cancel_task_threadsafe` does so in its loop.
 """
 
 import asyncio
@@ -41,6 +42,7 @@ from vllm.exceptions import (
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import SamplingParams
 from vllm.usage.usage_lib import UsageContext
+from vllm.utils.async_utils import cancel_task_threadsafe
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine import async_llm as vllm_async_llm
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -259,6 +261,8 @@ class FleetLLM(AsyncLLM):
                 self._be_lame_duck()
                 self.stopping = True
                 self._let_streams_end(timeout or 0)
+        # Before the engine client closes, whose end the task would log as its own failure.
+        cancel_task_threadsafe(getattr(self, "output_handler", None))
         super().shutdown(timeout=0)
         if self.tracing is not None:
             self.tracing.close()
