@@ -39,6 +39,31 @@ def test_the_users_own_scheduling_policy_is_kept(tiny_model: Path, tmp_path: Pat
     assert policy(parsed(tiny_model, "--config", str(config))) == "fcfs"
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--policy", "scls"], "--policy scls does not go with --scheduling-policy fcfs: "),
+        (["--scheduler-config", '{"queue": {"slices": true}}'], "queue.slices does not go with "),
+    ],
+)
+def test_promises_without_a_queue_that_keeps_them_are_refused(
+    tiny_model: Path, flags: list[str], said: str
+) -> None:
+    with pytest.raises(UsageError, match=said):
+        parsed(tiny_model, "--scheduling-policy", "fcfs", *flags)
+    parsed(tiny_model, *flags)
+
+
+@pytest.mark.parametrize(("name", "told"), [("llumnix", 1), ("infaas++", 0)])
+def test_a_queue_by_arrival_alone_is_told_where_the_policy_has_rules_for_it(
+    tiny_model: Path, name: str, told: int
+) -> None:
+    said: list[str] = []
+    words = ["--policy", name, "--scheduling-policy", "fcfs"]
+    parse(["serve", str(tiny_model), *words], say=said.append)
+    assert len([line for line in said if "by arrival alone" in line]) == told
+
+
 def test_ray_as_an_instances_executor_is_refused(tiny_model: Path) -> None:
     with pytest.raises(UsageError, match=r"distributed-executor-backend ray: .*use mp"):
         parsed(tiny_model, "--distributed-executor-backend", "ray")

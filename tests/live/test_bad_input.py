@@ -164,6 +164,7 @@ def test_beyond_loopback_without_a_key(warm: Warm, tiny_model: Path) -> None:
         (["--data-parallel-size", "2"], "use --instances N"),
         (["--headless"], "use --ray-address"),
         (["--api-server-count", "0"], "must be 1 or more"),
+        (["--policy", "scls", "--scheduling-policy", "fcfs"], "leave --scheduling-policy out"),
     ],
 )
 def test_flags_that_break_over_several_instances(

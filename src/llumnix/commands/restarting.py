@@ -57,9 +57,7 @@ def restart(argv: list[str]) -> int:
     return 0 if all(row["state"] == "serving" for row in rows) else 1
 
 
-def _restart(
-    args: argparse.Namespace, names: list[str], refused: list[LlumnixError]
-) -> list[Row]:
+def _restart(args: argparse.Namespace, names: list[str], refused: list[LlumnixError]) -> list[Row]:
     """Restarts these, and returns what became of each that was not `refused`."""
     began_s, query, rows = time.monotonic(), drain_query(args), rows_of(args)
     before: dict[str, Row] = {}

@@ -26,7 +26,7 @@ from llumnix.config import (
 from llumnix.demo import DEMO_MODEL, prepare_demo_model
 from llumnix.errors import UsageError
 from llumnix.flag_sources import ALIASES, FLAG, PREFIX, SECRET, layered, settings_shown
-from llumnix.frontend.checks import check_logs, check_server_args, count_frontends
+from llumnix.frontend.checks import check_logs, check_queue, check_server_args, count_frontends
 from llumnix.frontend.http.access import Access, digests
 from llumnix.key_file import KeyRing
 
@@ -142,6 +142,7 @@ def parse(argv: list[str], say: Any) -> ServeCommand:
     check_logs(deployment.event_log, deployment.log_dir)
     args.policy = deployment.scheduler.policy
     _refuse_what_breaks(args, defaults)
+    check_queue(args.scheduling_policy, deployment.scheduler, say)
     args.access = _access(args, deployment, clients, admins, say)
     if args.distributed_executor_backend == "ray":
         raise UsageError("--distributed-executor-backend ray: an instance is one Ray actor; use mp")

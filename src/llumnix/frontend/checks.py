@@ -16,6 +16,8 @@ from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
+from llumnix.core.scheduling.presets import queue_rules_of
+from llumnix.core.settings import SchedulerSettings
 from llumnix.errors import UsageError
 
 CORES_EACH = 4
@@ -58,6 +60,28 @@ def check_server_args(args: Namespace) -> None:
     for adapter in args.lora_modules or []:
         _check_adapter(adapter.name, adapter.path)
     set_ulimit()
+
+
+def check_queue(
+    scheduling_policy: str, settings: SchedulerSettings, say: Callable[[str], None]
+) -> None:
+    """`UsageError` where promises are wanted of a queue that goes by arrival alone. Of the other
+    rules that it has not, `say` is told."""
+    rules = queue_rules_of(settings)
+    if scheduling_policy == "priority":
+        return
+    if rules.slices is not None:
+        wanted = "queue.slices" if settings.queue.slices else f"--policy {settings.policy}"
+        raise UsageError(
+            f"{wanted} does not go with --scheduling-policy {scheduling_policy}: promises are kept "
+            "in a queue by priority alone; leave --scheduling-policy out"
+        )
+    if rules.growth or rules.passers or rules.short_first:
+        say(
+            f"warning: under --scheduling-policy {scheduling_policy} engines start requests by "
+            f"arrival alone: neither classes nor the queue's rules of --policy {settings.policy} "
+            "count there"
+        )
 
 
 def count_frontends(wanted: int | None, instances: int, say: Callable[[str], None]) -> int:
