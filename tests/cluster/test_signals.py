@@ -41,6 +41,15 @@ def again():
     for number in signals.STOP_SIGNALS:
         os.kill(os.getpid(), number)
 
+class Last:
+    # Goes when Python has given up its handlers.
+
+    def __del__(self, kill=os.kill, pid=os.getpid(), numbers=signals.STOP_SIGNALS):
+        for number in numbers:
+            kill(pid, number)
+
+last = Last()
+signals.ignore_at_end()
 signals.interrupt()
 try:
     uvloop.run(run())

@@ -38,6 +38,7 @@ def serve(argv: list[str]) -> int:
         return 0
     start = Start()
     signals.interrupt()
+    signals.ignore_at_end()
     # vLLM's many lines at the start would hide ours. A user who sets the level gets all of them.
     logs = "VLLM_LOGGING_LEVEL" in os.environ
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")

@@ -8,6 +8,7 @@ cleans up, signals do nothing.
 """
 
 import asyncio
+import atexit
 import contextlib
 import logging
 import os
@@ -76,6 +77,12 @@ def ignore(loop: asyncio.AbstractEventLoop | None = None) -> None:
         signal.signal(number, _nothing)
 
 
+def ignore_at_end() -> None:
+    """While this process ends, these signals do nothing. Python gives up its handlers then, and a
+    signal would take the place of the exit status."""
+    atexit.register(_ignore_for_good)
+
+
 @contextlib.contextmanager
 def kept_from_children() -> Iterator[None]:
     """Processes that are started in this context, and their children, do not get these signals
@@ -92,6 +99,11 @@ def kept_from_children() -> Iterator[None]:
 def _interrupt(*_: Any) -> None:
     ignore()
     raise KeyboardInterrupt
+
+
+def _ignore_for_good() -> None:
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _under_nohup() -> bool:
