@@ -211,6 +211,8 @@ def test_a_digest_is_refused_for_ten_minutes_or_until_it_is_released() -> None:
     assert not quarantine.has_length(4)
     assert quarantine.release(None) == 1
     assert not quarantine.has_length(3)
+    quarantine.add(quarantined("9" * 64))
+    assert quarantine.all(REFUSED_FOR_S) == []
 
 
 def test_no_more_are_kept_than_there_is_room_for() -> None:

@@ -18,6 +18,7 @@ from llumnix.core.migration.port import Phase, Refusal
 from llumnix.core.types import EngineIndex, RequestId
 from llumnix.engine.migration.vllm_core import HandoverState
 from llumnix.engine.migration.vllm_destination import DeferredPull
+from llumnix.engine.migration.worker import RunnerState
 from support.hosted import Hosts
 from support.no_model import BLOCK, add, made
 
@@ -259,6 +260,33 @@ def test_what_moved_in_has_all_that_its_source_had(there: Any, body: bytes) -> N
     assert new.prefill_stats.num_cached_tokens == BLOCK
     assert list(there.core.scheduler.kv_holding_waiting) == [new]
     assert not there.host.port.destination.holds()
+
+
+@pytest.mark.parametrize("why", ["no such adapter here", None])
+def test_what_a_worker_cannot_take_is_declined_and_its_workers_are_told_to_forget_it(
+    there: Any, body: bytes, monkeypatch: pytest.MonkeyPatch, why: str | None
+) -> None:
+    """Others may have taken it by then."""
+    port, asked = there.host.port, list[Any]()
+    monkeypatch.setattr(port.core, "runner_v1", True)
+    monkeypatch.setattr(port.core, "rpc", lambda *what: asked.append(what) or [None, why])
+    reserve(there, body)
+    state = HandoverState(cached=None, preemptions=0, generator=b"state")
+    answer = port.commit(R, 3 * BLOCK, msgspec.msgpack.encode(state))
+    ((method, packed, _, _),) = asked
+    told = msgspec.msgpack.decode(packed, type=RunnerState)
+    assert method == "llumnix_install"
+    assert (told.request, told.prompt, told.outputs, told.computed) == (R, PROMPT, [5], 3 * BLOCK)
+    assert (told.generator, told.draws, len(told.blocks[0])) == (b"state", 0, 4)
+    if why is None:
+        assert answer is None
+        return
+    assert (answer.code, answer.why) == (
+        AbortCode.STATE, f"its state cannot be installed there: {why}"
+    )  # fmt: skip
+    assert there.core.scheduler.finished_req_ids == {R}
+    assert there.core.scheduler.requests == {}
+    port.drop(R)
 
 
 def test_what_the_client_was_told_already_is_not_told_again(there: Any, body: bytes) -> None:

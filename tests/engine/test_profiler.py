@@ -94,15 +94,16 @@ def test_an_engine_is_timed_in_prompts_and_in_batches_that_only_decode(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One without a model, whose clock shows a millisecond more at each look."""
-    cores: list[Any] = []
+    ours: list[Any] = []
     told: list[str] = []
     ended: list[bool] = []
 
     def make(config: Any, executor: Any, log_stats: bool) -> EngineCore:
         core = EngineCore(config, NoModel, log_stats)
         core.model_executor.core = core
+        add = core.add_request
+        monkeypatch.setattr(core, "add_request", lambda *what: (ours.append(what[0]), add(*what)))
         monkeypatch.setattr(core, "shutdown", lambda: ended.append(core.scheduler.has_requests()))
-        cores.append(core)
         return core
 
     looks = itertools.count()
@@ -127,6 +128,7 @@ def test_an_engine_is_timed_in_prompts_and_in_batches_that_only_decode(
         decoded = step.context / step.decodes - context
         assert SETTLED < decoded <= SETTLED + DECODED
     assert all(sample.seconds == pytest.approx(1e-3) for sample in found.samples)
+    assert all(r.sampling_params.ignore_eos and not r.sampling_params.temperature for r in ours)
     assert told[0] == "prompt of 16: 1.00 ms"
     assert told[-1] == "1 decoding after 256: 1.00 ms"
 

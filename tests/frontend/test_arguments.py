@@ -2,7 +2,9 @@
 of the gate."""
 
 import os
+from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -345,3 +347,59 @@ def test_the_first_look_goes_by_the_file_and_variables(
     monkeypatch.setenv("LLUMNIX_PORT", "82")
     seen = first_look(["serve", "--config", str(file)])
     assert (seen.port, seen.ray_address, seen.host) == (82, "head:1", "::1")
+
+
+# -- what vLLM's flags cannot be, and what vLLM says
+
+
+def test_every_flag_of_vllms_that_does_not_go_with_llumnix_is_refused_and_the_fix_named() -> None:
+    parser = arguments.make_parser()
+    defaults = parser.parse_args(["serve"])
+    arguments._refuse_what_breaks(defaults, defaults)
+    for name, fix in arguments._REFUSED.items():
+        if not hasattr(defaults, name):
+            continue  # Of another version of vLLM's.
+        given = Namespace(**{**vars(defaults), name: "something else"})
+        flag = "--" + name.replace("_", "-")
+        with pytest.raises(UsageError, match=f"^{flag} does not go with llumnix: ") as refused:
+            arguments._refuse_what_breaks(given, defaults)
+        assert str(refused.value).endswith(fix)
+
+
+def test_vllms_objections_are_one_line_and_an_unknown_model_is_called_so() -> None:
+    pydantic = ValueError(
+        "1 validation error for ModelConfig\n  Value error, max_model_len\n is too large "
+        "[type=value_error, input_value=1,\n input_type=int]"
+    )
+    assert arguments._why_refused("m", pydantic) == (
+        "vLLM refuses these settings for m: Value error, max_model_len is too large"
+    )
+    assert arguments._one_line(ValueError()) == "ValueError"
+    assert len(arguments._one_line(ValueError("x" * 1000))) == 600
+    for text in (
+        "m is not a local folder and is not a valid model identifier listed on ...",
+        "We couldn't connect to the hub", "you are OFFLINE", "404 Client Error", "Repo id must be",
+    ):  # fmt: skip
+        said = arguments._why_refused("m", OSError(text))
+        assert said.startswith("unknown model m: it is neither a folder here nor a model")
+        assert text in said
+
+
+def test_json_lines_are_vllms_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm import logger
+
+    told: list[Any] = []
+    monkeypatch.setattr(logger, "configure_logging", told.append)
+    args: Any = Namespace()
+    arguments._suit_log(args, "text")
+    assert (told, vars(args)) == ([], {})
+    arguments._suit_log(args, "json")
+    assert told == [args.logging_config]
+    assert args.logging_config.formatter == "json"
+
+
+def test_the_completions_flags_are_those_of_serve() -> None:
+    names = arguments.flag_names()
+    assert names == sorted(names)
+    assert {"--instances", "--max-model-len", "--api-key"} <= set(names)
+    assert all(name.startswith("--") for name in names)

@@ -51,4 +51,6 @@ async def test_only_who_has_the_keys_gets_a_word_in() -> None:
                 assert not await ours.poll(100)
             context.destroy(0)
     finally:
+        sockets = client.input_socket, client.resources.output_socket
         client.close()
+    assert all(socket is not None and socket.closed for socket in sockets)

@@ -209,6 +209,35 @@ def test_an_adapter_that_a_new_engine_cannot_load_does_not_keep_it_out() -> None
     run(main())
 
 
+# -- what becomes of their answers
+
+
+def test_answers_of_all_engines_become_one() -> None:
+    """An adapter is there if all have it, gone if any had it, and pinned if all have pinned it."""
+
+    async def main() -> None:
+        calls = Calls(E0, E1)
+
+        def say(method: str, one: Any, other: Any) -> None:
+            calls.answers |= {(E0, method): one, (E1, method): other}
+
+        say("list_loras", {1, 2}, [2, 3])
+        assert await calls.list_loras_async() == {2}
+        for one, other in ((True, True), (True, False), (False, False)):
+            say("remove_lora", one, other)
+            say("pin_lora", one, other)
+            assert await calls.remove_lora_async(1) == (one or other)
+            assert await calls.pin_lora_async(1) == (one and other)
+        say("collective_rpc", [1, 2], [3])
+        assert await calls.collective_rpc_async("m", 2.0, (7,), {"k": 8}) == [1, 2, 3]
+        assert calls.made[-1] == (E1, "collective_rpc", ("m", 2.0, (7,), {"k": 8}))
+        calls.made.clear()
+        await calls.save_sharded_state_async("/f", "p", 5)
+        assert [(m, a) for _, m, a in calls.made] == [("save_sharded_state", ("/f", "p", 5))]
+
+    run(main())
+
+
 # -- adapters
 
 

@@ -13,6 +13,7 @@ pytest.importorskip("vllm")
 
 from fastapi import FastAPI
 
+from llumnix.errors import LlumnixError
 from llumnix.frontend.http import server
 from llumnix.frontend.http.server import GATE, say_stopping, stop_begins, with_gate
 from llumnix.frontend.llm import FleetLLM
@@ -124,51 +125,94 @@ def test_what_is_said_at_a_stop_names_what_is_waited_for(
     assert "let in for 7.5 s more" in capsys.readouterr().out
 
 
+class Serving:
+    """vLLM's server in name: it calls `meanwhile` once it is there, and its connections take
+    `open_s` to close. `told`: what happened around it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, open_s: float = 0.01) -> None:
+        self.told: list[Any] = []
+        self.given: dict[str, Any] = {}
+        self.stopping, self.open_s = True, open_s
+
+        class Pace:
+            def __init__(pace, processor: Any, interval_max: int) -> None:
+                self.told.append((processor, interval_max))
+
+            async def run(pace) -> None:
+                self.told.append("runs")
+                try:
+                    await asyncio.Event().wait()
+                finally:
+                    self.told.append("ends")
+
+        monkeypatch.setattr(server, "StreamPace", Pace)
+        monkeypatch.setattr(server, "build_and_serve", self._build)
+        for name in ("control_app", "enable_envs_cache"):
+            monkeypatch.setattr(server, name, lambda *_, **__: None)
+        monkeypatch.setattr(server.gc, "set_threshold", lambda _: None)
+
+    async def _build(self, *args: Any, callback_notify: Any, **more: Any) -> Any:
+        self.given = more
+        for _ in range(3):
+            await callback_notify()
+        await asyncio.sleep(0.01)
+        self.told.append("serves")
+        return asyncio.sleep(self.open_s)
+
+    async def _announce(self) -> None:
+        self.told.append("announced")
+
+    async def run(self) -> None:
+        args = Namespace(
+            middleware=[],
+            no_ui=True,
+            disable_fastapi_docs=True,
+            max_stream_interval=4,
+            ready_min=1,
+            settings=[],
+        )
+        llm: Any = SimpleNamespace(
+            output_processor="p", engine_core=SimpleNamespace(streams=[]), stopping=self.stopping
+        )
+        listener: Any = SimpleNamespace(
+            url="",
+            socket=None,
+            close=lambda: self.told.append("closed"),
+            stop_answering=lambda: self.told.append("the start answers no more"),
+        )
+        control: Any = SimpleNamespace(fleet=None)
+        loads = ([0, 0], 1)
+        await server.serve(llm, control, listener, args, self._announce, peer_loads=loads)
+        assert self.given["peer_loads"] == loads
+
+
 async def test_the_event_loop_is_followed_for_as_long_as_it_serves(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    told: list[Any] = []
+    it = Serving(monkeypatch)
+    await it.run()
+    assert [what for what in it.told if what != "runs"] == [
+        ("p", 4), "the start answers no more", "announced", "serves", "ends", "closed",
+    ]  # fmt: skip
+    assert it.told.index("runs") < it.told.index("serves")
 
-    class Pace:
-        def __init__(self, processor: Any, interval_max: int) -> None:
-            told.append((processor, interval_max))
 
-        async def run(self) -> None:
-            told.append("runs")
-            try:
-                await asyncio.Event().wait()
-            finally:
-                told.append("ends")
+async def test_connections_that_stay_open_end_with_the_server(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(server, "HTTP_CLOSE_TIMEOUT_S", 0.02)
+    it = Serving(monkeypatch, open_s=60)
+    await it.run()
+    assert "Some connections were still open" in caplog.text
+    assert it.told[-1] == "closed"
 
-    async def build_and_serve(*args: Any, **more: Any) -> Any:
-        await asyncio.sleep(0.01)
-        told.append("serves")
-        return asyncio.sleep(0.01)
 
-    monkeypatch.setattr(server, "StreamPace", Pace)
-    monkeypatch.setattr(server, "build_and_serve", build_and_serve)
-    for name in ("control_app", "enable_envs_cache"):
-        monkeypatch.setattr(server, name, lambda *_, **__: None)
-    monkeypatch.setattr(server.gc, "set_threshold", lambda _: None)
-    args = Namespace(
-        middleware=[],
-        no_ui=True,
-        disable_fastapi_docs=True,
-        max_stream_interval=4,
-        ready_min=1,
-        settings=[],
-    )
-    llm: Any = SimpleNamespace(
-        output_processor="p", engine_core=SimpleNamespace(streams=[]), stopping=True
-    )
-    listener: Any = SimpleNamespace(url="", socket=None, close=lambda: told.append("closed"))
-    control: Any = SimpleNamespace(fleet=None)
-
-    async def announce() -> None:
-        pass
-
-    await server.serve(llm, control, listener, args, announce)
-    assert told == [("p", 4), "runs", "serves", "ends", "closed"]
+async def test_a_server_that_ends_by_itself_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    it = Serving(monkeypatch)
+    it.stopping = False
+    with pytest.raises(LlumnixError, match="ended by itself"):
+        await it.run()
+    assert it.told[-1] == "closed"
 
 
 class Ending(FleetLLM):
