@@ -10,14 +10,15 @@ MINUTE_S = 60.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeyLimits:
-    """How much a key may use. None: as much as it likes."""
+    """How much a key may use. None stands for no limit."""
 
     requests_per_min: float | None = None
     tokens_per_min: float | None = None  # of prompts and answers
     open_max: float | None = None  # requests at a time
 
     def shared(self, among: int) -> "KeyLimits":
-        """The part of each of so many processes. Each lets one request through at a time."""
+        """The part of each of so many processes. Each lets at least one request through at a
+        time."""
         if among == 1:
             return self
         open_max = None if self.open_max is None else max(1.0, self.open_max // among)

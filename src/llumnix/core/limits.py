@@ -1,4 +1,5 @@
-"""Bounds that several rooms share, or live code and the simulator, each declared once."""
+"""Bounds that several rooms of the core share, or live code and the simulator. Each is declared
+here once."""
 
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ the scheduler leaves it alone."""
 FLEET_REPORT_EVERY_S = 0.5
 """The fleet tells the scheduler what there is at least as often, though nothing has changed."""
 DRAIN_POLL_S = 0.05
-"""How soon it is looked again whether an instance that is being emptied is empty."""
+"""How often the fleet looks whether an instance that is being emptied is empty."""
 DEFER_PREFILLS_STEPS_MAX = 8
 """Near a handover prompts are deferred in at most so many steps in a row, and in at most half of
 many steps."""
@@ -26,8 +27,9 @@ queue."""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MigrationLimits:
-    """Of every migration. A pull itself has no bound but that of each of its chunks
-    (engine/kv/links.py): it ends for certain, and long requests move over slow links too."""
+    """The limits of every migration. Of a pull only each chunk has a time limit
+    (engine/kv/links.py), so that it ends for certain, and long requests move over slow links
+    too."""
 
     reserve_timeout_s: float = 5.0  # how long a source waits for room
     stage_timeout_s: float = 30.0  # how long it waits for the next message about a stage

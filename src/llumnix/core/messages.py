@@ -1,8 +1,8 @@
 """What frontends and llumlets say to each other about migrations.
 
 Between llumlets every message may be lost, come late or come twice; core/migration/llumlet.py
-stands that. Between a frontend and an engine messages stay in order, and none is lost while both
-live.
+copes with that. Between a frontend and an engine messages stay in order, and none is lost while
+both live.
 
 Token counts are in tokens, sizes in bytes, times in seconds.
 """
@@ -210,7 +210,7 @@ class StageDone:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MigrationEnded:
     """From the source: how the migration ended. From an engine that was asked to revive a request:
-    it does not."""
+    that it does not."""
 
     migration: MigrationId
     request: RequestId

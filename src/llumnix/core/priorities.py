@@ -106,17 +106,18 @@ class Priorities:
     def queue_key(
         self, priority: int, arrived_s: float, *, waited_s: float, preempted: bool
     ) -> QueueKey:
-        """The key of a request that begins to wait, or has waited for so long. One that was
-        preempted goes before all of its class that have not started, since its client is in the
-        middle of a stream. `arrived_s`: as it is, or put back already."""
+        """The key of a request that has waited for `waited_s`. One that was preempted goes before
+        all of its class that have not started, since its client is in the middle of a stream.
+        `arrived_s`: when it came, or what an earlier key made of that."""
         if preempted and arrived_s > -STARTED_S / 2:
             arrived_s -= STARTED_S
         return QueueKey(self.aged(priority, waited_s), arrived_s)
 
     def needed(self, used: float) -> "Priorities":
-        """The same classes where instances use that share of their KV memory on the mean. Headroom
-        is for decoding among fewer neighbours. What an instance keeps free beyond the use of the
-        others makes these the fuller, so it may use `headroom_need` times the mean in any case."""
+        """The same classes, with the headroom to keep while instances use that share of their KV
+        memory on the mean. Headroom lets urgent requests decode among fewer neighbours. But what
+        one instance keeps free fills the others, so it may use `headroom_need` times the mean in
+        any case."""
         if self._need is None:
             return self
         found = copy(self)

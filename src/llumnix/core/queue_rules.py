@@ -89,11 +89,12 @@ class QueueRules:
 
 
 class PromptTimer:
-    """What a token of a prompt takes on one engine, in seconds, while it is under way with others.
+    """The seconds that a token of a prompt adds to a step on one engine.
 
-    It is the slope of the line that fits steps with prompts best: what such a step takes in any
-    case is none of its tokens'. Two standard errors of it are left out, so that a few slow steps
-    with like prompts tell of no slope. Where all prompts are alike none is seen, nor needed."""
+    They are the slope of the line that fits steps with prompts best, their seconds over their
+    tokens: the fixed part of a step belongs to no token. Two standard errors are subtracted, so
+    that a few slow steps with prompts of like length show no slope. Where all prompts have one
+    length there is no slope to see, and none is needed."""
 
     def __init__(self) -> None:
         self._steps = 0.0
@@ -113,7 +114,7 @@ class PromptTimer:
 
     @property
     def token_s(self) -> float:
-        """Seconds a token, rather too few than too many; 0 before steps differ in their tokens."""
+        """Seconds a token, rather too few than too many; 0 until steps differ in their tokens."""
         n, (x, y, xx, yy, xy) = self._steps, self._sums
         if n < STEPS_MIN:
             return 0.0

@@ -1,8 +1,8 @@
-"""When an engine gives way to a request that comes: it computes no prompts, or begins no step.
+"""When an engine makes way for a request that comes: it computes no prompts, or begins no step.
 
 Rules
-- The engine times its steps for a handover that was announced. One that is overdue by `near_s` is
-  not waited for any more.
+- The engine times its steps for a handover that was announced. It no longer waits for a handover
+  that is overdue by `near_s`.
 - The next step is expected to take the median of the last few. Steps that are known to have
   computed prompts do not count, since near a handover none are computed.
 - One more step is begun if it would end no later than `LATE_MAX` of a step after the handover.
@@ -65,18 +65,18 @@ class RecentArrival:
 
 
 def source_silent(incoming: Incoming) -> Refusal:
-    """Why a migration ends of which the source says nothing more."""
+    """The reason of a migration that ends because its source is silent."""
     why = f"the source was silent while {incoming.machine.state.value}"
     return Refusal(why=why, code=AbortCode.SILENT)
 
 
 def takes_none(why: str) -> Refusal:
-    """Why an engine declines all migrations to it."""
+    """The reason of a migration that is declined because the engine takes none, for `why`."""
     return busy(f"the destination takes none: {why}")
 
 
 def error_here(why: str) -> Refusal:
-    """Why a migration ends over which an exception was raised."""
+    """The reason of a migration that ends because of an exception here."""
     return Refusal(why=f"an error at its destination: {why}")
 
 

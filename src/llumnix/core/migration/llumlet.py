@@ -74,7 +74,7 @@ class Llumlet:
 
     @property
     def busy(self) -> bool:
-        """Whether a migration is under way, a pull that has not ended, or a revival."""
+        """Whether a migration, a pull or a revival is under way."""
         return bool(len(self._outgoing) or len(self._incoming) or len(self._revivals))
 
     def still(self, *, leaving: bool) -> bool:
@@ -137,7 +137,7 @@ class Llumlet:
         return self.orders([order], now)
 
     def orders(self, orders: Sequence[MoveOrder], now: float) -> list[Out]:
-        """The same, of all orders that have come since the last call, during one long step perhaps.
+        """The same for all orders that have come since the last call, perhaps during one long step.
         Only those of the newest round are carried out."""
         self._orders.take(orders, now)
         return self._take_out()

@@ -45,8 +45,8 @@ class PendingMove:
 
 
 class Orders:
-    """Those to one engine. `min_stay`: a request that came here stays for that many times what its
-    move took."""
+    """The orders to one engine. `min_stay`: a request that came here stays for that many times what
+    its move took."""
 
     def __init__(
         self,

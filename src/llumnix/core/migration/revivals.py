@@ -22,14 +22,14 @@ READY_TIMEOUT_S = 60.0
 
 @dataclass(slots=True, kw_only=True)
 class Revival:
-    """One of them, which is not ready."""
+    """A request that is to go on here, and is not ready yet."""
 
     order: Revive
     until_s: float  # then it is declined
 
 
 class Revivals:
-    """Those of one engine."""
+    """The revivals at one engine."""
 
     def __init__(self, port: EnginePort, out: list[Out]) -> None:
         self._port = port
@@ -42,7 +42,7 @@ class Revivals:
         return len(self._open)
 
     def deadlines(self) -> list[float]:
-        """When each of them wants to be looked at."""
+        """When `poll` has to look at each."""
         return [revival.until_s for revival in self._open.values()]
 
     def begin(self, order: Revive, request: object, now: float) -> None:
@@ -60,7 +60,7 @@ class Revivals:
         self._advance(revival, now)
 
     def poll(self, now: float) -> None:
-        """Looks at each."""
+        """Queues each revival that is ready, and declines each that is late."""
         for revival in list(self._open.values()):
             self._at = revival.order
             self._advance(revival, now)

@@ -7,15 +7,15 @@ Rules
 - No other request is sent there either, for a shorter while: `DESTINATION_PAUSE_S`, twice as long
   each time, at most `DESTINATION_PAUSE_MAX_S`. Otherwise each request in turn would ask a
   destination that declines all. A destination that was full gets room from one step to the next, so
-  the while is short. A move that goes well ends it.
-- A request that its own engine cannot move is not chosen again for a while, and never again if it
-  never can be.
+  this pause is short. A move that succeeds ends it.
+- A request that its own engine cannot move is not chosen again for a while; one that it can never
+  move is never chosen again.
 - A request that finished or was preempted meanwhile has not failed to move.
 - Moves that a user asks for are tried all the same.
-- A frontend's requests die with it, and nothing that it sent before counts. That may still come,
-  since it lies in another socket than the news of the death.
-- A migration is forfeited if its frontend is dead, which alone could say whether the destination
-  had taken over, and the destination too, which alone could give the verdict.
+- A frontend's requests die with it, and nothing that it sent before counts. Its messages may still
+  come, since they take another socket than the news of its death.
+- A migration is forfeited if both its frontend and its destination are dead: the frontend alone
+  could say whether the destination had taken over, the destination alone could give the verdict.
 """
 
 from dataclasses import dataclass
@@ -47,7 +47,7 @@ class _Setback:
 
 
 class Setbacks:
-    """Those of one engine's requests."""
+    """The setbacks of one engine's requests."""
 
     def __init__(self) -> None:
         self._known: dict[_Key, _Setback] = {}
@@ -79,8 +79,8 @@ class Setbacks:
         self._known.pop((None, destination), None)
 
     def pauses(self, request: RequestId | None, destination: EngineIndex, now: float) -> bool:
-        """Whether the request should not be sent there now. None asks whether any request should
-        not."""
+        """Whether the request should not be sent there now. With `None` for the request: whether no
+        request should."""
         keys = [(request, destination)]
         if request is not None:
             keys.append((request, None))  # type: ignore[arg-type]

@@ -64,8 +64,8 @@ class Outgoing:
 def next_event(
     outgoing: Outgoing, progress: Progress, port: EnginePort, limits: MigrationLimits, now: float
 ) -> tuple[SourceEvent | None, str]:
-    """What has happened to a migration by the look of its request and the time, if anything, and
-    why it is bad news, which the migration remembers as a code."""
+    """What has happened to a migration, by the state of its request and the time, or None. And the
+    reason, if that ends it or is overdue; the migration remembers the reason's code."""
     state = outgoing.machine.state
     if progress.phase is Phase.GONE and state is not SourceState.RELEASING:
         outgoing.code = AbortCode.ENDED

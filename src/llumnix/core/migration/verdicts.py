@@ -4,8 +4,8 @@ Rules
 - A verdict is remembered and never changed. A handover that comes again gets the same one, and a
   migration that was declined before its reservation came stays declined.
 - The last `REMEMBERED_MAX` verdicts are remembered. A handover whose migration is not among them
-  gets an answer too, or its source would ask for ever: it was taken if the request is here, and
-  else it never will be.
+  gets an answer too, or its source would ask for ever: `taken` if the request is here; if not, the
+  migration is declined, and stays so.
 """
 
 from dataclasses import dataclass
@@ -42,7 +42,7 @@ class Decided:
 
 
 class Verdicts:
-    """Those of one engine."""
+    """The verdicts of one engine."""
 
     def __init__(self, port: EnginePort, out: list[Out]) -> None:
         self._port = port

@@ -3,10 +3,10 @@
 Rules
 - A request that waits goes first, the one that is first in line, if the destination has room for
   it: it has nothing to copy, and runs there at once.
-- Among those that run, one of the least urgent class that has any. Of these the shortest that gives
-  the source the relief it wants, or the longest if none does.
-- None that is in the middle of its prompt, that is on its way already, or that has not stayed long
-  enough since its last move.
+- Else one that runs, of the least urgent class among them: the shortest that gives the source the
+  relief that it wants, or the longest if none does.
+- A request stays if it is in the middle of its prompt, is on its way already, or has not been here
+  for long enough since its last move.
 """
 
 from collections.abc import Sequence

@@ -137,14 +137,14 @@ class PlacementCost(NamedTuple):
         prefill  (PREFILL_WEIGHT + w) (p - h)
         batch    (NEIGHBOUR_TOKENS + NEIGHBOUR_PROMPT_SHARE p) B / (B + n) (b + w)
 
-    `memory`: the request waits until others end, and of many one ends sooner than of few.
+    `memory`: the request waits until others end, and among many one ends sooner than among few.
     `prefill`: a token that is computed again takes time and room in the cache here, and delays each
     waiting request. So where all instances have queues, requests keep to the caches, which makes
     the queues shorter.
     `batch`: each request makes the steps of the others longer, and longer still with a long
     context, as requests with a long shared prefix have. Without this term a popular prefix would
-    gather its requests on one instance while others are idle. Among many requests a few more are
-    chance, so that each weighs less.
+    gather its requests on one instance while others are idle. Among many requests a difference of
+    a few is chance, so that each weighs less.
     B is `HALF_WEIGHT_BATCH`."""
 
     queued: float

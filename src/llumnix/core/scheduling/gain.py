@@ -111,8 +111,8 @@ def room_in(destination: InstanceView) -> int:
 
 
 def smallest_relief(spare: float, batch: int, total: int, least: float, copy_steps: float) -> int:
-    """The fewest tokens of a request without which the source's freeness is `least`, and
-    `copy_steps` more for each of them; more than `total` if there is no such number. `spare`,
+    """The tokens of the smallest request whose leaving lifts the source's freeness to `least`, and
+    by `copy_steps` more for each token; more than `total` if there is none. `spare`,
     `batch`: S and b."""
     if least <= 0:
         return int((least - spare) / max(1e-9, 1 - copy_steps)) + 1 if spare < least else 0

@@ -1,13 +1,14 @@
 """How much headroom is kept: no more than is of use where all instances are full.
 
 Rules
-- Urgent requests decode faster among fewer neighbours. Where the others use half of their memory,
-  an instance that keeps 88 % free is ahead of them by far. Where they use nearly all of it, that
-  much headroom fills them up, and normal requests pay for it.
+- Urgent requests decode faster among fewer neighbours. Where other instances use half of their
+  memory, one that keeps 88 % free is far faster. Where they use nearly all of it, so much headroom
+  fills them up, and normal requests pay for it.
 - So an instance with headroom may use `priorities.headroom_need` times what instances use on the
   mean, as they report it, smoothed over `USE_S`.
-- It follows in steps of `HEADROOM_STEP`, with the reports, at most once in `USE_EVERY_S`: all
-  reports are in the event log, and of the rounds of pairing only those that decided something.
+- The headroom changes in steps of `HEADROOM_STEP`, at most once in `USE_EVERY_S`. It changes when a
+  report comes and not in a round of pairing, so that a replay repeats it: the event log has all
+  reports, but only those rounds that decided something.
 """
 
 import math
@@ -26,7 +27,7 @@ Freeness = dict[tuple[InstanceId, EngineIndex], float]
 
 def kept_now(priorities: Priorities, loads: Iterable[Load]) -> Priorities:
     """The classes as they are set, with the headroom that is kept where instances have these loads.
-    For whoever shows freeness. What decides is smoothed (`Headroom`)."""
+    Only for showing freeness: decisions use the smoothed mean of `Headroom`."""
     return priorities.needed(mean_use(loads))
 
 
@@ -42,7 +43,7 @@ def freeness_now(priorities: Priorities, reports: Iterable[LoadReport]) -> Freen
 
 
 class Headroom:
-    """Of one deployment. `priorities`: its classes as they are set."""
+    """The headroom of one deployment. `priorities`: its classes as they are set."""
 
     def __init__(self, priorities: Priorities) -> None:
         self._set = priorities
@@ -50,7 +51,7 @@ class Headroom:
         self._looked_s = -math.inf
 
     def follow(self, view: ClusterView, now: float) -> None:
-        """Adapts what the view keeps to the use of memory. A report has come."""
+        """Takes in that a report has come: adapts what the view keeps to the use of memory."""
         past_s = now - self._looked_s
         if not self._set.headroom_max or past_s < USE_EVERY_S:
             return

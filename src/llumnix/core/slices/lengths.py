@@ -7,8 +7,8 @@ Rules
   what is known of them, and long answers are not missed because they end late.
 - A bucket's hazard is the share of the requests that came into it and ended in it. That of a key
   leans on that of all requests, with the weight of `LEAN` requests.
-- Before `KEY_ENDS_MIN` answers of a key have ended, all requests speak for it. Before `ENDS_MIN`
-  answers in all nothing is known.
+- Before `KEY_ENDS_MIN` answers of a key have ended, the counts of all requests stand for it. Before
+  `ENDS_MIN` answers in all have ended nothing is known.
 - All counts are halved every `HALF_LIFE_ENDS` answers.
 - What follows from the counts is worked out anew once `FRESH_SHARE` more is known.
 """
@@ -55,8 +55,8 @@ class Lengths:
         self._keys: OrderedDict[str, _Counts] = OrderedDict()
 
     def passed(self, key: str, bucket: int, outputs: int) -> int:
-        """A running request has come so far. `bucket`: in which it was when it was counted last.
-        Returns in which it is now, for the next time."""
+        """A running request has so many tokens of answer. `bucket`: in which it was when it was
+        counted last. Returns the bucket in which it is now, for the next call."""
         now = bucket_of(outputs)
         if now > bucket:
             for counts in self._of(key):
@@ -78,8 +78,8 @@ class Lengths:
                 counts.halve()
 
     def rest(self, key: str, outputs: int, share: float) -> float:
-        """Tokens after which this share of the requests that came so far have ended. Infinite if
-        that is not known."""
+        """The further tokens after which this share of the requests that came so far have ended.
+        Infinite if that is not known."""
         known = self._curve(key)
         if known is None:
             return math.inf
@@ -94,8 +94,8 @@ class Lengths:
         return max(0.0, low + width * (before - aim) / known.falls[edge] - outputs)
 
     def mean(self) -> float | None:
-        """Mean length of an answer, in tokens; None before enough have ended. Answers that are
-        longer than any that ended count up to the last edge that one passed."""
+        """Mean length of an answer, in tokens; None before enough have ended. Answers longer than
+        any that has ended count only up to the last edge that a request has passed."""
         known = self._curve("")
         return None if known is None else known.mean
 

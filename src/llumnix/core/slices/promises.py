@@ -3,13 +3,13 @@
 Rules
 - A running request has a promise: the KV blocks that it may take until its slice ends. A request
   starts only if its own first slice fits beside all promises. At its slice's end a request goes on
-  with the next slice: it does not pause, whether that fits or not.
+  with the next slice without a pause, even if that does not fit.
 - A slice is a quarter of the mean answer, from `SLICE_MIN` to `SLICE_MAX` tokens, and `SLICE_FIRST`
   until enough answers have ended. It is shorter where requests that came so far mostly end sooner,
   or where the request's own limit is near.
 - Nothing is kept free where nothing runs.
 
-So nobody is preempted for want of memory in a step in which every renewal was covered too.
+So in a step no request is preempted for want of memory if all renewed promises fitted as well.
 """
 
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ ENDS_MIN = 50
 
 @dataclass(slots=True)
 class Promise:
-    """What a request may take."""
+    """What a running request may take until its slice ends."""
 
     until: int  # tokens of answer at which its slice ends
     blocks: int  # whole blocks that it has by then
@@ -50,8 +50,8 @@ class Slices:
         return round(min(SLICE_MAX, max(SLICE_MIN, SHARE_OF_MEAN * mean)))
 
     def first(self, key: str, tokens: int, outputs: int, most: int) -> int:
-        """Blocks that a request takes in its next slice beyond those of its `tokens`. `most`:
-        tokens of answer at which it ends in any case."""
+        """Blocks that a request takes in its next slice beyond those of its `tokens`. It has
+        `outputs` tokens of answer, and ends at `most` in any case."""
         ahead = self._slice(key, outputs, most)
         return -(-(tokens + ahead) // self.block_tokens) - -(-tokens // self.block_tokens)
 
@@ -69,7 +69,7 @@ class Slices:
         return promise, max(0, promise.blocks - blocks)
 
     def ended(self, promise: Promise | None, key: str, outputs: int) -> None:
-        """A request ended by itself."""
+        """A request ended by itself, after so many tokens of answer."""
         self.lengths.ended(key, 0 if promise is None else promise.bucket, outputs)
 
     def _slice(self, key: str, outputs: int, most: int) -> int:

@@ -53,8 +53,8 @@ class StreamIndex(Generic[Info, Output]):
     def open(
         self, request: RequestId, info: Info, *, detailed: bool = False
     ) -> Stream[Info, Output]:
-        """A new stream, which an engine has to be found for. `detailed`: its client gets more with
-        each token, so that a token alone cannot be filled in."""
+        """A new stream, for which an engine has to be found. `detailed`: its client gets more than
+        the token with each token, so that a token alone cannot be filled in."""
         if request in self._streams:
             raise ProtocolError(f"stream {request} is open already")
         machine = stream_machine(request)

@@ -1,14 +1,15 @@
 """Which requests may have killed their engine, and how the one that did is found.
 
 Rules
-- A death counts if it was of the engine's own making. Its suspects are the requests that the engine
-  was starting, else all that it ran (engine/reporting/flight_recorder.py). Those that waited there
-  are none. If nothing is known, all are that the engine had.
+- A death counts if it was of the engine's own making (core/supervision/blame.py). Its suspects are
+  the requests that the engine was starting, or if there are none, all that it ran
+  (engine/reporting/flight_recorder.py). Requests that waited there are no suspects. If nothing is
+  known of that, all requests of the engine are.
 - A suspect is revived on probation: one at a time for an engine, in the order in which they came.
   Its probation ends well after its first token and `CLEARED_AFTER` more.
 - If the engine dies of its own making meanwhile, and the request is a suspect again, it is
   condemned: nobody computes it again.
-- So is the one suspect that two deaths within `SAME_CAUSE_S` have in common.
+- A request is condemned too if it is the only suspect common to two deaths within `SAME_CAUSE_S`.
 - If more than half of the instances have died of their own making, no suspect is revived until one
   of them serves again. Requests are not to blame for a bad driver, and must not take it to the
   instances that are left.
@@ -29,7 +30,7 @@ SAME_CAUSE_S = 60.0
 
 
 class Verdict(enum.Enum):
-    """What is thought of a request whose engine died."""
+    """Whether a request whose engine died may have killed it."""
 
     INNOCENT = "innocent"
     SUSPECT = "suspect"
@@ -52,7 +53,7 @@ class Probation:
     # -- deaths
 
     def lost(self, engine: EngineIndex) -> None:
-        """An engine is gone. Who was on probation there is a suspect as before."""
+        """An engine is gone. A request that was on probation there is a suspect as before."""
         request = self._at.pop(engine, None)
         if request is not None:
             self._suspects[request] = None
@@ -94,7 +95,7 @@ class Probation:
     # -- one request
 
     def verdict(self, request: RequestId) -> Verdict:
-        """What is thought of it."""
+        """Whether the request may have killed an engine."""
         if request in self._condemned:
             return Verdict.CONDEMNED
         return Verdict.SUSPECT if request in self._suspects else Verdict.INNOCENT

@@ -19,7 +19,7 @@ _ID_DIGITS = 16
 
 @dataclass(slots=True, kw_only=True)
 class Quarantined:
-    """One of them. Nothing of its prompt is kept."""
+    """A request that is refused. Nothing of its prompt is kept."""
 
     digest: str
     request: RequestId
@@ -31,29 +31,30 @@ class Quarantined:
 
     @property
     def id(self) -> str:
-        """By which users name it."""
+        """The name that users give it."""
         return self.digest[:_ID_DIGITS]
 
 
 class Quarantine:
-    """Those of one deployment. Every frontend has them."""
+    """The refused requests of one deployment. Every frontend has them."""
 
     def __init__(self) -> None:
         self._kept: dict[str, Quarantined] = {}  # by digest, the oldest first
 
     def has_length(self, prompt_tokens: int) -> bool:
-        """Whether one may be refused that has so long a prompt. A digest takes longer."""
+        """Whether a request with a prompt of that length may be refused. That is sooner known than
+        its digest."""
         return any(one.prompt_tokens == prompt_tokens for one in self._kept.values())
 
     def add(self, one: Quarantined) -> None:
-        """From now on it is refused."""
+        """Refuses such a request from now on."""
         self._kept.pop(one.digest, None)
         self._kept[one.digest] = one
         if len(self._kept) > KEPT_MAX:
             del self._kept[next(iter(self._kept))]
 
     def find(self, digest: str, now: float) -> Quarantined | None:
-        """The one with this digest, if it is refused."""
+        """The refused request with this digest, if there is one."""
         self._expire(now)
         return self._kept.get(digest)
 

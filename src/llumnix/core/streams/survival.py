@@ -2,8 +2,8 @@
 
 Rules
 - A request outlives `lives` engines. Then its stream ends with an error.
-- An engine computes the whole of a request anew that it takes up, and all that run there wait for
-  that. So it takes up `at_once` requests at a time: a request counts there until its next token.
+- An engine that takes up a request computes the whole of it anew, while all requests that run there
+  wait. So it takes up `at_once` requests at a time; one counts until its next token.
 - The most urgent go first, then those with the fewest tokens. Suspects of a death go after them,
   one at a time for an engine (core/streams/probation.py).
 - A request that was declined waits for a while. It is declined `DECLINED_MAX` times at most.
@@ -48,7 +48,7 @@ class Orphan:
 
 
 class Orphans:
-    """Those of one frontend, and the requests that engines are taking up."""
+    """The orphans of one frontend, and the requests that engines are taking up."""
 
     def __init__(self, settings: SurvivalSettings) -> None:
         self.settings = settings
@@ -64,7 +64,7 @@ class Orphans:
 
     @property
     def taken_up(self) -> bool:
-        """Whether an engine is taking one up, and has said no token of it."""
+        """Whether an engine is taking one up, and has sent no token of it yet."""
         return bool(self._taken_up)
 
     @property
@@ -78,8 +78,8 @@ class Orphans:
         return None if known is None else known[0]
 
     def add(self, orphan: Orphan, *, declined: bool, now: float) -> str | None:
-        """A request has lost its engine; or, if `declined`, the one that was to take it up did not.
-        Returns why it waits for no other, or None."""
+        """A request has lost its engine; or, if `declined`, the engine that was to take it up did
+        not. Returns why it waits for no other engine, or None if it does."""
         before = self.drop(orphan.request)
         self.probation.back(orphan.request)
         if before is not None:
@@ -124,13 +124,13 @@ class Orphans:
         return min(able, key=lambda e: (self._at[e], e), default=None)
 
     def begin(self, request: RequestId, engine: EngineIndex, outputs: int) -> None:
-        """The engine is asked to take it up. It has so many outputs."""
+        """The engine is asked to take the request up, which has so many outputs."""
         self._taken_up[request] = engine, self._waiting.pop(request)
         self._at[engine] += 1
         self.probation.begin(request, engine, outputs)
 
     def drop(self, request: RequestId) -> Orphan | None:
-        """It has a token from its new engine, or is over. Returns what was known of it."""
+        """The request has a token from its new engine, or is over. Returns what was known of it."""
         if (waiting := self._waiting.pop(request, None)) is not None:
             return waiting
         if (known := self._taken_up.pop(request, None)) is None:

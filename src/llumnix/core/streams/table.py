@@ -181,8 +181,8 @@ class StreamTable(StreamIndex[Info, Output]):
         return [GrantEnded(migration=migration, outcome="aborted", why=why, code=code)]
 
     def refused(self, migration: MigrationId, why: str) -> Sequence[Effect]:
-        """The source could not take the order in, and says no more of it; or the engine that was to
-        revive a request. Of no account if anything else was heard of the migration."""
+        """The source could not take the order in and says no more of it; or the engine that was to
+        revive a request could not. Changes nothing if anything else was heard of the migration."""
         stream = self._by_migration.get(migration)
         if stream is None:
             return NO_EFFECTS

@@ -1,13 +1,13 @@
 """Decides whether an engine's end was of its own making, so that a request may have caused it.
 
 Rules
-- A crash signal and a kill for want of the host's memory are, and an exception out of the engine's
-  busy loop is. For a worker process the same holds.
-- But if the engine failed because a worker of it had been killed from outside, that is no more than
-  the kill.
-- An end that somebody asked for, a kill from outside and the loss of the host are not. All that is
-  seen of the last two is that the engine is gone. So an end of which nothing else is known is not.
-- Of a fence its rule says it (core/supervision/hang.py).
+- Of its own making are a crash signal, a kill for want of the host's memory, and an exception out
+  of the engine's busy loop, whether in the engine's process or in a worker's.
+- Not of its own making are an end that somebody asked for, a kill from outside, and the loss of the
+  host. Of the last two nothing is seen but that the engine is gone. So an end of which nothing else
+  is known is not of its own making either.
+- If the engine failed because a worker of it had been killed from outside, that counts as the kill.
+- For a fence its own rule decides (core/supervision/hang.py).
 """
 
 from dataclasses import dataclass

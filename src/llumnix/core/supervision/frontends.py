@@ -10,8 +10,8 @@ Rules
 - What the fleet wants is numbered in versions. A frontend confirms each, together with what it
   holds. So an engine that takes nothing more is empty once every frontend that may know it has
   confirmed that, and says that it holds none of its requests.
-- One frontend at a time has suspects computed again (core/streams/probation.py): of two, one could
-  not say which of them killed an engine. It keeps the turn until it has no suspect left.
+- One frontend at a time has suspects computed again (core/streams/probation.py): if two did, none
+  could tell whose suspect killed an engine. It keeps the turn until it has no suspect left.
 """
 
 from collections.abc import Iterable
@@ -190,6 +190,6 @@ class Roster:
 
 
 def clients(frontends: int) -> int:
-    """How many clients an engine must know: one that has the fleet in its process, or the office
-    and so many frontends, with those that replace some."""
+    """How many clients an engine must know: the frontend in the main process alone; or the office,
+    so many frontends, and those that may replace some of them."""
     return 1 if frontends == 1 else 1 + frontends + SPARE_CLIENTS

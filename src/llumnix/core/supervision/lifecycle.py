@@ -230,8 +230,8 @@ class Lifecycle:
         again: bool = False,
     ) -> LifeAction:
         """Somebody wants it emptied and stopped, and then started again if `again` is set. A second
-        order changes the first one's time-out; it changes who asked, why, and what comes then only
-        if the scheduler is not its author."""
+        order changes the first one's time-out. It also changes who asked, why and what comes then,
+        unless it is the scheduler's."""
         action = self.machine.feed(E.DRAIN)
         if self.state is S.STOPPING:
             if self.drain is not None and by != "scheduler":

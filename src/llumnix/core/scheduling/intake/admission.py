@@ -1,16 +1,17 @@
-"""Decides whether a new request is turned away because too many wait.
+"""Decides whether a new request is refused because too many wait.
 
 Rules
 - No more than a class's `queue_max` of its requests wait, over all instances.
 - Once `admission.queue_max` requests of all classes wait, none is let in while the mean freeness is
   below zero. Above zero those that wait will start soon.
-- A request waits if it is in an engine's queue, or on its way there and in no report yet, and the
-  next step cannot start it: memory is short for the first in the queue, or slots are for it. In a
-  burst, reports show requests in the queue of an idle engine for a moment.
-- A request that was let in before, and whose engine died, is never turned away.
-- It may be tried again when the queue is likely to be worked off, at the pace at which requests
-  ended in the last `PACE_S`: after `RETRY_MIN_S` to `RETRY_MAX_S`, less or more by a fifth, so that
-  clients that were turned away together do not come back together.
+- A request counts as waiting if it is in an engine's queue, or on its way there and in no report
+  yet, and the engine's next step cannot start it: memory is short for the first in the queue, or
+  there is no slot for the request. So it does not count what a burst leaves in the queue of an idle
+  engine for a moment.
+- A request that was let in before, and whose engine died, is never refused.
+- A refused request may be tried again when the queue is likely to be empty, at the pace at which
+  requests ended in the last `PACE_S`: after `RETRY_MIN_S` to `RETRY_MAX_S`, less or more by a
+  fifth, so that clients that were refused together do not come back together.
 """
 
 from collections import deque
@@ -52,7 +53,7 @@ class Admission:
         self._forget(now)
 
     def refusal(self, fact: RequestArrived, now: float) -> NoInstance | None:
-        """Why the request is turned away; None if it is let in."""
+        """Why the request is refused; None if it is let in."""
         if not self.limits or fact.again:
             return None
         accepting = [v for v in self._view if v.accepting]
