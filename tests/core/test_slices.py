@@ -1,5 +1,7 @@
 """Promises of running requests (core/slices/promises.py)."""
 
+import math
+
 import pytest
 
 from llumnix.core.queue_rules import SliceRules
@@ -68,3 +70,37 @@ def test_renewals_tell_how_long_those_are_that_still_run() -> None:
         for outputs in range(0, 400, 16):
             promise, _ = it.left(promise, "", 10 + outputs, outputs, 99, FAR)
     assert it.lengths.rest("", 0, 0.5) > 300
+
+
+def test_one_that_was_cut_off_counts_as_far_as_it_came() -> None:
+    """However many are cut off at a limit, those that end before it are not taken for all."""
+    it = slices()
+    for _ in range(100):
+        it.ended(None, "", 100)
+    assert it.lengths.rest("", 0, 0.8) < 130
+    for _ in range(900):
+        it.cut_off(None, "", 400)
+    assert it.lengths.rest("", 0, 0.8) == math.inf
+    assert it.lengths.ends == 100
+
+
+@pytest.mark.parametrize("came", [0, 300])
+def test_a_request_counts_from_where_it_began_here_also_if_nobody_waited_then(came: int) -> None:
+    """Of those that end at 100 and those that go on, half are long, whenever they are looked at.
+    Those that moved in as long ones tell nothing of how many become long."""
+    it = slices(tokens=64)
+    for _ in range(100):
+        it.ended(None, "", 100)
+        promise, _ = it.left(None, "", 10 + 350, 350, 99, FAR, came)
+        it.ended(promise, "", 500, came)
+    short = it.lengths.rest("", 0, 0.4)
+    assert short < 130
+    assert (it.lengths.rest("", 0, 0.6) > 300) is (came == 0)
+
+
+def test_a_sessions_next_input_makes_its_promise_anew() -> None:
+    it = slices(tokens=64)
+    promise, _ = it.left(None, "", 16, 0, 1, FAR)
+    # Thirty tokens later another input of 50 tokens comes: its answer begins at none.
+    again, left = it.left(promise, "", 16 + 30 + 50, 0, 3, FAR)
+    assert (again.until, again.blocks, left) == (64, 10, 7)

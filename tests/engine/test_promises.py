@@ -10,20 +10,25 @@ import pytest
 
 pytest.importorskip("vllm")
 
+import torch
 from vllm import SamplingParams
-from vllm.v1.request import Request
+from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec
+from vllm.v1.request import Request, RequestStatus
 
-from engine.test_starts import HIGH, PASS, Served
+from engine.test_starts import HIGH, NORMAL, PASS, Served
+from engine.test_stuck import following
 from llumnix.core.priorities import Priorities
 from llumnix.core.queue_rules import PLAIN, SliceRules
 from llumnix.core.settings import PrioritySettings
 from llumnix.core.types import RequestId
 from llumnix.engine.queueing import Queueing
 from llumnix.engine.starting import promises
-from llumnix.engine.starting.promises import EnginePromises
-from support.no_model import BLOCK
+from llumnix.engine.starting.promises import COUNT_IDLE_EVERY, EnginePromises
+from support.no_model import BLOCK, add, made
 
 SLICES = replace(PLAIN, slices=SliceRules(tokens=3 * BLOCK))
+
+SESSION: dict[str, Any] = {"priority": NORMAL, "resumable": True, "arrival_time": 1.5}
 
 
 def of(it: Served) -> EnginePromises:
@@ -105,25 +110,57 @@ def test_an_urgent_request_preempts_no_more_than_its_slice_needs(tiny_model: Pat
     assert it.scheduler.running[-1].request_id == "urgent"
 
 
-def test_an_answer_that_ends_is_learnt_and_one_that_is_cut_off_is_not(tiny_model: Path) -> None:
+def test_an_answer_is_learnt_and_one_that_is_cut_off_as_far_as_it_came(tiny_model: Path) -> None:
     it = Served(tiny_model, SLICES)
     it.reader._ended = it.queueing.ended
-    stopped, capped = it.add("stopped", 1, answer=50), it.add("capped", 1, answer=5)
+    stopped, capped = it.add("stopped", 1, answer=50), it.add("capped", 1, answer=20)
     assert stopped.sampling_params is not None
     it.step()
-    it.core.abort_requests([])
+    it.reader.read()
+    lengths = of(it).slices.lengths
     while capped.request_id in it.scheduler.requests:
         it.step()
     it.reader.read()
-    assert of(it).slices.lengths.ends == 0
+    assert (lengths.ends, lengths._all.left[:2]) == (0, [1, 0])
     stopped.sampling_params.stop_token_ids = [7]
     stopped.sampling_params._all_stop_token_ids.add(7)
     it.step()
     it.reader.read()
-    assert of(it).slices.lengths.ends == 1
+    assert (lengths.ends, lengths._all.left[:2]) == (1, [2, 1])
 
 
-def test_what_arrives_is_promised_its_slice(tiny_model: Path) -> None:
+def test_what_is_kept_free_is_told_while_all_slots_are_taken(tiny_model: Path) -> None:
+    rules = replace(PLAIN, slices=SliceRules(tokens=20 * BLOCK))
+    it = Served(tiny_model, rules, blocks=100, max_num_seqs=2)
+    for name in "abc":
+        it.add(name, 2, answer=400)
+    it.step()
+    told = []
+    for _ in range(10 * BLOCK):
+        it.step()
+        it.reader.mark_changed()
+        own = 20  # The slice of the head.
+        told.append(it.reader.read().keep_tokens // BLOCK - own)
+        left = counted(it, it.scheduler.running)
+        assert left <= told[-1] <= left + 2 * (COUNT_IDLE_EVERY // BLOCK + 1)
+    assert told[0] - told[-1] > 15, "they have taken ten blocks each"
+
+
+def test_nothing_is_kept_of_requests_while_nobody_waits(tiny_model: Path) -> None:
+    it = Served(tiny_model, SLICES).running(4)
+    it.add("b", 16)
+    it.step()
+    assert of(it)._known
+    it.core.abort_requests(["b"])
+    it.step()
+    assert not of(it)._known
+    assert not of(it)._due
+    # It is counted again for a load report that comes before the next step.
+    it.add("c", 16)
+    assert it.reader.read().keep_tokens == 6 * BLOCK
+
+
+def test_what_arrives_is_promised_its_slice_unless_it_comes_without_kv(tiny_model: Path) -> None:
     it = Served(tiny_model, SLICES).running(4)
     it.add("b", 16)
     it.step()
@@ -133,6 +170,64 @@ def test_what_arrives_is_promised_its_slice(tiny_model: Path) -> None:
     of(it)._scheduler.waiting.peek_request()
     it.reader.mark_changed()
     assert it.reader.read().keep_tokens > before
+    coming = made(it.core, "without KV", list(range(5 * BLOCK)), 9)
+    it.reader.mark_changed()
+    assert it.reader.read().keep_tokens == before
+
+
+def test_a_session_without_input_is_promised_nothing_until_it_has_some(tiny_model: Path) -> None:
+    it = Served(tiny_model, SLICES, blocks=40).running(4)
+    session = add(it.core, "session", [9] * 2 * BLOCK, 2, **SESSION)
+    it.add("b", 36)
+    keep = []
+    for _ in range(6):
+        it.step()
+        it.reader.mark_changed()
+        keep.append(it.reader.read().keep_tokens)
+    assert session.status == RequestStatus.WAITING_FOR_STREAMING_REQ
+    alone = counted(it, it.scheduler.running) * BLOCK
+    head = 3 * BLOCK
+    assert keep[-1] == alone + head
+    it.scheduler._update_request_as_session(session, following([8] * 5 * BLOCK))
+    it.reader.mark_changed()
+    # It has three blocks. The last takes the two tokens of answer beside a part of the input.
+    assert it.reader.read().keep_tokens == alone + head + 5 * BLOCK
+
+
+def test_idle_sessions_take_slots(tiny_model: Path) -> None:
+    it = Served(tiny_model, SLICES, max_num_seqs=2).running(4)
+    add(it.core, "session", [9] * BLOCK, 1, **SESSION)
+    it.add("b", 1)
+    for _ in range(4):
+        assert "b" not in it.step()
+    assert of(it)._skips > 1, "nobody can start, and so the sum is not followed"
+
+
+@pytest.mark.parametrize("first", ["mamba", "attention"])
+def test_state_that_does_not_grow_is_no_part_of_a_promise(tiny_model: Path, first: str) -> None:
+    attention = FullAttentionSpec(
+        block_size=BLOCK, num_kv_heads=1, head_size=8, dtype=torch.float32
+    )
+    mamba = MambaSpec(block_size=10 * BLOCK, shapes=((16, 16),), dtypes=(torch.float32,))
+    layers = {"mamba": mamba, "attention": attention}
+    it = Served(
+        tiny_model,
+        SLICES,
+        layers={first: layers.pop(first), **layers},
+        max_model_len=10 * BLOCK,
+        enable_prefix_caching=False,
+    )
+    it.add("a", 4)
+    assert it.step() == ["a"]
+    # Of 20 blocks it has five and one of state, and may take three more.
+    head = it.add("b", 7)
+    it.scheduler.kv_cache_manager.block_pool.get_new_blocks(7)
+    it.step()
+    it.scheduler.waiting.peek_request()
+    assert of(it).room(head) == 3 + 3
+    for _ in range(2 * BLOCK):
+        it.step()
+    assert of(it).room(head) == 1 + 3
 
 
 @pytest.mark.parametrize("ahead", [False, True])

@@ -28,6 +28,7 @@ from llumnix.engine.migration.vllm_destination import (
     ReservedRequest,
     VllmDestination,
 )
+from llumnix.engine.readings import came_with
 
 SIZE, WINDOW = 16, 128
 TOKENS = list(range(1000, 1400))
@@ -100,3 +101,12 @@ def test_a_pull_into_new_blocks_waits_for_the_step_in_flight(more: int, waits: b
     engine.batch_queue.clear()
     arrivals.begin_pulls()
     assert len(pulls) == 1
+
+
+def test_a_request_is_known_to_have_come_with_its_tokens() -> None:
+    arrivals = object.__new__(VllmDestination)
+    arrivals._core = SimpleNamespace(steps_in_flight=list)  # type: ignore[assignment]
+    arrivals._scheduler, arrivals._arriving = SimpleNamespace(requests={}), {}
+    moved = request("a", TOKENS)
+    assert arrivals.admit(RequestId("a"), moved, [7, 8]) is None
+    assert (came_with(moved), came_with(request("b", TOKENS))) == (2, 0)

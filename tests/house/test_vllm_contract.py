@@ -60,11 +60,16 @@ from vllm.v1.engine.output_processor import (  # noqa: E402
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor  # noqa: E402
 from vllm.v1.executor.uniproc_executor import UniProcExecutor  # noqa: E402
 from vllm.v1.kv_cache_interface import (  # noqa: E402
+    AttentionSpec,
+    CrossAttentionSpec,
+    EncoderOnlyAttentionSpec,
     FullAttentionSpec,
     KVCacheConfig,
     KVCacheGroupSpec,
     KVCacheSpecKind,
     KVCacheTensor,
+    MambaSpec,
+    UniformTypeKVCacheSpecs,
 )
 from vllm.v1.metrics.stats import IterationStats, RequestStateStats  # noqa: E402
 from vllm.v1.request import Request, RequestStatus  # noqa: E402
@@ -806,6 +811,36 @@ def test_what_runs_is_kept_in_order_and_what_ended_is_named_until_the_next_step(
     assert known.num_output_tokens == 0, who
     assert known.max_tokens >= 1, who
     known.llumnix_promise = None  # No __slots__ forbid it.
+
+
+def test_a_session_without_input_has_a_slot_and_its_next_answer_begins_at_none() -> None:
+    who = "engine/starting/promises.py"
+    says(
+        Scheduler.schedule,
+        "num_running = len(self.running) + self.num_waiting_for_streaming_input",
+        who=who,
+    )
+    says(
+        Scheduler._handle_stopped_request,
+        "request.status = RequestStatus.WAITING_FOR_STREAMING_REQ",
+        who=who,
+    )
+    says(
+        Scheduler._update_request_as_session,
+        "session._output_token_ids.clear()",
+        "session.num_prompt_tokens = len(session.prompt_token_ids)",
+        who=who,
+    )
+
+
+def test_how_a_groups_blocks_grow_is_told_by_its_spec() -> None:
+    who = "engine/readings.py"
+    says(kv_cache_utils.resolve_kv_cache_block_sizes, "math.lcm(*group_block_sizes)", who=who)
+    modes = {f.name: f.default for f in dataclasses.fields(MambaSpec)}
+    assert modes["mamba_cache_mode"] == "none", who
+    for spec in (CrossAttentionSpec, EncoderOnlyAttentionSpec):
+        assert issubclass(spec, AttentionSpec), who
+    assert isinstance(inspect.getattr_static(UniformTypeKVCacheSpecs, "first_spec"), property), who
 
 
 # -- the prefix cache: engine/reporting/prefix_reader.py

@@ -69,6 +69,34 @@ def test_one_that_holds_its_kv_or_arrives_has_a_promise_too() -> None:
     assert it.engine.promised() == before + 3
 
 
+def test_one_that_arrives_without_kv_is_promised_nothing() -> None:
+    it = Served(SLICES).running(4)
+    before = it.engine.promised()
+    job = Job(id=RequestId("in"), arrived_s=0.0, prompt=40, answer=50)
+    it.engine._job_of = lambda _: job
+    assert it.engine.reserve(job.id, b"", [], 0, []) == 0
+    it.engine._promised = None
+    assert it.engine.promised() == before
+
+
+def test_an_engine_learns_of_one_that_moves_on_and_of_one_that_moved_in() -> None:
+    it = Served(replace(PLAIN, slices=SliceRules()))
+    job = Job(id=RequestId("in"), arrived_s=0.0, prompt=40, answer=50)
+    it.engine._job_of = lambda _: job
+    assert it.engine.reserve(job.id, b"", [7] * 30, 70, []) == 0
+    assert it.engine.commit(job.id, 69, b"") is None
+    while job.id in it.engine.requests:
+        it.step()
+    it.add("a", 1, answer=90)
+    for _ in range(24):
+        it.step()
+    it.engine.abort(RequestId("a"))
+    assert it.engine.slices is not None
+    left = it.engine.slices.lengths._all.left
+    # Edges are 16, 23, 32, 45 and 64: the first came with 30 and had 50, the other left with 24.
+    assert left[:5] == [1, 1, 1, 1, 1]
+
+
 def _uncovered(sequences: list[Sequence], free: int) -> bool:
     """Whether those that run may take more than there is, as their slices stand."""
     left = 0

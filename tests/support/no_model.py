@@ -16,7 +16,7 @@ from vllm.usage.usage_lib import UsageContext
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.executor import Executor
-from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 from vllm.v1.request import Request
 
@@ -32,6 +32,7 @@ class NoModel(Executor):
     """Answers the engine core in its workers' stead. `core`: set by `engine_core`."""
 
     core: EngineCore
+    layers: dict[str, KVCacheSpec] | None = None  # of the model; None for one that sees all
 
     def _init_executor(self) -> None:
         self._scheduled: SchedulerOutput | None = None
@@ -46,7 +47,7 @@ class NoModel(Executor):
     ) -> Any:
         spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=8, dtype=torch.float32)
         answers: dict[str, Any] = {
-            "get_kv_cache_spec": {"layer": spec},
+            "get_kv_cache_spec": self.layers or {"layer": spec},
             "get_supported_kv_cache_layouts": ["LBHNC"],
             "determine_available_memory": 2**30,
             "llumnix_generator": b"",
@@ -125,10 +126,18 @@ def engine_config(model: Path, *, blocks: int, ahead: bool = False, **args: Any)
     return config
 
 
-def engine_core(model: Path, *, blocks: int, ahead: bool = False, **args: Any) -> EngineCore:
-    """An engine core of that kind."""
+def engine_core(
+    model: Path,
+    *,
+    blocks: int,
+    ahead: bool = False,
+    layers: dict[str, KVCacheSpec] | None = None,
+    **args: Any,
+) -> EngineCore:
+    """An engine core of that kind. `layers`: what each keeps."""
     config = engine_config(model, blocks=blocks, ahead=ahead, **args)
-    core = EngineCore(config, NoModel, log_stats=False)
+    executor = type("NoModelOfLayers", (NoModel,), {"layers": layers})
+    core = EngineCore(config, executor, log_stats=False)
     core.model_executor.core = core
     return core
 

@@ -4,6 +4,9 @@ vLLM internals relied on here (tests/house/test_vllm_contract.py fails when one 
 steps tests/house/test_vllm_migration_contract.py):
 - `scheduler.kv_cache_config` is one worker's: every tensor of it has the `size` in bytes of the
   whole allocation, which `num_blocks` share; `kv_cache_groups[i].kv_cache_spec.block_size`.
+- The spec of a group is one of `v1/kv_cache_interface.py`; a Mamba group keeps a block for each of
+  its blocks of tokens only in `mamba_cache_mode` "all". `scheduler.block_size` is the least common
+  multiple of all groups' block sizes.
 - `MultiprocExecutor.workers[i].proc`: each worker's process. The executor of a single worker that
   runs in the engine's own process has no `workers`.
 - `KVCacheManager.get_computed_blocks` and `coordinator.get_num_blocks_to_allocate` change nothing.
@@ -11,8 +14,16 @@ steps tests/house/test_vllm_migration_contract.py):
   these, `scheduled_spec_decode_tokens`.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from vllm.v1.kv_cache_interface import (
+    CrossAttentionSpec,
+    EncoderOnlyAttentionSpec,
+    MambaSpec,
+    UniformTypeKVCacheSpecs,
+)
 from vllm.v1.request import Request, RequestStatus
 
 from llumnix.core.queue_rules import Wait
@@ -56,10 +67,44 @@ def worker_pids(executor: Any) -> list[int]:
     return [worker.proc.pid for worker in getattr(executor, "workers", ())]
 
 
-def kv_groups(scheduler: Any) -> int:
-    """Groups of layers, in each of which a request that grows takes a block; 1 for a model that has
-    none, as one that only embeds may."""
-    return max(1, len(scheduler.kv_cache_config.kv_cache_groups))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvGrowth:
+    """How the KV of a request grows."""
+
+    group: int = 0  # the group of layers whose blocks are counted for all
+    tokens: int  # of a block there
+    blocks: int = 1  # taken in all groups for one there
+    whole: bool = True  # no other group takes blocks
+
+    def held(self, blocks: Sequence[Sequence[Any]]) -> int:
+        """Those of that group. `blocks`: of a request, by group; none where a model has no KV."""
+        return len(blocks[self.group]) if blocks else 0
+
+
+def kv_growth(scheduler: Any) -> KvGrowth:
+    """Of a model with several groups of layers. State that is no longer for a longer request, as of
+    Mamba layers, does not grow."""
+    groups = scheduler.kv_cache_config.kv_cache_groups
+    sizes = {n: g.kv_cache_spec.block_size for n, g in enumerate(groups) if _grows(g)}
+    if len(groups) < 2 or not sizes:
+        return KvGrowth(tokens=int(scheduler.block_size))  # None at all, if it only embeds.
+    group = max(sizes, key=lambda n: sizes[n])
+    most = sizes[group]
+    return KvGrowth(
+        group=group,
+        tokens=most,
+        blocks=sum(-(-most // size) for size in sizes.values()),
+        whole=len(sizes) == len(groups),
+    )
+
+
+def _grows(group: Any) -> bool:
+    spec = group.kv_cache_spec
+    if isinstance(spec, UniformTypeKVCacheSpecs):
+        spec = spec.first_spec
+    if isinstance(spec, MambaSpec):
+        return bool(spec.mamba_cache_mode == "all")
+    return not isinstance(spec, CrossAttentionSpec | EncoderOnlyAttentionSpec)
 
 
 def needed_tokens(request: Request, block: int) -> int:
@@ -92,6 +137,11 @@ def waited_s(request: Request, now: float) -> float:
     if waits is None or request.num_computed_tokens or waits[1] != request.num_preemptions:
         return 0.0
     return max(0.0, now - waits[0])
+
+
+def came_with(request: Request) -> int:
+    """The tokens of answer that a request had when its move here began; 0 if it began here."""
+    return int(getattr(request, "llumnix_came_with", 0))
 
 
 def has_waited(request: Request, seconds: float, now: float) -> None:

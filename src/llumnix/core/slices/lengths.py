@@ -3,8 +3,9 @@
 Rules
 - Lengths are split into buckets whose edges are 16·2^(i/2) tokens. A request counts in a bucket
   once it has left it: it ended in it by itself, or its answer became longer. What is cut off by a
-  limit, aborted or moved away counts in no further bucket. So requests that still run count with
-  what is known of them, and long answers are not missed because they end late.
+  limit, aborted or moved away counts as far as it came, and in no further bucket. What moved in
+  counts from where it came in. So requests that still run count with what is known of them, and
+  long answers are not missed because they end late.
 - A bucket's hazard is the share of the requests that came into it and ended in it. That of a key
   leans on that of all requests, with the weight of `LEAN` requests.
 - Before `KEY_ENDS_MIN` answers of a key have ended, the counts of all requests stand for it. Before

@@ -7,6 +7,7 @@ Rules
 - A slice is a quarter of the mean answer, from `SLICE_MIN` to `SLICE_MAX` tokens, and `SLICE_FIRST`
   until enough answers have ended. It is shorter where requests that came so far mostly end sooner,
   or where the request's own limit is near.
+- A session's next input makes its promise anew.
 - Nothing is kept free where nothing runs.
 
 So in a step no request is preempted for want of memory if all renewed promises fitted as well.
@@ -27,9 +28,10 @@ ENDS_MIN = 50
 class Promise:
     """What a running request may take until its slice ends."""
 
-    until: int  # tokens of answer at which its slice ends
+    until: int  # tokens of answer at which its slice ends; 0: it is to be made anew
     blocks: int  # whole blocks that it has by then
     bucket: int  # in which it was when it was counted last (lengths.py)
+    prompt: int  # tokens before its answer; others belong to another input of a session
 
 
 class Slices:
@@ -56,21 +58,40 @@ class Slices:
         return -(-(tokens + ahead) // self.block_tokens) - -(-tokens // self.block_tokens)
 
     def left(
-        self, promise: Promise | None, key: str, tokens: int, outputs: int, blocks: int, most: int
+        self,
+        promise: Promise | None,
+        key: str,
+        tokens: int,
+        outputs: int,
+        blocks: int,
+        most: int,
+        came: int = 0,
     ) -> tuple[Promise, int]:
         """The promise of a request that has so many blocks, renewed if its slice is over, and the
-        blocks that it may still take. `promise`: None if it has none yet."""
+        blocks that it may still take. `promise`: None if it has none yet. `came`: tokens of answer
+        with which it moved in."""
+        if promise is not None and promise.prompt != tokens - outputs:
+            promise, came = None, 0
         if promise is None or outputs >= promise.until:
             ahead = self._slice(key, outputs, most)
-            bucket = bucket_of(outputs)
-            if promise is not None:
-                bucket = self.lengths.passed(key, promise.bucket, outputs)
-            promise = Promise(outputs + ahead, -(-(tokens + ahead) // self.block_tokens), bucket)
+            bucket = bucket_of(came) if promise is None else promise.bucket
+            promise = Promise(
+                until=outputs + ahead,
+                blocks=-(-(tokens + ahead) // self.block_tokens),
+                bucket=self.lengths.passed(key, bucket, outputs),
+                prompt=tokens - outputs,
+            )
         return promise, max(0, promise.blocks - blocks)
 
-    def ended(self, promise: Promise | None, key: str, outputs: int) -> None:
+    def ended(self, promise: Promise | None, key: str, outputs: int, came: int = 0) -> None:
         """A request ended by itself, after so many tokens of answer."""
-        self.lengths.ended(key, 0 if promise is None else promise.bucket, outputs)
+        bucket = bucket_of(came) if promise is None else promise.bucket
+        self.lengths.ended(key, bucket, outputs)
+
+    def cut_off(self, promise: Promise | None, key: str, outputs: int, came: int = 0) -> None:
+        """A request left that would have gone on: its answer is at least so long."""
+        bucket = bucket_of(came) if promise is None else promise.bucket
+        self.lengths.passed(key, bucket, outputs)
 
     def _slice(self, key: str, outputs: int, most: int) -> int:
         rest = self.lengths.rest(key, outputs, self._rules.quantile)

@@ -161,6 +161,7 @@ class VllmDestination:
             described.prompt_token_ids = Prompt(described.prompt_token_ids)
         new = Request.from_engine_core_request(described, self._core.engine.request_block_hasher)
         note_reasoning(new)
+        new.llumnix_came_with = len(outputs)
         incoming = ReservedRequest(request=new, agents=tuple(agents))
         if incoming.agents not in self._linked and incoming.agents not in self._linking.values():
             self._link_errors.pop(incoming.agents, None)
@@ -197,6 +198,7 @@ class VllmDestination:
         incoming = ReservedRequest(
             request=made, revived=len(outputs), fence=self._core.steps_in_flight()
         )
+        made.llumnix_came_with = len(outputs)
         if made.use_structured_output:
             incoming.unfed.extend(outputs)  # The engine began to compile when the request came.
         else:

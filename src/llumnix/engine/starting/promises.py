@@ -1,21 +1,27 @@
 """What one engine's requests may still take in their slices (core/slices/promises.py).
 
 Rules
-- It is counted only while requests wait, and while one more could run. Otherwise nobody asks.
+- It is followed only while requests wait, and while one more could run. While all slots are taken
+  it is counted once in `COUNT_IDLE_EVERY` steps, for the load reports. While nobody waits nothing
+  is kept of any request.
 - All that run are counted once in `COUNT_EVERY` steps. In between the sum follows what happens:
   blocks that a step takes for those that run are taken off, and so is what is left of a request
   that ended. A slice that may be over is renewed. What began to run is added. Where the sum cannot
   follow, as after a preemption or a move, all are counted again. So a step costs no more with many
   requests than with few.
-- Requests that come by a move, or hold KV and wait, are few, and counted each time.
-- With several groups of layers a token takes a block in each. Blocks that a sliding window gives
-  back are promised all the same.
+- Requests that come by a move, or hold KV and wait, are few, and counted each time. One that comes
+  without KV is promised nothing: it will be queued. Nor is a session that has no input to go on
+  with; the next input makes its promise anew.
+- With several groups of layers a token takes a block in each that grows (`readings.kv_growth`).
+  Blocks that a sliding window gives back are promised all the same.
 
 vLLM internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
 `scheduler.running` is in the order in which its requests began, and a request is taken out of it
 when it ends; `scheduler.finished_req_ids` has those that ended since the last `schedule()`, which
 drops them; between its beginning and the first `peek_request()` that call takes blocks for running
-requests alone; `Request.max_tokens`, `num_output_tokens`, `num_prompt_tokens`, `lora_request`;
+requests alone; a session without input has status WAITING_FOR_STREAMING_REQ and a slot, which
+`num_waiting_for_streaming_input` counts; its next input is a part of its prompt;
+`Request.max_tokens`, `num_output_tokens`, `num_prompt_tokens`, `lora_request`;
 `scheduler.max_model_len`, `num_lookahead_tokens`, `num_spec_tokens`.
 """
 
@@ -28,9 +34,11 @@ from vllm.v1.request import Request, RequestStatus
 
 from llumnix.core.queue_rules import SliceRules
 from llumnix.core.slices.promises import Promise, Slices
-from llumnix.engine.readings import kv_groups
+from llumnix.engine.readings import came_with, kv_growth
 
 COUNT_EVERY = 256
+COUNT_IDLE_EVERY = 16
+_ENDED = (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_REPETITION)
 
 
 class EnginePromises:
@@ -39,11 +47,11 @@ class EnginePromises:
     def __init__(
         self, scheduler: Any, rules: SliceRules, arriving: Callable[[], Iterable[Request]] = tuple
     ) -> None:
-        self.slices = Slices(rules, int(scheduler.block_size))
+        self._growth = kv_growth(scheduler)
+        self.slices = Slices(rules, self._growth.tokens)
         self._scheduler = scheduler
         self._kv = scheduler.kv_cache_manager
         self._arriving = arriving
-        self._groups = kv_groups(scheduler)
         self._ahead = scheduler.num_lookahead_tokens  # tokens that have a place before they are
         self._pace = 1 + scheduler.num_spec_tokens  # tokens that a request gets in a step at most
         self._known: dict[str, Request] = {}  # those that run, as counted
@@ -53,6 +61,8 @@ class EnginePromises:
         self._step = self._number = 0
         self._free: int | None = None  # blocks when the step began; None once `admitting` took it
         self._skipped = True  # nobody asked in the step before
+        self._skips = 0  # steps in which nobody asked, though requests wait
+        self._forgot = True  # nothing is known of those that run
 
     def before_step(self) -> None:
         """Before a step is scheduled, while requests wait."""
@@ -72,16 +82,24 @@ class EnginePromises:
         else:
             self._count()
         self._free, self._skipped = self._kv.block_pool.get_num_free_blocks(), False
+        self._skips = 0
 
-    def skip(self) -> None:
-        """Nobody is expected to ask in this step."""
+    def skip(self, *, waiting: bool) -> None:
+        """Nobody is expected to ask in this step. `waiting`: whether requests wait."""
         self._free, self._skipped = None, True
+        if not waiting:
+            self._known, self._left, self._due = {}, 0, []
+            self._forgot, self._skips = True, 0
+            return
+        if self._skips % COUNT_IDLE_EVERY == 0:
+            self._count()
+        self._skips += 1
 
     def admitting(self) -> None:
         """Those that run have got their blocks, and the queue is asked who starts."""
         running, free = self._scheduler.running, self._kv.block_pool.get_num_free_blocks()
         if self._free is not None:
-            taken = max(0, self._free - free) // self._groups
+            taken = max(0, self._free - free) // self._growth.blocks
             self._left, self._free = max(0, self._left - taken), None
         if self._skipped or len(running) < len(self._known):
             self._count()  # Some were preempted for an urgent request.
@@ -91,28 +109,30 @@ class EnginePromises:
 
     def room(self, request: Request) -> int:
         """Blocks that must be free beside those that it needs to start."""
+        if self._forgot:
+            self._count()  # It has come since the last step.
         ahead = self.slices.first(
             _key(request), int(request.num_tokens), request.num_output_tokens, self._most(request)
         )
         others = sum(self._left_of(r) for r in self._others())
-        return (self._left + others + ahead) * self._groups
+        return (self._left + others + ahead) * self._growth.blocks
 
     def left(self, request: Request) -> int:
         """Blocks that a running request may still take, as it was last counted."""
         promise = getattr(request, "llumnix_promise", None)
         if promise is None or request.request_id not in self._known:
             return 0
-        return max(0, promise.blocks - self._held(request)) * self._groups
+        return max(0, promise.blocks - self._held(request)) * self._growth.blocks
 
     def ended(self, request: Request) -> None:
-        """Learns from a request that has left. One that was cut off teaches nothing."""
-        if request.status == RequestStatus.FINISHED_STOPPED:
-            promise = getattr(request, "llumnix_promise", None)
-            self.slices.ended(promise, _key(request), request.num_output_tokens)
+        """Learns from a request that has left."""
+        learn = self.slices.ended if request.status in _ENDED else self.slices.cut_off
+        promise = getattr(request, "llumnix_promise", None)
+        learn(promise, _key(request), request.num_output_tokens, came_with(request))
 
     def _count(self) -> None:
         """Counts all that run."""
-        self._known, self._left, self._due = {}, 0, []
+        self._known, self._left, self._due, self._forgot = {}, 0, [], False
         for request in self._scheduler.running:
             self._add(request)
 
@@ -149,15 +169,18 @@ class EnginePromises:
             request.num_output_tokens,
             self._held(request) if held is None else held,
             self._most(request),
+            came_with(request),
         )
         return left
 
     def _others(self) -> Iterable[Request]:
-        return chain(self._scheduler.kv_holding_waiting, self._arriving())
+        """Those that hold KV without running, and will go on by themselves."""
+        for request in chain(self._scheduler.kv_holding_waiting, self._arriving()):
+            if request.status != RequestStatus.WAITING_FOR_STREAMING_REQ and self._held(request):
+                yield request
 
     def _held(self, request: Request) -> int:
-        blocks = self._kv.get_blocks(request.request_id).blocks
-        return len(blocks[0]) if blocks else 0
+        return self._growth.held(self._kv.get_blocks(request.request_id).blocks)
 
     def _most(self, request: Request) -> int:
         room = self._scheduler.max_model_len - request.num_prompt_tokens

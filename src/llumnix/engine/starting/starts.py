@@ -20,7 +20,7 @@ from llumnix.engine.readings import (
     ABLE,
     client_priority,
     head_wait,
-    kv_groups,
+    kv_growth,
     needed_tokens,
     prompt_tokens,
     start_blocks,
@@ -47,8 +47,8 @@ class Starts:
         self._clock = clock
         self._kv = scheduler.kv_cache_manager
         self._watermark = self._kv.watermark_blocks  # what the operator wants free
-        self._block = int(scheduler.block_size)
-        self._groups = kv_groups(scheduler)
+        self._growth = kv_growth(scheduler)
+        self._block = self._growth.tokens
         self._prompts: list[Request] = []
         self._passer: tuple[Request, Wait, int] | None = None  # what was let past, and its tokens
         self._in_vain: tuple[Any, ...] = ()
@@ -80,11 +80,12 @@ class Starts:
         scheduler, self._prompts = self._scheduler, []
         self._count_passer()
         if self.promises is not None:
-            # Where no slot is free nobody starts.
-            if queue and len(scheduler.running) < scheduler.max_num_active_reqs:
+            # Where no slot is free nobody starts. An idle session has one.
+            taken = len(scheduler.running) + scheduler.num_waiting_for_streaming_input
+            if queue and taken < scheduler.max_num_active_reqs:
                 self.promises.before_step()
             else:
-                self.promises.skip()
+                self.promises.skip(waiting=bool(queue))
         if any(r.status in ABLE for r in scheduler.kv_holding_waiting):
             self._kv.watermark_blocks = 0  # They have their memory, and must not wait for more.
         elif queue:
@@ -98,7 +99,8 @@ class Starts:
     def room(self, request: Request) -> int:
         """Blocks that must be free beside what the request needs to start."""
         running = len(self._scheduler.running)
-        room = self._rules.room(running, preempted=bool(request.num_preemptions)) * self._groups
+        room = self._rules.room(running, preempted=bool(request.num_preemptions))
+        room *= self._growth.blocks
         if self.promises is not None and running:
             room = max(room, self.promises.room(request))
         return max(self._watermark, room)
@@ -141,7 +143,7 @@ class Starts:
             if request.status not in ABLE or group != (request.priority, client_priority(request)):
                 continue
             blocks = start_blocks(self._scheduler, request)[0]
-            tokens = blocks * self._block // self._groups
+            tokens = blocks * self._block // self._growth.blocks
             if rules.may_take(wait, needed, tokens) and blocks + self.room(request) <= free:
                 self._passer = request, wait, tokens
                 return request
@@ -158,14 +160,15 @@ class Starts:
     def _fits(self, request: Request, free: int) -> bool:
         free -= self.room(request)
         # The prefix cache is looked up only where it decides.
-        most = needed_tokens(request, self._block) // self._block * self._groups
-        return most <= free or start_blocks(self._scheduler, request)[0] <= free
+        most = needed_tokens(request, self._block) // self._block * self._growth.blocks
+        if self._growth.whole and most <= free:
+            return True
+        return start_blocks(self._scheduler, request)[0] <= free
 
     def _promised(self) -> int:
         """Blocks that prompts under way have not taken yet."""
         promised = 0
         for request in self._prompts:
-            held = self._kv.get_blocks(request.request_id).blocks
-            whole = needed_tokens(request, self._block) // self._block
-            promised += sum(max(0, whole - len(blocks)) for blocks in held)
-        return promised
+            held = self._growth.held(self._kv.get_blocks(request.request_id).blocks)
+            promised += max(0, needed_tokens(request, self._block) // self._block - held)
+        return promised * self._growth.blocks

@@ -92,6 +92,7 @@ class Batching(SequenceBlocks):
         """Its client hung up, or another engine has it."""
         seq = self.requests.get(request)
         if seq is not None:
+            self._learn(seq, ended=False)
             self._finish(seq)
 
     # -- steps
@@ -138,8 +139,7 @@ class Batching(SequenceBlocks):
             if over:
                 self.finished += 1
                 self.finished_tokens += seq.outputs
-                if self.slices is not None:
-                    self.slices.ended(seq.promise, "", seq.outputs)
+                self._learn(seq, ended=True)
                 self._finish(seq)
         return said
 
@@ -348,7 +348,7 @@ class Batching(SequenceBlocks):
         if seq.job.preempted_s is None:
             seq.job.preempted_s = now
         self.preemptions += 1
-        seq.found = seq.promise = self._promised = None
+        seq.found = self._promised = None
         self._enqueue(seq)
 
     def _finish(self, seq: Sequence) -> None:

@@ -184,7 +184,8 @@ class SimEngine(Batching):
         return OFFICE
 
     def _holders(self) -> Iterable[Sequence]:
-        return chain(super()._holders(), self.arriving.values())
+        # One that comes without KV will be queued.
+        return chain(super()._holders(), (seq for seq in self.arriving.values() if seq.blocks))
 
     # -- source
 
@@ -287,7 +288,7 @@ class SimEngine(Batching):
             return Refusal(why="it has not quite left here yet")
         job = self._job_of(request)
         seq = Sequence(job=job, turn=QueueKey(job.priority, job.arrived_s), queued_s=job.arrived_s)
-        seq.outputs = len(outputs)
+        seq.outputs = seq.came_with = len(outputs)
         return seq
 
     def ready(self, request: RequestId) -> bool | Refusal:

@@ -43,6 +43,7 @@ class Sequence:
     turn: QueueKey  # class and arrival: the highest of those that run is preempted first
     queued_s: float
     outputs: int = 0  # tokens generated
+    came_with: int = 0  # of these, when its move here began
     computed: int = 0  # leading tokens that have KV
     blocks: int = 0  # KV blocks that it has, shared ones included
     held: list[int] = field(default_factory=list)  # prefix ids that it shares

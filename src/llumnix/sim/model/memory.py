@@ -170,7 +170,13 @@ class SequenceBlocks:
             self._promised = 0
             for seq in self._holders():
                 seq.promise, left = self.slices.left(
-                    seq.promise, "", seq.tokens, seq.outputs, seq.blocks, self._answer_max(seq)
+                    seq.promise,
+                    "",
+                    seq.tokens,
+                    seq.outputs,
+                    seq.blocks,
+                    self._answer_max(seq),
+                    seq.came_with,
                 )
                 self._promised += left
         return self._promised
@@ -178,6 +184,12 @@ class SequenceBlocks:
     def left(self, seq: jobs.Sequence) -> int:
         """Blocks that one of them may still take, as it was last counted."""
         return 0 if seq.promise is None else max(0, seq.promise.blocks - seq.blocks)
+
+    def _learn(self, seq: jobs.Sequence, *, ended: bool) -> None:
+        """It leaves. `ended`: by itself, with its whole answer."""
+        if self.slices is not None:
+            learn = self.slices.ended if ended else self.slices.cut_off
+            learn(seq.promise, "", seq.outputs, seq.came_with)
 
     def _holders(self) -> Iterable[jobs.Sequence]:
         """Requests that have KV, or will."""
@@ -234,3 +246,5 @@ class SequenceBlocks:
         self.memory.give(private_blocks - mine)
         seq.freed_blocks = self.memory.leave(mine) if mine else None
         seq.held, seq.blocks, seq.computed = [], 0, 0
+        if seq.promise is not None:
+            seq.promise.until = 0  # It starts again like a new one.
