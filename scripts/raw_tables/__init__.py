@@ -28,9 +28,11 @@ from raw_tables.serving import (
 )
 from raw_tables.simulator import (
     admission,
+    apart,
     errors,
     fidelity,
     memory,
+    prompt_steps,
     published_slices,
     short_memory,
     short_memory_ratios,
@@ -63,6 +65,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "paced": paced,
     "simulated": simulated,
     "slices": slices,
+    "prompt steps": prompt_steps,
+    "apart": apart,
     "admission": admission,
     "published slices": published_slices,
     "short memory": short_memory,

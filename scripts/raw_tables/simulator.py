@@ -3,6 +3,7 @@
 import statistics
 from typing import Any
 
+from llumnix.sim.summary import format_ratio
 from raw_tables.raw import NAMES, Row, load, pick, table
 
 
@@ -107,6 +108,42 @@ def slices() -> str:
 
         rows.append([f"{trace} {rate:g}", *(means(*c) for c in SLICES_COLUMNS.values())])
     return table(["trace, req/s", *SLICES_COLUMNS], rows)
+
+
+PROMPT_STEPS = "sim/prompt_steps.json"
+PROMPT_STEPS_COLUMNS = {
+    "TPOT mean": "tpot", "TPOT P99": "tpot99", "gap P99": "gap99", "TTFT mean": "ttft",
+    "TTFT P99": "ttft99", "e2e mean": "e2e", "chats' TPOT P99": "chats_tpot99",
+    "long prompts' TTFT P99": "long_ttft99",
+}  # fmt: skip
+
+
+def prompt_steps() -> str:
+    """benchmarks/prompt_steps.py: what the flag does, load by load, to 8192."""
+    return _prompt_steps(load(PROMPT_STEPS)["rows"], "8192", ("2048", "1024", "512"))
+
+
+def apart() -> str:
+    """The same for prompts that take no time, and for a rule that was tried, to 2048."""
+    rows = [*load(PROMPT_STEPS)["rows"], *load("sim/prompt_steps_apart.json")["rows"]]
+    return _prompt_steps(rows, "2048", ("bound", "apart 2048", "apart hard 2048"))
+
+
+def _prompt_steps(rows: list[Row], base: str, variants: tuple[str, ...]) -> str:
+    """Geometric means of ratios over pairs by seed, for each load and fleet."""
+    found: dict[str, dict[tuple[str, int], Row]] = {}
+    for r in rows:
+        name = f"{r['load']}, {r['instances']} × {r['profile'].split('-')[0].upper()}"
+        found.setdefault(name, {})[r["variant"], r["seed"]] = r["figures"]
+    cells = []
+    for name, runs in found.items():
+        seeds = [seed for variant, seed in runs if variant == variants[-1]]
+        cells.append([name])
+        for figure in PROMPT_STEPS_COLUMNS.values():
+            of = [[runs[v, s].get(figure) for s in seeds] for v in (base, *variants)]
+            ratios = [format_ratio(values, of[0], "–").split(" ")[0] for values in of[1:]]
+            cells[-1].append(", ".join(ratios) if any(r != "–" for r in ratios) else "–")
+    return table(["load", *PROMPT_STEPS_COLUMNS], cells)
 
 
 def published_slices() -> str:

@@ -16,6 +16,8 @@ pytest.importorskip("prometheus_client")
 from llumnix.core.types import RequestId
 from llumnix.sim.model.jobs import Job
 from llumnix.sim.simulate import spread_over
+from prompt_steps import LONG, SECONDS, Task, compared, made
+from prompt_steps import run as run_with_prompts
 from short_memory import COLUMNS, figures, key, ratios, run, specs
 from watch import PeerWatch
 from workload import Arrival, encode
@@ -112,3 +114,39 @@ def test_w1_is_the_mean_of_the_worst_hundredth() -> None:
     found = figures(jobs, cluster)
     assert (found["worst1"], found["longest"], found["loss"]) == (198.5, 199.0, 0.1)
     assert found["wait"] == found["ttft"] + 0.1
+
+
+def prompt_task(load: str, **changes: Any) -> Task:
+    return replace(
+        Task(load=load, profile="h200-llama-8b", instances=2, seed=0, variant="8192"), **changes
+    )
+
+
+def test_long_prompts_and_chats_come_together_or_one_after_the_other() -> None:
+    def told(task: Task) -> list[tuple[float, int, int]]:
+        return [(job.arrived_s, job.prompt, job.answer) for job in made(task)]
+
+    mixed, turning = made(prompt_task("mixed")), made(prompt_task("turning"))
+    half_s = SECONDS[2] / 2
+    for jobs in (mixed, turning):
+        assert [j.arrived_s for j in jobs] == sorted(j.arrived_s for j in jobs)
+        assert jobs[-1].arrived_s < SECONDS[2]
+    assert {j.prompt == LONG for j in mixed if j.arrived_s < half_s} == {True, False}
+    assert {j.prompt == LONG for j in turning if j.arrived_s < half_s} == {True}
+    assert {j.prompt == LONG for j in turning if j.arrived_s >= half_s} == {False}
+    assert told(prompt_task("mixed", variant="bound")) == told(prompt_task("mixed"))
+    assert told(prompt_task("mixed", seed=1)) != told(prompt_task("mixed"))
+
+
+def test_smaller_steps_keep_those_that_decode_waiting_for_less(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(SECONDS, 2, 8.0)
+    rows = [run_with_prompts(prompt_task("mixed", variant=v)) for v in ("8192", "1024", "bound")]
+    usual, small, bound = (row["figures"] for row in rows)
+    assert usual["chats_tpot99"] > small["chats_tpot99"] > 1.5 * bound["chats_tpot99"]
+    assert usual["long_ttft99"] > 10 * bound["long_ttft99"]
+    assert not any(row["figures"]["failed"] for row in rows)
+    cells = compared(rows).split("\n")[2].split(" | ")
+    assert cells[:3] == ["| mixed", "1024", "1"]
+    assert cells[3] == f"{small['tpot'] / usual['tpot']:.2f}"

@@ -24,6 +24,7 @@ LINES_MAX = {
     "docs/getting-started.md": 120,
     "docs/keys.md": 80,
     "docs/laboratory.md": 720,
+    "docs/long_prompts.md": 100,
     "docs/metrics.md": 130,
     "docs/migration.md": 245,
     "docs/operating.md": 340,
