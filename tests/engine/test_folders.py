@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,57 @@ def test_what_a_killed_process_left_is_swept_and_what_a_living_one_has_is_not(
     assert sorted(tmp_path.iterdir()) == [unlocked, mine.path, other]
 
 
+SHARING = """
+import os, sys, time
+from multiprocessing import resource_tracker
+from multiprocessing.shared_memory import SharedMemory
+from pathlib import Path
+from llumnix.engine.folders import PrivateFolder, name_shared_memory
+kept = PrivateFolder.of(Path(sys.argv[1]))
+os.environ["VLLM_RPC_BASE_PATH"] = sys.argv[1]
+name_shared_memory()
+memory = SharedMemory(create=True, size=10)
+other = SharedMemory(memory.name)
+print(memory.name, resource_tracker._resource_tracker._pid, flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("swept", ["llumnix-a", "llumnix-a/e1"])
+def test_shared_memory_goes_with_its_owners_folder_where_the_tracker_was_killed_too(
+    tmp_path: Path, swept: str
+) -> None:
+    (tmp_path / "llumnix-a").mkdir(mode=0o700)
+    foreign = SharedMemory(create=True, size=10)
+    owners: list[subprocess.Popen[str]] = []
+    try:
+        names = {}
+        for folder in {swept, "llumnix-a/e11", "llumnix-aa"}:
+            words = [sys.executable, "-c", SHARING, str(tmp_path / folder)]
+            owner = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+            owners.append(owner)
+            assert owner.stdout is not None
+            names[folder], tracker = owner.stdout.readline().split()
+            if folder == swept:
+                os.kill(int(tracker), signal.SIGKILL)
+                owner.kill()
+                owner.wait()
+        there = folders.SHARED_MEMORY
+        assert all((there / name).exists() for name in names.values())
+        assert all(name.startswith("llumnix-a") for name in names.values())
+        sweep(tmp_path)
+        # With the outer folder's owner all inside are dead.
+        gone = {n for f, n in names.items() if f == swept or f.startswith(swept + "/")}
+        assert {name for name in names.values() if not (there / name).exists()} == gone
+        assert (there / foreign.name).exists()
+    finally:
+        foreign.close()
+        foreign.unlink()
+        for owner in owners:
+            owner.kill()
+            owner.wait()
+
+
 def test_an_engines_folder_goes_and_the_one_around_it_with_the_last(tmp_path: Path) -> None:
     host = tmp_path / "llumnix-a"
     dead, other = host / "e0", host / "e1"
@@ -146,5 +198,7 @@ def test_an_engine_on_another_host_makes_its_own_rather_than_take_one(
             assert os.environ["VLLM_RPC_BASE_PATH"] == str(folder.path)
             assert folder.path.parent == Path("/tmp")
             assert folder.path.stat().st_mode & 0o777 == 0o700
+            store = uniproc_executor.get_file_store_init_method()
+            assert store.startswith(f"file://{folder.path}/{folder.path.name}-workers-")
         finally:
             folder.remove()

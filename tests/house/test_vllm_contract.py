@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import re
 from collections.abc import Iterable
+from multiprocessing import shared_memory
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ from vllm.v1.engine.output_processor import (  # noqa: E402
     RequestOutputCollector,
     RequestState,
 )
-from vllm.v1.executor.multiproc_executor import MultiprocExecutor  # noqa: E402
+from vllm.v1.executor.multiproc_executor import MultiprocExecutor, WorkerProc  # noqa: E402
 from vllm.v1.executor.uniproc_executor import UniProcExecutor  # noqa: E402
 from vllm.v1.kv_cache_interface import (  # noqa: E402
     AttentionSpec,
@@ -73,6 +74,7 @@ from vllm.v1.kv_cache_interface import (  # noqa: E402
 )
 from vllm.v1.metrics.stats import IterationStats, RequestStateStats  # noqa: E402
 from vllm.v1.request import Request, RequestStatus  # noqa: E402
+from vllm.v1.worker.worker_base import WorkerWrapperBase  # noqa: E402
 
 from llumnix.engine.queueing import AgingQueue  # noqa: E402
 from llumnix.engine.reporting.prefix_reader import RecordingBlockMap  # noqa: E402
@@ -457,6 +459,23 @@ def test_an_end_is_logged_in_these_words() -> None:
         '"Worker proc %s died unexpectedly (exit code: %s), "',
         "proc.exitcode",
         who=who,
+    )
+
+
+def test_shared_memory_is_named_by_python_and_made_after_a_workers_extension_is_there() -> None:
+    who = "engine/folders.py"
+    assert "name = _make_filename()" in source(shared_memory.SharedMemory.__init__)
+    assert not inspect.signature(shared_memory._make_filename).parameters, who
+    from vllm.distributed.device_communicators.shm_broadcast import ShmRingBuffer
+
+    says(ShmRingBuffer.__init__, "SharedMemory( create=True, size=", who=who)
+    worker = Path(vllm.__file__).parent / "v1/worker/cpu_worker.py"
+    named = 'os.environ["VLLM_DIST_IDENT"] = ( os.path.basename(init_method'
+    assert named in " ".join(worker.read_text().split()), who
+    text = source(WorkerProc.__init__)
+    assert text.index("wrapper.init_worker(") < text.index("self.worker.init_device()"), who
+    says(
+        WorkerWrapperBase.init_worker, "resolve_obj_by_qualname( parallel_config.worker_ex", who=who
     )
 
 

@@ -3,21 +3,26 @@
 Their names are short enough for a socket's path. The process that makes a folder holds a lock in it
 for as long as it lives. Another process that gets the lock knows that the owner is dead. That holds
 in another container with the same /tmp too, where a process id says nothing. Shared memory of a
-dead engine has no folder; Python's resource tracker removes it.
+dead engine is removed by Python's resource tracker. If that was killed too, the sweep does it: the
+memory has the name of its owner's folder.
 
 vLLM internals relied on here (tests/house/test_vllm_contract.py fails when one changes): the
 executors look `get_file_store_init_method()` up in their own modules; it names the file through
-which their workers meet.
+which their workers meet, and CPU workers name their shared memory after it. Queues between workers
+are Python's `SharedMemory`, which vLLM gives no name, so that `shared_memory._make_filename()`
+does; a worker imports its extension class before it makes any.
 """
 
 import contextlib
 import fcntl
+import glob
 import os
+import secrets
 import shutil
 import signal
 import stat
 import tempfile
-from multiprocessing import resource_tracker, util
+from multiprocessing import resource_tracker, shared_memory, util
 from pathlib import Path
 from uuid import uuid4
 
@@ -28,7 +33,9 @@ PREFIX = "llumnix-"
 SOCKET_PATH_MAX = 107
 RAY_ADDS = 60
 """So many characters Ray's sockets add to the path of its folder."""
+SHARED_MEMORY = Path("/dev/shm")
 _LOCK = "lock"
+_stock_name = shared_memory._make_filename  # type: ignore[attr-defined]
 
 
 class PrivateFolder:
@@ -99,12 +106,41 @@ def sweep(parent: Path) -> list[Path]:
         inner = [path for path in _children(outer) if is_dead(path)]
         dead = [outer] if is_dead(outer) else inner
         for path in dead:
+            _sweep_shared_memory(path)
             shutil.rmtree(path, ignore_errors=True)
         if inner and not (outer / _LOCK).exists():
             with contextlib.suppress(OSError):
                 outer.rmdir()  # The last one out.
         removed += dead
     return removed
+
+
+def name_shared_memory() -> None:
+    """Has the shared memory that this process makes from now on named for the folder of its engine,
+    or of its deployment."""
+    shared_memory._make_filename = _shared_memory_name  # type: ignore[attr-defined]
+
+
+def _shared_memory_name() -> str:
+    folder = os.environ.get("VLLM_RPC_BASE_PATH")
+    if folder is None:
+        return str(_stock_name())
+    return f"/{_prefix(Path(folder))}{secrets.token_hex(4)}"
+
+
+def _prefix(folder: Path) -> str:
+    """How the names of the shared memory of a folder's owner begin. A folder inside another has
+    that one's name first."""
+    whole = folder.name.startswith(PREFIX)
+    return f"{folder.name}-" if whole else f"{folder.parent.name}-{folder.name}-"
+
+
+def _sweep_shared_memory(folder: Path) -> None:
+    """Removes what an owner left that is dead."""
+    for path in SHARED_MEMORY.glob(f"{glob.escape(_prefix(folder))}*"):
+        with contextlib.suppress(OSError):
+            if path.lstat().st_uid == os.geteuid():
+                path.unlink()
 
 
 def _children(folder: Path) -> list[Path]:
@@ -146,9 +182,11 @@ def own_folder(engine_index: EngineIndex) -> PrivateFolder | None:
     except OSError:
         folder = PrivateFolder.make_short()
     os.environ["VLLM_RPC_BASE_PATH"] = str(folder.path)
+    name_shared_memory()
+    # vLLM's would stay in /tmp when the engine is killed.
+    store = f"file://{folder.path}/{_prefix(folder.path)}workers-"
     for executor in (uniproc_executor, multiproc_executor):
-        # vLLM's would stay in /tmp when the engine is killed.
-        executor.get_file_store_init_method = lambda: f"file://{folder.path}/workers-{uuid4().hex}"
+        executor.get_file_store_init_method = lambda: store + uuid4().hex
     return folder
 
 

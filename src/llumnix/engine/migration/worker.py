@@ -23,9 +23,12 @@ import msgspec
 import torch
 
 from llumnix.engine.cores import SWITCH_INTERVAL_S, nap_while_waiting
+from llumnix.engine.folders import name_shared_memory
 from llumnix.engine.kv.agent import TransferOptions, WorkerAgent
 from llumnix.engine.migration.packed_tokens import take_packed
 from llumnix.engine.seeded import keep_generators
+
+name_shared_memory()  # In each worker, before it makes any.
 
 
 class RunnerState(msgspec.Struct, frozen=True, kw_only=True):
