@@ -12,11 +12,9 @@ export function el(name, attributes, ...children) {
   return made;
 }
 const facts = (pairs) => el("dl", { class: "facts" }, ...pairs.flatMap(([name, value]) => [el("dt", {}, name), el("dd", {}, value ?? "–")]));
-const button = (text, key, act, more) => {
-  const made = el("button", { title: `${text} (${key})`, ...more }, text, el("kbd", { "aria-hidden": "true" }, key));
-  made.addEventListener("click", act);
-  return made;
-};
+const pressed = (made, act) => { made.addEventListener("click", act); return made; };
+const button = (text, key, act, more) => pressed(
+  el("button", { title: `${text} (${key})`, ...more }, text, el("kbd", { "aria-hidden": "true" }, key)), act);
 
 export class Panel {
   constructor(model, act, swatch) {
@@ -45,8 +43,7 @@ export class Panel {
   refresh() { this.fetch(this.model.rows.get(this.k)); }
 
   head(kind, name) {
-    const close = el("button", { class: "close", "aria-label": "Close", title: "Close (Esc)", "data-act": "close" }, "×");
-    close.addEventListener("click", () => this.act("close"));
+    const close = pressed(el("button", { class: "close", "aria-label": "Close", title: "Close (Esc)", "data-act": "close" }, "×"), () => this.act("close"));
     return el("div", { class: "head" }, el("p", { class: "quiet" }, kind), close, el("h2", { title: name }, name));
   }
 
@@ -95,15 +92,12 @@ export class Panel {
   }
 }
 
-/** Whether the user is being asked something. */
 export const asking = () => document.querySelector("dialog[open]") !== null;
 
 /** Asks the user; resolves with the fields' values, or null. `submit(values)` may throw: its message
  *  is shown, and the key is asked for if that was refused. */
 export function dialog({ title, text, fields = [], go, submit }) {
   if (asking()) return Promise.resolve(null);
-  // An element of its own: the news that one is closed comes later, when the next may be open.
-  const box = el("dialog", { "aria-label": title });
   const inputs = new Map(), error = el("p", { class: "error", role: "alert" });
   const label = (name, input) => { inputs.set(name, input); return el("label", {}, name, input); };
   const made = fields.map((f) => label(f.name, f.options
@@ -112,7 +106,8 @@ export function dialog({ title, text, fields = [], go, submit }) {
   const cancel = el("button", { type: "button" }, "Cancel"), ok = el("button", { class: "go" }, go);
   const form = el("form", { method: "dialog" }, el("h2", {}, title), text ? el("p", {}, text) : null,
     ...made, error, el("div", { class: "acts" }, cancel, ok));
-  box.append(form);
+  // An element of its own: the news that one is closed comes later, when the next may be open.
+  const box = el("dialog", { "aria-label": title }, form);
   document.body.append(box);
   return new Promise((resolve) => {
     let result = null;
@@ -144,13 +139,11 @@ export function table(at, model, nowMs, choose) {
   const line = (kind, cells) => el("tr", {}, ...cells.map((c) => el(kind, kind === "th" ? { scope: "col" } : {}, c)));
   const now = serverTime(model, nowMs), sum = (list) => list.reduce((a, b) => a + b, 0);
   const instances = [...model.instances].map(([id, o]) => {
-    const pick = el("button", { class: "plain" }, id);
-    pick.addEventListener("click", () => choose({ instance: id, k: null }));
+    const pick = pressed(el("button", { class: "plain" }, id), () => choose({ instance: id, k: null }));
     return line("td", [pick, o.state, `${o.kv} of ${o.cap}`, o.free ?? "–", sum(o.run), sum(o.wait), o.restarts, o.why ?? ""]);
   });
   const rows = [...model.rows.values()].slice(0, ROWS_MAX).map((r) => {
-    const pick = el("button", { class: "plain" }, r.id);
-    pick.addEventListener("click", () => choose({ instance: r.inst, k: r.k }));
+    const pick = pressed(el("button", { class: "plain" }, r.id), () => choose({ instance: r.inst, k: r.k }));
     return line("td", [pick, r.inst, className(model, r.rank), PHASES[r.phase], r.prompt, r.out, seconds(Math.max(0, now - r.born))]);
   });
   at.replaceChildren(
