@@ -12,11 +12,12 @@ import pytest
 pytest.importorskip("vllm")
 
 from fastapi import FastAPI
+from vllm.v1.engine import async_llm
 
 from llumnix.errors import LlumnixError
 from llumnix.frontend.http import server
 from llumnix.frontend.http.server import GATE, say_stopping, stop_begins, with_gate
-from llumnix.frontend.llm import FleetLLM
+from llumnix.frontend.llm import FleetLLM, injected_client
 
 
 def test_vllm_gets_the_gate_as_its_outermost_middleware_and_our_application_beside_it() -> None:
@@ -28,6 +29,17 @@ def test_vllm_gets_the_gate_as_its_outermost_middleware_and_our_application_besi
     assert given.probes is probes
     assert given.port == 1
     assert vars(args) == {"middleware": ["a.B"], "port": 1}
+
+
+def test_vllm_gets_our_client_only_while_it_is_made() -> None:
+    """vLLM's own class is back even if that fails."""
+    stock = async_llm.EngineCoreClient
+    client: Any = SimpleNamespace()
+    with injected_client(client):
+        assert async_llm.EngineCoreClient.make_async_mp_client() is client  # type: ignore[call-arg]
+    with pytest.raises(LlumnixError), injected_client(client):
+        raise LlumnixError
+    assert async_llm.EngineCoreClient is stock
 
 
 async def test_a_second_signal_stops_at_once(capsys: pytest.CaptureFixture[str]) -> None:
