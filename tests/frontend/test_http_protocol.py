@@ -204,6 +204,36 @@ async def test_a_client_of_http_1_0_gets_no_chunks() -> None:
     assert wire.closed, "nothing else says where it ends"
 
 
+async def test_an_empty_part_does_not_end_a_stream_of_http_1_0() -> None:
+    async def answer(send: Any) -> None:
+        await send(OK)
+        for part in (b"one", b"", b"two"):
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+        await send({"type": "http.response.body"})
+
+    wire = await ask(answer, request(version="1.0"))
+    assert b"".join(wire.packets).endswith(b"\r\n\r\nonetwo")
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+async def test_a_client_of_http_1_0_is_not_told_to_go_on(version: str) -> None:
+    """It would take that for the answer's head, and what follows for its body."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await in_parts(send)
+
+    wire, server = connected(app)
+    expects = b"\r\nexpect: 100-continue\r\ncontent-length: 2\r\n\r\n"
+    wire.protocol.data_received(request("POST", version).rstrip() + expects)
+    await asyncio.sleep(0.01)
+    assert wire.packets == ([] if version == "1.0" else [b"HTTP/1.1 100 Continue\r\n\r\n"])
+    wire.protocol.data_received(b"hi")
+    await until_answered(server)
+    if version == "1.0":
+        assert b"".join(wire.packets).endswith(b"\r\n\r\nonetwo")
+
+
 async def test_a_body_whose_length_was_announced_is_not_written_directly() -> None:
     said: list[bool] = []
 

@@ -11,7 +11,8 @@ uvicorn 0.54 internals relied on here (tests/frontend/test_http_protocol.py fail
 the body, with its chunk's size before it, with one `transport.write` each and uses no more of its
 transport than `write`, `close` and `is_closing`; what the parser cannot read is answered by
 `send_400_response`. A cycle knows of its answer `response_complete`, `chunked_encoding`,
-`disconnected` and `flow.write_paused`, and gets its `scope` before the application does.
+`disconnected` and `flow.write_paused`, and gets its `scope` before the application does. It sends
+100 Continue before it reads a body if `waiting_for_100_continue` is set.
 """
 
 import asyncio
@@ -39,6 +40,8 @@ class HttpProtocol(HttpToolsProtocol):
         super().on_headers_complete()
         if self.cycle is not earlier:
             old = self.cycle.scope["http_version"] == "1.0"
+            if old:
+                self.cycle.waiting_for_100_continue = False  # It knows no such answer.
             transport = _WithoutChunks if old else _HeadWithBody
             self.cycle.transport = transport(self.transport)  # type: ignore[assignment]
             self.cycle.scope[WRITE] = BodyWriter(self.cycle)  # type: ignore[typeddict-unknown-key]
@@ -100,7 +103,7 @@ class _WithoutChunks(_HeadWithBody):
         if not self._begun:
             head, data = data, data.replace(b"transfer-encoding: chunked\r\n", b"")
             self._chunked = data != head
-        elif self._chunked:
+        elif self._chunked and data:  # An empty part has no size before it.
             size, _, rest = data.partition(b"\r\n")
             data = rest[: int(size, 16)]
         super().write(data)
