@@ -12,6 +12,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.pooling_params import PoolingParams
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine import async_llm
+from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
 from vllm.v1.engine.parallel_sampling import ParentRequest
 
@@ -142,8 +143,12 @@ async def test_a_stop_is_no_failure_of_the_output_handler(
         llm._run_output_handler()
         handler = llm.output_handler
         assert handler is not None
+        late_one = llm.register("a")
         await asyncio.sleep(0)
         await asyncio.to_thread(llm.shutdown)
         await asyncio.wait([handler], timeout=5)
+        # What is open all the same, as where the loop was too late to end it, hears of the end.
+        with pytest.raises(EngineDeadError):
+            await asyncio.wait_for(late_one.get(), 5)
     assert handler.cancelled()
     assert said == []

@@ -989,6 +989,7 @@ def test_the_server_shuts_the_engine_client_down_first_and_on_a_thread() -> None
 def test_a_stop_cancels_the_output_handler_after_the_client_is_closed() -> None:
     text = source(AsyncLLM.shutdown)
     assert text.index("engine_core.shutdown(") < text.index("cancel_task_threadsafe(handler)")
+    assert "output_processor.propagate_error(e)" in source(AsyncLLM._run_output_handler)
 
 
 def test_middlewares_are_added_last_and_by_path() -> None:

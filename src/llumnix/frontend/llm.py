@@ -20,6 +20,7 @@ vLLM internals relied on here (tests/house/test_vllm_contract.py fails when one 
 - `shutdown(timeout)` is called on a thread of its own after the first SIGINT or SIGTERM, before the
   HTTP server is told to stop. It closes the engine client, whose end is a dead engine to the task
   `output_handler`, and cancels that task afterwards. `cancel_task_threadsafe` does so in its loop.
+  The task tells open requests of a dead engine by `OutputProcessor.propagate_error`.
 """
 
 import asyncio
@@ -42,7 +43,7 @@ from vllm.exceptions import (
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import SamplingParams
 from vllm.usage.usage_lib import UsageContext
-from vllm.utils.async_utils import cancel_task_threadsafe
+from vllm.utils.async_utils import cancel_task_threadsafe, run_in_loop
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine import async_llm as vllm_async_llm
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -262,7 +263,12 @@ class FleetLLM(AsyncLLM):
                 self.stopping = True
                 self._let_streams_end(timeout or 0)
         # Before the engine client closes, whose end the task would log as its own failure.
-        cancel_task_threadsafe(getattr(self, "output_handler", None))
+        handler = getattr(self, "output_handler", None)
+        cancel_task_threadsafe(handler)
+        if handler is not None:
+            # What did not end in time is told so here, since the task told it when it failed.
+            loop, tell = handler.get_loop(), self.output_processor.propagate_error
+            run_in_loop(loop, tell, EngineDeadError())
         super().shutdown(timeout=0)
         if self.tracing is not None:
             self.tracing.close()
