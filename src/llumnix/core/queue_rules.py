@@ -93,8 +93,9 @@ class PromptTimer:
 
     They are the slope of the line that fits steps with prompts best, their seconds over their
     tokens: the fixed part of a step belongs to no token. Two standard errors are subtracted, so
-    that a few slow steps with prompts of like length show no slope. Where all prompts have one
-    length there is no slope to see, and none is needed."""
+    that a few slow steps with prompts of like length show no slope. Where all steps compute as many
+    tokens, because prompts are alike or fill each step, no slope is seen, and no request is queued
+    later than it came."""
 
     def __init__(self) -> None:
         self._steps = 0.0
