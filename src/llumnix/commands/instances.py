@@ -190,9 +190,12 @@ def drain_flags(parser: argparse.ArgumentParser) -> None:
         "--timeout",
         type=float,
         metavar="S",
-        help="end it with what it still holds after S seconds (default: as the server has it, 300)",
+        help="stop it after S seconds, whatever it still holds: that goes on at others, as after a "
+        "death (default: as the server has it, 300)",
     )
-    parser.add_argument("--force", action="store_true", help="end it now, with what it holds")
+    parser.add_argument(
+        "--force", action="store_true", help="stop it now; what it holds goes on at others likewise"
+    )
 
 
 def instances_parser(command: str) -> argparse.ArgumentParser:

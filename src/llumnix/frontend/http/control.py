@@ -49,9 +49,9 @@ class InstanceOrders(Protocol):
         again: bool = False,
     ) -> InstanceStatus:
         """Stops its intake, has its requests moved away, and stops it once it has none; what it
-        still holds after `timeout_s` (None: a default), or at once with `force`, is cut off. With
-        `again` it is started again then, else it is gone. Ordered twice, it changes the
-        time-out."""
+        still holds after `timeout_s` (None: a default), or at once with `force`, goes on at others
+        as after a death. With `again` it is started again then, else it is gone. Ordered twice, it
+        changes the time-out."""
         ...
 
     async def undrain(self, instance: InstanceId) -> InstanceStatus:
