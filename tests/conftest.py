@@ -1,5 +1,6 @@
 import logging
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +21,13 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of the tiny model."""
     return make_tiny_model(tmp_path_factory.mktemp("tiny") / "tiny-llama")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def vllm_reads_its_variables() -> None:
+    """An engine has vLLM keep what the environment said. Tests of another file set it anew."""
+    if envs := sys.modules.get("vllm.envs"):
+        envs.disable_envs_cache()
 
 
 @pytest.fixture(autouse=True)
