@@ -20,8 +20,9 @@ from vllm.v1.engine.utils import EngineZmqAddresses
 from vllm.v1.request import Request
 
 from llumnix.core.events import LoadReported
-from llumnix.core.limits import DEFER_PREFILLS_STEPS_MAX, MigrationLimits
+from llumnix.core.limits import MigrationLimits
 from llumnix.core.messages import IN_BAND, Migrate, MigrationEnded
+from llumnix.core.migration.arrivals import DEFER_PREFILLS_STEPS_MAX, Deferrals
 from llumnix.core.priorities import Priorities
 from llumnix.core.settings import PrioritySettings
 from llumnix.core.types import EngineIndex, Epoch, InstanceId, MigrationId, RequestId
@@ -248,10 +249,8 @@ def test_prompts_are_put_off_in_no_more_than_every_other_of_many_steps() -> None
     """A draining instance may send one request after the other for minutes."""
     one: Any = object.__new__(EngineInstance)
     quiet = [True]
-    one._host, one._deferrals_left = (
-        SimpleNamespace(defer_prefills=lambda: quiet[0]),
-        DEFER_PREFILLS_STEPS_MAX,
-    )
+    one._host = SimpleNamespace(defer_prefills=lambda: quiet[0])
+    one._deferrals = Deferrals()
     one.scheduler = SimpleNamespace(waiting=[], running=[])
     assert all(one._should_throttle_prefills() for _ in range(1000)), "nobody has to wait"
     one.scheduler.waiting = ["a prompt"]

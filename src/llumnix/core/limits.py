@@ -17,9 +17,6 @@ FLEET_REPORT_EVERY_S = 0.5
 """The fleet tells the scheduler what there is at least as often, though nothing has changed."""
 DRAIN_POLL_S = 0.05
 """How often the fleet looks whether an instance that is being emptied is empty."""
-DEFER_PREFILLS_STEPS_MAX = 8
-"""Near a handover prompts are deferred in at most so many steps in a row, and in at most half of
-many steps."""
 WAITING_SHOWN_MAX = 8
 """Waiting requests of an engine that may be chosen to move; to find more takes a sort of its
 queue."""

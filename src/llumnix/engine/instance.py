@@ -52,7 +52,7 @@ from vllm.v1.engine.utils import EngineZmqAddresses
 from vllm.v1.executor import Executor
 from vllm.v1.request import Request
 
-from llumnix.core.limits import DEFER_PREFILLS_STEPS_MAX
+from llumnix.core.migration.arrivals import Deferrals
 from llumnix.core.types import EngineIndex, MigrationId, RequestId
 from llumnix.engine.cores import take_devices
 from llumnix.engine.folders import leave_folder, own_folder, start_resource_tracker
@@ -136,7 +136,7 @@ class EngineInstance(MemoryCalls, EngineCoreActor):
         rules, arriving = config.llumlet.queue_rules, self._host.port.destination.arriving
         self._queueing = Queueing(self.scheduler, priorities, rules=rules, arriving=arriving)
         self._urgent = UrgentAdmission(self.scheduler, priorities, self._queueing.left)
-        self._stepped_s, self._deferrals_left, self._changed = 0.0, DEFER_PREFILLS_STEPS_MAX, True
+        self._stepped_s, self._deferrals, self._changed = 0.0, Deferrals(), True
         self._prefixes: PrefixReader | None = None
         if config.llumlet.looks_at_caches:
             self._prefixes = prefix_reader(
@@ -332,14 +332,12 @@ class EngineInstance(MemoryCalls, EngineCoreActor):
 
     def _should_throttle_prefills(self) -> bool:
         if not self._host.defer_prefills():
-            self._deferrals_left = min(DEFER_PREFILLS_STEPS_MAX, self._deferrals_left + 1)
+            self._deferrals.rest()
             return False
         scheduler = self.scheduler
         if not scheduler.waiting and not any(r.is_prefill_chunk for r in scheduler.running):
             return True  # No prompt is there to be deferred.
-        deferred = self._deferrals_left > 0
-        self._deferrals_left += -1 if deferred else 1
-        return deferred
+        return self._deferrals.take()
 
     def turn(self) -> None:
         """All that is ours between two steps, before each and after each."""

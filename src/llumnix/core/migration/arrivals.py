@@ -11,7 +11,8 @@ Rules
   stage and the source's next message, and until the first step of the request here has ended. The
   step after that one is begun before the end of the first is looked at, so it counts too.
 - Prompts wait for `DEFER_PREFILLS_MAX_S` at most, since the source may hang, and a request that
-  came may have to wait for a slot.
+  came may have to wait for a slot. They are deferred in `DEFER_PREFILLS_STEPS_MAX` steps in a row
+  at most, and in half of many steps.
 """
 
 import statistics
@@ -31,6 +32,7 @@ LATE_MAX = 0.5
 """In steps. With a half, the step ends nearer to the handover than it would begin. With less, the
 request that moves would wait less, and all that run at its destination longer."""
 DEFER_PREFILLS_MAX_S = 0.1
+DEFER_PREFILLS_STEPS_MAX = 8
 _AWAITED = (DestinationState.READY, DestinationState.COMMITTING)
 
 
@@ -92,6 +94,23 @@ class StepTimer:
         if not prompts:
             self._recent.append(seconds)
             self.step_s = statistics.median(self._recent)
+
+
+class Deferrals:
+    """The steps of one engine that may still leave prompts out."""
+
+    def __init__(self) -> None:
+        self._left = DEFER_PREFILLS_STEPS_MAX
+
+    def rest(self) -> None:
+        """A step that need not leave any out."""
+        self._left = min(DEFER_PREFILLS_STEPS_MAX, self._left + 1)
+
+    def take(self) -> bool:
+        """Whether a step that should leave prompts out does so."""
+        deferred = self._left > 0
+        self._left += -1 if deferred else 1
+        return deferred
 
 
 class FirstSteps:

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import chain
 
-from llumnix.core.limits import DEFER_PREFILLS_STEPS_MAX, WAITING_SHOWN_MAX
+from llumnix.core.limits import WAITING_SHOWN_MAX
 from llumnix.core.messages import OFFICE, Blocks
+from llumnix.core.migration.arrivals import Deferrals
 from llumnix.core.migration.port import Movable, Phase, Progress, Refusal
 from llumnix.core.priorities import Priorities, QueueKey
 from llumnix.core.queue_rules import PLAIN, QueueRules
@@ -51,7 +52,7 @@ class SimEngine(Batching):
         self._job_of = job_of
         self._revives = False  # or has revived one
         self._pulls: list[Pull] = []
-        self._deferrals_left = DEFER_PREFILLS_STEPS_MAX
+        self._deferrals = Deferrals()
         self._more_wait = False  # than the last step that admitted any could take
 
     def idle(self) -> bool:
@@ -68,21 +69,18 @@ class SimEngine(Batching):
         since a handover is near."""
         self.quiet = defer and self._defers()
         if not defer:
-            self._deferrals_left = min(DEFER_PREFILLS_STEPS_MAX, self._deferrals_left + 1)
+            self._deferrals.rest()
         batch = super().schedule(now)
         if not self.quiet:
             self._more_wait = bool(self._queue)
         return batch
 
     def _defers(self) -> bool:
-        """Whether the next step leaves prompts out, within the bounds of engine/instance.py and of
-        vLLM's scheduler."""
+        """Whether the next step leaves prompts out, which vLLM's scheduler does not always do."""
         prompts = [seq.computed + 1 < seq.tokens for seq in self.running]
         if not self._queue and not any(prompts):
             return False
-        deferred = self._deferrals_left > 0
-        self._deferrals_left += -1 if deferred else 1
-        return deferred and not self._more_wait and not all(prompts)
+        return self._deferrals.take() and not self._more_wait and not all(prompts)
 
     def counts(self) -> EngineCounts:
         """What a load report says of the engine itself."""
