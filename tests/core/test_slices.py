@@ -44,9 +44,9 @@ def test_a_slice_is_a_quarter_of_the_mean_answer_within_bounds() -> None:
     for answer, expected in ((1000, 250), (40, SLICE_MIN), (9000, SLICE_MAX)):
         it = slices()
         for number in range(ENDS_MIN - 1):
-            it.ended(None, "", answer * (1 + number % 19) // 10)
+            it.gone(None, "", answer * (1 + number % 19) // 10, ended=True)
         assert it.slice_tokens() == SLICE_FIRST
-        it.ended(None, "", answer)
+        it.gone(None, "", answer, ended=True)
         assert it.slice_tokens() == pytest.approx(expected, rel=0.2)
     assert slices(tokens=77).slice_tokens() == 77
 
@@ -54,7 +54,7 @@ def test_a_slice_is_a_quarter_of_the_mean_answer_within_bounds() -> None:
 def test_a_slice_is_shorter_where_most_end_sooner() -> None:
     it = slices(tokens=512)
     for _ in range(100):
-        it.ended(None, "", 100)
+        it.gone(None, "", 100, ended=True)
     promise, _ = it.left(None, "", 10, 0, 1, FAR)
     assert 80 <= promise.until <= 130
     # Of those that came beyond nothing is known, so that the whole slice is promised.
@@ -64,7 +64,7 @@ def test_a_slice_is_shorter_where_most_end_sooner() -> None:
 def test_renewals_tell_how_long_those_are_that_still_run() -> None:
     it = slices(tokens=64)
     for _ in range(100):
-        it.ended(None, "", 100)
+        it.gone(None, "", 100, ended=True)
     for _ in range(300):
         promise, _ = it.left(None, "", 10, 0, 1, FAR)
         for outputs in range(0, 400, 16):
@@ -76,10 +76,10 @@ def test_one_that_was_cut_off_counts_as_far_as_it_came() -> None:
     """However many are cut off at a limit, those that end before it are not taken for all."""
     it = slices()
     for _ in range(100):
-        it.ended(None, "", 100)
+        it.gone(None, "", 100, ended=True)
     assert it.lengths.rest("", 0, 0.8) < 130
     for _ in range(900):
-        it.cut_off(None, "", 400)
+        it.gone(None, "", 400, ended=False)
     assert it.lengths.rest("", 0, 0.8) == math.inf
     assert it.lengths.ends == 100
 
@@ -90,9 +90,9 @@ def test_a_request_counts_from_where_it_began_here_also_if_nobody_waited_then(ca
     Those that moved in as long ones tell nothing of how many become long."""
     it = slices(tokens=64)
     for _ in range(100):
-        it.ended(None, "", 100)
+        it.gone(None, "", 100, ended=True)
         promise, _ = it.left(None, "", 10 + 350, 350, 99, FAR, came)
-        it.ended(promise, "", 500, came)
+        it.gone(promise, "", 500, came, ended=True)
     short = it.lengths.rest("", 0, 0.4)
     assert short < 130
     assert (it.lengths.rest("", 0, 0.6) > 300) is (came == 0)

@@ -74,25 +74,27 @@ class Slices:
             promise, came = None, 0
         if promise is None or outputs >= promise.until:
             ahead = self._slice(key, outputs, most)
-            bucket = bucket_of(came) if promise is None else promise.bucket
             promise = Promise(
                 until=outputs + ahead,
                 blocks=-(-(tokens + ahead) // self.block_tokens),
-                bucket=self.lengths.passed(key, bucket, outputs),
+                bucket=self.lengths.passed(key, _bucket(promise, came), outputs),
                 prompt=tokens - outputs,
             )
         return promise, max(0, promise.blocks - blocks)
 
-    def ended(self, promise: Promise | None, key: str, outputs: int, came: int = 0) -> None:
-        """A request ended by itself, after so many tokens of answer."""
-        bucket = bucket_of(came) if promise is None else promise.bucket
-        self.lengths.ended(key, bucket, outputs)
-
-    def cut_off(self, promise: Promise | None, key: str, outputs: int, came: int = 0) -> None:
-        """A request left that would have gone on: its answer is at least so long."""
-        bucket = bucket_of(came) if promise is None else promise.bucket
-        self.lengths.passed(key, bucket, outputs)
+    def gone(
+        self, promise: Promise | None, key: str, outputs: int, came: int = 0, *, ended: bool
+    ) -> None:
+        """A request has left after so many tokens of answer. `ended`: by itself; else it would have
+        gone on, and its answer is at least so long."""
+        learn = self.lengths.ended if ended else self.lengths.passed
+        learn(key, _bucket(promise, came), outputs)
 
     def _slice(self, key: str, outputs: int, most: int) -> int:
         rest = self.lengths.rest(key, outputs, self._rules.quantile)
         return max(1, round(min(self.slice_tokens(), rest, most - outputs)))
+
+
+def _bucket(promise: Promise | None, came: int) -> int:
+    """In which a request was when it was counted last."""
+    return bucket_of(came) if promise is None else promise.bucket

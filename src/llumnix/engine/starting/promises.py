@@ -126,9 +126,13 @@ class EnginePromises:
 
     def ended(self, request: Request) -> None:
         """Learns from a request that has left."""
-        learn = self.slices.ended if request.status in _ENDED else self.slices.cut_off
-        promise = getattr(request, "llumnix_promise", None)
-        learn(promise, _key(request), request.num_output_tokens, came_with(request))
+        self.slices.gone(
+            getattr(request, "llumnix_promise", None),
+            _key(request),
+            request.num_output_tokens,
+            came_with(request),
+            ended=request.status in _ENDED,
+        )
 
     def _count(self) -> None:
         """Counts all that run."""

@@ -188,8 +188,7 @@ class SequenceBlocks:
     def _learn(self, seq: jobs.Sequence, *, ended: bool) -> None:
         """It leaves. `ended`: by itself, with its whole answer."""
         if self.slices is not None:
-            learn = self.slices.ended if ended else self.slices.cut_off
-            learn(seq.promise, "", seq.outputs, seq.came_with)
+            self.slices.gone(seq.promise, "", seq.outputs, seq.came_with, ended=ended)
 
     def _holders(self) -> Iterable[jobs.Sequence]:
         """Requests that have KV, or will."""
