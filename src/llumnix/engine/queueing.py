@@ -87,16 +87,6 @@ class AgingQueue(RequestQueue):
             preempted=bool(request.num_preemptions),
         )
         self._enter(request)
-        self._watch(request)
-
-    def _watch(self, request: Request) -> None:
-        """Looks at it again when it will have aged. After each new place, whose number is noted."""
-        if self._aged(request) != request.priority:
-            due_s = request.llumnix_waits[0] + self._priorities.aging_s
-            heapq.heappush(self._due, (due_s, self._number, request.request_id))
-            if len(self._due) > 2 * len(self._entries) + _SLACK:
-                self._due = [d for d in self._due if self._waits_as(d) is not None]
-                heapq.heapify(self._due)
 
     def _aged(self, request: Request) -> int:
         """The number that a request is queued under once it has waited for long."""
@@ -108,6 +98,12 @@ class AgingQueue(RequestQueue):
         entry = Entry((request.priority, arrival, self._number, request))
         self._entries[request.request_id] = entry
         heapq.heappush(self._heap, entry)
+        if self._aged(request) != request.priority:  # It is looked at again once it has aged.
+            due_s = request.llumnix_waits[0] + self._priorities.aging_s
+            heapq.heappush(self._due, (due_s, self._number, request.request_id))
+            if len(self._due) > 2 * len(self._entries) + _SLACK:
+                self._due = [d for d in self._due if self._waits_as(d) is not None]
+                heapq.heapify(self._due)
 
     def _later_s(self, request: Request) -> float:
         """So much later than it came a request is queued. Found once on an engine."""
@@ -125,7 +121,6 @@ class AgingQueue(RequestQueue):
         """Gives a request that is there its place anew."""
         self._take(request)
         self._enter(request)
-        self._watch(request)
 
     def _waits_as(self, due: tuple[float, int, str]) -> Request | None:
         """The request, if it still waits with that entry."""

@@ -262,10 +262,10 @@ class FleetLLM(AsyncLLM):
                 self._be_lame_duck()
                 self.stopping = True
                 self._let_streams_end(timeout or 0)
-        # Before the engine client closes, whose end the task would log as its own failure.
         handler = getattr(self, "output_handler", None)
-        cancel_task_threadsafe(handler)
         if handler is not None:
+            # Before the engine client closes, whose end the task would log as its own failure.
+            cancel_task_threadsafe(handler)
             # What did not end in time is told so here, since the task told it when it failed.
             loop, tell = handler.get_loop(), self.output_processor.propagate_error
             run_in_loop(loop, tell, EngineDeadError())
