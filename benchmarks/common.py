@@ -10,6 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,6 +20,7 @@ import aiohttp
 
 import llumnix
 from llumnix.core.settings import QueueSettings
+from llumnix.sim.simulate import spread_over
 from llumnix.sim.summary import quantile
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -214,6 +216,29 @@ def write_result(path: Path, rows: list[dict[str, Any]], **more: Any) -> None:
         "rows": rows,
     }
     path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def simulate_all(
+    run: Callable[..., dict[str, Any]],
+    calls: Mapping[tuple[Any, ...], tuple[Any, ...]],
+    key: Callable[[dict[str, Any]], tuple[Any, ...]],
+    processes: int,
+    file: Path | None = None,
+) -> list[dict[str, Any]]:
+    """The row that `run` returns for the arguments of each call, in the order of `calls`, which has
+    them by the `key` of their row. Each is printed when it is there. With a `file` of JSON lines
+    those that stand in it are not made again, and the others are added to it."""
+    known = {}
+    if file is not None and file.exists():
+        known = {key(row): row for row in map(json.loads, file.read_text().splitlines())}
+    missing = [arguments for name, arguments in calls.items() if name not in known]
+    for _, row in spread_over(run, missing, processes):
+        known[key(row)] = row
+        print(json.dumps(row), file=sys.stderr, flush=True)
+        if file is not None:
+            with file.open("a") as out:
+                print(json.dumps(row), file=out)
+    return [known[name] for name in calls]
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:

@@ -12,22 +12,20 @@ t-intervals. Needs no GPU.
 """
 
 import argparse
-import json
 import random
-import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, markdown, write_result
+from common import ROOT, markdown, simulate_all, write_result
 from llumnix.core.settings import SchedulerSettings
 from llumnix.core.types import RequestId
 from llumnix.sim.model.batching import EngineOptions
 from llumnix.sim.model.cluster import Cluster
 from llumnix.sim.model.jobs import Job
 from llumnix.sim.model.profile import Profile, load_profile
-from llumnix.sim.simulate import Spec, figures_of, spread_over
+from llumnix.sim.simulate import Spec, figures_of
 from llumnix.sim.summary import format_ratio, quantile
 from llumnix.sim.workloads.named_files import named_file
 
@@ -230,19 +228,8 @@ def main() -> None:
         if load in args.loads.split(",")
         for variant in args.variants.split(",")
     ]
-    known = {}
-    if args.runs and args.runs.exists():
-        for row in map(json.loads, args.runs.read_text().splitlines()):
-            known[_pair(row, row["variant"])] = row
-    keys = [(t.load, t.profile, t.instances, t.seed, t.variant) for t in tasks]
-    missing = [(task,) for key, task in zip(keys, tasks, strict=True) if key not in known]
-    for _, row in spread_over(run, missing, args.processes):
-        known[_pair(row, row["variant"])] = row
-        if args.runs:
-            with args.runs.open("a") as out:
-                print(json.dumps(row), file=out)
-        print(json.dumps(row), file=sys.stderr, flush=True)
-    rows = [known[key] for key in keys]
+    calls = {astuple(task): (task,) for task in tasks}
+    rows = simulate_all(run, calls, lambda r: _pair(r, r["variant"]), args.processes, args.runs)
     table = compared(rows)
     print(table)
     write_result(args.out, rows, table=table.split("\n"))

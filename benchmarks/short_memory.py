@@ -16,21 +16,19 @@ minute; --processes makes so many at a time. What is in the file of --runs is no
 """
 
 import argparse
-import json
 import statistics
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, VLLMS_QUEUE, markdown, write_result
+from common import ROOT, VLLMS_QUEUE, markdown, simulate_all, write_result
 from llumnix.core.settings import MigrationSettings, QueueSettings, SchedulerSettings
 from llumnix.sim.model.batching import EngineOptions
 from llumnix.sim.model.cluster import Cluster
 from llumnix.sim.model.jobs import Job
 from llumnix.sim.model.profile import load_profile
-from llumnix.sim.simulate import Spec, figures_of, spread_over
+from llumnix.sim.simulate import Spec, figures_of
 from llumnix.sim.summary import format_ratio
 
 # Trace, and requests a second of the sets `paper` and `equal`.
@@ -157,7 +155,7 @@ def ratios(
 ) -> list[str]:
     """The ratio of each of `COLUMNS` over all pairs, or those of a trace; the first cell is the
     number of pairs."""
-    found = {(r["trace"], r["seed"], r["variant"]): r["figures"] for r in rows}
+    found = {_key_of(r): r["figures"] for r in rows}
     pairs = [
         (found[t, s, variant], found[t, s, base])
         for t, s, v in found
@@ -198,6 +196,10 @@ def key(task: Task) -> tuple[str, int, str]:
     return Path(spec.trace).name.removesuffix(".jsonl"), spec.seed, variant
 
 
+def _key_of(row: dict[str, Any]) -> tuple[str, int, str]:
+    return row["trace"], row["seed"], row["variant"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--set", choices=("equal", "paper", "real"), default="equal")
@@ -218,22 +220,12 @@ def main() -> None:
     ]
     if args.traces:
         tasks = [task for task in tasks if key(task)[0] in traces]
-    known = {}
-    if args.runs and args.runs.exists():
-        rows = map(json.loads, args.runs.read_text().splitlines())
-        known = {(r["trace"], r["seed"], r["variant"]): r for r in rows}
-    missing = [task for task in tasks if key(task) not in known]
-    for _, row in spread_over(run, missing, args.processes):
-        known[row["trace"], row["seed"], row["variant"]] = row
-        if args.runs:
-            with args.runs.open("a") as out:
-                print(json.dumps(row), file=out)
-        print(*(row[name] for name in row if name != "rate"), file=sys.stderr, flush=True)
-    rows_of_tasks = [known[key(task)] for task in tasks]
-    table, by_trace = compared(rows_of_tasks, variants), compared_by_trace(rows_of_tasks)
+    calls = {key(task): task for task in tasks}
+    rows = simulate_all(run, calls, _key_of, args.processes, args.runs)
+    table, by_trace = compared(rows, variants), compared_by_trace(rows)
     print("\n".join([*table, "", *by_trace]))
     out = args.out or ROOT / f"benchmarks/results/sim/short_memory_{args.set}.json"
-    write_result(out, rows_of_tasks, table=table, traces=by_trace)
+    write_result(out, rows, table=table, traces=by_trace)
 
 
 if __name__ == "__main__":

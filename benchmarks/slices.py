@@ -13,20 +13,18 @@ to it, and by continuous batching.
 """
 
 import argparse
-import json
 import statistics
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, VLLMS_QUEUE, markdown, write_result
+from common import ROOT, VLLMS_QUEUE, markdown, simulate_all, write_result
 from llumnix.core.settings import MigrationSettings, QueueSettings, SchedulerSettings
 from llumnix.core.slices.published import STATIC
 from llumnix.sim.model.batching import EngineOptions
 from llumnix.sim.model.profile import load_profile
-from llumnix.sim.simulate import Spec, run_one, spread_over
+from llumnix.sim.simulate import Spec, run_one
 from short_memory import COLUMNS, ratios, simulated
 
 OUT = ROOT / "benchmarks/results/sim/slices.json"
@@ -166,12 +164,10 @@ def main() -> None:
         return
     variants = args.variants.split(",")
     loads = [load for load in LOADS if load[0] in args.loads.split(",")]
-    wanted = [(load, v, s) for load in loads for s in range(first, end) for v in variants]
-    found = {}
-    for place, row in spread_over(run, wanted, args.processes):
-        found[place] = row
-        print(json.dumps(row), file=sys.stderr, flush=True)
-    rows = [found[place] for place in range(len(wanted))]
+    calls = {
+        (load[0], v, s): (load, v, s) for load in loads for s in range(first, end) for v in variants
+    }
+    rows = simulate_all(run, calls, lambda r: (r["trace"], r["variant"], r["seed"]), args.processes)
     print(means(rows))
     print(compared(rows))
     write_result(args.out or OUT, rows, table=compared(rows).split("\n"))
