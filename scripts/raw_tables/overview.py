@@ -97,8 +97,8 @@ def six_figures() -> str:
          "[drain](docs/figures.md#drain)"),
         ("What does the front end add to TTFT, and take from throughput?",
          f"With four instances {added[0]:+.1f} ms at 50 requests a second and {added[1]:+.1f} ms "
-         f"at 200 (P50). Throughput was {min(each):.2f} to {max(each):.2f} times vLLM's in four "
-         "rounds, which differ too much to tell",
+         f"at 200 (P50). Throughput was {min(each):.2f} to {max(each):.2f} times vLLM's in "
+         f"{len(each)} rounds, which differ too much to tell",
          "[front end](docs/figures.md#front-end)"),
         ("**Where does it lose?**",
          f"Where no memory is short, mean TTFT is {behind_ms('vllm-dp'):.0f} ms above vLLM's and "
