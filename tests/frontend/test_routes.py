@@ -76,14 +76,16 @@ def control() -> Control:
 
 
 @pytest.fixture
-def reports() -> list[LoadReport]:
-    """The last of each instance."""
+def reports() -> list[LoadReport] | None:
+    """The last of each instance; None while the controller is away."""
     return []
 
 
 @pytest.fixture
-async def http(control: Control, reports: list[LoadReport]) -> AsyncIterator[httpx.AsyncClient]:
-    async def loads() -> list[LoadReport]:
+async def http(
+    control: Control, reports: list[LoadReport] | None
+) -> AsyncIterator[httpx.AsyncClient]:
+    async def loads() -> list[LoadReport] | None:
         return reports
 
     client: Any = SimpleNamespace(
@@ -264,33 +266,20 @@ async def test_an_instance_is_added_and_may_serve_on(
     assert control.asked == [("add",), ("undrain", "i0")]
 
 
+@pytest.mark.parametrize("reports", [None])
 async def test_while_the_controller_is_away_instances_are_listed_without_load(
-    control: Control,
+    http: httpx.AsyncClient, control: Control
 ) -> None:
-    async def none() -> None:
-        return None
-
-    client: Any = SimpleNamespace(
-        link=SimpleNamespace(loads=none),
-        in_flight=lambda _: 2,
-        priorities=Priorities(PrioritySettings()),
-    )
-    transport = httpx.ASGITransport(control_app(client, OwnControl(client, control)))
-    async with httpx.AsyncClient(transport=transport, base_url="http://t") as http:
-        body = (await http.get("/llumnix/v1/instances")).json()
-        assert body["controller"] == "away"
-        assert [(r["id"], r["in_flight"], r["freeness"]) for r in body["instances"]] == [
-            ("i0", 2, None)
-        ]
-        (frontend,) = body["frontends"]
-        assert (frontend["id"], frontend["state"], frontend["pid"]) == (
-            "f0",
-            "serving",
-            os.getpid(),
-        )
-        control.row = replace(control.row, engine_index=None)  # It has no engine at the moment.
-        (row,) = (await http.get("/llumnix/v1/instances")).json()["instances"]
-        assert (row["in_flight"], row["freeness"]) == (None, None)
+    body = (await http.get("/llumnix/v1/instances")).json()
+    assert body["controller"] == "away"
+    assert [(r["id"], r["in_flight"], r["freeness"]) for r in body["instances"]] == [
+        ("i0", 2, None)
+    ]
+    (frontend,) = body["frontends"]
+    assert (frontend["id"], frontend["state"], frontend["pid"]) == ("f0", "serving", os.getpid())
+    control.row = replace(control.row, engine_index=None)  # It has no engine at the moment.
+    (row,) = (await http.get("/llumnix/v1/instances")).json()["instances"]
+    assert (row["in_flight"], row["freeness"]) == (None, None)
 
 
 async def test_of_a_deployment_with_one_frontend_its_own_requests_are_listed(
