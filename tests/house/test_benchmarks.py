@@ -13,6 +13,7 @@ import pytest
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 pytest.importorskip("prometheus_client")
 
+from common import simulate_all
 from llumnix.core.types import RequestId
 from llumnix.sim.model.jobs import Job
 from llumnix.sim.simulate import spread_over
@@ -150,3 +151,23 @@ def test_smaller_steps_keep_those_that_decode_waiting_for_less(
     cells = compared(rows).split("\n")[2].split(" | ")
     assert cells[:3] == ["| mixed", "1024", "1"]
     assert cells[3] == f"{small['tpot'] / usual['tpot']:.2f}"
+
+
+def test_a_simulated_run_that_stands_in_the_file_is_not_made_again(tmp_path: Path) -> None:
+    made_now: list[str] = []
+
+    def run(name: str, seed: int) -> dict[str, Any]:
+        made_now.append(name)
+        return {"name": name, "seed": seed, "figures": {"ttft": float(len(made_now))}}
+
+    def rows(*names: str) -> list[dict[str, Any]]:
+        made_now.clear()
+        calls = {(name, 7): (name, 7) for name in names}
+        return simulate_all(run, calls, lambda r: (r["name"], r["seed"]), 1, tmp_path / "runs")
+
+    first = rows("a", "b")
+    assert made_now == ["a", "b"]
+    again = rows("c", "b", "a")
+    assert made_now == ["c"]
+    assert again[:0:-1] == first, "in the order of the calls"
+    assert len((tmp_path / "runs").read_text().splitlines()) == 3
