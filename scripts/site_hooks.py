@@ -54,6 +54,17 @@ def _from_docs(target: str) -> str:
     return PAGES.get(inside, inside) if target.startswith("../") else target
 
 
+def _linked() -> set[str]:
+    """Files beside docs/ that pages link to: raw figures, patches. Paths are from the root."""
+    found = set()
+    for page in [*(ROOT / "docs").glob("*.md"), *(ROOT / name for name in PAGES)]:
+        for _, target, _ in LINK.findall(page.read_text()):
+            path = (page.parent / target).resolve()
+            if path.is_file() and path.is_relative_to(ROOT):
+                found.add(str(path.relative_to(ROOT)))
+    return {place for place in found if place not in PAGES and not place.startswith("docs/")}
+
+
 def _mermaid() -> Path:
     """The copy in the package, which need not be imported."""
     found = [f for f in files_of("mermaidx") or () if f.name == MERMAID]
@@ -67,9 +78,8 @@ def on_files(files: Files, config: Any) -> Files:
     for name, place in PAGES.items():
         text = _turned((ROOT / name).read_text(), _from_root)
         files.append(File.generated(config, place, content=text))
-    for path in sorted((ROOT / "benchmarks" / "results").rglob("*.*")):
-        place = str(path.relative_to(ROOT))
-        files.append(File.generated(config, place, abs_src_path=str(path)))
+    for place in sorted(_linked()):
+        files.append(File.generated(config, place, abs_src_path=str(ROOT / place)))
     return files
 
 

@@ -2,6 +2,8 @@
 
 import importlib.util
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -46,3 +48,24 @@ def test_the_theme_fetches_mermaid_only_where_there_is_none() -> None:
     fetched = re.findall(r".{75}\w+\(\"https://unpkg.com/mermaid@", bundle.read_text())
     assert len(fetched) == 1
     assert 'return typeof mermaid=="undefined"||mermaid instanceof Element?' in fetched[0]
+
+
+def test_the_strict_build_takes_every_page_and_link(tmp_path: Path) -> None:
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    done = subprocess.run(build, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_file_beside_the_pages_is_of_the_site_where_a_page_links_to_it(
+    hooks: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "a.patch").write_text("")
+    (tmp_path / "docs" / "a.md").write_text(
+        "[a](../benchmarks/a.patch), [b](../benchmarks/b.patch), [c](a.md), [d](../../../x)"
+    )
+    for name in hooks.PAGES:
+        (tmp_path / name).write_text("[a](docs/a.md) [b](https://example.org/a.patch)")
+    monkeypatch.setattr(hooks, "ROOT", tmp_path)
+    assert hooks._linked() == {"benchmarks/a.patch"}
