@@ -74,6 +74,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder
+    folder.mkdir(parents=True, exist_ok=True)
     for name, made in (("chats", chats(random.Random(1))), ("tools", tools(random.Random(1)))):
         lines = (json.dumps({**r._asdict(), "arrival_s": round(r.arrival_s, 3)}) for r in made)
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
