@@ -11,6 +11,7 @@ the command line does not let in those of a file that --config names.
 import argparse
 import difflib
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -36,6 +37,9 @@ _SERVICE_LINK = re.compile(r"(tcp|udp|sctp)://\S+")
 """What Kubernetes writes into NAME_PORT and its like in pods beside a service called NAME."""
 _OF_SERVICE_LINK = re.compile(r"_SERVICE_(HOST|PORT)(_|$)|_PORT_\d+_(TCP|UDP|SCTP)(_|$)")
 FLAG = "command line"
+CPU_KV_CACHE_BYTES = 2**30
+"""KV memory of one instance on a CPU host, unless the user says otherwise. vLLM's default is a
+large part of the host's memory, too much for several instances."""
 ALIKE = 0.85
 """How near a variable's name must be to that of a flag to be taken for a slip."""
 _SWITCH = {
@@ -293,6 +297,27 @@ def _words(action: argparse.Action, value: Any, source: str) -> list[str]:
 
 def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+# -- llumnix's own, on a host without a GPU
+
+
+def suit_cpu(args: argparse.Namespace, defaults: argparse.Namespace, argv: Sequence[str]) -> None:
+    """Sets what fits a CPU host better than vLLM's defaults, unless the user has chosen."""
+    if not os.environ.get("VLLM_CPU_KVCACHE_SPACE") and args.kv_cache_memory_bytes is None:
+        args.kv_cache_memory_bytes = CPU_KV_CACHE_BYTES
+    compiling = ("compilation_config", "optimization_level", "cudagraph_capture_sizes")
+    chosen = any(getattr(args, n, None) != getattr(defaults, n, None) for n in compiling)
+    if not chosen and not any(re.match("--no[-_]enforce[-_]eager", word) for word in argv):
+        # Compiling the model takes minutes on a few cores and gains little there.
+        args.enforce_eager = True
+
+
+def suit_demo_on_cpu(args: argparse.Namespace, defaults: argparse.Namespace) -> None:
+    """Sets a type in which the demo model's answers are right, unless the user has chosen."""
+    if args.dtype == defaults.dtype:
+        # vLLM 0.32's bfloat16 attention for AMX was seen to give wrong answers (bare vLLM, a Xeon).
+        args.dtype = "float32"
 
 
 # -- as users are shown them

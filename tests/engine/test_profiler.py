@@ -19,6 +19,7 @@ from llumnix.cli import main
 from llumnix.engine import profiler
 from llumnix.engine.profiler import DECODED, SETTLED, Sample, Step
 from llumnix.errors import UsageError
+from llumnix.frontend.arguments import parse
 from llumnix.sim.model.profile import Profile, load_profile
 from llumnix.sim.profiling import fit
 from support.no_model import BLOCK, NoModel, engine_config
@@ -131,6 +132,33 @@ def test_an_engine_is_timed_in_prompts_and_in_batches_that_only_decode(
     assert all(r.sampling_params.ignore_eos and not r.sampling_params.temperature for r in ours)
     assert told[0] == "prompt of 16: 1.00 ms"
     assert told[-1] == "1 decoding after 256: 1.00 ms"
+
+
+def test_the_engine_is_the_one_that_serve_starts_on_a_cpu(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    served = parse(["serve", str(tiny_model)], say=lambda _: None).vllm_config
+    config, model = profiler.engine_config([str(tiny_model)], "profile")
+    assert model == str(tiny_model)
+    assert (config.model_config.enforce_eager, config.model_config.dtype) == (
+        served.model_config.enforce_eager, served.model_config.dtype
+    )  # fmt: skip
+    assert config.model_config.enforce_eager
+    assert config.cache_config.kv_cache_memory_bytes == served.cache_config.kv_cache_memory_bytes
+    chosen, _ = profiler.engine_config([str(tiny_model), "--no-enforce-eager"], "profile")
+    assert not chosen.model_config.enforce_eager
+
+
+def test_the_demo_model_is_timed_in_the_type_in_which_it_is_served(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(profiler, "prepare_demo_model", lambda say: tiny_model)
+    config, model = profiler.engine_config([], "profile")
+    assert model == str(tiny_model)
+    assert str(config.model_config.dtype) == "torch.float32"
+    chosen, _ = profiler.engine_config(["--dtype", "bfloat16"], "profile")
+    assert str(chosen.model_config.dtype) == "torch.bfloat16"
 
 
 @pytest.mark.live

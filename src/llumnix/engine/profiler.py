@@ -28,6 +28,7 @@ from vllm.v1.executor import Executor
 
 from llumnix.demo import prepare_demo_model
 from llumnix.engine.readings import token_bytes
+from llumnix.flag_sources import suit_cpu, suit_demo_on_cpu
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 CONTEXTS = (32, 256, 1024, 4096, 16384)
@@ -73,11 +74,18 @@ class Measured:
 
 
 def engine_config(argv: list[str], prog: str) -> tuple[Any, str]:
-    """vLLM's configuration from its own flags (`[MODEL] [any engine flag]`), and the model."""
+    """vLLM's configuration from its own flags (`[MODEL] [any engine flag]`), and the model. On a
+    CPU host the engine is as `llumnix serve` has it."""
+    from vllm.platforms import current_platform
+
     parser = FlexibleArgumentParser(prog=prog)
     parser.add_argument("model_tag", nargs="?", metavar="MODEL")
     AsyncEngineArgs.add_cli_args(parser)
-    args = parser.parse_args(argv)
+    args, defaults = parser.parse_args(argv), parser.parse_args([])
+    if current_platform.is_cpu():
+        suit_cpu(args, defaults, argv)
+        if args.model_tag is None:
+            suit_demo_on_cpu(args, defaults)
     args.model = args.model_tag or str(prepare_demo_model(print))
     return AsyncEngineArgs.from_cli_args(args).create_engine_config(
         UsageContext.ENGINE_CONTEXT

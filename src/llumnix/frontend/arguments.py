@@ -25,7 +25,16 @@ from llumnix.config import (
 )
 from llumnix.demo import DEMO_MODEL, prepare_demo_model
 from llumnix.errors import UsageError
-from llumnix.flag_sources import ALIASES, FLAG, PREFIX, SECRET, layered, settings_shown
+from llumnix.flag_sources import (
+    ALIASES,
+    FLAG,
+    PREFIX,
+    SECRET,
+    layered,
+    settings_shown,
+    suit_cpu,
+    suit_demo_on_cpu,
+)
 from llumnix.frontend.checks import check_logs, check_queue, check_server_args, count_frontends
 from llumnix.frontend.http.access import Access, digests
 from llumnix.key_file import KeyRing
@@ -33,9 +42,6 @@ from llumnix.key_file import KeyRing
 SHUTDOWN_TIMEOUT_S = 30
 PROBES = "/live,/ready,/health,/metrics"
 """Asked every few seconds, and not worth a line of the access log."""
-CPU_KV_CACHE_BYTES = 2**30
-"""KV memory of one instance on a CPU host, unless the user says otherwise. vLLM's default is a
-large part of the host's memory, too much for several instances."""
 N_MAX = 128
 """The most answers to one prompt, as with OpenAI. vLLM's default is 16,384, and each answer is a
 request to place."""
@@ -255,13 +261,16 @@ def _with_demo_model(argv: list[str]) -> list[str]:
 
 
 def _choose_model(args: argparse.Namespace, defaults: argparse.Namespace, say: Any) -> None:
+    from vllm.platforms import current_platform
+
     if args.model_tag is not None:
         args.model = args.model_tag
     folder = Path(os.path.expanduser(args.model))
     if args.model == defaults.model or (args.model == DEMO_MODEL and not folder.is_dir()):
         args.served_model_name = args.served_model_name or [DEMO_MODEL]
         folder = prepare_demo_model(say)
-        _suit_demo(args, defaults)
+        if current_platform.is_cpu():
+            suit_demo_on_cpu(args, defaults)
     if folder.is_dir():
         if not any((folder / name).is_file() for name in _CONFIG_FILES):
             raise UsageError(
@@ -272,14 +281,6 @@ def _choose_model(args: argparse.Namespace, defaults: argparse.Namespace, say: A
         raise UsageError(
             f"{args.model}: no such folder; name a folder with a checkpoint or a model id"
         )
-
-
-def _suit_demo(args: argparse.Namespace, defaults: argparse.Namespace) -> None:
-    from vllm.platforms import current_platform
-
-    if current_platform.is_cpu() and args.dtype == defaults.dtype:
-        # vLLM 0.32's bfloat16 attention for AMX was seen to give wrong answers (bare vLLM, a Xeon).
-        args.dtype = "float32"
 
 
 def _may_be_fetched(model: str) -> bool:
@@ -298,7 +299,7 @@ def _engine_config(args: argparse.Namespace, defaults: argparse.Namespace, argv:
     from llumnix.vllm_seam import cli_args
 
     if current_platform.is_cpu():
-        _suit_cpu(args, defaults, argv)
+        suit_cpu(args, defaults, argv)
     # The cache of processed images is shared by the frontend and *one* engine.
     args.mm_processor_cache_gb = 0
     try:
@@ -315,16 +316,6 @@ def _engine_config(args: argparse.Namespace, defaults: argparse.Namespace, argv:
         ) from error
     except (ValueError, TypeError, OSError, LookupError, RuntimeError, VLLMError) as error:
         raise UsageError(_why_refused(args.model, error)) from error
-
-
-def _suit_cpu(args: argparse.Namespace, defaults: argparse.Namespace, argv: list[str]) -> None:
-    if not os.environ.get("VLLM_CPU_KVCACHE_SPACE") and args.kv_cache_memory_bytes is None:
-        args.kv_cache_memory_bytes = CPU_KV_CACHE_BYTES
-    compiling = ("compilation_config", "optimization_level", "cudagraph_capture_sizes")
-    chosen = any(getattr(args, n, None) != getattr(defaults, n, None) for n in compiling)
-    if not chosen and not any(re.match("--no[-_]enforce[-_]eager", word) for word in argv):
-        # Compiling the model takes minutes on a few cores and gains little there.
-        args.enforce_eager = True
 
 
 def _why_refused(model: str, error: BaseException) -> str:
