@@ -1035,6 +1035,29 @@ def test_a_death_that_its_engine_is_to_blame_for_is_told_so(play: Callable[..., 
     }
 
 
+@pytest.mark.parametrize("blamed", [True, False])
+def test_a_death_in_a_drain_is_blamed_as_any_other(
+    play: Callable[..., World], blamed: bool
+) -> None:
+    async def script(w: World) -> None:
+        w.hold("i1", 2)
+        await w.fleet.drain(I1, "a user's order")
+        await asyncio.sleep(0.1)
+        w.kill("i1", "KeyError: a bug", blamed=blamed)
+        await asyncio.sleep(1)
+        assert w.states == {"i0": "serving"}
+        assert w.client.blamed == {1: blamed}
+
+    with counted() as found:
+        play(script)
+    assert found == {
+        f"engine_deaths_total ended {str(blamed).lower()}": 1,
+        "drains_total user died": 1,
+        "drain_seconds_count died": 1,
+        "instance_start_seconds_count": 2,
+    }
+
+
 def test_a_death_is_counted_once_though_a_drain_comes_while_its_streams_are_ended(
     play: Callable[..., World], monkeypatch: pytest.MonkeyPatch
 ) -> None:

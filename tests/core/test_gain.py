@@ -17,7 +17,7 @@ NORMAL = 1
 PRIORITIES = Priorities(PrioritySettings())
 
 
-def pair(*loads: tuple[int, int, int, int]) -> list[InstanceView]:
+def pair(*loads: tuple[int, int, int, int], block_tokens: int = 16) -> list[InstanceView]:
     """Instances of which each has so many tokens in use, so many normal and urgent requests that
     run, and a head of the queue that needs so many tokens."""
     view = ClusterView(PRIORITIES, MigrationSettings())
@@ -29,6 +29,7 @@ def pair(*loads: tuple[int, int, int, int]) -> list[InstanceView]:
             sequence=1,
             kv_tokens_used=used,
             kv_tokens_total=TOTAL,
+            block_tokens=block_tokens,
             classes=(ClassLoad(running=urgent), waiting),
             head_tokens=head,
         )
@@ -101,3 +102,11 @@ def test_without_a_head_the_relief_that_is_wanted_lifts_the_source_over_the_thre
 def test_a_class_without_requests_has_no_limit(running: int, gain: bool) -> None:
     one, other = pair((980, running, 0, 0), (0, 0, 0, 0))
     assert bool(rule().limits(one, other)) is gain
+
+
+@pytest.mark.parametrize("block_tokens", [16, 128])
+def test_what_waits_goes_only_where_a_move_has_its_reserve_too(block_tokens: int) -> None:
+    one, other = pair((900, 5, 0, 250), (0, 0, 0, 0), block_tokens=block_tokens)
+    (limit,) = rule().limits(one, other)
+    assert limit.waiting_max == min(TOTAL - 20, room_in(other))
+    assert room_in(other) < TOTAL

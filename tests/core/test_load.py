@@ -165,6 +165,15 @@ def test_requests_on_their_way_out_are_as_good_as_gone() -> None:
     assert freeness(r) == 700
 
 
+@pytest.mark.parametrize(("running", "waiting"), [(1, 0), (0, 1), (2, 1)])
+def test_what_leaves_is_missing_where_it_was(running: int, waiting: int) -> None:
+    """Of those on their way out the ones that wait leave the queue, and the others the batch."""
+    r = report(used=4000, running=11, waiting=3, waiting_tokens=300)
+    r = replace(r, moving_out=running + waiting, moving_out_waiting=waiting)
+    load = derive(r, (), 0)
+    assert (load.batch, load.waiting) == (11 - running, 3 - waiting)
+
+
 def test_requests_on_their_way_in_have_their_room_already() -> None:
     r = replace(report(used=4000, running=9), moving_in=1)
     assert freeness(r) == 600

@@ -3,12 +3,14 @@
 from collections import Counter
 from dataclasses import replace
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llumnix.core.events import LoadReported, MoveLimit, MoveOrder, Tick
 from llumnix.core.migration.victim import Candidate, choose_victim
 from llumnix.core.reports import ClassLoad, LoadReport
+from llumnix.core.scheduling.pairing import DRAIN_MOVES_MAX
 from llumnix.core.scheduling.scheduler import Scheduler
 from llumnix.core.scheduling.tuning import FRUITLESS_S, ORDER_LIFETIME_S
 from llumnix.core.settings import MigrationSettings, PrioritySettings, SchedulerSettings
@@ -141,6 +143,15 @@ def test_every_policy_empties_an_instance() -> None:
         assert len(decided) == 4, "several at a time"
 
 
+@pytest.mark.parametrize("comes", [0, 1, DRAIN_MOVES_MAX])
+def test_drains_at_the_same_time_crowd_no_destination(comes: int) -> None:
+    s = scheduler()
+    tell(s, *(load(n, 3000, running=20, accepting=False) for n in (0, 1)))
+    tell(s, load(2, 0, running=0, moving_in=comes), load(3, 4000))
+    there = Counter(d.destination for d in moves(s))
+    assert there == +Counter({"i2": DRAIN_MOVES_MAX - comes, "i3": DRAIN_MOVES_MAX})
+
+
 def test_an_instance_that_is_being_emptied_takes_nothing() -> None:
     s = scheduler()
     tell(s, load(0, 9900), load(1, 1000, accepting=False))
@@ -223,6 +234,24 @@ def test_a_pair_that_had_nothing_to_move_is_not_tried_again_at_once() -> None:
     later = 0.1 + FRUITLESS_S
     tell(s, load(0, 9900, sequence=4), load(1, 1000, sequence=2), now=later)
     assert pairs(moves(s, now=later)) == [("i0", "i1")]
+
+
+def test_a_pair_that_is_moving_something_may_be_paired_again_once_that_is_done() -> None:
+    s = scheduler()
+    tell(s, load(0, 9900), load(1, 1000))
+    (first,) = moves(s)
+    tell(s, load(0, 9900, sequence=2, moving_out=1, orders=(first.order,)), now=0.05)
+    tell(s, load(0, 9900, sequence=3), now=0.1)
+    assert pairs(moves(s, now=0.1)) == [("i0", "i1")], "the last move went well"
+
+
+def test_what_comes_to_a_source_is_no_answer_to_its_order() -> None:
+    s = scheduler()
+    tell(s, load(0, 9900), load(1, 1000))
+    (first,) = moves(s)
+    tell(s, load(0, 9900, sequence=2, moving_in=1, orders=(first.order,)), now=0.05)
+    tell(s, load(0, 9900, sequence=3), now=0.1)
+    assert moves(s, now=0.1) == [], "i0 had nothing for i1"
 
 
 def test_a_request_that_waits_goes_into_the_headroom_of_urgent_ones() -> None:

@@ -277,6 +277,18 @@ def test_two_ranks_are_joined_into_one_answer(rig: Rig) -> None:
     assert rig.pulled.empty()
 
 
+def test_a_pull_of_several_ranks_takes_as_long_as_the_slowest(rig: Rig) -> None:
+    ours = [kv_tensors(100 * (n + 1)) for n in range(3)]
+    pulled_bytes = 12 * snapshot(ours[0]).shape[1]
+    options = TransferOptions(staging_bytes=4000, bandwidth_bytes_per_s=pulled_bytes / 0.3)
+    client = rig.client(*[rig.agent(o, options) for o in ours])
+    began_s = time.monotonic()
+    client.pull(1, [rig.agent(kv_tensors(1), options)] * 3, list(range(12)), list(range(12)))
+    pulled = rig.answer()
+    assert (pulled.error, pulled.bytes) == (None, 3 * pulled_bytes)
+    assert 0.2 < pulled.seconds <= time.monotonic() - began_s
+
+
 def test_pulls_from_two_peers_run_side_by_side(rig: Rig) -> None:
     options = TransferOptions(staging_bytes=4000)
     theirs = [kv_tensors(1), kv_tensors(11)]

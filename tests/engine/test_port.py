@@ -190,6 +190,30 @@ def test_a_request_that_cannot_come_is_declined_with_its_reason(
     assert free_blocks(there) == before
 
 
+@pytest.mark.parametrize("state", ["runs", "waits with its memory", "is on its way"])
+def test_a_request_takes_a_slot_whatever_it_does_there(
+    there: Any, body: bytes, monkeypatch: pytest.MonkeyPatch, state: str
+) -> None:
+    scheduler, port, another = there.core.scheduler, there.host.port, RequestId("another")
+    if state == "is on its way":
+        assert reserve(there, body) == 0
+    else:
+        other = add(there.core, "other", [7] * len(PROMPT), 50)
+        there.core.step_fn()
+    if state == "waits with its memory":
+        scheduler.running.remove(other)
+        other.status = RequestStatus.PREEMPTED
+        scheduler.kv_holding_waiting.add_request(other)
+    monkeypatch.setattr(scheduler, "max_num_active_reqs", 1)
+    assert port.reserve(another, body, [5], 4 * BLOCK, ["x"]) == Refusal(
+        why="the destination runs 1 requests already (--max-num-seqs)", code=AbortCode.NO_ROOM
+    )
+    monkeypatch.setattr(scheduler, "max_num_active_reqs", 2)
+    if state != "is on its way":
+        assert reserve(there, body) == 0
+    port.drop(R)
+
+
 @pytest.fixture
 def neighbour(there: Any) -> None:
     """A request that runs at the destination. Alone in an engine any request fits."""

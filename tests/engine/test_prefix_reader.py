@@ -475,7 +475,8 @@ def test_an_adapter_that_is_loaded_anew_names_the_same_blocks() -> None:
 
 
 def test_a_preempted_request_is_named_anew(engine: Any, heard: Heard) -> None:
-    prompt = prompt_of(200, 3)
+    """Others have taken its blocks meanwhile, so it computes its prompt again."""
+    prompt, pool = prompt_of(200, 3), engine.core.scheduler.kv_cache_manager.block_pool
     made = engine.make(RequestId("a"), prompt, SamplingParams(max_tokens=20, ignore_eos=True))
     engine.add_core_request(made)
     heard.reader.track(engine.core.scheduler.requests["a"])
@@ -484,7 +485,9 @@ def test_a_preempted_request_is_named_anew(engine: Any, heard: Heard) -> None:
         heard.listen()
     assert heard.blocks(prefix(engine, prompt)) == 3
     engine.preempt_somebody()
-    run(engine, heard, "b", prompt_of(500, 4))
+    pool.free_blocks(pool.get_new_blocks(pool.get_num_free_blocks()))
+    heard.listen()
+    assert heard.blocks(prefix(engine, prompt)) == findable(engine, prompt) == 0
     while not engine.idle():
         engine.step()
         heard.listen()
