@@ -66,8 +66,8 @@ from llumnix.frontend.office.through_office import OfficeControl, OfficeOthers
 from llumnix.frontend.own_streams import MoveAsked
 from llumnix.frontend.streams.look import Look
 from llumnix.frontend.streams.migration_records import LISTED_MAX
-from llumnix.key_file import KeyRing
 from llumnix.observe.notes import Notes
+from llumnix.reload.key_file import KeyRing
 
 E0, E1 = EngineIndex(0), EngineIndex(1)
 I0, I1 = InstanceId("i0"), InstanceId("i1")

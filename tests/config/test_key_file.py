@@ -7,7 +7,7 @@ import pytest
 
 from llumnix.core.keys import KeyLimits
 from llumnix.errors import UsageError
-from llumnix.key_file import KeyRing, read_key_file
+from llumnix.reload.key_file import KeyRing, read_key_file
 
 CLASSES = ("high", "normal")
 

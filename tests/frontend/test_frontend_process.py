@@ -57,7 +57,7 @@ from llumnix.frontend.office.messages import (
     questions,
 )
 from llumnix.frontend.office.process import Frontend
-from llumnix.key_file import KeyRing
+from llumnix.reload.key_file import KeyRing
 from support.frontend import Front, front, packed, tokens
 
 E0, E1 = EngineIndex(0), EngineIndex(1)

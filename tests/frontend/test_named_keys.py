@@ -20,8 +20,8 @@ from llumnix.frontend.context import current_http_request
 from llumnix.frontend.http.control import OwnControl
 from llumnix.frontend.http.page import page_router
 from llumnix.frontend.http.routes import control_app
-from llumnix.key_file import KeyRing
 from llumnix.observe import metrics
+from llumnix.reload.key_file import KeyRing
 
 MODEL, SEEN, STATUS = "/v1/chat/completions", "/llumnix/v1/requests", "/llumnix/v1/instances"
 FILE = """

@@ -37,7 +37,7 @@ from llumnix.flag_sources import (
 )
 from llumnix.frontend.checks import check_logs, check_queue, check_server_args, count_frontends
 from llumnix.frontend.http.access import Access, digests
-from llumnix.key_file import KeyRing
+from llumnix.reload.key_file import KeyRing
 
 SHUTDOWN_TIMEOUT_S = 30
 PROBES = "/live,/ready,/health,/metrics"

@@ -56,7 +56,7 @@ from llumnix.frontend.office.messages import (
 from llumnix.frontend.own_streams import quarantine_rows, release
 from llumnix.frontend.streams.look import Cursor, Look, joined
 from llumnix.frontend.streams.migration_records import LISTED_MAX
-from llumnix.key_file import KeyRing
+from llumnix.reload.key_file import KeyRing
 
 logger = logging.getLogger("llumnix.office")
 

@@ -14,7 +14,7 @@ from enum import IntFlag
 
 from llumnix.core.keys import NamedKey
 from llumnix.frontend.door.probes import PROBE_PATHS
-from llumnix.key_file import KeyRing
+from llumnix.reload.key_file import KeyRing
 
 OPEN_PATHS = ("/health", *PROBE_PATHS)
 PAGE_PATH = "/llumnix/ui"

@@ -11,9 +11,9 @@ from llumnix.core.types import InstanceId
 from llumnix.frontend.client import FleetClient
 from llumnix.frontend.own_streams import MoveAsked, OwnStreams, quarantine_rows, release
 from llumnix.frontend.streams.look import Cursor, Look, joined, new_items
-from llumnix.key_file import KeyRing
 from llumnix.observe.exposition import Exposition
 from llumnix.observe.notes import Notes
+from llumnix.reload.key_file import KeyRing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

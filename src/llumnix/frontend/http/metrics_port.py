@@ -25,8 +25,8 @@ from llumnix.config import is_loopback
 from llumnix.errors import UsageError
 from llumnix.frontend.door.probes import PROBE_PATHS
 from llumnix.frontend.http.access import Access
-from llumnix.key_file import KeyRing
 from llumnix.observe.exposition import METRICS_PATHS, metrics_answer
+from llumnix.reload.key_file import KeyRing
 
 BACKLOG = 128
 CLOSE_TIMEOUT_S = 1
