@@ -50,6 +50,11 @@ _SWITCH = {
 
 SECRET = frozenset({"api_key", "admin_api_key", "hf_token"})
 """Flags whose values nobody is shown."""
+SCHEDULER_FLAGS = frozenset({
+    "scheduler-config", "policy", "min-instances", "max-instances", "queue-max", "priority-class",
+    "survival",
+})  # fmt: skip
+"""Flags that make the scheduler's settings."""
 MASK = "***"
 OURS = "llumnix"
 """Where a value is from that nobody gave: llumnix's own, which differs from vLLM's default."""
@@ -70,6 +75,7 @@ class Layered:
 
     words: list[str]  # the command, the model if one is named, and flags; no --config
     sources: dict[str, str]  # by the parser's name of a flag: where its value is from
+    file: str | None  # the --config file
     warnings: list[str] = field(default_factory=list)
 
 
@@ -110,7 +116,8 @@ def layered(
                 model = [str(value)]
             else:
                 words += _words(action, value, source)
-    return Layered(words=[argv[0], *model, *words, *rest], sources=sources, warnings=warnings)
+    words = [argv[0], *model, *words, *rest]
+    return Layered(words=words, sources=sources, file=path, warnings=warnings)
 
 
 def variable_of(flag: str) -> str:
@@ -339,11 +346,19 @@ def settings_shown(
     return rows
 
 
+def others_shown(
+    args: argparse.Namespace, defaults: argparse.Namespace, sources: Mapping[str, str]
+) -> dict[str, Any]:
+    """The same by name, without the scheduler's settings."""
+    rows = settings_shown(args, defaults, sources)
+    return {row["name"]: row["value"] for row in rows if row["name"] not in SCHEDULER_FLAGS}
+
+
 def _shown(name: str, value: Any) -> Any:
     """As JSON, without a secret. The scheduler's tree of a --config file is a text here, and its
     `key_caps` are keys."""
     if name == "scheduler_config" and isinstance(value, str) and value.lstrip().startswith("{"):
-        value = json.loads(value)
+        value = yaml.safe_load(value)
         if (value.get("priorities") or {}).get("key_caps"):
             value["priorities"]["key_caps"] = MASK
     return _plain(value)

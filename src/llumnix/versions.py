@@ -34,6 +34,12 @@ def check_versions() -> None:
             )
 
 
+def build(policy: str) -> dict[str, str]:
+    """Versions and policy in use, as labels of a metric."""
+    packages = {what: (installed(what) or ("", ""))[1] for what in _PACKAGES}
+    return {"version": __version__, "policy": policy, **packages}
+
+
 def named(what: str) -> str:
     """The versions of it that llumnix goes with, for a message."""
     return " and ".join(SUPPORTED[what])

@@ -21,6 +21,7 @@ from llumnix.core.events import (
     NoInstance,
     PrefixesChanged,
     RequestArrived,
+    SettingsChanged,
     UndrainInstance,
 )
 from llumnix.core.messages import (
@@ -85,6 +86,7 @@ Message = (
     | PrefixesChanged
     | InstanceLost
     | FleetReported
+    | SettingsChanged
     | Dispatch
     | NoInstance
     | MoveOrder

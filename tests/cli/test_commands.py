@@ -371,6 +371,25 @@ def test_a_restart_without_an_answer_is_not_ordered_twice(
     assert capsys.readouterr().out.splitlines()[-1] == "i0 is gone: it was ordered away"
 
 
+def test_a_reload_tells_of_each_setting_when_it_counts(
+    server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {"now": ["migration.rescues", "scaling.up_after_s"], "engines": [], "start": ["a"]}
+    names: dict[str, Any] = {"added": [], "removed": [], "changed": []}
+    server.body = {"keys": 0, **names, "settings": settings, "unconfirmed": []}
+    assert main(["reload", "--url", server.url]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "0 keys: nothing has changed",
+        "counts now: migration.rescues, scaling.up_after_s",
+        "counts from the next start of the server: a",
+    ]
+    settings.update(now=[], engines=["queue.passers"], start=[])
+    assert main(["reload", "--url", server.url]) == 0
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "counts for engines that start from now on (`llumnix restart`): queue.passers"
+    ]
+
+
 @pytest.mark.parametrize("silent", [[], ["f1"]])
 def test_a_reload_that_not_all_have_confirmed_is_status_1(
     server: Server, capsys: pytest.CaptureFixture[str], silent: list[str]

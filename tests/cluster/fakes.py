@@ -12,8 +12,9 @@ from llumnix.cluster.fleet import Fleet
 from llumnix.cluster.supervision.member import Member
 from llumnix.cluster.supervision.runs import EngineRun
 from llumnix.config import DeploymentConfig
-from llumnix.core.events import DrainInstance, FleetReported, ScalingDecision
+from llumnix.core.events import DrainInstance, ScalingDecision
 from llumnix.core.reports import LoadReport
+from llumnix.core.settings import SchedulerSettings
 from llumnix.core.supervision.blame import Death
 from llumnix.core.types import EngineIndex, InstanceId, RequestId
 from llumnix.frontend.engines.state import EngineState
@@ -25,12 +26,12 @@ class FakeLink:
     """To a controller that hears and says what the test wants."""
 
     def __init__(self) -> None:
-        self.told: list[FleetReported] = []
+        self.told: list[Any] = []
         self.reports: list[LoadReport] | None = []
         self.decisions: asyncio.Queue[ScalingDecision] = asyncio.Queue()
-        self.on_tell: Callable[[FleetReported], None] = lambda fact: None
+        self.on_tell: Callable[[Any], None] = lambda fact: None
 
-    def tell(self, fact: FleetReported) -> None:
+    def tell(self, fact: Any) -> None:
         self.told.append(fact)
         self.on_tell(fact)
 
@@ -133,10 +134,14 @@ class FakeLauncher:
         self.ready_s = 0.0
         self.why_not: str | None = None
         self.answering: set[int] = set()
+        self.settings: list[SchedulerSettings] = []
 
     def _call(self, name: str) -> None:
         if name in self.broken:
             raise RuntimeError(f"{name}: the control service is not reachable")
+
+    def take_settings(self, settings: SchedulerSettings) -> None:
+        self.settings.append(settings)
 
     def create(self, instance: InstanceId, slot: int) -> FakeRun:
         self._call("create")

@@ -22,11 +22,17 @@ from llumnix.core.events import (
     MoveOrder,
     NoInstance,
     RequestArrived,
+    SettingsChanged,
     Tick,
 )
 from llumnix.core.reports import ClassLoad, LoadReport
 from llumnix.core.scheduling.scheduler import Scheduler
-from llumnix.core.settings import ScalingSettings, SchedulerSettings
+from llumnix.core.settings import (
+    AdmissionSettings,
+    MigrationSettings,
+    ScalingSettings,
+    SchedulerSettings,
+)
 from llumnix.core.types import EngineIndex, InstanceId, OrderId, RequestId
 from llumnix.wire import Loads, LoadsAsked, Message, Ping, Pong, decode, encode
 
@@ -267,6 +273,28 @@ def test_a_controller_that_is_stopped_has_written_its_log(tmp_path: Path) -> Non
     # Its process is killed from here on.
     assert controller._log._writer is None
     assert '"started"' in log.read_text()
+
+
+def test_settings_that_change_count_at_once_and_are_logged_once(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    controller = Controller([f"ipc://{tmp_path}/c"], SchedulerSettings(), LogPlace(path=str(log)))
+    settings = SchedulerSettings(
+        migration=MigrationSettings(interval_s=2.5), admission=AdmissionSettings(queue_max=7)
+    )
+    for _ in range(3):  # The fleet says it again and again.
+        controller._handle(b"", SettingsChanged(settings=settings))
+    assert controller._scheduler.settings == settings
+    assert controller._tick_s == 2.5
+    controller.stop()
+    controller.run()
+    assert log.read_text().count('"SettingsChanged"') == 1
+    assert decode(encode(SettingsChanged(settings=settings))) == SettingsChanged(settings=settings)
+
+
+def test_settings_that_take_a_new_start_are_refused_and_counted(served: Served) -> None:
+    served.say(SettingsChanged(settings=SchedulerSettings(policy="infaas++")))
+    assert "policy cannot change" not in served.pong().story
+    assert (served.pong().refused, served.pong().failed) == (1, 0)
 
 
 def test_logs_that_cannot_be_written_keep_no_controller_from_starting(

@@ -10,9 +10,16 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from llumnix.core.events import AddInstances, DrainInstance, FleetReported, UndrainInstance
+from llumnix.core.events import (
+    AddInstances,
+    DrainInstance,
+    FleetReported,
+    SettingsChanged,
+    UndrainInstance,
+)
 from llumnix.core.limits import FLEET_REPORT_EVERY_S
 from llumnix.core.scheduling.scheduler import Scheduler
+from llumnix.core.settings import PrioritySettings, ScalingSettings, SchedulerSettings
 from llumnix.core.supervision.hang import LOOK_EVERY_S, LOST_LOOKS, SILENT_LOOKS, STALL_S
 from llumnix.core.supervision.lifecycle import DRAIN_TIMEOUT_S
 from llumnix.core.types import InstanceId
@@ -459,6 +466,34 @@ def test_one_that_is_restarted_counts_among_the_most(play: Callable[..., World])
         await w.fleet.drain(I1, "a restart", again=True)
         with pytest.raises(CapacityError, match="--max-instances is 2"):
             await w.fleet.add()
+
+    play(script, min_instances=1, max_instances=2)
+
+
+def test_new_settings_reach_the_scheduler_the_engines_and_the_orders_of_users(
+    play: Callable[..., World],
+) -> None:
+    capped = PrioritySettings(key_caps={"a secret": "normal"})
+    given = SchedulerSettings(scaling=ScalingSettings(instances_max=3), priorities=capped)
+    kept = given.without_keys()
+
+    async def script(w: World) -> None:
+        with pytest.raises(CapacityError, match="--max-instances is 2"):
+            await w.fleet.add()
+        told = w.client.link.told
+        assert not any(isinstance(fact, SettingsChanged) for fact in told)
+        told.clear()
+        w.fleet.take_settings(given)
+        await asyncio.sleep(0.01)
+        assert told[0] == SettingsChanged(settings=kept), "told at once, and before the fleet"
+        await w.fleet.add()
+        told.clear()
+        await asyncio.sleep(2.5 * FLEET_REPORT_EVERY_S)
+        again = [fact for fact in told if isinstance(fact, SettingsChanged)]
+        assert len(again) >= 2, "a controller may have missed it"
+        assert set(map(repr, again)) == {repr(SettingsChanged(settings=kept))}
+        assert w.launcher.settings == [kept]
+        assert w.fleet._settings == kept, "the next controller starts with them"
 
     play(script, min_instances=1, max_instances=2)
 

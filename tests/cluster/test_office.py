@@ -68,6 +68,7 @@ from llumnix.frontend.streams.look import Look
 from llumnix.frontend.streams.migration_records import LISTED_MAX
 from llumnix.observe.notes import Notes
 from llumnix.reload.key_file import KeyRing
+from llumnix.reload.reloading import Reloading
 
 E0, E1 = EngineIndex(0), EngineIndex(1)
 I0, I1 = InstanceId("i0"), InstanceId("i1")
@@ -220,7 +221,7 @@ async def world(folder: Path, count: int = 2, ring: KeyRing | None = None) -> As
     address = f"ipc://{folder}/office"
     office = Office(engines, link, address, count, 2)  # type: ignore[arg-type]
     office.start()
-    desk = Desk(office, Fleet(), ring or KeyRing())  # type: ignore[arg-type]
+    desk = Desk(office, Fleet(), Reloading(ring or KeyRing()))  # type: ignore[arg-type]
     fronts: list[Front] = []
     for slot in range(count):
         client = office.roster.begin(slot)
@@ -256,7 +257,8 @@ async def test_a_reload_reads_the_file_once_and_tells_all_frontends(tmp_path: Pa
     async with world(tmp_path, ring=ring) as w:
         changes = await w.fronts[0].control.reload()
         names = {"added": ["ada"], "removed": [], "changed": []}
-        assert changes == {"keys": 1, **names, "unconfirmed": []}
+        settings = {"now": [], "engines": [], "start": []}
+        assert changes == {"keys": 1, **names, "settings": settings, "unconfirmed": []}
         for front in w.fronts:
             (told,) = [q for q in front.asked if isinstance(q, KeysAre) and q.keys]
             assert told.keys == list(ring.keys)

@@ -26,7 +26,8 @@ class World:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.did: list[str] = []
         self.fails: dict[str, Exception] = {}
-        self.ring: Any = None
+        self.reloading: Any = []
+        self.taken: list[Any] = []
         self.hang_up: Any = None
         self.roster = SimpleNamespace(
             serving=0, settled=False, status=lambda: [SimpleNamespace(why="f")]
@@ -43,6 +44,7 @@ class World:
             all_failed=asyncio.Event(),
             check_capacity=lambda count, wait_s, say: self._later(f"capacity of {count}"),
             start_controller=self._notes("controller"),
+            take_settings="take settings",
             start=lambda count, say: self._later(f"{count} instances"),
             status=lambda: [SimpleNamespace(restarts=0, state="serving", why="i")],
             exposition=SimpleNamespace(text="text"),
@@ -84,9 +86,9 @@ class World:
             args=SimpleNamespace(
                 api_server_count=3,
                 disable_log_stats=False,
-                access=SimpleNamespace(ring=self.ring),
                 max_num_queued_reqs=None,
             ),
+            reloading=lambda take: (self.taken.append(take), self.reloading)[1],
             vllm_config="config",
             deployment=SimpleNamespace(slots=2, instances=2, ray_wait=0.0),
         )
@@ -161,11 +163,12 @@ async def test_it_starts_in_order_and_a_signal_stops_it_whole(world: World) -> N
     )  # fmt: skip
 
 
-async def test_with_a_file_of_keys_a_hang_up_reads_it_again(world: World) -> None:
-    world.command.args.access.ring = ring = ["a ring"]
+async def test_with_a_file_a_hang_up_reads_it_again(world: World) -> None:
+    world.reloading = ["a file of keys"]
     await world.run(a_signal)
     assert world.hang_up == world.desk.reload
-    assert world.given["Desk"] == (world.office, world.fleet, ring)
+    assert world.given["Desk"] == (world.office, world.fleet, world.reloading)
+    assert world.taken == [world.fleet.take_settings]
 
 
 async def test_frontends_answer_at_the_port_and_while_none_serves_the_office_does(

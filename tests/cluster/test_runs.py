@@ -20,6 +20,12 @@ from llumnix.cluster.supervision import places, runs
 from llumnix.cluster.supervision.places import Places
 from llumnix.cluster.supervision.runs import EngineLauncher, EngineRun
 from llumnix.config import DeploymentConfig
+from llumnix.core.settings import (
+    MigrationSettings,
+    PrioritySettings,
+    QueueSettings,
+    SchedulerSettings,
+)
 from llumnix.core.supervision.blame import Death
 from llumnix.core.types import ENGINE_INDEX_MAX, EngineIndex, InstanceId
 from llumnix.errors import LlumnixError
@@ -139,6 +145,22 @@ class FakeRay:
         assert await self.launcher.until_ready(run) is None
         await until(lambda: "run" in self.calls)
         return run
+
+
+async def test_engines_that_start_later_go_by_new_settings(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = FakeRay(monkeypatch)
+    given = world.launcher._llumlet
+    settings = SchedulerSettings(
+        priorities=PrioritySettings(aging_s=7.0),
+        queue=QueueSettings(passers=3),
+        migration=MigrationSettings(min_stay=4.0),
+    )
+    world.launcher.take_settings(settings)
+    now = world.launcher._llumlet
+    assert (now.priorities.aging_s, now.queue_rules.passers, now.min_stay) == (7.0, 3, 4.0)
+    assert (now.key, now.peers, now.limits) == (given.key, given.peers, given.limits)
 
 
 async def test_no_call_of_rays_is_made_on_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,6 +28,7 @@ class Fleet:
 
     exposition = SimpleNamespace(text="text")
     seen = "seen"
+    take_settings = "take settings"
 
     def __init__(self, world: "World") -> None:
         self.world, self.all_failed = world, asyncio.Event()
@@ -59,7 +60,7 @@ class World:
         self.announced: list[Any] = []
         self.starts: list[Start] = []
         self.fleet: Any = None
-        self.ring: Any = None
+        self.reloading: Any = []
         self.addresses = SimpleNamespace(
             folder=SimpleNamespace(path=folder),
             inputs=("in",),
@@ -72,9 +73,9 @@ class World:
                 api_server_count=1,
                 port=0,
                 disable_log_stats=False,
-                access=SimpleNamespace(ring=None),
             ),
             vllm_config="config",
+            reloading=lambda take: [take, *self.reloading] if self.reloading else [],
             deployment=SimpleNamespace(
                 ray_address=None,
                 insecure=False,
@@ -136,7 +137,7 @@ class World:
         monkeypatch.setattr(fleets, "Fleet", self.make_fleet)
         monkeypatch.setattr(
             control, "OwnControl",
-            lambda core, fleet, ring: SimpleNamespace(reload=("reload", core, fleet, ring)),
+            lambda core, fleet, reloading: SimpleNamespace(reload=(core, fleet, reloading)),
         )  # fmt: skip
         monkeypatch.setattr(
             serving.signals, "pass_hangup_on", lambda loop, reload: setattr(self, "reload", reload)
@@ -220,10 +221,10 @@ def test_a_user_who_wants_vllms_lines_gets_rays_too(world: World) -> None:
     assert os.environ["VLLM_LOGGING_LEVEL"] == "DEBUG"
 
 
-def test_a_file_of_keys_is_read_again_at_a_hang_up(world: World) -> None:
-    world.command.args.access.ring = ["a ring"]
+def test_a_file_is_read_again_at_a_hang_up(world: World) -> None:
+    world.reloading = ["a file of keys"]
     serving.serve(["serve"])
-    assert world.reload == ("reload", "core", world.fleet, ["a ring"])
+    assert world.reload == ("core", world.fleet, ["take settings", "a file of keys"])
 
 
 @pytest.mark.parametrize("insecure", [False, True])

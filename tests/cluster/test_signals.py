@@ -167,7 +167,7 @@ def test_a_service_manager_that_has_nothing_to_reload_stops_nothing() -> None:
         start_new_session=True,
     )
     assert done.stdout == ""
-    assert done.stderr.count("Nothing to reload: no --keys.") == 3
+    assert done.stderr.count("Nothing to reload: no --keys, --scheduler-config or --config.") == 3
 
 
 def test_where_there_is_a_terminal_a_hangup_stops() -> None:

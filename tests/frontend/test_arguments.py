@@ -339,6 +339,17 @@ def test_secrets_are_shown_to_nobody(tiny_model: Path, monkeypatch: pytest.Monke
     assert "LLUMNIX_API_KEY" not in os.environ
 
 
+@pytest.mark.parametrize(
+    "text", ["{migration: {gain_min: 3}}", '{"migration": {"gain_min": 3}}', " {migration: {}}"]
+)
+def test_knobs_in_braces_are_shown_whichever_way_they_are_written(
+    tiny_model: Path, text: str
+) -> None:
+    command = parsed(tiny_model, "--scheduler-config", text)
+    (shown,) = [row for row in command.args.settings if row["name"] == "scheduler-config"]
+    assert isinstance(shown["value"]["migration"], dict)
+
+
 def test_the_first_look_goes_by_the_file_and_variables(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,6 +22,7 @@ from llumnix.frontend.http.page import page_router
 from llumnix.frontend.http.routes import control_app
 from llumnix.observe import metrics
 from llumnix.reload.key_file import KeyRing
+from llumnix.reload.reloading import Reloading
 
 MODEL, SEEN, STATUS = "/v1/chat/completions", "/llumnix/v1/requests", "/llumnix/v1/instances"
 FILE = """
@@ -196,13 +197,13 @@ async def test_so_many_requests_are_open_at_a_time(tmp_path: Path) -> None:
 
 async def test_the_file_is_read_again_while_it_serves(tmp_path: Path) -> None:
     keys = ring(tmp_path)
-    control: Any = OwnControl(SimpleNamespace(client_index=0), SimpleNamespace(), keys)  # type: ignore[arg-type]
+    control: Any = OwnControl(SimpleNamespace(client_index=0), SimpleNamespace(), Reloading(keys))  # type: ignore[arg-type]
     async with client(guarded(keys)) as http:
         assert (await http.post(MODEL, headers=bearer("new"))).status_code == 401
         Path(str(keys.path)).write_text("ada: {key: new}\nops: {key: root, roles: [admin]}\n")
         assert await control.reload() == {
             "keys": 2, "added": [], "removed": ["all", "vic"], "changed": ["ada"],
-            "unconfirmed": [],
+            "settings": {"now": [], "engines": [], "start": []}, "unconfirmed": [],
         }  # fmt: skip
         statuses = {k: await _status(http, k) for k in ("new", "user", "both", "root")}
         assert statuses == {"new": 200, "user": 401, "both": 401, "root": 200}

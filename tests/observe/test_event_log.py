@@ -15,6 +15,7 @@ import pytest
 
 from llumnix.config import LogPlace
 from llumnix.core.events import (
+    AddInstances,
     Decision,
     Dispatch,
     DrainInstance,
@@ -25,12 +26,13 @@ from llumnix.core.events import (
     NoInstance,
     PrefixesChanged,
     RequestArrived,
+    SettingsChanged,
     Tick,
 )
 from llumnix.core.reports import ClassLoad, LoadReport
 from llumnix.core.scheduling.presets import POLICIES
 from llumnix.core.scheduling.scheduler import Scheduler
-from llumnix.core.settings import SchedulerSettings
+from llumnix.core.settings import ScalingSettings, SchedulerSettings
 from llumnix.core.types import EngineIndex, InstanceId, MigrationId, RequestId
 from llumnix.errors import UsageError
 from llumnix.observe import log_files
@@ -473,6 +475,31 @@ def test_what_is_not_news_is_left_out_and_a_replay_decides_the_same(
     assert replayed.differences == []
     assert replayed.decisions > 10
     assert len(found) < told / 3
+
+
+def test_scaling_that_is_switched_on_meanwhile_is_replayed(tmp_path: Path) -> None:
+    """What the fleet says counts from then on, though it was left out before."""
+    path, before = tmp_path / "log", SchedulerSettings()
+    log, scheduler = EventLog(LogPlace(path=str(path)), who="controller 1"), Scheduler(before)
+    log.started(before)
+    on = replace(before, scaling=ScalingSettings(instances_min=2, instances_max=3))
+    fleet = FleetReported(starting=0, serving=(InstanceId("i0"),), draining=())
+    added = 0
+    for n in range(4000):
+        facts: list[Fact] = [report(0, n, running=10), fleet]
+        if n == 2000:
+            facts.insert(0, SettingsChanged(settings=on))
+        for fact in facts:
+            at = n * 0.1
+            decisions = scheduler.handle(fact, at)
+            log.fact(fact, at, answered=bool(decisions))
+            for decision in decisions:
+                log.decision(decision, at)
+                added += isinstance(decision, AddInstances)
+    log.close()
+    assert added > 0
+    replayed = replay(path)
+    assert (replayed.differences, replayed.decisions) == ([], added)
 
 
 @pytest.mark.parametrize("scales", [False, True])

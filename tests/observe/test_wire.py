@@ -17,6 +17,7 @@ from llumnix.core.events import (
     NoInstance,
     PrefixesChanged,
     RequestArrived,
+    SettingsChanged,
     UndrainInstance,
 )
 from llumnix.core.messages import (
@@ -38,6 +39,7 @@ from llumnix.core.messages import (
     Verdict,
 )
 from llumnix.core.reports import ClassLoad, LoadReport
+from llumnix.core.settings import AdmissionSettings, ScalingSettings, SchedulerSettings
 from llumnix.core.types import EngineIndex, Epoch, InstanceId, MigrationId, OrderId, RequestId
 from llumnix.errors import ProtocolError
 from llumnix.wire import Loads, LoadsAsked, Message, Ping, Pong, decode, encode
@@ -80,6 +82,11 @@ SAMPLES: list[Message] = [
         draining=(InstanceId("i1"),),
         drained_by={InstanceId("i1"): "signal"},
         given_up=2,
+    ),
+    SettingsChanged(
+        settings=SchedulerSettings(
+            scaling=ScalingSettings(instances_max=3), admission=AdmissionSettings(queue_max=9)
+        )
     ),
     MoveOrder(
         order=OrderId(3),

@@ -30,6 +30,7 @@ from llumnix.core.events import (
     NoInstance,
     PrefixesChanged,
     RequestArrived,
+    SettingsChanged,
     Tick,
 )
 from llumnix.core.scheduling.scheduler import STORY_MAX, Scheduler, handling_key
@@ -204,6 +205,10 @@ class Controller:
                     log_dropped=self._log.dropped,
                 )
                 self._send(sender, loads)
+            case SettingsChanged(settings=settings):
+                if settings != self._scheduler.settings:  # The fleet says it again and again.
+                    self._decide(sender, message)
+                    self._tick_s = settings.migration.interval_s
             case _ if isinstance(message, _FACTS):
                 self._decide(sender, message)
             case _:

@@ -17,7 +17,6 @@ from ray.util.scheduling_strategies import (
     NodeAffinitySchedulingStrategy,
 )
 
-from llumnix import __version__
 from llumnix.cluster.addresses import Addresses
 from llumnix.cluster.controller import Controller
 from llumnix.cluster.controller_process import ControllerProcess
@@ -40,10 +39,12 @@ from llumnix.core.events import (
     DrainInstance,
     FleetReported,
     ScalingDecision,
+    SettingsChanged,
     UndrainInstance,
 )
 from llumnix.core.limits import FLEET_REPORT_EVERY_S
 from llumnix.core.scheduling.presets import priorities_of
+from llumnix.core.settings import SchedulerSettings
 from llumnix.core.supervision.hang import Standstill
 from llumnix.core.supervision.lifecycle import InstanceStatus, LifeState
 from llumnix.core.supervision.readiness import FleetSeen
@@ -62,7 +63,7 @@ from llumnix.observe.event_log import EventLog
 from llumnix.observe.exposition import Exposition, Seen
 from llumnix.observe.fleet_metrics import FleetAtScrape, FleetMetrics
 from llumnix.tasks import keep_running
-from llumnix.versions import installed
+from llumnix.versions import build
 
 logger = logging.getLogger("llumnix.fleet")
 
@@ -88,6 +89,7 @@ class Fleet:
         self._launcher = EngineLauncher(frontends, launch, addresses, config)
         self._addresses = addresses
         self._settings = config.scheduler.without_keys()
+        self._resettled = False  # whether they are others than at the start
         self._hosts = Hosts(self._stopped)
         self._supervisor = Supervisor(
             self._frontends,
@@ -110,7 +112,7 @@ class Fleet:
         )
         self._refused = ""
         self._serials = itertools.count()
-        self._figures = FleetMetrics(priorities_of(self._settings), _build(self._settings.policy))
+        self._figures = FleetMetrics(priorities_of(self._settings), build(self._settings.policy))
         self.exposition = Exposition(self._scraped)
         self._controller: ControllerProcess | None = None
         self._adding = asyncio.Lock()
@@ -212,6 +214,13 @@ class Fleet:
         self._supervisor.drain(member, by, why, timeout_s=timeout_s, force=force, again=again)
         return member.status()
 
+    def take_settings(self, settings: SchedulerSettings) -> None:
+        """Schedules by these from now on. Engines that start from now on get their part."""
+        self._settings = settings.without_keys()
+        self._launcher.take_settings(self._settings)
+        self._resettled = True
+        self._news.set()
+
     async def undrain(self, instance: InstanceId) -> InstanceStatus:
         member = self._member(instance)
         if member.state is not LifeState.DRAINING or not member.alive:
@@ -273,6 +282,8 @@ class Fleet:
         """Tells the controller what there is, at once when it changes."""
         while True:
             self._news.clear()
+            if self._resettled:  # Again and again, since a controller may have missed it.
+                self._frontends.link.tell(SettingsChanged(settings=self._settings))
             self._frontends.link.tell(self._facts())
             # `wait_for` would lose a cancellation that comes together with news.
             with contextlib.suppress(TimeoutError):
@@ -381,12 +392,6 @@ class Fleet:
         members = self._members.values()
         taken = {m.slot for m in members if m.state is not LifeState.FAILED or m.run is not None}
         return next(s for s in range(len(taken) + 1) if s not in taken)
-
-
-def _build(policy: str) -> dict[str, str]:
-    """Versions and policy in use."""
-    packages = {what: (installed(what) or ("", ""))[1] for what in ("vllm", "ray")}
-    return {"version": __version__, "policy": policy, **packages}
 
 
 def _count(decision: ScalingDecision, by: DrainedBy, outcome: str) -> None:

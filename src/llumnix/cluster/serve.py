@@ -164,10 +164,10 @@ async def _run(
             await fleet.start(deployment.instances, start.say)
             failed = asyncio.create_task(_stop_when_all_failed(fleet))
             assert start.listener is not None
-            ring = args.access.ring
-            control = OwnControl(llm.engine_core, fleet, ring)
+            reloading = command.reloading(fleet.take_settings)
+            control = OwnControl(llm.engine_core, fleet, reloading)
             loop = asyncio.get_running_loop()
-            signals.pass_hangup_on(loop, control.reload if ring else None)
+            signals.pass_hangup_on(loop, control.reload if reloading else None)
 
             async def announce() -> None:
                 start.announce(args, await llm.get_supported_tasks())

@@ -57,7 +57,8 @@ class Deployment:
         self.office.start()
         undo.callback(self.office.close)
         self.fleet = Fleet(self.office, launch, addresses, deployment)
-        self.desk = Desk(self.office, self.fleet, command.args.access.ring)
+        self.reloading = command.reloading(self.fleet.take_settings)
+        self.desk = Desk(self.office, self.fleet, self.reloading)
         self.processes = FrontendProcesses(self.office, count, self._frontend)
         self._changed = asyncio.Event()
         self.office.on_serving = self._serving
@@ -116,8 +117,7 @@ class Deployment:
         start.say(f"starting {self._count} frontends")
         self.office.open()
         loop = asyncio.get_running_loop()
-        ring = self._command.args.access.ring
-        signals.pass_hangup_on(loop, self.desk.reload if ring else None)
+        signals.pass_hangup_on(loop, self.desk.reload if self.reloading else None)
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self.stop_asked.set)
         await self._until_over(self._answer_at_the_port())

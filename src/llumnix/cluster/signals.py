@@ -45,7 +45,8 @@ def pass_hangup_on(
 
         loop.add_signal_handler(signal.SIGHUP, begin)
     elif "NOTIFY_SOCKET" in os.environ:  # It was told to reload.
-        loop.add_signal_handler(signal.SIGHUP, logger.warning, "Nothing to reload: no --keys.")
+        why = "Nothing to reload: no --keys, --scheduler-config or --config."
+        loop.add_signal_handler(signal.SIGHUP, logger.warning, why)
     elif not _under_nohup():
         loop.add_signal_handler(signal.SIGHUP, os.kill, os.getpid(), signal.SIGTERM)
 

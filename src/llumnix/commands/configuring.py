@@ -14,6 +14,12 @@ RELOAD = "/llumnix/v1/reload"
 ANSWER_TIMEOUT_S = 5.0
 RELOAD_TIMEOUT_S = 20.0
 VALUE_MAX = 80
+WHEN = {
+    "now": "counts now",
+    "engines": "counts for engines that start from now on (`llumnix restart`)",
+    "start": "counts from the next start of the server",
+}
+"""When settings count that a server has read again."""
 USAGE = """usage: llumnix config check [--json] [MODEL] [any flag of `llumnix serve`]
           reads all of it as `llumnix serve` would, without Ray, engines or GPU
        llumnix config show [SERVER]
@@ -61,8 +67,8 @@ def _show(flags: list[str]) -> int:
 
 
 def reload(argv: list[str]) -> int:
-    """`llumnix reload`: has a server read its file of --keys again; 1 if a frontend has not
-    confirmed."""
+    """`llumnix reload`: has a server read its keys and the scheduler's settings again; 1 if a
+    frontend has not confirmed."""
     args = server_parser("reload").parse_args(argv)
     body = ask(args, "POST", RELOAD, wanted="keys", timeout_s=RELOAD_TIMEOUT_S)
     unconfirmed = ", ".join(body.get("unconfirmed", ()))
@@ -73,6 +79,9 @@ def reload(argv: list[str]) -> int:
         f"{word} {', '.join(body[word])}" for word in ("added", "changed", "removed") if body[word]
     ]
     print(f"{count(body['keys'], 'key')}: {'; '.join(parts) or 'nothing has changed'}")
+    for when, says in WHEN.items():
+        if knobs := body.get("settings", {}).get(when):
+            print(f"{says}: {', '.join(knobs)}")
     if unconfirmed:
         print(f"not confirmed by {unconfirmed}: what stands still has them once it goes on")
     return 1 if unconfirmed else 0

@@ -9,6 +9,7 @@ from typing import Literal
 
 from llumnix.core.codes import DispatchCode, MoveCode
 from llumnix.core.reports import LoadReport
+from llumnix.core.settings import SchedulerSettings
 from llumnix.core.types import EngineIndex, InstanceId, OrderId, RequestId
 
 
@@ -73,7 +74,22 @@ class FleetReported:
     """Running total of instances that could not be started, or crashed too often in a row."""
 
 
-Fact = RequestArrived | LoadReported | PrefixesChanged | InstanceLost | Tick | FleetReported
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SettingsChanged:
+    """The scheduler's settings are these from now on. What takes a new start is as it was."""
+
+    settings: SchedulerSettings
+
+
+Fact = (
+    RequestArrived
+    | LoadReported
+    | PrefixesChanged
+    | InstanceLost
+    | Tick
+    | FleetReported
+    | SettingsChanged
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

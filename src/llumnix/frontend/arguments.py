@@ -10,10 +10,11 @@ import argparse
 import os
 import re
 import stat
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from llumnix.config import (
     DeploymentConfig,
@@ -22,7 +23,9 @@ from llumnix.config import (
     knobs,
     option_strings,
     read_keys,
+    scheduler_of,
 )
+from llumnix.core.settings import SchedulerSettings
 from llumnix.demo import DEMO_MODEL, prepare_demo_model
 from llumnix.errors import UsageError
 from llumnix.flag_sources import (
@@ -30,7 +33,9 @@ from llumnix.flag_sources import (
     FLAG,
     PREFIX,
     SECRET,
+    Layered,
     layered,
+    others_shown,
     settings_shown,
     suit_cpu,
     suit_demo_on_cpu,
@@ -38,6 +43,8 @@ from llumnix.flag_sources import (
 from llumnix.frontend.checks import check_logs, check_queue, check_server_args, count_frontends
 from llumnix.frontend.http.access import Access, digests
 from llumnix.reload.key_file import KeyRing
+from llumnix.reload.reloading import Reloading
+from llumnix.reload.settings_file import Given, SettingsFile
 
 SHUTDOWN_TIMEOUT_S = 30
 PROBES = "/live,/ready,/health,/metrics"
@@ -77,6 +84,12 @@ class ServeCommand:
     args: argparse.Namespace  # for vLLM's server, without keys; `access` has the gate's rules
     vllm_config: Any  # of one instance
     deployment: DeploymentConfig
+    given: Given
+    again: Callable[[], Given] | None = field(repr=False)  # reads them again; None without a file
+
+    def reloading(self, take: Callable[[SchedulerSettings], None]) -> Reloading:
+        """What the server may read again; `take` gets settings that have changed."""
+        return Reloading(self.args.access.ring, SettingsFile(self.given, self.again), take)
 
 
 def settle_variables() -> None:
@@ -136,10 +149,8 @@ def parse(argv: list[str], say: Any) -> ServeCommand:
     given = layered(argv, flags, os.environ)
     for warning in given.warnings:
         say(warning)
-    try:
-        args = parser.parse_args(_with_demo_model(given.words))
-    except (ValueError, OSError) as error:
-        raise UsageError(_one_line(error)) from error
+    args = _parsed(parser, given)
+    others = others_shown(args, defaults, given.sources)
     for variable in (*ALIASES, *(PREFIX + name.upper() for name in SECRET)):
         os.environ.pop(variable, None)
     clients = _take_keys(args, "api_key", given.sources, say)
@@ -164,7 +175,38 @@ def parse(argv: list[str], say: Any) -> ServeCommand:
     _choose_model(args, defaults, say)
     vllm_config = _engine_config(args, defaults, given.words)
     args.settings = settings_shown(args, defaults, given.sources)
-    return ServeCommand(args=args, vllm_config=vllm_config, deployment=deployment)
+    inline = (deployment.scheduler_config or "{").lstrip().startswith("{")
+    return ServeCommand(
+        args=args,
+        vllm_config=vllm_config,
+        deployment=deployment,
+        given=Given(settings=deployment.scheduler, others=others),
+        again=None if given.file is None and inline else partial(read_again, argv),
+    )
+
+
+def read_again(argv: list[str]) -> Given:
+    """What the words of `parse`, variables and files say now; `UsageError` if that is bad."""
+    parser, flags = _make_parsers()
+    defaults = parser.parse_args(["serve"])
+    for each in (parser, flags):
+        each.error = _refuse  # type: ignore[assignment] # argparse would end the process.
+    given = layered(argv, flags, os.environ)
+    args = _parsed(parser, given)
+    settings = scheduler_of(args)
+    check_queue(args.scheduling_policy, settings, lambda _: None)
+    return Given(settings=settings, others=others_shown(args, defaults, given.sources))
+
+
+def _refuse(message: str) -> NoReturn:
+    raise UsageError(message)
+
+
+def _parsed(parser: argparse.ArgumentParser, given: Layered) -> argparse.Namespace:
+    try:
+        return parser.parse_args(_with_demo_model(given.words))
+    except (ValueError, OSError) as error:
+        raise UsageError(_one_line(error)) from error
 
 
 def _suit_log(args: argparse.Namespace, form: str) -> None:

@@ -22,6 +22,7 @@ from llumnix.core.events import (
     NoInstance,
     RequestArrived,
     ScalingDecision,
+    SettingsChanged,
 )
 from llumnix.core.reports import LoadReport
 from llumnix.core.types import RequestId
@@ -123,7 +124,7 @@ class ControllerLink:
         reply = await self._ask(Ping(number=self._number), self._number, timeout_s)
         return reply if isinstance(reply, Pong) else None
 
-    def tell(self, fact: InstanceLost | FleetReported) -> None:
+    def tell(self, fact: InstanceLost | FleetReported | SettingsChanged) -> None:
         """Passes on a fact. It is lost if the controller is gone: a new controller never heard of
         that instance, and is soon told of the fleet again. The decisions that follow from facts
         wait in `decisions`."""

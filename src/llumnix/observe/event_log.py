@@ -26,7 +26,15 @@ from dataclasses import replace
 from typing import Any
 
 from llumnix.config import LogPlace
-from llumnix.core.events import Decision, Fact, FleetReported, LoadReported, PrefixesChanged, Tick
+from llumnix.core.events import (
+    Decision,
+    Fact,
+    FleetReported,
+    LoadReported,
+    PrefixesChanged,
+    SettingsChanged,
+    Tick,
+)
 from llumnix.core.reports import LoadReport
 from llumnix.core.settings import SchedulerSettings
 from llumnix.core.types import InstanceId, MigrationId
@@ -74,7 +82,7 @@ class EventLog:
         self._again.clear()
         self._prefixes.clear()
         self._fleet, self._news_s = None, -math.inf
-        self._scales = settings.scaling.instances_max is not None
+        self._scales = settings.scaling.on
         self._write("started", time.monotonic(), {"settings": settings.without_keys()})
 
     def fact(self, fact: Fact, at: float, *, answered: bool = True) -> None:
@@ -101,6 +109,10 @@ class EventLog:
                 if fact == known and not answered and self._settled(fact, at):
                     return
                 self._catch_up()
+            case SettingsChanged(settings=settings):
+                self._scales = settings.scaling.on
+                self._catch_up()
+                self._news_s = at
             case _:
                 self._catch_up()
                 self._news_s = at

@@ -151,7 +151,7 @@ CONTROLLER_BUSY_S = _family(
 CONTROLLER_FACTS = _family(
     "counter", "controller_facts", "Facts that the scheduler was told",
     {"fact": ("RequestArrived", "LoadReported", "PrefixesChanged", "InstanceLost", "Tick",
-              "FleetReported")},
+              "FleetReported", "SettingsChanged")},
 )  # fmt: skip
 FRONTENDS = _family(
     "gauge", "frontend_processes", "Processes that speak HTTP",

@@ -1,14 +1,12 @@
 """The file of --keys: API keys with names, roles and limits. It may be read again while the server
 runs."""
 
-import asyncio
 import difflib
 import hashlib
 import os
 import re
 import stat
-from collections.abc import AsyncIterator, Callable, Collection
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +32,6 @@ class KeyRing:
         self._by_digest: dict[bytes, NamedKey] = {}
         self.others: frozenset[bytes] = frozenset()  # digests of keys that are given elsewhere
         self.on_change: Callable[[], None] | None = None  # called once keys are others
-        self._reloading = asyncio.Lock()
 
     def __bool__(self) -> bool:
         return self.path is not None
@@ -57,13 +54,6 @@ class KeyRing:
         if twice is not None:
             raise UsageError(f"{FLAG} {self.path}: {twice} is an --api-key or admin key, too")
         return keys
-
-    @asynccontextmanager
-    async def reloaded(self) -> AsyncIterator[dict[str, Any]]:
-        """Reads the file again; what that changes, as `replace` says it. Another reload waits until
-        the block has ended, else a later one could read the file first."""
-        async with self._reloading:
-            yield self.replace(await asyncio.to_thread(self.read))
 
     def replace(self, keys: Collection[NamedKey]) -> dict[str, Any]:
         """These are the keys from now on. Returns what that changes, by names."""

@@ -56,7 +56,7 @@ from llumnix.frontend.office.messages import (
 from llumnix.frontend.own_streams import quarantine_rows, release
 from llumnix.frontend.streams.look import Cursor, Look, joined
 from llumnix.frontend.streams.migration_records import LISTED_MAX
-from llumnix.reload.key_file import KeyRing
+from llumnix.reload.reloading import Reloading
 
 logger = logging.getLogger("llumnix.office")
 
@@ -67,10 +67,11 @@ FOUND_S = 5.0
 class Desk:
     """The answers of one office."""
 
-    def __init__(self, office: Office, fleet: InstanceControl, ring: KeyRing) -> None:
+    def __init__(self, office: Office, fleet: InstanceControl, reloading: Reloading) -> None:
         self._office = office
         self._fleet = fleet
-        self._ring = ring
+        self._reloading = reloading
+        self._ring = reloading.ring
         self._engine_client = office.engine_client
         self._quarantine = Quarantine()
         self._adapters: dict[str, Adapter] = {}
@@ -215,9 +216,10 @@ class Desk:
         return KeysAre(keys=list(self._ring.keys))
 
     async def reload(self) -> dict[str, Any]:
-        """Reads the file of --keys again, and tells all frontends. Returns what that changes, and
-        which frontends have not confirmed it. These stand still, and find it when they go on."""
-        async with self._ring.reloaded() as changes:
+        """Reads keys and settings again, and tells all frontends the keys. Returns what that
+        changes, and which frontends have not confirmed it. These stand still, and find it when they
+        go on."""
+        async with self._reloading.done() as changes:
             gathered = await self._office.ask_all(self._keys_are())
         return {**changes, "unconfirmed": gathered.missing}
 

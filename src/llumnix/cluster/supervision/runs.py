@@ -10,7 +10,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from llumnix.cluster.supervision.places import Places
 from llumnix.config import DeploymentConfig
 from llumnix.core.limits import MigrationLimits
 from llumnix.core.scheduling.presets import POLICIES, priorities_of, queue_rules_of
+from llumnix.core.settings import SchedulerSettings
 from llumnix.core.supervision.blame import Death, Traces, code_of, is_blamed
 from llumnix.core.types import ENGINE_INDEX_MAX, EngineIndex, InstanceId
 from llumnix.engine.instance import InstanceFacts
@@ -122,6 +123,15 @@ class EngineLauncher:
         )
         self._places = Places()
         self._started = 0
+
+    def take_settings(self, settings: SchedulerSettings) -> None:
+        """Engines that start from now on go by these."""
+        self._llumlet = replace(
+            self._llumlet,
+            priorities=priorities_of(settings),
+            queue_rules=queue_rules_of(settings),
+            min_stay=settings.migration.min_stay,
+        )
 
     def kept_log(self, name: str) -> tuple[str, str] | None:
         """Where a process of that name keeps its log, as `keep_log` has it; None for nowhere."""

@@ -50,9 +50,13 @@ class Pairing:
     """Decides moves. `balance`: also between instances that go on serving."""
 
     def __init__(self, settings: MigrationSettings, *, balance: bool) -> None:
+        self.take(settings, balance=balance)
+        self._orders = 0
+
+    def take(self, settings: MigrationSettings, *, balance: bool) -> None:
+        """Decides by these from now on."""
         self._settings = settings
         self._balance = balance
-        self._orders = 0
 
     def round(self, view: ClusterView, now: float) -> list[MoveOrder]:
         """The moves that help now, recorded in the view."""

@@ -98,6 +98,12 @@ def priorities_of(settings: SchedulerSettings, *, keyed: bool = False) -> Priori
     return Priorities(given, ignore_priorities=not preset.priorities, keyed=keyed)
 
 
+def balances(settings: SchedulerSettings) -> bool:
+    """Whether requests move between instances that go on serving."""
+    balance = settings.migration.balance
+    return POLICIES[settings.policy].balance if balance is None else balance
+
+
 def queue_rules_of(settings: SchedulerSettings) -> QueueRules:
     """The rules of the engines' queues: what the knobs say, else what the policy has."""
     given, preset = settings.queue, POLICIES[settings.policy]

@@ -38,7 +38,7 @@ class Scaling:
     """Decides on the number of instances whenever the fleet reports."""
 
     def __init__(self, settings: ScalingSettings) -> None:
-        self._settings = settings
+        self.settings = settings
         self._below_since_s: float | None = None
         self._above_since_s: float | None = None
         self._changed_s = -math.inf
@@ -46,10 +46,10 @@ class Scaling:
 
     def decide(self, view: ClusterView, fleet: FleetReported, now: float) -> list[ScalingDecision]:
         """What to change now, if anything."""
-        most = self._settings.instances_max
+        most = self.settings.instances_max
         if most is None:
             return []
-        least = self._settings.instances_min or 1
+        least = self.settings.instances_min or 1
         fleet = _with_drains_decided(fleet, view)
         there = len(fleet.serving) + fleet.starting
         if fleet.starting:
@@ -65,20 +65,20 @@ class Scaling:
             return []  # The model keeps no KV, so that there is no load to go by.
         spare = sum(v.load.spare(view.priorities) for v in serving) + size * fleet.starting
         requests = sum(v.load.batch + v.load.waiting for v in serving)
-        low, high = view.observed.scaling_thresholds(self._settings)
+        low, high = view.observed.scaling_thresholds(self.settings)
         mean = spare / max(1, requests)
         self._below_since_s = _since(self._below_since_s, mean < low, now)
         self._above_since_s = _since(self._above_since_s, mean > high, now)
         seen = f"mean freeness {mean:.0f}"
         if self._below_since_s is not None and there < most:
-            if now - self._below_since_s >= self._settings.up_after_s:
+            if now - self._below_since_s >= self.settings.up_after_s:
                 short = math.ceil((TARGET_RATIO * low * requests - spare) / size)
                 count = max(1, min(short, most - there))
                 return self._grow(count, fleet, now, f"{seen} is below {low:.0f}")
         elif (
             self._above_since_s is not None
-            and now - self._above_since_s >= self._settings.down_after_s
-            and now - self._changed_s >= self._settings.cooldown_s
+            and now - self._above_since_s >= self.settings.down_after_s
+            and now - self._changed_s >= self.settings.cooldown_s
             and there > least
             and not fleet.draining
             and (spare - size) / max(1, requests) > TARGET_RATIO * low

@@ -15,15 +15,17 @@ from llumnix.core.events import (
     NoInstance,
     PrefixesChanged,
     RequestArrived,
+    SettingsChanged,
     Tick,
     UndrainInstance,
 )
 from llumnix.core.scheduling.dispatch import DISPATCH_POLICIES
 from llumnix.core.scheduling.headroom import Headroom
 from llumnix.core.scheduling.intake.admission import Admission
+from llumnix.core.scheduling.intake.changes import When, changes
 from llumnix.core.scheduling.intake.malformed import why_malformed
 from llumnix.core.scheduling.pairing import Pairing
-from llumnix.core.scheduling.presets import POLICIES, priorities_of
+from llumnix.core.scheduling.presets import POLICIES, balances, priorities_of
 from llumnix.core.scheduling.scaling import Scaling
 from llumnix.core.scheduling.view import ClusterView
 from llumnix.core.settings import SchedulerSettings
@@ -38,14 +40,12 @@ class Scheduler:
 
     def __init__(self, settings: SchedulerSettings) -> None:
         preset = POLICIES[settings.policy]
-        balance = settings.migration.balance
+        self.settings = settings
         self.view = ClusterView(priorities_of(settings), settings.migration)
         self._headroom = Headroom(self.view.priorities)
         self._admission = Admission(settings, self.view)
         self._dispatch = DISPATCH_POLICIES[preset.dispatch]()
-        self._pairing = Pairing(
-            settings.migration, balance=preset.balance if balance is None else balance
-        )
+        self._pairing = Pairing(settings.migration, balance=balances(settings))
         self._scaling = Scaling(settings.scaling)
 
     def handle(self, fact: Fact, now: float) -> list[Decision]:
@@ -73,7 +73,20 @@ class Scheduler:
                     self._dispatch.learn(fact)
             case FleetReported():
                 return self._scale(fact, now)
+            case SettingsChanged(settings=settings):
+                self._take(settings)
         return []
+
+    def _take(self, settings: SchedulerSettings) -> None:
+        """Goes on with other settings, and with all that it knows."""
+        fixed = [knob for knob, when in changes(self.settings, settings) if when is When.AT_START]
+        if fixed:
+            raise ProtocolError(f"refused: {', '.join(fixed)} cannot change while llumnix runs")
+        self.settings = settings
+        self.view.follow(settings.migration)
+        self._admission.take_limits(settings)
+        self._pairing.take(settings.migration, balance=balances(settings))
+        self._scaling.settings = settings.scaling
 
     def _place(self, fact: RequestArrived, now: float) -> Decision:
         refusal = self._admission.refusal(fact, now)

@@ -181,7 +181,7 @@ class ClusterView:
         else:
             self.observed.take(report, known.report)
             if report.finished != known.report.finished:
-                self._follow_answers()
+                self.follow(self._migration, THRESHOLD_STEP)
             _note_steps(known, report, now)
         known.report, known.seen_s = report, now
         for request in report.admitted:
@@ -265,6 +265,14 @@ class ClusterView:
         for known in self._instances.values():
             self._changed(known)
 
+    def follow(self, migration: MigrationSettings, step: float = 0.0) -> None:
+        """Takes thresholds that changed by this share, and drops the heaps sorted by them."""
+        self._migration = migration
+        thresholds = self.observed.migration_thresholds(migration)
+        if any(abs(n - o) > step * o for n, o in zip(thresholds, self.thresholds, strict=True)):
+            self.thresholds = thresholds
+            self._heaps.clear()
+
     def _forget(self, instance: InstanceId) -> None:
         known = self._instances.pop(instance)
         del self._ids[bisect_right(self._ids, instance) - 1]
@@ -296,14 +304,6 @@ class ClusterView:
                 self._settle(known, order)
         known.incoming = {o: s for o, s in known.incoming.items() if now - s < ORDER_LIFETIME_S}
         known.fruitless = {i: s for i, s in known.fruitless.items() if now - s < FRUITLESS_S}
-
-    def _follow_answers(self) -> None:
-        """Takes thresholds that changed by `THRESHOLD_STEP`, and drops the heaps sorted by them."""
-        thresholds = self.observed.migration_thresholds(self._migration)
-        changed = zip(thresholds, self.thresholds, strict=True)
-        if any(abs(new - old) > THRESHOLD_STEP * old for new, old in changed):
-            self.thresholds = thresholds
-            self._heaps.clear()
 
     def _changed(self, known: InstanceView) -> None:
         known.load = derive(known.report, known.booked, known.booked_tokens, known.booked_cached)

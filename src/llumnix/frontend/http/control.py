@@ -14,6 +14,7 @@ from llumnix.frontend.streams.look import Cursor, Look, joined, new_items
 from llumnix.observe.exposition import Exposition
 from llumnix.observe.notes import Notes
 from llumnix.reload.key_file import KeyRing
+from llumnix.reload.reloading import Reloading
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,8 +121,8 @@ class Control(InstanceOrders, Protocol):
         ...
 
     async def reload(self) -> dict[str, Any]:
-        """Reads the file of --keys again; what that changes, and the ids of frontends that have not
-        confirmed it, as JSON. A bad file changes nothing."""
+        """Reads keys and the scheduler's settings again; what that changes, and the ids of
+        frontends that have not confirmed it, as JSON. A bad file changes nothing."""
         ...
 
     async def quarantined(self) -> list[dict[str, Any]]:
@@ -138,11 +139,11 @@ class OwnControl:
     """`Control` of the only frontend, which has the fleet in its process."""
 
     def __init__(
-        self, client: FleetClient, fleet: InstanceControl, ring: KeyRing | None = None
+        self, client: FleetClient, fleet: InstanceControl, reloading: Reloading | None = None
     ) -> None:
         self._client = client
         self._fleet = fleet
-        self._ring = ring or KeyRing()
+        self._reloading = reloading or Reloading(KeyRing())
         self._streams = OwnStreams(client)
 
     async def instances(self) -> list[InstanceRow]:
@@ -202,7 +203,7 @@ class OwnControl:
         return self._client.migrations.get(name)
 
     async def reload(self) -> dict[str, Any]:
-        async with self._ring.reloaded() as changes:
+        async with self._reloading.done() as changes:
             return {**changes, "unconfirmed": []}
 
     async def quarantined(self) -> list[dict[str, Any]]:

@@ -231,9 +231,11 @@ async def config(request: Request) -> dict[str, Any]:
 
 @router.post("/reload")
 async def reload(control: Control) -> dict[str, Any]:
-    """Reads the file of --keys again. Answers how many keys there are now, and the names of those
-    that were added, removed and changed. `unconfirmed`: frontends that stand still and have the new
-    keys once they go on. A bad file changes nothing."""
+    """Reads the file of --keys and the scheduler's settings again. Answers how many keys there are
+    now, and the names of those that were added, removed and changed. `settings` has the knobs that
+    have changed: those that count `now`, those that count for `engines` that start from now on, and
+    what counts from the next `start` of llumnix. `unconfirmed`: frontends that stand still and have
+    the new keys once they go on. A bad file changes nothing."""
     return await control.reload()
 
 

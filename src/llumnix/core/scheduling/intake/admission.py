@@ -19,6 +19,7 @@ from zlib import crc32
 
 from llumnix.core.events import NoInstance, RefusalCode, RequestArrived
 from llumnix.core.reports import LoadReport
+from llumnix.core.scheduling.presets import priorities_of
 from llumnix.core.scheduling.view import ClusterView, InstanceView
 from llumnix.core.settings import SchedulerSettings
 
@@ -33,10 +34,14 @@ class Admission:
 
     def __init__(self, settings: SchedulerSettings, view: ClusterView) -> None:
         self._view = view
-        self._queue_max = settings.admission.queue_max
-        self._by_class = [c.queue_max for c in view.priorities.classes]
-        self.limits = self._queue_max is not None or any(m is not None for m in self._by_class)
+        self.take_limits(settings)
         self._ended: deque[list[int]] = deque()  # of the last seconds: which, and how many ended
+
+    def take_limits(self, settings: SchedulerSettings) -> None:
+        """These are the limits from now on."""
+        self._queue_max = settings.admission.queue_max
+        self._by_class = [c.queue_max for c in priorities_of(settings).classes]
+        self.limits = self._queue_max is not None or any(m is not None for m in self._by_class)
 
     def take(self, report: LoadReport, now: float) -> None:
         """Takes in a report that the view does not have yet."""
