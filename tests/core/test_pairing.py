@@ -17,6 +17,8 @@ from llumnix.core.settings import MigrationSettings, PrioritySettings, Scheduler
 from llumnix.core.types import EngineIndex, InstanceId, OrderId, RequestId
 
 TOTAL = 10_000
+BEGAN_S = 1000.0
+"""When tests begin. With a clock that began at 0 a span's end would pass for the span."""
 FIXED = MigrationSettings(source_below=48.0, destination_above=100.0, gain_min=8.0)
 
 
@@ -54,11 +56,11 @@ def load(
 
 def tell(s: Scheduler, *reports: LoadReport, now: float = 0.0) -> None:
     for r in reports:
-        s.handle(LoadReported(report=r), now)
+        s.handle(LoadReported(report=r), BEGAN_S + now)
 
 
 def moves(s: Scheduler, now: float = 0.0) -> list[MoveOrder]:
-    decided = s.handle(Tick(), now)
+    decided = s.handle(Tick(), BEGAN_S + now)
     assert all(isinstance(d, MoveOrder) and d.why for d in decided)
     return decided  # type: ignore[return-value]
 

@@ -25,6 +25,7 @@ from llumnix.core.scheduling.tuning import (
     BOOKING_LIFETIME_S,
     BOOKINGS_MAX,
     DRAIN_LIFETIME_S,
+    FRUITLESS_S,
     HEAP_ENTRIES_MORE,
     HEAP_ENTRIES_PER_INSTANCE,
     ORDER_LIFETIME_S,
@@ -242,7 +243,81 @@ def test_a_drain_that_the_fleet_did_not_do_is_forgotten() -> None:
     assert place(s, DRAIN_LIFETIME_S + 1) == "i0"
 
 
+@pytest.mark.parametrize("indexes", [(3, 5), (5, 3)])
+def test_a_run_that_is_over_stays_so_whichever_end_is_told_last(indexes: tuple[int, int]) -> None:
+    s = scheduler()
+    for index in indexes:
+        s.handle(InstanceLost(instance=InstanceId("i0"), engine_index=EngineIndex(index)), 0.0)
+    tell(s, 0.1, replace(report(0, 1), engine_index=EngineIndex(5)))
+    assert place(s, 0.1) == ""
+    tell(s, 0.2, replace(report(0, 1), engine_index=EngineIndex(6)))
+    assert place(s, 0.2, "s") == "i0"
+
+
+# -- lifetimes
+
+BEGAN_S = 100.0
+"""Late, so that a span that is counted from nowhere is too long."""
+
+
+@pytest.mark.parametrize(
+    ("what", "lifetime_s"),
+    [
+        ("booking", BOOKING_LIFETIME_S),
+        ("order", ORDER_LIFETIME_S),
+        ("drain", DRAIN_LIFETIME_S),
+        ("fruitless", FRUITLESS_S),
+    ],
+)
+def test_what_is_noted_stays_for_its_lifetime_and_no_longer(what: str, lifetime_s: float) -> None:
+    s, order = scheduler(), OrderId(7)
+    one, other = InstanceId("i0"), InstanceId("i1")
+    tell(s, 0.0, report(0, 1), report(1, 1))
+    tell(s, BEGAN_S, report(0, 2), report(1, 2))
+    if what == "booking":
+        s.view.book(one, RequestId("r"), 100, BEGAN_S)
+    elif what == "drain":
+        s.view.drain(one, BEGAN_S)
+    else:
+        s.view.ordered(order, one, other, BEGAN_S)
+    if what == "fruitless":
+        tell(s, BEGAN_S, report(0, 3, orders=(order,)))
+
+    def noted() -> bool:
+        known = s.view[one]
+        incoming = s.view[other].incoming.keys()
+        assert incoming == known.orders.keys()
+        drained = known.drain_decided_s is not None
+        return bool(known.bookings or known.orders or drained or known.fruitless)
+
+    for past_s, there in ((lifetime_s - 0.05, True), (lifetime_s + 0.05, False)):
+        sequence = 5 if there else 6
+        tell(s, BEGAN_S + past_s, report(0, sequence), report(1, sequence))
+        assert noted() is there
+
+
+def test_a_scheduler_that_meets_an_engine_that_stands_still_sends_it_nothing() -> None:
+    s = scheduler()
+    long_s = STALLED_AFTER_S + 1
+    tell(s, BEGAN_S, report(0, 1, running=1, used=100, steps=5, stalled_s=long_s))
+    tell(s, BEGAN_S, report(1, 1, running=40, used=4000, steps=5))
+    assert place(s, BEGAN_S) == "i1"
+
+
 # -- bookings
+
+
+def test_all_that_an_instance_has_to_do_counts_as_its_load() -> None:
+    s = scheduler("least-loaded")
+    waits = ClassLoad(running=1, waiting=3)
+    tell(s, 0.0, replace(report(0, 1), classes=(ClassLoad(), waits)), report(1, 1, running=2))
+    assert place(s, 0.0) == "i1", "what waits is to be computed too"
+    s = scheduler("least-loaded")
+    tell(s, 0.0, report(0, 1), report(1, 1))
+    first = place(s, 0.0, "large", tokens=500)
+    second = place(s, 0.0, "small", tokens=10)
+    assert {first, second} == {"i0", "i1"}
+    assert place(s, 0.0, "next") == second, "as many requests, and fewer tokens on their way"
 
 
 def test_a_request_that_is_booked_twice_counts_once() -> None:
