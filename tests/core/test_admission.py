@@ -177,6 +177,8 @@ def test_it_may_come_again_when_the_queue_is_likely_to_be_worked_off() -> None:
     w = World(queue_max=5)
     w.full(waiting=40)
     w.now += 5
+    w.full(waiting=40, finished=20)
+    w.now += 4
     w.full(waiting=40, finished=20)  # 20 ended in the last ten seconds, so 40 take 20 s.
     waits = [retry_s(w) for _ in range(200)]
     assert 16 <= min(waits) < 17.5

@@ -23,6 +23,8 @@ from llumnix.core.settings import ScalingSettings, SchedulerSettings
 from llumnix.core.types import EngineIndex, InstanceId, RequestId
 
 TOTAL = 10_000
+BEGAN_S = 1000.0
+"""When tests begin. With a clock that began at 0 a span's end would pass for the span."""
 
 
 class Fleet:
@@ -42,7 +44,7 @@ class Fleet:
                 )
             )
         )
-        self.now = 0.0
+        self.now = BEGAN_S
         self.sequence = 0
         self.starting = 0
         self.given_up = 0
@@ -149,7 +151,15 @@ def test_plenty_that_lasts_empties_the_one_with_the_fewest_requests() -> None:
     (decided,) = f.until(30, i0=(500, 2), i1=IDLE, i2=(900, 3))
     assert isinstance(decided, DrainInstance)
     assert decided.instance == "i1"
-    assert f.now >= 10
+    assert f.now - BEGAN_S >= 10
+
+
+def test_plenty_that_passes_drains_none() -> None:
+    f = Fleet(most=2)
+    f.serving = ["i0", "i1"]
+    for _ in range(5):
+        assert f.until(9, i0=IDLE, i1=IDLE) == []
+        assert f.second(i0=(5000, 10), i1=(5000, 10)) == []
 
 
 @pytest.mark.parametrize("change", [AddInstances, UndrainInstance, DrainInstance])
