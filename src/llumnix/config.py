@@ -254,8 +254,7 @@ class DeploymentConfig:
 def scheduler_of(given: Any) -> SchedulerSettings:
     """The scheduler's settings by `given`'s flags, which win over the file that one names."""
     settings = read_settings(given.scheduler_config)
-    if given.policy is not None:
-        settings = replace(settings, policy=given.policy)
+    settings = replace(settings, policy=given.policy or settings.policy)
     bounds = {"instances_min": given.min_instances, "instances_max": given.max_instances}
     bounds = {name: value for name, value in bounds.items() if value is not None}
     settings = replace(settings, scaling=replace(settings.scaling, **bounds))
@@ -356,7 +355,8 @@ def _check_names(tree: Any, kind: Any, where: str, source: str) -> None:
     """Raises `UsageError` on a key that is no knob, since it would set nothing. Renames knobs in
     `tree` that have their former names, with a warning that names where they were read."""
     if not isinstance(tree, dict):
-        raise UsageError(f"{where or 'the file'}: expected `knob: value` lines, not {tree!r}")
+        said = type(tree).__name__  # Not what it holds, which may be a key.
+        raise UsageError(f"{where or 'the file'}: expected `knob: value` lines, not a {said}")
     _rename(tree, kind, where, source)
     known = get_type_hints(kind)
     for name, value in tree.items():

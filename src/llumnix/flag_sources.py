@@ -349,9 +349,11 @@ def settings_shown(
 def others_shown(
     args: argparse.Namespace, defaults: argparse.Namespace, sources: Mapping[str, str]
 ) -> dict[str, Any]:
-    """The same by name, without the scheduler's settings."""
+    """The same by name, without the scheduler's settings, and without keys, of which variables are
+    gone once they were read."""
+    left_out = SCHEDULER_FLAGS | {name.replace("_", "-") for name in {*SECRET, *_TWINS}}
     rows = settings_shown(args, defaults, sources)
-    return {row["name"]: row["value"] for row in rows if row["name"] not in SCHEDULER_FLAGS}
+    return {row["name"]: row["value"] for row in rows if row["name"] not in left_out}
 
 
 def _shown(name: str, value: Any) -> Any:

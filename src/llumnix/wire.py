@@ -42,7 +42,7 @@ from llumnix.core.messages import (
     Verdict,
 )
 from llumnix.core.reports import LoadReport
-from llumnix.errors import ProtocolError
+from llumnix.errors import ProtocolError, UsageError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,7 +136,7 @@ class Codec(Generic[M]):
         try:
             name, body = self._envelope.decode(payload)
             return self._decoders[name].decode(body)  # type: ignore[no-any-return]
-        except (msgspec.DecodeError, KeyError) as error:
+        except (msgspec.DecodeError, KeyError, UsageError) as error:
             raise ProtocolError(f"not a message of ours ({error}): {payload[:80]!r}") from error
 
 

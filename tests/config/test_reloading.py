@@ -76,6 +76,14 @@ async def test_each_knob_is_named_by_when_it_counts_and_flags_of_a_start_again_a
     assert (await w.reload())["settings"] == NOTHING
 
 
+async def test_what_engines_go_by_is_taken_by_itself() -> None:
+    w = World()
+    passers = replace(BEFORE, queue=QueueSettings(passers=1))
+    w.given = Given(settings=passers, others={"model": "a"})
+    assert (await w.reload())["settings"] == {**NOTHING, "engines": ["queue.passers"]}
+    assert w.taken == [passers]
+
+
 async def test_what_counts_from_a_start_alone_is_not_taken() -> None:
     w = World()
     w.given = Given(settings=replace(BEFORE, policy="infaas++"), others={"model": "a"})

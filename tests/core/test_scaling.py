@@ -14,6 +14,7 @@ from llumnix.core.events import (
     FleetReported,
     LoadReported,
     RequestArrived,
+    SettingsChanged,
     UndrainInstance,
 )
 from llumnix.core.reports import ClassLoad, LoadReport
@@ -135,6 +136,38 @@ def test_never_more_than_the_maximum() -> None:
     f = Fleet(most=2)
     f.serving = ["i0", "i1"]
     assert f.until(20, i0=FULL, i1=FULL) == []
+
+
+def test_more_than_the_maximum_are_drained_one_after_the_other_whatever_the_load() -> None:
+    f = Fleet(most=2)
+    f.serving = ["i0", "i1", "i2", "i3"]
+    loads = {"i0": FULL, "i1": (9900, 18), "i2": FULL, "i3": (9900, 19)}
+    (first,) = f.second(**loads)
+    assert isinstance(first, DrainInstance)
+    assert first.instance == "i1"
+    assert "4 are there, and at most 2" in first.why
+    f.serving, f.draining = ["i0", "i2", "i3"], ["i1"]
+    assert f.until(20, **loads) == [], "one at a time, and none is taken back"
+    f.draining = []
+    del loads["i1"]
+    (second,) = f.second(**loads)
+    assert isinstance(second, DrainInstance)
+    assert second.instance == "i3"
+    f.serving = ["i0", "i2"]
+    assert f.until(20, i0=FULL, i2=FULL) == []
+
+
+def test_scaling_that_is_switched_on_again_has_seen_no_plenty_before() -> None:
+    f = Fleet()
+    f.serving, given = ["i0", "i1"], f.scheduler.settings
+    loads = {"i0": IDLE, "i1": IDLE}
+    assert f.until(8, **loads) == []
+    off = SchedulerSettings(scaling=ScalingSettings())
+    f.scheduler.handle(SettingsChanged(settings=off), f.now)
+    assert f.until(20, **loads) == []
+    f.scheduler.handle(SettingsChanged(settings=given), f.now)
+    assert f.until(9, **loads) == [], "down_after_s is 10"
+    assert f.until(3, **loads)
 
 
 def test_a_shortage_first_takes_a_drain_back() -> None:

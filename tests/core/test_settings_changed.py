@@ -134,6 +134,15 @@ def test_knobs_that_go_together_count_together(section: str) -> None:
     assert taken(before, after) == after
 
 
+def test_knobs_that_wait_together_are_kept_together() -> None:
+    classes = (PriorityClass(name="a", priority=-1), PriorityClass(name="b", priority=0))
+    asked = PrioritySettings(classes=classes, default_cap="a", key_caps={"k": "b"}, aging_s=9.0)
+    after = other("policy", replace(SchedulerSettings(), priorities=asked))
+    assert taken(SchedulerSettings(), after) == replace(
+        SchedulerSettings(), priorities=PrioritySettings(aging_s=9.0)
+    )
+
+
 def test_the_rest_is_taken_where_one_knob_waits_for_a_start() -> None:
     after = other("migration.gain_min", other("survival.lives", other("policy")))
     assert taken(SchedulerSettings(), after) == other("migration.gain_min")
@@ -232,6 +241,19 @@ def test_new_limits_count_for_the_next_request() -> None:
     (refused,) = s.handle(arrived("d"), 0.0)
     assert isinstance(refused, NoInstance)
     assert refused.code == "queue_full"
+
+
+def test_a_limit_that_comes_under_load_knows_the_pace_at_which_requests_end() -> None:
+    s = Scheduler(SchedulerSettings())
+    for second in range(10):
+        full = load(0, TOTAL, running=20, head=5_000, sequence=second + 1, finished=10 * second)
+        tell(s, full, now=second)
+    limited = replace(SchedulerSettings(), admission=AdmissionSettings(queue_max=1))
+    s.handle(SettingsChanged(settings=limited), 9.5)
+    (refused,) = s.handle(arrived("a"), 9.5)
+    assert isinstance(refused, NoInstance)
+    assert refused.retry_s is not None
+    assert refused.retry_s < 2
 
 
 def test_what_is_known_stays_known() -> None:

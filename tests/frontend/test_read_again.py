@@ -72,13 +72,12 @@ def test_a_file_of_knobs_is_read_again_and_flags_win_over_it(world: World) -> No
     flags = ["--scheduler-config", str(world.knobs), "--queue-max", "9"]
     command = world.start(*flags)
     world.knobs.write_text(
-        "scaling: {instances_max: 1}\nadmission: {queue_max: 1}\nqueue: {passers: 2}\n"
+        "scaling: {instances_max: 2}\nadmission: {queue_max: 1}\nqueue: {passers: 2}\n"
     )
     found = world.reread(command)
     assert (found.now, found.engines) == (["scaling.instances_max"], ["queue.passers"])
     assert found.settings.admission.queue_max == 9
-    # Fewer than it was started with: the flag says what to start with.
-    assert found.settings.scaling.instances_max == 1
+    assert found.settings.scaling.instances_max == 2
 
 
 def test_a_variable_wins_over_the_file_as_at_the_start(
@@ -89,6 +88,19 @@ def test_a_variable_wins_over_the_file_as_at_the_start(
     command = world.start("--config", str(world.config))
     world.config.write_text("queue-max: 7\n")
     assert world.reread(command).now == []
+
+
+@pytest.mark.parametrize(
+    "variable", ["LLUMNIX_API_KEY", "LLUMNIX_ADMIN_API_KEY", "VLLM_API_KEY", "LLUMNIX_HF_TOKEN"]
+)
+def test_keys_by_variable_are_gone_once_they_were_read_and_not_told_as_changed(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    (tmp_path / "keys").write_text("of-the-file\n")
+    monkeypatch.setenv(variable, "sesame")
+    world.config.write_text(f"api-key-file: {tmp_path / 'keys'}\n")
+    command = world.start("--config", str(world.config))
+    assert world.reread(command).start == []
 
 
 def test_flags_that_take_a_new_start_are_named(world: World) -> None:
@@ -109,6 +121,11 @@ def test_flags_that_take_a_new_start_are_named(world: World) -> None:
         ("queue-max: 0\n", "admission.queue_max: 0 must be 1 or more"),
         ("policy: best\n", "argument --policy: "),
         ("a: [\n", "is not YAML"),
+        ("max-instances: 1\n", "--instances 2 is what it starts with"),
+        ("ready-min: 0\n", "--ready-min 0: must be 1 or more"),
+        ("data-parallel-size: 2\n", "--data-parallel-size does not go with llumnix"),
+        ("served-model-name: [a, --help]\n", "--help"),
+        ("kv-transfer-config: {kv_role: none}\n", "kv_role"),
         ("scheduling-policy: fcfs\nscheduler: {queue: {slices: true}}\n", "queue.slices does not"),
     ],
 )

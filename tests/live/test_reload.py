@@ -21,7 +21,8 @@ pytestmark = [pytest.mark.live, pytest.mark.slow, pytest.mark.timeout(900)]
 STREAMS = 2
 AT_START = "scheduler: {queue: {passers: 8}}\nmax-instances: 2\nmin-instances: 1\n"
 AFTER = (
-    "scheduler: {queue: {passers: 3}, survival: {wait_s: 5}}\nmax-instances: 3\nmin-instances: 3\n"
+    "scheduler: {queue: {passers: 3}, survival: {wait_s: 5}}\n"
+    "instances: 3\nmax-instances: 3\nmin-instances: 3\n"
 )
 """One instance more than there are, so that the scheduler has to start it."""
 
@@ -81,7 +82,7 @@ def test_settings_change_under_streams(world: World) -> None:
         assert body["settings"] == {
             "now": ["scaling.instances_min", "scaling.instances_max"],
             "engines": ["queue.passers"],
-            "start": ["survival.wait_s"],
+            "start": ["survival.wait_s", "instances"],
         }
         eventually(lambda: len(world.settings()) == 2, 10, "the scheduler is told")
         eventually(lambda: "i2" in server.instances(), 30, "the scheduler adds an instance")

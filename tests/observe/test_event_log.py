@@ -482,7 +482,8 @@ def test_scaling_that_is_switched_on_meanwhile_is_replayed(tmp_path: Path) -> No
     path, before = tmp_path / "log", SchedulerSettings()
     log, scheduler = EventLog(LogPlace(path=str(path)), who="controller 1"), Scheduler(before)
     log.started(before)
-    on = replace(before, scaling=ScalingSettings(instances_min=2, instances_max=3))
+    bounds = ScalingSettings(instances_max=3, freeness_low=1e6, freeness_high=2e6, up_after_s=5)
+    on = replace(before, scaling=bounds)
     fleet = FleetReported(starting=0, serving=(InstanceId("i0"),), draining=())
     added = 0
     for n in range(4000):

@@ -184,6 +184,13 @@ SAMPLES: list[Message] = [
 ]
 
 
+def test_settings_out_of_bounds_are_no_message() -> None:
+    good = encode(SettingsChanged(settings=SchedulerSettings()))
+    assert good.count(b"interval_s\xcb?") == 1
+    with pytest.raises(ProtocolError, match="not a message of ours"):
+        decode(good.replace(b"interval_s\xcb?", b"interval_s\xcb\x7f"))
+
+
 def test_there_is_a_sample_of_every_message() -> None:
     assert {type(m) for m in SAMPLES} == set(get_args(Message))
 

@@ -126,6 +126,7 @@ class Controller:
                 if socket.poll(max(0, round(wait_s * 1e3))):
                     for sender, message in self._taken():
                         self._guarded(message, partial(self._handle, sender, message))
+                next_tick_s = min(next_tick_s, time.monotonic() + self._tick_s)
                 if time.monotonic() >= next_tick_s:
                     next_tick_s = time.monotonic() + self._tick_s
                     self._guarded(Tick(), partial(self._decide, b"", Tick()))

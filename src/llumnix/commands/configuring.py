@@ -78,9 +78,11 @@ def reload(argv: list[str]) -> int:
     parts = [
         f"{word} {', '.join(body[word])}" for word in ("added", "changed", "removed") if body[word]
     ]
-    print(f"{count(body['keys'], 'key')}: {'; '.join(parts) or 'nothing has changed'}")
+    settings = body.get("settings", {})
+    if parts or not any(settings.values()):
+        print(f"{count(body['keys'], 'key')}: {'; '.join(parts) or 'nothing has changed'}")
     for when, says in WHEN.items():
-        if knobs := body.get("settings", {}).get(when):
+        if knobs := settings.get(when):
             print(f"{says}: {', '.join(knobs)}")
     if unconfirmed:
         print(f"not confirmed by {unconfirmed}: what stands still has them once it goes on")

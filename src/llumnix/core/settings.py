@@ -6,6 +6,7 @@ policy, or from another knob, as its text says.
 """
 
 import hashlib
+import math
 import string
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -26,7 +27,7 @@ def knob(default: Any, unit: str, help: str, *, was: str | None = None) -> Any:
 def _check(path: str, value: float | None, low: float, high: float | None = None) -> None:
     if value is None:
         return
-    if not (value >= low and (high is None or value <= high)):
+    if not (low <= value < math.inf and (high is None or value <= high)):
         bound = f"{low:g} or more" if high is None else f"between {low:g} and {high:g}"
         raise UsageError(f"{path}: {value:g} must be {bound}")
 

@@ -23,7 +23,6 @@ from llumnix.config import (
     knobs,
     option_strings,
     read_keys,
-    scheduler_of,
 )
 from llumnix.core.settings import SchedulerSettings
 from llumnix.demo import DEMO_MODEL, prepare_demo_model
@@ -155,7 +154,7 @@ def parse(argv: list[str], say: Any) -> ServeCommand:
         os.environ.pop(variable, None)
     clients = _take_keys(args, "api_key", given.sources, say)
     admins = _take_keys(args, "admin_api_key", given.sources, say)
-    deployment = DeploymentConfig(**{name: getattr(args, name) for name, _, _ in knobs()})
+    deployment = _deployment(args)
     check_logs(deployment.event_log, deployment.log_dir)
     args.policy = deployment.scheduler.policy
     _refuse_what_breaks(args, defaults)
@@ -189,17 +188,26 @@ def read_again(argv: list[str]) -> Given:
     """What the words of `parse`, variables and files say now; `UsageError` if that is bad."""
     parser, flags = _make_parsers()
     defaults = parser.parse_args(["serve"])
-    for each in (parser, flags):
-        each.error = _refuse  # type: ignore[assignment] # argparse would end the process.
+    for each in (parser, flags):  # argparse would end the process.
+        each.error, each.exit = _refuse, _never  # type: ignore[assignment]
     given = layered(argv, flags, os.environ)
     args = _parsed(parser, given)
-    settings = scheduler_of(args)
+    settings = _deployment(args).scheduler
+    _refuse_what_breaks(args, defaults)
     check_queue(args.scheduling_policy, settings, lambda _: None)
     return Given(settings=settings, others=others_shown(args, defaults, given.sources))
 
 
 def _refuse(message: str) -> NoReturn:
-    raise UsageError(message)
+    raise UsageError(_one_line(ValueError(message)))
+
+
+def _never(status: int = 0, message: str | None = None) -> NoReturn:
+    _refuse(message or "a value is --help or --version, which are no settings")
+
+
+def _deployment(args: argparse.Namespace) -> DeploymentConfig:
+    return DeploymentConfig(**{name: getattr(args, name) for name, _, _ in knobs()})
 
 
 def _parsed(parser: argparse.ArgumentParser, given: Layered) -> argparse.Namespace:

@@ -108,6 +108,8 @@ class EventLog:
                 known, self._fleet = self._fleet, fact
                 if fact == known and not answered and self._settled(fact, at):
                     return
+                if answered:
+                    self._news_s = at  # What it decided may be decided again, after so long.
                 self._catch_up()
             case SettingsChanged(settings=settings):
                 self._scales = settings.scaling.on

@@ -8,6 +8,7 @@ Rules
   user or a signal drains stays drained, though another instance may start in its place.
 - Above the range for `down_after_s`, with nothing starting, draining or cooling down: the instance
   with the fewest requests is drained, but only if the mean of the others stays within the range.
+- More instances than the maximum, which a reload may have lowered, are drained one after the other.
 - Fewer instances than the minimum are made up for at once. What kills one instance may kill the
   next: after the second that was given up in a row nothing starts for `RETRY_FIRST_S`, after each
   further one for twice as long, up to `RETRY_MAX_S`. The row ends when none has been given up for
@@ -30,7 +31,7 @@ from llumnix.core.scheduling.tuning import (
     ROW_ENDS_AFTER_S,
     TARGET_RATIO,
 )
-from llumnix.core.scheduling.view import ClusterView
+from llumnix.core.scheduling.view import ClusterView, InstanceView
 from llumnix.core.settings import ScalingSettings
 
 
@@ -48,6 +49,7 @@ class Scaling:
         """What to change now, if anything."""
         most = self.settings.instances_max
         if most is None:
+            self._below_since_s = self._above_since_s = None
             return []
         least = self.settings.instances_min or 1
         fleet = _with_drains_decided(fleet, view)
@@ -58,6 +60,8 @@ class Scaling:
         if there < least:
             return self._grow(least - there, fleet, now, f"{there} of at least {least} are there")
         serving = [v for i in fleet.serving if (v := view.get(i)) is not None]
+        if there > most and serving and not fleet.draining:
+            return [_drain(serving, f"{there} are there, and at most {most} may be")]
         if len(serving) < len(fleet.serving) or not serving:
             return []  # Some have not reported yet, so that the mean would leave them out.
         size = max(v.load.total for v in serving)
@@ -85,10 +89,7 @@ class Scaling:
         ):
             self._above_since_s = None
             self._changed_s = now
-            # On a tie the newest, since its prefix cache is the coldest.
-            idlest = min(reversed(serving), key=lambda v: v.requests)
-            why = f"{seen} is above {high:.0f}; it has the fewest requests ({idlest.requests})"
-            return [DrainInstance(instance=idlest.report.instance, why=why)]
+            return [_drain(serving, f"{seen} is above {high:.0f}")]
         return []
 
     def _grow(
@@ -104,6 +105,14 @@ class Scaling:
             self._below_since_s = None
             self._changed_s = now
         return decisions
+
+
+def _drain(serving: list[InstanceView], why: str) -> DrainInstance:
+    """Of the instance with the fewest requests."""
+    # On a tie the newest, since its prefix cache is the coldest.
+    idlest = min(reversed(serving), key=lambda v: v.requests)
+    why = f"{why}; it has the fewest requests ({idlest.requests})"
+    return DrainInstance(instance=idlest.report.instance, why=why)
 
 
 class _Failures:

@@ -46,8 +46,8 @@ class Admission:
     def take(self, report: LoadReport, now: float) -> None:
         """Takes in a report that the view does not have yet."""
         known = self._view.get(report.instance)
-        if not self.limits or known is None:
-            return
+        if known is None:
+            return  # It is counted without limits too, since a reload may bring some.
         before = known.report
         if before.engine_index != report.engine_index or report.finished <= before.finished:
             return

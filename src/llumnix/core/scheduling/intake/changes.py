@@ -53,15 +53,16 @@ def changes(before: SchedulerSettings, after: SchedulerSettings) -> list[tuple[s
 
 def taken(before: SchedulerSettings, after: SchedulerSettings) -> SchedulerSettings:
     """The settings after a change, as far as it counts before the next start."""
-    kept = [knob for knob, when in changes(before, after) if when is When.AT_START]
-    for knob in kept:
+    kept: dict[str, dict[str, Any]] = {}  # by section, since the knobs of one go together
+    for knob, when in changes(before, after):
         section, _, name = knob.rpartition(".")
-        if section:
-            old = getattr(getattr(before, section), name)
-            after = replace(after, **{section: replace(getattr(after, section), **{name: old})})
-        else:
-            after = replace(after, **{name: getattr(before, name)})
-    return after
+        if when is When.AT_START:
+            kept.setdefault(section, {})[name] = getattr(
+                getattr(before, section) if section else before, name
+            )
+    whole = kept.pop("", {})
+    parts = {section: replace(getattr(after, section), **old) for section, old in kept.items()}
+    return replace(after, **whole, **parts)
 
 
 def _leaves(settings: SchedulerSettings) -> Iterator[tuple[str, Any]]:
