@@ -221,7 +221,7 @@ def test_metrics_and_logs_tell_faults_apart(
                 ]
                 os.kill(outside, signal.SIGSTOP)
             case "a slow link":
-                net.both_ways(*net.hosts, delay_s=0.1)
+                net.both_ways(*net.hosts, delay_s=0.25)
             case "a full disk":
                 host = net.hosts[0]
                 host.run("sh", "-c", f"head -c 9M /dev/zero > {ballast} || true")
