@@ -162,11 +162,12 @@ def test_a_class_that_does_not_exist_is_named(fleet: Server) -> None:
 @pytest.mark.slow
 def test_a_queue_that_is_blocked_makes_its_instance_give_requests_away(fleet: Server) -> None:
     """De-fragmentation: what is free on both instances would hold the long prompt, what is free on
-    either of them would not."""
+    either of them would not. With one request less its instance has room for the prompt, and for
+    all there to grow by a block."""
     before = len(migrations(fleet))
-    load = Load(fleet, [body(300, 330, seed) for seed in range(8)], "frag").begin()
+    load = Load(fleet, [body(250, 380, seed) for seed in range(8)], "frag").begin()
     free = [i["kv_tokens_total"] - i["kv_tokens_used"] for i in fleet.instances().values()]
-    assert max(free) < 928 < sum(free)
+    assert max(free) < 928 + 5 * 32 < sum(free)
     still: list[int] = []
     long = stream(
         fleet, PATH, body(900, 20, 99),

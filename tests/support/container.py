@@ -40,6 +40,14 @@ exec chroot --userspec=2000:0 --groups=0 $root setpriv --no-new-privs "$@"
 """What a container engine does before the first process starts. The network is the machine's."""
 
 
+def _run(words: list[str], timeout_s: float) -> str:
+    done = subprocess.run(
+        words, capture_output=True, text=True, timeout=timeout_s, cwd=ROOT, check=False
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout.strip()
+
+
 class Images:
     """buildah's, in a folder of their own."""
 
@@ -50,25 +58,17 @@ class Images:
 
     def do(self, *words: str, timeout_s: float = 600) -> str:
         """One of buildah's commands; what it printed."""
-        done = subprocess.run(
-            [*self._words, *words],
-            capture_output=True,
-            text=True,
-            timeout=timeout_s,
-            cwd=ROOT,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-        return done.stdout.strip()
+        return _run([*self._words, *words], timeout_s)
 
     def make_base(self, name: str) -> None:
         """Debian with Python, in place of the image that is named in the Dockerfile."""
         archive = self._folder / "base.tar"
         sources = Path("/etc/apt/sources.list.d/debian.sources")
-        words = ["mmdebstrap", "--variant=minbase", f"--include={PACKAGES}", "stable", archive]
+        words = ["mmdebstrap", "--variant=minbase", f"--include={PACKAGES}", "stable", str(archive)]
         if sources.is_file():
-            words[-2:] = ["", archive, sources]
-        subprocess.run(words, capture_output=True, timeout=600, check=True)
+            words[-2:] = ["", str(archive), str(sources)]
+        self._folder.mkdir(exist_ok=True)
+        _run(words, 600)
         container = self.do("from", "scratch")
         self.do("add", "--quiet", container, str(archive), "/")
         self.do("commit", "--quiet", "--rm", container, name)
