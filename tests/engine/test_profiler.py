@@ -154,11 +154,20 @@ def test_the_demo_model_is_timed_in_the_type_in_which_it_is_served(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(profiler, "prepare_demo_model", lambda say: tiny_model)
-    config, model = profiler.engine_config([], "profile")
-    assert model == str(tiny_model)
-    assert str(config.model_config.dtype) == "torch.float32"
+    for words in ([], [profiler.DEMO_MODEL], ["--model", profiler.DEMO_MODEL]):
+        config, model = profiler.engine_config(words, "profile")
+        assert model == str(tiny_model)
+        assert str(config.model_config.dtype) == "torch.float32"
     chosen, _ = profiler.engine_config(["--dtype", "bfloat16"], "profile")
     assert str(chosen.model_config.dtype) == "torch.bfloat16"
+
+
+def test_a_model_may_be_named_by_its_flag(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(profiler, "prepare_demo_model", lambda say: pytest.fail("the demo"))
+    config, model = profiler.engine_config(["--model", str(tiny_model)], "profile")
+    assert (model, config.model_config.model) == (str(tiny_model), str(tiny_model))
 
 
 @pytest.mark.live

@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from vllm.engine.arg_utils import AsyncEngineArgs
@@ -26,7 +27,7 @@ from vllm.v1.engine.core import EngineCore
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.executor import Executor
 
-from llumnix.demo import prepare_demo_model
+from llumnix.demo import DEMO_MODEL, prepare_demo_model
 from llumnix.engine.readings import token_bytes
 from llumnix.flag_sources import suit_cpu, suit_demo_on_cpu
 
@@ -82,11 +83,13 @@ def engine_config(argv: list[str], prog: str) -> tuple[Any, str]:
     parser.add_argument("model_tag", nargs="?", metavar="MODEL")
     AsyncEngineArgs.add_cli_args(parser)
     args, defaults = parser.parse_args(argv), parser.parse_args([])
+    named = args.model_tag or (args.model if args.model != defaults.model else DEMO_MODEL)
+    demo = named == DEMO_MODEL and not Path(named).is_dir()
     if current_platform.is_cpu():
         suit_cpu(args, defaults, argv)
-        if args.model_tag is None:
+        if demo:
             suit_demo_on_cpu(args, defaults)
-    args.model = args.model_tag or str(prepare_demo_model(print))
+    args.model = str(prepare_demo_model(print)) if demo else named
     return AsyncEngineArgs.from_cli_args(args).create_engine_config(
         UsageContext.ENGINE_CONTEXT
     ), args.model
