@@ -228,7 +228,7 @@ class DeploymentConfig:
                     f"--allowed-host {name}: give the name alone, without scheme, port and path"
                 )
         # A frozen dataclass has no other way to set a field that follows from others.
-        object.__setattr__(self, "scheduler", scheduler_of(self))
+        object.__setattr__(self, "scheduler", self._scheduler())
         scaling = self.scheduler.scaling
         most, least = scaling.instances_max, scaling.instances_min or 1
         if most is not None and not least <= self.instances <= most:
@@ -250,20 +250,20 @@ class DeploymentConfig:
         path = str(Path(self.event_log).absolute())
         return LogPlace(path=path, file_max_bytes=round(self.event_log_max_mb * 1e6))
 
-
-def scheduler_of(given: Any) -> SchedulerSettings:
-    """The scheduler's settings by `given`'s flags, which win over the file that one names."""
-    settings = read_settings(given.scheduler_config)
-    settings = replace(settings, policy=given.policy or settings.policy)
-    bounds = {"instances_min": given.min_instances, "instances_max": given.max_instances}
-    bounds = {name: value for name, value in bounds.items() if value is not None}
-    settings = replace(settings, scaling=replace(settings.scaling, **bounds))
-    if given.queue_max is not None:
-        settings = replace(settings, admission=AdmissionSettings(queue_max=given.queue_max))
-    if given.priority_class:
-        classes = tuple(_priority_class(text) for text in given.priority_class)
-        settings = replace(settings, priorities=replace(settings.priorities, classes=classes))
-    return with_survival(settings, given.survival)
+    def _scheduler(self) -> SchedulerSettings:
+        settings = read_settings(self.scheduler_config)
+        if self.policy is not None:
+            settings = replace(settings, policy=self.policy)
+        flags = {"instances_min": self.min_instances, "instances_max": self.max_instances}
+        given = {name: value for name, value in flags.items() if value is not None}
+        if given:
+            settings = replace(settings, scaling=replace(settings.scaling, **given))
+        if self.queue_max is not None:
+            settings = replace(settings, admission=AdmissionSettings(queue_max=self.queue_max))
+        if self.priority_class:
+            classes = tuple(_priority_class(text) for text in self.priority_class)
+            settings = replace(settings, priorities=replace(settings.priorities, classes=classes))
+        return with_survival(settings, self.survival)
 
 
 def knobs() -> list[tuple[str, Any, dict[str, Any]]]:

@@ -33,6 +33,13 @@ def cache_folder() -> Path:
     return Path(cache) / "llumnix"
 
 
+def is_demo(model: str, default: str) -> bool:
+    """Whether vLLM's flag --model, of that default, stands for the demo model."""
+    if model == default:
+        return True
+    return model == DEMO_MODEL and not os.path.isdir(os.path.expanduser(model))
+
+
 def prepare_demo_model(say: Callable[[str], None]) -> Path:
     """The folder of the demo model's checkpoint; made now (half a minute) if it is not there."""
     folder = cache_folder() / f"{DEMO_MODEL}-{LAYOUT}"

@@ -54,7 +54,7 @@ SCHEDULER_FLAGS = frozenset({
     "scheduler-config", "policy", "min-instances", "max-instances", "queue-max", "priority-class",
     "survival",
 })  # fmt: skip
-"""Flags that make the scheduler's settings."""
+"""Flags that make the scheduler's settings (`DeploymentConfig`)."""
 MASK = "***"
 OURS = "llumnix"
 """Where a value is from that nobody gave: llumnix's own, which differs from vLLM's default."""

@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -281,10 +282,12 @@ def test_settings_that_change_count_at_once_and_are_logged_once(tmp_path: Path) 
     settings = SchedulerSettings(
         migration=MigrationSettings(interval_s=2.5), admission=AdmissionSettings(queue_max=7)
     )
+    controller._next_tick_s = time.monotonic() + 100  # By a long interval that was set before.
     for _ in range(3):  # The fleet says it again and again.
         controller._handle(b"", SettingsChanged(settings=settings))
     assert controller._scheduler.settings == settings
     assert controller._tick_s == 2.5
+    assert controller._next_tick_s <= time.monotonic() + 2.5
     controller.stop()
     controller.run()
     assert log.read_text().count('"SettingsChanged"') == 1

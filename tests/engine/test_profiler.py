@@ -16,6 +16,7 @@ pytest.importorskip("vllm")
 from vllm.v1.engine.core import EngineCore
 
 from llumnix.cli import main
+from llumnix.demo import DEMO_MODEL
 from llumnix.engine import profiler
 from llumnix.engine.profiler import DECODED, SETTLED, Sample, Step
 from llumnix.errors import UsageError
@@ -154,7 +155,7 @@ def test_the_demo_model_is_timed_in_the_type_in_which_it_is_served(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(profiler, "prepare_demo_model", lambda say: tiny_model)
-    for words in ([], [profiler.DEMO_MODEL], ["--model", profiler.DEMO_MODEL]):
+    for words in ([], [DEMO_MODEL], ["--model", DEMO_MODEL]):
         config, model = profiler.engine_config(words, "profile")
         assert model == str(tiny_model)
         assert str(config.model_config.dtype) == "torch.float32"

@@ -97,6 +97,7 @@ class Controller:
         self._log.started(settings)
         self._scheduler = Scheduler(settings)
         self._tick_s = settings.migration.interval_s
+        self._next_tick_s = time.monotonic()
         self._engines: dict[EngineIndex, bytes] = {}
         self._refused = Faults("messages that make no sense were refused", traceback=False)
         self._failed = Faults("messages could not be handled, which is a bug", traceback=True)
@@ -120,15 +121,13 @@ class Controller:
             for address in self._addresses:
                 listening.bind(socket, address)
             self._socket = socket
-            next_tick_s = time.monotonic()
             while not self._stopping:
-                wait_s = min(POLL_S, next_tick_s - time.monotonic())
+                wait_s = min(POLL_S, self._next_tick_s - time.monotonic())
                 if socket.poll(max(0, round(wait_s * 1e3))):
                     for sender, message in self._taken():
                         self._guarded(message, partial(self._handle, sender, message))
-                next_tick_s = min(next_tick_s, time.monotonic() + self._tick_s)
-                if time.monotonic() >= next_tick_s:
-                    next_tick_s = time.monotonic() + self._tick_s
+                if time.monotonic() >= self._next_tick_s:
+                    self._next_tick_s = time.monotonic() + self._tick_s
                     self._guarded(Tick(), partial(self._decide, b"", Tick()))
 
     def pid(self) -> int:
@@ -210,6 +209,8 @@ class Controller:
                 if settings != self._scheduler.settings:  # The fleet says it again and again.
                     self._decide(sender, message)
                     self._tick_s = settings.migration.interval_s
+                    soon_s = time.monotonic() + self._tick_s
+                    self._next_tick_s = min(self._next_tick_s, soon_s)
             case _ if isinstance(message, _FACTS):
                 self._decide(sender, message)
             case _:

@@ -16,7 +16,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from vllm.engine.arg_utils import AsyncEngineArgs
@@ -27,7 +26,7 @@ from vllm.v1.engine.core import EngineCore
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.executor import Executor
 
-from llumnix.demo import DEMO_MODEL, prepare_demo_model
+from llumnix.demo import is_demo, prepare_demo_model
 from llumnix.engine.readings import token_bytes
 from llumnix.flag_sources import suit_cpu, suit_demo_on_cpu
 
@@ -83,13 +82,14 @@ def engine_config(argv: list[str], prog: str) -> tuple[Any, str]:
     parser.add_argument("model_tag", nargs="?", metavar="MODEL")
     AsyncEngineArgs.add_cli_args(parser)
     args, defaults = parser.parse_args(argv), parser.parse_args([])
-    named = args.model_tag or (args.model if args.model != defaults.model else DEMO_MODEL)
-    demo = named == DEMO_MODEL and not Path(named).is_dir()
+    args.model = args.model_tag or args.model
+    demo = is_demo(args.model, defaults.model)
     if current_platform.is_cpu():
         suit_cpu(args, defaults, argv)
         if demo:
             suit_demo_on_cpu(args, defaults)
-    args.model = str(prepare_demo_model(print)) if demo else named
+    if demo:
+        args.model = str(prepare_demo_model(print))
     return AsyncEngineArgs.from_cli_args(args).create_engine_config(
         UsageContext.ENGINE_CONTEXT
     ), args.model

@@ -25,7 +25,7 @@ from llumnix.config import (
     read_keys,
 )
 from llumnix.core.settings import SchedulerSettings
-from llumnix.demo import DEMO_MODEL, prepare_demo_model
+from llumnix.demo import DEMO_MODEL, is_demo, prepare_demo_model
 from llumnix.errors import UsageError
 from llumnix.flag_sources import (
     ALIASES,
@@ -316,7 +316,7 @@ def _choose_model(args: argparse.Namespace, defaults: argparse.Namespace, say: A
     if args.model_tag is not None:
         args.model = args.model_tag
     folder = Path(os.path.expanduser(args.model))
-    if args.model == defaults.model or (args.model == DEMO_MODEL and not folder.is_dir()):
+    if is_demo(args.model, defaults.model):
         args.served_model_name = args.served_model_name or [DEMO_MODEL]
         folder = prepare_demo_model(say)
         if current_platform.is_cpu():
