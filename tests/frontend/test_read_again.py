@@ -129,7 +129,9 @@ def test_flags_that_take_a_new_start_are_named(world: World) -> None:
         ("scheduling-policy: fcfs\nscheduler: {queue: {slices: true}}\n", "queue.slices does not"),
     ],
 )
-def test_a_bad_file_is_a_clear_line_and_ends_nothing(world: World, text: str, said: str) -> None:
+def test_a_bad_file_is_a_clear_line_and_ends_nothing(
+    world: World, capfd: pytest.CaptureFixture[str], text: str, said: str
+) -> None:
     world.config.write_text("seed: 1\n")
     command = world.start("--config", str(world.config))
     world.config.write_text(text)
@@ -137,6 +139,7 @@ def test_a_bad_file_is_a_clear_line_and_ends_nothing(world: World, text: str, sa
         world.reread(command)
     assert said in str(refused.value)
     assert "\n" not in str(refused.value)
+    assert "usage:" not in "".join(capfd.readouterr())
 
 
 def test_a_file_that_is_gone_is_told(world: World) -> None:

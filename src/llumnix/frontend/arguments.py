@@ -188,8 +188,9 @@ def read_again(argv: list[str]) -> Given:
     """What the words of `parse`, variables and files say now; `UsageError` if that is bad."""
     parser, flags = _make_parsers()
     defaults = parser.parse_args(["serve"])
-    for each in (parser, flags):  # argparse would end the process.
+    for each in (parser, flags):  # argparse would print, and end the process.
         each.error, each.exit = _refuse, _never  # type: ignore[assignment]
+        each.print_help = _never  # type: ignore[assignment]
     given = layered(argv, flags, os.environ)
     args = _parsed(parser, given)
     settings = _deployment(args).scheduler
