@@ -5,10 +5,13 @@ The engines have to be faster than the processes, so that these and not it are w
 a small shape on a GPU. Several client processes share each load, because one would be the limit.
 
 - *streams*: a closed loop of `--streams` streams; the row has its throughput.
-- *arrivals*: `--rate` requests a second for each HTTP process, Poisson; the row has TTFT.
+- *arrivals*: each of `--rates` requests a second for each HTTP process, Poisson; rows have TTFT.
+
+With the first of the counts an earlier state of llumnix (`--before FOLDER`, a checkout's `src`)
+takes its turns too, and llumnix with further flags (`--variant "--survival off"`).
 
     python benchmarks/frontends.py [--counts 1,2,4] [--instances 2] [--rounds 2] [--model slim]
-        [--out FILE] [-- flags of the servers]
+        [--rates 100] [--before FOLDER] [--variant FLAGS] [--out FILE] [-- flags of the servers]
 """
 
 import argparse
@@ -23,10 +26,21 @@ from typing import Any
 
 import psutil
 
-from common import ROOT, Served, Streamed, markdown, median, percentile, serve, write_result
+from common import (
+    ROOT,
+    Served,
+    Streamed,
+    markdown,
+    median,
+    percentile,
+    python_path,
+    serve,
+    write_result,
+)
 from overhead import Load, one_round
 from shapes import SHAPES, write_shape
 
+KINDS = ("bare", "llumnix", "before", "variant")
 SPEAKS_HTTP = ("APIServer", "llumnix: frontend")
 """In the titles of HTTP processes beside the first one."""
 FLAGS = ["--max-model-len", "2048", "--kv-cache-memory-bytes", "4294967296"]
@@ -82,12 +96,16 @@ class Clients:
 
 
 def loads(args: argparse.Namespace, count: int) -> list[Load]:
-    rate = args.rate * count
-    return [
-        {"load": "streams", "streams": args.streams, "rate": None,
-         "requests": args.streams * args.each * count},
-        {"load": "arrivals", "streams": None, "rate": rate, "requests": int(rate * args.seconds)},
+    arrivals = [
+        {"load": f"{each:g} req/s each", "streams": None, "rate": each * count,
+         "requests": int(each * count * args.seconds)}
+        for each in args.rates
     ]  # fmt: skip
+    requests = args.streams * args.each * count
+    return [
+        {"load": "streams", "streams": args.streams, "rate": None, "requests": requests},
+        *arrivals,
+    ]
 
 
 def measure(
@@ -106,7 +124,8 @@ def measure(
         for count in args.counts:
             for load in loads(args, count):
                 took = {}
-                for kind in ("bare", "llumnix") if number % 2 == 0 else ("llumnix", "bare"):
+                there = [kind for kind in KINDS if f"{kind} {count}" in servers]
+                for kind in there if number % 2 == 0 else there[::-1]:
                     server = servers[f"{kind} {count}"]
                     clients.run(server, warm, args.tokens, 1000)
                     took[kind] = clients.run(server, load, args.tokens, number)
@@ -123,32 +142,50 @@ async def _up(servers: Any) -> None:
 
 
 def row_of(count: int, load: str, rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians over the rounds, and of each kind's differences to bare vLLM."""
     row: dict[str, Any] = {"processes": count, "load": load, "rounds": rounds}
-    for kind in ("bare", "llumnix"):
+    for kind in rounds[0]:
         row[kind] = {k: median([r[kind][k] for r in rounds]) for k in rounds[0][kind]}
-    row["throughput_ratio"] = median(
-        [r["llumnix"]["tokens_per_s"] / r["bare"]["tokens_per_s"] for r in rounds]
-    )
-    for key in ("ttft_ms_p50", "ttft_ms_p99"):
-        row[f"added_{key}"] = median([r["llumnix"][key] - r["bare"][key] for r in rounds])
+        row[kind]["throughput_ratio"] = median(
+            [r[kind]["tokens_per_s"] / r["bare"]["tokens_per_s"] for r in rounds]
+        )
+        for key in ("ttft_ms_p50", "ttft_ms_p99"):
+            row[kind][f"added_{key}"] = median([r[kind][key] - r["bare"][key] for r in rounds])
     return row
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     lines = []
     for row in rows:
-        b, o = row["bare"], row["llumnix"]
-        cpu = f"{b['cpu_ms_per_request']:.2f}, {o['cpu_ms_per_request']:.2f}"
-        if row["load"] == "streams":
-            tokens = f"{b['tokens_per_s']:,.0f}, {o['tokens_per_s']:,.0f}"
-            shown = [tokens, f"{row['throughput_ratio']:.2f}", "–", "–"]
-        else:
-            added = f"{row['added_ttft_ms_p50']:+.1f}, {row['added_ttft_ms_p99']:+.1f}"
-            shown = ["–", "–", f"{b['ttft_ms_p50']:.1f}, {b['ttft_ms_p99']:.1f}", added]
-        lines.append([str(row["processes"]), row["load"], *shown, cpu])
-    head = ["HTTP processes", "load", "tokens/s: bare, llumnix", "ratio"]
-    head += ["TTFT P50, P99 of bare, ms", "added", "CPU ms a request: bare, llumnix"]
-    return markdown(head, lines)
+        for kind in (kind for kind in KINDS if kind in row):
+            one = row[kind]
+            shown = [f"{one['tokens_per_s']:,.0f}", f"{one['throughput_ratio']:.3f}", "–", "–"]
+            if row["load"] != "streams":
+                ttft = f"{one['ttft_ms_p50']:.1f}, {one['ttft_ms_p99']:.1f}"
+                added = f"{one['added_ttft_ms_p50']:+.1f}, {one['added_ttft_ms_p99']:+.1f}"
+                shown = ["–", "–", ttft, added]
+            cpu = f"{one['cpu_ms_per_request']:.2f}"
+            lines.append([str(row["processes"]), row["load"], kind, *shown, cpu])
+    head = ["HTTP processes", "load", "", "tokens/s", "to bare", "TTFT P50, P99, ms", "added"]
+    return markdown([*head, "CPU ms a request"], lines)
+
+
+def kinds(args: argparse.Namespace, count: int) -> list[tuple[str, list[str], dict[str, str]]]:
+    """The servers with so many HTTP processes: kind, flags, environment."""
+    several = ["--api-server-count", str(count)]
+    ours = [*several, "--instances", str(args.instances)]
+    found: list[tuple[str, list[str], dict[str, str]]] = [
+        ("bare", [*several, "--data-parallel-size", str(args.instances)], {}),
+        ("llumnix", ours, {}),
+    ]
+    if count == args.counts[0]:
+        if args.before:
+            # A state from before there was the flag.
+            alone = ours if count > 1 else ours[2:]
+            found.append(("before", alone, {"PYTHONPATH": python_path(args.before)}))
+        if args.variant:
+            found.append(("variant", [*ours, *args.variant.split()], {}))
+    return found
 
 
 def main() -> None:
@@ -163,8 +200,13 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64, help="output tokens of a request")
     parser.add_argument("--streams", type=int, default=256)
     parser.add_argument("--each", type=int, default=4, help="requests of a stream, for a process")
-    parser.add_argument("--rate", type=float, default=100.0, help="a second, for each process")
+    parser.add_argument(
+        "--rates", type=lambda s: [float(n) for n in s.split(",")], default=[100.0],
+        help="a second, for each process",
+    )  # fmt: skip
     parser.add_argument("--seconds", type=float, default=4.0, help="of arrivals")
+    parser.add_argument("--before", type=Path, help="`src` of an earlier state, to compare")
+    parser.add_argument("--variant", help="flags of llumnix beside itself, in quotes")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/gpu/frontends.json")
     parser.add_argument("flags", nargs="*", default=FLAGS, help="of the servers, after --")
     args = parser.parse_args()
@@ -176,13 +218,12 @@ def main() -> None:
             flags = [*flags, "--load-format", "dummy"]
         try:
             for count in args.counts:
-                for kind in ("bare", "llumnix"):
-                    more = ["--api-server-count", str(count)]
-                    engines = "--instances" if kind == "llumnix" else "--data-parallel-size"
-                    more += [engines, str(args.instances)]
+                for kind, flags_of, env in kinds(args, count):
                     log = Path(temporary) / f"{kind}{count}.log"
-                    servers[f"{kind} {count}"] = serve(kind, model, "m", flags + more, log)
+                    name = "bare" if kind == "bare" else "llumnix"
+                    servers[f"{kind} {count}"] = serve(name, model, "m", flags + flags_of, log, env)
             more = {"model": args.model, "flags": flags, "instances": args.instances}
+            more |= {"before": str(args.before or ""), "variant": args.variant or ""}
             measure(args, servers, lambda rows: write_result(args.out, rows, **more))
         except BaseException:
             for name, server in servers.items():

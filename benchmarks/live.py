@@ -9,7 +9,8 @@ that do not drift. `--together` has all servers up at once, on the same devices 
 memory: those whose turn it is not stand still.) `--pace` lets each step take as long as a GPU's, so
 that engines that share cores do not slow one another. Arrivals are open-loop: a request is sent at
 its time whatever the state. Prompts are random tokens that share a prefix only where the trace says
-so, and outputs have exact lengths. The client runs with real-time priority where it may
+so, and outputs have exact lengths. Prompts are sent as token ids, or to all systems as text where
+`smg` is among them, which takes no ids. The client runs with real-time priority where it may
 (benchmarks/overhead.py says why).
 
 Figures of a run (`--json` prints them in the form that the simulator has):
@@ -92,7 +93,7 @@ def say(text: str) -> None:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
     """What all turns share. `kv_tokens`: of an instance. `tokens_end`: prompts' ids lie below.
-    `slo`: limits of TTFT and TPOT, in seconds."""
+    `slo`: limits of TTFT and TPOT, in seconds. `text`: prompts are sent as text."""
 
     model: str
     instances: int
@@ -101,6 +102,7 @@ class Setup:
     tokens_end: int
     drain_limit_s: float
     slo: Slo
+    text: bool
     flags: list[str]
 
 
@@ -121,7 +123,7 @@ async def one_run(
         before = await watch.counters()
         await watch.migrations()
         known = set(watch.outcomes)
-        bodies = encode(arrivals, dice, setup.tokens_end)
+        bodies = encode(arrivals, dice, setup.tokens_end, setup.text)
         begin = time.perf_counter() + LEAD_S
         tasks = [
             asyncio.create_task(work)
@@ -152,7 +154,7 @@ async def warm_up(
         Arrival(at_s=0.0, prompt_tokens=n, output_tokens=WARM_UP_TOKENS, high=False, clipped=False)
         for n in WARM_UP_PROMPTS * count
     ]
-    bodies = encode(requests, dice, setup.tokens_end)
+    bodies = encode(requests, dice, setup.tokens_end, setup.text)
     answers = await send(http, requests, bodies, time.perf_counter(), IDLE_TIMEOUT_S)
     if failed := [a.error for a in answers if a.error]:
         raise RuntimeError(f"the warm-up failed: {failed[0]}")
@@ -367,6 +369,7 @@ def prepare(args: argparse.Namespace) -> Setup:
         tokens_end=min(TOKENS_END, config["vocab_size"]),
         drain_limit_s=args.drain_limit_s,
         slo=args.slo,
+        text="smg" in args.policies,
         flags=as_flags(flags) + args.flags,
     )
 
@@ -408,6 +411,10 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(given)
     args.policies = args.policies.split(",")
     args.slo = tuple(float(limit) for limit in args.slo.split(","))
+    if "smg" in args.policies and args.model not in SHAPES:
+        parser.error(
+            f"smg takes no token ids, and a letter is a token for {', '.join(SHAPES)} alone"
+        )
     if args.scale is None:
         args.scale = args.kv_tokens / PAPER_KV_TOKENS
     if args.model is None:

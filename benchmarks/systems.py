@@ -6,6 +6,8 @@
   N processes speak HTTP, as is its default
 - `vllm-router`: vLLM's cache-aware router from PyPI (benchmarks/router.py), with its defaults,
   before N `vllm serve`
+- `smg`: SMG's gateway (`pip install --no-deps smg==1.13.0`), cache-aware, with its defaults, before
+  N `vllm serve`. It takes no token ids, so its prompts have to be text
 """
 
 import asyncio
@@ -17,7 +19,15 @@ from typing import Any
 
 from common import ROOT, VLLMS_QUEUE, Served, free_port, serve
 
-PEERS = ("vllm-dp", "vllm-router")
+PEERS = ("vllm-dp", "vllm-router", "smg")
+ROUTERS: dict[str, list[str]] = {
+    "vllm-router": [
+        str(ROOT / "benchmarks/router.py"),
+        *("--policy", "cache_aware", "--worker-startup-check-interval", "1"),
+    ],
+    "smg": ["-m", "smg", "launch", "--policy", "cache_aware"],
+}
+"""How Python runs them, each before N `vllm serve`."""
 VARIANTS: dict[str, dict[str, Any]] = {
     "llumnix-own-queue": {"queue": asdict(VLLMS_QUEUE), "migration": {"rescues": 0}},
 }
@@ -33,7 +43,7 @@ class System:
         self.name = name
         self._logs = logs
         self.router: Served | None = None
-        if name == "vllm-router":
+        if name in ROUTERS:
             self.servers = [
                 self._serve("bare", model, flags, f"-{i}", {"CUDA_VISIBLE_DEVICES": str(i)})
                 for i in range(instances)
@@ -68,13 +78,12 @@ class System:
     async def wait_until_up(self) -> None:
         """Of the servers, and then of a router: it is content with one of its servers."""
         await asyncio.gather(*(s.wait_until_up() for s in self.servers))
-        if self.name == "vllm-router":
+        if run := ROUTERS.get(self.name):
             port = free_port()
-            command = [sys.executable, str(ROOT / "benchmarks/router.py"), "--port", str(port)]
-            command += ["--host", "127.0.0.1", "--policy", "cache_aware"]
+            command = [sys.executable, *run, "--host", "127.0.0.1", "--port", str(port)]
             command += ["--prometheus-host", "127.0.0.1", "--prometheus-port", str(free_port())]
-            command += ["--worker-startup-check-interval", "1", "--worker-urls", *self.scraped]
-            self.router = Served("router", command, port, self._logs / "router.log")
+            command += ["--worker-urls", *self.scraped]
+            self.router = Served(self.name, command, port, self._logs / f"{self.name}-front.log")
             await self.router.wait_until_up()
 
     def logs(self) -> str:

@@ -19,6 +19,8 @@ __all__ = ["PAIRS", "Arrival", "Workload"]
 
 FIRST_TOKEN = 300
 """Those below are special in some vocabularies."""
+LETTERS = "".join(map(chr, range(ord("0"), ord("z"))))
+"""Each is a token of its own for the tokenizer of benchmarks/shapes.py."""
 
 
 @dataclass(slots=True)
@@ -84,9 +86,12 @@ async def ask(
     answer.error = "" if answer.tokens == wanted else f"{answer.tokens} tokens, not {wanted}"
 
 
-def encode(arrivals: list[Arrival], dice: random.Random, tokens_end: int) -> list[bytes]:
+def encode(
+    arrivals: list[Arrival], dice: random.Random, tokens_end: int, text: bool = False
+) -> list[bytes]:
     """The requests' bodies, made before the run so that they cost nothing in it. Prompts share the
-    prefixes that the trace says they do, and nothing else, nor anything with other dice's."""
+    prefixes that the trace says they do, and nothing else, nor anything with other dice's. They are
+    token ids, or with `text` a letter for each token."""
     common = {"model": "m", "temperature": 0, "ignore_eos": True, "stream": True}
     common["stream_options"] = {"include_usage": True}
     bodies = []
@@ -100,7 +105,8 @@ def encode(arrivals: list[Arrival], dice: random.Random, tokens_end: int) -> lis
         for block in arrival.prefix:
             prompt += tokens(arrival.prefix_block_tokens, random.Random(f"{salt} {block}"))
         prompt += tokens(arrival.prompt_tokens - len(prompt), dice)
-        body = {**common, "prompt": prompt, "max_tokens": arrival.output_tokens}
+        words = "".join(LETTERS[token % len(LETTERS)] for token in prompt) if text else prompt
+        body = {**common, "prompt": words, "max_tokens": arrival.output_tokens}
         bodies.append(json.dumps(body).encode())
     return bodies
 
