@@ -7,7 +7,7 @@ from functools import partial
 from raw_tables.moves import copies, drains, moves, others, steps
 from raw_tables.overview import goals, index, six_figures
 from raw_tables.paper import paper_gains, paper_seconds, paper_table, paper_urgent
-from raw_tables.raw import RULES, SERVED_4, SERVED_SHORT, SHARED, with_age
+from raw_tables.raw import RULES, SERVED_2, SERVED_4, SERVED_SHORT, SHARED, with_age
 from raw_tables.serving import (
     burst_ratios,
     bursts,
@@ -16,9 +16,9 @@ from raw_tables.serving import (
     decisions,
     fed,
     front_end,
+    frontends,
     full_queue,
     observed,
-    overloaded,
     paced,
     ratios,
     scaling,
@@ -45,23 +45,25 @@ TABLES: dict[str, Callable[[], str]] = {
     "six figures": six_figures,
     "goals": goals,
     "memory": memory,
-    "serving ratios": lambda: ratios((*SERVED_4, *SERVED_SHORT, *SHARED)),
-    "moves": lambda: moves("gpu/migration_h200_now.json", "gpu/migration_h200_caching.json"),
+    "serving ratios": lambda: ratios((SERVED_2[0], *SERVED_4, *SERVED_SHORT, *SHARED)),
+    "moves": lambda: moves("gpu/migration_h200_now.json", "gpu/migration_h200_vllm033.json"),
     "others": lambda: others("gpu/migration_h200_now.json", "gpu/migration_h200_tp2.json"),
     "drains": lambda: drains(
-        *(f"gpu/migration_h200_{run}.json" for run in ("now", "packed", "tp2"))
+        *(f"gpu/migration_h200_{run}.json" for run in ("now", "tp2"))
     ),
     "deaths": deaths,
-    "front end": lambda: front_end("gpu/front_end_4.json"),
+    "front end": frontends,
+    "front end all": lambda: frontends("llumnix", "before", "variant"),
     "full queue": lambda: full_queue("gpu/full_queue_memory.json", "gpu/full_queue_slots.json"),
     "burst ratios": burst_ratios,
+    "mooncake 2": lambda: serving(*SERVED_2[0]),
+    "sharegpt 2": lambda: ratios(SERVED_2[1:]),
     "mooncake": lambda: serving(*SERVED_4[0]),
     "sharegpt": lambda: serving(*SERVED_4[1]),
     "sharegpt short": lambda: serving(*SERVED_SHORT[0]),
     "azure short": lambda: serving(*SERVED_SHORT[1]),
     "chats": lambda: serving(*SHARED[0]),
     "tools": lambda: serving(*SHARED[1]),
-    "overloaded": overloaded,
     "paced": paced,
     "simulated": simulated,
     "slices": slices,
@@ -79,13 +81,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "errors": errors,
     "copies": lambda: copies("gpu/migration.json", paper=True),
     "copies cpu": lambda: copies("migration_cpu.json", paper=False),
-    "more moves": lambda: moves(
-        "gpu/migration_h200_vllm033.json", "gpu/migration_h200_packed.json",
-        "gpu/migration_h200_tp2.json", "gpu/migration.json", "migration_cpu.json",
-    ),
-    "more others": lambda: others(
-        "gpu/migration_h200_packed.json", "gpu/migration.json", "migration_cpu.json"
-    ),
+    "more moves": lambda: moves("gpu/migration_h200_tp2.json", "migration_cpu.json"),
+    "more others": lambda: others("migration_cpu.json"),
     "steps": lambda: steps("gpu/migration_h200_steps.json"),
     "overhead": lambda: front_end("overhead.json"),
     "token cost": token_cost,

@@ -9,7 +9,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-NAMES = {"vllm-dp": "vLLM data parallel", "vllm-router": "vllm-router"}
+NAMES = {"vllm-dp": "vLLM data parallel", "vllm-router": "vllm-router", "smg": "SMG"}
 RATIOS = {
     "TTFT P99": ("ttft_s", "p99"),
     "TTFT mean": ("ttft_s", "mean"),
@@ -18,6 +18,10 @@ RATIOS = {
 }
 SERVED_4 = ("gpu/serving_4.json", "mooncake-conversation"), ("gpu/serving_4.json", "sharegpt")
 SERVED_SHORT = ("gpu/serving_short.json", "sharegpt"), ("gpu/serving_short.json", "azure-conv")
+SERVED_2 = (
+    ("gpu/serving_2_vllm033.json", "mooncake-conversation"),
+    ("gpu/serving_2_vllm033.json", "sharegpt"),
+)
 SHARED = (
     ("gpu/shared_prefixes_4.json", "chats.jsonl"),
     ("gpu/shared_prefixes_4.json", "tools.jsonl"),

@@ -62,22 +62,6 @@ def ratios(
     return table(["load, req/s, instances", "peer", "seeds", *RATIOS], rows)
 
 
-def overloaded() -> str:
-    """The H100 pair at seven requests a second, seed by seed."""
-    files = [f"gpu/serving_M-M_7_{p}.json" for p in ("round-robin", "infaas", "llumnix")]
-    head = ["seed", "policy", "KV used, %", "TTFT mean / P99, s", "TPOT mean / P99, ms"]
-    head += ["e2e mean, s", "preemptions", "moves"]
-    rows = []
-    for run in sorted((r for f in files for r in load(f)["rows"]), key=lambda r: r["seed"]):
-        m = run["metrics"]
-        rows.append([
-            str(run["seed"]), f"`{run['policy']}`", f"{m['kv_used']['mean'] * 100:.0f}",
-            three(m, "mean", "p99"), tpot(m), f"{m['e2e_s']['mean']:.2f}",
-            str(m["preemptions"]), str(m["migrations"]),
-        ])  # fmt: skip
-    return table(head, rows)
-
-
 def paced() -> str:
     """Paced engines on CPU cores: `infaas++` over `llumnix`."""
     files = [f"live/paced_{n}.json" for n in ("sharegpt_2", "L-L_2", "M-M_3")]
@@ -120,6 +104,36 @@ def front_end(name: str) -> str:
             ttft = f"{bare['ttft_ms_p50']:.1f} / {bare['ttft_ms_p99']:.1f}"
             more = f"{added['ttft_ms_p50']:+.1f} / {added['ttft_ms_p99']:+.1f}"
         rows.append([row["load"], ttft, more, ratio, each])
+    return table(head, rows)
+
+
+def frontends(*kinds: str) -> str:
+    """What several HTTP processes carry beside bare vLLM with as many: medians over the rounds, and
+    the ratios of throughput round by round. The rows of these kinds, or those of llumnix that are
+    within the goal's rate."""
+    few = not kinds
+    kinds = kinds or ("llumnix",)
+    head = ["HTTP processes", "load", *(["run"] if len(kinds) > 1 else [])]
+    head += ["tokens/s: vLLM, llumnix", "ratio, by round", "TTFT P50 / P99 of vLLM, ms"]
+    head += ["added: P50 / P99, ms", "CPU ms a request: vLLM, llumnix"]
+    rows = []
+    for row in load("gpu/frontends.json")["rows"]:
+        bare = row["bare"]
+        if few and row["load"].startswith("200"):
+            continue
+        for kind in (kind for kind in kinds if kind in row):
+            one, cells = row[kind], ["–", "–"]
+            ttft = f"{bare['ttft_ms_p50']:.1f} / {bare['ttft_ms_p99']:.1f}"
+            more = f"{one['added_ttft_ms_p50']:+.1f} / {one['added_ttft_ms_p99']:+.1f}"
+            if row["load"] == "streams":
+                of = [r[kind]["tokens_per_s"] / r["bare"]["tokens_per_s"] for r in row["rounds"]]
+                each = ", ".join(f"{ratio:.2f}" for ratio in of)
+                cells = [f"{bare['tokens_per_s']:,.0f}, {one['tokens_per_s']:,.0f}", each]
+                ttft = more = "–"
+            cpu = f"{bare['cpu_ms_per_request']:.1f}, {one['cpu_ms_per_request']:.1f}"
+            run = [kind] if len(kinds) > 1 else []
+            shown = row["load"].replace("streams", "256 streams").replace(" each", " for each")
+            rows.append([str(row["processes"]), shown, *run, *cells, ttft, more, cpu])
     return table(head, rows)
 
 
