@@ -1,5 +1,6 @@
 """Faults of the network between two hosts, and of a host: no client notices."""
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -77,6 +78,12 @@ def downtimes_ms(server: ServerOnHosts, moves: int = 5) -> list[float]:
     answers = to_and_fro(server, {**KINDS[0], "max_tokens": 900}, moves)
     assert [a["outcome"] for a in answers] == ["migrated"] * len(answers), answers
     return [a["downtime_ms"] for a in answers]
+
+
+def test_engines_do_not_step_back_for_other_processes(net: Network, whole: ServerOnHosts) -> None:
+    """Ray's workers do, by 15, in a cluster that others have started."""
+    found = [pid for host in net.hosts for pid in host.processes("ray::EngineActor")]
+    assert [os.getpriority(os.PRIO_PROCESS, pid) for pid in found] == [0, 0]
 
 
 def test_a_link_that_is_down_for_a_second_ends_nothing(

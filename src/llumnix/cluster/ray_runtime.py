@@ -19,6 +19,9 @@ from llumnix.observe.own_log import keep_own_log
 
 OBJECT_STORE_BYTES = 80 * 2**20
 """The smallest object store that Ray allows. Only configuration goes through it."""
+NICENESS = "RAY_worker_niceness"
+"""What Ray adds to the niceness of its workers, 15 by default: an engine would get a core only where
+the processes that speak HTTP leave one."""
 CONNECT_TIMEOUT_S = 5.0
 LOOPBACK_ADDRESS = "127.0.0.1"
 LOG_TAIL_BYTES = 2**18
@@ -38,8 +41,7 @@ def settle(*, local: bool) -> None:
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     # vLLM should listen there too. Else it takes the address of the default route.
     os.environ["VLLM_HOST_IP"] = LOOPBACK_ADDRESS
-    # Ray starts its workers with a lower priority than everything else on the machine.
-    os.environ.setdefault("RAY_worker_niceness", "0")
+    os.environ.setdefault(NICENESS, "0")
     # A dying actor would kill its children, and one of them removes its shared memory. Ray ends the
     # actor's process group, with vLLM's workers, all the same.
     os.environ.setdefault("RAY_kill_child_processes_on_worker_exit", "0")
@@ -94,7 +96,9 @@ def join(address: str, *, logs: bool) -> None:
                 pass
         import ray
 
-        ray.init(address=address, configure_logging=False, log_to_driver=logs)
+        # The cluster's own setting is for everybody's workers, this one for ours.
+        ours = {"env_vars": {NICENESS: os.environ.get(NICENESS, "0")}}
+        ray.init(address=address, configure_logging=False, log_to_driver=logs, runtime_env=ours)
     except SystemExit as leaving:
         raise KeyboardInterrupt from leaving
     except (OSError, ValueError, RuntimeError) as error:
