@@ -14,7 +14,7 @@ test: setup-dev
 	@scripts/test.sh $(ARGS)
 
 test-all: setup-dev
-	@LLUMNIX_SEEDS=$${LLUMNIX_SEEDS:-2000} .venv/bin/python -m pytest -m "slow or not slow" $(ARGS)
+	@LLUMNIX_TEST_SEEDS=$${LLUMNIX_TEST_SEEDS:-2000} .venv/bin/python -m pytest -m "slow or not slow" $(ARGS)
 
 # The tests on the next vLLM's Python files over this one's CPU kernels (CONTRIBUTING.md says what that proves).
 test-next: setup-dev

@@ -9,8 +9,8 @@ import pytest
 
 from support.fake_cluster import Cluster, World
 
-SEEDS = int(os.environ.get("LLUMNIX_SEEDS", "500"))
-FIRST = int(os.environ.get("LLUMNIX_FIRST_SEED", "0"))
+SEEDS = int(os.environ.get("LLUMNIX_TEST_SEEDS", "500"))
+FIRST = int(os.environ.get("LLUMNIX_TEST_FIRST_SEED", "0"))
 
 WORLDS = {
     "calm": World(loss=0, repeat=0, abort=0, preempt=0, failed_pull=0),

@@ -2,6 +2,7 @@
 of the gate."""
 
 import os
+import re
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -253,6 +254,25 @@ def test_a_model_that_is_named_is_no_demo_model(
         ["--port", "8001", str(tiny_model)],
     ):
         assert parse(["serve", *words], say=lambda _: None).args.model == str(tiny_model)
+
+
+def test_variables_of_tests_and_benchmarks_are_taken_for_no_flags(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LLUMNIX_SEEDS was, for --seed, and tests that want no warning failed in `make test-all`."""
+    root = Path(__file__).resolve().parents[2]
+    names: set[str] = set()
+    for folder in ("tests", "benchmarks"):
+        for file in (root / folder).rglob("*.py"):
+            names |= set(re.findall(r"environ(?:\.get\(|\[)\"(LLUMNIX_\w+)", file.read_text()))
+    for file in (root / "Makefile", *(root / ".ci").iterdir()):
+        names |= set(re.findall(r"\b(LLUMNIX_[A-Z_]+)=", file.read_text()))
+    assert {"LLUMNIX_TEST_SEEDS", "LLUMNIX_TEST_FIRST_SEED", "LLUMNIX_PACE"} <= names
+    for name in names:
+        monkeypatch.setenv(name, "1")
+    said: list[str] = []
+    parse(["serve", str(tiny_model)], say=said.append)
+    assert said == []
 
 
 def test_what_vllm_takes_for_a_model_is_not_called_a_missing_folder(tmp_path: Path) -> None:
