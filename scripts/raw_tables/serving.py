@@ -115,16 +115,19 @@ def frontends(*kinds: str) -> str:
     kinds = kinds or ("llumnix",)
     head = ["HTTP processes", "load", *(["run"] if len(kinds) > 1 else [])]
     head += ["tokens/s: vLLM, llumnix", "ratio, by round", "TTFT P50 / P99 of vLLM, ms"]
-    head += ["added: P50 / P99, ms", "CPU ms a request: vLLM, llumnix"]
-    rows = []
-    for row in load("gpu/frontends.json")["rows"]:
+    head += ["added, by round: P50 / P99, ms", "CPU ms a request: vLLM, llumnix"]
+    rows, found = [], load("gpu/frontends.json")
+    for row in found["rows"]:
         bare = row["bare"]
         if few and row["load"].startswith("200"):
             continue
         for kind in (kind for kind in kinds if kind in row):
             one, cells = row[kind], ["–", "–"]
             ttft = f"{bare['ttft_ms_p50']:.1f} / {bare['ttft_ms_p99']:.1f}"
-            more = f"{one['added_ttft_ms_p50']:+.1f} / {one['added_ttft_ms_p99']:+.1f}"
+            more = " / ".join(
+                ", ".join(f"{r[kind][q] - r['bare'][q]:+.1f}" for r in row["rounds"])
+                for q in ("ttft_ms_p50", "ttft_ms_p99")
+            )
             if row["load"] == "streams":
                 of = [r[kind]["tokens_per_s"] / r["bare"]["tokens_per_s"] for r in row["rounds"]]
                 each = ", ".join(f"{ratio:.2f}" for ratio in of)
@@ -132,7 +135,8 @@ def frontends(*kinds: str) -> str:
                 ttft = more = "–"
             cpu = f"{bare['cpu_ms_per_request']:.1f}, {one['cpu_ms_per_request']:.1f}"
             run = [kind] if len(kinds) > 1 else []
-            shown = row["load"].replace("streams", "256 streams").replace(" each", " for each")
+            shown = row["load"].replace("streams", f"{found['streams']} streams")
+            shown = shown.replace(" each", " for each")
             rows.append([str(row["processes"]), shown, *run, *cells, ttft, more, cpu])
     return table(head, rows)
 

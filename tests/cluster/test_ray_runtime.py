@@ -144,29 +144,27 @@ def joined(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return asked
 
 
-def test_a_cluster_is_joined_once_its_port_answers(
-    joined: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cluster_is_joined_once_its_port_answers(joined: list[dict[str, Any]]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listening:
         address = f"127.0.0.1:{listening.getsockname()[1]}"
         ray_runtime.join(address, logs=True)
-    assert joined == [
-        {
-            "address": address,
-            "configure_logging": False,
-            "log_to_driver": True,
-            "runtime_env": {"env_vars": {"RAY_worker_niceness": "0"}},
-        }
-    ]
+    assert joined == [{"address": address, "configure_logging": False, "log_to_driver": True}]
     with pytest.raises(UsageError, match=f"cannot reach Ray at {address}"):
         ray_runtime.join(address, logs=False)
     with pytest.raises(UsageError, match="cannot reach Ray at nowhere"):
         ray_runtime.join("nowhere", logs=False)
     assert len(joined) == 1
-    monkeypatch.setenv("RAY_worker_niceness", "5")
     ray_runtime.join("auto", logs=False)  # Ray finds the one of this host.
     assert joined[1]["address"] == "auto"
-    assert joined[1]["runtime_env"] == {"env_vars": {"RAY_worker_niceness": "5"}}
+
+
+def test_actors_do_not_step_back_unless_the_user_wants_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_worker_niceness", raising=False)
+    env_vars = ray_runtime.actor_options()["runtime_env"]["env_vars"]
+    assert env_vars == {"RAY_worker_niceness": "0"}
+    monkeypatch.setenv("RAY_worker_niceness", "5")
+    env_vars = ray_runtime.actor_options({"B": "2"})["runtime_env"]["env_vars"]
+    assert env_vars == {"RAY_worker_niceness": "5", "B": "2"}
 
 
 def test_a_sigterm_while_it_joins_is_an_interruption(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -400,6 +400,7 @@ async def test_an_engine_is_started_with_what_the_deployment_says(
         asked.append(given)
         return SimpleNamespace(remote=lambda *what: started.append(what) or world.actor)
 
+    monkeypatch.delenv("RAY_worker_niceness", raising=False)
     monkeypatch.setattr(runs, "pack", lambda *what: packed.append(what) or b"packed")
     monkeypatch.setattr(ray, "remote", lambda _: SimpleNamespace(options=options))
     monkeypatch.setattr(Places, "take", lambda places, run: "a host")
@@ -439,7 +440,7 @@ async def test_an_engine_is_started_with_what_the_deployment_says(
     assert started == [({"A": "1"}, b"packed", (str(tmp_path), f"i{n}")) for n in (0, 7)]
     for each in asked:
         assert (each["num_cpus"], each["max_concurrency"], each["max_restarts"]) == (0, 2, 0)
-        assert each["runtime_env"] == {"env_vars": {"B": "2"}}
+        assert each["runtime_env"]["env_vars"] == {"RAY_worker_niceness": "0", "B": "2"}
         assert each.get("num_gpus") == (None if device is None else 2)
         assert each["scheduling_strategy"] == (None if device else "a host")  # None is a fake's.
 

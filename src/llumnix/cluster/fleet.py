@@ -17,6 +17,7 @@ from ray.util.scheduling_strategies import (
     NodeAffinitySchedulingStrategy,
 )
 
+from llumnix.cluster import ray_runtime
 from llumnix.cluster.addresses import Addresses
 from llumnix.cluster.controller import Controller
 from llumnix.cluster.controller_process import ControllerProcess
@@ -122,18 +123,17 @@ class Fleet:
 
     def start_controller(self) -> None:
         """Starts the controller on this node, and again whenever it ends or hangs."""
-        addresses = self._addresses
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
         def create() -> Any:
             return (
                 ray.remote(Controller)
-                .options(num_cpus=0, max_concurrency=2, max_restarts=0, scheduling_strategy=here)
+                .options(**ray_runtime.actor_options(), max_concurrency=2, scheduling_strategy=here)
                 .remote(
-                    [addresses.controller],
+                    [self._addresses.controller],
                     self._settings,
                     self._launcher.event_log,
-                    addresses.keys,
+                    self._addresses.keys,
                     self._launcher.log_format,
                     self._launcher.kept_log("controller"),
                 )

@@ -9,7 +9,9 @@ import os
 import re
 import secrets
 import socket
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import psutil
 import setproctitle
@@ -20,8 +22,8 @@ from llumnix.observe.own_log import keep_own_log
 OBJECT_STORE_BYTES = 80 * 2**20
 """The smallest object store that Ray allows. Only configuration goes through it."""
 NICENESS = "RAY_worker_niceness"
-"""What Ray adds to the niceness of its workers, 15 by default: an engine would get a core only where
-the processes that speak HTTP leave one."""
+"""What Ray adds to the niceness of its workers, 15 by default. An engine would get little of a core
+that a process that speaks HTTP wants too."""
 CONNECT_TIMEOUT_S = 5.0
 LOOPBACK_ADDRESS = "127.0.0.1"
 LOG_TAIL_BYTES = 2**18
@@ -41,7 +43,6 @@ def settle(*, local: bool) -> None:
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     # vLLM should listen there too. Else it takes the address of the default route.
     os.environ["VLLM_HOST_IP"] = LOOPBACK_ADDRESS
-    os.environ.setdefault(NICENESS, "0")
     # A dying actor would kill its children, and one of them removes its shared memory. Ray ends the
     # actor's process group, with vLLM's workers, all the same.
     os.environ.setdefault("RAY_kill_child_processes_on_worker_exit", "0")
@@ -96,13 +97,19 @@ def join(address: str, *, logs: bool) -> None:
                 pass
         import ray
 
-        # The cluster's own setting is for everybody's workers, this one for ours.
-        ours = {"env_vars": {NICENESS: os.environ.get(NICENESS, "0")}}
-        ray.init(address=address, configure_logging=False, log_to_driver=logs, runtime_env=ours)
+        ray.init(address=address, configure_logging=False, log_to_driver=logs)
     except SystemExit as leaving:
         raise KeyboardInterrupt from leaving
     except (OSError, ValueError, RuntimeError) as error:
         raise UsageError(why_not_joined(address, error)) from error
+
+
+def actor_options(environment: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """What Ray is told of each of our actors. `environment`: variables that Ray sets as it starts
+    the process."""
+    niceness = {NICENESS: os.environ.get(NICENESS, "0")}
+    env_vars = niceness | dict(environment or {})
+    return {"num_cpus": 0, "max_restarts": 0, "runtime_env": {"env_vars": env_vars}}
 
 
 def warning_without_token(address: str) -> str | None:

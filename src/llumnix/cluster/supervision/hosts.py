@@ -105,7 +105,7 @@ class OtherHost:
                 place = NodeAffinitySchedulingStrategy(self._node, soft=False)
                 self._actor = (
                     ray.remote(HostAgent)
-                    .options(num_cpus=0, max_restarts=0, scheduling_strategy=place)
+                    .options(**ray_runtime.actor_options(), scheduling_strategy=place)
                     .remote()
                 )
             return self._actor

@@ -187,10 +187,8 @@ class EngineLauncher:
             run.actor = (
                 ray.remote(EngineActor)
                 .options(
-                    num_cpus=0,
+                    **ray_runtime.actor_options(launch.environment_before),
                     max_concurrency=2,
-                    max_restarts=0,
-                    runtime_env={"env_vars": launch.environment_before},
                     **options,
                 )
                 .remote(launch.environment, arguments, self.kept_log(instance))
