@@ -25,6 +25,7 @@ from llumnix.core.messages import (
     Verdict,
 )
 from llumnix.core.migration import verdicts
+from llumnix.core.migration.arrivals import RecentArrival
 from llumnix.core.migration.llumlet import Llumlet
 from llumnix.core.migration.port import Refusal
 from llumnix.core.migration.verdicts import Decided, Verdicts
@@ -54,7 +55,7 @@ class Destination:
         )
         self.llumlet = Llumlet(EngineIndex(1), "here", self.engine)
         self.out: list[Out] = []
-        self.now = 0.0
+        self.now = 1000.0
         self.hear(
             Reserve(
                 migration=M,
@@ -150,8 +151,10 @@ def test_a_handover_without_an_announcement_enters_all_of_it() -> None:
     there.stage(1, 0, 32)
     there.pull()
     there.handover(32, 42, 0, [200, 201, 202])
+    there.now += 0.5
     there.pull()
     assert [v.taken for v in there.said(Verdict)] == [True]
+    assert there.llumlet._incoming.recent_arrivals[R] == RecentArrival(at_s=1000.5, took_s=0.5)
     assert there.cached_tokens == 40
     there.engine.check_cache()
 
@@ -215,13 +218,13 @@ def test_a_stage_that_takes_minutes_is_not_given_up_by_either_side() -> None:
     """4 GiB at 100 MB/s take 43 s; a source waits 30 s for a word."""
     there = Destination()
     there.stage(1, 0, 32)
-    said: list[float] = []
-    while there.now < 300:
+    began, said = there.now, list[float]()
+    while there.now < began + 300:
         there.now += 0.5
         there.poll()
         if len(there.said(StageProgress)) > len(said):
             said.append(there.now)
-    gaps = [b - a for a, b in pairwise([0.0, *said, there.now])]
+    gaps = [b - a for a, b in pairwise([began, *said, there.now])]
     assert max(gaps) < MigrationLimits().stage_timeout_s / 2
     there.pull()
     assert there.said(Staged)

@@ -40,6 +40,13 @@ def test_before_twenty_answers_have_ended_nothing_is_known() -> None:
     assert lengths.rest("", 0, 0.8) < 130
 
 
+def test_counting_a_request_now_and_then_counts_as_much_as_once_at_its_end() -> None:
+    """What is known is worked out anew by how much has been counted since."""
+    often, once = learnt([400]), Lengths()
+    once.ended("", 0, 400)
+    assert often._all.events == once._all.events
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_the_rest_covers_the_share_of_answers_that_was_asked_for(seed: int) -> None:
     lengths = learnt(drawn(seed))

@@ -102,12 +102,12 @@ def test_a_death_after_a_decline_does_not_count_as_one() -> None:
 
 
 def test_its_patience_is_over_all_engines_that_take_it_up_and_die_before_its_next_token() -> None:
-    waiting = orphans(orphan(since_s=5.0), wait_s=10.0)
-    assert waiting.late(15.0) == []
+    waiting = orphans(orphan(since_s=1005.0), wait_s=10.0)
+    assert waiting.late(1015.0) == []
     waiting.begin(R, A, 0)
-    assert waiting.late(100.0) == []  # It does not wait any more.
-    waiting.add(orphan(since_s=14.0), declined=False, now=14.0)
-    assert waiting.late(15.1) == [R]
+    assert waiting.late(1100.0) == []  # It does not wait any more.
+    waiting.add(orphan(since_s=1014.0), declined=False, now=1014.0)
+    assert waiting.late(1015.1) == [R]
     waiting.begin(R, A, 0)
     waiting.drop(R)  # A token.
     waiting.add(orphan(since_s=20.0), declined=False, now=20.0)
@@ -116,11 +116,11 @@ def test_its_patience_is_over_all_engines_that_take_it_up_and_die_before_its_nex
 
 
 def test_that_it_waits_is_shown_now_and_then() -> None:
-    waiting = orphans(orphan(since_s=0.0))
-    assert waiting.to_show(SHOWN_EVERY_S) == []
-    assert waiting.to_show(SHOWN_EVERY_S + 1) == [R]
-    assert waiting.to_show(2 * SHOWN_EVERY_S) == []
-    assert waiting.to_show(2 * SHOWN_EVERY_S + 2) == [R]
+    waiting = orphans(orphan(since_s=1000.0))
+    assert waiting.to_show(1000 + SHOWN_EVERY_S) == []
+    assert waiting.to_show(1001 + SHOWN_EVERY_S) == [R]
+    assert waiting.to_show(1000 + 2 * SHOWN_EVERY_S) == []
+    assert waiting.to_show(1002 + 2 * SHOWN_EVERY_S) == [R]
 
 
 def test_nothing_is_known_of_one_that_has_ended() -> None:

@@ -73,9 +73,9 @@ def test_it_is_cleared_well_after_its_first_token_and_then_stands_as_others_do()
 def test_two_deaths_in_a_minute_condemn_the_one_suspect_that_they_share() -> None:
     for second, verdict in ((SAME_CAUSE_S, CONDEMNED), (SAME_CAUSE_S + 1, SUSPECT)):
         one = Probation()
-        died(one, E0, A, B)
+        died(one, E0, A, B, at=1000.0)
         one.drop(A)  # It moved away, or was cleared.
-        died(one, E1, A, C, at=second)
+        died(one, E1, A, C, at=1000.0 + second)
         assert [one.verdict(r) for r in (A, B, C)] == [verdict, SUSPECT, SUSPECT]
 
 
@@ -197,22 +197,23 @@ def quarantined(digest: str, since_s: float = 0.0) -> Quarantined:
 def test_a_digest_is_refused_for_ten_minutes_or_until_it_is_released() -> None:
     quarantine = Quarantine()
     for number in range(3):
-        quarantine.add(quarantined(f"{number}" * 64, since_s=number))
-    assert quarantine.find("0" * 64, REFUSED_FOR_S - 1) is not None
-    assert quarantine.find("0" * 64, REFUSED_FOR_S) is None
-    assert [q.id for q in quarantine.all(REFUSED_FOR_S)] == ["1" * 16, "2" * 16]
+        quarantine.add(quarantined(f"{number}" * 64, since_s=1000 + number))
+    over_s = 1000 + REFUSED_FOR_S
+    assert quarantine.find("0" * 64, over_s - 1) is not None
+    assert quarantine.find("0" * 64, over_s) is None
+    assert [q.id for q in quarantine.all(over_s)] == ["1" * 16, "2" * 16]
     quarantine.note_refused("1" * 16)
     quarantine.note_refused("none")
-    assert [q.refused for q in quarantine.all(REFUSED_FOR_S)] == [1, 0]
+    assert [q.refused for q in quarantine.all(over_s)] == [1, 0]
     assert quarantine.release("0" * 16) == 0
     assert quarantine.release("1" * 16) == 1
-    assert quarantine.find("1" * 64, REFUSED_FOR_S) is None
+    assert quarantine.find("1" * 64, over_s) is None
     assert quarantine.has_length(3)
     assert not quarantine.has_length(4)
     assert quarantine.release(None) == 1
     assert not quarantine.has_length(3)
     quarantine.add(quarantined("9" * 64))
-    assert quarantine.all(REFUSED_FOR_S) == []
+    assert quarantine.all(over_s) == []
 
 
 def test_no_more_are_kept_than_there_is_room_for() -> None:

@@ -45,7 +45,7 @@ class Source:
         self.engine.add(R, list(range(40)), 100)
         self.engine.step()
         self.out: list[Out] = []
-        self.now = 0.0
+        self.now = 1000.0
         for _ in range(5):
             self.step()
         order = Migrate(
@@ -101,6 +101,19 @@ def test_a_preemption_during_a_copy_ends_the_move_and_says_so() -> None:
     assert [(e.taken, e.why) for e in ended] == [(False, "it was preempted meanwhile")]
     assert not source.engine.pinned
     assert not source.llumlet.busy
+
+
+def test_a_stage_took_as_long_as_it_took() -> None:
+    source = Source()
+    source.hear(Reserved(migration=M, hit=0))
+    source.now += 0.25
+    source.hear(Staged(migration=M, stage=1, bytes=1, seconds=0.1))
+    source.now += 0.25
+    source.engine.preempt_somebody()
+    source.poll()
+    (ended,) = source.said(MigrationEnded)
+    assert [stage.ms for stage in ended.stages] == [250.0]
+    assert ended.total_ms == 500.0
 
 
 def test_blocks_that_were_named_stay_as_they_are_from_stage_to_stage() -> None:
