@@ -175,9 +175,9 @@ def test_a_queue_that_is_blocked_makes_its_instance_give_requests_away(fleet: Se
     )  # fmt: skip
     assert long.error is None
     assert still == [8], "it did not have to wait for anybody's end"
-    # Before the engine has reported it, the request on its way is the shortage.
-    assert any("its queue waits for" in m["why"] or "freeness -" in m["why"]
-               for m in migrations(fleet)[before:])  # fmt: skip
+    # Before the engine has reported that it waits, the request on its way is what makes it full.
+    why = [m["why"] for m in migrations(fleet)[before:]]
+    assert any(words.startswith("freeness ") and " is below " in words for words in why), why
     load.assert_undisturbed()
 
 
