@@ -84,7 +84,7 @@ def test_engines_do_not_step_back_for_other_processes(net: Network, whole: Serve
     """Ray's workers do, by 15, in a cluster that others have started."""
     titles = ("ray::EngineActor", "ray::Controller", "ray::HostAgent")
     found = [pid for host in net.hosts for title in titles for pid in host.processes(title)]
-    assert len(found) >= 4
+    assert len(found) >= 3  # Two engines and the controller; the agents come when they are asked.
     here = os.getpriority(os.PRIO_PROCESS, 0)
     assert {os.getpriority(os.PRIO_PROCESS, pid) for pid in found} == {here}
 
