@@ -7,8 +7,10 @@ Rules
 - So an instance with headroom may use `priorities.headroom_need` times what instances use on the
   mean, as they report it, smoothed over `USE_S`.
 - The headroom changes in steps of `HEADROOM_STEP`, at most once in `USE_EVERY_S`. It changes when a
-  report comes and not in a round of pairing, so that a replay repeats it: the event log has all
-  reports, but only those rounds that decided something.
+  report comes and not in a round of pairing, because the event log has only those rounds that
+  decided something.
+- The log leaves out most reports that repeat the one before, so that a replay smooths in other
+  steps. Where the headroom is near its next step, its decisions may differ from the logged ones.
 """
 
 import math
