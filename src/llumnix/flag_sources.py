@@ -306,11 +306,27 @@ def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
-# -- llumnix's own, on a host without a GPU
+# -- llumnix's own, by what the instances compute on
 
 
-def suit_cpu(args: argparse.Namespace, defaults: argparse.Namespace, argv: Sequence[str]) -> None:
-    """Sets what fits a CPU host better than vLLM's defaults, unless the user has chosen."""
+def suit_device(
+    args: argparse.Namespace, defaults: argparse.Namespace, argv: Sequence[str], *, demo: bool
+) -> None:
+    """Sets what fits these devices better than vLLM's defaults, unless the user has chosen.
+    `demo`: whether the demo model is served."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        _suit_cpu(args, defaults, argv)
+        if demo:
+            _suit_demo_on_cpu(args, defaults)
+    elif current_platform.is_cuda_alike() and args.distributed_executor_backend is None:
+        # vLLM runs the model of a single GPU in the engine's process, where model and scheduler
+        # wait for each other's interpreter lock. With data parallelism it does as we do.
+        args.distributed_executor_backend = "mp"
+
+
+def _suit_cpu(args: argparse.Namespace, defaults: argparse.Namespace, argv: Sequence[str]) -> None:
     if not os.environ.get("VLLM_CPU_KVCACHE_SPACE") and args.kv_cache_memory_bytes is None:
         args.kv_cache_memory_bytes = CPU_KV_CACHE_BYTES
     compiling = ("compilation_config", "optimization_level", "cudagraph_capture_sizes")
@@ -320,8 +336,7 @@ def suit_cpu(args: argparse.Namespace, defaults: argparse.Namespace, argv: Seque
         args.enforce_eager = True
 
 
-def suit_demo_on_cpu(args: argparse.Namespace, defaults: argparse.Namespace) -> None:
-    """Sets a type in which the demo model's answers are right, unless the user has chosen."""
+def _suit_demo_on_cpu(args: argparse.Namespace, defaults: argparse.Namespace) -> None:
     if args.dtype == defaults.dtype:
         # vLLM 0.32's bfloat16 attention for AMX was seen to give wrong answers (bare vLLM, a Xeon).
         args.dtype = "float32"

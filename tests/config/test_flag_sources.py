@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from llumnix.errors import UsageError
-from llumnix.flag_sources import layered, settings_shown
+from llumnix.flag_sources import layered, settings_shown, suit_device
 
 
 @pytest.fixture
@@ -279,3 +279,34 @@ def test_no_secret_within_a_configuration_object_is_shown() -> None:
         "inner": {"name": "inner", "extra": {"x": [{"S3_SECRET_KEY": "***"}], "max_tokens": 7}},
     }
     assert rows[1]["value"] == "Plain(api_key=***, more={'token': ***, 'n': 3}, password: ***)"
+
+
+@dataclass(frozen=True)
+class Platform:
+    cuda: bool
+    cpu: bool = False
+
+    def is_cpu(self) -> bool:
+        return self.cpu
+
+    def is_cuda_alike(self) -> bool:
+        return self.cuda
+
+
+@pytest.mark.parametrize(
+    ("platform", "chosen", "becomes"),
+    [
+        (Platform(cuda=True), None, "mp"),
+        (Platform(cuda=True), "uni", "uni"),
+        (Platform(cuda=False), None, None),
+        (Platform(cuda=False, cpu=True), None, None),
+    ],
+)
+def test_a_gpus_model_has_a_process_of_its_own_unless_the_user_has_chosen(
+    monkeypatch: pytest.MonkeyPatch, platform: Platform, chosen: str | None, becomes: str | None
+) -> None:
+    monkeypatch.setattr(pytest.importorskip("vllm.platforms"), "current_platform", platform)
+    names = {"kv_cache_memory_bytes": 1, "dtype": "auto", "enforce_eager": False}
+    args = argparse.Namespace(**names, distributed_executor_backend=chosen)
+    suit_device(args, argparse.Namespace(**names), [], demo=False)
+    assert args.distributed_executor_backend == becomes

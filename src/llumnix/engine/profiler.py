@@ -28,7 +28,7 @@ from vllm.v1.executor import Executor
 
 from llumnix.demo import is_demo, prepare_demo_model
 from llumnix.engine.readings import token_bytes
-from llumnix.flag_sources import suit_cpu, suit_demo_on_cpu
+from llumnix.flag_sources import suit_device
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 CONTEXTS = (32, 256, 1024, 4096, 16384)
@@ -74,20 +74,15 @@ class Measured:
 
 
 def engine_config(argv: list[str], prog: str) -> tuple[Any, str]:
-    """vLLM's configuration from its own flags (`[MODEL] [any engine flag]`), and the model. On a
-    CPU host the engine is as `llumnix serve` has it."""
-    from vllm.platforms import current_platform
-
+    """vLLM's configuration from its own flags (`[MODEL] [any engine flag]`), and the model. The
+    engine is as `llumnix serve` has it."""
     parser = FlexibleArgumentParser(prog=prog)
     parser.add_argument("model_tag", nargs="?", metavar="MODEL")
     AsyncEngineArgs.add_cli_args(parser)
     args, defaults = parser.parse_args(argv), parser.parse_args([])
     args.model = args.model_tag or args.model
     demo = is_demo(args.model, defaults.model)
-    if current_platform.is_cpu():
-        suit_cpu(args, defaults, argv)
-        if demo:
-            suit_demo_on_cpu(args, defaults)
+    suit_device(args, defaults, argv, demo=demo)
     if demo:
         args.model = str(prepare_demo_model(print))
     return AsyncEngineArgs.from_cli_args(args).create_engine_config(

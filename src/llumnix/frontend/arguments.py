@@ -36,8 +36,7 @@ from llumnix.flag_sources import (
     layered,
     others_shown,
     settings_shown,
-    suit_cpu,
-    suit_demo_on_cpu,
+    suit_device,
 )
 from llumnix.frontend.checks import check_logs, check_queue, check_server_args, count_frontends
 from llumnix.frontend.http.access import Access, digests
@@ -171,8 +170,9 @@ def parse(argv: list[str], say: Any) -> ServeCommand:
     check_server_args(args)
     args.api_server_count = count_frontends(args.api_server_count, deployment.instances, say)
     # Last, since it may take long.
-    _choose_model(args, defaults, say)
-    vllm_config = _engine_config(args, defaults, given.words)
+    demo = _choose_model(args, defaults, say)
+    suit_device(args, defaults, given.words, demo=demo)
+    vllm_config = _engine_config(args)
     args.settings = settings_shown(args, defaults, given.sources)
     inline = (deployment.scheduler_config or "{").lstrip().startswith("{")
     return ServeCommand(
@@ -311,17 +311,15 @@ def _with_demo_model(argv: list[str]) -> list[str]:
     return argv
 
 
-def _choose_model(args: argparse.Namespace, defaults: argparse.Namespace, say: Any) -> None:
-    from vllm.platforms import current_platform
-
+def _choose_model(args: argparse.Namespace, defaults: argparse.Namespace, say: Any) -> bool:
+    """Returns whether that is the demo model."""
     if args.model_tag is not None:
         args.model = args.model_tag
     folder = Path(os.path.expanduser(args.model))
-    if is_demo(args.model, defaults.model):
+    demo = is_demo(args.model, defaults.model)
+    if demo:
         args.served_model_name = args.served_model_name or [DEMO_MODEL]
         folder = prepare_demo_model(say)
-        if current_platform.is_cpu():
-            suit_demo_on_cpu(args, defaults)
     if folder.is_dir():
         if not any((folder / name).is_file() for name in _CONFIG_FILES):
             raise UsageError(
@@ -332,6 +330,7 @@ def _choose_model(args: argparse.Namespace, defaults: argparse.Namespace, say: A
         raise UsageError(
             f"{args.model}: no such folder; name a folder with a checkpoint or a model id"
         )
+    return demo
 
 
 def _may_be_fetched(model: str) -> bool:
@@ -341,16 +340,13 @@ def _may_be_fetched(model: str) -> bool:
     return bool(hub_id or re.match(r"[a-z][a-z0-9+.-]*://", model))
 
 
-def _engine_config(args: argparse.Namespace, defaults: argparse.Namespace, argv: list[str]) -> Any:
+def _engine_config(args: argparse.Namespace) -> Any:
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.exceptions import VLLMError
-    from vllm.platforms import current_platform
     from vllm.usage.usage_lib import UsageContext
 
     from llumnix.vllm_seam import cli_args
 
-    if current_platform.is_cpu():
-        suit_cpu(args, defaults, argv)
     # The cache of processed images is shared by the frontend and *one* engine.
     args.mm_processor_cache_gb = 0
     try:
