@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -166,6 +167,14 @@ def test_an_agent_minds_by_itself(
     monkeypatch.setattr(processes_module, "UNASKED_S", 0.1)
     HostAgent().look([child.pid])
     assert child.wait(10) == -signal.SIGKILL
+
+
+def test_an_agent_sweeps_the_shared_memory_of_its_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    swept = threading.Event()
+    monkeypatch.setattr(processes_module, "MIND_EVERY_S", 0.02)
+    monkeypatch.setattr(processes_module, "sweep_memory", swept.set)
+    HostAgent()
+    assert swept.wait(10)
 
 
 def test_a_process_that_leads_no_group_is_ended_alone(child: subprocess.Popen[str]) -> None:

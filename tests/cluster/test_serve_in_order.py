@@ -104,8 +104,9 @@ class World:
             serving.ray_runtime, "warning_without_token", lambda address: f"{address} is open"
         )
         self.replace(
-            serving, sweep="swept", check_encryption="encryption", settle_variables="variables",
-            log_to_stderr="log",
+            serving, sweep="swept", keep_memory_swept="memory swept", leave_memory="memory left",
+            name_shared_memory="memory named", check_encryption="encryption",
+            settle_variables="variables", log_to_stderr="log",
         )  # fmt: skip
         monkeypatch.setattr(serving, "refuse_strangers", lambda *_, **__: self.note("strangers"))
         monkeypatch.setattr(serving, "parse", lambda argv, say: self.parsed())
@@ -191,19 +192,19 @@ def world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> World:
 BEFORE = [
     "interruptible", "variables", "log", "strangers", "listens", "Ray's variables, local=True",
     "arguments are hidden", "says: loading vLLM", "parsed", "listens", "metrics port", "event log",
-    "swept", "swept",
+    "swept", "swept", "memory swept",
 ]  # fmt: skip
 RUN = [
     "metrics: text, seen", "capacity of 2 within 3 s", "controller", "2 instances", "serves",
     "deaf", "fleet closes", "client closes", "log closes",
 ]  # fmt: skip
-AFTER = ["deaf", "Ray stops", "folder is removed", "deaf", "port closes"]
+AFTER = ["deaf", "Ray stops", "folder is removed", "memory left", "deaf", "port closes"]
 
 
 def test_the_parts_start_in_order_and_stop_in_the_reverse_order(world: World) -> None:
     os.environ.pop("VLLM_LOGGING_LEVEL", None)
     assert serving.serve(["serve"]) == 0
-    ray = ["says: starting Ray on this machine", "Ray, logs=False", "interruptible"]
+    ray = ["says: starting Ray on this machine", "Ray, logs=False", "interruptible", "memory named"]
     assert world.did == [*BEFORE, *ray, *RUN, "said: stopped", *AFTER]
     assert world.asked_for == [(None, 1)]
     assert world.announced == [["generate"]]
@@ -256,7 +257,7 @@ def test_several_frontends_share_their_metrics_and_have_event_logs_of_their_own(
     monkeypatch.setattr(several, "run", run)
     world.command.args.api_server_count = 3
     assert serving.serve(["serve"]) == 7
-    assert world.did[-8:] == ["share in metrics", "log closes", "the office", *AFTER]
+    assert world.did[-9:] == ["share in metrics", "log closes", "the office", *AFTER]
     assert world.asked_for == [(None, serving.clients(3))]
 
 
@@ -274,7 +275,7 @@ def test_an_instance_that_cannot_be_started_is_told_and_its_logs_are_kept(world:
     world.fails["2 instances"] = InstanceFailedError("instance i0 could not be started: no memory")
     with pytest.raises(UsageError, match="no memory"):
         serving.serve(["serve"])
-    assert world.did[-6:] == [*AFTER[:2], "keeps ray", *AFTER[2:]]
+    assert world.did[-7:] == [*AFTER[:2], "keeps ray", *AFTER[2:]]
     assert "fleet closes" in world.did
 
 

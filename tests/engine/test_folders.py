@@ -5,16 +5,28 @@ import signal
 import subprocess
 import sys
 import tempfile
-from multiprocessing.shared_memory import SharedMemory
+import threading
+import time
+from collections.abc import Iterator
+from multiprocessing import current_process, shared_memory
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from vllm.v1.executor import multiproc_executor, uniproc_executor
 
 from llumnix.core.types import EngineIndex
 from llumnix.engine import folders
-from llumnix.engine.folders import PrivateFolder, sweep
+from llumnix.engine.folders import (
+    PrivateFolder,
+    keep_memory_swept,
+    leave_memory,
+    name_shared_memory,
+    sweep,
+    sweep_memory,
+)
 from llumnix.errors import UsageError
+from support.server import eventually
 
 OWNER = """
 import sys, time
@@ -22,7 +34,7 @@ from pathlib import Path
 from llumnix.engine.folders import PrivateFolder
 kept = [PrivateFolder.of(Path(path)) for path in sys.argv[1:]]
 print("made", flush=True)
-time.sleep(60)
+time.sleep(600)
 """
 
 
@@ -113,53 +125,181 @@ def test_what_a_killed_process_left_is_swept_and_what_a_living_one_has_is_not(
 
 SHARING = """
 import os, sys, time
-from multiprocessing import resource_tracker
-from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
-from llumnix.engine.folders import PrivateFolder, name_shared_memory
-kept = PrivateFolder.of(Path(sys.argv[1]))
-os.environ["VLLM_RPC_BASE_PATH"] = sys.argv[1]
+from llumnix.engine import folders
+from llumnix.engine.folders import name_shared_memory
+memory, os.environ["VLLM_RPC_BASE_PATH"], name = sys.argv[1:]
+folders.SHARED_MEMORY = Path(memory)
 name_shared_memory()
-memory = SharedMemory(create=True, size=10)
-other = SharedMemory(memory.name)
-print(memory.name, resource_tracker._resource_tracker._pid, flush=True)
-time.sleep(60)
+if name:
+    Path(memory, folders._shared_memory_name()[1:]).touch()
+    Path(memory, f"{folders._owner()}.workers-1[0-1]-cpushm_0").touch()
+    Path(memory, f"sem.{folders._owner()}.-abc").touch()
+print("named", flush=True)
+time.sleep(600)
 """
 
 
-@pytest.mark.parametrize("swept", ["llumnix-a", "llumnix-a/e1"])
-def test_shared_memory_goes_with_its_owners_folder_where_the_tracker_was_killed_too(
-    tmp_path: Path, swept: str
+class Sharing:
+    """Processes that have named shared memory. A folder stands for /dev/shm, which any server on
+    this machine may sweep."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        self.memory = tmp_path / "memory"
+        self.memory.mkdir()
+        monkeypatch.setattr(folders, "SHARED_MEMORY", self.memory)
+        self.started: list[subprocess.Popen[bytes]] = []
+
+    def by(self, folder: str, *, makes: bool = True) -> subprocess.Popen[bytes]:
+        """A process that has named its memory for this folder, and made some."""
+        words = [sys.executable, "-c", SHARING, str(self.memory), f"/not/there/{folder}"]
+        one = subprocess.Popen([*words, "x" if makes else ""], stdout=subprocess.PIPE)
+        self.started.append(one)
+        assert one.stdout is not None
+        assert one.stdout.readline() == b"named\n"
+        return one
+
+    def kill(self, one: subprocess.Popen[bytes]) -> None:
+        one.kill()
+        one.wait()
+
+    def owners(self) -> dict[str, int]:
+        """Whose memory is there, and how many files each has."""
+        names = [path.name.removeprefix("sem.").partition(".")[0] for path in self.memory.iterdir()]
+        return {name: names.count(name) for name in names}
+
+
+@pytest.fixture
+def sharing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Sharing]:
+    one = Sharing(monkeypatch, tmp_path)
+    yield one
+    for process in one.started:
+        one.kill(process)
+
+
+def test_shared_memory_of_the_dead_is_swept_without_a_folder_and_that_of_the_living_is_not(
+    sharing: Sharing,
 ) -> None:
-    (tmp_path / "llumnix-a").mkdir(mode=0o700)
-    foreign = SharedMemory(create=True, size=10)
-    owners: list[subprocess.Popen[str]] = []
-    try:
-        names = {}
-        for folder in {swept, "llumnix-a/e11", "llumnix-aa"}:
-            words = [sys.executable, "-c", SHARING, str(tmp_path / folder)]
-            owner = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
-            owners.append(owner)
-            assert owner.stdout is not None
-            names[folder], tracker = owner.stdout.readline().split()
-            if folder == swept:
-                os.kill(int(tracker), signal.SIGKILL)
-                owner.kill()
-                owner.wait()
-        there = folders.SHARED_MEMORY
-        assert all((there / name).exists() for name in names.values())
-        assert all(name.startswith("llumnix-a") for name in names.values())
-        sweep(tmp_path)
-        # With the outer folder's owner all inside are dead.
-        gone = {n for f, n in names.items() if f == swept or f.startswith(swept + "/")}
-        assert {name for name in names.values() if not (there / name).exists()} == gone
-        assert (there / foreign.name).exists()
-    finally:
-        foreign.close()
-        foreign.unlink()
-        for owner in owners:
-            owner.kill()
-            owner.wait()
+    (sharing.memory / "foreign").touch()
+    dead = sharing.by("llumnix-a/e1")
+    alive = [sharing.by(folder) for folder in ("llumnix-a", "llumnix-a/e11", "llumnix-aa")]
+    stopped = sharing.by("llumnix-b/e1")
+    stopped.send_signal(signal.SIGSTOP)
+    there = sharing.owners()
+    assert sweep_memory() == []
+    sharing.kill(dead)
+    assert sweep_memory() == ["llumnix-a-e1"]
+    assert there.pop("llumnix-a-e1") == 4
+    assert sharing.owners() == there
+    for one in (*alive, stopped):
+        sharing.kill(one)
+    assert len(sweep_memory()) == 4
+    assert sharing.owners() == {"foreign": 1}
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_shared_memory_stays_until_the_engine_and_its_last_worker_have_ended(
+    sharing: Sharing, first: int
+) -> None:
+    both = [sharing.by("llumnix-a/e1"), sharing.by("llumnix-a/e1", makes=False)]
+    sharing.kill(both.pop(first))
+    assert sweep_memory() == []
+    assert sharing.owners() == {"llumnix-a-e1": 4}
+    sharing.kill(both[0])
+    assert sweep_memory() == ["llumnix-a-e1"]
+    late = sharing.by("llumnix-a/e1")  # A worker that was only being started.
+    assert sweep_memory() == []
+    sharing.kill(late)
+    assert sweep_memory() == ["llumnix-a-e1"]
+    assert sharing.owners() == {}
+
+
+def test_who_keeps_memory_swept_does_so_at_once_and_from_then_on(
+    sharing: Sharing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends = threading.Event()
+
+    def sleep(_: float) -> None:
+        if ends.is_set():
+            raise SystemExit
+        time.sleep(0.01)
+
+    monkeypatch.setattr(folders, "SWEEP_EVERY_S", 0.0)
+    monkeypatch.setattr(folders, "time", SimpleNamespace(sleep=sleep))
+    sharing.kill(sharing.by("llumnix-a/e1"))
+    later = sharing.by("llumnix-a/e2")
+    keep_memory_swept()
+    assert sharing.owners() == {"llumnix-a-e2": 4}
+    sharing.kill(later)
+    eventually(lambda: sharing.owners() == {}, 10, "the thread sweeps")
+    ends.set()
+
+
+@pytest.fixture
+def named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process may name its memory."""
+    monkeypatch.setenv("VLLM_RPC_BASE_PATH", "/not/there/llumnix-a/e1")
+    monkeypatch.setattr(shared_memory, "_make_filename", shared_memory._make_filename)
+    monkeypatch.setitem(current_process()._config, "semprefix", "/mp")
+
+
+@pytest.mark.usefixtures("named")
+def test_the_last_process_that_leaves_its_memory_removes_it(sharing: Sharing) -> None:
+    other = sharing.by("llumnix-a/e1")
+    for owners in ({"llumnix-a-e1": 4}, {}):
+        name_shared_memory()
+        name_shared_memory()  # As a worker in the engine's own process does.
+        leave_memory()
+        assert sharing.owners() == owners
+        sharing.kill(other)
+
+
+@pytest.mark.usefixtures("named")
+def test_where_there_is_no_memory_to_lock_nothing_is_swept(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(folders, "SHARED_MEMORY", tmp_path / "not there")
+    name_shared_memory()
+    assert sweep_memory() == []
+    (tmp_path / "there").mkdir()
+    monkeypatch.setattr(folders, "SHARED_MEMORY", tmp_path / "there")
+    (tmp_path / "there" / "llumnix-a-e1.lock").touch()
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    assert sweep_memory() == []  # Another user's.
+
+
+MAKING = """
+import multiprocessing, os, sys, time
+from multiprocessing import resource_tracker
+from multiprocessing.shared_memory import SharedMemory
+from llumnix.engine.folders import name_shared_memory
+os.environ["VLLM_RPC_BASE_PATH"] = sys.argv[1]
+name_shared_memory()
+memory = SharedMemory(create=True, size=10)
+semaphore = multiprocessing.get_context("spawn").Lock()
+print(memory.name, "sem." + semaphore._semlock.name[1:], resource_tracker._resource_tracker._pid)
+sys.stdout.flush()
+time.sleep(600)
+"""
+
+
+def test_shared_memory_and_semaphores_are_swept_where_pythons_tracker_was_killed_too(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / f"llumnix-{os.getpid()}"
+    with subprocess.Popen(
+        [sys.executable, "-c", MAKING, str(folder)], stdout=subprocess.PIPE, text=True
+    ) as owner:
+        assert owner.stdout is not None
+        memory, semaphore, tracker = owner.stdout.readline().split()
+        sweep_memory()
+        made = [folders.SHARED_MEMORY / memory, folders.SHARED_MEMORY / semaphore]
+        assert all(path.exists() for path in made)
+        os.kill(int(tracker), signal.SIGKILL)
+        owner.kill()
+    sweep_memory()
+    # A server on this machine may be at it.
+    eventually(lambda: not any(path.exists() for path in made), 5, "swept")
 
 
 def test_an_engines_folder_goes_and_the_one_around_it_with_the_last(tmp_path: Path) -> None:
@@ -182,12 +322,14 @@ def test_another_users_folder_stays(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert sweep(tmp_path / "gone meanwhile") == []
 
 
+@pytest.mark.usefixtures("named")
 def test_an_engine_on_another_host_makes_its_own_rather_than_take_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for executor in (uniproc_executor, multiproc_executor):
         monkeypatch.setattr(executor, "get_file_store_init_method", None)
     monkeypatch.setattr(tempfile, "tempdir", "/tmp")
+    monkeypatch.setattr(folders, "SHARED_MEMORY", tmp_path)
     for shared in (tmp_path / "taken", tmp_path / "not" / "there"):
         if shared.name == "taken":
             shared.mkdir()
@@ -199,6 +341,9 @@ def test_an_engine_on_another_host_makes_its_own_rather_than_take_one(
             assert folder.path.parent == Path("/tmp")
             assert folder.path.stat().st_mode & 0o777 == 0o700
             store = uniproc_executor.get_file_store_init_method()
-            assert store.startswith(f"file://{folder.path}/{folder.path.name}-workers-")
+            assert store.startswith(f"file://{folder.path}/{folder.path.name}.workers-")
+            assert (tmp_path / f"{folder.path.name}.lock").exists()
         finally:
-            folder.remove()
+            folders.leave_folder(folder)
+        assert not folder.path.exists()
+        assert not list(tmp_path.glob("llumnix-*"))

@@ -4,7 +4,7 @@ import dataclasses
 import inspect
 import re
 from collections.abc import Iterable
-from multiprocessing import shared_memory
+from multiprocessing import process, shared_memory, synchronize
 from pathlib import Path
 from typing import Any
 
@@ -466,6 +466,8 @@ def test_shared_memory_is_named_by_python_and_made_after_a_workers_extension_is_
     who = "engine/folders.py"
     assert "name = _make_filename()" in source(shared_memory.SharedMemory.__init__)
     assert not inspect.signature(shared_memory._make_filename).parameters, who
+    says(synchronize.SemLock._make_name, "process.current_process()._config['semprefix']", who=who)
+    says(process.BaseProcess.__init__, "self._config = _current_process._config.copy()", who=who)
     from vllm.distributed.device_communicators.shm_broadcast import ShmRingBuffer
 
     says(ShmRingBuffer.__init__, "SharedMemory( create=True, size=", who=who)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from support.server import Server, alive, descendants, eventually
+from support.server import Server, alive, descendants, eventually, unused_memory
 from support.streaming import Background, Recorded, stream
 
 from .conftest import FLAGS
@@ -19,6 +19,14 @@ pytestmark = [pytest.mark.live, pytest.mark.slow, pytest.mark.timeout(900)]
 
 NOTICED_S = 2.0
 BLAMED = "a request may have caused that"
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays() -> Iterator[None]:
+    """No file in shared memory outlives its processes."""
+    unused = unused_memory()
+    yield
+    eventually(lambda: unused_memory() <= unused, 10, "no shared memory")
 
 
 @pytest.fixture
@@ -231,6 +239,10 @@ def test_an_engine_on_another_node_is_fenced_and_so_is_a_node_that_falls_silent(
     assert server.instances()[name]["why"] == why
     if whole:
         assert all(fenced(server, v["id"]) for v in victims)
+        unused = unused_memory()
+        for pid in family(raylet):  # Python's resource trackers too.
+            os.kill(pid, signal.SIGKILL)
+        eventually(lambda: unused_memory() <= unused, 5, "the living server sweeps")
     else:
         assert server.complete().status_code == 200
         eventually(lambda: not alive(victim["pid"]), 5, "ended there")

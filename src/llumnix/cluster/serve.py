@@ -16,7 +16,7 @@ from llumnix.cluster.start import Start
 from llumnix.core.scheduling.presets import POLICIES, priorities_of
 from llumnix.core.supervision.frontends import clients
 from llumnix.demo import cache_folder
-from llumnix.engine.folders import sweep
+from llumnix.engine.folders import keep_memory_swept, leave_memory, name_shared_memory, sweep
 from llumnix.errors import InstanceFailedError, UsageError
 from llumnix.frontend.arguments import (
     ServeCommand,
@@ -92,6 +92,7 @@ def _with_ray(command: ServeCommand, event_log: EventLog, start: Start, logs: bo
     addresses = None
     sweep(Path(tempfile.gettempdir()))
     sweep(Path("/tmp"))
+    keep_memory_swept()
     try:
         if joined:
             check_encryption()
@@ -109,6 +110,7 @@ def _with_ray(command: ServeCommand, event_log: EventLog, start: Start, logs: bo
         signals.interrupt()  # Again, since Ray has installed a SIGTERM handler of its own.
         # vLLM's Unix sockets between engine and workers belong into our folder too.
         os.environ["VLLM_RPC_BASE_PATH"] = str(addresses.folder.path)
+        name_shared_memory()
         import uvloop
 
         if several:
@@ -126,6 +128,7 @@ def _with_ray(command: ServeCommand, event_log: EventLog, start: Start, logs: bo
             if start.crashed and not joined:
                 _keep_logs(addresses.folder.path / "ray")
             addresses.remove()
+        leave_memory()
 
 
 def _keep_logs(ray_folder: Path) -> None:

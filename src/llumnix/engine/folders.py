@@ -1,28 +1,34 @@
-"""Private folders for sockets and logs, which are swept once their owner is dead.
+"""Private folders for sockets and logs, and shared memory. Both are swept once their owner is dead.
 
-Their names are short enough for a socket's path. The process that makes a folder holds a lock in it
-for as long as it lives. Another process that gets the lock knows that the owner is dead. That holds
-in another container with the same /tmp too, where a process id says nothing. Shared memory of a
-dead engine is removed by Python's resource tracker. If that was killed too, the sweep does it: the
-memory has the name of its owner's folder.
+Names of folders are short enough for a socket's path. The process that makes a folder holds a lock
+in it for as long as it lives. Another process that gets the lock knows that the owner is dead. That
+holds in another container with the same /tmp too, where a process id says nothing.
+
+Shared memory has the name of its owner's folder. Its lock lies beside it in /dev/shm, because the
+folder may go first, or be seen by one service alone. The engine and its workers share that lock.
+Most memory of a dead engine is removed by Python's resource tracker. The rest is left to the sweep:
+what vLLM's CPU workers make in C++, and everything if the tracker was killed too.
 
 vLLM internals relied on here (tests/house/test_vllm_contract.py fails when one changes): the
 executors look `get_file_store_init_method()` up in their own modules; it names the file through
 which their workers meet, and CPU workers name their shared memory after it. Queues between workers
 are Python's `SharedMemory`, which vLLM gives no name, so that `shared_memory._make_filename()`
-does; a worker imports its extension class before it makes any.
+does; a worker imports its extension class before it makes any. Python names semaphores by the
+`semprefix` of the process, which its children inherit.
 """
 
 import contextlib
 import fcntl
-import glob
 import os
 import secrets
 import shutil
 import signal
 import stat
 import tempfile
-from multiprocessing import resource_tracker, shared_memory, util
+import threading
+import time
+from collections.abc import Iterator
+from multiprocessing import current_process, resource_tracker, shared_memory, util
 from pathlib import Path
 from uuid import uuid4
 
@@ -34,8 +40,10 @@ SOCKET_PATH_MAX = 107
 RAY_ADDS = 60
 """So many characters Ray's sockets add to the path of its folder."""
 SHARED_MEMORY = Path("/dev/shm")
+SWEEP_EVERY_S = 1.0
 _LOCK = "lock"
 _stock_name = shared_memory._make_filename  # type: ignore[attr-defined]
+_held: dict[str, int] = {}  # locks of this process in `SHARED_MEMORY`, by their names
 
 
 class PrivateFolder:
@@ -106,7 +114,6 @@ def sweep(parent: Path) -> list[Path]:
         inner = [path for path in _children(outer) if is_dead(path)]
         dead = [outer] if is_dead(outer) else inner
         for path in dead:
-            _sweep_shared_memory(path)
             shutil.rmtree(path, ignore_errors=True)
         if inner and not (outer / _LOCK).exists():
             with contextlib.suppress(OSError):
@@ -115,32 +122,99 @@ def sweep(parent: Path) -> list[Path]:
     return removed
 
 
+def sweep_memory() -> list[str]:
+    """Removes the shared memory on this host whose owners are dead; only this user's. Returns the
+    owners' names."""
+    owners = [n.removesuffix(f".{_LOCK}") for n in _in_memory(PREFIX) if n.endswith(f".{_LOCK}")]
+    return [owner for owner in owners if _sweep_memory_of(owner)]
+
+
+def _sweep_memory_of(owner: str) -> bool:
+    lock = SHARED_MEMORY / f"{owner}.{_LOCK}"
+    with _taken(lock) as dead:
+        if dead:
+            for name in _in_memory(f"{owner}.", f"sem.{owner}."):
+                if name != lock.name:
+                    _unlink(SHARED_MEMORY / name)
+            _unlink(lock)  # The last, so that a sweep that is cut short is gone on with.
+    return dead
+
+
+def keep_memory_swept() -> None:
+    """Does `sweep_memory`, and has a thread do it every `SWEEP_EVERY_S` from now on."""
+    sweep_memory()
+
+    def run() -> None:
+        while True:
+            time.sleep(SWEEP_EVERY_S)
+            sweep_memory()
+
+    threading.Thread(target=run, name="llumnix-sweep", daemon=True).start()
+
+
 def name_shared_memory() -> None:
-    """Has the shared memory that this process makes from now on named for the folder of its engine,
-    or of its deployment."""
+    """Has the shared memory and semaphores that this process makes from now on named for the folder
+    of its engine, or of its deployment. They are not swept for as long as this process lives."""
     shared_memory._make_filename = _shared_memory_name  # type: ignore[attr-defined]
+    if (owner := _owner()) is not None:
+        current_process()._config["semprefix"] = f"/{owner}."  # type: ignore[attr-defined]
+        with contextlib.suppress(OSError):  # Not to be locked here: it is never swept.
+            _hold(f"{owner}.{_LOCK}")
+
+
+def leave_memory() -> None:
+    """This process needs the memory that it named no more. The last one removes it."""
+    for name in list(_held):
+        os.close(_held.pop(name))
+    sweep_memory()
+
+
+def _owner() -> str | None:
+    """Whose shared memory it is that this process makes; None outside a deployment. A folder inside
+    another has that one's name first."""
+    if (path := os.environ.get("VLLM_RPC_BASE_PATH")) is None:
+        return None
+    folder = Path(path)
+    whole = folder.name.startswith(PREFIX)
+    return folder.name if whole else f"{folder.parent.name}-{folder.name}"
 
 
 def _shared_memory_name() -> str:
-    folder = os.environ.get("VLLM_RPC_BASE_PATH")
-    if folder is None:
-        return str(_stock_name())
-    return f"/{_prefix(Path(folder))}{secrets.token_hex(4)}"
+    owner = _owner()
+    return str(_stock_name()) if owner is None else f"/{owner}.{secrets.token_hex(4)}"
 
 
-def _prefix(folder: Path) -> str:
-    """How the names of the shared memory of a folder's owner begin. A folder inside another has
-    that one's name first."""
-    whole = folder.name.startswith(PREFIX)
-    return f"{folder.name}-" if whole else f"{folder.parent.name}-{folder.name}-"
+def _hold(name: str) -> None:
+    """Takes a share in a lock in `SHARED_MEMORY`, which is made if it is not there."""
+    while name not in _held:
+        with contextlib.suppress(FileNotFoundError):
+            lock = os.open(SHARED_MEMORY / name, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+            fcntl.flock(lock, fcntl.LOCK_SH)
+            if os.fstat(lock).st_nlink:
+                _held[name] = lock
+                return
+            os.close(lock)  # It was swept meanwhile.
+        lock = os.open(SHARED_MEMORY, os.O_TMPFILE | os.O_RDWR, 0o600)
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        with contextlib.suppress(FileExistsError):
+            # Locked before it has a name. `src_dir_fd` has Python follow the link to the file.
+            os.link(f"/proc/self/fd/{lock}", SHARED_MEMORY / name, src_dir_fd=lock)
+            _held[name] = lock
+            return
+        os.close(lock)
 
 
-def _sweep_shared_memory(folder: Path) -> None:
-    """Removes what an owner left that is dead."""
-    for path in SHARED_MEMORY.glob(f"{glob.escape(_prefix(folder))}*"):
-        with contextlib.suppress(OSError):
-            if path.lstat().st_uid == os.geteuid():
-                path.unlink()
+def _in_memory(*beginnings: str) -> list[str]:
+    try:
+        return [name for name in os.listdir(SHARED_MEMORY) if name.startswith(beginnings)]
+    except OSError:
+        return []
+
+
+def _unlink(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        if path.lstat().st_uid == os.geteuid():
+            path.unlink()
 
 
 def _children(folder: Path) -> list[Path]:
@@ -155,16 +229,29 @@ def is_dead(folder: Path) -> bool:
     try:
         if folder.is_symlink() or folder.stat().st_uid != os.geteuid():
             return False
-        lock = os.open(folder / _LOCK, os.O_RDWR | os.O_NOFOLLOW)
     except OSError:
         return False
+    with _taken(folder / _LOCK) as dead:
+        return dead
+
+
+@contextlib.contextmanager
+def _taken(lock: Path) -> Iterator[bool]:
+    """Whether this lock of this user's is there and nobody has it; then it is ours meanwhile."""
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        file = os.open(lock, os.O_RDWR | os.O_NOFOLLOW)
     except OSError:
-        return False
+        yield False
+        return
+    taken = os.fstat(file).st_uid == os.geteuid()
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        taken = False
+    try:
+        yield taken
     finally:
-        os.close(lock)
-    return True
+        os.close(file)
 
 
 def own_folder(engine_index: EngineIndex) -> PrivateFolder | None:
@@ -177,6 +264,7 @@ def own_folder(engine_index: EngineIndex) -> PrivateFolder | None:
     if shared is None:
         return None
     sweep(Path(shared).parent)
+    sweep_memory()
     try:
         folder = PrivateFolder.inside(Path(shared), f"e{engine_index}")
     except OSError:
@@ -184,7 +272,7 @@ def own_folder(engine_index: EngineIndex) -> PrivateFolder | None:
     os.environ["VLLM_RPC_BASE_PATH"] = str(folder.path)
     name_shared_memory()
     # vLLM's would stay in /tmp when the engine is killed.
-    store = f"file://{folder.path}/{_prefix(folder.path)}workers-"
+    store = f"file://{folder.path}/{_owner()}.workers-"
     for executor in (uniproc_executor, multiproc_executor):
         executor.get_file_store_init_method = lambda: store + uuid4().hex
     return folder
@@ -196,6 +284,7 @@ def leave_folder(folder: PrivateFolder | None) -> None:
         folder.remove()
         with contextlib.suppress(OSError):
             folder.path.parent.rmdir()  # On another host, if it is the last one.
+        leave_memory()
 
 
 def start_resource_tracker() -> None:

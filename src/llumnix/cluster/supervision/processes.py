@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 from llumnix.cluster import ray_runtime
 from llumnix.core.supervision.blame import Traces
+from llumnix.engine.folders import sweep_memory
 from llumnix.engine.reporting.flight_recorder import Flight, forget_flight, read_flight
 from llumnix.observe.lines import tail_of
 
@@ -106,7 +107,7 @@ class HostProcesses:
 class HostAgent(HostProcesses):
     """On another host than the fleet's, as a Ray actor. It ends the engines there once the fleet
     has not asked for `UNASKED_S`: cut off from it, they would compute for nobody, and keep their
-    devices from those that are to come."""
+    devices from those that are to come. It sweeps the shared memory of those that died."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -138,6 +139,7 @@ class HostAgent(HostProcesses):
         while True:
             time.sleep(MIND_EVERY_S)
             self.mind()
+            sweep_memory()
 
 
 def _process(pid: int) -> Process | None:
