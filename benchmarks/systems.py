@@ -1,7 +1,7 @@
 """Systems that serve one model on several instances behind one URL, with the same flags of vLLM's.
 
 - a policy of llumnix: `llumnix serve --policy POLICY`
-- one of `VARIANTS`: llumnix's own policy with a few knobs changed, to see what they are worth
+- one of `VARIANTS`: llumnix's own policy with a few flags, to see what they are worth
 - `vllm-dp`: `vllm serve --data-parallel-size N`, which balances by requests running and waiting;
   N processes speak HTTP, as is its default
 - `vllm-router`: vLLM's cache-aware router from PyPI (benchmarks/router.py), with its defaults,
@@ -15,7 +15,6 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from common import ROOT, VLLMS_QUEUE, Served, free_port, serve
 
@@ -28,10 +27,15 @@ ROUTERS: dict[str, list[str]] = {
     "smg": ["-m", "smg", "launch", "--policy", "cache_aware"],
 }
 """How Python runs them, each before N `vllm serve`."""
-VARIANTS: dict[str, dict[str, Any]] = {
-    "llumnix-own-queue": {"queue": asdict(VLLMS_QUEUE), "migration": {"rescues": 0}},
+VARIANTS: dict[str, list[str]] = {
+    "llumnix-own-queue": [
+        "--scheduler-config",
+        json.dumps({"queue": asdict(VLLMS_QUEUE), "migration": {"rescues": 0}}),
+    ],
+    "llumnix-uni": ["--distributed-executor-backend", "uni"],
 }
-"""Knobs that differ from llumnix's. The first: vLLM's queue alone decides who starts."""
+"""What is told `llumnix serve`. The first: vLLM's queue alone decides who starts. The second: the
+model runs in the engine's process."""
 NAME = "m"
 """Of the model, in requests."""
 
@@ -53,12 +57,7 @@ class System:
             self.servers = [self._serve("bare", model, flags + more)]
         else:
             more = ["--instances", str(instances)]
-            if knobs := VARIANTS.get(name):
-                file = logs / f"{name}.yaml"
-                file.write_text(json.dumps({"policy": "llumnix", **knobs}))
-                more += ["--scheduler-config", str(file)]
-            else:
-                more += ["--policy", name]
+            more += VARIANTS.get(name, ["--policy", name])
             self.servers = [self._serve("llumnix", model, flags + more)]
 
     def _serve(

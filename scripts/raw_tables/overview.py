@@ -19,7 +19,7 @@ from raw_tables.raw import (
 )
 
 MOVED = "gpu/migration_h200_now.json"
-MOVED_CACHING = "gpu/migration_h200_vllm033.json"
+GAPS = "gpu/migration_h200_vllm033.json"
 FRONT_END = "gpu/frontends.json"
 OVERHEAD = "overhead.json"
 DECISIONS = "scheduler_prefixes.json"
@@ -50,9 +50,9 @@ def behind_ms(peer: str) -> float:
     return (statistics.fmean(ours) - statistics.fmean(theirs)) * 1000
 
 
-def gaps(name: str) -> list[Row]:
+def gaps() -> list[Row]:
     """Extra gaps of staged moves beside other streams, by length."""
-    found = load(name)
+    found = load(GAPS)
     rows = [at(found, tokens, "staged", beside=True) for tokens in lengths(found)]
     return [row["extra_gap_ms"] for row in rows if row]
 
@@ -71,7 +71,7 @@ def added_ms(row: Row, key: str) -> list[float]:
 def six_figures() -> str:
     """What a reader wants to know first, where llumnix loses included. Links are README's."""
     sooner = [times(SERVED_4[0], peer, "ttft_s", "p99") for peer in PEERS]
-    p50, p99 = ([g[p] for n in (MOVED, MOVED_CACHING) for g in gaps(n)] for p in ("p50", "p99"))
+    p50, p99 = ([g[p] for g in gaps()] for p in ("p50", "p99"))
     once, drain = load(MOVED)["others"]["once a second"], load(MOVED)["drain"]
     added = [added_ms(row, "ttft_ms_p50") for row in front_ends("100 req/s each")]
     said = [f"{min(rounds):+.1f} to {max(rounds):+.1f}" for rounds in added]
@@ -115,13 +115,12 @@ def six_figures() -> str:
 # -- goals
 
 
-def where(*names: str) -> str:
-    """On what files of one machine were measured, and when."""
-    machine = load(names[0])["machine"]
-    dates = " and ".join(load(name)["date"] for name in names)
+def where(name: str) -> str:
+    """On what machine a file was measured, and when."""
+    machine, date = load(name)["machine"], load(name)["date"]
     if gpus := machine.get("gpus"):
-        return f"{COUNTS[len(gpus)]} {gpus[0].removeprefix('NVIDIA ')}s, {dates}"
-    return f"{COUNTS[machine['cores']]} CPU cores, {dates}"
+        return f"{COUNTS[len(gpus)]} {gpus[0].removeprefix('NVIDIA ')}s, {date}"
+    return f"{COUNTS[machine['cores']]} CPU cores, {date}"
 
 
 def verdict(*met: bool) -> str:
@@ -161,7 +160,7 @@ def goals() -> str:
         f"{soak['minutes']:g} minutes of moves and kills: no wrong stream",
         f"{soak['wrong']} of {soak['streams']:,}", verdict(soak["wrong"] == 0), SOAK,
     ))  # fmt: skip
-    found = [(goal, result, met, where(*names.split())) for goal, result, met, names in rows]
+    found = [(goal, result, met, where(name)) for goal, result, met, name in rows]
     return table(["goal", "result", "met", "measured on"], found)
 
 
@@ -187,27 +186,21 @@ def serving_goals() -> list[tuple[str, str, str, str]]:
 
 def move_goals() -> list[tuple[str, str, str, str]]:
     """Of moved streams and of the others."""
-    by = {p: [[g[p] for g in gaps(n)] for n in (MOVED, MOVED_CACHING)] for p in ("p50", "p99")}
-
-    def said(part: str) -> str:
-        plain, caching = (", ".join(f"{v:.1f}" for v in found) for found in by[part])
-        return f"{plain}; with vLLM 0.33, prefix caching and longer streams {caching} ms"
-
-    slow = [[at(load(MOVED), t, "staged", beside=True)["step_ms"] for t in lengths(load(MOVED))][i]
-            for i in (0, -1)]  # fmt: skip
-    plain = by["p50"][0]
-    both = f"{MOVED} {MOVED_CACHING}"
+    by = {p: [g[p] for g in gaps()] for p in ("p50", "p99")}
+    said = {p: ", ".join(f"{v:.1f}" for v in found) + " ms" for p, found in by.items()}
+    ends = [lengths(load(GAPS))[i] for i in (0, -1)]
+    slow = [at(load(GAPS), tokens, "staged", beside=True)["step_ms"] for tokens in ends]  # type: ignore[index]
+    first, last = by["p50"][0], by["p50"][-1]
     once = load(MOVED)["others"]["once a second"]
     share = (once["ratio_mean"] - 1) * 100
     apart = (max(once["ratios_mean"]) - min(once["ratios_mean"])) * 100
     return [
-        ("extra gap of a move ≤ 6 ms P50 beside 16 streams", said("p50"),
-         verdict(*(v <= 6 for found in by["p50"] for v in found)), both),
-        ("≤ 10 ms P99", said("p99"),
-         verdict(*(v <= 10 for found in by["p99"] for v in found)), both),
-        ("the gap does not grow from 256 to 32,000 tokens",
-         f"{plain[0]:.1f} and {plain[-1]:.1f} ms, with steps of {slow[0]:.1f} and {slow[1]:.1f}",
-         verdict(plain[-1] - plain[0] <= slow[1] - slow[0]), MOVED),
+        ("extra gap of a move ≤ 6 ms P50 beside 16 streams", said["p50"],
+         verdict(*(v <= 6 for v in by["p50"])), GAPS),
+        ("≤ 10 ms P99", said["p99"], verdict(*(v <= 10 for v in by["p99"])), GAPS),
+        ("the gap grows no more than a step from 256 to 32,000 tokens",
+         f"{first:.1f} and {last:.1f} ms, with steps of {slow[0]:.1f} and {slow[1]:.1f}",
+         verdict(last - first <= slow[1] - slow[0]), GAPS),
         ("other streams slower by ≤ 1 % at one move a second",
          f"{share:+.1f} %, on windows that differ by {apart:.0f} %", verdict(share <= 1), MOVED),
     ]  # fmt: skip

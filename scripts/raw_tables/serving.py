@@ -107,37 +107,43 @@ def front_end(name: str) -> str:
     return table(head, rows)
 
 
-def frontends(*kinds: str) -> str:
+def frontends() -> str:
     """What several HTTP processes carry beside bare vLLM with as many: medians over the rounds, and
-    the ratios of throughput round by round. The rows of these kinds, or those of llumnix that are
-    within the goal's rate."""
-    few = not kinds
-    kinds = kinds or ("llumnix",)
-    head = ["HTTP processes", "load", *(["run"] if len(kinds) > 1 else [])]
-    head += ["tokens/s: vLLM, llumnix", "ratio, by round", "TTFT P50 / P99 of vLLM, ms"]
-    head += ["added, by round: P50 / P99, ms", "CPU ms a request: vLLM, llumnix"]
+    the ratios of throughput round by round."""
+    head = ["HTTP processes", "load", "tokens/s: vLLM, llumnix", "ratio, by round"]
+    head += ["TTFT P50 / P99 of vLLM, ms", "added, by round: P50 / P99, ms"]
+    head += ["CPU ms a request: vLLM, llumnix"]
     rows, found = [], load("gpu/frontends.json")
     for row in found["rows"]:
-        bare = row["bare"]
-        if few and row["load"].startswith("200"):
-            continue
-        for kind in (kind for kind in kinds if kind in row):
-            one, cells = row[kind], ["–", "–"]
-            ttft = f"{bare['ttft_ms_p50']:.1f} / {bare['ttft_ms_p99']:.1f}"
-            more = " / ".join(
-                ", ".join(f"{r[kind][q] - r['bare'][q]:+.1f}" for r in row["rounds"])
-                for q in ("ttft_ms_p50", "ttft_ms_p99")
-            )
-            if row["load"] == "streams":
-                of = [r[kind]["tokens_per_s"] / r["bare"]["tokens_per_s"] for r in row["rounds"]]
-                each = ", ".join(f"{ratio:.2f}" for ratio in of)
-                cells = [f"{bare['tokens_per_s']:,.0f}, {one['tokens_per_s']:,.0f}", each]
-                ttft = more = "–"
-            cpu = f"{bare['cpu_ms_per_request']:.1f}, {one['cpu_ms_per_request']:.1f}"
-            run = [kind] if len(kinds) > 1 else []
-            shown = row["load"].replace("streams", f"{found['streams']} streams")
-            shown = shown.replace(" each", " for each")
-            rows.append([str(row["processes"]), shown, *run, *cells, ttft, more, cpu])
+        bare, ours, cells = row["bare"], row["llumnix"], ["–", "–"]
+        ttft = f"{bare['ttft_ms_p50']:.1f} / {bare['ttft_ms_p99']:.1f}"
+        more = " / ".join(
+            ", ".join(f"{r['llumnix'][q] - r['bare'][q]:+.1f}" for r in row["rounds"])
+            for q in ("ttft_ms_p50", "ttft_ms_p99")
+        )
+        if row["load"] == "streams":
+            of = [r["llumnix"]["tokens_per_s"] / r["bare"]["tokens_per_s"] for r in row["rounds"]]
+            each = ", ".join(f"{ratio:.2f}" for ratio in of)
+            cells = [f"{bare['tokens_per_s']:,.0f}, {ours['tokens_per_s']:,.0f}", each]
+            ttft = more = "–"
+        cpu = f"{bare['cpu_ms_per_request']:.1f}, {ours['cpu_ms_per_request']:.1f}"
+        shown = row["load"].replace("streams", f"{found['streams']} streams")
+        rows.append(
+            [str(row["processes"]), shown.replace(" each", " for each"), *cells, ttft, more, cpu]
+        )
+    return table(head, rows)
+
+
+def executors(name: str) -> str:
+    """Each load and system of a run with one seed."""
+    head = ["load, req/s", "system", "TTFT mean / P50 / P99, ms", "TPOT mean / P99, ms"]
+    head += ["e2e mean, s", "moves"]
+    rows = []
+    for run in load(name)["rows"]:
+        m, system = run["metrics"], NAMES.get(run["policy"], f"`{run['policy']}`")
+        ttft = " / ".join(f"{m['ttft_s'][p] * 1000:.0f}" for p in ("mean", "p50", "p99"))
+        end, what = f"{m['e2e_s']['mean']:.2f}", f"{run['trace']} {run['rate']:g}"
+        rows.append([what, system, ttft, tpot(m), end, str(m["migrations"])])
     return table(head, rows)
 
 
