@@ -1,5 +1,6 @@
 """What the benchmarks share: servers as processes, a streaming client, the result file."""
 
+import argparse
 import asyncio
 import json
 import os
@@ -113,14 +114,30 @@ def serve(
     kind: str, model: str, name: str, flags: list[str], log: Path,
     env: dict[str, str] | None = None,
 ) -> Served:  # fmt: skip
-    """Starts bare vLLM or llumnix."""
+    """Starts bare vLLM, or for another kind llumnix."""
     port = free_port()
-    command = {
-        "bare": [sys.executable, str(ROOT / "benchmarks/vllm_cli.py"), "serve", model],
-        "llumnix": [sys.executable, "-m", "llumnix", "serve", model],
-    }[kind]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", name]
-    return Served(kind, [*command, "--disable-uvicorn-access-log", *flags], port, log, env)
+    program = [str(ROOT / "benchmarks/vllm_cli.py")] if kind == "bare" else ["-m", "llumnix"]
+    place = ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", name]
+    command = [sys.executable, *program, "serve", model, *place, "--disable-uvicorn-access-log"]
+    return Served(kind, [*command, *flags], port, log, env)
+
+
+Kind = tuple[str, list[str], dict[str, str]]
+
+
+def kinds(
+    args: argparse.Namespace, bare: list[str], ours: list[str], earlier: list[str] | None = None
+) -> list[Kind]:
+    """The servers that take turns, each with its flags and its environment: bare vLLM, llumnix, and
+    if asked for an earlier state of it (`--before`, with the flags `earlier` or `ours`) and llumnix
+    with further flags (`--variant`)."""
+    found: list[Kind] = [("bare", bare, {}), ("llumnix", ours, {})]
+    if args.before:
+        path = {"PYTHONPATH": python_path(args.before)}
+        found.append(("before", ours if earlier is None else earlier, path))
+    if args.variant:
+        found.append(("variant", [*ours, *args.variant.split()], {}))
+    return found
 
 
 @dataclass(slots=True)

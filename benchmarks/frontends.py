@@ -28,13 +28,14 @@ import psutil
 
 from common import (
     ROOT,
+    Kind,
     Served,
     Streamed,
     commit,
+    kinds,
     markdown,
     median,
     percentile,
-    python_path,
     serve,
     write_result,
 )
@@ -171,22 +172,14 @@ def table(rows: list[dict[str, Any]]) -> str:
     return markdown([*head, "CPU ms a request"], lines)
 
 
-def kinds(args: argparse.Namespace, count: int) -> list[tuple[str, list[str], dict[str, str]]]:
-    """The servers with so many HTTP processes: kind, flags, environment."""
+def kinds_with(args: argparse.Namespace, count: int) -> list[Kind]:
+    """The servers with so many HTTP processes."""
     several = ["--api-server-count", str(count)]
     ours = [*several, "--instances", str(args.instances)]
-    found: list[tuple[str, list[str], dict[str, str]]] = [
-        ("bare", [*several, "--data-parallel-size", str(args.instances)], {}),
-        ("llumnix", ours, {}),
-    ]
-    if count == args.counts[0]:
-        if args.before:
-            # A state from before there was the flag.
-            alone = ours if count > 1 else ours[2:]
-            found.append(("before", alone, {"PYTHONPATH": python_path(args.before)}))
-        if args.variant:
-            found.append(("variant", [*ours, *args.variant.split()], {}))
-    return found
+    # An earlier state may be from before there was the flag.
+    earlier = ours if count > 1 else ours[2:]
+    found = kinds(args, [*several, "--data-parallel-size", str(args.instances)], ours, earlier)
+    return found if count == args.counts[0] else found[:2]
 
 
 def main() -> None:
@@ -219,10 +212,9 @@ def main() -> None:
             flags = [*flags, "--load-format", "dummy"]
         try:
             for count in args.counts:
-                for kind, flags_of, env in kinds(args, count):
+                for kind, flags_of, env in kinds_with(args, count):
                     log = Path(temporary) / f"{kind}{count}.log"
-                    name = "bare" if kind == "bare" else "llumnix"
-                    servers[f"{kind} {count}"] = serve(name, model, "m", flags + flags_of, log, env)
+                    servers[f"{kind} {count}"] = serve(kind, model, "m", flags + flags_of, log, env)
             more = {"model": args.model, "flags": flags, "instances": args.instances}
             more |= {"before": str(args.before or ""), "variant": args.variant or ""}
             more |= {"streams": args.streams, "tokens": args.tokens}

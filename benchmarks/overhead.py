@@ -36,9 +36,9 @@ from common import (
     ROOT,
     Served,
     Streamed,
+    kinds,
     median,
     percentile,
-    python_path,
     real_time,
     serve,
     stream,
@@ -235,14 +235,6 @@ def main(given: list[str] | None = None, loads: tuple[Load, ...] = LOADS) -> Non
         if args.instances > 1:
             # One process speaks HTTP, as in llumnix.
             peer = ["--data-parallel-size", str(args.instances), "--api-server-count", "1"]
-        kinds: list[tuple[str, str, list[str], dict[str, str]]] = [
-            ("bare", "bare", peer, {}),
-            ("llumnix", "llumnix", ours, {}),
-        ]
-        if args.before:
-            kinds.append(("before", "llumnix", ours, {"PYTHONPATH": python_path(args.before)}))
-        if args.variant:
-            kinds.append(("variant", "llumnix", [*ours, *args.variant.split()], {}))
 
         def keep(rows: list[dict[str, Any]]) -> None:
             more = {"instances": args.instances, "before": str(args.before or "")}
@@ -252,11 +244,9 @@ def main(given: list[str] | None = None, loads: tuple[Load, ...] = LOADS) -> Non
             )
 
         try:
-            for name, kind, more, env in kinds:
-                log = Path(logs) / f"{name}.log"
-                server = serve(kind, args.model, "m", flags + more, log, env)
-                server.kind = name
-                servers.append(server)
+            for kind, more, env in kinds(args, peer, ours):
+                log = Path(logs) / f"{kind}.log"
+                servers.append(serve(kind, args.model, "m", flags + more, log, env))
             loads = tuple({**x, "requests": max(4, int(args.share * x["requests"]))} for x in loads)
             rows = asyncio.run(measure(args, servers, loads, keep))
         finally:

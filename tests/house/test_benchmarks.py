@@ -13,15 +13,18 @@ import pytest
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 pytest.importorskip("prometheus_client")
 
-from common import simulate_all
+from transformers import AutoTokenizer
+
+from common import kinds, simulate_all
 from llumnix.core.types import RequestId
 from llumnix.sim.model.jobs import Job
 from llumnix.sim.simulate import spread_over
 from prompt_steps import LONG, SECONDS, Task, compared, made
 from prompt_steps import run as run_with_prompts
+from shapes import write_shape
 from short_memory import COLUMNS, figures, key, ratios, run, specs
 from watch import PeerWatch
-from workload import Arrival, encode
+from workload import LETTERS, Arrival, encode
 
 PAGE = """
 # TYPE vllm:num_requests_running gauge
@@ -64,6 +67,35 @@ def test_prompts_share_the_blocks_that_the_trace_says_they_do_and_no_more() -> N
 def test_all_systems_get_the_same_prompts_and_another_seed_others() -> None:
     assert prompts(0, (1, 2)) == prompts(0, (1, 2))
     assert prompts(0, (1, 2))[0][:16] != prompts(1, (1, 2))[0][:16]
+
+
+def test_a_prompt_of_letters_has_a_token_for_each_in_the_tokenizer_of_the_shapes(
+    tmp_path: Path,
+) -> None:
+    lengths = (1, 50, 3000)
+    arrivals = [Arrival(at_s=0.0, prompt_tokens=n, output_tokens=1) for n in lengths]
+    bodies = encode(arrivals, random.Random(0), 30000, text=True)
+    texts = [json.loads(body)["prompt"] for body in bodies]
+    assert set(texts[-1]) == set(LETTERS)
+    tokenizer = AutoTokenizer.from_pretrained(str(write_shape("mini", tmp_path)))
+    assert [len(ids) for ids in tokenizer(texts)["input_ids"]] == [len(t) for t in texts]
+    assert tuple(map(len, texts)) == lengths
+
+
+@pytest.mark.parametrize("earlier", [None, ["--older"]])
+def test_an_earlier_state_and_a_variant_take_their_turns_beside_vllm_and_llumnix(
+    earlier: list[str] | None,
+) -> None:
+    ours = ["--instances", "2"]
+    args = SimpleNamespace(before=None, variant=None)
+    plain = [("bare", ["-d"], {}), ("llumnix", ours, {})]
+    assert kinds(args, ["-d"], ours, earlier) == plain
+    args = SimpleNamespace(before=Path("/then"), variant="--survival off")
+    *first, before, variant = kinds(args, ["-d"], ours, earlier)
+    assert first == plain
+    assert before[:2] == ("before", earlier or ours)
+    assert before[2]["PYTHONPATH"].split(":")[0] == "/then"
+    assert variant == ("variant", [*ours, "--survival", "off"], {})
 
 
 async def test_a_peer_is_read_by_engine_over_all_its_servers() -> None:
