@@ -205,14 +205,20 @@ def two_nodes(tiny_model: Path, logs: Path) -> Iterator[tuple[Server, int]]:
             server.stop()
             print(server.log[-3000:])
     finally:
-        for pid in family(nodes.pid):
-            os.kill(pid, signal.SIGKILL)
+        end_all(family(nodes.pid))
         nodes.wait(30)
 
 
 def family(pid: int) -> set[int]:
     """The process and all below it."""
     return {p for p in (pid, *descendants(pid)) if alive(p)}
+
+
+def end_all(pids: set[int]) -> None:
+    """Kills them, and waits until they have let go of their memory."""
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    eventually(lambda: not any(map(alive, pids)), 20, "they have ended")
 
 
 @pytest.mark.parametrize(
@@ -240,8 +246,7 @@ def test_an_engine_on_another_node_is_fenced_and_so_is_a_node_that_falls_silent(
     if whole:
         assert all(fenced(server, v["id"]) for v in victims)
         unused = unused_memory()
-        for pid in family(raylet):  # Python's resource trackers too.
-            os.kill(pid, signal.SIGKILL)
+        end_all(family(raylet))  # Python's resource trackers too.
         eventually(lambda: unused_memory() <= unused, 5, "the living server sweeps")
     else:
         assert server.complete().status_code == 200
