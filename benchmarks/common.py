@@ -53,6 +53,12 @@ def python_path(folder: Path) -> str:
     return os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
 
 
+def seed_range(text: str) -> range:
+    """Of `N`, the first N seeds, or of `FIRST:END`."""
+    first, _, end = text.rpartition(":")
+    return range(int(first or 0), int(end))
+
+
 def as_flags(settings: dict[str, Any]) -> list[str]:
     """`--name value` of each."""
     return [x for name, value in settings.items() for x in (f"--{name}", str(value))]

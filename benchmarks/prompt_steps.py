@@ -18,7 +18,7 @@ from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, markdown, simulate_all, write_result
+from common import ROOT, markdown, seed_range, simulate_all, write_result
 from llumnix.core.settings import SchedulerSettings
 from llumnix.core.types import RequestId
 from llumnix.sim.model.batching import EngineOptions
@@ -215,14 +215,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--loads", default=",".join(LOADS))
     parser.add_argument("--variants", default=",".join(VARIANTS))
-    parser.add_argument("--seeds", default="40:44", help="FIRST:END")
+    parser.add_argument("--seeds", type=seed_range, default="40:44", help="N or FIRST:END")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--runs", type=Path, help="JSON lines; runs that stand there are kept")
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
     tasks = [
         Task(load=load, profile=profile, instances=instances, seed=seed, variant=variant)
-        for seed in range(*map(int, args.seeds.split(":")))
+        for seed in args.seeds
         for (profile, instances), loads in FLEETS.items()
         for load in loads
         if load in args.loads.split(",")

@@ -22,7 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, VLLMS_QUEUE, markdown, simulate_all, write_result
+from common import ROOT, VLLMS_QUEUE, markdown, seed_range, simulate_all, write_result
 from llumnix.core.settings import MigrationSettings, QueueSettings, SchedulerSettings
 from llumnix.sim.model.batching import EngineOptions
 from llumnix.sim.model.cluster import Cluster
@@ -204,7 +204,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--set", choices=("equal", "paper", "real"), default="equal")
     parser.add_argument("--variants", default=",".join(MAIN))
-    parser.add_argument("--seeds", default="20:24", help="FIRST:END")
+    parser.add_argument("--seeds", type=seed_range, default="20:24", help="N or FIRST:END")
     parser.add_argument("--traces", default="", help="only these")
     parser.add_argument("--shared", type=Path, default=Path(), help="folder of chats and tools")
     parser.add_argument("--processes", "--jobs", type=int, default=1)
@@ -214,7 +214,7 @@ def main() -> None:
     variants, traces = args.variants.split(","), args.traces.split(",")
     tasks = [
         (spec, variant)
-        for seed in range(*map(int, args.seeds.split(":")))
+        for seed in args.seeds
         for spec in specs(args.set, args.shared, seed)
         for variant in variants
     ]

@@ -12,7 +12,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from common import ROOT, VLLMS_QUEUE, write_result
+from common import ROOT, VLLMS_QUEUE, seed_range, write_result
 from llumnix.core.settings import SchedulerSettings
 from llumnix.sim.model.batching import EngineOptions
 from llumnix.sim.model.profile import load_profile
@@ -50,12 +50,12 @@ def spec(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--seeds", type=int, default=6)
+    parser.add_argument("--seeds", type=seed_range, default="6", help="N or FIRST:END")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/sim/instances.json")
     args = parser.parse_args()
     began = time.monotonic()
-    specs = [spec(p, load, s) for load in LOADS for p in POLICIES for s in range(args.seeds)]
+    specs = [spec(p, load, s) for load in LOADS for p in POLICIES for s in args.seeds]
     found = dict(runs(specs, args.processes))
     rows = [found[place] for place in range(len(specs))]
     write_result(args.out, rows, profile=PROFILE, wall_s=round(time.monotonic() - began, 1))

@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, VLLMS_QUEUE, markdown, simulate_all, write_result
+from common import ROOT, VLLMS_QUEUE, markdown, seed_range, simulate_all, write_result
 from llumnix.core.settings import MigrationSettings, QueueSettings, SchedulerSettings
 from llumnix.core.slices.published import STATIC
 from llumnix.sim.model.batching import EngineOptions
@@ -150,23 +150,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--loads", default=",".join(load[0] for load in LOADS))
     parser.add_argument("--variants", default=",".join(MAIN))
-    parser.add_argument("--seeds", default="1:6", help="FIRST:END")
+    parser.add_argument("--seeds", type=seed_range, default="1:6", help="N or FIRST:END")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--published", action="store_true")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    first, end = map(int, args.seeds.split(":"))
     if args.published:
         policies = [*STATIC, "infaas++"]
-        rows = [run_published(p, s) for s in range(first, end) for p in policies]
+        rows = [run_published(p, s) for s in args.seeds for p in policies]
         print(published(rows))
         write_result(args.out or OUT.with_stem("slices_published"), rows)
         return
     variants = args.variants.split(",")
     loads = [load for load in LOADS if load[0] in args.loads.split(",")]
-    calls = {
-        (load[0], v, s): (load, v, s) for load in loads for s in range(first, end) for v in variants
-    }
+    calls = {(load[0], v, s): (load, v, s) for load in loads for s in args.seeds for v in variants}
     rows = simulate_all(run, calls, lambda r: (r["trace"], r["variant"], r["seed"]), args.processes)
     print(means(rows))
     print(compared(rows))

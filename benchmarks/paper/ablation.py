@@ -2,7 +2,7 @@
 
 Each policy with moves and without, on the three traces whose memory is full for a while.
 
-python benchmarks/paper/ablation.py [--seeds 3] [--requests 10000] [--processes N]
+python benchmarks/paper/ablation.py [--seeds N or FIRST:END] [--requests 10000] [--processes N]
 """
 
 import time
@@ -39,10 +39,9 @@ def main() -> None:
         for name, (policy, moves) in KINDS.items():
             scheduler = replace(SETTINGS, migration=replace(SETTINGS.migration, balance=moves))
             specs += [
-                spec(policy, trace, rate, args.requests, s, scheduler=scheduler)
-                for s in range(args.seeds)
+                spec(policy, trace, rate, args.requests, s, scheduler=scheduler) for s in args.seeds
             ]
-            labels += [f"{trace} {name}"] * args.seeds
+            labels += [f"{trace} {name}"] * len(args.seeds)
     found = simulate(specs, labels, args)
     rows = [
         [

@@ -3,7 +3,7 @@
 First by rate, with the paper's thresholds; then at one rate with lower and higher thresholds, and
 from these how many instances the two policies need for the same TTFT P99.
 
-python benchmarks/paper/autoscaling.py [--seeds 2] [--requests 10000] [--processes N]
+python benchmarks/paper/autoscaling.py [--seeds N or FIRST:END] [--requests 10000] [--processes N]
 """
 
 import itertools
@@ -90,14 +90,14 @@ def needed(found: Found, policy: str, goal_s: float) -> float:
 
 def main() -> None:
     began = time.monotonic()
-    args = arguments(__doc__ or "", "autoscaling", seeds=2)
+    args = arguments(__doc__ or "", "autoscaling", seeds="2")
     by_rate = [(rate, LOW) for rate in PUBLISHED]
     by_threshold = [(SWEEP_RATE, low) for low in SWEEP]
     specs, labels = [], []
     for rate, low in dict.fromkeys(by_rate + by_threshold):
         for policy in POLICIES:
-            specs += [run(policy, rate, low, args.requests, s) for s in range(args.seeds)]
-            labels += [label(policy, rate, low)] * args.seeds
+            specs += [run(policy, rate, low, args.requests, s) for s in args.seeds]
+            labels += [label(policy, rate, low)] * len(args.seeds)
     found = simulate(specs, labels, args)
     head = ["policy", "instances, mean (published)", *(name for name, _ in FIGURES[1:])]
     text = markdown(["req/s", *head], rows(found, by_rate, lambda rate, _: f"{rate:g}"))

@@ -15,7 +15,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from common import ROOT, write_result
+from common import ROOT, seed_range, write_result
 from common import markdown as markdown
 from llumnix.core.settings import SchedulerSettings
 from llumnix.sim.model.batching import EngineOptions
@@ -57,9 +57,9 @@ def spec(
     )
 
 
-def arguments(text: str, name: str, seeds: int = 3, requests: int = 10_000) -> argparse.Namespace:
+def arguments(text: str, name: str, seeds: str = "3", requests: int = 10_000) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=text.split("\n\n")[0])
-    parser.add_argument("--seeds", type=int, default=seeds)
+    parser.add_argument("--seeds", type=seed_range, default=seeds, help="N or FIRST:END")
     parser.add_argument("--requests", type=int, default=requests, help="of a run")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path, default=ROOT / f"benchmarks/results/paper/{name}.json")

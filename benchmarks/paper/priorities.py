@@ -3,7 +3,7 @@
 Headroom of fixed sizes, the default (0.88) beside two smaller ones; headroom by need, as it is by
 default; and what each urgent request would take alone on an idle instance, which none can beat.
 
-python benchmarks/paper/priorities.py [--seeds 3] [--requests 10000] [--processes N]
+python benchmarks/paper/priorities.py [--seeds N or FIRST:END] [--requests 10000] [--processes N]
 """
 
 import time
@@ -60,10 +60,10 @@ def main() -> None:
     specs, labels = [], []
     for cv in PUBLISHED:
         for name, policy, headroom, need in kinds:
-            specs += [run(policy, headroom, need, cv, args.requests, s) for s in range(args.seeds)]
-            labels += [f"CV {cv} {name}"] * args.seeds
+            specs += [run(policy, headroom, need, cv, args.requests, s) for s in args.seeds]
+            labels += [f"CV {cv} {name}"] * len(args.seeds)
     found = simulate(specs, labels, args)
-    idle = [run(BASE, 0.0, None, 2, args.requests, seed) for seed in range(args.seeds)]
+    idle = [run(BASE, 0.0, None, 2, args.requests, seed) for seed in args.seeds]
     bounds = [idle_bound(one)["classes"] for one in idle]
     rows = []
     for cv, published in PUBLISHED.items():

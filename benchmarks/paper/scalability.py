@@ -18,7 +18,7 @@ SIZES = ((16, 36.0), (64, 144.0), (256, 576.0), (1024, 2304.0))
 
 def main() -> None:
     began = time.monotonic()
-    args = arguments(__doc__ or "", "scalability", seeds=1, requests=200_000)
+    args = arguments(__doc__ or "", "scalability", seeds="1", requests=200_000)
     found, rows = [], []
     for instances, rate in SIZES:
         count = max(10_000, args.requests * instances // SIZES[-1][0])

@@ -1,6 +1,6 @@
 """Figures 11 and 12 of Llumnix (OSDI 2024): serving on seven traces, and fragmentation.
 
-python benchmarks/paper/serving.py [--seeds 3] [--requests 10000] [--processes N]
+python benchmarks/paper/serving.py [--seeds N or FIRST:END] [--requests 10000] [--processes N]
 """
 
 import time
@@ -79,11 +79,11 @@ def main() -> None:
     specs, labels = [], []
     for trace, rate in PUBLISHED:
         for policy in POLICIES:
-            specs += [spec(policy, trace, rate, args.requests, s) for s in range(args.seeds)]
-            labels += [f"{trace} {policy}"] * args.seeds
+            specs += [spec(policy, trace, rate, args.requests, s) for s in args.seeds]
+            labels += [f"{trace} {policy}"] * len(args.seeds)
     found = simulate(specs, labels, args)
     bounds = {
-        t: [idle_bound(spec("llumnix", t, r, args.requests, s)) for s in range(args.seeds)]
+        t: [idle_bound(spec("llumnix", t, r, args.requests, s)) for s in args.seeds]
         for t, r in PUBLISHED
     }
     save(args, found, f"{figures(found)}\n\n{ratios(found, bounds)}", began, alone=bounds)

@@ -15,7 +15,7 @@ pytest.importorskip("prometheus_client")
 
 from transformers import AutoTokenizer
 
-from common import kinds, simulate_all
+from common import kinds, seed_range, simulate_all
 from llumnix.core.types import RequestId
 from llumnix.sim.model.jobs import Job
 from llumnix.sim.simulate import spread_over
@@ -135,6 +135,11 @@ def test_runs_on_several_processes_have_the_figures_of_runs_on_one() -> None:
     assert [(r["trace"], r["seed"], r["variant"]) for r in rows] == [key(t) for t in tasks]
     assert placed_rows(2) == rows
     assert rows[0]["figures"] != rows[1]["figures"]
+
+
+def test_seeds_are_the_first_ones_or_from_one_to_before_another() -> None:
+    assert list(seed_range("3")) == [0, 1, 2]
+    assert list(seed_range("20:22")) == [20, 21]
 
 
 def test_w1_is_the_mean_of_the_worst_hundredth() -> None:
