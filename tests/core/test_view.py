@@ -451,7 +451,8 @@ facts = st.one_of(
 def test_the_view_agrees_with_itself_after_every_fact(
     drawn: list[tuple[float, Fact]], policy: str
 ) -> None:
-    """Bookings with their sums, both ends of every order, and each heap with brute force."""
+    """Bookings with their sums, both ends of every order, standings with loads, and each heap with
+    brute force."""
     s, now, runs = Scheduler(SchedulerSettings(policy=policy)), 0.0, dict.fromkeys(range(4), 0)
     for sequence, (later_s, fact) in enumerate(drawn, 1):
         now += later_s

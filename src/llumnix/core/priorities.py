@@ -132,4 +132,6 @@ class Priorities:
         for rank, headroom in self._with_headroom:
             if rank < ranks and running[rank]:
                 share += headroom
+        if not share:
+            return 0.0
         return total * min(share, self.headroom_max)

@@ -43,14 +43,11 @@ F_d >= floor, which is t <= D - floor c.
 from dataclasses import dataclass
 
 from llumnix.core.events import MoveLimit
-from llumnix.core.limits import MigrationLimits
 from llumnix.core.priorities import Priorities
 from llumnix.core.reports import ClassLoad
 from llumnix.core.scheduling.load import ratio
 from llumnix.core.scheduling.tuning import STOP_STEPS
 from llumnix.core.scheduling.view import InstanceView
-
-_LIMITS = MigrationLimits()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,7 +104,7 @@ class GainRule:
 def room_in(destination: InstanceView) -> int:
     """The largest request, in KV tokens, that fits there now, with the blocks that a migration has
     in reserve."""
-    return destination.load.free - _LIMITS.ahead_tokens(destination.report.block_tokens)
+    return destination.load.room(destination.report.block_tokens)
 
 
 def smallest_relief(spare: float, batch: int, total: int, least: float, copy_steps: float) -> int:

@@ -9,13 +9,32 @@ Rules
   step, so F is how many steps the batch can take before memory runs out. A shortage is not divided
   by the batch, so that one more request or token never raises F.
 - An instance that is being emptied has a request of infinite size, and so a freeness of -inf.
+- `Standings` keeps what a round of pairing needs of all loads, so that it looks at few of them.
 """
 
+import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from llumnix.core.limits import MigrationLimits
 from llumnix.core.priorities import Priorities
 from llumnix.core.reports import LoadReport
+from llumnix.core.types import InstanceId
+
+_LIMITS = MigrationLimits()
+_Ranked = tuple[float, InstanceId]
+_Room = tuple[int, InstanceId]
+"""What an instance is sorted by, and its id; the lowest comes first."""
+
+
+class Booking(NamedTuple):
+    """A dispatch that no report covers yet."""
+
+    tokens: int  # of its prompt
+    cached: int  # of these, in the instance's prefix cache
+    rank: int  # its class
+    made_s: float
 
 
 class Load(NamedTuple):
@@ -61,9 +80,10 @@ class Load(NamedTuple):
         """`spare` after that many requests of a class have come (below 0: have left). Their tokens
         are left out, so that only the headroom of the class may change it."""
         before = self.running[rank] if rank < len(self.running) else 0
-        if bool(before) == bool(before + requests):
-            return self.spare(priorities)
-        return self._replace(running=self._running_after(rank, requests)).spare(priorities)
+        running = self.running
+        if bool(before) != bool(before + requests):
+            running = self._running_after(rank, requests)
+        return self.total - self.used - self.head - priorities.headroom(self.total, running)
 
     def freeness(self, priorities: Priorities) -> float:
         """F, for migration and scaling."""
@@ -84,6 +104,11 @@ class Load(NamedTuple):
         """Tokens of memory that are left for a newcomer of that class."""
         reserved = priorities.headroom(self.total, self.running, above=rank)
         return self.total - self.used - (self.queued - self.shared) - reserved
+
+    def room(self, block_tokens: int) -> int:
+        """The largest request, in KV tokens, that fits now, with the blocks of that size that a
+        migration has in reserve."""
+        return self.total - self.used - _LIMITS.ahead_tokens(block_tokens)
 
     def changed(self, rank: int, requests: int, tokens: int) -> "Load":
         """The load after that many requests of a class, of `tokens` together, have come (below 0:
@@ -167,3 +192,88 @@ def derive(
         running=tuple(by_class),
         queued_prefill=tuple(queued_prefill),
     )
+
+
+@dataclass(slots=True)
+class Standings:
+    """The parts that instances may have in a round of pairing, as far as their loads say. A round
+    sorts these numbers, and looks only at the instances that come first.
+
+    A load that changed is ranked when the next report comes, or at the latest with the round: no
+    dispatch waits for that. Room is the largest request that fits, in KV tokens. An instance is
+    open if it has no queue and could run one more request."""
+
+    leaving: set[InstanceId] = field(default_factory=set)
+    """Those that are being emptied. They have no other part."""
+    low: dict[InstanceId, _Ranked] = field(default_factory=dict)
+    """Those below the threshold of sources, or below zero, by freeness."""
+    blocked: dict[InstanceId, _Ranked] = field(default_factory=dict)
+    """Those with a head of the queue that cannot start, by freeness."""
+    free: dict[InstanceId, _Ranked] = field(default_factory=dict)
+    """Open ones above the threshold of destinations, by minus their freeness."""
+    roomy: dict[InstanceId, _Ranked] = field(default_factory=dict)
+    """Open ones at the threshold of sources or above, by minus the room that leaves them there."""
+    rooms: dict[InstanceId, _Room] = field(default_factory=dict)
+    """Open ones with room for the least urgent class that leaves them at the threshold of sources
+    or above, by that room."""
+    reserved: dict[InstanceId, _Room] = field(default_factory=dict)
+    """Open ones below that threshold that keep headroom, by the room that they have without."""
+    _known: dict[InstanceId, tuple[LoadReport, Load, float]] = field(default_factory=dict)
+    _changed: set[InstanceId] = field(default_factory=set)  # since they were ranked
+    _by: tuple[tuple[float, float], Priorities] | None = None  # what they were ranked by
+
+    def take(self, report: LoadReport, load: Load, freeness: float) -> None:
+        """Takes in the load of an instance. `freeness`: -inf if it is being emptied."""
+        self._known[report.instance] = report, load, freeness
+        self._changed.add(report.instance)
+
+    def drop(self, name: InstanceId) -> None:
+        """Forgets an instance."""
+        self._known.pop(name, None)
+        self._changed.add(name)
+
+    def rank(self, thresholds: tuple[float, float], priorities: Priorities) -> "Standings":
+        """Gives their parts to the instances that changed; returns itself. `thresholds`: of sources
+        and of destinations."""
+        if self._by is None or self._by[0] != thresholds or self._by[1] is not priorities:
+            self._by = thresholds, priorities
+            self._changed |= self._known.keys()
+        for name in self._changed:
+            self.leaving.discard(name)
+            for part in (self.low, self.blocked, self.free, self.roomy, self.rooms, self.reserved):
+                part.pop(name, None)
+            if (known := self._known.get(name)) is not None:
+                self._rank(name, *known, *self._by)
+        self._changed.clear()
+        return self
+
+    def _rank(
+        self,
+        name: InstanceId,
+        report: LoadReport,
+        load: Load,
+        freeness: float,
+        thresholds: tuple[float, float],
+        priorities: Priorities,
+    ) -> None:
+        below, above = thresholds
+        if freeness == -math.inf:
+            self.leaving.add(name)
+            return
+        if freeness < max(below, 0.0):
+            self.low[name] = freeness, name
+        if load.is_blocked:
+            self.blocked[name] = freeness, name
+        if load.waiting or not load.has_slot:
+            return
+        room, kept = load.room(report.block_tokens), below * (load.batch + 1)
+        left = int(load.spare_for(len(priorities) - 1, priorities) - kept)
+        if left > 0 and room > 0:
+            self.rooms[name] = min(left, room), name
+        if freeness > above:
+            self.free[name] = -freeness, name
+        if freeness >= below:
+            self.roomy[name] = -min(int(load.spare(priorities) - kept), room), name
+        elif priorities.headroom(load.total, load.running):
+            # No headroom is kept from the most urgent class.
+            self.reserved[name] = min(int(load.spare_for(0, priorities) - kept), room), name

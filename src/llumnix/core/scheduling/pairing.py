@@ -20,9 +20,13 @@ Rules
   room.
 - Balancing leaves an instance alone that takes part in `moves_max` moves, orders that are not
   reported yet included. A drain has its engine's limit.
+
+A round begins with the view's `Standings` (load.py), which follow from loads alone. Whether an
+instance answers and which moves it has is asked only of those that come first.
 """
 
-from collections.abc import Iterable, Iterator
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice, takewhile
 
 from llumnix.core.codes import MoveCode
@@ -60,27 +64,27 @@ class Pairing:
 
     def round(self, view: ClusterView, now: float) -> list[MoveOrder]:
         """The moves that help now, recorded in the view."""
-        takers = [v for v in view if v.accepting and v.answers(now)]
-        decided = list(self._drains(view, takers, now))
+        view.standings.rank(view.thresholds, view.priorities)
+        decided = list(self._drains(view, now))
         if self._balance:
-            decided += self._rescues(view, takers, now)
-            decided += self._balances(view, takers, now)
-            decided += self._into_headroom(view, takers, now)
-            decided += self._queues(view, takers, now)
+            decided += self._rescues(view, now)
+            decided += self._balances(view, now)
+            decided += self._into_headroom(view, now)
+            decided += self._queues(view, now)
         return decided
 
-    def _drains(
-        self, view: ClusterView, takers: list[InstanceView], now: float
-    ) -> Iterator[MoveOrder]:
-        leaving = [v for v in view if not v.accepting and v.answers(now)]
-        for source in leaving:
+    def _drains(self, view: ClusterView, now: float) -> Iterator[MoveOrder]:
+        if not view.standings.leaving:
+            return
+        takers = [v for v in view if v.accepting and v.answers(now)]
+        takers.sort(key=lambda v: (-v.freeness, v.report.instance))
+        for source in [v for v in view if not v.accepting and v.answers(now)]:
             report = source.report
             left = report.running + report.waiting - report.moving_out - len(source.orders)
-            slots = DRAIN_MOVES_MAX - moves_out(source)
-            for destination in sorted(takers, key=lambda v: (-v.freeness, v.report.instance)):
+            left = min(left, DRAIN_MOVES_MAX - moves_out(source))
+            for destination in takers:
                 while (
                     left > 0
-                    and slots > 0
                     and moves_in(destination) < DRAIN_MOVES_MAX
                     and destination.load.has_slot
                 ):
@@ -89,78 +93,69 @@ class Pairing:
                         break
                     why = f"{report.instance} is being emptied"
                     yield self._order(view, source, destination, limits, why, DRAIN, now)
-                    left, slots = left - 1, slots - 1
+                    left -= 1
+                if left <= 0:
+                    break
 
-    def _rescues(
-        self, view: ClusterView, takers: list[InstanceView], now: float
-    ) -> Iterator[MoveOrder]:
+    def _rescues(self, view: ClusterView, now: float) -> Iterator[MoveOrder]:
         """Moves requests that wait at or behind a head that does not fit to where they fit now."""
-        most, below, last = self._settings.rescues, view.thresholds[0], len(view.priorities) - 1
-        blocked = [v for v in takers if v.load.waiting and v.load.is_blocked]
-        sources = sorted(
-            (v for v in blocked if moves_out(v) < RESCUES_MAX),
-            key=lambda v: (v.freeness, v.report.instance),
-        )
+        most = self._settings.rescues
+        blocked = _in_order(view, view.standings.blocked.values(), now)
+        stuck = (v for v in blocked if v.load.waiting and moves_out(v) < RESCUES_MAX)
+        sources = list(islice(stuck, ORDERS_MAX))
         if not sources or not most:
             return
-        free = [v for v in takers if not v.load.waiting and v.load.has_slot and not moves_out(v)]
-        rooms = sorted(  # Ids differ, so that views are never compared.
-            (_room_above(v, below, v.load.spare_for(last, view.priorities)), v.report.instance, v)
-            for v in free
-            if moves_in(v) < RESCUES_MAX
-        )
-        for source in sources[:ORDERS_MAX]:
+
+        def may_take(known: InstanceView) -> bool:
+            return known.answers(now) and not moves_out(known) and moves_in(known) < RESCUES_MAX
+
+        rooms = _Choices(view, view.standings.rooms.values(), may_take)
+        for source in sources:
             report = source.report
             left = min(most, source.load.waiting, RESCUES_MAX - moves_out(source))
             head = report.head_tokens
             for _ in range(left):
-                chosen = _rescue_room(rooms, source, head)
-                if chosen is None:
+                place = _rescue_room(rooms, source, head)
+                if place is None:
                     break
-                rooms.remove(chosen)
-                room, there, destination = chosen
+                room, there = rooms.ranked.pop(place)
                 why = (
                     f"{source.load.waiting} wait behind a head of {report.head_tokens} tokens on "
                     f"{report.instance}, and {room} fit on {there}"
                 )
-                limits, head = _waiting(source, room), 0  # Only the first order is for the head.
-                yield self._order(view, source, destination, limits, why, QUEUE, now)
+                limits = _waiting(source, int(room))
+                head = 0  # Only the first order is for the head.
+                yield self._order(view, source, view[there], limits, why, QUEUE, now)
 
-    def _balances(
-        self, view: ClusterView, takers: list[InstanceView], now: float
-    ) -> Iterator[MoveOrder]:
-        below, above = view.thresholds
-        most = self._settings.moves_max
-        # Tuples sort faster than a key function; ids differ, so that views are never compared.
-        low = sorted((v.freeness, v.report.instance, v) for v in takers if v.freeness < below)
-        movable = (v for _, _, v in low if moves_out(v) < most and v.load.batch + v.load.waiting)
+    def _balances(self, view: ClusterView, now: float) -> Iterator[MoveOrder]:
+        below, most = view.thresholds[0], self._settings.moves_max
+        low = _in_order(view, view.standings.low.values(), now)
+        low = takewhile(lambda v: v.freeness < below, low)
+        movable = (v for v in low if moves_out(v) < most and v.load.batch + v.load.waiting)
         sources = list(islice(movable, ORDERS_MAX))
         if not sources:
             return
-        takers = [
-            v for v in takers if not v.load.waiting and moves_in(v) < most and v.load.has_slot
-        ]
-        freest = sorted((-v.freeness, v.report.instance, v) for v in takers if v.freeness > above)
-        roomiest: list[_Ranked] = []
-        if any(v.load.is_blocked for v in sources):
-            roomiest = sorted(
-                (-_room_above(v, below, v.load.spare(view.priorities)), v.report.instance, v)
-                for v in takers
-                if v.freeness >= below
-            )
+        taken: set[InstanceId] = set()
+
+        def may_take(known: InstanceView) -> bool:
+            name = known.report.instance
+            return name not in taken and moves_in(known) < most and known.answers(now)
+
+        freest = _Choices(view, view.standings.free.values(), may_take)
+        any_blocked = any(v.load.is_blocked for v in sources)
+        roomy = view.standings.roomy.values() if any_blocked else ()
+        roomiest = _Choices(view, roomy, may_take)
         rule = GainRule(
             priorities=view.priorities,
             threshold=below,
             gain_min=self._settings.gain_min,
             copy_steps=view.observed.move_steps_per_token(),
         )
-        taken: set[InstanceId] = set()
         for source in sources:
-            found, head = None, source.report.head_tokens
+            found = None
             if source.load.is_blocked:
-                with_room = takewhile(lambda it: -it[0] >= head, roomiest)  # noqa: B023
-                found = self._first_gain(rule, source, with_room, taken)
-            found = found or self._first_gain(rule, source, freest, taken)
+                found = _first_gain(rule, source, roomiest, room=source.report.head_tokens)
+            found = found or _first_gain(rule, source, freest)
             if found is not None:
                 destination, limits = found
                 taken.add(destination.report.instance)
@@ -172,63 +167,44 @@ class Pairing:
                     why += f"; its queue waits for {source.load.head} tokens"
                 yield self._order(view, source, destination, limits, why, BALANCE, now)
 
-    def _first_gain(
-        self,
-        rule: GainRule,
-        source: InstanceView,
-        ranked: Iterable["_Ranked"],
-        taken: set[InstanceId],
-    ) -> tuple[InstanceView, tuple[MoveLimit, ...]] | None:
-        """The first destination that is not taken and that the source gains from, with the limits
-        of the move."""
-        free = (v for _, i, v in ranked if i not in taken and i not in source.fruitless)
-        for destination in islice(free, TRIES_MAX):
-            if limits := rule.limits(source, destination):
-                return destination, limits
-        return None
-
-    def _into_headroom(
-        self, view: ClusterView, takers: list[InstanceView], now: float
-    ) -> Iterator[MoveOrder]:
+    def _into_headroom(self, view: ClusterView, now: float) -> Iterator[MoveOrder]:
         """Moves requests that wait for memory, and fit nowhere else, to where only headroom is
         left."""
-        most, below, kept = self._settings.moves_max, view.thresholds[0], view.priorities.headroom
-        blocked = [v for v in takers if v.load.is_blocked and v.load.has_slot]
-        sources = sorted(
-            (v for v in blocked if not moves_out(v)), key=lambda v: (v.freeness, v.report.instance)
+        most, standings = self._settings.moves_max, view.standings
+        rooms = sorted(
+            (room, name)
+            for room, name in standings.reserved.values()
+            if moves_in(v := view[name]) < most and not moves_out(v) and v.answers(now)
         )
-        if not sources:
+        if not rooms:
             return
-        others = [v for v in takers if not v.load.waiting and v.load.has_slot]
-        elsewhere = max((room_in(v) for v in others if v.freeness >= below), default=0)
-        rooms = []
-        for known in others:
-            if known.freeness >= below or not kept(known.load.total, known.load.running):
-                continue
-            if moves_in(known) < most and not moves_out(known):
-                # No headroom is kept from the most urgent class.
-                room = _room_above(known, below, known.load.spare_for(0, view.priorities))
-                rooms.append((room, known.report.instance, known))
-        rooms.sort()  # Ids differ, so that views are never compared.
-        for source in sources[:ORDERS_MAX]:
+        blocked = _in_order(view, standings.blocked.values(), now)
+        for_memory = (v for v in blocked if v.load.has_slot and not moves_out(v))
+        sources = list(islice(for_memory, ORDERS_MAX))
+        largest, elsewhere = max((v.load.head for v in sources), default=0), 0
+        for known in (view[name] for name in standings.roomy):
+            if elsewhere >= largest:
+                return
+            if known.answers(now):
+                elsewhere = max(elsewhere, room_in(known))
+        for source in sources:
             head = source.load.head
             if elsewhere < head and rooms and head <= rooms[-1][0]:
                 if rooms[-1][1] in source.fruitless:
                     continue
-                room, there, destination = rooms.pop()
+                room, there = rooms.pop()
                 why = (
                     f"{head} tokens wait on {source.report.instance}, and only headroom is left "
                     f"on {there}"
                 )
                 limits = _waiting(source, room)
-                yield self._order(view, source, destination, limits, why, HEADROOM, now)
+                yield self._order(view, source, view[there], limits, why, HEADROOM, now)
 
-    def _queues(
-        self, view: ClusterView, takers: list[InstanceView], now: float
-    ) -> Iterator[MoveOrder]:
+    def _queues(self, view: ClusterView, now: float) -> Iterator[MoveOrder]:
         """Evens out queues: the instance with the longest gives away requests behind its head."""
         most, last = self._settings.moves_max, len(view.priorities) - 1
-        blocked = [v for v in takers if v.freeness < 0]
+        negative = (it for it in view.standings.low.values() if it[0] < 0)
+        blocked = list(_in_order(view, negative, now))
         sources = [v for v in blocked if v.load.waiting > 1 and moves_out(v) < most]
         if not sources:
             return
@@ -279,10 +255,6 @@ class Pairing:
         )
 
 
-_Ranked = tuple[float, InstanceId, InstanceView]
-"""What a destination is sorted by, its id, and itself; the best comes first."""
-
-
 def moves_out(known: InstanceView) -> int:
     """Moves away from an instance, orders that are not reported yet included."""
     return known.report.moving_out + len(known.orders)
@@ -293,24 +265,81 @@ def moves_in(known: InstanceView) -> int:
     return known.report.moving_in + len(known.incoming)
 
 
-def _room_above(destination: InstanceView, below: float, spare: float) -> int:
-    """The largest request, in KV tokens, that leaves the destination's freeness at the threshold or
-    above. `spare`: tokens that are left there for it."""
-    return min(int(spare - below * (destination.load.batch + 1)), room_in(destination))
+class _Choices:
+    """Destinations to choose from in one part of a round, sorted. Those that may take nothing now
+    are dropped when they are met, so that a round looks at few."""
 
+    def __init__(
+        self,
+        view: ClusterView,
+        ranked: Iterable[tuple[float, InstanceId]],
+        may_take: Callable[[InstanceView], bool],
+    ) -> None:
+        self.ranked = sorted(ranked)
+        self._view = view
+        self._may_take = may_take
 
-def _rescue_room(
-    rooms: list[tuple[int, InstanceId, InstanceView]], source: InstanceView, head: int
-) -> tuple[int, InstanceId, InstanceView] | None:
-    """The smallest room that takes the head of the source's queue; else the largest, if it takes
-    the smallest request that waits. `rooms`: the smallest first; `head`: 0 if it has one."""
-    free = [room for room in rooms if room[1] not in source.fruitless]
-    if not free:
+    def first(self, source: InstanceView, place: int = 0) -> int | None:
+        """The first place from this one on, whose instance may take something of the source's."""
+        while place < len(self.ranked):
+            name = self.ranked[place][1]
+            if not self._may_take(self._view[name]):
+                del self.ranked[place]
+            elif name in source.fruitless:
+                place += 1
+            else:
+                return place
         return None
-    fits = next((room for room in free if 0 < head <= room[0]), None)
-    if fits is None and 0 < source.report.waiting_least <= free[-1][0]:
-        return free[-1]
-    return fits
+
+    def last(self, source: InstanceView) -> int | None:
+        """The last such place."""
+        for place in reversed(range(len(self.ranked))):
+            name = self.ranked[place][1]
+            if not self._may_take(self._view[name]):
+                del self.ranked[place]
+            elif name not in source.fruitless:
+                return place
+        return None
+
+    def instance(self, place: int) -> InstanceView:
+        """What is at that place."""
+        return self._view[self.ranked[place][1]]
+
+
+def _in_order(
+    view: ClusterView, ranked: Iterable[tuple[float, InstanceId]], now: float
+) -> Iterator[InstanceView]:
+    """Those of these instances that answer, the lowest first."""
+    return (v for _, name in sorted(ranked) if (v := view[name]).answers(now))
+
+
+def _rescue_room(rooms: _Choices, source: InstanceView, head: int) -> int | None:
+    """The place of the smallest room that takes the head of the source's queue; else of the
+    largest, if it takes the smallest request that waits. `head`: 0 if it has one."""
+    if head > 0:
+        smallest = rooms.first(source, bisect_left(rooms.ranked, (head,)))
+        if smallest is not None:
+            return smallest
+    least = source.report.waiting_least
+    largest = rooms.last(source) if least > 0 else None
+    return largest if largest is not None and least <= rooms.ranked[largest][0] else None
+
+
+def _first_gain(
+    rule: GainRule, source: InstanceView, choices: _Choices, room: int | None = None
+) -> tuple[InstanceView, tuple[MoveLimit, ...]] | None:
+    """The first of these destinations that the source gains from, with the limits of the move.
+    `room`: that it must have, if they are sorted by the negative of theirs."""
+    start = 0
+    for _ in range(TRIES_MAX):
+        place = choices.first(source, start)
+        if place is None or (room is not None and -choices.ranked[place][0] < room):
+            break
+        destination = choices.instance(place)
+        if limits := rule.limits(source, destination):
+            return destination, limits
+        start = place + 1
+    return None
 
 
 def _waiting(source: InstanceView, tokens: int) -> tuple[MoveLimit, ...]:

@@ -29,12 +29,11 @@ import heapq
 from bisect import bisect_right, insort
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from llumnix.core.limits import STALLED_AFTER_S
 from llumnix.core.priorities import Priorities
 from llumnix.core.reports import LoadReport
-from llumnix.core.scheduling.load import Load, derive
+from llumnix.core.scheduling.load import Booking, Load, Standings, derive
 from llumnix.core.scheduling.observed import Observed
 from llumnix.core.scheduling.tuning import (
     BOOKING_LIFETIME_S,
@@ -52,15 +51,6 @@ from llumnix.core.types import EngineIndex, InstanceId, OrderId, RequestId
 
 SortKey = Callable[["InstanceView", int, "ClusterView"], tuple[float, ...]]
 """The place of an instance for a new request of a class; the lowest is the best."""
-
-
-class Booking(NamedTuple):
-    """A dispatch that no report covers yet."""
-
-    tokens: int  # of its prompt
-    cached: int  # of these, in the instance's prefix cache
-    rank: int  # its class
-    made_s: float
 
 
 @dataclass(slots=True, kw_only=True)
@@ -129,6 +119,7 @@ class ClusterView:
         self._ended: dict[InstanceId, EngineIndex] = {}  # the newest run that is over
         self._ids: list[InstanceId] = []  # sorted
         self._destinations: dict[OrderId, InstanceId] = {}  # of orders in flight
+        self.standings = Standings()
         self._heaps: dict[tuple[SortKey, int], list[_Ranked]] = {}
         self._dispatches = 0  # so far
         self._versions = 0  # given out so far
@@ -201,6 +192,7 @@ class ClusterView:
         ):
             known.drain_decided_s = None
         self._changed(known)
+        self.standings.rank(self.thresholds, self.priorities)
 
     def book(
         self,
@@ -275,6 +267,7 @@ class ClusterView:
 
     def _forget(self, instance: InstanceId) -> None:
         known = self._instances.pop(instance)
+        self.standings.drop(instance)
         del self._ids[bisect_right(self._ids, instance) - 1]
         for order in list(known.orders):
             self._settle(known, order)
@@ -308,6 +301,7 @@ class ClusterView:
     def _changed(self, known: InstanceView) -> None:
         known.load = derive(known.report, known.booked, known.booked_tokens, known.booked_cached)
         known.freeness = known.load.freeness(self.priorities) if known.accepting else float("-inf")
+        self.standings.take(known.report, known.load, known.freeness)
         self._versions += 1
         known.version = self._versions
         if known.accepting:
@@ -359,10 +353,10 @@ class ClusterView:
 
     def check(self, now: float) -> None:
         """Raises `AssertionError` with the story if what is kept here does not agree with itself:
-        ids, sums of bookings, both ends of each order, and each heap beside brute force. For tests
-        and the simulator."""
+        ids, sums of bookings, both ends of each order, standings, and each heap beside brute force.
+        For tests and the simulator."""
         assert self._ids == sorted(self._instances), f"ids {self._ids}"
-        ordered: dict[OrderId, InstanceId | None] = {}
+        standings, ordered = Standings(), dict[OrderId, InstanceId | None]()
         for name, known in self._instances.items():
             booked = known.bookings.values()
             ranks = [sum(b.rank == r for b in booked) for r in range(len(self.priorities))]
@@ -371,11 +365,14 @@ class ClusterView:
             assert told == (ranks, sums), f"{name}: {told} booked, and bookings {known.bookings}"
             load = derive(known.report, known.booked, *sums)
             assert known.load == load, f"{name}: {known.load} is kept, {load} follows"
+            standings.take(known.report, load, known.freeness)
             ordered |= {order: self._destinations.get(order) for order in known.orders}
         assert ordered == self._destinations, f"{ordered}, and destinations {self._destinations}"
         for name, known in self._instances.items():
             for order in known.incoming:
                 assert ordered.get(order) == name, f"order {order} to {name} has no source"
+        by = self.thresholds, self.priorities
+        assert self.standings.rank(*by) == standings.rank(*by), "standings do not follow loads"
         for (key, rank), heap in list(self._heaps.items()):
             assert len(heap) <= self._heap_max, f"a heap of {len(heap)} entries"
             best = self.best(key, rank, now)
