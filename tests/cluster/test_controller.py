@@ -1,5 +1,6 @@
 """The controller's process, without Ray: one bad message ends at most itself."""
 
+import json
 import logging
 import threading
 import time
@@ -313,6 +314,19 @@ def test_logs_that_cannot_be_written_keep_no_controller_from_starting(
     kept, event_log = (record.getMessage() for record in caplog.records[:2])
     assert kept.startswith(f"The controller keeps no log: --log-dir {away} on ")
     assert event_log.startswith("The event log stands still (controller ")
+
+
+def test_its_event_log_has_no_report_that_only_repeats_the_one_before(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    place = LogPlace(path=str(path))
+    controller = Controller([f"ipc://{tmp_path}/c"], SchedulerSettings(), place)
+    for sequence in range(1, 50):
+        controller._decide(b"", report(0, sequence))
+    controller._decide(b"", report(0, 50, kv_tokens_used=16))
+    controller.stop()
+    controller.run()  # It closes the log.
+    kinds = [json.loads(line)["kind"] for line in path.read_text().splitlines()]
+    assert kinds == ["log", "started", "fact", "again", "fact"]
 
 
 def test_an_order_goes_to_the_engine_that_is_to_give_load_as_long_as_it_lives(

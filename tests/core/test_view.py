@@ -17,7 +17,7 @@ from llumnix.core.events import (
     Tick,
 )
 from llumnix.core.limits import STALLED_AFTER_S
-from llumnix.core.reports import ClassLoad, LoadReport
+from llumnix.core.reports import ClassLoad, Heard, LoadReport
 from llumnix.core.scheduling.dispatch import earliest_start_key, highest_freeness_key
 from llumnix.core.scheduling.presets import POLICIES
 from llumnix.core.scheduling.scheduler import Scheduler
@@ -197,6 +197,36 @@ def test_a_silent_instance_leaves_the_heap_and_comes_back_with_its_next_report()
     assert place(s, late, "b") == "i1"
     tell(s, late, report(0, 2, admitted=(RequestId("a"),)))
     assert place(s, late, "c") == "i0"
+
+
+# -- what a report changes
+
+
+def test_a_report_that_names_requests_or_orders_repeats_nothing() -> None:
+    s, b = scheduler(), OrderId(1)
+    heard = []
+    for more in ({}, {}, {"admitted": (RequestId("r"),)}, {"admitted": (RequestId("r"),)}, {}, {}):
+        tell(s, 0.0, report(0, len(heard) + 1, **more))
+        heard.append(s.heard)
+    assert heard == [Heard.NEWS, Heard.AGAIN, Heard.NEWS, Heard.NEWS, Heard.NEWS, Heard.AGAIN]
+    for sequence in (7, 8):
+        tell(s, 0.0, report(0, sequence, orders=(b,)))
+        assert s.heard is Heard.NEWS
+
+
+def test_a_report_that_changes_nothing_is_told_from_one_that_lets_something_lapse() -> None:
+    s = scheduler()
+    tell(s, 0.0, report(0, 1), report(0, 2))
+    assert s.heard is Heard.AGAIN
+    tell(s, STALE_AFTER_S + 0.1, report(0, 3))
+    assert s.heard is Heard.LAPSED, "it was silent, and answers"
+    tell(s, STALE_AFTER_S + 0.2, report(0, 4, stalled_s=STALLED_AFTER_S + 0.1))
+    assert s.heard is Heard.LAPSED, "it answers no more"
+    tell(s, STALE_AFTER_S + 0.3, report(0, 3, running=2))
+    assert s.heard is Heard.TOO_LATE
+    s.handle(InstanceLost(instance=InstanceId("i0"), engine_index=EngineIndex(0)), 2.0)
+    tell(s, 2.0, report(0, 5))
+    assert s.heard is Heard.TOO_LATE
 
 
 # -- drains

@@ -16,7 +16,6 @@ import pytest
 from llumnix.config import LogPlace
 from llumnix.core.events import (
     AddInstances,
-    Decision,
     Dispatch,
     DrainInstance,
     Fact,
@@ -36,10 +35,11 @@ from llumnix.core.settings import ScalingSettings, SchedulerSettings
 from llumnix.core.types import EngineIndex, InstanceId, MigrationId, RequestId
 from llumnix.errors import UsageError
 from llumnix.observe import log_files
-from llumnix.observe.event_log import SETTLED_AFTER_S, EventLog
+from llumnix.observe.event_log import EventLog
 from llumnix.observe.log_files import FILES_MAX, LOG_VERSION
 from llumnix.observe.replay import DIFFERENCES_MAX, Replayed, replay
 from support.fake_cluster import Cluster, World
+from support.logged import Logged
 
 WRITERS, LINES_EACH = 3, 300
 
@@ -76,22 +76,16 @@ FACTS: list[Fact] = [
     arrived(8),
     report(1, 2, running=3, admitted=(RequestId("r4"), RequestId("r8"))),
 ]
-ARRIVALS = 9
+ARRIVALS, WRITTEN = 9, len(FACTS) - 1
 
 
 def record(path: Path, policy: str, who: str = "controller 1") -> None:
     """Does as cluster/controller.py does, at times that replay must take from the log."""
-    log = EventLog(LogPlace(path=str(path)), who=who)
-    settings = SchedulerSettings(policy=policy)
-    scheduler = Scheduler(settings)
-    log.started(settings)
+    logged = Logged(path, SchedulerSettings(policy=policy), who)
     for number, fact in enumerate(FACTS):
-        now = 5000.0 + number * 0.75  # Bookings lapse and reports grow stale on the way.
-        decisions = scheduler.handle(fact, now)
-        log.fact(fact, now)
-        for decision in decisions:
-            log.decision(decision, now)
-    log.close()
+        # Bookings lapse and reports grow stale on the way.
+        logged.tell(fact, 5000.0 + number * 0.75)
+    logged.log.close()
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -114,7 +108,7 @@ def number_of(found: list[dict[str, Any]], **wanted: Any) -> int:
 def test_what_a_scheduler_decided_it_decides_again(tmp_path: Path, policy: str) -> None:
     path = tmp_path / "log"
     record(path, policy)
-    assert replay(path) == Replayed(facts=len(FACTS), decisions=ARRIVALS)
+    assert replay(path) == Replayed(facts=WRITTEN, decisions=ARRIVALS)
     names = [line["name"] for line in lines(path) if line["kind"] == "decision"]
     assert set(names) == {Dispatch.__name__, NoInstance.__name__}
 
@@ -135,7 +129,7 @@ def test_a_scheduler_that_starts_again_knows_nothing(tmp_path: Path) -> None:
     record(path, "least-loaded")
     record(path, "round-robin")
     record(path, "round-robin", who="controller 2")
-    assert replay(path) == Replayed(facts=3 * len(FACTS), decisions=3 * ARRIVALS)
+    assert replay(path) == Replayed(facts=3 * WRITTEN, decisions=3 * ARRIVALS)
 
 
 def test_schedulers_that_write_in_turns_are_kept_apart(tmp_path: Path) -> None:
@@ -144,7 +138,7 @@ def test_schedulers_that_write_in_turns_are_kept_apart(tmp_path: Path) -> None:
     ours = lines(path)
     mixed = [line for one in ours for line in (one, {**one, "who": "b"})]
     write(path, mixed)
-    assert replay(path) == Replayed(facts=2 * len(FACTS), decisions=2 * ARRIVALS)
+    assert replay(path) == Replayed(facts=2 * WRITTEN, decisions=2 * ARRIVALS)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -416,7 +410,7 @@ def test_an_older_log_is_put_aside_and_not_appended_to(tmp_path: Path) -> None:
     write(path, older := lines(path)[1:])
     record(path, "least-loaded")
     assert lines(tmp_path / "log.1") == older
-    assert replay(path) == Replayed(facts=len(FACTS), decisions=ARRIVALS)
+    assert replay(path) == Replayed(facts=WRITTEN, decisions=ARRIVALS)
 
 
 def test_a_file_that_is_no_log_is_never_put_aside(tmp_path: Path) -> None:
@@ -432,9 +426,7 @@ def test_a_file_that_is_no_log_is_never_put_aside(tmp_path: Path) -> None:
 
 def record_quiet(path: Path, seed: int) -> int:
     """A scheduler that mostly hears what it knows; how many facts it was told."""
-    dice, settings = random.Random(seed), SchedulerSettings()
-    log, scheduler = EventLog(LogPlace(path=str(path)), who="controller 1"), Scheduler(settings)
-    log.started(settings)
+    dice, logged = random.Random(seed), Logged(path)
     sequence, running, now, told = [0, 0, 0], [0, 0, 0], 100.0, 0
     for n in range(3000):
         now += dice.choice((0.01, 0.05, 0.1))
@@ -455,12 +447,9 @@ def record_quiet(path: Path, seed: int) -> int:
             if running[engine] and engine == 1:
                 stalled = replace(fact.report, stalled_s=dice.random())
                 fact = LoadReported(report=stalled)
-        decisions = scheduler.handle(fact, now)
-        log.fact(fact, now, answered=bool(decisions))
-        for decision in decisions:
-            log.decision(decision, now)
+        logged.tell(fact, now)
         told += 1
-    log.close()
+    logged.log.close()
     return told
 
 
@@ -480,8 +469,7 @@ def test_what_is_not_news_is_left_out_and_a_replay_decides_the_same(
 def test_scaling_that_is_switched_on_meanwhile_is_replayed(tmp_path: Path) -> None:
     """What the fleet says counts from then on, though it was left out before."""
     path, before = tmp_path / "log", SchedulerSettings()
-    log, scheduler = EventLog(LogPlace(path=str(path)), who="controller 1"), Scheduler(before)
-    log.started(before)
+    logged = Logged(path, before)
     bounds = ScalingSettings(instances_max=3, freeness_low=1e6, freeness_high=2e6, up_after_s=5)
     on = replace(before, scaling=bounds)
     fleet = FleetReported(starting=0, serving=(InstanceId("i0"),), draining=())
@@ -491,13 +479,8 @@ def test_scaling_that_is_switched_on_meanwhile_is_replayed(tmp_path: Path) -> No
         if n == 2000:
             facts.insert(0, SettingsChanged(settings=on))
         for fact in facts:
-            at = n * 0.1
-            decisions = scheduler.handle(fact, at)
-            log.fact(fact, at, answered=bool(decisions))
-            for decision in decisions:
-                log.decision(decision, at)
-                added += isinstance(decision, AddInstances)
-    log.close()
+            added += sum(isinstance(d, AddInstances) for d in logged.tell(fact, n * 0.1))
+    logged.log.close()
     assert added > 0
     replayed = replay(path)
     assert (replayed.differences, replayed.decisions) == ([], added)
@@ -506,23 +489,21 @@ def test_scaling_that_is_switched_on_meanwhile_is_replayed(tmp_path: Path) -> No
 @pytest.mark.parametrize("scales", [False, True])
 def test_an_idle_deployment_writes_next_to_nothing(tmp_path: Path, scales: bool) -> None:
     path = tmp_path / "log"
-    log, settings = EventLog(LogPlace(path=str(path)), who="controller 1"), SchedulerSettings()
+    settings = SchedulerSettings()
     if scales:
-        settings = replace(settings, scaling=replace(settings.scaling, instances_max=2))
-    log.started(settings)
+        settings = replace(settings, scaling=ScalingSettings(instances_min=2, instances_max=3))
+    logged = Logged(path, settings)
     serving = tuple(InstanceId(f"i{n}") for n in range(2))
     for n in range(6000):  # Ten minutes of two instances.
         at = n * 0.1
         for engine in range(2):
-            log.fact(report(engine, n), at, answered=False)
-        log.fact(Tick(), at, answered=False)
+            logged.tell(report(engine, n), at)
+        logged.tell(Tick(), at)
         if n % 5 == 0:
-            fleet = FleetReported(starting=0, serving=serving, draining=())
-            log.fact(fleet, at, answered=False)
-    log.close()
+            logged.tell(FleetReported(starting=0, serving=serving, draining=()), at)
+    logged.log.close()
     found = lines(path)
-    settling = 3 * SETTLED_AFTER_S * 2 if scales else 0  # the fleet's reports, and others before
-    assert len(found) <= 2 + 2 + 1 + settling
+    assert len(found) == 2 + 2 + 1
     assert sum(map(len, path.read_bytes().splitlines())) < 30e6 / 86400 * 600
 
 
@@ -539,16 +520,9 @@ def scaled(path: Path, seed: int) -> int:
         cooldown_s=15.0,
     )
     settings = replace(SchedulerSettings(), scaling=scaling)
-    log, scheduler = EventLog(LogPlace(path=str(path)), who="controller 1"), Scheduler(settings)
-    log.started(settings)
+    logged = Logged(path, settings)
+    tell = logged.tell
     serving, starting, running, taken = [0], 0, 10, 0
-
-    def tell(fact: Fact, at: float) -> list[Decision]:
-        decisions = scheduler.handle(fact, at)
-        log.fact(fact, at, answered=bool(decisions))
-        for decision in decisions:
-            log.decision(decision, at)
-        return decisions
 
     for n in range(6000):
         at = 100.0 + n * 0.1
@@ -570,7 +544,7 @@ def scaled(path: Path, seed: int) -> int:
                 serving = [i for i in serving if f"i{i}" != decision.instance]
             else:
                 starting = 1
-    log.close()
+    logged.log.close()
     return taken
 
 
@@ -589,9 +563,7 @@ def test_scaling_comes_out_the_same_though_repeated_reports_of_the_fleet_are_lef
 
 def test_a_prefix_cache_that_is_told_anew_costs_a_short_line(tmp_path: Path) -> None:
     path = tmp_path / "log"
-    log, settings = EventLog(LogPlace(path=str(path)), who="c"), SchedulerSettings()
-    scheduler = Scheduler(settings)
-    log.started(settings)
+    logged = Logged(path)
     names = [InstanceId(f"i{n}") for n in range(2)]
     told = [
         PrefixesChanged(
@@ -604,11 +576,8 @@ def test_a_prefix_cache_that_is_told_anew_costs_a_short_line(tmp_path: Path) -> 
     prompt = RequestArrived(request=RequestId("r"), prompt_tokens=9999, prefix=tuple(range(100)))
     # Which of two that keep it has stored it last decides.
     for number, fact in enumerate([*facts, prompt, told[1], prompt, told[0], prompt]):
-        decisions = scheduler.handle(fact, at := number * 0.001)
-        log.fact(fact, at)
-        for decision in decisions:
-            log.decision(decision, at)
-    log.close()
+        logged.tell(fact, number * 0.001)
+    logged.log.close()
     found = lines(path)
     assert [line["kind"] for line in found].count("kept") == 3 + 2
     assert sum(line.get("name") == "PrefixesChanged" for line in found) == 2 + 1 + 1
@@ -620,18 +589,13 @@ def test_an_engine_that_was_idle_for_long_is_not_replayed_as_one_that_stood_stil
     tmp_path: Path,
 ) -> None:
     path = tmp_path / "log"
-    log, settings = EventLog(LogPlace(path=str(path)), who="controller 1"), SchedulerSettings()
-    scheduler = Scheduler(settings)
-    log.started(settings)
+    logged = Logged(path)
     facts = [(report(0, n), n * 0.1) for n in range(600)]
     facts += [(report(1, 1), 59.95), (report(0, 600, running=1), 60.0)]
     facts += [(arrived(n), 60.0 + n * 0.001) for n in range(20)]
     for fact, at in facts:
-        decisions = scheduler.handle(fact, at)
-        log.fact(fact, at, answered=bool(decisions))
-        for decision in decisions:
-            log.decision(decision, at)
-    log.close()
+        logged.tell(fact, at)
+    logged.log.close()
     assert replay(path).differences == []
     assert len(lines(path)) < 50
 

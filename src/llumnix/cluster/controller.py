@@ -222,7 +222,7 @@ class Controller:
         self._facts[type(fact).__name__] += 1
         decisions = self._scheduler.handle(fact, now)
         self._busy_s += time.monotonic() - now
-        self._log.fact(fact, now, answered=bool(decisions))
+        self._log.fact(fact, now, answered=bool(decisions), heard=self._scheduler.heard)
         for decision in decisions:
             self._log.decision(decision, now)
             to: bytes | None = sender

@@ -2,7 +2,9 @@
 totals), and nothing derived."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from enum import Enum
+from operator import attrgetter
 
 from llumnix.core.types import EngineIndex, InstanceId, OrderId, RequestId
 
@@ -109,6 +111,25 @@ class LoadReport:
     def lacks(self, free: int) -> bool:
         """Whether the head of the queue waits for memory where so many tokens are free."""
         return self.head_tokens > 0 and self.head_tokens + self.keep_tokens > free
+
+    def repeats(self, before: "LoadReport") -> bool:
+        """Whether it says no more than the one before but that its engine lives, or still stands
+        still."""
+        if self.steps != before.steps or self.admitted or self.orders:
+            return False
+        return bool(_said(self) == _said(before))
+
+
+_said = attrgetter(*(f.name for f in fields(LoadReport) if f.name not in ("sequence", "stalled_s")))
+
+
+class Heard(Enum):
+    """What became of a report in the scheduler."""
+
+    NEWS = "news"  # it says what the one before did not
+    LAPSED = "lapsed"  # it repeats that; what was in flight lapsed, or it answers now, or no more
+    AGAIN = "again"  # it repeats that, and nothing changed but when its instance was heard last
+    TOO_LATE = "too late"  # its run is over, or it was overtaken: nothing changed
 
 
 def compose_report(

@@ -14,15 +14,14 @@ Rules
   cannot be opened keeps none from starting. At most `QUEUED_MAX` lines wait for the thread. A line
   that finds no room in the queue or on the disk is counted.
   Writing is tried again every `RETRY_S`; a line `dropped` then says how many lines are missing.
-- A tick without a decision is not written. Of reports that say nothing new, only the last before a
-  line that may depend on its time is written, as a short line `again`. What a fleet says again is
+- A tick without a decision is not written. Of reports that change nothing but when their instance
+  was heard last, only the last before a line that may depend on it is written, as a short line
+  `again`. One that is too late to change anything is not written. What a fleet says again is
   left out once nothing can follow from it. What a prefix cache says again is a short line `kept`.
 - Files are bounded in size and number (observe/log_files.py).
 """
 
-import math
 import time
-from dataclasses import replace
 from typing import Any
 
 from llumnix.config import LogPlace
@@ -35,15 +34,11 @@ from llumnix.core.events import (
     SettingsChanged,
     Tick,
 )
-from llumnix.core.reports import LoadReport
+from llumnix.core.reports import Heard, LoadReport
 from llumnix.core.settings import SchedulerSettings
 from llumnix.core.types import InstanceId, MigrationId
 from llumnix.observe.log_files import Writer, line_of
 from llumnix.observe.notes import Notes
-
-SETTLED_AFTER_S = 10.0
-"""So long after the last news all that lapses in a scheduler has lapsed, and what the fleet says
-again changes nothing there (core/scheduling/tuning.py, scaling.py)."""
 
 
 class EventLog:
@@ -55,13 +50,13 @@ class EventLog:
         self._who = who
         self.notes = Notes()
         self._writer: Writer | None = None
-        self._reports: dict[InstanceId, LoadReport] = {}
         # The last report of each instance that was left out, and when it came.
         self._again: dict[InstanceId, tuple[LoadReport, float]] = {}
         self._fleet: FleetReported | None = None
         self._prefixes: dict[InstanceId, PrefixesChanged] = {}  # the last of each instance
         self._scales = False
-        self._news_s = -math.inf  # when the last fact was written from which scaling may follow
+        # Whether the fleet has said that since the last fact from which scaling may follow.
+        self._settled = False
         if place is not None:
             self._writer = Writer(place.path, who, place.file_max_bytes, must_open=must_open)
 
@@ -78,25 +73,27 @@ class EventLog:
 
     def started(self, settings: SchedulerSettings) -> None:
         """A scheduler begins, knowing nothing but its settings. Keys are not written."""
-        self._reports.clear()
         self._again.clear()
         self._prefixes.clear()
-        self._fleet, self._news_s = None, -math.inf
+        self._fleet, self._settled = None, False
         self._scales = settings.scaling.on
         self._write("started", time.monotonic(), {"settings": settings.without_keys()})
 
-    def fact(self, fact: Fact, at: float, *, answered: bool = True) -> None:
-        """A fact that the scheduler handled then. `answered`: whether decisions followed."""
+    def fact(
+        self, fact: Fact, at: float, *, answered: bool = True, heard: Heard = Heard.NEWS
+    ) -> None:
+        """A fact that the scheduler handled then. `answered`: whether decisions followed. `heard`:
+        if it is a report, what became of that."""
         if self._writer is None:
             return
         match fact:
             case LoadReported(report=report):
-                before, self._reports[report.instance] = self._reports.get(report.instance), report
-                if before is not None and _same(before, report):
+                if heard is Heard.AGAIN:
                     self._again[report.instance] = report, at
+                if heard in (Heard.AGAIN, Heard.TOO_LATE):
                     return
                 self._catch_up(report.instance)
-                self._news_s = at
+                self._settled = False
             case Tick() if not answered:
                 return
             case PrefixesChanged(instance=instance):
@@ -106,25 +103,18 @@ class EventLog:
                     return
             case FleetReported():
                 known, self._fleet = self._fleet, fact
-                if fact == known and not answered and self._settled(fact, at):
+                if fact == known and not answered and (self._settled or not self._scales):
                     return
-                if answered:
-                    self._news_s = at  # What it decided may be decided again, after so long.
+                # While instances start, each report counts.
+                self._settled = not answered and not fact.starting
                 self._catch_up()
             case SettingsChanged(settings=settings):
-                self._scales = settings.scaling.on
+                self._scales, self._settled = settings.scaling.on, False
                 self._catch_up()
-                self._news_s = at
             case _:
                 self._catch_up()
-                self._news_s = at
+                self._settled = False
         self._write("fact", at, {"name": type(fact).__name__, "body": fact})
-
-    def _settled(self, fact: FleetReported, at: float) -> bool:
-        """Whether a scheduler that decides nothing on this, which it knows, is as it was before."""
-        if not self._scales:
-            return True
-        return not fact.starting and at - self._news_s > SETTLED_AFTER_S
 
     def _catch_up(self, instance: InstanceId | None = None) -> None:
         """Writes the reports that were left out last, of one instance or of all. What is written
@@ -168,9 +158,3 @@ class EventLog:
     def _write(self, kind: str, at: float, rest: dict[str, Any]) -> None:
         if self._writer is not None:
             self._writer.put(line_of(self._who, kind, at, rest))
-
-
-def _same(before: LoadReport, report: LoadReport) -> bool:
-    """Whether a report says no more than that its engine lives, or still stands still."""
-    news = replace(report, sequence=before.sequence, stalled_s=before.stalled_s)
-    return news == before and before.engine_index == report.engine_index

@@ -4,13 +4,13 @@ Rules
 - Urgent requests decode faster among fewer neighbours. Where other instances use half of their
   memory, one that keeps 88 % free is far faster. Where they use nearly all of it, so much headroom
   fills them up, and normal requests pay for it.
-- So an instance with headroom may use `priorities.headroom_need` times what instances use on the
-  mean, as they report it, smoothed over `USE_S`.
-- The headroom changes in steps of `HEADROOM_STEP`, at most once in `USE_EVERY_S`. It changes when a
-  report comes and not in a round of pairing, because the event log has only those rounds that
-  decided something.
-- The log leaves out most reports that repeat the one before, so that a replay smooths in other
-  steps. Where the headroom is near its next step, its decisions may differ from the logged ones.
+- So an instance with headroom may use `priorities.headroom_need` times what the instances that take
+  requests use on the mean, as they report it, smoothed over `USE_S`.
+- The headroom changes in steps of `HEADROOM_STEP`, at most once in `USE_EVERY_S`.
+- It follows from what the event log has, so that a replay keeps the same. It changes when a report
+  brings news and at no other time, because the log leaves out reports that repeat the one before,
+  and rounds of pairing that decided nothing. What an instance has reported counts until its next
+  news, or until it is lost, because the log does not tell when an instance fell silent.
 """
 
 import math
@@ -18,7 +18,7 @@ from collections.abc import Iterable
 
 from llumnix.core.priorities import Priorities
 from llumnix.core.reports import LoadReport
-from llumnix.core.scheduling.load import Load, derive, mean_use
+from llumnix.core.scheduling.load import Load, derive, mean_use, used_by
 from llumnix.core.scheduling.tuning import HEADROOM_STEP, USE_EVERY_S, USE_S
 from llumnix.core.scheduling.view import ClusterView
 from llumnix.core.types import EngineIndex, InstanceId
@@ -49,21 +49,36 @@ class Headroom:
 
     def __init__(self, priorities: Priorities) -> None:
         self._set = priorities
-        self._used: float | None = None  # None before the first report
+        # KV tokens that are used and that there are, of each instance that takes requests.
+        self._known: dict[InstanceId, tuple[int, int]] = {}
+        self._used = self._total = 0  # their sums
+        self._mean = 0.0  # the share that is used, smoothed
         self._looked_s = -math.inf
 
-    def follow(self, view: ClusterView, now: float) -> None:
-        """Takes in that a report has come: adapts what the view keeps to the use of memory."""
+    def follow(self, report: LoadReport, view: ClusterView, now: float) -> None:
+        """Takes in a report that brings news: adapts what the view keeps to the use of memory."""
+        if not self._set.headroom_max:
+            return
+        total = report.kv_tokens_total if report.accepting else 0
+        self._count(report.instance, min(used_by(report), total), total)
         past_s = now - self._looked_s
-        if not self._set.headroom_max or past_s < USE_EVERY_S:
+        if past_s < USE_EVERY_S or not self._total:
             return
         self._looked_s = now
-        loads = [v.load for v in view if v.accepting and v.answers(now)]
-        if not loads:
-            return
-        used = mean_use(loads)
-        before = used if self._used is None else self._used
-        self._used = before + (used - before) * min(1.0, past_s / USE_S)
-        found = self._set.needed(self._used)
+        short = self._used / self._total - self._mean
+        self._mean -= short * math.expm1(-past_s / USE_S)
+        found = self._set.needed(self._mean)
         if abs(found.headroom_max - view.priorities.headroom_max) >= HEADROOM_STEP:
             view.keep(found)
+
+    def forget(self, instance: InstanceId) -> None:
+        """The instance is gone."""
+        self._count(instance, 0, 0)
+        del self._known[instance]
+
+    def _count(self, instance: InstanceId, used: int, total: int) -> None:
+        """From now on this instance uses so many of its KV tokens."""
+        was_used, was_total = self._known.get(instance, (0, 0))
+        self._known[instance] = used, total
+        self._used += used - was_used
+        self._total += total - was_total

@@ -123,6 +123,12 @@ class Load(NamedTuple):
         return tuple(n + requests * (r == rank) for r, n in enumerate(self.running))
 
 
+def used_by(report: LoadReport) -> int:
+    """KV tokens in use, or about to be, as the instance reports them."""
+    held = max(0, report.kv_tokens_used - report.moving_out_tokens)
+    return held + report.prefill_tokens
+
+
 def mean_use(loads: Iterable[Load]) -> float:
     """The share of KV memory that is used, over all instances; 0 if there is none."""
     used = total = 0
@@ -163,7 +169,7 @@ def derive(
     waiting = queued = shared = 0
     by_class: list[int] = []
     queued_prefill = [] if report.classes else [computed]
-    used = max(0, report.kv_tokens_used - report.moving_out_tokens) + prefill
+    used = used_by(report) + booked_tokens
     passed = report.passable and report.lacks(report.kv_tokens_total - used)
     for rank, known in enumerate(report.classes):
         before = computed
@@ -218,13 +224,13 @@ class Standings:
     or above, by that room."""
     reserved: dict[InstanceId, _Room] = field(default_factory=dict)
     """Open ones below that threshold that keep headroom, by the room that they have without."""
-    _known: dict[InstanceId, tuple[LoadReport, Load, float]] = field(default_factory=dict)
+    _known: dict[InstanceId, tuple[int, Load, float]] = field(default_factory=dict)
     _changed: set[InstanceId] = field(default_factory=set)  # since they were ranked
     _by: tuple[tuple[float, float], Priorities] | None = None  # what they were ranked by
 
     def take(self, report: LoadReport, load: Load, freeness: float) -> None:
         """Takes in the load of an instance. `freeness`: -inf if it is being emptied."""
-        self._known[report.instance] = report, load, freeness
+        self._known[report.instance] = report.block_tokens, load, freeness
         self._changed.add(report.instance)
 
     def drop(self, name: InstanceId) -> None:
@@ -250,7 +256,7 @@ class Standings:
     def _rank(
         self,
         name: InstanceId,
-        report: LoadReport,
+        block_tokens: int,
         load: Load,
         freeness: float,
         thresholds: tuple[float, float],
@@ -266,7 +272,7 @@ class Standings:
             self.blocked[name] = freeness, name
         if load.waiting or not load.has_slot:
             return
-        room, kept = load.room(report.block_tokens), below * (load.batch + 1)
+        room, kept = load.room(block_tokens), below * (load.batch + 1)
         left = int(load.spare_for(len(priorities) - 1, priorities) - kept)
         if left > 0 and room > 0:
             self.rooms[name] = min(left, room), name

@@ -19,6 +19,7 @@ from llumnix.core.events import (
     Tick,
     UndrainInstance,
 )
+from llumnix.core.reports import Heard
 from llumnix.core.scheduling.dispatch import DISPATCH_POLICIES
 from llumnix.core.scheduling.headroom import Headroom
 from llumnix.core.scheduling.intake.admission import Admission
@@ -41,6 +42,7 @@ class Scheduler:
     def __init__(self, settings: SchedulerSettings) -> None:
         preset = POLICIES[settings.policy]
         self.settings = settings
+        self.heard = Heard.NEWS  # what became of the last report
         self.view = ClusterView(priorities_of(settings), settings.migration)
         self._headroom = Headroom(self.view.priorities)
         self._admission = Admission(settings, self.view)
@@ -57,8 +59,9 @@ class Scheduler:
         match fact:
             case LoadReported(report=report):
                 self._admission.take(report, now)
-                self.view.apply(report, now)
-                self._headroom.follow(self.view, now)
+                self.heard = self.view.apply(report, now)
+                if self.heard is Heard.NEWS:
+                    self._headroom.follow(report, self.view, now)
             case RequestArrived():
                 return [self._place(fact, now)]
             case Tick():
@@ -66,6 +69,8 @@ class Scheduler:
             case InstanceLost(instance=instance, engine_index=engine_index):
                 over = self.view.is_over(instance, engine_index)
                 self.view.lose(instance, engine_index)
+                if instance not in self.view:
+                    self._headroom.forget(instance)
                 if not over:  # Each frontend says it, and a successor may have come meanwhile.
                     self._dispatch.forget(instance)
             case PrefixesChanged(instance=instance, engine_index=engine_index):

@@ -118,7 +118,7 @@ USE_S = 1.0
 """Seconds. The mean use of memory that headroom follows is smoothed over so long.
 Evidence: guess."""
 USE_EVERY_S = 0.05
-"""Seconds. It is looked at that often at most, since a look counts all instances.
+"""Seconds. It is looked at that often at most, because each look may change the headroom.
 Evidence: guess."""
 HEADROOM_STEP = 0.02
 """Share of an instance's memory. Headroom follows the use of memory in steps of this size, since

@@ -8,6 +8,7 @@ Rules
 - A move order is in flight until its source's report names it, and lapses after `ORDER_LIFETIME_S`.
 - If a source answered an order without moving anything, balancing does not pair the two instances
   again for `FRUITLESS_S`.
+- A report that repeats the one before, and lets nothing lapse, only says that its instance lives.
 - An instance answers if its last report is at most `STALE_AFTER_S` old and its engine has not stood
   still for longer than `STALLED_AFTER_S`: an engine that hangs goes on to report the same numbers.
   An instance that does not answer gets requests only if none answers, and takes no part in moves.
@@ -32,7 +33,7 @@ from dataclasses import dataclass, field
 
 from llumnix.core.limits import STALLED_AFTER_S
 from llumnix.core.priorities import Priorities
-from llumnix.core.reports import LoadReport
+from llumnix.core.reports import Heard, LoadReport
 from llumnix.core.scheduling.load import Booking, Load, Standings, derive
 from llumnix.core.scheduling.observed import Observed
 from llumnix.core.scheduling.tuning import (
@@ -51,6 +52,8 @@ from llumnix.core.types import EngineIndex, InstanceId, OrderId, RequestId
 
 SortKey = Callable[["InstanceView", int, "ClusterView"], tuple[float, ...]]
 """The place of an instance for a new request of a class; the lowest is the best."""
+_Ranked = tuple[tuple[float, ...], InstanceId, int]
+"""An entry of a heap: sort key, instance, and the version that had this key."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -62,7 +65,7 @@ class InstanceView:
     freeness: float = 0.0  # follows from the load; -inf unless it accepts requests
     version: int = 0  # of load and freeness; never the same twice, in no run of any instance
     seen_s: float  # when the last report came
-    stepped_s: float  # when its engine last ended a step or had no work, as of that report
+    stepped_s: float  # when a report last showed that its engine made steps, or ran nothing
     goes_on_since_s: float  # when its engine last stood still, or when it became known
     drain_decided_s: float | None = None  # by the scheduler, until a report shows it
     last_dispatch: int = 0  # number of the last dispatch to it, among all
@@ -94,12 +97,25 @@ class InstanceView:
 
     @property
     def stalled_s(self) -> float:
-        """Seconds for which its engine has stood still with work, as of the last report."""
-        return self.seen_s - self.stepped_s
+        """Seconds for which its engine has stood still with work, as it says or its steps show."""
+        return max(self.report.stalled_s, self.seen_s - self.stepped_s)
+
+    def lapses(self, now: float) -> tuple[object, ...]:
+        """What may change with a report that says nothing new, because time has passed."""
+        in_flight = len(self.bookings), len(self.orders), len(self.incoming), len(self.fruitless)
+        return *in_flight, self.drain_decided_s, self.answers(now)
 
     def answers(self, now: float) -> bool:
         """Whether it has reported lately and its engine goes on."""
         return now - self.seen_s <= STALE_AFTER_S and self.stalled_s <= STALLED_AFTER_S
+
+    def hear(self, report: LoadReport, now: float) -> None:
+        """Takes the report that came now, and records whether its engine goes on."""
+        if report.steps != self.report.steps or not report.running:
+            self.stepped_s = now
+        self.report, self.seen_s = report, now
+        if self.stalled_s > STALLED_AFTER_S:
+            self.goes_on_since_s = now
 
     def lapsed(self, made_s: float, lifetime_s: float, now: float) -> bool:
         """Whether its engine has gone on for so long since then, though no report told of it."""
@@ -149,32 +165,30 @@ class ClusterView:
 
     # -- what changes it
 
-    def apply(self, report: LoadReport, now: float) -> None:
+    def apply(self, report: LoadReport, now: float) -> Heard:
         """Takes in a report, unless it is from an ended run or was overtaken by a newer one."""
         if self.is_over(report.instance, report.engine_index):
-            return
-        known = self._instances.get(report.instance)
+            return Heard.TOO_LATE
+        known, again = self._instances.get(report.instance), False
         if known is None or known.report.engine_index < report.engine_index:
-            if known is not None:
-                self._forget(report.instance)
+            self.forget(report.instance)
+            load = derive(report, (), 0)
             known = InstanceView(
-                report=report,
-                load=derive(report, (), 0),
-                seen_s=now,
-                stepped_s=now - report.stalled_s,
-                goes_on_since_s=now,
+                report=report, load=load, seen_s=now, stepped_s=now, goes_on_since_s=now
             )
             known.booked = [0] * len(self.priorities)
             self._instances[report.instance] = known
             insort(self._ids, report.instance)
         elif known.report.sequence >= report.sequence:
-            return
+            return Heard.TOO_LATE
         else:
-            self.observed.take(report, known.report)
+            again = report.repeats(known.report)
+            if not again:  # What is kept of the last report must not hang on repeats.
+                self.observed.take(report, known.report)
             if report.finished != known.report.finished:
                 self.follow(self._migration, THRESHOLD_STEP)
-            _note_steps(known, report, now)
-        known.report, known.seen_s = report, now
+        before = known.lapses(now) if again else None
+        known.hear(report, now)
         for request in report.admitted:
             self._unbook(known, request)
         # Bookings are in the order in which they were made, so that the lapsed ones come first.
@@ -191,8 +205,11 @@ class ClusterView:
             not report.accepting or now - known.drain_decided_s > DRAIN_LIFETIME_S
         ):
             known.drain_decided_s = None
+        if again and known.lapses(now) == before:
+            return Heard.AGAIN
         self._changed(known)
         self.standings.rank(self.thresholds, self.priorities)
+        return Heard.LAPSED if again else Heard.NEWS
 
     def book(
         self,
@@ -244,12 +261,19 @@ class ClusterView:
         self._ended[instance] = max(engine_index, self._ended.get(instance, engine_index))
         known = self._instances.get(instance)
         if known is not None and known.report.engine_index <= engine_index:
-            self._forget(instance)
+            self.forget(instance)
 
     def forget(self, instance: InstanceId) -> None:
         """Drops what is known of an instance; its next report makes it known again."""
-        if instance in self._instances:
-            self._forget(instance)
+        known = self._instances.pop(instance, None)
+        if known is None:
+            return
+        self.standings.drop(instance)
+        del self._ids[bisect_right(self._ids, instance) - 1]
+        for order in list(known.orders):
+            self._settle(known, order)
+        # With one instance less the bound is lower.
+        self._heaps = {k: h for k, h in self._heaps.items() if len(h) <= self._heap_max}
 
     def keep(self, priorities: Priorities) -> None:
         """Takes the same classes with other headroom."""
@@ -264,15 +288,6 @@ class ClusterView:
         if any(abs(n - o) > step * o for n, o in zip(thresholds, self.thresholds, strict=True)):
             self.thresholds = thresholds
             self._heaps.clear()
-
-    def _forget(self, instance: InstanceId) -> None:
-        known = self._instances.pop(instance)
-        self.standings.drop(instance)
-        del self._ids[bisect_right(self._ids, instance) - 1]
-        for order in list(known.orders):
-            self._settle(known, order)
-        # With one instance less the bound is lower.
-        self._heaps = {k: h for k, h in self._heaps.items() if len(h) <= self._heap_max}
 
     def _unbook(self, known: InstanceView, request: RequestId) -> None:
         booking = known.bookings.pop(request, None)
@@ -382,16 +397,3 @@ class ClusterView:
 
     def _push(self, heap: "list[_Ranked]", key: SortKey, rank: int, known: InstanceView) -> None:
         heapq.heappush(heap, (key(known, rank, self), known.report.instance, known.version))
-
-
-_Ranked = tuple[tuple[float, ...], InstanceId, int]
-"""An entry of a heap: sort key, instance, and the version that had this key."""
-
-
-def _note_steps(known: InstanceView, report: LoadReport, now: float) -> None:
-    """Records whether the next report shows an engine that goes on, by `stalled_s` or by steps."""
-    if not report.running or report.steps != known.report.steps:
-        known.stepped_s = now
-    known.stepped_s = min(known.stepped_s, now - report.stalled_s)
-    if now - known.stepped_s > STALLED_AFTER_S:
-        known.goes_on_since_s = now
