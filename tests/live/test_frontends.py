@@ -15,7 +15,7 @@ import httpx
 import psutil
 import pytest
 
-from support.server import Server, alive, eventually
+from support.server import Server, alive, all_requests, eventually
 from support.streaming import all_at_once, first_difference, stream
 
 from .conftest import FLAGS
@@ -69,20 +69,9 @@ def held(server: Server) -> list[tuple[int, int, int]]:
     return [(row["running"], row["waiting"], row["kv_tokens_used"]) for row in rows]
 
 
-def whole(client: httpx.Client) -> dict[str, Any]:
-    """All requests, once no frontend was too slow to say its own."""
-
-    def asked() -> dict[str, Any] | None:
-        answer = client.get("/llumnix/v1/requests").json()
-        return answer if answer["incomplete"] == [] else None
-
-    found: dict[str, Any] = eventually(asked, 20, "both say theirs")
-    return found
-
-
 def placed(client: httpx.Client, count: int) -> dict[str, str] | None:
     """Where each request is, once so many have an instance."""
-    rows = {row["id"]: row["instance"] for row in whole(client)["requests"]}
+    rows = {row["id"]: row["instance"] for row in all_requests(client.get)}
     return rows if len(rows) == count and None not in rows.values() else None
 
 
@@ -183,9 +172,9 @@ class Streams:
 def test_each_answers_for_both(two: Server) -> None:
     with Ways(two, 2) as ways, Streams(two, ways, each=2):
         for way in ("f0", "f1"):
-            answer = whole(ways[way])
+            there = all_requests(ways[way].get)
             names = ["f0-0", "f0-1", "f1-0", "f1-1"]
-            assert sorted(row["id"] for row in answer["requests"]) == names
+            assert sorted(row["id"] for row in there) == names
             rows = ways[way].get("/llumnix/v1/instances").json()["instances"]
             assert sum(row["in_flight"] for row in rows) == 4
             life = ways[way].get("/llumnix/v1/requests/f0-0").json()
@@ -349,7 +338,7 @@ def test_a_frontend_that_is_killed_at_load_takes_its_own_streams_along_and_nothi
         os.kill(doomed, signal.SIGKILL)
         eventually(lambda: running() == 5, 60, "the engines have dropped the others")
         dropped_s = time.monotonic() - killed_s
-        assert {row["id"][:2] for row in whole(client)["requests"]} == {"f1"}
+        assert {row["id"][:2] for row in all_requests(client.get)} == {"f1"}
         eventually(back, 120, "another one serves")
         back_s = time.monotonic() - killed_s
         had = {name: len(lines) for name, lines in streams.lines.items() if name[:2] == "f1"}

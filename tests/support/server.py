@@ -83,7 +83,8 @@ class Server:
         return {row["id"]: row for row in rows}
 
     def requests(self) -> list[dict[str, Any]]:
-        return self.http.get("/llumnix/v1/requests").json()["requests"]
+        """Those of all frontends."""
+        return all_requests(self.http.get)
 
     def complete(self, prompt: str = "hello", max_tokens: int = 8, **more: Any) -> httpx.Response:
         body = {"prompt": prompt, "max_tokens": max_tokens, "temperature": 0, **more}
@@ -113,6 +114,18 @@ class Server:
     def controllers(self) -> list[int]:
         """The processes of its controller; there is one, but for moments."""
         return [p for p in self.descendants() if title(p).startswith("ray::Controller")]
+
+
+def all_requests(get: Callable[[str], httpx.Response]) -> list[dict[str, Any]]:
+    """The rows of all requests, once no frontend was too busy to say its own. `get` asks a path of
+    the server."""
+
+    def asked() -> tuple[list[dict[str, Any]]] | None:
+        answer = get("/llumnix/v1/requests").json()
+        return None if answer["incomplete"] else (answer["requests"],)
+
+    (rows,) = eventually(asked, 20, "all frontends say theirs")
+    return rows  # type: ignore[no-any-return]
 
 
 def descendants(root: int) -> set[int]:

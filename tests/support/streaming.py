@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx
 
-from support.server import Server, real_time
+from support.server import Server, all_requests, real_time
 
 TIMEOUT_S = 120
 CONCATENATED = {"text", "content", "arguments", "reasoning", "reasoning_content"}
@@ -184,8 +184,8 @@ def migrate(server: Server, request: str, **more: Any) -> httpx.Response:
 
 def rows(server: Server, name: str) -> list[dict[str, Any]]:
     """The rows of one client's request."""
-    answer = httpx.get(server.url + "/llumnix/v1/requests", timeout=TIMEOUT_S).json()
-    return [row for row in answer["requests"] if row["id"] == name]
+    there = all_requests(lambda path: httpx.get(server.url + path, timeout=TIMEOUT_S))
+    return [row for row in there if row["id"] == name]
 
 
 def stream_moved(
