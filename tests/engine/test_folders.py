@@ -1,5 +1,6 @@
 """Folders for sockets: short enough, private, and swept when their owner was killed."""
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -254,8 +255,9 @@ def test_the_last_process_that_leaves_its_memory_removes_it(sharing: Sharing) ->
         sharing.kill(other)
 
 
+@pytest.mark.timeout(30)
 @pytest.mark.usefixtures("named")
-def test_where_there_is_no_memory_to_lock_nothing_is_swept(
+def test_where_there_is_no_memory_to_lock_or_another_user_has_the_lock_nothing_is_swept(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(folders, "SHARED_MEMORY", tmp_path / "not there")
@@ -263,9 +265,14 @@ def test_where_there_is_no_memory_to_lock_nothing_is_swept(
     assert sweep_memory() == []
     (tmp_path / "there").mkdir()
     monkeypatch.setattr(folders, "SHARED_MEMORY", tmp_path / "there")
-    (tmp_path / "there" / "llumnix-a-e1.lock").touch()
-    monkeypatch.setattr(os, "geteuid", lambda: 12345)
-    assert sweep_memory() == []  # Another user's.
+    other = tmp_path / "there" / "llumnix-a-e1.lock"
+    with other.open("w") as theirs:
+        monkeypatch.setattr(os, "geteuid", lambda: 12345)
+        assert sweep_memory() == []  # Another user's.
+        fcntl.flock(theirs, fcntl.LOCK_EX)
+        name_shared_memory()  # It does not wait for theirs.
+    assert sweep_memory() == []
+    assert other.exists()
 
 
 MAKING = """

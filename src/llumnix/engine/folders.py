@@ -185,10 +185,11 @@ def _shared_memory_name() -> str:
 
 
 def _hold(name: str) -> None:
-    """Takes a share in a lock in `SHARED_MEMORY`, which is made if it is not there."""
+    """Takes a share in a lock in `SHARED_MEMORY`, which is made if it is not there. OSError if that
+    cannot be."""
     while name not in _held:
         with contextlib.suppress(FileNotFoundError):
-            lock = os.open(SHARED_MEMORY / name, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+            lock = _open_lock(SHARED_MEMORY / name)
             fcntl.flock(lock, fcntl.LOCK_SH)
             if os.fstat(lock).st_nlink:
                 _held[name] = lock
@@ -239,11 +240,11 @@ def is_dead(folder: Path) -> bool:
 def _taken(lock: Path) -> Iterator[bool]:
     """Whether this lock of this user's is there and nobody has it; then it is ours meanwhile."""
     try:
-        file = os.open(lock, os.O_RDWR | os.O_NOFOLLOW)
+        file = _open_lock(lock)
     except OSError:
         yield False
         return
-    taken = os.fstat(file).st_uid == os.geteuid()
+    taken = True
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -252,6 +253,15 @@ def _taken(lock: Path) -> Iterator[bool]:
         yield taken
     finally:
         os.close(file)
+
+
+def _open_lock(path: Path) -> int:
+    """OSError if it is not there, or another user put it there, who could keep us waiting."""
+    file = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+    if os.fstat(file).st_uid == os.geteuid():
+        return file
+    os.close(file)
+    raise PermissionError(f"{path} is somebody else's")
 
 
 def own_folder(engine_index: EngineIndex) -> PrivateFolder | None:
