@@ -310,17 +310,16 @@ def _text(value: Any) -> str:
 
 
 def suit_device(
-    args: argparse.Namespace, defaults: argparse.Namespace, argv: Sequence[str], *, demo: bool
-) -> None:
+    platform: Any, args: argparse.Namespace, defaults: argparse.Namespace, argv: Sequence[str],
+    *, demo: bool,
+) -> None:  # fmt: skip
     """Sets what fits these devices better than vLLM's defaults, unless the user has chosen.
-    `demo`: whether the demo model is served."""
-    from vllm.platforms import current_platform
-
-    if current_platform.is_cpu():
+    `platform`: vLLM's `current_platform`. `demo`: whether the demo model is served."""
+    if platform.is_cpu():
         _suit_cpu(args, defaults, argv)
         if demo:
             _suit_demo_on_cpu(args, defaults)
-    elif current_platform.is_cuda_alike() and args.distributed_executor_backend is None:
+    elif platform.is_cuda_alike() and args.distributed_executor_backend is None:
         # vLLM runs the model of a single GPU in the engine's process, where model and scheduler
         # wait for each other's interpreter lock. With data parallelism it does as we do.
         args.distributed_executor_backend = "mp"

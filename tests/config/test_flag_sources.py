@@ -303,10 +303,9 @@ class Platform:
     ],
 )
 def test_a_gpus_model_has_a_process_of_its_own_unless_the_user_has_chosen(
-    monkeypatch: pytest.MonkeyPatch, platform: Platform, chosen: str | None, becomes: str | None
+    platform: Platform, chosen: str | None, becomes: str | None
 ) -> None:
-    monkeypatch.setattr(pytest.importorskip("vllm.platforms"), "current_platform", platform)
     names = {"kv_cache_memory_bytes": 1, "dtype": "auto", "enforce_eager": False}
     args = argparse.Namespace(**names, distributed_executor_backend=chosen)
-    suit_device(args, argparse.Namespace(**names), [], demo=False)
+    suit_device(platform, args, argparse.Namespace(**names), [], demo=False)
     assert args.distributed_executor_backend == becomes

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from vllm import platforms
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.sampling_params import SamplingParams
 from vllm.usage.usage_lib import UsageContext
@@ -82,7 +83,7 @@ def engine_config(argv: list[str], prog: str) -> tuple[Any, str]:
     args, defaults = parser.parse_args(argv), parser.parse_args([])
     args.model = args.model_tag or args.model
     demo = is_demo(args.model, defaults.model)
-    suit_device(args, defaults, argv, demo=demo)
+    suit_device(platforms.current_platform, args, defaults, argv, demo=demo)
     if demo:
         args.model = str(prepare_demo_model(print))
     return AsyncEngineArgs.from_cli_args(args).create_engine_config(

@@ -137,6 +137,7 @@ def _make_parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
 def parse(argv: list[str], say: Any) -> ServeCommand:
     """Reads `serve ...` (the words after the program's name); `UsageError` or argparse's own exit
     on bad input. `say(text)` is told what takes long."""
+    from vllm import platforms
     from vllm.exceptions import VLLMError
     from vllm.renderers.chat_utils import load_chat_template
 
@@ -171,7 +172,7 @@ def parse(argv: list[str], say: Any) -> ServeCommand:
     args.api_server_count = count_frontends(args.api_server_count, deployment.instances, say)
     # Last, since it may take long.
     demo = _choose_model(args, defaults, say)
-    suit_device(args, defaults, given.words, demo=demo)
+    suit_device(platforms.current_platform, args, defaults, given.words, demo=demo)
     vllm_config = _engine_config(args)
     args.settings = settings_shown(args, defaults, given.sources)
     inline = (deployment.scheduler_config or "{").lstrip().startswith("{")
