@@ -198,7 +198,7 @@ def move_goals() -> list[tuple[str, str, str, str]]:
         ("extra gap of a move ≤ 6 ms P50 beside 16 streams", said["p50"],
          verdict(*(v <= 6 for v in by["p50"])), GAPS),
         ("≤ 10 ms P99", said["p99"], verdict(*(v <= 10 for v in by["p99"])), GAPS),
-        ("the gap grows no more than a step from 256 to 32,000 tokens",
+        ("the gap grows from 256 to 32,000 tokens no more than the step does",
          f"{first:.1f} and {last:.1f} ms, with steps of {slow[0]:.1f} and {slow[1]:.1f}",
          verdict(last - first <= slow[1] - slow[0]), GAPS),
         ("other streams slower by ≤ 1 % at one move a second",

@@ -320,9 +320,9 @@ def suit_device(
         if demo:
             _suit_demo_on_cpu(args, defaults)
     elif platform.is_cuda_alike() and args.distributed_executor_backend is None:
-        # vLLM runs the model of a single GPU in the engine's process, where model and scheduler
-        # wait for each other's interpreter lock. With data parallelism it does as we do.
-        args.distributed_executor_backend = "mp"
+        # For one GPU vLLM gives model and scheduler one process, unless there is data parallelism.
+        one = args.tensor_parallel_size == args.pipeline_parallel_size == 1
+        args.distributed_executor_backend = "mp" if one else None
 
 
 def _suit_cpu(args: argparse.Namespace, defaults: argparse.Namespace, argv: Sequence[str]) -> None:

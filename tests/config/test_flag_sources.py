@@ -294,18 +294,20 @@ class Platform:
 
 
 @pytest.mark.parametrize(
-    ("platform", "chosen", "becomes"),
+    ("platform", "chosen", "gpus", "becomes"),
     [
-        (Platform(cuda=True), None, "mp"),
-        (Platform(cuda=True), "uni", "uni"),
-        (Platform(cuda=False), None, None),
-        (Platform(cuda=False, cpu=True), None, None),
+        (Platform(cuda=True), None, 1, "mp"),
+        (Platform(cuda=True), "uni", 1, "uni"),
+        (Platform(cuda=True), None, 2, None),  # vLLM counts the GPUs, and chooses the same.
+        (Platform(cuda=False), None, 1, None),
+        (Platform(cuda=False, cpu=True), None, 1, None),
     ],
 )
 def test_a_gpus_model_has_a_process_of_its_own_unless_the_user_has_chosen(
-    platform: Platform, chosen: str | None, becomes: str | None
+    platform: Platform, chosen: str | None, gpus: int, becomes: str | None
 ) -> None:
-    names = {"kv_cache_memory_bytes": 1, "dtype": "auto", "enforce_eager": False}
+    names: dict[str, Any] = {"kv_cache_memory_bytes": 1, "dtype": "auto", "enforce_eager": False}
+    names |= {"tensor_parallel_size": gpus, "pipeline_parallel_size": 1}
     args = argparse.Namespace(**names, distributed_executor_backend=chosen)
     suit_device(platform, args, argparse.Namespace(**names), [], demo=False)
     assert args.distributed_executor_backend == becomes

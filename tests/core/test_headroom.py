@@ -89,14 +89,26 @@ def test_it_is_smoothed_and_follows_in_steps() -> None:
     it = World()
     assert it.tick(0.5) == pytest.approx(0.45)
     seen = [it.tick(0.9) for _ in range(round(6 * USE_S / EVERY_S))]
-    # The look is at the first of the two reports, when the mean is 0.7, and too little has changed.
+    # The first look is as soon as 0.9 is reported, and the second comes EVERY_S later.
     old = math.exp(-EVERY_S / USE_S)
-    used = old * (old * 0.5 + (1 - old) * 0.7) + (1 - old) * 0.9
+    used = old * 0.5 + (1 - old) * 0.9
     assert seen[:2] == pytest.approx([0.45, 1 - 1.1 * used])
     assert seen == sorted(seen, reverse=True)
     steps = [a - b for a, b in pairwise(seen) if a != b]
     assert min(steps) >= HEADROOM_STEP
     assert 0 < seen[-1] < 1 - 1.1 * 0.9 + HEADROOM_STEP
+
+
+def test_what_was_reported_before_a_quiet_time_counts_for_that_time() -> None:
+    it = World()
+    it.tick(0.8)
+    it.now += 60 * USE_S
+    assert it.report(0, 0.5) == pytest.approx(0.12)
+    it.now += 60 * USE_S
+    assert it.report(0, 0.5, steps=it.sequence + 9) == pytest.approx(1 - 1.1 * 0.65)
+    it.now += 60 * USE_S
+    it.lose(1)
+    assert it.report(0, 0.8) == pytest.approx(1 - 1.1 * 0.65)
 
 
 def test_it_changes_no_more_often_than_its_bound() -> None:

@@ -67,9 +67,12 @@ def test_a_queue_by_arrival_alone_is_told_where_the_policy_has_rules_for_it(
     assert len([line for line in said if "by arrival alone" in line]) == told
 
 
-def test_ray_as_an_instances_executor_is_refused(tiny_model: Path) -> None:
-    with pytest.raises(UsageError, match=r"distributed-executor-backend ray: .*use mp"):
-        parsed(tiny_model, "--distributed-executor-backend", "ray")
+@pytest.mark.parametrize("name", ["ray", "external_launcher"])
+def test_executors_whose_workers_come_from_elsewhere_are_refused(
+    tiny_model: Path, name: str
+) -> None:
+    with pytest.raises(UsageError, match=rf"distributed-executor-backend {name}: .*use mp"):
+        parsed(tiny_model, "--distributed-executor-backend", name)
 
 
 def test_what_differs_from_vllms_defaults_is_in_the_configuration(tiny_model: Path) -> None:

@@ -86,6 +86,12 @@ def test_the_version_is_one() -> None:
     assert f"## {llumnix.__version__}" in (ROOT / "CHANGELOG.md").read_text()
 
 
+def test_no_change_stands_twice_in_the_changelog() -> None:
+    lines = (ROOT / "CHANGELOG.md").read_text().splitlines()
+    begun = Counter(line for line in lines if line.startswith("- "))
+    assert [line for line, times in begun.items() if times > 1] == []
+
+
 def test_no_file_names_a_folder_of_somebodys_machine() -> None:
     texts = [p for p in (ROOT / "docs").glob("*.md")] + [ROOT / "README.md", *SOURCES]
     found = [p.name for p in texts if re.search(r"/(home|root|Users)/\w", p.read_text())]

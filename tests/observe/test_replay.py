@@ -207,7 +207,9 @@ class World:
         elif kind < 0.28:
             gain = dice.choice((1.0, 8.0))
             migration = replace(SETTINGS.migration, gain_min=gain)
-            self.tell(SettingsChanged(settings=replace(SETTINGS, migration=migration)))
+            scaling = dice.choice((SETTINGS.scaling, ScalingSettings()))
+            changed = replace(SETTINGS, migration=migration, scaling=scaling)
+            self.tell(SettingsChanged(settings=changed))
         elif self.now >= engine.silent_until_s:
             self.report(engine)
 

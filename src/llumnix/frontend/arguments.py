@@ -160,8 +160,11 @@ def parse(argv: list[str], say: Any) -> ServeCommand:
     _refuse_what_breaks(args, defaults)
     check_queue(args.scheduling_policy, deployment.scheduler, say)
     args.access = _access(args, deployment, clients, admins, say)
-    if args.distributed_executor_backend == "ray":
-        raise UsageError("--distributed-executor-backend ray: an instance is one Ray actor; use mp")
+    if args.distributed_executor_backend in ("ray", "external_launcher"):
+        raise UsageError(
+            f"--distributed-executor-backend {args.distributed_executor_backend}: an instance is "
+            "one Ray actor, which starts its workers; use mp"
+        )
     try:
         cli_args().validate_parsed_serve_args(args)
         load_chat_template(args.chat_template)

@@ -52,7 +52,8 @@ class Headroom:
         # KV tokens that are used and that there are, of each instance that takes requests.
         self._known: dict[InstanceId, tuple[int, int]] = {}
         self._used = self._total = 0  # their sums
-        self._mean = 0.0  # the share that is used, smoothed
+        self._mean = 0.0  # the share that is used, smoothed until
+        self._until_s = 0.0  # then
         self._looked_s = -math.inf
 
     def follow(self, report: LoadReport, view: ClusterView, now: float) -> None:
@@ -60,25 +61,29 @@ class Headroom:
         if not self._set.headroom_max:
             return
         total = report.kv_tokens_total if report.accepting else 0
-        self._count(report.instance, min(used_by(report), total), total)
-        past_s = now - self._looked_s
-        if past_s < USE_EVERY_S or not self._total:
+        self._count(report.instance, min(used_by(report), total), total, now)
+        if now - self._looked_s < USE_EVERY_S or not self._total:
             return
         self._looked_s = now
-        short = self._used / self._total - self._mean
-        self._mean -= short * math.expm1(-past_s / USE_S)
         found = self._set.needed(self._mean)
         if abs(found.headroom_max - view.priorities.headroom_max) >= HEADROOM_STEP:
             view.keep(found)
 
-    def forget(self, instance: InstanceId) -> None:
+    def forget(self, instance: InstanceId, now: float) -> None:
         """The instance is gone."""
-        self._count(instance, 0, 0)
+        self._count(instance, 0, 0, now)
         del self._known[instance]
 
-    def _count(self, instance: InstanceId, used: int, total: int) -> None:
+    def _count(self, instance: InstanceId, used: int, total: int, now: float) -> None:
         """From now on this instance uses so many of its KV tokens."""
+        began = not self._total
+        if not began:
+            short = self._used / self._total - self._mean
+            self._mean -= short * math.expm1((self._until_s - now) / USE_S)
+        self._until_s = now
         was_used, was_total = self._known.get(instance, (0, 0))
         self._known[instance] = used, total
         self._used += used - was_used
         self._total += total - was_total
+        if began and self._total:
+            self._mean = self._used / self._total

@@ -45,11 +45,16 @@ class Scaling:
         self._changed_s = -math.inf
         self._failures = _Failures()
 
+    def take(self, settings: ScalingSettings) -> None:
+        """Goes on with other settings."""
+        self.settings = settings
+        if not settings.on:
+            self._below_since_s = self._above_since_s = None
+
     def decide(self, view: ClusterView, fleet: FleetReported, now: float) -> list[ScalingDecision]:
         """What to change now, if anything."""
         most = self.settings.instances_max
         if most is None:
-            self._below_since_s = self._above_since_s = None
             return []
         least = self.settings.instances_min or 1
         fleet = _with_drains_decided(fleet, view)

@@ -70,7 +70,7 @@ class Scheduler:
                 over = self.view.is_over(instance, engine_index)
                 self.view.lose(instance, engine_index)
                 if instance not in self.view:
-                    self._headroom.forget(instance)
+                    self._headroom.forget(instance, now)
                 if not over:  # Each frontend says it, and a successor may have come meanwhile.
                     self._dispatch.forget(instance)
             case PrefixesChanged(instance=instance, engine_index=engine_index):
@@ -91,7 +91,7 @@ class Scheduler:
         self.view.follow(settings.migration)
         self._admission.take_limits(settings)
         self._pairing.take(settings.migration, balance=balances(settings))
-        self._scaling.settings = settings.scaling
+        self._scaling.take(settings.scaling)
 
     def _place(self, fact: RequestArrived, now: float) -> Decision:
         refusal = self._admission.refusal(fact, now)
