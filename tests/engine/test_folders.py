@@ -1,6 +1,5 @@
 """Folders for sockets: short enough, private, and swept when their owner was killed."""
 
-import fcntl
 import os
 import signal
 import subprocess
@@ -53,6 +52,7 @@ def killed_owner_of(*paths: Path) -> None:
 def test_a_folder_is_its_owners_alone_and_goes_with_all_that_is_in_it() -> None:
     folder = PrivateFolder.make_short()
     assert folder.path.stat().st_mode & 0o777 == 0o700
+    assert (folder.path / "lock").stat().st_mode & 0o777 == 0o600
     (folder.path / "ray").mkdir()
     folder.remove()
     assert not folder.path.exists()
@@ -253,26 +253,6 @@ def test_the_last_process_that_leaves_its_memory_removes_it(sharing: Sharing) ->
         leave_memory()
         assert sharing.owners() == owners
         sharing.kill(other)
-
-
-@pytest.mark.timeout(30)
-@pytest.mark.usefixtures("named")
-def test_where_there_is_no_memory_to_lock_or_another_user_has_the_lock_nothing_is_swept(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(folders, "SHARED_MEMORY", tmp_path / "not there")
-    name_shared_memory()
-    assert sweep_memory() == []
-    (tmp_path / "there").mkdir()
-    monkeypatch.setattr(folders, "SHARED_MEMORY", tmp_path / "there")
-    other = tmp_path / "there" / "llumnix-a-e1.lock"
-    with other.open("w") as theirs:
-        monkeypatch.setattr(os, "geteuid", lambda: 12345)
-        assert sweep_memory() == []  # Another user's.
-        fcntl.flock(theirs, fcntl.LOCK_EX)
-        name_shared_memory()  # It does not wait for theirs.
-    assert sweep_memory() == []
-    assert other.exists()
 
 
 MAKING = """

@@ -7,7 +7,8 @@ holds in another container with the same /tmp too, where a process id says nothi
 Shared memory has the name of its owner's folder. Its lock lies beside it in /dev/shm, because the
 folder may go first, or be seen by one service alone. The engine and its workers share that lock.
 Most memory of a dead engine is removed by Python's resource tracker. The rest is left to the sweep:
-what vLLM's CPU workers make in C++, and everything if the tracker was killed too.
+what vLLM's CPU workers make in C++, and everything if the tracker was killed too. Not swept are the
+files in which torch counts who maps CUDA memory (`kv/blocks_cuda.py`): torch names them.
 
 vLLM internals relied on here (tests/house/test_vllm_contract.py fails when one changes): the
 executors look `get_file_store_init_method()` up in their own modules; it names the file through
@@ -41,6 +42,7 @@ RAY_ADDS = 60
 """So many characters Ray's sockets add to the path of its folder."""
 SHARED_MEMORY = Path("/dev/shm")
 SWEEP_EVERY_S = 1.0
+HOLD_TRIES, HOLD_AGAIN_S = 20, 0.04
 _LOCK = "lock"
 _stock_name = shared_memory._make_filename  # type: ignore[attr-defined]
 _held: dict[str, int] = {}  # locks of this process in `SHARED_MEMORY`, by their names
@@ -186,23 +188,29 @@ def _shared_memory_name() -> str:
 
 def _hold(name: str) -> None:
     """Takes a share in a lock in `SHARED_MEMORY`, which is made if it is not there. OSError if that
-    cannot be."""
-    while name not in _held:
-        with contextlib.suppress(FileNotFoundError):
-            lock = _open_lock(SHARED_MEMORY / name)
-            fcntl.flock(lock, fcntl.LOCK_SH)
-            if os.fstat(lock).st_nlink:
+    cannot be, also where another process keeps the lock for longer than a sweep does."""
+    if name in _held:
+        return
+    path = SHARED_MEMORY / name
+    for _ in range(HOLD_TRIES):
+        with contextlib.suppress(BlockingIOError, FileExistsError), contextlib.ExitStack() as drop:
+            new = False
+            try:
+                lock = _open_lock(path)
+            except FileNotFoundError:
+                new = True
+                lock = os.open(SHARED_MEMORY, os.O_TMPFILE | os.O_RDWR, 0o600)
+            drop.callback(os.close, lock)
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            if new:
+                # Locked before it has a name. `src_dir_fd` has Python follow the link to the file.
+                os.link(f"/proc/self/fd/{lock}", path, src_dir_fd=lock)
+            if os.fstat(lock).st_nlink:  # Else it was swept meanwhile.
+                drop.pop_all()
                 _held[name] = lock
                 return
-            os.close(lock)  # It was swept meanwhile.
-        lock = os.open(SHARED_MEMORY, os.O_TMPFILE | os.O_RDWR, 0o600)
-        fcntl.flock(lock, fcntl.LOCK_SH)
-        with contextlib.suppress(FileExistsError):
-            # Locked before it has a name. `src_dir_fd` has Python follow the link to the file.
-            os.link(f"/proc/self/fd/{lock}", SHARED_MEMORY / name, src_dir_fd=lock)
-            _held[name] = lock
-            return
-        os.close(lock)
+        time.sleep(HOLD_AGAIN_S)
+    raise TimeoutError(f"{path} stays locked")
 
 
 def _in_memory(*beginnings: str) -> list[str]:
@@ -247,6 +255,7 @@ def _taken(lock: Path) -> Iterator[bool]:
     taken = True
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        taken = os.fstat(file).st_nlink > 0  # Else another sweep was first; its owner may be back.
     except OSError:
         taken = False
     try:
@@ -256,7 +265,7 @@ def _taken(lock: Path) -> Iterator[bool]:
 
 
 def _open_lock(path: Path) -> int:
-    """OSError if it is not there, or another user put it there, who could keep us waiting."""
+    """OSError if it is not there, or is a link, or another user put it there."""
     file = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
     if os.fstat(file).st_uid == os.geteuid():
         return file
