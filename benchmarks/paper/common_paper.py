@@ -57,12 +57,17 @@ def spec(
     )
 
 
-def arguments(text: str, name: str, seeds: str = "3", requests: int = 10_000) -> argparse.Namespace:
+def arguments(
+    text: str, name: str, seeds: str = "3", requests: int = 10_000, **more: str
+) -> argparse.Namespace:
+    """The flags of all, and a command's own with their defaults."""
     parser = argparse.ArgumentParser(description=text.split("\n\n")[0])
     parser.add_argument("--seeds", type=seed_range, default=seeds, help="N or FIRST:END")
     parser.add_argument("--requests", type=int, default=requests, help="of a run")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path, default=ROOT / f"benchmarks/results/paper/{name}.json")
+    for flag, default in more.items():
+        parser.add_argument(f"--{flag}", default=default)
     return parser.parse_args()
 
 
