@@ -39,10 +39,10 @@ class World:
         """One instance reports that it uses that share of its memory; what is kept then, as a share
         of an instance's."""
         self.sequence += 1
-        given = {"steps": self.sequence, "kv_tokens_used": round(share * TOTAL), **more}
+        given = {"steps": self.sequence, "kv_tokens_used": round(share * TOTAL)}
+        given |= {"engine_index": EngineIndex(number), **more}
         report = LoadReport(
             instance=InstanceId(f"i{number}"),
-            engine_index=EngineIndex(number),
             sequence=self.sequence,
             kv_tokens_total=TOTAL,
             classes=tuple(ClassLoad(running=n) for n in (NORMAL if number else URGENT)),
@@ -144,6 +144,16 @@ def test_the_mean_is_of_what_instances_that_take_requests_report_of_themselves()
     assert later(0, 0.5) == pytest.approx(0.45)
     it.lose(0)
     assert later(2, 0.8) == pytest.approx(0.12)
+
+
+def test_the_end_of_a_run_leaves_what_its_successor_uses() -> None:
+    it = World()
+    it.tick(0.5)
+    it.now += 20 * USE_S
+    it.report(1, 0.9, engine_index=EngineIndex(7))
+    it.lose(1)
+    it.now += 20 * USE_S
+    assert it.report(0, 0.5) == pytest.approx(1 - 1.1 * 0.7)
 
 
 def test_rounds_that_decide_nothing_and_repeated_reports_change_nothing() -> None:

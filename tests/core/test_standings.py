@@ -1,7 +1,7 @@
 """What rounds of pairing keep from report to report decides nothing: each round decides what one
 does that looks at all instances."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import replace
 from functools import cache
 from random import Random
@@ -21,6 +21,7 @@ from llumnix.core.events import (
 from llumnix.core.reports import ClassLoad, LoadReport
 from llumnix.core.scheduling.presets import balances
 from llumnix.core.scheduling.scheduler import Scheduler
+from llumnix.core.scheduling.tuning import STALE_AFTER_S
 from llumnix.core.settings import MigrationSettings, PrioritySettings, SchedulerSettings
 from llumnix.core.types import EngineIndex, InstanceId, OrderId, RequestId
 from support.plain_pairing import PlainPairing
@@ -52,6 +53,7 @@ class World:
         self.now = 1000.0
         self.sequence = 0
         self.runs = Counter[int]()
+        self.silent_until_s = defaultdict[int, float](float)
         self.orders: dict[int, list[OrderId]] = {}
         self.codes = Counter[MoveCode]()
 
@@ -107,10 +109,14 @@ class World:
     def step(self) -> None:
         dice, number = self.dice, self.dice.randrange(INSTANCES)
         match dice.choice(
-            ["report"] * 30 + ["arrive"] * 12 + ["drain", "undrain", "undrain", "lose", "settings"]
+            ["report"] * 30
+            + ["arrive"] * 12
+            + ["drain", "undrain", "undrain", "lose", "settings", "silence"]
         ):
-            case "report":
+            case "report" if self.now >= self.silent_until_s[number]:
                 self.report(number)
+            case "silence":
+                self.silent_until_s[number] = self.now + 2 * STALE_AFTER_S
             case "arrive":
                 self.sequence += 1
                 self.tell(
@@ -163,3 +169,35 @@ def test_a_round_decides_what_one_that_looks_at_all_instances_decides(seed: int)
 def test_these_worlds_have_moves_of_all_kinds() -> None:
     codes = sum((played(seed).codes for seed in range(SEEDS)), Counter[MoveCode]())
     assert codes.keys() == {MoveCode.BALANCE, MoveCode.DRAIN, MoveCode.HEADROOM, MoveCode.QUEUE}
+
+
+@pytest.mark.parametrize(("silent", "codes"), [(True, [MoveCode.HEADROOM]), (False, [])])
+def test_headroom_is_taken_where_the_only_other_room_is_silent(
+    silent: bool, codes: list[MoveCode]
+) -> None:
+    migration = MigrationSettings(source_below=30.0, destination_above=60.0, rescues=0)
+    scheduler = Scheduler(SchedulerSettings(migration=migration))
+
+    def tell(now: float, number: int, used: int, urgent: int, normal: int, **more: int) -> None:
+        report = LoadReport(
+            instance=InstanceId(f"i{number}"),
+            engine_index=EngineIndex(number),
+            sequence=int(now),
+            kv_tokens_used=used,
+            kv_tokens_total=TOTAL,
+            block_tokens=16,
+            slots=10,
+            classes=(
+                ClassLoad(running=urgent),
+                ClassLoad(running=normal, waiting=len(more), waiting_tokens=sum(more.values())),
+            ),
+            **more,
+        )
+        scheduler.handle(LoadReported(report=report), now)
+
+    tell(1.0, 2, used=0, urgent=0, normal=0)
+    now = 2.0 + 2 * STALE_AFTER_S * silent
+    tell(now, 0, used=TOTAL - 100, urgent=0, normal=5, head_tokens=1000)
+    tell(now, 1, used=TOTAL // 4, urgent=1, normal=5)
+    decided = [d.code for d in scheduler.handle(Tick(), now) if isinstance(d, MoveOrder)]
+    assert [code for code in decided if code is MoveCode.HEADROOM] == codes
