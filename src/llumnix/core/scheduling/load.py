@@ -74,7 +74,7 @@ class Load(NamedTuple):
 
     def spare(self, priorities: Priorities) -> float:
         """Tokens beyond the virtual usage; below zero if more are wanted than there are."""
-        return self.total - self.used - self.head - priorities.headroom(self.total, self.running)
+        return self._spare(self.running, priorities)
 
     def spare_after(self, rank: int, requests: int, priorities: Priorities) -> float:
         """`spare` after that many requests of a class have come (below 0: have left). Their tokens
@@ -83,6 +83,10 @@ class Load(NamedTuple):
         running = self.running
         if bool(before) != bool(before + requests):
             running = self._running_after(rank, requests)
+        return self._spare(running, priorities)
+
+    def _spare(self, running: tuple[int, ...], priorities: Priorities) -> float:
+        """`spare` with so many requests of each class."""
         return self.total - self.used - self.head - priorities.headroom(self.total, running)
 
     def freeness(self, priorities: Priorities) -> float:
