@@ -31,8 +31,11 @@ from support.server import eventually
 OWNER = """
 import sys, time
 from pathlib import Path
-from llumnix.engine.folders import PrivateFolder
-kept = [PrivateFolder.of(Path(path)) for path in sys.argv[1:]]
+from llumnix.engine.folders import PREFIX, PrivateFolder
+paths = [Path(path) for path in sys.argv[1:]]
+nested = [path for path in paths if not path.name.startswith(PREFIX)]
+kept = [PrivateFolder.inside(path.parent, path.name) for path in nested]
+kept += [PrivateFolder.of(path) for path in paths if path not in nested]
 print("made", flush=True)
 time.sleep(600)
 """
@@ -290,10 +293,10 @@ def test_shared_memory_and_semaphores_are_swept_where_pythons_tracker_was_killed
 
 
 def test_an_engines_folder_goes_and_the_one_around_it_with_the_last(tmp_path: Path) -> None:
-    host = tmp_path / "llumnix-a"
+    host = tmp_path / "llumnix-abcd1234"
     dead, other = host / "e0", host / "e1"
     killed_owner_of(dead)
-    mine = PrivateFolder.of(other)
+    mine = PrivateFolder.inside(host, other.name)
     assert sweep(tmp_path) == [dead]
     assert list(host.iterdir()) == [other]
     mine.remove()

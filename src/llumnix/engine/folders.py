@@ -1,8 +1,19 @@
 """Private folders for sockets and logs, and shared memory. Both are swept once their owner is dead.
 
-Names of folders are short enough for a socket's path. The process that makes a folder holds a lock
-in it for as long as it lives. Another process that gets the lock knows that the owner is dead. That
-holds in another container with the same /tmp too, where a process id says nothing.
+Names of folders are short enough for a socket's path. A lock in the folder says whether its owner
+lives. That holds in another container with the same /tmp too, where a process id says nothing.
+
+Rules for a folder and its file `lock`
+- A process has the lock if it has locked the file, and the file still has its name then.
+- An owner makes both, and has the lock for as long as it lives. It waits for another that has it,
+  and makes the folder anew if that has gone meanwhile.
+- A sweep that gets the lock knows that the owner is dead. While it has the lock, it renames the
+  folder: a successor can make another of the old name at once. Then it removes the renamed one. An
+  owner that ends does the same.
+- A renamed folder is nobody's. If its removal was cut short, the next sweep removes the rest.
+- An empty folder is nobody's either: an owner that has yet to lock it makes it anew.
+- The folders in a deployment's go with it: its engines end with it. On other hosts that folder has
+  no lock, and goes when it is empty.
 
 Shared memory has the name of its owner's folder. Its lock lies beside it in /dev/shm, because the
 folder may go first, or be seen by one service alone. The engine and its workers share that lock.
@@ -21,6 +32,7 @@ does; a worker imports its extension class before it makes any. Python names sem
 import contextlib
 import fcntl
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -42,6 +54,10 @@ RAY_ADDS = 60
 """So many characters Ray's sockets add to the path of its folder."""
 SHARED_MEMORY = Path("/dev/shm")
 SWEEP_EVERY_S = 1.0
+_GOING = PREFIX + "removed-"
+"""How names of folders begin that were renamed to be removed. No owner gives such a name."""
+_OURS = re.compile(PREFIX + r"[a-z0-9_]{8}|e\d+")
+"""What owners call their folders: `mkdtemp` a deployment's, its number an engine's."""
 HOLD_TRIES, HOLD_AGAIN_S = 20, 0.04
 _LOCK = "lock"
 _stock_name = shared_memory._make_filename  # type: ignore[attr-defined]
@@ -73,36 +89,32 @@ class PrivateFolder:
 
     @classmethod
     def of(cls, path: Path) -> "PrivateFolder":
-        """This folder, made if it is not there, is ours from now on."""
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        # Locked before it has the name that is looked for.
-        nascent = path / f".{_LOCK}"
-        lock = os.open(nascent, os.O_CREAT | os.O_RDWR, 0o600)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:  # No locks on this file system: it is never swept.
-            os.close(lock)
-            return cls(path, None)
-        nascent.rename(path / _LOCK)
-        return cls(path, lock)
+        """This folder, made if it is not there, is ours from now on. OSError if it cannot be: also
+        where it is not this user's alone, or another process has it for longer than a sweep does.
+        Somebody else who put it there would see or replace what is in it."""
+        return cls._of(path)
 
     @classmethod
     def inside(cls, outer: Path, name: str) -> "PrivateFolder":
-        """A folder in `outer`; both are made if they are not there. OSError if either cannot be, or
-        is there and not this user's alone: somebody else may have put it there, who would then see
-        or replace what is in it."""
-        for folder in (outer, outer / name):
-            folder.mkdir(mode=0o700, exist_ok=True)
-            found = folder.lstat()
-            if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
-                raise PermissionError(f"{folder} is somebody else's")
-            if stat.S_IMODE(found.st_mode) & 0o077:
-                raise PermissionError(f"{folder} is open to others")
-        return cls.of(outer / name)
+        """A folder in `outer`; both are made if they are not there. OSError as for `of`."""
+        return cls._of(outer, outer / name)
+
+    @classmethod
+    def _of(cls, *paths: Path) -> "PrivateFolder":
+        for _ in range(HOLD_TRIES):
+            # A sweep has the lock, or has just removed what was made: pathlib may say it exists.
+            with contextlib.suppress(BlockingIOError, FileExistsError, FileNotFoundError):
+                for path in paths:
+                    path.mkdir(mode=0o700, exist_ok=True)
+                    if _mode(path) & 0o077:
+                        raise PermissionError(f"{path} is open to others")
+                return cls(path, _own(path / _LOCK))
+            time.sleep(HOLD_AGAIN_S)
+        raise TimeoutError(f"{paths[-1]} cannot be made or locked")
 
     def remove(self) -> None:
         """Removes the folder and what is in it."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        _remove(self.path)
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
@@ -112,16 +124,40 @@ def sweep(parent: Path) -> list[Path]:
     """Removes the folders in `parent` whose owners are dead, and those inside of others; only this
     user's. Returns what it removed."""
     removed = []
-    for outer in parent.glob(PREFIX + "*"):
-        inner = [path for path in _children(outer) if is_dead(path)]
-        dead = [outer] if is_dead(outer) else inner
-        for path in dead:
-            shutil.rmtree(path, ignore_errors=True)
-        if inner and not (outer / _LOCK).exists():
-            with contextlib.suppress(OSError):
-                outer.rmdir()  # The last one out.
-        removed += dead
+    for outer in filter(_is_ours, parent.glob(PREFIX + "*")):
+        if _swept(outer):
+            removed.append(outer)
+            continue
+        removed += [inner for inner in _children(outer) if _swept(inner)]
+        for path in (*_children(outer), outer):
+            _remove_empty(path)
     return removed
+
+
+def _swept(folder: Path) -> bool:
+    """Removes the folder if its owner is dead."""
+    if folder.name.startswith(_GOING):
+        shutil.rmtree(folder, ignore_errors=True)
+        return False
+    with _taken(folder / _LOCK) as dead:
+        if dead:
+            _remove(folder)
+    return dead
+
+
+def _remove(folder: Path) -> None:
+    """Removes a folder of which we have the lock."""
+    going = folder.with_name(_GOING + secrets.token_hex(4))
+    with contextlib.suppress(OSError):
+        folder.rename(going)
+        shutil.rmtree(going, ignore_errors=True)
+
+
+def _remove_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        # Else a user may have made it.
+        if _OURS.fullmatch(folder.name) and _mode(folder) == 0o700:
+            folder.rmdir()
 
 
 def sweep_memory() -> list[str]:
@@ -228,20 +264,54 @@ def _unlink(path: Path) -> None:
 
 def _children(folder: Path) -> list[Path]:
     try:
-        return [path for path in folder.iterdir() if path.is_dir()]
+        return [path for path in folder.iterdir() if _is_ours(path)]
     except OSError:
-        return []  # Another user's, or just gone.
+        return []  # Just gone.
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether it is there and a folder, and this user's."""
+    try:
+        return _mode(folder) >= 0
+    except OSError:
+        return False
+
+
+def _mode(folder: Path) -> int:
+    """Its permissions; PermissionError if it is another user's, or no folder."""
+    found = folder.lstat()
+    if stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid():
+        return stat.S_IMODE(found.st_mode)
+    raise PermissionError(f"{folder} is somebody else's")
 
 
 def is_dead(folder: Path) -> bool:
     """Whether the folder had an owner, and the owner is dead."""
-    try:
-        if folder.is_symlink() or folder.stat().st_uid != os.geteuid():
-            return False
-    except OSError:
-        return False
     with _taken(folder / _LOCK) as dead:
-        return dead
+        return _is_ours(folder) and (dead or folder.name.startswith(_GOING))
+
+
+def _own(lock: Path) -> int | None:
+    """Takes a folder's lock for good, made if it is not there: its descriptor, or None where the
+    file system has no locks, so that the folder is never swept. BlockingIOError if another has it,
+    FileNotFoundError if the folder has gone."""
+    file = _open_lock(lock, os.O_CREAT)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not _is_named(file, lock):
+            raise FileNotFoundError(lock)
+    except OSError as error:
+        os.close(file)
+        if isinstance(error, BlockingIOError | FileNotFoundError):
+            raise
+        return None
+    return file
+
+
+def _is_named(file: int, path: Path) -> bool:
+    """Whether this is still the name of the open file. Else a sweep was first, and its owner may be
+    back."""
+    return os.path.samestat(os.fstat(file), path.lstat())
 
 
 @contextlib.contextmanager
@@ -255,7 +325,7 @@ def _taken(lock: Path) -> Iterator[bool]:
     taken = True
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        taken = os.fstat(file).st_nlink > 0  # Else another sweep was first; its owner may be back.
+        taken = _is_named(file, lock)
     except OSError:
         taken = False
     try:
@@ -264,9 +334,9 @@ def _taken(lock: Path) -> Iterator[bool]:
         os.close(file)
 
 
-def _open_lock(path: Path) -> int:
+def _open_lock(path: Path, more: int = 0) -> int:
     """OSError if it is not there, or is a link, or another user put it there."""
-    file = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+    file = os.open(path, os.O_RDWR | os.O_NOFOLLOW | more, 0o600)
     if os.fstat(file).st_uid == os.geteuid():
         return file
     os.close(file)
