@@ -476,6 +476,7 @@ def test_a_log_that_comes_out_the_same_is_status_0(
         "steps": 2,
         "skipped": 0,
         "dropped": 0,
+        "failed": 0,
         "differences": [],
     }
 
@@ -502,6 +503,20 @@ def test_facts_without_their_schedulers_start_are_left_out(
     assert capsys.readouterr().out == (
         "0 facts, 0 decisions and 0 migration steps run again: no difference\n"
         "2 facts left out: the log lacks their scheduler's start\n"
+    )
+
+
+def test_what_follows_a_bug_of_the_scheduler_is_left_out(
+    log: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    version, started, fact, *rest = log.read_text().splitlines(keepends=True)[:5]
+    failed = json.dumps({**json.loads(fact), "kind": "failed", "why": "KeyError: 'i0'"}) + "\n"
+    log.write_text("".join([version, started, failed, *rest]))
+    assert main(["replay", str(log)]) == 0
+    assert capsys.readouterr().out == (
+        "0 facts, 0 decisions and 0 migration steps run again: no difference\n"
+        "1 fact could not be handled, which is a bug: what follows is not replayed\n"
+        "1 fact left out: the log lacks their scheduler's start\n"
     )
 
 

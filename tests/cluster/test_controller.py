@@ -36,6 +36,7 @@ from llumnix.core.settings import (
     SchedulerSettings,
 )
 from llumnix.core.types import EngineIndex, InstanceId, OrderId, RequestId
+from llumnix.observe.replay import Replayed, replay
 from llumnix.wire import Loads, LoadsAsked, Message, Ping, Pong, decode, encode
 
 ANSWER_TIMEOUT_MS = 20_000
@@ -118,6 +119,10 @@ def report(number: int, sequence: int = 1, **more: Any) -> LoadReported:
 
 def asked(name: str) -> RequestArrived:
     return RequestArrived(request=RequestId(name), prompt_tokens=1)
+
+
+def lines_of(log: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in log.read_text().splitlines()]
 
 
 def breaks(controller: Controller, when: type, *, only: str | None = None) -> None:
@@ -206,6 +211,47 @@ def test_an_instance_whose_report_failed_is_learned_anew(
     assert InstanceId("i0") not in view
     served.say(report(0, 3))
     assert isinstance(served.ask(asked("r")), Dispatch)
+
+
+def test_an_instance_that_is_forgotten_is_named_with_the_reason(
+    served: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(one: LoadReport, now: float) -> None:
+        raise KeyError(f"a bug about {one.instance}")
+
+    monkeypatch.setattr(served.controller._scheduler.view, "apply", fails)
+    with caplog.at_level(logging.ERROR):
+        for sequence in range(1, 4):
+            served.say(report(0, sequence), report(1, sequence))
+        served.pong()
+    told = [r.getMessage() for r in caplog.records if "it is unknown" in r.getMessage()]
+    assert told == [
+        f"1 reports of instance {name} could not be handled, so it is unknown until its next; "
+        f"the last: KeyError: 'a bug about {name}'"
+        for name in ("i0", "i1")
+    ], "each once in ten seconds"
+
+
+def test_a_replay_says_after_which_fact_the_decisions_may_differ(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = tmp_path / "log"
+    controller = Controller([f"ipc://{tmp_path}/c"], SchedulerSettings(), LogPlace(path=str(log)))
+    heard: list[LoadReported | RequestArrived] = [report(0), report(0, 2), asked("r"), report(0, 3)]
+    heard += [asked("s")]
+    for fact in heard:
+        if fact == report(0, 2):
+            breaks(controller, LoadReported)
+        controller._guarded(fact, lambda fact=fact: controller._handle(b"", fact))  # type: ignore[misc]
+        if fact == report(0, 2):
+            monkeypatch.undo()
+            del controller._scheduler.handle
+    controller.stop()
+    controller.run()  # It closes the log.
+    (failed,) = [line for line in lines_of(log) if line["kind"] == "failed"]
+    assert failed["body"]["report"]["sequence"] == 2
+    assert failed["why"] == "IndexError: a bug"
+    assert replay(log) == Replayed(facts=1, failed=1, skipped=3)
 
 
 @pytest.mark.parametrize("kind", [RequestArrived, Tick])
@@ -325,7 +371,7 @@ def test_its_event_log_has_no_report_that_only_repeats_the_one_before(tmp_path: 
     controller._decide(b"", report(0, 50, kv_tokens_used=16))
     controller.stop()
     controller.run()  # It closes the log.
-    kinds = [json.loads(line)["kind"] for line in path.read_text().splitlines()]
+    kinds = [line["kind"] for line in lines_of(path)]
     assert kinds == ["log", "started", "fact", "again", "fact"]
 
 

@@ -438,7 +438,7 @@ async def test_a_host_that_does_not_say_how_an_engine_died_is_not_waited_for(
 
 
 async def test_what_an_engine_computed_is_read_where_it_ran(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(hosts_module, "EXAMINED_S", 0.05)
     hosts = Hosts(lambda *_: None, here=lambda: "ours")
@@ -454,6 +454,8 @@ async def test_what_an_engine_computed_is_read_where_it_ran(
     w.host.take_flight = lambda path: time.sleep(0.5)  # type: ignore[assignment, method-assign, return-value]
     async with asyncio.timeout(0.4):
         assert await hosts.suspects(run_on("ours", EngineIndex(1), 10)) is None
+    told = "Engine 1 left no flight recorder, so all its requests are suspects: TimeoutError()"
+    assert caplog.messages == [told]
 
 
 def test_the_file_of_a_flight_recorder_goes_once_it_was_read(tmp_path: Path) -> None:

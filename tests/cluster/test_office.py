@@ -38,6 +38,7 @@ from llumnix.errors import (
     UsageError,
 )
 from llumnix.frontend.engines.directory import EngineDirectory
+from llumnix.frontend.engines.outputs import Complaints
 from llumnix.frontend.engines.state import EngineState
 from llumnix.frontend.office.adapter import Adapter
 from llumnix.frontend.office.asking import AskedError
@@ -79,6 +80,7 @@ class Engines:
 
     def __init__(self) -> None:
         self.engines = EngineDirectory()
+        self.complaints = Complaints()
         self.shared_state = EngineState()
         self.drain_requests: Any = asyncio.Queue()
         self.on_statistics: Callable[[list[bytes]], None] = lambda frames: None
@@ -502,7 +504,7 @@ async def test_statistics_that_an_engine_sends_the_office_are_for_the_metrics(
 
 
 async def test_requests_of_all_are_joined_and_who_is_silent_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with world(tmp_path) as w:
         one, other = w.fronts
@@ -515,8 +517,11 @@ async def test_requests_of_all_are_joined_and_who_is_silent_is_named(
         rows = await one.control.requests()
         assert [r["request"] for r in rows.requests] == ["a"]
         assert rows.incomplete == ["f1"]
+        (told,) = caplog.messages
+        assert told.endswith("(1 so far): f1: ValueError: a bug")
         other.answers[YourRequests] = asyncio.sleep
         assert (await one.control.requests()).incomplete == ["f1"]
+        assert len(caplog.messages) == 1, "who is silent is told of by its own watch"
 
 
 async def test_a_move_ordered_at_one_frontend_is_made_by_the_one_that_has_the_request(

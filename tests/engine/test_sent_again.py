@@ -91,6 +91,13 @@ def test_what_a_client_writes_under_its_key_is_no_order(body: Any) -> None:
     assert request.sampling_params.extra_args == {"k": 1}
 
 
+def test_an_order_that_cannot_be_read_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    request = Request(R, [1], SamplingParams(max_tokens=9, extra_args={REVIVE: b"odd"}), None)
+    assert take_order(request) is None
+    (told,) = caplog.messages
+    assert told.startswith(f"Request {R}: its order to go on here: not a message of ours")
+
+
 def test_the_order_is_taken_out_of_the_request() -> None:
     request = sent_again()
     assert take_order(request) == order()

@@ -35,7 +35,7 @@ from llumnix.core.events import (
 )
 from llumnix.core.scheduling.scheduler import STORY_MAX, Scheduler, handling_key
 from llumnix.core.settings import SchedulerSettings
-from llumnix.core.types import EngineIndex
+from llumnix.core.types import EngineIndex, InstanceId
 from llumnix.errors import ProtocolError
 from llumnix.observe.console import log_to_stderr
 from llumnix.observe.event_log import EventLog
@@ -101,6 +101,7 @@ class Controller:
         self._engines: dict[EngineIndex, bytes] = {}
         self._refused = Faults("messages that make no sense were refused", traceback=False)
         self._failed = Faults("messages could not be handled, which is a bug", traceback=True)
+        self._forgotten: dict[InstanceId, Faults] = {}
         self._in_a_row: dict[str, int] = {}
         self._busy_s = 0.0
         self._facts: Counter[str] = Counter()
@@ -167,7 +168,15 @@ class Controller:
                 raise
             self._failed.note(error)
             if isinstance(what, LoadReported):
-                self._scheduler.view.forget(what.report.instance)
+                self._forget(what.report.instance, error)
+
+    def _forget(self, instance: InstanceId, error: Exception) -> None:
+        """Drops what is known of an instance, since its report may be half taken in."""
+        self._scheduler.view.forget(instance)
+        what = (
+            f"reports of instance {instance} could not be handled, so it is unknown until its next"
+        )
+        self._forgotten.setdefault(instance, Faults(what, traceback=False)).note(error)
 
     def _handle(self, sender: bytes, message: Message) -> None:
         match message:
@@ -220,7 +229,13 @@ class Controller:
         """Handles a fact, and sends each decision to the process that carries it out."""
         now = time.monotonic()
         self._facts[type(fact).__name__] += 1
-        decisions = self._scheduler.handle(fact, now)
+        try:
+            decisions = self._scheduler.handle(fact, now)
+        except ProtocolError:
+            raise
+        except Exception as error:
+            self._log.failed(fact, now, f"{type(error).__name__}: {error}"[:STORY_MAX])
+            raise
         self._busy_s += time.monotonic() - now
         self._log.fact(fact, now, answered=bool(decisions), heard=self._scheduler.heard)
         for decision in decisions:

@@ -29,6 +29,11 @@ def replay(argv: list[str]) -> int:
     )
     if result.dropped:
         print(f"{count(result.dropped, 'line')} missing: what follows them is not replayed")
+    if result.failed:
+        print(
+            f"{count(result.failed, 'fact')} could not be handled, which is a bug: what follows is "
+            "not replayed"
+        )
     if result.skipped:
         print(f"{count(result.skipped, 'fact')} left out: the log lacks their scheduler's start")
     for difference in found:

@@ -18,6 +18,7 @@ Rules
   was heard last, only the last before a line that may depend on it is written, as a short line
   `again`. One that is too late to change anything is not written. What a fleet says again is
   left out once nothing can follow from it. What a prefix cache says again is a short line `kept`.
+- A fact that ended with an exception is a line `failed` with the reason.
 - Files are bounded in size and number (observe/log_files.py).
 """
 
@@ -115,6 +116,12 @@ class EventLog:
                 self._catch_up()
                 self._settled = False
         self._write("fact", at, {"name": type(fact).__name__, "body": fact})
+
+    def failed(self, fact: Fact, at: float, why: str) -> None:
+        """A fact that the scheduler could not handle, which is a bug. It may have taken in a half,
+        so what it decides from then on does not follow from the facts alone."""
+        self._catch_up()
+        self._write("failed", at, {"name": type(fact).__name__, "body": fact, "why": why})
 
     def _catch_up(self, instance: InstanceId | None = None) -> None:
         """Writes the reports that were left out last, of one instance or of all. What is written

@@ -43,6 +43,7 @@ class Replayed:
     steps: int = 0  # transitions of migrations
     skipped: int = 0  # facts of schedulers whose start is not in the log
     dropped: int = 0  # lines that the writers had to leave out
+    failed: int = 0  # facts that ended with an exception
     differences: list[str] = field(default_factory=list)  # the first `DIFFERENCES_MAX`
 
 
@@ -93,6 +94,9 @@ class _Replay:
             self._expected[who] = self._schedulers[who].handle(said, line["at"])
         elif kind == "dropped":
             self.forget(who, line["lines"])
+        elif kind == "failed":
+            self.result.failed += 1
+            self.forget(who, 0)
         elif kind == "decision" and who in self._schedulers:
             self.result.decisions += 1
             was: Decision = msgspec.convert(line["body"], _DECISIONS[line["name"]])
@@ -128,7 +132,7 @@ class _Replay:
             self.differ(differs)
 
     def forget(self, who: str, lines: int) -> None:
-        """So many lines of a writer are missing. What follows them cannot be compared."""
+        """So many lines of a writer are missing. What follows cannot be compared."""
         self.result.dropped += lines
         self._schedulers.pop(who, None)
         self._expected.pop(who, None)

@@ -20,7 +20,13 @@ from llumnix.core.supervision.restart import GiveUp, RestartAfter
 from llumnix.core.types import EngineIndex, InstanceId, RequestId
 from llumnix.errors import LlumnixError
 from llumnix.frontend.controller_link import ControllerLink
-from llumnix.frontend.office.asking import SOON_S, Asking, answer_to
+from llumnix.frontend.office.asking import (
+    SOON_S,
+    Asking,
+    LineClosedError,
+    answer_to,
+    why_failed,
+)
 from llumnix.frontend.office.engine_client import EngineClient
 from llumnix.frontend.office.messages import (
     Answer,
@@ -270,11 +276,16 @@ class Office:
             await asyncio.wait(waiting.values(), timeout=timeout_s)
         answers, missing = {}, []
         for client, answer in waiting.items():
-            if answer.done() and not answer.cancelled() and answer.exception() is None:
+            done = answer.done() and not answer.cancelled()
+            error = answer.exception() if done else None
+            if done and error is None:
                 answers[client] = answer.result()
                 continue
             answer.cancel()
             missing.append(names[client])
+            if error is not None and not isinstance(error, LineClosedError):
+                why = f"{names[client]}: {why_failed(error)}"
+                self.engine_client.complaints.note("A frontend failed on a question", why)
         return Gathered(answers=answers, missing=missing)
 
     def _pass_statistics_on(self, frames: list[bytes]) -> None:

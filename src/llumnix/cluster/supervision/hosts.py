@@ -292,7 +292,8 @@ class Hosts:
             async with asyncio.timeout(EXAMINED_S):
                 flight = await off_loop(watch.take_flight, run.facts.flight)
         except Exception as error:  # noqa: BLE001 - Ray's, of any kind
-            logger.debug("engine %d left no flight recorder: %r", run.engine_index, error)
+            what = "Engine %d left no flight recorder, so all its requests are suspects: %r"
+            logger.warning(what, run.engine_index, error)
             return None
         return None if flight is None else flight.suspects
 

@@ -15,6 +15,7 @@ changes):
   the engine looks at no key in them that it does not know.
 """
 
+import logging
 from typing import Any
 
 import msgspec
@@ -27,6 +28,8 @@ from llumnix.core.types import RequestId
 from llumnix.engine.migration.unsupported import engine_unsupported
 from llumnix.errors import ProtocolError
 from llumnix.wire import decode
+
+logger = logging.getLogger("llumnix.engine")
 
 
 class HandoverState(msgspec.Struct, frozen=True, kw_only=True):
@@ -99,7 +102,8 @@ def take_order(request: Request) -> Revive | None:
         return None
     try:
         order = decode(body)
-    except ProtocolError:
+    except ProtocolError as error:
+        logger.error("Request %s: its order to go on here: %s", request.request_id, error)
         return None
     return order if isinstance(order, Revive) and order.request == request.request_id else None
 

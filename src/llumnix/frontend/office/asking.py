@@ -92,6 +92,12 @@ async def answer_to(ask: Ask, handle: Callable[[Question], Awaitable[Any]]) -> A
     return Answer(number=ask.number, value=msgspec.to_builtins(value))
 
 
+def why_failed(error: BaseException) -> str:
+    """In one line, with the class that the error had at the other end."""
+    kind = error.failure.kind if isinstance(error, AskedError) else type(error).__name__
+    return f"{kind}: {error}"
+
+
 def _error(failure: Failure) -> Exception:
     kind = getattr(errors, failure.kind, None)
     if isinstance(kind, type) and issubclass(kind, UsageError):
