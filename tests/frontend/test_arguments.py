@@ -13,6 +13,9 @@ pytest.importorskip("vllm")
 
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
+from vllm.v1.executor import Executor
+from vllm.v1.executor.multiproc_executor import MultiprocExecutor
+from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from llumnix.cluster.first_look import first_look
 from llumnix.config import knobs
@@ -67,7 +70,54 @@ def test_a_queue_by_arrival_alone_is_told_where_the_policy_has_rules_for_it(
     assert len([line for line in said if "by arrival alone" in line]) == told
 
 
-@pytest.mark.parametrize("name", ["ray", "external_launcher"])
+UNIPROC = "vllm.v1.executor.uniproc_executor"
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("MP", "there is none of that name"),
+        ("multiproc", "there is none of that name"),
+        ("nowhere.Executor", "it cannot be used (No module named 'nowhere')"),
+        (f"{UNIPROC}.Nope", f"it cannot be used (module '{UNIPROC}' has no attribute 'Nope')"),
+        (f"{UNIPROC}.torch", "it cannot be used (issubclass() arg 1 must be a class)"),
+        ("pathlib.Path", "it cannot be used (distributed_executor_backend must be a subclass of "),
+        (".MP", "it cannot be used (Empty module name)"),
+    ],
+)
+def test_what_is_no_executor_is_refused_with_what_there_is(
+    tiny_model: Path, name: str, why: str
+) -> None:
+    with pytest.raises(UsageError) as refused:
+        parsed(tiny_model, "--distributed-executor-backend", name)
+    assert str(refused.value).startswith(f"--distributed-executor-backend {name}: {why}")
+    fix = "; use mp or uni, or the path of a class of executors, like package.module.Name"
+    assert str(refused.value).endswith(fix)
+
+
+class OwnExecutor(UniProcExecutor):
+    """A user's."""
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    # On a CPU vLLM itself makes `uni` one with a process of its own.
+    [
+        ("uni", MultiprocExecutor),
+        ("mp", MultiprocExecutor),
+        (f"{__name__}.OwnExecutor", OwnExecutor),
+    ],
+)
+def test_an_executor_that_vllm_takes_is_the_instances(
+    tiny_model: Path, name: str, found: type[Executor]
+) -> None:
+    command = parsed(tiny_model, "--distributed-executor-backend", name)
+    assert Executor.get_class(command.vllm_config) is found
+
+
+@pytest.mark.parametrize(
+    "name", ["ray", "external_launcher", f"{UNIPROC}.ExecutorWithExternalLauncher"]
+)
 def test_executors_whose_workers_come_from_elsewhere_are_refused(
     tiny_model: Path, name: str
 ) -> None:

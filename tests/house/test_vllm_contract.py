@@ -58,6 +58,7 @@ from vllm.v1.engine.output_processor import (  # noqa: E402
     RequestOutputCollector,
     RequestState,
 )
+from vllm.v1.executor import Executor  # noqa: E402
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor, WorkerProc  # noqa: E402
 from vllm.v1.executor.uniproc_executor import UniProcExecutor  # noqa: E402
 from vllm.v1.kv_cache_interface import (  # noqa: E402
@@ -1065,6 +1066,19 @@ def test_what_a_start_checks_is_what_the_server_checks_before_it_binds() -> None
         "set_ulimit()",
         who=who,
     )
+
+
+def test_an_executor_is_found_by_its_name_alone() -> None:
+    who = "frontend/checks.py"
+    text = source(Executor.get_class)
+    assert text.count("vllm_config") == 2, f"{who} gives it no other part of the configuration"
+    says(
+        Executor.get_class,
+        "parallel_config.distributed_executor_backend",
+        "resolve_obj_by_qualname(distributed_executor_backend)",
+        who=who,
+    )
+    assert Executor.uses_ray is False
 
 
 def test_the_server_serves_on_a_socket_that_listens_and_says_when() -> None:

@@ -38,7 +38,13 @@ from llumnix.flag_sources import (
     settings_shown,
     suit_device,
 )
-from llumnix.frontend.checks import check_logs, check_queue, check_server_args, count_frontends
+from llumnix.frontend.checks import (
+    check_executor,
+    check_logs,
+    check_queue,
+    check_server_args,
+    count_frontends,
+)
 from llumnix.frontend.http.access import Access, digests
 from llumnix.reload.key_file import KeyRing
 from llumnix.reload.reloading import Reloading
@@ -160,11 +166,7 @@ def parse(argv: list[str], say: Any) -> ServeCommand:
     _refuse_what_breaks(args, defaults)
     check_queue(args.scheduling_policy, deployment.scheduler, say)
     args.access = _access(args, deployment, clients, admins, say)
-    if args.distributed_executor_backend in ("ray", "external_launcher"):
-        raise UsageError(
-            f"--distributed-executor-backend {args.distributed_executor_backend}: an instance is "
-            "one Ray actor, which starts its workers; use mp"
-        )
+    check_executor(args.distributed_executor_backend)
     try:
         cli_args().validate_parsed_serve_args(args)
         load_chat_template(args.chat_template)

@@ -5,7 +5,8 @@ vLLM internals relied on here (tests/house/test_vllm_contract.py fails when one 
 `setup_server` calls before it binds; `args.middleware` are import paths, `args.lora_modules` have a
 `name` and a `path`. Responses are stored in the process that gave them, if
 `VLLM_ENABLE_RESPONSES_API_STORE` is set; resolvers of `LoRAResolverRegistry` number the adapters of
-their own process.
+their own process. `Executor.get_class` looks at `parallel_config.distributed_executor_backend`
+alone; an executor says whether it `uses_ray`.
 """
 
 import contextlib
@@ -60,6 +61,28 @@ def check_server_args(args: Namespace) -> None:
     for adapter in args.lora_modules or []:
         _check_adapter(adapter.name, adapter.path)
     set_ulimit()
+
+
+def check_executor(name: str | None) -> None:
+    """`UsageError` unless --distributed-executor-backend names an executor that an instance can
+    start, as vLLM reads it. None: it is left out."""
+    from vllm.v1.executor import Executor
+    from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher
+
+    if name is None:
+        return
+    flag, parallel = f"--distributed-executor-backend {name}", Namespace()
+    parallel.distributed_executor_backend = name
+    try:
+        found = Executor.get_class(Namespace(parallel_config=parallel))  # type: ignore[arg-type]
+    except (ImportError, ValueError, AttributeError, TypeError) as error:
+        why = f"it cannot be used ({error})" if "." in name else "there is none of that name"
+        raise UsageError(
+            f"{flag}: {why}; use mp or uni, or the path of a class of executors, like "
+            "package.module.Name"
+        ) from error
+    if found.uses_ray or issubclass(found, ExecutorWithExternalLauncher):
+        raise UsageError(f"{flag}: an instance is one Ray actor, which starts its workers; use mp")
 
 
 def check_queue(
