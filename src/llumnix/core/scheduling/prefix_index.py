@@ -1,7 +1,7 @@
 """Which instance has which blocks of prompts in its prefix cache, as far as dispatch knows."""
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 from llumnix.core.types import InstanceId
 
@@ -10,7 +10,8 @@ class PrefixIndex:
     """The blocks that each instance keeps.
 
     Engines drop the end of a prompt first, so searches rely on an instance that keeps a block to
-    keep those before it too. If one does not, a search finds less of the prompt, or nothing."""
+    keep those before it too. If one does not, a search finds less of the prompt, or nothing.
+    A search halves the prefix: of each block it asks whether what is wanted has ended there."""
 
     def __init__(self) -> None:
         # Of each block, in the order in which they stored it.
@@ -45,7 +46,7 @@ class PrefixIndex:
         kept = self._kept.get(instance)
         if not kept or not prefix or prefix[0] not in kept:
             return 0
-        blocks = _leading(len(prefix), lambda n: prefix[n] in kept)
+        blocks = bisect_left(prefix, True, key=lambda block: block not in kept)
         return blocks if kept.issuperset(prefix[:blocks]) else 1
 
     def hits(self, prefix: Sequence[int], most: int, above: int = 0) -> dict[InstanceId, int]:
@@ -54,7 +55,7 @@ class PrefixIndex:
         tie the instance that stored it last does."""
         found: dict[InstanceId, int] = {}
         holders = self._holders
-        blocks = _leading(len(prefix), lambda n: prefix[n] in holders)
+        blocks = bisect_left(prefix, True, key=lambda block: block not in holders)
         while blocks > above:
             here = holders[prefix[blocks - 1]]
             for instance in reversed(here):
@@ -63,11 +64,10 @@ class PrefixIndex:
                     if len(found) == most:
                         return found
             count = len(here)
-            blocks = _leading(blocks - 1, lambda n: len(holders.get(prefix[n], ())) > count)  # noqa: B023
+            blocks = bisect_left(
+                prefix,
+                True,
+                hi=blocks - 1,
+                key=lambda block: len(holders.get(block, ())) <= count,
+            )
         return found
-
-
-def _leading(count: int, holds: Callable[[int], bool]) -> int:
-    """The first number below `count` for which `holds` is false, else `count`; once it is false, it
-    stays so."""
-    return bisect_left(range(count), True, key=lambda n: not holds(n))
