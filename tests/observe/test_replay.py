@@ -63,7 +63,7 @@ SETTINGS = SchedulerSettings(
 
 # -- what a scheduler knows
 
-LEFT_OUT = {"version", "_versions", "_heaps", "standings", "heard"}
+LEFT_OUT = {"version", "_versions", "_heaps", "standings", "freeness", "heard"}
 """What may differ: numbers of changes, what is sorted by need and follows from the rest
 (`ClusterView.check`), and what became of a report."""
 

@@ -13,9 +13,9 @@ Rules
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from llumnix.core.limits import MigrationLimits
 from llumnix.core.priorities import Priorities
@@ -23,8 +23,8 @@ from llumnix.core.reports import LoadReport
 from llumnix.core.types import InstanceId
 
 _LIMITS = MigrationLimits()
-_Ranked = tuple[float, InstanceId]
-_Room = tuple[int, InstanceId]
+_ByFreeness = tuple[float, InstanceId]
+_ByRoom = tuple[int, InstanceId]
 """What an instance is sorted by, and its id; the lowest comes first."""
 
 
@@ -143,7 +143,7 @@ def mean_use(loads: Iterable[Load]) -> float:
 
 def ratio(spare: float, requests: int) -> float:
     """Tokens for each request; a shortage is not divided."""
-    return spare / max(1, requests) if spare > 0 else spare
+    return spare / (requests or 1) if spare > 0 else spare
 
 
 def derive(
@@ -204,6 +204,18 @@ def derive(
     )
 
 
+class Ranked(Protocol):
+    """An instance as `Standings` sees it."""
+
+    report: LoadReport
+    load: Load
+    freeness: float  # follows from the load when it is ranked; -inf unless it accepts requests
+
+    @property
+    def accepting(self) -> bool:
+        """Whether it takes requests."""
+
+
 @dataclass(slots=True)
 class Standings:
     """The parts that instances may have in a round of pairing, as far as their loads say. A round
@@ -213,77 +225,71 @@ class Standings:
     dispatch waits for that. Room is the largest request that fits, in KV tokens. An instance is
     open if it has no queue and could run one more request."""
 
+    instances: Mapping[InstanceId, Ranked]
+    """All that are known."""
+    changed: set[InstanceId] = field(default_factory=set)
+    """Those whose load has changed since they were ranked, or that came or went."""
     leaving: set[InstanceId] = field(default_factory=set)
     """Those that are being emptied. They have no other part."""
-    low: dict[InstanceId, _Ranked] = field(default_factory=dict)
+    low: dict[InstanceId, _ByFreeness] = field(default_factory=dict)
     """Those below the threshold of sources, or below zero, by freeness."""
-    blocked: dict[InstanceId, _Ranked] = field(default_factory=dict)
+    blocked: dict[InstanceId, _ByFreeness] = field(default_factory=dict)
     """Those with a head of the queue that cannot start, by freeness."""
-    free: dict[InstanceId, _Ranked] = field(default_factory=dict)
+    free: dict[InstanceId, _ByFreeness] = field(default_factory=dict)
     """Open ones above the threshold of destinations, by minus their freeness."""
-    roomy: dict[InstanceId, _Ranked] = field(default_factory=dict)
+    roomy: dict[InstanceId, _ByFreeness] = field(default_factory=dict)
     """Open ones at the threshold of sources or above, by minus the room that leaves them there."""
-    rooms: dict[InstanceId, _Room] = field(default_factory=dict)
+    rooms: dict[InstanceId, _ByRoom] = field(default_factory=dict)
     """Open ones with room for the least urgent class that leaves them at the threshold of sources
     or above, by that room."""
-    reserved: dict[InstanceId, _Room] = field(default_factory=dict)
+    reserved: dict[InstanceId, _ByRoom] = field(default_factory=dict)
     """Open ones below that threshold that keep headroom, by the room that they have without."""
-    _known: dict[InstanceId, tuple[int, Load, float]] = field(default_factory=dict)
-    _changed: set[InstanceId] = field(default_factory=set)  # since they were ranked
     _by: tuple[tuple[float, float], Priorities] | None = None  # what they were ranked by
 
-    def take(self, report: LoadReport, load: Load, freeness: float) -> None:
-        """Takes in the load of an instance. `freeness`: -inf if it is being emptied."""
-        self._known[report.instance] = report.block_tokens, load, freeness
-        self._changed.add(report.instance)
-
-    def drop(self, name: InstanceId) -> None:
-        """Forgets an instance."""
-        self._known.pop(name, None)
-        self._changed.add(name)
-
     def rank(self, thresholds: tuple[float, float], priorities: Priorities) -> "Standings":
-        """Gives their parts to the instances that changed; returns itself. `thresholds`: of sources
-        and of destinations."""
+        """Gives their freeness and their parts to the instances that changed; returns itself.
+        `thresholds`: of sources and of destinations."""
         if self._by is None or self._by[0] != thresholds or self._by[1] is not priorities:
             self._by = thresholds, priorities
-            self._changed |= self._known.keys()
-        for name in self._changed:
+            self.changed |= self.instances.keys()
+        parts = self.low, self.blocked, self.free, self.roomy, self.rooms, self.reserved
+        for name in self.changed:
             self.leaving.discard(name)
-            for part in (self.low, self.blocked, self.free, self.roomy, self.rooms, self.reserved):
+            for part in parts:
                 part.pop(name, None)
-            if (known := self._known.get(name)) is not None:
-                self._rank(name, *known, *self._by)
-        self._changed.clear()
+            if (known := self.instances.get(name)) is not None:
+                self._rank(name, known, *self._by)
+        self.changed.clear()
         return self
 
     def _rank(
         self,
         name: InstanceId,
-        block_tokens: int,
-        load: Load,
-        freeness: float,
+        known: Ranked,
         thresholds: tuple[float, float],
         priorities: Priorities,
     ) -> None:
-        below, above = thresholds
-        if freeness == -math.inf:
+        load, (below, above) = known.load, thresholds
+        if not known.accepting:
+            known.freeness = -math.inf
             self.leaving.add(name)
             return
-        if freeness < max(below, 0.0):
+        spare = load.spare(priorities)
+        known.freeness = freeness = ratio(spare, load.batch)
+        if freeness < below or freeness < 0:
             self.low[name] = freeness, name
         if load.is_blocked:
             self.blocked[name] = freeness, name
         if load.waiting or not load.has_slot:
             return
-        room, kept = load.room(block_tokens), below * (load.batch + 1)
+        room, kept = load.room(known.report.block_tokens), below * (load.batch + 1)
         left = int(load.spare_for(len(priorities) - 1, priorities) - kept)
         if left > 0 and room > 0:
             self.rooms[name] = min(left, room), name
         if freeness > above:
             self.free[name] = -freeness, name
         if freeness >= below:
-            self.roomy[name] = -min(int(load.spare(priorities) - kept), room), name
+            self.roomy[name] = -min(int(spare - kept), room), name
         elif priorities.headroom(load.total, load.running):
             # No headroom is kept from the most urgent class.
             self.reserved[name] = min(int(load.spare_for(0, priorities) - kept), room), name

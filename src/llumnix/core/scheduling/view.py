@@ -62,7 +62,7 @@ class InstanceView:
 
     report: LoadReport
     load: Load  # follows from the report and the bookings
-    freeness: float = 0.0  # follows from the load; -inf unless it accepts requests
+    freeness: float = 0.0  # follows from the load once ranked; -inf unless it accepts requests
     version: int = 0  # of load and freeness; never the same twice, in no run of any instance
     seen_s: float  # when the last report came
     stepped_s: float  # when a report last showed that its engine made steps, or ran nothing
@@ -135,7 +135,7 @@ class ClusterView:
         self._ended: dict[InstanceId, EngineIndex] = {}  # the newest run that is over
         self._ids: list[InstanceId] = []  # sorted
         self._destinations: dict[OrderId, InstanceId] = {}  # of orders in flight
-        self.standings = Standings()
+        self.standings = Standings(self._instances)
         self._heaps: dict[tuple[SortKey, int], list[_Ranked]] = {}
         self._dispatches = 0  # so far
         self._versions = 0  # given out so far
@@ -268,7 +268,7 @@ class ClusterView:
         known = self._instances.pop(instance, None)
         if known is None:
             return
-        self.standings.drop(instance)
+        self.standings.changed.add(instance)
         del self._ids[bisect_right(self._ids, instance) - 1]
         for order in list(known.orders):
             self._settle(known, order)
@@ -285,9 +285,10 @@ class ClusterView:
         """Takes thresholds that changed by this share, and drops the heaps sorted by them."""
         self._migration = migration
         thresholds = self.observed.migration_thresholds(migration)
-        if any(abs(n - o) > step * o for n, o in zip(thresholds, self.thresholds, strict=True)):
-            self.thresholds = thresholds
-            self._heaps.clear()
+        for new, old in zip(thresholds, self.thresholds, strict=True):
+            if abs(new - old) > step * old:
+                self.thresholds = thresholds
+                self._heaps.clear()
 
     def _unbook(self, known: InstanceView, request: RequestId) -> None:
         booking = known.bookings.pop(request, None)
@@ -315,8 +316,7 @@ class ClusterView:
 
     def _changed(self, known: InstanceView) -> None:
         known.load = derive(known.report, known.booked, known.booked_tokens, known.booked_cached)
-        known.freeness = known.load.freeness(self.priorities) if known.accepting else float("-inf")
-        self.standings.take(known.report, known.load, known.freeness)
+        self.standings.changed.add(known.report.instance)
         self._versions += 1
         known.version = self._versions
         if known.accepting:
@@ -371,7 +371,7 @@ class ClusterView:
         ids, sums of bookings, both ends of each order, standings, and each heap beside brute force.
         For tests and the simulator."""
         assert self._ids == sorted(self._instances), f"ids {self._ids}"
-        standings, ordered = Standings(), dict[OrderId, InstanceId | None]()
+        standings, ordered = Standings(self._instances), dict[OrderId, InstanceId | None]()
         for name, known in self._instances.items():
             booked = known.bookings.values()
             ranks = [sum(b.rank == r for b in booked) for r in range(len(self.priorities))]
@@ -380,14 +380,15 @@ class ClusterView:
             assert told == (ranks, sums), f"{name}: {told} booked, and bookings {known.bookings}"
             load = derive(known.report, known.booked, *sums)
             assert known.load == load, f"{name}: {known.load} is kept, {load} follows"
-            standings.take(known.report, load, known.freeness)
             ordered |= {order: self._destinations.get(order) for order in known.orders}
         assert ordered == self._destinations, f"{ordered}, and destinations {self._destinations}"
         for name, known in self._instances.items():
             for order in known.incoming:
                 assert ordered.get(order) == name, f"order {order} to {name} has no source"
         by = self.thresholds, self.priorities
-        assert self.standings.rank(*by) == standings.rank(*by), "standings do not follow loads"
+        kept = self.standings.rank(*by), [known.freeness for known in self]
+        ranked = standings.rank(*by), [known.freeness for known in self]
+        assert kept == ranked, "standings do not follow loads"
         for (key, rank), heap in list(self._heaps.items()):
             assert len(heap) <= self._heap_max, f"a heap of {len(heap)} entries"
             best = self.best(key, rank, now)
