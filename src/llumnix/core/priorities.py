@@ -61,7 +61,7 @@ class Priorities:
 
     def rank(self, priority: int) -> int:
         """The class of a request with that number."""
-        return min(bisect_left(self._numbers, priority), len(self._numbers) - 1)
+        return bisect_left(self._numbers, priority, hi=len(self._numbers) - 1)
 
     def rank_named(self, name: str) -> int:
         """The class of that name; `UsageError` if there is none."""
@@ -128,9 +128,8 @@ class Priorities:
         """Tokens to keep free on an instance of `total` KV tokens that runs that many requests of
         each class. `above`: only for classes that are more urgent than this rank."""
         share = 0.0
-        ranks = len(running) if above is None else min(above, len(running))
         for rank, headroom in self._with_headroom:
-            if rank < ranks and running[rank]:
+            if (above is None or rank < above) and rank < len(running) and running[rank]:
                 share += headroom
         if not share:
             return 0.0

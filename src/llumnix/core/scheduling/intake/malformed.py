@@ -48,10 +48,12 @@ def _report(report: LoadReport, classes: int) -> str | None:
         return f"{len(report.classes)} classes of requests, and there are {classes}"
     if min(_counts(report)) < 0 or report.block_tokens < 1:
         return "a count below 0"
-    if report.classes and min(min(_of_a_class(c)) for c in report.classes) < 0:
-        return "a class with a count below 0"
-    if not all(0 <= seconds < inf for seconds in _seconds(report)):  # NaN is neither.
-        return "seconds that are no time"
+    for known in report.classes:
+        if min(_of_a_class(known)) < 0:
+            return "a class with a count below 0"
+    for seconds in _seconds(report):
+        if not 0 <= seconds < inf:  # NaN is neither.
+            return "seconds that are no time"
     return _index(report.engine_index)
 
 
