@@ -6,6 +6,7 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -40,8 +41,6 @@ def test_what_fails_is_status_1_and_names_its_fix(
     ("check", "setting", "verdict", "fix"),
     [
         ("_open_files", ("resource.getrlimit", lambda _: (1024, 4096)), "WARN", "ulimit -n"),
-        ("_shared_memory", ("shutil.disk_usage", 64 * 2**20), "FAIL", "--shm-size"),
-        ("_shared_memory", ("shutil.disk_usage", 10**9), "WARN", "--shm-size"),
         ("_temporary_folder", ("tempfile.gettempdir", lambda: "/nowhere"), "FAIL", "TMPDIR"),
         ("_host_name", ("socket.getaddrinfo", OSError("unknown")), "WARN", "/etc/hosts"),
         ("_cores", ("os.sched_getaffinity", lambda _: {1}), "WARN", "core"),
@@ -53,9 +52,7 @@ def test_a_host_that_is_too_small_is_told_what_to_do(
 ) -> None:
     name, value = setting
     given = value
-    if isinstance(value, int):
-        given = lambda _: type("Usage", (), {"free": value})  # noqa: E731
-    elif isinstance(value, OSError):
+    if isinstance(value, OSError):
 
         def given(*_: Any) -> Any:
             raise value
@@ -64,6 +61,55 @@ def test_a_host_that_is_too_small_is_told_what_to_do(
     found = getattr(doctor, check)()
     assert found.verdict == verdict
     assert fix in found.fix
+
+
+EACH = 10 * (16 + 24) * 2**20
+
+
+@pytest.mark.parametrize(
+    ("gpus", "workers", "most", "gigabytes"),
+    [
+        (0, None, 2 * EACH, 1),
+        (0, 3, 3 * EACH, 2),
+        (1, None, EACH, 1),
+        (8, None, 8 * EACH + 10**9, 5),
+        (8, 2, 2 * EACH + 10**9, 2),
+    ],
+)
+def test_shared_memory_is_wanted_for_each_worker(
+    monkeypatch: pytest.MonkeyPatch, gpus: int, workers: int | None, most: int, gigabytes: int
+) -> None:
+    monkeypatch.setattr(
+        doctor, "_gpu_devices", lambda: [Path(f"/dev/nvidia{n}") for n in range(gpus)]
+    )
+    monkeypatch.delenv("VLLM_MQ_MAX_CHUNK_BYTES_MB", raising=False)
+    most += 80 * 2**20
+    for free, verdict in ((most, "OK"), (most - 1, "WARN"), (240 * 2**20, "FAIL")):
+        usage = SimpleNamespace(free=free)
+        monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _, usage=usage: usage)
+        (found,) = [f for f in doctor.look(workers) if f.what == "shared memory"]
+        assert found.verdict == verdict
+        if verdict != "OK":
+            assert f"--shm-size {gigabytes}g for Docker" in found.fix
+            assert f"{workers or gpus or 2} workers may take {most / 1e9:.2f}" in found.text
+
+
+def test_larger_messages_to_workers_want_more_shared_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(doctor, "_gpu_devices", list)
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**9))
+    monkeypatch.setenv("VLLM_MQ_MAX_CHUNK_BYTES_MB", "100")
+    found = doctor._shared_memory(1)
+    assert found.verdict == "FAIL"
+    assert found.text.endswith("vLLM starts no worker where less than 1.05 GB are free")
+
+
+def test_a_host_without_workers_is_no_question(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["doctor", "--workers", "0"])
+    assert ended.value.code == 2
+    assert "--workers must be 1 or more" in capsys.readouterr().err
 
 
 def test_a_ray_address_and_proxies_are_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1068,6 +1068,29 @@ def test_what_a_start_checks_is_what_the_server_checks_before_it_binds() -> None
     )
 
 
+def test_shared_memory_that_a_worker_wants_is_what_doctor_asks_for() -> None:
+    from vllm import envs
+    from vllm.distributed.device_communicators.shm_broadcast import MessageQueue, ShmRingBuffer
+
+    from llumnix.cluster.ray_runtime import OBJECT_STORE_BYTES
+    from llumnix.commands import doctor
+
+    who = "commands/doctor.py"
+    sizes = inspect.signature(MessageQueue.__init__).parameters
+    assert sizes["max_chunks"].default == doctor.RING_CHUNKS, who
+    assert sizes["max_chunk_bytes"].default == doctor.ANSWERS_CHUNK_MB * 2**20, who
+    assert envs.environment_variables["VLLM_MQ_MAX_CHUNK_BYTES_MB"]() == doctor.STEPS_CHUNK_MB, who
+    says(
+        MultiprocExecutor._init_executor,
+        "max_chunk_bytes = envs.VLLM_MQ_MAX_CHUNK_BYTES_MB * 1024 * 1024",
+        "self.rpc_broadcast_mq = MessageQueue( self.world_size, self.local_world_size,",
+        who=who,
+    )
+    says(WorkerProc._init_message_queues, "self.worker_response_mq = MessageQueue(1, 1)", who=who)
+    says(ShmRingBuffer, "check_shm_free_space(self.total_bytes_of_buffer)", who=who)
+    assert doctor.OBJECTS_BYTES == OBJECT_STORE_BYTES
+
+
 def test_an_executor_is_found_by_its_name_alone() -> None:
     who = "frontend/checks.py"
     text = source(Executor.get_class)

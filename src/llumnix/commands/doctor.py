@@ -2,9 +2,15 @@
 
 Each check looks at one thing that was seen to go wrong, and names the fix. Nothing is started, and
 neither vLLM nor Ray is imported.
+
+vLLM internals relied on here (tests/house/test_vllm_contract.py fails when one changes): an engine
+has a queue to its workers in shared memory, and each worker one to its engine. A queue is a ring of
+ten chunks, whose size `VLLM_MQ_MAX_CHUNK_BYTES_MB` sets for the first. vLLM makes none unless the
+whole ring were free, but a chunk takes only what the largest message in it so far took.
 """
 
 import argparse
+import math
 import os
 import platform
 import resource
@@ -17,15 +23,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from llumnix.commands.printing import print_json
-from llumnix.config import is_loopback
+from llumnix.config import is_loopback, knobs
 from llumnix.demo import cache_folder
 from llumnix.errors import UsageError
 from llumnix.versions import SUPPORTED, check_versions, commit, installed, versions_line
 
 FILES_WANTED = 4096
 """Open files: a client's connection is one in its frontend, and Ray asks for some hundred."""
-SHM_WANTED_GB, SHM_FEW_GB = 2.0, 0.5
-"""Shared memory: workers' rings, Ray's objects, and KV blocks on their way."""
+OBJECTS_BYTES = 80 * 2**20
+"""Ray's objects in shared memory. KV blocks on their way are not in /dev/shm."""
+RING_CHUNKS, STEPS_CHUNK_MB, ANSWERS_CHUNK_MB = 10, 16, 24
+"""vLLM's rings: of an engine's steps, and of a worker's answers. MB here are 2^20 bytes."""
+NCCL_BYTES = 10**9
+"""What NCCL's manual asks for where several GPUs work together."""
 MEMORY_WANTED_GB = 4.0
 SOCKET_NAME_MAX = 107
 """Bytes of a Unix socket's path on Linux."""
@@ -34,6 +44,8 @@ SOCKETS_BELOW = (
 )
 """What Ray and llumnix put behind the temporary folder, at the longest."""
 GB = 10**9
+INSTANCES = next(int(default) for name, default, _ in knobs() if name == "instances")
+"""What `llumnix serve` starts by itself. Each has one worker."""
 NVIDIA_TIMEOUT_S = 20.0
 
 
@@ -53,8 +65,17 @@ def doctor(argv: list[str]) -> int:
         prog="llumnix doctor", description="Looks whether this host is fit for `llumnix serve`."
     )
     parser.add_argument("--json", action="store_true", help="the findings as JSON")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="instances on this host, times their tensor and pipeline parallel sizes; by default "
+        "one worker a GPU, or two without GPUs",
+    )
     args = parser.parse_args(argv)
-    findings = list(look())
+    if args.workers is not None and args.workers < 1:
+        parser.error("--workers must be 1 or more")
+    findings = list(look(args.workers))
     if args.json:
         print_json([asdict(finding) for finding in findings])
     else:
@@ -85,11 +106,12 @@ def version(argv: list[str]) -> int:
     return 0
 
 
-def look() -> Iterable[Finding]:
-    """All findings. A check that fails in itself is one, too."""
+def look(workers: int | None = None) -> Iterable[Finding]:
+    """All findings. A check that fails in itself is one, too. `workers`: the processes that will
+    compute here, if the user says."""
     for check in CHECKS:
         try:
-            found = check()
+            found = _shared_memory(workers) if check is _shared_memory else check()
         except (OSError, ValueError, subprocess.SubprocessError) as error:
             found = _warn(check.__name__.strip("_"), f"could not be looked at ({error})", "")
         if found is not None:
@@ -128,15 +150,22 @@ def _open_files() -> Finding:
     return _warn("open files", f"up to {soft} (at most {hard})", fix)
 
 
-def _shared_memory() -> Finding:
-    free = shutil.disk_usage("/dev/shm").free / GB
-    text = f"{free:.1f} GB free in /dev/shm"
-    fix = "make it larger: --shm-size for Docker, a memory-backed emptyDir for Kubernetes"
-    if free < SHM_FEW_GB:
-        return _fail("shared memory", text, fix)
-    return (
-        _ok("shared memory", text) if free >= SHM_WANTED_GB else _warn("shared memory", text, fix)
+def _shared_memory(workers: int | None = None) -> Finding:
+    free, gpus = shutil.disk_usage("/dev/shm").free, len(_gpu_devices())
+    workers = workers or gpus or INSTANCES
+    chunk = int(os.environ.get("VLLM_MQ_MAX_CHUNK_BYTES_MB") or STEPS_CHUNK_MB)
+    rings = [RING_CHUNKS * mb * 2**20 for mb in (chunk, ANSWERS_CHUNK_MB)]
+    # Instances of several workers share the ring of steps, so one a worker is the most there is.
+    most = OBJECTS_BYTES + workers * sum(rings) + (NCCL_BYTES if min(workers, gpus) > 1 else 0)
+    text = (
+        f"{free / GB:.2f} GB free in /dev/shm, of which {workers} workers may take {most / GB:.2f}"
     )
+    size = math.ceil(most / GB)
+    fix = f"--shm-size {size}g for Docker, a memory-backed emptyDir of {size}Gi for Kubernetes"
+    if free <= max(rings):
+        text += f"; vLLM starts no worker where less than {max(rings) / GB:.2f} GB are free"
+        return _fail("shared memory", text, fix)
+    return _ok("shared memory", text) if free >= most else _warn("shared memory", text, fix)
 
 
 def _temporary_folder() -> Finding:
@@ -221,7 +250,7 @@ def _memory() -> Finding:
 def _gpus() -> Finding:
     program = shutil.which("nvidia-smi")
     if program is None:
-        devices = len(list(Path("/dev").glob("nvidia[0-9]*")))
+        devices = len(_gpu_devices())
         if devices:
             fix = "install the driver's tools, or give the container the `utility` capability"
             return _warn("GPUs", f"{devices} devices, but no nvidia-smi", fix)
@@ -241,6 +270,10 @@ def _gpus() -> Finding:
         fix = "KV then goes through the host's memory; see ACS and IOMMU in the host's BIOS"
         return _warn("GPUs", f"{count}, of which some cannot reach each other directly", fix)
     return _ok("GPUs", f"{count}, each reaches each")
+
+
+def _gpu_devices() -> list[Path]:
+    return list(Path("/dev").glob("nvidia[0-9]*"))
 
 
 def _service_manager() -> Finding | None:
