@@ -14,7 +14,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,12 @@ LEFT_ALONE = frozenset({"LLUMNIX_CACHE", "LLUMNIX_URL", CONFIG_VARIABLE})
 """Variables that are read elsewhere, at the place of the flag if there is one."""
 ALIASES = {"VLLM_API_KEY": "api_key"}
 """Variables of vLLM's that stand for a flag, where no variable of ours does."""
-_TWINS = {
+TWINS = {
     one: other
     for name in ("api_key", "admin_api_key")
     for one, other in ((name, f"{name}_file"), (f"{name}_file", name))
 }
+"""The flags of keys, and of files of keys, each with its other."""
 _SERVICE_LINK = re.compile(r"(tcp|udp|sctp)://\S+")
 """What Kubernetes writes into NAME_PORT and its like in pods beside a service called NAME."""
 _OF_SERVICE_LINK = re.compile(r"_SERVICE_(HOST|PORT)(_|$)|_PORT_\d+_(TCP|UDP|SCTP)(_|$)")
@@ -46,27 +47,6 @@ _SWITCH = {
     "1": True, "true": True, "yes": True, "on": True,
     "0": False, "false": False, "no": False, "off": False,
 }  # fmt: skip
-
-
-SECRET = frozenset({"api_key", "admin_api_key", "hf_token"})
-"""Flags whose values nobody is shown."""
-SCHEDULER_FLAGS = frozenset({
-    "scheduler-config", "policy", "min-instances", "max-instances", "queue-max", "priority-class",
-    "survival",
-})  # fmt: skip
-"""Flags that make the scheduler's settings (`DeploymentConfig`)."""
-MASK = "***"
-OURS = "llumnix"
-"""Where a value is from that nobody gave: llumnix's own, which differs from vLLM's default."""
-_SECRET_WORD = re.compile(
-    r"key$|token$|secret|passw|passphrase|credential|authorization", re.IGNORECASE
-)
-_SECRET_IN_TEXT = re.compile(
-    r"""(?ix) ( \w* (?: key | token | secret | passw\w* | passphrase | credential | authorization)
-    \w* ["']? \s* [=:] \s* ) (?: "[^"]*" | '[^']*' | [^\s,;)}\]]+ )"""
-)
-_SECRET_IN_URL = re.compile(r"(://)[^/@\s]*@")
-_NO_SETTING = frozenset({"subparser", "model_tag", "access", "config", "dispatch_function"})
 
 
 @dataclass(slots=True, kw_only=True)
@@ -109,7 +89,7 @@ def layered(
         before = frozenset(sources)
         for name, value, source in place:
             action = known[name]
-            if action.dest in sources or _TWINS.get(action.dest) in before:
+            if action.dest in sources or TWINS.get(action.dest) in before:
                 continue
             sources[action.dest] = source
             if action.dest == "model":
@@ -339,61 +319,3 @@ def _suit_demo_on_cpu(args: argparse.Namespace, defaults: argparse.Namespace) ->
     if args.dtype == defaults.dtype:
         # vLLM 0.32's bfloat16 attention for AMX was seen to give wrong answers (bare vLLM, a Xeon).
         args.dtype = "float32"
-
-
-# -- as users are shown them
-
-
-def settings_shown(
-    args: argparse.Namespace, defaults: argparse.Namespace, sources: Mapping[str, str]
-) -> list[dict[str, Any]]:
-    """Name, value and source of all that is not a default, by name. Secrets are masked."""
-    rows = []
-    for name, value in sorted(vars(args).items()):
-        if name in _NO_SETTING or (name not in sources and value == getattr(defaults, name, None)):
-            continue
-        rows.append({
-            "name": name.replace("_", "-"),
-            "value": MASK if name in SECRET else _shown(name, value),
-            "source": sources.get(name, OURS),
-        })  # fmt: skip
-    return rows
-
-
-def others_shown(
-    args: argparse.Namespace, defaults: argparse.Namespace, sources: Mapping[str, str]
-) -> dict[str, Any]:
-    """The same by name, without the scheduler's settings, and without keys, of which variables are
-    gone once they were read."""
-    left_out = SCHEDULER_FLAGS | {name.replace("_", "-") for name in {*SECRET, *_TWINS}}
-    rows = settings_shown(args, defaults, sources)
-    return {row["name"]: row["value"] for row in rows if row["name"] not in left_out}
-
-
-def _shown(name: str, value: Any) -> Any:
-    """As JSON, without a secret. The scheduler's tree of a --config file is a text here, and its
-    `key_caps` are keys."""
-    if name == "scheduler_config" and isinstance(value, str) and value.lstrip().startswith("{"):
-        value = yaml.safe_load(value)
-        if (value.get("priorities") or {}).get("key_caps"):
-            value["priorities"]["key_caps"] = MASK
-    return _plain(value)
-
-
-def _plain(value: Any) -> Any:
-    """As JSON, with what looks like a secret masked. Of a configuration object: what is set."""
-    if value is None or isinstance(value, bool | int | float):
-        return value
-    if isinstance(value, str):
-        return _SECRET_IN_URL.sub(rf"\1{MASK}@", value)
-    if is_dataclass(value) and not isinstance(value, type):
-        shown = {f.name: getattr(value, f.name, None) for f in fields(value) if f.repr}
-        return _plain({name: each for name, each in shown.items() if each not in (None, {}, [])})
-    if isinstance(value, Mapping):
-        return {
-            str(k): MASK if v and _SECRET_WORD.search(str(k)) else _plain(v)
-            for k, v in value.items()
-        }
-    if isinstance(value, list | tuple | set | frozenset):
-        return [_plain(each) for each in value]
-    return _plain(_SECRET_IN_TEXT.sub(rf"\1{MASK}", str(value)))

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from llumnix.errors import UsageError
-from llumnix.flag_sources import layered, settings_shown, suit_device
+from llumnix.flag_sources import layered, suit_device
+from llumnix.settings_shown import settings_shown
 
 
 @pytest.fixture

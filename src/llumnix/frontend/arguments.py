@@ -27,17 +27,7 @@ from llumnix.config import (
 from llumnix.core.settings import SchedulerSettings
 from llumnix.demo import DEMO_MODEL, is_demo, prepare_demo_model
 from llumnix.errors import UsageError
-from llumnix.flag_sources import (
-    ALIASES,
-    FLAG,
-    PREFIX,
-    SECRET,
-    Layered,
-    layered,
-    others_shown,
-    settings_shown,
-    suit_device,
-)
+from llumnix.flag_sources import ALIASES, FLAG, PREFIX, Layered, layered, suit_device
 from llumnix.frontend.checks import (
     check_executor,
     check_logs,
@@ -49,6 +39,7 @@ from llumnix.frontend.http.access import Access, digests
 from llumnix.reload.key_file import KeyRing
 from llumnix.reload.reloading import Reloading
 from llumnix.reload.settings_file import Given, SettingsFile
+from llumnix.settings_shown import SECRET, others_shown, settings_shown
 
 SHUTDOWN_TIMEOUT_S = 30
 PROBES = "/live,/ready,/health,/metrics"
