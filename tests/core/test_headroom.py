@@ -187,6 +187,7 @@ def test_headroom_of_several_classes_is_bounded_together() -> None:
     assert classes.headroom(TOTAL, (1, 1, 1)) == pytest.approx(450)
     assert classes.headroom(TOTAL, (0, 1, 1)) == pytest.approx(200)
     assert classes.headroom(TOTAL, (1, 1, 1), above=1) == pytest.approx(450)
+    assert classes.headroom(TOTAL, ()) == 0
 
 
 def test_a_need_below_zero_is_refused() -> None:

@@ -423,6 +423,10 @@ def test_heaps_follow_the_thresholds() -> None:
     tell(s, 0.1, report(2, 2, accepting=False, **long))
     s.view.check(0.1)
     assert place(s, 0.1, "b") == "i1"
+    short = {"finished": 50_100, "finished_tokens": 700_000}
+    tell(s, 0.2, report(2, 3, accepting=False, **short))
+    s.view.check(0.2)
+    assert place(s, 0.2, "c") == "i0"
 
 
 times = st.sampled_from([0.0, 0.0, 0.01, 0.3, 2.5])

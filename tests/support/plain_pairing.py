@@ -1,7 +1,6 @@
 """Pairing as its rules are told: each part of a round looks at all instances. Slow, and kept to
 hold `Pairing` to."""
 
-import math
 from collections.abc import Iterable, Iterator
 from itertools import islice, takewhile
 
@@ -35,7 +34,7 @@ class PlainPairing(Pairing):
     def round(self, view: ClusterView, now: float) -> list[MoveOrder]:
         """The moves that help now, recorded in the view."""
         for known in view:
-            known.freeness = known.load.freeness(view.priorities) if known.accepting else -math.inf
+            known.freeness = known.load.freeness(view.priorities)
         takers = [v for v in view if v.accepting and v.answers(now)]
         decided = list(self._drains(view, takers, now))
         if self._balance:

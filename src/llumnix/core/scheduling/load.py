@@ -8,11 +8,10 @@ Rules
 - Freeness F in decode steps: (total - virtual usage) / batch. Each running request takes a token a
   step, so F is how many steps the batch can take before memory runs out. A shortage is not divided
   by the batch, so that one more request or token never raises F.
-- An instance that is being emptied has a request of infinite size, and so a freeness of -inf.
+- An instance that is being emptied has no freeness: it takes nothing, and gives away all it has.
 - `Standings` keeps what a round of pairing needs of all loads, so that it looks at few of them.
 """
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
@@ -209,7 +208,7 @@ class Ranked(Protocol):
 
     report: LoadReport
     load: Load
-    freeness: float  # follows from the load when it is ranked; -inf unless it accepts requests
+    freeness: float  # as of when it was ranked and took requests
 
     @property
     def accepting(self) -> bool:
@@ -271,7 +270,6 @@ class Standings:
     ) -> None:
         load, (below, above) = known.load, thresholds
         if not known.accepting:
-            known.freeness = -math.inf
             self.leaving.add(name)
             return
         spare = load.spare(priorities)

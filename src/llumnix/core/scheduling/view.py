@@ -62,7 +62,7 @@ class InstanceView:
 
     report: LoadReport
     load: Load  # follows from the report and the bookings
-    freeness: float = 0.0  # follows from the load once ranked; -inf unless it accepts requests
+    freeness: float = 0.0  # as of when it was ranked for a round of pairing and took requests
     version: int = 0  # of load and freeness; never the same twice, in no run of any instance
     seen_s: float  # when the last report came
     stepped_s: float  # when a report last showed that its engine made steps, or ran nothing
