@@ -5,6 +5,7 @@ Small objects of vLLM's are made and asked where that is quick; for the rest, it
 
 import dataclasses
 import inspect
+import pickle
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -26,7 +27,7 @@ from vllm.utils.hashing import sha256  # noqa: E402
 from vllm.v1.core import kv_cache_utils  # noqa: E402
 from vllm.v1.core.kv_cache_manager import KVCacheManager  # noqa: E402
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler  # noqa: E402
-from vllm.v1.core.sched.output import SchedulerOutput  # noqa: E402
+from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput  # noqa: E402
 from vllm.v1.core.sched.request_queue import SchedulingPolicy, create_request_queue  # noqa: E402
 from vllm.v1.core.sched.scheduler import Scheduler  # noqa: E402
 from vllm.v1.engine import (  # noqa: E402
@@ -47,12 +48,19 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder  # noqa: E402
 from vllm.v1.structured_output import StructuredOutputManager  # noqa: E402
 from vllm.v1.worker.gpu import buffer_utils  # noqa: E402
 from vllm.v1.worker.gpu.buffer_utils import StagedWriteTensor, UvaBufferPool  # noqa: E402
+from vllm.v1.worker.gpu.model_runner import GPUModelRunner as RunnerV2  # noqa: E402
 from vllm.v1.worker.gpu.states import RequestState  # noqa: E402
 from vllm.v1.worker.gpu_input_batch import CachedRequestState  # noqa: E402
 from vllm.v1.worker.worker_base import WorkerWrapperBase  # noqa: E402
 
-from llumnix.engine.migration import unsupported  # noqa: E402
-from llumnix.engine.migration.packed_tokens import Gathered, Grown, Prompt, take_packed  # noqa: E402
+from llumnix.engine.migration import packed_tokens, unsupported  # noqa: E402
+from llumnix.engine.migration.packed_tokens import (  # noqa: E402
+    Gathered,
+    Grown,
+    Packed,
+    Prompt,
+    take_packed,
+)
 from llumnix.vllm_seam import V0_33, VERSION  # noqa: E402
 
 BLOCK = 4
@@ -394,6 +402,10 @@ def test_a_request_keeps_the_lists_of_its_tokens() -> None:
     says(Scheduler.schedule, "req._all_token_ids,", who="engine/migration/packed_tokens.py")
 
 
+def as_workers_get(thing: Any) -> Any:
+    return pickle.loads(pickle.dumps(thing))  # noqa: S301
+
+
 def test_runner_v2_takes_packed_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """All but the kernel that it launches in the end, which wants a GPU."""
     written: list[list[int]] = []
@@ -404,15 +416,19 @@ def test_runner_v2_takes_packed_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
                 contents.tolist()
             )
 
+    monkeypatch.setattr(packed_tokens, "_stay_packed", False)  # As it was, once this has ended.
     monkeypatch.setattr(buffer_utils, "_apply_write_kernel", Kernel())
     monkeypatch.setattr(buffer_utils, "is_uva_available", lambda: False)
     tokens = StagedWriteTensor((4, 100), torch.int32, torch.device("cpu"))
     take_packed(SimpleNamespace(req_states=SimpleNamespace(all_token_ids=tokens)))
     assert not isinstance(tokens._staged_write_contents, Gathered), "a way of its own is left"
+    assert isinstance(as_workers_get(Prompt([1])), Prompt)
     tokens.write_contents = UvaBufferPool(1, torch.int32)
     take_packed(SimpleNamespace(req_states=SimpleNamespace(all_token_ids=tokens)))
-    for _ in range(2):
-        tokens.stage_write(1, 0, Prompt([1, 2]).copy())
+    arrived = as_workers_get(Prompt([1, 2]).copy())
+    assert isinstance(arrived, Packed)
+    for tokens_of_one in (arrived, Prompt([1, 2]).copy()):
+        tokens.stage_write(1, 0, tokens_of_one)
         tokens.stage_write(2, 0, [3])
         tokens.stage_write(0, 0, [])
         tokens.apply_write()
@@ -424,6 +440,12 @@ def test_runner_v2_takes_packed_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
         "self.all_token_ids = StagedWriteTensor(",
         who="engine/migration/packed_tokens.py",
     )
+    says(RequestState.add_request, "prefill_len = len(all_token_ids)",
+        who="engine/migration/packed_tokens.py")  # fmt: skip
+    says(RunnerV2.add_requests, "prompt_len = new_req_data.prompt_len",
+        who="engine/migration/packed_tokens.py")  # fmt: skip
+    new = NewRequestData("r", arrived, [], None, None, ([],), 0, None, prefill_token_ids=arrived)
+    assert new.prompt_len == 2
     take_packed(SimpleNamespace())
 
 
