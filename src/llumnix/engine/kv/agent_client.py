@@ -56,16 +56,13 @@ class AgentClient:
     def __init__(
         self, *, agents: list[str], key: bytes, on_pulled: Callable[[Pulled], None]
     ) -> None:
-        """`on_pulled` is called on one thread of the client's, and must neither block nor raise."""
+        """`on_pulled` is called on the thread that learns of an end, which can be that of the
+        caller. It must neither block nor raise."""
         self._on_pulled = on_pulled
         # Guards the two below.
         self._lock = threading.Lock()
         self._joining: dict[int, _Joining] = {}
         self._closed = False
-        self._reports: queue.SimpleQueue[Pulled | None] = queue.SimpleQueue()
-        self._reporter = threading.Thread(
-            target=self._report, name="llumnix-kv-report", daemon=True
-        )
         self._agents = [
             AgentConnection(rank=rank, agent=agent, key=key, on_done=self._done)
             for rank, agent in enumerate(agents)
@@ -78,7 +75,6 @@ class AgentClient:
 
     def start(self) -> None:
         """Begins to take orders."""
-        self._reporter.start()
         for agent in self._agents:
             agent.start()
 
@@ -95,7 +91,7 @@ class AgentClient:
         if source:
             self._order(ticket, peers, source, destination)
         else:
-            self._reports.put(Pulled(ticket=ticket, bytes=0, seconds=0.0, error=None))
+            self._on_pulled(Pulled(ticket=ticket, bytes=0, seconds=0.0, error=None))
 
     def open_links(self, ticket: int, peers: list[str]) -> None:
         """Opens the connections that pulls from these peers will use. That takes long the first
@@ -140,13 +136,11 @@ class AgentClient:
         with self._lock:
             left = list(self._joining)
             self._joining.clear()
-            for ticket in left:
-                # A thread of ours still waits for a connection that is not answered.
-                self._reports.put(
-                    Pulled(ticket=ticket, bytes=0, seconds=0.0, error="the client was closed")
-                )
-        self._reports.put(None)
-        self._reporter.join(CLOSE_TIMEOUT_S)
+        for ticket in left:
+            # A thread of ours still waits for a connection that is not answered.
+            self._on_pulled(
+                Pulled(ticket=ticket, bytes=0, seconds=0.0, error="the client was closed")
+            )
 
     def _done(self, rank: int, done: Done) -> None:
         """One rank's answer. Any thread."""
@@ -162,18 +156,14 @@ class AgentClient:
             if joining.ranks:
                 return
             del self._joining[done.ticket]
-            self._reports.put(
-                Pulled(
-                    ticket=done.ticket,
-                    bytes=joining.bytes,
-                    seconds=joining.seconds,
-                    error="; ".join(joining.errors) or None,
-                )
+        self._on_pulled(
+            Pulled(
+                ticket=done.ticket,
+                bytes=joining.bytes,
+                seconds=joining.seconds,
+                error="; ".join(joining.errors) or None,
             )
-
-    def _report(self) -> None:
-        while (pulled := self._reports.get()) is not None:
-            self._on_pulled(pulled)
+        )
 
 
 class AgentConnection:
