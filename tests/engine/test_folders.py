@@ -83,7 +83,7 @@ def test_a_folder_inside_another_is_made_with_it_for_the_user_alone(tmp_path: Pa
 
 
 @pytest.mark.parametrize("which", ["outer", "outer/e0"])
-@pytest.mark.parametrize("how", ["open to all", "of somebody else", "a link"])
+@pytest.mark.parametrize("how", ["open to all", "open to its group", "of somebody else", "a link"])
 def test_a_folder_that_somebody_else_put_there_is_not_taken(
     tmp_path: Path, which: str, how: str
 ) -> None:
@@ -92,6 +92,8 @@ def test_a_folder_that_somebody_else_put_there_is_not_taken(
     folder.mkdir(mode=0o700, exist_ok=True)
     if how == "open to all":
         folder.chmod(0o777)
+    elif how == "open to its group":
+        folder.chmod(0o770)
     elif how == "a link":
         folder.rmdir()
         folder.symlink_to(tmp_path)
@@ -303,6 +305,31 @@ def test_an_engines_folder_goes_and_the_one_around_it_with_the_last(tmp_path: Pa
     killed_owner_of(dead)
     assert sweep(tmp_path) == [dead]
     assert not host.exists()
+
+
+def test_a_link_to_a_dead_owners_folder_stays_and_so_does_the_folder(tmp_path: Path) -> None:
+    elsewhere, swept = tmp_path / "elsewhere", tmp_path / "swept"
+    (swept / "llumnix-a").mkdir(parents=True)
+    elsewhere.mkdir()
+    (elsewhere / "lock").touch()
+    links = [swept / "llumnix-abcd1234", swept / "llumnix-a" / "e0"]
+    for link in links:
+        link.symlink_to(elsewhere)
+    assert sweep(swept) == []
+    assert [link.is_symlink() for link in links] == [True, True]
+    assert (elsewhere / "lock").exists()
+
+
+def test_a_folder_that_only_begins_like_a_removed_one_stays(tmp_path: Path) -> None:
+    """A user's, who knows no rule of ours."""
+    theirs = tmp_path / "llumnix-removed-lines"
+    ours = tmp_path / "llumnix-removed-0123abcd"
+    for folder in (theirs, ours):
+        folder.mkdir()
+        (folder / "kept").touch()
+    sweep(tmp_path)
+    assert list(tmp_path.iterdir()) == [theirs]
+    assert (theirs / "kept").exists()
 
 
 def test_another_users_folder_stays(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -55,7 +55,8 @@ RAY_ADDS = 60
 SHARED_MEMORY = Path("/dev/shm")
 SWEEP_EVERY_S = 1.0
 _GOING = PREFIX + "removed-"
-"""How names of folders begin that were renamed to be removed. No owner gives such a name."""
+_GONE = re.compile(_GOING + r"[0-9a-f]{8}")
+"""What folders are called that were renamed to be removed. No owner gives such a name."""
 _OURS = re.compile(PREFIX + r"[a-z0-9_]{8}|e\d+")
 """What owners call their folders: `mkdtemp` a deployment's, its number an engine's."""
 HOLD_TRIES, HOLD_AGAIN_S = 20, 0.04
@@ -136,7 +137,7 @@ def sweep(parent: Path) -> list[Path]:
 
 def _swept(folder: Path) -> bool:
     """Removes the folder if its owner is dead."""
-    if folder.name.startswith(_GOING):
+    if _GONE.fullmatch(folder.name):
         shutil.rmtree(folder, ignore_errors=True)
         return False
     with _taken(folder / _LOCK) as dead:
@@ -288,7 +289,7 @@ def _mode(folder: Path) -> int:
 def is_dead(folder: Path) -> bool:
     """Whether the folder had an owner, and the owner is dead."""
     with _taken(folder / _LOCK) as dead:
-        return _is_ours(folder) and (dead or folder.name.startswith(_GOING))
+        return _is_ours(folder) and (dead or _GONE.fullmatch(folder.name) is not None)
 
 
 def _own(lock: Path) -> int | None:
