@@ -520,6 +520,16 @@ def test_what_follows_a_bug_of_the_scheduler_is_left_out(
     )
 
 
+def test_a_decision_that_is_missing_before_a_bug_is_a_difference(
+    log: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    version, started, report, asked, _, *rest = log.read_text().splitlines(keepends=True)
+    failed = json.dumps({**json.loads(report), "kind": "failed", "why": "KeyError: 'i0'"}) + "\n"
+    log.write_text("".join([version, started, report, asked, failed, *rest]))
+    assert main(["replay", str(log)]) == 1
+    assert "line 5: before this line: was nothing, is Dispatch(" in capsys.readouterr().out
+
+
 def test_what_is_no_log_is_status_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = tmp_path / "other"
     other.write_text("hello\n")

@@ -600,6 +600,17 @@ def test_an_engine_that_was_idle_for_long_is_not_replayed_as_one_that_stood_stil
     assert len(lines(path)) < 50
 
 
+def test_what_was_left_out_before_a_bug_is_written_before_it(tmp_path: Path) -> None:
+    """Else the line would seem to come right after the last news."""
+    path = tmp_path / "log"
+    logged = Logged(path)
+    for number in (1, 2, 3):
+        logged.tell(report(0, number), number * 0.1)
+    logged.log.failed(report(0, 4), 0.4, "KeyError: 'i0'")
+    logged.log.close()
+    assert [line["kind"] for line in lines(path)][-3:] == ["fact", "again", "failed"]
+
+
 # -- a disk that is slow or full
 
 

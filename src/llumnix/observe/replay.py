@@ -95,6 +95,7 @@ class _Replay:
         elif kind == "dropped":
             self.forget(who, line["lines"])
         elif kind == "failed":
+            self.no_more(who)
             self.result.failed += 1
             self.forget(who, 0)
         elif kind == "decision" and who in self._schedulers:
