@@ -94,6 +94,12 @@ def test_shared_memory_is_wanted_for_each_worker(
             assert f"{workers or gpus or 2} workers may take {most / 1e9:.2f}" in found.text
 
 
+def test_a_user_says_how_many_workers_there_will_be(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["doctor", "--json", "--workers", "700"])
+    findings = {f["what"]: f for f in json.loads(capsys.readouterr().out)}
+    assert "of which 700 workers may take" in findings["shared memory"]["text"]
+
+
 def test_larger_messages_to_workers_want_more_shared_memory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -5,6 +5,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -252,6 +253,18 @@ def test_a_replay_says_after_which_fact_the_decisions_may_differ(
     assert failed["body"]["report"]["sequence"] == 2
     assert failed["why"] == "IndexError: a bug"
     assert replay(log) == Replayed(facts=1, failed=1, skipped=3)
+
+
+def test_a_fact_that_is_refused_is_no_bug_in_the_event_log(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    controller = Controller([f"ipc://{tmp_path}/c"], SchedulerSettings(), LogPlace(path=str(log)))
+    for fact in (report(0), report(0, 2, kv_tokens_used=-1), report(0, 3)):
+        controller._guarded(fact, partial(controller._handle, b"", fact))
+    controller.stop()
+    controller.run()  # It closes the log.
+    assert [line["kind"] for line in lines_of(log) if line["kind"] == "failed"] == []
+    assert replay(log).failed == 0
+    assert controller._refused.count == 1
 
 
 @pytest.mark.parametrize("kind", [RequestArrived, Tick])

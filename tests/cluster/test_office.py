@@ -524,6 +524,20 @@ async def test_requests_of_all_are_joined_and_who_is_silent_is_named(
         assert len(caplog.messages) == 1, "who is silent is told of by its own watch"
 
 
+async def test_a_frontend_that_ends_amid_a_question_has_not_failed_on_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with world(tmp_path) as w:
+        one, other = w.fronts
+        one.answers[YourRequests] = []
+        other.answers[YourRequests] = asyncio.sleep
+        asked = asyncio.create_task(one.control.requests())
+        await w.until(lambda: other.asked)
+        w.office.ended(other.client, "killed by SIGKILL")
+        assert (await asked).incomplete == ["f1"]
+        assert [told for told in caplog.messages if "failed on a question" in told] == []
+
+
 async def test_a_move_ordered_at_one_frontend_is_made_by_the_one_that_has_the_request(
     tmp_path: Path,
 ) -> None:

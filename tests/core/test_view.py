@@ -429,6 +429,17 @@ def test_heaps_follow_the_thresholds() -> None:
     assert place(s, 0.2, "c") == "i0"
 
 
+@pytest.mark.parametrize("changed", ["source_below", "destination_above"])
+def test_either_threshold_is_followed(changed: str) -> None:
+    s = scheduler()
+    tell(s, 0.0, report(0, 1))
+    assert place(s, 0.0, "a") == "i0"
+    assert s.view._heaps
+    s.view.follow(replace(FIXED, **{changed: 60.0}))
+    assert s.view.thresholds == ((60.0, 100.0) if changed == "source_below" else (48.0, 60.0))
+    assert not s.view._heaps
+
+
 times = st.sampled_from([0.0, 0.0, 0.01, 0.3, 2.5])
 facts = st.one_of(
     st.builds(

@@ -227,6 +227,39 @@ def test_a_client_that_is_closed_leaves_no_thread_though_its_agent_goes_on(rig: 
     assert [name for name in left if name.startswith(clients)] == []
 
 
+def test_a_ticket_is_free_again_once_its_end_was_told_and_is_told_no_more(rig: Rig) -> None:
+    peer = rig.agent(kv_tensors(1))
+    client = rig.client(rig.agent(kv_tensors(100)))
+    for _ in range(2):
+        client.pull(1, [peer], [0], [5])
+        assert rig.answer().error is None
+    client.close()
+    assert rig.pulled.empty()
+
+
+def test_a_pull_whose_agent_does_not_answer_is_told_once_as_the_client_is_closed(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agent_client, "CLOSE_TIMEOUT_S", 0.0)
+    called, go_on = threading.Event(), threading.Event()
+
+    def connects(*_: Any) -> Any:
+        called.set()
+        go_on.wait(10)
+        raise ConnectionRefusedError
+
+    monkeypatch.setattr(agent_client, "connect", connects)
+    client = rig.client("unix:/nobody")
+    client.pull(1, ["unix:/peer"], [0], [5])
+    assert called.wait(10)
+    client.close()
+    told = rig.pulled.get_nowait()
+    assert (told.ticket, told.error) == (1, "the client was closed")
+    go_on.set()
+    client._agents[0]._teller.join(10)
+    assert rig.pulled.empty()
+
+
 def test_no_peer_reads_memory_that_is_held_and_holding_waits_for_those_who_read() -> None:
     gate, reading, go_on = ReadGate(), threading.Event(), threading.Event()
 

@@ -61,6 +61,8 @@ def test_packed_tokens_can_be_read_like_a_list() -> None:
     whole = [*IDS, 7]
     assert list(grown) == grown == whole
     assert grown != IDS
+    assert grown != [0, *whole[1:]]
+    assert grown != packed(whole)
     assert (grown[0], grown[-1], grown[2:5], grown[5:]) == (3, 7, whole[2:5], whole[5:])
     assert [type(n) for n in (grown[0], *grown[:2], next(iter(grown)))] == [int] * 4
     assert np.array(grown).tolist() == whole
@@ -69,6 +71,16 @@ def test_packed_tokens_can_be_read_like_a_list() -> None:
     assert there.tolist() == whole
     with pytest.raises(IndexError):
         grown[len(whole)]
+
+
+@pytest.mark.usefixtures("stay_packed")
+def test_packed_tokens_are_gathered_without_a_number_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    arrived = sent(grown_by(7))
+    for name in ("__iter__", "__getitem__", "__array__"):
+        monkeypatch.setattr(Packed, name, None)
+    gathered = Gathered()
+    gathered.extend(arrived)  # type: ignore[arg-type]
+    assert gathered.tobytes() == packed([*IDS, 7])
 
 
 def test_a_copy_grows_by_itself() -> None:
