@@ -532,7 +532,7 @@ async def test_a_frontend_that_ends_amid_a_question_has_not_failed_on_it(
         one.answers[YourRequests] = []
         other.answers[YourRequests] = asyncio.sleep
         asked = asyncio.create_task(one.control.requests())
-        await w.until(lambda: other.asked)
+        await w.until(lambda: any(isinstance(q, YourRequests) for q in other.asked))
         w.office.ended(other.client, "killed by SIGKILL")
         assert (await asked).incomplete == ["f1"]
         assert [told for told in caplog.messages if "failed on a question" in told] == []
