@@ -307,6 +307,15 @@ def test_an_engines_folder_goes_and_the_one_around_it_with_the_last(tmp_path: Pa
     assert not host.exists()
 
 
+def test_an_empty_folder_that_a_user_may_have_made_stays(tmp_path: Path) -> None:
+    modes = {"llumnix-notes": 0o700, "llumnix-abcd1234": 0o755, "llumnix-abcd1235": 0o700}
+    for name, mode in modes.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name).chmod(mode)
+    assert sweep(tmp_path) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["llumnix-abcd1234", "llumnix-notes"]
+
+
 def test_a_link_to_a_dead_owners_folder_stays_and_so_does_the_folder(tmp_path: Path) -> None:
     elsewhere, swept = tmp_path / "elsewhere", tmp_path / "swept"
     (swept / "llumnix-a").mkdir(parents=True)
