@@ -38,8 +38,8 @@ HIGH, NORMAL = -100, 0
 class Engine:
     """An engine core without a model, and what of ours counts on it."""
 
-    def __init__(self, model: Path, blocks: int) -> None:
-        self.core: Any = engine_core(model, blocks=blocks)
+    def __init__(self, model: Path, blocks: int, **options: Any) -> None:
+        self.core: Any = engine_core(model, blocks=blocks, **options)
         self.scheduler = self.core.scheduler
         client: Any = SimpleNamespace()
         self.port = VllmPort(self.core, [], client, lambda ticket, why: None)
@@ -67,9 +67,10 @@ class Engine:
 @pytest.mark.parametrize("seed", range(8))
 def test_it_counts_as_one_that_has_just_begun(tiny_model: Path, seed: int) -> None:
     dice = random.Random(seed)
-    engine = Engine(tiny_model, 40)
+    engine = Engine(tiny_model, 28, max_num_batched_tokens=64)
     stopped: list[RequestId] = []
     seen: set[str] = set()
+    prompts = 0
     for n in range(600):
         here = sorted(engine.scheduler.requests.keys() - set(stopped))
         do = dice.choice(("add", "step", "step", "step", "abort", "stop", "resume", "release"))
@@ -85,7 +86,8 @@ def test_it_counts_as_one_that_has_just_begun(tiny_model: Path, seed: int) -> No
             engine.port.stop(stopped[-1])
         elif do in ("resume", "release") and stopped:
             name = stopped.pop(0)
-            engine.port.handover_state(name, 0)
+            if do == "release" or dice.random() < 0.5:
+                engine.port.handover_state(name, 0)
             getattr(engine.port, do)(name)
         else:
             continue
@@ -95,9 +97,13 @@ def test_it_counts_as_one_that_has_just_begun(tiny_model: Path, seed: int) -> No
         assert ours.prefill_tokens == fresh.prefill_tokens
         assert ours.head_tokens == fresh.head_tokens
         assert sum(c.running + c.waiting for c in ours.classes) == len(engine.scheduler.requests)
+        chunks = {r for r in engine.scheduler.running if r.is_prefill_chunk}
+        assert chunks <= engine.scheduler._inflight_prefills, "starts.py looks only there"
+        prompts += len(chunks)
     assert seen == {"add", "step", "abort", "stop", "resume", "release"}
     preempted = engine.reader.read().preemptions
     assert preempted, "memory should have been short"
+    assert prompts, "some should have been computed in chunks"
 
 
 class Counted(dict[str, Request]):

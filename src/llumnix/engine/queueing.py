@@ -25,7 +25,8 @@ another queue, which goes first. `schedule()` alone asks `peek_request()`, after
 running requests their blocks, and then either breaks off or takes that request with
 `pop_request()`: to run, with status RUNNING, or to skip it. Beside the blocks that a request needs
 to start, `kv_cache_manager.watermark_blocks` must be free, if any request runs. Each step that
-lands goes through `update_from_output(scheduler_output, ...)`.
+lands goes through `update_from_output(scheduler_output, ...)`. `_inflight_prefills` has each
+running request whose prompt is computed in chunks.
 """
 
 import heapq

@@ -194,6 +194,8 @@ class VllmSource:
             self._core.queue(known)
         elif known not in self._scheduler.running:
             self._scheduler.running.append(known)
+            if known.is_prefill_chunk:
+                self._scheduler._inflight_prefills.add(known)
 
     def release(self, request: RequestId) -> None:
         self._forget(request)

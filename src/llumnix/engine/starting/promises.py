@@ -109,13 +109,18 @@ class EnginePromises:
 
     def room(self, request: Request) -> int:
         """Blocks that must be free beside those that it needs to start."""
-        if self._forgot:
-            self._count()  # It has come since the last step.
+        least = self.least_room()
         ahead = self.slices.first(
             _key(request), int(request.num_tokens), request.num_output_tokens, self._most(request)
         )
-        others = sum(self._left_of(r) for r in self._others())
-        return (self._left + others + ahead) * self._growth.blocks
+        return least + ahead * self._growth.blocks
+
+    def least_room(self) -> int:
+        """`room`, of a request that takes no block in its slice."""
+        if self._forgot:
+            self._count()  # Requests have come since the last step.
+        others = sum(map(self._left_of, self._others()))
+        return (self._left + others) * self._growth.blocks
 
     def left(self, request: Request) -> int:
         """Blocks that a running request may still take, as it was last counted."""

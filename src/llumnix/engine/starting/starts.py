@@ -79,22 +79,23 @@ class Starts:
         """Before a step is scheduled."""
         scheduler, self._prompts = self._scheduler, []
         self._count_passer()
-        if self.promises is not None:
+        if self.promises is None:
+            prompts = scheduler._inflight_prefills
+            self._prompts = [r for r in prompts if r.is_prefill_chunk] if queue else []
+        else:
             # Where no slot is free nobody starts. An idle session has one.
             taken = len(scheduler.running) + scheduler.num_waiting_for_streaming_input
             if queue and taken < scheduler.max_num_active_reqs:
                 self.promises.before_step()
             else:
                 self.promises.skip(waiting=bool(queue))
-        if any(r.status in ABLE for r in scheduler.kv_holding_waiting):
+        holding = scheduler.kv_holding_waiting
+        if holding and any(r.status in ABLE for r in holding):
             self._kv.watermark_blocks = 0  # They have their memory, and must not wait for more.
         elif queue:
             self._kv.watermark_blocks = self.room(queue.first())
         else:
             self._kv.watermark_blocks = self._watermark
-        if not queue:
-            return
-        self._prompts = [r for r in scheduler.running if r.is_prefill_chunk]
 
     def room(self, request: Request) -> int:
         """Blocks that must be free beside what the request needs to start."""
@@ -103,6 +104,14 @@ class Starts:
         room *= self._growth.blocks
         if self.promises is not None and running:
             room = max(room, self.promises.room(request))
+        return max(self._watermark, room)
+
+    def _least_room(self) -> int:
+        """`room`, of whichever request needs least."""
+        running = len(self._scheduler.running)
+        room = self._rules.room(running, preempted=False) * self._growth.blocks
+        if self.promises is not None and running:
+            room = max(room, self.promises.least_room())
         return max(self._watermark, room)
 
     def passable(self, head: Request) -> bool:
@@ -119,13 +128,15 @@ class Starts:
             self.promises.admitting()
             promised = 0  # The rest of prompts is a part of `room`.
         free = self._kv.block_pool.get_num_free_blocks() - promised
-        chosen = head
-        if head.status in ABLE and not self._fits(head, free):
+        chosen, room = head, self.room(head)
+        if head.status in ABLE and not self._fits(head, free - room):
             seen = (head, queue.version, len(self._scheduler.running))
             if seen != self._in_vain[:-1] or free > self._in_vain[-1]:
                 chosen = self._passing(head, queue, free)
                 self._in_vain = (*seen, free) if chosen is head else ()
-        self._kv.watermark_blocks = self.room(chosen) + promised
+                if chosen is not head:
+                    room = self.room(chosen)
+        self._kv.watermark_blocks = room + promised
         return chosen
 
     def _passing(self, head: Request, queue: Any, free: int) -> Request:
@@ -135,16 +146,19 @@ class Starts:
             wait = Wait(since_s=now)
             head.llumnix_blocked = wait, head.num_preemptions
             queue.queue_again(head)
-        if not rules.may_pass(wait, now):
+        if not rules.may_pass(wait, now) or self._least_room() > free:
             return head
         needed = needed_tokens(head, self._block)
         group = head.priority, client_priority(head)
         for request in islice(iter(queue), 1, rules.passers + 1):
             if request.status not in ABLE or group != (request.priority, client_priority(request)):
                 continue
+            room = self.room(request)
+            if room > free:
+                continue  # Without a look at the prefix cache.
             blocks = start_blocks(self._scheduler, request)[0]
             tokens = blocks * self._block // self._growth.blocks
-            if rules.may_take(wait, needed, tokens) and blocks + self.room(request) <= free:
+            if rules.may_take(wait, needed, tokens) and blocks + room <= free:
                 self._passer = request, wait, tokens
                 return request
         return head
@@ -158,7 +172,9 @@ class Starts:
                 wait.passed_tokens += tokens
 
     def _fits(self, request: Request, free: int) -> bool:
-        free -= self.room(request)
+        """Whether it could start with so many free blocks."""
+        if free < 0:
+            return False
         # The prefix cache is looked up only where it decides.
         most = needed_tokens(request, self._block) // self._block * self._growth.blocks
         if self._growth.whole and most <= free:
