@@ -502,7 +502,7 @@ def test_facts_without_their_schedulers_start_are_left_out(
     assert main(["replay", str(log)]) == 0
     assert capsys.readouterr().out == (
         "0 facts, 0 decisions and 0 migration steps run again: no difference\n"
-        "2 facts left out: the log lacks their scheduler's start\n"
+        "2 facts left out: no start of a scheduler goes before them\n"
     )
 
 
@@ -516,7 +516,7 @@ def test_what_follows_a_bug_of_the_scheduler_is_left_out(
     assert capsys.readouterr().out == (
         "0 facts, 0 decisions and 0 migration steps run again: no difference\n"
         "1 fact could not be handled, which is a bug: what follows is not replayed\n"
-        "1 fact left out: the log lacks their scheduler's start\n"
+        "1 fact left out: no start of a scheduler goes before them\n"
     )
 
 

@@ -35,7 +35,7 @@ def replay(argv: list[str]) -> int:
             "not replayed"
         )
     if result.skipped:
-        print(f"{count(result.skipped, 'fact')} left out: the log lacks their scheduler's start")
+        print(f"{count(result.skipped, 'fact')} left out: no start of a scheduler goes before them")
     for difference in found:
         print(difference)
     return 1 if found else 0

@@ -90,6 +90,8 @@ class AgentClient:
             raise ValueError(f"{len(source)} blocks into {len(destination)}")
         if source:
             self._order(ticket, peers, source, destination)
+        elif self._closed:
+            raise RuntimeError("the client is closed")
         else:
             self._on_pulled(Pulled(ticket=ticket, bytes=0, seconds=0.0, error=None))
 
