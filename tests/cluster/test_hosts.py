@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -435,6 +436,22 @@ async def test_a_host_that_does_not_say_how_an_engine_died_is_not_waited_for(
     death = Death(why="it died")
     async with asyncio.timeout(0.4):
         assert await hosts.examine(run_on("ours", E1, 10), death) == death
+
+
+async def test_another_host_that_does_not_say_how_an_engine_died_is_lost() -> None:
+    hosts = Hosts(lambda *_: None, here=lambda: "ours")
+    w = Watched()
+
+    def gone(pid: int) -> Remains:
+        raise ConnectionError("the actor is unavailable")
+
+    w.host.examine = gone  # type: ignore[method-assign]
+    hosts._watches["theirs"] = w.watch
+    hosts._others["theirs"] = OtherHost("theirs")
+    run, death = run_on("theirs", E1, 10), Death(why="it died")
+    assert await hosts.examine(run, death) == replace(death, code=DeathCode.NODE)
+    oom = replace(death, code=DeathCode.OOM)
+    assert await hosts.examine(run, oom) == oom
 
 
 async def test_what_an_engine_computed_is_read_where_it_ran(

@@ -6,6 +6,7 @@ import pytest
 
 from llumnix.core.supervision.lifecycle import (
     DRAIN_TIMEOUT_S,
+    HOST_NOTICED_S,
     LIFE,
     Lifecycle,
     life_machine,
@@ -174,6 +175,25 @@ def test_a_death_while_restarting_counts_as_one_after_no_service_at_all() -> Non
     assert life.why is not None
     assert life.why.startswith("given up: crashed 5 times")
     assert life.why.endswith("the last time: killed")
+
+
+def test_the_loss_of_its_host_is_no_crash_nor_are_starts_there_until_that_is_noticed() -> None:
+    life = serving()
+    now_s = NOW_S
+    for _ in range(3 * CRASHES_MAX):
+        assert life.died("its host does not answer", now_s, host_lost=True) is A.RESTART
+        assert life.start_at_s == now_s
+        assert life.died("no answer", now_s + HOST_NOTICED_S) is A.RESTART
+        assert life.start_at_s == now_s + HOST_NOTICED_S + 1
+        now_s += HOST_NOTICED_S + 2
+        life.up(now_s)
+    assert life.crashes.crashes == 0
+    assert life.restarts == 6 * CRASHES_MAX
+    now_s += HOST_NOTICED_S
+    for _ in range(CRASHES_MAX - 1):
+        assert life.died("killed", now_s) is A.RESTART
+        life.up(now_s)
+    assert life.died("killed", now_s) is A.GIVE_UP
 
 
 @pytest.mark.parametrize("story", [crashed_often, lambda: restarting(CRASHES_MAX - 1)])

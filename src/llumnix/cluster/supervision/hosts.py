@@ -257,7 +257,8 @@ class Hosts:
             logger.warning("Engine %d could not be killed: %s", run.engine_index, error)
 
     async def examine(self, run: EngineRun, death: Death) -> Death:
-        """The same death, blamed or not as its host's traces have it."""
+        """The same death, blamed or not as its host's traces have it. Another host that does not
+        tell is lost."""
         watch = self._watch_of(run)
         if watch is None or death.fenced:
             return death
@@ -266,7 +267,9 @@ class Hosts:
                 traces = await off_loop(watch.traces, _pids(run)[0])
         except Exception as error:  # noqa: BLE001 - Ray's, of any kind
             logger.debug("the end of engine %d left no traces: %r", run.engine_index, error)
-            return death
+            elsewhere = run.facts is not None and run.facts.host in self._others
+            known = death.code is DeathCode.OOM or not elsewhere
+            return death if known else replace(death, code=DeathCode.NODE)
         traces = replace(traces, raised=traces.raised or death.blamed)
         code = death.code if death.code is DeathCode.OOM else code_of(traces)
         return replace(death, blamed=is_blamed(traces), code=code)

@@ -17,6 +17,7 @@ from llumnix.cluster.frontends.seam import Frontends
 from llumnix.cluster.supervision.hosts import Hosts
 from llumnix.cluster.supervision.member import Member
 from llumnix.cluster.supervision.runs import EngineLauncher, EngineRun
+from llumnix.core.codes import DeathCode
 from llumnix.core.events import DrainedBy
 from llumnix.core.limits import DRAIN_POLL_S
 from llumnix.core.supervision.blame import Death, Fenced
@@ -249,7 +250,7 @@ class Supervisor:
             tail = await self._hosts.tail(member.run)
             _tell_death(member, member.run, death, streams, tail)
         member.health = Health()
-        action = member.life.died(why, now_s)
+        action = member.life.died(why, now_s, host_lost=death.code is DeathCode.NODE)
         if action is LifeAction.RESTART:
             metrics.RESTARTS.labels(str(member.slot), death.code).inc()
         self._perform(member, action)

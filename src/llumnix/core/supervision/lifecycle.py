@@ -2,7 +2,8 @@
 
 Rules
 - An instance that never served is given up at its first death: the same would kill it again.
-- An instance that has served is started again, until core/supervision/restart.py gives it up.
+- An instance that has served is started again, until core/supervision/restart.py gives it up. The
+  loss of its host does not count there.
 - A drain ends in a stop, even if the engine dies meanwhile. Only an undrain prevents that.
 - After a stop the instance is gone, unless the order was to start it again.
 - A stop ends, even if the engine cannot be ended.
@@ -14,15 +15,19 @@ docs/operating.md is drawn from this table by scripts/draw_pages.py.
 """
 
 import enum
+import math
 from dataclasses import dataclass, field
 
 from llumnix.core.events import DrainedBy
 from llumnix.core.machine import Machine
-from llumnix.core.supervision.restart import GiveUp, RestartAfter, RestartPolicy
+from llumnix.core.supervision.restart import FIRST_DELAY_S, GiveUp, RestartAfter, RestartPolicy
 from llumnix.core.types import EngineIndex, InstanceId
 
 DRAIN_TIMEOUT_S = 300.0
 """How long a drain waits for the requests of its instance, unless its caller says otherwise."""
+HOST_NOTICED_S = 30.0
+"""Ray takes 10 to 20 s to notice that a host is gone. Until then it may start engines there, which
+fail."""
 
 
 class LifeState(enum.Enum):
@@ -167,6 +172,7 @@ class Lifecycle:
     start_at_s: float = 0.0  # when the next run may start
     serving_since_s: float = 0.0
     crashes: RestartPolicy = field(default_factory=RestartPolicy)
+    host_lost_s: float = -math.inf  # when it lost its host last
 
     @property
     def state(self) -> LifeState:
@@ -196,13 +202,20 @@ class Lifecycle:
         self.why, self.serving_since_s = None, now_s
         return action
 
-    def died(self, why: str, now_s: float) -> LifeAction:
-        """Its engine ended unasked, or did not come up."""
+    def died(self, why: str, now_s: float, *, host_lost: bool = False) -> LifeAction:
+        """Its engine ended unasked, or did not come up. The loss of its host counts as no crash,
+        nor does what fails while the cluster may still start it there."""
         if self.state is S.STARTING:
             self.why = f"could not be started: {why}"
             return self.machine.feed(E.DIED)
         served_s = now_s - self.serving_since_s if self.state is S.SERVING else 0.0
-        verdict = self.crashes.crashed(served_s)
+        if host_lost:
+            self.host_lost_s = now_s
+        if now_s - self.host_lost_s <= HOST_NOTICED_S:
+            delay_s = 0.0 if host_lost else FIRST_DELAY_S
+            verdict: RestartAfter | GiveUp = RestartAfter(delay_s=delay_s, why="its host was lost")
+        else:
+            verdict = self.crashes.crashed(served_s)
         if isinstance(verdict, GiveUp):
             self.why = f"given up: {verdict.why}; the last time: {why}"
             return self.machine.feed(E.DIED_TOO_OFTEN)
