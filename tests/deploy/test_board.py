@@ -227,5 +227,6 @@ def test_every_query_of_the_board_has_something_to_show(tmp_path: Path, tiny_mod
 def up(prometheus: httpx.Client) -> bool:
     """Whether it runs, and has scraped."""
     with contextlib.suppress(httpx.TransportError):
-        return any(one["value"][1] == "1" for one in samples(prometheus, "up"))
+        if prometheus.get("/-/ready").status_code == 200:
+            return any(one["value"][1] == "1" for one in samples(prometheus, "up"))
     return False
