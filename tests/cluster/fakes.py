@@ -12,6 +12,7 @@ from llumnix.cluster.fleet import Fleet
 from llumnix.cluster.supervision.member import Member
 from llumnix.cluster.supervision.runs import EngineRun
 from llumnix.config import DeploymentConfig
+from llumnix.core.codes import DeathCode
 from llumnix.core.events import DrainInstance, ScalingDecision
 from llumnix.core.reports import LoadReport
 from llumnix.core.settings import SchedulerSettings
@@ -203,11 +204,18 @@ class World:
     def member(self, instance: str) -> Member:
         return self.fleet._members[InstanceId(instance)]
 
-    def kill(self, instance: str, why: str = "killed", *, blamed: bool = False) -> None:
+    def kill(
+        self,
+        instance: str,
+        why: str = "killed",
+        *,
+        blamed: bool = False,
+        code: DeathCode = DeathCode.EXIT,
+    ) -> None:
         run = self.member(instance).run
         assert run is not None
         assert run.ended is not None
-        run.ended.set_result(Death(why=why, blamed=blamed))
+        run.ended.set_result(Death(why=why, blamed=blamed, code=code))
 
     @property
     def states(self) -> dict[str, str]:

@@ -10,6 +10,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from llumnix.core.codes import DeathCode
 from llumnix.core.events import (
     AddInstances,
     DrainInstance,
@@ -167,6 +168,23 @@ def test_crashes_far_apart_are_no_row(play: Callable[..., World]) -> None:
             w.kill("i1")
         await asyncio.sleep(0.1)
         assert w.states["i1"] == "serving"
+
+    play(script)
+
+
+def test_hosts_that_are_lost_again_and_again_have_no_instance_given_up(
+    play: Callable[..., World],
+) -> None:
+    async def script(w: World) -> None:
+        for _ in range(8):
+            await asyncio.sleep(10)
+            w.launcher.why_not = "the actor died"  # Ray has not noticed yet, and starts it there.
+            w.kill("i1", code=DeathCode.NODE)
+            await asyncio.sleep(5)
+            assert w.states["i1"] == "restarting"
+            w.launcher.why_not = None
+            await asyncio.sleep(2)
+            assert w.states["i1"] == "serving"
 
     play(script)
 
