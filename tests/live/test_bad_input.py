@@ -1,5 +1,6 @@
 """Bad input: one clear line that names the fix, exit status 2, nothing left running."""
 
+import fcntl
 import json
 import os
 import socket
@@ -12,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from llumnix.commands.registry import COMMANDS
-from llumnix.engine.folders import is_dead
 from support.server import eventually, unused_memory
 
 pytestmark = pytest.mark.live
@@ -103,6 +103,18 @@ def left_behind() -> set[Path]:
     """What dead processes left in shared memory and among the folders for sockets."""
     folders = Path(tempfile.gettempdir()).glob("llumnix-*")
     return {*map(Path, unused_memory()), *filter(is_dead, folders)}
+
+
+def is_dead(folder: Path) -> bool:
+    """Whether the folder had an owner, who is dead: nobody has its lock."""
+    if folder.name.startswith("llumnix-removed-"):
+        return True
+    try:
+        with (folder / "lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def complaint(*words: str, run: Callable[..., tuple[int, str]] = llumnix) -> str:

@@ -286,12 +286,6 @@ def _mode(folder: Path) -> int:
     raise PermissionError(f"{folder} is somebody else's")
 
 
-def is_dead(folder: Path) -> bool:
-    """Whether the folder had an owner, and the owner is dead."""
-    with _taken(folder / _LOCK) as dead:
-        return _is_ours(folder) and (dead or _GONE.fullmatch(folder.name) is not None)
-
-
 def _own(lock: Path) -> int | None:
     """Takes a folder's lock for good, made if it is not there: its descriptor, or None where the
     file system has no locks, so that the folder is never swept. BlockingIOError if another has it,

@@ -268,11 +268,11 @@ class Hosts:
         except Exception as error:  # noqa: BLE001 - Ray's, of any kind
             logger.debug("the end of engine %d left no traces: %r", run.engine_index, error)
             elsewhere = run.facts is not None and run.facts.host in self._others
-            known = death.code is DeathCode.OOM or not elsewhere
-            return death if known else replace(death, code=DeathCode.NODE)
-        traces = replace(traces, raised=traces.raised or death.blamed)
-        code = death.code if death.code is DeathCode.OOM else code_of(traces)
-        return replace(death, blamed=is_blamed(traces), code=code)
+            found = replace(death, code=DeathCode.NODE) if elsewhere else death
+        else:
+            traces = replace(traces, raised=traces.raised or death.blamed)
+            found = replace(death, blamed=is_blamed(traces), code=code_of(traces))
+        return replace(found, code=death.code) if death.code is DeathCode.OOM else found
 
     async def tail(self, run: EngineRun) -> list[str]:
         """The end of what a run has logged; empty if its host does not tell."""

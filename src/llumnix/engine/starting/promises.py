@@ -107,20 +107,18 @@ class EnginePromises:
         for request in running[len(self._known) :]:
             self._add(request)
 
-    def room(self, request: Request) -> int:
-        """Blocks that must be free beside those that it needs to start."""
-        least = self.least_room()
-        ahead = self.slices.first(
-            _key(request), int(request.num_tokens), request.num_output_tokens, self._most(request)
-        )
-        return least + ahead * self._growth.blocks
-
-    def least_room(self) -> int:
-        """`room`, of a request that takes no block in its slice."""
+    def room(self, request: Request | None) -> int:
+        """Blocks that must be free beside those that it needs to start. None: of a request that
+        takes no block in its slice."""
         if self._forgot:
             self._count()  # Requests have come since the last step.
+        ahead = 0 if request is None else self._first_slice(request)
         others = sum(map(self._left_of, self._others()))
-        return (self._left + others) * self._growth.blocks
+        return (self._left + others + ahead) * self._growth.blocks
+
+    def _first_slice(self, request: Request) -> int:
+        tokens, outputs = int(request.num_tokens), request.num_output_tokens
+        return self.slices.first(_key(request), tokens, outputs, self._most(request))
 
     def left(self, request: Request) -> int:
         """Blocks that a running request may still take, as it was last counted."""

@@ -97,21 +97,14 @@ class Starts:
         else:
             self._kv.watermark_blocks = self._watermark
 
-    def room(self, request: Request) -> int:
-        """Blocks that must be free beside what the request needs to start."""
+    def room(self, request: Request | None) -> int:
+        """Blocks that must be free beside what the request needs to start. None: whichever request
+        leaves least."""
         running = len(self._scheduler.running)
-        room = self._rules.room(running, preempted=bool(request.num_preemptions))
-        room *= self._growth.blocks
+        preempted = request is not None and bool(request.num_preemptions)
+        room = self._rules.room(running, preempted=preempted) * self._growth.blocks
         if self.promises is not None and running:
             room = max(room, self.promises.room(request))
-        return max(self._watermark, room)
-
-    def _least_room(self) -> int:
-        """`room`, of whichever request needs least."""
-        running = len(self._scheduler.running)
-        room = self._rules.room(running, preempted=False) * self._growth.blocks
-        if self.promises is not None and running:
-            room = max(room, self.promises.least_room())
         return max(self._watermark, room)
 
     def passable(self, head: Request) -> bool:
@@ -146,7 +139,7 @@ class Starts:
             wait = Wait(since_s=now)
             head.llumnix_blocked = wait, head.num_preemptions
             queue.queue_again(head)
-        if not rules.may_pass(wait, now) or self._least_room() > free:
+        if not rules.may_pass(wait, now) or self.room(None) > free:
             return head
         needed = needed_tokens(head, self._block)
         group = head.priority, client_priority(head)
