@@ -72,6 +72,14 @@ def spread(values: Sequence[float]) -> dict[str, float | None]:
     }
 
 
+def mean_of_worst(values: Sequence[float], share: float) -> float | None:
+    """The mean of the highest `share` of them, at least of one: unlike a percentile it says how bad
+    the tail is. None of nothing."""
+    if not values:
+        return None
+    return statistics.fmean(sorted(values)[-max(1, round(len(values) * share)) :])
+
+
 def satisfied(heads: Iterable[int], free: int) -> int:
     """How many tokens of free memory would satisfy heads of queues if it were in one place: the
     heads in ascending order while they fit."""
