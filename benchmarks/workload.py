@@ -13,7 +13,7 @@ from typing import Any
 import aiohttp
 
 from common import median
-from llumnix.sim.summary import spread
+from llumnix.sim.summary import mean_of_worst, spread
 from llumnix.sim.workloads.workload import PAIRS, Arrival, Workload
 
 __all__ = ["PAIRS", "Arrival", "Workload"]
@@ -153,8 +153,9 @@ def _spread(values: list[float | None]) -> dict[str, float | None]:
 
 def of_requests(answers: list[Answer], losses: list[float]) -> dict[str, Any]:
     """The figures that each class has too."""
+    first = [a.ttft_s for a in answers if a.done and a.ttft_s is not None]
     return {
-        "ttft_s": _spread([a.ttft_s for a in answers if a.done]),
+        "ttft_s": spread(first) | {"worst1": mean_of_worst(first, 0.01)},
         "tpot_s": _spread([a.tpot_s for a in answers]),
         "e2e_s": _spread([a.e2e_s for a in answers if a.done]),
         "preemption_loss_s": {
