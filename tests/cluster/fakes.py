@@ -12,7 +12,6 @@ from llumnix.cluster.fleet import Fleet
 from llumnix.cluster.supervision.member import Member
 from llumnix.cluster.supervision.runs import EngineRun
 from llumnix.config import DeploymentConfig
-from llumnix.core.codes import DeathCode
 from llumnix.core.events import DrainInstance, ScalingDecision
 from llumnix.core.reports import LoadReport
 from llumnix.core.settings import SchedulerSettings
@@ -210,12 +209,11 @@ class World:
         why: str = "killed",
         *,
         blamed: bool = False,
-        code: DeathCode = DeathCode.EXIT,
     ) -> None:
         run = self.member(instance).run
         assert run is not None
         assert run.ended is not None
-        run.ended.set_result(Death(why=why, blamed=blamed, code=code))
+        run.ended.set_result(Death(why=why, blamed=blamed))
 
     @property
     def states(self) -> dict[str, str]:

@@ -10,7 +10,6 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from llumnix.core.codes import DeathCode
 from llumnix.core.events import (
     AddInstances,
     DrainInstance,
@@ -175,11 +174,18 @@ def test_crashes_far_apart_are_no_row(play: Callable[..., World]) -> None:
 def test_hosts_that_are_lost_again_and_again_have_no_instance_given_up(
     play: Callable[..., World],
 ) -> None:
+    cut_off: list[Any] = []
+
+    async def lost(run: Any) -> bool:
+        return run in cut_off
+
     async def script(w: World) -> None:
+        w.fleet._supervisor._hosts.lost = lost  # type: ignore[method-assign]
         for _ in range(8):
             await asyncio.sleep(10)
             w.launcher.why_not = "the actor died"  # Ray has not noticed yet, and starts it there.
-            w.kill("i1", code=DeathCode.NODE)
+            cut_off.append(w.launcher.made[-1])
+            w.kill("i1")
             await asyncio.sleep(5)
             assert w.states["i1"] == "restarting"
             w.launcher.why_not = None

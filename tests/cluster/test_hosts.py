@@ -8,7 +8,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -438,20 +437,45 @@ async def test_a_host_that_does_not_say_how_an_engine_died_is_not_waited_for(
         assert await hosts.examine(run_on("ours", E1, 10), death) == death
 
 
-async def test_another_host_that_does_not_say_how_an_engine_died_is_lost() -> None:
+def unavailable(pid: int) -> Remains:
+    raise ConnectionError("the actor is unavailable")
+
+
+@pytest.mark.parametrize("host", ["ours", "theirs"])
+async def test_another_host_that_says_nothing_of_an_end_for_long_enough_is_lost(
+    monkeypatch: pytest.MonkeyPatch, host: str
+) -> None:
+    monkeypatch.setattr(hosts_module, "LOST_S", 0.3)
+    monkeypatch.setattr(hosts_module, "ASKED_AGAIN_S", 0.05)
+    monkeypatch.setattr(hosts_module, "EXAMINED_S", 0.05)
     hosts = Hosts(lambda *_: None, here=lambda: "ours")
     w = Watched()
+    hosts._watches[host] = w.watch
+    if host == "theirs":
+        hosts._others[host] = OtherHost(host)
+    run, tells = run_on(host, E1, 10), w.host.examine
 
-    def gone(pid: int) -> Remains:
-        raise ConnectionError("the actor is unavailable")
+    def slow(pid: int) -> Remains:
+        time.sleep(0.2)
+        return tells(pid)
 
-    w.host.examine = gone  # type: ignore[method-assign]
-    hosts._watches["theirs"] = w.watch
-    hosts._others["theirs"] = OtherHost("theirs")
-    run, death = run_on("theirs", E1, 10), Death(why="it died")
-    assert await hosts.examine(run, death) == replace(death, code=DeathCode.NODE)
-    oom = replace(death, code=DeathCode.OOM)
-    assert await hosts.examine(run, oom) == oom
+    def silent(pid: int) -> Remains:
+        time.sleep(0.6)
+        return tells(pid)
+
+    for examine, lost in ((tells, False), (slow, False), (silent, True), (unavailable, True)):
+        w.host.examine = examine  # type: ignore[method-assign]
+        assert await hosts.lost(run) == (lost and host == "theirs")
+    asked = []
+
+    def back(pid: int) -> Remains:
+        asked.append(pid)
+        return tells(pid) if len(asked) > 2 else unavailable(pid)
+
+    w.host.examine = back  # type: ignore[method-assign]
+    assert not await hosts.lost(run)
+    assert len(asked) == (3 if host == "theirs" else 0)
+    assert not await hosts.lost(run_on("new", E1, 10))
 
 
 async def test_what_an_engine_computed_is_read_where_it_ran(

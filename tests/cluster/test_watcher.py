@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from llumnix.core.codes import DeathCode
 from llumnix.core.supervision.blame import Death, Fenced
 from llumnix.core.supervision.hang import HOST_LOST_LOOKS, LOOK_EVERY_S, Standstill
 from llumnix.core.types import EngineIndex, RequestId
@@ -46,7 +48,10 @@ class FakeHosts:
         if death.fenced:
             return death
         await asyncio.sleep(0.001)
-        return Death(why=death.why, blamed=death.blamed or self.worker_crashed)
+        return replace(death, blamed=death.blamed or self.worker_crashed)
+
+    async def lost(self, run: Any) -> bool:
+        return run.facts is not None and run.facts.host in self.silent
 
     async def tail(self, run: Any) -> list[str]:
         await asyncio.sleep(self.tail_s)
@@ -316,6 +321,36 @@ def test_a_death_is_one_line_with_its_cause_and_the_end_of_the_engines_log(
     assert (second[1]["cause"], second[1]["tail"]) == ("stopped", ["last words of engine 1"])
     events = [r.llumnix["event"] for r in caplog.records if hasattr(r, "llumnix")]
     assert events == ["death", "restart", "ready"] * 2
+
+
+@pytest.mark.parametrize(
+    ("silent", "code", "told"),
+    [
+        (True, DeathCode.EXIT, "node"),
+        (False, DeathCode.EXIT, "exit"),
+        (True, DeathCode.OOM, "oom"),
+    ],
+)
+def test_an_end_whose_host_is_silent_is_the_loss_of_that_host(
+    play: Callable[[Script], Hosted],
+    caplog: pytest.LogCaptureFixture,
+    silent: bool,
+    code: DeathCode,
+    told: str,
+) -> None:
+    async def script(w: Hosted) -> None:
+        dying = w.member("i0").run
+        assert dying is not None
+        assert dying.ended is not None
+        if silent:
+            w.hosts.silent.add("h0")
+        dying.ended.set_result(Death(why="it is gone", code=code))
+        await asyncio.sleep(6)
+
+    with caplog.at_level(logging.INFO):
+        play(script)
+    causes = [r.llumnix["cause"] for r in caplog.records if "cause" in getattr(r, "llumnix", {})]
+    assert causes == [told]
 
 
 def test_a_fence_kills_though_the_log_is_slow_and_its_word_of_the_death_stands(

@@ -41,6 +41,10 @@ AGAIN_S = 2.0
 """Between two attempts to start it."""
 EXAMINED_S = 0.5
 """An end is looked into for no longer, as its streams wait."""
+LOST_S = 3.0
+"""A host that says nothing of an engine's end for so long is lost. A busy one says it sooner."""
+ASKED_AGAIN_S = 0.25
+"""After a question that failed at once."""
 MEMORY_LOOKS = 8
 """How far back the kernel's kills for want of memory are compared."""
 
@@ -87,7 +91,7 @@ class OtherHost:
         self._there().kill.remote(dict(processes))
 
     def examine(self, pid: int) -> Remains:
-        remains: Remains = ray.get(self._there().examine.remote(pid), timeout=EXAMINED_S)
+        remains: Remains = ray.get(self._there().examine.remote(pid), timeout=LOST_S)
         return remains
 
     def take_flight(self, path: str) -> Flight | None:
@@ -257,8 +261,7 @@ class Hosts:
             logger.warning("Engine %d could not be killed: %s", run.engine_index, error)
 
     async def examine(self, run: EngineRun, death: Death) -> Death:
-        """The same death, blamed or not as its host's traces have it. Another host that does not
-        tell is lost."""
+        """The same death, blamed or not as its host's traces have it, if the host tells."""
         watch = self._watch_of(run)
         if watch is None or death.fenced:
             return death
@@ -267,12 +270,31 @@ class Hosts:
                 traces = await off_loop(watch.traces, _pids(run)[0])
         except Exception as error:  # noqa: BLE001 - Ray's, of any kind
             logger.debug("the end of engine %d left no traces: %r", run.engine_index, error)
-            elsewhere = run.facts is not None and run.facts.host in self._others
-            found = replace(death, code=DeathCode.NODE) if elsewhere else death
-        else:
-            traces = replace(traces, raised=traces.raised or death.blamed)
-            found = replace(death, blamed=is_blamed(traces), code=code_of(traces))
-        return replace(found, code=death.code) if death.code is DeathCode.OOM else found
+            return death
+        traces = replace(traces, raised=traces.raised or death.blamed)
+        code = DeathCode.OOM if death.code is DeathCode.OOM else code_of(traces)
+        return replace(death, blamed=is_blamed(traces), code=code)
+
+    async def lost(self, run: EngineRun) -> bool:
+        """Whether the engine's host is another one that says nothing of its end, in `LOST_S`."""
+        watch = self._watch_of(run)
+        if watch is None or run.facts is None or run.facts.host not in self._others:
+            return False
+        try:
+            async with asyncio.timeout(LOST_S):
+                while not await self._tells(watch, _pids(run)[0]):
+                    await asyncio.sleep(ASKED_AGAIN_S)
+        except TimeoutError:
+            return True
+        return False
+
+    async def _tells(self, watch: HostWatch, pid: int) -> bool:
+        try:
+            await off_loop(watch.traces, pid)
+        except Exception as error:  # noqa: BLE001 - Ray's, of any kind
+            logger.debug("a host does not tell of process %d: %r", pid, error)
+            return False
+        return True
 
     async def tail(self, run: EngineRun) -> list[str]:
         """The end of what a run has logged; empty if its host does not tell."""

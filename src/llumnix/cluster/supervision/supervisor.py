@@ -12,6 +12,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 
 from llumnix.cluster.frontends.seam import Frontends
 from llumnix.cluster.supervision.hosts import Hosts
@@ -247,6 +248,8 @@ class Supervisor:
         _count(member.run, death)
         if member.run is not None and not death.fenced:
             streams = await self._lose(member.run, blamed=death.blamed)
+            if death.code is not DeathCode.OOM and await self._hosts.lost(member.run):
+                death = replace(death, code=DeathCode.NODE)
             tail = await self._hosts.tail(member.run)
             _tell_death(member, member.run, death, streams, tail)
         member.health = Health()
