@@ -11,13 +11,15 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from llumnix.cluster.supervision.hosts import LOST_S
 from llumnix.core.codes import DeathCode
 from llumnix.core.supervision.blame import Death, Fenced
 from llumnix.core.supervision.hang import HOST_LOST_LOOKS, LOOK_EVERY_S, Standstill
 from llumnix.core.types import EngineIndex, RequestId
+from llumnix.errors import LastInstanceError
 from support.virtual_time import run
 
-from .fakes import I1, World
+from .fakes import I0, I1, I2, World
 
 
 class FakeHosts:
@@ -51,7 +53,10 @@ class FakeHosts:
         return replace(death, blamed=death.blamed or self.worker_crashed)
 
     async def lost(self, run: Any) -> bool:
-        return run.facts is not None and run.facts.host in self.silent
+        if run.facts is None or run.facts.host not in self.silent:
+            return False
+        await asyncio.sleep(LOST_S)
+        return run.facts.host in self.silent
 
     async def tail(self, run: Any) -> list[str]:
         await asyncio.sleep(self.tail_s)
@@ -351,6 +356,71 @@ def test_an_end_whose_host_is_silent_is_the_loss_of_that_host(
         play(script)
     causes = [r.llumnix["cause"] for r in caplog.records if "cause" in getattr(r, "llumnix", {})]
     assert causes == [told]
+
+
+def test_an_instance_whose_host_may_be_lost_stands_in_for_no_other(
+    play: Callable[[Script], Hosted],
+) -> None:
+    async def script(w: Hosted) -> None:
+        w.hosts.silent.add("h1")
+        for dead in ("i1", "i2"):
+            w.kill(dead)
+            await asyncio.sleep(LOST_S / 3)
+            assert w.states[dead] == "serving"
+            assert [s.takes_requests for s in w.fleet.status() if s.id == dead] == [False]
+        with pytest.raises(LastInstanceError):
+            await w.fleet.drain(I0, "a user's order")
+        await w.fleet.drain(I1, "a user's order")
+        await asyncio.sleep(LOST_S / 3)
+        assert set(w.states) == {"i0", "i2"}
+
+    play(script)
+
+
+def test_a_drained_instance_takes_requests_at_once_though_the_others_host_may_not_be_lost(
+    play: Callable[[Script], Hosted],
+) -> None:
+    async def script(w: Hosted) -> None:
+        w.hosts.silent.add("h1")
+        w.hold("i0", 1)
+        w.hold("i2", 2)
+        await w.fleet.drain(I0, "a user's order")
+        w.kill("i1")
+        await asyncio.sleep(0.1)
+        assert not w.accepting("i0")
+        w.kill("i2")
+        await asyncio.sleep(0.1)
+        assert w.accepting("i0")
+        assert w.client.held[2] == 0, "its streams do not wait for what is found out of its host"
+        assert w.states == {"i0": "draining", "i1": "serving", "i2": "serving"}
+        await asyncio.sleep(15)
+        assert w.states == {"i1": "serving", "i2": "serving", "i0": "draining"}
+        assert not w.accepting("i0")
+
+    play(script)
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_a_death_is_told_though_an_order_comes_before_its_host_is_known_to_be_lost(
+    play: Callable[[Script], Hosted], caplog: pytest.LogCaptureFixture, again: bool
+) -> None:
+    async def script(w: Hosted) -> None:
+        w.hosts.silent.add("h1")
+        w.hold("i1", 3)
+        w.kill("i1")
+        w.kill("i2")
+        await asyncio.sleep(1)
+        await w.fleet.drain(I1, "a user's order", again=again)
+        await asyncio.sleep(1)
+        assert w.fleet.status()[-1].id == I2
+        # i2's is told as the fleet is closed.
+
+    with caplog.at_level(logging.ERROR):
+        play(script)
+    assert caplog.messages == [
+        "Instance i1 died (killed); 3 of its streams ended.",
+        "Instance i2 died (killed); 0 of its streams ended.",
+    ]
 
 
 def test_a_fence_kills_though_the_log_is_slow_and_its_word_of_the_death_stands(

@@ -247,7 +247,7 @@ class Fleet:
         then."""
         others = [m for m in self._members.values() if m is not member]
         needed = member.life.counts or member.life.renewed
-        if not needed or any(m.state is LifeState.SERVING for m in others):
+        if not needed or any(m.state is LifeState.SERVING and m.alive for m in others):
             return
         if not member.serves and any(m.life.counts for m in others):
             return

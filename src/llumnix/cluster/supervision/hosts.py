@@ -291,6 +291,8 @@ class Hosts:
     async def _tells(self, watch: HostWatch, pid: int) -> bool:
         try:
             await off_loop(watch.traces, pid)
+        except ray.exceptions.RayTaskError:
+            return True  # Its agent failed there, so that it is there.
         except Exception as error:  # noqa: BLE001 - Ray's, of any kind
             logger.debug("a host does not tell of process %d: %r", pid, error)
             return False

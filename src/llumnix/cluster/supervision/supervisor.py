@@ -114,7 +114,7 @@ class Supervisor:
             assert drain is not None
             others = [m for m in self._members.values() if m is not member]
             alone = not drain.force and not any(m.serves for m in others)
-            if alone and not any(m.life.coming or m.life.renewed or m.health.hung for m in others):
+            if alone and not any(m.life.counts or m.life.renewed for m in others):
                 extra = about("undrain", instance=member.id)
                 logger.warning("Instance %s serves on: there is no other.", member.id, extra=extra)
                 self.undrain(member)
@@ -214,7 +214,9 @@ class Supervisor:
         run = member.run
         assert run is not None
         assert run.ended is not None
-        return await self._hosts.examine(run, await asyncio.shield(run.ended))
+        death = await asyncio.shield(run.ended)
+        self._on_change()  # At once, as another that is drained may have to stand in for it.
+        return await self._hosts.examine(run, death)
 
     async def _start(self, member: Member) -> Death | None:
         """A new run of the member; returns None once it serves, or how it ended before."""
@@ -248,10 +250,13 @@ class Supervisor:
         _count(member.run, death)
         if member.run is not None and not death.fenced:
             streams = await self._lose(member.run, blamed=death.blamed)
-            if death.code is not DeathCode.OOM and await self._hosts.lost(member.run):
-                death = replace(death, code=DeathCode.NODE)
-            tail = await self._hosts.tail(member.run)
-            _tell_death(member, member.run, death, streams, tail)
+            tail: list[str] = []
+            try:
+                if death.code is not DeathCode.OOM and await self._hosts.lost(member.run):
+                    death = replace(death, code=DeathCode.NODE)
+                tail = await self._hosts.tail(member.run)
+            finally:  # An order may end this task meanwhile.
+                _tell_death(member, member.run, death, streams, tail)
         member.health = Health()
         action = member.life.died(why, now_s, host_lost=death.code is DeathCode.NODE)
         if action is LifeAction.RESTART:
