@@ -32,8 +32,8 @@ LEAST_LOSS_S = 1e-3
 
 
 def paper_gains() -> str:
-    """`infaas++` over `llumnix`: here, in the paper, and what no policy can exceed. P99 of TPOT, on
-    which the two are alike, is left to the table in seconds."""
+    """`infaas++` over `llumnix`: here, in the paper, and what no policy can exceed. P99 of TPOT
+    is left to the table in seconds."""
     found = load("paper/serving.json")
     rows = []
     for (trace, rate), figures in published("serving").items():

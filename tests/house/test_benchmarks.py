@@ -18,13 +18,13 @@ from transformers import AutoTokenizer
 from common import kinds, seed_range, simulate_all
 from llumnix.core.types import RequestId
 from llumnix.sim.model.jobs import Job
-from llumnix.sim.simulate import spread_over
+from llumnix.sim.simulate import figures_of, spread_over
 from prompt_steps import LONG, SECONDS, Task, compared, made
 from prompt_steps import run as run_with_prompts
 from shapes import write_shape
 from short_memory import COLUMNS, figures, key, ratios, run, specs
 from watch import PeerWatch
-from workload import LETTERS, Arrival, encode
+from workload import LETTERS, Answer, Arrival, encode, of_requests
 
 PAGE = """
 # TYPE vllm:num_requests_running gauge
@@ -152,6 +152,21 @@ def test_w1_is_the_mean_of_the_worst_hundredth() -> None:
     found = figures(jobs, cluster)
     assert (found["worst1"], found["longest"], found["loss"]) == (198.5, 199.0, 0.1)
     assert found["wait"] == found["ttft"] + 0.1
+
+
+def test_real_engines_have_the_figures_of_simulated_ones() -> None:
+    answers = [Answer(ttft_s=n, e2e_s=n + 1.0, tokens=2, error="") for n in range(200)]
+    given_up = [Answer(ttft_s=1000.0), Answer()]
+    found = of_requests([*answers, *given_up], [0.5] * 202)
+    assert (found["ttft_s"]["worst1"], found["ttft_s"]["max"]) == (198.5, 199.0)
+    jobs = [
+        Job(id=RequestId(f"r{n}"), arrived_s=0.0, prompt=1, answer=2, first_s=n, ended_s=n + 1.0)
+        for n in range(200)
+    ]
+    simulated = figures_of(jobs)
+    assert found.keys() == simulated.keys()
+    assert found["ttft_s"] == simulated["ttft_s"]
+    assert (found["requests_done"], found["requests_failed"]) == (200, 2)
 
 
 def prompt_task(load: str, **changes: Any) -> Task:

@@ -4,7 +4,7 @@ Figures of a run (times in seconds). benchmarks/live.py has the same for real en
 estimates `preemption_loss_s` from gaps between tokens, and does not count instances that start in
 `instances_mean`.
 - ttft_s, e2e_s: from a request's arrival to its first and its last token at the client; tpot_s:
-  between the two, a token. Of requests that ended.
+  between the two, a token. Of requests that ended. worst1: the mean of the worst 1 %.
 - preemption_loss_s: the time from a preemption to the next token, over requests that ended.
 - fragmentation_blocked: the share of all KV memory that is free and would satisfy heads of queues
   that do not fit where they are, if it were in one place (heads in ascending order while they fit).
