@@ -52,7 +52,7 @@ class Served:
         settings = PrioritySettings(classes=CLASSES, preempt=preempt, aging_s=aging_s)
         classes = Priorities(settings)
         self.queueing = Queueing(self.scheduler, classes, lambda: self.now_s, rules)
-        self.urgent = UrgentAdmission(self.scheduler, classes)
+        self.urgent = UrgentAdmission(self.scheduler, classes, self.queueing)
         self.reader = LoadReader(self.scheduler, 8, classes, blocked=self.queueing.blocked)
         client: Any = None
         self.port = VllmPort(self.core, [], client, lambda ticket, why: None)
@@ -180,6 +180,18 @@ def test_an_urgent_request_preempts_for_the_room_too(tiny_model: Path) -> None:
     it.add("urgent", 8, priority=HIGH)  # Ten are free, and three would run.
     it.step()
     assert {r.request_id for r in it.scheduler.running} == {"a", "urgent"}
+
+
+def test_it_preempts_none_for_the_room_of_another_that_is_passed_over(tiny_model: Path) -> None:
+    it = Served(tiny_model, GROW, preempt=True).running(4)
+    it.add("b", 4)
+    assert it.step() == ["b"]
+    first = it.add("first", 2, priority=HIGH)
+    first.num_preemptions = 1  # It leaves twice as much.
+    first.num_stale_output_tokens = 1
+    it.add("urgent", 7, priority=HIGH)  # Ten are free, and three would run.
+    assert it.step() == ["urgent"]
+    assert {r.request_id for r in it.scheduler.running} == {"a", "b", "urgent"}
 
 
 def test_behind_a_head_that_does_not_fit_the_small_ones_start(tiny_model: Path) -> None:

@@ -135,7 +135,7 @@ class EngineInstance(MemoryCalls, EngineCoreActor):
         priorities = config.llumlet.priorities
         rules, arriving = config.llumlet.queue_rules, self._host.port.destination.arriving
         self._queueing = Queueing(self.scheduler, priorities, rules=rules, arriving=arriving)
-        self._urgent = UrgentAdmission(self.scheduler, priorities, self._queueing.left)
+        self._urgent = UrgentAdmission(self.scheduler, priorities, self._queueing)
         self._stepped_s, self._deferrals, self._changed = 0.0, Deferrals(), True
         self._prefixes: PrefixReader | None = None
         if config.llumlet.looks_at_caches:

@@ -275,6 +275,12 @@ class Queueing:
         return self._starts.room(head), self._starts.passable(head)
 
     @property
+    def room(self) -> Callable[[Request], int] | None:
+        """Says how many blocks must be free beside those that a request needs to start. None:
+        vLLM's watermark does."""
+        return None if self._starts is None else self._starts.room
+
+    @property
     def for_reports(self) -> dict[str, Callable[[Request], Any]]:
         """What it says to a `LoadReader`, and hears from it."""
         return {"blocked": self.blocked, "ended": self.ended}

@@ -20,8 +20,6 @@ vLLM internals relied on here (tests/house/test_vllm_contract.py fails when one 
 `Scheduler._preempt_request` takes a request that was taken out of `running` between two steps, as
 `reset_prefix_cache` has it; `max_num_active_reqs` and `num_waiting_for_streaming_input` bound
 `running`, `max_num_scheduled_tokens` a step; running requests are scheduled before waiting ones;
-`kv_cache_manager.watermark_blocks` must be free beside what the head needs (engine/queueing.py sets
-it before);
 `_request_blocks_can_be_freed` says whether blocks return to the pool at once; a request that waits
 is skipped, and those behind it looked at, if its status is another than WAITING or PREEMPTED, if it
 has `num_stale_output_tokens` without `drop_stale_output`, or if its adapter would be one too many
@@ -39,6 +37,7 @@ from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.request import Request
 
 from llumnix.core.priorities import Priorities
+from llumnix.engine.queueing import Queueing
 from llumnix.engine.readings import ABLE, client_priority, start_blocks
 
 PASSED_OVER_MAX = 8
@@ -46,17 +45,21 @@ PASSED_OVER_MAX = 8
 
 
 class UrgentAdmission:
-    """For one engine core. Works only with priority scheduling and at least two classes. `left`:
-    blocks that are promised to a running request, which the watermark has in it."""
+    """For one engine core. Works only with priority scheduling and at least two classes.
+    `queueing`: whose rules say what must stay free; None: vLLM's watermark alone."""
 
     def __init__(
         self,
         scheduler: Any,
         priorities: Priorities,
-        left: Callable[[Request], int] = lambda request: 0,
+        queueing: Queueing | None = None,
     ) -> None:
         self._scheduler = scheduler
-        self._left = left
+        watermark = int(scheduler.kv_cache_manager.watermark_blocks)
+        self._room: Callable[[Request], int] = lambda request: watermark
+        self._left: Callable[[Request], int] = lambda request: 0
+        if queueing is not None and queueing.room is not None:
+            self._room, self._left = queueing.room, queueing.left
         self._priorities = priorities
         self._on = (
             priorities.preempt
@@ -143,7 +146,7 @@ class UrgentAdmission:
             slots=active + 1 - scheduler.max_num_active_reqs,
             blocks=needed
             + sum(max(0, w.blocks - self._left(r)) for w, r in beyond)
-            + kv.watermark_blocks
+            + self._room(head)
             - kv.block_pool.get_num_free_blocks(),
             tokens=min(head.num_tokens - cached, budget - len(running))
             + sum(w.tokens for w in running)

@@ -89,13 +89,8 @@ class Starts:
                 self.promises.before_step()
             else:
                 self.promises.skip(waiting=bool(queue))
-        holding = scheduler.kv_holding_waiting
-        if holding and any(r.status in ABLE for r in holding):
-            self._kv.watermark_blocks = 0  # They have their memory, and must not wait for more.
-        elif queue:
-            self._kv.watermark_blocks = self.room(queue.first())
-        else:
-            self._kv.watermark_blocks = self._watermark
+        # Those that hold KV wait for no more. `choose` sets it for those of the queue.
+        self._kv.watermark_blocks = 0
 
     def room(self, request: Request | None) -> int:
         """Blocks that must be free beside what the request needs to start. None: whichever request
