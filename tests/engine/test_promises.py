@@ -99,7 +99,6 @@ def test_the_rest_of_a_prompt_is_promised_once(tiny_model: Path) -> None:
 
 def test_an_urgent_request_preempts_no_more_than_its_slice_needs(tiny_model: Path) -> None:
     it = Served(tiny_model, SLICES, preempt=True)
-    it.urgent._left = it.queueing.left
     for name in "abc":
         it.add(name, 2)
     it.step()
@@ -241,7 +240,7 @@ def test_the_sum_follows_what_happens_and_nobody_covered_is_preempted(
     blocks = dice.randrange(24, 70)
     rules = replace(PASS, slices=SliceRules(tokens=dice.choice((0, 20, 48, 100))))
     it = Served(tiny_model, rules, blocks=blocks, ahead=ahead, preempt=True)
-    it.urgent._left, it.reader._ended = it.queueing.left, it.queueing.ended
+    it.reader._ended = it.queueing.ended
     account = of(it)
     left = most = checked = step = covered_steps = 0
     asked = account.admitting
