@@ -150,9 +150,11 @@ def test_a_revived_request_is_one_trace(server: Server, collector: Collector) ->
     first = streamed(server, "revived", f"00-{trace}-{parent}-01", kill)
 
     def all_there() -> bool:
-        return {s.name for s in collector.of_trace(trace)} >= {"llumnix.revival", "llm_request"}
+        names = [s.name for s in collector.of_trace(trace)]
+        some = {"llumnix.request", "llumnix.revival", "llm_request"} <= set(names)
+        return some and names.count("llumnix.dispatch") == 2
 
-    eventually(all_there, 20, str(collector.of_trace(trace)))
+    eventually(all_there, 20, f"its spans: {collector.spans[-20:]}")
     spans = collector.of_trace(trace)
     (request,) = [s for s in spans if s.name == "llumnix.request"]
     assert {s.parent for s in spans if s is not request} == {request.id}
