@@ -20,6 +20,8 @@ vLLM internals relied on here (tests/house/test_vllm_contract.py fails when one 
 `Scheduler._preempt_request` takes a request that was taken out of `running` between two steps, as
 `reset_prefix_cache` has it; `max_num_active_reqs` and `num_waiting_for_streaming_input` bound
 `running`, `max_num_scheduled_tokens` a step; running requests are scheduled before waiting ones;
+where no rules of ours say more, `kv_cache_manager.watermark_blocks` must be free beside what the
+head needs;
 `_request_blocks_can_be_freed` says whether blocks return to the pool at once; a request that waits
 is skipped, and those behind it looked at, if its status is another than WAITING or PREEMPTED, if it
 has `num_stale_output_tokens` without `drop_stale_output`, or if its adapter would be one too many
