@@ -13,7 +13,7 @@ from typing import Any
 import aiohttp
 
 from common import median
-from llumnix.sim.summary import mean_of_worst, spread
+from llumnix.sim.summary import spread, spread_and_tail
 from llumnix.sim.workloads.workload import PAIRS, Arrival, Workload
 
 __all__ = ["PAIRS", "Arrival", "Workload"]
@@ -155,7 +155,7 @@ def of_requests(answers: list[Answer], losses: list[float]) -> dict[str, Any]:
     """The figures that each class has too."""
     first = [a.ttft_s for a in answers if a.done and a.ttft_s is not None]
     return {
-        "ttft_s": spread(first) | {"worst1": mean_of_worst(first, 0.01)},
+        "ttft_s": spread_and_tail(first),
         "tpot_s": _spread([a.tpot_s for a in answers]),
         "e2e_s": _spread([a.e2e_s for a in answers if a.done]),
         "preemption_loss_s": {

@@ -8,6 +8,7 @@ python benchmarks/paper/serving.py [--seeds N or FIRST:END] [--requests 10000] [
 """
 
 import time
+from itertools import zip_longest
 from typing import Any
 
 from common_paper import Found, arguments, column, markdown, save, simulate, spec
@@ -70,18 +71,13 @@ def ratios(found: Found, bounds: dict[str, list[Any]]) -> str:
     rows = []
     for (trace, rate), published in PUBLISHED.items():
         cells = [f"{trace} {rate:g}"]
-        for (name, pick), pair in zip(FIGURES, published, strict=True):
+        for (name, pick), pair in zip_longest((*FIGURES, *OURS), published):
             base = column(found, f"{trace} infaas++", pick)
             ours = format_ratio(base, column(found, f"{trace} llumnix", pick))
-            most = ""
+            beside = [] if pair is None else [f"{pair[0] / pair[1]:.3g}"]
             if name != "preemption loss, s":
-                most = f", ≤ {format_ratio(base, [pick(b) for b in bounds[trace]])}"
-            cells.append(f"{ours} ({pair[0] / pair[1]:.3g}{most})")
-        for _, pick in OURS:
-            base = column(found, f"{trace} infaas++", pick)
-            ours = format_ratio(base, column(found, f"{trace} llumnix", pick))
-            most = format_ratio(base, [pick(b) for b in bounds[trace]])
-            cells.append(f"{ours} (≤ {most})")
+                beside.append(f"≤ {format_ratio(base, [pick(b) for b in bounds[trace]])}")
+            cells.append(f"{ours} ({', '.join(beside)})")
         rows.append(cells)
     names = [n.partition(",")[0] for n, _ in (*FIGURES, *OURS)]
     return markdown(["infaas++ : llumnix (published, bound)", *names], rows)

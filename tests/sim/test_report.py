@@ -23,7 +23,7 @@ from llumnix.sim.report.data import (
 )
 from llumnix.sim.report.page import three_digits, write_report
 from llumnix.sim.report.timeline import ARCS_MAX, drawable, timeline, wrapped
-from llumnix.sim.summary import mean_of_worst, t_975
+from llumnix.sim.summary import spread_and_tail, t_975
 from sim.fake_result import fake_result
 
 SMALL = {"rates": (2.0, 4.0), "seeds": 2, "instances": 6, "samples": 20}
@@ -291,8 +291,8 @@ def test_the_arithmetic_of_small_things() -> None:
     known = {1: 12.706, 4: 2.776, 30: 2.042, 31: 2.040, 60: 2.000, 120: 1.980}
     assert {n: t_975(n) for n in known} == pytest.approx(known, abs=1e-3)
     hundreds = [*range(300), 1000.0]
-    assert mean_of_worst(hundreds, 0.01) == (298 + 299 + 1000) / 3
-    assert [mean_of_worst([2.0, 1.0], 0.01), mean_of_worst([], 0.01)] == [2.0, None]
+    assert spread_and_tail(hundreds)["worst1"] == (298 + 299 + 1000) / 3
+    assert [spread_and_tail(some)["worst1"] for some in ([2.0, 1.0], [])] == [2.0, None]
     assert downsampled([1, None, 3, None, None, 5], 2) == [1.0, 3.0, 5.0]
     assert downsampled([None, None], 2) == [None]
     assert evenly_picked(range(11), 3) == [0, 5, 10]

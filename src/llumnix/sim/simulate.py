@@ -37,7 +37,7 @@ from llumnix.sim.model.faults import FaultInjector, Faults
 from llumnix.sim.model.jobs import Job
 from llumnix.sim.model.profile import Profile
 from llumnix.sim.static_batches import serve_static
-from llumnix.sim.summary import mean_of_worst, satisfied, spread
+from llumnix.sim.summary import satisfied, spread, spread_and_tail
 from llumnix.sim.workloads.workload import Workload
 
 SAMPLES = 400
@@ -303,7 +303,7 @@ def figures_of(jobs: Sequence[Job]) -> dict[str, Any]:
     done = [j for j in jobs if j.ended_s is not None]
     first = [j.first_s - j.arrived_s for j in done if j.first_s is not None]
     return {
-        "ttft_s": spread(first) | {"worst1": mean_of_worst(first, 0.01)},
+        "ttft_s": spread_and_tail(first),
         "tpot_s": spread([t for j in done if (t := _tpot(j)) is not None]),
         "e2e_s": spread([j.ended_s - j.arrived_s for j in done if j.ended_s is not None]),
         "preemption_loss_s": {"mean": _mean([j.lost_s for j in done])},

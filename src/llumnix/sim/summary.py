@@ -72,12 +72,11 @@ def spread(values: Sequence[float]) -> dict[str, float | None]:
     }
 
 
-def mean_of_worst(values: Sequence[float], share: float) -> float | None:
-    """The mean of the highest `share` of them, at least of one: unlike a percentile it says how bad
-    the tail is. None of nothing."""
-    if not values:
-        return None
-    return statistics.fmean(sorted(values)[-max(1, round(len(values) * share)) :])
+def spread_and_tail(values: Sequence[float]) -> dict[str, float | None]:
+    """`spread`, and `worst1`: the mean of the highest 1 %, at least of one. Unlike a percentile it
+    says how bad the tail is."""
+    worst = sorted(values)[-max(1, round(len(values) * 0.01)) :]
+    return spread(values) | {"worst1": statistics.fmean(worst) if worst else None}
 
 
 def satisfied(heads: Iterable[int], free: int) -> int:

@@ -39,14 +39,18 @@ class Member:
     def serves(self) -> bool:
         """Whether requests may be sent to it, and are answered. False at once if its engine dies,
         though its life is told of that a few seconds later."""
-        return self.state is LifeState.SERVING and self.alive and self.health.hung is None
+        return self.state is LifeState.SERVING and self._answers
 
     @property
     def takes_requests(self) -> bool:
         """As `serves`, but true of one too that takes requests while it is drained."""
         drain = self.life.drain
         held = self.state is LifeState.DRAINING and drain is not None and drain.held
-        return self.serves or (held and self.alive and self.health.hung is None)
+        return (self.state is LifeState.SERVING or held) and self._answers
+
+    @property
+    def _answers(self) -> bool:
+        return self.alive and self.health.hung is None
 
     def status(self) -> InstanceStatus:
         """What a user gets to see."""
