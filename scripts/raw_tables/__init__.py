@@ -46,7 +46,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "six figures": six_figures,
     "goals": goals,
     "memory": memory,
-    "serving ratios": lambda: ratios((SERVED_2[0], *SERVED_4, *SERVED_SHORT, *SHARED)),
+    "serving ratios": lambda: ratios((*SERVED_SHORT, SERVED_2[0], *SERVED_4, *SHARED)),
     "moves": lambda: moves("gpu/migration_h200_vllm033.json", "gpu/migration_h200_uni.json"),
     "others": lambda: others("gpu/migration_h200_now.json", "gpu/migration_h200_tp2.json"),
     "drains": lambda: drains(

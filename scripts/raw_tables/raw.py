@@ -17,7 +17,10 @@ RATIOS = {
     "e2e mean": ("e2e_s", "mean"),
 }
 SERVED_4 = ("gpu/serving_4.json", "mooncake-conversation"), ("gpu/serving_4.json", "sharegpt")
-SERVED_SHORT = ("gpu/serving_short.json", "sharegpt"), ("gpu/serving_short.json", "azure-conv")
+SERVED_SHORT = (
+    ("gpu/serving_2_sharegpt.json", "sharegpt"),
+    ("gpu/serving_2_azure.json", "azure-conv"),
+)
 SERVED_2 = (
     ("gpu/serving_2_vllm033.json", "mooncake-conversation"),
     ("gpu/serving_2_vllm033.json", "sharegpt"),

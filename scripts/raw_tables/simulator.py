@@ -202,12 +202,12 @@ def fidelity(name: str) -> str:
 
 SITUATIONS = {
     "memory short for moments at most, on GPUs": [
-        ("fidelity_h200.json", "mooncake-conversation", 16.0),
-        ("fidelity_h200.json", "sharegpt", 28.0),
+        ("fidelity_h200.json", "mooncake-conversation", 8.0),
+        ("fidelity_h200.json", "sharegpt", 14.0),
     ],
     "memory full for a while, on GPUs": [
-        ("fidelity_h200.json", "sharegpt", 22.0),
-        ("fidelity_h200.json", "azure-conv", 26.0),
+        ("fidelity_h200.json", "sharegpt", 11.0),
+        ("fidelity_h200.json", "azure-conv", 13.0),
         ("fidelity_h100.json", "M-M", 7.0),
     ],
     "memory full for a while, on paced CPU engines": [
