@@ -103,7 +103,7 @@ class FakeRun:
 
     def __init__(self, index: int) -> None:
         self.engine_index = EngineIndex(index)
-        self.facts = None
+        self.facts = self.remains = None
         self.placed = False
         self.unwanted = False
         self.counted = self.fenced = False

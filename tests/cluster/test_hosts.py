@@ -317,9 +317,9 @@ def test_a_kill_names_the_processes_that_were_seen() -> None:
 def test_a_kill_for_want_of_memory_is_told_by_the_kernels_count() -> None:
     w = Watched()
     w.host.memory_kills = 1
-    assert w.watch.traces(10).out_of_memory
+    assert w.watch.remains(10).traces.out_of_memory
     w.look(100)
-    assert not w.watch.traces(10).out_of_memory, "that was before"
+    assert not w.watch.remains(10).traces.out_of_memory, "that was before"
 
 
 def test_a_host_that_does_not_answer_is_silent_since_its_last_answer() -> None:
@@ -374,7 +374,7 @@ def test_a_host_without_engines_is_not_asked(monkeypatch: pytest.MonkeyPatch) ->
 
 def run_on(host: str, index: EngineIndex, *pids: int) -> Any:
     facts = SimpleNamespace(host=host, pid=pids[0], workers=list(pids[1:]), flight=f"f{index}")
-    return SimpleNamespace(engine_index=index, facts=facts)
+    return SimpleNamespace(engine_index=index, facts=facts, remains=None)
 
 
 async def test_a_stopped_process_is_noticed_though_the_event_loop_stands_still(
@@ -416,12 +416,13 @@ async def test_a_death_is_blamed_by_what_its_host_knows(
     w.host.traces = traces
     hosts._watches["ours"] = w.watch
     run = run_on("ours", E1, 10)
+    fenced = Death(why="fenced", blamed=before, fenced=True)
+    assert await hosts.examine(run, fenced) == fenced
+    assert run.remains is None, "nobody is asked of a fenced one"
     death = await hosts.examine(run, Death(why="it died", blamed=before))
     assert death == Death(why="it died", blamed=after, code=code)
     by_memory = await hosts.examine(run, Death(why="it died", blamed=True, code=DeathCode.OOM))
     assert by_memory.code is DeathCode.OOM, "Ray's word goes before the log's"
-    fenced = Death(why="fenced", blamed=before, fenced=True)
-    assert await hosts.examine(run, fenced) == fenced
     assert await hosts.tail(run) == ["its last line"]
     elsewhere = Death(why="it died", blamed=before)
     assert await hosts.examine(run_on("new", E2, 1), elsewhere) == elsewhere
@@ -458,7 +459,10 @@ async def test_another_host_that_says_nothing_of_an_end_for_long_enough_is_lost(
     hosts._watches[host] = w.watch
     if host == "theirs":
         hosts._others[host] = OtherHost(host)
-    run, tells = run_on(host, E1, 10, 11), w.host.examine
+    tells = w.host.examine
+
+    async def lost() -> bool:
+        return await hosts.lost(run_on(host, E1, 10, 11))
 
     def slow(pid: int) -> Remains:
         time.sleep(0.2)
@@ -471,7 +475,7 @@ async def test_another_host_that_says_nothing_of_an_end_for_long_enough_is_lost(
     def fails(pid: int) -> Remains:
         raise ray.exceptions.RayTaskError("examine", "", PermissionError("its log"))
 
-    for examine, lost in (
+    for examine, is_lost in (
         (tells, False),
         (slow, False),
         (fails, False),
@@ -479,7 +483,7 @@ async def test_another_host_that_says_nothing_of_an_end_for_long_enough_is_lost(
         (unavailable, True),
     ):
         w.host.examine = examine  # type: ignore[method-assign]
-        assert await hosts.lost(run) == (lost and host == "theirs")
+        assert await lost() == (is_lost and host == "theirs")
     asked: list[int] = []
 
     def refuses(pid: int) -> Remains:
@@ -487,7 +491,7 @@ async def test_another_host_that_says_nothing_of_an_end_for_long_enough_is_lost(
         return unavailable(pid)
 
     w.host.examine = refuses  # type: ignore[method-assign]
-    assert await hosts.lost(run) == (host == "theirs")
+    assert await lost() == (host == "theirs")
     assert len(asked) <= 0.6 / 0.05 + 1, "it is asked with pauses"
     asked.clear()
 
@@ -496,9 +500,63 @@ async def test_another_host_that_says_nothing_of_an_end_for_long_enough_is_lost(
         return tells(pid) if len(asked) > 2 else unavailable(pid)
 
     w.host.examine = back  # type: ignore[method-assign]
-    assert not await hosts.lost(run)
+    assert not await lost()
     assert asked == ([10] * 3 if host == "theirs" else [])
     assert not await hosts.lost(run_on("new", E1, 10))
+
+
+@pytest.mark.parametrize("host", ["ours", "theirs"])
+async def test_a_host_is_asked_once_how_an_engine_ended_and_its_late_word_counts(
+    monkeypatch: pytest.MonkeyPatch, host: str
+) -> None:
+    monkeypatch.setattr(hosts_module, "EXAMINED_S", 0.05)
+    hosts = Hosts(lambda *_: None, here=lambda: "ours")
+    w = Watched()
+    hosts._watches[host] = w.watch
+    if host == "theirs":
+        hosts._others[host] = OtherHost(host)
+    tells, asked = w.host.examine, list[int]()
+    w.host.traces = Traces(crashed=True)
+
+    def slow(pid: int) -> Remains:
+        asked.append(pid)
+        time.sleep(0.3)
+        return tells(pid)
+
+    w.host.examine = slow  # type: ignore[method-assign]
+    run, death = run_on(host, E1, 10, 11), Death(why="it died", code=DeathCode.EXIT)
+    assert await hosts.examine(run, death) == death, "its streams do not wait for it"
+    assert await hosts.tail(run) == []
+    waiting = asyncio.create_task(hosts.lost(run))
+    await asyncio.sleep(0)
+    waiting.cancel()  # An order.
+    assert not await hosts.lost(run)
+    await run.remains
+    assert (await hosts.examine(run, death)).code is DeathCode.SIGNAL
+    assert await hosts.tail(run) == ["its last line"]
+    assert asked == [10]
+
+
+@pytest.mark.parametrize("host", ["ours", "theirs"])
+async def test_a_host_that_cannot_read_a_log_is_not_asked_again(host: str) -> None:
+    hosts = Hosts(lambda *_: None, here=lambda: "ours")
+    w, asked = Watched(), list[int]()
+    hosts._watches[host] = w.watch
+    if host == "theirs":
+        hosts._others[host] = OtherHost(host)
+
+    def fails(pid: int) -> Remains:
+        asked.append(pid)
+        error = PermissionError("its log")
+        raise error if host == "ours" else ray.exceptions.RayTaskError("examine", "", error)
+
+    w.host.examine = fails  # type: ignore[method-assign]
+    run, death = run_on(host, E1, 10), Death(why="its engine stopped", code=DeathCode.EXIT)
+    async with asyncio.timeout(hosts_module.EXAMINED_S):
+        assert await hosts.examine(run, death) == death
+        assert await hosts.tail(run) == []
+        assert not await hosts.lost(run)
+    assert asked == [10]
 
 
 async def test_what_an_engine_computed_is_read_where_it_ran(

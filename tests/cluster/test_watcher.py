@@ -23,13 +23,16 @@ from .fakes import I0, I1, I2, World
 
 
 class FakeHosts:
-    """`silent` hosts do not answer; `killed` engines were to be ended."""
+    """`silent` hosts do not answer; `killed` engines were to be ended. Once a host has been asked
+    for as long as it takes, `late` is how it says that an engine died."""
 
     def __init__(self) -> None:
         self.silent: set[str] = set()
         self.watched: list[set[EngineIndex]] = []
         self.killed: list[EngineIndex] = []
         self.worker_crashed = False
+        self.late: Death | None = None
+        self.waited_for = False
         self.recorded: dict[EngineIndex, frozenset[RequestId]] = {}
         self.closed = False
         self.tail_s = 0.001
@@ -50,9 +53,12 @@ class FakeHosts:
         if death.fenced:
             return death
         await asyncio.sleep(0.001)
+        if self.waited_for and self.late is not None:
+            return self.late
         return replace(death, blamed=death.blamed or self.worker_crashed)
 
     async def lost(self, run: Any) -> bool:
+        self.waited_for = True
         if run.facts is None or run.facts.host not in self.silent:
             return False
         await asyncio.sleep(LOST_S)
@@ -356,6 +362,22 @@ def test_an_end_whose_host_is_silent_is_the_loss_of_that_host(
         play(script)
     causes = [r.llumnix["cause"] for r in caplog.records if "cause" in getattr(r, "llumnix", {})]
     assert causes == [told]
+
+
+def test_the_cause_is_told_that_a_busy_host_names_late(
+    play: Callable[[Script], Hosted], caplog: pytest.LogCaptureFixture
+) -> None:
+    async def script(w: Hosted) -> None:
+        w.hosts.late = Death(why="it is gone", blamed=True, code=DeathCode.OOM)
+        w.kill("i0")
+        await asyncio.sleep(6)
+
+    with caplog.at_level(logging.INFO):
+        play(script)
+    deaths = [r.llumnix for r in caplog.records if "cause" in getattr(r, "llumnix", {})]
+    assert [(d["cause"], d["blamed"]) for d in deaths] == [("oom", False)], (
+        "its streams were told that no request is suspected"
+    )
 
 
 def test_an_instance_whose_host_may_be_lost_stands_in_for_no_other(

@@ -45,6 +45,8 @@ LOST_S = 3.0
 """A host that says nothing of an engine's end for so long is lost. A busy one says it sooner."""
 ASKED_AGAIN_S = 0.25
 """After a question that failed at once."""
+NOTHING = Remains(Traces(), 0, [])
+"""The answer of a host that is there and cannot tell."""
 MEMORY_LOOKS = 8
 """How far back the kernel's kills for want of memory are compared."""
 
@@ -203,15 +205,12 @@ class HostWatch:
         """Ends the engine's processes at once."""
         self._host.kill({**dict.fromkeys(pids), **self._started.get(engine, {})})
 
-    def traces(self, pid: int) -> Traces:
+    def remains(self, pid: int) -> Remains:
         """What the end of an engine left on the host; `pid` was its process."""
         before = min(self._memory_kills, default=None)
-        traces, kills, _ = self._host.examine(pid)
-        return replace(traces, out_of_memory=before is not None and kills > before)
-
-    def tail(self, pid: int) -> list[str]:
-        """The end of what an engine has logged; `pid` was its process."""
-        return self._host.examine(pid).tail
+        found = self._host.examine(pid)
+        out_of_memory = before is not None and found.memory_kills > before
+        return found._replace(traces=replace(found.traces, out_of_memory=out_of_memory))
 
     def take_flight(self, path: str) -> Flight | None:
         """What an engine's flight recorder says, which is removed."""
@@ -261,54 +260,56 @@ class Hosts:
             logger.warning("Engine %d could not be killed: %s", run.engine_index, error)
 
     async def examine(self, run: EngineRun, death: Death) -> Death:
-        """The same death, blamed or not as its host's traces have it, if the host tells."""
-        watch = self._watch_of(run)
-        if watch is None or death.fenced:
+        """The same death, blamed or not as its host's traces have it, if the host tells in
+        `EXAMINED_S`."""
+        found = None if death.fenced else await self._told(run)
+        if found is None or found is NOTHING:
             return death
-        try:
-            async with asyncio.timeout(EXAMINED_S):
-                traces = await off_loop(watch.traces, _pids(run)[0])
-        except Exception as error:  # noqa: BLE001 - Ray's, of any kind
-            logger.debug("the end of engine %d left no traces: %r", run.engine_index, error)
-            return death
-        traces = replace(traces, raised=traces.raised or death.blamed)
+        traces = replace(found.traces, raised=found.traces.raised or death.blamed)
         code = DeathCode.OOM if death.code is DeathCode.OOM else code_of(traces)
         return replace(death, blamed=is_blamed(traces), code=code)
 
     async def lost(self, run: EngineRun) -> bool:
         """Whether the engine's host is another one that says nothing of its end, in `LOST_S`."""
-        watch = self._watch_of(run)
-        if watch is None or run.facts is None or run.facts.host not in self._others:
-            return False
-        try:
-            async with asyncio.timeout(LOST_S):
-                while not await self._tells(watch, _pids(run)[0]):
-                    await asyncio.sleep(ASKED_AGAIN_S)
-        except TimeoutError:
-            return True
-        return False
-
-    async def _tells(self, watch: HostWatch, pid: int) -> bool:
-        try:
-            await off_loop(watch.traces, pid)
-        except ray.exceptions.RayTaskError:
-            return True  # Its agent failed there, so that it is there.
-        except Exception as error:  # noqa: BLE001 - Ray's, of any kind
-            logger.debug("a host does not tell of process %d: %r", pid, error)
-            return False
-        return True
+        asked = self._ask(run) if self._elsewhere(run) else None
+        return asked is not None and await asyncio.shield(asked) is None
 
     async def tail(self, run: EngineRun) -> list[str]:
-        """The end of what a run has logged; empty if its host does not tell."""
-        watch = self._watch_of(run)
-        if watch is None:
+        """The end of what a run has logged; empty if its host does not tell in `EXAMINED_S`."""
+        if self._watch_of(run) is None:
             return run.last_words
+        found = await self._told(run)
+        return [] if found is None else found.tail
+
+    async def _told(self, run: EngineRun) -> Remains | None:
+        asked = self._ask(run)
+        if asked is None:
+            return None
+        await asyncio.wait({asked}, timeout=EXAMINED_S)
+        return asked.result() if asked.done() else None
+
+    def _ask(self, run: EngineRun) -> asyncio.Task[Remains | None] | None:
+        """The question what a run has left, which its host is asked once. None if nobody can ask.
+        The answer is None if the host is silent for `LOST_S`, and `NOTHING` if it cannot tell."""
+        watch = self._watch_of(run)
+        if run.remains is None and watch is not None:
+            run.remains = asyncio.create_task(self._answer(run, watch))
+        return run.remains
+
+    async def _answer(self, run: EngineRun, watch: HostWatch) -> Remains | None:
         try:
-            async with asyncio.timeout(EXAMINED_S):
-                return await off_loop(watch.tail, _pids(run)[0])
-        except Exception as error:  # noqa: BLE001 - Ray's, of any kind
-            logger.debug("engine %d left no log: %r", run.engine_index, error)
-            return []
+            async with asyncio.timeout(LOST_S):
+                while True:
+                    try:
+                        return await off_loop(watch.remains, _pids(run)[0])
+                    except Exception as error:  # noqa: BLE001 - Ray's, of any kind
+                        logger.debug("engine %d left no traces: %r", run.engine_index, error)
+                        failed_there = isinstance(error, ray.exceptions.RayTaskError)
+                        if failed_there or not self._elsewhere(run):
+                            return NOTHING
+                    await asyncio.sleep(ASKED_AGAIN_S)
+        except TimeoutError:
+            return None
 
     async def suspects(self, run: EngineRun) -> frozenset[RequestId] | None:
         """The requests of which a run may have died; None if its host does not tell."""
@@ -323,6 +324,9 @@ class Hosts:
             logger.warning(what, run.engine_index, error)
             return None
         return None if flight is None else flight.suspects
+
+    def _elsewhere(self, run: EngineRun) -> bool:
+        return run.facts is not None and run.facts.host in self._others
 
     def _watch_of(self, run: EngineRun) -> HostWatch | None:
         return None if run.facts is None else self._watches.get(run.facts.host)

@@ -25,6 +25,7 @@ from llumnix.cluster.frontends.seam import Frontends
 from llumnix.cluster.ray_calls import off_loop, ray_call
 from llumnix.cluster.supervision.engine_actor import EngineActor, pack
 from llumnix.cluster.supervision.places import Places
+from llumnix.cluster.supervision.processes import Remains
 from llumnix.config import DeploymentConfig
 from llumnix.core.limits import MigrationLimits
 from llumnix.core.scheduling.presets import POLICIES, priorities_of, queue_rules_of
@@ -64,6 +65,8 @@ class EngineRun:
     counted: bool = False  # whether its death is in the metrics
     fenced: bool = False  # whether its fence says when it counts as dead, and of what
     last_words: list[str] = field(default_factory=list)  # the end of its log, if it never was ready
+    remains: asyncio.Task[Remains | None] | None = field(default=None, repr=False)
+    """The question what its end has left on its host, once it is asked."""
     heard_s: float | None = None  # when outputs of it came last, as of the watcher's last look
     unwanted: bool = False  # whether what is still being made must be removed again
     accepting: bool = True  # what its reports are to say

@@ -254,6 +254,9 @@ class Supervisor:
             try:
                 if death.code is not DeathCode.OOM and await self._hosts.lost(member.run):
                     death = replace(death, code=DeathCode.NODE)
+                else:  # A busy host may have told meanwhile.
+                    told = await self._hosts.examine(member.run, death)
+                    death = replace(death, code=told.code)
                 tail = await self._hosts.tail(member.run)
             finally:  # An order may end this task meanwhile.
                 _tell_death(member, member.run, death, streams, tail)
