@@ -40,7 +40,7 @@ def step(row: Row | None) -> str:
 
 def moves(*names: str) -> str:
     """Staged moves, alone and beside other streams, for each raw file."""
-    head = ["run", "prompt, tokens", "moves a row", "step, alone", "extra gap, alone"]
+    head = ["run", "prompt, tokens", "moves", "step, alone", "extra gap, alone"]
     head += ["step, beside others", "extra gap, beside others"]
     rows = []
     for name in names:

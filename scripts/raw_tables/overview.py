@@ -45,7 +45,7 @@ def times(source: tuple[str, str], peer: str, *path: str) -> float:
 
 
 def behind_ms(peer: str) -> float:
-    """By how much the mean of TTFT is above the peer's where no memory is short."""
+    """By how much the mean of TTFT is above the peer's with memory to spare."""
     theirs, ours = over(SERVED_4[1], peer, "ttft_s", "mean")
     return (statistics.fmean(ours) - statistics.fmean(theirs)) * 1000
 
@@ -94,13 +94,13 @@ def six_figures() -> str:
          f"{drain['seconds']:.1f} s for {drain['streams']} streams, of which the longest had "
          f"{drain['remaining_s_max']:.0f} s still to go",
          "[drain](docs/figures.md#drain)"),
-        ("What does the front end add to TTFT, and take from throughput?",
-         f"With a tiny model and one, two and four HTTP processes {said[0]}, {said[1]} and "
-         f"{said[2]} ms (P50, two rounds). Throughput was {each[0]:.2f}, {each[1]:.2f} and "
-         f"{each[2]:.2f} times vLLM's",
+        ("How does the front end change TTFT and throughput?",
+         f"With a tiny model and one, two and four HTTP processes P50 of TTFT differs from "
+         f"vLLM's by {said[0]}, {said[1]} and {said[2]} ms (two rounds). Throughput is "
+         f"{each[0]:.2f}, {each[1]:.2f} and {each[2]:.2f} times vLLM's",
          "[front end](docs/figures.md#front-end)"),
         ("**Where does it lose?**",
-         f"Where no memory is short, mean TTFT is {behind_ms('vllm-dp'):.0f} ms above vLLM's and "
+         f"With memory to spare, mean TTFT is {behind_ms('vllm-dp'):.0f} ms above vLLM's and "
          f"{behind_ms('vllm-router'):.0f} ms above the router's. On conversations P99 of TPOT is "
          f"{tail:.1f} times the router's. Where short prompts pass long ones, P99 of TTFT was "
          f"{late:.2f} times the router's",
@@ -176,7 +176,7 @@ def serving_goals() -> list[tuple[str, str, str, str]]:
          f"times lower on conversations: {said}",
          f"TTFT {verdict(*lower['TTFT'])}, TPOT {verdict(*lower['TPOT'])}", name),
         ("no load on which it is worse",
-         f"mean TTFT {behind[0]:+.0f} and {behind[1]:+.0f} ms where no memory is short",
+         f"mean TTFT {behind[0]:+.0f} and {behind[1]:+.0f} ms with memory to spare",
          verdict(*(b <= 0 for b in behind)), name),
     ]  # fmt: skip
 

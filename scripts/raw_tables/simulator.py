@@ -158,7 +158,8 @@ def published_slices() -> str:
         )
         rows.append([f"`{policy}`", f"{done_s:.1f}", f"{e2e:.0f}", f"{wasted:.0%}"])
     return table(
-        ["policy", "req/s", "e2e mean, s", "batch places of ended requests over all others"], rows
+        ["policy", "req/s", "e2e mean, s", "steps of ended requests over steps of running ones"],
+        rows,
     )
 
 
@@ -275,7 +276,7 @@ def memory() -> str:
         f"rule. Without moves a request waits for up to {waits['cache-aware']:.0f} s: there is "
         "enough free memory for it, but spread over four instances. With moves none waits for more "
         f"than {waits['llumnix']:.1f} s. Moves shorten the longest wait in {lower} of "
-        f"{len(longest['llumnix'])} seeds, of which this is seed {seed}. It is "
+        f"{len(longest['llumnix'])} seeds; the picture shows seed {seed}. Over the seeds it is "
         f"{ranges['cache-aware']} without moves, {ranges['llumnix']} with them ([the means, and "
         "more traces](docs/laboratory.md#simulated-instances); "
         "`python benchmarks/plot_memory.py`).*"

@@ -182,7 +182,7 @@ class MigrationSettings:
         "head that does not fit, and fit elsewhere now. 0: none.",
     )
     moves_max: int = knob(
-        1, "migrations", "Moves away from one instance at a time. A drain takes its engine's limit."
+        1, "migrations", "Moves away from one instance at a time. A drain has its engine's limit."
     )
 
     def __post_init__(self) -> None:
@@ -240,8 +240,8 @@ class QueueSettings:
     slice_quantile: float = knob(
         0.8,
         "share of requests",
-        "A slice is no longer than the tokens within which this share of answers that came so far "
-        "end.",
+        "Of the answers that became as long as a request's, this share ended within N more "
+        "tokens; the request's slice is no longer than N.",
     )
     short_first: float | None = knob(
         None,

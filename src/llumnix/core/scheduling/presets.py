@@ -49,7 +49,7 @@ POLICIES: dict[str, Preset] = {
         growth_blocks=1,
         passers=8,
         short_first=4.0,
-        text="the same, with all requests treated alike whatever priority they ask for",
+        text="as under `llumnix`, with all requests treated alike whatever priority they ask for",
     ),
     "infaas++": Preset(
         dispatch="freest",
@@ -61,7 +61,7 @@ POLICIES: dict[str, Preset] = {
         dispatch="soonest",
         balance=False,
         headroom=False,
-        text="as under `llumnix`, but for headroom. Requests stay",
+        text="as under `llumnix`, without headroom. Requests stay",
     ),
     "least-loaded": Preset(
         dispatch="least-loaded",
@@ -81,8 +81,8 @@ POLICIES: dict[str, Preset] = {
         headroom=True,
         passers=8,
         slices=True,
-        text="as under `llumnix`. Requests move. An engine starts one only if the first slice of "
-        "its answer fits beside the slices of all that run",
+        text="as under `llumnix`. Requests move. An engine starts a request only if the first "
+        "slice of its answer fits beside the slices of all that run",
     ),
 }
 
