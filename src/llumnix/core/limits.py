@@ -9,12 +9,13 @@ TAIL_MAX = 512
 """Last generated tokens that a take-over repeats, for a frontend whose source died before it had
 sent them all."""
 HEARTBEAT_S = 0.1
-"""An engine reports its load at least as often, though nothing has changed."""
+"""An engine reports its load at least once in this time, even if nothing has changed."""
 STALLED_AFTER_S = 1.0
 """An engine that has requests and completes no step for longer stands still: it counts as hung, and
 the scheduler leaves it alone."""
 FLEET_REPORT_EVERY_S = 0.5
-"""The fleet tells the scheduler what there is at least as often, though nothing has changed."""
+"""The fleet tells the scheduler what instances there are at least once in this time, even if
+nothing has changed."""
 DRAIN_POLL_S = 0.05
 """How often the fleet looks whether an instance that is being emptied is empty."""
 WAITING_SHOWN_MAX = 8
@@ -24,9 +25,8 @@ queue."""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MigrationLimits:
-    """The limits of every migration. Of a pull only each chunk has a time limit
-    (engine/kv/links.py), so that it ends for certain, and long requests move over slow links
-    too."""
+    """The limits of every migration. A pull has a time limit for each chunk only
+    (engine/kv/links.py). So it ends for certain, and long requests move over slow links too."""
 
     reserve_timeout_s: float = 5.0  # how long a source waits for room
     stage_timeout_s: float = 30.0  # how long it waits for the next message about a stage

@@ -27,9 +27,9 @@ from dataclasses import dataclass
 HALF_LIFE_STEPS = 512
 """A step with prompts loses half its weight for every so many new ones, or half as many."""
 STEPS_MIN = 4
-"""Steps with prompts before which nothing is said of a token."""
+"""Before so many steps with prompts the time of a token is not known, and taken as 0."""
 AGAIN = 2
-"""A preempted request leaves so many times the room: to preempt it once more costs most."""
+"""A preempted request must leave so many times the room, because to preempt it again costs most."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -45,7 +45,7 @@ class SliceRules:
     """How far ahead room is kept for what runs (core/slices/promises.py)."""
 
     tokens: int = 0  # of answer in a slice; 0: as answers are long
-    quantile: float = 0.8  # a slice is no longer than this share of requests go on for
+    quantile: float = 0.8  # a slice ends by when this share of the requests that got as far end
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,12 +7,12 @@ Rules
   computed prompts do not count, since near a handover none are computed.
 - One more step is begun if it would end no later than `LATE_MAX` of a step after the handover.
   Otherwise the engine stands still until then, for less than the rest of a step.
-- Steps should compute no prompts while one would make a request that moves wait for it: between a
-  stage and the source's next message, and until the first step of the request here has ended. The
-  step after that one is begun before the end of the first is looked at, so it counts too.
+- Steps should compute no prompts while a prompt would make a moving request wait: between a stage
+  and the source's next message, and until the first step of the request here has ended. The step
+  after that one is begun before the end of the first is looked at, so it counts too.
 - Prompts wait for `DEFER_PREFILLS_MAX_S` at most, since the source may hang, and a request that
   came may have to wait for a slot. They are deferred in `DEFER_PREFILLS_STEPS_MAX` steps in a row
-  at most, and in half of many steps.
+  at most, and in no more than half of many steps.
 """
 
 import statistics

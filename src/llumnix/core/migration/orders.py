@@ -8,10 +8,10 @@ Rules
 - The choice is checked again when the grant comes: the request must still be in the same phase and
   small enough. A grant that a user asked for is not held to those limits.
 - Every order is named in the next load report, whether it was carried out or not.
-- An order is carried out only if the scheduler knew of all earlier ones that were. It names the
-  load report that it was computed from, and that report must have told of the last pending move.
-  Orders of one round are computed from the same report and know of each other. If several rounds
-  arrive during one step, only the orders of the newest report count.
+- An order is carried out only if the scheduler knew of all earlier orders that were carried out. It
+  names the load report that it was computed from, and that report must have told of the last
+  pending move. Orders of one round are computed from the same report and know of each other. If
+  several rounds arrive during one step, only the orders of the newest report count.
 - A pending move lapses if no grant comes within `PENDING_MOVE_LIFETIME_S`.
 - A request whose move failed is left alone for a while (core/migration/setbacks.py), so that others
   get their turn.

@@ -168,8 +168,8 @@ class EnginePort(Protocol):
         ...
 
     def cancel(self, ticket: int) -> None:
-        """Ends a pull soon that is not wanted any more. Its end is reported all the same, when
-        nothing is written any more."""
+        """Soon ends a pull that is no longer wanted. Its end is reported all the same, once nothing
+        is written any more."""
         ...
 
     def cache(self, request: RequestId, tokens: int) -> None:

@@ -64,8 +64,9 @@ class Outgoing:
 def next_event(
     outgoing: Outgoing, progress: Progress, port: EnginePort, limits: MigrationLimits, now: float
 ) -> tuple[SourceEvent | None, str]:
-    """What has happened to a migration, by the state of its request and the time, or None. And the
-    reason, if that ends it or is overdue; the migration remembers the reason's code."""
+    """What has happened to a migration, by the state of its request and the time, or None. With it
+    the reason, if it ends the migration or something is overdue, else "". Sets the migration's
+    `code`."""
     state = outgoing.machine.state
     if progress.phase is Phase.GONE and state is not SourceState.RELEASING:
         outgoing.code = AbortCode.ENDED

@@ -237,10 +237,11 @@ class Standings:
     free: dict[InstanceId, _ByFreeness] = field(default_factory=dict)
     """Open ones above the threshold of destinations, by minus their freeness."""
     roomy: dict[InstanceId, _ByFreeness] = field(default_factory=dict)
-    """Open ones at the threshold of sources or above, by minus the room that leaves them there."""
+    """Open ones at the threshold of sources or above, by minus the largest request that leaves them
+    there."""
     rooms: dict[InstanceId, _ByRoom] = field(default_factory=dict)
-    """Open ones with room for the least urgent class that leaves them at the threshold of sources
-    or above, by that room."""
+    """Open ones that can take a request of the least urgent class and stay at the threshold of
+    sources or above, by the size of the largest such request."""
     reserved: dict[InstanceId, _ByRoom] = field(default_factory=dict)
     """Open ones below that threshold that keep headroom, by the room that they have without."""
     _by: tuple[tuple[float, float], Priorities] | None = None  # what they were ranked by

@@ -9,9 +9,9 @@ from llumnix.core.types import InstanceId
 class PrefixIndex:
     """The blocks that each instance keeps.
 
-    Engines drop the end of a prompt first, so searches rely on an instance that keeps a block to
-    keep those before it too. If one does not, a search finds less of the prompt, or nothing.
-    A search halves the prefix: of each block it asks whether what is wanted has ended there."""
+    Engines drop the end of a prompt first. So a search assumes that an instance that keeps a block
+    also keeps those before it. If one does not, a search finds less of the prompt, or nothing. A
+    search is a bisection over the blocks of the prompt."""
 
     def __init__(self) -> None:
         # Of each block, in the order in which they stored it.

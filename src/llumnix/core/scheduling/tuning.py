@@ -26,8 +26,9 @@ NEIGHBOUR_PROMPT_SHARE = 0.3
 """Share of the prompt. Adds that much to `NEIGHBOUR_TOKENS`, because requests that share a long
 prefix have long contexts, and steps take longer with them. Evidence: gpu/shared_prefixes_4.json."""
 HALF_WEIGHT_BATCH = 4
-"""Requests. Among so many, a request more weighs half as much, and so do missing tokens of memory,
-since one of many requests ends sooner than one of few. Evidence: gpu/shared_prefixes_4.json."""
+"""Requests. Among so many, one request more weighs half as much, and so do missing tokens of
+memory, since one of many requests ends sooner than one of few. Evidence:
+gpu/shared_prefixes_4.json."""
 
 # -- pairing: which instance gives load to which
 

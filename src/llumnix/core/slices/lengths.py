@@ -2,11 +2,11 @@
 
 Rules
 - Lengths are split into buckets whose edges are 16·2^(i/2) tokens. A request counts in a bucket
-  once it has left it: it ended in it by itself, or its answer became longer. What is cut off by a
-  limit, aborted or moved away counts as far as it came, and in no further bucket. What moved in
-  counts from where it came in. So requests that still run count with what is known of them, and
-  long answers are not missed because they end late.
-- A bucket's hazard is the share of the requests that came into it and ended in it. That of a key
+  once it has left that bucket: its answer ended there by itself, or became longer. An answer that
+  is cut off by a limit, aborted or moved away counts in the buckets that it left, and in no further
+  one. One that moved in counts from the bucket in which it came. So requests that still run count
+  with what is known of them, and long answers are not missed because they end late.
+- A bucket's hazard is the share that ended in it, of the requests that left it. The hazard of a key
   leans on that of all requests, with the weight of `LEAN` requests.
 - Before `KEY_ENDS_MIN` answers of a key have ended, the counts of all requests stand for it. Before
   `ENDS_MIN` answers in all have ended nothing is known.
@@ -79,7 +79,7 @@ class Lengths:
                 counts.halve()
 
     def rest(self, key: str, outputs: int, share: float) -> float:
-        """The further tokens after which this share of the requests that came so far have ended.
+        """The further tokens after which this share of the requests that got as far have ended.
         Infinite if that is not known."""
         known = self._curve(key)
         if known is None:

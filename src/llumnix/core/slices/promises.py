@@ -5,8 +5,8 @@ Rules
   starts only if its own first slice fits beside all promises. At its slice's end a request goes on
   with the next slice without a pause, even if that does not fit.
 - A slice is a quarter of the mean answer, from `SLICE_MIN` to `SLICE_MAX` tokens, and `SLICE_FIRST`
-  until enough answers have ended. It is shorter where requests that came so far mostly end sooner,
-  or where the request's own limit is near.
+  until enough answers have ended. It is shorter where most requests that got as far end sooner, or
+  where the request's own limit is near.
 - A session's next input makes its promise anew.
 - Nothing is kept free where nothing runs.
 

@@ -21,7 +21,7 @@ SLICE_TOKENS = 128
 LOAD_SHARE = 0.5
 INTERVAL_MIN_S = 3.0
 MEMORY_SHARE = 0.9
-"""Of KV memory, that a batch takes at most."""
+"""The share of KV memory that a batch takes at most."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +108,7 @@ def batches(
     lengths: Sequence[int], slice_tokens: int, kv_tokens: int, cost: SliceCost, limit: int = 0
 ) -> list[int]:
     """Sizes of the batches of a pool with the least sum of estimates. `lengths`: tokens of each
-    request, sorted. `limit`: of a batch, 0 for none but memory's."""
+    request, sorted. `limit`: the most requests of a batch; 0: only memory limits it."""
     best, cut = [0.0], [0]
     for number, length in enumerate(lengths, start=1):
         largest = min(number, most(length, slice_tokens, kv_tokens))

@@ -3,10 +3,10 @@
 Rules
 - A death counts if it was of the engine's own making (core/supervision/blame.py). Its suspects are
   the requests that the engine was starting, or if there are none, all that it ran
-  (engine/reporting/flight_recorder.py). Requests that waited there are no suspects. If nothing is
-  known of that, all requests of the engine are.
+  (engine/reporting/flight_recorder.py). Requests that waited there are no suspects. If it is not
+  known what the engine ran, all its requests are.
 - A suspect is revived on probation: one at a time for an engine, in the order in which they came.
-  Its probation ends well after its first token and `CLEARED_AFTER` more.
+  It passes its probation with its first token and `CLEARED_AFTER` more.
 - If the engine dies of its own making meanwhile, and the request is a suspect again, it is
   condemned: nobody computes it again.
 - A request is condemned too if it is the only suspect common to two deaths within `SAME_CAUSE_S`.
@@ -115,7 +115,7 @@ class Probation:
             self.lost(engine)
 
     def passed(self, request: RequestId, outputs: int) -> bool:
-        """Whether its probation has ended well, with so many outputs."""
+        """Whether it has passed its probation, with so many outputs."""
         return request in self._until and outputs >= self._until[request]
 
     def drop(self, request: RequestId) -> None:

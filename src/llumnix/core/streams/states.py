@@ -63,7 +63,7 @@ class StreamEvent(enum.Enum):
     OWNER_LOST = "owner lost"
     DESTINATION_LOST = "destination lost"
     REVOKED_BUT_TAKEN = "revoked but taken"
-    """The source says of a grant that was revoked that its destination had taken over."""
+    """The source says that a destination had taken over, though its grant was revoked."""
 
 
 class StreamAction(enum.Enum):

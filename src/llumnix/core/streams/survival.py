@@ -3,12 +3,12 @@
 Rules
 - A request outlives `lives` engines. Then its stream ends with an error.
 - An engine that takes up a request computes the whole of it anew, while all requests that run there
-  wait. So it takes up `at_once` requests at a time; one counts until its next token.
+  wait. So it takes up `at_once` requests at a time; a request counts until its next token.
 - The most urgent go first, then those with the fewest tokens. Suspects of a death go after them,
   one at a time for an engine (core/streams/probation.py).
 - A request that was declined waits for a while. It is declined `DECLINED_MAX` times at most.
 - A request waits `wait_s` for an engine, over all engines that decline it or die meanwhile. While
-  suspects go on one after the other, those behind them do not count their wait.
+  suspects go on one after the other, the wait of those behind them does not count.
 """
 
 from collections import Counter

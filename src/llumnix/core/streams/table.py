@@ -157,7 +157,8 @@ class StreamTable(StreamIndex[Info, Output]):
         return self._ended(message, gone=True)
 
     def _ended(self, message: MigrationEnded, *, gone: bool) -> Sequence[Effect]:
-        """`gone`: an engine that was to go on with the request said itself that it has it not."""
+        """`gone`: an engine that was to go on with the request said itself that it does not have
+        it."""
         migration = message.migration
         stream = self._by_migration.get(migration)
         if stream is None or stream.state is StreamState.ASKING:

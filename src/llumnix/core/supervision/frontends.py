@@ -8,8 +8,8 @@ Rules
 - An engine knows the addresses of a fixed number of clients. Once all are used up, no frontend is
   started again.
 - What the fleet wants is numbered in versions. A frontend confirms each, together with what it
-  holds. So an engine that takes nothing more is empty once every frontend that may know it has
-  confirmed that, and says that it holds none of its requests.
+  holds. So an engine that takes nothing more is empty once every frontend that may know the engine
+  has confirmed that version, and says that it has no request there.
 - One frontend at a time has suspects computed again (core/streams/probation.py): if two did, none
   could tell whose suspect killed an engine. It keeps the turn until it has no suspect left.
 """
@@ -125,8 +125,8 @@ class Roster:
         return sum(one.held.in_flight.get(engine, 0) for one in self._frontends)
 
     def may_hold(self, engine: EngineIndex, version: int) -> bool:
-        """Whether the engine may have a request, or get one, though it takes none since this
-        version."""
+        """Whether the engine may have a request, or still get one, though since this version it
+        takes none."""
         unaware = any(one.greeted and one.held.version < version for one in self._frontends)
         return unaware or self.in_flight(engine) > 0
 

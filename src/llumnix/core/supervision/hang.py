@@ -32,8 +32,8 @@ SILENT_LOOKS = 4
 LOST_LOOKS = 20
 CALL_LOOKS = 480
 HOST_LOST_LOOKS = 8
-"""So long all engines of a host must be silent, and its watcher too, for the host to be lost. A
-link that is down for 1 s costs 1.4 s: TCP sends again after 0.2, 0.6 and 1.4 s."""
+"""All engines of a host, and its watcher too, must be silent for so many looks before the host is
+lost. A link that is down for 1 s costs 1.4 s: TCP sends again after 0.2, 0.6 and 1.4 s."""
 STALL_S = 10.0
 STALL_STEPS = 20
 PROMPT_STALL_S = 60.0

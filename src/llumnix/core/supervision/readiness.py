@@ -1,8 +1,8 @@
 """Decides whether a deployment is ready for requests: what a probe asks.
 
-An instance counts if requests may be sent to it and it answers them. One that is drained counts
-while it takes requests all the same, as no other does; else the last pod that answers would be
-taken out of service.
+An instance counts if requests may be sent to it and it answers them. A drained instance counts
+while it takes requests all the same, because no other does. Otherwise the last pod that answers
+would be taken out of service.
 """
 
 from collections.abc import Sequence

@@ -30,7 +30,7 @@ SPREAD = 0.2
 
 
 class Admission:
-    """Looks at every new request, if there is a limit. It costs a look at each instance then."""
+    """Looks at every new request, if there is a limit. Each costs a look at every instance then."""
 
     def __init__(self, settings: SchedulerSettings, view: ClusterView) -> None:
         self._view = view

@@ -17,7 +17,7 @@ from llumnix.core.settings import PriorityClass, SchedulerSettings
 
 
 class When(Enum):
-    """From when on a knob counts that has changed."""
+    """From when on a changed knob counts."""
 
     AT_ONCE = "now"
     BY_ENGINES = "engines"  # those that start from then on
