@@ -215,8 +215,9 @@ class Llumlet:
     def engine_lost(
         self, engine: EngineIndex, granted: set[MigrationId], now: float, client: int
     ) -> list[Out]:
-        """Another engine died, as the frontend with the index `client` says. `granted`: its
-        migrations to there that never took over, for which it gave this engine a fresh epoch."""
+        """Another engine died, as the frontend with the index `client` says. `granted`: migrations
+        of that frontend which never took over there, and for which it gave this engine a fresh
+        epoch."""
         self._outgoing.engine_lost(engine, granted, now, client)
         self._incoming.engine_lost(engine)
         return self._take_out()

@@ -169,8 +169,9 @@ class OutgoingMigrations:
     def engine_lost(
         self, engine: EngineIndex, granted: set[MigrationId], now: float, client: int
     ) -> None:
-        """A destination died. That ends the migrations there of the frontend that says so: no other
-        knows which of them took over. For those in `granted` it gave this engine a fresh epoch."""
+        """A destination died, as a frontend says. That ends the migrations to it which this
+        frontend granted: no other knows which of them took over. For those in `granted` it gave
+        this engine a fresh epoch."""
         self._losses.engines.add(engine)
         to_it = [o for o in self._open.values() if o.grant.destination == engine]
         for outgoing in [o for o in to_it if o.grant.client == client]:
