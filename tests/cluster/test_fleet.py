@@ -1174,7 +1174,8 @@ def test_nothing_is_concluded_without_a_controller_or_while_engines_are_paused(
         w.client.link.reports = None
         await asyncio.sleep(100)
         w.client.link.reports = []
-        w.client.shared_state.note("pause_scheduler", ("keep", True), [None])
+        state = w.client.shared_state
+        state.end(state.begin("pause_scheduler", ("keep", True)), [None])
         for sequence in range(1, 40):
             w.report(sequence, stalled_s=sequence)
             await asyncio.sleep(LOOK_EVERY_S)

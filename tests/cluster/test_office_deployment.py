@@ -38,7 +38,7 @@ class World:
             start=self._notes("office"),
             close=self._notes("office closes"),
             open=self._notes("open"),
-            engine_client=SimpleNamespace(get_supported_tasks_async=self._tasks),
+            engine_client=SimpleNamespace(tasks_if_any=self._tasks),
         )
         self.fleet = SimpleNamespace(
             all_failed=asyncio.Event(),
@@ -252,12 +252,34 @@ async def test_it_ends_with_an_error_once_all_have_failed(world: World, kind: st
     assert "fleet closes" in world.did
 
 
+async def test_an_instance_that_dies_while_frontends_come_up_does_not_end_the_start(
+    world: World,
+) -> None:
+    """It is started again, and the server says that it serves once it does."""
+    asked: list[int] = []
+
+    async def once_it_is_back() -> list[str] | None:
+        asked.append(1)
+        return None if len(asked) < 3 else ["generate"]
+
+    async def script(w: World) -> None:
+        w.office.engine_client.tasks_if_any = once_it_is_back
+        w.roster.serving, w.roster.settled = 1, True
+        async with asyncio.timeout(5):
+            while not w.announced:
+                await asyncio.sleep(0.002)
+        signal.raise_signal(signal.SIGTERM)
+
+    assert await world.run(script) == 0
+    assert world.announced == [(["generate"], " with 1 frontends")]
+
+
 async def test_an_error_at_the_port_ends_it(world: World) -> None:
     async def fails() -> list[str]:
         raise RuntimeError("no engine answers")
 
     async def script(w: World) -> None:
-        w.office.engine_client.get_supported_tasks_async = fails
+        w.office.engine_client.tasks_if_any = fails
         w.roster.serving, w.roster.settled = 1, True
 
     with pytest.raises(RuntimeError, match="no engine answers"):

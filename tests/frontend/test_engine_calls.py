@@ -23,7 +23,8 @@ HANGS = object()
 
 
 class Calls(EngineCalls):
-    """`answers`: of an engine to a method; an exception is raised, HANGS never answers."""
+    """`answers`: of an engine to a method; an exception is raised, HANGS never answers, a future is
+    waited for."""
 
     def __init__(self, *engines: EngineIndex) -> None:
         self.core_engines = [e.to_bytes(2, "little") for e in engines]
@@ -41,6 +42,8 @@ class Calls(EngineCalls):
         answer = self.answers.get((engine_index, method), True)
         if answer is HANGS:
             await asyncio.get_running_loop().create_future()
+        if isinstance(answer, asyncio.Future):
+            answer = await answer
         if isinstance(answer, BaseException):
             raise answer
         return answer
@@ -119,6 +122,18 @@ def test_what_any_engine_can_answer_is_asked_of_one_that_is_not_silent() -> None
     run(main())
 
 
+def test_if_the_one_engine_that_is_asked_dies_meanwhile_another_is_asked() -> None:
+    async def main() -> None:
+        calls = Calls(E0, E1)
+        calls.answers[E0, "get_supported_tasks"] = EngineDeadError()
+        calls.answers[E1, "get_supported_tasks"] = ("generate",)
+        assert await calls.get_supported_tasks_async() == ("generate",)
+        calls.answers[E1, "get_supported_tasks"] = EngineDeadError()
+        assert isinstance(await failing(calls.get_supported_tasks_async()), EngineDeadError)
+
+    run(main())
+
+
 def test_an_engine_that_dies_meanwhile_is_left_out_unless_all_do() -> None:
     async def main() -> None:
         calls = Calls(E0, E1)
@@ -185,6 +200,88 @@ def test_what_changes_while_an_engine_is_brought_up_reaches_it_too() -> None:
     run(main())
 
 
+UNDONE = {
+    "pause_scheduler": ("resume_scheduler", ("keep", True), ()),
+    "sleep": ("wake_up", (1, "abort"), (None,)),
+}
+"""What undoes a call that has engines stand still, and the arguments of both."""
+
+
+@pytest.mark.parametrize("halt", UNDONE)
+def test_what_is_undone_while_an_engine_is_brought_up_is_undone_there_too(halt: str) -> None:
+    """Else it joins, and the requests that it gets stand still for ever."""
+
+    async def main() -> None:
+        undo, how, back = UNDONE[halt]
+        calls = Calls(E0)
+        await calls.call_utility_async(halt, *how)
+        calls.core_engines.append(E1.to_bytes(2, "little"))
+        calls.answers[E1, halt] = calls.loop.create_future()
+        coming = asyncio.create_task(calls.bring_up(E1))
+        await asyncio.sleep(1)
+        await calls.call_utility_async(undo, *back)
+        calls.answers[E1, halt].set_result(True)
+        assert await coming is None
+        assert calls.of(E1) == [halt, undo]
+
+    run(main())
+
+
+@pytest.mark.parametrize("halt", UNDONE)
+def test_an_engine_that_joins_while_the_others_are_being_halted_is_halted_too(halt: str) -> None:
+    async def main() -> None:
+        calls = Calls(E0)
+        calls.answers[E0, halt] = calls.loop.create_future()
+        halting = asyncio.create_task(calls.call_utility_async(halt, *UNDONE[halt][1]))
+        await asyncio.sleep(1)  # It has requests, which may end first.
+        calls.core_engines.append(E1.to_bytes(2, "little"))
+        assert await calls.bring_up(E1) is None
+        calls.answers[E0, halt].set_result(True)
+        await halting
+        assert calls.of(E1) == [halt]
+
+    run(main())
+
+
+@pytest.mark.parametrize("halt", UNDONE)
+def test_an_engine_that_joins_while_the_others_go_on_again_goes_on_too(halt: str) -> None:
+    async def main() -> None:
+        undo, how, back = UNDONE[halt]
+        calls = Calls(E0)
+        await calls.call_utility_async(halt, *how)
+        calls.answers[E0, undo] = calls.loop.create_future()
+        waking = asyncio.create_task(calls.call_utility_async(undo, *back))
+        await asyncio.sleep(1)
+        calls.core_engines.append(E1.to_bytes(2, "little"))
+        assert await calls.bring_up(E1) is None
+        calls.answers[E0, undo].set_result(True)
+        await waking
+        assert calls.of(E1) == [halt, undo]
+        assert not calls.shared_state.paused
+
+    run(main())
+
+
+def test_a_pause_that_was_cut_short_is_over_though_its_answer_comes_last() -> None:
+    """An engine whose pause waits for its requests answers once it is idle, also if it was told to
+    go on long before."""
+
+    async def main() -> None:
+        calls = Calls(E0)
+        calls.answers[E0, "pause_scheduler"] = calls.loop.create_future()
+        pausing = asyncio.create_task(calls.pause_scheduler_async(mode="wait"))
+        await asyncio.sleep(1)
+        await calls.resume_scheduler_async()
+        calls.answers[E0, "pause_scheduler"].set_result(None)
+        await pausing
+        assert not calls.shared_state.paused
+        calls.core_engines.append(E1.to_bytes(2, "little"))
+        assert await calls.bring_up(E1) is None
+        assert calls.of(E1) == []
+
+    run(main())
+
+
 @pytest.mark.parametrize("answer", [EngineDeadError(), Exception("boom"), HANGS])
 def test_an_engine_that_cannot_be_brought_up_does_not_join(answer: Any) -> None:
     async def main() -> None:
@@ -195,6 +292,51 @@ def test_an_engine_that_cannot_be_brought_up_does_not_join(answer: Any) -> None:
         assert why is not None
         assert "into the state of the others" in why
         assert calls.shared_state.joined == {E0}
+
+    run(main())
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_an_engine_that_joins_while_the_others_load_an_adapter_loads_it_too(fails: bool) -> None:
+    """And it is taken back there too if one of the others cannot."""
+
+    async def main() -> None:
+        calls = Calls(E0)
+        calls.answers[E0, "add_lora"] = calls.loop.create_future()
+        loading = asyncio.create_task(calls.add_lora_async(adapter(1)))
+        await asyncio.sleep(1)
+        calls.core_engines.append(E1.to_bytes(2, "little"))
+        assert await calls.bring_up(E1) is None
+        calls.answers[E0, "add_lora"].set_result(Exception("out of memory") if fails else True)
+        await asyncio.wait([loading])
+        assert (loading.exception() is not None) == fails
+        assert calls.of(E1) == ["add_lora", "remove_lora"][: 1 + fails]
+        assert len(calls.shared_state.calls()) == 1 - fails
+
+    run(main())
+
+
+@pytest.mark.parametrize("answer", [Exception("boom"), EngineDeadError(), HANGS])
+def test_a_pause_that_no_engine_made_does_not_hold(answer: Any) -> None:
+    async def main() -> None:
+        calls = Calls(E0)
+        calls.answers[E0, "pause_scheduler"] = answer
+        await failing(calls.pause_scheduler_async(mode="keep"))
+        assert calls.shared_state.calls() == []
+
+    run(main())
+
+
+def test_a_pause_that_is_given_up_does_not_hold() -> None:
+    async def main() -> None:
+        calls = Calls(E0)
+        calls.answers[E0, "pause_scheduler"] = HANGS
+        pausing = asyncio.create_task(calls.pause_scheduler_async(mode="keep"))
+        await asyncio.sleep(1)
+        assert not calls.shared_state.paused, "engines that still step may hang"
+        pausing.cancel()
+        await asyncio.wait([pausing])
+        assert calls.shared_state.calls() == []
 
     run(main())
 
@@ -271,8 +413,8 @@ def test_an_adapter_that_was_there_before_stays_where_it_is() -> None:
 def after(*calls: tuple[str, tuple[Any, ...], Any]) -> list[str]:
     state = EngineState()
     for method, args, answer in calls:
-        state.note(method, args, [answer])
-    return [method for method, _ in state.calls()]
+        state.end(state.begin(method, args), [answer])
+    return [call.method for call in state.calls()]
 
 
 PAUSE, RESUME = ("pause_scheduler", ("keep", True), None), ("resume_scheduler", (), None)
@@ -294,6 +436,25 @@ def test_only_what_still_holds_is_kept() -> None:
     assert after(PAUSE, SLEEP, WAKE) == []  # Waking resumes the scheduler.
     assert after(WAKE) == []
     assert after(("reset_prefix_cache", (False, False), True)) == []
+
+
+def test_calls_that_overlap_hold_in_the_order_in_which_they_began() -> None:
+    state = EngineState()
+    first, resume = state.begin(*PAUSE[:2]), state.begin(*RESUME[:2])
+    second = state.begin(*USERS[:2])
+    for call in (resume, second, first):
+        state.end(call, [None])
+    assert [call.method for call in state.calls()] == ["pause_generation"]
+
+
+def test_engines_that_were_told_to_wake_before_they_slept_are_asleep() -> None:
+    """A sleep waits for requests that run, and waking an engine that is awake changes nothing."""
+    state = EngineState()
+    sleep = state.begin(*SLEEP[:2])
+    state.end(state.begin(*WAKE[:2]), [True])
+    assert not state.paused
+    state.end(sleep, [None])
+    assert [call.method for call in state.calls()] == ["sleep"]
 
 
 def test_adapters_are_kept_until_they_are_removed() -> None:

@@ -253,18 +253,42 @@ async def test_the_offices_client_hears_drains_and_passes_statistics_on(tmp_path
         assert item.scheduler_stats.num_running_reqs == 3
 
 
+async def test_what_the_model_can_do_is_unknown_while_no_engine_says_so(tmp_path: Path) -> None:
+    async with front(tmp_path, engines=0) as one:
+        place = ClientPlace(
+            input_address=f"ipc://{tmp_path}/i", output_address=f"ipc://{tmp_path}/o"
+        )
+        client = EngineClient(one.client.vllm_config, place, 2)
+        client.loop = asyncio.get_running_loop()
+        calls = Calls(client)
+        try:
+            assert await client.tasks_if_any() is None
+            client.core_engines = [E0.to_bytes(2, "little")]
+            client.shared_state.joined.add(E0)
+            calls.answers = {E0: GracefulHTTPError("no answer from i0", 504)}
+            assert await client.tasks_if_any() is None
+            calls.answers = {E0: EngineDeadError()}
+            assert await client.tasks_if_any() is None
+            calls.answers, calls.says = {}, ("generate",)
+            assert await client.tasks_if_any() == ("generate",)
+        finally:
+            client.close_sockets()
+
+
 class Calls:
     """Notes the office's calls of engines, and answers or raises what is in `answers`."""
 
     def __init__(self, client: EngineClient) -> None:
         self.made: list[tuple[int, str, tuple[Any, ...]]] = []
         self.answers: dict[int, Exception] = {}
+        self.says: Any = None
         client.call_engine = self._call  # type: ignore[method-assign]
 
-    async def _call(self, engine: EngineIndex, method: str, *args: Any) -> None:
+    async def _call(self, engine: EngineIndex, method: str, *args: Any) -> Any:
         self.made.append((engine, method, args))
         if engine in self.answers:
             raise self.answers[engine]
+        return self.says
 
 
 async def test_engines_are_told_of_the_death_of_another_and_of_frontends(tmp_path: Path) -> None:

@@ -149,10 +149,11 @@ class Deployment:
                 self._start.progress.code = "no_frontend"
                 listener.answer()
             if roster.serving and roster.settled and not announced:
-                announced = True
-                tasks = await self.office.engine_client.get_supported_tasks_async()
-                how = f" with {roster.serving} frontends"
-                self._start.announce(self._command.args, tasks, how)
+                # An instance may have died since all served; then another is asked a little later.
+                tasks = await self.office.engine_client.tasks_if_any()
+                if tasks is not None:
+                    announced, how = True, f" with {roster.serving} frontends"
+                    self._start.announce(self._command.args, tasks, how)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(LOOK_EVERY_S):
                     await self._changed.wait()

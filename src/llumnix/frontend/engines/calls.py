@@ -33,7 +33,7 @@ from llumnix.core.types import EngineIndex, MigrationId
 from llumnix.frontend.engines.engine import Engine
 from llumnix.frontend.engines.others import Others
 from llumnix.frontend.engines.sockets import EngineSockets
-from llumnix.frontend.engines.state import PAUSES, EngineState
+from llumnix.frontend.engines.state import PAUSES, EngineState, SharedCall
 
 logger = logging.getLogger("llumnix.frontend")
 
@@ -95,21 +95,19 @@ class EngineCalls(EngineSockets):
     async def bring_up(self, engine_index: EngineIndex) -> str | None:
         """Brings a new engine into the state of the others, and has it join them. Returns None, or
         why it could not be."""
-        version = None
-        while version != self.shared_state.version:
-            version = self.shared_state.version
-            for method, args in self.shared_state.calls():
-                try:
-                    async with asyncio.timeout(_limit_s(method, args)):
-                        await self.call_engine(engine_index, method, *args)
-                except EngineDeadError:
-                    return "it died while it was brought into the state of the others"
-                except Exception as error:  # noqa: BLE001 - vLLM's for a failed call
-                    name, what = self.engines.name(engine_index), f"{type(error).__name__}: {error}"
-                    if method not in ("add_lora", "pin_lora"):
-                        return f"it could not be brought into the state of the others: {what}"
-                    # A request for the adapter loads it, or fails and says why.
-                    logger.warning("Instance %s did not load an adapter: %s", name, what)
+        got: list[SharedCall] = []
+        while (call := self.shared_state.next(got)) is not None:
+            try:
+                async with asyncio.timeout(_limit_s(call.method, call.args)):
+                    await self.call_engine(engine_index, call.method, *call.args)
+            except EngineDeadError:
+                return "it died while it was brought into the state of the others"
+            except Exception as error:  # noqa: BLE001 - vLLM's for a failed call
+                name, what = self.engines.name(engine_index), f"{type(error).__name__}: {error}"
+                if call.method not in ("add_lora", "pin_lora"):
+                    return f"it could not be brought into the state of the others: {what}"
+                # A request for the adapter loads it, or fails and says why.
+                logger.warning("Instance %s did not load an adapter: %s", name, what)
         self.shared_state.joined.add(engine_index)
         return None
 
@@ -211,21 +209,35 @@ class EngineCalls(EngineSockets):
         return joined
 
     async def _call_one(self, method: str, *args: Any) -> Any:
-        """What one engine answers, whichever; one that is silent only if all are."""
-        engines = self._those_joined()
-        heard = [e for e in engines if e not in self.shared_state.silent]
-        (answer,) = (await self._call((heard or engines)[:1], method, args)).values()
-        return answer
+        """What one engine answers, whichever; one that is silent only if all are. If it dies
+        meanwhile, another is asked."""
+        died: list[EngineIndex] = []
+        while True:
+            engines = [e for e in self._those_joined() if e not in died]
+            heard = [e for e in engines if e not in self.shared_state.silent]
+            asked = (heard or engines)[:1]
+            try:
+                (answer,) = (await self._call(asked, method, args)).values()
+            except EngineDeadError:
+                if not asked:
+                    raise
+                died += asked
+            else:
+                return answer
 
     async def _call(
         self, engines: list[EngineIndex], method: str, args: tuple[Any, ...]
     ) -> dict[EngineIndex, Any]:
         """What these engines answer, those left out that died meanwhile. An engine's failure, or
         silence, is raised once all others have answered."""
+        made = self.shared_state.begin(method, args)
         calls = {e: asyncio.ensure_future(self.call_engine(e, method, *args)) for e in engines}
         try:
             await self._wait(calls, _limit_s(method, args))
             unanswered = [e for e, call in calls.items() if not call.done()]
+        except BaseException:
+            self.shared_state.end(made, None)
+            raise
         finally:
             for call in calls.values():
                 call.cancel()
@@ -238,12 +250,13 @@ class EngineCalls(EngineSockets):
                 answers[engine_index] = call.result()
             elif not isinstance(error, EngineDeadError):
                 failures[engine_index] = error
+        back = method == "add_lora" and bool(failures or unanswered)
+        self.shared_state.end(made, list(answers.values()) if answers and not back else None)
         if not (answers or failures or unanswered):
             raise EngineDeadError()
-        if method == "add_lora" and (failures or unanswered):
-            await self._unload(args[0].lora_int_id, list(answers))
-        elif answers:
-            self.shared_state.note(method, args, list(answers.values()))
+        if back:
+            came = [e for e in self.shared_state.joined if e not in calls]
+            await self._unload(args[0].lora_int_id, [*answers, *came])
         if unanswered:
             who = ", ".join(map(self.engines.name, unanswered))
             raise GracefulHTTPError(

@@ -8,34 +8,48 @@ scheduler), `add_lora`, `remove_lora`, `pin_lora`. Since 0.33 a user's pause is 
 after which engines refuse new requests.
 """
 
+from dataclasses import dataclass
 from typing import Any
-
-from vllm.lora.request import LoRARequest
 
 from llumnix.core.types import EngineIndex
 
-Call = tuple[str, tuple[Any, ...]]
 PAUSES = ("pause_scheduler", "pause_generation")
+SLEEPS = ("sleep", "release_kv_cache_memory")
+HALTS = frozenset({*PAUSES, *SLEEPS, "resume_scheduler", "wake_up"})
+"""Calls that have engines stand still, or go on."""
 
 CALLS_MAX = 32
 """How many calls that put engines to sleep, or wake parts of them, are kept."""
 
 
+@dataclass(slots=True, eq=False)
+class SharedCall:
+    """One call to all engines."""
+
+    method: str
+    args: tuple[Any, ...]
+    made: bool = False  # whether engines have answered
+
+
 class EngineState:
-    """Follows the calls that all engines got. `calls` brings a new engine into the same state."""
+    """Follows the calls to all engines. `next` brings a new engine into the same state.
+
+    Calls overlap: a pause may wait for requests for minutes, and is over once engines are told to
+    go on, whenever it is answered. So calls that have engines stand still, or go on, are kept in
+    the order in which they begin, and a new engine gets those too that are under way."""
 
     def __init__(self) -> None:
-        self._halting: list[Call] = []  # what made engines stand still
-        self._adapters: dict[int, LoRARequest] = {}
-        self._pinned: set[int] = set()
-        self.version = 0  # counts changes of the state
+        self._halting: list[SharedCall] = []  # what made engines stand still
+        self._loading: list[SharedCall] = []  # adapters, not yet on all engines
+        self._adapters: dict[int, SharedCall] = {}
+        self._pinned: dict[int, SharedCall] = {}
         self.joined: set[EngineIndex] = set()  # engines that were brought into the state
         self.silent: set[EngineIndex] = set()  # engines whose process no longer reports
 
     @property
     def paused(self) -> bool:
         """Whether engines stand still on purpose."""
-        return bool(self._halting)
+        return any(call.made for call in self._halting)
 
     def note_silent(self, engine_index: EngineIndex, silent: bool) -> None:
         """An engine's process no longer reports, or does so again."""
@@ -50,43 +64,78 @@ class EngineState:
         """Whether the adapter was loaded on all engines."""
         return adapter in self._adapters
 
-    def calls(self) -> list[Call]:
-        """The calls that a new engine needs, in order."""
-        loads = [("add_lora", (request,)) for request in self._adapters.values()]
-        pins = [("pin_lora", (adapter,)) for adapter in self._pinned]
-        return [*loads, *pins, *self._halting]
+    # -- a new engine
 
-    def note(self, method: str, args: tuple[Any, ...], results: list[Any]) -> None:
-        """Takes in a call and what the engines that carried it out answered."""
-        before = self.calls()
-        call = (method, args)
-        match method:
+    def calls(self) -> list[SharedCall]:
+        """The calls that a new engine needs, in order."""
+        loads = [*self._adapters.values(), *self._loading]
+        return [*loads, *self._pinned.values(), *self._halting]
+
+    def next(self, got: list[SharedCall]) -> SharedCall | None:
+        """The next call that a new engine needs; None once it is in the state of the others. `got`:
+        those that it got before, kept here."""
+        halts = [call for call in got if call.method in HALTS]
+        if any(call not in self._halting for call in halts):  # Undone meanwhile.
+            got[:] = [call for call in got if call not in halts]
+            if any(call.method in SLEEPS for call in halts):
+                return SharedCall("wake_up", (None,))
+            return SharedCall("resume_scheduler", ())
+        call = next((call for call in self.calls() if call not in got), None)
+        if call is not None:
+            got.append(call)
+        return call
+
+    # -- calls to all
+
+    def begin(self, method: str, args: tuple[Any, ...]) -> SharedCall:
+        """All engines that have joined are called now; `end` is to follow."""
+        call = SharedCall(method, args)
+        if method == "add_lora":
+            self._loading.append(call)
+        elif method in HALTS:
+            self._halting.append(call)
+        return call
+
+    def end(self, call: SharedCall, results: list[Any] | None) -> None:
+        """The call is over. `results`: what the engines that carried it out answered; None if none
+        did, or it is taken back."""
+        if call in self._loading:
+            self._loading.remove(call)
+        if results is None:
+            self._halting = [each for each in self._halting if each is not call]
+            return
+        match call.method:
+            case "add_lora":
+                self._adapters[call.args[0].lora_int_id] = call
+            case "pin_lora":
+                self._pinned[call.args[0]] = call
+            case "remove_lora":
+                self._adapters.pop(call.args[0], None)
+                self._pinned.pop(call.args[0], None)
+            case _ if call.method in HALTS:
+                self._settle(call, results)
+
+    def _settle(self, call: SharedCall, results: list[Any]) -> None:
+        """Drops what no longer holds, and this call if it changes nothing."""
+        if call not in self._halting:  # Engines were told to go on meanwhile.
+            if call.method not in SLEEPS:
+                return
+            self._halting.append(call)  # They fell asleep all the same.
+        call.made, at = True, self._halting.index(call)
+        before, later = self._halting[:at], self._halting[at + 1 :]
+        keep = True
+        match call.method:
             case "pause_scheduler" | "pause_generation":
                 # A second pause only changes what is done with the requests that run now.
-                self._halting = [c for c in self._halting if c[0] != method]
-                self._halt(call)
+                before = [each for each in before if each.method != call.method]
             case "resume_scheduler":
-                self._halting = [c for c in self._halting if c[0] not in PAUSES]
-                if self._halting:  # The engines sleep, and were told to go on all the same.
-                    self._halt(call)
-            case "sleep" | "release_kv_cache_memory":
-                self._halt(call)
-            case "wake_up" if results and all(results):
-                self._halting.clear()
-            case "wake_up" if self._halting:
-                self._halt(call)
-            case "add_lora":
-                self._adapters[args[0].lora_int_id] = args[0]
-            case "pin_lora":
-                self._pinned.add(args[0])
-            case "remove_lora":
-                self._adapters.pop(args[0], None)
-                self._pinned.discard(args[0])
-        self.version += before != self.calls()
-
-    def _halt(self, call: Call) -> None:
-        """Appends the call, in place of the same one before."""
-        others = [c for c in self._halting if c != call]
-        if len(others) == CALLS_MAX:
-            del others[1]  # Not the first, which put the engines to sleep.
-        self._halting = [*others, call]
+                before = [each for each in before if each.method not in PAUSES]
+                keep = bool(before)  # The engines sleep, and were told to go on all the same.
+            case "wake_up":
+                before = [] if results and all(results) else before
+                keep = bool(before)
+        same = call.method, call.args
+        before = [each for each in before if (each.method, each.args) != same]
+        if len(before) >= CALLS_MAX:
+            del before[1]  # Not the first, which put the engines to sleep.
+        self._halting = [*before, *([call] if keep else []), *later]

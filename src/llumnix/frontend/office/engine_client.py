@@ -6,9 +6,10 @@ statistics of a step without outputs go to client 0.
 """
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
+from vllm.exceptions import GracefulHTTPError
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -35,6 +36,14 @@ class EngineClient(EngineCalls):
         for engine in self.engines.up():
             self._begin(self.tell_lost(engine.engine_index, engine_index, []))
         return True
+
+    async def tasks_if_any(self) -> Sequence[str] | None:
+        """What the model can do; None while no engine says so."""
+        try:
+            tasks: Sequence[str] = await self.get_supported_tasks_async()
+        except (EngineDeadError, GracefulHTTPError):
+            return None
+        return tasks
 
     def _begin(self, work: Coroutine[Any, Any, Any]) -> None:
         task = asyncio.ensure_future(work)
