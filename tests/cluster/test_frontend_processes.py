@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 import threading
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -30,7 +31,7 @@ class Office:
         self.stopping = False
         self.sent: list[Any] = []
         self.ends: list[tuple[int, str]] = []
-        self.silent: dict[int, float | None] = {}
+        self.heard: dict[int, float | None] = {}
 
     def ended(self, client: int, why: str) -> Any:
         self.ends.append((client, why))
@@ -39,8 +40,8 @@ class Office:
     def send_all(self, message: Any) -> None:
         self.sent.append(message)
 
-    def silent_s(self, client: int) -> float | None:
-        return self.silent.get(client, 0.0)
+    def said_s(self, client: int) -> float | None:
+        return self.heard.get(client, asyncio.get_running_loop().time())
 
 
 class World:
@@ -166,16 +167,36 @@ async def test_one_that_hangs_is_killed(tmp_path: Path, monkeypatch: pytest.Monk
     async with world(tmp_path, monkeypatch) as w:
         w.processes.start()
         await w.pid(1)
-        w.office.silent[1] = module.SILENT_MAX_S + 1
+        monkeypatch.setattr(module, "SILENT_MAX_S", 0.2)
+        w.office.heard[1] = 1.0
         await w.pid(3)
         assert w.office.ends == [(1, "killed by SIGKILL")]
+
+
+async def test_one_that_was_not_heard_while_this_process_stood_still_lives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As all processes do in a container that is paused. Nothing of it is heard for a while."""
+    monkeypatch.setattr(module, "SILENT_MAX_S", 0.5)
+    async with world(tmp_path, monkeypatch) as w:
+        w.processes.start()
+        await w.until(lambda: 1 in w.processes._running)
+        w.office.heard[1] = asyncio.get_running_loop().time()
+        time.sleep(1.0)  # This process stands still.
+        await asyncio.sleep(0.2)
+        assert w.processes._running[1].exitcode is None
+        w.office.heard[1] = asyncio.get_running_loop().time()
+        await w.until(lambda: w.office.ends)
+        silent_s = asyncio.get_running_loop().time() - w.office.heard[1]
+        assert silent_s >= 0.5
+        assert w.office.ends == [(1, "killed by SIGKILL")], "it has said nothing since"
 
 
 async def test_one_that_never_says_anything_is_killed_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with world(tmp_path, monkeypatch) as w:
-        w.office.silent[1] = None
+        w.office.heard[1] = None
         monkeypatch.setattr(module, "SILENT_AT_FIRST_MAX_S", 60.0)
         w.processes.start()
         pid = await w.pid(1)

@@ -36,7 +36,7 @@ async def test_what_the_fleet_says_of_engines_is_so_for_the_client(tmp_path: Pat
         it.note_silent(E1, True)
         assert state.silent == {E1}
         assert not it.paused
-        state.note("pause_scheduler", ("keep",), [None])
+        state.end(state.begin("pause_scheduler", ("keep",)), [None])
         assert it.paused
         (row,) = it.status()
         assert (row.id, row.state, row.pid, row.restarts) == ("f0", "serving", os.getpid(), 0)

@@ -360,10 +360,10 @@ class Office:
         """The monotonic clock, in seconds."""
         return time.monotonic()
 
-    def silent_s(self, client: int) -> float | None:
-        """For how long a frontend has said nothing; None if it never said anything."""
+    def said_s(self, client: int) -> float | None:
+        """When a frontend said something last, by the event loop's clock; None if it never did."""
         line = self._lines.get(client)
-        return None if line is None else self._loop.time() - line.heard_s
+        return None if line is None else line.heard_s
 
     # -- their ends
 

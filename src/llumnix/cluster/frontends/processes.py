@@ -13,6 +13,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from multiprocessing import forkserver, resource_tracker
 from typing import Any
 
@@ -40,6 +41,14 @@ SILENT_AT_FIRST_MAX_S = 300.0
 LOOK_EVERY_S = 1.0
 
 
+@dataclass(slots=True)
+class _Silence:
+    """That of one frontend."""
+
+    said_s: float | None = None  # when it said something last; None if it never did
+    looks: int = 0  # so many in a row found nothing new
+
+
 class FrontendProcesses:
     """All of one deployment. `make` is given slot and client number of one that is to be
     started."""
@@ -53,7 +62,7 @@ class FrontendProcesses:
         self.loads: Any = self._context.RawArray("i", [NOT_ACCEPTING] * count)
         self.admission: Any = self._context.RawArray("q", COUNTERS_EACH * count)
         self._running: dict[int, Process] = {}  # by client
-        self._began_s: dict[int, float] = {}
+        self._silences: dict[int, _Silence] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._count = count
         self._closed = threading.Event()
@@ -105,7 +114,7 @@ class FrontendProcesses:
             logger.exception("Frontend f%d could not be started", slot)
             return f"it could not be started: {error!r}"
         self._running[client] = process
-        self._began_s[client] = asyncio.get_running_loop().time()
+        self._silences[client] = _Silence()
         if self._office.stopping:
             process.kill()
         try:
@@ -123,7 +132,7 @@ class FrontendProcesses:
     def _clear(self, slot: int, client: int, process: Process) -> None:
         """Removes what is left of a process. It may live on if what forked it has died."""
         pid = process.pid
-        del self._running[client], self._began_s[client]
+        del self._running[client], self._silences[client]
         self.loads[slot] = NOT_ACCEPTING
         self.admission[slot * COUNTERS_EACH] = 0
         if pid is not None:
@@ -140,10 +149,13 @@ class FrontendProcesses:
                     process.kill()
 
     def _hangs(self, client: int) -> bool:
-        silent_s = self._office.silent_s(client)
-        if silent_s is None:
-            return asyncio.get_running_loop().time() - self._began_s[client] > SILENT_AT_FIRST_MAX_S
-        return silent_s > SILENT_MAX_S
+        """Takes in one look. Silence is counted in looks, not in seconds: while this process stands
+        still it hears nobody, and in a container that is paused nobody speaks."""
+        said_s, silence = self._office.said_s(client), self._silences[client]
+        silence.looks = silence.looks + 1 if said_s == silence.said_s else 0
+        silence.said_s = said_s
+        most_s = SILENT_AT_FIRST_MAX_S if said_s is None else SILENT_MAX_S
+        return silence.looks * LOOK_EVERY_S > most_s
 
     # -- stop
 
