@@ -83,10 +83,12 @@ def test_migrations_are_a_table_with_the_newest_first(
     server: Server, capsys: pytest.CaptureFixture[str]
 ) -> None:
     aborted = {**MOVE, "id": "m4", "outcome": "aborted", "downtime_ms": None, "reason": "it ended"}
-    server.body = {"migrations": [MOVE, aborted], "total": 2}
+    server.body = {"migrations": [MOVE, aborted], "total": 2, "incomplete": ["f1"]}
     flags = ["--since", "60", "--reason", "user", "--outcome", "migrated"]
     assert main(["migrations", *flags, "--url", server.url]) == 0
-    _, first, second = capsys.readouterr().out.splitlines()
+    told = capsys.readouterr()
+    _, first, second = told.out.splitlines()
+    assert told.err == "f1 did not say theirs\n"
     assert squeezed(first) == "m4 r1 i0 i1 aborted 97 - 7 s a user's order; it ended"
     assert squeezed(second) == "m3 r1 i0 i1 migrated 97 2.2 ms 7 s a user's order"
     assert query(server) == {

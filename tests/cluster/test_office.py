@@ -576,11 +576,25 @@ async def test_migrations_are_listed_in_the_order_in_which_they_began(tmp_path: 
         one.answers[YourMigrations] = [[1.0, {"id": "m1-0"}], [3.0, {"id": "m1-1"}]]
         other.answers[YourMigrations] = [[2.0, {"id": "m2-0"}]]
         listed = await other.control.migrations()
-        assert [m["id"] for m in listed] == ["m1-0", "m2-0", "m1-1"]
+        assert [m["id"] for m in listed.migrations] == ["m1-0", "m2-0", "m1-1"]
+        assert listed.incomplete == []
         one.answers[YourMigrations] = []
         assert await one.control.migration("m2-0") == {"id": "m2-0"}
         other.answers[YourMigrations] = []
         with pytest.raises(UnknownMigrationError, match="m2-0"):
+            await one.control.migration("m2-0")
+
+
+async def test_who_does_not_say_its_migrations_in_time_is_named(tmp_path: Path) -> None:
+    async with world(tmp_path) as w:
+        one, other = w.fronts
+        one.answers[YourMigrations] = [[1.0, {"id": "m1-0"}]]
+        other.answers[YourMigrations] = asyncio.sleep
+        listed = await one.control.migrations()
+        assert listed.migrations == [{"id": "m1-0"}]
+        assert listed.incomplete == ["f1"]
+        one.answers[YourMigrations] = []
+        with pytest.raises(UnknownMigrationError, match=r"\(f1 did not say which it has\)"):
             await one.control.migration("m2-0")
 
 
@@ -591,7 +605,7 @@ async def test_of_more_migrations_than_are_listed_the_last_are(tmp_path: Path) -
                 [float(n), {"id": f"m{n}"}] for n in range(at, LISTED_MAX + 4, 2)
             ]
         listed = await w.fronts[0].control.migrations()
-        assert [m["id"] for m in listed] == [f"m{n}" for n in range(4, LISTED_MAX + 4)]
+        assert [m["id"] for m in listed.migrations] == [f"m{n}" for n in range(4, LISTED_MAX + 4)]
 
 
 async def test_what_the_fleet_refuses_is_the_same_error_at_the_frontend(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from llumnix.core.supervision.lifecycle import InstanceStatus
 from llumnix.core.supervision.readiness import FleetSeen
 from llumnix.core.types import EngineIndex, InstanceId
 from llumnix.errors import CapacityError, LastInstanceError, UsageError
-from llumnix.frontend.http.control import OwnControl, RequestRows
+from llumnix.frontend.http.control import MigrationRows, OwnControl, RequestRows
 from llumnix.frontend.http.routes import DRAIN_TIMEOUT_MAX_S, STATUS, control_app
 from llumnix.observe.notes import Notes
 from support.frontend import front
@@ -197,13 +197,14 @@ class Listing(OwnControl):
         ]
         return RequestRows(requests=rows, incomplete=["f1"])
 
-    async def migrations(self) -> list[dict[str, Any]]:
-        return [
+    async def migrations(self) -> MigrationRows:
+        rows = [
             {"id": f"m{n}", "ago_s": 10.0 - n, "code": c, "outcome": o}
             for n, (c, o) in enumerate([
                 ("user", "migrated"), ("drain", "aborted"), ("drain", "migrated"),
             ])
         ]  # fmt: skip
+        return MigrationRows(migrations=rows, incomplete=["f1"])
 
 
 @pytest.mark.parametrize(
@@ -300,7 +301,7 @@ async def test_of_a_deployment_with_one_frontend_its_own_requests_are_listed(
             order = {"request_id": "other"}
             assert (await http.post("/llumnix/v1/migrations", json=order)).status_code == 404
             assert (await http.get("/llumnix/v1/migrations")).json() == {
-                "migrations": [], "total": 0,
+                "migrations": [], "total": 0, "incomplete": [],
             }  # fmt: skip
             assert (await http.get("/llumnix/v1/quarantine")).json() == {"quarantine": []}
         look = await ours.look({})

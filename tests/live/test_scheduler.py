@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from llumnix.cli import main
-from support.server import Server, eventually
+from support.server import Server, all_migrations, eventually
 from support.streaming import Recorded, all_at_once, first_difference, rows, stream
 
 from .conftest import FLAGS
@@ -70,8 +70,7 @@ def body(prompt_tokens: int, max_tokens: int, seed: int, **more: Any) -> dict[st
 
 
 def migrations(server: Server) -> list[dict[str, Any]]:
-    found = server.http.get("/llumnix/v1/migrations").json()["migrations"]
-    return [m for m in found if m["outcome"] == "migrated"]
+    return [m for m in all_migrations(server.http.get) if m["outcome"] == "migrated"]
 
 
 def started(server: Server, names: list[str]) -> bool:

@@ -117,12 +117,21 @@ class Server:
 
 
 def all_requests(get: Callable[[str], httpx.Response]) -> list[dict[str, Any]]:
-    """The rows of all requests, once no frontend was too busy to say its own. `get` asks a path of
-    the server."""
+    """The rows of all requests. `get` asks a path of the server."""
+    return _all_rows(get, "requests")
+
+
+def all_migrations(get: Callable[[str], httpx.Response]) -> list[dict[str, Any]]:
+    """The rows of the last migrations, the oldest first."""
+    return _all_rows(get, "migrations")
+
+
+def _all_rows(get: Callable[[str], httpx.Response], what: str) -> list[dict[str, Any]]:
+    """Once no frontend was too busy to say its own."""
 
     def asked() -> tuple[list[dict[str, Any]]] | None:
-        answer = get("/llumnix/v1/requests").json()
-        return None if answer["incomplete"] else (answer["requests"],)
+        answer = get(f"/llumnix/v1/{what}").json()
+        return None if answer["incomplete"] else (answer[what],)
 
     (rows,) = eventually(asked, 20, "all frontends say theirs")
     return rows  # type: ignore[no-any-return]

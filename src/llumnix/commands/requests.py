@@ -52,9 +52,7 @@ def requests(argv: list[str]) -> int:
     print(
         "\n".join(table(("REQUEST", "INSTANCE", "CLASS", "KEY", "PROMPT", "OUTPUT", "AGE"), rows))
     )
-    _say_more(body["total"], len(rows))
-    if body["incomplete"]:
-        print(f"{', '.join(body['incomplete'])} did not say theirs", file=sys.stderr)
+    _say_more(body, len(rows))
     return 0
 
 
@@ -95,7 +93,7 @@ def migrations(argv: list[str]) -> int:
         for m in reversed(body["migrations"])
     ]
     print("\n".join(table(head, rows)))
-    _say_more(body["total"], len(rows))
+    _say_more(body, len(rows))
     return 0
 
 
@@ -136,9 +134,11 @@ def _listed(
     return ask(args, "GET", f"{path}?{given}", wanted=wanted, timeout_s=ANSWER_TIMEOUT_S)
 
 
-def _say_more(total: int, shown: int) -> None:
-    if total > shown:
-        print(f"{total - shown} more; --limit shows them")
+def _say_more(body: dict[str, Any], shown: int) -> None:
+    if (more := body["total"] - shown) > 0:
+        print(f"{more} more; --limit shows them")
+    if body["incomplete"]:
+        print(f"{', '.join(body['incomplete'])} did not say theirs", file=sys.stderr)
 
 
 def _migration_line(m: dict[str, Any]) -> str:

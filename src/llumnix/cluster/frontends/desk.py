@@ -17,7 +17,13 @@ from llumnix.errors import (
     UnknownMigrationError,
     UnknownRequestError,
 )
-from llumnix.frontend.http.control import InstanceControl, InstanceRow, RequestRows, fleet_look
+from llumnix.frontend.http.control import (
+    InstanceControl,
+    InstanceRow,
+    MigrationRows,
+    RequestRows,
+    fleet_look,
+)
 from llumnix.frontend.office.adapter import Adapter
 from llumnix.frontend.office.adapters import as_request
 from llumnix.frontend.office.messages import (
@@ -195,17 +201,18 @@ class Desk:
         mine = MoveYours(request_id=request, destination=order.destination, copy=order.copy)
         return await self._office.ask(client, mine, None)
 
-    async def _migrations(self, name: str | None) -> list[Any]:
+    async def _migrations(self, name: str | None) -> MigrationRows:
         gathered = await self._office.ask_all(YourMigrations(name=name))
         found = sorted(
             (pair for mine in gathered.answers.values() for pair in mine), key=lambda p: p[0]
         )
         if name is not None and not found:
             raise UnknownMigrationError(
-                f"no migration {name} among the last {LISTED_MAX} of each frontend; "
-                "GET /llumnix/v1/migrations"
+                f"no migration {name} among the last {LISTED_MAX} of each frontend"
+                f"{_silent(gathered.missing)}; GET /llumnix/v1/migrations"
             )
-        return [shown for _, shown in found[-LISTED_MAX:]]
+        rows = [shown for _, shown in found[-LISTED_MAX:]]
+        return MigrationRows(migrations=rows, incomplete=gathered.missing)
 
     # -- what all frontends have
 
@@ -251,6 +258,10 @@ class Desk:
             await self.load(adapter)
 
 
+def _silent(missing: list[str]) -> str:
+    return f" ({', '.join(missing)} did not say which it has)" if missing else ""
+
+
 def the_one(name: str, named: dict[int, Any], missing: list[str]) -> tuple[int, str]:
     """The client and the id of the request that a user means. `named`: by client, which of its
     requests have the name, and whether that is the id of one. `missing`: who did not say."""
@@ -261,9 +272,9 @@ def the_one(name: str, named: dict[int, Any], missing: list[str]) -> tuple[int, 
         for request in ids
     ]
     if not found:
-        silent = f" ({', '.join(missing)} did not say which it has)" if missing else ""
         raise UnknownRequestError(
-            f"no request {name} is running or waiting{silent}; GET /llumnix/v1/requests lists them"
+            f"no request {name} is running or waiting{_silent(missing)}; "
+            "GET /llumnix/v1/requests lists them"
         )
     if len(found) > 1:
         ids = ", ".join(request for _, request in found)

@@ -33,6 +33,14 @@ class RequestRows:
     incomplete: list[str]  # frontends that did not say theirs
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MigrationRows:
+    """The last migrations as JSON, the oldest first."""
+
+    migrations: list[dict[str, Any]]
+    incomplete: list[str]  # frontends that did not say theirs
+
+
 class InstanceOrders(Protocol):
     """What a user may order of instances."""
 
@@ -112,8 +120,8 @@ class Control(InstanceOrders, Protocol):
         """Moves a request; the migration as JSON, when that has ended."""
         ...
 
-    async def migrations(self) -> list[dict[str, Any]]:
-        """The last migrations as JSON, the oldest first."""
+    async def migrations(self) -> MigrationRows:
+        """The last of all frontends."""
         ...
 
     async def migration(self, name: str) -> dict[str, Any]:
@@ -196,8 +204,8 @@ class OwnControl:
     async def move(self, order: MoveAsked) -> dict[str, Any]:
         return await self._streams.move(order)
 
-    async def migrations(self) -> list[dict[str, Any]]:
-        return self._client.migrations.recent()
+    async def migrations(self) -> MigrationRows:
+        return MigrationRows(migrations=self._client.migrations.recent(), incomplete=[])
 
     async def migration(self, name: str) -> dict[str, Any]:
         return self._client.migrations.get(name)

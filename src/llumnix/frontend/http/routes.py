@@ -205,15 +205,21 @@ async def migrations(
 ) -> dict[str, Any]:
     """The last thousand migrations, the oldest first. The query asks for those that began within
     so many seconds, were ordered for that reason (`code`), or ended so; `limit` for the newest
-    of them, and `total` says how many there are."""
+    of them, and `total` says how many there are. `incomplete` names the frontends that did not say
+    theirs in time."""
+    there = await control.migrations()
     rows = [
         row
-        for row in await control.migrations()
+        for row in there.migrations
         if (since_s is None or row["ago_s"] <= since_s)
         and reason in (None, row["code"])
         and outcome in (None, row["outcome"])
     ]
-    return {"migrations": rows[-limit:] if limit else rows, "total": len(rows)}
+    return {
+        "migrations": rows[-limit:] if limit else rows,
+        "total": len(rows),
+        "incomplete": there.incomplete,
+    }
 
 
 @router.get("/migrations/{migration}")

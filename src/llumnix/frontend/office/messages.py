@@ -306,7 +306,7 @@ class MoveAny:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AllMigrations:
-    """The last migrations of all frontends, the oldest first; `name`: that one alone."""
+    """Those of all frontends; as `MigrationRows`. `name`: that one alone."""
 
     name: str | None = None
 

@@ -14,7 +14,7 @@ from llumnix.core.supervision.lifecycle import InstanceStatus
 from llumnix.core.supervision.readiness import FleetSeen
 from llumnix.core.types import EngineIndex, InstanceId
 from llumnix.errors import LlumnixError
-from llumnix.frontend.http.control import InstanceRow, RequestRows
+from llumnix.frontend.http.control import InstanceRow, MigrationRows, RequestRows
 from llumnix.frontend.office.adapters import of_request
 from llumnix.frontend.office.asking import AskedError, LineClosedError
 from llumnix.frontend.office.link import OfficeLink
@@ -134,13 +134,13 @@ class OfficeControl:
         migration: dict[str, Any] = await self._as(dict[str, Any], question, None)
         return migration
 
-    async def migrations(self) -> list[dict[str, Any]]:
-        rows: list[dict[str, Any]] = await self._as(list[dict[str, Any]], AllMigrations())
+    async def migrations(self) -> MigrationRows:
+        rows: MigrationRows = await self._as(MigrationRows, AllMigrations())
         return rows
 
     async def migration(self, name: str) -> dict[str, Any]:
-        (row,) = await self._as(list[dict[str, Any]], AllMigrations(name=name))
-        one: dict[str, Any] = row
+        rows: MigrationRows = await self._as(MigrationRows, AllMigrations(name=name))
+        (one,) = rows.migrations
         return one
 
     async def reload(self) -> dict[str, Any]:
