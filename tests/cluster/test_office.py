@@ -112,6 +112,8 @@ class Engines:
         if self.broken is not None:
             raise self.broken
         self.loaded.append(request)
+        state = self.shared_state
+        state.end(state.begin("add_lora", (request,)), [True])
         return True
 
     async def call_joined(self, method: str, args: tuple[Any, ...]) -> dict[EngineIndex, Any]:
@@ -669,6 +671,8 @@ async def test_two_adapters_get_two_numbers_and_all_frontends_know_them(tmp_path
         await other.others.unload_adapter("a")
         known = [q for q in one.asked if isinstance(q, AdaptersAre)][-1]
         assert [a.name for a in known.adapters] == ["b"]
+        (kept,) = w.engines.shared_state.calls()
+        assert kept.args[0].lora_name == "b", "engines that come go without the other"
 
 
 async def test_the_same_adapter_loaded_twice_is_loaded_once_and_another_path_is_refused(

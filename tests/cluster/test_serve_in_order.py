@@ -58,6 +58,8 @@ class World:
         self.fails: dict[str, BaseException] = {}
         self.reload: Any = None
         self.announced: list[Any] = []
+        self.followed: list[Any] = []  # vLLM's list of adapters
+        self.core = SimpleNamespace(shared_state=SimpleNamespace(follow=self.followed.append))
         self.starts: list[Start] = []
         self.fleet: Any = None
         self.reloading: Any = []
@@ -174,12 +176,14 @@ class World:
         async def tasks() -> list[str]:
             return ["generate"]
 
-        return SimpleNamespace(engine_core="core", get_supported_tasks=tasks)
+        return SimpleNamespace(engine_core=self.core, get_supported_tasks=tasks)
 
     async def serve_http(
-        self, llm: Any, control: Any, listener: Any, args: Any, announce: Any
+        self, llm: Any, control: Any, listener: Any, args: Any, announce: Any, *, on_state: Any
     ) -> None:
         assert listener.port == args.port == 8123
+        on_state(SimpleNamespace(openai_serving_models="models"))
+        assert self.followed == ["models"], "new engines load no adapter that is unloaded"
         await announce()
         self.note("serves")
 
@@ -225,7 +229,7 @@ def test_a_user_who_wants_vllms_lines_gets_rays_too(world: World) -> None:
 def test_a_file_is_read_again_at_a_hang_up(world: World) -> None:
     world.reloading = ["a file of keys"]
     serving.serve(["serve"])
-    assert world.reload == ("core", world.fleet, ["take settings", "a file of keys"])
+    assert world.reload == (world.core, world.fleet, ["take settings", "a file of keys"])
 
 
 @pytest.mark.parametrize("insecure", [False, True])
@@ -288,7 +292,7 @@ def test_the_logs_of_a_cluster_that_was_joined_are_its_own(world: World) -> None
 
 
 def test_when_every_instance_has_failed_it_says_why(world: World) -> None:
-    async def serve_http(*_: Any) -> None:
+    async def serve_http(*_: Any, **__: Any) -> None:
         world.fleet.all_failed.set()
         async with asyncio.timeout(5):
             while "signal" not in world.did:

@@ -26,7 +26,7 @@ async def test_only_who_has_the_keys_gets_a_word_in() -> None:
     cache = SimpleNamespace(enable_prefix_caching=True)
     link: Any = SimpleNamespace()
     client = FleetClient(
-        SimpleNamespace(cache_config=cache),  # type: ignore[arg-type]
+        SimpleNamespace(cache_config=cache, lora_config=None),  # type: ignore[arg-type]
         ClientPlace(input_address=places[0], output_address=places[1]),
         link,
         1,

@@ -2,6 +2,7 @@
 later. On fake engines, in virtual time."""
 
 import asyncio
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -461,6 +462,37 @@ def test_adapters_are_kept_until_they_are_removed() -> None:
     load, pin = ("add_lora", (adapter(1),), True), ("pin_lora", (1,), True)
     assert after(load, pin, PAUSE) == ["add_lora", "pin_lora", "pause_scheduler"]
     assert after(load, pin, ("remove_lora", (1,), True)) == []
+
+
+def test_no_more_adapters_are_kept_than_an_engine_keeps() -> None:
+    """Else a server that has loaded hundreds loads all of them into each instance that comes."""
+    state = EngineState(adapters_max=2)
+    for number in (1, 2):
+        state.end(state.begin("add_lora", (adapter(number),)), [True])
+    state.end(state.begin("pin_lora", (1,)), [True])
+    for number in (2, 3, 4):
+        state.end(state.begin("add_lora", (adapter(number),)), [True])
+    assert [call.args[0] for call in state.calls()] == [adapter(1), adapter(4), 1]
+
+
+async def test_an_adapter_that_is_unloaded_is_not_loaded_by_engines_that_come() -> None:
+    class Models:
+        def __init__(self) -> None:
+            self.lora_requests = {"a1": adapter(1)}
+
+        async def unload_lora_adapter(self, request: Any) -> Any:
+            gone = self.lora_requests.pop(request.lora_name, None)
+            return SimpleNamespace(error="not found") if gone is None else "Success"
+
+    state, models = EngineState(), Models()
+    state.follow(None)
+    state.follow(models)
+    for number in (1, 2):
+        state.end(state.begin("add_lora", (adapter(number),)), [True])
+    await models.unload_lora_adapter(SimpleNamespace(lora_name="a2"))
+    assert len(state.calls()) == 2
+    assert await models.unload_lora_adapter(SimpleNamespace(lora_name="a1")) == "Success"
+    assert [call.args[0] for call in state.calls()] == [adapter(2)]
 
 
 def test_the_record_is_bounded() -> None:

@@ -253,6 +253,24 @@ async def test_the_offices_client_hears_drains_and_passes_statistics_on(tmp_path
         assert item.scheduler_stats.num_running_reqs == 3
 
 
+async def test_the_client_keeps_as_many_adapters_as_an_engine_does(tmp_path: Path) -> None:
+    async with front(tmp_path, engines=0) as one:
+        config = one.client.vllm_config
+        place = ClientPlace(
+            input_address=f"ipc://{tmp_path}/i", output_address=f"ipc://{tmp_path}/o"
+        )
+        config.lora_config = SimpleNamespace(max_cpu_loras=3)  # type: ignore[assignment]
+        client = EngineClient(config, place, 2)
+        try:
+            for number in range(1, 6):
+                adapter = as_request(Adapter(name=f"a{number}", number=number, path="/a"))
+                client.shared_state.end(client.shared_state.begin("add_lora", (adapter,)), [True])
+            kept = [call.args[0].lora_name for call in client.shared_state.calls()]
+            assert kept == ["a3", "a4", "a5"]
+        finally:
+            client.close_sockets()
+
+
 async def test_what_the_model_can_do_is_unknown_while_no_engine_says_so(tmp_path: Path) -> None:
     async with front(tmp_path, engines=0) as one:
         place = ClientPlace(

@@ -16,11 +16,14 @@ import torch  # noqa: E402
 from vllm.config import SchedulerConfig, VllmConfig  # noqa: E402
 from vllm.entrypoints.anthropic.serving import AnthropicServingMessages  # noqa: E402
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat  # noqa: E402
+from vllm.entrypoints.openai.models.serving import OpenAIServingModels  # noqa: E402
 from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses  # noqa: E402
 from vllm.entrypoints.serve.exception_handling.error_response import (  # noqa: E402
     create_error_response,
 )
+from vllm.lora.model_manager import LoRAModelManager  # noqa: E402
 from vllm.lora.request import LoRARequest  # noqa: E402
+from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager  # noqa: E402
 from vllm.pooling_params import PoolingParams  # noqa: E402
 from vllm.sampling_params import SamplingParams  # noqa: E402
 from vllm.utils import network_utils  # noqa: E402
@@ -1188,3 +1191,16 @@ def test_what_an_engine_is_told_about_standing_still_and_adapters() -> None:
     for name in ("pause_scheduler", "resume_scheduler", "sleep", "release_kv_cache_memory"):
         says(getattr(AsyncMPClient, f"{name}_async"), f'"{name}"', who=who)
     says(create_error_response, "status_code = exc.http_status", who="engines/calls.py")
+    says(
+        OpenAIServingModels.unload_lora_adapter,
+        "del self.lora_requests[lora_name]",
+        'return f"Success',
+        who=who,
+    )
+    says(LoRAModelManager.capacity.fget, "return self.lora_config.max_cpu_loras", who=who)
+    says(
+        LRUCacheWorkerLoRAManager.add_adapter,
+        "len(self._adapter_manager) + 1 > self._adapter_manager.capacity",
+        "remove_oldest_adapter()",
+        who=who,
+    )

@@ -110,6 +110,7 @@ class Front:
         )  # fmt: skip
         config: Any = SimpleNamespace(
             cache_config=cache,
+            lora_config=None,
             model_config=SimpleNamespace(max_model_len=100, return_sampling_mask=False),
             aux_output_config=SimpleNamespace(enabled=False),
             parallel_config=SimpleNamespace(worker_extension_cls=""),

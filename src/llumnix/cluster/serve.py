@@ -175,7 +175,15 @@ async def _run(
             async def announce() -> None:
                 start.announce(args, await llm.get_supported_tasks())
 
-            await serve_http(llm, control, start.listener, args, announce)
+            follow = llm.engine_core.shared_state.follow
+            await serve_http(
+                llm,
+                control,
+                start.listener,
+                args,
+                announce,
+                on_state=lambda state: follow(state.openai_serving_models),
+            )
         except InstanceFailedError as error:
             start.crashed = True
             raise UsageError(str(error)) from error

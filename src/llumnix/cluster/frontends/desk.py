@@ -164,7 +164,8 @@ class Desk:
                     return await self.load(adapter)
             case UnloadAdapter(name=name):
                 async with self._loading:
-                    self._adapters.pop(name, None)
+                    if (adapter := self._adapters.pop(name, None)) is not None:
+                        self._engine_client.shared_state.unloaded(adapter.number)
                     await self._office.ask_all(self._adapters_are())
             case _:
                 raise ProtocolError(f"not for the office: {question}")

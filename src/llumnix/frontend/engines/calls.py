@@ -71,7 +71,8 @@ class EngineCalls(EngineSockets):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.shared_state = EngineState()
+        adapters = self.vllm_config.lora_config
+        self.shared_state = EngineState(None if adapters is None else adapters.max_cpu_loras)
         self.drain_requests: asyncio.Queue[DrainInstance] = asyncio.Queue(DRAIN_REQUESTS_MAX)
         self._calls: dict[EngineIndex, set[asyncio.Future[Any]]] = {}
 

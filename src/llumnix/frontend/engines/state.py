@@ -5,7 +5,9 @@ vLLM internals relied on here (tests/house/test_vllm_contract.py fails when one 
 engine core's utility calls `pause_scheduler`, `resume_scheduler`, `sleep`,
 `release_kv_cache_memory`, `wake_up` (which says whether all is awake, and if so has resumed the
 scheduler), `add_lora`, `remove_lora`, `pin_lora`. Since 0.33 a user's pause is `pause_generation`,
-after which engines refuse new requests.
+after which engines refuse new requests. An engine keeps `max_cpu_loras` adapters: those that are
+pinned, and the last ones. `unload_lora_adapter` of the application's `openai_serving_models` takes
+a name out of `lora_requests` there, tells no engine, and returns a string if it did.
 """
 
 from dataclasses import dataclass
@@ -36,9 +38,12 @@ class EngineState:
 
     Calls overlap: a pause may wait for requests for minutes, and is over once engines are told to
     go on, whenever it is answered. So calls that have engines stand still, or go on, are kept in
-    the order in which they begin, and a new engine gets those too that are under way."""
+    the order in which they begin, and a new engine gets those too that are under way.
 
-    def __init__(self) -> None:
+    `adapters_max`: how many adapters an engine keeps; None: no limit is known."""
+
+    def __init__(self, adapters_max: int | None = None) -> None:
+        self._adapters_max = adapters_max
         self._halting: list[SharedCall] = []  # what made engines stand still
         self._loading: list[SharedCall] = []  # adapters, not yet on all engines
         self._adapters: dict[int, SharedCall] = {}
@@ -63,6 +68,27 @@ class EngineState:
     def has_adapter(self, adapter: int) -> bool:
         """Whether the adapter was loaded on all engines."""
         return adapter in self._adapters
+
+    def unloaded(self, adapter: int) -> None:
+        """No request can ask for the adapter any more, so that new engines go without."""
+        self._adapters.pop(adapter, None)
+        self._pinned.pop(adapter, None)
+
+    def follow(self, models: Any) -> None:
+        """Takes in each adapter that vLLM's list of models gives up from now on. `models`: the
+        application's `openai_serving_models`, or None."""
+        if models is None:
+            return
+        unload = models.unload_lora_adapter
+
+        async def unloading(request: Any, *args: Any, **more: Any) -> Any:
+            known = models.lora_requests.get(request.lora_name)
+            answer = await unload(request, *args, **more)
+            if isinstance(answer, str) and known is not None:
+                self.unloaded(known.lora_int_id)
+            return answer
+
+        models.unload_lora_adapter = unloading
 
     # -- a new engine
 
@@ -106,14 +132,21 @@ class EngineState:
             return
         match call.method:
             case "add_lora":
+                self._adapters.pop(call.args[0].lora_int_id, None)
                 self._adapters[call.args[0].lora_int_id] = call
+                self._drop_oldest()
             case "pin_lora":
                 self._pinned[call.args[0]] = call
             case "remove_lora":
-                self._adapters.pop(call.args[0], None)
-                self._pinned.pop(call.args[0], None)
+                self.unloaded(call.args[0])
             case _ if call.method in HALTS:
                 self._settle(call, results)
+
+    def _drop_oldest(self) -> None:
+        """Drops an adapter that engines have had to give up for the last one."""
+        loose = [adapter for adapter in self._adapters if adapter not in self._pinned]
+        if self._adapters_max is not None and loose and len(self._adapters) > self._adapters_max:
+            del self._adapters[loose[0]]
 
     def _settle(self, call: SharedCall, results: list[Any]) -> None:
         """Drops what no longer holds, and this call if it changes nothing."""
