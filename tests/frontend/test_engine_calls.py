@@ -215,6 +215,7 @@ def test_what_is_undone_while_an_engine_is_brought_up_is_undone_there_too(halt: 
     async def main() -> None:
         undo, how, back = UNDONE[halt]
         calls = Calls(E0)
+        await calls.add_lora_async(adapter(1))
         await calls.call_utility_async(halt, *how)
         calls.core_engines.append(E1.to_bytes(2, "little"))
         calls.answers[E1, halt] = calls.loop.create_future()
@@ -223,7 +224,7 @@ def test_what_is_undone_while_an_engine_is_brought_up_is_undone_there_too(halt: 
         await calls.call_utility_async(undo, *back)
         calls.answers[E1, halt].set_result(True)
         assert await coming is None
-        assert calls.of(E1) == [halt, undo]
+        assert calls.of(E1) == ["add_lora", halt, undo], "and no adapter is loaded twice"
 
     run(main())
 
@@ -324,6 +325,58 @@ def test_a_pause_that_no_engine_made_does_not_hold(answer: Any) -> None:
         calls.answers[E0, "pause_scheduler"] = answer
         await failing(calls.pause_scheduler_async(mode="keep"))
         assert calls.shared_state.calls() == []
+
+    run(main())
+
+
+@pytest.mark.parametrize("halt", UNDONE)
+@pytest.mark.parametrize("answer", [Exception("boom"), EngineDeadError()])
+def test_a_halt_that_only_an_engine_made_that_came_meanwhile_holds(halt: str, answer: Any) -> None:
+    """Else that engine serves, and its requests stand still: nobody tells it to go on."""
+
+    async def main() -> None:
+        undo, how, back = UNDONE[halt]
+        calls = Calls(E0)
+        calls.answers[E0, halt] = calls.loop.create_future()
+        halting = asyncio.create_task(calls.call_utility_async(halt, *how))
+        await asyncio.sleep(1)
+        calls.core_engines.append(E1.to_bytes(2, "little"))
+        assert await calls.bring_up(E1) is None
+        calls.answers[E0, halt].set_result(answer)
+        assert await failing(halting) is answer or isinstance(answer, EngineDeadError)
+        assert calls.of(E1) == [halt]
+        assert calls.shared_state.paused
+        await calls.call_utility_async(undo, *back)
+        assert not calls.shared_state.paused
+
+    run(main())
+
+
+def test_engines_go_on_though_only_one_that_came_meanwhile_was_told() -> None:
+    async def main() -> None:
+        calls = Calls(E0)
+        await calls.pause_scheduler_async(mode="keep")
+        calls.answers[E0, "resume_scheduler"] = calls.loop.create_future()
+        resuming = asyncio.create_task(calls.resume_scheduler_async())
+        await asyncio.sleep(1)
+        calls.core_engines.append(E1.to_bytes(2, "little"))
+        assert await calls.bring_up(E1) is None
+        calls.answers[E0, "resume_scheduler"].set_result(EngineDeadError())
+        await failing(resuming)
+        assert calls.of(E1) == ["pause_scheduler", "resume_scheduler"]
+        assert calls.shared_state.calls() == []
+
+    run(main())
+
+
+def test_an_engine_that_comes_does_not_give_up_its_weights() -> None:
+    """What others load anew before it joins, it would never load: it would answer nonsense."""
+
+    async def main() -> None:
+        calls = Calls(E0)
+        await calls.sleep_async(2)
+        assert await calls.bring_up(E1) is None
+        assert [args[0] for _, _, args in calls.made] == [2, 1]
 
     run(main())
 
@@ -458,6 +511,17 @@ def test_engines_that_were_told_to_wake_before_they_slept_are_asleep() -> None:
     assert [call.method for call in state.calls()] == ["sleep"]
 
 
+def test_what_goes_on_after_a_sleep_that_failed_does_not_stand_still() -> None:
+    """Else no instance that hangs would be found any more."""
+    state = EngineState()
+    sleep = state.begin(*SLEEP[:2])
+    state.end(state.begin(*RESUME[:2]), [None])
+    assert not state.paused, "they do not sleep yet"
+    state.end(sleep, None)
+    assert state.calls() == []
+    assert not state.paused
+
+
 def test_adapters_are_kept_until_they_are_removed() -> None:
     load, pin = ("add_lora", (adapter(1),), True), ("pin_lora", (1,), True)
     assert after(load, pin, PAUSE) == ["add_lora", "pin_lora", "pause_scheduler"]
@@ -493,6 +557,29 @@ async def test_an_adapter_that_is_unloaded_is_not_loaded_by_engines_that_come() 
     assert len(state.calls()) == 2
     assert await models.unload_lora_adapter(SimpleNamespace(lora_name="a1")) == "Success"
     assert [call.args[0] for call in state.calls()] == [adapter(2)]
+
+
+async def test_an_adapter_that_is_unloaded_as_soon_as_it_is_loaded_is_forgotten_too() -> None:
+    class Models:
+        def __init__(self) -> None:
+            self.lora_requests: dict[str, Any] = {}
+            self.lock = asyncio.Lock()  # vLLM has one for each name
+
+        async def unload_lora_adapter(self, request: Any) -> Any:
+            async with self.lock:
+                del self.lora_requests[request.lora_name]
+                return "Success"
+
+    state, models = EngineState(), Models()
+    state.follow(models)
+    async with models.lock:
+        load = state.begin("add_lora", (adapter(1),))
+        unloading = asyncio.create_task(models.unload_lora_adapter(SimpleNamespace(lora_name="a1")))
+        await asyncio.sleep(0)
+        state.end(load, [True])
+        models.lora_requests["a1"] = adapter(1)
+    await unloading
+    assert state.calls() == []
 
 
 def test_the_record_is_bounded() -> None:

@@ -14,6 +14,7 @@ vllm = pytest.importorskip("vllm")
 
 import torch  # noqa: E402
 from vllm.config import SchedulerConfig, VllmConfig  # noqa: E402
+from vllm.device_allocator.sleep_mode_backend import CuMemBackend  # noqa: E402
 from vllm.entrypoints.anthropic.serving import AnthropicServingMessages  # noqa: E402
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat  # noqa: E402
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels  # noqa: E402
@@ -1180,6 +1181,7 @@ def test_what_an_engine_is_told_about_standing_still_and_adapters() -> None:
     )  # fmt: skip
     assert [c for c in calls if not callable(getattr(core.EngineCore, c, None))] == []
     says(core.EngineCore.sleep, "self.pause_scheduler(mode=mode", who=who)
+    says(CuMemBackend.suspend, "if level == 1:", '"weights"', who=who)
     says(
         core.EngineCore.wake_up,
         "fully_awake = not self.model_executor.is_sleeping",

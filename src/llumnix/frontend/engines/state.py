@@ -7,17 +7,19 @@ engine core's utility calls `pause_scheduler`, `resume_scheduler`, `sleep`,
 scheduler), `add_lora`, `remove_lora`, `pin_lora`. Since 0.33 a user's pause is `pause_generation`,
 after which engines refuse new requests. An engine keeps `max_cpu_loras` adapters: those that are
 pinned, and the last ones. `unload_lora_adapter` of the application's `openai_serving_models` takes
-a name out of `lora_requests` there, tells no engine, and returns a string if it did.
+a name out, tells no engine, and returns a string if it did. An engine that has slept at level 1 has
+its weights again when it wakes, and none after level 2.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from llumnix.core.types import EngineIndex
 
 PAUSES = ("pause_scheduler", "pause_generation")
 SLEEPS = ("sleep", "release_kv_cache_memory")
-HALTS = frozenset({*PAUSES, *SLEEPS, "resume_scheduler", "wake_up"})
+STOPS = frozenset({*PAUSES, *SLEEPS})
+HALTS = STOPS | {"resume_scheduler", "wake_up"}
 """Calls that have engines stand still, or go on."""
 
 CALLS_MAX = 32
@@ -31,6 +33,8 @@ class SharedCall:
     method: str
     args: tuple[Any, ...]
     made: bool = False  # whether engines have answered
+    came: dict[EngineIndex, Any] = field(default_factory=dict)
+    """What engines answered that came before it was made."""
 
 
 class EngineState:
@@ -54,7 +58,7 @@ class EngineState:
     @property
     def paused(self) -> bool:
         """Whether engines stand still on purpose."""
-        return any(call.made for call in self._halting)
+        return any(call.made and call.method in STOPS for call in self._halting)
 
     def note_silent(self, engine_index: EngineIndex, silent: bool) -> None:
         """An engine's process no longer reports, or does so again."""
@@ -82,10 +86,11 @@ class EngineState:
         unload = models.unload_lora_adapter
 
         async def unloading(request: Any, *args: Any, **more: Any) -> Any:
-            known = models.lora_requests.get(request.lora_name)
-            answer = await unload(request, *args, **more)
-            if isinstance(answer, str) and known is not None:
-                self.unloaded(known.lora_int_id)
+            answer = await unload(request, *args, **more)  # It may wait until the adapter is there.
+            loaded = [call.args[0] for call in self._adapters.values()]
+            for adapter in loaded if isinstance(answer, str) else []:
+                if adapter.lora_name == request.lora_name:
+                    self.unloaded(adapter.lora_int_id)
             return answer
 
         models.unload_lora_adapter = unloading
@@ -129,7 +134,20 @@ class EngineState:
             self._loading.remove(call)
         if results is None:
             self._halting = [each for each in self._halting if each is not call]
-            return
+        else:
+            self._take(call, results)
+        while self._halting and self._halting[0].made and self._halting[0].method not in STOPS:
+            del self._halting[0]  # What it undid did not happen after all.
+
+    def of_newcomers(self, call: SharedCall, *, failed: bool) -> list[Any] | None:
+        """What engines answered that came meanwhile, for `end`, if no other engine has made the
+        call and it holds all the same. `failed`: whether some of the others live."""
+        came = [answer for engine, answer in call.came.items() if engine in self.joined]
+        holds = call in self._halting and (call.method in STOPS or not failed)
+        return came if came and holds else None
+
+    def _take(self, call: SharedCall, results: list[Any]) -> None:
+        call.made = True
         match call.method:
             case "add_lora":
                 self._adapters.pop(call.args[0].lora_int_id, None)
@@ -154,7 +172,7 @@ class EngineState:
             if call.method not in SLEEPS:
                 return
             self._halting.append(call)  # They fell asleep all the same.
-        call.made, at = True, self._halting.index(call)
+        at = self._halting.index(call)
         before, later = self._halting[:at], self._halting[at + 1 :]
         keep = True
         match call.method:
