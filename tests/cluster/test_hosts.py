@@ -424,8 +424,10 @@ async def test_a_death_is_blamed_by_what_its_host_knows(
     by_memory = await hosts.examine(run, Death(why="it died", blamed=True, code=DeathCode.OOM))
     assert by_memory.code is DeathCode.OOM, "Ray's word goes before the log's"
     assert await hosts.tail(run) == ["its last line"]
-    elsewhere = Death(why="it died", blamed=before)
-    assert await hosts.examine(run_on("new", E2, 1), elsewhere) == elsewhere
+    elsewhere, new = Death(why="it died", blamed=before), run_on("new", E2, 1)
+    assert await hosts.examine(new, elsewhere) == elsewhere
+    new.last_words = ["what its start said"]
+    assert await hosts.tail(new) == ["what its start said"]
 
 
 async def test_a_host_that_does_not_say_how_an_engine_died_is_not_waited_for(

@@ -352,6 +352,26 @@ def test_a_halt_that_only_an_engine_made_that_came_meanwhile_holds(halt: str, an
     run(main())
 
 
+@pytest.mark.parametrize("dies", [False, True])
+def test_a_halt_does_not_hold_if_the_engine_that_came_goes_on_or_dies(dies: bool) -> None:
+    async def main() -> None:
+        calls = Calls(E0)
+        calls.answers[E0, "sleep"] = calls.loop.create_future()
+        halting = asyncio.create_task(calls.sleep_async(1))
+        await asyncio.sleep(1)
+        calls.core_engines.append(E1.to_bytes(2, "little"))
+        assert await calls.bring_up(E1) is None
+        if dies:
+            calls.shared_state.forget(E1)
+        else:
+            await calls.wake_up_async()
+        calls.answers[E0, "sleep"].set_result(Exception("boom"))
+        await failing(halting)
+        assert calls.shared_state.calls() == []
+
+    run(main())
+
+
 def test_engines_go_on_though_only_one_that_came_meanwhile_was_told() -> None:
     async def main() -> None:
         calls = Calls(E0)
@@ -486,6 +506,7 @@ def test_only_what_still_holds_is_kept() -> None:
     assert after(USERS, PAUSE, RESUME) == []
     assert after(RESUME) == []
     assert after(SLEEP, PARTLY) == ["sleep", "wake_up"]
+    assert after(SLEEP, PARTLY, PARTLY) == ["sleep", "wake_up"]
     assert after(SLEEP, PARTLY, WAKE) == []
     assert after(PAUSE, SLEEP, WAKE) == []  # Waking resumes the scheduler.
     assert after(WAKE) == []
@@ -537,6 +558,13 @@ def test_no_more_adapters_are_kept_than_an_engine_keeps() -> None:
     for number in (2, 3, 4):
         state.end(state.begin("add_lora", (adapter(number),)), [True])
     assert [call.args[0] for call in state.calls()] == [adapter(1), adapter(4), 1]
+
+
+def test_an_adapter_that_was_loaded_anew_is_the_last_to_be_dropped() -> None:
+    state = EngineState(adapters_max=2)
+    for number in (1, 2, 1, 3):
+        state.end(state.begin("add_lora", (adapter(number),)), [True])
+    assert [call.args[0] for call in state.calls()] == [adapter(1), adapter(3)]
 
 
 async def test_an_adapter_that_is_unloaded_is_not_loaded_by_engines_that_come() -> None:
