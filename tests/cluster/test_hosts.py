@@ -372,6 +372,15 @@ def test_a_host_without_engines_is_not_asked(monkeypatch: pytest.MonkeyPatch) ->
 # -- all hosts
 
 
+def watched_on(host: str) -> tuple[Hosts, Watched]:
+    """Hosts of which one is watched; it is our own if it is "ours"."""
+    hosts, w = Hosts(lambda *_: None, here=lambda: "ours"), Watched()
+    hosts._watches[host] = w.watch
+    if host != "ours":
+        hosts._others[host] = OtherHost(host)
+    return hosts, w
+
+
 def run_on(host: str, index: EngineIndex, *pids: int) -> Any:
     facts = SimpleNamespace(host=host, pid=pids[0], workers=list(pids[1:]), flight=f"f{index}")
     return SimpleNamespace(engine_index=index, facts=facts, remains=None)
@@ -411,10 +420,8 @@ async def test_a_death_is_blamed_by_what_its_host_knows(
     monkeypatch: pytest.MonkeyPatch, traces: Traces, before: bool, after: bool, code: DeathCode
 ) -> None:
     monkeypatch.setattr(hosts_module, "EXAMINED_S", 10)  # This machine may be busy.
-    hosts = Hosts(lambda *_: None, here=lambda: "ours")
-    w = Watched()
+    hosts, w = watched_on("ours")
     w.host.traces = traces
-    hosts._watches["ours"] = w.watch
     run = run_on("ours", E1, 10)
     fenced = Death(why="fenced", blamed=before, fenced=True)
     assert await hosts.examine(run, fenced) == fenced
@@ -456,11 +463,7 @@ async def test_another_host_that_says_nothing_of_an_end_for_long_enough_is_lost(
     monkeypatch.setattr(hosts_module, "LOST_S", 0.6)
     monkeypatch.setattr(hosts_module, "ASKED_AGAIN_S", 0.05)
     monkeypatch.setattr(hosts_module, "EXAMINED_S", 0.05)
-    hosts = Hosts(lambda *_: None, here=lambda: "ours")
-    w = Watched()
-    hosts._watches[host] = w.watch
-    if host == "theirs":
-        hosts._others[host] = OtherHost(host)
+    hosts, w = watched_on(host)
     tells = w.host.examine
 
     async def lost() -> bool:
@@ -512,11 +515,7 @@ async def test_a_host_is_asked_once_how_an_engine_ended_and_its_late_word_counts
     monkeypatch: pytest.MonkeyPatch, host: str
 ) -> None:
     monkeypatch.setattr(hosts_module, "EXAMINED_S", 0.05)
-    hosts = Hosts(lambda *_: None, here=lambda: "ours")
-    w = Watched()
-    hosts._watches[host] = w.watch
-    if host == "theirs":
-        hosts._others[host] = OtherHost(host)
+    hosts, w = watched_on(host)
     tells, asked = w.host.examine, list[int]()
     w.host.traces = Traces(crashed=True)
 
@@ -541,11 +540,7 @@ async def test_a_host_is_asked_once_how_an_engine_ended_and_its_late_word_counts
 
 @pytest.mark.parametrize("host", ["ours", "theirs"])
 async def test_a_host_that_cannot_read_a_log_is_not_asked_again(host: str) -> None:
-    hosts = Hosts(lambda *_: None, here=lambda: "ours")
-    w, asked = Watched(), list[int]()
-    hosts._watches[host] = w.watch
-    if host == "theirs":
-        hosts._others[host] = OtherHost(host)
+    (hosts, w), asked = watched_on(host), list[int]()
 
     def fails(pid: int) -> Remains:
         asked.append(pid)
@@ -565,9 +560,7 @@ async def test_what_an_engine_computed_is_read_where_it_ran(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(hosts_module, "EXAMINED_S", 0.05)
-    hosts = Hosts(lambda *_: None, here=lambda: "ours")
-    w = Watched()
-    hosts._watches["ours"] = w.watch
+    hosts, w = watched_on("ours")
     a, b = RequestId("a"), RequestId("b")
     w.host.flights["f1"] = Flight(starting=frozenset({a}), running=frozenset({a, b}))
     w.host.flights["f2"] = Flight(starting=frozenset(), running=frozenset({a, b}))

@@ -513,11 +513,11 @@ async def test_requests_of_all_are_joined_and_who_is_silent_is_named(
         one.answers[YourRequests] = [{"request": "a"}]
         other.answers[YourRequests] = [{"request": "b"}]
         rows = await one.control.requests()
-        assert sorted(r["request"] for r in rows.requests) == ["a", "b"]
+        assert sorted(r["request"] for r in rows.rows) == ["a", "b"]
         assert rows.incomplete == []
         other.answers[YourRequests] = ValueError("a bug")
         rows = await one.control.requests()
-        assert [r["request"] for r in rows.requests] == ["a"]
+        assert [r["request"] for r in rows.rows] == ["a"]
         assert rows.incomplete == ["f1"]
         (told,) = caplog.messages
         assert told.endswith("(1 so far): f1: ValueError: a bug")
@@ -578,7 +578,7 @@ async def test_migrations_are_listed_in_the_order_in_which_they_began(tmp_path: 
         one.answers[YourMigrations] = [[1.0, {"id": "m1-0"}], [3.0, {"id": "m1-1"}]]
         other.answers[YourMigrations] = [[2.0, {"id": "m2-0"}]]
         listed = await other.control.migrations()
-        assert [m["id"] for m in listed.migrations] == ["m1-0", "m2-0", "m1-1"]
+        assert [m["id"] for m in listed.rows] == ["m1-0", "m2-0", "m1-1"]
         assert listed.incomplete == []
         one.answers[YourMigrations] = []
         assert await one.control.migration("m2-0") == {"id": "m2-0"}
@@ -593,7 +593,7 @@ async def test_who_does_not_say_its_migrations_in_time_is_named(tmp_path: Path) 
         one.answers[YourMigrations] = [[1.0, {"id": "m1-0"}]]
         other.answers[YourMigrations] = asyncio.sleep
         listed = await one.control.migrations()
-        assert listed.migrations == [{"id": "m1-0"}]
+        assert listed.rows == [{"id": "m1-0"}]
         assert listed.incomplete == ["f1"]
         one.answers[YourMigrations] = []
         with pytest.raises(UnknownMigrationError, match=r"\(f1 did not say which it has\)"):
@@ -607,7 +607,7 @@ async def test_of_more_migrations_than_are_listed_the_last_are(tmp_path: Path) -
                 [float(n), {"id": f"m{n}"}] for n in range(at, LISTED_MAX + 4, 2)
             ]
         listed = await w.fronts[0].control.migrations()
-        assert [m["id"] for m in listed.migrations] == [f"m{n}" for n in range(4, LISTED_MAX + 4)]
+        assert [m["id"] for m in listed.rows] == [f"m{n}" for n in range(4, LISTED_MAX + 4)]
 
 
 async def test_what_the_fleet_refuses_is_the_same_error_at_the_frontend(tmp_path: Path) -> None:

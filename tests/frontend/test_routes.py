@@ -19,7 +19,7 @@ from llumnix.core.supervision.lifecycle import InstanceStatus
 from llumnix.core.supervision.readiness import FleetSeen
 from llumnix.core.types import EngineIndex, InstanceId
 from llumnix.errors import CapacityError, LastInstanceError, UsageError
-from llumnix.frontend.http.control import MigrationRows, OwnControl, RequestRows
+from llumnix.frontend.http.control import OwnControl, Rows
 from llumnix.frontend.http.routes import DRAIN_TIMEOUT_MAX_S, STATUS, control_app
 from llumnix.observe.notes import Notes
 from support.frontend import front
@@ -184,7 +184,7 @@ async def test_an_instances_load_is_that_of_its_last_report(
 class Listing(OwnControl):
     """A control with made-up requests and moves."""
 
-    async def requests(self) -> RequestRows:
+    async def requests(self) -> Rows:
         rows = [
             {
                 "id": f"r{n}",
@@ -195,16 +195,16 @@ class Listing(OwnControl):
             }
             for n, c in enumerate(["high", "normal", "high", "normal"])
         ]
-        return RequestRows(requests=rows, incomplete=["f1"])
+        return Rows(rows=rows, incomplete=["f1"])
 
-    async def migrations(self) -> MigrationRows:
+    async def migrations(self) -> Rows:
         rows = [
             {"id": f"m{n}", "ago_s": 10.0 - n, "code": c, "outcome": o}
             for n, (c, o) in enumerate([
                 ("user", "migrated"), ("drain", "aborted"), ("drain", "migrated"),
             ])
         ]  # fmt: skip
-        return MigrationRows(migrations=rows, incomplete=["f1"])
+        return Rows(rows=rows, incomplete=["f1"])
 
 
 @pytest.mark.parametrize(
@@ -231,7 +231,7 @@ async def test_a_list_has_what_was_asked_for_the_oldest_first(
     async with httpx.AsyncClient(transport=transport, base_url="http://t") as http:
         body = (await http.get("/llumnix/v1/" + query)).json()
         assert [row["id"] for row in body[query.partition("?")[0]]] == found.split()
-        assert body["total"] == total
+        assert (body["total"], body["incomplete"]) == (total, ["f1"])
         assert (await http.get("/llumnix/v1/requests?limit=0")).status_code == 400
         for odd in ("outcome=odd", "reason=odd"):
             assert (await http.get(f"/llumnix/v1/migrations?{odd}")).status_code == 400

@@ -17,13 +17,7 @@ from llumnix.errors import (
     UnknownMigrationError,
     UnknownRequestError,
 )
-from llumnix.frontend.http.control import (
-    InstanceControl,
-    InstanceRow,
-    MigrationRows,
-    RequestRows,
-    fleet_look,
-)
+from llumnix.frontend.http.control import InstanceControl, InstanceRow, Rows, fleet_look
 from llumnix.frontend.office.adapter import Adapter
 from llumnix.frontend.office.adapters import as_request
 from llumnix.frontend.office.messages import (
@@ -182,10 +176,10 @@ class Desk:
             for status in self._fleet.status()
         ]
 
-    async def _requests(self) -> RequestRows:
+    async def _requests(self) -> Rows:
         gathered = await self._office.ask_all(YourRequests())
         rows = [row for mine in gathered.answers.values() for row in mine]
-        return RequestRows(requests=rows, incomplete=gathered.missing)
+        return Rows(rows=rows, incomplete=gathered.missing)
 
     async def _look(self, since: Cursor) -> Look:
         gathered = await self._office.ask_all(YourLook(since=dict(since)))
@@ -202,7 +196,7 @@ class Desk:
         mine = MoveYours(request_id=request, destination=order.destination, copy=order.copy)
         return await self._office.ask(client, mine, None)
 
-    async def _migrations(self, name: str | None) -> MigrationRows:
+    async def _migrations(self, name: str | None) -> Rows:
         gathered = await self._office.ask_all(YourMigrations(name=name))
         found = sorted(
             (pair for mine in gathered.answers.values() for pair in mine), key=lambda p: p[0]
@@ -213,7 +207,7 @@ class Desk:
                 f"{_silent(gathered.missing)}; GET /llumnix/v1/migrations"
             )
         rows = [shown for _, shown in found[-LISTED_MAX:]]
-        return MigrationRows(migrations=rows, incomplete=gathered.missing)
+        return Rows(rows=rows, incomplete=gathered.missing)
 
     # -- what all frontends have
 

@@ -26,18 +26,10 @@ class InstanceRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RequestRows:
-    """All requests that are running or waiting, as JSON."""
+class Rows:
+    """What all frontends together have of requests, or of migrations, as JSON."""
 
-    requests: list[dict[str, Any]]
-    incomplete: list[str]  # frontends that did not say theirs
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MigrationRows:
-    """The last migrations as JSON, the oldest first."""
-
-    migrations: list[dict[str, Any]]
+    rows: list[dict[str, Any]]
     incomplete: list[str]  # frontends that did not say theirs
 
 
@@ -103,7 +95,7 @@ class Control(InstanceOrders, Protocol):
         """All metrics, as Prometheus reads them."""
         ...
 
-    async def requests(self) -> RequestRows:
+    async def requests(self) -> Rows:
         """Every request that is running or waiting."""
         ...
 
@@ -120,8 +112,8 @@ class Control(InstanceOrders, Protocol):
         """Moves a request; the migration as JSON, when that has ended."""
         ...
 
-    async def migrations(self) -> MigrationRows:
-        """The last of all frontends."""
+    async def migrations(self) -> Rows:
+        """The last ones, the oldest first."""
         ...
 
     async def migration(self, name: str) -> dict[str, Any]:
@@ -192,8 +184,8 @@ class OwnControl:
     async def undrain(self, instance: InstanceId) -> InstanceStatus:
         return await self._fleet.undrain(instance)
 
-    async def requests(self) -> RequestRows:
-        return RequestRows(requests=self._streams.rows(), incomplete=[])
+    async def requests(self) -> Rows:
+        return Rows(rows=self._streams.rows(), incomplete=[])
 
     async def request(self, name: str) -> dict[str, Any]:
         return self._streams.row(name)
@@ -204,8 +196,8 @@ class OwnControl:
     async def move(self, order: MoveAsked) -> dict[str, Any]:
         return await self._streams.move(order)
 
-    async def migrations(self) -> MigrationRows:
-        return MigrationRows(migrations=self._client.migrations.recent(), incomplete=[])
+    async def migrations(self) -> Rows:
+        return Rows(rows=self._client.migrations.recent(), incomplete=[])
 
     async def migration(self, name: str) -> dict[str, Any]:
         return self._client.migrations.get(name)

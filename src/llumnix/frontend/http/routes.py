@@ -146,6 +146,16 @@ async def undrain(instance: str, control: Control) -> dict[str, Any]:
     return asdict(await control.undrain(InstanceId(instance)))
 
 
+def _listed(
+    what: str, rows: list[dict[str, Any]], limit: int | None, incomplete: list[str]
+) -> dict[str, Any]:
+    return {
+        what: rows[-limit:] if limit else rows,
+        "total": len(rows),
+        "incomplete": incomplete,
+    }
+
+
 @router.get("/requests")
 async def requests(
     control: Control,
@@ -164,17 +174,13 @@ async def requests(
     there = await control.requests()
     rows = [
         row
-        for row in sorted(there.requests, key=lambda row: -row["age_s"])
+        for row in sorted(there.rows, key=lambda row: -row["age_s"])
         if instance in (None, row["instance"])
         and priority_class in (None, row["class"])
         and key in (None, row["key"])
         and row["age_s"] >= (older_s or 0.0)
     ]
-    return {
-        "requests": rows[-limit:] if limit else rows,
-        "total": len(rows),
-        "incomplete": there.incomplete,
-    }
+    return _listed("requests", rows, limit, there.incomplete)
 
 
 @router.get("/requests/{name:path}")
@@ -210,16 +216,12 @@ async def migrations(
     there = await control.migrations()
     rows = [
         row
-        for row in there.migrations
+        for row in there.rows
         if (since_s is None or row["ago_s"] <= since_s)
         and reason in (None, row["code"])
         and outcome in (None, row["outcome"])
     ]
-    return {
-        "migrations": rows[-limit:] if limit else rows,
-        "total": len(rows),
-        "incomplete": there.incomplete,
-    }
+    return _listed("migrations", rows, limit, there.incomplete)
 
 
 @router.get("/migrations/{migration}")

@@ -163,7 +163,7 @@ class EngineDied:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class YourRequests:
-    """Which are running or waiting? As `RequestRows.requests`."""
+    """Which are running or waiting? As `Rows.rows`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -278,7 +278,7 @@ class Scrape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AllRequests:
-    """Those of all frontends; as `RequestRows`."""
+    """Those of all frontends; as `Rows`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -306,7 +306,7 @@ class MoveAny:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AllMigrations:
-    """Those of all frontends; as `MigrationRows`. `name`: that one alone."""
+    """Those of all frontends; as `Rows`. `name`: that one alone."""
 
     name: str | None = None
 

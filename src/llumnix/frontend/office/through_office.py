@@ -14,7 +14,7 @@ from llumnix.core.supervision.lifecycle import InstanceStatus
 from llumnix.core.supervision.readiness import FleetSeen
 from llumnix.core.types import EngineIndex, InstanceId
 from llumnix.errors import LlumnixError
-from llumnix.frontend.http.control import InstanceRow, MigrationRows, RequestRows
+from llumnix.frontend.http.control import InstanceRow, Rows
 from llumnix.frontend.office.adapters import of_request
 from llumnix.frontend.office.asking import AskedError, LineClosedError
 from llumnix.frontend.office.link import OfficeLink
@@ -112,8 +112,8 @@ class OfficeControl:
         status: InstanceStatus = await self._as(InstanceStatus, UndrainOne(instance=instance))
         return status
 
-    async def requests(self) -> RequestRows:
-        rows: RequestRows = await self._as(RequestRows, AllRequests())
+    async def requests(self) -> Rows:
+        rows: Rows = await self._as(Rows, AllRequests())
         return rows
 
     async def request(self, name: str) -> dict[str, Any]:
@@ -134,13 +134,13 @@ class OfficeControl:
         migration: dict[str, Any] = await self._as(dict[str, Any], question, None)
         return migration
 
-    async def migrations(self) -> MigrationRows:
-        rows: MigrationRows = await self._as(MigrationRows, AllMigrations())
+    async def migrations(self) -> Rows:
+        rows: Rows = await self._as(Rows, AllMigrations())
         return rows
 
     async def migration(self, name: str) -> dict[str, Any]:
-        rows: MigrationRows = await self._as(MigrationRows, AllMigrations(name=name))
-        (one,) = rows.migrations
+        found: Rows = await self._as(Rows, AllMigrations(name=name))
+        (one,) = found.rows
         return one
 
     async def reload(self) -> dict[str, Any]:
