@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from vllm import SamplingParams
+from vllm import SamplingParams, envs
 from vllm.exceptions import VLLMValidationError
 from vllm.v1.executor import Executor
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
@@ -155,6 +155,16 @@ def test_n_is_bounded_as_openai_bounds_it(monkeypatch: pytest.MonkeyPatch) -> No
     os.environ["VLLM_MAX_N_SEQUENCES"] = "200"
     settle_variables()
     assert SamplingParams(n=200).n == 200
+
+
+def test_clients_close_idle_connections_before_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "")  # So that it is taken back afterwards.
+    del os.environ["VLLM_HTTP_TIMEOUT_KEEP_ALIVE"]
+    settle_variables()
+    assert envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE > 90  # Go's clients; others close theirs sooner.
+    os.environ["VLLM_HTTP_TIMEOUT_KEEP_ALIVE"] = "7"
+    settle_variables()
+    assert envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE == 7
 
 
 # -- who may do what

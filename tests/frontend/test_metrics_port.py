@@ -76,6 +76,24 @@ async def test_a_name_of_somebody_elses_does_not_lead_here() -> None:
         assert answer.status_code == 403
 
 
+@pytest.mark.parametrize("idle_s", ["0", "120"])
+async def test_a_connection_may_be_idle_as_long_as_at_the_models_port(
+    idle_s: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", idle_s)
+    async with serving("127.0.0.1") as http:
+        reader, writer = await asyncio.open_connection("127.0.0.1", http.base_url.port)
+        writer.write(b"GET /live HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200")
+        closed = True
+        try:
+            await asyncio.wait_for(reader.read(), 0.5)  # to its end
+        except TimeoutError:
+            closed = False
+        writer.close()
+    assert closed == (idle_s == "0")
+
+
 def test_what_cannot_be_served_is_refused_at_once() -> None:
     with pytest.raises(UsageError, match="--metrics-open"):
         MetricsPort(ELSEWHERE, 0, access(), public=False)

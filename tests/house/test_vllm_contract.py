@@ -1115,6 +1115,8 @@ def test_the_server_serves_on_a_socket_that_listens_and_says_when() -> None:
 
     says(entry.build_and_serve, "return await serve_http(", "**uvicorn_kwargs", who="server.py")
     says(launcher.serve_http, "uvicorn.Config(app, **uvicorn_kwargs)", who="server.py")
+    idle = "timeout_keep_alive=envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE"
+    says(entry.build_and_serve, idle, who="arguments.py")
     assert "callback_notify" in inspect.signature(uvicorn.Config).parameters
     says(uvicorn.Server.on_tick, "await self.config.callback_notify()", who="server.py")
     says(uvicorn.Server.main_loop, "on_tick(counter)", "while not should_exit", who="server.py")

@@ -2,7 +2,8 @@
 
 vLLM internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
 `make_arg_parser`, `validate_parsed_serve_args`, `load_chat_template`, `FlexibleArgumentParser`,
-`AsyncEngineArgs.from_cli_args(...).create_engine_config(...)`; `VLLM_MAX_N_SEQUENCES` bounds `n`;
+`AsyncEngineArgs.from_cli_args(...).create_engine_config(...)`; `VLLM_MAX_N_SEQUENCES` bounds `n`,
+and `VLLM_HTTP_TIMEOUT_KEEP_ALIVE` the seconds for which a connection may be idle;
 without `args.api_key` and `VLLM_API_KEY` vLLM checks no key (tests/house/test_vllm_routes.py).
 """
 
@@ -47,6 +48,10 @@ PROBES = "/live,/ready,/health,/metrics"
 N_MAX = 128
 """The most answers to one prompt, as with OpenAI. vLLM's default is 16,384, and each answer is a
 request to place."""
+KEEP_ALIVE_S = 120
+"""For how long a connection may be idle. A request that a client sends while the server closes its
+connection is lost: the client gets a reset. So clients have to close first. httpx keeps an idle
+connection for 5 s, aiohttp for 15, load balancers for 60, Go for 90; vLLM's default is 5."""
 
 _REFUSED = {
     "data_parallel_size": "llumnix runs the instances; use --instances N",
@@ -90,6 +95,7 @@ class ServeCommand:
 def settle_variables() -> None:
     """Sets our defaults of vLLM's variables. Call it before vLLM reads them."""
     os.environ.setdefault("VLLM_MAX_N_SEQUENCES", str(N_MAX))
+    os.environ.setdefault("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", str(KEEP_ALIVE_S))
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -7,6 +7,9 @@ at the model's port too, unless `--metrics-open` says otherwise.
 uvicorn internals relied on here (tests/frontend/test_metrics_port.py fails when one changes):
 `Server.capture_signals` is a context in which the server takes signals, and ours are dealt with
 already; `Server.servers` are what listens, which a server that is cancelled leaves open.
+
+vLLM internals relied on here: `VLLM_HTTP_TIMEOUT_KEEP_ALIVE`, for how long a connection may be idle
+(`arguments.settle_variables`).
 """
 
 import asyncio
@@ -20,6 +23,7 @@ from starlette._utils import get_route_path
 from starlette.datastructures import Headers
 from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
+from vllm import envs
 
 from llumnix.config import is_loopback
 from llumnix.errors import UsageError
@@ -80,6 +84,7 @@ class MetricsPort:
         config = uvicorn.Config(
             self, lifespan="off", ws="none", log_config=None, log_level="critical",
             access_log=False, interface="asgi3", timeout_graceful_shutdown=CLOSE_TIMEOUT_S,
+            timeout_keep_alive=envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE,
         )  # fmt: skip
         self._task = asyncio.create_task(self._serve(_Server(config)), name="llumnix-metrics-port")
 
