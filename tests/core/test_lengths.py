@@ -74,6 +74,11 @@ def test_the_rest_grows_with_the_share_and_is_never_below_zero() -> None:
         assert rests[0] >= 0
 
 
+def test_over_lengths_at_which_no_answer_ends_the_rest_falls_token_by_token() -> None:
+    lengths = learnt([20] * 50 + [1000] * 50)
+    assert lengths.rest("", 30, 0.8) - lengths.rest("", 50, 0.8) == pytest.approx(20)
+
+
 def test_long_answers_that_still_run_are_counted() -> None:
     """Short ones end first. An estimate from ends alone would take all answers for short."""
     lengths = learnt([40] * 100)

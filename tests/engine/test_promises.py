@@ -76,7 +76,7 @@ def test_a_model_without_kv_promises_little_and_ends_no_engine(tiny_model: Path)
     those = EnginePromises(scheduler, SliceRules(tokens=3 * BLOCK))
     those.before_step()
     those.admitting()
-    assert those.room(newcomer) > 0
+    assert those.made() + those.first_slice(newcomer) > 0
 
 
 def test_an_engine_that_runs_nothing_starts_whatever_fits(tiny_model: Path) -> None:
@@ -202,6 +202,18 @@ def test_idle_sessions_take_slots(tiny_model: Path) -> None:
     assert of(it)._skips > 1, "nobody can start, and so the sum is not followed"
 
 
+def test_promises_count_in_every_group_of_layers_that_grows(tiny_model: Path) -> None:
+    it = Served(tiny_model, SLICES).running(4)
+    head = it.add("b", 36)
+    it.step()
+    those = of(it)
+    before, first = those.made(), those.first_slice(head)
+    those._growth = replace(those._growth, blocks=3)
+    assert (those.made(), those.first_slice(head)) == (3 * before, 3 * first)
+    assert before
+    assert first
+
+
 @pytest.mark.parametrize("first", ["mamba", "attention"])
 def test_state_that_does_not_grow_is_no_part_of_a_promise(tiny_model: Path, first: str) -> None:
     attention = FullAttentionSpec(
@@ -223,10 +235,10 @@ def test_state_that_does_not_grow_is_no_part_of_a_promise(tiny_model: Path, firs
     it.scheduler.kv_cache_manager.block_pool.get_new_blocks(7)
     it.step()
     it.scheduler.waiting.peek_request()
-    assert of(it).room(head) == 3 + 3
+    assert (of(it).made(), of(it).first_slice(head)) == (3, 3)
     for _ in range(2 * BLOCK):
         it.step()
-    assert of(it).room(head) == 1 + 3
+    assert (of(it).made(), of(it).first_slice(head)) == (1, 3)
 
 
 @pytest.mark.parametrize("ahead", [False, True])

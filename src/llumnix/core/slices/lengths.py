@@ -17,6 +17,7 @@ Rules
 import math
 from bisect import bisect_left, bisect_right
 from collections import OrderedDict
+from functools import lru_cache
 
 EDGES = tuple(round(16 * 2 ** (i / 2)) for i in range(27))
 """Upper edges of the buckets, in tokens of answer. A bucket beyond the last has no edge."""
@@ -27,6 +28,8 @@ KEYS_MAX = 256
 """Keys that are remembered; the one that was least recently counted is forgotten."""
 HALF_LIFE_ENDS = 2000
 FRESH_SHARE = 0.02
+RESTS_KEPT = 1024
+"""Answers of `Lengths.rest` that are kept, since requests begin alike and have slices alike."""
 _REST_TOLERANCE = 1e-12
 
 
@@ -82,17 +85,7 @@ class Lengths:
         """The further tokens after which this share of the requests that got as far have ended.
         Infinite if that is not known."""
         known = self._curve(key)
-        if known is None:
-            return math.inf
-        survived = known.survived
-        aim = known.at(outputs) + math.log(1 - share)
-        # The first edge at which no more than the aim have survived, of logarithms that fall.
-        edge = bisect_left(survived, -aim, key=lambda log: -log + _REST_TOLERANCE)
-        if edge >= len(survived):
-            return math.inf
-        low, width = _span(edge)
-        before = survived[edge - 1] if edge else 0.0
-        return max(0.0, low + width * (before - aim) / known.falls[edge] - outputs)
+        return math.inf if known is None else known.rest(outputs, share)
 
     def mean(self) -> float | None:
         """Mean length of an answer, in tokens; None before enough have ended. Answers longer than
@@ -149,6 +142,18 @@ class _Curve:
             log -= fall
             self.survived.append(log)
             self.falls.append(fall)
+        self.rest = lru_cache(RESTS_KEPT)(self._rest)
+
+    def _rest(self, outputs: int, share: float) -> float:
+        """As `Lengths.rest`."""
+        aim = self.at(outputs) + math.log(1 - share)
+        # The first edge at which no more than the aim have survived, of logarithms that fall.
+        edge = bisect_left(self.survived, -aim, key=lambda log: -log + _REST_TOLERANCE)
+        if edge >= len(self.survived):
+            return math.inf
+        low, width = _span(edge)
+        before = self.survived[edge - 1] if edge else 0.0
+        return max(0.0, low + width * (before - aim) / self.falls[edge] - outputs)
 
     def at(self, outputs: int) -> float:
         """At so many tokens of answer."""

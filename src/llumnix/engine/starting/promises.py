@@ -25,7 +25,6 @@ requests alone; a session without input has status WAITING_FOR_STREAMING_REQ and
 `scheduler.max_model_len`, `num_lookahead_tokens`, `num_spec_tokens`.
 """
 
-import heapq
 from collections.abc import Callable, Iterable
 from itertools import chain
 from typing import Any
@@ -56,9 +55,8 @@ class EnginePromises:
         self._pace = 1 + scheduler.num_spec_tokens  # tokens that a request gets in a step at most
         self._known: dict[str, Request] = {}  # those that run, as counted
         self._left = 0  # blocks that these may still take
-        # When a slice may be over: the step, a number that differs, the request.
-        self._due: list[tuple[int, int, Request]] = []
-        self._step = self._number = 0
+        self._due: dict[int, list[Request]] = {}  # by the step at which their slices may be over
+        self._step = 0
         self._free: int | None = None  # blocks when the step began; None once `admitting` took it
         self._skipped = True  # nobody asked in the step before
         self._skips = 0  # steps in which nobody asked, though requests wait
@@ -88,7 +86,7 @@ class EnginePromises:
         """Nobody is expected to ask in this step. `waiting`: whether requests wait."""
         self._free, self._skipped = None, True
         if not waiting:
-            self._known, self._left, self._due = {}, 0, []
+            self._known, self._left, self._due = {}, 0, {}
             self._forgot, self._skips = True, 0
             return
         if self._skips % COUNT_IDLE_EVERY == 0:
@@ -107,18 +105,19 @@ class EnginePromises:
         for request in running[len(self._known) :]:
             self._add(request)
 
-    def room(self, request: Request | None) -> int:
-        """Blocks that must be free beside those that it needs to start. None: of a request that
-        takes no block in its slice."""
+    def made(self) -> int:
+        """Blocks that are promised. So many must be free beside what a request takes that starts,
+        and its first slice."""
         if self._forgot:
             self._count()  # Requests have come since the last step.
-        ahead = 0 if request is None else self._first_slice(request)
         others = sum(map(self._left_of, self._others()))
-        return (self._left + others + ahead) * self._growth.blocks
+        return (self._left + others) * self._growth.blocks
 
-    def _first_slice(self, request: Request) -> int:
+    def first_slice(self, request: Request) -> int:
+        """Blocks that a request takes in the slice after its start."""
         tokens, outputs = int(request.num_tokens), request.num_output_tokens
-        return self.slices.first(_key(request), tokens, outputs, self._most(request))
+        blocks = self.slices.first(_key(request), tokens, outputs, self._most(request))
+        return blocks * self._growth.blocks
 
     def left(self, request: Request) -> int:
         """Blocks that a running request may still take, as it was last counted."""
@@ -139,7 +138,7 @@ class EnginePromises:
 
     def _count(self) -> None:
         """Counts all that run."""
-        self._known, self._left, self._due, self._forgot = {}, 0, [], False
+        self._known, self._left, self._due, self._forgot = {}, 0, {}, False
         for request in self._scheduler.running:
             self._add(request)
 
@@ -150,8 +149,7 @@ class EnginePromises:
 
     def _renew(self) -> None:
         """Renews the slices that are over."""
-        while self._due and self._due[0][0] <= self._step:
-            request = heapq.heappop(self._due)[2]
+        for request in self._due.pop(self._step, ()):
             if self._known.get(request.request_id) is request:
                 promise = _promise(request)
                 if request.num_output_tokens >= promise.until:
@@ -163,9 +161,7 @@ class EnginePromises:
     def _watch(self, request: Request) -> None:
         """Looks at it again when its slice may be over."""
         rest = _promise(request).until - request.num_output_tokens
-        due = self._step + max(1, rest // self._pace)
-        self._number += 1
-        heapq.heappush(self._due, (due, self._number, request))
+        self._due.setdefault(self._step + max(1, rest // self._pace), []).append(request)
 
     def _left_of(self, request: Request, held: int | None = None) -> int:
         """Blocks that it may still take in one group, its slice renewed if it is over."""
@@ -195,8 +191,7 @@ class EnginePromises:
 
 
 def _promise(request: Request) -> Promise:
-    promise = request.llumnix_promise
-    assert isinstance(promise, Promise)
+    promise: Promise = request.llumnix_promise
     return promise
 
 

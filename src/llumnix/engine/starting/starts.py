@@ -92,15 +92,25 @@ class Starts:
         # Those that hold KV wait for no more. `choose` sets it for those of the queue.
         self._kv.watermark_blocks = 0
 
-    def room(self, request: Request | None) -> int:
-        """Blocks that must be free beside what the request needs to start. None: whichever request
-        leaves least."""
+    def room(self, request: Request) -> int:
+        """Blocks that must be free beside what the request needs to start."""
+        return self._room(request, self._promises_made())
+
+    def _room(self, request: Request | None, made: int | None) -> int:
+        """As `room`. None as the request: whichever leaves least; `made`: blocks that are promised,
+        None where nothing is."""
         running = len(self._scheduler.running)
         preempted = request is not None and bool(request.num_preemptions)
         room = self._rules.room(running, preempted=preempted) * self._growth.blocks
-        if self.promises is not None and running:
-            room = max(room, self.promises.room(request))
+        if self.promises is not None and made is not None:
+            first = 0 if request is None else self.promises.first_slice(request)
+            room = max(room, made + first)
         return max(self._watermark, room)
+
+    def _promises_made(self) -> int | None:
+        """Blocks that are promised. None where nothing runs, or no promises are made."""
+        promises = self.promises if self._scheduler.running else None
+        return None if promises is None else promises.made()
 
     def passable(self, head: Request) -> bool:
         """Whether a newcomer may start before the head of the queue."""
@@ -115,33 +125,34 @@ class Starts:
         else:
             self.promises.admitting()
             promised = 0  # The rest of prompts is a part of `room`.
-        free = self._kv.block_pool.get_num_free_blocks() - promised
-        chosen, room = head, self.room(head)
+        free, made = self._kv.block_pool.get_num_free_blocks() - promised, self._promises_made()
+        chosen, room = head, self._room(head, made)
         if head.status in ABLE and not self._fits(head, free - room):
             seen = (head, queue.version, len(self._scheduler.running))
             if seen != self._in_vain[:-1] or free > self._in_vain[-1]:
-                chosen = self._passing(head, queue, free)
+                chosen = self._passing(head, queue, free, made)
                 self._in_vain = (*seen, free) if chosen is head else ()
                 if chosen is not head:
-                    room = self.room(chosen)
+                    room = self._room(chosen, made)
         self._kv.watermark_blocks = room + promised
         return chosen
 
-    def _passing(self, head: Request, queue: Any, free: int) -> Request:
-        """The first of those behind the head that may pass it; the head if there is none."""
+    def _passing(self, head: Request, queue: Any, free: int, made: int | None) -> Request:
+        """The first of those behind the head that may pass it; the head if there is none. `made`:
+        as in `_room`."""
         rules, now, wait = self._rules, self._clock(), head_wait(head)
         if wait is None:
             wait = Wait(since_s=now)
             head.llumnix_blocked = wait, head.num_preemptions
             queue.queue_again(head)
-        if not rules.may_pass(wait, now) or self.room(None) > free:
+        if not rules.may_pass(wait, now) or self._room(None, made) > free:
             return head
         needed = needed_tokens(head, self._block)
         group = head.priority, client_priority(head)
         for request in islice(iter(queue), 1, rules.passers + 1):
             if request.status not in ABLE or group != (request.priority, client_priority(request)):
                 continue
-            room = self.room(request)
+            room = self._room(request, made)
             if room > free:
                 continue  # Without a look at the prefix cache.
             blocks = start_blocks(self._scheduler, request)[0]
