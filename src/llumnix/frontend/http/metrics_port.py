@@ -23,7 +23,6 @@ from starlette._utils import get_route_path
 from starlette.datastructures import Headers
 from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
-from vllm import envs
 
 from llumnix.config import is_loopback
 from llumnix.errors import UsageError
@@ -79,6 +78,8 @@ class MetricsPort:
 
     def serve(self, text: Callable[[], Awaitable[bytes]], probes: ASGIApp) -> None:
         """Answers from now on, on this event loop. `text` makes the metrics."""
+        from vllm import envs  # The help of `serve` does without vLLM.
+
         self._text, self._probes = text, probes
         self._socket.listen(BACKLOG)
         config = uvicorn.Config(
