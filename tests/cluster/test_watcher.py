@@ -388,8 +388,9 @@ def test_an_instance_whose_host_may_be_lost_stands_in_for_no_other(
         for dead in ("i1", "i2"):
             w.kill(dead)
             await asyncio.sleep(LOST_S / 3)
-            assert w.states[dead] == "serving"
-            assert [s.takes_requests for s in w.fleet.status() if s.id == dead] == [False]
+            assert w.states[dead] == "restarting"
+            seen = [(s.takes_requests, s.restarts) for s in w.fleet.status() if s.id == dead]
+            assert seen == [(False, 0)], "its host is still asked how it died"
         with pytest.raises(LastInstanceError):
             await w.fleet.drain(I0, "a user's order")
         await w.fleet.drain(I1, "a user's order")
@@ -414,7 +415,7 @@ def test_a_drained_instance_takes_requests_at_once_though_the_others_host_may_no
         await asyncio.sleep(0.1)
         assert w.accepting("i0")
         assert w.client.held[2] == 0, "its streams do not wait for what is found out of its host"
-        assert w.states == {"i0": "draining", "i1": "serving", "i2": "serving"}
+        assert w.states == {"i0": "draining", "i1": "restarting", "i2": "restarting"}
         await asyncio.sleep(15)
         assert w.states == {"i1": "serving", "i2": "serving", "i0": "draining"}
         assert not w.accepting("i0")

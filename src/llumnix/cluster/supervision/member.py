@@ -52,6 +52,16 @@ class Member:
     def _answers(self) -> bool:
         return self.alive and self.health.hung is None
 
+    @property
+    def _shown(self) -> str:
+        """Its state as users read it. It is not shown as serving while its host is asked how its
+        engine died."""
+        if self.state is not LifeState.SERVING:
+            return self.state.value
+        if not self.alive:
+            return LifeState.RESTARTING.value
+        return "serving" if self.health.hung is None else "hung"
+
     def status(self) -> InstanceStatus:
         """What a user gets to see."""
         run = self.run
@@ -59,7 +69,7 @@ class Member:
         hung, why = self.health.hung, self.life.why
         return InstanceStatus(
             id=self.id,
-            state="hung" if hung and self.state is LifeState.SERVING else self.state.value,
+            state=self._shown,
             hung=hung is not None,
             engine_index=run.engine_index if run else None,
             node=facts.node if facts else None,
