@@ -25,20 +25,27 @@ class Streams:
         self._bodies = bodies
         self._pool = ThreadPoolExecutor(len(bodies))
         self._begun = [threading.Event() for _ in bodies]
+        self._chunks = [0] * len(bodies)
         self._futures: list[Future[Recorded]] = []
 
     def __enter__(self) -> "Streams":
-        for body, begun in zip(self._bodies, self._begun, strict=True):
+        for number, body in enumerate(self._bodies):
 
-            def heard(count: int, begun: threading.Event = begun) -> None:
+            def heard(count: int, number: int = number) -> None:
+                self._chunks[number] = count
                 if count > 20:
-                    begun.set()
+                    self._begun[number].set()
 
             arguments = (self._server, COMPLETIONS, body)
             self._futures.append(self._pool.submit(stream, *arguments, on_chunk=heard))
         for begun in self._begun:
-            assert begun.wait(60)
+            assert begun.wait(60), self._so_far()
         return self
+
+    def _so_far(self) -> list[tuple[int, Any]]:
+        """Of each stream its chunks so far, and how it ended if it has."""
+        ends = (f.result().error or "ended" if f.done() else "goes on" for f in self._futures)
+        return list(zip(self._chunks, ends, strict=True))
 
     def ended(self, timeout_s: float = 120) -> list[Recorded]:
         return [future.result(timeout_s) for future in self._futures]
