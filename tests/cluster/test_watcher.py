@@ -446,6 +446,25 @@ def test_a_death_is_told_though_an_order_comes_before_its_host_is_known_to_be_lo
     ]
 
 
+def test_what_is_fenced_counts_as_dead_though_the_log_is_slow(
+    play: Callable[[Script], Hosted],
+) -> None:
+    async def script(w: Hosted) -> None:
+        w.hosts.tail_s = 0.4
+        w.hold("i0", 1)
+        await w.fleet.drain(I0, "a user's order")
+        w.kill("i1")
+        await asyncio.sleep(0.1)
+        assert not w.accepting("i0")
+        w.fleet._stopped(EngineIndex(2), Standstill(pid=3000, gone=False))
+        await asyncio.sleep(0.1)
+        assert w.fleet.status()[2].takes_requests is False
+        assert w.states["i2"] == "restarting"
+        assert w.accepting("i0")
+
+    play(script)
+
+
 def test_a_fence_kills_though_the_log_is_slow_and_its_word_of_the_death_stands(
     play: Callable[[Script], Hosted], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -32,8 +32,8 @@ class Member:
 
     @property
     def alive(self) -> bool:
-        """Whether its engine runs."""
-        return self.run is not None and self.run.alive
+        """Whether its engine runs, and is not being fenced."""
+        return self.run is not None and self.run.alive and not self.run.fenced
 
     @property
     def serves(self) -> bool:

@@ -279,11 +279,11 @@ class Supervisor:
             return
         # First, as on its end the member's task goes on, and loses it too, without a suspect.
         streams = await self._lose(run, blamed=fenced.blamed)
-        death = Death(
-            why=f"{FENCED}{fenced.why}", blamed=fenced.blamed, fenced=True, code=fenced.code
-        )
+        why = f"{FENCED}{fenced.why}"
+        death = Death(why=why, blamed=fenced.blamed, fenced=True, code=fenced.code)
         tell = run.alive  # Else it has died meanwhile, and its death is told.
         run.fenced = True
+        self._on_change()
         killing, tail = asyncio.create_task(self._hosts.kill(run)), list[str]()
         try:
             tail = await self._hosts.tail(run)  # It may take long, and the kill does not wait.
