@@ -7,6 +7,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from vllm.platforms import current_platform
 from vllm.v1.executor.ray_utils import WORKER_SPECIFIC_ENV_VARS
 
 from llumnix.config import ADMIN_API_KEY_VARIABLE
@@ -26,12 +27,14 @@ SECRETS = {
 def launched(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The launch of one engine from an environment with these variables."""
 
-    def made(kv_transfer: Any = None, **environment: str) -> EngineLaunch:
+    def made(kv_transfer: Any = None, eager: bool = True, **environment: str) -> EngineLaunch:
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         monkeypatch.setattr(launch, "Executor", SimpleNamespace(get_class=lambda config: None))
         config = SimpleNamespace(
-            parallel_config=SimpleNamespace(world_size=1), kv_transfer_config=kv_transfer
+            parallel_config=SimpleNamespace(world_size=1),
+            kv_transfer_config=kv_transfer,
+            model_config=SimpleNamespace(enforce_eager=eager),
         )
         return EngineLaunch.of(config, ["ipc:///in"], ["ipc:///out"], log_stats=True)  # type: ignore[arg-type]
 
@@ -68,6 +71,19 @@ def test_an_instances_workers_talk_on_loopback_alone(launched: Any) -> None:
     between_hosts = launched(kv_transfer=object(), **network).environment
     assert between_hosts["GLOO_SOCKET_IFNAME"] == "lo"
     assert between_hosts["NCCL_SOCKET_IFNAME"] == "eth1"
+
+
+def test_an_eager_engine_on_a_cpu_compiles_no_sampler_while_it_serves(
+    launched: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TORCH_COMPILE_DISABLE", raising=False)
+    assert launched().environment["TORCH_COMPILE_DISABLE"] == "1"
+    assert "TORCH_COMPILE_DISABLE" not in launched(eager=False).environment
+    assert launched(TORCH_COMPILE_DISABLE="0").environment["TORCH_COMPILE_DISABLE"] == "0"
+    monkeypatch.delenv("TORCH_COMPILE_DISABLE")
+    monkeypatch.setattr(current_platform, "is_cpu", lambda: False)
+    monkeypatch.setattr(current_platform, "ray_device_key", "GPU", raising=False)
+    assert "TORCH_COMPILE_DISABLE" not in launched().environment
 
 
 def test_the_agents_key_is_not_shown() -> None:

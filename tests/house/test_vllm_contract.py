@@ -1108,6 +1108,15 @@ def test_an_executor_is_found_by_its_name_alone() -> None:
     assert Executor.uses_ray is False
 
 
+def test_a_variable_has_torch_compile_nothing_and_the_sampler_is_compiled_otherwise() -> None:
+    import torch._dynamo.config as compiling
+    from vllm.v1.sample.ops import topk_topp_sampler
+
+    variable = 'disable = os.environ.get("TORCH_COMPILE_DISABLE", "0") == "1"'
+    says(compiling, variable, who="launch.py")
+    says(topk_topp_sampler, "@torch.compile(", "def compiled_random_sample(", who="launch.py")
+
+
 def test_the_server_serves_on_a_socket_that_listens_and_says_when() -> None:
     import uvicorn
     from vllm.entrypoints.launchers import launcher

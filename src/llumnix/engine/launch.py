@@ -3,7 +3,8 @@
 vLLM internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
 `Executor.get_class`, `EngineZmqAddresses`, `ray_env.get_env_vars_to_copy` (the names of variables
 that an engine in another process needs), `WORKER_SPECIFIC_ENV_VARS` (those that belong to one
-process or host), `current_platform.ray_device_key`.
+process or host), `current_platform.ray_device_key`. With torch's `TORCH_COMPILE_DISABLE` nothing
+is compiled; `topk_topp_sampler.compiled_random_sample` is, else.
 """
 
 import os
@@ -27,7 +28,8 @@ from llumnix.core.types import EngineIndex, InstanceId
 from llumnix.engine.kv.transports import TransferOptions
 from llumnix.sockets import SocketKeys
 
-_ALSO = {"LD_PRELOAD", "NUMEXPR_MAX_THREADS", "PYTHONPATH"}
+_NO_COMPILE = "TORCH_COMPILE_DISABLE"
+_ALSO = {"LD_PRELOAD", "NUMEXPR_MAX_THREADS", "PYTHONPATH", _NO_COMPILE}
 _ALSO_PREFIXES = ("TORCHINDUCTOR_", "HF_", "LLUMNIX_")
 _KEYS = {"VLLM_API_KEY", "LLUMNIX_API_KEY", ADMIN_API_KEY_VARIABLE}
 """Only for the frontend."""
@@ -108,9 +110,18 @@ class EngineLaunch:
             log_stats=log_stats,
             device=None if current_platform.is_cpu() else current_platform.ray_device_key,
             devices_per_instance=vllm_config.parallel_config.world_size,
-            environment=environment | _inside_one_host(vllm_config),
+            environment=_eager(vllm_config) | environment | _inside_one_host(vllm_config),
             environment_before={n: os.environ[n] for n in before},
         )
+
+
+def _eager(vllm_config: VllmConfig) -> dict[str, str]:
+    """Has an engine on a CPU compile nothing that is to compile nothing. vLLM heeds that for the
+    model alone: it compiles the sampling for the first request that draws its tokens without a
+    seed. Where no compiled code is kept yet, that takes half a minute, and the engine counts as
+    stalled."""
+    eager = current_platform.is_cpu() and vllm_config.model_config.enforce_eager
+    return {_NO_COMPILE: "1"} if eager else {}
 
 
 def _inside_one_host(vllm_config: VllmConfig) -> dict[str, str]:
