@@ -3,8 +3,8 @@
 vLLM internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
 `Executor.get_class`, `EngineZmqAddresses`, `ray_env.get_env_vars_to_copy` (the names of variables
 that an engine in another process needs), `WORKER_SPECIFIC_ENV_VARS` (those that belong to one
-process or host), `current_platform.ray_device_key`. With torch's `TORCH_COMPILE_DISABLE` nothing
-is compiled; `topk_topp_sampler.compiled_random_sample` is, else.
+process or host), `current_platform.ray_device_key`. `topk_topp_sampler.compiled_random_sample` is
+compiled unless torch's `TORCH_COMPILE_DISABLE` is set.
 """
 
 import os
