@@ -27,15 +27,20 @@ ROUTERS: dict[str, list[str]] = {
     "smg": ["-m", "smg", "launch", "--policy", "cache_aware"],
 }
 """How Python runs them, each before N `vllm serve`."""
+OWN_QUEUE = [
+    "--scheduler-config",
+    json.dumps({"queue": asdict(VLLMS_QUEUE), "migration": {"rescues": 0}}),
+]
 VARIANTS: dict[str, list[str]] = {
-    "llumnix-own-queue": [
-        "--scheduler-config",
-        json.dumps({"queue": asdict(VLLMS_QUEUE), "migration": {"rescues": 0}}),
-    ],
+    "llumnix-own-queue": OWN_QUEUE,
+    "watermark-0.02": [*OWN_QUEUE, "--watermark", "0.02"],
+    "watermark-0.05": [*OWN_QUEUE, "--watermark", "0.05"],
+    "watermark-0.1": [*OWN_QUEUE, "--watermark", "0.1"],
     "llumnix-uni": ["--distributed-executor-backend", "uni"],
 }
-"""What is told `llumnix serve`. The first: vLLM's queue alone decides who starts. The second: the
-model runs in the engine's process."""
+"""What is told `llumnix serve`. `llumnix-own-queue`: vLLM's queue alone decides who starts; a
+watermark is the share of KV memory that it keeps free when it starts one. `llumnix-uni`: the model
+runs in the engine's process."""
 NAME = "m"
 """Of the model, in requests."""
 

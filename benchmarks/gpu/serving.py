@@ -35,10 +35,13 @@ FLAGS = ["--gpu-memory-utilization", "0.25", "--stream-interval", "4"]
 is given."""
 
 
-def for_live(ours: dict[str, str], loads: tuple[str, ...], given: list[str]) -> list[str]:
-    """live.py's arguments: those given, else `ours`, else `SETTINGS`; `loads` if none is given."""
+def for_live(
+    ours: dict[str, str], loads: tuple[str, ...], given: list[str], flags: list[str] = FLAGS
+) -> list[str]:
+    """live.py's arguments: those given, else `ours`, else `SETTINGS`; `loads` if none is given, and
+    `flags` of the servers' likewise."""
     served = [] if "--load" in given else [x for load in loads for x in ("--load", load)]
-    return ["--together", *served, *with_settings(SETTINGS | ours, FLAGS, given)]
+    return ["--together", *served, *with_settings(SETTINGS | ours, flags, given)]
 
 
 def main() -> None:
