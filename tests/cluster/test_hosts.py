@@ -21,7 +21,7 @@ import ray
 from llumnix.cluster import ray_runtime
 from llumnix.cluster.supervision import hosts as hosts_module
 from llumnix.cluster.supervision import processes as processes_module
-from llumnix.cluster.supervision.hosts import Hosts, HostWatch, OtherHost
+from llumnix.cluster.supervision.hosts import LOOKED_FOR_S, Hosts, HostWatch, OtherHost
 from llumnix.cluster.supervision.processes import (
     MIND_EVERY_S,
     UNASKED_S,
@@ -384,6 +384,46 @@ def watched_on(host: str) -> tuple[Hosts, Watched]:
 def run_on(host: str, index: EngineIndex, *pids: int) -> Any:
     facts = SimpleNamespace(host=host, pid=pids[0], workers=list(pids[1:]), flight=f"f{index}")
     return SimpleNamespace(engine_index=index, facts=facts, remains=None)
+
+
+@pytest.mark.parametrize("host", ["ours", "theirs"])
+async def test_an_engine_elsewhere_serves_once_its_host_has_told_of_its_processes(
+    host: str,
+) -> None:
+    hosts, w = watched_on(host)
+    run = run_on(host, EngineIndex(3), 30, 31)
+    run.alive = True
+    w.host.states = {10: "S", 20: "S"}  # An answer to the question before, which came late.
+    waiting = asyncio.create_task(hosts.first_look(run))
+    await asyncio.sleep(3 * LOOKED_FOR_S)
+    w.look()
+    await asyncio.sleep(3 * LOOKED_FOR_S)
+    assert waiting.done() is (host == "ours")
+    w.host.states = {30: "R", 31: "S"}
+    w.look()
+    async with asyncio.timeout(5):
+        await waiting
+    if host == "theirs":
+        assert w.host.asked[-1] == [10, 11, 20, 30, 31], "it is watched beside the others"
+
+
+async def test_an_engine_that_dies_or_whose_host_is_silent_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    hosts, _ = watched_on("theirs")
+    run = run_on("theirs", EngineIndex(3), 30)
+    run.alive = True
+    waiting = asyncio.create_task(hosts.first_look(run))
+    await asyncio.sleep(LOOKED_FOR_S)
+    run.alive = False
+    async with asyncio.timeout(5):
+        await waiting
+    assert not caplog.messages
+    run.alive = True
+    monkeypatch.setattr(hosts_module, "FIRST_LOOK_S", 3 * LOOKED_FOR_S)
+    async with asyncio.timeout(5):
+        await hosts.first_look(run)
+    assert "Engine 3 serves on a host that has not answered" in caplog.text
 
 
 async def test_a_stopped_process_is_noticed_though_the_event_loop_stands_still(

@@ -29,6 +29,8 @@ class FakeHosts:
     def __init__(self) -> None:
         self.silent: set[str] = set()
         self.watched: list[set[EngineIndex]] = []
+        self.looked_at: list[EngineIndex] = []
+        self.first_look_s = 0.001
         self.killed: list[EngineIndex] = []
         self.worker_crashed = False
         self.late: Death | None = None
@@ -40,6 +42,10 @@ class FakeHosts:
 
     def watch(self, runs: Any) -> None:
         self.watched.append({run.engine_index for run in runs})
+
+    async def first_look(self, run: Any) -> None:
+        self.looked_at.append(run.engine_index)
+        await asyncio.sleep(self.first_look_s)
 
     def silent_s(self, host: str) -> float:
         return 60.0 if host in self.silent else 0.0
@@ -150,6 +156,22 @@ def test_an_engine_whose_process_is_stopped_is_lost_killed_and_started_again(
         assert w.states == {"i0": "serving", "i1": "serving", "i2": "serving"}
         assert w.launcher.ended == [1]
         assert w.hosts.watched[-1] == {0, 2, 3}
+
+    play(script)
+
+
+def test_an_instance_serves_once_its_host_has_been_looked_into(
+    play: Callable[[Script], Hosted],
+) -> None:
+    async def script(w: Hosted) -> None:
+        assert w.hosts.looked_at == [0, 1, 2]
+        w.hosts.first_look_s = 3
+        w.kill("i1")
+        await asyncio.sleep(7)
+        assert w.states["i1"] != "serving"
+        await asyncio.sleep(3)
+        assert w.states["i1"] == "serving"
+        assert w.hosts.looked_at == [0, 1, 2, 3]
 
     play(script)
 

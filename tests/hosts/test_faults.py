@@ -19,7 +19,7 @@ pytestmark = [
 ]  # fmt: skip
 
 KINDS: list[dict[str, Any]] = [
-    {"prompt": f"stream {i} " * (1 + 8 * (i % 3)), "max_tokens": 400, "temperature": 0.3,
+    {"prompt": f"stream {i} " * (1 + 8 * (i % 3)), "max_tokens": 300, "temperature": 0.3,
      "seed": i, "ignore_eos": True, "return_token_ids": True}
     for i in range(6)
 ]  # fmt: skip

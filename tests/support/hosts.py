@@ -22,6 +22,11 @@ import pytest
 from support import relay
 from support.server import Server
 
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+PACE = "0,6,0,0"
+"""A step takes 6 ms for each of its requests (benchmarks/paced_worker.py). Else two engines would
+take all of this machine's two cores, and the other host's, which computes on when it is cut off,
+would slow ours down."""
 NETWORK = "192.0.2."  # for documentation: nobody's
 RAY_PORT = 6379
 TOOLS = ("ip", "unshare", "nsenter", "mount", "hostname")
@@ -195,6 +200,8 @@ class ServerOnHosts(Server):
             "RAY_AUTH_TOKEN_PATH": str(token),
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_DISABLE_DOCKER_CPU_WARNING": "1",
+            "LLUMNIX_PACE": PACE,
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(BENCHMARKS), os.getenv("PYTHONPATH")])),
             **env,
         }
         for host in net.hosts:
@@ -202,6 +209,7 @@ class ServerOnHosts(Server):
         head = net.hosts[0]
         super().__init__(
             str(model), "--served-model-name", "tiny", *flags,
+            "--worker-cls", "paced_worker.PacedWorker",
             "--ray-address", f"{head.address}:{RAY_PORT}",
             log=log, before=head.inside, **self.settings,
         )  # fmt: skip

@@ -45,6 +45,9 @@ LOST_S = 3.0
 """A host that says nothing of an engine's end for so long is lost. A busy one says it sooner."""
 ASKED_AGAIN_S = 0.25
 """After a question that failed at once."""
+LOOKED_FOR_S = 0.05
+FIRST_LOOK_S = 20.0
+"""A host that cannot be looked into keeps an instance from serving for no longer."""
 NOTHING = Remains(Traces(), 0, [])
 """The answer of a host that is there and cannot tell."""
 MEMORY_LOOKS = 8
@@ -153,6 +156,14 @@ class HostWatch:
         others."""
         self._watched = engines
 
+    def watch_too(self, engine: EngineIndex, pids: tuple[int, ...]) -> None:
+        """Watches one more of the host."""
+        self._watched = {**self._watched, engine: pids}
+
+    def has_seen(self, engine: EngineIndex) -> bool:
+        """Whether a look has found the engine's processes, so that its host minds them too."""
+        return bool(self._started.get(engine))
+
     def _run(self) -> None:
         pause_s, said = LOOK_EVERY_S, False
         while not self._closing.wait(pause_s):
@@ -234,10 +245,13 @@ class Hosts:
             if run.facts is not None:
                 engines.setdefault(run.facts.host, {})[run.engine_index] = _pids(run)
         for host, mine in engines.items():
-            if host not in self._watches:
-                self._watches[host] = HostWatch(self._host(host), self._on_stopped)
-                self._watches[host].start()
-            self._watches[host].watch(mine)
+            self._watch_on(host).watch(mine)
+
+    def _watch_on(self, host: str) -> HostWatch:
+        if host not in self._watches:
+            self._watches[host] = HostWatch(self._host(host), self._on_stopped)
+            self._watches[host].start()
+        return self._watches[host]
 
     def _host(self, host: str) -> Host:
         if host == self._here():
@@ -248,6 +262,26 @@ class Hosts:
     def silent_s(self, host: str) -> float:
         """For how long another host has not answered; 0 for our own."""
         return self._watches[host].silent_s if host in self._others else 0.0
+
+    async def first_look(self, run: EngineRun) -> None:
+        """Watches a run that is about to serve, and waits until its host, if it is another one, has
+        told of its processes: from then on it ends them if it is cut off, and its silence counts.
+        For `FIRST_LOOK_S` at most."""
+        if run.facts is None or run.facts.host == self._here():
+            return
+        watch = self._watch_on(run.facts.host)
+        watch.watch_too(run.engine_index, _pids(run))
+        try:
+            async with asyncio.timeout(FIRST_LOOK_S):
+                while run.alive and not watch.has_seen(run.engine_index):
+                    await asyncio.sleep(LOOKED_FOR_S)
+        except TimeoutError:
+            logger.warning(
+                "Engine %d serves on a host that has not answered for %.0f s. If that host is cut "
+                "off, the engine will not end by itself.",
+                run.engine_index,
+                FIRST_LOOK_S,
+            )
 
     async def kill(self, run: EngineRun) -> None:
         """Ends the processes of a run at once, if they can be reached."""

@@ -241,6 +241,7 @@ class Supervisor:
         if why is None:
             why = await self._frontends.bring_up(member.run.engine_index)
         if why is None:
+            await self._hosts.first_look(member.run)
             self._perform(member, member.life.up(asyncio.get_running_loop().time()))
         return why
 
@@ -334,8 +335,7 @@ class Supervisor:
         assert drain is not None
         took_s = asyncio.get_running_loop().time() - drain.began_s
         how = "were cut off" if run.alive else "ended with its engine"
-        died = run.ended is not None and run.ended.done()
-        blamed = False
+        died, blamed = run.ended is not None and run.ended.done(), False
         if died:
             death = await self._watch(member)
             blamed = death.blamed
