@@ -7,11 +7,12 @@ from statistics import fmean
 import pytest
 
 from llumnix.core.slices.lengths import (
+    ANSWERS_MIN,
     EDGES,
-    ENDS_MIN,
-    HALF_LIFE_ENDS,
-    KEY_ENDS_MIN,
+    HALF_LIFE_ANSWERS,
+    KEY_ANSWERS_MIN,
     KEYS_MAX,
+    End,
     Lengths,
     bucket_of,
 )
@@ -24,7 +25,7 @@ def learnt(answers: list[int], key: str = "", lengths: Lengths | None = None) ->
         bucket = 0
         for outputs in range(0, answer, 50):
             bucket = lengths.passed(key, bucket, outputs)
-        lengths.ended(key, bucket, answer)
+        lengths.gone(key, bucket, answer, End.BY_ITSELF)
     return lengths
 
 
@@ -34,7 +35,7 @@ def drawn(seed: int, count: int = 3000, mean: float = 300.0) -> list[int]:
 
 
 def test_before_twenty_answers_have_ended_nothing_is_known() -> None:
-    lengths = learnt([100] * (ENDS_MIN - 1))
+    lengths = learnt([100] * (ANSWERS_MIN - 1))
     assert (lengths.rest("", 0, 0.8), lengths.mean()) == (math.inf, None)
     learnt([100], lengths=lengths)
     assert lengths.rest("", 0, 0.8) < 130
@@ -43,7 +44,7 @@ def test_before_twenty_answers_have_ended_nothing_is_known() -> None:
 def test_counting_a_request_now_and_then_counts_as_much_as_once_at_its_end() -> None:
     """What is known is worked out anew by how much has been counted since."""
     often, once = learnt([400]), Lengths()
-    once.ended("", 0, 400)
+    once.gone("", 0, 400, End.BY_ITSELF)
     assert often._all.events == once._all.events
 
 
@@ -104,14 +105,14 @@ def test_one_that_came_by_a_move_is_counted_from_there_on() -> None:
     lengths = learnt([40] * 100)
     before = lengths.rest("", 0, 0.8)
     for _ in range(100):
-        lengths.ended("", bucket_of(500), 600)
+        lengths.gone("", bucket_of(500), 600, End.BY_ITSELF)
     assert lengths.rest("", 0, 0.8) == before
     assert lengths.rest("", 520, 0.8) <= 200
 
 
 def test_a_key_speaks_for_itself_once_it_is_known() -> None:
     lengths = learnt([400] * 200)
-    learnt([20] * (KEY_ENDS_MIN - 1), "short", lengths)
+    learnt([20] * (KEY_ANSWERS_MIN - 1), "short", lengths)
     assert lengths.rest("short", 0, 0.8) == lengths.rest("other", 0, 0.8) > 300
     learnt([20], "short", lengths)
     assert lengths.rest("short", 0, 0.5) < 30
@@ -126,7 +127,7 @@ def test_what_all_others_do_counts_where_a_key_has_come_to_few_times() -> None:
 
 def test_keys_are_bounded_and_the_least_recent_is_forgotten() -> None:
     lengths = learnt([400] * 5000)
-    learnt([20] * KEY_ENDS_MIN, "first", lengths)
+    learnt([20] * KEY_ANSWERS_MIN, "first", lengths)
     for number in range(KEYS_MAX - 1):
         lengths.passed(f"k{number}", 0, 20)
     assert lengths.rest("first", 0, 0.5) < 30
@@ -135,7 +136,7 @@ def test_keys_are_bounded_and_the_least_recent_is_forgotten() -> None:
 
 
 def test_what_was_long_ago_counts_less() -> None:
-    lengths = learnt([40] * HALF_LIFE_ENDS)
-    assert lengths.ends == HALF_LIFE_ENDS / 2
-    learnt([400] * HALF_LIFE_ENDS, lengths=lengths)
+    lengths = learnt([40] * HALF_LIFE_ANSWERS)
+    assert lengths.answers == HALF_LIFE_ANSWERS / 2
+    learnt([400] * HALF_LIFE_ANSWERS, lengths=lengths)
     assert lengths.rest("", 0, 0.5) > 300

@@ -120,12 +120,12 @@ def test_an_answer_is_learnt_and_one_that_is_cut_off_as_far_as_it_came(tiny_mode
     while capped.request_id in it.scheduler.requests:
         it.step()
     it.reader.read()
-    assert (lengths.ends, lengths._all.left[:2]) == (0, [1, 0])
+    assert (lengths.answers, sum(lengths._all.ended), lengths._all.left[:2]) == (1, 0, [1, 0])
     stopped.sampling_params.stop_token_ids = [7]
     stopped.sampling_params._all_stop_token_ids.add(7)
     it.step()
     it.reader.read()
-    assert (lengths.ends, lengths._all.left[:2]) == (1, [2, 1])
+    assert (lengths.answers, sum(lengths._all.ended), lengths._all.left[:2]) == (2, 1, [2, 1])
 
 
 def test_what_is_kept_free_is_told_while_all_slots_are_taken(tiny_model: Path) -> None:

@@ -200,4 +200,4 @@ def test_an_answer_that_ends_is_learnt_and_one_that_is_aborted_is_not() -> None:
         it.step()
     slices = it.engine.slices
     assert slices is not None
-    assert slices.lengths.ends == 1
+    assert slices.lengths.answers == 1

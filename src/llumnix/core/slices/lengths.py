@@ -8,29 +8,39 @@ Rules
   with what is known of them, and long answers are not missed because they end late.
 - A bucket's hazard is the share that ended in it, of the requests that left it. The hazard of a key
   leans on that of all requests, with the weight of `LEAN` requests.
-- Before `KEY_ENDS_MIN` answers of a key have ended, the counts of all requests stand for it. Before
-  `ENDS_MIN` answers in all have ended nothing is known.
-- All counts are halved every `HALF_LIFE_ENDS` answers.
+- An answer counts as known once it has ended by itself or been cut off by a limit. Before
+  `KEY_ANSWERS_MIN` answers of a key are known, the counts of all requests stand for it. Before
+  `ANSWERS_MIN` answers in all are known nothing follows.
+- All counts are halved every `HALF_LIFE_ANSWERS` answers.
 - What follows from the counts is worked out anew once `FRESH_SHARE` more is known.
 """
 
 import math
 from bisect import bisect_left, bisect_right
 from collections import OrderedDict
+from enum import Enum, auto
 from functools import lru_cache
 
 EDGES = tuple(round(16 * 2 ** (i / 2)) for i in range(27))
 """Upper edges of the buckets, in tokens of answer. A bucket beyond the last has no edge."""
 LEAN = 20.0
-ENDS_MIN = 20
-KEY_ENDS_MIN = 50
+ANSWERS_MIN = 20
+KEY_ANSWERS_MIN = 50
 KEYS_MAX = 256
 """Keys that are remembered; the one that was least recently counted is forgotten."""
-HALF_LIFE_ENDS = 2000
+HALF_LIFE_ANSWERS = 2000
 FRESH_SHARE = 0.02
 RESTS_KEPT = 1024
 """Answers of `Lengths.rest` that are kept, since requests begin alike and have slices alike."""
 _REST_TOLERANCE = 1e-12
+
+
+class End(Enum):
+    """How a request left an engine."""
+
+    BY_ITSELF = auto()
+    AT_LIMIT = auto()  # its answer is as long as it may be
+    EARLY = auto()  # it was aborted, or goes on elsewhere
 
 
 class _Counts:
@@ -39,14 +49,14 @@ class _Counts:
     def __init__(self) -> None:
         self.left = [0.0] * (len(EDGES) + 1)  # requests that left each bucket
         self.ended = [0.0] * (len(EDGES) + 1)  # those of them that ended in it
-        self.ends = 0.0
+        self.answers = 0.0  # that are known
         self.events = 0.0
         self.curve: _Curve | None = None
 
     def halve(self) -> None:
         self.left = [n / 2 for n in self.left]
         self.ended = [n / 2 for n in self.ended]
-        self.ends /= 2
+        self.answers /= 2
         self.events /= 2
         self.curve = None
 
@@ -69,16 +79,19 @@ class Lengths:
                 counts.events += now - bucket
         return now
 
-    def ended(self, key: str, bucket: int, outputs: int) -> None:
-        """A request ended by itself after so many tokens of answer."""
-        now = bucket_of(max(0, outputs - 1))
-        self.passed(key, bucket, max(0, outputs - 1))
+    def gone(self, key: str, bucket: int, outputs: int, end: End) -> None:
+        """A request has left after so many tokens of answer."""
+        whole = end is End.BY_ITSELF
+        now = self.passed(key, bucket, max(0, outputs - whole))
+        if end is End.EARLY:
+            return
         for counts in self._of(key):
-            counts.left[now] += 1
-            counts.ended[now] += 1
-            counts.ends += 1
-            counts.events += 1
-            if counts.ends >= HALF_LIFE_ENDS:
+            if whole:
+                counts.left[now] += 1
+                counts.ended[now] += 1
+                counts.events += 1
+            counts.answers += 1
+            if counts.answers >= HALF_LIFE_ANSWERS:
                 counts.halve()
 
     def rest(self, key: str, outputs: int, share: float) -> float:
@@ -88,15 +101,15 @@ class Lengths:
         return math.inf if known is None else known.rest(outputs, share)
 
     def mean(self) -> float | None:
-        """Mean length of an answer, in tokens; None before enough have ended. Answers longer than
+        """Mean length of an answer, in tokens; None before enough are known. Answers longer than
         any that has ended count only up to the last edge that a request has passed."""
         known = self._curve("")
         return None if known is None else known.mean
 
     @property
-    def ends(self) -> float:
-        """Answers that ended, the older ones with less weight."""
-        return self._all.ends
+    def answers(self) -> float:
+        """Answers that are known, the older ones with less weight."""
+        return self._all.answers
 
     def _of(self, key: str) -> tuple[_Counts, ...]:
         """What a request of that key counts in."""
@@ -112,10 +125,10 @@ class Lengths:
 
     def _curve(self, key: str) -> "_Curve | None":
         """What follows for a key; None if too little is known."""
-        if self._all.ends < ENDS_MIN:
+        if self._all.answers < ANSWERS_MIN:
             return None
         mine = self._keys.get(key)
-        counts = self._all if mine is None or mine.ends < KEY_ENDS_MIN else mine
+        counts = self._all if mine is None or mine.answers < KEY_ANSWERS_MIN else mine
         events = self._all.events + counts.events
         if counts.curve is None or abs(events - counts.curve.events) > FRESH_SHARE * events:
             counts.curve = _Curve(self._all, counts, events)

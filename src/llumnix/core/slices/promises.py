@@ -5,7 +5,7 @@ Rules
   starts only if its own first slice fits beside all promises. At its slice's end a request goes on
   with the next slice without a pause, even if that does not fit.
 - A slice is a quarter of the mean answer, from `SLICE_MIN` to `SLICE_MAX` tokens, and `SLICE_FIRST`
-  until enough answers have ended. It is shorter where most requests that got as far end sooner, or
+  until enough answers are known. It is shorter where most requests that got as far end sooner, or
   where the request's own limit is near.
 - A session's next input makes its promise anew.
 - Nothing is kept free where nothing runs.
@@ -16,12 +16,12 @@ So in a step no request is preempted for want of memory if all renewed promises 
 from dataclasses import dataclass
 
 from llumnix.core.queue_rules import SliceRules
-from llumnix.core.slices.lengths import Lengths, bucket_of
+from llumnix.core.slices.lengths import End, Lengths, bucket_of
 
 SLICE_MIN, SLICE_MAX, SLICE_FIRST = 64, 1024, 128
 """Tokens of answer."""
 SHARE_OF_MEAN = 0.25
-ENDS_MIN = 50
+ANSWERS_MIN = 50
 
 
 @dataclass(slots=True)
@@ -46,7 +46,7 @@ class Slices:
         """The length of a slice, in tokens of answer."""
         if self._rules.tokens:
             return self._rules.tokens
-        mean = self.lengths.mean() if self.lengths.ends >= ENDS_MIN else None
+        mean = self.lengths.mean() if self.lengths.answers >= ANSWERS_MIN else None
         if mean is None:
             return SLICE_FIRST
         return round(min(SLICE_MAX, max(SLICE_MIN, SHARE_OF_MEAN * mean)))
@@ -83,12 +83,10 @@ class Slices:
         return promise, max(0, promise.blocks - blocks)
 
     def gone(
-        self, promise: Promise | None, key: str, outputs: int, came: int = 0, *, ended: bool
+        self, promise: Promise | None, key: str, outputs: int, came: int = 0, *, end: End
     ) -> None:
-        """A request has left after so many tokens of answer. `ended`: by itself; else it would have
-        gone on, and its answer is at least so long."""
-        learn = self.lengths.ended if ended else self.lengths.passed
-        learn(key, _bucket(promise, came), outputs)
+        """A request has left after so many tokens of answer."""
+        self.lengths.gone(key, _bucket(promise, came), outputs, end)
 
     def _slice(self, key: str, outputs: int, most: int) -> int:
         rest = self.lengths.rest(key, outputs, self._rules.quantile)

@@ -32,12 +32,17 @@ from typing import Any
 from vllm.v1.request import Request, RequestStatus
 
 from llumnix.core.queue_rules import SliceRules
+from llumnix.core.slices.lengths import End
 from llumnix.core.slices.promises import Promise, Slices
 from llumnix.engine.readings import came_with, kv_growth
 
 COUNT_EVERY = 256
 COUNT_IDLE_EVERY = 16
-_ENDED = (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_REPETITION)
+_ENDS = {
+    RequestStatus.FINISHED_STOPPED: End.BY_ITSELF,
+    RequestStatus.FINISHED_REPETITION: End.BY_ITSELF,
+    RequestStatus.FINISHED_LENGTH_CAPPED: End.AT_LIMIT,
+}
 
 
 class EnginePromises:
@@ -133,7 +138,7 @@ class EnginePromises:
             _key(request),
             request.num_output_tokens,
             came_with(request),
-            ended=request.status in _ENDED,
+            end=_ENDS.get(request.status, End.EARLY),
         )
 
     def _count(self) -> None:

@@ -26,6 +26,7 @@ from itertools import chain
 from llumnix.core.priorities import AGING_LOOK_EVERY_S, Priorities, QueueKey
 from llumnix.core.queue_rules import PLAIN, PromptTimer, QueueRules, Wait
 from llumnix.core.reports import ClassLoad
+from llumnix.core.slices.lengths import End
 from llumnix.core.types import RequestId
 from llumnix.sim.model.jobs import Batch, Job, Sequence, Token
 from llumnix.sim.model.memory import SequenceBlocks, Start
@@ -92,7 +93,7 @@ class Batching(SequenceBlocks):
         """Its client hung up, or another engine has it."""
         seq = self.requests.get(request)
         if seq is not None:
-            self._learn(seq, ended=False)
+            self._learn(seq, End.EARLY)
             self._finish(seq)
 
     # -- steps
@@ -139,7 +140,7 @@ class Batching(SequenceBlocks):
             if over:
                 self.finished += 1
                 self.finished_tokens += seq.outputs
-                self._learn(seq, ended=True)
+                self._learn(seq, End.BY_ITSELF)
                 self._finish(seq)
         return said
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from llumnix.core.queue_rules import SliceRules
+from llumnix.core.slices.lengths import End
 from llumnix.core.slices.promises import Slices
 from llumnix.core.types import RequestId
 from llumnix.sim.model import jobs
@@ -185,10 +186,10 @@ class SequenceBlocks:
         """Blocks that one of them may still take, as it was last counted."""
         return 0 if seq.promise is None else max(0, seq.promise.blocks - seq.blocks)
 
-    def _learn(self, seq: jobs.Sequence, *, ended: bool) -> None:
-        """It leaves. `ended`: by itself, with its whole answer."""
+    def _learn(self, seq: jobs.Sequence, end: End) -> None:
+        """It leaves."""
         if self.slices is not None:
-            self.slices.gone(seq.promise, "", seq.outputs, seq.came_with, ended=ended)
+            self.slices.gone(seq.promise, "", seq.outputs, seq.came_with, end=end)
 
     def _holders(self) -> Iterable[jobs.Sequence]:
         """Requests that have KV, or will."""
