@@ -31,7 +31,6 @@ def server(net: Network, tiny_model: Path) -> Iterator[ServerOnHosts]:
         places = {server.host_of(row).name for row in server.instances().values()}
         assert len(places) == 2, "Ray has put both on one host"
         yield server
-        assert server.process.poll() is None, "the server has ended by itself"
         server.stop()
     finally:
         server.kill()

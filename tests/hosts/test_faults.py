@@ -51,6 +51,7 @@ def whole(net: Network, server: ServerOnHosts) -> Iterator[ServerOnHosts]:
         eventually(lambda: len(places(server)) == 2 and serving(), 180, "one serves on each host")
     yield server
     net.both_ways(*net.hosts)
+    assert server.process.poll() is None, "the server has ended by itself"
 
 
 def places(server: ServerOnHosts) -> set[str]:

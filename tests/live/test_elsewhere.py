@@ -31,18 +31,19 @@ def test_an_embedding_model_outlives_the_death_of_an_instance(tiny_model: Path, 
     try:
         first = server.http.post("/v1/embeddings", json=body)
         assert len(first.json()["data"][0]["embedding"]) == WIDTH
-        # Held still, an instance keeps its request until it is killed, or fenced soon after.
+        # Held still, an instance keeps its requests until it is killed, or fenced within a second.
+        # So the clients are ready before, and so many that both instances get some.
         victim = server.instances()["i0"]["pid"]
-        os.kill(victim, signal.SIGSTOP)
+        clients = [httpx.Client(base_url=server.url, timeout=60) for _ in range(8)]
+        assert {c.get("/health").status_code for c in clients} == {200}
         answers: list[httpx.Response] = []
         threads = [
             threading.Thread(
-                target=lambda: answers.append(
-                    httpx.post(server.url + "/v1/embeddings", json=body, timeout=60)
-                )
+                target=lambda one=one: answers.append(one.post("/v1/embeddings", json=body))
             )
-            for _ in range(4)
+            for one in clients
         ]
+        os.kill(victim, signal.SIGSTOP)
         for thread in threads:
             thread.start()
         eventually(lambda: any(r["instance"] == "i0" for r in server.requests()), 10)
