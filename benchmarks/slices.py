@@ -7,13 +7,15 @@ reserve to it. Ratios are geometric means over pairs by seed. Needs no GPU.
     python benchmarks/slices.py --processes 2
     python benchmarks/slices.py --variants vLLM,scls --loads sharegpt --seeds 1:3
     python benchmarks/slices.py --published --seeds 0:3
+    python benchmarks/slices.py --long-answers --seeds 0:5
 
 `--published` serves ShareGPT's lengths within the paper's limits by SCLS as published, by the steps
-to it, and by continuous batching.
+to it, and by continuous batching. `--long-answers` serves the load of benchmarks/gpu/slices.py.
 """
 
 import argparse
 import statistics
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +27,7 @@ from llumnix.core.slices.published import STATIC
 from llumnix.sim.model.batching import EngineOptions
 from llumnix.sim.model.profile import load_profile
 from llumnix.sim.simulate import Spec, run_one
+from long_answers import KV_TOKENS, MAX_NUM_SEQS, NAME, RATE_PER_S, REQUESTS, write_trace
 from short_memory import COLUMNS, ratios, simulated
 
 OUT = ROOT / "benchmarks/results/sim/slices.json"
@@ -69,6 +72,7 @@ VARIANTS: dict[str, tuple[SchedulerSettings, float]] = {
 }
 """Settings, and the watermark."""
 MAIN = ("vLLM", "watermark 0.05", "llumnix", "llumnix 4 blocks", "scls")
+LONG_ANSWERS = ("vLLM", "watermark 0.02", "watermark 0.05", "watermark 0.1", "scls 128", "scls")
 
 
 def spec(load: tuple[Any, ...], variant: str, seed: int) -> Spec:
@@ -146,6 +150,23 @@ def published(rows: Sequence[dict[str, Any]]) -> str:
     return markdown(["policy", "req/s", "e2e mean, s", "TTFT mean, s", "wasted"], cells)
 
 
+def long_answers(seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """The runs of `--long-answers`."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / NAME
+        write_trace(trace)
+        load = ("long answers", str(trace), RATE_PER_S, REQUESTS, 1, "h200-llama-8b", KV_TOKENS)
+        for seed in seeds:
+            for variant in LONG_ANSWERS:
+                one = spec(load, variant, seed)
+                engine = replace(one.engine, slots=MAX_NUM_SEQS, prefix_caching=False)
+                found = simulated(replace(one, engine=engine))
+                row = {"trace": load[0], "rate": load[2], "seed": seed, "variant": variant}
+                rows.append({**row, "figures": found})
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--loads", default=",".join(load[0] for load in LOADS))
@@ -153,6 +174,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=seed_range, default="1:6", help="N or FIRST:END")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--published", action="store_true")
+    parser.add_argument("--long-answers", action="store_true")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     if args.published:
@@ -160,6 +182,11 @@ def main() -> None:
         rows = [run_published(p, s) for s in args.seeds for p in policies]
         print(published(rows))
         write_result(args.out or OUT.with_stem("slices_published"), rows)
+        return
+    if args.long_answers:
+        rows = long_answers(args.seeds)
+        print(means(rows))
+        write_result(args.out or OUT.with_stem("slices_long"), rows)
         return
     variants = args.variants.split(",")
     loads = [load for load in LOADS if load[0] in args.loads.split(",")]
