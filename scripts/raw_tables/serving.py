@@ -62,6 +62,39 @@ def ratios(
     return table(["load, req/s, instances", "peer", "seeds", *RATIOS], rows)
 
 
+LONG_ANSWERS = {
+    "vLLM": ("vLLM's admission", "llumnix-own-queue"),
+    "watermark 0.02": ("`--watermark 0.02`", "watermark-0.02"),
+    "watermark 0.05": ("`--watermark 0.05`", "watermark-0.05"),
+    "watermark 0.1": ("`--watermark 0.1`", None),
+    "scls 128": ("`scls`, slices of 128 tokens", "scls"),
+    "scls": ("`scls`", None),
+}
+"""Simulated variants: their names in the table, and on the GPU, if they were measured there."""
+
+
+def long_answers() -> str:
+    """benchmarks/gpu/slices.py beside benchmarks/slices.py --long-answers."""
+    measured = {r["policy"]: r["metrics"] for r in load("gpu/slices.json")["rows"]}
+    simulated: dict[str, list[float]] = {}
+    for r in load("sim/slices_long.json")["rows"]:
+        simulated.setdefault(r["variant"], []).append(r["figures"]["preemptions"])
+    rows = []
+    for variant, (name, policy) in LONG_ANSWERS.items():
+        cells = ["–"] * 5
+        if policy is not None:
+            m = measured[policy]
+            cells = [
+                str(m["preemptions"]), f"{m['tokens_per_s']:,.0f}", tpot(m),
+                f"{m['e2e_s']['mean']:.0f}", f"{m['ttft_s']['mean']:.0f}",
+            ]  # fmt: skip
+        mean = statistics.fmean(simulated[variant])
+        rows.append([name, f"{mean:.0f}", *cells])
+    head = ["who starts", "preemptions, simulated", "preemptions", "tokens/s"]
+    head += ["TPOT mean / P99, ms", "e2e mean, s", "TTFT mean, s"]
+    return table(head, rows)
+
+
 def paced() -> str:
     """Paced engines on CPU cores: `infaas++` over `llumnix`."""
     files = [f"live/paced_{n}.json" for n in ("sharegpt_2", "L-L_2", "M-M_3")]
