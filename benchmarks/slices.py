@@ -92,9 +92,10 @@ def spec(load: tuple[Any, ...], variant: str, seed: int) -> Spec:
     )
 
 
-def run(load: tuple[Any, ...], variant: str, seed: int) -> dict[str, Any]:
-    """Its figures."""
-    found = simulated(spec(load, variant, seed))
+def run(load: tuple[Any, ...], variant: str, seed: int, **engine: Any) -> dict[str, Any]:
+    """Its figures. `engine`: options beside those of the load and the variant."""
+    one = spec(load, variant, seed)
+    found = simulated(replace(one, engine=replace(one.engine, **engine)))
     row = {"trace": load[0], "rate": load[2], "seed": seed, "variant": variant}
     return {**row, "figures": found}
 
@@ -152,19 +153,15 @@ def published(rows: Sequence[dict[str, Any]]) -> str:
 
 def long_answers(seeds: Sequence[int]) -> list[dict[str, Any]]:
     """The runs of `--long-answers`."""
-    rows = []
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / NAME
         write_trace(trace)
         load = ("long answers", str(trace), RATE_PER_S, REQUESTS, 1, "h200-llama-8b", KV_TOKENS)
-        for seed in seeds:
-            for variant in LONG_ANSWERS:
-                one = spec(load, variant, seed)
-                engine = replace(one.engine, slots=MAX_NUM_SEQS, prefix_caching=False)
-                found = simulated(replace(one, engine=engine))
-                row = {"trace": load[0], "rate": load[2], "seed": seed, "variant": variant}
-                rows.append({**row, "figures": found})
-    return rows
+        return [
+            run(load, variant, seed, slots=MAX_NUM_SEQS, prefix_caching=False)
+            for seed in seeds
+            for variant in LONG_ANSWERS
+        ]
 
 
 def main() -> None:

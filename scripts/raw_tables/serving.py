@@ -70,7 +70,9 @@ LONG_ANSWERS = {
     "scls 128": ("`scls`, slices of 128 tokens", "scls"),
     "scls": ("`scls`", None),
 }
-"""Simulated variants: their names in the table, and on the GPU, if they were measured there."""
+"""Simulated variants: their names in the table, and on the GPU, if they were measured there. That
+run of `scls` had slices of 128 tokens throughout, as it learnt nothing from answers that reach
+their limit."""
 
 
 def long_answers() -> str:

@@ -335,12 +335,11 @@ class Supervisor:
         assert drain is not None
         took_s = asyncio.get_running_loop().time() - drain.began_s
         how = "were cut off" if run.alive else "ended with its engine"
-        died, blamed = run.ended is not None and run.ended.done(), False
-        if died:
-            death = await self._watch(member)
-            blamed = death.blamed
+        died = run.ended is not None and run.ended.done()
+        death = await self._watch(member) if died else None
+        if death is not None:
             _count(run, death)
-        ended = await self._lose(run, blamed=blamed)
+        ended = await self._lose(run, blamed=death is not None and death.blamed)
         _count_drain(drain, "died" if died else "forced" if ended else "emptied")
         if ended:
             why = f"{drain.why}; {ended} of its requests {how} after {took_s:.1f} s"
