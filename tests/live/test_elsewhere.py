@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from support.server import Server, alive, descendants, eventually, free_port
+from support.server import Server, alive, descendants, eventually, free_port, real_time
 from support.tiny_model import WIDTH
 
 from .conftest import FLAGS
@@ -37,12 +37,12 @@ def test_an_embedding_model_outlives_the_death_of_an_instance(tiny_model: Path, 
         clients = [httpx.Client(base_url=server.url, timeout=60) for _ in range(8)]
         assert {c.get("/health").status_code for c in clients} == {200}
         answers: list[httpx.Response] = []
-        threads = [
-            threading.Thread(
-                target=lambda one=one: answers.append(one.post("/v1/embeddings", json=body))
-            )
-            for one in clients
-        ]
+
+        def ask(client: httpx.Client) -> None:
+            real_time()  # Else it may be left waiting with the lock that this thread needs.
+            answers.append(client.post("/v1/embeddings", json=body))
+
+        threads = [threading.Thread(target=ask, args=(one,)) for one in clients]
         os.kill(victim, signal.SIGSTOP)
         for thread in threads:
             thread.start()
