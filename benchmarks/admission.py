@@ -3,9 +3,9 @@ many running and waiting requests, and no model. Needs no GPU.
 
     python benchmarks/admission.py [--running 256] [--waiting 1000] [--steps 600] [--out FILE]
 
-Each step is timed from before it is scheduled to the last question of who starts. `plain`: our
-queue without rules; what the others take beyond it is the rules' cost. A fifth of the steps end a
-request, so that another starts.
+Each step is timed from before it is scheduled to the last question of who starts, and what the
+rules learn of requests that ended in it. `plain`: our queue without rules; what the others take
+beyond it is the rules' cost. A fifth of the steps end a request, so that another starts.
 """
 
 import argparse
@@ -61,14 +61,15 @@ def measure(model: Path, rules: QueueRules, running: int, waiting: int, steps: i
     )  # fmt: skip
     scheduler = core.scheduler
     queueing = Queueing(scheduler, Priorities(PrioritySettings()), rules=rules)
-    timed, count, found = Timed(), 0, []
+    timed, count, found, here = Timed(), 0, [], {}
     scheduler.waiting.peek_request = timed(scheduler.waiting.peek_request)
+    ended = timed(queueing.ended)
 
     def come() -> None:
         nonlocal count
         count += 1
-        prompt = dice.randrange(3 * BLOCK, 7 * BLOCK)
-        add(core, f"r{count}", [7] * prompt, dice.randrange(200, 1200), arrival_time=count)
+        prompt, name = dice.randrange(3 * BLOCK, 7 * BLOCK), f"r{count}"
+        here[name] = add(core, name, [7] * prompt, dice.randrange(200, 1200), arrival_time=count)
 
     for _ in range(waiting):
         come()
@@ -80,6 +81,8 @@ def measure(model: Path, rules: QueueRules, running: int, waiting: int, steps: i
             come()
         if number % 5 == 0:
             core.abort_requests([scheduler.running[0].request_id])
+        for name in scheduler.finished_req_ids:
+            ended(here.pop(name))
         if number >= 3 * running:
             found.append(timed.seconds)
     print(f"{len(scheduler.running)} run, {len(scheduler.waiting)} wait", file=sys.stderr)

@@ -63,21 +63,25 @@ def ratios(
 
 
 LONG_ANSWERS = {
-    "vLLM": ("vLLM's admission", "llumnix-own-queue"),
-    "watermark 0.02": ("`--watermark 0.02`", "watermark-0.02"),
-    "watermark 0.05": ("`--watermark 0.05`", "watermark-0.05"),
+    "vLLM": ("vLLM's admission", "slices llumnix-own-queue"),
+    "watermark 0.02": ("`--watermark 0.02`", "slices watermark-0.02"),
+    "watermark 0.05": ("`--watermark 0.05`", "slices watermark-0.05"),
     "watermark 0.1": ("`--watermark 0.1`", None),
-    "scls 128": ("`scls`, slices of 128 tokens", "scls"),
-    "scls": ("`scls`", None),
+    "scls 128": ("`scls`, slices of 128 tokens", "slices scls"),
+    "scls": ("`scls`", "slices_learnt scls"),
 }
-"""Simulated variants: their names in the table, and on the GPU, if they were measured there. That
-run of `scls` had slices of 128 tokens throughout, as it learnt nothing from answers that reach
-their limit."""
+"""Simulated variants: their names in the table, and the raw file and policy of what was measured of
+them. The first run of `scls` had slices of 128 tokens throughout, as it learnt nothing from answers
+that reach their limit."""
 
 
 def long_answers() -> str:
     """benchmarks/gpu/slices.py beside benchmarks/slices.py --long-answers."""
-    measured = {r["policy"]: r["metrics"] for r in load("gpu/slices.json")["rows"]}
+    measured = {
+        f"{name} {r['policy']}": r["metrics"]
+        for name in ("slices", "slices_learnt")
+        for r in load(f"gpu/{name}.json")["rows"]
+    }
     simulated: dict[str, list[float]] = {}
     for r in load("sim/slices_long.json")["rows"]:
         simulated.setdefault(r["variant"], []).append(r["figures"]["preemptions"])

@@ -127,12 +127,13 @@ class Lengths:
         """What follows for a key; None if too little is known."""
         if self._all.answers < ANSWERS_MIN:
             return None
-        mine = self._keys.get(key)
-        counts = self._all if mine is None or mine.answers < KEY_ANSWERS_MIN else mine
-        events = self._all.events + counts.events
-        if counts.curve is None or abs(events - counts.curve.events) > FRESH_SHARE * events:
-            counts.curve = _Curve(self._all, counts, events)
-        return counts.curve
+        counts, mine = self._all, self._keys.get(key) if key else None
+        if mine is not None and mine.answers >= KEY_ANSWERS_MIN:
+            counts = mine
+        events, curve = self._all.events + counts.events, counts.curve
+        if curve is None or abs(events - curve.events) > FRESH_SHARE * events:
+            curve = counts.curve = _Curve(self._all, counts, events)
+        return curve
 
 
 class _Curve:
@@ -141,6 +142,7 @@ class _Curve:
     def __init__(self, everybody: _Counts, counts: _Counts, events: float) -> None:
         self.events = events
         self.survived: list[float] = []  # at each edge
+        self._lost: list[float] = []  # the same, rising, with a tolerance
         self.falls: list[float] = []  # within each bucket, evenly
         self.mean = 0.0
         log = 0.0
@@ -154,14 +156,14 @@ class _Curve:
                 self.mean += width * there * ((1 - math.exp(-fall)) / fall if fall else 1.0)
             log -= fall
             self.survived.append(log)
+            self._lost.append(_REST_TOLERANCE - log)
             self.falls.append(fall)
         self.rest = lru_cache(RESTS_KEPT)(self._rest)
 
     def _rest(self, outputs: int, share: float) -> float:
         """As `Lengths.rest`."""
         aim = self.at(outputs) + math.log(1 - share)
-        # The first edge at which no more than the aim have survived, of logarithms that fall.
-        edge = bisect_left(self.survived, -aim, key=lambda log: -log + _REST_TOLERANCE)
+        edge = bisect_left(self._lost, -aim)  # the first at which no more than the aim are left
         if edge >= len(self.survived):
             return math.inf
         low, width = _span(edge)

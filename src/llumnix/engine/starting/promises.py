@@ -25,8 +25,7 @@ requests alone; a session without input has status WAITING_FOR_STREAMING_REQ and
 `scheduler.max_model_len`, `num_lookahead_tokens`, `num_spec_tokens`.
 """
 
-from collections.abc import Callable, Iterable
-from itertools import chain
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 from vllm.v1.request import Request, RequestStatus
@@ -49,7 +48,7 @@ class EnginePromises:
     """Of one engine core. `arriving`: requests that a move brings, which have blocks already."""
 
     def __init__(
-        self, scheduler: Any, rules: SliceRules, arriving: Callable[[], Iterable[Request]] = tuple
+        self, scheduler: Any, rules: SliceRules, arriving: Callable[[], Collection[Request]] = tuple
     ) -> None:
         self._growth = kv_growth(scheduler)
         self.slices = Slices(rules, self._growth.tokens)
@@ -81,7 +80,8 @@ class EnginePromises:
         if followed and count <= len(running) and (not count or _is(running[count - 1], known)):
             for request in running[count:]:
                 self._add(request)
-            self._renew()
+            if over := self._due.pop(self._step, None):
+                self._renew(over)
         else:
             self._count()
         self._free, self._skipped = self._kv.block_pool.get_num_free_blocks(), False
@@ -115,7 +115,9 @@ class EnginePromises:
         and its first slice."""
         if self._forgot:
             self._count()  # Requests have come since the last step.
-        others = sum(map(self._left_of, self._others()))
+        waiting, arriving = self._scheduler.kv_holding_waiting, self._arriving()
+        # Mostly there are none.
+        others = sum(self._left_of_other(r) for of in (waiting, arriving) if of for r in of)
         return (self._left + others) * self._growth.blocks
 
     def first_slice(self, request: Request) -> int:
@@ -152,9 +154,9 @@ class EnginePromises:
         self._left += self._left_of(request)
         self._watch(request)
 
-    def _renew(self) -> None:
+    def _renew(self, requests: Iterable[Request]) -> None:
         """Renews the slices that are over."""
-        for request in self._due.pop(self._step, ()):
+        for request in requests:
             if self._known.get(request.request_id) is request:
                 promise = _promise(request)
                 if request.num_output_tokens >= promise.until:
@@ -181,11 +183,10 @@ class EnginePromises:
         )
         return left
 
-    def _others(self) -> Iterable[Request]:
-        """Those that hold KV without running, and will go on by themselves."""
-        for request in chain(self._scheduler.kv_holding_waiting, self._arriving()):
-            if request.status != RequestStatus.WAITING_FOR_STREAMING_REQ and self._held(request):
-                yield request
+    def _left_of_other(self, request: Request) -> int:
+        """Of one that does not run: if it holds KV and will go on by itself."""
+        idle = request.status == RequestStatus.WAITING_FOR_STREAMING_REQ or not self._held(request)
+        return 0 if idle else self._left_of(request)
 
     def _held(self, request: Request) -> int:
         return self._growth.held(self._kv.get_blocks(request.request_id).blocks)

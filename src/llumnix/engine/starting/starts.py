@@ -51,7 +51,8 @@ class Starts:
         self._block = self._growth.tokens
         self._prompts: list[Request] = []
         self._passer: tuple[Request, Wait, int] | None = None  # what was let past, and its tokens
-        self._in_vain: tuple[Any, ...] = ()
+        # What was seen, and the free blocks, when none behind the head could pass it.
+        self._in_vain: tuple[Any, int] = None, 0
         self._prompt_timer = PromptTimer()
         self._landed_tokens = 0  # of prompts, in the step that landed last
         if rules.short_first:
@@ -99,9 +100,11 @@ class Starts:
     def _room(self, request: Request | None, made: int | None) -> int:
         """As `room`. None as the request: whichever leaves least; `made`: blocks that are promised,
         None where nothing is."""
-        running = len(self._scheduler.running)
-        preempted = request is not None and bool(request.num_preemptions)
-        room = self._rules.room(running, preempted=preempted) * self._growth.blocks
+        room = 0
+        if self._rules.growth:
+            running = len(self._scheduler.running)
+            preempted = request is not None and bool(request.num_preemptions)
+            room = self._rules.room(running, preempted=preempted) * self._growth.blocks
         if self.promises is not None and made is not None:
             first = 0 if request is None else self.promises.first_slice(request)
             room = max(room, made + first)
@@ -127,13 +130,13 @@ class Starts:
             promised = 0  # The rest of prompts is a part of `room`.
         free, made = self._kv.block_pool.get_num_free_blocks() - promised, self._promises_made()
         chosen, room = head, self._room(head, made)
-        if head.status in ABLE and not self._fits(head, free - room):
-            seen = (head, queue.version, len(self._scheduler.running))
-            if seen != self._in_vain[:-1] or free > self._in_vain[-1]:
-                chosen = self._passing(head, queue, free, made)
-                self._in_vain = (*seen, free) if chosen is head else ()
-                if chosen is not head:
-                    room = self._room(chosen, made)
+        seen = (head, queue.version, len(self._scheduler.running))
+        in_vain = seen == self._in_vain[0] and free <= self._in_vain[1]
+        if head.status in ABLE and not in_vain and not self._fits(head, free - room):
+            chosen = self._passing(head, queue, free, made)
+            self._in_vain = (seen, free) if chosen is head else (None, 0)
+            if chosen is not head:
+                room = self._room(chosen, made)
         self._kv.watermark_blocks = room + promised
         return chosen
 
