@@ -34,7 +34,7 @@ of a running `llumnix serve`:
   restart [INSTANCE ... | --node NODE] [--together] [--timeout S] [--force] [SERVER]
           move everything away from instances, stop them and start them again, one by one
   reload [SERVER]
-          have it read its file of --keys again
+          have it read its file of --keys and the scheduler's settings again
 
 of this host, or of a file:
   config check [MODEL] [any flag of `llumnix serve`], config show [SERVER]

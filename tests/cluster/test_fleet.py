@@ -603,12 +603,17 @@ def test_what_does_not_serve_is_drained_at_once(play: Callable[..., World], stat
     play(script)
 
 
-def test_an_undrained_instance_serves_on_under_supervision(play: Callable[..., World]) -> None:
+def test_an_undrained_instance_serves_on_under_supervision(
+    play: Callable[..., World], caplog: pytest.LogCaptureFixture
+) -> None:
     async def script(w: World) -> None:
         w.hold("i1", 2)
         await w.fleet.drain(I1, "a user's order")
         await asyncio.sleep(1)
-        assert (await w.fleet.undrain(I1)).state == "serving"
+        with caplog.at_level(logging.INFO):
+            assert (await w.fleet.undrain(I1)).state == "serving"
+        told = [getattr(record, "llumnix", {}) for record in caplog.records]
+        assert {"event": "undrain", "instance": "i1"} in told
         assert w.accepting("i1")
         await asyncio.sleep(DRAIN_TIMEOUT_S)
         w.kill("i1")

@@ -1,5 +1,6 @@
 """README and docs/: what they name is there, and they stay short."""
 
+import ast
 import json
 import re
 import subprocess
@@ -131,6 +132,22 @@ def test_where_something_is_decided_is_where_the_architecture_says() -> None:
         if not re.search(defined(name), (SOURCE / path).read_text())
     ]
     assert missing == []
+
+
+def test_the_page_on_logs_has_every_event_and_its_fields() -> None:
+    rows = page("docs/logs.md").partition("| `event` | fields |")[2].partition("\n\n")[0]
+    told: dict[str, str] = {}
+    for first, rest in re.findall(r"(?m)^\| (`[^|]+) \| (.+) \|$", rows):
+        told |= dict.fromkeys(re.findall(r"`(\w+)`", first), rest)
+    wrong, seen = [], set()
+    for path in sorted(SOURCE.rglob("*.py")):
+        for call in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(call, ast.Call) or ast.unparse(call.func) != "about":
+                continue
+            event = ast.literal_eval(call.args[0])
+            seen.add(event)
+            wrong += [(event, k.arg) for k in call.keywords if f"`{k.arg}`" not in told[event]]
+    assert (wrong, set(told) - seen) == ([], set())
 
 
 def test_the_architecture_names_every_room() -> None:

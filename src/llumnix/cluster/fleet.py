@@ -13,9 +13,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 import ray
-from ray.util.scheduling_strategies import (
-    NodeAffinitySchedulingStrategy,
-)
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from llumnix.cluster import ray_runtime
 from llumnix.cluster.addresses import Addresses
@@ -63,6 +61,7 @@ from llumnix.observe import metrics
 from llumnix.observe.event_log import EventLog
 from llumnix.observe.exposition import Exposition, Seen
 from llumnix.observe.fleet_metrics import FleetAtScrape, FleetMetrics
+from llumnix.observe.lines import about
 from llumnix.tasks import keep_running
 from llumnix.versions import build
 
@@ -229,7 +228,8 @@ class Fleet:
                 "undrained"
             )
         self._supervisor.undrain(member)
-        logger.info("Instance %s serves on.", member.id)
+        extra = about("undrain", instance=member.id)
+        logger.info("Instance %s serves on.", member.id, extra=extra)
         return member.status()
 
     def _member(self, instance: InstanceId) -> Member:

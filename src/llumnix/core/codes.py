@@ -55,4 +55,3 @@ class DeathCode(enum.StrEnum):
     STALL = "stall"  # it made no step, and was ended
     STOPPED = "stopped"  # its process or a worker's was stopped, and it was ended
     NODE = "node"  # its host was lost
-    ORDER = "order"  # a user had it started again

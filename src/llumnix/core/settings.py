@@ -270,13 +270,14 @@ class ScalingSettings:
     freeness_low: float | None = knob(
         None,
         "tokens a request",
-        "Below this mean freeness of normal requests one more instance is started. null: observed.",
+        "Below this mean freeness of normal requests instances are added, as many as the shortage "
+        "needs. null: half the mean answer, observed.",
         was="low",
     )
     freeness_high: float | None = knob(
         None,
         "tokens a request",
-        "Above this mean freeness an instance is drained. null: observed.",
+        "Above this mean freeness an instance is drained. null: four times `freeness_low`.",
         was="high",
     )
     up_after_s: float = knob(2.0, "s", "How long it must be below `freeness_low`.")

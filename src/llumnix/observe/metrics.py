@@ -164,7 +164,7 @@ FRONTEND_RESTARTS = _family(
 # -- instances come and go (cluster/)
 
 RESTARTS = _counter(
-    "restarts", "Runs of engines that ended and were started anew",
+    "restarts", "Runs of engines that died and were started anew",
     {**ENGINE, "cause": tuple(DeathCode)},
 )  # fmt: skip
 ENGINE_DEATHS = _counter(
@@ -175,7 +175,7 @@ START_S = _histogram("instance_start_seconds", "From the start of an engine to s
 DRAIN_OUTCOMES = ("emptied", "undrained", "forced", "died")
 DRAINS = _counter(
     "drains", "Drains that ended",
-    {"cause": ("user", "scaling", "signal", "node", "restart"), "outcome": DRAIN_OUTCOMES},
+    {"cause": ("user", "scaling", "signal"), "outcome": DRAIN_OUTCOMES},
 )  # fmt: skip
 DRAIN_S = _histogram(
     "drain_seconds", "How long drains took", LONG_S, {"outcome": DRAIN_OUTCOMES}

@@ -89,10 +89,11 @@ class FrontendProcesses:
             decided = self._office.ended(client, why)
             if self._office.stopping or decided is None:
                 return
-            if isinstance(decided, GiveUp):
-                logger.error("Frontend f%d is given up (%s): %s", slot, why, decided.why)
-                break
             extra = about("frontend_death", frontend=f"f{slot}", why=why)
+            if isinstance(decided, GiveUp):
+                given_up = "Frontend f%d is given up (%s): %s"
+                logger.error(given_up, slot, why, decided.why, extra=extra)
+                break
             logger.error("Frontend f%d died (%s); it is started again.", slot, why, extra=extra)
             await self._pause(decided.delay_s)
         if roster.all_failed:

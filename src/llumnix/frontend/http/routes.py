@@ -122,8 +122,9 @@ async def drain(
     instance: str, control: Control, timeout_s: DrainTimeout = None, force: bool = False
 ) -> dict[str, Any]:
     """Stops the instance's intake, moves its requests to other instances and stops it once it
-    has none. What finds no room elsewhere ends where it is. What is left after `timeout_s`, or
-    at once with `force`, is cut off with an error. Called again, it changes the time-out."""
+    has none. What finds no room elsewhere goes on where it is. What is left after `timeout_s`,
+    or at once with `force`, goes on at other instances, which compute its KV again. Called again,
+    it changes the time-out."""
     name, why = InstanceId(instance), "a user's order"
     return asdict(await control.drain(name, why, timeout_s=timeout_s, force=force))
 
