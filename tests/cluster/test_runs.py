@@ -339,6 +339,18 @@ async def test_devices_that_others_hold_are_named_as_the_reason(
     assert len(said) == 1
 
 
+async def test_an_engine_that_does_not_announce_itself_is_given_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(FakeRay, "_connected", lambda self, index: asyncio.sleep(3600))
+    monkeypatch.setattr(runs, "READY_TIMEOUT_S", 0.5)
+    world = FakeRay(monkeypatch)
+    run = world.launcher.create(I0, 0)
+    assert await world.launcher.until_ready(run) == runs.NOT_READY
+    assert run.facts is not None
+    await world.launcher.end(run)
+
+
 async def test_a_call_that_never_returns_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_calls, "RAY_CALL_TIMEOUT_S", 0.01)
     for_ever = threading.Event()

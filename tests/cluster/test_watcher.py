@@ -43,9 +43,10 @@ class FakeHosts:
     def watch(self, runs: Any) -> None:
         self.watched.append({run.engine_index for run in runs})
 
-    async def first_look(self, run: Any) -> None:
+    async def first_look(self, run: Any) -> str | None:
         self.looked_at.append(run.engine_index)
-        await asyncio.sleep(self.first_look_s)
+        await asyncio.wait([run.ended], timeout=self.first_look_s)
+        return run.ended.result().why if run.ended.done() else None
 
     def silent_s(self, host: str) -> float:
         return 60.0 if host in self.silent else 0.0
@@ -174,6 +175,26 @@ def test_an_instance_serves_once_its_host_has_been_looked_into(
         assert w.hosts.looked_at == [0, 1, 2, 3]
 
     play(script)
+
+
+def test_an_instance_that_dies_before_its_host_has_been_looked_into_never_serves(
+    play: Callable[[Script], Hosted], caplog: pytest.LogCaptureFixture
+) -> None:
+    async def script(w: Hosted) -> None:
+        w.hosts.first_look_s = 3
+        w.kill("i1")
+        while 3 not in w.hosts.looked_at:
+            await asyncio.sleep(0.1)
+        w.kill("i1")
+        while 4 not in w.hosts.looked_at:
+            await asyncio.sleep(0.1)
+            assert w.states["i1"] != "serving"
+        assert not [m for m in caplog.messages if "i1 serves again" in m]
+        await asyncio.sleep(4)
+        assert [m for m in caplog.messages if "i1 serves again" in m]
+
+    with caplog.at_level(logging.INFO):
+        play(script)
 
 
 @pytest.mark.parametrize("crashed", [True, False])

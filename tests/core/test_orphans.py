@@ -6,6 +6,7 @@ from llumnix.core.settings import SurvivalSettings
 from llumnix.core.streams.survival import (
     DECLINED_MAX,
     DECLINED_PAUSE_S,
+    LATER_S,
     SHOWN_EVERY_S,
     Orphan,
     Orphans,
@@ -91,6 +92,21 @@ def test_one_that_is_declined_waits_twice_as_long_each_time_and_then_ends() -> N
     assert why == "no instance can go on with it (no grammar)"
     assert not waiting
     assert not waiting.taken_up
+
+
+def test_an_engine_that_takes_none_just_now_is_asked_for_as_long_as_it_says_so() -> None:
+    waiting, now = orphans(orphan(), orphan("b", tokens=10**6)), 5.0
+    for _ in range(400):
+        assert waiting.late(now) == []
+        assert waiting.next([A], now) is not None
+        waiting.begin(R, A, 0)
+        again = orphan(why="it is paused", since_s=now)
+        assert waiting.add(again, declined=True, later=True, now=now) is None
+        now += LATER_S
+    waiting.begin(R, A, 0)
+    assert waiting.drop(R) is not None  # A token, at last.
+    assert waiting.late(now + 59) == []
+    assert waiting.late(now + 60) == [RequestId("b")]
 
 
 def test_a_death_after_a_decline_does_not_count_as_one() -> None:

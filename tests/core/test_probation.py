@@ -36,6 +36,15 @@ def test_a_first_death_makes_suspects_and_a_second_one_condemns() -> None:
     assert [one.verdict(r) for r in (A, B, C)] == [CONDEMNED, SUSPECT, SUSPECT]
 
 
+def test_instances_that_are_back_at_the_next_death_hold_no_suspect_though_none_waited() -> None:
+    one = Probation()
+    died(one, E0, serving=(I1,))
+    died(one, E1, serving=(), instance=I1)
+    assert one.held
+    died(one, E2, C, at=1000.0, serving=(I0,), instance=I1)
+    assert one.may_try(E3)
+
+
 def test_one_that_is_not_named_at_the_second_death_is_a_suspect_as_before() -> None:
     one = Probation()
     died(one, E0, A)

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from llumnix.core.codes import AbortCode
 from llumnix.core.messages import (
     Migrate,
     MigrationEnded,
@@ -119,9 +120,9 @@ def took_over(outputs: int, request: RequestId = R) -> TookOver:
     )
 
 
-def declined(why: str, request: RequestId = R) -> MigrationEnded:
+def declined(why: str, request: RequestId = R, code: AbortCode = AbortCode.OTHER) -> MigrationEnded:
     return MigrationEnded(
-        migration=MigrationId(f"m {request}"), request=request, taken=False, why=why
+        migration=MigrationId(f"m {request}"), request=request, taken=False, why=why, code=code
     )
 
 
@@ -229,11 +230,12 @@ def test_an_engine_that_takes_no_requests_declines_until_it_does() -> None:
     assert not there.llumlet.still(leaving=False)
     why = "the engine takes none: it is asleep"
     out = there.llumlet.cancel_all("it is asleep", there.now, leaving=False)
-    assert there.told(out) == [declined(why), declined(why, OTHER)]
+    later = declined(why, code=AbortCode.BUSY)
+    assert there.told(out) == [later, declined(why, OTHER, AbortCode.BUSY)]
     assert there.llumlet.still(leaving=True)
     there.check_nothing_left()
     there.engine.is_ready = True
-    assert there.revive(3) == [declined(why)]
+    assert there.revive(3) == [later]
     there.check_nothing_left()
     there.llumlet.welcome()
     assert there.revive(3) == [took_over(3)]

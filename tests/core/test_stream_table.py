@@ -2,9 +2,10 @@
 
 import pytest
 
+from llumnix.core.codes import AbortCode
 from llumnix.core.limits import TAIL_MAX
-from llumnix.core.messages import Migrate, Revive
-from llumnix.core.streams.effects import AskFate, Moved, TellLost
+from llumnix.core.messages import Migrate, MigrationEnded, Revive
+from llumnix.core.streams.effects import AskFate, Moved, Orphaned, TellLost
 from llumnix.core.streams.states import StreamState as S
 from llumnix.core.streams.stream import Refusal
 from llumnix.core.streams.table import (
@@ -608,6 +609,14 @@ def test_no_order_to_move_a_stream_that_no_engine_runs() -> None:
     table.ask()
     assert table.grant(R, DESTINATION, "there") is Refusal.NOT_RUNNING
     assert table.one().state is S.REVIVING
+
+
+def test_an_engine_that_takes_none_just_now_is_told_from_one_that_declines() -> None:
+    table, order = reviving()
+    ended = MigrationEnded(
+        migration=order.migration, request=R, taken=False, why="it sleeps", code=AbortCode.BUSY
+    )
+    assert table.ended(ended) == [Orphaned(request=R, why="it sleeps", declined=True, later=True)]
 
 
 @pytest.mark.parametrize("how", ["declined", "refused"])

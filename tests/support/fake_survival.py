@@ -59,7 +59,8 @@ class Survival:
             why=orphaned.why,
             warm=orphaned.warm,
         )
-        why = self.orphans.add(orphan, declined=orphaned.declined, now=frontend.now)
+        declined, later = orphaned.declined, orphaned.later
+        why = self.orphans.add(orphan, declined=declined, later=later, now=frontend.now)
         assert why is None, f"{request}: {why}"
         return True
 

@@ -43,6 +43,7 @@ logger = logging.getLogger("llumnix.fleet")
 STOP_TIMEOUT_S = 5.0
 ANSWER_TIMEOUT_S = 2.0
 READY_TIMEOUT_S = float(os.environ.get("VLLM_ENGINE_READY_TIMEOUT_S", "600"))
+NOT_READY = f"it was not ready within {READY_TIMEOUT_S:.0f} s (VLLM_ENGINE_READY_TIMEOUT_S)"
 PLACED_POLL_S = 1  # Ray takes whole seconds
 PLACING_SAID_AFTER_S = 5.0
 
@@ -229,7 +230,7 @@ class EngineLauncher:
                 reference = await off_loop(run.actor.describe.remote)
                 run.facts = await asyncio.wrap_future(reference.future())
         except TimeoutError:
-            return f"it was not ready within {READY_TIMEOUT_S:.0f} s (VLLM_ENGINE_READY_TIMEOUT_S)"
+            return NOT_READY
         except LlumnixError as error:
             return str(error)
         except ray.exceptions.RayError as error:
@@ -242,12 +243,16 @@ class EngineLauncher:
         run.ended = asyncio.get_running_loop().create_future()
         run.listening = asyncio.create_task(_listen(run))
         connected = asyncio.create_task(self._frontends.ready(run.engine_index))
+        first = asyncio.FIRST_COMPLETED
         try:
-            await asyncio.wait({run.ended, connected}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({run.ended, connected}, timeout=READY_TIMEOUT_S, return_when=first)
+            announced = connected.done()
         finally:
             connected.cancel()
         run.reach("up")
-        return run.ended.result().why if run.ended.done() else None
+        if run.ended.done():
+            return run.ended.result().why
+        return None if announced else NOT_READY
 
     def accept(self, run: EngineRun, accepting: bool) -> None:
         """Says whether the run takes new requests, to the frontends and in its own reports. Does

@@ -241,7 +241,8 @@ class Supervisor:
         if why is None:
             why = await self._frontends.bring_up(member.run.engine_index)
         if why is None:
-            await self._hosts.first_look(member.run)
+            why = await self._hosts.first_look(member.run)
+        if why is None:
             self._perform(member, member.life.up(asyncio.get_running_loop().time()))
         return why
 

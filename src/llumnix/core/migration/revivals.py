@@ -12,6 +12,7 @@ Rules
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from llumnix.core.codes import AbortCode
 from llumnix.core.messages import Out, Revive, ToFrontend, TookOver, not_taken
 from llumnix.core.migration.port import EnginePort, Refusal
 from llumnix.core.types import RequestId
@@ -49,7 +50,7 @@ class Revivals:
         """Takes a request in. `request`: what the port made of the message that brought it."""
         self._at = order
         if self.closed is not None:
-            self._decline(order, f"the engine takes none: {self.closed}")
+            self._decline(order, f"the engine takes none: {self.closed}", AbortCode.BUSY)
             return
         refusal = self._port.admit(order.request, request, order.outputs)
         if refusal is not None:
@@ -75,7 +76,7 @@ class Revivals:
         """Declines all that are not queued."""
         for revival in list(self._open.values()):
             self._drop(revival)
-            self._decline(revival.order, f"the engine takes none: {why}")
+            self._decline(revival.order, f"the engine takes none: {why}", AbortCode.BUSY)
 
     def settled(self) -> None:
         """What was being dealt with is done, without an exception."""
@@ -121,5 +122,5 @@ class Revivals:
         del self._open[revival.order.request]
         self._port.drop(revival.order.request)
 
-    def _decline(self, order: Revive, why: str) -> None:
-        self._out.append(not_taken(order, why))
+    def _decline(self, order: Revive, why: str, code: AbortCode = AbortCode.OTHER) -> None:
+        self._out.append(not_taken(order, why, code))

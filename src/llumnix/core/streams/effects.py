@@ -54,6 +54,7 @@ class Orphaned:
     request: RequestId
     why: str
     declined: bool = False  # by an engine that was to go on with it
+    later: bool = False  # it will take some again
     warm: EngineIndex | None = None  # living engine that may have a part of its KV in its cache
 
 

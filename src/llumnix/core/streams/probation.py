@@ -82,8 +82,8 @@ class Probation:
         self.lost(engine)
         for request in accused:
             self._suspects.setdefault(request, None)
+        self.serve(serving)
         self._down.add(instance)
-        self._down.difference_update(serving)
         self.held = self.held or len(self._down) > len(serving)
 
     def serve(self, instances: Iterable[InstanceId]) -> None:

@@ -6,9 +6,11 @@ Rules
   wait. So it takes up `at_once` requests at a time; a request counts until its next token.
 - The most urgent go first, then those with the fewest tokens. Suspects of a death go after them,
   one at a time for an engine (core/streams/probation.py).
-- A request that was declined waits for a while. It is declined `DECLINED_MAX` times at most.
+- A request that was declined waits for a while. It is declined `DECLINED_MAX` times at most. An
+  engine that takes none just now, since it is paused or asleep, is asked again every `LATER_S`.
 - A request waits `wait_s` for an engine, over all engines that decline it or die meanwhile. While
-  suspects go on one after the other, the wait of those behind them does not count.
+  suspects go on one after the other, the wait of those behind them does not count. While an engine
+  takes none just now, no wait counts.
 """
 
 from collections import Counter
@@ -24,6 +26,7 @@ SHOWN_EVERY_S = 15.0
 DECLINED_MAX = 8
 DECLINED_PAUSE_S = 0.1
 """After the first time; each further pause is twice as long."""
+LATER_S = 0.5
 
 
 @dataclass(slots=True, kw_only=True)
@@ -54,6 +57,7 @@ class Orphans:
         self.settings = settings
         self.probation = Probation()
         self._tried_s = 0.0  # when a suspect had its turn last
+        self._shut_s = 0.0  # when an engine last said that it takes none just now
         self._waiting: dict[RequestId, Orphan] = {}
         self._taken_up: dict[RequestId, tuple[EngineIndex, Orphan]] = {}
         self._at: Counter[EngineIndex] = Counter()
@@ -77,14 +81,18 @@ class Orphans:
         known = self._taken_up.get(request)
         return None if known is None else known[0]
 
-    def add(self, orphan: Orphan, *, declined: bool, now: float) -> str | None:
+    def add(self, orphan: Orphan, *, declined: bool, later: bool = False, now: float) -> str | None:
         """A request has lost its engine; or, if `declined`, the engine that was to take it up did
-        not. Returns why it waits for no other engine, or None if it does."""
+        not. `later`: it takes none just now. Returns why the request waits for no other engine, or
+        None if it does."""
         before = self.drop(orphan.request)
         self.probation.back(orphan.request)
         if before is not None:
             orphan.since_s, orphan.declined = before.since_s, before.declined
-        if declined:
+        if declined and later:
+            self._shut_s = now
+            orphan.start_s = now + LATER_S
+        elif declined:
             if orphan.declined >= DECLINED_MAX:
                 return f"no instance can go on with it ({orphan.why})"
             orphan.start_s = now + DECLINED_PAUSE_S * 2**orphan.declined
@@ -161,7 +169,7 @@ class Orphans:
         if self.probation.busy or not self.probation.turn:
             self._tried_s = now
         since = (
-            (o.request, max(o.since_s, self._tried_s) if self._suspected(o) else o.since_s)
+            (o.request, max(o.since_s, self._shut_s, self._tried_s if self._suspected(o) else 0.0))
             for o in self._waiting.values()
         )
         return [request for request, since_s in since if now - since_s > self.settings.wait_s]

@@ -171,7 +171,8 @@ class StreamTable(StreamIndex[Info, Output]):
             del self._by_migration[migration]
         elif stream.state is StreamState.REVIVING:
             stream.machine.feed(StreamEvent.DECLINED)
-            return self._orphan(stream, message.why, declined=True, gone=gone)
+            later = message.code is AbortCode.BUSY
+            return self._orphan(stream, message.why, declined=True, later=later, gone=gone)
         elif message.taken:
             stream.machine.feed(StreamEvent.LET_GO)
             return NO_EFFECTS
@@ -323,6 +324,7 @@ class StreamTable(StreamIndex[Info, Output]):
         why: str,
         *,
         declined: bool = False,
+        later: bool = False,
         gone: bool = False,
     ) -> Sequence[Effect]:
         """No engine runs the request; those that live abort what they may still hold of it.
@@ -343,6 +345,7 @@ class StreamTable(StreamIndex[Info, Output]):
             request=stream.request,
             why=why,
             declined=declined,
+            later=later,
             warm=None if warm in self._dead else warm,
         )
         return [*aborts, *ended, orphaned]

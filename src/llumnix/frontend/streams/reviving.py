@@ -159,7 +159,8 @@ class RevivingClient(StreamClient):
                 why=orphaned.why,
                 warm=orphaned.warm,
             )
-            why = self.orphans.add(orphan, declined=orphaned.declined, now=now)
+            declined, later = orphaned.declined, orphaned.later
+            why = self.orphans.add(orphan, declined=declined, later=later, now=now)
         if why is not None:
             self.end(orphaned.request, died(why), DIED_CODE)
             return

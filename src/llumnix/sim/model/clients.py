@@ -261,7 +261,8 @@ class Clients:
             why=orphaned.why,
             warm=orphaned.warm,
         )
-        why = self.orphans.add(orphan, declined=orphaned.declined, now=now)
+        declined, later = orphaned.declined, orphaned.later
+        why = self.orphans.add(orphan, declined=declined, later=later, now=now)
         return NOTHING if why is None else self._close(job.id, ENGINE_DIED)
 
     def revive(
