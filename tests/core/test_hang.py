@@ -87,6 +87,13 @@ def test_one_that_has_not_reported_yet_is_not_judged() -> None:
 # -- stalls
 
 
+def test_one_that_never_reported_was_not_heard_of_when_its_host_falls_silent() -> None:
+    policy = HangPolicy()
+    for heard, unheard in ((False, 1), (False, 2), (True, 0), (False, 1)):
+        assert policy.look(None, paused=False, heard=heard) == Health()
+        assert policy.unheard_looks == unheard
+
+
 def test_requests_without_a_step_are_a_hang_until_a_report_says_otherwise() -> None:
     one = Watched()
     hung = Health(hung="no step for 1 s, and it has requests")

@@ -8,6 +8,7 @@ import re
 import signal
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,7 @@ def mortal(tiny_model: Path, logs: Path) -> Iterator[Server]:
         "--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--max-num-seqs", "24",
         "--policy", "least-loaded",
         log=logs / "mortal.log",
+        VLLM_SERVER_DEV_MODE="1",
     )  # fmt: skip
     yield server.wait_until_serving()
     server.stop()
@@ -265,6 +267,25 @@ def test_one_stream_outlives_three_instances_without_another_to_go_to(
     finally:
         server.stop()
         print(server.log[-3000:])
+
+
+def test_a_stream_whose_instance_dies_in_a_pause_goes_on_after_it(mortal: Server) -> None:
+    both_serve(mortal)
+    calm = ask(mortal, "greedy")
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(ask, mortal, "greedy", "paused")
+        eventually(lambda: [r for r in rows(mortal, "paused") if r["output_tokens"] > 20], 20)
+        assert mortal.http.post("/pause", params={"mode": "keep"}).status_code == 200
+        try:
+            (row,) = rows(mortal, "paused")
+            os.kill(mortal.instances()[row["instance"]]["pid"], signal.SIGKILL)
+            eventually(lambda: [r["instance"] for r in rows(mortal, "paused")] == [None], 20)
+            time.sleep(40)  # Longer than it takes for an engine to have declined too often.
+            assert not answer.done()
+        finally:
+            assert mortal.http.post("/resume").status_code == 200
+        assert answer.result(60) == calm
+    both_serve(mortal)
 
 
 def test_a_stream_outlives_its_instance_and_the_controller_together(mortal: Server) -> None:

@@ -91,7 +91,7 @@ class HangPolicy:
     stall_s: float | None = None  # the user's, for all stalls but that of a first step
     newest: LoadReport | None = None
     silent_looks: int = 0  # looks since the newest report
-    unheard_looks: int = 0  # those of them, in a row, in which no output came either
+    unheard_looks: int = 0  # those in a row in which neither a report nor an output came
     longest_s: deque[float] = field(default_factory=lambda: deque(maxlen=MINUTE_LOOKS))
     """The longest step that ended before each look."""
 
@@ -103,10 +103,10 @@ class HangPolicy:
             self._note_step(report)
             self.newest, self.silent_looks, self.unheard_looks = report, 0, 0
             return self._reported(report, paused)
+        self.unheard_looks = 0 if heard else self.unheard_looks + 1
         if newest is None:
             return Health()  # Nothing yet.
         self.silent_looks += 1
-        self.unheard_looks = 0 if heard else self.unheard_looks + 1
         if self.silent_looks < SILENT_LOOKS:
             return self._reported(newest, paused)
         lost = self.unheard_looks >= (CALL_LOOKS if newest.in_call else LOST_LOOKS)
