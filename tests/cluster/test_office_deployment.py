@@ -183,11 +183,16 @@ async def test_frontends_answer_at_the_port_and_while_none_serves_the_office_doe
         w.roster.serving = 1
         await w.until("frontends answer")
         assert not w.announced, "others are still starting"
+        w.roster.serving = 0
+        await w.until("the office answers")
+        assert w.start.progress.code != "no_frontend", "they are starting"
+        w.roster.serving = 1
+        await w.until("frontends answer", w.did.count("frontends answer") + 1)
         w.roster.serving, w.roster.settled = 2, True
         w.office.on_serving()  # type: ignore[attr-defined]
         await w.until("frontends answer", w.did.count("frontends answer") + 2)
         w.roster.serving = 0
-        await w.until("the office answers")
+        await w.until("the office answers", 2)
         assert w.start.progress.code == "no_frontend"
         w.roster.serving = 2
         await w.until("frontends answer", w.did.count("frontends answer") + 1)

@@ -154,6 +154,18 @@ def test_drains_at_the_same_time_crowd_no_destination(comes: int) -> None:
     assert there == +Counter({"i2": DRAIN_MOVES_MAX - comes, "i3": DRAIN_MOVES_MAX})
 
 
+def test_a_drain_goes_on_to_the_next_where_nothing_fits_at_the_freest() -> None:
+    s = scheduler()
+    tell(s, load(0, 6000, running=4, accepting=False), load(1, 1000, running=1), load(2, 3000))
+    first = moves(s)
+    assert {d.destination for d in first} == {"i1"}
+    # None of its requests fits there.
+    answered = tuple(d.order for d in first)
+    emptied = load(0, 6000, running=4, accepting=False, sequence=2, orders=answered)
+    tell(s, emptied, load(1, 1000, running=1, sequence=2), load(2, 3000, sequence=2), now=0.1)
+    assert {d.destination for d in moves(s, now=0.1)} == {"i2"}
+
+
 def test_an_instance_that_is_being_emptied_takes_nothing() -> None:
     s = scheduler()
     tell(s, load(0, 9900), load(1, 1000, accepting=False))

@@ -96,6 +96,23 @@ def test_a_reset_that_is_over_lets_nothing_come_while_a_pause_waits(
     hosts.until(lambda: hosts.ended.get("r"))
 
 
+def test_a_reset_behind_a_pause_that_waited_lets_nothing_come(
+    hosts: Hosts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = Held(hosts, monkeypatch)
+    start(hosts)
+    hosts.until(lambda: held.open)
+    core = hosts.engines[DESTINATION].core
+    answers = [core.pause_scheduler("keep"), core.reset_prefix_cache()]
+    held.end()
+    assert [answered(hosts, answer) for answer in answers] == [None, True]
+    assert core.scheduler.pause_state != PauseState.UNPAUSED
+    assert hosts.engines[DESTINATION].host.llumlet._incoming.closed is not None
+    core.resume_scheduler()
+    assert hosts.engines[DESTINATION].host.llumlet._incoming.closed is None
+    hosts.until(lambda: hosts.ended.get("r"))
+
+
 def test_who_resumes_last_is_right_though_the_pause_still_waits(
     hosts: Hosts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -188,6 +205,35 @@ def test_peers_read_again_only_once_all_memory_is_back(hosts: Hosts) -> None:
     core.release_kv_cache_memory()
     assert gate._held
     assert core.wake_up(["kv_cache"]) is True
+    assert not gate._held
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_peers_read_on_where_a_sleep_or_a_release_fails(
+    hosts: Hosts, monkeypatch: pytest.MonkeyPatch, later: bool
+) -> None:
+    core = hosts.engines[SOURCE].core
+    gate = core.model_executor.agent._gate
+    with pytest.raises(RuntimeError, match="pause"):
+        core.release_kv_cache_memory()
+    assert not gate._held
+
+    def fails(level: int) -> None:
+        assert gate._held
+        raise MemoryError("no pinned memory")
+
+    monkeypatch.setattr(core.model_executor, "sleep", fails)
+    pause: Future[None] = Future()
+    if later:  # vLLM waits for requests to end.
+        monkeypatch.setattr(core, "pause_scheduler", lambda **_: pause)
+        answer = core.sleep(1, "wait")
+        assert gate._held
+        pause.set_result(None)
+        assert isinstance(answer.exception(), MemoryError)
+    else:
+        with pytest.raises(MemoryError):
+            core.sleep(1, "keep")
+        core.resume_scheduler()
     assert not gate._held
 
 

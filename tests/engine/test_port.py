@@ -2,6 +2,7 @@
 declines and with which reason, and that nothing is left of what it declined."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -9,6 +10,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreEventType
 from vllm.v1.request import RequestStatus
@@ -188,6 +190,38 @@ def test_a_request_that_cannot_come_is_declined_with_its_reason(
     assert why in declined.why
     assert not there.host.port.destination.holds()
     assert free_blocks(there) == before
+
+
+@pytest.mark.usefixtures("neighbour")
+def test_what_the_queue_keeps_free_for_its_head_declines_no_move(there: Any, body: bytes) -> None:
+    there.core.scheduler.kv_cache_manager.watermark_blocks = 10**6
+    assert reserve(there, body) == 0
+    assert there.host.port.reach(R, 4 * BLOCK + 1, [6]) is None
+    there.host.port.drop(R)
+
+
+@pytest.mark.parametrize("mine", [1, 2])
+def test_an_adapter_comes_only_where_it_can_run(
+    there: Any, source: Any, monkeypatch: pytest.MonkeyPatch, mine: int
+) -> None:
+    def adapter(number: int) -> LoRARequest:
+        return LoRARequest(lora_name=f"l{number}", lora_int_id=number, lora_path="/nowhere")
+
+    source.core.scheduler.requests[R].lora_request = adapter(mine)
+    body = source.host.port.describe(R)
+    add(there.core, "other", [7] * len(PROMPT), 50)
+    there.core.step_fn()
+    there.core.scheduler.requests["other"].lora_request = adapter(1)
+    monkeypatch.setattr(there.core.scheduler, "lora_config", SimpleNamespace(max_loras=1))
+    answer = reserve(there, body)
+    if mine == 1:
+        assert answer == 0
+        there.host.port.drop(R)
+    else:
+        assert isinstance(answer, Refusal)
+        assert (answer.code, "--max-loras" in answer.why) == (AbortCode.BUSY, True)
+    there.core.scheduler.requests["other"].lora_request = None
+    source.core.scheduler.requests[R].lora_request = None
 
 
 @pytest.mark.parametrize("state", ["runs", "waits with its memory", "is on its way"])

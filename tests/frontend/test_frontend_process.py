@@ -6,6 +6,7 @@ import os
 from argparse import Namespace
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from http import HTTPStatus
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ import zmq.asyncio
 
 pytest.importorskip("vllm")
 
+from vllm.exceptions import GracefulHTTPError
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.metrics.stats import SchedulerStats
 
@@ -77,6 +79,8 @@ class World:
         self.served: list[tuple[Any, ...]] = []
         self.options: dict[str, Any] = {}
         self.ring = KeyRing("keys.toml")
+        self.busy = False  # whether the engines answer no call
+        self.asked = 0
         self.may_end = asyncio.Event()
         self.frontend: Any = None
 
@@ -135,8 +139,16 @@ async def frontend(folder: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterat
     monkeypatch.setattr(process, "ENGINES_POLL_S", 0.002)
     async with front(folder, survival=ON) as one:
         w = World(one, office)
+
+        async def tasks() -> list[str]:
+            w.asked += 1
+            if w.busy:
+                raise GracefulHTTPError("no answer from i0", HTTPStatus.GATEWAY_TIMEOUT)
+            return ["generate"]
+
         llm: Any = SimpleNamespace(
             engine_core=one.client,
+            get_supported_tasks=tasks,
             grow_metrics=lambda slots: w.done.append(f"room for {slots}"),
             running=lambda: 7,
             stop_now=lambda: w.done.append("stop now"),
@@ -225,6 +237,18 @@ async def test_it_waits_for_the_engines_but_not_for_ever(
         began_s = now_s()
         await w.until(lambda: w.served)
         assert now_s() - began_s >= 0.2
+
+
+async def test_while_an_engine_is_in_a_long_call_it_waits_and_does_not_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with frontend(tmp_path, monkeypatch) as w:
+        w.busy = True
+        w.tell(w.wants(1, 0, 1))
+        await w.until(lambda: w.asked > 3)
+        assert not w.served
+        w.busy = False
+        await w.until(lambda: w.served)
 
 
 async def test_asked_to_stop_before_it_serves_it_never_does(

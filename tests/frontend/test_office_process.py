@@ -363,6 +363,8 @@ async def test_an_office_that_does_not_answer_is_told_as_such(error: Exception) 
     with pytest.raises(HTTPException, match="The main process does not answer; try again") as told:
         await control.instances()
     assert told.value.status_code == 503
+    with pytest.raises(HTTPException, match="may add the instance all the same"):
+        await control.add()
 
 
 async def test_another_librarys_error_is_passed_on_as_it_is() -> None:

@@ -622,7 +622,7 @@ def test_the_next_in_the_queue_starts_once_all_its_tokens_fit() -> None:
 
 
 def test_a_running_request_can_be_preempted_between_two_steps() -> None:
-    who = "engine/urgent.py"
+    who = "engine/urgent.py, engine/migration/vllm_destination.py"
     says(
         Scheduler.reset_prefix_cache,
         "request = self.running.pop()",
@@ -647,6 +647,7 @@ def test_a_running_request_can_be_preempted_between_two_steps() -> None:
     )
     says(
         KVCacheManager.allocate_slots,
+        "if has_scheduled_reqs and request.status in (",
         "watermark_blocks = self.watermark_blocks",
         "full_num_tokens = min(request.num_tokens, self.max_model_len)",
         "apply_admission_cap=True",

@@ -139,14 +139,17 @@ class Deployment:
 
     async def _answer_at_the_port(self) -> None:
         """Answers there while no frontend does."""
-        listener, announced, roster = self._start.listener, False, self.office.roster
+        listener, roster = self._start.listener, self.office.roster
+        served = announced = False
         assert listener is not None
         while True:
             if roster.serving:
+                served = True
                 await asyncio.to_thread(listener.stop_answering)
-            elif announced:
-                self._start.progress.phase = "no frontend serves at the moment"
-                self._start.progress.code = "no_frontend"
+            elif served:
+                if announced:
+                    self._start.progress.phase = "no frontend serves at the moment"
+                    self._start.progress.code = "no_frontend"
                 listener.answer()
             if roster.serving and roster.settled and not announced:
                 # An instance may have died since all served; then another is asked a little later.

@@ -16,6 +16,7 @@ changes):
   block in use.
 """
 
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
@@ -31,6 +32,7 @@ class MemoryCalls:
 
     _host: LlumletHost
     scheduler: Any
+    model_executor: Any
 
     def pause_scheduler(self, mode: Any = "abort", clear_cache: bool = True) -> Any:
         """vLLM's, once no request is on its way here and, with `clear_cache`, none on its way from
@@ -51,9 +53,14 @@ class MemoryCalls:
 
         def call() -> None:
             resume()
-            self._host.welcome()
+            self._welcome()
 
         return self._host.after_calls(call)
+
+    def _welcome(self) -> None:
+        """Requests may come, unless the engine is paused."""
+        if self.scheduler.pause_state == PauseState.UNPAUSED:
+            self._host.welcome()
 
     def reset_prefix_cache(
         self, reset_running_requests: bool = False, reset_connector: bool = False
@@ -70,9 +77,9 @@ class MemoryCalls:
             return call()  # Nothing comes. Pausing calls it too, and wants the answer at once.
         answer = self._host.after_moves("its caches are being reset", call, leaving=True)
         if isinstance(answer, Future):
-            answer.add_done_callback(lambda _: self._host.welcome())
+            answer.add_done_callback(lambda _: self._welcome())
         else:
-            self._host.welcome()
+            self._welcome()
         return answer
 
     def sleep(self, level: int = 1, mode: Any = "abort") -> Any:
@@ -82,15 +89,33 @@ class MemoryCalls:
             return fall_asleep(level, mode)  # It only pauses.
 
         def call() -> Any:
-            self._host.hold_memory(held=True)
-            return fall_asleep(level, mode)
+            return self._with_memory_held(lambda: fall_asleep(level, mode))
 
         return self._host.after_moves("it sleeps", call, leaving=True)
 
     def release_kv_cache_memory(self) -> None:
         """vLLM's, of an engine that is paused. From now on no peer reads from here."""
+        self._with_memory_held(super().release_kv_cache_memory)  # type: ignore[misc]
+
+    def _with_memory_held(self, call: Callable[[], Any]) -> Any:
+        """Makes a call after which no peer reads from here, if it does not fail."""
+
+        def back() -> None:
+            self._host.hold_memory(held=bool(self.model_executor.is_sleeping))
+
+        def ended(answer: Future[Any]) -> None:
+            if answer.cancelled() or answer.exception() is not None:
+                back()
+
         self._host.hold_memory(held=True)
-        super().release_kv_cache_memory()  # type: ignore[misc]
+        try:
+            answer = call()
+        except BaseException:
+            back()
+            raise
+        if isinstance(answer, Future):
+            answer.add_done_callback(ended)
+        return answer
 
     def wake_up(self, tags: list[str] | None = None) -> bool:
         """vLLM's. Peers may read again once all memory is back."""

@@ -14,7 +14,7 @@ steps tests/house/test_vllm_migration_contract.py):
   these, `scheduled_spec_decode_tokens`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,6 +129,16 @@ def start_blocks(scheduler: Any, request: Request) -> tuple[int, int]:
         prefill_end=max(request.num_prompt_tokens, request.num_tokens - 1),
     )
     return blocks, cached
+
+
+def has_adapter_room(scheduler: Any, request: Request, others: Iterable[Request]) -> bool:
+    """Whether a request may run in a step with these: of their LoRA adapters vLLM takes
+    `max_loras`, and passes over requests with another one."""
+    lora, config = request.lora_request, scheduler.lora_config
+    if lora is None or config is None:
+        return True
+    taken = {other.lora_request.lora_int_id for other in others if other.lora_request is not None}
+    return lora.lora_int_id in taken or len(taken) < config.max_loras
 
 
 def waited_s(request: Request, now: float) -> float:

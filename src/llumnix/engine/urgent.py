@@ -40,7 +40,7 @@ from vllm.v1.request import Request
 
 from llumnix.core.priorities import Priorities
 from llumnix.engine.queueing import Queueing
-from llumnix.engine.readings import ABLE, client_priority, start_blocks
+from llumnix.engine.readings import ABLE, client_priority, has_adapter_room, start_blocks
 
 PASSED_OVER_MAX = 8
 """So many at the front of the queue are looked at for one that lacks nothing but room."""
@@ -103,12 +103,7 @@ class UrgentAdmission:
             return False
         if request.num_stale_output_tokens and not request.drop_stale_output:
             return False
-        lora, config = request.lora_request, self._scheduler.lora_config
-        if lora is None or config is None:
-            return True
-        running = [r.lora_request for r in self._scheduler.running]
-        taken = {other.lora_int_id for other in running if other is not None}
-        return lora.lora_int_id in taken or len(taken) < config.max_loras
+        return has_adapter_room(self._scheduler, request, self._scheduler.running)
 
     def _victims(self, rank: int) -> list[Request]:
         """Running requests that a request of class `rank` may preempt, in that order."""

@@ -83,6 +83,8 @@ class Pairing:
             left = report.running + report.waiting - report.moving_out - len(source.orders)
             left = min(left, DRAIN_MOVES_MAX - moves_out(source))
             for destination in takers:
+                if destination.report.instance in source.fruitless:
+                    continue  # The next may have room for what does not fit there.
                 while (
                     left > 0
                     and moves_in(destination) < DRAIN_MOVES_MAX

@@ -2,6 +2,7 @@
 
 vLLM internals relied on here (tests/house/test_vllm_migration_contract.py fails when one
 changes):
+- `EngineCore.request_block_hasher` hashes blocks.
 - `EngineCore.batch_queue` holds the steps in flight; `model_executor.collective_rpc` calls a method
   of every worker.
 - `Scheduler.kv_holding_waiting`: requests that wait with KV blocks. One with status PREEMPTED,
@@ -20,11 +21,13 @@ from typing import Any
 
 import msgspec
 from vllm.v1.core.sched.request_queue import FCFSRequestQueue, RequestQueue
+from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.request import Request, RequestStatus
 
 from llumnix.core.messages import ABSENT, REVIVE, Blocks, Revive
 from llumnix.core.types import RequestId
+from llumnix.engine.migration.packed_tokens import Prompt
 from llumnix.engine.migration.unsupported import engine_unsupported
 from llumnix.errors import ProtocolError
 from llumnix.wire import decode
@@ -60,6 +63,14 @@ class VllmCore:
         self.block_tokens: int = self.scheduler.block_size
         self.unsupported = engine_unsupported(engine.vllm_config, self.scheduler)
         self.runner_v1 = not engine.vllm_config.use_v2_model_runner
+
+    def new_request(self, described: EngineCoreRequest) -> Request:
+        """The request that came with a move, as vLLM makes one of a client's."""
+        if described.prompt_token_ids is not None:
+            described.prompt_token_ids = Prompt(described.prompt_token_ids)
+        new = Request.from_engine_core_request(described, self.engine.request_block_hasher)
+        note_reasoning(new)
+        return new
 
     def blocks(self, request: RequestId, start: int, end: int) -> tuple[Blocks, list[Any]]:
         """The blocks of tokens [start, end) in each group: their ids, and those that are real."""

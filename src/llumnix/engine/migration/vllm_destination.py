@@ -3,10 +3,11 @@
 vLLM internals relied on here, beside those of vllm_core.py
 (tests/house/test_vllm_migration_contract.py fails when one changes):
 - `Scheduler.finished_req_ids`: requests that the workers still have to hear the end of.
-- `EngineCore.request_block_hasher` hashes blocks.
 - `KVCacheManager`: `get_computed_blocks`, `allocate_slots(delay_cache_blocks=True)`,
-  `cache_blocks`, `remove_skipped_blocks`, `free`. Slots ahead are got with `num_new_tokens`, never
-  by raising `num_computed_tokens` past what is here: sliding-window groups free blocks by it.
+  `cache_blocks`, `remove_skipped_blocks`, `free`. With `has_scheduled_reqs=False` the watermark
+  does not count, which the queue sets for its own head (engine/starting/starts.py). Slots ahead
+  are got with `num_new_tokens`, never by raising `num_computed_tokens` past what is here:
+  sliding-window groups free blocks by it.
 - `StructuredOutputManager.accept_tokens` advances a compiled grammar.
 """
 
@@ -14,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -26,11 +28,10 @@ from llumnix.core.migration.port import Refusal, busy
 from llumnix.core.types import EngineIndex, RequestId
 from llumnix.engine.kv.agent_client import AgentClient
 from llumnix.engine.migration.grammars import Grammars
-from llumnix.engine.migration.packed_tokens import Prompt
 from llumnix.engine.migration.request_decoder import RequestDecoder
-from llumnix.engine.migration.vllm_core import HandoverState, VllmCore, note_reasoning
+from llumnix.engine.migration.vllm_core import HandoverState, VllmCore
 from llumnix.engine.migration.worker import RunnerState
-from llumnix.engine.readings import client_priority, has_waited
+from llumnix.engine.readings import client_priority, has_adapter_room, has_waited
 from llumnix.errors import ProtocolError
 
 FED_MAX = 256
@@ -76,6 +77,9 @@ class VllmDestination:
         self._core = core
         self._scheduler = core.scheduler
         self._kv = core.kv
+        self._allocate = partial(
+            core.kv.allocate_slots, delay_cache_blocks=True, has_scheduled_reqs=False
+        )
         self._client = client
         self._pull_failed = pull_failed
         self._on_commit = on_commit
@@ -139,13 +143,13 @@ class VllmDestination:
         self, request: RequestId, body: bytes, outputs: list[int], tokens: int, agents: list[str]
     ) -> int | Refusal:
         scheduler = self._scheduler
-        taken = len(scheduler.running) + len(scheduler.kv_holding_waiting) + len(self._arriving)
+        here = [*scheduler.running, *scheduler.kv_holding_waiting, *self.arriving()]
         if self._core.unsupported is not None:
             return Refusal(why=self._core.unsupported, code=AbortCode.IMMOVABLE)
         if request in scheduler.requests:
             return busy("it has not quite left there since its last visit")
-        if taken >= scheduler.max_num_active_reqs:
-            why = f"the destination runs {taken} requests already (--max-num-seqs)"
+        if len(here) >= scheduler.max_num_active_reqs:
+            why = f"the destination runs {len(here)} requests already (--max-num-seqs)"
             return Refusal(why=why, code=AbortCode.NO_ROOM)
         if len(agents) != self._client.ranks:
             return Refusal(
@@ -157,10 +161,9 @@ class VllmDestination:
             described = self._decoder.read(body)
         except ProtocolError as error:
             return Refusal(why=f"it cannot be read there: {error}", code=AbortCode.STATE)
-        if described.prompt_token_ids is not None:
-            described.prompt_token_ids = Prompt(described.prompt_token_ids)
-        new = Request.from_engine_core_request(described, self._core.engine.request_block_hasher)
-        note_reasoning(new)
+        new = self._core.new_request(described)
+        if not has_adapter_room(scheduler, new, here):
+            return busy("as many other adapters run there as may (--max-loras)")
         new.llumnix_came_with = len(outputs)
         incoming = ReservedRequest(request=new, agents=tuple(agents))
         if incoming.agents not in self._linked and incoming.agents not in self._linking.values():
@@ -177,12 +180,11 @@ class VllmDestination:
             found, hit = None, 0
             if self._kv.enable_caching:
                 found, hit, _ = self._kv.get_computed_blocks(new)
-            slots = self._kv.allocate_slots(
+            slots = self._allocate(
                 new,
                 max(tokens - hit, 1),
                 num_new_computed_tokens=hit,
                 new_computed_blocks=found,
-                delay_cache_blocks=True,
             )
             if slots is None:
                 return self._no_room(tokens)
@@ -240,7 +242,7 @@ class VllmDestination:
             new.append_output_token_ids(outputs)
         need = tokens - new.num_computed_tokens
         free = self._core.pool.get_num_free_blocks()
-        if need > 0 and self._kv.allocate_slots(new, need, delay_cache_blocks=True) is None:
+        if need > 0 and self._allocate(new, need) is None:
             return self._no_room(tokens)
         if self._core.pool.get_num_free_blocks() != free:
             incoming.fence = self._core.steps_in_flight()

@@ -6,6 +6,7 @@ in it until the office says stop: a terminal and a service manager send them to 
 
 import argparse
 import asyncio
+import contextlib
 import logging
 import multiprocessing
 import os
@@ -16,6 +17,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import setproctitle
+from vllm.exceptions import GracefulHTTPError
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from llumnix.config import DeploymentConfig
 from llumnix.core.scheduling.presets import POLICIES, priorities_of
@@ -154,7 +157,11 @@ class Frontend:
         while not self._stopping:
             up = {e.engine_index for e in self._client.engines.up()} & joined
             if up and (up == joined or loop.time() - began_s > ENGINES_WAIT_S):
-                return
+                # vLLM's application asks for this first, and ends without an answer. An engine that
+                # is in a long step or call gives none for so long.
+                with contextlib.suppress(EngineDeadError, GracefulHTTPError):
+                    await self._llm.get_supported_tasks()
+                    return
             await asyncio.sleep(ENGINES_POLL_S)
 
     async def _serve(self) -> None:

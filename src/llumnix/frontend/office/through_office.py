@@ -50,6 +50,11 @@ GATHER_S = 10.0
 """For what the office asks the other frontends. It waits for them no longer than a second, but may
 be late itself where cores are short."""
 
+LATE_ADD = (
+    "The main process has not answered yet, and may add the instance all the same: look at "
+    "GET /llumnix/v1/instances before you ask again."
+)
+
 UNANSWERED = frozenset(e.__name__ for e in (TimeoutError, LineClosedError, LlumnixError))
 """Errors of the office over a frontend that hangs, or has ended."""
 
@@ -62,11 +67,17 @@ class OfficeControl:
         self._link = link
         self._mine = mine
 
-    async def _as(self, kind: Any, question: Question, timeout_s: float | None = GATHER_S) -> Any:
+    async def _as(
+        self,
+        kind: Any,
+        question: Question,
+        timeout_s: float | None = GATHER_S,
+        late: str = "The main process does not answer; try again.",
+    ) -> Any:
         try:
             return msgspec.convert(await self._link.ask(question, timeout_s), kind)
         except (TimeoutError, LineClosedError) as error:
-            raise HTTPException(503, "The main process does not answer; try again.") from error
+            raise HTTPException(503, late) from error
         except AskedError as error:
             if error.failure.kind not in UNANSWERED:
                 raise
@@ -92,7 +103,7 @@ class OfficeControl:
         return text.encode()
 
     async def add(self) -> InstanceStatus:
-        status: InstanceStatus = await self._as(InstanceStatus, AddInstance(), ANSWER_S)
+        status: InstanceStatus = await self._as(InstanceStatus, AddInstance(), ANSWER_S, LATE_ADD)
         return status
 
     async def drain(
