@@ -1,6 +1,7 @@
 """What enters the prefix cache with a request that moved in, and when its blocks are written to."""
 
 from collections import deque
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -88,6 +89,7 @@ def test_a_pull_into_new_blocks_waits_for_the_step_in_flight(more: int, waits: b
     core.scheduler = SimpleNamespace(kv_cache_config=kv.kv_cache_config)
     arrivals = object.__new__(VllmDestination)
     arrivals._core, arrivals._kv, arrivals._deferred = core, kv, []
+    arrivals._allocate = partial(kv.allocate_slots, delay_cache_blocks=True)
     arrivals._client = SimpleNamespace(pull=lambda *order: pulls.append(order))
     arrivals._arriving = {RequestId("a"): ReservedRequest(request=new, agents=())}
     end = 10 * SIZE + more

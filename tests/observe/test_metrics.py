@@ -94,7 +94,7 @@ CODES = {
     DispatchCode: "soonest cached freest least_loaded turn pinned bypass revived none",
     MoveCode: "balance headroom queue drain user",
     AbortCode: "no_room busy immovable preempted ended silent grammar state peer_lost other",
-    DeathCode: "exit signal oom stall stopped node order",
+    DeathCode: "exit signal oom stall stopped node",
 }
 
 

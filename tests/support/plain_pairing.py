@@ -53,6 +53,8 @@ class PlainPairing(Pairing):
             left = report.running + report.waiting - report.moving_out - len(source.orders)
             slots = DRAIN_MOVES_MAX - moves_out(source)
             for destination in sorted(takers, key=lambda v: (-v.freeness, v.report.instance)):
+                if destination.report.instance in source.fruitless:
+                    continue
                 while (
                     left > 0
                     and slots > 0
