@@ -118,6 +118,7 @@ class FakeRun:
         return self.ended is not None and not self.ended.done()
 
     end: Any = EngineRun.end
+    why_ended: Any = EngineRun.why_ended
 
 
 class FakeLauncher:

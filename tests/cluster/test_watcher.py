@@ -43,10 +43,9 @@ class FakeHosts:
     def watch(self, runs: Any) -> None:
         self.watched.append({run.engine_index for run in runs})
 
-    async def first_look(self, run: Any) -> str | None:
+    async def first_look(self, run: Any) -> None:
         self.looked_at.append(run.engine_index)
         await asyncio.wait([run.ended], timeout=self.first_look_s)
-        return run.ended.result().why if run.ended.done() else None
 
     def silent_s(self, host: str) -> float:
         return 60.0 if host in self.silent else 0.0

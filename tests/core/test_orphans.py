@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from llumnix.core.codes import AbortCode
 from llumnix.core.settings import SurvivalSettings
 from llumnix.core.streams.survival import (
     DECLINED_MAX,
@@ -25,7 +26,7 @@ def orphan(name: str = R, **fields: Any) -> Orphan:
 def orphans(*all_: Orphan, **settings: Any) -> Orphans:
     made = Orphans(SurvivalSettings(**settings))
     for one in all_:
-        assert made.add(one, declined=False, now=one.since_s) is None
+        assert made.add(one, declined=None, now=one.since_s) is None
     return made
 
 
@@ -82,13 +83,13 @@ def test_one_that_is_declined_waits_twice_as_long_each_time_and_then_ends() -> N
         assert one is not None
         assert one.warm == (B if times == 0 else None)
         waiting.begin(R, A, 0)
-        assert waiting.add(orphan(warm=B, since_s=now), declined=True, now=now) is None
+        assert waiting.add(orphan(warm=B, since_s=now), declined=AbortCode.OTHER, now=now) is None
         pause_s = DECLINED_PAUSE_S * 2**times
         assert waiting.next([A], now + 0.99 * pause_s) is None
         now += pause_s
     assert waiting.next([A], now) is not None
     waiting.begin(R, A, 0)
-    why = waiting.add(orphan(why="no grammar", since_s=now), declined=True, now=now)
+    why = waiting.add(orphan(why="no grammar", since_s=now), declined=AbortCode.OTHER, now=now)
     assert why == "no instance can go on with it (no grammar)"
     assert not waiting
     assert not waiting.taken_up
@@ -101,7 +102,7 @@ def test_an_engine_that_takes_none_just_now_is_asked_for_as_long_as_it_says_so()
         assert waiting.next([A], now) is not None
         waiting.begin(R, A, 0)
         again = orphan(why="it is paused", since_s=now)
-        assert waiting.add(again, declined=True, later=True, now=now) is None
+        assert waiting.add(again, declined=AbortCode.BUSY, now=now) is None
         now += LATER_S
     waiting.begin(R, A, 0)
     assert waiting.drop(R) is not None  # A token, at last.
@@ -113,7 +114,7 @@ def test_a_death_after_a_decline_does_not_count_as_one() -> None:
     waiting = orphans(orphan())
     for _ in range(2 * DECLINED_MAX):
         waiting.begin(R, A, 0)
-        assert waiting.add(orphan(), declined=False, now=5.0) is None
+        assert waiting.add(orphan(), declined=None, now=5.0) is None
         assert waiting.next([A], 5.0) is not None
 
 
@@ -122,11 +123,11 @@ def test_its_patience_is_over_all_engines_that_take_it_up_and_die_before_its_nex
     assert waiting.late(1015.0) == []
     waiting.begin(R, A, 0)
     assert waiting.late(1100.0) == []  # It does not wait any more.
-    waiting.add(orphan(since_s=1014.0), declined=False, now=1014.0)
+    waiting.add(orphan(since_s=1014.0), declined=None, now=1014.0)
     assert waiting.late(1015.1) == [R]
     waiting.begin(R, A, 0)
     waiting.drop(R)  # A token.
-    waiting.add(orphan(since_s=20.0), declined=False, now=20.0)
+    waiting.add(orphan(since_s=20.0), declined=None, now=20.0)
     assert waiting.late(30.0) == []
     assert waiting.late(30.1) == [R]
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+from llumnix.core.codes import AbortCode
 from llumnix.core.settings import SurvivalSettings
 from llumnix.core.streams.probation import CLEARED_AFTER, SAME_CAUSE_S, Probation, Verdict
 from llumnix.core.streams.quarantine import KEPT_MAX, REFUSED_FOR_S, Quarantine, Quarantined
@@ -136,7 +137,7 @@ def waiting(*suspects: RequestId, wait_s: float = 60.0) -> Orphans:
     died(orphans.probation, E0, *suspects)
     for number, request in enumerate((A, B, C)):
         one = orphan(request, arrived_s=-number, tokens=number)
-        assert orphans.add(one, declined=False, now=0.0) is None
+        assert orphans.add(one, declined=None, now=0.0) is None
     return orphans
 
 
@@ -169,7 +170,7 @@ def test_each_engine_tries_one() -> None:
 def test_one_that_is_declined_frees_its_engine_for_the_next() -> None:
     orphans = waiting(A, B, C)
     assert taken(orphans, E1) == [(C, E1)]
-    assert orphans.add(orphan(C, arrived_s=-2), declined=True, now=0.0) is None
+    assert orphans.add(orphan(C, arrived_s=-2), declined=AbortCode.OTHER, now=0.0) is None
     assert taken(orphans, E1) == [(B, E1)]
 
 
@@ -246,7 +247,7 @@ def test_one_that_comes_again_is_refused_for_longer() -> None:
 def test_an_empty_probation_stands_in_nobodys_way(lives: int) -> None:
     orphans = Orphans(SurvivalSettings(lives=lives))
     assert not orphans.watched
-    assert orphans.add(orphan(A, arrived_s=0.0), declined=False, now=0.0) is None
+    assert orphans.add(orphan(A, arrived_s=0.0), declined=None, now=0.0) is None
     assert taken(orphans, E1) == [(A, E1)]
     assert orphans.watched
 
@@ -273,8 +274,8 @@ def test_a_frontend_without_the_turn_tries_no_suspect_and_its_wait_does_not_coun
     orphans = Orphans(SurvivalSettings(wait_s=10.0))
     died(orphans.probation, E0, A)
     orphans.probation.turn = False
-    assert orphans.add(orphan(A, arrived_s=0.0), declined=False, now=0.0) is None
-    assert orphans.add(orphan(B, arrived_s=0.0), declined=False, now=0.0) is None
+    assert orphans.add(orphan(A, arrived_s=0.0), declined=None, now=0.0) is None
+    assert orphans.add(orphan(B, arrived_s=0.0), declined=None, now=0.0) is None
     assert taken(orphans, E1) == [(B, E1)]
     for second in range(30):
         assert orphans.late(float(second)) == []

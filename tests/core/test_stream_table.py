@@ -616,7 +616,7 @@ def test_an_engine_that_takes_none_just_now_is_told_from_one_that_declines() -> 
     ended = MigrationEnded(
         migration=order.migration, request=R, taken=False, why="it sleeps", code=AbortCode.BUSY
     )
-    assert table.ended(ended) == [Orphaned(request=R, why="it sleeps", declined=True, later=True)]
+    assert table.ended(ended) == [Orphaned(request=R, why="it sleeps", declined=AbortCode.BUSY)]
 
 
 @pytest.mark.parametrize("how", ["declined", "refused"])
@@ -625,7 +625,7 @@ def test_an_engine_that_does_not_go_on_leaves_an_orphan_for_the_next(how: str) -
     say = table.refuse if how == "refused" else lambda o, why: table.end(o, taken=False, why=why)
     # By its own word it has nothing. If it could not be asked, nobody knows.
     aborts = abort(THIRD) if how == "refused" else []
-    assert say(order, "still here") == [*aborts, orphaned("still here", declined=True)]
+    assert say(order, "still here") == [*aborts, orphaned("still here", declined=AbortCode.OTHER)]
     assert (table.one().state, table.of(order.migration)) == (S.ORPHAN, None)
     assert say(order, "still here") == []
     again = table.ask(DESTINATION)

@@ -52,6 +52,15 @@ def start(hosts: Hosts, name: str = "r") -> None:
     hosts.migrate(name)
 
 
+@pytest.fixture
+def held(hosts: Hosts, monkeypatch: pytest.MonkeyPatch) -> Held:
+    """A move is under way, whose pull has begun."""
+    made = Held(hosts, monkeypatch)
+    start(hosts)
+    hosts.until(lambda: made.open)
+    return made
+
+
 def answered(hosts: Hosts, answer: Any) -> Any:
     if not isinstance(answer, Future):
         return answer
@@ -60,11 +69,8 @@ def answered(hosts: Hosts, answer: Any) -> Any:
 
 
 def test_caches_are_reset_once_a_pull_that_was_under_way_has_ended(
-    hosts: Hosts, monkeypatch: pytest.MonkeyPatch
+    hosts: Hosts, held: Held
 ) -> None:
-    held = Held(hosts, monkeypatch)
-    start(hosts)
-    hosts.until(lambda: held.open)
     answer = hosts.engines[DESTINATION].core.reset_prefix_cache()
     assert isinstance(answer, Future)
     hosts.turn()
@@ -79,11 +85,8 @@ def test_caches_are_reset_once_a_pull_that_was_under_way_has_ended(
 
 
 def test_a_reset_that_is_over_lets_nothing_come_while_a_pause_waits(
-    hosts: Hosts, monkeypatch: pytest.MonkeyPatch
+    hosts: Hosts, held: Held
 ) -> None:
-    held = Held(hosts, monkeypatch)
-    start(hosts)
-    hosts.until(lambda: held.open)
     core = hosts.engines[DESTINATION].core
     reset, pause = core.reset_prefix_cache(), core.pause_scheduler("keep")
     held.end()
@@ -96,12 +99,7 @@ def test_a_reset_that_is_over_lets_nothing_come_while_a_pause_waits(
     hosts.until(lambda: hosts.ended.get("r"))
 
 
-def test_a_reset_behind_a_pause_that_waited_lets_nothing_come(
-    hosts: Hosts, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    held = Held(hosts, monkeypatch)
-    start(hosts)
-    hosts.until(lambda: held.open)
+def test_a_reset_behind_a_pause_that_waited_lets_nothing_come(hosts: Hosts, held: Held) -> None:
     core = hosts.engines[DESTINATION].core
     answers = [core.pause_scheduler("keep"), core.reset_prefix_cache()]
     held.end()
@@ -113,12 +111,7 @@ def test_a_reset_behind_a_pause_that_waited_lets_nothing_come(
     hosts.until(lambda: hosts.ended.get("r"))
 
 
-def test_who_resumes_last_is_right_though_the_pause_still_waits(
-    hosts: Hosts, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    held = Held(hosts, monkeypatch)
-    start(hosts)
-    hosts.until(lambda: held.open)
+def test_who_resumes_last_is_right_though_the_pause_still_waits(hosts: Hosts, held: Held) -> None:
     core = hosts.engines[DESTINATION].core
     answers = [core.pause_scheduler("keep"), core.resume_scheduler()]
     assert not any(answer.done() for answer in answers)
@@ -255,12 +248,9 @@ def test_an_engine_that_refuses_new_requests_takes_one_that_is_sent_again(again:
 
 
 def test_a_call_that_waited_too_long_is_made_all_the_same(
-    hosts: Hosts, monkeypatch: pytest.MonkeyPatch
+    hosts: Hosts, held: Held, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("llumnix.engine.waiting_calls.MOVES_END_MAX_S", 0.05)
-    held = Held(hosts, monkeypatch)
-    start(hosts)
-    hosts.until(lambda: held.open)
     answer = hosts.engines[DESTINATION].core.reset_prefix_cache()
     assert answered(hosts, answer) is False  # vLLM's own answer: a block is in use.
     held.end()

@@ -59,8 +59,7 @@ class Survival:
             why=orphaned.why,
             warm=orphaned.warm,
         )
-        declined, later = orphaned.declined, orphaned.later
-        why = self.orphans.add(orphan, declined=declined, later=later, now=frontend.now)
+        why = self.orphans.add(orphan, declined=orphaned.declined, now=frontend.now)
         assert why is None, f"{request}: {why}"
         return True
 

@@ -132,7 +132,7 @@ def abort(*engines: EngineIndex) -> list[Effect]:
 
 
 def orphaned(
-    why: str = ENGINE_DIED, *, warm: EngineIndex | None = None, declined: bool = False
+    why: str = ENGINE_DIED, *, warm: EngineIndex | None = None, declined: AbortCode | None = None
 ) -> Orphaned:
     return Orphaned(request=R, why=why, warm=warm, declined=declined)
 

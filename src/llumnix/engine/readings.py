@@ -18,6 +18,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from vllm.lora.request import LoRARequest
 from vllm.v1.kv_cache_interface import (
     CrossAttentionSpec,
     EncoderOnlyAttentionSpec,
@@ -131,10 +132,10 @@ def start_blocks(scheduler: Any, request: Request) -> tuple[int, int]:
     return blocks, cached
 
 
-def has_adapter_room(scheduler: Any, request: Request, others: Iterable[Request]) -> bool:
-    """Whether a request may run in a step with these: of their LoRA adapters vLLM takes
-    `max_loras`, and passes over requests with another one."""
-    lora, config = request.lora_request, scheduler.lora_config
+def has_adapter_room(scheduler: Any, lora: LoRARequest | None, others: Iterable[Request]) -> bool:
+    """Whether a request with this LoRA adapter may run in a step with these: of their adapters vLLM
+    takes `max_loras`, and passes over requests with another one."""
+    config = scheduler.lora_config
     if lora is None or config is None:
         return True
     taken = {other.lora_request.lora_int_id for other in others if other.lora_request is not None}

@@ -103,7 +103,7 @@ class UrgentAdmission:
             return False
         if request.num_stale_output_tokens and not request.drop_stale_output:
             return False
-        return has_adapter_room(self._scheduler, request, self._scheduler.running)
+        return has_adapter_room(self._scheduler, request.lora_request, self._scheduler.running)
 
     def _victims(self, rank: int) -> list[Request]:
         """Running requests that a request of class `rank` may preempt, in that order."""

@@ -263,12 +263,12 @@ class Hosts:
         """For how long another host has not answered; 0 for our own."""
         return self._watches[host].silent_s if host in self._others else 0.0
 
-    async def first_look(self, run: EngineRun) -> str | None:
+    async def first_look(self, run: EngineRun) -> None:
         """Watches a run that is about to serve, and waits until its host, if it is another one, has
         told of its processes: from then on it ends them if it is cut off, and its silence counts.
-        For `FIRST_LOOK_S` at most. Returns how the run ended meanwhile, or None if it lives."""
+        For `FIRST_LOOK_S` at most, and while the run lives."""
         if run.facts is None or run.facts.host == self._here():
-            return None
+            return
         watch = self._watch_on(run.facts.host)
         watch.watch_too(run.engine_index, _pids(run))
         try:
@@ -282,7 +282,6 @@ class Hosts:
                 run.engine_index,
                 FIRST_LOOK_S,
             )
-        return run.ended.result().why if run.ended is not None and run.ended.done() else None
 
     async def kill(self, run: EngineRun) -> None:
         """Ends the processes of a run at once, if they can be reached."""

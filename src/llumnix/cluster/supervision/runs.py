@@ -79,6 +79,11 @@ class EngineRun:
         return self.ended is not None and not self.ended.done()
 
     @property
+    def why_ended(self) -> str | None:
+        """How its engine ended, if it has."""
+        return self.ended.result().why if self.ended is not None and self.ended.done() else None
+
+    @property
     def step_for_s(self) -> float:
         """For how long it has been at its step."""
         return time.monotonic() - self.step_began_s
@@ -250,9 +255,7 @@ class EngineLauncher:
         finally:
             connected.cancel()
         run.reach("up")
-        if run.ended.done():
-            return run.ended.result().why
-        return None if announced else NOT_READY
+        return run.why_ended if run.ended.done() or announced else NOT_READY
 
     def accept(self, run: EngineRun, accepting: bool) -> None:
         """Says whether the run takes new requests, to the frontends and in its own reports. Does

@@ -241,7 +241,8 @@ class Supervisor:
         if why is None:
             why = await self._frontends.bring_up(member.run.engine_index)
         if why is None:
-            why = await self._hosts.first_look(member.run)
+            await self._hosts.first_look(member.run)
+            why = member.run.why_ended
         if why is None:
             self._perform(member, member.life.up(asyncio.get_running_loop().time()))
         return why
@@ -336,12 +337,11 @@ class Supervisor:
         assert drain is not None
         took_s = asyncio.get_running_loop().time() - drain.began_s
         how = "were cut off" if run.alive else "ended with its engine"
-        died = run.ended is not None and run.ended.done()
-        death = await self._watch(member) if died else None
+        death = None if run.why_ended is None else await self._watch(member)
         if death is not None:
             _count(run, death)
         ended = await self._lose(run, blamed=death is not None and death.blamed)
-        _count_drain(drain, "died" if died else "forced" if ended else "emptied")
+        _count_drain(drain, "died" if death else "forced" if ended else "emptied")
         if ended:
             why = f"{drain.why}; {ended} of its requests {how} after {took_s:.1f} s"
             member.life.why = why

@@ -53,8 +53,7 @@ class Orphaned:
 
     request: RequestId
     why: str
-    declined: bool = False  # by an engine that was to go on with it
-    later: bool = False  # it will take some again
+    declined: AbortCode | None = None  # why an engine that was to go on with it does not
     warm: EngineIndex | None = None  # living engine that may have a part of its KV in its cache
 
 

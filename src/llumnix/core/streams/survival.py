@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from llumnix.core.codes import AbortCode
 from llumnix.core.settings import SurvivalSettings
 from llumnix.core.streams.probation import Probation, Verdict
 from llumnix.core.types import EngineIndex, RequestId
@@ -81,18 +82,18 @@ class Orphans:
         known = self._taken_up.get(request)
         return None if known is None else known[0]
 
-    def add(self, orphan: Orphan, *, declined: bool, later: bool = False, now: float) -> str | None:
-        """A request has lost its engine; or, if `declined`, the engine that was to take it up did
-        not. `later`: it takes none just now. Returns why the request waits for no other engine, or
-        None if it does."""
+    def add(self, orphan: Orphan, *, declined: AbortCode | None, now: float) -> str | None:
+        """A request has lost its engine. `declined`: why the engine that was to take it up does
+        not; None if it died. Returns why the request waits for no other one, or None if it
+        does."""
         before = self.drop(orphan.request)
         self.probation.back(orphan.request)
         if before is not None:
             orphan.since_s, orphan.declined = before.since_s, before.declined
-        if declined and later:
+        if declined is AbortCode.BUSY:
             self._shut_s = now
             orphan.start_s = now + LATER_S
-        elif declined:
+        elif declined is not None:
             if orphan.declined >= DECLINED_MAX:
                 return f"no instance can go on with it ({orphan.why})"
             orphan.start_s = now + DECLINED_PAUSE_S * 2**orphan.declined

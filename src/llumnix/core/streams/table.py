@@ -171,8 +171,7 @@ class StreamTable(StreamIndex[Info, Output]):
             del self._by_migration[migration]
         elif stream.state is StreamState.REVIVING:
             stream.machine.feed(StreamEvent.DECLINED)
-            later = message.code is AbortCode.BUSY
-            return self._orphan(stream, message.why, declined=True, later=later, gone=gone)
+            return self._orphan(stream, message.why, declined=message.code, gone=gone)
         elif message.taken:
             stream.machine.feed(StreamEvent.LET_GO)
             return NO_EFFECTS
@@ -323,8 +322,7 @@ class StreamTable(StreamIndex[Info, Output]):
         stream: Stream[Info, Output],
         why: str,
         *,
-        declined: bool = False,
-        later: bool = False,
+        declined: AbortCode | None = None,
         gone: bool = False,
     ) -> Sequence[Effect]:
         """No engine runs the request; those that live abort what they may still hold of it.
@@ -345,7 +343,6 @@ class StreamTable(StreamIndex[Info, Output]):
             request=stream.request,
             why=why,
             declined=declined,
-            later=later,
             warm=None if warm in self._dead else warm,
         )
         return [*aborts, *ended, orphaned]

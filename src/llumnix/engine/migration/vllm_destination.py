@@ -161,9 +161,9 @@ class VllmDestination:
             described = self._decoder.read(body)
         except ProtocolError as error:
             return Refusal(why=f"it cannot be read there: {error}", code=AbortCode.STATE)
-        new = self._core.new_request(described)
-        if not has_adapter_room(scheduler, new, here):
+        if not has_adapter_room(scheduler, described.lora_request, here):
             return busy("as many other adapters run there as may (--max-loras)")
+        new = self._core.new_request(described)
         new.llumnix_came_with = len(outputs)
         incoming = ReservedRequest(request=new, agents=tuple(agents))
         if incoming.agents not in self._linked and incoming.agents not in self._linking.values():

@@ -25,7 +25,7 @@ requests alone; a session without input has status WAITING_FOR_STREAMING_REQ and
 `scheduler.max_model_len`, `num_lookahead_tokens`, `num_spec_tokens`.
 """
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from vllm.v1.request import Request, RequestStatus
@@ -48,7 +48,7 @@ class EnginePromises:
     """Of one engine core. `arriving`: requests that a move brings, which have blocks already."""
 
     def __init__(
-        self, scheduler: Any, rules: SliceRules, arriving: Callable[[], Collection[Request]] = tuple
+        self, scheduler: Any, rules: SliceRules, arriving: Callable[[], Iterable[Request]] = tuple
     ) -> None:
         self._growth = kv_growth(scheduler)
         self.slices = Slices(rules, self._growth.tokens)
@@ -115,10 +115,8 @@ class EnginePromises:
         and its first slice."""
         if self._forgot:
             self._count()  # Requests have come since the last step.
-        waiting, arriving = self._scheduler.kv_holding_waiting, self._arriving()
-        # Mostly there are none.
-        others = sum(self._left_of_other(r) for of in (waiting, arriving) if of for r in of)
-        return (self._left + others) * self._growth.blocks
+        others = [*self._scheduler.kv_holding_waiting, *self._arriving()]
+        return (self._left + sum(map(self._left_of_other, others))) * self._growth.blocks
 
     def first_slice(self, request: Request) -> int:
         """Blocks that a request takes in the slice after its start."""

@@ -159,8 +159,7 @@ class RevivingClient(StreamClient):
                 why=orphaned.why,
                 warm=orphaned.warm,
             )
-            declined, later = orphaned.declined, orphaned.later
-            why = self.orphans.add(orphan, declined=declined, later=later, now=now)
+            why = self.orphans.add(orphan, declined=orphaned.declined, now=now)
         if why is not None:
             self.end(orphaned.request, died(why), DIED_CODE)
             return

@@ -261,8 +261,7 @@ class Clients:
             why=orphaned.why,
             warm=orphaned.warm,
         )
-        declined, later = orphaned.declined, orphaned.later
-        why = self.orphans.add(orphan, declined=declined, later=later, now=now)
+        why = self.orphans.add(orphan, declined=orphaned.declined, now=now)
         return NOTHING if why is None else self._close(job.id, ENGINE_DIED)
 
     def revive(
