@@ -7,6 +7,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+from support.endless import sweepers
 from support.tiny_model import make_tiny_model
 
 # A busy machine is no failure of the code.
@@ -37,3 +38,10 @@ def logs_reach_caplog() -> Iterator[None]:
     yield
     logging.root.setLevel(logging.WARNING)
     logging.getLogger("llumnix").propagate = True
+
+
+@pytest.fixture(autouse=True)
+def no_sweeper_is_left() -> Iterator[None]:
+    """A thread that sweeps on would take the memory of a later test's dead away before it looks."""
+    yield
+    assert sweepers() == []

@@ -36,6 +36,7 @@ from llumnix.core.supervision.blame import Death, Traces
 from llumnix.core.supervision.hang import LOOK_EVERY_S, STANDSTILL_LOOKS, Standstill
 from llumnix.core.types import EngineIndex, RequestId
 from llumnix.engine.reporting.flight_recorder import Flight, FlightRecorder
+from support.endless import sweepers_end
 
 E1, E2 = EngineIndex(1), EngineIndex(2)
 SLEEPER = "import time; time.sleep(600)"
@@ -107,6 +108,12 @@ def test_a_process_with_the_same_id_and_another_start_is_left_alone(
     assert child.poll() is None
     HostProcesses().kill({child.pid: started})
     assert child.wait(10) == -signal.SIGKILL
+
+
+@pytest.fixture(autouse=True)
+def agents_end() -> Iterator[None]:
+    with sweepers_end(processes_module):
+        yield
 
 
 class CutOff:

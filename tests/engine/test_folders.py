@@ -5,12 +5,9 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 from collections.abc import Iterator
 from multiprocessing import current_process, shared_memory
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from vllm.v1.executor import multiproc_executor, uniproc_executor
@@ -26,6 +23,7 @@ from llumnix.engine.folders import (
     sweep_memory,
 )
 from llumnix.errors import UsageError
+from support.endless import sweepers_end
 from support.server import eventually
 
 OWNER = """
@@ -223,22 +221,14 @@ def test_shared_memory_stays_until_the_engine_and_its_last_worker_have_ended(
 def test_who_keeps_memory_swept_does_so_at_once_and_from_then_on(
     sharing: Sharing, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ends = threading.Event()
-
-    def sleep(_: float) -> None:
-        if ends.is_set():
-            raise SystemExit
-        time.sleep(0.01)
-
-    monkeypatch.setattr(folders, "SWEEP_EVERY_S", 0.0)
-    monkeypatch.setattr(folders, "time", SimpleNamespace(sleep=sleep))
+    monkeypatch.setattr(folders, "SWEEP_EVERY_S", 0.01)
     sharing.kill(sharing.by("llumnix-a/e1"))
     later = sharing.by("llumnix-a/e2")
-    keep_memory_swept()
-    assert sharing.owners() == {"llumnix-a-e2": 4}
-    sharing.kill(later)
-    eventually(lambda: sharing.owners() == {}, 10, "the thread sweeps")
-    ends.set()
+    with sweepers_end(folders):
+        keep_memory_swept()
+        assert sharing.owners() == {"llumnix-a-e2": 4}
+        sharing.kill(later)
+        eventually(lambda: sharing.owners() == {}, 10, "the thread sweeps")
 
 
 @pytest.fixture
