@@ -27,7 +27,7 @@ class FakeLink:
 
     def __init__(self) -> None:
         self.told: list[Any] = []
-        self.reports: list[LoadReport] | None = []
+        self.reports: list[LoadReport] | None = None  # as without a controller
         self.decisions: asyncio.Queue[ScalingDecision] = asyncio.Queue()
         self.on_tell: Callable[[Any], None] = lambda fact: None
 
@@ -51,6 +51,7 @@ class FakeFrontends:
         self.ended: dict[int, int] = {}
         self.accepting: dict[int, bool] = {}
         self.not_brought_up: str | None = None
+        self.bring_up_s = 0.0
         self.shared_state = EngineState()
         self.streams = SimpleNamespace(on=self._streams)
         self.heard: dict[int, float] = {}
@@ -77,6 +78,8 @@ class FakeFrontends:
         return self.in_flight(index) > 0
 
     async def bring_up(self, index: int) -> str | None:
+        if self.bring_up_s:
+            await asyncio.sleep(self.bring_up_s)
         return self.not_brought_up
 
     async def lose(
@@ -108,7 +111,7 @@ class FakeRun:
         self.unwanted = False
         self.counted = self.fenced = False
         self.began_s = 0.0
-        self.step, self.step_for_s = "up", 3.0
+        self.step, self.step_for_s = "loading", 3.0
         self.heard_s: float | None = None
         self.last_words: list[str] = ["its last line"]
         self.ended: asyncio.Future[Death] | None = None
@@ -117,6 +120,7 @@ class FakeRun:
     def alive(self) -> bool:
         return self.ended is not None and not self.ended.done()
 
+    reach: Any = EngineRun.reach
     end: Any = EngineRun.end
     why_ended: Any = EngineRun.why_ended
 

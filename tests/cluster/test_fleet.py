@@ -625,6 +625,30 @@ def test_an_undrained_instance_serves_on_under_supervision(
     play(script)
 
 
+@pytest.mark.parametrize("asked", [False, True])
+def test_one_that_is_drained_before_it_has_all_that_the_others_have_never_serves(
+    play: Callable[..., World], asked: bool
+) -> None:
+    """Its engine runs, but adapters are still being loaded there."""
+
+    async def script(w: World) -> None:
+        w.client.bring_up_s = 60.0
+        added = await w.fleet.add()
+        await asyncio.sleep(1)
+        await w.fleet.drain(added.id, "a user's order")
+        if asked:
+            with pytest.raises(ConflictError, match=f"{added.id} is .*that has served"):
+                await w.fleet.undrain(added.id)
+        else:
+            w.kill("i0")
+        await asyncio.sleep(0.1)
+        assert w.client.accepting.get(1) is not True
+        await asyncio.sleep(2)
+        assert added.id not in w.states
+
+    play(script, count=1)
+
+
 def test_the_only_one_that_serves_is_not_drained(play: Callable[..., World]) -> None:
     async def script(w: World) -> None:
         with pytest.raises(LastInstanceError, match="i0 is the only instance that serves; POST"):

@@ -14,7 +14,12 @@ pytest.importorskip("vllm")
 from llumnix.cluster.supervision.hosts import LOST_S
 from llumnix.core.codes import DeathCode
 from llumnix.core.supervision.blame import Death, Fenced
-from llumnix.core.supervision.hang import HOST_LOST_LOOKS, LOOK_EVERY_S, Standstill
+from llumnix.core.supervision.hang import (
+    EMPTY_LOOKS,
+    HOST_LOST_LOOKS,
+    LOOK_EVERY_S,
+    Standstill,
+)
 from llumnix.core.types import EngineIndex, RequestId
 from llumnix.errors import LastInstanceError
 from support.virtual_time import run
@@ -303,6 +308,23 @@ def test_a_host_of_which_anything_is_heard_is_not_lost(
                 w.client.heard[2] = number
             await w.looks(1, *(["i1", "i2"] if sign != "a report" else ["i1"]))
         assert w.hosts.killed == []
+
+    play(script)
+
+
+def test_an_engine_that_does_not_know_of_its_requests_is_fenced(
+    play: Callable[[Script], Hosted],
+) -> None:
+    """All engines of this fleet report that they have none."""
+
+    async def script(w: Hosted) -> None:
+        w.hold("i1", 2)
+        await w.looks(EMPTY_LOOKS - 1)
+        assert w.hosts.killed == []
+        await w.looks(3)
+        assert w.hosts.killed == [1]
+        assert (w.client.held[1], w.client.blamed) == (0, {1: False})
+        assert w.why["i1"] == "fenced: it does not know of requests that it was given"
 
     play(script)
 

@@ -9,6 +9,7 @@ from llumnix.core.reports import ClassLoad, LoadReport
 from llumnix.core.supervision.blame import Fenced
 from llumnix.core.supervision.hang import (
     CALL_LOOKS,
+    EMPTY_LOOKS,
     FIRST_STEP_S,
     GONE,
     LATE_S,
@@ -47,11 +48,13 @@ class Watched:
         self.report = BUSY
         self.says()
 
-    def says(self, *, paused: bool = False, **changes: object) -> Health:
+    def says(
+        self, *, paused: bool = False, heard: bool = False, owned: int = 0, **changes: object
+    ) -> Health:
         """A new report, which differs from the one before in this."""
         sequence = self.report.sequence + 1
         self.report = replace(self.report, sequence=sequence, **changes)  # type: ignore[arg-type]
-        return self.policy.look(self.report, paused=paused, heard=False)
+        return self.policy.look(self.report, paused=paused, heard=heard, owned=owned)
 
     def silent(self, looks: int, *, heard: bool = False) -> list[Health]:
         return [self.policy.look(self.report, paused=False, heard=heard) for _ in range(looks)]
@@ -78,10 +81,49 @@ def test_an_engine_that_reports_steps_or_has_no_requests_is_well() -> None:
     assert one.says(stalled_s=STALLED_AFTER_S) == Health()
 
 
-def test_one_that_has_not_reported_yet_is_not_judged() -> None:
+def test_one_that_has_not_reported_yet_gets_its_time() -> None:
+    """And is asked before it is ended, as any that is silent."""
     policy = HangPolicy()
-    looks = [policy.look(None, paused=False, heard=False) for _ in range(2 * LOST_LOOKS)]
+    *looks, last = (policy.look(None, paused=False, heard=False) for _ in range(CALL_LOOKS))
     assert set(looks) == {Health()}
+    why = "its process reports nothing"
+    assert last == Health(hung=why, silent=True, fence=Fenced(why=why, blamed=False))
+
+
+# -- lost messages
+
+
+def test_one_that_does_not_know_of_its_requests_is_fenced_and_none_is_blamed() -> None:
+    one = Watched()
+    *looks, last = (one.says(classes=(), owned=1) for _ in range(EMPTY_LOOKS))
+    assert set(looks) == {Health()}
+    why = "it does not know of requests that it was given"
+    assert last == Health(hung=why, fence=Fenced(why=why, blamed=False))
+    assert one.says(classes=(ClassLoad(waiting=1),), owned=2) == Health(), "it does know of one"
+
+
+@pytest.mark.parametrize(
+    "differs",
+    [
+        {"owned": 0},
+        {"heard": True},
+        {"paused": True},
+        {"classes": (ClassLoad(running=1),)},
+        {"classes": (ClassLoad(waiting=1),)},
+        {"moving_in": 1},
+        {"moving_out": 1},
+    ],
+    ids=str,
+)
+def test_one_look_that_finds_otherwise_starts_over(differs: dict[str, object]) -> None:
+    one = Watched()
+    empty: dict[str, object] = {"classes": (), "moving_in": 0, "moving_out": 0, "owned": 1}
+    for _ in range(EMPTY_LOOKS - 1):
+        one.says(**empty)  # type: ignore[arg-type]
+    one.says(**{**empty, **differs})  # type: ignore[arg-type]
+    for _ in range(EMPTY_LOOKS - 1):
+        assert one.says(**empty) == Health()  # type: ignore[arg-type]
+    assert one.says(**empty).fence is not None  # type: ignore[arg-type]
 
 
 # -- stalls

@@ -12,6 +12,7 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from llumnix.core.events import DrainInstance
+from llumnix.core.keys import KeyLimits, KeyMeter
 from llumnix.core.messages import (
     DrainRequested,
     MigrationEnded,
@@ -452,6 +453,12 @@ async def test_a_stop_ends_every_stream(tmp_path: Path) -> None:
         assert len(one.client.streams) == 0
 
 
+def ended(engine: int, request: str) -> bytes:
+    """What an engine says of a request's last token."""
+    last = EngineCoreOutput(request, [3], finish_reason=FinishReason.LENGTH)
+    return packed(EngineCoreOutputs(engine_index=engine, outputs=[last]))
+
+
 async def test_a_request_tells_its_key_what_it_used_when_it_ends_and_goes_by_its_class(
     tmp_path: Path,
 ) -> None:
@@ -472,9 +479,32 @@ async def test_a_request_tells_its_key_what_it_used_when_it_ends_and_goes_by_its
         assert spent == []
         (row,) = OwnStreams(one.client).rows()
         assert (row["key"], row["class"]) == ("ada", "high")
-        last = EngineCoreOutput("r", [3], finish_reason=FinishReason.LENGTH)
-        one.take_in(packed(EngineCoreOutputs(engine_index=0, outputs=[last])))
+        one.take_in(ended(0, "r"))
         assert spent == [(3, 3)]
+
+
+async def test_a_request_is_open_for_its_key_until_its_answer_and_its_streams_have_ended(
+    tmp_path: Path,
+) -> None:
+    """A background response's stream begins after its answer, or outlives it."""
+    async with front(tmp_path) as one:
+        meter = KeyMeter(KeyLimits(open_max=9), 0.0)
+        http = HttpRequest(client_id=None, meter=meter)
+        token = current_http_request.set(http)
+        meter.admit(0.0)
+        await one.add_request("early", 0)
+        http.part_ends()  # The answer is sent.
+        assert meter.open == 1
+        one.take_in(ended(0, "early"))
+        assert meter.open == 0
+        for name in ("late", "later"):
+            await one.add_request(name, 0)
+        assert meter.open == 1
+        one.take_in(ended(0, "late"))
+        assert meter.open == 1
+        await one.client.abort_requests_async(["later"])
+        assert meter.open == 0
+        current_http_request.reset(token)
 
 
 # -- what a user asks for

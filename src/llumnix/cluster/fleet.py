@@ -222,10 +222,10 @@ class Fleet:
 
     async def undrain(self, instance: InstanceId) -> InstanceStatus:
         member = self._member(instance)
-        if member.state is not LifeState.DRAINING or not member.alive:
+        if not member.may_serve_on:
             raise ConflictError(
-                f"{instance} is {member.state.value}: only an instance that is draining can be "
-                "undrained"
+                f"{instance} is {member.state.value}: only an instance that has served and is "
+                "draining can be undrained"
             )
         self._supervisor.undrain(member)
         extra = about("undrain", instance=member.id)

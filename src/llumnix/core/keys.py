@@ -125,13 +125,17 @@ class KeyMeter:
             return Over(code="rate_limited", message=message, retry_after_s=requests.wait_s(1))
         if requests is not None:
             requests.take(1)
-        self.open += 1
+        self.begun()
         return None
 
     def standings(self, now_s: float) -> list[Standing]:
         """How much is left of the limits by the minute. Tokens of open requests are not in yet."""
         buckets = (("requests", self._requests), ("tokens", self._tokens))
         return [each.standing(of, now_s) for of, each in buckets if each is not None]
+
+    def begun(self) -> None:
+        """A request that was let in is open, or is so again."""
+        self.open += 1
 
     def ended(self) -> None:
         """A request that was let in is over."""

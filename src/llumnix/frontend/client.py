@@ -174,6 +174,8 @@ class FleetClient(RevivingClient):
             detailed=getattr(request.sampling_params, "num_logprobs", None) is not None,
         )
         self.show_open()
+        if http is not None:
+            http.part_begins()
         self.keep(stream.info, request)
         try:
             engine = await self.choose(request, 0)

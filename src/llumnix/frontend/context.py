@@ -40,11 +40,26 @@ class HttpRequest:
     retry_s: float | None = None  # when it may be tried again, if that is known
     write: WriteBody | None = None  # parts of the answer's body, past all middlewares
     outputs: list[DirectOutputs] = field(default_factory=list)  # of the requests that stream to it
+    parts: int = 1
+    """It is open for its key while one of these goes on: its answer, and each of its streams. The
+    stream of a background response outlives the answer, or begins after it."""
 
     def refused(self, code: str, *, retry_s: float | None = None) -> None:
         """It is turned away, for the reason that this code of door/refusals.py gives."""
         self.code, self.retry_s = code, retry_s
         count_refusal(code)
+
+    def part_begins(self) -> None:
+        """One of its streams begins."""
+        self.parts += 1
+        if self.parts == 1 and self.meter is not None:
+            self.meter.begun()
+
+    def part_ends(self) -> None:
+        """Its answer is sent, or one of its streams has ended."""
+        self.parts -= 1
+        if self.parts == 0 and self.meter is not None:
+            self.meter.ended()
 
     def dispatched(self, instance: InstanceId) -> None:
         """Takes in a dispatch. With `n` > 1 there are several, and only the first counts."""

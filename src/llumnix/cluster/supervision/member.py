@@ -36,6 +36,13 @@ class Member:
         return self.run is not None and self.run.alive and not self.run.fenced
 
     @property
+    def may_serve_on(self) -> bool:
+        """Whether its drain can be taken back. An engine that never served cannot serve on: it may
+        be in another state than the others, with other LoRA adapters for one."""
+        draining = self.state is LifeState.DRAINING and self.alive
+        return draining and self.run is not None and self.run.step == "up"
+
+    @property
     def serves(self) -> bool:
         """Whether requests may be sent to it, and are answered. False at once if its engine dies,
         though its life is told of that a few seconds later."""

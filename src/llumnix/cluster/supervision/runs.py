@@ -56,7 +56,7 @@ class EngineRun:
     made: asyncio.Future[None] = field(init=False)  # done once Ray knows the actor
     group: Any = None  # Ray's placement group, which holds its devices
     placed: bool = False  # whether Ray has given it its devices
-    step: str = "placing"  # of its start; then "loading", then "up"
+    step: str = "placing"  # of its start; then "loading", and "up" once it has served
     step_began_s: float = field(default_factory=time.monotonic)
     actor: Any = None
     facts: InstanceFacts | None = None  # where it runs; known once it is ready
@@ -254,7 +254,6 @@ class EngineLauncher:
             announced = connected.done()
         finally:
             connected.cancel()
-        run.reach("up")
         return run.why_ended if run.ended.done() or announced else NOT_READY
 
     def accept(self, run: EngineRun, accepting: bool) -> None:

@@ -108,10 +108,9 @@ class Supervisor:
         """While no other instance serves, one that is being drained takes requests all the same. If
         no other ever will, its drain is taken back."""
         for member in self._members.values():
-            if member.state is not LifeState.DRAINING or member.run is None or not member.alive:
+            run, drain = member.run, member.life.drain
+            if run is None or drain is None or not member.may_serve_on:
                 continue
-            drain = member.life.drain
-            assert drain is not None
             others = [m for m in self._members.values() if m is not member]
             alone = not drain.force and not any(m.serves for m in others)
             if alone and not any(m.life.counts or m.life.renewed for m in others):
@@ -120,7 +119,7 @@ class Supervisor:
                 self.undrain(member)
             elif alone != drain.held:
                 drain.held = alone
-                self._launcher.accept(member.run, alone)
+                self._launcher.accept(run, alone)
                 if alone:
                     logger.warning("Instance %s takes requests until another does.", member.id)
 
@@ -244,6 +243,7 @@ class Supervisor:
             await self._hosts.first_look(member.run)
             why = member.run.why_ended
         if why is None:
+            member.run.reach("up")
             self._perform(member, member.life.up(asyncio.get_running_loop().time()))
         return why
 

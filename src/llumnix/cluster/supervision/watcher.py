@@ -68,6 +68,7 @@ class Watcher:
                 reports.get(run.engine_index),
                 paused=self._frontends.paused,
                 heard=run.heard_s != heard,
+                owned=self._frontends.in_flight(run.engine_index),
             )
             self._tell(member, health)
             self._frontends.note_silent(run.engine_index, health.silent)

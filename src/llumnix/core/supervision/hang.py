@@ -10,10 +10,13 @@ Rules
   compute a prompt. Before a run's first step has ended it may take `FIRST_STEP_S` in any case. An
   engine that is paused, or carries out a call, is exempt.
 - An engine whose reports cease is hung after `SILENT_LOOKS`. It is fenced after `LOST_LOOKS` in
-  which neither a report nor an output of it came; if it carried out a call, after `CALL_LOOKS`.
+  which neither a report nor an output of it came; if it carried out a call, or has yet to report
+  for the first time, after `CALL_LOOKS`.
+- An engine that reports no request is fenced if a frontend has had one there for `EMPTY_LOOKS` in
+  which no output came: the connection between them broke, and a message was lost with it.
 - Silence is counted in looks, not in seconds, because a watcher that stood still itself has seen
   nothing meanwhile.
-- A stall is blamed on the requests that run. Silence and a stop are not.
+- A stall is blamed on the requests that run. Silence, a stop and a lost message are not.
 - A new report makes it healthy again.
 """
 
@@ -31,6 +34,8 @@ STANDSTILL_LOOKS = 3
 SILENT_LOOKS = 4
 LOST_LOOKS = 20
 CALL_LOOKS = 480
+EMPTY_LOOKS = 160
+"""A frontend that stands still takes no outputs in meanwhile. It is ended within 30 s."""
 HOST_LOST_LOOKS = 8
 """All engines of a host, and its watcher too, must be silent for so many looks before the host is
 lost. A link that is down for 1 s costs 1.4 s: TCP sends again after 0.2, 0.6 and 1.4 s."""
@@ -92,24 +97,30 @@ class HangPolicy:
     newest: LoadReport | None = None
     silent_looks: int = 0  # looks since the newest report
     unheard_looks: int = 0  # those in a row in which neither a report nor an output came
+    empty_looks: int = 0  # those in a row in which it knew of no request, though a frontend did
     longest_s: deque[float] = field(default_factory=lambda: deque(maxlen=MINUTE_LOOKS))
     """The longest step that ended before each look."""
 
-    def look(self, report: LoadReport | None, *, paused: bool, heard: bool) -> Health:
+    def look(
+        self, report: LoadReport | None, *, paused: bool, heard: bool, owned: int = 0
+    ) -> Health:
         """Takes in one look: the newest report, None if there is none. `paused`: whether it stands
-        still on purpose. `heard`: whether outputs came since the look before."""
+        still on purpose. `heard`: whether outputs came since the look before. `owned`: the requests
+        that frontends have there."""
         newest = self.newest
         if report is not None and (newest is None or report.sequence != newest.sequence):
             self._note_step(report)
             self.newest, self.silent_looks, self.unheard_looks = report, 0, 0
+            self._note_empty(report, counts=owned > 0 and not heard and not paused)
             return self._reported(report, paused)
         self.unheard_looks = 0 if heard else self.unheard_looks + 1
-        if newest is None:
-            return Health()  # Nothing yet.
         self.silent_looks += 1
-        if self.silent_looks < SILENT_LOOKS:
+        if newest is not None and self.silent_looks < SILENT_LOOKS:
             return self._reported(newest, paused)
-        lost = self.unheard_looks >= (CALL_LOOKS if newest.in_call else LOST_LOOKS)
+        patient = newest is None or newest.in_call
+        lost = self.unheard_looks >= (CALL_LOOKS if patient else LOST_LOOKS)
+        if newest is None and not lost:
+            return Health()  # Nothing yet.
         what = "its process reports nothing"
         return Health(
             hung=what,
@@ -117,7 +128,14 @@ class HangPolicy:
             fence=Fenced(why=what, blamed=False) if lost else None,
         )
 
+    def _note_empty(self, report: LoadReport, *, counts: bool) -> None:
+        known = report.running + report.waiting + report.moving_in + report.moving_out
+        self.empty_looks = self.empty_looks + 1 if counts and not known else 0
+
     def _reported(self, report: LoadReport, paused: bool) -> Health:
+        if self.empty_looks >= EMPTY_LOOKS:
+            what = "it does not know of requests that it was given"
+            return Health(hung=what, fence=Fenced(why=what, blamed=False))
         stalled_s = report.stalled_s
         if paused or stalled_s <= STALLED_AFTER_S:
             return Health()

@@ -114,7 +114,7 @@ class Gate:
         http.gate_s = time.monotonic() - began_s
         if caller.named is not None:
             self._count(http, caller.named.name, meter)
-        await self._to_vllm(scope, body, http, send, meter)
+        await self._to_vllm(scope, body, http, send)
 
     def _count(self, http: HttpRequest, key: str, meter: KeyMeter | None) -> None:
         """Has a request counted to its key, and its tokens when they are known."""
@@ -132,12 +132,7 @@ class Gate:
         http.spend = spend
 
     async def _to_vllm(
-        self,
-        scope: Scope,
-        body: "RequestBody",
-        http: HttpRequest,
-        send: Send,
-        meter: KeyMeter | None,
+        self, scope: Scope, body: "RequestBody", http: HttpRequest, send: Send
     ) -> None:
         tracing = scope["app"].state.engine_client.tracing
         if tracing is not None and scope.get("method") == "POST":
@@ -149,8 +144,7 @@ class Gate:
             await self.app(scope, body, ResponseHead(http, send))
         finally:
             body.uncount()
-            if meter is not None:
-                meter.ended()
+            http.part_ends()
             current_http_request.reset(token)
             if http.span is not None:
                 http.span.end()

@@ -366,8 +366,10 @@ class StreamClient(EngineCalls):
         self.show_open()
         self.migrations.closed(request)
         http = stream.info.http
-        if http is not None and http.spend is not None and stream.last_owner is not None:
-            http.spend(stream.info.prompt_tokens, stream.outputs)
+        if http is not None:
+            http.part_ends()
+            if http.spend is not None and stream.last_owner is not None:
+                http.spend(stream.info.prompt_tokens, stream.outputs)
         if stream.last_owner is not None:
             how, waited_s = str(reason), self.first_token_s(request)
             self.ends.add(Ended(request, how, stream.outputs, waited_s))
