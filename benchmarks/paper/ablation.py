@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from common_paper import SETTINGS, arguments, column, markdown, save, simulate, spec
 
-from llumnix.sim.summary import told
+from llumnix.sim.summary import format_mean
 
 LOADS = {"S-L": 4.3, "M-M": 7.8, "L-L": 3.0}
 KINDS = {
@@ -47,7 +47,10 @@ def main() -> None:
         [
             f"{trace} {rate:g}",
             name,
-            *(told(column(found, f"{trace} {name}", pick), factor) for _, pick, factor in FIGURES),
+            *(
+                format_mean(column(found, f"{trace} {name}", pick), factor)
+                for _, pick, factor in FIGURES
+            ),
         ]
         for trace, rate in LOADS.items()
         for name in KINDS

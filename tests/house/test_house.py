@@ -5,6 +5,8 @@ import re
 from collections import Counter
 from pathlib import Path
 
+import pytest
+
 import llumnix
 from llumnix.config import knobs
 
@@ -96,3 +98,41 @@ def test_no_file_names_a_folder_of_somebodys_machine() -> None:
     texts = [p for p in (ROOT / "docs").glob("*.md")] + [ROOT / "README.md", *SOURCES]
     found = [p.name for p in texts if re.search(r"/(home|root|Users)/\w", p.read_text())]
     assert found == []
+
+
+SCRIPTS = [p for top in ("benchmarks", "scripts") for p in sorted((ROOT / top).rglob("*.py"))]
+
+
+def names_in(path: Path) -> set[str]:
+    """What a file defines or imports at its top."""
+    found = set[str]()
+    for node in ast.walk(ast.parse(path.read_text())):
+        match node:
+            case ast.ImportFrom() | ast.Import():
+                found |= {(each.asname or each.name).partition(".")[0] for each in node.names}
+            case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
+                found.add(node.name)
+            case ast.Name(ctx=ast.Store()):
+                found.add(node.id)
+    return found
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_what_a_script_imports_of_ours_is_there(script: Path) -> None:
+    """No test runs most of them, and mypy does not read them."""
+    beside = {path.stem: path for path in SCRIPTS}
+    missing = []
+    for node in ast.walk(ast.parse(script.read_text())):
+        if not isinstance(node, ast.ImportFrom) or node.module is None:
+            continue
+        names = [each.name for each in node.names]
+        if node.module.partition(".")[0] == "llumnix":
+            path = ROOT / "src" / node.module.replace(".", "/")
+            here = names_in(path / "__init__.py" if path.is_dir() else path.with_suffix(".py"))
+            here |= {each.stem for each in path.glob("*.py")}
+        elif node.module in beside:
+            here = names_in(beside[node.module])
+        else:
+            continue
+        missing += [f"{node.module}.{name}" for name in names if name not in here]
+    assert missing == []
