@@ -1,6 +1,11 @@
 """vLLM's own sockets between engine core and frontends, with our options."""
 
+import contextlib
 import queue
+import socket
+import struct
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -64,6 +69,90 @@ def test_an_engine_of_several_frontends_tries_seldom_to_reach_those_that_have_no
         real = socket if frontends == 1 else socket._socket
         assert real.getsockopt(zmq.RECONNECT_IVL_MAX) == most_ms
     assert (core.make_zmq_socket is stock) == (frontends == 1)
+
+
+class Relay:
+    """Stands between an engine and the frontend that listens at `port`."""
+
+    def __init__(self, port: int) -> None:
+        self._to = port
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"tcp://127.0.0.1:{self._listener.getsockname()[1]}"
+        self._open: list[socket.socket] = []
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                pair = [
+                    self._listener.accept()[0],
+                    socket.create_connection(("127.0.0.1", self._to)),
+                ]
+                self._open += pair
+                for one, other in (pair, pair[::-1]):
+                    threading.Thread(target=self._pass_on, args=(one, other), daemon=True).start()
+
+    def _pass_on(self, one: socket.socket, other: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := one.recv(65536):
+                other.sendall(data)
+
+    def reset(self) -> None:
+        """As a firewall that forgets its connections does."""
+        while self._open:
+            one = self._open.pop()
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            one.shutdown(socket.SHUT_RDWR)
+            one.close()
+
+    def close(self) -> None:
+        self.reset()
+        self._listener.close()
+
+
+@pytest.mark.parametrize(
+    ("listens", "connects", "more"),
+    [(zmq.ROUTER, zmq.DEALER, {"identity": b"\x07\x00", "bind": False}), (zmq.PULL, zmq.PUSH, {})],
+)
+def test_a_connection_that_breaks_and_is_made_again_is_noticed_and_a_late_first_one_is_not(
+    listens: int, connects: int, more: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys, again = SocketKeys.make(), list[str]()
+    monkeypatch.setattr(core, "make_zmq_socket", core.make_zmq_socket)
+    prepare_sockets(keys, 1, on_again=again.append)
+    with zmq.Context() as context, zmq.Context() as engines:
+        guard = Listening(context, keys)
+        ours = context.socket(listens)
+        guard.bind(ours, "tcp://127.0.0.1:0")
+        port = int(ours.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
+        relay = Relay(port)
+        engine = core.make_zmq_socket(engines, relay.address, connects, linger=0, **more)
+        late = core.make_zmq_socket(engines, "tcp://127.0.0.1:9", connects, linger=0, **more)
+        engine.send(b"ready")
+        assert ours.poll(WAIT_MS)
+        assert ours.recv_multipart()[-1] == b"ready"
+        time.sleep(0.05)
+        assert again == []
+        relay.reset()
+        within(lambda: again == [relay.address])
+        late.close()
+        relay.close()
+        guard.close()
+        ours.close()
+
+
+ENDING = """
+from llumnix.engine import vllm_sockets
+vllm_sockets._end_process("tcp://there")
+"""
+
+
+def test_the_engine_that_a_frontend_got_back_ends_and_says_why() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", ENDING], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert ended.returncode == 1
+    assert "The connection to the frontend at tcp://there broke" in ended.stderr
 
 
 LARGE = 1_000_000

@@ -7,6 +7,10 @@ Rules
   tries ten times a second, which for 40 sockets takes a hundredth of a core.
 - What is said to a frontend that died is dropped. By default ZMQ keeps it until the frontend
   connects, and vLLM keeps every large output to any frontend until ZMQ has sent those before it.
+- A connection between hosts may be reset. ZMQ makes it anew, and does not say that what was on its
+  way is lost: a request, or tokens in the middle of an answer. So an engine that a frontend gets
+  back ends at once, and its streams go on elsewhere from what has arrived. A frontend that died
+  comes back with another address.
 
 vLLM 0.32 internals relied on here (tests/house/test_vllm_contract.py fails when one changes):
 `EngineCoreProc.process_input_sockets` and `process_output_sockets`, each on a thread of its own,
@@ -17,14 +21,24 @@ first whether it is `done`.
 """
 
 import itertools
-from typing import Any
+import logging
+import os
+import queue
+import threading
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 import zmq
 from vllm.v1.engine import core
+from zmq.utils.monitor import recv_monitor_message
 
 from llumnix.sockets import SocketKeys, check_secured, connecting_options
 
+logger = logging.getLogger("llumnix.engine")
+
 RECONNECT_MAX_MS = 1000
+_NEW_ONES_MS = 1000
 
 
 class DroppingSocket:
@@ -53,10 +67,55 @@ class DroppingSocket:
         return None if self._socket.closed else self._socket.send_multipart(parts, **more)
 
 
-def prepare_sockets(keys: SocketKeys | None, frontends: int) -> set[int]:
+class Reconnections:
+    """Calls `on_again` with the address of a watched socket that was connected, and is again. A
+    thread waits for that."""
+
+    def __init__(self, on_again: Callable[[str], object]) -> None:
+        self._on_again = on_again
+        self._new: queue.SimpleQueue[tuple[Any, str]] = queue.SimpleQueue()
+        threading.Thread(target=self._run, name="llumnix-reconnections", daemon=True).start()
+
+    def watch(self, context: Any, socket: Any, address: str) -> None:
+        """Watches a socket of this context, which it was told to connect to that address."""
+        told = f"inproc://told-{id(socket)}"
+        socket.monitor(told, zmq.EVENT_HANDSHAKE_SUCCEEDED)
+        # Of a shadow, since the context closes its own sockets on the thread that ends it.
+        monitor = zmq.Context.shadow(context.underlying).socket(zmq.PAIR)
+        monitor.connect(told)
+        self._new.put((monitor, address))
+
+    def _run(self) -> None:
+        addresses: dict[Any, str] = {}
+        handshakes: Counter[str] = Counter()
+        poller = zmq.Poller()
+        try:
+            while True:
+                while not self._new.empty():
+                    monitor, addresses[monitor] = self._new.get()
+                    poller.register(monitor, zmq.POLLIN)
+                for monitor, _ in poller.poll(_NEW_ONES_MS):
+                    if recv_monitor_message(monitor)["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                        handshakes[addresses[monitor]] += 1
+                        if handshakes[addresses[monitor]] > 1:
+                            self._on_again(addresses[monitor])
+        except zmq.ContextTerminated:  # The engine ends.
+            for monitor in addresses:
+                monitor.close(linger=0)
+
+
+def _end_process(address: str) -> NoReturn:
+    logger.critical("The connection to the frontend at %s broke: this engine ends.", address)
+    os._exit(1)
+
+
+def prepare_sockets(
+    keys: SocketKeys | None, frontends: int, on_again: Callable[[str], object] = _end_process
+) -> set[int]:
     """From now on the sockets of this process's engine core have these keys, and suit so many
     frontends. Returns a set for the client indexes of those that are lost: what is said to them
-    later is dropped."""
+    later is dropped. `on_again` gets the address of a frontend on TCP whose connection broke and
+    is there again."""
     lost: set[int] = set()
     options: dict[int, Any] = dict(connecting_options(keys))
     if frontends > 1:
@@ -64,12 +123,15 @@ def prepare_sockets(keys: SocketKeys | None, frontends: int) -> set[int]:
     if not options:
         return lost
     make, client = core.make_zmq_socket, itertools.count()
+    reconnections = None if keys is None else Reconnections(on_again)
 
     def make_prepared(context: Any, path: str, kind: int, **more: Any) -> Any:
         for option, value in options.items():
             context.setsockopt(option, value)
         socket = make(context, path, kind, **more)
         check_secured(socket, keys)
+        if reconnections is not None:
+            reconnections.watch(context, socket, path)
         if frontends > 1 and kind == zmq.PUSH:
             return DroppingSocket(socket, next(client), lost)
         return socket
