@@ -98,8 +98,10 @@ async def test_a_request_goes_on_elsewhere_after_the_tokens_that_its_client_has(
         assert order.destination == I1
         assert one.link.asked[-1].prompt_tokens == 3 + 2
         assert state(one, "a") is StreamState.REVIVING
+        assert (one.client.in_flight(I0), one.client.in_flight(I1)) == (0, 1)
         one.take_in(tokens(0, "a", 7))  # The dead engine's, late.
         one.take_in(took(1, order))
+        assert one.client.in_flight(I1) == 1
         one.take_in(tokens(1, "a", 8))
         one.take_in(tokens(0, "a", 7))
         one.take_in(tokens(1, "a", 9, finish_reason=FinishReason.LENGTH))

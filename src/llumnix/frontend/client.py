@@ -131,8 +131,10 @@ class FleetClient(RevivingClient):
         return ended
 
     def in_flight(self, engine_index: EngineIndex) -> int:
-        """How many of this frontend's requests the engine owns."""
-        return self.streams.count(engine_index)
+        """How many of this frontend's requests the engine owns, or was asked to go on with."""
+        asked = (self.streams.get(request) for request in self.orphans.at(engine_index))
+        coming = sum(stream is not None and stream.owner is None for stream in asked)
+        return self.streams.count(engine_index) + coming
 
     @property
     def serving(self) -> bool:

@@ -63,7 +63,7 @@ class Frontends(Protocol):
         ...
 
     def in_flight(self, engine_index: EngineIndex) -> int:
-        """How many requests the engine owns."""
+        """How many requests the engine owns, or was asked to go on with."""
         ...
 
     def may_hold(self, engine_index: EngineIndex) -> bool:

@@ -82,6 +82,10 @@ class Orphans:
         known = self._taken_up.get(request)
         return None if known is None else known[0]
 
+    def at(self, engine: EngineIndex) -> list[RequestId]:
+        """Those that the engine is taking up."""
+        return [request for request, (at, _) in self._taken_up.items() if at == engine]
+
     def add(self, orphan: Orphan, *, declined: AbortCode | None, now: float) -> str | None:
         """A request has lost its engine. `declined`: why the engine that was to take it up does
         not; None if it died. Returns why the request waits for no other one, or None if it
