@@ -94,11 +94,10 @@ async def test_a_connection_may_be_idle_as_long_as_at_the_models_port(
     assert closed == (idle_s == "0")
 
 
-def test_what_cannot_be_served_is_refused_at_once() -> None:
+def test_what_cannot_be_served_is_refused_at_once_whether_or_not_the_other_answers_yet() -> None:
     with pytest.raises(UsageError, match="--metrics-open"):
         MetricsPort(ELSEWHERE, 0, access(), public=False)
     taken = MetricsPort("127.0.0.1", 0, access(), public=False)
-    taken._socket.listen()
     with pytest.raises(UsageError, match=rf"127.0.0.1:{taken.port} .*another --metrics-port"):
         MetricsPort("127.0.0.1", taken.port, access(), public=False)
     taken.close()

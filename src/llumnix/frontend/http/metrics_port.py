@@ -43,7 +43,8 @@ class _Server(uvicorn.Server):
 
 class MetricsPort:
     """The port, which is taken at once and answers from `serve` on; `UsageError` if it cannot be
-    had. `access` has the rules of the model's port; `public`: whether nobody needs a key."""
+    had. A client that connects before waits. `access` has the rules of the model's port; `public`:
+    whether nobody needs a key."""
 
     def __init__(self, host: str, port: int, access: Access, *, public: bool) -> None:
         keyless = public or is_loopback(host)
@@ -63,6 +64,8 @@ class MetricsPort:
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             self._socket.bind((host, port))
+            # A port that is bound alone can be bound by another process, too.
+            self._socket.listen(BACKLOG)
         except (OSError, UnicodeError) as error:
             self._socket.close()
             raise UsageError(
@@ -81,7 +84,6 @@ class MetricsPort:
         from vllm import envs  # The help of `serve` does without vLLM.
 
         self._text, self._probes = text, probes
-        self._socket.listen(BACKLOG)
         config = uvicorn.Config(
             self, lifespan="off", ws="none", log_config=None, log_level="critical",
             access_log=False, interface="asgi3", timeout_graceful_shutdown=CLOSE_TIMEOUT_S,
