@@ -28,7 +28,7 @@ from llumnix.sim.model.profile import load_profile, profile_names
 from llumnix.sim.simulate import Run, Spec, runs
 from llumnix.sim.summary import format_mean
 from llumnix.sim.workloads.named_files import FOLDER_VARIABLE
-from llumnix.sim.workloads.workload import TRACES, requests_of
+from llumnix.sim.workloads.workload import TRACES, repeated, requests_of
 
 POINTS_MAX = 200
 """Rates of a sweep."""
@@ -213,6 +213,9 @@ def _specs(args: argparse.Namespace) -> list[Spec]:
     if faults is not None and (static := [p for p in args.policy if p in STATIC]):
         raise UsageError(f"--faults: {', '.join(static)} are simulated without any; leave it out")
     rates = _sweep(args.sweep) if args.sweep else [args.rate]
+    seeds = range(args.seed, args.seed + args.seeds)
+    if args.cv is None and not args.high_share and faults is None:
+        _check_seeds(args, seeds, requests)
     if args.capacity_for:
         parse_bound(args.capacity_for)
     return [
@@ -235,9 +238,21 @@ def _specs(args: argparse.Namespace) -> list[Spec]:
             details=bool(args.report) and seed == args.seed,
         )
         for rate in rates
-        for seed in range(args.seed, args.seed + args.seeds)
+        for seed in seeds
         for policy in args.policy
     ]
+
+
+def _check_seeds(args: argparse.Namespace, seeds: range, requests: int) -> None:
+    """Raises UsageError if two seeds would be one and the same run, since the trace has too few
+    rows. It is called where nothing else is drawn."""
+    same = repeated(args.trace, args.traces, seeds, requests)
+    if same is not None:
+        raise UsageError(
+            f"--seeds {args.seeds}: seeds {same[0]} and {same[1]} are the same run, since both "
+            f"take the same {requests} of the {requests_of(args.trace, args.traces)} requests of "
+            f"{args.trace}: ask for fewer (--requests), or have gaps drawn (--cv 1)"
+        )
 
 
 def _settings(args: argparse.Namespace) -> SchedulerSettings:

@@ -111,7 +111,7 @@ class RequestFile:
             raise UsageError(f"{self.name} has {size} requests: ask for no more (--requests)")
         if not self.at_s:
             return self._select(dice.sample(range(size), requests), None)
-        first = dice.randrange(size - requests + 1)
+        first = self._first(dice, requests)
         at_s = self.at_s[first : first + requests]
         span_s, stretch = at_s[-1] - at_s[0], 1.0
         if rate_per_s is not None and requests > 1:
@@ -123,6 +123,21 @@ class RequestFile:
             stretch = (requests - 1) / rate_per_s / span_s  # wanted span ÷ the file's
         times = [(at - at_s[0]) * stretch for at in at_s]
         return self._select(range(first, first + requests), times)
+
+    def repeated(self, seeds: Iterable[int], requests: int) -> tuple[int, int] | None:
+        """Two of these seeds that draw the same requests with the same gaps; None if there are
+        none. Random rows differ in their order, at least."""
+        seen: dict[int, int] = {}
+        for seed in seeds if self.at_s and requests <= len(self.lengths) else ():
+            first = self._first(random.Random(f"{seed} lengths"), requests)
+            if first in seen:
+                return seen[first], seed
+            seen[first] = seed
+        return None
+
+    def _first(self, dice: random.Random, requests: int) -> int:
+        """The row that consecutive requests begin with."""
+        return dice.randrange(len(self.lengths) - requests + 1)
 
     def _select(self, rows: Iterable[int], at_s: list[float] | None) -> Drawn:
         rows = list(rows)

@@ -16,6 +16,7 @@ by its path is taken as it is.
 import itertools
 import math
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -207,6 +208,15 @@ def requests_of(trace: str, folder: str | Path | None) -> int | None:
     """How many requests a trace has; None if it has no end."""
     found = None if trace in PAIRS else source(trace, folder)
     return len(found.lengths) if isinstance(found, RequestFile) else None
+
+
+def repeated(
+    trace: str, folder: str | Path | None, seeds: Iterable[int], requests: int
+) -> tuple[int, int] | None:
+    """Two of these seeds that draw the same requests with the trace's own gaps; None if all
+    differ."""
+    found = None if trace in PAIRS else source(trace, folder)
+    return found.repeated(seeds, requests) if isinstance(found, RequestFile) else None
 
 
 def _synthetic(pair: str, count: int, dice: random.Random) -> Lengths:
