@@ -528,6 +528,18 @@ def test_layers_of_one_allocation_are_one_plane() -> None:
     ]
 
 
+@pytest.mark.parametrize("first", ["shorter", "longer", "both"])
+def test_of_tensors_that_lie_over_each_other_the_longest_rows_are_copied_once(first: str) -> None:
+    """vLLM's groups of layers: a block belongs to one of them, and has its bytes."""
+    memory = torch.zeros(BLOCKS, 12, dtype=torch.uint8)
+    tensors = {
+        "shorter": [memory[:, :8], memory],
+        "longer": [memory, memory[:, :8]],
+        "both": [memory, memory[:, :8], memory],
+    }[first]
+    assert lay_out(tensors, BLOCKS).pieces == (Piece(storage=0, offset=0, stride=12, size=12),)
+
+
 def test_what_is_not_alike_or_not_equally_far_stays_apart() -> None:
     def piece(storage: int, offset: int, size: int = 8) -> Piece:
         return Piece(storage=storage, offset=offset, stride=64, size=size)

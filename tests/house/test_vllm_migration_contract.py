@@ -16,6 +16,7 @@ import pytest
 
 vllm = pytest.importorskip("vllm")
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from vllm.config import CacheConfig, ModelConfig, ParallelConfig, VllmConfig  # noqa: E402
 from vllm.sampling_params import (  # noqa: E402
@@ -42,7 +43,9 @@ from vllm.v1.kv_cache_interface import (  # noqa: E402
     FullAttentionSpec,
     KVCacheConfig,
     KVCacheGroupSpec,
+    SlidingWindowSpec,
 )
+from vllm.v1.kv_cache_layout import KVCacheLayout  # noqa: E402
 from vllm.v1.request import Request, RequestStatus  # noqa: E402
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder  # noqa: E402
 from vllm.v1.structured_output import StructuredOutputManager  # noqa: E402
@@ -51,8 +54,10 @@ from vllm.v1.worker.gpu.buffer_utils import StagedWriteTensor, UvaBufferPool  # 
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner as RunnerV2  # noqa: E402
 from vllm.v1.worker.gpu.states import RequestState  # noqa: E402
 from vllm.v1.worker.gpu_input_batch import CachedRequestState  # noqa: E402
+from vllm.v1.worker.utils import allocate_kv_cache  # noqa: E402
 from vllm.v1.worker.worker_base import WorkerWrapperBase  # noqa: E402
 
+from llumnix.engine.kv.blocks import HostMemory, lay_out  # noqa: E402
 from llumnix.engine.migration import packed_tokens, unsupported  # noqa: E402
 from llumnix.engine.migration.packed_tokens import (  # noqa: E402
     Gathered,
@@ -545,6 +550,70 @@ def test_the_worker_extension_is_mixed_in() -> None:
         assert re.search(r"self\.kv_caches\b.* = \[", (ROOT / path).read_text()), path
         assert "self.device = device" in (ROOT / path).read_text(), path
     assert "self.rank = rank" in (ROOT / "v1/worker/worker_base.py").read_text()
+
+
+def memory_of_layers(
+    layout: KVCacheLayout, windowed: int, full: int, heads: int
+) -> tuple[int, dict[str, torch.Tensor]]:
+    """The blocks and tensors of a model with `windowed` layers of 2 KV heads, which see a window,
+    and `full` layers of `heads` KV heads, which see all. They are two groups."""
+    small = SlidingWindowSpec(
+        block_size=BLOCK, num_kv_heads=2, head_size=8, dtype=torch.float32, sliding_window=64
+    )
+    large = FullAttentionSpec(
+        block_size=BLOCK, num_kv_heads=heads, head_size=8, dtype=torch.float32
+    )
+    layers = {f"w{n}": small for n in range(windowed)} | {f"f{n}": large for n in range(full)}
+    specs = kv_cache_utils.unify_kv_cache_spec_page_size(layers)
+    groups = [
+        KVCacheGroupSpec([n for n in layers if n[0] == kind], specs[f"{kind}0"]) for kind in "wf"
+    ]
+    config: Any = SimpleNamespace(
+        attention_config=SimpleNamespace(hisparse_config=None),
+        cache_config=SimpleNamespace(
+            get_resolved_kv_cache_layout=lambda: layout,
+            num_gpu_blocks_override=8,
+            prefix_cache_retention_interval=None,
+        ),
+    )
+    made = kv_cache_utils.get_kv_cache_config_from_groups(config, groups, 2**20)
+    return made.num_blocks, allocate_kv_cache(made, torch.device("cpu"), layout)
+
+
+@pytest.mark.parametrize("order", ["ours", "reversed"])
+@pytest.mark.parametrize(
+    ("layout", "windowed", "full", "heads"),
+    [
+        *((layout, 2, 2, heads) for layout in ("LBHNC", "LBNHC") for heads in (2, 3, 4)),
+        *((layout, 3, 2, heads) for layout in ("BLHNC", "BLNHC") for heads in (2, 3, 4)),
+        ("LHBNC", 2, 2, 2),
+        ("BHLNC", 3, 2, 2),
+        ("BHLNC", 2, 3, 2),
+    ],
+)
+def test_a_block_is_copied_whole_in_whichever_group_it_is(
+    layout: str, windowed: int, full: int, heads: int, order: str
+) -> None:
+    """vLLM lays groups over each other and may pad the smaller page. So a block begins at the same
+    byte in all of them, and the longest of them has the bytes of the others: engine/kv/blocks.py
+    and engine/migration/worker.py rely on it."""
+    made = [memory_of_layers(KVCacheLayout[layout], windowed, full, heads) for _ in range(2)]
+    (blocks, ours), (_, theirs) = made
+    names = sorted(ours, reverse=order == "reversed")
+    near, far = (lay_out([of[n] for n in names], blocks) for _, of in made)
+    if layout != "BHLNC":  # There a part of a block may be copied twice.
+        places = {t.data_ptr() for t in ours.values()}
+        longest = [max(t[0].nbytes for t in ours.values() if t.data_ptr() == p) for p in places]
+        assert near.block_bytes == sum(longest)
+    for tensor in theirs.values():
+        tensor.fill_(1.0)
+    chunk = np.empty(2 * far.block_bytes, np.uint8)
+    HostMemory(far).gather([3, 4], chunk)
+    HostMemory(near).scatter([3, 4], chunk)
+    for name, tensor in ours.items():
+        assert tensor[3:5].eq(1.0).all(), f"a part of a block of {name} stays behind"
+        assert tensor[:3].eq(0.0).all(), f"another block of {name} is written to"
+        assert tensor[5:].eq(0.0).all(), f"another block of {name} is written to"
 
 
 def test_every_field_of_runner_v1s_request_was_considered() -> None:

@@ -117,10 +117,10 @@ class RealEngine:
             # In the worker's process, to which functions of a test go by value.
             import torch
 
-            from llumnix.engine.migration.worker import distinct
+            from llumnix.engine.migration.worker import unnested
 
             count, found = worker.cache_config.num_gpu_blocks, []
-            for tensor in distinct(worker.model_runner.kv_caches):
+            for tensor in unnested(worker.model_runner.kv_caches):
                 rows = tensor.reshape(count, -1, *tensor.shape[1:])[torch.tensor(blocks)]
                 found.append(rows.contiguous().cpu().view(torch.uint8).numpy().tobytes())
             return found

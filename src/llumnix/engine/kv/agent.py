@@ -67,7 +67,7 @@ class WorkerAgent:
         key: bytes,
         options: TransferOptions,
     ) -> None:
-        """`tensors`: the KV cache, each memory once; rows of each: a multiple of `blocks`.
+        """`tensors`: the KV cache, see `lay_out`; rows of each: a multiple of `blocks`.
 
         `listen`: "unix:/path" in a folder that exists, or "tcp:HOST:0". `key`: a secret that all
         agents and clients share. UsageError if the tensors do not hold `blocks` blocks.

@@ -89,6 +89,8 @@ class Layout:
 def lay_out(tensors: Sequence[torch.Tensor], blocks: int) -> Layout:
     """The layout of KV tensors whose dimension 0 is `blocks` times a whole number of rows.
 
+    Tensors may lie over each other. Pieces that begin at one place count once, with the bytes of
+    the longest: vLLM lays its groups of layers over each other, each with pages of its own size.
     UsageError if a tensor has another number of rows, if they lie on several devices, or if a
     block's bytes are too scattered.
     """
@@ -97,7 +99,7 @@ def lay_out(tensors: Sequence[torch.Tensor], blocks: int) -> Layout:
         raise UsageError(f"the KV tensors must lie on one device, not on {len(devices)}")
     storages: dict[int, torch.UntypedStorage] = {}
     numbers: dict[int, int] = {}
-    pieces: list[Piece] = []
+    pieces: dict[tuple[int, int, int], Piece] = {}  # by storage, offset and stride
     for tensor in tensors:
         rows = tensor.shape[0]
         if blocks < 1 or rows == 0 or rows % blocks:
@@ -107,13 +109,15 @@ def lay_out(tensors: Sequence[torch.Tensor], blocks: int) -> Layout:
         storages.setdefault(number, storage)
         offset = tensor.storage_offset() * tensor.element_size()
         for piece in _cut(tensor, number, offset, rows // blocks):
-            if len(pieces) == PIECES_MAX:
+            begins = (piece.storage, piece.offset, piece.stride)
+            if begins not in pieces and len(pieces) == PIECES_MAX:
                 raise UsageError(f"a block lies in more than {PIECES_MAX} pieces of memory")
-            pieces.append(piece)
+            if begins not in pieces or piece.size > pieces[begins].size:
+                pieces[begins] = piece
     return Layout(
         blocks=blocks,
         storages=tuple(storages.values()),
-        pieces=tuple(pieces),
+        pieces=tuple(pieces.values()),
         device=devices.pop(),
     )
 

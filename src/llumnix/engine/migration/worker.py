@@ -6,6 +6,7 @@ changes):
   worker's own thread, between two of its steps.
 - `model_runner.kv_caches`: the KV tensors of all layers, possibly nested, possibly several of one
   storage; dimension 0 counts blocks (times a factor), and all groups share the blocks' numbers.
+  Groups lie over each other: a block begins at the same byte in all of them, whatever its size.
 - Only in model runner V1: `model_runner.requests[id]` is a `CachedRequestState`, which must be
   there when a request is resumed, with its output tokens and its seeded generator. That draws once
   a token, in `sampler.topk_topp_sampler`, as often whatever top-k and top-p are. Runner V2 gets all
@@ -57,7 +58,7 @@ class LlumnixWorker:
         nap_while_waiting()
         take_packed(self.model_runner)
         self._llumnix_agent = WorkerAgent(
-            tensors=list(distinct(self.model_runner.kv_caches)),
+            tensors=list(unnested(self.model_runner.kv_caches)),
             blocks=self.cache_config.num_gpu_blocks,
             listen=listen.format(rank=self.rank),
             key=key,
@@ -129,14 +130,12 @@ class LlumnixWorker:
             runner.sampler.topk_topp_sampler(logits, {0: generator}, None, None)
 
 
-def distinct(tensors: Any) -> Iterator[torch.Tensor]:
-    """All tensors in nested lists, each memory once."""
-    seen: set[int] = set()
+def unnested(tensors: Any) -> Iterator[torch.Tensor]:
+    """All tensors in nested lists that are not empty."""
     todo = [tensors]
     while todo:
         item = todo.pop(0)
         if isinstance(item, list | tuple):
             todo = [*item, *todo]
-        elif item.numel() and item.data_ptr() not in seen:
-            seen.add(item.data_ptr())
+        elif item.numel():
             yield item
