@@ -10,6 +10,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from llumnix.cluster import fleet as fleet_module
 from llumnix.core.events import (
     AddInstances,
     DrainInstance,
@@ -556,7 +557,7 @@ def test_after_the_close_nothing_is_started_or_drained_any_more(
 ) -> None:
     async def script(w: World) -> None:
         await w.fleet.close()
-        w.decide(AddInstances(count=1, why="load"))
+        w.decide(AddInstances(count=1, total=9, why="load"))
         w.ask_for_drain(I1)
         await asyncio.sleep(10)
         assert len(w.launcher.made) == 2
@@ -572,7 +573,7 @@ def test_while_requests_end_nothing_is_started_or_drained_any_more(
 
     async def script(w: World) -> None:
         w.client.leaving = True
-        w.decide(AddInstances(count=1, why="load"))
+        w.decide(AddInstances(count=1, total=9, why="load"))
         w.ask_for_drain(I0)
         w.ask_for_drain(I1)
         await asyncio.sleep(10)
@@ -898,7 +899,7 @@ def test_what_the_scheduler_wants_and_cannot_have_is_said_once(
     async def script(w: World) -> None:
         w.room = 0
         for _ in range(100):
-            w.decide(AddInstances(count=1, why="load"))
+            w.decide(AddInstances(count=1, total=9, why="load"))
             await asyncio.sleep(1)
 
     play(script)
@@ -912,7 +913,7 @@ def test_each_decision_is_counted_with_what_became_of_it(
 
     async def script(w: World) -> None:
         with counted() as found:
-            w.decide(AddInstances(count=2, why="load"))
+            w.decide(AddInstances(count=2, total=9, why="load"))
             await asyncio.sleep(1)
             w.decide(DrainInstance(instance=I2, why="no load"))
             await asyncio.sleep(0.1)
@@ -927,10 +928,49 @@ def test_each_decision_is_counted_with_what_became_of_it(
         assert "no instance i9; there are: i0, i1, i" in caplog.text
         monkeypatch.setattr(w.fleet, "drain", None)  # As a mistake of ours would.
         w.decide(DrainInstance(instance=I1, why="a mistake"))
-        w.decide(AddInstances(count=1, why="load"))
+        w.decide(AddInstances(count=1, total=9, why="load"))
         await asyncio.sleep(1)
         assert "Not done (a mistake)" in caplog.text
         assert "i4" in w.states or "i2" in w.states
+
+    play(script)
+
+
+@pytest.mark.parametrize("ray_s", [0.0005, 0.05])
+def test_no_more_instances_are_added_than_are_missing_while_the_first_are_being_added(
+    play: Callable[..., World], monkeypatch: pytest.MonkeyPatch, ray_s: float
+) -> None:
+    """The scheduler hears of each of them, and decides anew before the fleet has added the last.
+    Ray takes `ray_s` to say whether there is room, and each message a millisecond."""
+
+    def settings(least: int) -> SchedulerSettings:
+        return SchedulerSettings(scaling=ScalingSettings(instances_min=least, instances_max=32))
+
+    async def script(w: World) -> None:
+        loop, decided = asyncio.get_running_loop(), list[int]()
+        scheduler = Scheduler(settings(2))
+
+        async def ask(check: Callable[[], None]) -> None:
+            await asyncio.sleep(ray_s)
+            check()
+
+        def hears(fact: Any) -> None:
+            for decision in scheduler.handle(fact, loop.time()):
+                assert isinstance(decision, AddInstances)
+                decided.append(decision.count)
+                loop.call_later(0.001, w.decide, decision)
+
+        def tell(fact: Any) -> None:
+            if isinstance(fact, FleetReported | SettingsChanged):
+                loop.call_later(0.001, hears, fact)
+
+        monkeypatch.setattr(fleet_module, "ask_ray", ask)
+        w.client.link.on_tell = tell
+        w.launcher.ready_s = 60.0
+        w.fleet.take_settings(settings(8))
+        await asyncio.sleep(5)
+        assert len(w.states) == 8
+        assert decided[0] == 6
 
     play(script)
 

@@ -254,7 +254,7 @@ def test_a_drain_of_a_user_or_a_signal_is_not_taken_back(by: DrainedBy) -> None:
     f = Fleet(least=2)
     f.serving, f.draining, f.drained_by = ["i0"], ["i1"], by
     (decided,) = f.second(i0=IDLE)
-    assert decided == AddInstances(count=1, why=decided.why)
+    assert decided == AddInstances(count=1, total=2, why=decided.why)
     f = Fleet(least=1)
     f.serving, f.draining, f.drained_by = ["i0"], ["i1"], by
     (decided,) = f.until(5, i0=FULL, i1=IDLE)

@@ -263,6 +263,25 @@ def test_prompts_are_put_off_in_no_more_than_every_other_of_many_steps() -> None
     assert all(one._should_throttle_prefills() for _ in range(DEFER_PREFILLS_STEPS_MAX))
 
 
+def test_a_running_prompt_with_an_adapter_is_not_left_out() -> None:
+    """vLLM counts the adapters of those that a step computes. It would start a request with another
+    adapter beside it, and end with an assertion one step later."""
+    one: Any = object.__new__(EngineInstance)
+    one._host = SimpleNamespace(defer_prefills=lambda: True)
+    one._deferrals = Deferrals()
+
+    def runs(*, prompt: bool, adapter: str | None) -> SimpleNamespace:
+        return SimpleNamespace(is_prefill_chunk=prompt, lora_request=adapter)
+
+    plain, mine = runs(prompt=True, adapter=None), runs(prompt=True, adapter="a")
+    answers = runs(prompt=False, adapter="b")
+    for waiting in ([], ["a prompt"]):
+        one.scheduler = SimpleNamespace(waiting=waiting, running=[plain, mine])
+        assert not one._should_throttle_prefills()
+        one.scheduler.running = [plain, answers]
+        assert one._should_throttle_prefills()
+
+
 def test_what_starts_after_the_resource_tracker_inherits_which_signals_are_blocked(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

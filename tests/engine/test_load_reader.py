@@ -170,6 +170,24 @@ def test_blocks_that_only_the_prefix_cache_holds_count_as_free(engine: Any) -> N
     assert engine.core.scheduler.kv_cache_manager.get_computed_blocks(again)[1] == 192
 
 
+def test_an_answer_that_came_and_ended_between_two_reports_counts(engine: Any) -> None:
+    ended = list[str]()
+    reader = LoadReader(
+        engine.core.scheduler, 4, PRIORITIES, ended=lambda request: ended.append(request.request_id)
+    )
+    options = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
+    for name in ("a", "aborted"):
+        engine.add(RequestId(name), list(range(3, 23)), options)
+        reader.arrived(engine.core.scheduler.requests[name])
+    engine.abort(RequestId("aborted"))
+    while not engine.idle():
+        engine.step()
+    numbers = reader.read()
+    assert (numbers.finished, numbers.finished_tokens) == (1, 2)
+    assert ended == ["a", "aborted"]
+    assert reader.read() == numbers
+
+
 def test_of_those_who_wait_what_is_found_is_not_computed_and_what_is_shared_takes_no_memory(
     engine: Any,
 ) -> None:

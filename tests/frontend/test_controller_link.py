@@ -241,7 +241,7 @@ def test_what_the_controller_should_not_say_and_what_fails_harm_no_question(
             b"",
             b"nothing of ours",
             encode(Ping(number=1)),
-            encode(AddInstances(count=1, why="")),
+            encode(AddInstances(count=1, total=9, why="")),
         ]
         assert await link.place(asked("r")) is not None
         assert link.up
@@ -260,7 +260,8 @@ def test_decisions_wait_for_the_fleet_in_order_and_a_bounded_number_of_them(
         await up(link)
         patient(link)
         controller.also = [
-            encode(AddInstances(count=1, why=f"load {n}")) for n in range(DECISIONS_MAX + 1)
+            encode(AddInstances(count=1, total=9, why=f"load {n}"))
+            for n in range(DECISIONS_MAX + 1)
         ]
         assert await link.place(asked("r")) is not None
         waiting = [link.decisions.get_nowait().why for _ in range(link.decisions.qsize())]

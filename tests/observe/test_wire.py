@@ -98,7 +98,7 @@ SAMPLES: list[Message] = [
         why="because",
         source_sequence=7,
     ),
-    AddInstances(count=2, why="because"),
+    AddInstances(count=2, total=9, why="because"),
     DrainInstance(instance=InstanceId("i0"), why="because"),
     UndrainInstance(instance=InstanceId("i0"), why="because"),
     MigrationRequested(request=RequestId("r"), destination=EngineIndex(1), why="because"),

@@ -176,20 +176,29 @@ class Fleet:
 
     async def add(self, why: str = "a user's order") -> InstanceStatus:
         async with self._adding:
-            there = [m for m in self._members.values() if m.life.counts or m.life.renewed]
-            most = self._settings.scaling.instances_max
-            if most is not None and len(there) >= most:
-                raise CapacityError(
-                    f"there are {len(there)} instances, and --max-instances is {most}: DELETE one "
-                    "first, or start llumnix with a higher one"
-                )
-            await self._check_room()
-            self._frontends.grow_metrics(self._free_slot() + 1)
-            member = self._register()
-            self.notes.note("add", member.id, why)
-            self._supervisor.supervise(member)
-            self._changed()
+            return await self._add(why)
+
+    async def _add(self, why: str) -> InstanceStatus:
+        there, most = self._wanted(), self._settings.scaling.instances_max
+        if most is not None and there >= most:
+            raise CapacityError(
+                f"there are {there} instances, and --max-instances is {most}: DELETE one first, or "
+                "start llumnix with a higher one"
+            )
+        members = self._members.values()
+        waiting = sum(m.life.coming and not (m.run and m.run.placed) for m in members)
+        alive = sum(m.state is not LifeState.FAILED for m in members)
+        await ask_ray(lambda: check_one_more(self._launch, there=alive, waiting=waiting))
+        self._frontends.grow_metrics(self._free_slot() + 1)
+        member = self._register()
+        self.notes.note("add", member.id, why)
+        self._supervisor.supervise(member)
+        self._changed()
         return member.status()
+
+    def _wanted(self) -> int:
+        """How many instances serve, or will."""
+        return sum(m.life.counts or m.life.renewed for m in self._members.values())
 
     async def drain(
         self,
@@ -316,25 +325,28 @@ class Fleet:
             return  # A SIGTERM to all processes makes the instances ask for drains as well.
         try:
             match decision:
-                case AddInstances(count=count, why=why):
-                    for _ in range(count):
-                        added = await self.add(why)
-                        logger.info("Instance %s is added: %s.", added.id, why)
+                case AddInstances(count=count, total=total, why=why):
+                    async with self._adding:
+                        for _ in range(min(count, total - self._wanted())):
+                            added = await self._add(why)
+                            logger.info("Instance %s is added: %s.", added.id, why)
                 case DrainInstance(instance=instance, why=why):
                     await self.drain(instance, why, by=by)
                 case UndrainInstance(instance=instance):
                     drain = self._member(instance).life.drain
                     if drain is not None and drain.by == "scheduler":
                         await self.undrain(instance)
-            self._refused = ""
-            _count(decision, by, "done")
+            self._refused, outcome = "", "done"
         except UsageError as error:
-            _count(decision, by, "refused")
+            outcome = "refused"
             if str(error) != self._refused:  # Logged once, though it is decided again and again.
                 self._refused = str(error)
                 logger.warning("Not done (%s): %s", decision.why, error)
         except Exception:
             logger.exception("Not done (%s)", decision.why)
+            return
+        if by == "scheduler":
+            metrics.SCALING.labels(DECIDED[type(decision)], outcome).inc()
 
     async def _scraped(self) -> Seen:
         """The fleet, as a scrape of the metrics sees it."""
@@ -350,12 +362,6 @@ class Fleet:
         """Raises `CapacityError` unless the cluster has room for `count` instances in all, or gets
         it within so long."""
         await wait_for_room(lambda: check_start(self._launch, count), wait_s, say)
-
-    async def _check_room(self) -> None:
-        members = self._members.values()
-        waiting = sum(m.life.coming and not (m.run is not None and m.run.placed) for m in members)
-        there = sum(m.state is not LifeState.FAILED for m in members)
-        await ask_ray(lambda: check_one_more(self._launch, there=there, waiting=waiting))
 
     async def close(self) -> None:
         """Stops all instances and the controller. Every step is tried; a failure is logged."""
@@ -392,9 +398,3 @@ class Fleet:
         members = self._members.values()
         taken = {m.slot for m in members if m.state is not LifeState.FAILED or m.run is not None}
         return next(s for s in range(len(taken) + 1) if s not in taken)
-
-
-def _count(decision: ScalingDecision, by: DrainedBy, outcome: str) -> None:
-    """Adds to the metrics what became of a decision to scale."""
-    if by == "scheduler":
-        metrics.SCALING.labels(DECIDED[type(decision)], outcome).inc()

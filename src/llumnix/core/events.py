@@ -146,9 +146,11 @@ class MoveOrder:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AddInstances:
-    """Start that many more instances."""
+    """Start that many more instances, but no more than there are to be in all: the fleet may hear
+    of the next decision before it has carried out this one."""
 
     count: int
+    total: int  # of those that serve or are coming
     why: str
 
 

@@ -334,9 +334,11 @@ class EngineInstance(MemoryCalls, EngineCoreActor):
         if not self._host.defer_prefills():
             self._deferrals.rest()
             return False
-        scheduler = self.scheduler
-        if not scheduler.waiting and not any(r.is_prefill_chunk for r in scheduler.running):
+        prompts = [r for r in self.scheduler.running if r.is_prefill_chunk]
+        if not self.scheduler.waiting and not prompts:
             return True  # No prompt is there to be deferred.
+        if any(r.lora_request is not None for r in prompts):
+            return False  # vLLM would forget its adapter, start others', and end by an assertion.
         return self._deferrals.take()
 
     def turn(self) -> None:

@@ -40,7 +40,13 @@ from vllm.v1.request import Request
 
 from llumnix.core.priorities import Priorities
 from llumnix.engine.queueing import Queueing
-from llumnix.engine.readings import ABLE, client_priority, has_adapter_room, start_blocks
+from llumnix.engine.readings import (
+    ABLE,
+    client_priority,
+    has_adapter_room,
+    kv_growth,
+    start_blocks,
+)
 
 PASSED_OVER_MAX = 8
 """So many at the front of the queue are looked at for one that lacks nothing but room."""
@@ -57,7 +63,8 @@ class UrgentAdmission:
         queueing: Queueing | None = None,
     ) -> None:
         self._scheduler = scheduler
-        watermark = int(scheduler.kv_cache_manager.watermark_blocks)
+        self._kv, self._growth = scheduler.kv_cache_manager, kv_growth(scheduler)
+        watermark = int(self._kv.watermark_blocks)
         self._room: Callable[[Request], int] = lambda request: watermark
         self._left: Callable[[Request], int] = lambda request: 0
         if queueing is not None and queueing.room is not None:
@@ -133,7 +140,6 @@ class UrgentAdmission:
         """What `head` needs to start beyond what the next step leaves, counted as vLLM does when it
         admits a request: the running requests get theirs first."""
         scheduler = self._scheduler
-        kv = scheduler.kv_cache_manager
         needed, cached = start_blocks(scheduler, head)
         running = [self._wanted(r) for r in scheduler.running]
         beyond = zip(running, scheduler.running, strict=True)
@@ -144,7 +150,7 @@ class UrgentAdmission:
             blocks=needed
             + sum(max(0, w.blocks - self._left(r)) for w, r in beyond)
             + self._room(head)
-            - kv.block_pool.get_num_free_blocks(),
+            - self._kv.block_pool.get_num_free_blocks(),
             tokens=min(head.num_tokens - cached, budget - len(running))
             + sum(w.tokens for w in running)
             - budget,
@@ -153,17 +159,17 @@ class UrgentAdmission:
     def _wanted(self, request: Request) -> "Amount":
         """What a running request takes in the next step: all that is left of its prompt, or one
         token."""
-        held = len(self._scheduler.kv_cache_manager.get_blocks(request.request_id).blocks[0])
+        growth = self._growth
+        held = growth.held(self._kv.get_blocks(request.request_id).blocks)
         tokens = max(1, request.num_tokens - request.num_computed_tokens)
         reach = request.num_computed_tokens + tokens
-        return Amount(
-            slots=1, blocks=max(0, -(-reach // self._scheduler.block_size) - held), tokens=tokens
-        )
+        blocks = max(0, -(-reach // growth.tokens) - held) * growth.blocks
+        return Amount(slots=1, blocks=blocks, tokens=tokens)
 
     def _freed(self, victim: Request) -> "Amount":
         """What the next step has more without `victim`, of whose blocks only those count that no
         other request holds."""
-        groups = self._scheduler.kv_cache_manager.get_blocks(victim.request_id).blocks
+        groups = self._kv.get_blocks(victim.request_id).blocks
         own = sum(b.ref_cnt == 1 and not b.is_null for group in groups for b in group)
         wanted = self._wanted(victim)
         return Amount(

@@ -105,7 +105,9 @@ class Scaling:
             UndrainInstance(instance=i, why=why) for i in own[:count]
         ]
         if len(own) < count and now >= self._failures.pause_until_s:
-            decisions.append(AddInstances(count=count - len(own), why=why))
+            there = len(fleet.serving) + fleet.starting
+            more = count - len(own)
+            decisions.append(AddInstances(count=more, total=there + count, why=why))
         if decisions:
             self._below_since_s = None
             self._changed_s = now

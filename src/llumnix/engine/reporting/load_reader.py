@@ -6,6 +6,8 @@ Rules
 - A count looks at the requests that run and at those that came, left or changed sides since the
   last count. It never looks at the whole queue.
 - A preemption is counted once the request waits again, or has left.
+- A token of KV takes a block's part in each group of layers that grows (`readings.kv_growth`), so
+  the memory of a model with several groups holds fewer tokens than blocks times their size.
 - A request that was taken out of the batch to be handed over counts as running until it has left.
   The report says apart how many requests are on their way out.
 
@@ -16,7 +18,7 @@ vLLM internals relied on here (tests/house/test_vllm_contract.py fails when one 
 - `Request`: `priority`, `num_tokens`, `num_output_tokens`, `num_preemptions`, `status`; a finished
   one keeps them. `is_prefill_chunk`: it runs, and tokens of its prompt (or, after a preemption, of
   its answer too) beyond the `num_computed_tokens` that are scheduled so far are left.
-- `kv_cache_manager.block_pool.get_num_free_blocks()`, `scheduler.block_size` in tokens.
+- `kv_cache_manager.block_pool.get_num_free_blocks()`.
 - `Request.num_computed_tokens` of one that waits is what a move brought along, else 0.
 """
 
@@ -30,7 +32,13 @@ from vllm.v1.request import Request, RequestStatus
 from llumnix.core.limits import WAITING_SHOWN_MAX
 from llumnix.core.priorities import Priorities
 from llumnix.core.reports import ClassLoad, EngineCounts
-from llumnix.engine.readings import client_priority, needed_tokens, token_bytes
+from llumnix.engine.readings import (
+    client_priority,
+    kv_growth,
+    needed_tokens,
+    start_blocks,
+    token_bytes,
+)
 
 _ANSWERED = (
     RequestStatus.FINISHED_STOPPED,
@@ -64,7 +72,9 @@ class LoadReader:
         self._taken_out = taken_out
         self._blocked = blocked
         self._ended = ended
-        self._block = int(scheduler.block_size)
+        growth = kv_growth(scheduler)
+        self._block = growth.tokens
+        self._groups = growth.blocks  # blocks that one of so many tokens takes in all
         self._token_bytes = token_bytes(scheduler)
         self._seen: tuple[Any, ...] = ()
         self._known: dict[str, CountedRequest] = {}
@@ -114,7 +124,8 @@ class LoadReader:
         )
         pool = scheduler.kv_cache_manager.block_pool
         total = pool.num_gpu_blocks - 1  # One block is vLLM's placeholder, never handed out.
-        used = (total - pool.get_num_free_blocks()) * self._block
+        used = self._tokens(total - pool.get_num_free_blocks())
+        capacity = self._tokens(total)
         counted = seen != self._seen
         if counted:
             self._seen = seen
@@ -123,15 +134,15 @@ class LoadReader:
         if scheduler.waiting:
             first = next(iter(scheduler.waiting))
             head, (blocks, passable) = self.needed(first), self._blocked(first)
-            keep = blocks * self._block
-            if head + keep > total * self._block - used - prefill:
+            keep = self._tokens(blocks)
+            if head + keep > capacity - used - prefill:
                 least = min(map(self.needed, islice(iter(scheduler.waiting), WAITING_SHOWN_MAX)))
         last, now = self._last, (used, prefill, head, keep, passable, least)
         if last is not None and not counted and now == _told(last):
             return last
         self._last = EngineCounts(
             kv_tokens_used=used,
-            kv_tokens_total=total * self._block,
+            kv_tokens_total=capacity,
             prefill_tokens=now[1],
             block_tokens=self._block,
             slots=self._slots,
@@ -147,16 +158,28 @@ class LoadReader:
         )
         return self._last
 
+    def _tokens(self, blocks: int) -> int:
+        """How many tokens fit in so many blocks, in whole blocks of each group."""
+        return blocks // self._groups * self._block
+
     def needed(self, request: Request) -> int:
-        """Its KV tokens (readings.py)."""
-        return needed_tokens(request, self._block)
+        """The KV tokens that it needs to start (readings.py). With several groups of layers a
+        window takes fewer blocks than all tokens would, so it is asked how many these are."""
+        if self._groups == 1:
+            return needed_tokens(request, self._block)
+        return -(-start_blocks(self._scheduler, request)[0] // self._groups) * self._block
 
     def _count(self) -> None:
         requests = self._scheduler.requests
         new = [r for r in self._new if requests.get(r.request_id) is r]
+        gone = [r for r in self._new if requests.get(r.request_id) is not r]
         self._new = []
         for request in new:
             self._know(request)
+        for request in gone:  # It came and ended since the last count.
+            known = self._known.get(request.request_id)
+            if known is None or known.request is not request:
+                self._left(self._counted(request))
         running = [0] * len(self._priorities)
         before, self._running, self._prompts = self._running, {}, []
         for request in chain(self._scheduler.running, self._taken_out()):
@@ -237,10 +260,12 @@ class LoadReader:
         if known is None or known.request is not request:
             if known is not None:
                 self._left(known)  # Another one came under its id.
-            rank = self._priorities.rank(client_priority(request))
-            known = CountedRequest(request=request, rank=rank, preemptions=request.num_preemptions)
-            self._known[request.request_id] = known
+            known = self._known[request.request_id] = self._counted(request)
         return known
+
+    def _counted(self, request: Request) -> "CountedRequest":
+        rank = self._priorities.rank(client_priority(request))
+        return CountedRequest(request=request, rank=rank, preemptions=request.num_preemptions)
 
     def _wanted(self, request: Request) -> tuple[int, int, int]:
         """What is counted of a request that begins to wait. One that was preempted is expected to
