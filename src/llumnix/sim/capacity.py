@@ -7,13 +7,18 @@ from llumnix.sim.simulate import Run, Spec, run_one
 
 
 def smallest_fleet(spec: Spec, bound: str, most: int) -> tuple[int, Run]:
-    """The fewest instances with which a run keeps a bound such as `ttft_p99<2s`, and that run.
-    Doubles until it holds, then halves the gap; that more instances make it worse is chance."""
-    figure, limit = parse_bound(bound)
+    """The fewest instances with which a run keeps a bound such as `ttft_p99<2s` and no request
+    fails, and that run. Raises UsageError if `most` do not either. Doubles until it holds, then
+    halves the gap; that more instances make it worse is chance."""
+    (figure, part), limit = parse_bound(bound)
+
+    def value_of(run: Run) -> float | None:
+        value: float | None = run["metrics"][figure][part]
+        return value
 
     def holds(count: int) -> tuple[bool, Run]:
         run = run_one(replace(spec, instances=count))
-        value = run["metrics"][figure[0]][figure[1]]
+        value = value_of(run)
         done = run["metrics"]["requests_failed"] == 0
         return done and value is not None and value < limit, run
 
@@ -21,9 +26,11 @@ def smallest_fleet(spec: Spec, bound: str, most: int) -> tuple[int, Run]:
     kept, found = holds(high)
     while not kept:
         if high >= most:
+            value, failed = value_of(found), found["metrics"]["requests_failed"]
             raise UsageError(
-                f"{bound} does not hold with {most} instances either: "
-                f"{figure[0]} {figure[1]} is {found['metrics'][figure[0]][figure[1]]:.3g}"
+                f"{bound} does not hold with {most} instances either: {figure} {part} is "
+                f"{'not measured' if value is None else f'{value:.3g}'}, and {failed:,} of "
+                f"{spec.requests:,} requests failed; loosen the bound, or lower --rate"
             )
         low, high = high, min(most, high * 2)
         kept, found = holds(high)

@@ -218,6 +218,8 @@ def _specs(args: argparse.Namespace) -> list[Spec]:
         _check_seeds(args, seeds, requests)
     if args.capacity_for:
         parse_bound(args.capacity_for)
+        if args.report:
+            raise UsageError("--report: --capacity-for makes no page; leave one of them out")
     return [
         Spec(
             scheduler=settings if policy in STATIC else replace(settings, policy=policy),

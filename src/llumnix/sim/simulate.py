@@ -11,13 +11,17 @@ estimates `preemption_loss_s` from gaps between tokens, and does not count insta
 - kv_used, waiting: share of KV memory in use, requests in queues; like fragmentation_blocked
   sampled over the time of arrivals.
 - instances_mean: over the whole run, those that start included.
+- requests_failed: those that did not end, but for those whose client hung up.
 - survival, with faults: streams that other engines went on with after theirs died, and how often;
   streams that ended with their engine; pause_s: from the death to the next token, of each revival;
   slowed_s: what steps took longer since they computed such requests again, of each other request
   that was in such a step.
 """
 
+import itertools
+import operator
 import statistics
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +34,7 @@ from llumnix.core.settings import SchedulerSettings
 from llumnix.core.types import InstanceId, RequestId
 from llumnix.sim.model.batching import EngineOptions
 from llumnix.sim.model.checks import check_view, come_to_rest
-from llumnix.sim.model.clients import ENGINE_DIED
+from llumnix.sim.model.clients import ENGINE_DIED, HUNG_UP
 from llumnix.sim.model.clock import TICKS
 from llumnix.sim.model.cluster import Cluster, Setup
 from llumnix.sim.model.faults import FaultInjector, Faults
@@ -43,7 +47,9 @@ from llumnix.sim.workloads.workload import Workload
 SAMPLES = 400
 """Looks at the instances during the time of arrivals, evenly."""
 DECISIONS_MAX = 1000
-"""Decisions that a run's details keep: the last ones but for dispatches."""
+"""Decisions of each kind that a run's details keep: the last ones."""
+DISPATCHES_MAX = 250
+"""Dispatches that they keep: the first ones."""
 
 T = TypeVar("T")
 Run = dict[str, Any]
@@ -171,28 +177,39 @@ class Sampler:
 
 
 class DecisionRecorder:
-    """Keeps the decisions for the report: all moves and changes, and the first dispatches."""
+    """Keeps the decisions for the report: the last moves and changes, and the first dispatches."""
 
     def __init__(self) -> None:
-        self.rows: list[dict[str, Any]] = []
-        self._dispatches = 0
+        self._dispatches: list[dict[str, Any]] = []
+        self._others: dict[str, deque[dict[str, Any]]] = {}  # by kind
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """What is kept, in order of time."""
+        kept = itertools.chain(self._dispatches, *self._others.values())
+        return sorted(kept, key=operator.itemgetter("t_s"))
 
     def record(self, now: float, what: Fact | Decision) -> None:
         """Called with every fact and decision."""
         why = getattr(what, "why", None)
-        if why is None or isinstance(what, NoInstance) or len(self.rows) >= DECISIONS_MAX:
+        if why is None or isinstance(what, NoInstance):
             return
         if isinstance(what, Dispatch):
-            self._dispatches += 1
-            if self._dispatches > DECISIONS_MAX // 4:
-                return
-            kind, text = "dispatch", f"{what.request} to {what.instance}"
-        elif isinstance(what, MoveOrder):
+            if len(self._dispatches) < DISPATCHES_MAX:
+                text = f"{what.request} to {what.instance}"
+                self._dispatches.append(_row_of(now, "dispatch", text, why))
+            return
+        if isinstance(what, MoveOrder):
             kind, text = "move", f"{what.source} to {what.destination}"
         else:
             kind = type(what).__name__.removesuffix("Instances").removesuffix("Instance").lower()
             text = str(getattr(what, "instance", None) or f"{getattr(what, 'count', '')} more")
-        self.rows.append({"t_s": round(now, 3), "kind": kind, "what": text, "why": why})
+        kept = self._others.setdefault(kind, deque(maxlen=DECISIONS_MAX))
+        kept.append(_row_of(now, kind, text, why))
+
+
+def _row_of(now: float, kind: str, what: str, why: str) -> dict[str, Any]:
+    return {"t_s": round(now, 3), "kind": kind, "what": what, "why": why}
 
 
 def run_one(spec: Spec) -> Run:
@@ -308,7 +325,7 @@ def figures_of(jobs: Sequence[Job]) -> dict[str, Any]:
         "e2e_s": spread([j.ended_s - j.arrived_s for j in done if j.ended_s is not None]),
         "preemption_loss_s": {"mean": _mean([j.lost_s for j in done])},
         "requests_done": len(done),
-        "requests_failed": len(jobs) - len(done),
+        "requests_failed": sum(j.ended_s is None and j.error != HUNG_UP for j in jobs),
     }
 
 

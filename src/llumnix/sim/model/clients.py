@@ -38,6 +38,7 @@ class Begin:
 ToEngine = Abort | TellLost | AskFate | Begin
 NOTHING: list[ToEngine] = []
 ENGINE_DIED = "its engine died"
+HUNG_UP = "hung up"
 ONE_TOKEN = (0,)
 """Tokens are counted, and what they say is not modelled."""
 
@@ -96,13 +97,18 @@ class Clients:
         """An engine was found for a request."""
         self.streams.placed(self.streams.open(job.id, job), engine)
 
+    def refuse(self, job: Job, why: str) -> None:
+        """Too many wait, and the client does not try again."""
+        self._closed += 1
+        job.error = why
+
     def fewest_streams(self, engines: Iterable[EngineIndex]) -> EngineIndex | None:
         """Where a frontend without a controller places a request."""
         return min(engines, key=lambda i: (self.streams.count(i), i), default=None)
 
     def hang_up(self, request: RequestId) -> list[ToEngine]:
         """The client goes away."""
-        return self._close(request, "hung up")
+        return self._close(request, HUNG_UP)
 
     def _close(
         self, request: RequestId, error: str, done_at: EngineIndex | None = None

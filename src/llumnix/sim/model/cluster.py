@@ -26,7 +26,7 @@ from llumnix.core.events import (
     InstanceLost,
     LoadReported,
     MoveOrder,
-    RequestArrived,
+    NoInstance,
     Tick,
     UndrainInstance,
 )
@@ -159,28 +159,28 @@ class Cluster:
 
     def _place(self, job: Job) -> None:
         index = self._choose(job)
-        if index is None:
-            self.clock.at(self.now + RETRY_S, ARRIVALS, self._place, job)
-        else:
+        if index is not None:
             self.clients.placed(job, index)
             self._send(index, Add(job=job))
+        elif not job.error:
+            self.clock.at(self.now + RETRY_S, ARRIVALS, self._place, job)
 
-    def _choose(self, job: Job) -> EngineIndex | None:
-        """Asks the scheduler where to put it. Without one, the frontend decides."""
+    def _choose(self, job: Job, *, again: bool = False) -> EngineIndex | None:
+        """Asks the scheduler where to put it, which may refuse a new one for good. Without a
+        scheduler, the frontend decides."""
         if self.scheduler is None:
             return self.clients.fewest_streams(self._serving())
-        tokens, priority = job.prompt + job.got, job.priority
-        fact = RequestArrived(
-            request=job.id, prompt_tokens=tokens, priority=priority, prefix=job.prefix
-        )
-        (decision,) = self._decide(fact)
+        (decision,) = self._decide(job.arrival(again=again))
+        if isinstance(decision, NoInstance) and decision.code != "no_instance":
+            self.clients.refuse(job, decision.why)
         return decision.engine_index if isinstance(decision, Dispatch) else None
 
     def _serving(self) -> list[EngineIndex]:
         return [i.index for i in self.instances.values() if i.state == "serving"]
 
     def _revive(self) -> None:
-        self._perform(self.clients.revive(self._serving(), self._choose, self.now))
+        choose = partial(self._choose, again=True)
+        self._perform(self.clients.revive(self._serving(), choose, self.now))
         self._reviving = bool(self.clients.orphans)
         if self._reviving:
             self.clock.at(self.now + RETRY_S, ARRIVALS, self._revive)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from llumnix.core.events import RequestArrived
 from llumnix.core.priorities import QueueKey
 from llumnix.core.queue_rules import Wait
 from llumnix.core.slices.promises import Promise
@@ -32,7 +33,18 @@ class Job:
     revivals: int = 0  # engines that went on with it after one that died
     slowed_s: float = 0.0  # of steps that were longer since they computed revived requests again
     got: int = 0  # tokens that its client has
-    error: str = ""  # why its stream was closed early
+    error: str = ""  # why its stream was closed early, or why it was refused
+
+    def arrival(self, *, again: bool) -> RequestArrived:
+        """What the scheduler is told of it; `again`: an engine had it, and died."""
+        tokens = self.prompt + self.got
+        return RequestArrived(
+            request=self.id,
+            prompt_tokens=tokens,
+            priority=self.priority,
+            prefix=self.prefix,
+            again=again,
+        )
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
