@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -339,6 +340,46 @@ def test_a_chunk_starts_when_all_before_it_are_paid_for_and_no_rest_is_saved_up(
     assert waited == [pytest.approx(s) for s in (0.5, 0.6, 1.1) * 2]
     RateLimiter(None).take(10**12, never)  # type: ignore[arg-type]
     assert len(waited) == 6
+
+
+@pytest.mark.parametrize(
+    ("same_host", "limit", "unread_max"), [("tcp", 1e15, 0), ("tcp", None, 1), ("auto", 1e15, 1)]
+)
+def test_no_chunk_of_a_stream_waits_unread_while_the_next_one_waits_for_bandwidth(
+    rig: Rig,
+    monkeypatch: pytest.MonkeyPatch,
+    same_host: str,
+    limit: float | None,
+    unread_max: int,
+) -> None:
+    """Its source would give the move up after `CHUNK_TIMEOUT_S`. Without a limit, and where memory
+    is shared, the source fills the next chunk while one is read."""
+    asked, read, unread = list[int](), list[int](), list[int]()
+    ask, take = readers.StagedReader._ask, readers.StagedReader._take
+
+    def asks(reader: readers.StagedReader, *args: Any) -> None:
+        asked.append(1)
+        ask(reader, *args)
+
+    def takes(reader: readers.StagedReader, *args: Any) -> None:
+        take(reader, *args)
+        read.append(1)
+
+    monkeypatch.setattr(readers.StagedReader, "_ask", asks)
+    monkeypatch.setattr(readers.StagedReader, "_take", takes)
+    monkeypatch.setattr(RateLimiter, "take", lambda *_: unread.append(len(asked) - len(read)))
+    theirs, ours = kv_tensors(1), kv_tensors(100)
+    options = TransferOptions(
+        staging_bytes=1, same_host=same_host, bandwidth_bytes_per_s=limit
+    )  # a block a chunk
+    blocks = list(range(5))
+    expected = after_pull(snapshot(ours), snapshot(theirs), blocks, blocks)
+    client = rig.client(rig.agent(ours, options))
+    client.pull(1, [rig.agent(theirs, options)], blocks, blocks)
+    assert rig.answer().error is None
+    assert torch.equal(snapshot(ours), expected)
+    assert len(unread) == 5
+    assert max(unread) == unread_max
 
 
 # ---------------------------------------------------------------- failures

@@ -158,6 +158,9 @@ class StagedReader(_LinkedReader):
         chunk_bytes = welcome.chunk_blocks * layout.block_bytes
         self._memory = open_memory(layout)
         self._streamed = welcome.transport != "memfd"
+        # The source waits in its send for a chunk to be read, and for CHUNK_TIMEOUT_S at most. So
+        # none may be on its way while we wait for bandwidth.
+        self._reads_first = self._streamed and options.bandwidth_bytes_per_s is not None
         if self._streamed:
             # One: the second chunk is in the socket's buffers.
             self._halves = [np.empty(chunk_bytes, np.uint8)]
@@ -177,6 +180,9 @@ class StagedReader(_LinkedReader):
         turns = len(self._halves)
         block_bytes = self._layout.block_bytes
         for number, (theirs, ours) in enumerate(chunks(source, destination, self._chunk_blocks)):
+            if waiting is not None and self._reads_first:
+                self._take(*waiting)
+                waiting = None
             throttle(len(ours) * block_bytes)
             self._ask(theirs, number % turns)
             if waiting is not None:
