@@ -1,5 +1,6 @@
 """The event log, and what replays it."""
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -808,6 +809,39 @@ def test_files_that_do_not_follow_one_another_are_not_read_together(
     # One of another version is another log.
     write(tmp_path / "log.1", [{**line, "version": 1} for line in lines(tmp_path / "log.1")])
     assert log_files.files_of(path) == [path]
+
+
+def test_a_writer_without_news_keeps_no_removed_file_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An open file takes its room on the disk, whether or not it has a name."""
+    monkeypatch.setattr(log_files, "LOOK_EVERY_S", 0.0)
+    monkeypatch.setattr(log_files, "IDLE_S", 0.01)
+    path = tmp_path / "log"
+    place = LogPlace(path=str(path), file_max_bytes=10_000)
+    idle, busy = EventLog(place, who="engine 0"), EventLog(place, who="controller 1")
+    idle.migration({"id": "first"})
+    until = time.monotonic() + 60
+    while not any(line["who"] == "engine 0" for line in lines(path)):
+        assert time.monotonic() < until
+    for n in range(1000):
+        busy.migration({"id": n})
+    busy.close()
+    while open_files(path):
+        assert time.monotonic() < until, open_files(path)
+    idle.migration({"id": "last"})
+    idle.close()
+    assert lines(path)[0]["version"] == LOG_VERSION
+    assert lines(path)[-1]["body"] == {"id": "last"}
+
+
+def open_files(path: Path) -> set[str]:
+    """Those of a log that this process has open."""
+    found = set()
+    for file in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            found.add(os.readlink(f"/proc/self/fd/{file}"))
+    return {name for name in found if name.startswith(str(path))}
 
 
 def test_a_file_that_is_full_is_begun_anew_and_the_one_before_kept(

@@ -37,6 +37,8 @@ NOT_A_LINE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 """What reading a torn line raises: it may be cut within a character."""
 LOOK_EVERY_S = 1.0
 """Between two looks at the file's size, and at whether another process has renamed it."""
+IDLE_S = 10.0
+"""After so long without a line a writer looks whether its file is still the newest."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,7 +176,7 @@ class Writer:
 
     def _run(self) -> None:
         look_s, last_try = 0.0, False
-        while (line := self._lines.get()) is not None:
+        while (line := self._next_line()) is not None:
             try:
                 if (now := time.monotonic()) >= look_s:
                     self._turn_over()
@@ -190,6 +192,24 @@ class Writer:
                 if last_try:
                     return
                 last_try = self._closing.wait(RETRY_S)
+
+    def _next_line(self) -> bytes | None:
+        """Waits for it; None: the log is closed."""
+        while True:
+            with contextlib.suppress(queue.Empty):
+                return self._lines.get(timeout=IDLE_S)
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Closes a file that is not the newest any more. Else it would take room on the disk after
+        the others have removed it. The next line opens the newest."""
+        if self._file is None:
+            return
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(self._path), os.fstat(self._file)):
+                return
+        os.close(self._file)
+        self._file, self._begun = None, False
 
     def _tell(self, error: Exception | None) -> None:
         """Says once that the log stands still, and once that it goes on."""
