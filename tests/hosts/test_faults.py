@@ -181,6 +181,47 @@ def test_a_host_that_is_cut_off_is_lost_and_ends_its_engines_and_comes_back(
         same(calm, streams.ended())
 
 
+ZMQ_PORTS = r"""
+import socket, sys
+for port in sys.argv[2:]:
+    try:
+        with socket.create_connection((sys.argv[1], int(port)), 5) as there:
+            there.settimeout(1)
+            greeting = there.recv(10)
+    except OSError:
+        continue
+    if greeting[:1] == b"\xff" and greeting[-1:] == b"\x7f":
+        print(port)
+"""
+
+
+def zmq_ports(host: Host) -> list[str]:
+    """The ports of a host at which ZMQ listens: it speaks first, and Ray does not."""
+    rows = (line.split()[3].rpartition(":") for line in host.run("ss", "-Hltn").splitlines())
+    ports = [port for address, _, port in rows if address == host.address]
+    return host.run(sys.executable, "-c", ZMQ_PORTS, host.address, *ports).split()
+
+
+def test_a_connection_that_is_reset_costs_no_token(
+    net: Network, whole: ServerOnHosts, calm: list[Recorded]
+) -> None:
+    """As a firewall does that forgets its connections. What was on its way is lost."""
+    name, there = other_host(whole)
+    head, before = net.hosts[0], whole.instances()[name]["restarts"]
+    with Streams(whole, KINDS) as streams:
+        ports = zmq_ports(head)
+        assert len(ports) >= 2
+        for port in ports:
+            there.run("ss", "-K", "dst", head.address, "dport", "=", port)
+        same(calm, streams.ended())
+
+    def is_back() -> bool:
+        row = whole.instances()[name]
+        return bool(row["state"] == "serving" and row["restarts"] > before)
+
+    eventually(is_back, 240, "its engine has ended, and another serves in its place")
+
+
 def test_what_a_stranger_sends_to_any_port_ends_nothing(
     net: Network, whole: ServerOnHosts, calm: list[Recorded]
 ) -> None:
