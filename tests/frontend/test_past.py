@@ -222,6 +222,62 @@ def test_the_last_report_of_a_burst_counts_and_a_dead_engines_does_not(log: Log)
     assert deployment.reports == []
 
 
+@pytest.mark.parametrize(("last_note", "who"), [("up", "all"), ("death", "another")])
+def test_nothing_of_a_run_that_was_killed_is_in_the_next(
+    log: Log, last_note: str, who: str
+) -> None:
+    """Its requests have no end in the log, and its instances no last note. The next fleet may have
+    the same process id."""
+    log.note("up", "i0")
+    for name in ("done", "open"):
+        log.place(name, "i0")
+    log.report("i0", 500)
+    log.note(last_note, "i1")
+    log.now = 5.0
+    log.end("done", "i0", began=0.0, out=50)
+    log.now = 6.0
+    log.fact(RequestArrived(request=RequestId("late"), prompt_tokens=1))
+    log.log.close()
+    log.now = 3600.0
+    log.log = EventLog(LogPlace(path=str(log.path), file_max_bytes=10**9), who=who)
+    log.log.started(SchedulerSettings())
+    log.now += 1
+    log.report("i1", 7, run=0)
+    log.now += 1
+    log.note("up", "i1")
+    log.place("new", "i1")
+    log.now += 1
+    log.end("new", "i1", began=3602.0, out=50)
+    log.now += 1
+    log.note("drain", "i1")
+    log.note("undrain", "i1")
+    log.place("open too", "i1")
+    moment = Moment(log.read())
+    assert set(seen(moment, 5.5)) == {"open"}
+    assert states(moment, 5.6)["i0"] == "serving"
+    assert (seen(moment, 6.1), states(moment, 6.1)) == ({}, {})
+    assert (seen(moment, 3600.5), states(moment, 3600.5)) == ({}, {})
+    assert states(moment, 3601.5) == {"i1": "starting"}
+    _, deployment = moment.at(T + 3602.1)
+    assert [(s.id, s.state) for s in deployment.statuses] == [("i1", "serving")]
+    assert [(r.instance, r.kv_tokens_used) for r in deployment.reports or ()] == [("i1", 7)]
+    assert set(seen(moment, 3602.5)) == {"new"}
+    assert set(seen(moment, 3604.5)) == {"open too"}
+    assert states(moment, 3604.5) == {"i1": "serving"}
+
+
+def test_a_controller_that_starts_again_ends_no_request(log: Log) -> None:
+    log.note("up", "i0")
+    log.place("a", "i0")
+    log.now = 5.0
+    log.log.started(SchedulerSettings())
+    for kind in ("death", "up", "drain", "undrain", "drain", "renew", "up"):
+        log.now += 1
+        log.note(kind, "i0")
+    moment = Moment(log.read())
+    assert set(seen(moment, 20.0)) == {"a"}
+
+
 def test_a_log_that_tells_nothing_is_said_to(log: Log) -> None:
     with pytest.raises(UsageError, match="neither instances nor requests"):
         log.read()

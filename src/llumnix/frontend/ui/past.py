@@ -3,6 +3,9 @@
 Read once; then `Moment` walks through it, forward alone. A log does not say when each token came:
 between a request's first token and its end they are taken to have come evenly. Of a request that
 has not ended in the log, the pace is the mean of the others, and its client's name is not known.
+
+A log may go on over several runs of `llumnix serve`, and one that was killed does not say so. Its
+last line is its end.
 """
 
 from bisect import bisect_right
@@ -32,6 +35,10 @@ AFTER = {
 """An instance's state after each kind of note; None: it is gone."""
 
 
+class RunEnded(NamedTuple):
+    """A run of `llumnix serve` was over: nothing of it is left."""
+
+
 class Place(NamedTuple):
     """Where a request is from then on."""
 
@@ -51,7 +58,7 @@ class PastStream:
     begun_s: float
     places: list[Place]
     why: str = ""  # it was placed there
-    out: int | None = None  # output tokens at its end; None: the log ends before it
+    out: int | None = None  # output tokens at its end; None: its run, or the log, ends before it
     end_s: float = float("inf")
     how: str = ""
     first_token_s: float | None = None  # how long it waited for it
@@ -109,15 +116,20 @@ class Reader:
         self._arrived: dict[str, tuple[int, int]] = {}
         self._open: dict[str, PastStream] = {}
         self._kept: dict[InstanceId, Kept] = {}
+        self._fleets: set[str] = set()
+        self._up: set[str] = set()  # instances that serve, as the last fleet notes it
+        # The line before the last start of a controller, unless a fleet's note follows that.
+        self._before_start_s: float | None = None
 
     def read(self, lines: Iterable[dict[str, Any]]) -> Past:
         """All of it. `UsageError` if the log tells of nothing that can be shown."""
         past, end_s = self.past, float("-inf")
         for line in lines:
-            t = line["time"]
+            t, before_s = line["time"], end_s
             end_s = max(end_s, t)
             match line["kind"]:
                 case "started":
+                    self._before_start_s = before_s
                     past.settings = msgspec.convert(line["settings"], SchedulerSettings)
                 case "fact":
                     self._fact(t, line["name"], line["body"])
@@ -130,8 +142,7 @@ class Reader:
                 case "request":
                     self._ended(t - (line["at"] - line["body"]["started"]), t, line["body"])
                 case "instance":
-                    past.notes.append(line["body"])
-                    past.changes.append((line["body"]["t"], line["body"]))
+                    self._instance(line["who"], before_s, line["body"])
         if not past.changes and not past.by_name:
             raise UsageError("the event log has neither instances nor requests to show")
         past.end_s = end_s
@@ -142,6 +153,28 @@ class Reader:
         past.begin_s = min([t for t, _ in past.changes[:1]] + [s.begun_s for s in past.streams[:1]])
         past.pace = _pace(past.streams)
         return past
+
+    def _instance(self, fleet: str, before_s: float, note: dict[str, Any]) -> None:
+        """`before_s`: the time of the line before."""
+        name, kind = note["target"], note["kind"]
+        # In a container the next fleet may have the process id of the one before.
+        if (self._fleets and fleet not in self._fleets) or (kind == "up" and name in self._up):
+            start_s = self._before_start_s
+            self._run_ended(before_s if start_s is None else start_s)
+        self._fleets.add(fleet)
+        self._before_start_s = None
+        if kind == "up":
+            self._up.add(name)
+        elif kind in AFTER and kind not in ("drain", "undrain"):
+            self._up.discard(name)
+        self.past.notes.append(note)
+        self.past.changes.append((note["t"], note))
+
+    def _run_ended(self, t: float) -> None:
+        self._up.clear()
+        self.past.changes.append((t, RunEnded()))
+        for name in [name for name, stream in self._open.items() if stream.begun_s <= t]:
+            self._open.pop(name).end_s = t
 
     def _fact(self, t: float, name: str, body: dict[str, Any]) -> None:
         if name == "RequestArrived":
@@ -270,6 +303,9 @@ class Moment:
                         self._set(change.instance, engine_index=change.engine_index)
                 case FleetReported():
                     self._fleet(change)
+                case RunEnded():
+                    self._statuses.clear()
+                    self._reports.clear()
                 case _:
                     self._noted(change)
         self._next_change = until
