@@ -157,6 +157,22 @@ async def test_a_watcher_that_comes_back_gets_what_it_has_missed(world: World) -
         world.feed.leave(each)
 
 
+async def test_a_watcher_that_comes_back_to_another_process_gets_all(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their feeds may have begun at the same moment, as when all pages have just been told to ask
+    again."""
+    monkeypatch.setattr(time, "time", lambda: 1_800_000_000.0)
+    other = World()
+    watchers = [(one, one.feed.join()) for one in (world, other)]
+    (*_, (_, state)), _ = [events(await anext(w.stream())) for _, w in watchers]
+    await until(lambda: other.looks > 5)
+    back = other.feed.join(since=state["seq"])
+    assert [name for name, _ in events(await anext(back.stream()))] == ["hello", "history", "state"]
+    for one, watcher in [*watchers, (other, back)]:
+        one.feed.leave(watcher)
+
+
 async def test_a_watcher_that_comes_back_too_late_gets_all(world: World) -> None:
     stays = world.feed.join()
     ((_, _), (_, _), (_, state)) = events(await anext(stays.stream()))

@@ -1,12 +1,14 @@
 """The deployment as the page shows it, and what has changed in it from one look to the next.
 
-Pure: a look, the instances and their reports go in, messages come out. docs/operating.md lists the
-messages. A request is named by `k`, a small number that is never used twice.
+Pure, but for the number of its first look, which is drawn: a look, the instances and their reports
+go in, messages come out. docs/operating.md lists the messages. A request is named by `k`, a small
+number that is never used twice.
 
 A frontend does not see which of its requests wait in an engine's queue; the report says how many of
 each class do. So of the requests without a token the youngest are shown as waiting.
 """
 
+import secrets
 from collections import deque
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -23,6 +25,8 @@ ROWS_MAX = 4000
 """So many requests are shown one by one; the rest are counted by instance."""
 DISPATCHES_SHOWN = 5
 """Of the requests placed since the last look so many are told; of the rest how many they were."""
+FIRST_SEQ_MAX = 2**52
+"""JavaScript's numbers are exact up to twice that."""
 HISTORY_KEPT = 500
 HISTORY_S = 600.0
 RATES_EVERY_S = 1.0
@@ -126,7 +130,9 @@ class Picture:
         self._up = True
         self._frontends = 1
         self._next_k = 0
-        self.seq = 0  # of the last look; begins at the time, so that no two pictures share one
+        # Of the last look. It begins anywhere, so that no two pictures share one: those of several
+        # processes, or of all instances and of one, may begin at the same moment.
+        self.seq = 0
 
     @property
     def requests(self) -> Container[RequestId]:
@@ -160,7 +166,7 @@ class Picture:
         """Takes a look in; returns what those are told who know all before it. `now_s`: the wall
         clock. The first look tells nothing: all of it is history."""
         first = not self.seq
-        self.seq = self.seq + 1 if self.seq else int(now_s * 1000)
+        self.seq = self.seq + 1 if self.seq else 1 + secrets.randbelow(FIRST_SEQ_MAX)
         delta: dict[str, Any] = {"seq": self.seq, "t": now_s}
         self._take_instances(deployment, delta)
         closed = {end.request: end.how for end in look.ended}
