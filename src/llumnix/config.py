@@ -10,16 +10,17 @@ import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import msgspec
-import yaml
 
 from llumnix.core.scheduling.presets import POLICIES
 from llumnix.core.settings import AdmissionSettings, PriorityClass, SchedulerSettings
 from llumnix.core.slices.published import served
-from llumnix.errors import UsageError, yaml_line
+from llumnix.errors import UsageError
+from llumnix.files.strict_yaml import parse_yaml, read_yaml
 
 logger = logging.getLogger("llumnix.config")
 
@@ -30,6 +31,7 @@ STREAM_INTERVAL_MAX = 8
 save little more."""
 EVENT_LOG_MAX_MB = 1000  # of one file; observe/log_files.py says how many there are
 WAIT_MAX_S = 3600
+SIZE_MAX_MB = 10**9
 BOUNDED = ("instances", "ready_min", "event_log_max_mb", "max_body_mb", "lame_duck", "ray_wait")
 ADMIN_API_KEY_VARIABLE = "LLUMNIX_ADMIN_API_KEY"
 API_KEY_VARIABLE = "VLLM_API_KEY"
@@ -205,15 +207,15 @@ class DeploymentConfig:
             if getattr(self, name) < 1:
                 raise UsageError(f"{given[name]}: must be 1 or more")
         for name in ("event_log_max_mb", "max_body_mb"):
-            if not getattr(self, name) > 0:
-                raise UsageError(f"{given[name]}: must be above 0")
+            if not 0 < getattr(self, name) <= SIZE_MAX_MB:
+                raise UsageError(f"{given[name]}: must be above 0, and {SIZE_MAX_MB} at most")
         for name in ("lame_duck", "ray_wait"):
             if not 0 <= getattr(self, name) <= WAIT_MAX_S:
                 raise UsageError(f"{given[name]}: must be seconds from 0 to {WAIT_MAX_S}")
-        if self.migration_bandwidth is not None and not self.migration_bandwidth > 0:
+        limit = self.migration_bandwidth
+        if limit is not None and not 0 < limit <= SIZE_MAX_MB:
             raise UsageError(
-                f"--migration-bandwidth {self.migration_bandwidth}: must be above 0; leave it out "
-                "for no limit"
+                f"--migration-bandwidth {limit}: must be above 0; leave it out for no limit"
             )
         if self.max_stream_interval < 1:
             raise UsageError(
@@ -333,12 +335,7 @@ def read_settings(path: str | None) -> SchedulerSettings:
         return SchedulerSettings()
     inline = path.lstrip().startswith("{")
     where = SCHEDULER_FLAG if inline else f"--scheduler-config {path}"
-    try:
-        tree = yaml.safe_load(path if inline else Path(path).read_text()) or {}
-    except OSError as error:
-        raise UsageError(f"{where} cannot be read ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{where} is not YAML{yaml_line(error)}") from None
+    tree = (parse_yaml(path, where) if inline else read_yaml(path, where)) or {}
     try:
         _check_names(tree, SchedulerSettings, "", where)
         settings = msgspec.convert(tree, SchedulerSettings)
@@ -362,7 +359,10 @@ def _check_names(tree: Any, kind: Any, where: str, source: str) -> None:
     for name, value in tree.items():
         path = f"{where}.{name}" if where else str(name)
         if name not in known:
-            raise UsageError(f"no knob {path}; there are: {', '.join(known)}")
+            # Among the priorities it may be a key of `key_caps` that is not indented.
+            told = where not in ("", "priorities") or get_close_matches(str(name), known, 1)
+            said = path if told else f"of that name in {where or 'the file'}"
+            raise UsageError(f"no knob {said}; there are: {', '.join(known)}")
         if is_dataclass(known[name]):
             _check_names(value, known[name], path, source)
         elif name == "classes" and isinstance(value, list):

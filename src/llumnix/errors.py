@@ -47,9 +47,3 @@ class InstanceFailedError(LlumnixError):
 
 class ProtocolError(LlumnixError):
     """A process of ours received what its peer must never send."""
-
-
-def yaml_line(error: Exception) -> str:
-    """Where a file is not YAML; empty if that is not known. The text there may be a secret."""
-    mark = getattr(error, "problem_mark", None)
-    return "" if mark is None else f" (line {mark.line + 1})"

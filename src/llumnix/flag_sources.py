@@ -15,12 +15,10 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import yaml
-
-from llumnix.errors import UsageError, yaml_line
+from llumnix.errors import UsageError
+from llumnix.files.strict_yaml import read_yaml
 
 PREFIX = "LLUMNIX_"
 CONFIG_VARIABLE = "LLUMNIX_CONFIG"
@@ -171,11 +169,13 @@ def _named(words: Sequence[str], parser: argparse.ArgumentParser) -> Iterator[st
 def _of_variables(
     environ: Mapping[str, str], known: Mapping[str, argparse.Action]
 ) -> Iterator[tuple[str, Any, str]]:
+    given: dict[str, str] = {}
     for variable, text in environ.items():
         name = variable.removeprefix(PREFIX).lower()
         if not variable.startswith(PREFIX) or variable in LEFT_ALONE or not text:
             continue
         if name in known and not _is_service_link(variable, text):
+            _once(given, known[name], variable, "the environment")
             yield name, _value(known[name], text, variable), variable
 
 
@@ -230,24 +230,31 @@ def _warning(variable: str, text: str, known: Mapping[str, argparse.Action]) -> 
 def _of_file(
     path: str | None, where: str, known: Mapping[str, argparse.Action], *, strict: bool
 ) -> Iterator[tuple[str, Any, str]]:
+    given: dict[str, str] = {}
     for key, value in read_file(path, where).items() if path is not None else ():
         name = str(key).replace("-", "_").replace("model_tag", "model")
         if name in known:
+            _once(given, known[name], str(key), f"{where} {path}")
             yield name, value, str(path)
         elif strict:
+            flag, colon, _ = str(key).partition(":")
             near = difflib.get_close_matches(name, known, 1)
             hint = f"did you mean {near[0].replace('_', '-')}?" if near else "see --help=all"
-            raise UsageError(f"{where} {path}: no flag is called {key!r}; {hint}")
+            if colon:  # What follows it may be a key.
+                hint = "is there a space after its colon?"
+            raise UsageError(f"{where} {path}: no flag is called {flag + colon!r}; {hint}")
+
+
+def _once(given: dict[str, str], action: argparse.Action, name: str, where: str) -> None:
+    """`UsageError` if a place that has given the flag under one name gives it under another."""
+    before = given.setdefault(action.dest, name)
+    if before != name:
+        raise UsageError(f"{where}: {before} and {name} are one flag; give one of the two")
 
 
 def read_file(path: str, where: str) -> dict[str, Any]:
     """What a YAML file of flags says; `where` names it in a `UsageError`."""
-    try:
-        tree = yaml.safe_load(Path(path).read_text())
-    except OSError as error:
-        raise UsageError(f"{where} {path} cannot be read ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{where} {path} is not YAML{yaml_line(error)}") from None
+    tree = read_yaml(path, f"{where} {path}")
     if tree is None:
         return {}
     if not isinstance(tree, dict):

@@ -31,6 +31,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--metrics-port", type=int)
     parser.add_argument("--survival", choices=["on", "off"])
     parser.add_argument("--compilation-config")
+    parser.add_argument("--scheduler-config", "--scheduler")
     return parser
 
 
@@ -141,6 +142,11 @@ def test_the_file_may_be_named_by_a_variable(
         ("", "[a]", "flags.yaml: write a `flag: value` a line"),
         ("", "prot: 1", "no flag is called 'prot'; did you mean port?"),
         ("", "frobnicate: 1", "no flag is called 'frobnicate'; see --help=all"),
+        ("", "{port: 1, api-key:sesame}", "called 'api-key:'; is there a space after its colon?"),
+        ("", "port: 1\n\nport: 2", "flags.yaml: lines 1 and 3 have the same name; keep one"),
+        ("", "api-key: a\napi_key: sesame", "api-key and api_key are one flag; give one of the"),
+        ("", "scheduler: {}\nscheduler-config: a", "scheduler and scheduler-config are one flag"),
+        ("", "model: a\nmodel-tag: b", "model and model-tag are one flag"),
         ("", "config: x", "no flag is called 'config'"),
     ],
 )
@@ -151,6 +157,15 @@ def test_a_bad_file_is_told_in_one_line(
         read(parser, words, None if text is None else (tmp_path, text))
     assert "\n" not in str(refused.value)
     assert "sesame" not in str(refused.value)
+
+
+def test_two_variables_of_one_flag_are_refused(parser: argparse.ArgumentParser) -> None:
+    with pytest.raises(UsageError) as refused:
+        read(parser, SCHEDULER="{}", SCHEDULER_CONFIG="knobs.yaml")
+    assert str(refused.value) == (
+        "the environment: LLUMNIX_SCHEDULER and LLUMNIX_SCHEDULER_CONFIG are one flag; give one of "
+        "the two"
+    )
 
 
 def test_the_keys_of_a_schedulers_tree_are_not_shown() -> None:

@@ -1,5 +1,6 @@
 """What a user writes into --scheduler-config and the flags beside it."""
 
+import math
 import re
 from pathlib import Path
 
@@ -73,6 +74,24 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
         ("migration: {tick: 1}", "no knob migration.tick; there are: balance, interval_s"),
         ("migration: {interval_s: fast}", "`$.migration.interval_s`"),
         ("migration: {interval_s: 99}", "migration.interval_s: 99 must be between 0.001 and 10"),
+        ("migration: {gain_min: 1, gain_min: 2}", "line 1 has the same name; keep one of the two"),
+        ("migration: {gain_min: .inf}", "migration.gain_min: inf must be 0 or more"),
+        (
+            "migration: {source_below: 1, destination_above: .inf}",
+            "migration.destination_above: inf must be a finite number",
+        ),
+        (
+            "migration: {source_below: -.inf, destination_above: 1}",
+            "migration.source_below: -inf must be a finite number",
+        ),
+        (
+            "scaling: {freeness_low: 1, freeness_high: .inf}",
+            "scaling.freeness_high: inf must be a finite number",
+        ),
+        (
+            "scaling: {freeness_low: .nan, freeness_high: 1}",
+            "scaling.freeness_low: nan must be a finite number",
+        ),
         ("migration: 5", "migration: expected `knob: value` lines"),
         ("- a", "the file: expected `knob: value` lines"),
         ("a: [sesame", "is not YAML (line 1)"),
@@ -98,7 +117,16 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
             "two classes have the same name",
         ),
         ("priorities: {classes: [{name: a, priority: 0, headroom: 0.5}]}", "leave it out for one"),
-        ("priorities: {key_caps: {k: golden}}", "no class 'golden'; there are: high, normal"),
+        (
+            "priorities: {key_caps: {high: sesame}}",
+            "write KEY: CLASS; the classes are: high, normal",
+        ),
+        (
+            "priorities:\n  key_caps:\n  sesame: high",
+            "no knob of that name in priorities; there are: classes, aging_s",
+        ),
+        ("priorities: {}\nsesame: high", "no knob of that name in the file; there are: policy"),
+        ("priorities: {agin_s: 1}", "no knob priorities.agin_s"),
         ("priorities: {key_caps: {'sha256:k': high}}", "no digest of 64 hex digits follows"),
         ("priorities: {default_cap: golden}", "no class 'golden'; there are: high, normal"),
     ],
@@ -109,6 +137,16 @@ def test_what_is_wrong_is_named(tmp_path: Path, text: str, named: str) -> None:
         DeploymentConfig(scheduler_config=path)
     assert named in str(raised.value)
     assert f"--scheduler-config {path}" in str(raised.value)
+    assert "sesame" not in str(raised.value)
+
+
+def test_a_mapping_may_override_a_name_that_it_merges(tmp_path: Path) -> None:
+    text = (
+        "migration: &a {min_stay: 1, gain_min: 2}\n"
+        "scaling: {}\nsurvival: {<<: {lives: 1, wait_s: 5}, lives: 2}\n"
+    )
+    found = read_settings(written(tmp_path, text))
+    assert (found.survival.lives, found.survival.wait_s, found.migration.gain_min) == (2, 5, 2)
 
 
 @pytest.mark.parametrize(
@@ -145,6 +183,13 @@ def test_a_file_that_is_not_there_is_named() -> None:
         ({"min_instances": 3, "max_instances": 2}, "is below --min-instances"),
         ({"instances": 5, "max_instances": 4}, "must lie between --min-instances 1"),
         ({"max_instances": 0}, "must be 1 or more"),
+        ({"max_body_mb": math.inf}, "--max-body-mb inf: must be above 0, and 1000000000 at most"),
+        ({"max_body_mb": math.nan}, "--max-body-mb nan: must be above 0"),
+        ({"event_log_max_mb": math.inf}, "--event-log-max-mb inf: must be above 0, and"),
+        ({"migration_bandwidth": math.inf}, "--migration-bandwidth inf: must be above 0; leave"),
+        ({"lame_duck": math.inf}, "--lame-duck inf: must be seconds from 0 to 3600"),
+        ({"ray_wait": math.nan}, "--ray-wait nan: must be seconds from 0 to 3600"),
+        ({"priority_class": ["gold=-5:nan"]}, "headroom nan must be a share between 0 and 1"),
         ({"priority_class": ["gold"]}, "--priority-class gold: expected NAME=NUMBER"),
         ({"priority_class": ["gold=-5:2"]}, "headroom 2.0 must be a share between 0 and 1"),
     ],

@@ -24,11 +24,10 @@ def knob(default: Any, unit: str, help: str, *, was: str | None = None) -> Any:
     return field(default=default, metadata={"unit": unit, "help": help, "was": was})
 
 
-def _check(path: str, value: float | None, low: float, high: float | None = None) -> None:
-    if value is None:
-        return
-    if not (low <= value < math.inf and (high is None or value <= high)):
-        bound = f"{low:g} or more" if high is None else f"between {low:g} and {high:g}"
+def _check(path: str, value: float | None, low: float = -math.inf, high: float = math.inf) -> None:
+    if value is not None and not (low <= value <= high and abs(value) < math.inf):
+        bound = "a finite number" if low == -math.inf else f"{low:g} or more"
+        bound = bound if high == math.inf else f"between {low:g} and {high:g}"
         raise UsageError(f"{path}: {value:g} must be {bound}")
 
 
@@ -135,8 +134,9 @@ class PrioritySettings:
         object.__setattr__(self, "key_caps", digests)
         for key, name in digests.items():
             if name not in names:
+                # What was written is not told, since it is the key if the two are swapped.
                 raise UsageError(
-                    f"priorities.key_caps: no class {name!r}; there are: {', '.join(names)}"
+                    f"priorities.key_caps: write KEY: CLASS; the classes are: {', '.join(names)}"
                 )
             digits = key.removeprefix(_DIGEST)
             if len(digits) != 64 or not set(digits) <= set(string.hexdigits):
@@ -192,6 +192,8 @@ class MigrationSettings:
         _check("migration.rescues", self.rescues, 0, MigrationLimits().outgoing_max)
         _check("migration.moves_max", self.moves_max, 1, MigrationLimits().outgoing_max)
         low, high = self.source_below, self.destination_above
+        _check("migration.source_below", low)
+        _check("migration.destination_above", high)
         if (low is None) != (high is None):
             raise UsageError(
                 "migration: give both source_below and destination_above, or neither of them"
@@ -303,6 +305,8 @@ class ScalingSettings:
                 f"{self.instances_min}"
             )
         low, high = self.freeness_low, self.freeness_high
+        _check("scaling.freeness_low", low)
+        _check("scaling.freeness_high", high)
         if (low is None) != (high is None):
             raise UsageError(
                 "scaling: give both freeness_low and freeness_high, or neither of them"

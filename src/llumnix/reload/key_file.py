@@ -6,15 +6,14 @@ import hashlib
 import os
 import re
 import stat
+import sys
 from collections.abc import Callable, Collection
-from pathlib import Path
 from typing import Any
-
-import yaml
 
 from llumnix.config import check_keys
 from llumnix.core.keys import ROLES, KeyLimits, NamedKey
-from llumnix.errors import UsageError, yaml_line
+from llumnix.errors import UsageError
+from llumnix.files.strict_yaml import read_yaml
 
 LIMITS = ("requests_per_min", "tokens_per_min", "open_max")
 FIELDS = ("key", "sha256", "roles", "class", *LIMITS)
@@ -73,13 +72,8 @@ class KeyRing:
 def read_key_file(path: str, classes: Collection[str]) -> tuple[NamedKey, ...]:
     """The keys in a file. `UsageError` names the key's name and the fix, and never a key."""
     where = f"{FLAG} {path}"
-    try:
-        text, mode = Path(path).read_text(), os.stat(path).st_mode
-        tree = yaml.safe_load(text)
-    except OSError as error:
-        raise UsageError(f"{where} cannot be read ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{where} is not YAML{yaml_line(error)}") from None
+    tree = read_yaml(path, where)
+    mode = os.stat(path).st_mode
     if mode & stat.S_IROTH:
         raise UsageError(f"{where} can be read by every user here: chmod 600 it")
     if not isinstance(tree, dict) or not tree:
@@ -87,7 +81,8 @@ def read_key_file(path: str, classes: Collection[str]) -> tuple[NamedKey, ...]:
     if len(tree) > NAMES_MAX:
         raise UsageError(f"{where} has {len(tree)} keys; there may be {NAMES_MAX}")
     keys = tuple(
-        _key(f"{where}: {name}", str(name), value, classes) for name, value in tree.items()
+        _key(where, number, str(name), value, classes)
+        for number, (name, value) in enumerate(tree.items(), 1)
     )
     names: dict[bytes, str] = {}
     for key in keys:
@@ -97,22 +92,28 @@ def read_key_file(path: str, classes: Collection[str]) -> tuple[NamedKey, ...]:
     return keys
 
 
-def _key(where: str, name: str, tree: Any, classes: Collection[str]) -> NamedKey:
-    if not re.fullmatch(r"[\w.@-]{1,64}", name):
-        raise UsageError(f"{where}: a name has letters, digits and . _ - @, at most 64")
+def _key(file: str, number: int, name: str, tree: Any, classes: Collection[str]) -> NamedKey:
+    # What stands at a wrong place may be the key, so it is not told. Nor is a name before it is
+    # known to be one: `KEY: high` is how a scheduler's `key_caps` are written.
     if not isinstance(tree, dict):
-        raise UsageError(f"{where}: write {{key: KEY, roles: [inference]}} after it")
-    for given in tree:
-        if given not in FIELDS:
-            near = difflib.get_close_matches(str(given), FIELDS, 1)
-            hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(FIELDS)}"
-            raise UsageError(f"{where}: no field is called {given}; {hint}")
+        raise UsageError(
+            f"{file}: entry {number}: write {{key: KEY, roles: [inference]}} after the name"
+        )
+    if not re.fullmatch(r"[\w.@-]{1,64}", name):
+        raise UsageError(
+            f"{file}: entry {number}: a name has letters, digits and . _ - @, at most 64"
+        )
+    where = f"{file}: {name}"
+    if (strange := next((str(given) for given in tree if given not in FIELDS), None)) is not None:
+        near = difflib.get_close_matches(strange, FIELDS, 1)
+        hint = f"did you mean {near[0]}?" if near else "is there a space after each colon?"
+        raise UsageError(f"{where}: a field's name is none of {', '.join(FIELDS)}; {hint}")
     roles = tree.get("roles", [ROLES[0]])
     if not isinstance(roles, list) or not roles or set(map(str, roles)) - set(ROLES):
         raise UsageError(f"{where}: roles is a list of some of: {', '.join(ROLES)}")
     cap = tree.get("class")
     if cap is not None and cap not in classes:
-        raise UsageError(f"{where}: no priority class {cap!r}; there are: {', '.join(classes)}")
+        raise UsageError(f"{where}: no such class; there are: {', '.join(classes)}")
     return NamedKey(
         name=name,
         digest=_digest(where, tree),
@@ -137,7 +138,8 @@ def _digest(where: str, tree: dict[str, Any]) -> bytes:
 
 
 def _limit(where: str, name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (number and 0 < value <= sys.float_info.max):  # so neither .inf nor .nan
         raise UsageError(f"{where}: {name} must be a number above 0; leave it out for no limit")
     if name == "open_max" and value < 1:
         raise UsageError(f"{where}: open_max must be 1 or more; leave it out for no limit")
