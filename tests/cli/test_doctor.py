@@ -141,15 +141,51 @@ def test_a_check_that_breaks_is_a_warning_of_its_own(monkeypatch: pytest.MonkeyP
     assert second.what == "open files"
 
 
+def test_a_user_without_a_home_folder_is_told_what_to_set(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("LLUMNIX_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    assert main(["doctor", "--json"]) == 0
+    findings = {f["what"]: f for f in json.loads(capsys.readouterr().out)}
+    assert len(findings) > 5
+    assert findings["cache folder"] == {
+        "what": "cache folder",
+        "verdict": "WARN",
+        "text": "you have no home folder here",
+        "fix": "set LLUMNIX_CACHE to a folder of yours",
+    }
+
+
+MATRIX = """
+ \tGPU0\tGPU1\t
+ GPU0\tX\t{0}\t
+ GPU1\t{0}\tX\t
+
+Legend:
+
+  X    = Self
+  OK   = Status Ok
+  CNS  = Chipset not supported
+  GNS  = GPU not supported
+  TNS  = Topology not supported
+  NS   = Not supported
+  DR   = Disabled by regkey
+  U    = Unknown
+"""
+"""What `nvidia-smi topo -p2p r` prints."""
+
+
 def test_gpus_that_do_not_reach_each_other_are_told(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     tool = tmp_path / "nvidia-smi"
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    for matrix, verdict in (("GPU0 X OK\nGPU1 OK X", "OK"), ("GPU0 X NS\nGPU1 NS X", "WARN")):
+    for word, verdict in (("OK", "OK"), ("NS", "WARN"), ("CNS", "WARN")):
         tool.write_text(
-            "#!/bin/sh\n"
-            f'if [ "$1" = -L ]; then printf "GPU 0: H\\nGPU 1: H\\n"; else printf "{matrix}"; fi\n'
+            '#!/bin/sh\nif [ "$1" = -L ]; then printf "GPU 0: H\\nGPU 1: H\\n"\n'
+            f"else printf '{MATRIX.format(word)}'\nfi\n"
         )
         tool.chmod(0o755)
         assert doctor._gpus().verdict == verdict

@@ -182,7 +182,11 @@ def _temporary_folder() -> Finding:
 
 
 def _cache_folder() -> Finding:
-    folder = cache_folder()
+    try:
+        folder = cache_folder()
+    except UsageError as error:  # There is no home folder.
+        text, _, fix = str(error).partition(": ")
+        return _warn("cache folder", text, fix)
     there = next(f for f in (folder, *folder.parents) if f.exists())
     if os.access(there, os.W_OK):
         return _ok("cache folder", str(folder))
@@ -265,8 +269,10 @@ def _gpus() -> Finding:
     if count == 1:
         return _ok("GPUs", "1")
     peers = _run([program, "topo", "-p2p", "r"]).stdout
-    cut = sum(word in ("NS", "CNS", "GNS", "TNS", "DR") for word in peers.split())
-    if cut:
+    rows = (line.split() for line in peers.splitlines())
+    # A row for each GPU; below them stands what the words mean.
+    words = {word for row in rows if row and row[0].startswith("GPU") for word in row}
+    if words & {"NS", "CNS", "GNS", "TNS", "DR"}:
         fix = "KV then goes through the host's memory; see ACS and IOMMU in the host's BIOS"
         return _warn("GPUs", f"{count}, of which some cannot reach each other directly", fix)
     return _ok("GPUs", f"{count}, each reaches each")
