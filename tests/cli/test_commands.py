@@ -126,6 +126,24 @@ def test_an_added_instance_that_fails_is_status_1_with_the_reason(
     assert capsys.readouterr().out.splitlines()[1] == "i1 is failed: no memory"
 
 
+@pytest.mark.parametrize("as_json", [True, False])
+def test_instances_that_were_added_before_one_is_refused_are_waited_for(
+    server: Server, capsys: pytest.CaptureFixture[str], as_json: bool
+) -> None:
+    no = 409, refusal("one more instance needs 1 GPU, and 0 of 4 are free")
+    coming, there = (listed(("i1", state, None)) for state in ("starting", "serving"))
+    play(server, {"id": "i1", "state": "starting"}, no, coming, there)
+    words = ["add", "3", "--wait", *(["--json"] if as_json else []), "--url", server.url]
+    assert main(words) == 2
+    told = capsys.readouterr()
+    assert told.err == f"llumnix: error: {no[1]['error']['message']}\n"
+    if as_json:
+        assert json.loads(told.out) == {"instances": there["instances"]}
+    else:
+        assert told.out.startswith("i1 is starting\ni1 serves after ")
+    assert [a[0] for a in server.asked] == ["POST", "POST", "GET", "GET"]
+
+
 def test_add_refuses_a_number_that_is_none(
     server: Server, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -193,6 +211,18 @@ def test_undrain_takes_back_several(server: Server, capsys: pytest.CaptureFixtur
     play(server, *({"id": i, "state": "serving"} for i in ("i0", "i1")))
     assert main(["undrain", "i0", "i1", "--url", server.url]) == 0
     assert capsys.readouterr().out == "i0 is serving\ni1 is serving\n"
+
+
+def test_one_that_is_refused_keeps_none_from_serving_on(
+    server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gone = 404, refusal("no instance i1")
+    rows = [{"id": i, "state": "serving"} for i in ("i0", "i2")]
+    play(server, rows[0], gone, rows[1])
+    assert main(["undrain", "i0", "i1", "i2", "--json", "--url", server.url]) == 2
+    told = capsys.readouterr()
+    assert json.loads(told.out) == {"instances": rows}
+    assert told.err == "llumnix: error: no instance i1\n"
 
 
 def again(*engines: tuple[str, str, int]) -> dict[str, Any]:

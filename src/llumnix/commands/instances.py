@@ -33,25 +33,32 @@ def status(argv: list[str]) -> int:
 
 
 def add(argv: list[str]) -> int:
-    """`llumnix add`: starts more instances; 1 if one that is waited for does not serve."""
+    """`llumnix add`: starts more instances, until one is refused; 1 if one that is waited for does
+    not serve."""
     parser = server_parser("add")
     parser.add_argument("count", metavar="N", type=int, nargs="?", default=1, help="default: 1")
     parser.add_argument("--wait", action="store_true", help="return once all of them serve")
     args = parser.parse_args(argv)
     if args.count < 1:
         raise UsageError(f"add {args.count}: name how many are to be added, 1 or more")
-    began_s, rows = time.monotonic(), []
-    for _ in range(args.count):
-        rows.append(ask(args, "POST", INSTANCES, wanted="state", timeout_s=ADD_TIMEOUT_S))
-        say(args, f"{rows[-1]['id']} is {rows[-1]['state']}")
+    began_s, rows = time.monotonic(), list[Row]()
+    refused: list[LlumnixError] = []
+    while len(rows) < args.count and not refused:
+        try:
+            rows.append(ask(args, "POST", INSTANCES, wanted="state", timeout_s=ADD_TIMEOUT_S))
+        except LlumnixError as error:
+            refused.append(error)  # Those that were added before are shown, and waited for.
+        else:
+            say(args, f"{rows[-1]['id']} is {rows[-1]['state']}")
     failed = False
-    if args.wait:
+    if args.wait and rows:
         rows = wait_until_serving(args, rows)
         for row in rows:
             failed |= row["state"] != "serving"
             say(args, came_up_line(row, began_s))
-    if args.json:
+    if args.json and rows:
         print_json({"instances": rows})
+    raise_refusals(refused)
     return 1 if failed else 0
 
 
@@ -72,14 +79,19 @@ def undrain(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     check_named(args)
     names = named(args, rows_at_first(args) if args.node else {})
-    rows = [
-        ask(args, "POST", path_of(name, "/undrain"), wanted="state", timeout_s=ANSWER_TIMEOUT_S)
-        for name in names
-    ]
-    if args.json:
+    rows: list[Row] = []
+    refused: list[LlumnixError] = []
+    for name in names:
+        path = path_of(name, "/undrain")
+        try:
+            rows.append(ask(args, "POST", path, wanted="state", timeout_s=ANSWER_TIMEOUT_S))
+        except LlumnixError as error:
+            refused.append(error)
+        else:
+            say(args, f"{rows[-1]['id']} is {rows[-1]['state']}")
+    if args.json and rows:
         print_rows(rows)
-    else:
-        print("\n".join(f"{row['id']} is {row['state']}" for row in rows))
+    raise_refusals(refused)
     return 0
 
 
