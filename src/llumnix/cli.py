@@ -1,6 +1,9 @@
 """The command `llumnix`: which code each of its words runs."""
 
 import importlib
+import os
+import select
+import signal
 import sys
 import traceback
 
@@ -64,8 +67,15 @@ WITH_VLLM = ("serve", "profile", "completion")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command; returns its exit status (2 on bad input)."""
-    argv = sys.argv[1:] if argv is None else argv
+    """Runs the command; returns its exit status: 2 on bad input, and as of a program that SIGPIPE
+    ended if the reader of standard output goes away meanwhile."""
+    try:
+        return _main(sys.argv[1:] if argv is None else argv)
+    finally:
+        _flush()
+
+
+def _main(argv: list[str]) -> int:
     try:
         return _run(argv)
     except UsageError as error:
@@ -77,6 +87,8 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as error:  # noqa: BLE001
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return 128 + signal.SIGPIPE
         # A bug, or a fault that nobody foresaw: the traceback, then one line.
         what = " ".join(f"{type(error).__name__}: {error}".split())
         trace = traceback.format_exc()
@@ -86,6 +98,30 @@ def main(argv: list[str] | None = None) -> int:
             say(trace, prefix="", error=True)
             say(f"unexpected {what}; the traceback is above", error=True)
         return 1
+
+
+def _nobody_reads() -> bool:
+    """Whether the reader of standard output is gone, as after `| head`."""
+    poll = select.poll()
+    try:
+        poll.register(sys.stdout, 0)  # Errors are told all the same.
+    except (OSError, TypeError, ValueError):  # It is closed, or no file.
+        return False
+    return bool(poll.poll(0))
+
+
+def _flush() -> None:
+    """Writes what waits. Where nobody reads, it goes nowhere; else Python would complain of it at
+    its end."""
+    try:
+        if sys.stdout is not None:  # It is None after `>&-`.
+            sys.stdout.flush()
+    except BrokenPipeError:
+        sink = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(sink, sys.stdout.fileno())
+        os.close(sink)
+    except (OSError, ValueError):
+        pass  # The disk is full, say: of that Python tells at its end.
 
 
 def _run(argv: list[str]) -> int:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import socketserver
 import subprocess
 import sys
@@ -553,6 +554,56 @@ def test_what_nobody_foresaw_has_its_traceback_and_then_a_line(
     *story, last = capsys.readouterr().err.splitlines()
     assert story[0].startswith("Traceback")
     assert last == ("llumnix: unexpected ZeroDivisionError: not foreseen; the traceback is above")
+
+
+READERLESS = """
+import sys
+from llumnix import cli
+from llumnix.commands import replaying, top
+def follow(args, path):
+    while True:
+        yield "delta", {"seq": 1}
+def replay(argv):
+    print("all is well")
+    return 1
+def broken(argv):
+    raise BrokenPipeError("of something else")
+top.follow, replaying.replay = follow, replay
+if sys.argv[1] == "broken":
+    replaying.replay = broken
+raise SystemExit(cli.main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "unbuffered", "status"),
+    [
+        (["top", "--json"], "", 128 + signal.SIGPIPE),
+        (["top", "--json"], "1", 128 + signal.SIGPIPE),
+        (["--help"], "", 0),
+        (["add", "--help"], "", 0),
+        (["replay", "x"], "", 1),  # It has come to its end before it notices.
+        (["replay", "x"], "1", 128 + signal.SIGPIPE),
+    ],
+)
+def test_where_nobody_reads_the_output_nothing_is_said(
+    monkeypatch: pytest.MonkeyPatch, words: list[str], unbuffered: str, status: int
+) -> None:
+    """As after `| head -1`, which goes when it has its line."""
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-c", READERLESS, "ends", *words]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (status, "")
+
+
+def test_another_pipe_that_breaks_has_its_traceback() -> None:
+    command = [sys.executable, "-c", READERLESS, "broken", "replay", "x"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "unexpected BrokenPipeError: of something else" in done.stderr
 
 
 def test_the_help_of_serve_shows_our_flags_and_where_vllms_are(
