@@ -3,7 +3,7 @@ words in the test's hand."""
 
 from dataclasses import replace
 from itertools import pairwise
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 
@@ -144,6 +144,23 @@ def test_nothing_of_a_stage_is_found_if_the_source_called_it_off_while_it_was_re
     there.hear(CancelMigration(migration=M, why="it was preempted meanwhile"))
     assert there.cached_tokens == 0
     assert there.engine.blocks_used() == 0
+
+
+def test_the_engine_is_told_which_pull_the_request_stands_still_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    there, final = Destination(), list[bool]()
+    pull = there.engine.pull
+
+    def pulls(*order: Any) -> None:
+        final.append(order[-1])
+        pull(*order)
+
+    monkeypatch.setattr(there.engine, "pull", pulls)
+    there.stage(1, 0, 32)
+    there.pull()
+    there.handover(32, 42, 0, [200, 201, 202])
+    assert final == [False, True]
 
 
 def test_a_handover_without_an_announcement_enters_all_of_it() -> None:

@@ -20,14 +20,14 @@ import numpy as np
 import pytest
 import torch
 
-from llumnix.engine.kv import agent, links, readers, transports
+from llumnix.engine.kv import bandwidth, links, readers, transports
 from llumnix.engine.kv.agent import (
     AgentClient,
     Pulled,
-    RateLimiter,
     TransferOptions,
     WorkerAgent,
 )
+from llumnix.engine.kv.bandwidth import RateLimiter
 from llumnix.engine.kv.blocks import HostMemory, Piece, Plane, fuse, lay_out, runs, view
 from llumnix.engine.kv.blocks_cuda import pair_up, word
 from llumnix.errors import UsageError
@@ -331,7 +331,7 @@ def test_a_chunk_starts_when_all_before_it_are_paid_for_and_no_rest_is_saved_up(
 ) -> None:
     """Though they ask at the same moment, as several peers' pulls do."""
     clock, waited = [1000.0], list[float]()
-    monkeypatch.setattr(agent, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(bandwidth, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     limiter, never = RateLimiter(100.0), SimpleNamespace(wait=waited.append)
     for now_s in (1000.0, 1010.0):
         clock[0] = now_s

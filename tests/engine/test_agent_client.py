@@ -1,7 +1,7 @@
 """Every pull is answered once, and soon: if cancelled, and if a thread could not be started."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from engine.test_agent import Rig, kv_tensors, snapshot
 from llumnix.engine.kv import agent, agent_client
 from llumnix.engine.kv.agent import TransferOptions
+from llumnix.engine.kv.bandwidth import RateLimiter
 from llumnix.engine.kv.links import Cancel, Command, Done, Link, Pull, TransferError
 from llumnix.engine.kv.transports import ReadGate
 
@@ -45,7 +46,8 @@ class StuckReader:
     def __init__(self) -> None:
         self.begun, self.stopped, self.closed = (threading.Event() for _ in range(3))
 
-    def pull(self, *_: Any) -> int:
+    def pull(self, _source: Any, _destination: Any, throttle: Callable[[int], None]) -> int:
+        throttle(1)
         self.begun.set()
         self.stopped.wait(30)
         raise TransferError("broken off")
@@ -77,6 +79,73 @@ def test_a_pull_whose_peer_stands_still_is_broken_off_at_once(
     assert reader.stopped.wait(2)
     assert rig.answer().error is not None
     assert reader.closed.wait(5)
+
+
+def test_a_pull_that_a_request_stands_still_for_does_not_wait_behind_a_stage(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the peer's link is busy there is a second one, under the same limit of bandwidth."""
+    stage, opened, limiters = StuckReader(), list[str](), set[RateLimiter]()
+    open_peer = agent.open_peer
+
+    def opens(peer: str, *more: Any) -> Any:
+        opened.append(peer)
+        return stage if len(opened) == 1 else open_peer(peer, *more)
+
+    monkeypatch.setattr(agent, "open_peer", opens)
+    monkeypatch.setattr(RateLimiter, "take", lambda limiter, *_: limiters.add(limiter))
+    theirs, ours = kv_tensors(1), kv_tensors(100)
+    peer = rig.agent(theirs)
+    client = rig.client(rig.agent(ours))
+    client.pull(1, [peer], [0], [5])
+    assert stage.begun.wait(5)
+    client.pull(2, [peer], [1], [6])  # Another stage.
+    for ticket in (3, 4):
+        client.pull(ticket, [peer], [ticket], [ticket + 5], final=True)
+        pulled = rig.answer()
+        assert (pulled.ticket, pulled.error) == (ticket, None)
+        assert torch.equal(snapshot(ours)[ticket + 5], snapshot(theirs)[ticket])
+    assert len(opened) == 2
+    assert len(limiters) == 1
+    client.forget([peer])
+    assert {rig.answer().ticket for _ in range(2)} == {1, 2}
+    client.pull(5, [peer], [1], [6], final=True)
+    assert rig.answer().error is None
+    assert len(opened) == 3, "one of the two was not forgotten"
+
+
+def test_no_second_link_is_opened_while_the_first_is_idle(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, open_peer = list[str](), agent.open_peer
+
+    def opens(peer: str, *more: Any) -> Any:
+        opened.append(peer)
+        return open_peer(peer, *more)
+
+    monkeypatch.setattr(agent, "open_peer", opens)
+    peer = rig.agent(kv_tensors(1))
+    client = rig.client(rig.agent(kv_tensors(100)))
+    client.open_links(-1, [peer])
+    assert rig.answer().error is None
+    for ticket in range(20):
+        client.pull(ticket, [peer], [0], [5], final=bool(ticket % 2))
+        assert rig.answer().error is None
+    assert opened == [peer]
+
+
+def test_a_second_link_ends_with_the_agent(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    readers = [StuckReader(), StuckReader()]
+    left = iter(readers)
+    monkeypatch.setattr(agent, "open_peer", lambda *_: next(left))
+    client = rig.client(rig.agent(kv_tensors(100)))
+    for ticket, reader in enumerate(readers):
+        client.pull(ticket, ["unix:/of/the/peer"], [0], [5], final=bool(ticket))
+        assert reader.begun.wait(5)
+    client.cancel(1)
+    rig.agents[0].close()
+    assert {rig.answer().ticket for _ in range(2)} == {0, 1}
+    assert all(reader.closed.wait(5) for reader in readers)
 
 
 def test_a_cancelled_pull_does_not_wait_for_those_before_it(rig: Rig) -> None:

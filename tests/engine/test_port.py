@@ -371,9 +371,7 @@ def test_a_pull_that_has_not_begun_is_cancelled_here(
     destination, failed, cancelled = there.host.port.destination, list[Any](), list[int]()
     monkeypatch.setattr(destination, "_pull_failed", lambda *what: failed.append(what))
     monkeypatch.setattr(destination._client, "cancel", cancelled.append)
-    destination._deferred.append(
-        DeferredPull(steps=["a step"], ticket=7, agents=[], source=[], destination=[])
-    )
+    destination._deferred.append(DeferredPull(steps=["a step"], ticket=7, begin=lambda: None))
     destination.cancel(8)
     assert (cancelled, failed) == ([8], [])
     destination.cancel(7)
@@ -384,14 +382,11 @@ def test_a_pull_that_has_not_begun_is_cancelled_here(
 def test_a_pull_that_cannot_begin_has_failed(there: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     destination, failed = there.host.port.destination, list[Any]()
 
-    def broken(*_: Any) -> None:
+    def broken() -> None:
         raise OSError("no socket")
 
     monkeypatch.setattr(destination, "_pull_failed", lambda *what: failed.append(what))
-    monkeypatch.setattr(destination._client, "pull", broken)
-    destination._deferred.append(
-        DeferredPull(steps=[], ticket=7, agents=[], source=[], destination=[])
-    )
+    destination._deferred.append(DeferredPull(steps=[], ticket=7, begin=broken))
     destination.begin_pulls()
     assert failed == [(7, "OSError: no socket")]
     assert not destination.pulls_wait
@@ -444,14 +439,15 @@ def test_one_that_is_sent_again_comes_as_if_it_had_been_preempted(
     assert port.admit(R, made(there.core, R, PROMPT, 9), outputs).code is AbortCode.BUSY
 
 
+@pytest.mark.parametrize("final", [False, True])
 def test_a_pull_names_only_blocks_that_both_have(
-    there: Any, body: bytes, monkeypatch: pytest.MonkeyPatch
+    there: Any, body: bytes, monkeypatch: pytest.MonkeyPatch, final: bool
 ) -> None:
     destination, asked = there.host.port.destination, list[Any]()
     reserve(there, body)
-    monkeypatch.setattr(destination._client, "pull", lambda *what: asked.append(what))
+    monkeypatch.setattr(destination._client, "pull", lambda *what, **how: asked.append((what, how)))
     ours, _ = there.host.port.core.blocks(R, 0, 3 * BLOCK)
-    destination.pull(R, 3, EngineIndex(0), ["x"], 0, 3 * BLOCK, [[11, -1, 13]])
-    assert asked == [(3, ["x"], [11, 13], [ours[0][0], ours[0][2]])]
+    destination.pull(R, 3, EngineIndex(0), ["x"], 0, 3 * BLOCK, [[11, -1, 13]], final)
+    assert asked == [((3, ["x"], [11, 13], [ours[0][0], ours[0][2]]), {"final": final})]
     assert destination.last_ticket == 3
     there.host.port.drop(R)

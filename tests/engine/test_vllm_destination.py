@@ -90,19 +90,19 @@ def test_a_pull_into_new_blocks_waits_for_the_step_in_flight(more: int, waits: b
     arrivals = object.__new__(VllmDestination)
     arrivals._core, arrivals._kv, arrivals._deferred = core, kv, []
     arrivals._allocate = partial(kv.allocate_slots, delay_cache_blocks=True)
-    arrivals._client = SimpleNamespace(pull=lambda *order: pulls.append(order))
+    arrivals._client = SimpleNamespace(pull=lambda *order, final: pulls.append(final))
     arrivals._arriving = {RequestId("a"): ReservedRequest(request=new, agents=())}
     end = 10 * SIZE + more
     assert arrivals.reach(RequestId("a"), end, []) is None
     theirs = [list(range(end // SIZE))] * 2
-    arrivals.pull(RequestId("a"), 1, EngineIndex(0), [], 0, end, theirs)
+    arrivals.pull(RequestId("a"), 1, EngineIndex(0), [], 0, end, theirs, True)
     assert arrivals.pulls_wait is waits
     assert bool(pulls) is not waits
     arrivals.begin_pulls()
     assert bool(pulls) is not waits
     engine.batch_queue.clear()
     arrivals.begin_pulls()
-    assert len(pulls) == 1
+    assert pulls == [True]
 
 
 def test_a_request_is_known_to_have_come_with_its_tokens() -> None:

@@ -427,6 +427,7 @@ class FakeEngine:
         start: int,
         end: int,
         blocks: Blocks,
+        final: bool,
     ) -> None:
         mine = self._ids(self.arriving[request], start, end)
         self.on_pull(ticket, source, list(zip(blocks[0], mine, strict=True)))

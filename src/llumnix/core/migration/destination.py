@@ -304,6 +304,7 @@ class IncomingMigrations:
             message.start,
             message.end,
             message.blocks,
+            isinstance(message, Handover),
         )
 
     def _have_it(self, incoming: Incoming, now: float) -> None:

@@ -162,9 +162,10 @@ class EnginePort(Protocol):
         start: int,
         end: int,
         blocks: Blocks,
+        final: bool,
     ) -> None:
-        """Begins to copy the blocks of tokens [start, end) to here. The host reports the end to
-        `Llumlet.pulled`, once for each ticket."""
+        """Begins to copy the blocks of tokens [start, end) to here; `final`: while the request
+        stands still. The host reports the end to `Llumlet.pulled`, once for each ticket."""
         ...
 
     def cancel(self, ticket: int) -> None:

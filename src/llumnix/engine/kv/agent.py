@@ -21,6 +21,7 @@ import msgspec
 import torch
 
 from llumnix.engine.kv.agent_client import AgentClient, Pulled
+from llumnix.engine.kv.bandwidth import RateLimiter
 from llumnix.engine.kv.blocks import lay_out
 from llumnix.engine.kv.links import (
     LINK_ERRORS,
@@ -83,7 +84,8 @@ class WorkerAgent:
         # Guards the three below.
         self._lock = threading.Lock()
         self._links: set[Link] = set()
-        self._pullers: dict[str, PeerPuller] = {}
+        # By the peer, and whether it is the second one for that peer.
+        self._pullers: dict[tuple[str, bool], PeerPuller] = {}
         self._threads: set[threading.Thread] = set()
 
     def start(self) -> str:
@@ -207,8 +209,8 @@ class WorkerAgent:
 
     def _forget(self, peers: list[str]) -> None:
         with self._lock:
-            for peer in peers:
-                if (puller := self._pullers.pop(peer, None)) is not None:
+            for key in [(peer, second) for peer in peers for second in (False, True)]:
+                if (puller := self._pullers.pop(key, None)) is not None:
                     puller.forget()
 
     def _enqueue(self, job: "_Job") -> None:
@@ -217,30 +219,36 @@ class WorkerAgent:
             if self._closing.is_set():
                 return
             try:
-                puller = self._pullers.get(peer) or self._new_puller(peer)
                 refused = None
-                if not puller.offer(job):
+                if not self._puller_of(job.order).offer(job):
                     refused = f"{PULLS_QUEUED_MAX} pulls wait for {peer} already"
             except RuntimeError as error:
                 refused = f"{peer}: {error}"
         if refused is not None:
             job.report(0, 0.0, refused)
 
-    def _new_puller(self, peer: str) -> "PeerPuller":
-        """Under the lock. RuntimeError if there is no thread for it."""
-        puller = PeerPuller(peer, lambda: open_peer(peer, self._key, self._layout, self._options))
-        self._run("pull", self._pull_from, puller)
-        self._pullers[peer] = puller
+    def _puller_of(self, order: Pull) -> "PeerPuller":
+        """The peer's puller. If it is busy, a final pull has a second one, which is made for the
+        first of them. Under the lock. RuntimeError if there is no thread for a new one."""
+        peer = order.peer
+        first = self._pullers.get((peer, False))
+        key = peer, order.final and first is not None and first.busy
+        if (puller := self._pullers.get(key)) is None:
+            puller = PeerPuller(
+                peer, lambda: open_peer(peer, self._key, self._layout, self._options)
+            )
+            self._run("pull", self._pull_from, key, puller)
+            self._pullers[key] = puller
         return puller
 
-    def _pull_from(self, puller: "PeerPuller") -> None:
+    def _pull_from(self, key: tuple[str, bool], puller: "PeerPuller") -> None:
         try:
             puller.run(self._limiter)
         finally:
             # Even if the thread dies of an unforeseen error, so that the next pull starts anew.
             with self._lock:
-                if self._pullers.get(puller.peer) is puller:
-                    del self._pullers[puller.peer]
+                if self._pullers.get(key) is puller:
+                    del self._pullers[key]
             puller.drain()
 
 
@@ -275,6 +283,12 @@ class PeerPuller:
         self._jobs: deque[_Job] = deque()
         self._current: _Job | None = None
 
+    @property
+    def busy(self) -> bool:
+        """Whether a pull runs or waits."""
+        with self._changed:
+            return self._current is not None or bool(self._jobs)
+
     def offer(self, job: _Job) -> bool:
         """Queues the pull unless too many wait already."""
         with self._changed:
@@ -307,7 +321,7 @@ class PeerPuller:
         if (reader := self._reader) is not None:
             reader.stop()
 
-    def run(self, limiter: "RateLimiter") -> None:
+    def run(self, limiter: RateLimiter) -> None:
         """Pulls until forgotten."""
         try:
             while (job := self._next()) is not None:
@@ -317,7 +331,6 @@ class PeerPuller:
 
     def _next(self) -> _Job | None:
         with self._changed:
-            self._current = None
             self._changed.wait_for(lambda: self._jobs or self._forgotten.is_set())
             if self._forgotten.is_set():
                 return None
@@ -332,7 +345,7 @@ class PeerPuller:
         for job in waiting:
             job.report(0, 0.0, f"{self.peer}: pulling from it broke off")
 
-    def _one(self, job: _Job, limiter: "RateLimiter") -> None:
+    def _one(self, job: _Job, limiter: RateLimiter) -> None:
         started_s = time.monotonic()
         moved = 0
         error: str | None = "an error that nobody foresaw; the worker's log has it"
@@ -344,10 +357,12 @@ class PeerPuller:
             error = f"{type(failure).__name__}: {failure}"
             self._drop()
         finally:
+            with self._changed:
+                self._current = None
             told = None if error is None else f"{self.peer}: {error}"
             job.report(moved, time.monotonic() - started_s, told)
 
-    def _pull(self, job: _Job, limiter: "RateLimiter") -> int:
+    def _pull(self, job: _Job, limiter: RateLimiter) -> int:
         def throttle(size: int) -> None:
             limiter.take(size, job.unwanted)
             self._check_wanted(job)
@@ -372,23 +387,3 @@ class PeerPuller:
         if self._reader is not None:
             self._reader.close()
             self._reader = None
-
-
-class RateLimiter:
-    """A token bucket of one chunk: each chunk starts when those before it are paid for."""
-
-    def __init__(self, bytes_per_s: float | None) -> None:
-        self._bytes_per_s = bytes_per_s
-        self._lock = threading.Lock()
-        self._paid_s = 0.0
-
-    def take(self, size: int, interrupted: threading.Event) -> None:
-        """Waits for the turn of `size` bytes, or for the event. Any thread."""
-        if self._bytes_per_s is None:
-            return
-        with self._lock:
-            now_s = time.monotonic()
-            start_s = max(now_s, self._paid_s)
-            self._paid_s = start_s + size / self._bytes_per_s
-        if start_s > now_s:
-            interrupted.wait(start_s - now_s)

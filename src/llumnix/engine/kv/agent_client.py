@@ -79,9 +79,16 @@ class AgentClient:
             agent.start()
 
     def pull(
-        self, ticket: int, peers: list[str], source: list[int], destination: list[int]
+        self,
+        ticket: int,
+        peers: list[str],
+        source: list[int],
+        destination: list[int],
+        *,
+        final: bool = False,
     ) -> None:
-        """Rank r pulls the blocks `source` of `peers[r]` into its own blocks `destination`.
+        """Rank r pulls the blocks `source` of `peers[r]` into its own blocks `destination`. A
+        `final` pull, for which a request stands still, does not wait behind those that are not.
 
         Returns at once. `on_pulled` is called exactly once for each ticket. ValueError if the
         lists do not match or the ticket is in use; RuntimeError after `close`.
@@ -89,7 +96,7 @@ class AgentClient:
         if len(source) != len(destination):
             raise ValueError(f"{len(source)} blocks into {len(destination)}")
         if source:
-            self._order(ticket, peers, source, destination)
+            self._order(ticket, peers, source, destination, final=final)
         elif self._closed:
             raise RuntimeError("the client is closed")
         else:
@@ -101,7 +108,13 @@ class AgentClient:
         self._order(ticket, peers, [], [])
 
     def _order(
-        self, ticket: int, peers: list[str], source: list[int], destination: list[int]
+        self,
+        ticket: int,
+        peers: list[str],
+        source: list[int],
+        destination: list[int],
+        *,
+        final: bool = False,
     ) -> None:
         if len(peers) != len(self._agents):
             raise ValueError(f"{len(peers)} peers for {len(self._agents)} ranks")
@@ -112,7 +125,9 @@ class AgentClient:
                 raise ValueError(f"a pull with ticket {ticket} runs already")
             self._joining[ticket] = _Joining(ranks=set(range(len(peers))))
         for agent, peer in zip(self._agents, peers, strict=True):
-            agent.tell(Pull(ticket=ticket, peer=peer, source=source, destination=destination))
+            agent.tell(
+                Pull(ticket=ticket, peer=peer, source=source, destination=destination, final=final)
+            )
 
     def cancel(self, ticket: int) -> None:
         """Ends a pull soon: at once if it waits, at its next chunk if it runs. It is reported like

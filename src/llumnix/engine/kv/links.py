@@ -145,6 +145,8 @@ class Pull(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     peer: str
     source: list[int]
     destination: list[int]
+    final: bool = False
+    """Does a request stand still for it?"""
 
 
 class Cancel(msgspec.Struct, frozen=True, kw_only=True, tag=True):

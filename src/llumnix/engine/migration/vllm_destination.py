@@ -59,9 +59,7 @@ class DeferredPull:
 
     steps: list[Any]
     ticket: int
-    agents: list[str]
-    source: list[int]
-    destination: list[int]
+    begin: Callable[[], None]
 
 
 class VllmDestination:
@@ -111,7 +109,7 @@ class VllmDestination:
             if not self._in_flight(pull.steps):
                 self._deferred.remove(pull)
                 try:
-                    self._client.pull(pull.ticket, pull.agents, pull.source, pull.destination)
+                    pull.begin()
                 except Exception as error:  # noqa: BLE001 - the pull failed, whatever it is
                     self._pull_failed(pull.ticket, f"{type(error).__name__}: {error}")
 
@@ -257,6 +255,7 @@ class VllmDestination:
         start: int,
         end: int,
         blocks: Blocks,
+        final: bool,
     ) -> None:
         incoming = self._arriving[request]
         incoming.pulling = end
@@ -270,13 +269,11 @@ class VllmDestination:
             if theirs != ABSENT and ours != ABSENT
         ]
         froms, tos = [p[0] for p in pairs], [p[1] for p in pairs]
-        pull = DeferredPull(
-            steps=incoming.fence, ticket=ticket, agents=agents, source=froms, destination=tos
-        )
-        if self._in_flight(pull.steps):
-            self._deferred.append(pull)
+        begin = partial(self._client.pull, ticket, agents, froms, tos, final=final)
+        if self._in_flight(incoming.fence):
+            self._deferred.append(DeferredPull(steps=incoming.fence, ticket=ticket, begin=begin))
         else:
-            self._client.pull(ticket, agents, froms, tos)
+            begin()
 
     def cancel(self, ticket: int) -> None:
         waiting = next((pull for pull in self._deferred if pull.ticket == ticket), None)

@@ -306,6 +306,7 @@ class SimEngine(Batching):
         start: int,
         end: int,
         blocks: Blocks,
+        final: bool,
     ) -> None:
         size = (end - start) * self.profile.kv_token_bytes
         self._pulls.append(Pull(destination=self.index, ticket=ticket, source=source, size=size))
