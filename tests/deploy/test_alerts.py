@@ -52,6 +52,11 @@ CASES: dict[str, tuple[dict[str, str], int, int]] = {
         80,
         180,
     ),
+    "LlumnixStartTakesLong": (
+        {f'llumnix_instances{{state="serving", {WHERE}}}': then(flat(0, 1200), flat(2, 1800))},
+        1000,
+        1300,
+    ),
     "LlumnixInstanceFailed": (
         {f'llumnix_instances{{state="failed", {WHERE}}}': is_for(1, 60)},
         80,
@@ -188,8 +193,9 @@ def run(*words: object) -> str:
 
 
 def looked_at(alert: str, at_s: int, firing: bool) -> dict[str, Any]:
+    """`alert`: its name, or several as a regular expression."""
     return {
-        "expr": f'count(ALERTS{{alertname="{alert}", alertstate="firing"}})',
+        "expr": f'count(count(ALERTS{{alertname=~"{alert}", alertstate="firing"}}))',
         "eval_time": f"{at_s}s",
         "exp_samples": [{"labels": "{}", "value": 1}] if firing else [],
     }
@@ -202,19 +208,41 @@ def test_prometheus_reads_the_rules() -> None:
 @pytest.mark.parametrize("alert", ALERTS)
 def test_an_alert_fires_and_clears(alert: str, tmp_path: Path) -> None:
     series, fires_s, clear_s = CASES[alert]
+    looks = [(30, False), (fires_s, True), (clear_s, False)]
+    assert wrong(tmp_path, series, alert, looks) == ""
+
+
+def wrong(folder: Path, series: dict[str, str], alert: str, looks: list[tuple[int, bool]]) -> str:
+    """What promtool says of these series if the alert does not fire as it should: at which seconds,
+    and whether."""
     test = {
         "interval": f"{EVERY_S}s",
         "input_series": [{"series": s, "values": values} for s, values in series.items()],
-        "promql_expr_test": [
-            looked_at(alert, 30, firing=False),
-            looked_at(alert, fires_s, firing=True),
-            looked_at(alert, clear_s, firing=False),
-        ],
+        "promql_expr_test": [looked_at(alert, at_s, firing) for at_s, firing in looks],
     }
-    file = tmp_path / "test.yml"
+    file = folder / "test.yml"
     whole = {"rule_files": [str(RULES)], "evaluation_interval": f"{EVERY_S}s", "tests": [test]}
     file.write_text(yaml.safe_dump(whole))
-    assert run("test", "rules", file) == ""
+    return run("test", "rules", file)
+
+
+def test_a_start_that_takes_ten_minutes_wakes_nobody(tmp_path: Path) -> None:
+    first = 'job="llumnix", instance="b:8000"'
+    series = {
+        f'llumnix_instances{{state="serving", {first}}}': then(flat(0, 600), flat(2, 600)),
+        f'llumnix_instances{{state="starting", {first}}}': then(flat(2, 600), flat(0, 600)),
+        # Another deployment serves all the while.
+        f'llumnix_instances{{state="serving", {WHERE}}}': flat(2, 1200),
+    }
+    looks = [(at_s, False) for at_s in (30, 60, 300, 590, 900)]
+    assert wrong(tmp_path, series, ".*", looks) == ""
+
+
+def test_an_outage_is_never_without_an_alert(tmp_path: Path) -> None:
+    series = {f'llumnix_instances{{state="serving", {WHERE}}}': is_for(0, 3 * 3600, 2)}
+    looks = [(at_s, True) for at_s in (80, 900, 1000, 3500, 3700, 3900, 10000)]
+    either = "LlumnixNoInstanceServes|LlumnixStartTakesLong"
+    assert wrong(tmp_path, series, either, looks) == ""
 
 
 def test_every_alert_says_how_urgent_it_is_and_what_to_do() -> None:
