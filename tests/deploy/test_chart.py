@@ -2,6 +2,8 @@
 together. No cluster is there to apply it."""
 
 import json
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ MINIMAL = {"model": "m", "keys": {"existingSecret": "k"}}
 OTHERS_KINDS = {"RayCluster", "ServiceMonitor", "PrometheusRule", "HTTPRoute"}
 """Kinds that operators bring. Kubernetes' own schemas do not know them."""
 VERSIONS = ("1.25", "1.31", "1.37")
+PROBES = ("startupProbe", "livenessProbe", "readinessProbe")
 
 
 def named(path: Path) -> str:
@@ -63,6 +66,15 @@ def test_helms_own_linter_is_content() -> None:
         ({"model": ""}, "model: name one"),
         ({"keys": {"existingSecret": ""}}, "keys.existingSecret: name a secret"),
         ({"config": {"port": 80}}, "config.port: the chart sets this one"),
+        ({"config": {"shutdown_timeout": 300}}, "config.shutdown_timeout: the chart sets this"),
+        ({"config": {"model-tag": "n"}}, "config.model-tag: the chart sets this one"),
+        ({"config": {"tensor-parallel-size": 2}}, "config.tensor-parallel-size: the chart sets"),
+        ({"config": {"tensor_parallel_size": 2}}, "config.tensor_parallel_size: the chart sets"),
+        ({"config": {"pipeline-parallel-size": 2}}, "1 GPUs of an instance cannot be cut into"),
+        ({"config": {"pipeline-parallel-size": 0}}, "1 GPUs of an instance cannot be cut into"),
+        ({"gpusPerInstance": 3, "config": {"pipeline_parallel_size": 2}}, "cannot be cut into"),
+        ({"config": {"uds": "/tmp/s"}}, "config.uds: probes and the Service need the HTTP port"),
+        ({"mode": "ray", "config": {"ssl_certfile": "/c"}}, "config.ssl_certfile: in mode ray"),
     ],
 )
 def test_bad_values_are_refused_with_the_fix(values: dict[str, Any], says: str) -> None:
@@ -133,6 +145,64 @@ def test_a_pod_has_a_gpu_for_each_part_of_each_instance() -> None:
     assert config_of(MINIMAL | {"gpusPerInstance": 4})["tensor-parallel-size"] == 4
     (pod,) = pods(MINIMAL | {"gpusPerInstance": 0})
     assert "nvidia.com/gpu" not in pod["spec"]["containers"][0]["resources"]["limits"]
+    layers = {"gpusPerInstance": 4, "config": {"pipeline-parallel-size": 2}}
+    (pod,) = pods(MINIMAL | layers)
+    assert pod["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == 8
+    assert config_of(MINIMAL | layers)["tensor-parallel-size"] == 2
+    # Without GPUs the user divides an instance among cores.
+    cores = {"gpusPerInstance": 0, "config": {"tensor-parallel-size": 2}}
+    assert config_of(MINIMAL | cores)["tensor-parallel-size"] == 2
+
+
+@pytest.mark.parametrize(
+    ("config", "port"),
+    [
+        ({}, "http"),
+        ({"ssl-certfile": "/tls/tls.crt", "ssl-keyfile": "/tls/tls.key"}, "llumnix-metrics"),
+        ({"ssl_certfile": "/tls/tls.crt", "ssl_cert_reqs": 2}, "llumnix-metrics"),
+    ],
+)
+def test_probes_ask_a_port_that_speaks_plain_http(config: dict[str, Any], port: str) -> None:
+    (pod,) = pods(MINIMAL | {"config": config})
+    (container,) = pod["spec"]["containers"]
+    asked = {name: container[name]["httpGet"] for name in PROBES}
+    assert asked == {
+        "startupProbe": {"path": "/ready", "port": port},
+        "livenessProbe": {"path": "/live", "port": port},
+        "readinessProbe": {"path": "/ready", "port": port},
+    }
+
+
+def test_every_container_has_probes_of_its_own() -> None:
+    """Else KubeRay adds its own, which ask an agent that plain `ray` does not bring."""
+    for path in CI:
+        for pod in pods(read(path)):
+            (container,) = pod["spec"]["containers"]
+            assert [name for name in PROBES if name not in container] == []
+
+
+def test_a_worker_is_ready_while_its_raylet_runs(tmp_path: Path) -> None:
+    _, worker = pods(read(CHART / "ci" / "ray-values.yaml"))
+    (container,) = worker["spec"]["containers"]
+    commands = [container[name]["exec"]["command"] for name in PROBES]
+    assert commands[1:] == commands[:-1]
+    words = commands[0]
+    here = [word.replace("/proc/", f"{tmp_path}/") for word in words]
+    assert here != words
+    assert subprocess.run(here, check=False).returncode != 0  # No process at all.
+    for number, (name, status) in enumerate((("bash", 1), ("raylets", 1), ("raylet", 0))):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "comm").write_text(f"{name}\n")
+        assert subprocess.run(here, check=False).returncode == status
+    # A process that came and went, and a real one.
+    (tmp_path / "9").mkdir()
+    assert subprocess.run(here, check=False).returncode == 0
+    program = shutil.copy(shutil.which("sleep") or "", tmp_path / "raylet")
+    with subprocess.Popen([program, "60"]) as raylet:
+        try:
+            assert subprocess.run(words, check=False).returncode == 0
+        finally:
+            raylet.kill()
 
 
 def test_ray_starts_beside_the_server_and_only_the_server_is_signalled() -> None:

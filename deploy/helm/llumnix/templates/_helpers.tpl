@@ -36,7 +36,14 @@ ray.io/node-type: head
     "instances" (int $v.instances) "host" $v.host "port" (int $v.port)
     "metrics-port" (int $v.metrics.port) "metrics-host" $v.host
     "lame-duck" (int $v.shutdown.lameDuckSeconds) "shutdown-timeout" (int $v.shutdown.timeoutSeconds) -}}
-{{- if gt (int $v.gpusPerInstance) 1 }}{{ $_ := set $ours "tensor-parallel-size" (int $v.gpusPerInstance) }}{{ end -}}
+{{- $parts := 1 -}}
+{{- range $name, $value := $v.config -}}
+{{- if has (replace "_" "-" $name) (list "pipeline-parallel-size" "prefill-context-parallel-size") }}{{ $parts = mul $parts (int $value) }}{{ end -}}
+{{- end -}}
+{{- if gt (int $v.gpusPerInstance) 0 -}}
+{{- if or (lt $parts 1) (mod $v.gpusPerInstance (max $parts 1)) }}{{ fail (printf "gpusPerInstance: %d GPUs of an instance cannot be cut into the %d parts that config asks for" (int $v.gpusPerInstance) $parts) }}{{ end -}}
+{{- $_ := set $ours "tensor-parallel-size" (div $v.gpusPerInstance $parts) -}}
+{{- end -}}
 {{- if $v.keys.existingSecret -}}
 {{- $_ := set $ours "api-key-file" "/etc/llumnix-keys/api-keys" -}}
 {{- $_ := set $ours "admin-api-key-file" "/etc/llumnix-keys/admin-api-keys" -}}
@@ -47,7 +54,10 @@ ray.io/node-type: head
 {{- if eq $v.mode "ray" }}{{ $_ := set $ours "ray-wait" (int $v.ray.joinSeconds) }}{{ end -}}
 {{- if $v.metrics.open }}{{ $_ := set $ours "metrics-open" true }}{{ end -}}
 {{- range $name, $_ := $v.config -}}
-{{- if hasKey $ours $name }}{{ fail (printf "config.%s: the chart sets this one, see values.yaml" $name) }}{{ end -}}
+{{- $flag := $name | replace "_" "-" | replace "model-tag" "model" -}}
+{{- if hasKey $ours $flag }}{{ fail (printf "config.%s: the chart sets this one, see values.yaml" $name) }}{{ end -}}
+{{- if eq $flag "uds" }}{{ fail (printf "config.%s: probes and the Service need the HTTP port; leave it out" $name) }}{{ end -}}
+{{- if and (eq $flag "ssl-certfile") (eq $v.mode "ray") }}{{ fail (printf "config.%s: in mode ray workers ask the head in plain HTTP; let TLS end at the ingress" $name) }}{{ end -}}
 {{- end -}}
 {{- toYaml (merge $ours $v.config) -}}
 {{- end }}
@@ -57,23 +67,43 @@ ray.io/node-type: head
 {{- add (int .Values.shutdown.lameDuckSeconds) (int .Values.shutdown.timeoutSeconds) 20 -}}
 {{- end }}
 
+{{- /* A port that asks in plain HTTP: with TLS at the model's port, that of the metrics. */}}
+{{- define "llumnix.probedPort" -}}
+{{- $port := "http" -}}
+{{- range $name, $_ := .Values.config }}{{ if eq (replace "_" "-" $name) "ssl-certfile" }}{{ $port = "llumnix-metrics" }}{{ end }}{{ end -}}
+{{- $port -}}
+{{- end }}
+
 {{- define "llumnix.probes" -}}
 {{- $p := .Values.probes -}}
+{{- $port := include "llumnix.probedPort" . -}}
 startupProbe:
-  httpGet: {path: /ready, port: http}
+  httpGet: {path: /ready, port: {{ $port }}}
   periodSeconds: {{ $p.periodSeconds }}
   timeoutSeconds: {{ $p.timeoutSeconds }}
   failureThreshold: {{ $p.startupFailures }}
 livenessProbe:
-  httpGet: {path: /live, port: http}
+  httpGet: {path: /live, port: {{ $port }}}
   periodSeconds: {{ $p.periodSeconds }}
   timeoutSeconds: {{ $p.timeoutSeconds }}
   failureThreshold: {{ $p.livenessFailures }}
 readinessProbe:
-  httpGet: {path: /ready, port: http}
+  httpGet: {path: /ready, port: {{ $port }}}
   periodSeconds: {{ $p.periodSeconds }}
   timeoutSeconds: {{ $p.timeoutSeconds }}
   failureThreshold: {{ $p.readinessFailures }}
+{{- end }}
+
+{{- /* Of a pod that has Ray alone: its daemon runs. KubeRay's own probes ask an agent that plain `ray` does not bring. */}}
+{{- define "llumnix.workerProbes" -}}
+{{- $p := .Values.probes -}}
+{{- range $name, $failures := dict "startupProbe" $p.startupFailures "livenessProbe" $p.livenessFailures "readinessProbe" $p.readinessFailures }}
+{{ $name }}:
+  exec: {command: [/bin/bash, -c, "grep -qsx raylet /proc/[0-9]*/comm"]}
+  periodSeconds: {{ $p.periodSeconds }}
+  timeoutSeconds: {{ $p.timeoutSeconds }}
+  failureThreshold: {{ $failures }}
+{{- end }}
 {{- end }}
 
 {{- define "llumnix.env" -}}
