@@ -51,10 +51,12 @@ def others_shown(
     args: argparse.Namespace, defaults: argparse.Namespace, sources: Mapping[str, str]
 ) -> dict[str, Any]:
     """The same by name, without the scheduler's settings, and without keys, of which variables are
-    gone once they were read."""
+    gone once they were read. A model that is named without --model is the parser's `model_tag`."""
     left_out = SCHEDULER_FLAGS | {name.replace("_", "-") for name in {*SECRET, *TWINS}}
     rows = settings_shown(args, defaults, sources)
-    return {row["name"]: row["value"] for row in rows if row["name"] not in left_out}
+    others = {row["name"]: row["value"] for row in rows if row["name"] not in left_out}
+    tag = getattr(args, "model_tag", None)
+    return others if tag is None else {**others, "model": tag}
 
 
 def _shown(name: str, value: Any) -> Any:

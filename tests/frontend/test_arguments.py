@@ -272,6 +272,9 @@ def refused(match: str, *words: str) -> None:
     [
         (["--config", "/nowhere.yaml"], "nowhere.yaml"),
         (["--config", "/etc/hosts"], "write a `flag: value` a line"),
+        (["--port", "70000"], "--port 70000: must be 1 to 65535"),
+        (["--scheduler-config", "{a: ["], r"--scheduler is not YAML \(line 1\)"),
+        (["--scheduler-config", "{priorities: [1]}"], "priorities: expected `knob: value` lines"),
         (["--config", "a.yaml", "--config", "b.yaml"], "--config is given twice"),
         (["--chat-template", "/nowhere/t.jinja"], "/nowhere/t.jinja"),
         (["--chat-template", "/tmp"], "Is a directory"),

@@ -16,11 +16,11 @@ class World:
     """A server's files, and its command as it was at the start."""
 
     def __init__(self, model: Path, folder: Path) -> None:
-        self._model = model
+        self.model = model
         self.config, self.knobs = folder / "llumnix.yaml", folder / "knobs.yaml"
 
     def start(self, *flags: str) -> ServeCommand:
-        return parse(["serve", str(self._model), *flags], say=lambda _: None)
+        return parse(["serve", str(self.model), *flags], say=lambda _: None)
 
     def reread(self, command: ServeCommand) -> Any:
         """What a reload finds."""
@@ -112,6 +112,27 @@ def test_flags_that_take_a_new_start_are_named(world: World) -> None:
     assert found.start == ["policy", "survival.lives", "max-model-len", "port", "seed"]
 
 
+def test_a_model_that_the_file_names_anew_counts_from_the_next_start(world: World) -> None:
+    world.config.write_text(f"model: {world.model}\n")
+    command = parse(["serve", "--config", str(world.config)], say=lambda _: None)
+    assert world.reread(command).start == []
+    world.config.write_text("model: /models/another\n")
+    assert world.reread(command).start == ["model"]
+    world.config.write_text("port: 81\n")
+    assert world.reread(command).start == ["model", "port"]
+
+
+@pytest.mark.parametrize("variable", ["LLUMNIX_API_KEY", "VLLM_API_KEY"])
+def test_a_key_by_a_variable_lets_a_server_be_reached_at_a_reload_too(
+    world: World, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    monkeypatch.setenv(variable, "sesame")
+    world.config.write_text("host: 0.0.0.0\n")
+    command = world.start("--config", str(world.config))
+    assert world.reread(command).start == []
+    assert "sesame" not in repr(command.again)
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -127,6 +148,14 @@ def test_flags_that_take_a_new_start_are_named(world: World) -> None:
         ("served-model-name: [a, --help]\n", "--help"),
         ("kv-transfer-config: {kv_role: none}\n", "kv_role"),
         ("scheduling-policy: fcfs\nscheduler: {queue: {slices: true}}\n", "queue.slices does not"),
+        ("event-log: /nowhere/log\n", "its folder does not exist"),
+        ("distributed-executor-backend: ray\n", "use mp"),
+        ("api-key-file: /nowhere/keys\n", "--api-key-file /nowhere/keys cannot be read"),
+        ("keys: /nowhere/keys.yaml\n", "--keys /nowhere/keys.yaml cannot be read"),
+        ("port: 70000\n", "--port 70000: must be 1 to 65535"),
+        ("host: 0.0.0.0\n", "--host 0.0.0.0 is reachable from elsewhere"),
+        ("api-server-count: 0\n", "--api-server-count 0: must be 1 or more"),
+        ("chat-template: /nowhere/t.jinja\n", "/nowhere/t.jinja"),
     ],
 )
 def test_a_bad_file_is_a_clear_line_and_ends_nothing(

@@ -11,7 +11,7 @@ import argparse
 import os
 import re
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -36,6 +36,7 @@ from llumnix.frontend.checks import (
     check_server_args,
     count_frontends,
 )
+from llumnix.frontend.door.listener import ListenAddress
 from llumnix.frontend.http.access import Access, digests
 from llumnix.reload.key_file import KeyRing
 from llumnix.reload.reloading import Reloading
@@ -141,10 +142,6 @@ def parse(argv: list[str], say: Any) -> ServeCommand:
     """Reads `serve ...` (the words after the program's name); `UsageError` or argparse's own exit
     on bad input. `say(text)` is told what takes long."""
     from vllm import platforms
-    from vllm.exceptions import VLLMError
-    from vllm.renderers.chat_utils import load_chat_template
-
-    from llumnix.vllm_seam import cli_args
 
     parser, flags = _make_parsers()
     defaults = parser.parse_args(["serve"])
@@ -152,26 +149,11 @@ def parse(argv: list[str], say: Any) -> ServeCommand:
     for warning in given.warnings:
         say(warning)
     args = _parsed(parser, given)
-    others = others_shown(args, defaults, given.sources)
-    for variable in (*ALIASES, *(PREFIX + name.upper() for name in SECRET)):
-        os.environ.pop(variable, None)
-    clients = _take_keys(args, "api_key", given.sources, say)
-    admins = _take_keys(args, "admin_api_key", given.sources, say)
-    deployment = _deployment(args)
-    check_logs(deployment.event_log, deployment.log_dir)
-    args.policy = deployment.scheduler.policy
-    _refuse_what_breaks(args, defaults)
-    check_queue(args.scheduling_policy, deployment.scheduler, say)
-    args.access = _access(args, deployment, clients, admins, say)
-    check_executor(args.distributed_executor_backend)
-    try:
-        cli_args().validate_parsed_serve_args(args)
-        load_chat_template(args.chat_template)
-    except (TypeError, ValueError, KeyError, VLLMError) as error:
-        raise UsageError(_one_line(error)) from error
+    secrets = (*ALIASES, *(PREFIX + name.upper() for name in SECRET))
+    gone = [name for name in secrets if os.environ.pop(name, None)]
+    deployment, found = _checked(args, defaults, given.sources, say)
     _suit_log(args, deployment.log_format)
     check_server_args(args)
-    args.api_server_count = count_frontends(args.api_server_count, deployment.instances, say)
     # Last, since it may take long.
     demo = _choose_model(args, defaults, say)
     suit_device(platforms.current_platform, args, defaults, given.words, demo=demo)
@@ -182,24 +164,52 @@ def parse(argv: list[str], say: Any) -> ServeCommand:
         args=args,
         vllm_config=vllm_config,
         deployment=deployment,
-        given=Given(settings=deployment.scheduler, others=others),
-        again=None if given.file is None and inline else partial(read_again, argv),
+        given=found,
+        again=None if given.file is None and inline else partial(read_again, argv, gone),
     )
 
 
-def read_again(argv: list[str]) -> Given:
-    """What the words of `parse`, variables and files say now; `UsageError` if that is bad."""
+def read_again(argv: list[str], gone: Sequence[str] = ()) -> Given:
+    """What the words of `parse`, variables and files say now; `UsageError` if that is bad. `gone`:
+    variables with secrets, which were read at the start and are kept nowhere. Their names stand for
+    what they said."""
     parser, flags = _make_parsers()
     defaults = parser.parse_args(["serve"])
     for each in (parser, flags):  # argparse would print, and end the process.
         each.error, each.exit = _refuse, _never  # type: ignore[assignment]
         each.print_help = _never  # type: ignore[assignment]
-    given = layered(argv, flags, os.environ)
-    args = _parsed(parser, given)
-    settings = _deployment(args).scheduler
+    given = layered(argv, flags, {**os.environ, **dict(zip(gone, gone, strict=True))})
+    return _checked(_parsed(parser, given), defaults, given.sources, lambda _: None)[1]
+
+
+def _checked(
+    args: argparse.Namespace, defaults: argparse.Namespace, sources: Mapping[str, str], say: Any
+) -> tuple[DeploymentConfig, Given]:
+    """All that `serve` refuses before vLLM looks at the model, for a start and for a reload alike.
+    Takes the keys out of `args`, which gets the gate's rules."""
+    from vllm.exceptions import VLLMError
+    from vllm.renderers.chat_utils import load_chat_template
+
+    from llumnix.vllm_seam import cli_args
+
+    ListenAddress.of(args)
+    clients = _take_keys(args, "api_key", sources, say)
+    admins = _take_keys(args, "admin_api_key", sources, say)
+    deployment = DeploymentConfig(**{name: getattr(args, name) for name, _, _ in knobs()})
+    check_logs(deployment.event_log, deployment.log_dir)
+    args.policy = deployment.scheduler.policy
     _refuse_what_breaks(args, defaults)
-    check_queue(args.scheduling_policy, settings, lambda _: None)
-    return Given(settings=settings, others=others_shown(args, defaults, given.sources))
+    check_queue(args.scheduling_policy, deployment.scheduler, say)
+    args.access = _access(args, deployment, clients, admins, say)
+    check_executor(args.distributed_executor_backend)
+    others = others_shown(args, defaults, sources)
+    args.api_server_count = count_frontends(args.api_server_count, deployment.instances, say)
+    try:
+        cli_args().validate_parsed_serve_args(args)
+        load_chat_template(args.chat_template)
+    except (TypeError, ValueError, KeyError, VLLMError) as error:
+        raise UsageError(_one_line(error)) from error
+    return deployment, Given(settings=deployment.scheduler, others=others)
 
 
 def _refuse(message: str) -> NoReturn:
@@ -208,10 +218,6 @@ def _refuse(message: str) -> NoReturn:
 
 def _never(status: int = 0, message: str | None = None) -> NoReturn:
     _refuse(message or "a value is --help or --version, which are no settings")
-
-
-def _deployment(args: argparse.Namespace) -> DeploymentConfig:
-    return DeploymentConfig(**{name: getattr(args, name) for name, _, _ in knobs()})
 
 
 def _parsed(parser: argparse.ArgumentParser, given: Layered) -> argparse.Namespace:
