@@ -263,7 +263,9 @@ def test_a_move_that_copies_nothing_would_be_noticed(
     expected, _ = run(real, params, 0)
     for engine in real.engines:
         pull = engine.client.pull
-        monkeypatch.setattr(engine.client, "pull", lambda t, p, s, d, pull=pull: pull(t, p, [], []))
+        monkeypatch.setattr(
+            engine.client, "pull", lambda t, p, s, d, pull=pull, **how: pull(t, p, [], [])
+        )
     found, moved = run(real, params, 1)
     assert moved == 1
     assert found != expected

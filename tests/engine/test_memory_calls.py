@@ -39,7 +39,9 @@ class Held:
         self.host = hosts.engines[DESTINATION].host
         self.open: list[int] = []
         self.cancelled: list[int] = []
-        monkeypatch.setattr(self.host._client, "pull", lambda ticket, *_: self.open.append(ticket))
+        monkeypatch.setattr(
+            self.host._client, "pull", lambda ticket, *_, **__: self.open.append(ticket)
+        )
         monkeypatch.setattr(self.host._client, "cancel", self.cancelled.append)
 
     def end(self, error: str | None = "cancelled") -> None:

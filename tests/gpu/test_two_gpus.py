@@ -161,7 +161,9 @@ def test_a_move_that_copies_nothing_would_be_noticed(
     expected, _ = run(pair, params(temperature=0), 0, PROMPT)
     for engine in pair.engines:
         pull = engine.client.pull
-        monkeypatch.setattr(engine.client, "pull", lambda t, p, s, d, pull=pull: pull(t, p, [], []))
+        monkeypatch.setattr(
+            engine.client, "pull", lambda t, p, s, d, pull=pull, **how: pull(t, p, [], [])
+        )
     found, moved = run(pair, params(temperature=0), 1, PROMPT)
     assert moved == 1
     assert found != expected

@@ -28,7 +28,13 @@ def sweepers_end(module: ModuleType) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "time", SimpleNamespace(sleep=sleep, monotonic=time.monotonic))
+        patch.setattr(threading, "excepthook", _quiet)
         yield
         over.set()
         for thread in sweepers():
             thread.join(10)
+
+
+def _quiet(args: threading.ExceptHookArgs) -> None:
+    """Python's own, which passes over `SystemExit`. pytest's warns of it."""
+    threading.__excepthook__(args)
