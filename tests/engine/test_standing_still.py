@@ -53,9 +53,9 @@ def made(host: Host, **attributes: Any) -> EngineInstance:
 def test_it_deals_with_what_comes_and_goes_on_when_the_handover_came() -> None:
     host = Host()
     engine = made(host)
+    began = time.monotonic()
     for turn, what in enumerate(("a request", "over", "after it"), 1):
         threading.Timer(0.1 * turn, engine.input_queue.put, [(None, what)]).start()
-    began = time.monotonic()
     engine._process_input_queue()
     assert host.handled[:2] == ["a request", "over"]
     assert 0.19 < time.monotonic() - began < 4
